@@ -1,0 +1,75 @@
+// What the launchers of csrc/cpu and csrc/cuda take: raw pointers, sizes, scalars. The same for both.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "math/adam.h"
+#include "math/loss_scale.h"
+#include "math/types.h"
+
+namespace pyzero {
+
+constexpr int64_t kSegmentGranule = 64;  // elements that share one entry of AdamArgs::segment_ids
+
+// A number, or the address of an fp32 value on the device, which wins where it is given.
+struct Scalar {
+  double value = 0.0;
+  const float* device = nullptr;
+};
+
+struct Buffer {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t numel = 0;
+};
+
+struct AdamArgs {
+  float* master;      // (numel,)
+  float* exp_avg;     // (numel,)
+  float* exp_avg_sq;  // (numel,)
+  Buffer grad;        // (numel,)
+  Buffer param_out;   // (numel,), or no data
+  int64_t numel;
+  AdamHyper hyper;
+  Scalar lr;
+  Scalar step;  // device: (num_segments,)
+  Scalar grad_scale;
+  const float* found_inf;      // non-zero: nothing is written; may be null
+  const int32_t* segment_ids;  // (ceil(numel / kSegmentGranule),), or null: one segment
+  const float* active;         // (num_segments,), 0: leave alone; may be null
+  int64_t num_segments;
+};
+
+// Where a pass over gradients reports; both may be null.
+struct Report {
+  float* found_inf = nullptr;  // set to 1, never cleared
+  void* sumsq = nullptr;       // added to
+  bool sumsq_is_double = false;
+};
+
+struct UnscaleArgs {
+  std::vector<Buffer> tensors;
+  Scalar inv_scale;
+  Report report;
+};
+
+struct PackArgs {
+  Buffer bucket;
+  std::vector<Buffer> tensors;
+  std::vector<int64_t> offsets;  // into the bucket, in elements
+  Scalar scale;
+  Report report;
+};
+
+struct ReduceScatterArgs {
+  float* shard;               // (numel,)
+  std::vector<void*> slices;  // one per rank, (numel,) each
+  DType dtype;                // of the slices
+  int64_t numel;
+  Scalar scale;
+  bool accumulate;
+  Report report;
+};
+
+}  // namespace pyzero
