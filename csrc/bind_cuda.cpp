@@ -1,0 +1,99 @@
+// The CUDA module: addresses, numbers, a device index and a stream handle in; launches out. No torch header, and none of
+// CUDA's is needed to import it: the runtime is linked statically and first touched by a call.
+//
+// `workspace` is device memory that the caller keeps alive on `stream` (adam_workspace_bytes, report_workspace_bytes), or
+// 0 where an op needs none. The device guard is here, so that a caller need not switch devices around each launch.
+#include "bind_common.h"
+#include "cuda/grid.h"
+#include "cuda/launch.h"
+
+#ifndef PYZERO_MODULE_NAME
+#define PYZERO_MODULE_NAME _native_cuda
+#endif
+#ifndef PYZERO_BUILD_HASH
+#define PYZERO_BUILD_HASH ""
+#endif
+#ifndef PYZERO_SOURCE_HASH
+#define PYZERO_SOURCE_HASH ""
+#endif
+
+namespace pyzero {
+namespace {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cuda::check(cudaGetDevice(&previous_), "reading the current device");
+    changed_ = previous_ != device;
+    if (changed_) cuda::check(cudaSetDevice(device), "selecting the tensors' device");
+  }
+  ~DeviceGuard() {
+    if (changed_) static_cast<void>(cudaSetDevice(previous_));
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+cudaStream_t stream_of(Address handle) { return pointer<CUstream_st>(handle); }
+
+void adam_(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& grad, const PyBuffer& param_out,
+           const PyHyper& hyper, const PyScalar& lr, const PyScalar& step, const PyScalar& grad_scale,
+           Address found_inf, const PySegments& segments, Address workspace, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::adam(adam_args(master, exp_avg, exp_avg_sq, grad, param_out, hyper, lr, step, grad_scale, found_inf, segments),
+             pointer<AdamConstants>(workspace), stream_of(stream));
+}
+
+void unscale_(const std::vector<PyBuffer>& tensors, const PyScalar& inv_scale, const PyReport& where,
+              Address workspace, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::unscale(UnscaleArgs{buffers(tensors), scalar(inv_scale), report(where)}, pointer<double>(workspace),
+                stream_of(stream));
+}
+
+void pack_(const PyBuffer& bucket, const std::vector<PyBuffer>& tensors, const std::vector<int64_t>& offsets,
+           const PyScalar& scale, const PyReport& where, Address workspace, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::pack(PackArgs{buffer(bucket), buffers(tensors), offsets, scalar(scale), report(where)},
+             pointer<double>(workspace), stream_of(stream));
+}
+
+void reduce_scatter_(Address shard, const std::vector<Address>& slices, int dtype, int64_t numel,
+                     const PyScalar& scale, bool accumulate, const PyReport& where, Address workspace, int device,
+                     Address stream) {
+  const DeviceGuard guard(device);
+  cuda::reduce_scatter(reduce_scatter_args(shard, slices, dtype, numel, scale, accumulate, where),
+                       pointer<double>(workspace), stream_of(stream));
+}
+
+void loss_scale_update_(Address state, Address found_inf, const PyPolicy& rule, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::loss_scale_update(pointer<float>(state), pointer<const float>(found_inf), policy(rule), stream_of(stream));
+}
+
+int64_t adam_workspace_bytes(int64_t num_segments) { return num_segments * int64_t(sizeof(AdamConstants)); }
+
+int64_t report_workspace_bytes(int device) {
+  const DeviceGuard guard(device);
+  return cuda::max_blocks() * int64_t(sizeof(double));
+}
+
+}  // namespace
+}  // namespace pyzero
+
+PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
+  m.attr("build_hash") = PYZERO_BUILD_HASH;
+  m.attr("source_hash") = PYZERO_SOURCE_HASH;
+  m.attr("max_ranks") = pyzero::cuda::kMaxRanks;
+  m.def("adam_", &pyzero::adam_);
+  m.def("unscale_", &pyzero::unscale_);
+  m.def("pack_", &pyzero::pack_);
+  m.def("reduce_scatter_", &pyzero::reduce_scatter_);
+  m.def("loss_scale_update_", &pyzero::loss_scale_update_);
+  m.def("adam_workspace_bytes", &pyzero::adam_workspace_bytes);
+  m.def("report_workspace_bytes", &pyzero::report_workspace_bytes);
+}
