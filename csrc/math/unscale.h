@@ -1,21 +1,18 @@
-// One element of unscale_ and pack_: scale, round to the stored type, and report what was stored.
+// One element of unscale_ and pack_: scaled, and its square.
 #pragma once
+
+#include <math.h>
 
 #include "types.h"
 
 namespace pyzero {
 
-// What a pass over gradients reports. Squares and their sum are fp64: an fp32 value's square never overflows there.
-struct GradStats {
-  double sumsq;
-  bool nonfinite;
-};
+PZ_HD float scale_element(float x, float scale) { return x * scale; }
 
-PZ_HD GradStats grad_stats(float stored) { return GradStats{double(stored) * double(stored), is_nonfinite(stored)}; }
+// In fp64 the square of an fp32 value never overflows, so a sum of them is finite exactly where every value is: one
+// number answers both "what is the norm" and "was there an inf or a NaN".
+PZ_HD double square(float x) { return double(x) * double(x); }
 
-template <typename Out>
-PZ_HD Out scale_element(float x, float scale) {
-  return from_float<Out>(x * scale);
-}
+PZ_HD bool is_nonfinite(double sumsq) { return !(fabs(sumsq) <= 1.7976931348623157e308); }
 
 }  // namespace pyzero

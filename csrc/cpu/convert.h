@@ -1,0 +1,50 @@
+// Spans converted to and from fp32 in L1, with the processor's own fp16 instructions where the ISA has them.
+// Include only from kernels.cpp, inside its ISA's namespace.
+#pragma once
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "math/types.h"
+
+namespace pyzero {
+namespace PYZERO_ISA {
+namespace {
+
+inline void widen(const float* in, float* out, int64_t count) { memcpy(out, in, sizeof(float) * count); }
+
+inline void widen(const BFloat16* __restrict in, float* __restrict out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
+}
+
+inline void widen(const Float16* __restrict in, float* __restrict out, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  }
+#endif
+  for (; i < count; ++i) out[i] = to_float(in[i]);
+}
+
+inline void narrow(const float* in, float* out, int64_t count) { memcpy(out, in, sizeof(float) * count); }
+
+inline void narrow(const float* __restrict in, BFloat16* __restrict out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = from_float<BFloat16>(in[i]);
+}
+
+inline void narrow(const float* __restrict in, Float16* __restrict out, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    const __m128i rounded = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), rounded);
+  }
+#endif
+  for (; i < count; ++i) out[i] = from_float<Float16>(in[i]);
+}
+
+}  // namespace
+}  // namespace PYZERO_ISA
+}  // namespace pyzero

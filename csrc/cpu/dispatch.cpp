@@ -1,0 +1,180 @@
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+#include "launch.h"
+#include "thread_pool.h"
+
+namespace pyzero {
+
+namespace baseline {
+extern const KernelTable kKernels;
+}
+#if defined(PYZERO_HAVE_AVX2)
+namespace avx2 {
+extern const KernelTable kKernels;
+}
+#endif
+#if defined(PYZERO_HAVE_AVX512)
+namespace avx512 {
+extern const KernelTable kKernels;
+}
+#endif
+
+namespace cpu {
+namespace {
+
+// 32k elements: some 0.9 MB of Adam's traffic, long enough to hide a hand-over, short enough to balance two cores.
+constexpr int64_t kChunk = 32768;
+static_assert(kChunk % kSegmentGranule == 0, "a chunk holds whole granules");
+
+std::vector<const KernelTable*> find_tables() {
+  std::vector<const KernelTable*> tables;
+#if defined(PYZERO_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    tables.push_back(&avx512::kKernels);
+#endif
+#if defined(PYZERO_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2::kKernels);
+#endif
+  tables.push_back(&baseline::kKernels);
+  return tables;
+}
+
+const std::vector<const KernelTable*>& tables() {
+  static const std::vector<const KernelTable*> found = find_tables();
+  return found;
+}
+
+std::atomic<const KernelTable*> g_chosen{nullptr};
+
+const KernelTable& kernels() {
+  const KernelTable* chosen = g_chosen.load(std::memory_order_acquire);
+  return chosen != nullptr ? *chosen : *tables().front();
+}
+
+double read(const Scalar& scalar) { return scalar.device != nullptr ? double(*scalar.device) : scalar.value; }
+
+int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+bool wanted(const Report& report) { return report.found_inf != nullptr || report.sumsq != nullptr; }
+
+// Chunk by chunk in order, whatever thread computed each: the sum does not depend on the number of threads.
+void write_report(const Report& report, const std::vector<double>& chunks) {
+  double sumsq = 0.0;
+  for (const double chunk : chunks) sumsq += chunk;
+  if (report.found_inf != nullptr && is_nonfinite(sumsq)) *report.found_inf = 1.0f;
+  if (report.sumsq == nullptr) return;
+  if (report.sumsq_is_double) {
+    *static_cast<double*>(report.sumsq) += sumsq;
+  } else {
+    float* out = static_cast<float*>(report.sumsq);
+    *out = float(double(*out) + sumsq);
+  }
+}
+
+// Work over a list of buffers as one sequence of chunks: task(buffer, begin, end) of each.
+template <typename Task>
+void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Report& report, const Task& task) {
+  std::vector<int64_t> first_chunk(1, 0);
+  for (const Buffer& buffer : list) first_chunk.push_back(first_chunk.back() + num_chunks(buffer.numel));
+  std::vector<double> sumsq(first_chunk.back());
+  parallel_for(first_chunk.back(), num_threads, [&](int64_t chunk) {
+    const auto after = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk);
+    const int64_t which = after - first_chunk.begin() - 1;
+    const int64_t begin = (chunk - first_chunk[which]) * kChunk;
+    sumsq[chunk] = task(which, begin, std::min(begin + kChunk, list[which].numel));
+  });
+  write_report(report, sumsq);
+}
+
+class AdamPlan {
+ public:
+  explicit AdamPlan(const AdamArgs& args) : args_(args), grad_scale_(float(read(args.grad_scale))) {
+    if (args.hyper.maximize) grad_scale_ = -grad_scale_;
+    for (int64_t segment = 0; segment < args.num_segments; ++segment) {
+      const double step = args.step.device != nullptr ? double(args.step.device[segment]) : args.step.value;
+      constants_.push_back(adam_constants(args.hyper, read(args.lr), static_cast<long long>(step)));
+    }
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    if (args_.segment_ids == nullptr) return run_segment(0, begin, end);
+    for (int64_t at = begin; at < end;) {
+      const int32_t segment = args_.segment_ids[at / kSegmentGranule];
+      int64_t stop = at + kSegmentGranule;
+      while (stop < end && args_.segment_ids[stop / kSegmentGranule] == segment) stop += kSegmentGranule;
+      run_segment(segment, at, std::min(stop, end));
+      at = stop;
+    }
+  }
+
+ private:
+  void run_segment(int32_t segment, int64_t begin, int64_t end) const {
+    if (args_.active != nullptr && args_.active[segment] == 0.0f) return;
+    kernels().adam(args_, constants_[segment], grad_scale_, begin, end);
+  }
+
+  const AdamArgs& args_;
+  float grad_scale_;
+  std::vector<AdamConstants> constants_;
+};
+
+}  // namespace
+
+void adam(const AdamArgs& args, int num_threads) {
+  if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
+  const AdamPlan plan(args);
+  parallel_for(num_chunks(args.numel), num_threads, [&](int64_t chunk) {
+    plan.run(chunk * kChunk, std::min((chunk + 1) * kChunk, args.numel));
+  });
+}
+
+void unscale(const UnscaleArgs& args, int num_threads) {
+  const float scale = float(read(args.inv_scale));
+  const bool read_only = args.inv_scale.device == nullptr && args.inv_scale.value == 1.0;
+  for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
+    const Buffer& source = args.tensors[which];
+    const Buffer target{read_only ? nullptr : source.data, source.dtype, source.numel};
+    return kernels().scale(target, source, scale, wanted(args.report), begin, end);
+  });
+}
+
+void pack(const PackArgs& args, int num_threads) {
+  const float scale = float(read(args.scale));
+  const int64_t item_bytes = args.bucket.dtype == DType::kFloat32 ? 4 : 2;
+  for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
+    const Buffer& source = args.tensors[which];
+    char* slot = static_cast<char*>(args.bucket.data) + args.offsets[which] * item_bytes;
+    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale,
+                           wanted(args.report), begin, end);
+  });
+}
+
+void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
+  const ReduceSpan span{args.shard,       args.slices.data(), static_cast<int>(args.slices.size()), args.dtype,
+                        float(read(args.scale)), args.accumulate};
+  const std::vector<Buffer> whole(1, Buffer{args.shard, DType::kFloat32, args.numel});
+  for_each_chunk(whole, num_threads, args.report,
+                 [&](int64_t, int64_t begin, int64_t end) { return kernels().reduce(span, wanted(args.report), begin, end); });
+}
+
+std::vector<const char*> isas() {
+  std::vector<const char*> names;
+  for (const KernelTable* table : tables()) names.push_back(table->name);
+  return names;
+}
+
+bool use_isa(const char* name) {
+  for (const KernelTable* table : tables()) {
+    if (std::strcmp(table->name, name) != 0) continue;
+    g_chosen.store(table, std::memory_order_release);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace cpu
+}  // namespace pyzero

@@ -1,0 +1,169 @@
+// Vectorised loops around csrc/math, compiled once per ISA: PYZERO_ISA names the namespace.
+#include "kernels.h"
+
+#ifndef PYZERO_ISA
+#define PYZERO_ISA baseline
+#endif
+#define PZ_STRING_(x) #x
+#define PZ_STRING(x) PZ_STRING_(x)
+
+#include "convert.h"
+#include "math/reduce_scatter.h"
+
+namespace pyzero {
+namespace PYZERO_ISA {
+namespace {
+
+constexpr int64_t kTile = 512;  // floats staged in L1 between the loops of one kernel, so that each loop vectorises
+constexpr int kLanes = 8;       // independent fp64 sums; fixed, so that every ISA adds in the same order
+
+template <typename P>
+struct Pointee;
+template <typename T>
+struct Pointee<T*> {
+  using type = T;
+};
+
+// fn is called with a null pointer of the type.
+template <typename Fn>
+inline void with_dtype(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return fn(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return fn(static_cast<Float16*>(nullptr));
+    default:
+      return fn(static_cast<float*>(nullptr));
+  }
+}
+
+inline void widen_span(const Buffer& buffer, int64_t at, float* out, int64_t count) {
+  with_dtype(buffer.dtype, [&](auto* type) { widen(static_cast<decltype(type)>(buffer.data) + at, out, count); });
+}
+
+inline void narrow_span(const float* in, const Buffer& buffer, int64_t at, int64_t count) {
+  with_dtype(buffer.dtype, [&](auto* type) { narrow(in, static_cast<decltype(type)>(buffer.data) + at, count); });
+}
+
+// Traffic per element: master, exp_avg, exp_avg_sq read and written (24 B), grad read, param_out written: 28 B in fp32,
+// 28 B in 16 bits with 16-bit weights out.
+template <bool kCoupled>
+void adam_loop(const AdamArgs& args, const AdamConstants& constants, float grad_scale, int64_t begin, int64_t end) {
+  const AdamCoefficients c = adam_coefficients(args.hyper);
+  const AdamConstants k = constants;
+  float staged[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    float* __restrict master = args.master + at;
+    float* __restrict exp_avg = args.exp_avg + at;
+    float* __restrict exp_avg_sq = args.exp_avg_sq + at;
+    const float* __restrict grad = staged;
+    if (args.grad.dtype == DType::kFloat32) {
+      grad = static_cast<const float*>(args.grad.data) + at;
+    } else {
+      widen_span(args.grad, at, staged, count);
+    }
+
+    for (int64_t i = 0; i < count; ++i) {
+      const AdamState before{master[i], exp_avg[i], exp_avg_sq[i]};
+
+      const AdamState after = adam_element<kCoupled>(before, grad[i], grad_scale, c, k);
+
+      master[i] = after.master;
+      exp_avg[i] = after.exp_avg;
+      exp_avg_sq[i] = after.exp_avg_sq;
+    }
+
+    if (args.param_out.data != nullptr) narrow_span(master, args.param_out, at, count);
+  }
+}
+
+void adam(const AdamArgs& args, const AdamConstants& k, float grad_scale, int64_t begin, int64_t end) {
+  if (adam_is_coupled(args.hyper)) {
+    adam_loop<true>(args, k, grad_scale, begin, end);
+  } else {
+    adam_loop<false>(args, k, grad_scale, begin, end);
+  }
+}
+
+// Squares in fp64 cannot overflow, so the sum of a span is finite exactly where all its values are.
+struct SquareSum {
+  double lanes[kLanes] = {};
+
+  void add(const float* values, int64_t count) {
+    double sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+    const int64_t whole = count - count % kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) sums[lane] += square(values[i + lane]);
+    }
+    for (int64_t i = whole; i < count; ++i) sums[i - whole] += square(values[i]);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
+  }
+
+  double total() const {
+    double sum = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+    return sum;
+  }
+};
+
+// Reads 2 or 4 B per element and writes as many.
+double scale(const Buffer& dst, const Buffer& src, float factor, bool want_sumsq, int64_t begin, int64_t end) {
+  SquareSum sum;
+  float tile[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    widen_span(src, at, tile, count);
+    if (dst.data != nullptr) {
+      if (factor != 1.0f) {
+        for (int64_t i = 0; i < count; ++i) tile[i] = scale_element(tile[i], factor);
+      }
+      narrow_span(tile, dst, at, count);
+      if (want_sumsq) widen_span(dst, at, tile, count);  // what was stored, which is what counts
+    }
+    if (want_sumsq) sum.add(tile, count);
+  }
+  return sum.total();
+}
+
+// Reads R slices and writes fp32: 2R + 4 B per element in 16 bits, and 4 more to accumulate.
+template <typename T, bool kAccumulate>
+double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end) {
+  SquareSum squares;
+  float sum[kTile];
+  float slice[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    widen(static_cast<const T*>(span.slices[0]) + at, sum, count);
+    for (int rank = 1; rank < span.num_slices; ++rank) {
+      widen(static_cast<const T*>(span.slices[rank]) + at, slice, count);
+      for (int64_t i = 0; i < count; ++i) sum[i] = reduce_add(sum[i], slice[i]);
+    }
+    float* __restrict shard = span.shard + at;
+    for (int64_t i = 0; i < count; ++i) {
+      sum[i] = reduce_finish<kAccumulate>(kAccumulate ? shard[i] : 0.0f, sum[i], span.scale);
+      shard[i] = sum[i];
+    }
+    if (want_sumsq) squares.add(sum, count);
+  }
+  return squares.total();
+}
+
+double reduce(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end) {
+  double total = 0.0;
+  with_dtype(span.dtype, [&](auto* type) {
+    using T = typename Pointee<decltype(type)>::type;
+    total = span.accumulate ? reduce_loop<T, true>(span, want_sumsq, begin, end)
+                            : reduce_loop<T, false>(span, want_sumsq, begin, end);
+  });
+  return total;
+}
+
+}  // namespace
+
+extern const KernelTable kKernels;
+const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, scale, reduce};
+
+}  // namespace PYZERO_ISA
+}  // namespace pyzero

@@ -1,0 +1,31 @@
+// The per-ISA kernels: straight loops over [begin, end), no threads, no standard library.
+//
+// kernels.cpp is compiled once per ISA into a namespace of its own. It must not instantiate any template of the
+// standard library: the linker would keep one copy for all ISAs, and an old processor could then run a new one's.
+#pragma once
+
+#include "args.h"
+#include "math/unscale.h"
+
+namespace pyzero {
+
+struct ReduceSpan {
+  float* shard;
+  const void* const* slices;
+  int num_slices;
+  DType dtype;
+  float scale;
+  bool accumulate;
+};
+
+struct KernelTable {
+  const char* name;
+  // The elements [begin, end), which share the constants.
+  void (*adam)(const AdamArgs& args, const AdamConstants& constants, float grad_scale, int64_t begin, int64_t end);
+  // dst[begin, end) = round(factor * src[begin, end)); dst may be src, or have no data: then the pass only reads.
+  // Returns the sum of squares of what was stored where wanted: not finite exactly where some value was not.
+  double (*scale)(const Buffer& dst, const Buffer& src, float factor, bool want_sumsq, int64_t begin, int64_t end);
+  double (*reduce)(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end);
+};
+
+}  // namespace pyzero

@@ -1,0 +1,20 @@
+// The CPU launchers: choose the ISA, cut the work into chunks, run them on num_threads threads.
+#pragma once
+
+#include "args.h"
+
+namespace pyzero {
+namespace cpu {
+
+void adam(const AdamArgs& args, int num_threads);
+void unscale(const UnscaleArgs& args, int num_threads);
+void pack(const PackArgs& args, int num_threads);
+void reduce_scatter(const ReduceScatterArgs& args, int num_threads);
+
+// The ISAs that were built and that this processor runs, best first.
+std::vector<const char*> isas();
+// For tests: use this ISA from now on. False where it was not built or does not run here.
+bool use_isa(const char* name);
+
+}  // namespace cpu
+}  // namespace pyzero
