@@ -1,0 +1,38 @@
+"""The fused ops. Importing this compiles nothing; an op's backend is loaded when it is first called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "ops":
+    raise ImportError("got `import ops`, wanted `import pyzero.ops`; run from, or install, the folder that holds pyzero/")
+
+if TYPE_CHECKING:
+    from .adam import adam_ as adam_
+    from .loss_scale import loss_scale_update_ as loss_scale_update_
+    from .pack import pack_ as pack_
+    from .reduce_scatter import reduce_scatter_ as reduce_scatter_
+    from .unscale import unscale_ as unscale_
+
+__all__ = ["adam_", "loss_scale_update_", "pack_", "reduce_scatter_", "unscale_"]
+
+_MODULES = {
+    "adam_": "adam",
+    "loss_scale_update_": "loss_scale",
+    "pack_": "pack",
+    "reduce_scatter_": "reduce_scatter",
+    "unscale_": "unscale",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,249 @@
+"""How the native modules are built: sources, flags, hash, commands. Read by setup.py and by jit.py, so they cannot drift.
+
+Stdlib only, and free of imports from the package: setup.py loads this file by its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+# Beside this folder in a checkout and in an installed package alike.
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+DEFAULT_CUDA_ARCHS = ("80", "90", "100")
+MAX_OUTPUT_LINES = 60
+
+# No -march=native: a wheel runs on other machines. Contraction off: an fma would change the bits. Without
+# -fno-math-errno sqrtf is not vectorised.
+_HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+_CXX_FLAGS = ("-O3", "-std=c++17", *_HOST_FLAGS)
+_NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler", ",".join(_HOST_FLAGS))
+_X86_ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+}
+
+
+class CompileError(RuntimeError):
+    """A compiler's failure: the command and the first lines of what it said."""
+
+    def __init__(self, command: Sequence[str], output: str) -> None:
+        self.command = shlex.join(command)
+        self.output = "\n".join(output.strip().splitlines()[:MAX_OUTPUT_LINES])
+        super().__init__(f"{self.command}\n{self.output}")
+
+
+class ToolchainError(RuntimeError):
+    """Something that a build needs is not on this machine; the message says what, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation of one source."""
+
+    source: str  # relative to Spec.root
+    flags: tuple[str, ...] = ()
+    tag: str = ""  # tells apart several compilations of one source
+    stamped: bool = False  # gets the hashes as macros
+
+    @property
+    def object_name(self) -> str:
+        """The object file's name within the build folder."""
+        return "-".join(filter(None, (self.source.replace("/", "-"), self.tag))) + ".o"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One extension module: what it is made of and what makes it."""
+
+    name: str  # as in PyInit_<name>
+    root: Path  # the sources' folder
+    units: tuple[Unit, ...]
+    compiler: tuple[str, ...]
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...] = ("-shared", "-pthread")
+    includes: tuple[str, ...] = ()  # left out of the hash: the same headers lie elsewhere in another environment
+    fingerprint: str = ""  # versions of the compiler, of Python's ABI and of pybind11
+
+    def source_hash(self) -> str:
+        """Hash of the names and contents of all sources and headers."""
+        return source_hash(self.root, (unit.source for unit in self.units))
+
+    def build_hash(self) -> str:
+        """Hash of the sources and of everything else that shapes the module."""
+        units = [(unit.source, unit.flags, unit.tag, unit.stamped) for unit in self.units]
+        what = (self.name, self.source_hash(), units, self.flags, self.link_flags, self.fingerprint)
+        return _digest([repr(what).encode()])
+
+    def compile_commands(self, build_dir: Path) -> list[list[str]]:
+        """One command per object; the last compiles the stamp that read_stamp() finds."""
+        hashes = {"PYZERO_SOURCE_HASH": self.source_hash(), "PYZERO_BUILD_HASH": self.build_hash()}
+        stamp_flags = [f'-D{key}="{value}"' for key, value in hashes.items()]
+        common = [*self.compiler, *self.flags, f"-I{self.root}", *(f"-I{folder}" for folder in self.includes)]
+        commands = []
+        for unit in self.units:
+            flags = [*unit.flags, *(stamp_flags if unit.stamped else ())]
+            source = str(self.root / unit.source)
+            commands.append([*common, *flags, "-c", source, "-o", str(build_dir / unit.object_name)])
+        stamp = ["-c", str(build_dir / "stamp.cpp"), "-o", str(build_dir / "stamp.o")]
+        return [*commands, [*self.compiler, *self.flags, *stamp]]
+
+    def link_command(self, build_dir: Path, output: Path) -> list[str]:
+        """The command that makes the module from the objects."""
+        objects = [str(build_dir / name) for name in (*(unit.object_name for unit in self.units), "stamp.o")]
+        return [*self.compiler, *self.link_flags, *objects, "-o", str(output)]
+
+    def build(self, build_dir: Path, output: Path) -> None:
+        """Compile and link, with as many compilers at once as there are CPUs. Raises CompileError."""
+        build_dir.mkdir(parents=True, exist_ok=True)
+        text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:"
+        declared = 'extern "C" { extern const char pyzero_stamp[]; const char pyzero_stamp[] = "%s"; }\n'
+        (build_dir / "stamp.cpp").write_text(declared % text)
+        with ThreadPoolExecutor(num_cpus()) as pool:
+            list(pool.map(_execute, self.compile_commands(build_dir)))
+        _execute(self.link_command(build_dir, output))
+
+
+def source_hash(root: Path, sources: Iterable[str]) -> str:
+    """Hash of the named sources and of all headers below root."""
+    headers = (str(path.relative_to(root)) for pattern in ("*.h", "*.cuh") for path in root.rglob(pattern))
+    names = sorted({*sources, *headers})
+    return _digest(part for name in names for part in (name.encode(), (root / name).read_bytes()))
+
+
+def read_stamp(module: Path) -> tuple[str, str] | None:
+    """(source hash, build hash) of a built module, read from its bytes without loading it."""
+    found = re.search(rb"pyzero-stamp:([0-9a-f]+):([0-9a-f]+):", module.read_bytes())
+    return (found[1].decode(), found[2].decode()) if found else None
+
+
+def cpu_sources(root: Path = CSRC) -> list[str]:
+    """The CPU module's sources, relative to root."""
+    return [*(f"cpu/{path.name}" for path in sorted((root / "cpu").glob("*.cpp"))), "bind_cpu.cpp"]
+
+
+def cuda_sources(root: Path = CSRC) -> list[str]:
+    """The CUDA module's sources, relative to root."""
+    return [*(f"cuda/{path.name}" for path in sorted((root / "cuda").glob("*.cu"))), "bind_cuda.cpp"]
+
+
+def cpu_spec(cxx: Sequence[str], root: Path = CSRC, machine: str = platform.machine()) -> Spec:
+    """The CPU module: cpu/kernels.cpp once per instruction set, everything else once."""
+    isas = _X86_ISA_FLAGS if machine.lower() in ("x86_64", "amd64") else {"baseline": ()}
+    have = tuple(f"-DPYZERO_HAVE_{isa.upper()}" for isa in isas if isa != "baseline")
+    units = []
+    for source in cpu_sources(root):
+        if source == "cpu/kernels.cpp":
+            units += [Unit(source, (f"-DPYZERO_ISA={isa}", *flags), tag=isa) for isa, flags in isas.items()]
+        else:
+            units.append(Unit(source, have, stamped=source.startswith("bind_")))
+    link = ("-shared", "-pthread", *_macos_link_flags())
+    print_as = _fingerprint(cxx)
+    return Spec("_native_cpu", root, tuple(units), tuple(cxx), _CXX_FLAGS, link, python_includes(), print_as)
+
+
+def cuda_spec(nvcc: Sequence[str], archs: Sequence[str] = (), root: Path = CSRC) -> Spec:
+    """The CUDA module for the named architectures, with PTX of the highest for later ones."""
+    archs = sorted(archs, key=_arch_number) or default_cuda_archs(nvcc)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    units = [Unit(source, stamped=source.startswith("bind_")) for source in cuda_sources(root)]
+    flags = (*_NVCC_FLAGS, *targets)
+    link = ("-shared", "-cudart=static", *targets)
+    return Spec("_native_cuda", root, tuple(units), tuple(nvcc), flags, link, python_includes(), _fingerprint(nvcc))
+
+
+def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:
+    """Those of DEFAULT_CUDA_ARCHS that this nvcc knows."""
+    known = _output([*nvcc, "--list-gpu-code"]).split()
+    archs = [arch for arch in DEFAULT_CUDA_ARCHS if f"sm_{arch}" in known]
+    if not archs:
+        raise ToolchainError(f"{nvcc[0]} builds for none of {DEFAULT_CUDA_ARCHS}; set PYZERO_CUDA_ARCHS")
+    return archs
+
+
+def find_cxx(asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """The C++ compiler's command: `asked` ($CXX), c++, g++ or clang++. Raises ToolchainError."""
+    for command in ([tuple(asked)] if asked else [("c++",), ("g++",), ("clang++",)]):
+        if os.name == "posix" and shutil.which(command[0]):
+            return command
+    tried = shlex.join(asked) if asked else "c++, g++ and clang++"
+    raise ToolchainError(f"no C++ compiler ({tried} not found); install g++ or clang++, or set CXX")
+
+
+def find_nvcc(cuda_home: str | None = None) -> tuple[str, ...]:
+    """nvcc's command: in `cuda_home`, else on PATH, else in /usr/local/cuda. Raises ToolchainError."""
+    folders = [str(Path(cuda_home, "bin"))] if cuda_home else [None, "/usr/local/cuda/bin"]
+    for folder in folders:
+        if found := shutil.which("nvcc", path=folder):
+            return (found,)
+    tried = folders[0] if cuda_home else "PATH and /usr/local/cuda/bin"
+    raise ToolchainError(f"no nvcc (looked in {tried}); install the CUDA toolkit, or set CUDA_HOME")
+
+
+def python_includes() -> tuple[str, ...]:
+    """Folders of Python's and pybind11's headers. Raises ToolchainError."""
+    folders = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        raise ToolchainError(f"no Python.h in {', '.join(folders)}; install Python's headers (python3-dev)")
+    pybind11 = importlib.util.find_spec("pybind11")
+    if pybind11 is None or pybind11.origin is None:
+        raise ToolchainError("no pybind11 headers; pip install pybind11")
+    return (*folders, str(Path(pybind11.origin).parent / "include"))
+
+
+def compiler_version(compiler: Sequence[str]) -> str:
+    """What the compiler says of itself."""
+    return _output([*compiler, "--version"]).strip()
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fingerprint(compiler: Sequence[str]) -> str:
+    pybind11 = Path(python_includes()[-1], "pybind11", "detail", "common.h").read_bytes()
+    machine = f"{platform.system()} {platform.machine()} {EXT_SUFFIX}"
+    return f"{compiler_version(compiler)}\n{machine}\npybind11 {_digest([pybind11])}"
+
+
+def _macos_link_flags() -> tuple[str, ...]:
+    return ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
+
+
+def _arch_number(arch: str) -> int:
+    return int(arch.rstrip("af"))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"%d:" % len(part) + part)  # lengths keep ("ab", "c") and ("a", "bc") apart
+    return digest.hexdigest()[:16]
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ToolchainError(f"{shlex.join(command)} failed: {error}") from error
+
+
+def _execute(command: Sequence[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0:
+        raise CompileError(command, done.stdout or f"exit status {done.returncode}")

@@ -1,0 +1,94 @@
+"""The only reader of the environment. Stdlib only: setup.py loads this file by its path, without the package."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+# README's table holds the same rows; tests/test_packaging.py compares the two.
+VARIABLES = {
+    "PYZERO_BUILD": "what `pip install` builds ahead of time: `auto` (default), `none`, `cpu`, `cuda` or `all`",
+    "PYZERO_CUDA_ARCHS": "CUDA architectures to build for, as in `80;90`; default 80, 90, 100 (pip) or the present GPU (JIT)",
+    "PYZERO_CACHE_DIR": "where kernels built at first use are kept; default `~/.cache/pyzero`",
+    "PYZERO_JIT": "`0` never builds kernels at first use",
+    "PYZERO_BACKEND": 'what `backend="auto"` means: `auto` (default), `cuda`, `cpu`, `triton` or `reference`',
+    "PYZERO_REQUIRE": "for tests: a list as in `cuda,triton` of backends whose tests must not skip",
+    "PYZERO_NUM_THREADS": "threads of the CPU kernels; default: torch's number of threads",
+}
+
+BUILD_CHOICES = ("auto", "none", "cpu", "cuda", "all")
+BACKEND_CHOICES = ("auto", "cuda", "cpu", "triton", "reference")
+
+
+def _choice(name: str, choices: tuple[str, ...]) -> str:
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise ValueError(f"got {name}={value}, wanted one of {', '.join(choices)}; correct it or unset it")
+    return value
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(os.environ.get(name, "").replace(";", " ").replace(",", " ").split())
+
+
+def build() -> str:
+    """What setup.py builds: one of BUILD_CHOICES."""
+    return _choice("PYZERO_BUILD", BUILD_CHOICES)
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """Architectures asked for, as in ("80", "90"); empty where unset."""
+    archs = tuple(arch.removeprefix("sm_").replace(".", "") for arch in _words("PYZERO_CUDA_ARCHS"))
+    for arch in archs:
+        if not arch[:-1].isdigit():  # 90a is one too
+            raise ValueError(f"got {arch!r} in PYZERO_CUDA_ARCHS, wanted numbers as in 80;90; correct it or unset it")
+    return archs
+
+
+def cache_dir() -> Path:
+    """Where modules built at first use are kept."""
+    if asked := os.environ.get("PYZERO_CACHE_DIR"):
+        return Path(asked).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "pyzero"
+
+
+def jit_enabled() -> bool:
+    """False where PYZERO_JIT=0."""
+    return _choice("PYZERO_JIT", ("1", "0")) == "1"
+
+
+def default_backend() -> str:
+    """What backend="auto" stands for: one of BACKEND_CHOICES."""
+    return _choice("PYZERO_BACKEND", BACKEND_CHOICES)
+
+
+def required() -> tuple[str, ...]:
+    """Backends whose tests must not skip."""
+    return _words("PYZERO_REQUIRE")
+
+
+def num_threads() -> int | None:
+    """Threads for the CPU kernels, or None to follow torch."""
+    value = os.environ.get("PYZERO_NUM_THREADS")
+    if not value:
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"got PYZERO_NUM_THREADS={value}, wanted a number from 1; correct it or unset it")
+    return int(value)
+
+
+def cxx() -> tuple[str, ...]:
+    """The C++ compiler asked for by $CXX, split into words; empty where unset."""
+    return tuple(shlex.split(os.environ.get("CXX", "")))
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit asked for by $CUDA_HOME or $CUDA_PATH."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
+
+
+def triton_interpreted() -> bool:
+    """True where Triton's kernels run in its interpreter (triton's own variable)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -1,0 +1,160 @@
+"""Builds a native module at first use: once per machine, however many processes ask, and never half."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from . import build_spec, env
+from .build_spec import CompileError, Spec, ToolchainError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: without a lock several processes may compile, and the last rename wins
+    fcntl = None  # type: ignore[assignment]
+
+Kind = Literal["cpu", "cuda"]
+_SECONDS = {"cpu": 15, "cuda": 30}  # to tell the user what to expect: 2 cores, one CUDA architecture
+
+log = logging.getLogger("pyzero")
+
+
+class JitError(RuntimeError):
+    """Kernels could not be built at first use; the message has the reason or the compiler's output, and the remedy."""
+
+
+def make_spec(kind: Kind) -> Spec:
+    """The spec for this machine. Raises ToolchainError where something is missing."""
+    if kind == "cpu":
+        return build_spec.cpu_spec(build_spec.find_cxx(env.cxx()))
+    nvcc = build_spec.find_nvcc(env.cuda_home())
+    return build_spec.cuda_spec(nvcc, env.cuda_archs() or present_cuda_archs())
+
+
+def present_cuda_archs() -> tuple[str, ...]:
+    """Architectures of the visible GPUs, as in ("90",). Raises ToolchainError where there is none."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise ToolchainError("no NVIDIA GPU that this torch can use; set PYZERO_CUDA_ARCHS to build without one")
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return tuple(f"{major}{minor}" for major, minor in sorted(capabilities))
+
+
+def unavailable_reason(kind: Kind) -> str | None:
+    """Why load() cannot even try, or None. Builds nothing."""
+    if not env.jit_enabled():
+        return "building at first use is switched off by PYZERO_JIT=0"
+    try:
+        make_spec(kind)
+    except (ToolchainError, FileNotFoundError) as error:
+        return str(error)
+    return None
+
+
+def load(kind: Kind) -> ModuleType:
+    """The module for this machine, built now if no process of this user has built it yet. Raises JitError."""
+    if reason := unavailable_reason(kind):
+        raise JitError(f"cannot build the {kind} kernels: {reason}")
+    spec = make_spec(kind)
+    return import_file(spec.name, build(spec, _SECONDS[kind]))
+
+
+def import_file(name: str, path: Path) -> ModuleType:
+    """Import the extension module pyzero.<name> from a file of any name. Raises JitError."""
+    found = importlib.util.spec_from_file_location(f"pyzero.{name}", path)
+    assert found is not None and found.loader is not None
+    try:
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+    except ImportError as error:
+        raise JitError(f"cannot import {path}: {error}; remove the file to have it built again") from error
+    sys.modules[f"pyzero.{name}"] = module
+    return module
+
+
+def module_path(spec: Spec, folder: Path) -> Path:
+    """Where the module lies within a cache folder."""
+    return folder / f"{spec.name}-{spec.build_hash()}{build_spec.EXT_SUFFIX}"
+
+
+def build(spec: Spec, seconds: int = 0) -> Path:
+    """Path of the built module. Compiles at most once per cache folder; raises JitError with the compiler's output."""
+    module = module_path(spec, env.cache_dir())
+    if module.exists():  # a read-only cache that somebody else has filled will do
+        return module
+    module = module_path(spec, _writable_folder())
+    with _locked(module.with_suffix(".lock")):
+        if module.exists():  # another process was faster
+            return module
+        for leftover in module.parent.glob(f"{module.stem}.*.build"):  # of builds that were killed: we hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        log.warning("building %s with %s, once; about %d s", spec.name, spec.compiler[0], seconds)
+        _build_into(spec, module)
+    return module
+
+
+def _build_into(spec: Spec, module: Path) -> None:
+    folder = tempfile.mkdtemp(prefix=f"{module.stem}.", suffix=".build", dir=module.parent)
+    try:
+        unfinished = Path(folder, module.name)
+        spec.build(Path(folder), unfinished)
+        _fsync(unfinished)  # else a power cut could leave an empty file under the final name
+        unfinished.replace(module)
+    except CompileError as error:
+        raise JitError(
+            f"building {spec.name} failed:\n{error}\n"
+            'Remedy: try another compiler (CXX, CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel takes back when its holder dies."""
+    with path.open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another process to build %s", path.stem)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _writable_folder() -> Path:
+    """The cache folder, or one in the temporary directory where the cache cannot be written."""
+    wanted = env.cache_dir()
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError as error:
+        folder = _temporary_folder()
+        log.warning("cannot write to %s (%s): building in %s; set PYZERO_CACHE_DIR", wanted, error, folder)
+        return folder
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.gettempdir(), f"pyzero-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="pyzero-"))  # the name is somebody else's: never load code from there

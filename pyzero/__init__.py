@@ -1,0 +1,43 @@
+"""ZeRO in PyTorch on fused kernels: FusedZeroAdam, FusedZeroAdamW, and initialize() for DeepSpeed's scripts."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import initialize as initialize
+    from .optimizer import FusedZeroAdam as FusedZeroAdam
+    from .optimizer import FusedZeroAdamW as FusedZeroAdamW
+    from .scaler import LossScale as LossScale
+
+__version__ = "0.1.0"
+__all__ = ["FusedZeroAdam", "FusedZeroAdamW", "LossScale", "initialize"]
+
+# In a checkout pyzero.ops is the folder ops/ beside this one.
+_root = pathlib.Path(__file__).resolve().parent.parent
+if not pathlib.Path(__file__).with_name("ops").is_dir() and (_root / "ops" / "build_spec.py").is_file():
+    __path__.append(str(_root))
+
+# Imported on first use: `import pyzero` costs next to nothing.
+_MODULES = {
+    "FusedZeroAdam": "optimizer",
+    "FusedZeroAdamW": "optimizer",
+    "LossScale": "scaler",
+    "initialize": "engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("pyzero.ops")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
