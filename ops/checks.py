@@ -1,0 +1,101 @@
+"""What every op checks at the door: got, wanted, remedy, before anything is written."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Scalar: TypeAlias = float | Tensor  # a number, or a 0-D tensor on the same device
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_DTYPE_SET = frozenset(FLOAT_DTYPES)
+
+
+def check_flat(name: str, tensor: Tensor, *, numel: int | None = None) -> None:
+    """A 1-D contiguous tensor, of `numel` elements where that is given."""
+    if tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"expected {name} to be a contiguous 1-D tensor, got shape {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}; pass {name}.view(-1) of a contiguous tensor"
+        )
+    if numel is not None and tensor.numel() != numel:
+        raise ValueError(
+            f"expected {name} to have {numel} elements like the first argument, got {tensor.numel()}; "
+            f"pass slices of equal length"
+        )
+
+
+def check_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], remedy: str) -> None:
+    """One of the wanted dtypes."""
+    if tensor.dtype not in wanted:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"expected {name} in {names}, got {got}; {remedy}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """The device that the op runs on."""
+    if tensor.device != device:
+        raise ValueError(
+            f"expected {name} on {device}, got {tensor.device}; move it with {name}.to({str(device)!r})"
+        )
+
+
+def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
+    """A list of contiguous fp32, bf16 or fp16 tensors on one device."""
+    for index, tensor in enumerate(tensors):
+        if tensor.dtype in _FLOAT_DTYPE_SET and tensor.is_contiguous() and tensor.device == device:
+            continue
+        label = f"{name}[{index}]"
+        check_dtype(label, tensor, FLOAT_DTYPES, "convert it with .float()")
+        check_device(label, tensor, device)
+        raise ValueError(
+            f"expected {label} to be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}; "
+            f"pass a contiguous copy, or its elements in memory order as a 1-D view"
+        )
+
+
+def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
+    """A python number as float; a tensor as a 0-D fp32 tensor on `device`, with no host read."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    check_device(name, value, device)
+    if value.numel() != 1:
+        raise ValueError(
+            f"expected {name} as a number or a tensor of one element, got shape {tuple(value.shape)}; "
+            f"pass one value for all elements"
+        )
+    return value.detach().reshape(()).to(torch.float32)
+
+
+def check_report(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
+    """The two places where a pass over gradients reports."""
+    if found_inf is not None:
+        check_one("found_inf", found_inf, (torch.float32,), device)
+    if sumsq is not None:
+        check_one("sumsq", sumsq, (torch.float32, torch.float64), device)
+
+
+def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    """A tensor of one element."""
+    check_dtype(name, tensor, dtypes, "make it with torch.zeros(1)")
+    check_device(name, tensor, device)
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"expected {name} to have 1 element, got shape {tuple(tensor.shape)}; make it with torch.zeros(1)"
+        )
+
+
+def check_disjoint(named: Iterable[tuple[str, Tensor]]) -> None:
+    """No two of them share memory."""
+    spans = sorted(
+        (start, start + tensor.numel() * tensor.element_size(), name)
+        for name, tensor in named
+        if tensor.numel() and (start := tensor.data_ptr())
+    )
+    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(
+                f"expected {first} and {second} not to overlap, got memory that they share; "
+                f"pass each tensor once, or a clone"
+            )

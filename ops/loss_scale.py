@@ -1,0 +1,80 @@
+"""loss_scale_update_: the loss-scale state machine, one step, on the device."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyzero.ops import registry
+from pyzero.ops.checks import check_device, check_dtype, check_flat, check_one
+
+STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
+
+
+@dataclass(frozen=True)
+class LossScalePolicy:
+    """When the scale grows and when it backs off; the names are torch.amp.GradScaler's where it has them."""
+
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    min_scale: float = 0.0
+    max_scale: float = math.inf
+    hysteresis: int = 1
+    consecutive_hysteresis: bool = False
+
+
+def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str) -> Tensor:
+    """A fresh (5,) fp32 state: scale, growth tracker, hysteresis left, skipped steps, skips in a row."""
+    return torch.tensor([init_scale, 0.0, float(hysteresis), 0.0, 0.0], dtype=torch.float32, device=device)
+
+
+def loss_scale_update_(
+    state: Tensor,
+    found_inf: Tensor,
+    *,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 2000,
+    min_scale: float = 0.0,
+    max_scale: float = math.inf,
+    hysteresis: int = 1,
+    consecutive_hysteresis: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Advance the loss scale by one step in place, with no host read.
+
+    The rule is torch.amp.GradScaler's: after an overflow the scale is multiplied by `backoff_factor`; after
+    `growth_interval` clean steps in a row by `growth_factor`. With `hysteresis` h the first h - 1 overflows since the
+    scale last grew (with `consecutive_hysteresis`: since the last clean step) leave it alone.
+
+    Args:
+        state: (5,) fp32, see `loss_scale_state`.
+        found_inf: 1-element fp32 tensor; not zero: this step overflowed.
+        growth_factor: At a growth step.
+        backoff_factor: At an overflow.
+        growth_interval: Clean steps in a row between growths.
+        min_scale: The scale never falls below it.
+        max_scale: The scale never grows above it.
+        hysteresis: Overflows it takes before the scale falls; 1 as in torch.
+        consecutive_hysteresis: A clean step restores the hysteresis.
+        backend: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        TypeError: A state or flag that is not fp32.
+        ValueError: Shapes or devices that do not fit.
+        BackendUnavailableError: The backend asked for cannot run here.
+    """
+    check_dtype("state", state, (torch.float32,), "make it with loss_scale_state()")
+    check_flat("state", state)
+    if state.numel() != len(STATE_SLOTS):
+        raise ValueError(
+            f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; make it with loss_scale_state()"
+        )
+    check_one("found_inf", found_inf, (torch.float32,), state.device)
+    check_device("found_inf", found_inf, state.device)
+    policy = LossScalePolicy(
+        growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, consecutive_hysteresis
+    )
+    registry.pick("loss_scale_update_", backend, state.device).loss_scale_update_(state, found_inf, policy)

@@ -1,0 +1,62 @@
+"""reduce_scatter_: the arithmetic half of a reduce-scatter, and all that follows it, in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyzero.ops import registry
+from pyzero.ops.checks import (
+    FLOAT_DTYPES,
+    Scalar,
+    as_scalar,
+    check_device,
+    check_disjoint,
+    check_dtype,
+    check_flat,
+    check_report,
+)
+
+
+def reduce_scatter_(
+    shard: Tensor,
+    slices: Sequence[Tensor],
+    *,
+    scale: Scalar = 1.0,
+    accumulate: bool = False,
+    found_inf: Tensor | None = None,
+    sumsq: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """`shard = [shard +] scale * (slices[0] + slices[1] + ...)`, summed in rank order and in fp32.
+
+    Args:
+        shard: (numel,) fp32, this rank's part of the bucket.
+        slices: One (numel,) tensor per rank, all fp32, all bf16 or all fp16, in rank order.
+        scale: 1 / world size, 1 / loss scale, or their product; a number or a 0-D tensor on the same device.
+        accumulate: Add to what the shard holds instead of replacing it.
+        found_inf: 1-element fp32 tensor, set to 1 if the shard then holds an inf or a NaN; or None.
+        sumsq: 1-element fp32 or fp64 tensor, to which the sum of squares of the shard as it then is, is added.
+        backend: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        TypeError: A dtype that is not one of the above, or slices of several.
+        ValueError: No slices, or shapes, devices or memory that do not fit.
+        BackendUnavailableError: The backend asked for cannot run here.
+    """
+    device = shard.device
+    if not slices:
+        raise ValueError("expected one slice per rank, got none; pass [bucket] on a single rank")
+    check_dtype("shard", shard, (torch.float32,), "make the shard in fp32")
+    check_flat("shard", shard)
+    check_dtype("slices[0]", slices[0], FLOAT_DTYPES, "convert it with .float()")
+    for index, piece in enumerate(slices):
+        label = f"slices[{index}]"
+        check_dtype(label, piece, (slices[0].dtype,), "send every rank's slice in one dtype")
+        check_flat(label, piece, numel=shard.numel())
+        check_device(label, piece, device)
+        check_disjoint([("shard", shard), (label, piece)])
+    check_report(found_inf, sumsq, device)
+    scale = as_scalar("scale", scale, device)
+    chosen = registry.pick("reduce_scatter_", backend, device)
+    chosen.reduce_scatter_(shard, slices, scale, accumulate, found_inf, sumsq)

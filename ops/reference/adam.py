@@ -1,0 +1,98 @@
+"""Adam in separate torch operations, each rounded once, in the order that every backend keeps."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyzero.ops.reference.scalars import round_to, scalar
+
+if TYPE_CHECKING:
+    from pyzero.ops.adam import AdamHyper
+
+_MAX_STEP_BITS = 31
+
+
+def adam_(
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    param_out: Tensor | None,
+    hyper: "AdamHyper",
+    lr: float | Tensor,
+    step: float | Tensor,
+    grad_scale: float | Tensor,
+    found_inf: Tensor | None,
+    segment_ids: Tensor | None,
+    active: Tensor | None,
+) -> None:
+    """See `pyzero.ops.adam_`."""
+    dtype = master.dtype
+    step_size, inv_sqrt_bc2, decay = _constants(hyper, lr, step, dtype)
+    keep = torch.zeros((), dtype=torch.bool, device=master.device) if found_inf is None else found_inf.reshape(()) != 0
+    if segment_ids is not None:
+        of_element = segment_ids.long().repeat_interleave(64)[: master.numel()]
+        step_size, inv_sqrt_bc2, decay = (x[of_element] for x in (step_size, inv_sqrt_bc2, decay))  # type: ignore[index]
+        if active is not None:
+            keep = keep | (active[of_element] == 0)
+
+    g = grad.to(dtype) * scalar(grad_scale, dtype)
+    if hyper.maximize:
+        g = -g
+    p = master
+    if hyper.weight_decay != 0 and not hyper.decoupled_weight_decay:
+        g = g + round_to(hyper.weight_decay, dtype) * p
+    else:
+        p = p * decay
+    m = exp_avg + (g - exp_avg) * round_to(1.0 - hyper.beta1, dtype)
+    v = exp_avg_sq * round_to(hyper.beta2, dtype) + (round_to(1.0 - hyper.beta2, dtype) * g) * g
+    denominator = v.sqrt() * inv_sqrt_bc2 + round_to(hyper.eps, dtype)
+    p = p - (step_size * m) / denominator
+
+    for old, new in ((master, p), (exp_avg, m), (exp_avg_sq, v)):
+        old.copy_(torch.where(keep, old, new))
+    if param_out is not None:
+        param_out.copy_(torch.where(keep, param_out, master.to(param_out.dtype)))
+
+
+def _constants(
+    hyper: "AdamHyper", lr: float | Tensor, step: float | Tensor, dtype: torch.dtype
+) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+    """Step size, 1 / sqrt(bias correction 2) and decay factor: in fp64, rounded once at the end."""
+    decoupled = hyper.decoupled_weight_decay and hyper.weight_decay != 0
+    if isinstance(lr, Tensor):
+        lr = lr.double()
+    if isinstance(step, Tensor):
+        bc1 = 1.0 - _pow_tensor(hyper.beta1, step)
+        bc2 = 1.0 - _pow_tensor(hyper.beta2, step)
+        inv_sqrt_bc2: float | Tensor = 1.0 / bc2.sqrt()
+        step_size: float | Tensor = lr / bc1
+    else:
+        step_size = lr / (1.0 - _pow_number(hyper.beta1, int(step)))
+        inv_sqrt_bc2 = 1.0 / math.sqrt(1.0 - _pow_number(hyper.beta2, int(step)))
+    decay: float | Tensor = 1.0 - lr * hyper.weight_decay if decoupled else 1.0
+    if isinstance(step, Tensor) and step.dim() == 1:
+        decay = torch.as_tensor(decay, dtype=torch.float64, device=step.device).expand_as(step)
+    return scalar(step_size, dtype), scalar(inv_sqrt_bc2, dtype), scalar(decay, dtype)
+
+
+def _pow_number(base: float, exponent: int) -> float:
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def _pow_tensor(base: float, exponent: Tensor) -> Tensor:
+    """The same products in the same order, for exponents that stay on their device."""
+    bits = exponent.to(torch.int64)
+    result = torch.ones_like(exponent, dtype=torch.float64)
+    for bit in range(_MAX_STEP_BITS):
+        result = torch.where((bits >> bit) & 1 == 1, result * base, result)
+        base *= base
+    return result

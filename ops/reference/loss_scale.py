@@ -1,0 +1,36 @@
+"""The loss-scale state machine in torch operations that select instead of branching: no host read."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyzero.ops.loss_scale import LossScalePolicy
+
+
+def loss_scale_update_(state: Tensor, found_inf: Tensor, policy: "LossScalePolicy") -> None:
+    """See `pyzero.ops.loss_scale_update_`."""
+    scale, growth, left, skipped, consecutive = state.unbind()
+    overflow = found_inf.reshape(()) != 0
+
+    left_after_overflow = left - 1
+    lower = (scale * policy.backoff_factor).clamp(min=policy.min_scale)
+    scale_after_overflow = torch.where(left_after_overflow <= 0, lower, scale)
+
+    grows = growth + 1 >= policy.growth_interval
+    higher = scale * policy.growth_factor
+    grown = torch.where(torch.isfinite(higher), higher.clamp(max=policy.max_scale), scale)
+    full = torch.full_like(left, float(policy.hysteresis))
+    left_after_clean = full if policy.consecutive_hysteresis else torch.where(grows, full, left)
+
+    new = torch.stack(
+        [
+            torch.where(overflow, scale_after_overflow, torch.where(grows, grown, scale)),
+            torch.where(overflow | grows, torch.zeros_like(growth), growth + 1),
+            torch.where(overflow, left_after_overflow, left_after_clean),
+            torch.where(overflow, skipped + 1, skipped),
+            torch.where(overflow, consecutive + 1, torch.zeros_like(consecutive)),
+        ]
+    )
+    state.copy_(new)

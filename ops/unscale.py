@@ -1,0 +1,45 @@
+"""unscale_: multiply a list of gradients in place, check them, and add up their squares, in one pass."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pyzero.ops import registry
+from pyzero.ops.checks import Scalar, as_scalar, check_disjoint, check_gradients, check_report
+
+
+def unscale_(
+    tensors: Sequence[Tensor],
+    inv_scale: Scalar,
+    *,
+    found_inf: Tensor | None,
+    sumsq: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Multiply every tensor by `inv_scale` in place; one launch for the whole list.
+
+    With the number 1.0 the pass only reads: a check and a norm at half the bytes.
+
+    Args:
+        tensors: Contiguous fp32, bf16 or fp16 tensors of any shape on one device. May be empty.
+        inv_scale: 1 / loss scale, a number or a 0-D tensor on the same device.
+        found_inf: 1-element fp32 tensor, set to 1 if a stored value is inf or NaN, and never cleared; or None.
+        sumsq: 1-element fp32 or fp64 tensor, to which the sum of squares of the stored values is added. The sum is
+            taken in fp64, in one order, so it is the same from run to run.
+        backend: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        TypeError: A dtype that is not one of the above.
+        ValueError: A tensor that is not contiguous, lies on another device, or overlaps another.
+        BackendUnavailableError: The backend asked for cannot run here.
+    """
+    if not tensors:
+        return
+    device = tensors[0].device
+    check_gradients("tensors", tensors, device)
+    check_report(found_inf, sumsq, device)
+    reads_only = not isinstance(inv_scale, Tensor) and inv_scale == 1.0
+    if not reads_only:
+        check_disjoint((f"tensors[{index}]", tensor) for index, tensor in enumerate(tensors))
+    inv_scale = as_scalar("inv_scale", inv_scale, device)
+    registry.pick("unscale_", backend, device).unscale_(tensors, inv_scale, found_inf, sumsq)
