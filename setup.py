@@ -1,0 +1,95 @@
+"""Builds the native modules ahead of time, with the commands of ops/build_spec.py. The rest is in pyproject.toml.
+
+PYZERO_BUILD chooses: auto (default: what this machine has the compilers for), none, cpu, cuda, all.
+"""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+
+
+def load(name):
+    """Load ops/<name>.py by its path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location(f"pyzero_setup_{name}", HERE / "ops" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+env = load("env")
+build_spec = load("build_spec")
+
+
+def cpu_spec():
+    """Spec of the C++ module. Raises ToolchainError."""
+    return build_spec.cpu_spec(build_spec.find_cxx(env.cxx()))
+
+
+def cuda_spec():
+    """Spec of the CUDA module. Raises ToolchainError."""
+    return build_spec.cuda_spec(build_spec.find_nvcc(env.cuda_home()), env.cuda_archs())
+
+
+def chosen_specs():
+    """Specs to build. A missing compiler is an error where its module was asked for, else a notice."""
+    makers = {"cpu": cpu_spec, "cuda": cuda_spec}
+    asked = env.build()
+    wanted = {"none": (), "cpu": ("cpu",), "cuda": ("cuda",)}.get(asked, ("cpu", "cuda"))
+    specs = []
+    for kind in wanted:
+        try:
+            specs.append(makers[kind]())
+        except build_spec.ToolchainError as error:
+            if asked != "auto":
+                raise SystemExit(f"PYZERO_BUILD={asked}: cannot build the {kind} kernels: {error}") from error
+            print(f"pyzero: not building the {kind} kernels ahead of time: {error}", file=sys.stderr)
+    return specs
+
+
+class Build(build):
+    """Starts from an empty folder: a module deleted since the last build must not be shipped."""
+
+    def run(self):
+        """Build everything anew."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildExt(build_ext):
+    """Runs the spec's own commands in place of setuptools'."""
+
+    def build_extension(self, ext):
+        """Compile one native module to where setuptools wants it."""
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            ext.spec.build(Path(self.build_temp).absolute() / ext.spec.name, output)
+        except build_spec.CompileError as error:
+            raise SystemExit(f"{error}\nRemedy: PYZERO_BUILD=none installs without kernels built ahead of time.") from error
+
+
+def extension(spec):
+    """An Extension that carries its spec."""
+    ext = Extension(f"pyzero.{spec.name}", sources=[])
+    ext.spec = spec
+    return ext
+
+
+def packages(name, folder):
+    """`name` and the packages below it, which lie in `folder`."""
+    return [name, *(f"{name}.{found}" for found in find_packages(folder))]
+
+
+setup(
+    packages=[*packages("pyzero", "pyzero"), *packages("pyzero.ops", "ops"), "pyzero.csrc"],
+    package_dir={"pyzero.ops": "ops", "pyzero.csrc": "csrc"},
+    ext_modules=[extension(spec) for spec in chosen_specs()],
+    cmdclass={"build": Build, "build_ext": BuildExt},
+)
