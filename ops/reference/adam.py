@@ -48,13 +48,18 @@ def adam_(
         p = p * decay
     m = exp_avg + (g - exp_avg) * round_to(1.0 - hyper.beta1, dtype)
     v = exp_avg_sq * round_to(hyper.beta2, dtype) + (round_to(1.0 - hyper.beta2, dtype) * g) * g
-    denominator = v.sqrt() * inv_sqrt_bc2 + round_to(hyper.eps, dtype)
+    denominator = _sqrt(v) * inv_sqrt_bc2 + round_to(hyper.eps, dtype)
     p = p - (step_size * m) / denominator
 
     for old, new in ((master, p), (exp_avg, m), (exp_avg_sq, v)):
         old.copy_(torch.where(keep, old, new))
     if param_out is not None:
         param_out.copy_(torch.where(keep, param_out, master.to(param_out.dtype)))
+
+
+def _sqrt(value: Tensor) -> Tensor:
+    """Rounded correctly: torch's own fp32 sqrt on CPUs may be off by one unit (MKL), and fp64's, narrowed, is not."""
+    return value.double().sqrt().to(value.dtype)
 
 
 def _constants(
