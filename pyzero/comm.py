@@ -1,0 +1,128 @@
+"""The only caller of torch.distributed: groups, the two transports of a reduce-scatter, the all-gather of weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames these, and warns of the old names; 2.11 has no new ones.
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Work:
+    """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def wait(self) -> None:
+        """Return when what follows may use the result."""
+        if self._handle is not None:
+            self._handle.wait()
+
+
+@dataclass
+class Exchange:
+    """A reduce-scatter under way: after `work.wait()` the slices are there to be summed, in rank order."""
+
+    work: Work
+    slices: list[Tensor]  # (shard_numel,) each, in the dtype that was sent
+    send: Tensor  # kept until read by all
+
+
+class Group:
+    """The ranks that share one optimizer's state. Without a process group it is one rank and nothing is sent."""
+
+    def __init__(self, process_group: Any = None) -> None:
+        if hasattr(process_group, "get_group"):  # a DeviceMesh of one dimension
+            process_group = process_group.get_group()
+        initialized = dist.is_available() and dist.is_initialized()
+        if process_group is not None and not initialized:
+            raise ValueError(
+                "expected an initialised process group, got a process_group with none; "
+                "call torch.distributed.init_process_group first, or leave it out"
+            )
+        self.handle = (process_group or dist.group.WORLD) if initialized else None
+        self.size: int = dist.get_world_size(self.handle) if initialized else 1
+        self.rank: int = dist.get_rank(self.handle) if initialized else 0
+
+    def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
+        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
+        if self.size == 1:
+            return Work(None)
+        return Work(_all_gather(flat, shard, group=self.handle, async_op=True))
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """(size, k): every rank's (k,) row, in rank order."""
+        if self.size == 1:
+            return row.unsqueeze(0)
+        rows = row.new_empty(self.size * row.numel())
+        _all_gather(rows, row, group=self.handle)
+        return rows.view(self.size, -1)
+
+    def gather_objects(self, value: object) -> list[Any]:
+        """Every rank's small python object, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            dist.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite with the first rank's."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=dist.get_global_rank(self.handle, 0), group=self.handle)
+
+
+class ExactTransport:
+    """All-to-all of the slices; the sum is ours: fp32, in rank order, the same whatever the bucket holds beside it."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def start(self, send: Tensor) -> Exchange:
+        """Send each rank its slice of (size * n,) `send`."""
+        received = torch.empty_like(send)
+        handle = dist.all_to_all_single(received, send, group=self.group.handle, async_op=True)
+        return Exchange(Work(handle), list(received.view(self.group.size, -1).unbind(0)), send)
+
+
+class CollectiveTransport:
+    """The library's own reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def start(self, send: Tensor) -> Exchange:
+        """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
+        received = send.new_empty(send.numel() // self.group.size)
+        handle = _reduce_scatter(received, send, op=dist.ReduceOp.SUM, group=self.group.handle, async_op=True)
+        return Exchange(Work(handle), [received], send)
+
+
+class LocalTransport:
+    """One rank: its bucket is the sum."""
+
+    def start(self, send: Tensor) -> Exchange:
+        """Nothing is sent."""
+        return Exchange(Work(None), [send], send)
+
+
+Transport = ExactTransport | CollectiveTransport | LocalTransport
+_TRANSPORTS: dict[str, Callable[[Group], Transport]] = {"exact": ExactTransport, "collective": CollectiveTransport}
+
+
+def make_transport(name: str, group: Group) -> Transport:
+    """The transport of that name; a single rank needs none."""
+    if name not in _TRANSPORTS:
+        raise ValueError(f"expected transport to be one of {', '.join(_TRANSPORTS)}, got {name!r}; choose one of these")
+    return LocalTransport() if group.size == 1 else _TRANSPORTS[name](group)

@@ -1,0 +1,97 @@
+"""Loss scaling: the policy, and the scale that lives on the device."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from pyzero import ops
+from pyzero.ops.loss_scale import LossScalePolicy, loss_scale_state
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """When a dynamic loss scale grows and backs off. Names and defaults are torch.amp.GradScaler's.
+
+    Attributes:
+        init_scale: The first scale.
+        growth_factor: Multiplies the scale after `growth_interval` clean steps in a row.
+        backoff_factor: Multiplies it after an overflow.
+        growth_interval: Steps.
+        min_scale: The scale never falls below it.
+        max_scale: The scale never grows above it.
+        hysteresis: Overflows it takes before the scale falls; they count since the scale last grew.
+        consecutive_hysteresis: They count since the last clean step instead.
+    """
+
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    min_scale: float = 2.0**-14
+    max_scale: float = math.inf
+    hysteresis: int = 1
+    consecutive_hysteresis: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        wanted = {
+            "init_scale > 0": self.init_scale > 0,
+            "growth_factor >= 1": self.growth_factor >= 1,
+            "0 < backoff_factor <= 1": 0 < self.backoff_factor <= 1,
+            "growth_interval >= 1": self.growth_interval >= 1,
+            "0 < min_scale <= max_scale": 0 < self.min_scale <= self.max_scale,
+            "hysteresis >= 1": self.hysteresis >= 1,
+        }
+        for rule, holds in wanted.items():
+            if not holds:
+                raise ValueError(f"expected {rule}, got {self}; correct that field")
+
+
+def static(scale: float) -> LossScale:
+    """A scale that never changes; steps that overflow are skipped and counted all the same."""
+    return LossScale(scale, growth_factor=1.0, backoff_factor=1.0, min_scale=scale, max_scale=scale)
+
+
+def choose(loss_scale: "str | float | LossScale | None", dtypes: set[torch.dtype]) -> LossScale | None:
+    """What the argument `loss_scale` of FusedZeroAdam means: a policy, or None for no scaling."""
+    if isinstance(loss_scale, LossScale) or loss_scale is None:
+        return loss_scale
+    if loss_scale == "auto":
+        return LossScale() if torch.float16 in dtypes else None
+    if loss_scale == "dynamic":
+        return LossScale()
+    if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+        return static(float(loss_scale))
+    raise ValueError(
+        f'expected loss_scale as "auto", "dynamic", None, a number or a LossScale, got {loss_scale!r}; pass one of these'
+    )
+
+
+class Scaler:
+    """The scale and its counters, on the device. Nothing here reads them back except the properties that say so."""
+
+    def __init__(self, policy: LossScale | None, device: torch.device, backend: str) -> None:
+        self.enabled = policy is not None
+        self.policy = policy or static(1.0)
+        self._backend = backend
+        self._rule = LossScalePolicy(
+            **{k: v for k, v in asdict(self.policy).items() if k != "init_scale"}
+        )
+        self.state = loss_scale_state(self.policy.init_scale, self.policy.hysteresis, device)
+        self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The state was written: follow it."""
+        torch.reciprocal(self.state[0], out=self.inv_scale)
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times the scale."""
+        return loss * self.state[0].to(loss.device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """One step of the state machine; found_inf: (1,) fp32, the same on all ranks."""
+        ops.loss_scale_update_(self.state, found_inf, **asdict(self._rule), backend=self._backend)
+        self.refresh()
