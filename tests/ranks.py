@@ -1,0 +1,71 @@
+"""One pool of four gloo workers, shared by all tests: `ranks.run(3, fn, x)` calls fn(group, x) on three of them."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+NUM_WORKERS = 4
+TIMEOUT_S = 60
+
+
+def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, NUM_WORKERS + 1)}
+    while (job := inbox.get()) is not None:
+        size, fn, args = job
+        try:
+            outbox.put((rank, True, fn(groups[size], *args)))
+        except Exception:  # handed to the test, which fails with it
+            outbox.put((rank, False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """The pool. Functions and arguments are pickled: pass functions of a test module's top level."""
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._dir = tempfile.TemporaryDirectory()
+        self._outbox = context.Queue()
+        self._inboxes = [context.Queue() for _ in range(NUM_WORKERS)]
+        store = os.path.join(self._dir.name, "store")
+        self._processes = [
+            context.Process(target=_serve, args=(rank, store, inbox, self._outbox), daemon=True)
+            for rank, inbox in enumerate(self._inboxes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """[fn(group, *args) of rank 0, of rank 1, ...]; a rank that raises fails the test with its traceback."""
+        if not self._processes:
+            self._start()
+        for inbox in self._inboxes[:size]:
+            inbox.put((size, fn, args))
+        answers = [self._outbox.get(timeout=2 * TIMEOUT_S) for _ in range(size)]
+        failures = [f"rank {rank}:\n{text}" for rank, ok, text in answers if not ok]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
+
+    def stop(self) -> None:
+        """End the workers."""
+        for inbox, process in zip(self._inboxes, self._processes, strict=True) if self._processes else ():
+            inbox.put(None)
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        self._processes = []

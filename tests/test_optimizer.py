@@ -1,0 +1,385 @@
+"""FusedZeroAdam over one to four ranks, against one process of torch."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyzero
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUM_MICRO_BATCHES = 12  # divides by 1, 2, 3 and 4 ranks
+
+
+class Net(nn.Module):
+    """Sizes that pad, an odd embedding, a tied weight, an empty and a 0-D parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 22)
+        self.hidden = nn.Linear(22, 67)
+        self.norm = nn.LayerNorm(67)
+        self.back = nn.Linear(67, 22)
+        self.head = nn.Linear(22, 13, bias=False)
+        self.head.weight = self.embedding.weight
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.zeros(0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, 4) tokens -> (batch, 4, 13) logits."""
+        x = self.embedding(tokens)
+        x = x + self.back(torch.relu(self.norm(self.hidden(x)))) * self.gain
+        return self.head(x) + self.empty.sum()
+
+
+def build(dtype: torch.dtype) -> Net:
+    torch.manual_seed(3)
+    return Net().to(dtype)
+
+
+def micro_batch(step: int, index: int) -> Tensor:
+    return torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(1000 * step + index))
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    logits = model(batch[:, :-1]).float()
+    return nn.functional.cross_entropy(logits.reshape(-1, 13), batch[:, 1:].reshape(-1))
+
+
+def params_of(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def train(group: Any, dtype: torch.dtype, num_steps: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Each rank takes its share of the micro-batches, one backward each; the gradients are means over all of them."""
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, **{"lr": 1e-2, **options})
+    norms = []
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        share = NUM_MICRO_BATCHES // size
+        for index in range(rank * share, (rank + 1) * share):
+            optimizer.backward(loss_of(model, micro_batch(step, index)) / share)
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+    return {"params": params_of(model), "norms": norms, "skipped": optimizer.skipped_steps}
+
+
+def train_torch(dtype: torch.dtype, num_steps: int, max_norm: float | None = None) -> list[Tensor]:
+    model = build(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        for index in range(NUM_MICRO_BATCHES):
+            (loss_of(model, micro_batch(step, index)) / NUM_MICRO_BATCHES).backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+    return params_of(model)
+
+
+def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert torch.equal(a, b), f"parameter {index} differs by {(a.float() - b.float()).abs().max()}"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_fp32_follows_torch_adamw_for_100_steps(ranks, size, stage):
+    results = ranks.run(size, train, torch.float32, 100, {"stage": stage, "max_grad_norm": 0.5})
+    for result in results[1:]:
+        assert_same(results[0]["params"], result["params"])
+    for ours, theirs in zip(results[0]["params"], train_torch(torch.float32, 100, max_norm=0.5), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)  # 100 steps of 1e-2, gradients summed in another order
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overlap": False},
+        {"bucket_cap_mb": 1e-4},
+        {"bucket_cap_mb": 1e-3, "overlap": False},
+        {"bucket_cap_mb": 1e-3},
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_buckets_or_overlap(ranks, dtype, options):
+    plain = ranks.run(3, train, dtype, 6, {})
+    other = ranks.run(3, train, dtype, 6, options)
+    for one, two in zip(plain, other, strict=True):
+        assert_same(one["params"], two["params"])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_collective_transport_agrees_with_exact(ranks, size):
+    exact = ranks.run(size, train, torch.float32, 10, {})
+    collective = ranks.run(size, train, torch.float32, 10, {"transport": "collective"})
+    for ours, theirs in zip(exact[0]["params"], collective[0]["params"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def same_gradients(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
+    """Every rank has the same gradients, whose mean over 2 or 4 ranks is exact."""
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, loss_scale=None, **options)
+    for step in range(20):
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(step, 0)).backward()
+        optimizer.step()
+    return params_of(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sharded_equals_unsharded_bit_for_bit(ranks, dtype):
+    single = ranks.run(1, same_gradients, dtype, {})[0]
+    for size in (2, 4):
+        for stage in (1, 2):
+            for result in ranks.run(size, same_gradients, dtype, {"stage": stage}):
+                assert_same(single, result)
+    for size in (2, 3, 4):  # gradients that are already averaged
+        for result in ranks.run(size, same_gradients, dtype, {"reduce_grads": False}):
+            assert_same(single, result)
+
+
+def with_no_sync(group: Any, dtype: torch.dtype, stage: int, leave_last: bool) -> list[Tensor]:
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
+    share = NUM_MICRO_BATCHES // size
+    for step in range(4):
+        optimizer.zero_grad()
+        with optimizer.no_sync():
+            for index in range(rank * share, (rank + 1) * share - leave_last):
+                optimizer.backward(loss_of(model, micro_batch(step, index)) / share)
+        if leave_last:
+            optimizer.backward(loss_of(model, micro_batch(step, (rank + 1) * share - 1)) / share)
+        optimizer.step()
+    return params_of(model)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("leave_last", [True, False])
+def test_no_sync_only_moves_communication(ranks, stage, leave_last):
+    expected = ranks.run(2, train, torch.float32, 4, {"stage": stage})[0]["params"]
+    for result in ranks.run(2, with_no_sync, torch.float32, stage, leave_last):
+        for ours, theirs in zip(result, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def overflow_on_one_rank(group: Any, dtype: torch.dtype, stage: int, bad_rank: int) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
+    optimizer.backward(loss_of(model, micro_batch(0, 0)))
+    optimizer.step()
+    before = [t.clone() for t in snapshot(model, optimizer)]
+    scale = optimizer.loss_scale
+    optimizer.zero_grad()
+    loss = loss_of(model, micro_batch(1, 0))
+    optimizer.backward(loss * float("inf") if dist.get_rank(group) == bad_rank else loss)
+    optimizer.step()
+    same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+    return {"same": same, "ratio": optimizer.loss_scale / scale, "applied": optimizer.was_step_applied}
+
+
+def snapshot(model: nn.Module, optimizer: pyzero.FusedZeroAdam) -> list[Tensor]:
+    return [*model.parameters(), *(view for state in optimizer.state.values() for view in state.values())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_overflow_on_one_rank_of_four_changes_nothing_anywhere(ranks, dtype, stage):
+    for result in ranks.run(4, overflow_on_one_rank, dtype, stage, 2):
+        assert result == {"same": True, "ratio": 0.5 if dtype == torch.float16 else 1.0, "applied": False}
+
+
+def used_on_one_rank(group: Any, stage: int) -> list[Tensor]:
+    """Layer 0 is used by rank 0 only, layer 1 by both, layer 2 by none."""
+    import torch.distributed as dist
+
+    torch.manual_seed(5)
+    layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
+    optimizer = pyzero.FusedZeroAdamW(layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4)
+    for step in range(5):
+        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        y = layers[1](x)
+        if dist.get_rank(group) == 0 and step != 2:
+            y = layers[0](y)
+        y.square().mean().backward()
+        optimizer.step()
+    return params_of(layers)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parameters_used_on_some_ranks_or_none(ranks, stage):
+    torch.manual_seed(5)
+    layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
+    reference = torch.optim.AdamW(layers.parameters(), lr=1e-2)
+    for step in range(5):
+        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
+        reference.zero_grad()
+        y = layers[1](x)
+        first = layers[0](y) if step != 2 else y
+        ((first.square().mean() + y.square().mean()) / 2).backward()
+        reference.step()
+    for result in ranks.run(2, used_on_one_rank, stage):
+        for ours, theirs in zip(result, params_of(layers), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def disagree(group: Any) -> str:
+    import torch.distributed as dist
+
+    width = 4 if dist.get_rank(group) == 0 else 5
+    try:
+        pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(width))], process_group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_disagree_are_told_where(ranks):
+    for message in ranks.run(2, disagree):
+        assert "parameter 1" in message
+        assert "(4,)" in message
+        assert "(5,)" in message
+
+
+# ---- one process -------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_is_torch_adam_with_its_groups_and_schedules():
+    ours, theirs = build(torch.float32), build(torch.float32)
+
+    def groups(model: Net) -> list[dict[str, Any]]:
+        rest = [p for n, p in model.named_parameters() if not n.startswith("hidden")]
+        return [{"params": model.hidden.parameters(), "weight_decay": 0.1, "betas": (0.8, 0.9)}, {"params": rest}]
+
+    left, right = pyzero.FusedZeroAdam(groups(ours), lr=1e-2), torch.optim.Adam(groups(theirs), lr=1e-2)
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=30) for o in (left, right)]
+    for step in range(30):
+        for model, optimizer, schedule in zip((ours, theirs), (left, right), schedules, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, micro_batch(step, 0)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_state_dict_resumes_bit_for_bit():
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2)
+
+    def run(model: Net, optimizer: pyzero.FusedZeroAdam, steps: range) -> list[Tensor]:
+        for step in steps:
+            optimizer.zero_grad()
+            optimizer.backward(loss_of(model, micro_batch(step, 0)))
+            optimizer.step()
+        return params_of(model)
+
+    run(model, optimizer, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = run(model, optimizer, range(5, 10))
+    other = build(torch.bfloat16)
+    resumed = pyzero.FusedZeroAdamW(other.parameters(), lr=0.5)
+    resumed.load_state_dict(saved)
+    assert_same(run(other, resumed, range(5, 10)), expected)
+
+
+def test_unused_parameters_are_left_alone():
+    used, unused = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(70))
+    optimizer = pyzero.FusedZeroAdamW([used, unused], lr=0.1, weight_decay=0.5)
+    used.sum().backward()
+    optimizer.step()
+    assert torch.equal(unused, torch.ones(70))
+    assert optimizer.state[unused]["step"] == 0
+    assert optimizer.state[used]["step"] == 1
+    assert (used < 1).all()
+
+
+def test_writes_to_the_model_reach_the_masters():
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    other = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(other)
+    loss_of(model, micro_batch(0, 0)).backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        if name != "head.weight":  # tied to the embedding, which was loaded after it or before
+            assert torch.equal(value, other[name]) or name == "embedding.weight"
+    for param, state in optimizer.state.items():
+        assert torch.equal(state["master"].to(param.dtype), param.detach().view(-1))
+
+
+def test_unfrozen_parameters_join_in():
+    frozen, free = nn.Parameter(torch.ones(5), requires_grad=False), nn.Parameter(torch.ones(5))
+    optimizer = pyzero.FusedZeroAdam([frozen, free], lr=0.1)
+    (frozen * free).sum().backward()
+    optimizer.step()
+    assert torch.equal(frozen, torch.ones(5))
+    frozen.requires_grad_(True)
+    optimizer.zero_grad()
+    (frozen * free).sum().backward()
+    optimizer.step()
+    assert (frozen < 1).all()
+
+
+def test_channels_last_parameters_keep_their_strides():
+    def conv() -> nn.Conv2d:
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+
+    ours, theirs = conv(), conv()
+    strides = ours.weight.stride()
+    left, right = pyzero.FusedZeroAdamW(ours.parameters(), lr=1e-2), torch.optim.AdamW(theirs.parameters(), lr=1e-2)
+    assert ours.weight.stride() == strides
+    for step in range(3):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in ((ours, left), (theirs, right)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=1e-6)
+
+
+def test_memory_and_hooks_go_with_the_optimizer():
+    import gc
+    import weakref
+
+    model = build(torch.float16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    loss_of(model, micro_batch(0, 0)).backward()  # a hook left behind would fail or do something
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"amsgrad": True}, ValueError, "amsgrad"),
+        ({"stage": 3}, ValueError, "fully_shard"),
+        ({"lr": -1.0}, ValueError, "lr >= 0"),
+        ({"transport": "pigeon"}, ValueError, "exact, collective"),
+        ({"loss_scale": "often"}, ValueError, "dynamic"),
+        ({"learning_rate": 1.0}, TypeError, "learning_rate"),
+        ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_by_name(options, error, words):
+    with pytest.raises(error, match=words):
+        pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], **options)
