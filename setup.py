@@ -87,9 +87,13 @@ def packages(name, folder):
     return [name, *(f"{name}.{found}" for found in find_packages(folder))]
 
 
+SOURCES = ["pyzero.csrc", *(f"pyzero.csrc.{path.name}" for path in (HERE / "csrc").iterdir() if path.is_dir())]
+
 setup(
-    packages=[*packages("pyzero", "pyzero"), *packages("pyzero.ops", "ops"), "pyzero.csrc"],
+    packages=[*packages("pyzero", "pyzero"), *packages("pyzero.ops", "ops"), *SOURCES],
     package_dir={"pyzero.ops": "ops", "pyzero.csrc": "csrc"},
+    # An installed package builds kernels at first use, too: it ships the sources.
+    package_data={"pyzero": ["py.typed"], **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in SOURCES}},
     ext_modules=[extension(spec) for spec in chosen_specs()],
     cmdclass={"build": Build, "build_ext": BuildExt},
 )

@@ -36,6 +36,12 @@ class Backend:
     load: Callable[[], Any]  # the object with the internal functions; may build, raises JitError or ImportError
 
 
+def _no_gpu_reason() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no GPU that this torch can use"
+
+
 def _cuda_reason(device_type: str) -> str | None:
     import torch
 
@@ -43,7 +49,7 @@ def _cuda_reason(device_type: str) -> str | None:
         return f"runs on cuda tensors, not on {device_type}"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    return native.unavailable_reason("cuda")
+    return _no_gpu_reason() or native.unavailable_reason("cuda")
 
 
 def _cpu_reason(device_type: str) -> str | None:
@@ -57,7 +63,7 @@ def _triton_reason(device_type: str) -> str | None:
         return "triton is not installed"
     if device_type not in ("cuda", "xpu") and not env.triton_interpreted():
         return f"runs on GPU tensors, not on {device_type} (TRITON_INTERPRET=1 would interpret it, slowly)"
-    return None
+    return _no_gpu_reason() if device_type == "cuda" else None
 
 
 BACKENDS = {

@@ -1,0 +1,42 @@
+# make train: a GPT on real text, its optimizer state sharded over two processes.  make test: every test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# An editable install holds the native modules: build them again when a source of theirs changes.
+NATIVE := setup.py pyproject.toml constraints.txt ops/build_spec.py $(wildcard csrc/*.* csrc/*/*)
+
+.PHONY: train test lint format bench clean
+
+train: $(VENV)/.examples
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_gpt.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py --quick
+
+# mypy cannot see that pyzero.ops lies in ops/: show it a folder of links where it does.
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/mypy && mkdir -p build/mypy/pyzero
+	ln -s $(CURDIR)/pyzero/*.py $(CURDIR)/pyzero/py.typed $(CURDIR)/ops build/mypy/pyzero/
+	cd build/mypy && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p pyzero
+	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)/clang-format -i
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: $(NATIVE) | $(BIN)/python
+	$(INSTALL) -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyzero/*.so

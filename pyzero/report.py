@@ -1,0 +1,105 @@
+"""`python -m pyzero report`: what is there, what is not, and why. Builds nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pyzero
+
+PACKAGES = ("torch", "triton", "numpy", "pydantic", "pybind11")
+
+
+def lines() -> Iterator[str]:
+    """The report, line by line."""
+    yield f"pyzero {pyzero.__version__} in {pyzero.__path__[0]}"
+    yield f"python {platform.python_version()} ({sys.executable}) on {platform.platform()}"
+    for name in PACKAGES:
+        yield f"{name} {_version(name)}"
+    try:
+        import torch
+    except ImportError as error:
+        yield f"torch cannot be imported ({error}): nothing of pyzero runs without it; pip install torch"
+        return
+    for title, section in (("GPUs", _gpus(torch)), ("compilers", _compilers()), ("native modules", _modules())):
+        yield ""
+        yield title
+        yield from (f"  {line}" for line in section)
+    for device_type in ("cpu", "cuda"):
+        yield ""
+        yield from _backends(device_type)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
+
+
+def _gpus(torch: ModuleType) -> Iterator[str]:
+    yield f"torch is built for CUDA {torch.version.cuda or '-'}, ROCm {torch.version.hip or '-'}"
+    if not torch.cuda.is_available():
+        yield "none that torch can use"
+        return
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield f"{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+
+
+def _compilers() -> Iterator[str]:
+    from pyzero.ops import build_spec, env
+
+    for name, find in (
+        ("C++", lambda: build_spec.find_cxx(env.cxx())),
+        ("CUDA", lambda: build_spec.find_nvcc(env.cuda_home())),
+    ):
+        try:
+            command = find()
+            version = [line for line in build_spec.compiler_version(command).splitlines() if line.strip()]
+            yield f"{name}: {' '.join(command)}: {next((x for x in version if 'release' in x), version[0])}"
+        except build_spec.ToolchainError as error:
+            yield f"{name}: {error}"
+
+
+def _modules() -> Iterator[str]:
+    from pyzero.ops import build_spec, env, jit, native
+
+    kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
+    for kind in kinds:
+        path, stale = native.ahead_of_time_path(kind), native.stale_reason(kind)
+        if path is None:
+            yield f"{kind}, ahead of time: not built"
+        else:
+            stamp = build_spec.read_stamp(path)
+            yield f"{kind}, ahead of time: " + (stale or f"{path}, build {stamp[1] if stamp else 'unknown'}")
+        if reason := jit.unavailable_reason(kind):
+            yield f"{kind}, at first use: cannot be built: {reason}"
+            continue
+        module = jit.module_path(jit.make_spec(kind), env.cache_dir())
+        yield f"{kind}, at first use: {'built' if module.exists() else 'would be built'}, {module}"
+
+
+def _backends(device_type: str) -> Iterator[str]:
+    from pyzero.ops import registry
+
+    ladder = [row.name for row in registry.ladder(device_type)]
+    reasons = {name: row.unavailable_reason(device_type) for name, row in registry.BACKENDS.items()}
+    taken = next(name for name in ladder if reasons[name] is None)
+    yield f"ops on {device_type} tensors (auto tries {', '.join(ladder)})"
+    states = [f"{name} {'no' if reason else 'available'}" for name, reason in reasons.items()]
+    for op in registry.OPS:
+        yield f"  {op + ':':20} auto takes {taken}; {', '.join(states)}"
+    for name, reason in reasons.items():
+        if reason:
+            yield f"  no {name}: {reason}"
+
+
+def main() -> int:
+    """Print the report."""
+    for line in lines():
+        print(line)
+    return 0
