@@ -72,7 +72,8 @@ class BuildExt(build_ext):
         try:
             ext.spec.build(Path(self.build_temp).absolute() / ext.spec.name, output)
         except build_spec.CompileError as error:
-            raise SystemExit(f"{error}\nRemedy: PYZERO_BUILD=none installs without kernels built ahead of time.") from error
+            remedy = "PYZERO_BUILD=none installs without kernels built ahead of time"
+            raise SystemExit(f"{error}\nRemedy: {remedy}.") from error
 
 
 def extension(spec):

@@ -1,4 +1,4 @@
-"""How the native modules are built: sources, flags, hash, commands. Read by setup.py and by jit.py, so they cannot drift.
+"""How the native modules are built: sources, flags, hash, commands. setup.py and jit.py both read it: no drift.
 
 Stdlib only, and free of imports from the package: setup.py loads this file by its path.
 """
@@ -177,7 +177,7 @@ def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:
 
 def find_cxx(asked: Sequence[str] = ()) -> tuple[str, ...]:
     """The C++ compiler's command: `asked` ($CXX), c++, g++ or clang++. Raises ToolchainError."""
-    for command in ([tuple(asked)] if asked else [("c++",), ("g++",), ("clang++",)]):
+    for command in [tuple(asked)] if asked else [("c++",), ("g++",), ("clang++",)]:
         if os.name == "posix" and shutil.which(command[0]):
             return command
     tried = shlex.join(asked) if asked else "c++, g++ and clang++"

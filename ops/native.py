@@ -31,7 +31,8 @@ _loading = threading.Lock()
 
 def ahead_of_time_path(kind: Kind) -> Path | None:
     """The module that pip built, stale or not; None where there is none."""
-    found = PathFinder.find_spec(f"_native_{kind}", pyzero.__path__)  # not util.find_spec: it answers with JIT's, once loaded
+    # Not importlib.util.find_spec: once the JIT's module is loaded, it answers with that.
+    found = PathFinder.find_spec(f"_native_{kind}", pyzero.__path__)
     return Path(found.origin) if found is not None and found.origin is not None else None
 
 

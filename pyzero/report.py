@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pyzero
@@ -47,20 +47,22 @@ def _gpus(torch: ModuleType) -> Iterator[str]:
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        yield f"{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+        capability = f"compute capability {found.major}.{found.minor}"
+        yield f"{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}"
 
 
 def _compilers() -> Iterator[str]:
     from pyzero.ops import build_spec, env
 
-    for name, find in (
-        ("C++", lambda: build_spec.find_cxx(env.cxx())),
-        ("CUDA", lambda: build_spec.find_nvcc(env.cuda_home())),
-    ):
+    finders: dict[str, Callable[[], tuple[str, ...]]] = {
+        "C++": lambda: build_spec.find_cxx(env.cxx()),
+        "CUDA": lambda: build_spec.find_nvcc(env.cuda_home()),
+    }
+    for name, find in finders.items():
         try:
             command = find()
-            version = [line for line in build_spec.compiler_version(command).splitlines() if line.strip()]
-            yield f"{name}: {' '.join(command)}: {next((x for x in version if 'release' in x), version[0])}"
+            version = build_spec.compiler_version(command).splitlines()
+            yield f"{name}: {' '.join(command)}: {next((line for line in version if 'release' in line), version[0])}"
         except build_spec.ToolchainError as error:
             yield f"{name}: {error}"
 

@@ -1,9 +1,12 @@
-"""Fixtures that all tests share."""
+"""Fixtures that all tests share, and what a skip owes: a reason, and no skip where PYZERO_REQUIRE forbids it."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 
 import pytest
 from ranks import Ranks
+
+from pyzero.ops import env
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +15,35 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.stop()
+
+
+def forbidden_skip(reason: str) -> str | None:
+    """Why a skip with this reason is a failure, or None."""
+    if not reason or reason == "unconditional skip":
+        return "a skip names its reason; this one does not"
+    for backend in env.required():
+        if re.search(rf"\b{re.escape(backend)}\b", reason, re.IGNORECASE):
+            return f"PYZERO_REQUIRE forbids this skip: {reason}"
+    return None
+
+
+def _judge(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail") or not isinstance(report.longrepr, tuple):
+        return
+    if why := forbidden_skip(report.longrepr[2].removeprefix("Skipped: ").removeprefix("Skipped").strip()):
+        report.outcome = "failed"
+        report.longrepr = why
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _judge(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _judge(report)
+    return report

@@ -1,0 +1,166 @@
+"""What is built and how: flags, instruction sets, hashes, and what is said when a compiler is missing."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toys import toy_spec, write_toy
+
+from pyzero.ops import build_spec, env
+from pyzero.ops.build_spec import CompileError, ToolchainError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_fake_nvcc(folder: Path, release: str = "13.0") -> Path:
+    """A script that answers as nvcc does, but compiles nothing."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_80 sm_90 || echo "release {release}"\n')
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_a_wheel_runs_elsewhere_and_keeps_its_bits(tmp_path: Path) -> None:
+    specs = [build_spec.cpu_spec(("c++",)), build_spec.cuda_spec((str(make_fake_nvcc(tmp_path)),))]
+    for spec in specs:
+        commands = "\n".join(" ".join(command) for command in spec.compile_commands(tmp_path))
+        assert not re.search(r"march=native|fast.math|ftz|prec-", commands)
+        assert commands.count("-ffp-contract=off") == len(spec.units) + 1  # the stamp
+    assert "--fmad=false" in specs[1].flags
+
+
+def test_kernels_are_compiled_once_per_instruction_set() -> None:
+    spec = build_spec.cpu_spec(("c++",), machine="x86_64")
+    kernels = {unit.tag: unit.flags for unit in spec.units if unit.source == "cpu/kernels.cpp"}
+    assert {tag: flags[0] for tag, flags in kernels.items()} == {
+        "baseline": "-DPYZERO_ISA=baseline",
+        "avx2": "-DPYZERO_ISA=avx2",
+        "avx512": "-DPYZERO_ISA=avx512",
+    }
+    assert not any(flag.startswith("-m") for flag in kernels["baseline"])
+    others = [unit for unit in spec.units if unit.source != "cpu/kernels.cpp"]
+    assert all(not any(flag.startswith("-m") for flag in unit.flags) for unit in others)
+    assert all("-DPYZERO_HAVE_AVX512" in unit.flags for unit in others)
+    assert [unit.source for unit in spec.units if unit.stamped] == ["bind_cpu.cpp"]
+
+    elsewhere = build_spec.cpu_spec(("c++",), machine="aarch64")
+    assert [unit.tag for unit in elsewhere.units if unit.source == "cpu/kernels.cpp"] == ["baseline"]
+    assert not any("HAVE" in flag for unit in elsewhere.units for flag in unit.flags)
+
+
+def test_cuda_architectures(tmp_path: Path) -> None:
+    nvcc = (str(make_fake_nvcc(tmp_path)),)
+    targets = [flag for flag in build_spec.cuda_spec(nvcc).flags if "gencode" in flag]
+    assert targets == [  # this nvcc does not know sm_100; PTX of the highest serves what comes later
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert "-gencode=arch=compute_100,code=sm_100" in build_spec.cuda_spec(nvcc, ("100", "90a")).flags
+    assert "-gencode=arch=compute_100,code=compute_100" in build_spec.cuda_spec(nvcc, ("100", "90a")).flags
+
+
+def test_the_hash_follows_all_that_shapes_the_module(tmp_path: Path) -> None:
+    root = write_toy(tmp_path)
+    spec = toy_spec(root)
+    seen = {spec.build_hash()}
+    others = [replace(spec, flags=("-O3",)), replace(spec, fingerprint="another compiler"), replace(spec, name="_other")]
+    others += [replace(spec, units=(replace(spec.units[0], flags=("-mavx2",)),)), replace(spec, link_flags=())]
+    for other in others:
+        assert other.source_hash() == spec.source_hash()
+        seen.add(other.build_hash())
+    assert len(seen) == len(others) + 1
+    assert replace(spec, includes=("/elsewhere",)).build_hash() == spec.build_hash()
+
+    before = spec.source_hash()
+    for edit in (root / "toy.cpp", root / "toy.h", root / "deep" / "new.cuh"):
+        edit.parent.mkdir(exist_ok=True)
+        with edit.open("a") as file:
+            file.write("// edited\n")
+        assert spec.source_hash() != before
+        before = spec.source_hash()
+        seen.add(spec.build_hash())
+    assert len(seen) == len(others) + 4
+
+
+def test_the_compiler_version_is_in_the_hash(tmp_path: Path) -> None:
+    old = build_spec.cuda_spec((str(make_fake_nvcc(tmp_path / "old", "12.8")),))
+    new = build_spec.cuda_spec((str(make_fake_nvcc(tmp_path / "new", "13.0")),))
+    assert old.build_hash() != new.build_hash()
+    assert old.source_hash() == new.source_hash()
+
+
+def test_a_module_carries_its_stamp(tmp_path: Path) -> None:
+    spec = toy_spec(write_toy(tmp_path / "csrc"))
+    module = tmp_path / "_toy.so"
+    spec.build(tmp_path / "build", module)
+    assert build_spec.read_stamp(module) == (spec.source_hash(), spec.build_hash())
+    assert build_spec.read_stamp(ROOT / "setup.py") is None
+
+
+def test_a_compile_error_has_the_command_and_the_output(tmp_path: Path) -> None:
+    spec = toy_spec(write_toy(tmp_path / "csrc", answer="no_such_name"))
+    with pytest.raises(CompileError, match="no_such_name") as caught:
+        spec.build(tmp_path / "build", tmp_path / "_toy.so")
+    assert "-c" in caught.value.command and "toy.cpp" in caught.value.command
+
+
+def test_a_missing_compiler_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ToolchainError, match="no-such-compiler not found.*set CXX"):
+        build_spec.find_cxx(("no-such-compiler",))
+    with pytest.raises(ToolchainError, match=f"looked in {tmp_path}/bin.*set CUDA_HOME"):
+        build_spec.find_nvcc(str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolchainError, match="install"):
+        build_spec.find_cxx()
+    with pytest.raises(ToolchainError, match="--version failed"):
+        build_spec.compiler_version(("no-such-compiler",))
+
+
+def test_setup_can_read_it_without_the_package() -> None:
+    script = f"""
+import importlib.util, sys
+for name in ("env", "build_spec"):
+    spec = importlib.util.spec_from_file_location("alone_" + name, {str(ROOT)!r} + f"/ops/{{name}}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+assert not {{"torch", "pyzero", "pybind11"}} & set(sys.modules), "imports more than the standard library"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+def test_no_torch_in_csrc() -> None:
+    sources = [path for path in build_spec.CSRC.rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    assert len(sources) > 10
+    for path in sources:
+        assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)", path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("PYZERO_BUILD", "gpu", env.build),
+        ("PYZERO_CUDA_ARCHS", "80;hopper", env.cuda_archs),
+        ("PYZERO_JIT", "maybe", env.jit_enabled),
+        ("PYZERO_BACKEND", "fast", env.default_backend),
+        ("PYZERO_NUM_THREADS", "0", env.num_threads),
+    ],
+)
+def test_a_wrong_variable_is_refused(monkeypatch, name, value, read) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=name):
+        read()
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYZERO_CUDA_ARCHS", "8.0, sm_90a;100")
+    assert env.cuda_archs() == ("80", "90a", "100")
+    monkeypatch.delenv("PYZERO_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert env.cache_dir() == Path("/somewhere/pyzero")
+    monkeypatch.setenv("PYZERO_CACHE_DIR", "/elsewhere")
+    assert env.cache_dir() == Path("/elsewhere")
