@@ -1,0 +1,114 @@
+"""reduce_scatter_: sum the ranks' slices in rank order and fp32, scale, accumulate, flag and square: one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .address_table import pointer_table
+from .common import (
+    BLOCK,
+    ELEMENT_TYPES,
+    Scalar,
+    chunk_numel,
+    finish_sumsq,
+    is_aligned,
+    launch,
+    load_f32,
+    load_scalar,
+    new_partials,
+    store_stats,
+    update_stats,
+)
+
+
+@triton.jit
+def _reduce_block(
+    shard, slices, num_ranks, start, offsets, mask, scale, largest, squares,
+    SLICE: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr,
+    CHECK: tl.constexpr, SUMSQ: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros((BLOCK,), tl.float32)
+    # Unrolled: four ranks' loads are in flight before the first sum needs one.
+    for rank in tl.range(0, num_ranks, loop_unroll_factor=4):
+        source = tl.load(slices + rank).to(tl.pointer_type(SLICE))
+        if ALIGNED:
+            source = tl.multiple_of(source, 16)
+        x = load_f32(source + start + offsets, mask)
+        # Not 0 + x for the first rank: that would turn -0 into +0.
+        total = tl.where(rank == 0, x, total + x)
+
+    value = scale * total
+    if ACCUMULATE:
+        value = tl.load(shard + start + offsets, mask=mask) + value
+    tl.store(shard + start + offsets, value, mask=mask)
+    if mask is not None:
+        value = tl.where(mask, value, 0.0)  # what lies past the end must not count
+    return update_stats(largest, squares, value, CHECK, SUMSQ)
+
+
+@triton.jit(do_not_specialize=["n", "num_ranks", "chunk"])
+def reduce_scatter_kernel(
+    shard,  # fp32 (n,)
+    slices,  # int64 (num_ranks,): addresses of (n,) tensors
+    n, num_ranks,
+    chunk,  # elements per program, whole blocks
+    scale,
+    found_inf,  # fp32 (1,) or None
+    partials,  # fp64 (num_programs,) or None
+    SLICE: tl.constexpr,  # element type
+    ALIGNED: tl.constexpr,  # every slice starts on a multiple of 16 bytes
+    ACCUMULATE: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk. Bytes per element: read one of each slice (and 4 to accumulate), write 4."""
+    CHECK: tl.constexpr = found_inf is not None
+    SUMSQ: tl.constexpr = partials is not None
+    scale = load_scalar(scale, SCALE_IS_TENSOR)
+    offsets = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    squares = tl.zeros((BLOCK,), tl.float64)
+
+    start = tl.program_id(0).to(tl.int64) * chunk
+    end = tl.minimum(start + chunk, n)
+    num_blocks = (end - start) // BLOCK
+    for _ in range(num_blocks):
+        start = tl.multiple_of(start, BLOCK)
+        largest, squares = _reduce_block(shard, slices, num_ranks, start, offsets, None, scale, largest, squares,
+                                         SLICE, ALIGNED, ACCUMULATE, CHECK, SUMSQ, BLOCK)  # fmt: skip
+        start += BLOCK
+    if start < end:
+        largest, squares = _reduce_block(shard, slices, num_ranks, start, offsets, offsets < end - start, scale,
+                                         largest, squares, SLICE, ALIGNED, ACCUMULATE, CHECK, SUMSQ, BLOCK)  # fmt: skip
+    store_stats(largest, squares, found_inf, partials, CHECK, SUMSQ)
+
+
+def reduce_scatter_(
+    shard: Tensor,  # (n,) fp32
+    slices: Sequence[Tensor],  # one (n,) per rank, one dtype: fp32, bf16 or fp16
+    scale: Scalar,
+    accumulate: bool,
+    found_inf: Tensor | None,  # (1,) fp32, set to 1 and never cleared
+    sumsq: Tensor | None,  # (1,) fp32 or fp64, added to
+) -> None:
+    """shard = [shard +] scale * sum of the slices."""
+    n = shard.numel()
+    if n == 0:
+        return
+    addresses = tuple(part.data_ptr() for part in slices)
+    chunk = chunk_numel(n)
+    num_programs = -(-n // chunk)
+    partials = new_partials(sumsq, num_programs)
+    is_tensor = isinstance(scale, Tensor)
+    launch(
+        reduce_scatter_kernel, num_programs, shard,
+        shard, pointer_table(addresses, shard.device), n, len(slices), chunk,
+        scale if is_tensor else float(scale), found_inf, partials,
+        SLICE=ELEMENT_TYPES[slices[0].dtype], ALIGNED=is_aligned(*addresses),
+        ACCUMULATE=accumulate, SCALE_IS_TENSOR=is_tensor, BLOCK=BLOCK,
+    )  # fmt: skip
+    if sumsq is not None and partials is not None:
+        finish_sumsq(sumsq, partials)
