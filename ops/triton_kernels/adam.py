@@ -1,5 +1,8 @@
 """Adam and AdamW (Kingma and Ba 2015; Loshchilov and Hutter 2019) over a flat shard, and the 16-bit weights with it."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels: their arguments are pointers and blocks, which Python types do not name)
+
 from __future__ import annotations
 
 import math
@@ -155,14 +158,13 @@ def adam_kernel(
         param_out += base
     if left < BLOCK:
         inside = offsets < left
-        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, inside, inside & keep, scale, step_size,
-                    inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, COUPLED)  # fmt: skip
-    elif active is None:
-        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, None, None, scale, step_size,
-                    inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, COUPLED)  # fmt: skip
+        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, inside, inside & keep, scale,
+                    step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+                    COUPLED)  # fmt: skip
     else:
-        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, None, keep, scale, step_size,
-                    inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, COUPLED)  # fmt: skip
+        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, None, None if active is None else keep,
+                    scale, step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+                    COUPLED)  # fmt: skip
 
 
 def _pow(base: float, exponent: int) -> float:

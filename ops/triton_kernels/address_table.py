@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def address_tables(
         part = tuple(span for span in filled if is_aligned(span[0], span[1]) is aligned)
         if part:
             key = (part, source_bytes, dest_bytes)
-            rows = _resident(key, lambda part=part: _rows(part, source_bytes, dest_bytes), device)
+            rows = _resident(key, partial(_rows, part, source_bytes, dest_bytes), device)
             tables.append(AddressTable(rows, aligned))
     return tables
 

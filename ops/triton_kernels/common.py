@@ -1,5 +1,8 @@
 """What the kernels share: exact conversions, per-block statistics, and how a kernel is launched."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels: their arguments are pointers and blocks, which Python types do not name)
+
 from __future__ import annotations
 
 import contextlib
@@ -116,8 +119,11 @@ def finish_sumsq_kernel(sumsq, partials, num_partials, BLOCK: tl.constexpr):
     """sumsq += the partial sums, in one program and one fixed order: an atomic would add in any order."""
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, num_partials, BLOCK):
+    # `while`, here and in the kernels: triton 3.6's interpreter cannot take a loaded value in range() with numpy 2.4.
+    start = num_partials * 0
+    while start < num_partials:
         total += tl.load(partials + start + offsets, mask=start + offsets < num_partials, other=0.0)
+        start += BLOCK
     tl.store(sumsq, (tl.load(sumsq).to(tl.float64) + tl.sum(total, axis=0)).to(sumsq.dtype.element_ty))
 
 

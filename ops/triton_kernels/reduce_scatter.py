@@ -1,10 +1,12 @@
 """reduce_scatter_: sum the ranks' slices in rank order and fp32, scale, accumulate, flag and square: one pass."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels: their arguments are pointers and blocks, which Python types do not name)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,20 +29,22 @@ from .common import (
 
 
 @triton.jit
+def _load_slice(slices, rank, start, offsets, mask, SLICE: tl.constexpr, ALIGNED: tl.constexpr):
+    source = tl.load(slices + rank).to(tl.pointer_type(SLICE))
+    if ALIGNED:
+        source = tl.multiple_of(source, 16)
+    return load_f32(source + start + offsets, mask)
+
+
+@triton.jit
 def _reduce_block(
-    shard, slices, num_ranks, start, offsets, mask, scale, largest, squares,
-    SLICE: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr,
-    CHECK: tl.constexpr, SUMSQ: tl.constexpr, BLOCK: tl.constexpr,
+    shard, slices, start, offsets, mask, scale, largest, squares,
+    SLICE: tl.constexpr, NUM_RANKS: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr,
+    CHECK: tl.constexpr, SUMSQ: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros((BLOCK,), tl.float32)
-    # Unrolled: four ranks' loads are in flight before the first sum needs one.
-    for rank in tl.range(0, num_ranks, loop_unroll_factor=4):
-        source = tl.load(slices + rank).to(tl.pointer_type(SLICE))
-        if ALIGNED:
-            source = tl.multiple_of(source, 16)
-        x = load_f32(source + start + offsets, mask)
-        # Not 0 + x for the first rank: that would turn -0 into +0.
-        total = tl.where(rank == 0, x, total + x)
+    total = _load_slice(slices, 0, start, offsets, mask, SLICE, ALIGNED)  # not 0 + x, which turns -0 into +0
+    for rank in tl.range(1, NUM_RANKS, loop_unroll_factor=4):
+        total += _load_slice(slices, rank, start, offsets, mask, SLICE, ALIGNED)
 
     value = scale * total
     if ACCUMULATE:
@@ -51,16 +55,17 @@ def _reduce_block(
     return update_stats(largest, squares, value, CHECK, SUMSQ)
 
 
-@triton.jit(do_not_specialize=["n", "num_ranks", "chunk"])
+@triton.jit(do_not_specialize=["n", "chunk"])
 def reduce_scatter_kernel(
     shard,  # fp32 (n,)
     slices,  # int64 (num_ranks,): addresses of (n,) tensors
-    n, num_ranks,
+    n,
     chunk,  # elements per program, whole blocks
     scale,
     found_inf,  # fp32 (1,) or None
     partials,  # fp64 (num_programs,) or None
     SLICE: tl.constexpr,  # element type
+    NUM_RANKS: tl.constexpr,
     ALIGNED: tl.constexpr,  # every slice starts on a multiple of 16 bytes
     ACCUMULATE: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -74,15 +79,14 @@ def reduce_scatter_kernel(
 
     start = tl.program_id(0).to(tl.int64) * chunk
     end = tl.minimum(start + chunk, n)
-    num_blocks = (end - start) // BLOCK
-    for _ in range(num_blocks):
-        start = tl.multiple_of(start, BLOCK)
-        largest, squares = _reduce_block(shard, slices, num_ranks, start, offsets, None, scale, largest, squares,
-                                         SLICE, ALIGNED, ACCUMULATE, CHECK, SUMSQ, BLOCK)  # fmt: skip
+    while start + BLOCK <= end:
+        aligned_start = tl.multiple_of(start, BLOCK)
+        largest, squares = _reduce_block(shard, slices, aligned_start, offsets, None, scale, largest, squares,
+                                         SLICE, NUM_RANKS, ALIGNED, ACCUMULATE, CHECK, SUMSQ)  # fmt: skip
         start += BLOCK
     if start < end:
-        largest, squares = _reduce_block(shard, slices, num_ranks, start, offsets, offsets < end - start, scale,
-                                         largest, squares, SLICE, ALIGNED, ACCUMULATE, CHECK, SUMSQ, BLOCK)  # fmt: skip
+        largest, squares = _reduce_block(shard, slices, start, offsets, offsets < end - start, scale, largest, squares,
+                                         SLICE, NUM_RANKS, ALIGNED, ACCUMULATE, CHECK, SUMSQ)  # fmt: skip
     store_stats(largest, squares, found_inf, partials, CHECK, SUMSQ)
 
 
@@ -105,9 +109,9 @@ def reduce_scatter_(
     is_tensor = isinstance(scale, Tensor)
     launch(
         reduce_scatter_kernel, num_programs, shard,
-        shard, pointer_table(addresses, shard.device), n, len(slices), chunk,
+        shard, pointer_table(addresses, shard.device), n, chunk,
         scale if is_tensor else float(scale), found_inf, partials,
-        SLICE=ELEMENT_TYPES[slices[0].dtype], ALIGNED=is_aligned(*addresses),
+        SLICE=ELEMENT_TYPES[slices[0].dtype], NUM_RANKS=len(slices), ALIGNED=is_aligned(*addresses),
         ACCUMULATE=accumulate, SCALE_IS_TENSOR=is_tensor, BLOCK=BLOCK,
     )  # fmt: skip
     if sumsq is not None and partials is not None:

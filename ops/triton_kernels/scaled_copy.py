@@ -1,5 +1,8 @@
 """The kernel under unscale_ and pack_: a list of chunks, each scaled, rounded, stored and measured."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels: their arguments are pointers and blocks, which Python types do not name)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -75,13 +78,13 @@ def scaled_copy_kernel(
     largest = tl.zeros((BLOCK,), tl.int32)
     squares = tl.zeros((BLOCK,), tl.float64)
 
-    num_blocks = numel // BLOCK
-    for _ in range(num_blocks):
+    left = numel
+    while left >= BLOCK:
         largest, squares = _copy_block(source, dest, offsets, None, scale, largest, squares,
                                        SCALES, WRITES, CHECK, SUMSQ)  # fmt: skip
         source += BLOCK
         dest += BLOCK
-    left = numel - num_blocks * BLOCK
+        left -= BLOCK
     if left > 0:
         largest, squares = _copy_block(source, dest, offsets, offsets < left, scale, largest, squares,
                                        SCALES, WRITES, CHECK, SUMSQ)  # fmt: skip
