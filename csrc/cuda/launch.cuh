@@ -1,0 +1,39 @@
+// One launch: kernels take one struct by value, so that a list of tensors needs no copy to the device first.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "grid.h"
+
+namespace pyzero {
+namespace cuda {
+
+// Kernel parameters may take 32,764 bytes from CUDA 12.1 on (driver 530), 4,096 before.
+constexpr size_t kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
+
+// cudaLaunchKernelEx and not <<<>>>: it returns the error, and tests/cuda_shim can stand in for it.
+template <typename Params>
+void launch(void (*kernel)(Params), const Params& params, int num_blocks, cudaStream_t stream,
+            int num_threads = kThreads) {
+  static_assert(sizeof(Params) <= kParameterBytes, "more than a launch can carry");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(num_blocks));
+  config.blockDim = dim3(unsigned(num_threads));
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, params), "launching a kernel");
+}
+
+// A number known at launch, or an fp32 value on the device.
+struct DeviceScalar {
+  float value;
+  const float* device;
+};
+
+inline DeviceScalar device_scalar(const Scalar& scalar) { return DeviceScalar{float(scalar.value), scalar.device}; }
+
+__device__ __forceinline__ float read(const DeviceScalar& scalar) {
+  return scalar.device != nullptr ? *scalar.device : scalar.value;
+}
+
+}  // namespace cuda
+}  // namespace pyzero

@@ -1,0 +1,152 @@
+// reduce_scatter_: this rank's shard from everyone's slices, summed in rank order, scaled and checked in one pass.
+#include "../math/reduce_scatter.h"
+
+#include "report.cuh"
+#include "stream.cuh"
+
+namespace pyzero {
+namespace cuda {
+namespace {
+
+// Ranks whose loads are issued together; kAnyRanks: a loop over the slices.
+constexpr int kAnyRanks = 0;
+constexpr int kMaxSlices = sizeof(void*) * kMaxRanks + 256 <= kParameterBytes ? kMaxRanks : 448;
+
+template <int kRanks>
+struct ReduceParams {
+  float* shard;
+  Span span;
+  int64_t num_chunks;
+  DeviceScalar scale;
+  bool accumulate;
+  BlockReport report;
+  int num_ranks;
+  const void* slices[kRanks == kAnyRanks ? kMaxSlices : kRanks];
+};
+
+template <typename T, int kRanks>
+struct ReduceBody {
+  const ReduceParams<kRanks>& params;
+  float scale;
+  Stats& stats;
+
+  struct Inputs {
+    Vector<float> shard;
+    Vector<T> slices[kRanks == kAnyRanks ? 1 : kRanks];
+  };
+
+  __device__ __forceinline__ const T* slice(int rank) const { return static_cast<const T*>(params.slices[rank]); }
+
+  __device__ __forceinline__ Inputs load(int64_t i) const {
+    Inputs in{};
+    if (params.accumulate) in.shard = load_vector(params.shard + i);
+#pragma unroll
+    for (int r = 0; r < (kRanks == kAnyRanks ? 1 : kRanks); ++r) in.slices[r] = load_vector(slice(r) + i);
+    return in;
+  }
+
+  __device__ __forceinline__ float finish_element(float shard, float sum) const {
+    const float value =
+        params.accumulate ? reduce_finish<true>(shard, sum, scale) : reduce_finish<false>(shard, sum, scale);
+    stats.add(value);
+    return value;
+  }
+
+  __device__ __forceinline__ void finish(int64_t i, const Inputs& in) const {
+    Vector<float> sum;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) sum.x[k] = to_float(in.slices[0].x[k]);
+
+    if constexpr (kRanks == kAnyRanks) {
+#pragma unroll 4  // four loads under way
+      for (int r = 1; r < params.num_ranks; ++r) add(sum, load_vector(slice(r) + i));
+    } else {
+#pragma unroll
+      for (int r = 1; r < kRanks; ++r) add(sum, in.slices[r]);
+    }
+
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) sum.x[k] = finish_element(in.shard.x[k], sum.x[k]);
+    store_vector(params.shard + i, sum);
+  }
+
+  __device__ __forceinline__ static void add(Vector<float>& sum, const Vector<T>& slice) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) sum.x[k] = reduce_add(sum.x[k], to_float(slice.x[k]));
+  }
+
+  __device__ __forceinline__ void element(int64_t i) const {
+    float sum = to_float(slice(0)[i]);
+#pragma unroll 4
+    for (int r = 1; r < params.num_ranks; ++r) sum = reduce_add(sum, to_float(slice(r)[i]));
+    params.shard[i] = finish_element(params.accumulate ? params.shard[i] : 0.0f, sum);
+  }
+};
+
+// Vectors per thread and stream: few ranks leave room for more loads at once.
+template <int kRanks>
+constexpr int kReduceUnroll = kRanks == 1 ? 4 : kRanks == 2 ? 2 : 1;
+
+// Bytes per element: the slice's size times the number of ranks read, 4 written, 4 read to accumulate: 8 for two bf16.
+template <typename T, int kRanks>
+__global__ void __launch_bounds__(kThreads) reduce_scatter_kernel(
+    const __grid_constant__ ReduceParams<kRanks> params) {
+  Stats stats{params.report.partials != nullptr};
+  const ReduceBody<T, kRanks> body{params, read(params.scale), stats};
+  for (int64_t chunk = blockIdx.x; chunk < params.num_chunks; chunk += gridDim.x) {
+    stream_chunk<kReduceUnroll<kRanks>>(params.span, chunk, body);
+  }
+  finish_block(stats, params.report);
+}
+
+Span reduce_span(const ReduceScatterArgs& args) {
+  std::vector<Stream> streams{Stream{args.shard, DType::kFloat32}};
+  for (const void* slice : args.slices) streams.push_back(Stream{slice, args.dtype});
+  return span_of(args.numel, streams);
+}
+
+template <typename T, int kRanks>
+void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream) {
+  ReduceParams<kRanks> params{};
+  params.shard = args.shard;
+  params.span = reduce_span(args);
+  params.num_chunks = num_chunks<kReduceUnroll<kRanks>>(params.span);
+  params.scale = device_scalar(args.scale);
+  params.accumulate = args.accumulate;
+  params.report = block_report(args.report, partials);
+  params.num_ranks = int(args.slices.size());
+  std::copy(args.slices.begin(), args.slices.end(), params.slices);
+  const int blocks = num_blocks(params.num_chunks);
+  launch(reduce_scatter_kernel<T, kRanks>, params, blocks, stream);
+  finish_sumsq(args.report, partials, blocks, stream);
+}
+
+template <typename T>
+void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream) {
+  switch (args.slices.size()) {
+    case 1: return reduce<T, 1>(args, partials, stream);
+    case 2: return reduce<T, 2>(args, partials, stream);
+    case 4: return reduce<T, 4>(args, partials, stream);
+    case 8: return reduce<T, 8>(args, partials, stream);
+    default: return reduce<T, kAnyRanks>(args, partials, stream);
+  }
+}
+
+}  // namespace
+
+void reduce_scatter(const ReduceScatterArgs& args, double* partials, cudaStream_t stream) {
+  if (args.slices.empty() || args.slices.size() > size_t(kMaxSlices)) {
+    throw std::invalid_argument("got " + std::to_string(args.slices.size()) + " slices, wanted 1 to " +
+                                std::to_string(kMaxSlices) +
+                                ", one per rank; reduce within each node first, then between nodes");
+  }
+  if (args.numel == 0) return;
+  switch (args.dtype) {
+    case DType::kFloat32: return reduce<float>(args, partials, stream);
+    case DType::kBFloat16: return reduce<BFloat16>(args, partials, stream);
+    default: return reduce<Float16>(args, partials, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace pyzero

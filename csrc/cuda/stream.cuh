@@ -1,0 +1,105 @@
+// How every kernel walks memory: eight elements per thread at a time, in 16-byte accesses, with a scalar head and tail
+// for views that start anywhere.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <initializer_list>
+
+#include "grid.h"
+
+namespace pyzero {
+namespace cuda {
+
+constexpr int kVector = 8;  // elements: 16 bytes of a 16-bit type, twice 16 of fp32
+
+template <typename T>
+struct alignas(16) Vector {
+  T x[kVector];
+};
+
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* p, const Vector<T>& v) {
+  *reinterpret_cast<Vector<T>*>(p) = v;
+}
+
+// A run of elements: `head` of them precede the first vector.
+struct Span {
+  int64_t numel;
+  int head;
+  bool vectors;  // false: no head aligns all pointers at once, so every element goes alone
+};
+
+inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+struct Stream {
+  const void* data;
+  DType dtype;
+};
+
+inline bool aligned_after(int head, const Stream& stream) {
+  return (reinterpret_cast<uintptr_t>(stream.data) + uintptr_t(head * element_size(stream.dtype))) % 16 == 0;
+}
+
+template <typename Streams>
+Span span_of(int64_t numel, const Streams& streams) {
+  for (int head = 0; head < kVector; ++head) {
+    const bool aligned = std::all_of(streams.begin(), streams.end(),
+                                     [&](const Stream& stream) { return aligned_after(head, stream); });
+    if (aligned) return Span{numel, int(std::min<int64_t>(head, numel)), true};
+  }
+  return Span{numel, 0, false};
+}
+
+inline Span span_of(int64_t numel, std::initializer_list<Stream> streams) {
+  return span_of<std::initializer_list<Stream>>(numel, streams);
+}
+
+// Elements of one chunk, which one block handles at a time.
+template <int kUnroll>
+constexpr int64_t kChunk = int64_t(kThreads) * kVector * kUnroll;
+
+template <int kUnroll>
+int64_t num_chunks(const Span& span) {
+  if (span.numel == 0) return 0;
+  return std::max<int64_t>(1, (span.numel - span.head + kChunk<kUnroll> - 1) / kChunk<kUnroll>);
+}
+
+// body.load(i) reads the vector at element i, body.finish(i, vector) computes and writes it, body.element(i) does one
+// element alone. A full chunk has kUnroll loads per thread and stream under way before the first is used: one load of a
+// 16-bit type alone would leave memory idle. What is no full vector (the head, with chunk 0; the tail) goes alone.
+template <int kUnroll, typename Body>
+__device__ __forceinline__ void stream_chunk(const Span& span, int64_t chunk, const Body& body) {
+  constexpr int64_t kStride = int64_t(kThreads) * kVector;
+  const int64_t begin = span.head + chunk * kChunk<kUnroll>;
+  const int64_t end = span.numel < begin + kChunk<kUnroll> ? span.numel : begin + kChunk<kUnroll>;
+  const int64_t vectors_end = span.vectors ? begin + (end - begin) / kVector * kVector : begin;
+  const int64_t first = begin + int64_t(threadIdx.x) * kVector;
+
+  if (kUnroll > 1 && vectors_end - begin == kChunk<kUnroll>) {
+    typename Body::Inputs inputs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) inputs[u] = body.load(first + u * kStride);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) body.finish(first + u * kStride, inputs[u]);
+  } else {
+#pragma unroll 1
+    for (int64_t i = first; i < vectors_end; i += kStride) {
+      typename Body::Inputs inputs = body.load(i);
+      body.finish(i, inputs);
+    }
+  }
+
+  const int64_t head = chunk == 0 ? span.head : 0;
+  const int64_t num_alone = head + end - vectors_end;
+#pragma unroll 1
+  for (int64_t j = threadIdx.x; j < num_alone; j += kThreads) body.element(j < head ? j : vectors_end + j - head);
+}
+
+}  // namespace cuda
+}  // namespace pyzero
