@@ -1,4 +1,4 @@
-"""The C++ and CUDA modules: loaded (the one built ahead of time, else jit.py's), and called with pointers for tensors."""
+"""The C++ and CUDA modules: loaded (built ahead of time, else jit.py's), and called with pointers for tensors."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ class CpuBackend(NativeBackend):
 class CudaBackend(NativeBackend):
     """The CUDA module: a launch takes a workspace, the device and the caller's current stream.
 
-    A workspace may be dropped as soon as the launch is queued: the caching allocator hands its memory on in stream order.
+    A workspace may be dropped once the launch is queued: the caching allocator hands its memory on in stream order.
     """
 
     def __init__(self, module: ModuleType) -> None:

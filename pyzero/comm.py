@@ -79,7 +79,7 @@ class Group:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite with the first rank's."""
-        if self.size > 1:
+        if self.handle is not None and self.size > 1:
             dist.broadcast(tensor, src=dist.get_global_rank(self.handle, 0), group=self.handle)
 
 

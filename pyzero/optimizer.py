@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from pyzero import ops, scaler
-from pyzero.buckets import Bucket, Reducer
+from pyzero import checkpoint, ops, scaler
+from pyzero.arguments import check_group, refuse_options
+from pyzero.buckets import Bucket
 from pyzero.comm import Group, make_transport
+from pyzero.gradients import LocalGradients, ReducedGradients
 from pyzero.layout import ParamSpec, plan
-from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.scaler import LossScale, Scaler
 
 log = logging.getLogger("pyzero")
 
 _MEBIBYTE = 2**20
-_REFUSED = {"amsgrad": (False,), "foreach": (None, False), "differentiable": (False,)}  # with the values that change nothing
-_MOOT = ("capturable", "fused")  # always so here
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class FusedZeroAdam(Optimizer):
         weight_decay: L2 penalty; decoupled in FusedZeroAdamW.
         maximize: Ascend.
         decoupled_weight_decay: AdamW's rule.
-        stage: 1 partitions masters and moments and sends gradients once per step; 2 partitions gradients too, sends them
-            in every backward, and frees `.grad` as it goes.
+        stage: 1 partitions masters and moments and sends gradients once per step; 2 partitions gradients too, sends
+            them in every backward, and frees `.grad` as it goes.
         process_group: A process group or one dimension of a DeviceMesh; default: the default group, if there is one.
         max_grad_norm: Clip the global 2-norm in every step.
         loss_scale: "auto" (dynamic where there are fp16 parameters), None, a number, "dynamic" or a LossScale. Use
@@ -97,25 +96,16 @@ class FusedZeroAdam(Optimizer):
         backend: str = "auto",
         **torch_options: Any,
     ) -> None:
-        _refuse(torch_options)
+        refuse_options(torch_options)
         if stage not in (1, 2):
             raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
         self._group = Group(process_group)
-        self._reduces = reduce_grads and self._group.size > 1
         self._bucket_cap_bytes = max(int(bucket_cap_mb * _MEBIBYTE), 1)
         self._backend = backend
         self._max_grad_norm = max_grad_norm
-        self._reducer = Reducer(
-            self._group,
-            make_transport(transport, self._group),
-            stage=stage,
-            overlap=overlap,
-            dtype=grad_reduce_dtype,
-            backend=backend,
-        )
-        self._stage = stage
+        sender = make_transport(transport, self._group)
         self._buckets: list[Bucket] = []
         self._collected: _Collected | None = None
         self._clip: Tensor | None = None  # 0-D coefficient asked for by clip_grad_norm_, until the next step
@@ -136,6 +126,19 @@ class FusedZeroAdam(Optimizer):
         self._device = next((param.device for param in parameters if param.requires_grad), torch.device("cpu"))
         policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
         self._scaler = Scaler(policy, self._device, backend)
+        self._gradients: LocalGradients | ReducedGradients
+        if reduce_grads and self._group.size > 1:
+            self._gradients = ReducedGradients(
+                self._group,
+                sender,
+                self._device,
+                stage=stage,
+                overlap=overlap,
+                dtype=grad_reduce_dtype,
+                backend=backend,
+            )
+        else:
+            self._gradients = LocalGradients(self._group, self._device, backend)
         self._place(range(len(self.param_groups)))
         self._ready = True
 
@@ -144,7 +147,7 @@ class FusedZeroAdam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group gets buckets of its own."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        check_group(self.param_groups[-1])
         if self._ready:
             self._place([len(self.param_groups) - 1])
 
@@ -165,8 +168,7 @@ class FusedZeroAdam(Optimizer):
             group_index = layout.key[0]  # type: ignore[index]
             bucket = Bucket(layout, [params[slot.index] for slot in layout.slots], self._group, group_index)
             self._buckets.append(bucket)
-            if self._reduces or self._scaler.enabled:
-                self._reducer.add(bucket)
+            self._gradients.add(bucket, scales=self._scaler.enabled)
             for position, param in enumerate(bucket.params):
                 self.state[param] = bucket.state_views(position, self._group.rank)
 
@@ -188,8 +190,8 @@ class FusedZeroAdam(Optimizer):
                 where = min(len(rows[0]), len(theirs))
             first, other = (str(row[where]) if where < len(row) else "nothing" for row in (rows[0], theirs))
             raise ValueError(
-                f"expected the same parameters on every rank, got parameter {where} as {first} on rank 0 and {other} on "
-                f"rank {rank}; build the model and its groups alike on every rank"
+                f"expected the same parameters on every rank, got parameter {where} as {first} on rank 0 "
+                f"and {other} on rank {rank}; build the model and its groups alike on every rank"
             )
 
     # ---- gradients ------------------------------------------------------------------------------------------------
@@ -199,22 +201,22 @@ class FusedZeroAdam(Optimizer):
         if not self._scaler.enabled:
             loss.backward(**kwargs)
             return
-        with self._reducer.scaled_by(self._scaler.inv_scale):
+        with self._gradients.scaled_by(self._scaler.inv_scale):
             self._scaler.scale_loss(loss).backward(**kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward in here sends nothing: gradients stay in `.grad` until the next backward outside, or step()."""
-        before, self._reducer.sync = self._reducer.sync, False
+        before, self._gradients.sync = self._gradients.sync, False
         try:
             yield
         finally:
-            self._reducer.sync = before
+            self._gradients.sync = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradient shards are freed too."""
         super().zero_grad(set_to_none)
-        self._reducer.reset()
+        self._gradients.reset()
         self._collected = None
         self._clip = None
 
@@ -230,15 +232,15 @@ class FusedZeroAdam(Optimizer):
 
     def _collect(self) -> _Collected:
         """Finish the reduction and exchange the step's one message."""
-        if self._collected is not None and self._reduces and not self._reducer.has_news:
+        if self._collected is not None and not self._gradients.has_news:
             return self._collected
         with record_function("pyzero::collect"):
-            found, sumsq = self._reduced_stats() if self._reduces else self._local_stats()
+            found, sumsq = self._gradients.stats()
             row = torch.cat([found.double(), sumsq, self._used_here()])
             rows = self._group.gather_rows(row)  # (size, 2 + num_params) fp64
         found = (rows[:, 0] != 0).any().to(torch.float32).reshape(1)
         norm = rows[:, 1].sum().sqrt()
-        unscale = self._scaler.inv_scale if self._reducer.scaled and not self._reduces else None
+        unscale = self._gradients.unscale
         if unscale is not None:
             norm = norm * unscale
         used = (rows[:, 2:] != 0).any(0).to(torch.float32)
@@ -253,26 +255,10 @@ class FusedZeroAdam(Optimizer):
             self._used_row = torch.tensor(pattern, dtype=torch.float64).to(self._device, non_blocking=True)
         return self._used_row
 
-    def _reduced_stats(self) -> tuple[Tensor, Tensor]:
-        """Of this rank's shards, from the kernels that reduced them."""
-        self._reducer.finish()
-        return self._reducer.found_inf, torch.stack([bucket.sumsq for bucket in self._buckets]).sum(0)
-
-    def _local_stats(self) -> tuple[Tensor, Tensor]:
-        """Of this rank's part of `.grad`: one pass that only reads."""
-        found = torch.zeros(1, device=self._device)
-        sumsq = torch.zeros(1, dtype=torch.float64, device=self._device)
-        pieces = []
-        for bucket in self._buckets:
-            bucket.forget_gradients()
-            pieces += bucket.gradients(*bucket.layout.shard_bounds(self._group.rank))[0]
-        ops.unscale_(pieces, 1.0, found_inf=found, sumsq=sumsq, backend=self._backend)
-        return found, sumsq
-
     # ---- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all ranks, skipped on all where any gradient on any rank was inf or NaN.
 
         Args:
@@ -299,8 +285,7 @@ class FusedZeroAdam(Optimizer):
         self._scaler.update(collected.found_inf)
         for gather in gathers:
             gather.wait()
-        if self._reduces and self._stage == 1:
-            self._reducer.reset()
+        self._gradients.after_step()
         self._last, self._collected, self._clip = collected, None, None
         return loss
 
@@ -324,7 +309,7 @@ class FusedZeroAdam(Optimizer):
                 bucket.master,
                 bucket.exp_avg,
                 bucket.exp_avg_sq,
-                self._gradient(bucket),
+                self._gradients.of(bucket),
                 lr=lr,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -340,13 +325,6 @@ class FusedZeroAdam(Optimizer):
                 active=used,
                 backend=self._backend,
             )
-
-    def _gradient(self, bucket: Bucket) -> Tensor:
-        """(shard_numel,) this rank's gradient of a bucket."""
-        if self._reduces:
-            assert bucket.shard is not None
-            return bucket.shard
-        return bucket.pack(*bucket.layout.shard_bounds(self._group.rank), bucket.flat.dtype, self._backend)
 
     def _follow_writes(self) -> None:
         num_written = sum(bucket.adopt_writes(self._group.rank) for bucket in self._buckets)
@@ -384,33 +362,12 @@ class FusedZeroAdam(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave on the same rank of as many ranks; nothing is changed where it does not fit."""
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in saved_groups] != sizes:
-            got = [len(group["params"]) for group in saved_groups]
-            raise ValueError(f"expected groups of {sizes} parameters, got {got}; build the optimizer as it was saved")
-        ids = [i for group in saved_groups for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        pairs = [(param, state_dict["state"][i]) for i, param in zip(ids, params, strict=True) if param in self.state]
-        for number, (param, saved) in enumerate(pairs):
-            for name, view in self.state[param].items():
-                got = tuple(saved[name].shape) if name in saved else None
-                if got != tuple(view.shape):
-                    raise ValueError(
-                        f"expected {name} of parameter {number} with shape {tuple(view.shape)}, got {got}; load the file "
-                        f"of the same rank, saved by as many ranks and the same bucket_cap_mb"
-                    )
-        for param, saved in pairs:
-            for name, view in self.state[param].items():
-                view.copy_(saved[name])
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({key: value for key, value in saved_group.items() if key != "params"})
+        checkpoint.load_rank_state(self, state_dict)
         if "scaler" in state_dict:
-            self._scaler.state.copy_(state_dict["scaler"])
-            self._scaler.refresh()
+            self._scaler.load(state_dict["scaler"])
         self._publish_masters()
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """This rank's state: its flat views by parameter, the groups, and the loss scale's five numbers."""
         return {**super().state_dict(), "scaler": self._scaler.state}
 
@@ -439,32 +396,3 @@ class FusedZeroAdamW(FusedZeroAdam):
 def _clip_coefficient(max_norm: float, norm: Tensor) -> Tensor:
     """torch.nn.utils.clip_grad_norm_'s: min(1, max_norm / (norm + 1e-6))."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if name in _MOOT or value in _REFUSED.get(name, ()):
-            continue
-        if name in _REFUSED:
-            raise ValueError(f"got {name}={value!r}, which FusedZeroAdam does not support; leave it out")
-        raise TypeError(f"FusedZeroAdam got an unexpected argument {name!r}; see help(pyzero.FusedZeroAdam)")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, betas = group["lr"], group["betas"]
-    wanted = {
-        "lr >= 0": isinstance(lr, Tensor) or lr >= 0,
-        "betas in [0, 1)": all(0 <= beta < 1 for beta in betas),
-        "eps >= 0": group["eps"] >= 0,
-        "weight_decay >= 0": group["weight_decay"] >= 0,
-    }
-    for rule, holds in wanted.items():
-        if not holds:
-            values = {key: value for key, value in group.items() if key != "params"}
-            raise ValueError(f"expected {rule}, got {values}; correct it")
-    for index, param in enumerate(group["params"]):
-        if param.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"expected parameters in float32, bfloat16 or float16, got parameter {index} of the group in "
-                f"{str(param.dtype).removeprefix('torch.')}; convert it or leave it out"
-            )

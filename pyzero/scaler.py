@@ -65,7 +65,8 @@ def choose(loss_scale: "str | float | LossScale | None", dtypes: set[torch.dtype
     if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
         return static(float(loss_scale))
     raise ValueError(
-        f'expected loss_scale as "auto", "dynamic", None, a number or a LossScale, got {loss_scale!r}; pass one of these'
+        f'expected loss_scale as "auto", "dynamic", None, a number or a LossScale, got {loss_scale!r}; '
+        f"pass one of these"
     )
 
 
@@ -76,22 +77,25 @@ class Scaler:
         self.enabled = policy is not None
         self.policy = policy or static(1.0)
         self._backend = backend
-        self._rule = LossScalePolicy(
-            **{k: v for k, v in asdict(self.policy).items() if k != "init_scale"}
-        )
+        self._rule = LossScalePolicy(**{k: v for k, v in asdict(self.policy).items() if k != "init_scale"})
         self.state = loss_scale_state(self.policy.init_scale, self.policy.hysteresis, device)
         self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
-        self.refresh()
+        self._refresh()
 
-    def refresh(self) -> None:
-        """The state was written: follow it."""
+    def load(self, state: Tensor) -> None:
+        """Take over a saved state."""
+        self.state.copy_(state)
+        self._refresh()
+
+    def _refresh(self) -> None:
         torch.reciprocal(self.state[0], out=self.inv_scale)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss times the scale."""
-        return loss * self.state[0].to(loss.device)
+        scaled: Tensor = loss * self.state[0].to(loss.device)
+        return scaled
 
     def update(self, found_inf: Tensor) -> None:
         """One step of the state machine; found_inf: (1,) fp32, the same on all ranks."""
         ops.loss_scale_update_(self.state, found_inf, **asdict(self._rule), backend=self._backend)
-        self.refresh()
+        self._refresh()
