@@ -1,0 +1,271 @@
+"""Building at first use: killed, raced, without a place to write, without compilers, with edited sources."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from toys import toy_spec, write_toy
+
+from pyzero.ops import build_spec, jit, native, registry
+from pyzero.ops.jit import JitError
+from pyzero.ops.registry import BackendUnavailableError
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+TIMEOUT_S = 60
+
+# Builds and imports the toy in a process of its own, with a compiler that counts its calls and may hang.
+BUILD_TOY = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]
+from pathlib import Path
+from toys import toy_spec
+from pyzero.ops import jit
+spec = toy_spec(Path(sys.argv[1]), compiler=(sys.argv[2],))
+print(jit.import_file("_toy", jit.build(spec)).answer)
+"""
+COUNTING_COMPILER = """#!/bin/sh
+case "$*" in *"/toy.cpp "*) echo call >> {log}; [ -z "$HANG" ] || sleep 30;; esac
+exec c++ "$@"
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, no module built ahead of time, and nothing remembered from before."""
+    monkeypatch.setenv("PYZERO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("PYZERO_JIT", raising=False)
+    monkeypatch.delenv("PYZERO_BACKEND", raising=False)
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: None)
+    registry.forget()
+    yield tmp_path / "cache"
+    registry.forget()
+
+
+@pytest.fixture
+def csrc(tmp_path: Path) -> Path:
+    return write_toy(tmp_path / "csrc")
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    path = tmp_path / "counting-c++"
+    path.write_text(COUNTING_COMPILER.format(log=tmp_path / "calls"))
+    path.chmod(0o755)
+    return path
+
+
+def start_build(csrc: Path, compiler: Path, **environ: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILD_TOY, str(csrc), str(compiler)]
+    environ = {**os.environ, **environ}
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def count_calls(compiler: Path) -> int:
+    log = compiler.with_name("calls")
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_builds_once_and_says_so(cache: Path, csrc: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = toy_spec(csrc)
+    path = jit.build(spec, seconds=7)
+    assert path.parent == cache and spec.build_hash() in path.name
+    module = jit.import_file("_toy", path)
+    assert (module.answer, module.build_hash) == (42, spec.build_hash())
+    assert [record.getMessage() for record in caplog.records] == ["building _toy with c++, once; about 7 s"]
+
+    caplog.clear()
+    assert jit.build(spec) == path
+    assert not caplog.records
+    assert not list(cache.glob("*.build"))
+
+
+def test_four_racing_processes_compile_once(cache: Path, csrc: Path, compiler: Path) -> None:
+    processes = [start_build(csrc, compiler) for _ in range(4)]
+    assert [process.communicate(timeout=TIMEOUT_S)[0] for process in processes] == ["42\n"] * 4
+    assert count_calls(compiler) == 1
+    assert len(list(cache.glob("_toy-*.so"))) == 1
+
+
+def test_a_killed_build_leaves_no_lock_and_no_half_module(cache: Path, csrc: Path, compiler: Path) -> None:
+    killed = start_build(csrc, compiler, HANG="1")
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not count_calls(compiler) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(killed.pid, signal.SIGKILL)  # its compiler lives on, as an orphan
+        killed.wait(TIMEOUT_S)
+        assert not list(cache.glob("_toy-*.so")) and list(cache.glob("*.build"))
+
+        after = start_build(csrc, compiler)
+        assert after.communicate(timeout=20)[0] == "42\n"
+        assert count_calls(compiler) == 2
+        assert not list(cache.glob("*.build"))
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+
+
+def test_a_cache_that_cannot_be_written(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    cache.write_text("a file where the folder should be: root may write to a read-only folder")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    path = jit.build(toy_spec(csrc))
+    assert path.parent == tmp_path / "tmp" / f"pyzero-{os.getuid()}"
+    assert "set PYZERO_CACHE_DIR" in caplog.text
+    assert jit.build(toy_spec(csrc)) == path  # other processes of this user find it
+
+
+def test_a_filled_cache_need_not_be_writable(cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jit.build(toy_spec(csrc))
+    monkeypatch.setattr(jit, "_writable_folder", lambda: pytest.fail("asked for a place to write"))
+    assert jit.build(toy_spec(csrc)) == path
+
+
+def test_never_loads_code_from_somebody_elses_folder(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache.write_text("")
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "tmp" / f"pyzero-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    path = jit.build(toy_spec(csrc))
+    assert path.parent.parent == tmp_path / "tmp" and not path.parent.is_symlink()
+    assert not list((tmp_path / "theirs").iterdir())
+
+
+def test_an_edited_source_is_built_anew(cache: Path, csrc: Path) -> None:
+    first = jit.build(toy_spec(csrc))
+    write_toy(csrc, answer="43")
+    second = jit.build(toy_spec(csrc))
+    assert first != second
+    assert jit.import_file("_toy", second).answer == 43
+
+
+def test_a_failed_build_has_the_output_and_the_remedy(cache: Path, csrc: Path) -> None:
+    write_toy(csrc, answer="no_such_name")
+    with pytest.raises(JitError, match=r"(?s)toy\.cpp.*no_such_name.*Remedy: .*CXX"):
+        jit.build(toy_spec(csrc))
+    assert not list(cache.glob("*.build")) and not list(cache.glob("*.so"))
+
+
+def test_a_broken_file_in_the_cache_is_named(cache: Path, csrc: Path) -> None:
+    path = jit.build(toy_spec(csrc)).with_name("broken.so")
+    path.write_bytes(b"not a module")
+    with pytest.raises(JitError, match="broken.so.*remove the file"):
+        jit.import_file("_toy", path)
+
+
+def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "not built ahead of time; no C++ compiler" in (native.unavailable_reason("cpu") or "")
+    with pytest.raises(JitError, match="no-such-compiler not found.*set CXX"):
+        native.load("cpu")
+    with pytest.raises(BackendUnavailableError, match="no-such-compiler not found"):
+        registry.pick("adam_", "cpu", CPU)
+
+    for op in registry.OPS:
+        assert registry.pick(op, "auto", CPU) is registry.pick(op, "reference", CPU)
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "slow reference" in warnings[0].getMessage()
+    assert "no-such-compiler not found" in warnings[0].getMessage()
+
+
+def test_no_nvcc(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert "no nvcc" in (native.unavailable_reason("cuda") or "")
+    with pytest.raises(JitError, match="no nvcc.*set CUDA_HOME"):
+        native.load("cuda")
+    with pytest.raises(BackendUnavailableError, match="runs on cuda tensors, not on cpu"):
+        registry.pick("adam_", "cuda", CPU)
+
+
+def test_no_pybind11_and_no_python_headers(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build_spec.importlib.util, "find_spec", lambda name: None)
+    assert "pip install pybind11" in (jit.unavailable_reason("cpu") or "")
+    monkeypatch.setattr(build_spec.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "install Python's headers" in (jit.unavailable_reason("cpu") or "")
+
+
+def test_switched_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYZERO_JIT", "0")
+    with pytest.raises(JitError, match="PYZERO_JIT=0"):
+        native.load("cpu")
+    assert not cache.exists()
+
+
+def test_auto_goes_on_after_a_failed_build(
+    cache: Path, csrc: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_toy(csrc, answer="no_such_name")
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc, compiler=(str(compiler),)))
+    for op in registry.OPS:
+        assert registry.pick(op, "auto", CPU) is registry.pick(op, "reference", CPU)
+    assert "no_such_name" in caplog.text and "slow reference" in caplog.text
+    assert count_calls(compiler) == 1, "a failed build is not tried again in one process"
+
+
+def test_a_stale_module_is_named_and_not_used(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    stale = tmp_path / "_native_cpu.so"
+    toy_spec(csrc).build(tmp_path / "build", stale)
+    write_toy(csrc, answer="43")
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: stale)
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc))
+    assert native.load("cpu").answer == 43
+    assert f"{stale} is stale" in caplog.text and "pip install again" in caplog.text
+
+    registry.forget()
+    monkeypatch.setenv("PYZERO_JIT", "0")
+    with pytest.raises(BackendUnavailableError, match="is stale.*PYZERO_JIT=0"):
+        registry.pick("adam_", "cpu", CPU)
+
+
+def test_the_real_module_fits_its_sources(tmp_path: Path) -> None:
+    module = native.load("cpu")
+    assert module.source_hash == build_spec.source_hash(build_spec.CSRC, build_spec.cpu_sources())
+    assert build_spec.read_stamp(Path(module.__file__ or "")) == (module.source_hash, module.build_hash)
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    registry.forget()
+    caplog.set_level(logging.INFO, logger="pyzero")
+    for _ in range(2):
+        registry.pick("pack_", "auto", CPU)
+    assert [record.getMessage() for record in caplog.records if "pack_" in record.getMessage()] == [
+        "pack_ on cpu tensors: backend cpu"
+    ]
+
+
+def test_an_unknown_backend_and_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="got backend='gpu', wanted one of auto, cuda"):
+        registry.pick("adam_", "gpu", CPU)
+    registry.forget()
+    monkeypatch.setenv("PYZERO_BACKEND", "reference")
+    assert registry.pick("adam_", "auto", CPU) is registry.pick("adam_", "reference", CPU)
+    registry.forget()
+
+
+def test_triton_on_cpu_tensors_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    registry.forget()
+    with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
+        registry.pick("adam_", "triton", CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert registry.BACKENDS["triton"].unavailable_reason("cpu") is None
+    assert "triton" not in [row.name for device in ("cpu", "cuda") for row in registry.ladder(device)]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert [row.name for row in registry.ladder("cuda")] == ["cuda", "triton", "reference"]
+    assert [row.name for row in registry.ladder("cpu")] == ["cpu", "reference"]
