@@ -1,7 +1,8 @@
 """Where a step's gradients come from: reduced over ranks by us, or already there in `.grad`.
 
 Both answer the same questions: `stats()` finishes what is under way and tells the overflow flag and the sum of
-squares of this rank's part; `of(bucket)` is this rank's gradient of a bucket; `unscale` is what Adam is still to multiply it by.
+squares of this rank's part; `of(bucket)` is this rank's gradient of a bucket; `unscale` is what Adam is still to
+multiply it by.
 """
 
 from __future__ import annotations
@@ -111,9 +112,9 @@ class LocalGradients:
 class ReducedGradients:
     """Turns the gradients of all ranks into this rank's shards, in hooks on the parameters.
 
-    One round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it, and
-    is sent with zeros for parameters without a gradient. Stage 2 makes a round in every backward, so every rank must
-    run backward equally often between two steps; stage 1 makes one in step().
+    One round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it,
+    and is sent with zeros for parameters without a gradient. Stage 2 makes a round in every backward, so every rank
+    must run backward equally often between two steps; stage 1 makes one in step().
     """
 
     def __init__(

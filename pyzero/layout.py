@@ -57,7 +57,7 @@ class BucketLayout:
         return low, high
 
     def granule_owners(self, rank: int) -> list[tuple[int, int]]:
-        """(position of the slot, number of granules) runs that cover a rank's shard; a gap counts to the slot before."""
+        """Runs of (position of the slot, number of granules) over a rank's shard; a gap goes to the slot before."""
         begin, end = self.shard_bounds(rank)
         runs = []
         for position, slot in enumerate(self.slots):
