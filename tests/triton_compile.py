@@ -1,0 +1,186 @@
+"""Compiles what real launches of the Triton backend would compile, for GPUs that are not here; prints JSON.
+
+Run by test_triton_compile.py in a process of its own: there TRITON_INTERPRET must be unset when triton is imported.
+The ops are called on CPU tensors with a stand-in driver, and each launch becomes a `warmup`: triton's own launcher
+chooses the types and the 16-byte alignments from the arguments, and nothing runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from pyzero.ops import triton_kernels
+from pyzero.ops.adam import AdamHyper
+from pyzero.ops.triton_kernels import adam, common, loss_scale, reduce_scatter, scaled_copy
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+N = 1 << 20
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class AbsentGPU:
+    """What a launch asks of triton's active driver before it compiles."""
+
+    def __init__(self, index: int, target: GPUTarget) -> None:
+        self.index, self.target = index, target
+
+    def get_current_device(self) -> int:
+        return self.index  # one per target: compiled kernels are kept per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def flat(dtype: torch.dtype, shift: int = 0, n: int = N) -> torch.Tensor:
+    """n elements, `shift` elements past a 16-byte boundary."""
+    return torch.zeros(n + shift, dtype=dtype)[shift:]
+
+
+def run_adam(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, shift: int = 0) -> None:
+    coupled = AdamHyper(0.9, 0.999, 1e-8, 0.1, segments, False)
+    state = (flat(F32, shift), flat(F32, shift), flat(F32, shift), flat(grad, shift))
+    param_out = None if out is None else flat(out, shift)
+    if not segments:
+        triton_kernels.adam_(*state, param_out, coupled, 1e-3, 1, 1.0, None, None, None)
+        return
+    ids, one = flat(torch.int32, n=N // 64), torch.ones(())
+    triton_kernels.adam_(*state, param_out, coupled, one, flat(F32, n=8), one, flat(F32, n=1), ids, flat(F32, n=8))
+
+
+def run_unscale(dtype: torch.dtype, scale: Any, shift: int = 0) -> None:
+    triton_kernels.unscale_([flat(dtype, shift)], scale, flat(F32, n=1), flat(F32, n=1))
+
+
+def run_pack(source: torch.dtype, bucket: torch.dtype) -> None:
+    triton_kernels.pack_(flat(bucket), [flat(source)], [0], torch.ones(()), flat(F32, n=1), None)
+
+
+def run_reduce_scatter(dtype: torch.dtype, num_ranks: int, *, accumulate: bool, shift: int = 0) -> None:
+    slices = [flat(dtype, shift) for _ in range(num_ranks)]
+    sums = torch.zeros(1, dtype=torch.float64)
+    triton_kernels.reduce_scatter_(flat(F32), slices, 1.0, accumulate, flat(F32, n=1), sums)
+
+
+def run_loss_scale() -> None:
+    policy = SimpleNamespace(
+        growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, min_scale=1.0, max_scale=float("inf"),
+        hysteresis=2, consecutive_hysteresis=False,
+    )  # fmt: skip
+    triton_kernels.loss_scale_update_(flat(F32, n=5), flat(F32, n=1), policy)  # type: ignore[arg-type]
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "adam-bf16-bf16": partial(run_adam, BF16, BF16),
+    "adam-f32": partial(run_adam, F32, None),
+    "adam-f16-f16-segments": partial(run_adam, F16, F16, segments=True),
+    "unscale-bf16": partial(run_unscale, BF16, 0.5),
+    "unscale-f32": partial(run_unscale, F32, torch.ones(())),
+    "unscale-f16-reads": partial(run_unscale, F16, 1.0),
+    "pack-f32-bf16": partial(run_pack, F32, BF16),
+    "reduce_scatter-bf16-2": partial(run_reduce_scatter, BF16, 2, accumulate=True),
+    "reduce_scatter-f32-8": partial(run_reduce_scatter, F32, 8, accumulate=False),
+    "loss_scale": run_loss_scale,
+}
+# The checks must be able to fail: on views off the 16-byte grid, and with contraction allowed.
+WITH_COUNTEREXAMPLES = ("sm_90", "gfx942")
+UNALIGNED: dict[str, Callable[[], None]] = {
+    "adam-unaligned": partial(run_adam, BF16, BF16, shift=1),
+    "unscale-unaligned": partial(run_unscale, BF16, 0.5, shift=1),
+    "reduce_scatter-unaligned": partial(run_reduce_scatter, BF16, 2, accumulate=True, shift=1),
+}
+THREADS = 128  # per program, on every target
+
+
+def nvidia_facts(kernel: Any) -> dict[str, int]:
+    ptx = kernel.asm["ptx"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        sass = subprocess.run([tool, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    ops = Counter(re.findall(r"\b(LDG\.E\.128|STG\.E\.128|LDL|STL)\b", sass))
+    return {
+        "wide_loads": ops["LDG.E.128"],
+        "wide_stores": ops["STG.E.128"],
+        "spills": ops["LDL"] + ops["STL"],
+        "flushes": ptx.count(".ftz"),
+        "approximations": len(re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\S*f32", ptx)),
+        "contractions": len(re.findall(r"\b(?:fma|mad)\.\S*f32", ptx)),
+        "double_contractions": len(re.findall(r"\bfma\.rn\.f64", ptx)),
+        "divisions": ptx.count("div.rn.f32"),
+        "square_roots": ptx.count("sqrt.rn.f32"),
+    }
+
+
+def amd_facts(kernel: Any) -> dict[str, int]:
+    asm = kernel.asm["amdgcn"]
+    divisions = len(re.findall(r"\bv_div_fixup_f32", asm))
+    fused = len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32", asm))
+    return {
+        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", asm)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4", asm)),
+        "spills": len(re.findall(r"\bscratch_(?:load|store)", asm))
+        + sum(int(count) for count in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", asm)),
+        "flushes": len(re.findall(r"amdhsa_float_denorm_mode_(?:32|16_64) [012]", asm)),
+        "approximations": len(re.findall(r"\bv_(?:rcp|sqrt)_f32", asm)) - 2 * divisions,
+        # AMD has no division or square root instruction: 5 and 2 fused steps refine each exactly.
+        "contractions": fused - 7 * divisions,
+        "double_contractions": 0,  # not told apart from the steps of an fp64 division
+        "divisions": divisions,
+        "square_roots": len(re.findall(r"\bv_sqrt_f32", asm)),
+    }
+
+
+def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool = False) -> list[dict[str, Any]]:
+    """Facts about every kernel that `run` would launch."""
+    facts = []
+
+    def warm_up(kernel: Any, num_programs: int, on: torch.Tensor, *args: Any, **constants: Any) -> None:
+        constants.setdefault("num_warps", THREADS // target.warp_size)  # as NUM_WARPS is on that machine
+        compiled = kernel.warmup(*args, grid=(num_programs,), **constants, enable_fp_fusion=fuse)
+        found = nvidia_facts(compiled) if target.backend == "cuda" else amd_facts(compiled)
+        facts.append({"kernel": kernel.fn.__name__, "block": constants.get("BLOCK", 0), **found})
+
+    for module in (adam, common, loss_scale, reduce_scatter, scaled_copy):
+        module.launch = warm_up  # type: ignore[attr-defined]
+    run()
+    return facts
+
+
+def main() -> None:
+    result: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for index, (name, target) in enumerate(TARGETS.items()):
+        driver.set_active(AbsentGPU(index, target))
+        facts = {case: compile_launches(run, target) for case, run in CASES.items()}
+        if name in WITH_COUNTEREXAMPLES:
+            facts.update({case: compile_launches(run, target) for case, run in UNALIGNED.items()})
+            facts["adam-fused"] = compile_launches(CASES["adam-bf16-bf16"], target, fuse=True)
+        result[name] = facts
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
