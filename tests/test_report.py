@@ -1,0 +1,73 @@
+"""`python -m pyzero report`: says what is there, builds nothing, and exits with 0."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toys import toy_spec, write_toy
+
+from pyzero import report
+from pyzero.ops import build_spec, native, registry
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKED = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {blocked!r} else find(name, *rest)
+sys.path.insert(0, {root!r})
+from pyzero.__main__ import main
+sys.exit(main(["report"]))
+"""
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYZERO_CACHE_DIR", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "pyzero", "report"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"torch {torch.__version__}" in done.stdout
+    for op in registry.OPS:
+        assert done.stdout.count(f"  {op}:") == 2, "once per device type"
+    assert not (tmp_path / "cache").exists(), "a report builds nothing"
+
+
+def test_with_nothing_installed_but_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    script = BLOCKED.format(blocked={"pydantic", "pybind11", "triton", "tqdm", "transformers"}, root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "C++: no C++ compiler (no-such-compiler not found)" in done.stdout
+    assert "CUDA: no nvcc" in done.stdout
+    assert "auto takes" in done.stdout
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    script = BLOCKED.format(blocked={"torch"}, root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install torch" in done.stdout
+
+
+def test_a_stale_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = toy_spec(write_toy(tmp_path / "csrc"))
+    module = tmp_path / "_native_cpu.so"
+    spec.build(tmp_path / "build", module)
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: module if kind == "cpu" else None)
+    wanted = build_spec.source_hash(build_spec.CSRC, build_spec.cpu_sources())
+    assert f"{module} is stale (sources {spec.source_hash()}, wanted {wanted})" in "\n".join(report.lines())
+
+
+def test_what_auto_takes_is_what_pick_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for jit, taken in (("1", "cpu"), ("0", "reference")):
+        monkeypatch.setenv("PYZERO_JIT", jit)
+        monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: None)
+        registry.forget()
+        text = "\n".join(report.lines())
+        assert f"auto takes {taken}; " in text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+        picked = registry.pick("adam_", "auto", torch.device("cpu"))
+        assert (picked is registry.pick("adam_", "reference", torch.device("cpu"))) == (taken == "reference")
+    registry.forget()
