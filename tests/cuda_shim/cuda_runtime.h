@@ -1,0 +1,92 @@
+// Stands in for CUDA's header where g++ compiles csrc/cuda/*.cu: a block's threads are real threads, __syncthreads a
+// real barrier, __shared__ really shared, so the sanitizers see what the kernels do. Blocks run one after another: a
+// race between blocks goes unseen, and so does anything that depends on warps or on device memory.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+#define CUDART_VERSION 12010
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheShim"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration argument";
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_shim {
+
+inline pthread_barrier_t barrier;  // of the running block
+inline std::atomic<int> votes{0};
+
+inline void wait() { pthread_barrier_wait(&barrier); }
+
+}  // namespace cuda_shim
+
+inline void __syncthreads() { cuda_shim::wait(); }
+
+// Relaxed: like the hardware's, the vote itself carries no data between threads; the barriers around it do.
+inline int __syncthreads_or(int predicate) {
+  if (predicate) cuda_shim::votes.store(1, std::memory_order_relaxed);
+  cuda_shim::wait();
+  const int result = cuda_shim::votes.load(std::memory_order_relaxed);
+  cuda_shim::wait();
+  cuda_shim::votes.store(0, std::memory_order_relaxed);
+  cuda_shim::wait();
+  return result;
+}
+
+// Runs the kernel before it returns. Fresh threads per launch: a pool would not survive a fork.
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  const unsigned num_threads = config->blockDim.x;
+  if (config->gridDim.x == 0 || num_threads == 0 || num_threads > 1024) return cudaErrorInvalidConfiguration;
+  pthread_barrier_init(&cuda_shim::barrier, nullptr, num_threads);
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < num_threads; ++t) {
+    threads.emplace_back([&, t] {
+      threadIdx = dim3(t);
+      blockDim = config->blockDim;
+      gridDim = config->gridDim;
+      for (unsigned b = 0; b < gridDim.x; ++b) {
+        blockIdx = dim3(b);
+        kernel(args...);
+        cuda_shim::wait();
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  pthread_barrier_destroy(&cuda_shim::barrier);
+  return cudaSuccess;
+}

@@ -1,0 +1,357 @@
+// Runs every CUDA kernel on the host shim over sizes, alignments and types, and holds each result against a plain loop
+// over csrc/math, bit for bit. No Python, so that a sanitizer can watch all of it.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "cuda/grid.h"
+#include "cuda/launch.h"
+#include "math/adam.h"
+#include "math/reduce_scatter.h"
+#include "math/unscale.h"
+
+using namespace pyzero;
+
+namespace {
+
+constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr int64_t kBlock = cuda::kThreads * 8;  // elements that one block takes at once; four times that for lists
+const int64_t kSizes[] = {0, 1, 7, 8, 9, kBlock - 1, kBlock, kBlock + 1, 4 * kBlock, 4 * kBlock + 9, 41 * kBlock + 13};
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kCanaryBytes = 0;  // the allocation ends with the last element: the sanitizer guards it
+#else
+constexpr size_t kCanaryBytes = 64;
+#endif
+constexpr char kCanary = 0x5a;
+
+std::mt19937 generator(1);
+
+void require(bool good, const char* op, const char* what, int64_t numel) {
+  if (good) return;
+  std::fprintf(stderr, "%s: wrong %s at numel %lld\n", op, what, static_cast<long long>(numel));
+  std::exit(1);
+}
+
+// `numel` elements that begin `head` elements after a 16-byte boundary, with canaries on both sides.
+class Array {
+ public:
+  Array(DType dtype, int64_t numel, int head = 0, float size = 1.0f)
+      : dtype(dtype), numel(numel), element_(dtype == DType::kFloat32 ? 4 : 2), front_(head * element_) {
+    const size_t bytes = front_ + size_t(numel) * element_ + kCanaryBytes;
+    all_.reset(static_cast<char*>(std::malloc(bytes + (bytes == 0))));  // glibc's malloc aligns to 16 bytes
+    std::memset(all_.get(), kCanary, bytes);
+    std::normal_distribution<float> normal(0.0f, size);
+    for (int64_t i = 0; i < numel; ++i) set(i, i % 97 == 5 ? normal(generator) * 1e-39f : normal(generator));
+  }
+
+  char* data() const { return all_.get() + front_; }
+  float* floats() const { return reinterpret_cast<float*>(data()); }
+  size_t bytes() const { return size_t(numel) * element_; }
+  Buffer buffer() const { return Buffer{data(), dtype, numel}; }
+
+  float get(int64_t i) const {
+    if (dtype == DType::kFloat32) return read<float>(i);
+    return dtype == DType::kBFloat16 ? to_float(read<BFloat16>(i)) : to_float(read<Float16>(i));
+  }
+
+  void set(int64_t i, float x) {
+    if (dtype == DType::kFloat32) return write(i, x);
+    return dtype == DType::kBFloat16 ? write(i, from_float<BFloat16>(x)) : write(i, from_float<Float16>(x));
+  }
+
+  Array copy() const {
+    Array result(dtype, 0);
+    result.numel = numel;
+    result.all_.reset(static_cast<char*>(std::malloc(bytes() + 1)));
+    std::memcpy(result.all_.get(), data(), bytes());
+    return result;
+  }
+
+  bool equals(const Array& other) const { return std::memcmp(data(), other.data(), bytes()) == 0 && canaries_live(); }
+
+  DType dtype;
+  int64_t numel;
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+
+  template <typename T>
+  T read(int64_t i) const {
+    T x;
+    std::memcpy(&x, data() + i * sizeof(T), sizeof(T));
+    return x;
+  }
+
+  template <typename T>
+  void write(int64_t i, T x) {
+    std::memcpy(data() + i * sizeof(T), &x, sizeof(T));
+  }
+
+  bool canaries_live() const {
+    const auto live = [](char c) { return c == kCanary; };
+    const char* end = data() + bytes();
+    return std::all_of(all_.get(), all_.get() + front_, live) && std::all_of(end, end + kCanaryBytes, live);
+  }
+
+  size_t element_;
+  size_t front_;
+  std::unique_ptr<char, Free> all_;
+};
+
+// Where an op reports, and what the plain loop says it should have.
+class Expected {
+ public:
+  explicit Expected(bool is_double) : is_double_(is_double), partials_(new double[size_t(cuda::max_blocks())]) {}
+
+  Report report() {
+    void* sumsq = is_double_ ? static_cast<void*>(&got_double_) : &got_float_;
+    return Report{&found_inf_, sumsq, is_double_};
+  }
+
+  double* partials() { return partials_.get(); }
+
+  void add(float stored) {
+    nonfinite_ |= is_nonfinite(stored);
+    sumsq_ += square(stored);
+  }
+
+  void check(const char* op, int64_t numel) {
+    require(found_inf_ == (nonfinite_ ? 1.0f : 0.0f), op, "found_inf", numel);
+    if (nonfinite_) return;
+    const double got = is_double_ ? got_double_ : double(got_float_);
+    require(fabs(got - sumsq_) <= sumsq_ * (is_double_ ? 1e-12 : 1.2e-7), op, "sumsq", numel);
+  }
+
+ private:
+  bool is_double_;
+  std::unique_ptr<double[]> partials_;
+  bool nonfinite_ = false;
+  double sumsq_ = 0.5;
+  double got_double_ = 0.5;  // added to, not overwritten
+  float got_float_ = 0.5f;
+  float found_inf_ = 0.0f;
+};
+
+struct AdamCase {
+  DType grad;
+  bool has_out;
+  DType out;
+  AdamHyper hyper;
+  bool on_device;  // lr, step and grad_scale
+  bool segments;
+  float found_inf;
+};
+
+void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
+  Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head), v(DType::kFloat32, numel, head);
+  Array grad(c.grad, numel, other_head), out(c.out, c.has_out ? numel : 0, other_head);
+  for (int64_t i = 0; i < numel; ++i) v.set(i, fabsf(v.get(i)));
+  Array want_master = master.copy(), want_m = m.copy(), want_v = v.copy(), want_out = out.copy();
+
+  const float lr = 1e-2f, steps[] = {3.0f, 7.0f, 11.0f}, active[] = {1.0f, 0.0f, 1.0f}, grad_scale = 0.37f;
+  std::vector<int32_t> ids(size_t((numel + kSegmentGranule - 1) / kSegmentGranule));
+  for (int32_t& id : ids) id = int32_t(generator() % 3);
+  AdamConstants table[3];
+
+  AdamArgs args{};
+  args.master = master.floats();
+  args.exp_avg = m.floats();
+  args.exp_avg_sq = v.floats();
+  args.grad = grad.buffer();
+  if (c.has_out) args.param_out = out.buffer();
+  args.numel = numel;
+  args.hyper = c.hyper;
+  args.lr = Scalar{double(lr), c.on_device ? &lr : nullptr};
+  args.step = Scalar{3.0, c.on_device ? steps : nullptr};
+  args.grad_scale = Scalar{double(grad_scale), c.on_device ? &grad_scale : nullptr};
+  args.found_inf = &c.found_inf;
+  args.segment_ids = c.segments ? ids.data() : nullptr;
+  args.active = c.segments ? active : nullptr;
+  args.num_segments = c.segments ? 3 : 1;
+  cuda::adam(args, table, nullptr);
+
+  const float scale = c.hyper.maximize ? -grad_scale : grad_scale;
+  for (int64_t i = 0; i < numel && c.found_inf == 0.0f; ++i) {
+    const int segment = c.segments ? ids[size_t(i / kSegmentGranule)] : 0;
+    if (c.segments && active[segment] == 0.0f) continue;
+    const AdamConstants k = adam_constants(c.hyper, lr, c.on_device ? int64_t(steps[segment]) : 3);
+    const AdamState before{want_master.get(i), want_m.get(i), want_v.get(i)};
+    const AdamCoefficients shared = adam_coefficients(c.hyper);
+    const AdamState now = adam_is_coupled(c.hyper) ? adam_element<true>(before, grad.get(i), scale, shared, k)
+                                                   : adam_element<false>(before, grad.get(i), scale, shared, k);
+    want_master.set(i, now.master);
+    want_m.set(i, now.exp_avg);
+    want_v.set(i, now.exp_avg_sq);
+    if (c.has_out) want_out.set(i, now.master);
+  }
+  require(master.equals(want_master) && m.equals(want_m) && v.equals(want_v), "adam", "state", numel);
+  require(out.equals(want_out), "adam", "param_out", numel);
+}
+
+void adam() {
+  unsigned turn = 0;
+  for (const int64_t numel : kSizes) {
+    for (const DType grad : kTypes) {
+      for (int out = 0; out < 4; ++out) {
+        const AdamHyper hyper{0.9, 0.999, 1e-8, turn % 3 ? 0.1 : 0.0, turn % 2 == 0, turn % 5 == 0};
+        const bool segments = turn % 4 == 1;
+        const AdamCase c{grad, out > 0, kTypes[out % 3], hyper, turn % 3 == 1, segments, turn % 7 == 6 ? 1.0f : 0.0f};
+        const int head = segments ? 0 : int(turn % 4);
+        adam_case(c, numel, head, turn % 6 == 3 && !segments ? head + 1 : head);
+        ++turn;
+      }
+    }
+  }
+}
+
+void unscale_case(int64_t numel, int head, float inv_scale, bool on_device, bool overflow) {
+  std::vector<Array> tensors, wants;
+  for (int k = 0; k < 7; ++k) {
+    tensors.emplace_back(kTypes[k % 3], k == 4 ? 0 : numel + k, head + k % 2, overflow ? 3e4f : 1.0f);
+    wants.push_back(tensors.back().copy());
+  }
+  Expected expected(numel % 2 == 0);
+  UnscaleArgs args;
+  for (const Array& tensor : tensors) args.tensors.push_back(tensor.buffer());
+  args.inv_scale = Scalar{double(inv_scale), on_device ? &inv_scale : nullptr};
+  args.report = expected.report();
+  cuda::unscale(args, expected.partials(), nullptr);
+
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    for (int64_t i = 0; i < wants[k].numel; ++i) {
+      wants[k].set(i, scale_element(wants[k].get(i), inv_scale));
+      expected.add(wants[k].get(i));
+    }
+    require(tensors[k].equals(wants[k]), "unscale", "values", numel);
+  }
+  expected.check("unscale", numel);
+}
+
+void unscale() {
+  for (const int64_t numel : kSizes) {
+    for (int head = 0; head < 3; ++head) unscale_case(numel, head, 0.125f, head == 1, false);
+    unscale_case(numel, 0, 1.0f, false, false);
+    unscale_case(numel, 1, 8.0f, true, true);
+  }
+  cuda::unscale(UnscaleArgs{}, nullptr, nullptr);
+}
+
+// More tensors than one launch can carry.
+void unscale_many() {
+  constexpr size_t kMany = 1500;
+  std::vector<Array> tensors, wants;
+  UnscaleArgs args;
+  for (size_t k = 0; k < kMany; ++k) {
+    tensors.emplace_back(DType::kBFloat16, int64_t(k % 3));
+    wants.push_back(tensors.back().copy());
+    args.tensors.push_back(tensors.back().buffer());
+  }
+  Expected expected(true);
+  args.inv_scale = Scalar{0.3, nullptr};
+  args.report = expected.report();
+  cuda::unscale(args, expected.partials(), nullptr);
+  for (size_t k = 0; k < kMany; ++k) {
+    for (int64_t i = 0; i < wants[k].numel; ++i) {
+      wants[k].set(i, scale_element(wants[k].get(i), 0.3f));
+      expected.add(wants[k].get(i));
+    }
+    require(tensors[k].equals(wants[k]), "unscale", "values in a long list", int64_t(k));
+  }
+  expected.check("unscale of many", int64_t(kMany));
+}
+
+void pack() {
+  for (const int64_t numel : kSizes) {
+    for (const DType out : kTypes) {
+      const int64_t gap = numel % 3;
+      Array bucket(out, 3 * (numel + gap) + 2, int(numel % 2));
+      Array want = bucket.copy();
+      std::vector<Array> tensors;
+      Expected expected(numel % 2 == 0);
+      PackArgs args;
+      args.bucket = bucket.buffer();
+      for (int k = 0; k < 3; ++k) {
+        tensors.emplace_back(kTypes[k], numel, k == 1);
+        args.tensors.push_back(tensors.back().buffer());
+        args.offsets.push_back(k * (numel + gap) + 1);
+        for (int64_t i = 0; i < numel; ++i) {
+          want.set(args.offsets.back() + i, scale_element(tensors.back().get(i), 0.7f));
+          expected.add(want.get(args.offsets.back() + i));
+        }
+      }
+      args.scale = Scalar{0.7, nullptr};
+      args.report = expected.report();
+      cuda::pack(args, expected.partials(), nullptr);
+      require(bucket.equals(want), "pack", "bucket", numel);
+      expected.check("pack", numel);
+    }
+  }
+}
+
+void reduce_scatter_case(int64_t numel, int ranks, DType dtype, int head, bool accumulate) {
+  Array shard(DType::kFloat32, numel, head);
+  Array want = shard.copy();
+  std::vector<Array> slices;
+  ReduceScatterArgs args{};
+  for (int r = 0; r < ranks; ++r) {
+    slices.emplace_back(dtype, numel, head);
+    args.slices.push_back(slices.back().data());
+  }
+  Expected expected(numel % 2 == 0);
+  const float scale = 0.3f;
+  args.shard = shard.floats();
+  args.dtype = dtype;
+  args.numel = numel;
+  args.scale = Scalar{0.3, accumulate ? &scale : nullptr};
+  args.accumulate = accumulate;
+  args.report = expected.report();
+  cuda::reduce_scatter(args, expected.partials(), nullptr);
+
+  for (int64_t i = 0; i < numel; ++i) {
+    float sum = slices[0].get(i);
+    for (int r = 1; r < ranks; ++r) sum = reduce_add(sum, slices[size_t(r)].get(i));
+    want.set(i, accumulate ? reduce_finish<true>(want.get(i), sum, scale)
+                           : reduce_finish<false>(want.get(i), sum, scale));
+    expected.add(want.get(i));
+  }
+  require(shard.equals(want), "reduce_scatter", "shard", numel);
+  expected.check("reduce_scatter", numel);
+}
+
+void reduce_scatter() {
+  unsigned turn = 0;
+  for (const int64_t numel : kSizes) {
+    for (const int ranks : {1, 2, 3, 4, 7, 8}) {
+      for (const DType dtype : kTypes) {
+        reduce_scatter_case(numel, ranks, dtype, int(turn % 3), turn % 2 == 0);
+        ++turn;
+      }
+    }
+  }
+}
+
+void loss_scale() {
+  const LossScalePolicy policy{2.0f, 0.5f, 2.0f, 1.0f, 65536.0f, 2.0f, false};
+  float got[kLossScaleSlots] = {16.0f, 0.0f, 2.0f, 0.0f, 0.0f};
+  float want[kLossScaleSlots] = {16.0f, 0.0f, 2.0f, 0.0f, 0.0f};
+  for (const float found_inf : {1.0f, 0.0f, 1.0f, 1.0f, 0.0f, 0.0f, 0.0f}) {
+    cuda::loss_scale_update(got, &found_inf, policy, nullptr);
+    loss_scale_update(want, found_inf != 0.0f, policy);
+    require(std::memcmp(got, want, sizeof(want)) == 0, "loss_scale", "state", 0);
+  }
+}
+
+}  // namespace
+
+int main() {
+  adam();
+  unscale();
+  unscale_many();
+  pack();
+  reduce_scatter();
+  loss_scale();
+  std::puts("all kernels agree with plain loops");
+}
