@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,18 @@ from torch import Tensor
 # torch 2.13 renames these, and warns of the old names; 2.11 has no new ones.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
+    """The class name of a DistributedDataParallel module that holds one of these parameters, or None.
+
+    Looks at every living object: call it once, not in every step. DDP keeps no register that could be asked.
+    """
+    ddp = torch.nn.parallel.DistributedDataParallel
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), ddp) and any(param in params for param in candidate.parameters()):
+            return type(candidate.module).__name__
+    return None
 
 
 class Work:

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 
 from pyzero import ops
 from pyzero.buckets import Bucket
-from pyzero.comm import Exchange, Group, Transport
+from pyzero.comm import Exchange, Group, Transport, find_ddp_wrapper
 
 _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
 
@@ -151,6 +151,7 @@ class ReducedGradients:
         self._in_flight: deque[tuple[Bucket, Exchange, float | Tensor]] = deque()
         self._streams: set[Any] = set()  # that wrote gradients of this round
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._checked = False  # that no DistributedDataParallel reduces these gradients too
         self._watch = _Watch(self._on_gradient)
 
     def add(self, bucket: Bucket, scales: bool) -> None:
@@ -178,6 +179,8 @@ class ReducedGradients:
             self._in_scaled_backward = False
 
     def _on_gradient(self, param: Tensor) -> None:
+        if not self._checked:
+            self._check_unwrapped()
         self._fresh = True
         self._scaled = self._in_scaled_backward
         if self._stage == 1 or not self.sync:
@@ -192,6 +195,15 @@ class ReducedGradients:
             self._streams.add(torch.cuda.current_stream(bucket.device))
         while self._overlap and self._next < len(self._buckets) and self._is_full(self._buckets[self._next]):
             self._send_next()
+
+    def _check_unwrapped(self) -> None:
+        wrapped = find_ddp_wrapper(self._place)
+        if wrapped is not None:
+            raise RuntimeError(
+                f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
+                f"DistributedDataParallel; pass reduce_grads=False to the optimizer, or the bare model to the loop"
+            )
+        self._checked = True
 
     def _is_full(self, bucket: Bucket) -> bool:
         return len(self._ready[bucket]) == len(bucket.params)

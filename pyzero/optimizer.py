@@ -371,6 +371,13 @@ class FusedZeroAdam(Optimizer):
         """This rank's state: its flat views by parameter, the groups, and the loss scale's five numbers."""
         return {**super().state_dict(), "scaler": self._scaler.state}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would lose its hooks and its process group."""
+        raise TypeError(
+            f"expected {type(self).__name__} not to be pickled or deep-copied, which would lose its hooks and its "
+            f"process group; save state_dict(), build another over the copied model, and load it"
+        )
+
     def _publish_masters(self) -> None:
         """Make the weights on all ranks what the masters say."""
         gathers = []

@@ -95,7 +95,9 @@ def test_fp32_follows_torch_adamw_for_100_steps(ranks, size, stage):
     for result in results[1:]:
         assert_same(results[0]["params"], result["params"])
     for ours, theirs in zip(results[0]["params"], train_torch(torch.float32, 100, max_norm=0.5), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)  # 100 steps of 1e-2, gradients summed in another order
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=2e-4
+        )  # 100 steps of 1e-2, gradients summed in another order
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,7 +210,9 @@ def used_on_one_rank(group: Any, stage: int) -> list[Tensor]:
 
     torch.manual_seed(5)
     layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
-    optimizer = pyzero.FusedZeroAdamW(layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4)
+    optimizer = pyzero.FusedZeroAdamW(
+        layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4
+    )
     for step in range(5):
         x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -383,3 +387,133 @@ def test_memory_and_hooks_go_with_the_optimizer():
 def test_bad_arguments_are_refused_by_name(options, error, words):
     with pytest.raises(error, match=words):
         pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], **options)
+
+
+def wrapped_in_ddp(group: Any) -> list[str]:
+    ddp = nn.parallel.DistributedDataParallel(build(torch.float32), process_group=group)
+    bare = build(torch.float32)
+    other = pyzero.FusedZeroAdamW(bare.parameters(), process_group=group)
+    loss_of(bare, micro_batch(0, 0)).backward()  # another model's DDP is no concern of this one
+    other.step()
+    optimizer = pyzero.FusedZeroAdamW(ddp.parameters(), process_group=group)
+    try:
+        loss_of(ddp, micro_batch(0, 0)).backward()
+    except RuntimeError as error:
+        return [str(error)]
+    return ["no error"] + [str(optimizer.stage)]
+
+
+def test_a_model_in_ddp_is_refused_at_the_first_backward(ranks):
+    for (message,) in ranks.run(2, wrapped_in_ddp):
+        assert "reduce_grads=False" in message
+        assert "Net" in message
+
+
+def already_reduced_by_ddp(group: Any) -> list[list[Tensor]]:
+    import torch.distributed as dist
+
+    results = []
+    for make in (
+        lambda params: pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group, reduce_grads=False),
+        lambda params: torch.optim.AdamW(params, lr=1e-2),
+    ):
+        ddp = nn.parallel.DistributedDataParallel(build(torch.float32), process_group=group)
+        optimizer = make(ddp.parameters())
+        for step in range(5):
+            optimizer.zero_grad()
+            loss_of(ddp, micro_batch(step, dist.get_rank(group))).backward()
+            torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.5)
+            optimizer.step()
+        results.append(params_of(ddp.module))
+    return results
+
+
+def test_gradients_reduced_by_ddp(ranks):
+    for ours, theirs in ranks.run(2, already_reduced_by_ddp):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+class NoHostRead(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails on what reads a tensor's value into python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        assert "_local_scalar_dense" not in name, "a value was read on the host (.item(), bool(), float())"
+        assert "is_nonzero" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def without_host_reads(group: Any, stage: int) -> None:
+    model = build(torch.float16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, stage=stage, max_grad_norm=1.0)
+    for step in range(2):
+        loss = loss_of(model, micro_batch(step, 0))
+        with NoHostRead():
+            optimizer.zero_grad()
+            optimizer.backward(loss)
+            optimizer.step()
+            optimizer.clip_grad_norm_(1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_backward_and_step_read_nothing_on_the_host(ranks, size, stage):
+    ranks.run(size, without_host_reads, stage)
+    with pytest.raises(AssertionError, match="read on the host"), NoHostRead():
+        torch.ones(1).item()
+
+
+def state_memory(group: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of all living tensors that the optimizer added, and the parameters' own."""
+    import gc
+
+    def living() -> int:
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        return sum(storages.values())
+
+    before = living()
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)]).to(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, loss_scale=None)
+    for _ in range(2):
+        model(torch.randn(3, 256, dtype=dtype)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return living() - before, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_memory_is_two_plus_twelve_over_w_bytes(ranks, size):
+    for measured, num_params in ranks.run(size, state_memory, torch.bfloat16):
+        assert measured / num_params == pytest.approx(2 + 12 / size, rel=0.03)
+
+
+def test_copies_are_refused():
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))]))
+
+
+def test_static_loss_scale_skips_and_stays():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param], lr=0.1, loss_scale=128.0)
+    optimizer.backward((param * torch.tensor([1.0, float("inf"), 1.0])).sum())
+    optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    assert (optimizer.loss_scale, optimizer.skipped_steps, optimizer.was_step_applied) == (128.0, 1, False)
+    optimizer.zero_grad()
+    optimizer.backward((2 * param).sum())
+    assert torch.equal(param.grad, torch.full((3,), 256.0))
+    optimizer.step()
+    assert optimizer.was_step_applied
+    torch.testing.assert_close(optimizer.grad_norm, torch.tensor(12.0).sqrt())
+
+
+def test_sparse_gradients_are_refused_with_a_remedy():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = pyzero.FusedZeroAdam(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse=False"):
+        optimizer.step()
