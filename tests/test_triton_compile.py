@@ -79,7 +79,7 @@ def test_no_spills(compiled: Facts, target: str, case: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_main_loop_is_16_bytes_wide(compiled: Facts, target: str, case: str) -> None:
     """Every byte of a full block moves in 16-byte accesses."""
-    _, read_bytes, written_bytes = CASES[case]
+    read_bytes, written_bytes = CASES[case]
     kernel = streaming(compiled[target][case])
     accesses_per_byte = kernel["block"] / THREADS / 16
     assert kernel["wide_loads"] >= read_bytes * accesses_per_byte, kernel
