@@ -1,0 +1,213 @@
+"""Timing, rows and tables. Ours, the peer and a plain copy take turns, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pyzero
+
+_COPY_NUMEL = {"cpu": 48 << 20, "cuda": 512 << 20}  # fp32; several times the last-level cache
+_L2_FLUSH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    device: str = "cpu"
+    quick: bool = False
+    numel: int | None = None  # overrides each bench's size (tests)
+
+    def size(self, quick: int, full: int) -> int:
+        return self.numel or (quick if self.quick else full)
+
+    @property
+    def repeats(self) -> int:
+        return 3 if self.numel else 11 if self.quick else 31
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time."""
+
+    name: str
+    call: Callable[[], object]
+    bytes_per_element: float | None = None  # of memory traffic that the job needs; None: not counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    bench: str
+    case: str
+    name: str
+    numel: int
+    median_s: float
+    p20_s: float
+    p80_s: float
+    bytes_per_element: float | None = None
+    gb_per_s: float | None = None
+    percent_of_copy: float | None = None  # GB/s over those of a copy (read + write) in the same run
+    speedup: float | None = None  # median of the peer over this median; 1 for the peer
+
+
+def compare(
+    bench: str,
+    case: str,
+    numel: int,
+    contenders: Sequence[Contender],
+    options: Options,
+    peer: str | None = None,
+    with_copy: bool = True,
+) -> list[Row]:
+    """Time the contenders in turns. `peer` names the one that the others are measured against."""
+    everyone = [*contenders, _copy(options)] if with_copy else list(contenders)
+    timer = _time_cuda if options.device == "cuda" else _time_cpu
+    times: dict[str, list[float]] = {contender.name: [] for contender in everyone}
+    for repeat in range(options.repeats + 1):
+        for contender in everyone:
+            elapsed = timer(contender.call)
+            if repeat > 0:  # the first round warms up
+                times[contender.name].append(elapsed)
+
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    copy = everyone[-1]
+    copy_gb_per_s = 8 * _copy_numel(options) / medians[copy.name] / 1e9 if with_copy else None
+    rows = []
+    for contender in everyone:
+        median, moved = medians[contender.name], contender.bytes_per_element
+        elements = _copy_numel(options) if with_copy and contender is copy else numel
+        speed = moved * elements / median / 1e9 if moved else None
+        rows.append(
+            Row(
+                bench,
+                case,
+                contender.name,
+                elements,
+                median,
+                quantile(times[contender.name], 0.2),
+                quantile(times[contender.name], 0.8),
+                moved,
+                speed,
+                100 * speed / copy_gb_per_s if speed and copy_gb_per_s else None,
+                medians[peer] / median if peer is not None and not (with_copy and contender is copy) else None,
+            )
+        )
+    return rows
+
+
+def quantile(samples: Sequence[float], fraction: float) -> float:
+    """The sample at that fraction of the sorted list."""
+    ordered = sorted(samples)
+    return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
+
+
+def timed_row(bench: str, case: str, name: str, samples: Sequence[float]) -> Row:
+    """A row of times alone."""
+    return Row(bench, case, name, 0, statistics.median(samples), quantile(samples, 0.2), quantile(samples, 0.8))
+
+
+def check(what: str, got: Tensor, wanted: Tensor, *, rtol: float, atol: float) -> None:
+    """Raise AssertionError where ours and the peer disagree: a wrong kernel is not worth timing."""
+    torch.testing.assert_close(
+        got.float(), wanted.float(), rtol=rtol, atol=atol, msg=lambda text: f"{what} differs from the peer: {text}"
+    )
+
+
+def _copy_numel(options: Options) -> int:
+    return options.numel or _COPY_NUMEL[options.device]
+
+
+def _copy(options: Options) -> Contender:
+    source = torch.ones(_copy_numel(options), device=options.device)
+    target = torch.zeros_like(source)
+    return Contender("copy (torch, fp32)", lambda: target.copy_(source), 8)
+
+
+def _time_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+_flush: list[Tensor] = []
+
+
+def _time_cuda(call: Callable[[], object]) -> float:
+    if not _flush:
+        _flush.append(torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda"))
+    _flush[0].zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+# ---- output -------------------------------------------------------------------------------------------------------
+
+_HEAD = ("case", "who", "median ms", "p20-p80 ms", "B/elem", "GB/s", "% of copy", "speed-up")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    cells = [_HEAD, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return (
+        row.case,
+        row.name,
+        f"{row.median_s * 1e3:.2f}",
+        f"{row.p20_s * 1e3:.2f}-{row.p80_s * 1e3:.2f}",
+        number(row.bytes_per_element, "g"),
+        number(row.gb_per_s, ".1f"),
+        number(row.percent_of_copy, ".0f"),
+        number(row.speedup, ".2f") + "x" * (row.speedup is not None),
+    )
+
+
+def environment(options: Options) -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else _cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "pyzero": pyzero.__version__,
+        "python": platform.python_version(),
+        "quick": options.quick,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in names if line.startswith("model name")), platform.machine())
+
+
+def write_json(path: Path, options: Options, rows: Sequence[Row]) -> None:
+    """The environment and the rows."""
+    report = {"environment": environment(options), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(report, indent=1) + "\n")

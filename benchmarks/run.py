@@ -1,0 +1,67 @@
+"""python benchmarks/run.py [adam unscale reduce_scatter step build import] [--quick] [--json FILE] [--device cuda]
+
+Each bench first checks its results against the peer's, and fails where they disagree; then it times both in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from any folder
+
+import torch  # noqa: E402
+
+from benchmarks import harness  # noqa: E402
+
+_MODULES = {
+    "adam": "adam",
+    "unscale": "unscale",
+    "reduce_scatter": "reduce_scatter",
+    "step": "step",
+    "build": "build",
+    "import": "import_time",
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer repeats: 3 minutes on 2 cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--numel", type=int, help="elements, in place of each bench's own sizes")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.names if name not in _MODULES]
+    if unknown:
+        parser.error(f"got {', '.join(unknown)}, wanted names of {', '.join(_MODULES)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("got --device cuda, but this torch sees no GPU; leave it out to run on the CPU")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    options = harness.Options(args.device, args.quick, args.numel)
+    print(", ".join(f"{key}: {value}" for key, value in harness.environment(options).items()))
+    rows: list[harness.Row] = []
+    failed = []
+    for name in args.names or _MODULES:
+        try:
+            found = importlib.import_module(f"benchmarks.{_MODULES[name]}").run(options)
+        except AssertionError as error:
+            failed.append(name)
+            print(f"\n## {name}\n\nNOT TIMED, the check failed: {error}", file=sys.stderr)
+            continue
+        print(f"\n## {name}\n\n{harness.table(found)}", flush=True)
+        rows += found
+    if args.json is not None:
+        harness.write_json(args.json, options, rows)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

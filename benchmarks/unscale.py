@@ -1,0 +1,79 @@
+"""unscale_ against torch's foreach unscale, with the norm that clipping wants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyzero import ops
+
+from . import peers
+from .harness import Contender, Options, Row, check, compare
+
+_NUM_TENSORS = 100
+
+
+def run(options: Options) -> list[Row]:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += _case(options, dtype)
+    return rows
+
+
+def _case(options: Options, dtype: torch.dtype) -> list[Row]:
+    numel = options.size(quick=16_000_000, full=50_000_000)
+    flat = peers.normal(numel, 1, options, std=1e-2).to(dtype)
+    inv_scale, found_inf = torch.full((), 0.5, device=flat.device), torch.zeros(1, device=flat.device)
+    _check(flat, inv_scale)
+
+    one, sumsq = torch.ones((), device=flat.device), torch.zeros(1, device=flat.device)
+    ours, theirs = _split(flat.clone()), _split(flat.clone())
+
+    def torch_unscale() -> None:
+        torch._amp_foreach_non_finite_check_and_unscale_(theirs, found_inf, one)
+
+    def torch_with_norm() -> None:
+        torch_unscale()
+        torch.nn.utils.get_total_norm(theirs, foreach=True)
+
+    size = flat.element_size()
+    rows = compare(
+        "unscale",
+        f"{_NUM_TENSORS} x {str(dtype)[6:]}",
+        numel,
+        [
+            Contender("pyzero unscale_", lambda: ops.unscale_(ours, one, found_inf=found_inf), 2 * size),
+            Contender("torch foreach unscale", torch_unscale, 2 * size),
+        ],
+        options,
+        peer="torch foreach unscale",
+    )
+    with_norm = [
+        Contender("pyzero unscale_", lambda: ops.unscale_(ours, one, found_inf=found_inf, sumsq=sumsq), 2 * size),
+        Contender("pyzero unscale_ by 1.0", lambda: ops.unscale_(ours, 1.0, found_inf=found_inf, sumsq=sumsq), size),
+        Contender("torch unscale, norm", torch_with_norm, 2 * size),
+    ]
+    case = f"{_NUM_TENSORS} x {str(dtype)[6:]}, norm"
+    return rows + compare("unscale", case, numel, with_norm, options, peer="torch unscale, norm")
+
+
+def _split(flat: Tensor) -> list[Tensor]:
+    return list(flat.tensor_split(_NUM_TENSORS))
+
+
+def _check(flat: Tensor, inv_scale: Tensor) -> None:
+    """Values bit for bit (halving is exact in both), the norm within fp32's, the flag both ways."""
+    ours, theirs = flat.clone(), flat.clone()
+    found, peer_found = torch.zeros(1, device=flat.device), torch.zeros(1, device=flat.device)
+    sumsq = torch.zeros(1, device=flat.device)
+    ops.unscale_(_split(ours), inv_scale, found_inf=found, sumsq=sumsq)
+    torch._amp_foreach_non_finite_check_and_unscale_(_split(theirs), peer_found, inv_scale)
+    check("unscale_: values", ours, theirs, rtol=0, atol=0)
+    # ours is one fp64 sum; two roundings to fp32 are left, and fp32's own sum in the oracle is avoided
+    check("unscale_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
+    check("unscale_: found_inf of finite values", found, peer_found, rtol=0, atol=0)
+    for tensor in (ours, theirs):
+        tensor[-1] = float("inf")
+    ops.unscale_(_split(ours), inv_scale, found_inf=found)
+    torch._amp_foreach_non_finite_check_and_unscale_(_split(theirs), peer_found, inv_scale)
+    check("unscale_: found_inf of an inf", found, peer_found, rtol=0, atol=0)
