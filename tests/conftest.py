@@ -1,12 +1,17 @@
 """Fixtures that all tests share, and what a skip owes: a reason, and no skip where PYZERO_REQUIRE forbids it."""
 
+import os
 import re
 from collections.abc import Generator, Iterator
 
 import pytest
+import torch
 from ranks import Ranks
 
 from pyzero.ops import env
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
 @pytest.fixture(scope="session")

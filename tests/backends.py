@@ -1,0 +1,136 @@
+"""The backends that the tests of the ops run on, as data, and how each is reached."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyzero.ops import env, native, registry
+
+SHIM = "cuda-shim"
+HAS_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend, and the device that its tensors lie on."""
+
+    name: str
+    backend: str  # as the ops take it
+    device: str = "cpu"
+    isa: str = ""  # of the cpu backend
+    is_emulated: bool = False  # so slow that large sizes are left to the others
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+
+    @contextmanager
+    def ready(self) -> Iterator[Target]:
+        """Skips where it cannot run; otherwise chooses its instruction set for the while."""
+        if reason := self.missing():
+            pytest.skip(reason)
+        if self.backend == SHIM:
+            registry.BACKENDS[SHIM] = registry.Backend(SHIM, (), lambda device_type: None, _shim)
+            try:
+                yield self
+            finally:
+                del registry.BACKENDS[SHIM]
+            return
+        if not self.isa:
+            yield self
+            return
+        module = native.load("cpu")
+        if not module.use_isa(self.isa):
+            pytest.skip(f"this processor has no {self.isa}")
+        try:
+            yield self
+        finally:
+            module.use_isa(module.isas()[0])
+
+
+class ShimBackend(native.CudaBackend):
+    """The CUDA binding over kernels that g++ compiled: tensors lie on the CPU, the device is 0, the stream is 0."""
+
+    def _where(self, device: torch.device) -> tuple[int, ...]:
+        return 0, 0
+
+    def _report_workspace(self, device: torch.device) -> Tensor | None:
+        return torch.empty(self.module.report_workspace_bytes(0), dtype=torch.uint8)
+
+
+@functools.cache
+def _shim() -> ShimBackend:
+    from cuda_shim import build
+
+    return ShimBackend(build.load())
+
+
+def _no_shim() -> str | None:
+    return (
+        None
+        if (Path(__file__).parent / "cuda_shim" / "build.py").exists()
+        else "cuda-shim: no tests/cuda_shim/build.py"
+    )
+
+
+def _reason(backend: str, device: str) -> Callable[[], str | None]:
+    def reason() -> str | None:
+        if device == "cuda" and not HAS_GPU:
+            return f"{backend}: no GPU"
+        why = registry.BACKENDS[backend].unavailable_reason(device)
+        return None if why is None else f"{backend}: {why}"
+
+    return reason
+
+
+def _cpu(isa: str) -> Target:
+    return Target(f"cpu-{isa}", "cpu", isa=isa, missing=_reason("cpu", "cpu"))
+
+
+_ISAS = ("baseline", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("baseline",)
+# conftest.py has triton interpreted where there is no GPU.
+_TRITON_DEVICE = "cpu" if env.triton_interpreted() else "cuda"
+
+REFERENCE = Target("reference", "reference")
+TRITON = Target(
+    "triton",
+    "triton",
+    _TRITON_DEVICE,
+    is_emulated=_TRITON_DEVICE == "cpu",
+    missing=_reason("triton", _TRITON_DEVICE),
+)
+FUSED = (
+    *(_cpu(isa) for isa in _ISAS),
+    TRITON,
+    Target(SHIM, SHIM, is_emulated=True, missing=_no_shim),
+    Target("cuda", "cuda", "cuda", missing=_reason("cuda", "cuda")),
+)
+
+
+def params(targets: tuple[Target, ...]) -> list[Any]:
+    """pytest parameters with readable ids; those on a GPU carry its marker."""
+    return [pytest.param(target, id=target.name, marks=_marks(target)) for target in targets]
+
+
+def _marks(target: Target) -> Any:
+    return pytest.mark.cuda if target.device == "cuda" else ()
+
+
+EMULATED_MAX_NUMEL = 10_000  # of the sizes that bracket the CPU kernels' chunks, others are spared
+
+
+def params_by_size(targets: tuple[Target, ...], sizes: tuple[int, ...]) -> list[Any]:
+    """Parameters (target, numel)."""
+    return [
+        pytest.param(target, numel, id=f"{target.name}-{numel}", marks=_marks(target))
+        for target in targets
+        for numel in sizes
+        if not target.is_emulated or numel <= EMULATED_MAX_NUMEL
+    ]
