@@ -68,7 +68,11 @@ def test_the_hash_follows_all_that_shapes_the_module(tmp_path: Path) -> None:
     root = write_toy(tmp_path)
     spec = toy_spec(root)
     seen = {spec.build_hash()}
-    others = [replace(spec, flags=("-O3",)), replace(spec, fingerprint="another compiler"), replace(spec, name="_other")]
+    others = [
+        replace(spec, flags=("-O3",)),
+        replace(spec, fingerprint="another compiler"),
+        replace(spec, name="_other"),
+    ]
     others += [replace(spec, units=(replace(spec.units[0], flags=("-mavx2",)),)), replace(spec, link_flags=())]
     for other in others:
         assert other.source_hash() == spec.source_hash()

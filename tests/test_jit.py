@@ -132,17 +132,28 @@ def test_a_filled_cache_need_not_be_writable(cache: Path, csrc: Path, monkeypatc
     assert jit.build(toy_spec(csrc)) == path
 
 
+@pytest.mark.parametrize("trap", ["a link", "another owner", "writable by all"])
 def test_never_loads_code_from_somebody_elses_folder(
-    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trap: str
 ) -> None:
     cache.write_text("")
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "tmp" / f"pyzero-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    theirs, expected = tmp_path / "theirs", tmp_path / "tmp" / f"pyzero-{os.getuid()}"
+    theirs.mkdir()
+    expected.parent.mkdir()
+    if trap == "a link":
+        expected.symlink_to(theirs)
+    elif trap == "another owner":
+        expected.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "getuid", lambda uid=os.getuid(): uid + 1)
+        expected.rename(expected.with_name(f"pyzero-{os.getuid()}"))
+    else:
+        expected.mkdir()
+        expected.chmod(0o777)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     path = jit.build(toy_spec(csrc))
-    assert path.parent.parent == tmp_path / "tmp" and not path.parent.is_symlink()
-    assert not list((tmp_path / "theirs").iterdir())
+    assert path.parent.name not in (f"pyzero-{os.getuid()}", theirs.name)
+    assert path.parent.parent == tmp_path / "tmp"
+    assert not list(theirs.iterdir())
 
 
 def test_an_edited_source_is_built_anew(cache: Path, csrc: Path) -> None:
