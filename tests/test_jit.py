@@ -144,7 +144,8 @@ def test_never_loads_code_from_somebody_elses_folder(
         expected.symlink_to(theirs)
     elif trap == "another owner":
         expected.mkdir(mode=0o700)
-        monkeypatch.setattr(os, "getuid", lambda uid=os.getuid(): uid + 1)
+        somebody = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: somebody)
         expected.rename(expected.with_name(f"pyzero-{os.getuid()}"))
     else:
         expected.mkdir()
