@@ -60,6 +60,8 @@ class Bucket:
         self.shard: Tensor | None = None  # (shard_numel,) fp32 gradient, averaged over ranks, unscaled
         self.sumsq = torch.zeros(1, dtype=torch.float64, device=self.device)  # of the shard
         self.used = [False] * len(params)  # which had a gradient on this rank
+        self.partial: Tensor | None = None  # (numel,) fp32 sum of earlier backwards that were not sent
+        self._carried: set[int] = set()  # positions of the parameters in it
         self._cuts: dict[tuple[int, int], list[_Piece]] = {}
 
     def _move_in(self) -> None:
@@ -137,7 +139,7 @@ class Bucket:
 
         A parameter without a gradient is left out: what lies there is not defined.
         """
-        grads = [param.grad for param in self.params]
+        grads = [self._gradient(position) for position in range(len(self.params))]
         self.used = [used or grad is not None for used, grad in zip(self.used, grads, strict=True)]
         pieces: list[Tensor] = []
         offsets: list[int] = []
@@ -149,18 +151,47 @@ class Bucket:
                     continue
                 if grad.layout != torch.strided:
                     raise _sparse_error(param)
-                piece = grad if grad.is_contiguous() and param.is_contiguous() else flat_gradient(grad, param)
+                is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
+                piece = grad if is_flat and grad.is_contiguous() else flat_gradient(grad, param)
                 if end - begin != grad.numel():
                     piece = piece.view(-1)[begin:end]
             pieces.append(piece)
             offsets.append(offset)
         return pieces, offsets
 
+    def carry(self, position: int) -> None:
+        """Move a 16-bit `.grad` into the fp32 sum, before the next backward would round its own to it."""
+        param = self.params[position]
+        if param.grad is None:
+            return
+        if self.partial is None:
+            self.partial = torch.zeros(self.layout.numel, device=self.device)
+        self._carried.add(position)
+        self._partial_view(position).add_(flat_gradient(param.grad, param))
+        param.grad = None
+
+    def _partial_view(self, position: int) -> Tensor:
+        assert self.partial is not None
+        slot = self.layout.slots[position]
+        return self.partial[slot.offset : slot.offset + slot.numel]
+
+    def _gradient(self, position: int) -> Tensor | None:
+        """All that this rank has of a parameter's gradient: `.grad`, or the fp32 sum with it."""
+        if position not in self._carried:
+            return self.params[position].grad
+        self.carry(position)
+        return self._partial_view(position)
+
+    def forget_partial(self) -> None:
+        """Free the fp32 sum: it was sent, or zeroed."""
+        self.partial = None
+        self._carried.clear()
+
     def pack(self, low: int, high: int, dtype: torch.dtype, backend: str) -> Tensor:
         """(high - low,) gradients of [low, high), zero where a parameter has none."""
         out = torch.empty(high - low, dtype=dtype, device=self.device)
-        for slot, param in zip(self.layout.slots, self.params, strict=True):
-            if param.grad is None:
+        for position, slot in enumerate(self.layout.slots):
+            if self.params[position].grad is None and position not in self._carried:
                 out[max(slot.offset - low, 0) : max(slot.offset + slot.numel - low, 0)].zero_()
         pieces, offsets = self.gradients(low, high)
         ops.pack_(out, pieces, offsets=offsets, backend=backend)

@@ -42,6 +42,20 @@ class _Watch:
 
         self._hooks += [param.register_post_accumulate_grad_hook(hook) for param in params]
 
+    def add_before(self, bucket: Bucket, before: Callable[[Bucket, int], None]) -> None:
+        """Call `before(bucket, position)` ahead of each of these parameters' gradients."""
+        method, bucket_of = weakref.WeakMethod(before), weakref.ref(bucket)
+
+        def hook_at(position: int) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor) -> None:
+                alive, bucket = method(), bucket_of()
+                if alive is not None and bucket is not None:
+                    alive(bucket, position)
+
+            return hook
+
+        self._hooks += [param.register_hook(hook_at(position)) for position, param in enumerate(bucket.params)]
+
     def __del__(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -162,6 +176,8 @@ class ReducedGradients:
             self._place[param] = (bucket, position)
             self._fresh |= param.grad is not None  # unfrozen after its first backward
         self._watch.add(bucket.params)
+        if not bucket.is_master:
+            self._watch.add_before(bucket, self._before_gradient)
 
     @property
     def has_news(self) -> bool:
@@ -195,6 +211,11 @@ class ReducedGradients:
             self._streams.add(torch.cuda.current_stream(bucket.device))
         while self._overlap and self._next < len(self._buckets) and self._is_full(self._buckets[self._next]):
             self._send_next()
+
+    def _before_gradient(self, bucket: Bucket, position: int) -> None:
+        """A backward that is not sent adds to `.grad` in 16 bits: what is there already moves to fp32 first."""
+        if self._stage == 1 or not self.sync:
+            bucket.carry(position)
 
     def _check_unwrapped(self) -> None:
         wrapped = find_ddp_wrapper(self._place)
@@ -234,6 +255,7 @@ class ReducedGradients:
             while len(self._in_flight) > _MAX_IN_FLIGHT:
                 self._receive()
         if self._stage == 2:
+            bucket.forget_partial()
             self._free(bucket.params)
 
     def _receive(self) -> None:
@@ -289,10 +311,15 @@ class ReducedGradients:
     def after_step(self) -> None:
         """Stage 1 keeps `.grad` until zero_grad(), and sends it anew; stage 2 keeps the shards."""
         if self._stage == 1:
-            self.reset()
+            self._forget_rounds()
 
     def reset(self) -> None:
-        """Forget gradients and rounds."""
+        """After zero_grad(): forget all gradients."""
+        for bucket in self._buckets:
+            bucket.forget_partial()
+        self._forget_rounds()
+
+    def _forget_rounds(self) -> None:
         for bucket in self._buckets:
             bucket.forget_gradients()
         self._found_inf.zero_()

@@ -517,3 +517,20 @@ def test_sparse_gradients_are_refused_with_a_remedy():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="sparse=False"):
         optimizer.step()
+
+
+def small_after_large(group: Any, stage: int, synced: bool) -> Tensor:
+    """Gradients 1 and then eight times 2^-9, each of which bf16 would round away."""
+    param = nn.Parameter(torch.zeros(70, dtype=torch.bfloat16))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
+    optimizer.no_sync().__enter__() if not synced else None
+    for factor in (1.0, *[2.0**-9] * 8):
+        (param * factor).sum().backward()
+    optimizer.step()
+    return optimizer.state[param]["exp_avg"].clone()
+
+
+@pytest.mark.parametrize(("stage", "synced"), [(1, True), (1, False), (2, False), (2, True)])
+def test_micro_batches_are_summed_in_fp32(ranks, stage, synced):
+    for exp_avg in ranks.run(2, small_after_large, stage, synced):
+        torch.testing.assert_close(exp_avg, torch.full_like(exp_avg, 0.1 * (1 + 8 * 2.0**-9)), rtol=1e-6, atol=0)
