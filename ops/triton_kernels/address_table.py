@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import chunk_numel, is_aligned
+from .common import chunk_numel, is_aligned, is_interpreted
 
 COLUMNS = 3  # source address, destination address, numel
 _CAPACITY = 256  # tables; a training step uses a few, the same ones every step
@@ -72,6 +72,11 @@ def _rows(spans: tuple[Span, ...], source_bytes: int, dest_bytes: int) -> list[S
 
 
 def _resident(content: Hashable, build: Callable[[], list[Any]], device: torch.device) -> Tensor:
+    if device.type != "cpu" and is_interpreted():
+        raise RuntimeError(
+            f"got tensors on {device}, wanted CPU tensors: the interpreter runs on the host and cannot follow their "
+            "addresses; unset TRITON_INTERPRET"
+        )
     # The stream is part of the key: another stream would not wait for this one's copy of the table.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream, content)
