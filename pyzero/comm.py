@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -139,3 +140,34 @@ def make_transport(name: str, group: Group) -> Transport:
     if name not in _TRANSPORTS:
         raise ValueError(f"expected transport to be one of {', '.join(_TRANSPORTS)}, got {name!r}; choose one of these")
     return LocalTransport() if group.size == 1 else _TRANSPORTS[name](group)
+
+
+def device() -> torch.device:
+    """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Of the default group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def join() -> bool:
+    """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
+    if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return False
+    mine = device()
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)
+        dist.init_process_group("nccl", device_id=mine)
+    else:
+        dist.init_process_group("gloo")
+    return True
+
+
+def leave() -> None:
+    """End the default process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
