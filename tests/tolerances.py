@@ -11,8 +11,8 @@ sqrt(N) (a worst case would add up like N, but would not catch a wrong formula).
   at most: the update of a step, at most about lr, is off by (sqrt(10) + sqrt(1000) / 2 + 6) * u = 25 u of itself. These
   errors persist from step to step (moments move slowly), so over S steps they add up like S: 2.5 * 25 * u * S * lr.
 - Constants that are rounded once err in the same direction at every step, by e(x) = |round(x) - x|, 0 in fp64: the
-  decay factor shifts the master by S * e(decay) * |p|; beta2 shifts exp_avg_sq by e(beta2) / (1 - beta2) of itself, and the
-  update by half of that. (beta1 does not: exp_avg moves by a fraction of g - exp_avg.)
+  decay factor shifts the master by S * e(decay) * |p|; beta2 shifts exp_avg_sq by e(beta2) / (1 - beta2) of itself, and
+  the update by half of that. (beta1 does not: exp_avg moves by a fraction of g - exp_avg.)
 Two results in the same dtype, each of which errs that far, may differ by the sqrt(2)-fold.
 exp_avg: sqrt(10) * 2.5 * u of the largest gradient, and the rounding of g itself: 10 u.
 exp_avg_sq: (sqrt(1000) * 2.5 + 3) * u = 82 u of the largest squared gradient, and e(beta2) / (1 - beta2).
