@@ -31,6 +31,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)/clang-format -i
 
+$(VENV)/.dev: export PYZERO_BUILD := none
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
