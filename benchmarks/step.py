@@ -1,4 +1,4 @@
-"""The mixed-precision step (clip, check, fp32 masters, bf16 weights out) by the ops and by the optimizer, and host cost."""
+"""The mixed-precision step (clip, check, fp32 masters, bf16 weights out) by ops and by optimizer, and host cost."""
 
 from __future__ import annotations
 

@@ -27,6 +27,9 @@ namespace {
 
 // 32k elements: some 0.9 MB of Adam's traffic, long enough to hide a hand-over, short enough to balance two cores.
 constexpr int64_t kChunk = 32768;
+// A shard from this size on is written around the caches: the rest of the model's gradients would push it out before
+// Adam reads it. 32M elements from two bf16 slices: 28 ms against 38 on one Zen 3 core, 30 against 42 on two.
+constexpr int64_t kStreamBytes = 4 << 20;
 static_assert(kChunk % kSegmentGranule == 0, "a chunk holds whole granules");
 
 std::vector<const KernelTable*> find_tables() {
@@ -154,8 +157,14 @@ void pack(const PackArgs& args, int num_threads) {
 }
 
 void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
-  const ReduceSpan span{args.shard,       args.slices.data(), static_cast<int>(args.slices.size()), args.dtype,
-                        float(read(args.scale)), args.accumulate};
+  const bool past_caches = !args.accumulate && args.numel * int64_t(sizeof(float)) >= kStreamBytes;
+  const ReduceSpan span{args.shard,
+                        args.slices.data(),
+                        static_cast<int>(args.slices.size()),
+                        args.dtype,
+                        float(read(args.scale)),
+                        args.accumulate,
+                        past_caches};
   const std::vector<Buffer> whole(1, Buffer{args.shard, DType::kFloat32, args.numel});
   for_each_chunk(whole, num_threads, args.report,
                  [&](int64_t, int64_t begin, int64_t end) { return kernels().reduce(span, wanted(args.report), begin, end); });

@@ -140,13 +140,14 @@ double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64
       widen(static_cast<const T*>(span.slices[rank]) + at, slice, count);
       for (int64_t i = 0; i < count; ++i) sum[i] = reduce_add(sum[i], slice[i]);
     }
-    float* __restrict shard = span.shard + at;
+    float* __restrict out = span.past_caches ? slice : span.shard + at;
     for (int64_t i = 0; i < count; ++i) {
-      sum[i] = reduce_finish<kAccumulate>(kAccumulate ? shard[i] : 0.0f, sum[i], span.scale);
-      shard[i] = sum[i];
+      out[i] = reduce_finish<kAccumulate>(kAccumulate ? out[i] : 0.0f, sum[i], span.scale);
     }
-    if (want_sumsq) squares.add(sum, count);
+    if (span.past_caches) stream(out, span.shard + at, count);
+    if (want_sumsq) squares.add(out, count);
   }
+  if (span.past_caches) end_stream();
   return squares.total();
 }
 

@@ -16,6 +16,7 @@ struct ReduceSpan {
   DType dtype;
   float scale;
   bool accumulate;
+  bool past_caches;  // write the shard around the caches; never where it is read, too
 };
 
 struct KernelTable {
