@@ -138,19 +138,21 @@ def nvidia_facts(kernel: Any) -> dict[str, int]:
 def amd_facts(kernel: Any) -> dict[str, int]:
     asm = kernel.asm["amdgcn"]
     divisions = len(re.findall(r"\bv_div_fixup_f32", asm))
-    fused = len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32", asm))
+    square_roots, inverse_roots = len(re.findall(r"\bv_sqrt_f32", asm)), len(re.findall(r"\bv_rsq_f32", asm))
+    fused = len(re.findall(r"\bv_(?:fma|fmac|mad|mac)_f32", asm)) + 2 * len(re.findall(r"\bv_pk_fma_f32", asm))
     return {
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", asm)),
         "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4", asm)),
         "spills": len(re.findall(r"\bscratch_(?:load|store)", asm))
         + sum(int(count) for count in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", asm)),
         "flushes": len(re.findall(r"amdhsa_float_denorm_mode_(?:32|16_64) [012]", asm)),
-        "approximations": len(re.findall(r"\bv_(?:rcp|sqrt)_f32", asm)) - 2 * divisions,
-        # AMD has no division or square root instruction: 5 and 2 fused steps refine each exactly.
-        "contractions": fused - 7 * divisions,
+        "approximations": len(re.findall(r"\bv_(?:rcp|rsq|sqrt)_f32", asm)) - 2 * divisions,
+        # AMD has no exact division or square root: LLVM refines a first guess, in 5 fused steps for a quotient and 2 for
+        # a root (5 from v_rsq, triton 3.6's choice).
+        "contractions": fused - 5 * divisions - 2 * square_roots - 5 * inverse_roots,
         "double_contractions": 0,  # not told apart from the steps of an fp64 division
         "divisions": divisions,
-        "square_roots": len(re.findall(r"\bv_sqrt_f32", asm)),
+        "square_roots": square_roots + inverse_roots,
     }
 
 
