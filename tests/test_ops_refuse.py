@@ -1,0 +1,222 @@
+"""Bad input to the ops: refused with got, wanted and remedy, before anything is written."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyzero import ops
+
+Call = Callable[..., None]
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+_SHARED = ones(100)
+
+# What to replace in a good call, the error, and what its message says of what it got and wanted.
+ADAM = {
+    "master-bf16": (
+        {"master": ones(70).bfloat16()},
+        TypeError,
+        "expected master in float32, got bfloat16; pass master=",
+    ),
+    "moment-fp64": (
+        {"exp_avg": ones(70).double()},
+        TypeError,
+        "expected exp_avg in float32, got float64; pass exp_avg=",
+    ),
+    "grad-int": (
+        {"grad": ones(70).int()},
+        TypeError,
+        "expected grad in float32 or bfloat16 or float16, got int32; conv",
+    ),
+    "out-fp64": ({"param_out": ones(70).double()}, TypeError, "expected param_out in .*, got float64; convert"),
+    "numel": ({"grad": ones(69)}, ValueError, "expected grad to have 70 elements.*got 69; pass slices"),
+    "2-d": (
+        {"exp_avg_sq": ones(7, 10)},
+        ValueError,
+        r"expected exp_avg_sq to be a contiguous 1-D.*got shape \(7, 10\)",
+    ),
+    "strided": (
+        {"grad": ones(140)[::2]},
+        ValueError,
+        r"expected grad to be a contiguous.*strides \(2,\); pass grad.view",
+    ),
+    "device": ({"grad": ones(70, device="meta")}, ValueError, "expected grad on cpu, got meta; move it"),
+    "overlap": (
+        {"exp_avg": _SHARED[:70], "exp_avg_sq": _SHARED[30:]},
+        ValueError,
+        "expected exp_avg and exp_avg_sq not to overlap, got memory that they share; pass",
+    ),
+    "out-is-grad": ({"grad": _SHARED[:70], "param_out": _SHARED[:70]}, ValueError, "grad and param_out not to overlap"),
+    "step-0": ({"step": 0}, ValueError, "expected step to count from 1, got 0; add 1"),
+    "flag-dtype": ({"found_inf": ones(1).int()}, TypeError, "expected found_inf in float32, got int32; make it"),
+    "flag-numel": ({"found_inf": ones(2)}, ValueError, r"expected found_inf to have 1 element, got shape \(2,\); make"),
+    "flag-device": ({"found_inf": ones(1, device="meta")}, ValueError, "expected found_inf on cpu, got meta; move"),
+    "lr-shape": ({"lr": ones(2)}, ValueError, r"expected lr as a number or a tensor of one element, got shape \(2,\)"),
+    "lr-device": ({"lr": torch.ones((), device="meta")}, ValueError, "expected lr on cpu, got meta; move"),
+    "step-device": ({"step": torch.ones((), device="meta")}, ValueError, "expected step on cpu, got meta; move"),
+    "active-alone": ({"active": ones(1)}, ValueError, "expected segment_ids with active, got none; pass both"),
+    "segments-short": (
+        {"segment_ids": ones(1).int(), "step": ones(1)},
+        ValueError,
+        "one entry per 64 elements, 2, got 1; slice",
+    ),
+    "segments-dtype": ({"segment_ids": ones(2), "step": ones(1)}, TypeError, "segment_ids in int32, got float32; conv"),
+    "segments-step": (
+        {"segment_ids": ones(2).int()},
+        TypeError,
+        r"\(num_segments,\) fp32.*got a number; pass a tensor",
+    ),
+    "segments-active": (
+        {"segment_ids": ones(2).int(), "step": ones(2), "active": ones(3)},
+        ValueError,
+        "expected active to have 2 elements.*got 3",
+    ),
+    "segments-unaligned": (
+        {"grad": ones(71)[1:], "segment_ids": torch.zeros(2).int(), "step": ones(1)},
+        ValueError,
+        "multiple of 16 bytes.*got one that does not; start each shard",
+    ),
+    "backend": ({"backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
+}
+UNSCALE = {
+    "dtype": ({"tensors": [ones(70), ones(3).double()]}, TypeError, r"tensors\[1\] in .*got float64; convert"),
+    "device": ({"tensors": [ones(70), ones(3, device="meta")]}, ValueError, r"tensors\[1\] on cpu, got meta; move"),
+    "strided": (
+        {"tensors": [ones(70), ones(4, 5).t()]},
+        ValueError,
+        r"tensors\[1\] to be contiguous.*pass a contiguous",
+    ),
+    "twice": ({"tensors": [_SHARED, _SHARED]}, ValueError, r"tensors\[0\] and tensors\[1\] not to overlap"),
+    "overlap": (
+        {"tensors": [_SHARED[50:], ones(4), _SHARED[:51]]},
+        ValueError,
+        r"tensors\[2\] and tensors\[0\] not to",
+    ),
+    "flag-dtype": ({"found_inf": ones(1).bool()}, TypeError, "expected found_inf in float32, got bool; make it"),
+    "sumsq-dtype": ({"sumsq": ones(1).half()}, TypeError, "expected sumsq in float32 or float64, got float16; make"),
+    "sumsq-numel": ({"sumsq": ones(0)}, ValueError, r"expected sumsq to have 1 element, got shape \(0,\); make"),
+    "sumsq-device": ({"sumsq": ones(1, device="meta")}, ValueError, "expected sumsq on cpu, got meta; move"),
+    "scale-shape": ({"inv_scale": ones(3)}, ValueError, r"expected inv_scale as a number.*got shape \(3,\); pass one"),
+    "scale-device": ({"inv_scale": ones(1, device="meta")}, ValueError, "expected inv_scale on cpu, got meta; move"),
+}
+PACK = {
+    "bucket-dtype": ({"bucket": ones(70).double()}, TypeError, "expected bucket in .*, got float64; make the bucket"),
+    "bucket-2-d": ({"bucket": ones(7, 10)}, ValueError, r"expected bucket to be a contiguous 1-D.*got shape \(7, 10\)"),
+    "dtype": ({"tensors": [ones(3).int()]}, TypeError, r"tensors\[0\] in .*got int32; convert"),
+    "device": ({"tensors": [ones(3, device="meta")]}, ValueError, r"tensors\[0\] on cpu, got meta; move"),
+    "strided": ({"tensors": [ones(6)[::2]]}, ValueError, r"tensors\[0\] to be contiguous.*pass a contiguous"),
+    "too-small": ({"tensors": [ones(71)]}, ValueError, "bucket of at least 71 elements, got 70; make it larger"),
+    "past-the-end": ({"tensors": [ones(3)], "offsets": [68]}, ValueError, "at least 71 elements, got 70; make"),
+    "negative": ({"tensors": [ones(3)], "offsets": [-1]}, ValueError, r"got offsets\[0\]=-1 below 0.*sort"),
+    "collide": ({"tensors": [ones(3)] * 2, "offsets": [0, 2]}, ValueError, r"got offsets\[1\]=2 below 3.*sort"),
+    "descending": ({"tensors": [ones(3)] * 2, "offsets": [9, 2]}, ValueError, r"offsets\[1\]=2 below 12"),
+    "count": (
+        {"tensors": [ones(3)] * 2, "offsets": [9]},
+        ValueError,
+        "expected 2 offsets, one per tensor, got 1; pass",
+    ),
+    "overlap": (
+        {"bucket": _SHARED[:70], "tensors": [_SHARED[60:62]]},
+        ValueError,
+        r"expected bucket and tensors\[0\] not to overlap",
+    ),
+    "flag-numel": ({"found_inf": ones(2)}, ValueError, r"expected found_inf to have 1 element, got shape \(2,\)"),
+    "scale-device": ({"scale": ones(1, device="meta")}, ValueError, "expected scale on cpu, got meta; move"),
+}
+REDUCE_SCATTER = {
+    "no-slices": ({"slices": []}, ValueError, r"expected one slice per rank, got none; pass \[bucket\]"),
+    "shard-dtype": (
+        {"shard": ones(70).bfloat16()},
+        TypeError,
+        "expected shard in float32, got bfloat16; make the shard",
+    ),
+    "dtype": ({"slices": [ones(70).double()]}, TypeError, r"expected slices\[0\] in .*, got float64; convert"),
+    "mixed": ({"slices": [ones(70), ones(70).half()]}, TypeError, r"slices\[1\] in float32, got float16; send every"),
+    "numel": ({"slices": [ones(70), ones(71)]}, ValueError, r"slices\[1\] to have 70 elements.*got 71; pass slices"),
+    "strided": ({"slices": [ones(140)[::2]]}, ValueError, r"slices\[0\] to be a contiguous 1-D.*strides \(2,\); pass"),
+    "device": ({"slices": [ones(70), ones(70, device="meta")]}, ValueError, r"slices\[1\] on cpu, got meta; move"),
+    "overlap": (
+        {"shard": _SHARED[:70], "slices": [ones(70), _SHARED[30:]]},
+        ValueError,
+        r"expected shard and slices\[1\] not to overlap",
+    ),
+    "sumsq-dtype": ({"sumsq": ones(1).int()}, TypeError, "expected sumsq in float32 or float64, got int32; make"),
+    "scale-shape": ({"scale": ones(2)}, ValueError, r"expected scale as a number.*got shape \(2,\); pass one"),
+}
+LOSS_SCALE = {
+    "dtype": (
+        {"state": ones(5).double()},
+        TypeError,
+        "expected state in float32, got float64; make it with loss_scale",
+    ),
+    "numel": (
+        {"state": ones(4)},
+        ValueError,
+        "expected state to have 5 elements, got 4; make it with loss_scale_state",
+    ),
+    "flag-dtype": ({"found_inf": ones(1).double()}, TypeError, "expected found_inf in float32, got float64; make it"),
+    "flag-device": ({"found_inf": ones(1, device="meta")}, ValueError, "expected found_inf on cpu, got meta; move"),
+}
+
+
+def _adam() -> dict[str, object]:
+    good = {name: ones(70) for name in ("master", "exp_avg", "exp_avg_sq", "grad", "param_out")}
+    return good | {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+
+
+OPS: dict[
+    str, tuple[Call, Callable[[], dict[str, object]], dict[str, tuple[dict[str, object], type[Exception], str]]]
+] = {
+    "adam_": (ops.adam_, _adam, ADAM),
+    "unscale_": (
+        ops.unscale_,
+        lambda: {"tensors": [ones(70)], "inv_scale": 0.5, "found_inf": torch.zeros(1), "sumsq": torch.zeros(1)},
+        UNSCALE,
+    ),
+    "pack_": (ops.pack_, lambda: {"bucket": ones(70), "tensors": [ones(3)], "scale": 0.5}, PACK),
+    "reduce_scatter_": (
+        ops.reduce_scatter_,
+        lambda: {"shard": ones(70), "slices": [ones(70)], "scale": 0.5},
+        REDUCE_SCATTER,
+    ),
+    "loss_scale_update_": (
+        ops.loss_scale_update_,
+        lambda: {"state": ones(5), "found_inf": torch.zeros(1)},
+        LOSS_SCALE,
+    ),
+}
+
+
+def _tensors(arguments: dict[str, object]) -> list[Tensor]:
+    found = []
+    for value in arguments.values():
+        found += value if isinstance(value, list) else [value]
+    return [each for each in found if isinstance(each, Tensor) and each.device.type == "cpu"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_call_is_taken(op: str) -> None:
+    """Otherwise the cases below could be refused for another reason."""
+    call, good, _ = OPS[op]
+    arguments = good()
+    before = [tensor.clone() for tensor in _tensors(arguments)]
+    call(**arguments)
+    assert any(not torch.equal(a, b) for a, b in zip(_tensors(arguments), before, strict=True))
+
+
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op in OPS for case in OPS[op][2]])
+def test_refuses(op: str, case: str) -> None:
+    call, good, cases = OPS[op]
+    change, error, message = cases[case]
+    arguments = good() | change
+    before = [tensor.clone() for tensor in _tensors(arguments)]
+    with pytest.raises(error, match=message):
+        call(**arguments)
+    for after, was in zip(_tensors(arguments), before, strict=True):
+        assert torch.equal(after, was), "written before it was refused"
