@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pyzero
+from pyzero.ops import build_spec
 
 _COPY_NUMEL = {"cpu": 48 << 20, "cuda": 512 << 20}  # fp32; several times the last-level cache
 _L2_FLUSH_BYTES = 512 << 20
@@ -192,13 +193,25 @@ def environment(options: Options) -> dict[str, object]:
     """What the figures were measured on."""
     return {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else _cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": build_spec.num_cpus(),
+        "load_average": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "pyzero": pyzero.__version__,
         "python": platform.python_version(),
         "quick": options.quick,
     }
+
+
+def busy_warning() -> str | None:
+    """What to say where other programs want the same cores."""
+    load = os.getloadavg()[0]
+    if load <= 0.5 * build_spec.num_cpus():
+        return None
+    return (
+        f"warning: load average {load:.1f} on {build_spec.num_cpus()} CPUs. Ratios flatter pyzero then: torch's OpenMP "
+        "threads spin for those that are not running, pyzero's take the work instead. --threads 1 compares fairly."
+    )
 
 
 def _cpu_model() -> str:

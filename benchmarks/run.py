@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from any folder
+if not __package__:  # as a script, from any folder: this checkout, and not this folder's build.py for `import build`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
@@ -33,6 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer repeats: 3 minutes on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch and of pyzero; default: torch's choice")
     parser.add_argument("--numel", type=int, help="elements, in place of each bench's own sizes")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in _MODULES]
@@ -45,8 +47,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     options = harness.Options(args.device, args.quick, args.numel)
     print(", ".join(f"{key}: {value}" for key, value in harness.environment(options).items()))
+    if busy := harness.busy_warning():
+        print(busy, file=sys.stderr)
     rows: list[harness.Row] = []
     failed = []
     for name in args.names or _MODULES:
