@@ -1,4 +1,4 @@
-"""The only reader of the environment. Stdlib only: setup.py loads this file by its path, without the package."""
+"""The only reader of PYZERO_* variables. Stdlib only: setup.py loads this file by its path, without the package."""
 
 from __future__ import annotations
 
