@@ -124,7 +124,7 @@ constexpr int kAdamUnroll = 1;  // three fp32 streams and the gradients: 7 or 8 
 
 // Bytes per element: 12 read + 12 written of state, gradient read, param_out written: 28 with bf16 in and out.
 template <typename Grad, typename Out, bool kCoupled>
-__global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ AdamParams params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) adam_kernel(const __grid_constant__ AdamParams params) {
   if (params.found_inf != nullptr && *params.found_inf != 0.0f) return;
   AdamBody<Grad, Out, kCoupled> body{params, read(params.grad_scale) * params.sign};
 

@@ -7,7 +7,7 @@ namespace {
 
 // Bytes per element: its size in the gradient read, its size in the bucket written: 4 from bf16 to bf16.
 template <typename Out>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ ListParams params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) pack_kernel(const __grid_constant__ ListParams params) {
   Stats stats{params.report.partials != nullptr};
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {

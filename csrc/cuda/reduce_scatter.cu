@@ -87,11 +87,9 @@ struct ReduceBody {
 template <int kRanks>
 constexpr int kReduceUnroll = kRanks == 1 ? 4 : kRanks == 2 ? 2 : 1;
 
-// Four blocks per multiprocessor, so 64 registers: left alone, ptxas 13.0 aims at 40 for bf16 and four ranks, and spills.
-//
 // Bytes per element: the slice's size times the number of ranks read, 4 written, 4 read to accumulate: 8 for two bf16.
 template <typename T, int kRanks>
-__global__ void __launch_bounds__(kThreads, 4) reduce_scatter_kernel(
+__global__ void __launch_bounds__(kThreads, kMinBlocks) reduce_scatter_kernel(
     const __grid_constant__ ReduceParams<kRanks> params) {
   Stats stats{params.report.partials != nullptr};
   const ReduceBody<T, kRanks> body{params, read(params.scale), stats};

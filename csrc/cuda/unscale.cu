@@ -7,7 +7,7 @@ namespace {
 
 // Bytes per element: its size read, and its size written unless kWrite is false: 4 for bf16, 2 to check only.
 template <bool kWrite>
-__global__ void __launch_bounds__(kThreads) unscale_kernel(const __grid_constant__ ListParams params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) unscale_kernel(const __grid_constant__ ListParams params) {
   Stats stats{params.report.partials != nullptr};
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with g++ against the shim beside this file: as a Python module, or as a driver under a sanitizer."""
+"""Compiles csrc/cuda with g++ against the shim: as a Python module, or as a driver under a sanitizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import os
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +14,11 @@ from types import ModuleType
 
 from pyzero.ops import build_spec
 
+CSRC = build_spec.CSRC
 SHIM = Path(__file__).resolve().parent
 MODULE = "_native_cuda_shim"
-# The product's own flags; few threads per block, for they are real ones.
-FLAGS = (*build_spec._HOST_FLAGS, "-std=c++17", "-DPYZERO_THREADS_PER_BLOCK=32", "-Wno-unknown-pragmas")
+# The product's own flags; few threads per block, for they are real ones; and nvcc's leniency about types behind a cast.
+FLAGS = (*build_spec._HOST_FLAGS, "-std=c++17", "-DPYZERO_THREADS_PER_BLOCK=16", "-fno-strict-aliasing")
 
 
 def cache_dir() -> Path:
@@ -28,48 +28,51 @@ def cache_dir() -> Path:
     return folder
 
 
-def _build(csrc: Path, sources: list[Path], flags: tuple[str, ...], link_flags: tuple[str, ...], suffix: str) -> Path:
-    """Compile every source and link them, unless the same inputs were built before."""
-    cxx = build_spec.find_cxx()
-    inputs = [*sources, *csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *SHIM.glob("*.h")]
-    what = [build_spec.compiler_version(cxx), repr((flags, link_flags)), *(path.read_text() for path in inputs)]
+def _run_compiler(arguments: list[str], what: list[str], suffix: str) -> Path:
+    """The cached output of one compiler run, by the hash of `what` went in."""
+    command = [*build_spec.find_cxx(), *arguments]
+    what = [build_spec.compiler_version(command[:1]), *what]
     output = cache_dir() / (hashlib.sha256("\0".join(what).encode()).hexdigest()[:16] + suffix)
     if output.exists():
         return output
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        common = [*cxx, *flags, f"-I{SHIM}", f"-I{csrc}"]
-        objects = [f"{folder}/{path.stem}-{path.suffix[1:]}.o" for path in sources]
-        compiles = [[*common, "-x", "c++", "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
-        with ThreadPoolExecutor(build_spec.num_cpus()) as pool:
-            list(pool.map(_run, compiles))
-        _run([*cxx, *flags, *link_flags, *objects, "-o", f"{folder}/out"])
+        done = subprocess.run([*command, "-o", f"{folder}/out"], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:5000]}"
         os.replace(f"{folder}/out", output)
     return output
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:5000]}"
+def _object(source: Path, csrc: Path, flags: tuple[str, ...]) -> Path:
+    inputs = [source, *csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *SHIM.glob("*.h")]
+    arguments = [*flags, f"-I{SHIM}", f"-I{csrc}", "-Wno-unknown-pragmas", "-x", "c++", "-c", str(source)]
+    return _run_compiler(arguments, [repr(flags), *(path.read_text() for path in inputs)], ".o")
+
+
+def _link(sources: list[tuple[Path, Path]], flags: tuple[str, ...], suffix: str) -> Path:
+    """Compile every (source, its csrc) and link them, reusing what was built before."""
+    with ThreadPoolExecutor(build_spec.num_cpus()) as pool:
+        objects = [str(path) for path in pool.map(lambda item: _object(*item, flags), sources)]
+    return _run_compiler([*flags, *objects], [repr(flags), *objects], suffix)
 
 
 @functools.cache
 def load() -> ModuleType:
     """The CUDA binding whose kernels run on the CPU, on CPU tensors' addresses: device 0, stream 0."""
-    csrc = build_spec.CSRC
-    flags = ("-O2", *FLAGS, f"-DPYZERO_MODULE_NAME={MODULE}", *(f"-I{path}" for path in build_spec.python_includes()))
-    sources = [csrc / name for name in build_spec.cuda_sources()]
-    path = _build(csrc, sources, flags, ("-shared", "-pthread"), build_spec.EXT_SUFFIX)
+    includes = tuple(f"-I{path}" for path in build_spec.python_includes())
+    flags = ("-O2", "-shared", *FLAGS, f"-DPYZERO_MODULE_NAME={MODULE}", *includes)
+    path = _link([(CSRC / name, CSRC) for name in build_spec.cuda_sources()], flags, build_spec.EXT_SUFFIX)
     spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules[MODULE] = module
     return module
 
 
-def build_driver(sanitizer: str, csrc: Path = build_spec.CSRC) -> Path:
-    """driver.cpp with the kernels of `csrc` (a temporary copy, in the tests that plant a bug)."""
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), SHIM / "driver.cpp"]
+def build_driver(sanitizer: str, planted: Path | None = None) -> Path:
+    """driver.cpp with the kernels; `planted`, one .cu in a changed copy of csrc, takes the place of its namesake."""
+    names = [name for name in build_spec.cuda_sources() if name.endswith(".cu")]
+    roots = {name: planted.parents[1] if planted and planted.name == Path(name).name else CSRC for name in names}
+    sources = [(root / name, root) for name, root in roots.items()]
     # Optimised little: the compiler must not remove the very access that a sanitizer is to report.
-    flags = ("-O1", "-g1", *FLAGS, f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer")
-    return _build(csrc, sources, flags, ("-pthread",), f"-{sanitizer}")
+    flags = ("-O1", "-g1", *FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover", "-fno-omit-frame-pointer")
+    return _link([*sources, (SHIM / "driver.cpp", CSRC)], flags, "-driver")
