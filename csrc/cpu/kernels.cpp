@@ -45,6 +45,13 @@ inline void narrow_span(const float* in, const Buffer& buffer, int64_t at, int64
   with_dtype(buffer.dtype, [&](auto* type) { narrow(in, static_cast<decltype(type)>(buffer.data) + at, count); });
 }
 
+inline void copy_span(const Buffer& src, const Buffer& dst, int64_t at, int64_t count) {
+  with_dtype(src.dtype, [&](auto* type) {
+    memcpy(static_cast<decltype(type)>(dst.data) + at, static_cast<decltype(type)>(src.data) + at,
+           sizeof(*type) * count);
+  });
+}
+
 // Traffic per element: master, exp_avg, exp_avg_sq read and written (24 B), grad read, param_out written: 28 B in fp32,
 // 28 B in 16 bits with 16-bit weights out.
 template <bool kCoupled>
@@ -108,14 +115,19 @@ struct SquareSum {
   }
 };
 
-// Reads 2 or 4 B per element and writes as many.
+// Reads 2 or 4 B per element and writes as many; times 1 in the same dtype only copies, and in place only reads.
 double scale(const Buffer& dst, const Buffer& src, float factor, bool want_sumsq, int64_t begin, int64_t end) {
+  const bool verbatim = factor == 1.0f && dst.dtype == src.dtype;
+  const bool writes = dst.data != nullptr && !(verbatim && dst.data == src.data);
+  if (verbatim && writes) copy_span(src, dst, begin, end - begin);
+  if (verbatim && !want_sumsq) return 0.0;
+
   SquareSum sum;
   float tile[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = end - at < kTile ? end - at : kTile;
     widen_span(src, at, tile, count);
-    if (dst.data != nullptr) {
+    if (writes && !verbatim) {
       if (factor != 1.0f) {
         for (int64_t i = 0; i < count; ++i) tile[i] = scale_element(tile[i], factor);
       }
