@@ -9,7 +9,7 @@ from pathlib import Path
 # README's table holds the same rows; tests/test_packaging.py compares the two.
 VARIABLES = {
     "PYZERO_BUILD": "what `pip install` builds ahead of time: `auto` (default), `none`, `cpu`, `cuda` or `all`",
-    "PYZERO_CUDA_ARCHS": "CUDA architectures to build, as in `80;90`; default: 80, 90, 100 (pip), the present GPU (JIT)",
+    "PYZERO_CUDA_ARCHS": "CUDA architectures to build: `80;90`; default: 80, 90, 100 (pip), the present GPU (JIT)",
     "PYZERO_CACHE_DIR": "where kernels built at first use are kept; default `~/.cache/pyzero`",
     "PYZERO_JIT": "`0` never builds kernels at first use",
     "PYZERO_BACKEND": 'what `backend="auto"` means: `auto` (default), `cuda`, `cpu`, `triton` or `reference`',
