@@ -130,8 +130,8 @@ class ZeroSection(_Section):
     """`zero_optimization`.
 
     Stage 0 (DeepSpeed's default, nothing sharded) runs as stage 1: same numbers, less memory. Keys that only tell
-    DeepSpeed how to lay out its buffers (contiguous_gradients, reduce_scatter, allgather_*, ...) are accepted and change
-    nothing.
+    DeepSpeed how to lay out its buffers (contiguous_gradients, reduce_scatter, allgather_*, ...) are accepted and
+    change nothing.
     """
 
     stage: Literal[0, 1, 2] = 0

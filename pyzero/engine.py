@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero import comm, schedules
@@ -265,13 +265,22 @@ def _make_schedule(given: Any, optimizer: FusedZeroAdam, config: Config) -> LRSc
         return None if config.scheduler is None else schedules.from_config(config.scheduler, optimizer)
     if not isinstance(given, LRScheduler):
         return given(optimizer)  # type: ignore[no-any-return]
+    _mark_as_scheduled(optimizer)
     for schedule in (given, *getattr(given, "_schedulers", ())):  # those of a chain too
         schedule.optimizer = optimizer
     return given
 
 
+def _mark_as_scheduled(optimizer: Optimizer) -> None:
+    """A scheduler's constructor marks its optimizer's step(); one that finds another optimizer unmarked would warn."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    ConstantLR(optimizer, factor=1.0)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def _make_loader(data: Any, collate_fn: Any, engine: Engine) -> DataLoader[Any]:
-    sampler = DistributedSampler(data, engine.world_size, engine.rank)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.world_size, engine.rank)
     return DataLoader(data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn)
 
 

@@ -1,0 +1,265 @@
+"""initialize() and the engine, alone and on four ranks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pyzero
+from pyzero.schedules import Warmup
+
+FP32 = {"train_batch_size": 4, "zero_optimization": {"stage": 2}}
+FP16 = {**FP32, "fp16": {"enabled": True, "hysteresis": 1, "initial_scale_power": 12}}
+SECTIONS = {"fp16": FP16["fp16"], "bf16": {"enabled": True}}
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def start(config, model=None, **kwargs):
+    model = model or make_model()
+    if "optimizer" not in kwargs and "optimizer" not in config:
+        kwargs["optimizer"] = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return pyzero.initialize(model=model, config=config, **kwargs)
+
+
+def exact_loss(outputs, signs):
+    """Gradients are means of small integers: exact in fp32 however they are summed."""
+    return (outputs * signs).mean()
+
+
+def exact_batch(step, rows):
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randint(-4, 5, (rows, 4), generator=generator).float()
+    signs = torch.randint(0, 2, (rows, 1), generator=generator).float() * 6 - 3
+    return inputs, signs.expand(rows, 3)
+
+
+def train_exact(config, num_micro, rank=0, size=1, steps=3):
+    """Weights after `steps` steps on global batches of 32, cut into micro-batches, cut over ranks."""
+    engine, *_ = start(config)
+    for step in range(steps):
+        inputs, signs = (t.chunk(num_micro * size)[rank::size] for t in exact_batch(step, 32))
+        for x, sign in zip(inputs, signs, strict=True):
+            engine.backward(exact_loss(engine(x), sign))
+            engine.step()
+    assert engine.global_steps == steps
+    return torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+
+
+def train_exact_on_rank(group, config, num_micro):
+    return train_exact(config, num_micro, group.rank(), group.size()).tolist()
+
+
+def test_accumulation_equals_one_batch():
+    whole = train_exact({"train_batch_size": 32}, 1)
+    parts = train_exact({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 8}, 4)
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, torch.cat([p.detach().flatten() for p in make_model().parameters()]))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_four_ranks_equal_one_process(ranks, stage):
+    config = {
+        "train_batch_size": 32,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 8},
+    }
+    whole = train_exact({"train_batch_size": 32}, 1).tolist()
+    assert ranks.run(4, train_exact_on_rank, config, 2) == [whole] * 4
+
+
+def test_against_torch():
+    """The handed-in optimizer's groups and hyper-parameters are followed."""
+    model = make_model()
+    twin = copy.deepcopy(model)
+    settings = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+
+    def groups(m):
+        return [{"params": [m.weight]}, {"params": [m.bias], "lr": 0.5, "weight_decay": 0.0}]
+
+    theirs = torch.optim.Adam(groups(twin), **settings)
+    engine, optimizer, _, _ = start(FP32, model, optimizer=torch.optim.Adam(groups(model), **settings))
+    assert isinstance(optimizer, pyzero.FusedZeroAdam)
+    for step in range(5):
+        inputs, signs = exact_batch(step, 4)
+        engine.backward(exact_loss(engine(inputs), signs))
+        engine.step()
+        exact_loss(twin(inputs), signs).backward()
+        theirs.step()
+        theirs.zero_grad()
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        # A few roundings of a weight below 2 per step.
+        torch.testing.assert_close(mine, other, rtol=0, atol=5 * 4 * 2**-24)
+    assert engine.get_lr() == [0.02, 0.5]
+
+
+@pytest.mark.parametrize("section", ["fp16", "bf16"])
+def test_16_bit_model_takes_fp32_inputs(section):
+    model = make_model()
+    before = list(model.parameters())
+    parameters = filter(lambda p: p.requires_grad, model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    engine, *_ = start({**FP32, section: SECTIONS[section]}, model, optimizer=optimizer)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    inputs, signs = exact_batch(0, 4)
+    outputs = engine(inputs)
+    assert outputs.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[section] == model.weight.dtype
+    assert inputs.dtype == torch.float32
+    start_weight = model.weight.detach().clone()
+    engine.backward(exact_loss(outputs, signs))
+    engine.step()
+    assert engine.was_step_applied()
+    # Adam's first step is lr in the direction of the sign, wherever the gradient is not 0.
+    moved = (model.weight.detach().float() - start_weight.float()).abs()
+    assert float(moved.max()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_nested_inputs():
+    class Taker(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, pair, *, table):
+            return [pair[0].dtype, pair[1][0].dtype, table["x"].dtype, table["name"], self.weight.sum()]
+
+    engine, *_ = start({**FP32, "bf16": {"enabled": True}}, Taker())
+    x = torch.ones(1)
+    dtypes = engine((x, [x.double()]), table={"x": torch.ones(1, dtype=torch.int64), "name": "n"})
+    assert dtypes[:4] == [torch.bfloat16, torch.bfloat16, torch.int64, "n"]
+
+
+def test_overflow_is_skipped():
+    config = {**FP16, "scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear", "warmup_num_steps": 10}}}
+    engine, optimizer, _, schedule = start(config)
+    assert isinstance(schedule, Warmup)
+    inputs, signs = exact_batch(0, 4)
+    before = engine.module.weight.detach().clone()
+    engine.backward(exact_loss(engine(inputs), signs) * 1e6)
+    engine.step()
+    assert not engine.was_step_applied() and engine.skipped_steps == 1
+    assert optimizer.loss_scale == 2048.0
+    assert torch.equal(engine.module.weight, before)
+    assert schedule.last_epoch == 0  # the schedule did not move
+    engine.backward(exact_loss(engine(inputs), signs))  # its gradients are below 4
+    engine.step()
+    assert engine.was_step_applied() and engine.skipped_steps == 1 and schedule.last_epoch == 1
+    assert isinstance(engine.get_global_grad_norm(), float)
+
+
+def test_hysteresis_from_the_config():
+    engine, optimizer, *_ = start({**FP32, "fp16": {"enabled": True}})
+    inputs, signs = exact_batch(0, 4)
+    scales = []
+    for _ in range(2):
+        engine.backward(exact_loss(engine(inputs), signs) * 1e6)
+        engine.step()
+        scales.append(optimizer.loss_scale)
+    assert scales == [65536.0, 32768.0]
+
+
+def test_an_fp16_loss_is_scaled_in_fp32():
+    """An fp16 loss of 2 times the scale of 32768 would be inf."""
+    engine, *_ = start({**FP32, "fp16": {"enabled": True, "initial_scale_power": 15}})
+    engine.backward(engine(torch.full((1, 4), 0.01)).mean() * 0 + engine.module.weight.mean() * 1e-2 + 2)
+    engine.step()
+    assert engine.was_step_applied()
+
+
+def test_clipping():
+    engine, *_ = start({**FP32, "gradient_clipping": 0.5})
+    inputs, signs = exact_batch(0, 4)
+    engine.backward(exact_loss(engine(inputs), signs) * 100)
+    engine.step()
+    plain, *_ = start(FP32)
+    plain.backward(exact_loss(plain(inputs), signs) * 100)
+    plain.step()
+    assert engine.get_global_grad_norm() == plain.get_global_grad_norm() > 0.5
+    moments = [e.optimizer.state[e.module.weight]["exp_avg"].norm() for e in (engine, plain)]
+    assert moments[0] < 0.02 * moments[1]
+
+
+def test_boundary_and_counters():
+    engine, *_ = start({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2})
+    inputs, signs = exact_batch(0, 2)
+    seen = []
+    for _ in range(4):
+        seen.append(engine.is_gradient_accumulation_boundary())
+        engine.backward(exact_loss(engine(inputs), signs))
+        engine.step()
+        assert engine.was_step_applied() is seen[-1]
+    assert seen == [False, True, False, True]
+    assert (engine.micro_steps, engine.global_steps) == (4, 2)
+    assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == (4, 2)
+    assert engine.train_micro_batch_size_per_gpu() == 2
+
+
+def test_config_builds_optimizer_and_loader():
+    config = {**FP32, "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "betas": [0.8, 0.9]}}}
+    data = torch.utils.data.TensorDataset(torch.arange(12.0).view(12, 1))
+    _, optimizer, loader, schedule = start(config, training_data=data)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["decoupled_weight_decay"], schedule) == (0.5, (0.8, 0.9), True, None)
+    assert sorted(float(x) for (batch,) in loader for x in batch) == list(range(12))
+    assert [len(batch) for (batch,) in loader] == [4, 4, 4]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_torch_scheduler_follows_the_new_optimizer():
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    engine, _, _, returned = start(FP32, model, optimizer=optimizer, lr_scheduler=schedule)
+    assert returned is schedule
+    for step in range(2):
+        inputs, signs = exact_batch(step, 4)
+        engine.backward(exact_loss(engine(inputs), signs))
+        engine.step()
+    assert engine.get_lr() == [0.25]
+
+
+def test_warmup_numbers():
+    """By hand, DeepSpeed's: it counts from -1, so the first two steps run at the minimum."""
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=7.0)
+    schedule = Warmup(optimizer, min_lr=1.0, max_lr=5.0, warmup_steps=4, warmup_type="linear", decay_steps=8)
+    rates = []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == [1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda m: torch.optim.SGD(m.parameters(), lr=1), TypeError, "got SGD"),
+        (lambda m: torch.optim.Adam(m.parameters(), amsgrad=True), ValueError, "amsgrad=True"),
+        (lambda m: torch.optim.Adam(make_model().parameters()), ValueError, "of the same model"),
+        (lambda m: None, ValueError, "expected an optimizer"),
+    ],
+    ids=["sgd", "amsgrad", "other model", "none"],
+)
+def test_optimizers_refused(make, error, words):
+    model = make_model()
+    with pytest.raises(error, match=words):
+        start(FP32, model, optimizer=make(model))
+
+
+def test_optimizer_with_state_is_refused():
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="has taken steps"):
+        start(FP32, model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("kwargs", "words"), [({"mpu": object()}, "mpu"), ({"config": None}, "expected a config")])
+def test_arguments_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        pyzero.initialize(model=make_model(), **{"config": FP32, **kwargs})
