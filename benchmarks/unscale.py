@@ -50,7 +50,9 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
         peer="torch foreach unscale",
     )
     with_norm = [
-        Contender("pyzero unscale_", lambda: ops.unscale_(ours, nearly_one, found_inf=found_inf, sumsq=sumsq), 2 * size),
+        Contender(
+            "pyzero unscale_", lambda: ops.unscale_(ours, nearly_one, found_inf=found_inf, sumsq=sumsq), 2 * size
+        ),
         Contender("pyzero unscale_ by 1.0", lambda: ops.unscale_(ours, 1.0, found_inf=found_inf, sumsq=sumsq), size),
         Contender("torch unscale, norm", torch_with_norm, 2 * size),
     ]

@@ -12,9 +12,9 @@
 namespace pyzero {
 
 using Address = uintptr_t;
-using PyScalar = std::tuple<double, Address>;          // value, or a device address where not 0
-using PyBuffer = std::tuple<Address, int, int64_t>;    // address, DType, numel
-using PyReport = std::tuple<Address, Address, bool>;   // found_inf, sumsq, sumsq is fp64
+using PyScalar = std::tuple<double, Address>;         // value, or a device address where not 0
+using PyBuffer = std::tuple<Address, int, int64_t>;   // address, DType, numel
+using PyReport = std::tuple<Address, Address, bool>;  // found_inf, sumsq, sumsq is fp64
 using PyHyper = std::tuple<double, double, double, double, bool, bool>;
 using PySegments = std::tuple<Address, Address, int64_t>;  // segment_ids, active, num_segments
 using PyPolicy = std::tuple<float, float, float, float, float, float, bool>;

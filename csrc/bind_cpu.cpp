@@ -17,8 +17,8 @@ namespace {
 void adam(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& grad, const PyBuffer& param_out,
           const PyHyper& hyper, const PyScalar& lr, const PyScalar& step, const PyScalar& grad_scale, Address found_inf,
           const PySegments& segments, int num_threads) {
-  const AdamArgs args = adam_args(master, exp_avg, exp_avg_sq, grad, param_out, hyper, lr, step, grad_scale, found_inf,
-                                  segments);
+  const AdamArgs args =
+      adam_args(master, exp_avg, exp_avg_sq, grad, param_out, hyper, lr, step, grad_scale, found_inf, segments);
   const py::gil_scoped_release release;
   cpu::adam(args, num_threads);
 }

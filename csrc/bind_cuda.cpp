@@ -1,8 +1,8 @@
-// The CUDA module: addresses, numbers, a device index and a stream handle in; launches out. No torch header, and none of
-// CUDA's is needed to import it: the runtime is linked statically and first touched by a call.
+// The CUDA module: addresses, numbers, a device index and a stream handle in; launches out. No torch header, and none
+// of CUDA's is needed to import it: the runtime is linked statically and first touched by a call.
 //
-// `workspace` is device memory that the caller keeps alive on `stream` (adam_workspace_bytes, report_workspace_bytes), or
-// 0 where an op needs none. The device guard is here, so that a caller need not switch devices around each launch.
+// `workspace` is device memory that the caller keeps alive on `stream` (adam_workspace_bytes, report_workspace_bytes),
+// or 0 where an op needs none. The device guard is here, so that a caller need not switch devices around each launch.
 #include "bind_common.h"
 #include "cuda/grid.h"
 #include "cuda/launch.h"
@@ -48,8 +48,8 @@ void adam_(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& 
              pointer<AdamConstants>(workspace), stream_of(stream));
 }
 
-void unscale_(const std::vector<PyBuffer>& tensors, const PyScalar& inv_scale, const PyReport& where,
-              Address workspace, int device, Address stream) {
+void unscale_(const std::vector<PyBuffer>& tensors, const PyScalar& inv_scale, const PyReport& where, Address workspace,
+              int device, Address stream) {
   const DeviceGuard guard(device);
   cuda::unscale(UnscaleArgs{buffers(tensors), scalar(inv_scale), report(where)}, pointer<double>(workspace),
                 stream_of(stream));
@@ -62,9 +62,8 @@ void pack_(const PyBuffer& bucket, const std::vector<PyBuffer>& tensors, const s
              pointer<double>(workspace), stream_of(stream));
 }
 
-void reduce_scatter_(Address shard, const std::vector<Address>& slices, int dtype, int64_t numel,
-                     const PyScalar& scale, bool accumulate, const PyReport& where, Address workspace, int device,
-                     Address stream) {
+void reduce_scatter_(Address shard, const std::vector<Address>& slices, int dtype, int64_t numel, const PyScalar& scale,
+                     bool accumulate, const PyReport& where, Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
   cuda::reduce_scatter(reduce_scatter_args(shard, slices, dtype, numel, scale, accumulate, where),
                        pointer<double>(workspace), stream_of(stream));

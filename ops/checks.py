@@ -36,9 +36,7 @@ def check_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], remedy
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """The device that the op runs on."""
     if tensor.device != device:
-        raise ValueError(
-            f"expected {name} on {device}, got {tensor.device}; move it with {name}.to({str(device)!r})"
-        )
+        raise ValueError(f"expected {name} on {device}, got {tensor.device}; move it with {name}.to({str(device)!r})")
 
 
 def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:

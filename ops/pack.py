@@ -6,8 +6,16 @@ from itertools import accumulate
 from torch import Tensor
 
 from pyzero.ops import registry
-from pyzero.ops.checks import FLOAT_DTYPES, Scalar, as_scalar, check_device, check_dtype, check_flat
-from pyzero.ops.checks import check_disjoint, check_gradients, check_report
+from pyzero.ops.checks import (
+    FLOAT_DTYPES,
+    Scalar,
+    as_scalar,
+    check_disjoint,
+    check_dtype,
+    check_flat,
+    check_gradients,
+    check_report,
+)
 
 
 def pack_(

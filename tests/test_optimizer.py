@@ -259,7 +259,7 @@ def test_ranks_that_disagree_are_told_where(ranks):
         assert "(5,)" in message
 
 
-# ---- one process -------------------------------------------------------------------------------------------------------
+# ---- one process -----------------------------------------------------------------------------------------------
 
 
 def test_one_process_is_torch_adam_with_its_groups_and_schedules():

@@ -130,9 +130,8 @@ class AdamPlan {
 void adam(const AdamArgs& args, int num_threads) {
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
   const AdamPlan plan(args);
-  parallel_for(num_chunks(args.numel), num_threads, [&](int64_t chunk) {
-    plan.run(chunk * kChunk, std::min((chunk + 1) * kChunk, args.numel));
-  });
+  parallel_for(num_chunks(args.numel), num_threads,
+               [&](int64_t chunk) { plan.run(chunk * kChunk, std::min((chunk + 1) * kChunk, args.numel)); });
 }
 
 void unscale(const UnscaleArgs& args, int num_threads) {
@@ -151,23 +150,20 @@ void pack(const PackArgs& args, int num_threads) {
   for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     char* slot = static_cast<char*>(args.bucket.data) + args.offsets[which] * item_bytes;
-    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale,
-                           wanted(args.report), begin, end);
+    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale, wanted(args.report), begin,
+                           end);
   });
 }
 
 void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
   const bool past_caches = !args.accumulate && args.numel * int64_t(sizeof(float)) >= kStreamBytes;
-  const ReduceSpan span{args.shard,
-                        args.slices.data(),
-                        static_cast<int>(args.slices.size()),
-                        args.dtype,
-                        float(read(args.scale)),
-                        args.accumulate,
+  const ReduceSpan span{args.shard, args.slices.data(),      static_cast<int>(args.slices.size()),
+                        args.dtype, float(read(args.scale)), args.accumulate,
                         past_caches};
   const std::vector<Buffer> whole(1, Buffer{args.shard, DType::kFloat32, args.numel});
-  for_each_chunk(whole, num_threads, args.report,
-                 [&](int64_t, int64_t begin, int64_t end) { return kernels().reduce(span, wanted(args.report), begin, end); });
+  for_each_chunk(whole, num_threads, args.report, [&](int64_t, int64_t begin, int64_t end) {
+    return kernels().reduce(span, wanted(args.report), begin, end);
+  });
 }
 
 std::vector<const char*> isas() {

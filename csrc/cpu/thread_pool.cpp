@@ -18,7 +18,8 @@ class ThreadPool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < num_threads - 1) {
-        workers_.emplace_back([this, index = static_cast<int>(workers_.size()), seen = generation_] { work(index, seen); });
+        workers_.emplace_back(
+            [this, index = static_cast<int>(workers_.size()), seen = generation_] { work(index, seen); });
       }
       task_ = &task;
       num_tasks_ = num_tasks;

@@ -1,8 +1,7 @@
 // adam_: one pass over a flat shard, and the step-wide constants before it where only the device knows lr or step.
-#include "../math/adam.h"
-
 #include <type_traits>
 
+#include "../math/adam.h"
 #include "launch.cuh"
 #include "stream.cuh"
 
@@ -81,7 +80,8 @@ struct AdamBody {
                   load_vector(static_cast<const Grad*>(params.grad) + i)};
   }
 
-  // A vector never straddles two segments: kSegmentGranule is a multiple of kVector, and with segments there is no head.
+  // A vector never straddles two segments: kSegmentGranule is a multiple of kVector, and with segments there is no
+  // head.
   __device__ __forceinline__ void finish(int64_t i, Inputs& in) const {
     const int segment = segment_of(i);
     if (!is_active(segment)) return;
@@ -110,8 +110,7 @@ struct AdamBody {
     const AdamState before{params.master[i], params.exp_avg[i], params.exp_avg_sq[i]};
     const float grad = to_float(static_cast<const Grad*>(params.grad)[i]);
 
-    const AdamState now =
-        adam_element<kCoupled>(before, grad, grad_scale, params.coefficients, constants_of(segment));
+    const AdamState now = adam_element<kCoupled>(before, grad, grad_scale, params.coefficients, constants_of(segment));
 
     params.master[i] = now.master;
     params.exp_avg[i] = now.exp_avg;
@@ -144,18 +143,24 @@ template <typename Grad>
 Kernel pick(const Buffer& param_out, bool coupled) {
   if (param_out.data == nullptr) return pick<Grad, NoOutput>(coupled);
   switch (param_out.dtype) {
-    case DType::kFloat32: return pick<Grad, float>(coupled);
-    case DType::kBFloat16: return pick<Grad, BFloat16>(coupled);
-    default: return pick<Grad, Float16>(coupled);
+    case DType::kFloat32:
+      return pick<Grad, float>(coupled);
+    case DType::kBFloat16:
+      return pick<Grad, BFloat16>(coupled);
+    default:
+      return pick<Grad, Float16>(coupled);
   }
 }
 
 Kernel pick(const AdamArgs& args) {
   const bool coupled = adam_is_coupled(args.hyper);
   switch (args.grad.dtype) {
-    case DType::kFloat32: return pick<float>(args.param_out, coupled);
-    case DType::kBFloat16: return pick<BFloat16>(args.param_out, coupled);
-    default: return pick<Float16>(args.param_out, coupled);
+    case DType::kFloat32:
+      return pick<float>(args.param_out, coupled);
+    case DType::kBFloat16:
+      return pick<BFloat16>(args.param_out, coupled);
+    default:
+      return pick<Float16>(args.param_out, coupled);
   }
 }
 

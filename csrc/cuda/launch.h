@@ -1,5 +1,6 @@
 // The CUDA launchers: one per op, on the calling thread's current device. All only enqueue work on `stream`; none reads
-// anything back, allocates or copies, so all can be captured in a CUDA graph. A failed launch throws std::runtime_error.
+// anything back, allocates or copies, so all can be captured in a CUDA graph. A failed launch throws
+// std::runtime_error.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,6 +1,5 @@
 // loss_scale_update_: five numbers, one thread.
 #include "../math/loss_scale.h"
-
 #include "launch.cuh"
 
 namespace pyzero {

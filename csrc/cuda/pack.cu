@@ -12,9 +12,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) pack_kernel(const __grid
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
-      case DType::kFloat32: return scale_chunk<float, Out, true>(item, chunk, scale, stats);
-      case DType::kBFloat16: return scale_chunk<BFloat16, Out, true>(item, chunk, scale, stats);
-      default: return scale_chunk<Float16, Out, true>(item, chunk, scale, stats);
+      case DType::kFloat32:
+        return scale_chunk<float, Out, true>(item, chunk, scale, stats);
+      case DType::kBFloat16:
+        return scale_chunk<BFloat16, Out, true>(item, chunk, scale, stats);
+      default:
+        return scale_chunk<Float16, Out, true>(item, chunk, scale, stats);
     }
   });
   finish_block(stats, params.report);
@@ -22,9 +25,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) pack_kernel(const __grid
 
 ListKernel pick(DType bucket) {
   switch (bucket) {
-    case DType::kFloat32: return pack_kernel<float>;
-    case DType::kBFloat16: return pack_kernel<BFloat16>;
-    default: return pack_kernel<Float16>;
+    case DType::kFloat32:
+      return pack_kernel<float>;
+    case DType::kBFloat16:
+      return pack_kernel<BFloat16>;
+    default:
+      return pack_kernel<Float16>;
   }
 }
 

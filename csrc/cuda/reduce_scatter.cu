@@ -1,6 +1,5 @@
 // reduce_scatter_: this rank's shard from everyone's slices, summed in rank order, scaled and checked in one pass.
 #include "../math/reduce_scatter.h"
-
 #include "report.cuh"
 #include "stream.cuh"
 
@@ -85,12 +84,14 @@ struct ReduceBody {
 
 // Vectors per thread and stream: few ranks leave room for more loads at once.
 template <int kRanks>
-constexpr int kReduceUnroll = kRanks == 1 ? 4 : kRanks == 2 ? 2 : 1;
+constexpr int kReduceUnroll = kRanks == 1   ? 4
+                              : kRanks == 2 ? 2
+                                            : 1;
 
 // Bytes per element: the slice's size times the number of ranks read, 4 written, 4 read to accumulate: 8 for two bf16.
 template <typename T, int kRanks>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) reduce_scatter_kernel(
-    const __grid_constant__ ReduceParams<kRanks> params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_scatter_kernel(const __grid_constant__ ReduceParams<kRanks> params) {
   Stats stats{params.report.partials != nullptr};
   const ReduceBody<T, kRanks> body{params, read(params.scale), stats};
   for (int64_t chunk = blockIdx.x; chunk < params.num_chunks; chunk += gridDim.x) {
@@ -124,11 +125,16 @@ void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream
 template <typename T>
 void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream) {
   switch (args.slices.size()) {
-    case 1: return reduce<T, 1>(args, partials, stream);
-    case 2: return reduce<T, 2>(args, partials, stream);
-    case 4: return reduce<T, 4>(args, partials, stream);
-    case 8: return reduce<T, 8>(args, partials, stream);
-    default: return reduce<T, kAnyRanks>(args, partials, stream);
+    case 1:
+      return reduce<T, 1>(args, partials, stream);
+    case 2:
+      return reduce<T, 2>(args, partials, stream);
+    case 4:
+      return reduce<T, 4>(args, partials, stream);
+    case 8:
+      return reduce<T, 8>(args, partials, stream);
+    default:
+      return reduce<T, kAnyRanks>(args, partials, stream);
   }
 }
 
@@ -142,9 +148,12 @@ void reduce_scatter(const ReduceScatterArgs& args, double* partials, cudaStream_
   }
   if (args.numel == 0) return;
   switch (args.dtype) {
-    case DType::kFloat32: return reduce<float>(args, partials, stream);
-    case DType::kBFloat16: return reduce<BFloat16>(args, partials, stream);
-    default: return reduce<Float16>(args, partials, stream);
+    case DType::kFloat32:
+      return reduce<float>(args, partials, stream);
+    case DType::kBFloat16:
+      return reduce<BFloat16>(args, partials, stream);
+    default:
+      return reduce<Float16>(args, partials, stream);
   }
 }
 

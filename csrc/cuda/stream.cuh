@@ -71,8 +71,8 @@ inline bool aligned_after(int head, const Stream& stream) {
 template <typename Streams>
 Span span_of(int64_t numel, const Streams& streams) {
   for (int head = 0; head < kVector; ++head) {
-    const bool aligned = std::all_of(streams.begin(), streams.end(),
-                                     [&](const Stream& stream) { return aligned_after(head, stream); });
+    const bool aligned =
+        std::all_of(streams.begin(), streams.end(), [&](const Stream& stream) { return aligned_after(head, stream); });
     if (aligned) return Span{numel, int(std::min<int64_t>(head, numel)), true};
   }
   return Span{numel, 0, false};

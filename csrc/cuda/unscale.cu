@@ -12,9 +12,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) unscale_kernel(const __g
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
-      case DType::kFloat32: return scale_chunk<float, float, kWrite>(item, chunk, scale, stats);
-      case DType::kBFloat16: return scale_chunk<BFloat16, BFloat16, kWrite>(item, chunk, scale, stats);
-      default: return scale_chunk<Float16, Float16, kWrite>(item, chunk, scale, stats);
+      case DType::kFloat32:
+        return scale_chunk<float, float, kWrite>(item, chunk, scale, stats);
+      case DType::kBFloat16:
+        return scale_chunk<BFloat16, BFloat16, kWrite>(item, chunk, scale, stats);
+      default:
+        return scale_chunk<Float16, Float16, kWrite>(item, chunk, scale, stats);
     }
   });
   finish_block(stats, params.report);

@@ -60,7 +60,9 @@ PZ_HD AdamCoefficients adam_coefficients(const AdamHyper& hyper) {
                           float(hyper.weight_decay)};
 }
 
-PZ_HD bool adam_is_coupled(const AdamHyper& hyper) { return hyper.weight_decay != 0.0 && !hyper.decoupled_weight_decay; }
+PZ_HD bool adam_is_coupled(const AdamHyper& hyper) {
+  return hyper.weight_decay != 0.0 && !hyper.decoupled_weight_decay;
+}
 
 // grad_scale carries the sign of maximize: a negation is exact.
 template <bool kCoupled>

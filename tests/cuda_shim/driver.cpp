@@ -20,7 +20,8 @@ namespace {
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 constexpr int64_t kBlock = cuda::kThreads * 8;  // elements that one block takes at once; four times that for lists
 #if defined(__SANITIZE_THREAD__)
-const int64_t kSizes[] = {0, 1, 9, kBlock + 1, 41 * kBlock + 13};  // fewer: each launch starts and ends a block's threads
+const int64_t kSizes[] = {0, 1, 9, kBlock + 1,
+                          41 * kBlock + 13};  // fewer: each launch starts and ends a block's threads
 #else
 const int64_t kSizes[] = {0, 1, 7, 8, 9, kBlock - 1, kBlock, kBlock + 1, 4 * kBlock, 4 * kBlock + 9, 41 * kBlock + 13};
 #endif
@@ -321,8 +322,8 @@ void reduce_scatter_case(int64_t numel, int ranks, DType dtype, int head, bool a
   for (int64_t i = 0; i < numel; ++i) {
     float sum = slices[0].get(i);
     for (int r = 1; r < ranks; ++r) sum = reduce_add(sum, slices[size_t(r)].get(i));
-    want.set(i, accumulate ? reduce_finish<true>(want.get(i), sum, scale)
-                           : reduce_finish<false>(want.get(i), sum, scale));
+    want.set(i,
+             accumulate ? reduce_finish<true>(want.get(i), sum, scale) : reduce_finish<false>(want.get(i), sum, scale));
     expected.add(want.get(i));
   }
   require(shard.equals(want), "reduce_scatter", "shard", numel);
