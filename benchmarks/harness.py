@@ -19,6 +19,8 @@ from pyzero.ops import build_spec
 
 _COPY_NUMEL = {"cpu": 48 << 20, "cuda": 512 << 20}  # fp32; several times the last-level cache
 _L2_FLUSH_BYTES = 512 << 20
+# After a parallel loop torch's OpenMP threads spin for a while, on the cores that the next contender wants.
+_SETTLE_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def _copy(options: Options) -> Contender:
 
 
 def _time_cpu(call: Callable[[], object]) -> float:
+    time.sleep(_SETTLE_S)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
