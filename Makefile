@@ -6,10 +6,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # An editable install holds the native modules: build them again when a source of theirs changes.
 NATIVE := setup.py pyproject.toml constraints.txt ops/build_spec.py $(wildcard csrc/*.* csrc/*/*)
 
+# Processes of `make train`: one per GPU, two without.
+NPROC = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+
 .PHONY: train test lint format bench clean
 
 train: $(VENV)/.examples
-	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_gpt.py
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

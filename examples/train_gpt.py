@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for curves and pictures")
     parser.add_argument("--no-baseline", action="store_true", help="do not train AdamW as well")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=8, help="rows per step, over all ranks")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step, over all ranks; rounded up to a multiple")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -187,8 +187,7 @@ def conclude(results: list[report.Result], trainer: Trainer, corpus: data.Corpus
 
 
 def run(args: argparse.Namespace, place: Place) -> None:
-    if args.batch % place.size:
-        raise ValueError(f"expected --batch to be a multiple of {place.size} ranks, got {args.batch}; change it")
+    args.batch = math.ceil(args.batch / place.size) * place.size  # the same number of rows on every rank
     corpus = data.load(args.data, args.context)
     name = ZERO if args.optimizer == "zero" else ADAMW
     if place.rank == 0:

@@ -118,8 +118,7 @@ class Engine(nn.Module):
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
         """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss."""
-        # In fp32: an fp16 loss times the loss scale is soon inf.
-        divided = loss.float() / self.batches.accumulation
+        divided = loss / self.batches.accumulation
         self.optimizer.backward(divided, retain_graph=retain_graph)
         return divided
 
