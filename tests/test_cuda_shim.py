@@ -46,7 +46,7 @@ def test_kernels_are_clean(sanitizer: str) -> None:
             "unscale.cu",
             "stream.cuh",
             "i < vectors_end; i += kStride",
-            "span.vectors && i <= vectors_end; i += kStride",
+            "begin < vectors_end && i <= vectors_end; i += kStride",
             OVERFLOW,
         ),
         ("report.cu", "report.cu", "i < params.num_partials", "i <= params.num_partials", OVERFLOW),

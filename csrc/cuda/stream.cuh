@@ -93,9 +93,9 @@ int64_t num_chunks(const Span& span) {
 }
 
 // body.load(i) reads the vector at element i, body.finish(i, vector) computes and writes it, body.element(i) does one
-// element alone. A full chunk has kUnroll loads per thread and stream under way before the first is used: one load of a
-// 16-bit type alone would leave memory idle. What is no full vector (the head, with chunk 0; the tail) goes alone.
-template <int kUnroll, typename Body>
+// element alone. Of a full chunk each thread has kBatch vectors per stream under way before the first is used: one load
+// of a 16-bit type alone would leave memory idle. What is no full vector (the head, with chunk 0; the tail) goes alone.
+template <int kUnroll, int kBatch = kUnroll, typename Body>
 __device__ __forceinline__ void stream_chunk(const Span& span, int64_t chunk, const Body& body) {
   constexpr int64_t kStride = int64_t(kThreads) * kVector;
   const int64_t begin = span.head + chunk * kChunk<kUnroll>;
@@ -104,11 +104,14 @@ __device__ __forceinline__ void stream_chunk(const Span& span, int64_t chunk, co
   const int64_t first = begin + int64_t(threadIdx.x) * kVector;
 
   if (kUnroll > 1 && vectors_end - begin == kChunk<kUnroll>) {
-    typename Body::Inputs inputs[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) inputs[u] = body.load(first + u * kStride);
+    for (int batch = 0; batch < kUnroll; batch += kBatch) {
+      typename Body::Inputs inputs[kBatch];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) body.finish(first + u * kStride, inputs[u]);
+      for (int u = 0; u < kBatch; ++u) inputs[u] = body.load(first + (batch + u) * kStride);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) body.finish(first + (batch + u) * kStride, inputs[u]);
+    }
   } else {
 #pragma unroll 1
     for (int64_t i = first; i < vectors_end; i += kStride) {
