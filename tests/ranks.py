@@ -22,11 +22,11 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     )
     groups = {size: dist.new_group(list(range(size))) for size in range(1, NUM_WORKERS + 1)}
     while (job := inbox.get()) is not None:
-        size, fn, args = job
+        number, size, fn, args = job
         try:
-            outbox.put((rank, True, fn(groups[size], *args)))
+            outbox.put((number, rank, True, fn(groups[size], *args)))
         except Exception:  # handed to the test, which fails with it
-            outbox.put((rank, False, traceback.format_exc()))
+            outbox.put((number, rank, False, traceback.format_exc()))
     dist.destroy_process_group()
 
 
@@ -35,6 +35,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._processes: list[Any] = []
+        self._num_jobs = 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -53,9 +54,14 @@ class Ranks:
         """[fn(group, *args) of rank 0, of rank 1, ...]; a rank that raises fails the test with its traceback."""
         if not self._processes:
             self._start()
+        self._num_jobs += 1
         for inbox in self._inboxes[:size]:
-            inbox.put((size, fn, args))
-        answers = [self._outbox.get(timeout=2 * TIMEOUT_S) for _ in range(size)]
+            inbox.put((self._num_jobs, size, fn, args))
+        answers: list[tuple[int, bool, Any]] = []
+        while len(answers) < size:
+            number, *answer = self._outbox.get(timeout=5 * TIMEOUT_S)
+            if number == self._num_jobs:  # an older one is of a test that gave up
+                answers.append(tuple(answer))
         failures = [f"rank {rank}:\n{text}" for rank, ok, text in answers if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
