@@ -17,7 +17,7 @@ using PyBuffer = std::tuple<Address, int, int64_t>;   // address, DType, numel
 using PyReport = std::tuple<Address, Address, bool>;  // found_inf, sumsq, sumsq is fp64
 using PyHyper = std::tuple<double, double, double, double, bool, bool>;
 using PySegments = std::tuple<Address, Address, int64_t>;  // segment_ids, active, num_segments
-using PyPolicy = std::tuple<float, float, float, float, float, float, bool>;
+using PyPolicy = std::tuple<float, float, float, float, float, float, float, bool>;
 
 template <typename T>
 T* pointer(Address address) {
@@ -43,7 +43,7 @@ inline std::vector<Buffer> buffers(const std::vector<PyBuffer>& items) {
 
 inline LossScalePolicy policy(const PyPolicy& p) {
   return LossScalePolicy{std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p),
-                         std::get<4>(p), std::get<5>(p), std::get<6>(p)};
+                         std::get<4>(p), std::get<5>(p), std::get<6>(p), std::get<7>(p)};
 }
 
 inline AdamArgs adam_args(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& grad,

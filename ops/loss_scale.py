@@ -22,12 +22,14 @@ class LossScalePolicy:
     min_scale: float = 0.0
     max_scale: float = math.inf
     hysteresis: int = 1
+    growth_delay: int = 0
     consecutive_hysteresis: bool = False
 
 
-def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str) -> Tensor:
+def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str, growth_delay: int = 0) -> Tensor:
     """A fresh (5,) fp32 state: scale, growth tracker, hysteresis left, skipped steps, skips in a row."""
-    return torch.tensor([init_scale, 0.0, float(hysteresis), 0.0, 0.0], dtype=torch.float32, device=device)
+    fresh = [init_scale, 0.0 - growth_delay, float(hysteresis), 0.0, 0.0]
+    return torch.tensor(fresh, dtype=torch.float32, device=device)
 
 
 def loss_scale_update_(
@@ -40,6 +42,7 @@ def loss_scale_update_(
     min_scale: float = 0.0,
     max_scale: float = math.inf,
     hysteresis: int = 1,
+    growth_delay: int = 0,
     consecutive_hysteresis: bool = False,
     backend: str = "auto",
 ) -> None:
@@ -58,6 +61,7 @@ def loss_scale_update_(
         min_scale: The scale never falls below it.
         max_scale: The scale never grows above it.
         hysteresis: Overflows it takes before the scale falls; 1 as in torch.
+        growth_delay: Clean steps more that the first growth after an overflow takes; 0 as in torch, 1 as in DeepSpeed.
         consecutive_hysteresis: A clean step restores the hysteresis.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
@@ -75,6 +79,13 @@ def loss_scale_update_(
     check_one("found_inf", found_inf, (torch.float32,), state.device)
     check_device("found_inf", found_inf, state.device)
     policy = LossScalePolicy(
-        growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, consecutive_hysteresis
+        growth_factor,
+        backoff_factor,
+        growth_interval,
+        min_scale,
+        max_scale,
+        hysteresis,
+        growth_delay,
+        consecutive_hysteresis,
     )
     registry.pick("loss_scale_update_", backend, state.device).loss_scale_update_(state, found_inf, policy)

@@ -232,6 +232,7 @@ class NativeBackend:
             policy.min_scale,
             policy.max_scale,
             float(policy.hysteresis),
+            float(policy.growth_delay),
             policy.consecutive_hysteresis,
         )
         self.module.loss_scale_update_(state.data_ptr(), found_inf.data_ptr(), rule, *self._where(state.device))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyzero.ops.checks import FLOAT_DTYPES
@@ -34,8 +35,22 @@ def check_group(group: dict[str, Any]) -> None:
             values = {key: value for key, value in group.items() if key != "params"}
             raise ValueError(f"expected {rule}, got {values}; correct it")
     for index, param in enumerate(group["params"]):
+        if hasattr(param, "device_mesh"):
+            raise TypeError(
+                f"expected plain tensors, got parameter {index} of the group as a DTensor, which is not supported yet; "
+                f"pass torch.optim.AdamW(fused=True) those"
+            )
         if param.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"expected parameters in float32, bfloat16 or float16, got parameter {index} of the group in "
                 f"{str(param.dtype).removeprefix('torch.')}; convert it or leave it out"
             )
+
+
+def check_device(param: Tensor, device: torch.device) -> None:
+    """All parameters of one rank lie on one device."""
+    if param.device != device:
+        raise ValueError(
+            f"expected all parameters of a rank on one device, got {device} and {param.device}; move the model with "
+            f".to(), or build one optimizer per device"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from pyzero import ops
 from pyzero.comm import Group
-from pyzero.layout import BucketLayout, Slot
+from pyzero.layout import GRANULE, BucketLayout, Slot
+
+NO_SUSPECT = math.inf  # in place of the code of a bad parameter
 
 
 class _Piece(NamedTuple):
@@ -22,8 +25,8 @@ class _Piece(NamedTuple):
     zeros: Tensor | None  # what a gap is filled with
 
 
-def flat_gradient(grad: Tensor, param: Tensor) -> Tensor:
-    """(numel,) elements of a gradient in the memory order of its parameter; a view where the strides agree."""
+def in_memory_order(grad: Tensor, param: Tensor) -> Tensor:
+    """(numel,) elements of a tensor in the memory order of its parameter; a view where the strides agree."""
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return grad.as_strided((grad.numel(),), (1,))
@@ -39,10 +42,14 @@ def _sparse_error(param: Tensor) -> TypeError:
 class Bucket:
     """The memory of one bucket on this rank."""
 
-    def __init__(self, layout: BucketLayout, params: list[Tensor], group: Group, group_index: int) -> None:
+    def __init__(self, layout: BucketLayout, params: list[Tensor], group: Group, index: int, first_param: int) -> None:
         self.layout = layout
-        self.group_index = group_index  # of the optimizer's param_groups
+        self.index = index  # among the optimizer's buckets
+        self.first_param = first_param  # parameters in the buckets before this one
+        self.group_index: int = layout.key.group_index  # of the optimizer's param_groups
+        self.counts: bool = layout.key.counts  # for the norm; not where another model-parallel rank has the same
         self.params = params  # in the order of layout.slots
+        self._rank = group.rank
         begin, end = layout.shard_bounds(group.rank)
         dtype, self.device = params[0].dtype, params[0].device
         self.flat = torch.zeros(layout.numel, dtype=dtype, device=self.device)  # what the parameters are views of
@@ -103,30 +110,41 @@ class Bucket:
         self._cuts[low, high] = pieces
         return pieces
 
-    def adopt_writes(self, rank: int) -> int:
-        """Follow parameters that someone else wrote, or moved elsewhere; returns how many."""
+    def adopt_writes(self, every: bool = False) -> int:
+        """Follow parameters that someone else wrote, or moved elsewhere, or all; returns how many."""
         num_written = 0
         for position, param in enumerate(self.params):
             moved = param.data_ptr() != self._addresses[position]
-            if param._version == self.versions[position] and not moved:
+            if param._version == self.versions[position] and not moved and not every:
                 continue
-            slot = self.layout.slots[position]
             if moved:
-                param.data = self._view(slot, param).copy_(param.data)
+                param.data = self._view(self.layout.slots[position], param).copy_(param.data)
             self.versions[position] = param._version
-            low, high = self.layout.overlap(slot, rank)
-            at = slot.offset - rank * self.layout.shard_numel
             if not self.is_master:
-                self.master[at + low : at + high].copy_(self.own[at + low : at + high])
+                here, _ = self.own_part(position)
+                self.master[here].copy_(self.own[here])
             num_written += 1
         return num_written
 
-    def state_views(self, position: int, rank: int) -> dict[str, Tensor]:
-        """This rank's part of one parameter's state, as flat views."""
+    def own_part(self, position: int) -> tuple[slice, slice]:
+        """Where one parameter's part on this rank lies: in the shard, and in the parameter."""
         slot = self.layout.slots[position]
-        low, high = self.layout.overlap(slot, rank)
-        at = slot.offset - rank * self.layout.shard_numel if high > low else 0
-        part = slice(at + low, at + high)
+        low, high = self.layout.overlap(slot, self._rank)
+        at = slot.offset - self._rank * self.layout.shard_numel if high > low else -low
+        return slice(at + low, at + high), slice(low, high)
+
+    def shaped(self, flat: Tensor, position: int) -> Tensor:
+        """A parameter of its own shape and strides out of (numel,) `flat`, laid out as the bucket is."""
+        slot, param = self.layout.slots[position], self.params[position]
+        return flat.as_strided(param.shape, param.stride(), flat.storage_offset() + slot.offset).clone()
+
+    def as_flat(self, tensor: Tensor, position: int) -> Tensor:
+        """(numel,) elements of a tensor of a parameter's shape, in the parameter's memory order."""
+        return in_memory_order(tensor, self.params[position])
+
+    def state_views(self, position: int) -> dict[str, Tensor]:
+        """This rank's part of one parameter's state, as flat views."""
+        part, _ = self.own_part(position)
         return {
             "step": self.steps[position],
             "exp_avg": self.exp_avg[part],
@@ -152,12 +170,34 @@ class Bucket:
                 if grad.layout != torch.strided:
                     raise _sparse_error(param)
                 is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
-                piece = grad if is_flat and grad.is_contiguous() else flat_gradient(grad, param)
+                piece = grad if is_flat and grad.is_contiguous() else in_memory_order(grad, param)
                 if end - begin != grad.numel():
                     piece = piece.view(-1)[begin:end]
             pieces.append(piece)
             offsets.append(offset)
         return pieces, offsets
+
+    def suspect(self, slices: list[Tensor], num_ranks: int, by_rank: bool) -> Tensor:
+        """(1,) fp64: the code of the first parameter in this shard of which a rank sent an inf or a NaN.
+
+        A code is the parameter's number times (num_ranks + 1) plus the rank, which is num_ranks where it is not known.
+        """
+        codes = []
+        for rank, piece in enumerate(slices):
+            bad = ~torch.isfinite(piece).view(-1, GRANULE).all(1)
+            code = (self.segment_ids.double() + self.first_param) * (num_ranks + 1)
+            codes.append((code + (rank if by_rank else num_ranks)).masked_fill_(~bad, NO_SUSPECT).min())
+        return torch.stack(codes).min().reshape(1)
+
+    def suspect_in_grads(self, rank: int, num_ranks: int) -> Tensor:
+        """0-D fp64: the same of this rank's `.grad`."""
+        codes = torch.full((len(self.params) + 1,), NO_SUSPECT, dtype=torch.float64, device=self.device)
+        for position in range(len(self.params)):
+            grad = self._gradient(position)
+            if grad is not None:
+                code = float((self.first_param + position) * (num_ranks + 1) + rank)
+                codes[position].masked_fill_(~torch.isfinite(grad).all(), code)
+        return codes.min()
 
     def carry(self, position: int) -> None:
         """Move a 16-bit `.grad` into the fp32 sum, before the next backward would round its own to it."""
@@ -167,13 +207,18 @@ class Bucket:
         if self.partial is None:
             self.partial = torch.zeros(self.layout.numel, device=self.device)
         self._carried.add(position)
-        self._partial_view(position).add_(flat_gradient(param.grad, param))
+        self._partial_view(position).add_(in_memory_order(param.grad, param))
         param.grad = None
 
     def _partial_view(self, position: int) -> Tensor:
         assert self.partial is not None
         slot = self.layout.slots[position]
         return self.partial[slot.offset : slot.offset + slot.numel]
+
+    def flat_grad(self, position: int) -> Tensor | None:
+        """(numel,) all that this rank has of a parameter's gradient, in memory order, or None."""
+        grad = self._gradient(position)
+        return None if grad is None else in_memory_order(grad, self.params[position]).view(-1)
 
     def _gradient(self, position: int) -> Tensor | None:
         """All that this rank has of a parameter's gradient: `.grad`, or the fp32 sum with it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +31,27 @@ def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
     return None
 
 
+class CollectiveError(RuntimeError):
+    """A collective did not complete: another rank died, stalled, or took part in something else."""
+
+
 class Work:
     """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, group: Group, what: str) -> None:
         self._handle = handle
+        self._group = group
+        self._what = what
 
     def wait(self) -> None:
-        """Return when what follows may use the result."""
+        """Return when what follows may use the result.
+
+        Raises:
+            CollectiveError: It failed, or took longer than the group's timeout.
+        """
         if self._handle is not None:
-            self._handle.wait()
+            with self._group.naming(self._what):
+                self._handle.wait()
 
 
 @dataclass
@@ -49,6 +61,7 @@ class Exchange:
     work: Work
     slices: list[Tensor]  # (shard_numel,) each, in the dtype that was sent
     send: Tensor  # kept until read by all
+    by_rank: bool = True  # slices[r] is rank r's; otherwise the one slice is a sum over ranks
 
 
 class Group:
@@ -67,18 +80,49 @@ class Group:
         self.size: int = dist.get_world_size(self.handle) if initialized else 1
         self.rank: int = dist.get_rank(self.handle) if initialized else 0
 
+    @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """Failures in here say which collective failed, and the timeout that it ran under."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise CollectiveError(
+                f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
+                f"{self.timeout()}: one has died or stalled, or runs backward or step a different number of times. "
+                f"See the other ranks' output; where they are only slow, raise the timeout of init_process_group"
+            ) from error
+
+    def timeout(self) -> str:
+        """How long a collective may take, in words."""
+        device = torch.device("cuda" if dist.get_backend(self.handle) == "nccl" else "cpu")
+        options = getattr(self.handle._get_backend(device), "options", None)  # type: ignore[union-attr]
+        return "its timeout" if options is None else f"{options._timeout.total_seconds():g} s"
+
     def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
         """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
+        what = "the all-gather of weights"
         if self.size == 1:
-            return Work(None)
-        return Work(_all_gather(flat, shard, group=self.handle, async_op=True))
+            return Work(None, self, what)
+        with self.naming(what):
+            return Work(_all_gather(flat, shard, group=self.handle, async_op=True), self, what)
+
+    def gather_shards(self, shard: Tensor) -> Tensor:
+        """(size * n,): every rank's (n,) shard."""
+        if self.size == 1:
+            return shard
+        flat = shard.new_empty(self.size * shard.numel())
+        with self.naming("the all-gather of a whole tensor"):
+            _all_gather(flat, shard, group=self.handle)
+        return flat
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""
         if self.size == 1:
             return row.unsqueeze(0)
         rows = row.new_empty(self.size * row.numel())
-        _all_gather(rows, row, group=self.handle)
+        with self.naming("the all-gather of overflow flag and norm"):
+            _all_gather(rows, row, group=self.handle)
         return rows.view(self.size, -1)
 
     def gather_objects(self, value: object) -> list[Any]:
@@ -86,7 +130,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self.naming("the comparison of parameters"):
             warnings.simplefilter("ignore", FutureWarning)
             dist.all_gather_object(values, value, group=self.handle)
         return values
@@ -94,7 +138,8 @@ class Group:
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite with the first rank's."""
         if self.handle is not None and self.size > 1:
-            dist.broadcast(tensor, src=dist.get_global_rank(self.handle, 0), group=self.handle)
+            with self.naming("the broadcast of weights"):
+                dist.broadcast(tensor, src=dist.get_global_rank(self.handle, 0), group=self.handle)
 
 
 class ExactTransport:
@@ -103,11 +148,12 @@ class ExactTransport:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def start(self, send: Tensor) -> Exchange:
-        """Send each rank its slice of (size * n,) `send`."""
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
         received = torch.empty_like(send)
-        handle = dist.all_to_all_single(received, send, group=self.group.handle, async_op=True)
-        return Exchange(Work(handle), list(received.view(self.group.size, -1).unbind(0)), send)
+        with self.group.naming(what):
+            handle = dist.all_to_all_single(received, send, group=self.group.handle, async_op=True)
+        return Exchange(Work(handle, self.group, what), list(received.view(self.group.size, -1).unbind(0)), send)
 
 
 class CollectiveTransport:
@@ -116,30 +162,23 @@ class CollectiveTransport:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def start(self, send: Tensor) -> Exchange:
+    def start(self, send: Tensor, what: str) -> Exchange:
         """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
         received = send.new_empty(send.numel() // self.group.size)
-        handle = _reduce_scatter(received, send, op=dist.ReduceOp.SUM, group=self.group.handle, async_op=True)
-        return Exchange(Work(handle), [received], send)
+        with self.group.naming(what):
+            handle = _reduce_scatter(received, send, op=dist.ReduceOp.SUM, group=self.group.handle, async_op=True)
+        return Exchange(Work(handle, self.group, what), [received], send, by_rank=False)
 
 
-class LocalTransport:
-    """One rank: its bucket is the sum."""
-
-    def start(self, send: Tensor) -> Exchange:
-        """Nothing is sent."""
-        return Exchange(Work(None), [send], send)
-
-
-Transport = ExactTransport | CollectiveTransport | LocalTransport
+Transport = ExactTransport | CollectiveTransport
 _TRANSPORTS: dict[str, Callable[[Group], Transport]] = {"exact": ExactTransport, "collective": CollectiveTransport}
 
 
 def make_transport(name: str, group: Group) -> Transport:
-    """The transport of that name; a single rank needs none."""
+    """The transport of that name."""
     if name not in _TRANSPORTS:
         raise ValueError(f"expected transport to be one of {', '.join(_TRANSPORTS)}, got {name!r}; choose one of these")
-    return LocalTransport() if group.size == 1 else _TRANSPORTS[name](group)
+    return _TRANSPORTS[name](group)
 
 
 def device() -> torch.device:

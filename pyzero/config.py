@@ -103,11 +103,10 @@ class Fp16Section(_Section):
     min_loss_scale: Positive = 1.0
 
     def policy(self) -> LossScale:
-        """The same rule as a LossScale.
+        """DeepSpeed's rule as a LossScale.
 
-        Two things differ from DeepSpeed. The first growth after the start or an overflow takes DeepSpeed
-        `loss_scale_window` + 1 clean steps, and us `loss_scale_window`. DeepSpeed ends the run at an overflow at
-        `min_loss_scale`; here that step is skipped like any other.
+        One thing differs. DeepSpeed ends the run at an overflow at `min_loss_scale`; here that step is skipped like any
+        other, and the optimizer's `max_consecutive_skips` ends the run.
         """
         if self.loss_scale > 0:
             return static(self.loss_scale)
@@ -117,6 +116,7 @@ class Fp16Section(_Section):
             min_scale=self.min_loss_scale,
             hysteresis=self.hysteresis,
             consecutive_hysteresis=self.consecutive_hysteresis,
+            growth_delay=1,
         )
 
 

@@ -6,10 +6,20 @@ matrix kernels see aligned weights. A bucket is padded until every rank's shard 
 decides where a shard is cut; Adam takes any cut, so shards are cut at equal lengths whatever lies there.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GRANULE = 64  # elements; SEGMENT_GRANULE of pyzero.ops.adam
+
+
+class Key(NamedTuple):
+    """What parameters of one bucket have in common."""
+
+    group_index: int
+    dtype: str
+    device: str
+    counts: bool  # for the norm
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,7 @@ class ParamSpec:
     index: int  # its place in the order of registration
     numel: int
     element_bytes: int
-    key: Hashable  # (group, dtype, device): only equal keys share a bucket
+    key: Key  # only equal keys share a bucket
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Slot:
 class BucketLayout:
     """One bucket: its parameters, and how it is cut."""
 
-    key: Hashable
+    key: Key
     slots: tuple[Slot, ...]
     shard_numel: int  # elements per rank, a multiple of GRANULE
     num_ranks: int
@@ -72,7 +82,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _finish(key: Hashable, specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
+def _finish(key: Key, specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
     slots = []
     offset = 0
     for spec in specs:
@@ -87,8 +97,8 @@ def plan(specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks: int) -> l
     Launch order is the order in which backward is expected to fill them: the bucket whose last-filled parameter was
     registered last comes first. It depends on nothing but the arguments, so it is the same on all ranks.
     """
-    open_specs: dict[Hashable, list[ParamSpec]] = {}
-    open_bytes: dict[Hashable, int] = {}
+    open_specs: dict[Key, list[ParamSpec]] = {}
+    open_bytes: dict[Key, int] = {}
     layouts = []
     for spec in sorted(specs, key=lambda spec: -spec.index):
         size = spec.numel * spec.element_bytes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.ops.loss_scale import LossScalePolicy, loss_scale_state
+from pyzero.ops.loss_scale import loss_scale_state
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class LossScale:
         max_scale: The scale never grows above it.
         hysteresis: Overflows it takes before the scale falls; they count since the scale last grew.
         consecutive_hysteresis: They count since the last clean step instead.
+        growth_delay: Clean steps more that the first growth takes, at the start and after an overflow; DeepSpeed's
+            is 1.
     """
 
     init_scale: float = 65536.0
@@ -33,6 +35,7 @@ class LossScale:
     max_scale: float = math.inf
     hysteresis: int = 1
     consecutive_hysteresis: bool = False
+    growth_delay: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -43,6 +46,7 @@ class LossScale:
             "growth_interval >= 1": self.growth_interval >= 1,
             "0 < min_scale <= max_scale": 0 < self.min_scale <= self.max_scale,
             "hysteresis >= 1": self.hysteresis >= 1,
+            "growth_delay >= 0": self.growth_delay >= 0,
         }
         for rule, holds in wanted.items():
             if not holds:
@@ -77,8 +81,9 @@ class Scaler:
         self.enabled = policy is not None
         self.policy = policy or static(1.0)
         self._backend = backend
-        self._rule = LossScalePolicy(**{k: v for k, v in asdict(self.policy).items() if k != "init_scale"})
-        self.state = loss_scale_state(self.policy.init_scale, self.policy.hysteresis, device)
+        self._rule = {name: value for name, value in asdict(self.policy).items() if name != "init_scale"}
+        self._no_rule = {**self._rule, "growth_factor": 1.0, "backoff_factor": 1.0}
+        self.state = loss_scale_state(self.policy.init_scale, self.policy.hysteresis, device, self.policy.growth_delay)
         self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
         self._refresh()
 
@@ -95,7 +100,11 @@ class Scaler:
         scaled: Tensor = loss * self.state[0].to(loss.device)
         return scaled
 
-    def update(self, found_inf: Tensor) -> None:
-        """One step of the state machine; found_inf: (1,) fp32, the same on all ranks."""
-        ops.loss_scale_update_(self.state, found_inf, **asdict(self._rule), backend=self._backend)
+    def update(self, found_inf: Tensor, only_count: bool = False) -> None:
+        """One step of the state machine; found_inf: (1,) fp32, the same on all ranks.
+
+        only_count: Another scaler made these gradients: steps and skips count, the scale stays.
+        """
+        rule = self._no_rule if only_count else self._rule
+        ops.loss_scale_update_(self.state, found_inf, **rule, backend=self._backend)
         self._refresh()

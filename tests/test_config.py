@@ -124,7 +124,7 @@ def test_defaults_are_ours():
 
 def test_loss_scale():
     assert load({"fp16": {"enabled": True}}).fp16.policy() == LossScale(
-        init_scale=65536.0, growth_interval=1000, min_scale=1.0, hysteresis=2
+        init_scale=65536.0, growth_interval=1000, min_scale=1.0, hysteresis=2, growth_delay=1
     )
     fixed = load({"fp16": {"enabled": True, "loss_scale": 128}}).fp16.policy()
     assert (fixed.init_scale, fixed.growth_factor, fixed.backoff_factor) == (128.0, 1.0, 1.0)

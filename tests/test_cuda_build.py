@@ -167,7 +167,7 @@ def test_module_imports_without_a_gpu(built: Built) -> None:
 
 
 def test_a_missing_gpu_is_an_error_in_words(built: Built) -> None:
-    code = "import _native_cuda as m; m.loss_scale_update_(0, 0, (2.0, 0.5, 1.0, 1.0, 1.0, 1.0, False), 0, 0)"
+    code = "import _native_cuda as m; m.loss_scale_update_(0, 0, (2.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, False), 0, 0)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=built.module.parent,

@@ -15,12 +15,15 @@ ALL = (*FUSED, REFERENCE)
 FLAGS = (1, 0, 1, 1, 0, 0, 0, 0, 1, 0)
 
 
-def scales(target: Target, flags: tuple[int, ...], init: float, hysteresis: int = 1, **policy: float) -> list[float]:
-    state = Guarded(loss_scale_state(init, hysteresis, "cpu"), target.device)
+def scales(
+    target: Target, flags: tuple[int, ...], init: float, hysteresis: int = 1, growth_delay: int = 0, **policy: float
+) -> list[float]:
+    state = Guarded(loss_scale_state(init, hysteresis, "cpu", growth_delay), target.device)
+    policy |= {"hysteresis": hysteresis, "growth_delay": growth_delay}
     seen = []
     for flag in flags:
         found_inf = torch.tensor([float(flag)], device=target.device)
-        ops.loss_scale_update_(state.tensor, found_inf, hysteresis=hysteresis, **policy, backend=target.backend)
+        ops.loss_scale_update_(state.tensor, found_inf, **policy, backend=target.backend)
         assert found_inf.item() == flag
         seen.append(state.tensor[0].item())
     state.check("state")
@@ -34,6 +37,12 @@ def scales(target: Target, flags: tuple[int, ...], init: float, hysteresis: int 
         pytest.param({"hysteresis": 2}, [16, 16, 8, 4, 4, 4, 4, 8, 8, 8], id="megatron"),
         pytest.param(
             {"hysteresis": 2, "consecutive_hysteresis": True}, [16, 16, 16, 8, 8, 8, 8, 16, 16, 16], id="apex"
+        ),
+        pytest.param({"hysteresis": 2, "growth_delay": 1}, [16, 16, 8, 4, 4, 4, 4, 4, 2, 2], id="deepspeed"),
+        pytest.param(
+            {"hysteresis": 2, "growth_delay": 1, "consecutive_hysteresis": True},
+            [16, 16, 16, 8, 8, 8, 8, 8, 8, 8],
+            id="deepspeed-consecutive",
         ),
     ],
 )
@@ -69,9 +78,10 @@ def test_bits(target: Target) -> None:
     rng = random.Random(0)
     with target.ready():
         for hysteresis, consecutive in itertools.product((1, 2, 5), (False, True)):
-            rule = {"hysteresis": hysteresis, "consecutive_hysteresis": consecutive, "growth_interval": 3}
-            rule |= {"growth_factor": 1.9, "backoff_factor": 0.7, "min_scale": 0.9, "max_scale": 1000.3}
-            states = [loss_scale_state(64.0, hysteresis, device) for device in (target.device, "cpu")]
+            rule = {"hysteresis": hysteresis, "growth_delay": hysteresis - 1, "consecutive_hysteresis": consecutive}
+            rule |= {"growth_factor": 1.9, "backoff_factor": 0.7, "growth_interval": 3}
+            rule |= {"min_scale": 0.9, "max_scale": 1000.3}
+            states = [loss_scale_state(64.0, hysteresis, device, hysteresis - 1) for device in (target.device, "cpu")]
             for step in range(60):
                 flag = torch.tensor([rng.choice((0.0, 0.0, 0.0, 1.0, 3.0, float("nan")))])
                 ops.loss_scale_update_(states[0], flag.to(target.device), **rule, backend=target.backend)

@@ -5,51 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from models import DTYPES, NUM_MICRO_BATCHES, Net, assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NUM_MICRO_BATCHES = 12  # divides by 1, 2, 3 and 4 ranks
-
-
-class Net(nn.Module):
-    """Sizes that pad, an odd embedding, a tied weight, an empty and a 0-D parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(13, 22)
-        self.hidden = nn.Linear(22, 67)
-        self.norm = nn.LayerNorm(67)
-        self.back = nn.Linear(67, 22)
-        self.head = nn.Linear(22, 13, bias=False)
-        self.head.weight = self.embedding.weight
-        self.gain = nn.Parameter(torch.tensor(1.5))
-        self.empty = nn.Parameter(torch.zeros(0))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, 4) tokens -> (batch, 4, 13) logits."""
-        x = self.embedding(tokens)
-        x = x + self.back(torch.relu(self.norm(self.hidden(x)))) * self.gain
-        return self.head(x) + self.empty.sum()
-
-
-def build(dtype: torch.dtype) -> Net:
-    torch.manual_seed(3)
-    return Net().to(dtype)
-
-
-def micro_batch(step: int, index: int) -> Tensor:
-    return torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(1000 * step + index))
-
-
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    logits = model(batch[:, :-1]).float()
-    return nn.functional.cross_entropy(logits.reshape(-1, 13), batch[:, 1:].reshape(-1))
-
-
-def params_of(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def train(group: Any, dtype: torch.dtype, num_steps: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +40,6 @@ def train_torch(dtype: torch.dtype, num_steps: int, max_norm: float | None = Non
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     return params_of(model)
-
-
-def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
-    for index, (a, b) in enumerate(zip(left, right, strict=True)):
-        assert torch.equal(a, b), f"parameter {index} differs by {(a.float() - b.float()).abs().max()}"
 
 
 @pytest.mark.parametrize("stage", [1, 2])

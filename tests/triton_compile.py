@@ -87,7 +87,7 @@ def run_reduce_scatter(dtype: torch.dtype, num_ranks: int, *, accumulate: bool, 
 def run_loss_scale() -> None:
     policy = SimpleNamespace(
         growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, min_scale=1.0, max_scale=float("inf"),
-        hysteresis=2, consecutive_hysteresis=False,
+        hysteresis=2, growth_delay=0, consecutive_hysteresis=False,
     )  # fmt: skip
     triton_kernels.loss_scale_update_(flat(F32, n=5), flat(F32, n=1), policy)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ struct LossScalePolicy {
   float min_scale;
   float max_scale;
   float hysteresis;
+  float growth_delay;
   bool consecutive_hysteresis;
 };
 
@@ -19,7 +20,7 @@ enum LossScaleSlot { kScale, kGrowthTracker, kHysteresisLeft, kSkippedSteps, kCo
 
 PZ_HD void loss_scale_update(float* state, bool found_inf, const LossScalePolicy& policy) {
   if (found_inf) {
-    state[kGrowthTracker] = 0.0f;
+    state[kGrowthTracker] = 0.0f - policy.growth_delay;  // 0 where there is no delay, not -0
     state[kHysteresisLeft] -= 1.0f;
     const float lower = state[kScale] * policy.backoff_factor;
     if (state[kHysteresisLeft] <= 0.0f) state[kScale] = lower > policy.min_scale ? lower : policy.min_scale;

@@ -18,6 +18,7 @@ def loss_scale_update_(state: Tensor, found_inf: Tensor, policy: "LossScalePolic
     lower = (scale * policy.backoff_factor).clamp(min=policy.min_scale)
     scale_after_overflow = torch.where(left_after_overflow <= 0, lower, scale)
 
+    delayed = torch.full_like(growth, 0.0 - policy.growth_delay)
     grows = growth + 1 >= policy.growth_interval
     higher = scale * policy.growth_factor
     grown = torch.where(torch.isfinite(higher), higher.clamp(max=policy.max_scale), scale)
@@ -27,7 +28,7 @@ def loss_scale_update_(state: Tensor, found_inf: Tensor, policy: "LossScalePolic
     new = torch.stack(
         [
             torch.where(overflow, scale_after_overflow, torch.where(grows, grown, scale)),
-            torch.where(overflow | grows, torch.zeros_like(growth), growth + 1),
+            torch.where(overflow, delayed, torch.where(grows, torch.zeros_like(growth), growth + 1)),
             torch.where(overflow, left_after_overflow, left_after_clean),
             torch.where(overflow, skipped + 1, skipped),
             torch.where(overflow, consecutive + 1, torch.zeros_like(consecutive)),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def loss_scale_kernel(
     state,  # fp32 (5,): scale, growth_tracker, hysteresis_left, skipped_steps, consecutive_skips
     found_inf,  # fp32 (1,)
-    growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis,
+    growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis, growth_delay,
     CONSECUTIVE: tl.constexpr,
 ):  # fmt: skip
     """Shrink after an overflow (once hysteresis is used up), grow after growth_interval steps without one."""
@@ -30,7 +30,7 @@ def loss_scale_kernel(
         left = tl.load(state + 2) - 1.0
         lower = tl.maximum(scale * as_f32(backoff_factor), as_f32(min_scale))
         tl.store(state, tl.where(left <= 0.0, lower, scale))
-        tl.store(state + 1, 0.0)
+        tl.store(state + 1, 0.0 - as_f32(growth_delay))
         tl.store(state + 2, left)
         tl.store(state + 3, tl.load(state + 3) + 1.0)
         tl.store(state + 4, tl.load(state + 4) + 1.0)
@@ -58,6 +58,6 @@ def loss_scale_update_(
     launch(
         loss_scale_kernel, 1, state,
         state, found_inf, float(policy.growth_factor), float(policy.backoff_factor), float(policy.growth_interval),
-        float(policy.min_scale), float(policy.max_scale), float(policy.hysteresis),
+        float(policy.min_scale), float(policy.max_scale), float(policy.hysteresis), float(policy.growth_delay),
         CONSECUTIVE=bool(policy.consecutive_hysteresis), num_warps=1,
     )  # fmt: skip

@@ -343,7 +343,7 @@ void reduce_scatter() {
 }
 
 void loss_scale() {
-  const LossScalePolicy policy{2.0f, 0.5f, 2.0f, 1.0f, 65536.0f, 2.0f, false};
+  const LossScalePolicy policy{2.0f, 0.5f, 2.0f, 1.0f, 65536.0f, 2.0f, 1.0f, false};
   float got[kLossScaleSlots] = {16.0f, 0.0f, 2.0f, 0.0f, 0.0f};
   float want[kLossScaleSlots] = {16.0f, 0.0f, 2.0f, 0.0f, 0.0f};
   for (const float found_inf : {1.0f, 0.0f, 1.0f, 1.0f, 0.0f, 0.0f, 0.0f}) {

@@ -1,0 +1,180 @@
+"""torch.amp.GradScaler over FusedZeroAdam: its orders of calls, on one rank and on several, against torch's AdamW."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, build, loss_of, micro_batch, params_of
+from tolerances import ADAM
+from torch import Tensor, nn
+
+import pyzero
+
+SCALE = 1024.0
+LR = 1e-2
+NUM_STEPS = 6
+BAD_STEP = 3
+
+
+def gradscaler() -> Any:
+    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=2)
+
+
+def run(model: nn.Module, optimizer: Any, order: str, batches: Any, bad: bool) -> list[float]:
+    """Returns the scale after each step."""
+    scaler = gradscaler()
+    scales = []
+    for step in range(NUM_STEPS):
+        optimizer.zero_grad()
+        for batch in batches(step):
+            loss = scaler.scale(loss_of(model, batch))
+            (loss * float("inf") if bad and step == BAD_STEP else loss).backward()
+        if order == "unscale, clip":
+            scaler.unscale_(optimizer)
+            clip(model, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+def clip(model: nn.Module, optimizer: Any) -> Tensor:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    return optimizer.clip_grad_norm_(0.3)
+
+
+def by_torch(order: str, num_ranks: int, bad: bool) -> tuple[list[Tensor], list[float]]:
+    """One process; the mean over ranks is taken as the exact transport takes it, in rank order."""
+    model = build(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    scaler, scales = gradscaler(), []
+    for step in range(NUM_STEPS):
+        losses = [scaler.scale(loss_of(model, micro_batch(step, rank))) for rank in range(num_ranks)]
+        if bad and step == BAD_STEP:
+            losses[-1] = losses[-1] * float("inf")
+        by_rank = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+        for param, *grads in zip(model.parameters(), *by_rank, strict=True):
+            param.grad = sum(grads[1:], grads[0]) * (1.0 / num_ranks)
+        if order == "unscale, clip":
+            scaler.unscale_(optimizer)
+            clip(model, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return params_of(model), scales
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Both in fp32 from the same gradients."""
+    largest = max(float(param.abs().max()) for param in theirs if param.numel())
+    atol = 2**0.5 * ADAM[torch.float32].master(NUM_STEPS, largest, LR, beta2=0.999, decay=1 - LR * 1e-2)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def on_rank(group: Any, order: str, options: dict[str, Any], bad_rank: int | None) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group, **options)
+    scales = run(model, optimizer, order, lambda step: [micro_batch(step, rank)], bad=rank == bad_rank)
+    return {"params": params_of(model), "scales": scales, "skipped": optimizer.skipped_steps}
+
+
+@pytest.mark.parametrize("order", ["step", "unscale, clip"])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("bad_rank", [None, 0, 1])
+def test_agrees_with_torch_on_every_rank(ranks, order, stage, size, bad_rank):
+    if bad_rank is not None and bad_rank >= size:
+        bad_rank = 0
+    wanted, wanted_scales = by_torch(order, size, bad_rank is not None)
+    results = ranks.run(size, on_rank, order, {"stage": stage}, bad_rank)
+    for result in results:
+        assert result["scales"] == wanted_scales
+        assert result["skipped"] == (bad_rank is not None)
+        assert_same(result["params"], results[0]["params"])
+        assert_close(result["params"], wanted)
+
+
+def clipped_on_rank(group: Any, dtype: torch.dtype) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group)
+    scales = run(model, optimizer, "unscale, clip", lambda step: [micro_batch(step, rank)], bad=rank == 1)
+    return {"scales": scales, "norm": float(optimizer.grad_norm)}
+
+
+def test_fp16_weights(ranks):
+    """torch's own unscale_ refuses fp16 gradients where it sees them."""
+    first, second = ranks.run(2, clipped_on_rank, torch.float16)
+    assert first == second
+    assert first["scales"] == [1024.0, 2048.0, 2048.0, 1024.0, 1024.0, 2048.0]
+    wide = ranks.run(2, clipped_on_rank, torch.float32)[0]
+    assert first["norm"] == pytest.approx(wide["norm"], rel=2**-8)  # unscaled; weights and gradients round at 2^-11
+
+
+def two_optimizers(group: Any) -> list[list[float]]:
+    """One scaler over two optimizers, one of them with an overflow on rank 1: that one skips, the scale falls."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizers = [pyzero.FusedZeroAdam([p], lr=0.1, process_group=group) for p in params]
+    scaler = gradscaler()
+    loss = scaler.scale(params[0].sum() + params[1].sum())
+    (loss + params[1].sum() * (float("inf") if rank == 1 else 0.0)).backward()
+    scaler.unscale_(optimizers[1])
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    return [params[0].tolist(), params[1].tolist(), [scaler.get_scale()]]
+
+
+def test_two_optimizers_and_one_scaler(ranks):
+    for moved, stayed, scale in ranks.run(2, two_optimizers):
+        assert moved == pytest.approx([0.9] * 5) and stayed == [1.0] * 5 and scale == [SCALE / 2]
+
+
+def by_ddp(group: Any, order: str) -> list[Any]:
+    """reduce_grads=False under DDP, with torch's own clip_grad_norm_, beside torch's AdamW."""
+    import torch.distributed as dist
+
+    rank, results = dist.get_rank(group), []
+    for ours in (True, False):
+        ddp = nn.parallel.DistributedDataParallel(build(torch.float32), process_group=group)
+        if ours:
+            optimizer = pyzero.FusedZeroAdamW(ddp.parameters(), lr=LR, process_group=group, reduce_grads=False)
+        else:
+            optimizer = torch.optim.AdamW(ddp.parameters(), lr=LR, fused=True)
+        scaler = gradscaler()
+        for step in range(NUM_STEPS):
+            optimizer.zero_grad()
+            loss = scaler.scale(loss_of(ddp, micro_batch(step, rank)))
+            (loss * float("inf") if step == BAD_STEP and rank == 1 else loss).backward()
+            if order == "unscale, clip":
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.3)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((params_of(ddp.module), scaler.get_scale()))
+    return results
+
+
+@pytest.mark.parametrize("order", ["step", "unscale, clip"])
+def test_gradients_that_ddp_reduced(ranks, order):
+    for (ours, our_scale), (theirs, their_scale) in ranks.run(2, by_ddp, order):
+        assert our_scale == their_scale
+        assert_close(ours, theirs)
+
+
+def test_others_see_the_parameters():
+    """Only GradScaler is shown the stand-in."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param])
+    assert optimizer.param_groups[0]["params"] == [param]
+    assert "FusedZeroAdam" in repr(optimizer)
