@@ -11,12 +11,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyzero")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="what is there, what is not, and why")
+    estimate = commands.add_parser("estimate", help="bytes per rank of a model under FusedZeroAdam")
+    estimate.add_argument("--model-params", type=_count, required=True, metavar="N", help="parameters, as in 7e9")
+    estimate.add_argument("--ranks", type=int, default=1, metavar="W")
+    estimate.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+    estimate.add_argument("--bucket-cap-mb", type=float, default=25.0, metavar="MB")
     args = parser.parse_args(argv)
 
-    assert args.command == "report"
-    from . import report
+    if args.command == "report":
+        from . import report
 
-    return report.main()
+        return report.main()
+    from . import estimate as estimates
+
+    dtype = estimates.DTYPES[args.dtype]
+    try:
+        found = estimates.estimate_numel(args.model_params, dtype, args.ranks, args.stage, args.bucket_cap_mb)
+    except ValueError as error:
+        parser.error(str(error))
+    print(estimates.table(found))
+    return 0
+
+
+def _count(text: str) -> int:
+    return int(float(text))
 
 
 if __name__ == "__main__":

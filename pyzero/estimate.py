@@ -1,0 +1,164 @@
+"""`python -m pyzero estimate` and `estimate(model)`: bytes per rank, before anything is built.
+
+Counted is what a rank's parameters, their gradients and FusedZeroAdam take, with its default transport. Activations,
+the allocator's slack and whatever else the process holds come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyzero.layout import GRANULE, BucketLayout, Key, ParamSpec, plan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MEBIBYTE = 2**20
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each rank."""
+
+    weights: int  # in the dtype of the model
+    state: int  # masters (none of their own for fp32 weights), moments, step counts
+    gradients: int  # held from the end of backward to zero_grad()
+    buckets: int  # more for a while at the worst moment: gradients on their way
+    num_params: int
+
+    @property
+    def idle(self) -> int:
+        """After step() and zero_grad()."""
+        return self.weights + self.state
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment of backward and step."""
+        return self.weights + self.state + self.gradients + self.buckets
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What decides how long a gradient lives."""
+
+    layouts: Sequence[BucketLayout]  # in launch order
+    element_bytes: dict[Key, int]
+    stage: int
+    reduces: bool
+
+    def weights(self, layout: BucketLayout) -> int:
+        return layout.numel * self.element_bytes[layout.key]
+
+    def grads(self, layout: BucketLayout) -> int:
+        return sum(slot.numel for slot in layout.slots) * self.element_bytes[layout.key]
+
+
+def estimate(
+    model: nn.Module | Iterable[Tensor],
+    *,
+    num_ranks: int = 1,
+    stage: int = 2,
+    bucket_cap_mb: float = 25.0,
+    reduce_grads: bool = True,
+) -> Estimate:
+    """Bytes per rank of a model or its parameters under FusedZeroAdam with these arguments.
+
+    Args:
+        model: A module or its parameters; on the meta device too. Frozen ones count as weights alone.
+        num_ranks: Of the process group.
+        stage: 1 or 2.
+        bucket_cap_mb: As FusedZeroAdam's.
+        reduce_grads: As FusedZeroAdam's.
+
+    Raises:
+        ValueError: An argument out of range.
+    """
+    params = list(model.parameters() if isinstance(model, nn.Module) else model)
+    shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads)
+
+
+def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: int, bucket_cap_mb: float) -> Estimate:
+    """The same for so many parameters of one dtype in tensors that fill the buckets evenly."""
+    element_bytes = torch.empty((), dtype=dtype).element_size()
+    whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
+    sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
+    shapes = [(size, element_bytes, True) for size in sizes]
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduces=True)
+
+
+def _estimate(
+    shapes: Sequence[tuple[int, int, bool]],
+    num_ranks: int,
+    stage: int,
+    bucket_cap_mb: float,
+    reduces: bool,
+) -> Estimate:
+    if num_ranks < 1 or stage not in (1, 2):
+        raise ValueError(f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them")
+    keys = {size: Key(0, str(size), "", True) for size in (2, 4)}
+    trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
+    specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
+    layouts = plan(specs, max(int(bucket_cap_mb * _MEBIBYTE), 1), num_ranks)
+    sizes = {key: size for size, key in keys.items()}
+    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1)
+    frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
+    held, worst = _gradients(chosen)
+    return Estimate(
+        weights=frozen + sum(chosen.weights(layout) for layout in layouts),
+        state=sum(_state(layout, sizes[layout.key]) for layout in layouts),
+        gradients=held,
+        buckets=max(worst - held, 0),
+        num_params=sum(numel for numel, _, _ in shapes),
+    )
+
+
+def _state(layout: BucketLayout, element_bytes: int) -> int:
+    """Masters, moments, the map from granules to parameters, step counts."""
+    num_copies = 2 if element_bytes == _FP32 else 3
+    per_granule, per_param = 4, 4
+    granules = layout.shard_numel // GRANULE
+    return num_copies * _FP32 * layout.shard_numel + per_granule * granules + per_param * len(layout.slots)
+
+
+def _is_one(layout: BucketLayout) -> bool:
+    """Whether a shard is one parameter's gradient as it is, which Adam then reads in place."""
+    return layout.num_ranks == 1 and layout.slots[0].numel == layout.shard_numel
+
+
+def _gradients(chosen: _Plan) -> tuple[int, int]:
+    """(held between backward and zero_grad(), the most at any moment), by walking through a round of buckets."""
+    layouts = chosen.layouts
+    all_grads = sum(chosen.grads(layout) for layout in layouts)
+    if not chosen.reduces:  # a shard of one bucket is packed for Adam at a time
+        packed = [layout.shard_numel * chosen.element_bytes[layout.key] for layout in layouts if not _is_one(layout)]
+        return all_grads, all_grads + max(packed, default=0)
+
+    shards = [_FP32 * layout.shard_numel for layout in layouts]
+    moving = [2 * chosen.weights(layout) for layout in layouts]  # sent and received
+    base = all_grads if chosen.stage == 1 else 0  # stage 1 keeps `.grad`, stage 2 frees it behind each bucket
+    worst = base + sum(shards) + (moving[-1] if moving else 0)
+    for index, layout in enumerate(layouts):
+        own = 0 if chosen.stage == 1 else chosen.grads(layout)
+        in_front = moving[index - 1] if index else 0  # the bucket before is still on its way
+        worst = max(worst, base + own + sum(shards[:index]) + in_front + moving[index])
+    return (base if chosen.stage == 1 else sum(shards)), worst
+
+
+def table(found: Estimate) -> str:
+    """The estimate for a person."""
+    rows = {
+        "weights": found.weights,
+        "masters and moments": found.state,
+        "after step and zero_grad": found.idle,
+        "gradients, from backward to zero_grad": found.gradients,
+        "buckets on their way, at most": found.buckets,
+        "peak, without activations": found.peak,
+    }
+    lines = [f"{'bytes per rank':<40}{'MiB':>12}{'per parameter':>16}"]
+    for name, num_bytes in rows.items():
+        lines.append(f"{name:<40}{num_bytes / _MEBIBYTE:>12,.1f}{num_bytes / max(found.num_params, 1):>14.2f} B")
+    return "\n".join(lines)

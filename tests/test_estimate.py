@@ -1,0 +1,148 @@
+"""What `estimate` predicts against what living tensors take, at rest and at the worst moment of a step."""
+
+import re
+import subprocess
+import sys
+import time
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyzero
+from pyzero import comm
+from pyzero.__main__ import main
+from pyzero.estimate import estimate, estimate_numel
+
+WITHIN = 0.03
+SHAPES = [(700, 300), (300,), (300, 400), (400,), (17,), (400, 500), (1000, 333), (5, 5, 5)]
+
+
+class Meter(TorchDispatchMode):
+    """Follows every storage that is made in it, and keeps the largest sum of those that live at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= num_bytes
+
+
+class Ones(torch.autograd.Function):
+    """A loss whose backward makes each gradient when it is due, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, param: Tensor) -> Tensor:
+        ctx.made_like = param.shape, param.dtype
+        return before.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        shape, dtype = ctx.made_like
+        return grad, torch.ones(shape, dtype=dtype)
+
+
+def wait_and_let_go(work: comm.Work) -> None:
+    """gloo's thread lets go of the buffers a moment after it has told that it is done."""
+    _wait(work)
+    time.sleep(0.002)
+
+
+_wait = comm.Work.wait
+
+
+def measure(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
+    comm.Work.wait = wait_and_let_go
+    try:
+        return measured(group, dtype, options)
+    finally:
+        comm.Work.wait = _wait
+
+
+def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
+    with Meter() as meter:
+        params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
+        optimizer = pyzero.FusedZeroAdamW(params, process_group=group, loss_scale=None, **options)
+        for _ in range(2):
+            meter.most = 0
+            loss = torch.zeros((), requires_grad=True)
+            for param in params:
+                loss = Ones.apply(loss, param)
+            loss.backward()
+            del loss
+            after_backward = meter.now
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"idle": meter.now, "after backward": after_backward, "peak": meter.most}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (1, {}),
+        (2, {"stage": 1}),
+        (2, {"stage": 2}),
+        (4, {"stage": 2}),
+        (3, {"stage": 2}),
+        (2, {"reduce_grads": False, "stage": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cap", [0.25, 25.0])
+def test_within_three_percent_of_what_is_measured(ranks, dtype, size, options, cap):
+    params = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in SHAPES]
+    predicted = estimate(params, num_ranks=size, bucket_cap_mb=cap, **options)
+    found = ranks.run(size, measure, dtype, {**options, "bucket_cap_mb": cap})
+    for one in found:
+        assert one["idle"] == pytest.approx(predicted.idle, rel=WITHIN)
+        assert one["after backward"] == pytest.approx(predicted.idle + predicted.gradients, rel=WITHIN)
+    assert max(one["peak"] for one in found) == pytest.approx(predicted.peak, rel=WITHIN)
+
+
+def test_zero_papers_numbers():
+    """2 + 12/W bytes of state and weights (arXiv 1910.02054), and 4/W of gradients, here in fp32."""
+    for num_ranks in (1, 8, 64):
+        found = estimate_numel(7_000_000_000, torch.bfloat16, num_ranks, stage=2, bucket_cap_mb=25.0)
+        assert found.idle / 7e9 == pytest.approx(2 + 12 / num_ranks, rel=0.01)
+        if num_ranks > 1:
+            assert found.gradients / 7e9 == pytest.approx(4 / num_ranks, rel=0.01)
+
+
+def test_frozen_parameters_are_weights_alone():
+    model = nn.Linear(640, 640, bias=False).requires_grad_(False)
+    assert estimate(model).peak == 640 * 640 * 4
+
+
+def test_the_command(capsys):
+    assert main(["estimate", "--model-params", "1e9", "--ranks", "8", "--stage", "2", "--dtype", "bf16"]) == 0
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
+    assert lines["weights"] == "2.00"
+    assert float(lines["after step and zero_grad"]) == pytest.approx(3.5, rel=0.01)
+    with pytest.raises(SystemExit):
+        main(["estimate", "--model-params", "1e9", "--ranks", "0"])
+    done = subprocess.run([sys.executable, "-m", "pyzero", "estimate", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--model-params" in done.stdout
