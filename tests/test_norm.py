@@ -1,0 +1,140 @@
+"""Gradient norms and clipping: every p, over ranks and model-parallel ranks, against torch on gathered gradients."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import DTYPES, build, loss_of, micro_batch
+from torch import Tensor, nn
+
+import pyzero
+
+NORMS = (1.0, 2.0, 3.5, math.inf)
+
+
+def gathered(optimizer: Any, params: Any) -> list[Tensor]:
+    """Without the empty ones, of which torch's inf-norm is an error."""
+    return [grad for grad in (optimizer.full_grad(param) for param in params) if grad is not None and grad.numel()]
+
+
+def norms_on_rank(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[tuple[float, float]]:
+    """(ours, torch's of the gathered gradients in fp64) for each p."""
+    import torch.distributed as dist
+
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, loss_scale=8.0, **options)
+    optimizer.backward(loss_of(model, micro_batch(0, dist.get_rank(group) if "reduce_grads" not in options else 0)))
+    grads = [grad.double() for grad in gathered(optimizer, model.parameters())]
+    found = []
+    for p in NORMS:
+        wanted = torch.nn.utils.get_total_norm(grads, p)
+        found.append((float(optimizer.clip_grad_norm_(0.5, norm_type=p)), float(wanted)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(1, {}), (2, {"stage": 1}), (3, {"stage": 2, "bucket_cap_mb": 1e-3}), (2, {"reduce_grads": False})],
+    ids=str,
+)
+def test_every_p(ranks, dtype, size, options):
+    num_terms = 4000
+    for found in ranks.run(size, norms_on_rank, dtype, options):
+        for ours, wanted in found:
+            assert ours == pytest.approx(wanted, rel=num_terms * 2**-24)  # p-norms of a tensor are summed in fp32
+
+
+def test_clipping_by_the_largest_value_is_torchs():
+    ours, theirs = build(torch.float32), build(torch.float32)
+    left, right = (
+        cls(m.parameters(), lr=1e-2, eps=1e-3) for cls, m in ((pyzero.FusedZeroAdam, ours), (torch.optim.Adam, theirs))
+    )
+    for step in range(5):
+        for model, optimizer in ((ours, left), (theirs, right)):
+            optimizer.zero_grad()
+            loss_of(model, micro_batch(step, 0)).backward()
+        norm = left.clip_grad_norm_(0.01, math.inf)
+        wanted = torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.numel()], 0.01, math.inf)
+        torch.testing.assert_close(norm, wanted, rtol=0 if step == 0 else 1e-5, atol=0)  # then the models drift apart
+        left.step()
+        right.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0, -1.0, math.nan])
+def test_no_other_p(p):
+    optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="norm_type above 0"):
+        optimizer.clip_grad_norm_(1.0, p)
+
+
+def test_norm_before_and_after_clipping():
+    param = nn.Parameter(torch.zeros(100))
+    optimizer = pyzero.FusedZeroAdam([param], max_grad_norm=5.0)
+    assert optimizer.grad_norm is None and optimizer.clipped_grad_norm is None
+    (param * 2).sum().backward()
+    optimizer.step()
+    assert optimizer.grad_norm == 20.0
+    torch.testing.assert_close(optimizer.clipped_grad_norm, torch.tensor(5.0), rtol=1e-6, atol=0)
+    assert torch.equal(param.grad, torch.full((100,), 2.0))  # the coefficient went into Adam
+
+
+def test_tied_parameters_count_once():
+    model = build(torch.float32)  # its head is its embedding
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    loss_of(model, micro_batch(0, 0)).backward()
+    norm = torch.nn.utils.get_total_norm([param.grad for param in model.parameters()])
+    torch.testing.assert_close(optimizer.clip_grad_norm_(1.0), norm, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_squares_beyond_fp32_are_no_overflow(ranks, size):
+    for applied, norm, moved in ranks.run(size, huge):
+        assert applied and norm == pytest.approx(math.sqrt(70) * 1e25) and moved
+
+
+def huge(group: Any) -> tuple[bool, float, bool]:
+    param = nn.Parameter(torch.ones(70))
+    optimizer = pyzero.FusedZeroAdam([param], lr=0.1, process_group=group, max_grad_norm=1.0)
+    (param * 1e25).sum().backward()
+    optimizer.step()
+    return optimizer.was_step_applied, float(optimizer.grad_norm), bool((param < 1).all())
+
+
+def model_parallel(group: Any) -> dict[str, Any]:
+    """Four ranks, 2 x 2: ranks 0 and 2 hold one half of a split weight, 1 and 3 the other; the rest is replicated."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    data_groups, model_groups = [[0, 2], [1, 3]], [[0, 1], [2, 3]]
+    data = [dist.new_group(members) for members in data_groups][rank % 2]
+    beside = [dist.new_group(members) for members in model_groups][rank // 2]
+    split, replicated = nn.Parameter(torch.zeros(70)), nn.Parameter(torch.zeros(30))
+    split.tensor_model_parallel = True
+    optimizer = pyzero.FusedZeroAdam(
+        [split, replicated], lr=0.1, process_group=data, model_parallel_group=beside, max_grad_norm=1e9
+    )
+    found = {}
+    for step, bad in enumerate((False, True)):
+        optimizer.zero_grad()
+        factor = torch.tensor(float("nan") if bad and rank == 3 else 1.0)
+        ((split * (1 + rank % 2)).sum() * factor + (replicated * 5).sum()).backward()
+        found[step, 1.0] = float(optimizer.clip_grad_norm_(1e9, 1.0))
+        found[step, math.inf] = float(optimizer.clip_grad_norm_(1e9, math.inf))
+        optimizer.step()
+        found[step, 2.0] = float(optimizer.grad_norm)
+        found[step, "applied"] = optimizer.was_step_applied
+    return found
+
+
+def test_model_parallel_ranks_share_norm_and_verdict(ranks):
+    results = ranks.run(4, model_parallel)
+    squares = 70 * 1.0 + 70 * 4.0 + 30 * 25.0  # both halves, and the replicated one once
+    for result in results:
+        assert result[0, 2.0] == pytest.approx(math.sqrt(squares))
+        assert result[0, 1.0] == pytest.approx(70 + 140 + 150)
+        assert result[0, math.inf] == 5.0
+        assert result[0, "applied"] and not result[1, "applied"]  # rank 3's NaN stops all four

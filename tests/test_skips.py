@@ -1,0 +1,133 @@
+"""Skipped steps: who is told what, and when the run ends."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pyzero
+
+
+class Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname}: {record.getMessage()}")
+
+
+def bad_on_one_rank(group: Any, stage: int, dtype: torch.dtype, transport: str, bad_rank: int) -> dict[str, Any]:
+    """Parameter "middle" overflows on one rank in the second of three steps."""
+    import torch.distributed as dist
+
+    log = Log()
+    logging.getLogger("pyzero").addHandler(log)
+    try:
+        names = ("first", "middle", "last")
+        params = {name: nn.Parameter(torch.ones(40 + 40 * i, dtype=dtype)) for i, name in enumerate(names)}
+        optimizer = pyzero.FusedZeroAdam(
+            list(params.items()),
+            process_group=group,
+            stage=stage,
+            transport=transport,
+            bucket_cap_mb=2e-4,
+            loss_scale=8.0,
+        )
+        for step in range(3):
+            optimizer.zero_grad()
+            is_bad = step == 1 and dist.get_rank(group) == bad_rank
+            factors = {name: torch.ones_like(param) for name, param in params.items()}
+            if is_bad:
+                factors["middle"][7] = float("inf")
+            optimizer.backward(sum((params[name] * factors[name]).float().sum() for name in names))
+            optimizer.step()
+        return {"lines": log.lines, "skipped": optimizer.skipped_steps}
+    finally:
+        logging.getLogger("pyzero").removeHandler(log)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (3, 1), (3, 2)])
+def test_the_first_rank_names_parameter_and_rank(ranks, dtype, size, stage):
+    bad_rank = size - 1
+    results = ranks.run(size, bad_on_one_rank, stage, dtype, "exact", bad_rank)
+    assert all(result["skipped"] == 1 for result in results)
+    (line,) = results[0]["lines"]
+    assert line.startswith("WARNING: step skipped, nothing changed")
+    assert f"the gradient of middle, shape (80,), on rank {bad_rank}" in line
+    assert "1 skipped so far, 1 in a row" in line
+    assert all(result["lines"] == [] for result in results[1:])
+
+
+def test_a_librarys_sum_does_not_tell_the_rank(ranks):
+    (line,) = ranks.run(2, bad_on_one_rank, 2, torch.float32, "collective", 1)[0]["lines"]
+    assert "the gradient of middle, shape (80,)" in line and "rank" not in line
+
+
+def overflowing_sum(group: Any) -> list[str]:
+    log = Log()
+    logging.getLogger("pyzero").addHandler(log)
+    try:
+        param = nn.Parameter(torch.ones(3))
+        optimizer = pyzero.FusedZeroAdam([param], process_group=group)
+        (param * 3e38).sum().backward()
+        optimizer.step()
+        return log.lines
+    finally:
+        logging.getLogger("pyzero").removeHandler(log)
+
+
+def test_a_sum_that_overflows_is_called_that(ranks):
+    (line,) = ranks.run(2, overflowing_sum)[0]
+    assert "the sum of the gradients over ranks" in line
+
+
+def test_parameters_without_names_have_numbers(caplog):
+    groups = [{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(n)) for n in (3, 4)]}]
+    optimizer = pyzero.FusedZeroAdam(groups)
+    (groups[1]["params"][1] * float("nan")).sum().backward()
+    optimizer.step()
+    assert "parameter 1 of group 1, shape (4,)" in caplog.text
+
+
+def until_it_ends(group: Any, limit: int | None, num_steps: int) -> tuple[int, str, bool]:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([("weight", param)], process_group=group, max_consecutive_skips=limit)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        (param * (1.0 if step == 1 else float("nan"))).sum().backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return step, str(error), bool((param < 1).all())
+    return num_steps, "", bool((param < 1).all())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_too_many_in_a_row_end_the_run_on_every_rank(ranks, size):
+    for step, message, moved in ranks.run(size, until_it_ends, 3, 10):
+        assert step == 4  # 0 was skipped, 1 was not; 2, 3, 4 are three in a row
+        assert moved
+        for words in ("3 steps in a row", "weight", "look at the loss", "max_consecutive_skips"):
+            assert words in message
+    assert ranks.run(size, until_it_ends, None, 10)[0][0] == 10
+
+
+def test_skips_before_a_resume_are_no_news(caplog):
+    def make() -> tuple[nn.Parameter, pyzero.FusedZeroAdam]:
+        param = nn.Parameter(torch.ones(3))
+        return param, pyzero.FusedZeroAdam([param])
+
+    param, optimizer = make()
+    (param * float("inf")).sum().backward()
+    optimizer.step()
+    assert "1 skipped so far" in caplog.text
+    caplog.clear()
+    other, resumed = make()
+    resumed.load_state_dict(optimizer.state_dict())
+    other.sum().backward()
+    resumed.step()
+    assert resumed.skipped_steps == 1 and caplog.text == ""

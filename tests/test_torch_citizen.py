@@ -1,0 +1,333 @@
+"""FusedZeroAdam where torch expects an optimizer: hooks, schedulers, closures, checkpoints, compile, profiler."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from models import Net, assert_same, build, loss_of, micro_batch, params_of
+from tolerances import ADAM
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import lr_scheduler
+
+import pyzero
+
+LR = 1e-2
+NUM_STEPS = 12
+SCHEDULES = {
+    "step": lambda o: lr_scheduler.StepLR(o, 3),
+    "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [3, 7]),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, total_iters=4),
+    "linear": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, total_iters=20),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-2, 3),  # cycles beta1 too
+    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=NUM_STEPS),  # and so does this
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=1e-3, anneal_epochs=4),
+}
+
+
+def adam_tolerance(model: nn.Module, steps: int = NUM_STEPS) -> float:
+    """Of two fp32 Adams that saw the same gradients."""
+    largest = max(float(param.abs().max()) for param in model.parameters() if param.numel())
+    return 2**0.5 * ADAM[torch.float32].master(steps, largest, LR, beta2=0.999, decay=1.0)
+
+
+def lone(cls: Any, **options: Any) -> tuple[list[Tensor], Any]:
+    """Parameters whose gradients do not depend on them, so that two optimizers see the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((7, 5), (130,), ())]
+    return params, cls([{"params": params[:2]}, {"params": params[2:], "lr": LR / 2}], lr=LR, **options)
+
+
+def give_gradients(params: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator) + 2
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_scheduler(name):
+    (ours, left), (theirs, right) = lone(pyzero.FusedZeroAdam), lone(torch.optim.Adam, fused=True)
+    schedules = [SCHEDULES[name](optimizer) for optimizer in (left, right)]
+    for step in range(NUM_STEPS):
+        for params, optimizer, schedule in zip((ours, theirs), (left, right), schedules, strict=True):
+            give_gradients(params, step)
+            optimizer.step()
+            schedule.step(*([1.0] if name == "plateau" else []))
+        for mine, other in zip(left.param_groups, right.param_groups, strict=True):
+            assert (mine["lr"], mine["betas"]) == (other["lr"], other["betas"])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=adam_tolerance(nn.ParameterList(ours)))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_rate_may_be_a_tensor_and_change(as_tensor):
+    (ours, left), (theirs, right) = lone(pyzero.FusedZeroAdam), lone(torch.optim.Adam, fused=True)
+    for step in range(NUM_STEPS):
+        for params, optimizer in ((ours, left), (theirs, right)):
+            give_gradients(params, step)
+            for group in optimizer.param_groups:
+                rate = LR / (step + 1)
+                group["lr"] = torch.tensor(rate) if as_tensor else rate
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=adam_tolerance(nn.ParameterList(ours)))
+
+
+def test_closure():
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR)
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = loss_of(model, micro_batch(0, 0))
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+def test_hooks_are_called_in_order():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before step"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after step"))
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("before state_dict"))
+    optimizer.register_state_dict_post_hook(lambda o, d: calls.append(f"after state_dict, scaler: {'scaler' in d}"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("before load"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("after load"))
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == [
+        "before step",
+        "after step",
+        "before state_dict",
+        "after state_dict, scaler: True",
+        "before load",
+        "after load",
+    ]
+
+
+def test_a_load_hook_may_replace_what_is_loaded():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: saved)
+    give_gradients(params, 1)
+    optimizer.step()
+    optimizer.load_state_dict({"nothing": "useful"})
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_zero_grad_to_zeros():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(torch.equal(param.grad, torch.zeros_like(param)) for param in params)
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+def test_state_shows_this_ranks_views():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    optimizer.step()
+    for param in params:
+        state = optimizer.state[param]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq", "master"}
+        assert state["step"] == 1 and torch.equal(state["master"], param.detach().view(-1))
+        assert torch.equal(state["exp_avg"].view_as(param), (param.grad * (1.0 - 0.9)))
+
+
+def test_state_dict_is_plain_data():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    others, other = lone(pyzero.FusedZeroAdam)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(others, params)
+
+
+def test_groups_added_later():
+    first, second = nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(30, dtype=torch.bfloat16))
+    optimizer = pyzero.FusedZeroAdamW([first], lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        (first.sum() + second.float().sum()).backward()
+        optimizer.step()
+        if step == 0:
+            optimizer.add_param_group({"params": [second], "lr": 0.5})
+    assert optimizer.state[first]["step"] == 2 and optimizer.state[second]["step"] == 1
+    assert (second < 0.6).all()
+    with pytest.raises(ValueError, match="some parameters appear in more than one"):
+        optimizer.add_param_group({"params": [second]})
+
+
+@pytest.mark.parametrize("params", [[], [nn.Parameter(torch.ones(3), requires_grad=False)]], ids=["empty", "frozen"])
+def test_groups_with_nothing_to_train(params):
+    trained = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdamW([{"params": params}, {"params": [trained]}], lr=0.1, max_grad_norm=1.0)
+    trained.sum().backward()
+    optimizer.step()
+    assert (trained < 1).all()
+    idle = pyzero.FusedZeroAdamW([{"params": params}])
+    idle.step()
+    assert idle.clip_grad_norm_(1.0) == 0
+
+
+def checkpointed(group: Any) -> list[Any]:
+    """torch.distributed.checkpoint's view of the optimizer: names, no step taken, and back."""
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group)
+    before = params_of(model)
+    fresh = get_optimizer_state_dict(model, optimizer)
+    assert_same(params_of(model), before)
+    assert set(fresh["state"]) == {name for name, _ in model.named_parameters()}
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(step, 0)).backward()
+        optimizer.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = build(torch.bfloat16)
+    resumed = pyzero.FusedZeroAdamW(other.parameters(), lr=0.5, process_group=group)
+    set_optimizer_state_dict(other, resumed, saved)
+    assert resumed.param_groups[0]["lr"] == LR
+    for name, param in model.named_parameters():
+        left, right = optimizer.state[param], resumed.state[dict(other.named_parameters())[name]]
+        assert all(torch.equal(left[key], right[key]) for key in left), name
+    assert_same(params_of(other), params_of(model))
+    return []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_distributed_checkpoints_state_dict(ranks, size):
+    ranks.run(size, checkpointed)
+
+
+def compiled(group: Any, stage: int) -> list[list[Tensor]]:
+    import torch.distributed as dist
+
+    results = []
+    for backend in (None, "aot_eager"):
+        model = build(torch.float32)
+        call = model if backend is None else torch.compile(model, backend=backend)
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group, stage=stage)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(call, micro_batch(step, dist.get_rank(group))).backward()
+            optimizer.step()
+        results.append(params_of(model))
+    return results
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_compiled_models(ranks, stage):
+    for eager, by_compiler in ranks.run(2, compiled, stage):
+        assert_same(eager, by_compiler)
+
+
+def test_autocast():
+    ours, theirs = build(torch.float32), build(torch.float32)
+    left = pyzero.FusedZeroAdamW(ours.parameters(), lr=LR)
+    right = torch.optim.AdamW(theirs.parameters(), lr=LR, fused=True)
+    for model, optimizer in ((ours, left), (theirs, right)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, micro_batch(0, 0))
+        loss.backward()
+        optimizer.step()
+    assert all(param.dtype == torch.float32 for param in ours.parameters())
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=adam_tolerance(ours, steps=1))
+
+
+def ranges(group: Any) -> set[str]:
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss_of(model, micro_batch(0, 0)).backward()
+        optimizer.step()
+    return {event.key for event in profile.key_averages()}
+
+
+def test_profiler_ranges(ranks):
+    wanted = {"Optimizer.step#FusedZeroAdamW.step", "pyzero::reduce_scatter", "pyzero::adam", "pyzero::all_gather"}
+    for seen in ranks.run(2, ranges):
+        assert wanted <= seen
+
+
+def test_weights_tied_after_construction():
+    model = build(torch.bfloat16)
+    model.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR)
+    model.head.weight = model.embedding.weight
+    loss_of(model, micro_batch(0, 0)).backward()
+    optimizer.step()
+    assert model.head.weight.data_ptr() == model.embedding.weight.data_ptr()
+    assert torch.equal(optimizer.full_master(model.embedding.weight).bfloat16(), model.embedding.weight)
+
+
+def test_an_average_copied_into_the_model_is_followed(caplog):
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1)
+    average.update_parameters(model)
+    with torch.no_grad():
+        for param, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+            param.copy_(mean)
+    loss_of(model, micro_batch(0, 0)).backward()
+    with caplog.at_level("INFO", logger="pyzero"):
+        optimizer.step()
+    assert caplog.text.count("written outside the optimizer") == 1
+    for param, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+        assert torch.equal(param, mean) and torch.equal(optimizer.full_master(param), mean.float())
+
+
+def test_a_copied_model_is_whole_and_free():
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR)
+    twin = copy.deepcopy(model)
+    assert_same(params_of(twin), params_of(model))
+    assert all(param.untyped_storage().nbytes() <= param.nbytes for param in twin.parameters())
+    loss_of(twin, micro_batch(0, 0)).backward()
+    optimizer.step()
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_safetensors_takes_the_model():
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    model = Net()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    loaded = safetensors.load(safetensors.save(model.state_dict()))
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value)
+    del optimizer
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))])
+    with pytest.raises(TypeError, match="float64"):
+        pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3, dtype=torch.float64))])
