@@ -40,7 +40,7 @@ SCHEDULES = {
 
 def adam_tolerance(model: nn.Module, steps: int = NUM_STEPS) -> float:
     """Of two fp32 Adams that saw the same gradients."""
-    largest = max(float(param.abs().max()) for param in model.parameters() if param.numel())
+    largest = max(float(param.detach().abs().max()) for param in model.parameters() if param.numel())
     return 2**0.5 * ADAM[torch.float32].master(steps, largest, LR, beta2=0.999, decay=1.0)
 
 

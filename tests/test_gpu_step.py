@@ -1,0 +1,110 @@
+"""The step on a GPU: it waits for nothing, and can be captured in a CUDA graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from models import assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no GPU"),
+]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """A host read, or anything else that waits for the device, raises in here."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def make(dtype: torch.dtype, **options: object) -> tuple[nn.Module, pyzero.FusedZeroAdamW]:
+    model = build(dtype).cuda()
+    return model, pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_backward_and_step_wait_for_nothing(dtype):
+    model, optimizer = make(dtype, loss_scale="dynamic")
+    for step in range(4):
+        loss = loss_of(model, micro_batch(step, 0).cuda())
+        torch.cuda.synchronize()
+        if step == 0:  # the first one builds and loads kernels, and copies the pattern of used parameters
+            optimizer.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            continue
+        with no_waiting():
+            optimizer.backward(loss)
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(RuntimeError), no_waiting():
+        torch.ones(1, device="cuda").item()
+
+
+def gradients(step: int, like: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(param.shape, generator=generator).to(param) for param in like]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_equals_an_eager_one_with_a_changing_rate(dtype):
+    models, found = [], []
+    for captured in (False, True):
+        rate = torch.tensor(1e-2, device="cuda")
+        model = build(dtype).cuda()
+        params = list(model.parameters())
+        optimizer = pyzero.FusedZeroAdamW(params, lr=rate, max_grad_norm=0.5)
+        for param, grad in zip(params, gradients(0, params), strict=True):
+            param.grad = grad
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.step()  # the same first step in both
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for step in range(1, 8):
+            rate.fill_(1e-2 / step)
+            new = gradients(step, params)
+            if step == 4:
+                new[0].view(-1)[0] = float("inf")
+            torch._foreach_copy_([param.grad for param in params], new)
+            graph.replay() if captured else optimizer.step()
+        models.append(params_of(model))
+        found.append((optimizer.skipped_steps, float(optimizer.loss_scale)))
+    assert_same(*models)
+    assert found[0] == found[1] and found[0][0] == 1
+
+
+def test_a_skip_is_told_when_it_is_known(caplog):
+    model, optimizer = make(torch.float32)
+    for step in range(4):
+        optimizer.zero_grad()
+        (loss_of(model, micro_batch(step, 0).cuda()) * (float("nan") if step < 2 else 1.0)).backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+    assert "step skipped" in caplog.text and "on rank 0" in caplog.text
+    assert optimizer.skipped_steps == 2
+
+
+def test_memory_comes_back():
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model, optimizer = make(torch.bfloat16)
+    loss_of(model, micro_batch(0, 0).cuda()).backward()
+    optimizer.step()
+    del model, optimizer
+    assert torch.cuda.memory_allocated() == before
