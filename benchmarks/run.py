@@ -1,4 +1,4 @@
-"""python benchmarks/run.py [adam unscale reduce_scatter step build import] [--quick] [--json FILE] [--device cuda]
+"""python benchmarks/run.py [adam unscale reduce_scatter step train build import] [--quick] [--json FILE]
 
 Each bench first checks its results against the peer's, and fails where they disagree; then it times both in turns.
 """
@@ -23,6 +23,7 @@ _MODULES = {
     "unscale": "unscale",
     "reduce_scatter": "reduce_scatter",
     "step": "step",
+    "train": "train",
     "build": "build",
     "import": "import_time",
 }
