@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero import ops
+from pyzero import memory, ops
 from pyzero.comm import Group
 from pyzero.layout import GRANULE, BucketLayout, Slot
 
@@ -52,15 +52,15 @@ class Bucket:
         self._rank = group.rank
         begin, end = layout.shard_bounds(group.rank)
         dtype, self.device = params[0].dtype, params[0].device
-        self.flat = torch.zeros(layout.numel, dtype=dtype, device=self.device)  # what the parameters are views of
+        self.flat = memory.zeros(layout.numel, dtype, self.device)  # what the parameters are views of
         self._move_in()
         group.broadcast(self.flat)
 
         self.own = self.flat[begin:end]  # (shard_numel,) this rank's part of the weights
         self.is_master = dtype == torch.float32  # fp32 weights are their own masters
-        self.master = self.own if self.is_master else self.own.float()  # (shard_numel,) fp32
-        self.exp_avg = torch.zeros_like(self.master)  # (shard_numel,) fp32
-        self.exp_avg_sq = torch.zeros_like(self.master)  # (shard_numel,) fp32
+        self.master = self.own if self.is_master else self._shard_empty().copy_(self.own)  # (shard_numel,) fp32
+        self.exp_avg = memory.zeros(layout.shard_numel, torch.float32, self.device)  # (shard_numel,)
+        self.exp_avg_sq = memory.zeros(layout.shard_numel, torch.float32, self.device)  # (shard_numel,)
         self.steps = torch.zeros(len(params), device=self.device)  # (num_params,) applied steps of each parameter
         self.segment_ids = self._segment_ids(group.rank)  # (shard_numel / GRANULE,) int32, position of the parameter
 
@@ -79,6 +79,9 @@ class Bucket:
             param.data = self._view(slot, param).copy_(param.data)
             self.versions.append(param._version)
             self._addresses.append(param.data_ptr())
+
+    def _shard_empty(self) -> Tensor:
+        return memory.empty(self.layout.shard_numel, torch.float32, self.device)
 
     def _view(self, slot: Slot, param: Tensor) -> Tensor:
         strides = torch.empty_like(param.data, device="meta").stride()  # param's own where it is dense
@@ -205,7 +208,7 @@ class Bucket:
         if param.grad is None:
             return
         if self.partial is None:
-            self.partial = torch.zeros(self.layout.numel, device=self.device)
+            self.partial = memory.zeros(self.layout.numel, torch.float32, self.device)
         self._carried.add(position)
         self._partial_view(position).add_(in_memory_order(param.grad, param))
         param.grad = None
@@ -234,13 +237,19 @@ class Bucket:
 
     def pack(self, low: int, high: int, dtype: torch.dtype, backend: str) -> Tensor:
         """(high - low,) gradients of [low, high), zero where a parameter has none."""
-        out = torch.empty(high - low, dtype=dtype, device=self.device)
+        out = memory.empty(high - low, dtype, self.device)
         for position, slot in enumerate(self.layout.slots):
             if self.params[position].grad is None and position not in self._carried:
                 out[max(slot.offset - low, 0) : max(slot.offset + slot.numel - low, 0)].zero_()
         pieces, offsets = self.gradients(low, high)
         ops.pack_(out, pieces, offsets=offsets, backend=backend)
         return out
+
+    def ensure_shard(self) -> Tensor:
+        """The gradient shard, of any contents where it is new."""
+        if self.shard is None:
+            self.shard = self._shard_empty()
+        return self.shard
 
     def forget_gradients(self) -> None:
         """Free the gradient shard."""

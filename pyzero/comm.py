@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyzero import memory
+
 # torch 2.13 renames these, and warns of the old names; 2.11 has no new ones.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -150,7 +152,7 @@ class ExactTransport:
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
-        received = torch.empty_like(send)
+        received = memory.empty(send.numel(), send.dtype, send.device)
         with self.group.naming(what):
             handle = dist.all_to_all_single(received, send, group=self.group.handle, async_op=True)
         return Exchange(Work(handle, self.group, what), list(received.view(self.group.size, -1).unbind(0)), send)
@@ -164,7 +166,7 @@ class CollectiveTransport:
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
-        received = send.new_empty(send.numel() // self.group.size)
+        received = memory.empty(send.numel() // self.group.size, send.dtype, send.device)
         with self.group.naming(what):
             handle = _reduce_scatter(received, send, op=dist.ReduceOp.SUM, group=self.group.handle, async_op=True)
         return Exchange(Work(handle, self.group, what), [received], send, by_rank=False)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero import ops
+from pyzero import memory, ops
 from pyzero.buckets import NO_SUSPECT, Bucket
 from pyzero.comm import Group
 
@@ -191,7 +191,7 @@ class LocalGradients(Gradients):
         pieces, offsets = self._pieces[bucket]
         if len(pieces) == 1 and pieces[0].numel() == bucket.layout.shard_numel:
             return pieces[0].view(-1)  # one parameter, no gaps: no copy
-        packed = torch.empty(bucket.layout.shard_numel, dtype=bucket.flat.dtype, device=bucket.device)
+        packed = memory.empty(bucket.layout.shard_numel, bucket.flat.dtype, bucket.device)
         if self._group.size > 1:
             packed.zero_()  # a parameter may have a gradient on another rank alone
         ops.pack_(packed, pieces, offsets=offsets, backend=self._backend)

@@ -192,12 +192,10 @@ class ReducedGradients(Gradients):
         with self._on_side_stream():
             exchange.work.wait()
             accumulate = bucket.shard is not None and self._stage == 2  # stage 1 sends the sum of all backwards
-            if bucket.shard is None:
-                bucket.shard = torch.empty_like(bucket.master)
             bucket.sumsq.zero_()
             was_set = is_set(self._found_inf)
             ops.reduce_scatter_(
-                bucket.shard,
+                bucket.ensure_shard(),
                 exchange.slices,
                 scale=factor,
                 accumulate=accumulate,

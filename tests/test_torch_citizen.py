@@ -97,7 +97,7 @@ def test_closure():
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(5)]
+    losses = [float(optimizer.step(closure).detach()) for _ in range(5)]
     assert losses[-1] < losses[0]
 
 

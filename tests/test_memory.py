@@ -1,0 +1,41 @@
+"""Flat buffers: what they hold, and that their memory goes with them."""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyzero import memory
+
+LARGE = 8 << 20  # bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_bytes", [0, 4, 1 << 20, LARGE, LARGE + 4])
+def test_size_dtype_and_zeros(dtype, num_bytes):
+    numel = num_bytes // dtype.itemsize
+    for make in (memory.empty, memory.zeros):
+        buffer = make(numel, dtype, torch.device("cpu"))
+        assert buffer.shape == (numel,) and buffer.dtype == dtype and buffer.is_contiguous()
+        assert buffer.untyped_storage().nbytes() == numel * dtype.itemsize
+        buffer.fill_(1)
+        assert int(buffer.sum(dtype=torch.float64)) == numel
+    assert not memory.zeros(numel, dtype, torch.device("cpu")).any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_goes_with_the_last_view():
+    gc.collect()
+    before = resident_bytes()
+    buffer = memory.empty(64 << 20, torch.bfloat16, torch.device("cpu"))
+    view = buffer.fill_(1)[5:10]
+    del buffer
+    assert resident_bytes() - before > 100 << 20 and view.sum() == 5
+    del view
+    assert resident_bytes() - before < 20 << 20
