@@ -62,7 +62,10 @@ double read(const Scalar& scalar) { return scalar.device != nullptr ? double(*sc
 
 int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-bool wanted(const Report& report) { return report.found_inf != nullptr || report.sumsq != nullptr; }
+Ask asked(const Report& report) {
+  if (report.sumsq != nullptr) return Ask::kSumsq;
+  return report.found_inf != nullptr ? Ask::kFlag : Ask::kNothing;
+}
 
 // Chunk by chunk in order, whatever thread computed each: the sum does not depend on the number of threads.
 void write_report(const Report& report, const std::vector<double>& chunks) {
@@ -140,7 +143,7 @@ void unscale(const UnscaleArgs& args, int num_threads) {
   for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     const Buffer target{read_only ? nullptr : source.data, source.dtype, source.numel};
-    return kernels().scale(target, source, scale, wanted(args.report), begin, end);
+    return kernels().scale(target, source, scale, asked(args.report), begin, end);
   });
 }
 
@@ -150,7 +153,7 @@ void pack(const PackArgs& args, int num_threads) {
   for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     char* slot = static_cast<char*>(args.bucket.data) + args.offsets[which] * item_bytes;
-    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale, wanted(args.report), begin,
+    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale, asked(args.report), begin,
                            end);
   });
 }
@@ -162,7 +165,7 @@ void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
                         past_caches};
   const std::vector<Buffer> whole(1, Buffer{args.shard, DType::kFloat32, args.numel});
   for_each_chunk(whole, num_threads, args.report, [&](int64_t, int64_t begin, int64_t end) {
-    return kernels().reduce(span, wanted(args.report), begin, end);
+    return kernels().reduce(span, asked(args.report) != Ask::kNothing, begin, end);
   });
 }
 

@@ -19,13 +19,16 @@ struct ReduceSpan {
   bool past_caches;  // write the shard around the caches; never where it is read, too
 };
 
+enum class Ask { kNothing, kFlag, kSumsq };  // what a pass tells of the values that it stored
+
 struct KernelTable {
   const char* name;
   // The elements [begin, end), which share the constants.
   void (*adam)(const AdamArgs& args, const AdamConstants& constants, float grad_scale, int64_t begin, int64_t end);
   // dst[begin, end) = round(factor * src[begin, end)); dst may be src, or have no data: then the pass only reads.
-  // Returns the sum of squares of what was stored where wanted: not finite exactly where some value was not.
-  double (*scale)(const Buffer& dst, const Buffer& src, float factor, bool want_sumsq, int64_t begin, int64_t end);
+  // Returns the sum of squares of what was stored where asked for, NaN or 0 where only the flag is: either is not
+  // finite exactly where some value was not.
+  double (*scale)(const Buffer& dst, const Buffer& src, float factor, Ask ask, int64_t begin, int64_t end);
   double (*reduce)(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end);
 };
 

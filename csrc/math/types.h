@@ -39,6 +39,9 @@ PZ_HD float bits_float(uint32_t bits) {
 // Not x != x: this form also reads the same under any compiler flag.
 PZ_HD bool is_nonfinite(float x) { return (float_bits(x) & 0x7f800000u) == 0x7f800000u; }
 
+PZ_HD bool is_nonfinite(BFloat16 x) { return (x.bits & 0x7f80u) == 0x7f80u; }
+PZ_HD bool is_nonfinite(Float16 x) { return (x.bits & 0x7c00u) == 0x7c00u; }
+
 PZ_HD float to_float(float x) { return x; }
 
 PZ_HD float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
