@@ -196,24 +196,6 @@ def test_parameters_used_on_some_ranks_or_none(ranks, stage):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
-def disagree(group: Any) -> str:
-    import torch.distributed as dist
-
-    width = 4 if dist.get_rank(group) == 0 else 5
-    try:
-        pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(width))], process_group=group)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def test_ranks_that_disagree_are_told_where(ranks):
-    for message in ranks.run(2, disagree):
-        assert "parameter 1" in message
-        assert "(4,)" in message
-        assert "(5,)" in message
-
-
 # ---- one process -----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,167 @@
+"""What FusedZeroAdam makes of its parameters: agreement of ranks, tiny shards, several optimizers, few launches."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+from pyzero import comm, ops
+
+DIFFERENCES = {  # shapes and dtypes on rank 0 and on the others; the parameter that differs, and how it is spelt
+    "number": ([(3,), (4,)], [(3,)], 1, "(4,) float32 in group 0", "nothing"),
+    "shape": ([(3,), (4,)], [(3,), (5,)], 1, "(4,) float32 in group 0", "(5,) float32 in group 0"),
+    "order": ([(3,), (4,)], [(4,), (3,)], 0, "(3,) float32 in group 0", "(4,) float32 in group 0"),
+}
+
+
+def disagreeing(group: Any, case: str) -> str:
+    import torch.distributed as dist
+
+    shapes = DIFFERENCES[case][min(dist.get_rank(group), 1)]
+    try:
+        pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(shape)) for shape in shapes], process_group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_ranks_that_disagree_are_told_where(ranks, case):
+    _, _, index, first, other = DIFFERENCES[case]
+    for message in ranks.run(3, disagreeing, case):
+        assert f"got parameter {index} as {first} on rank 0 and {other} on rank 1" in message
+
+
+def disagreeing_otherwise(group: Any, what: str) -> str:
+    import torch.distributed as dist
+
+    odd = dist.get_rank(group) == 1
+    params = [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16 if odd and what == "dtype" else None)) for _ in range(2)]
+    if what == "frozen" and odd:
+        params[0].requires_grad_(False)
+    groups: Any = [{"params": [param]} for param in params] if what == "group" and odd else params
+    try:
+        pyzero.FusedZeroAdam(groups, process_group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"), [("dtype", "bfloat16"), ("group", "in group 1"), ("frozen", "nothing on rank 1")]
+)
+def test_dtypes_groups_and_what_is_frozen_must_agree(ranks, what, words):
+    for message in ranks.run(2, disagreeing_otherwise, what):
+        assert words in message
+
+
+def tiny(group: Any, stage: int, dtype: torch.dtype) -> list[Any]:
+    import torch.distributed as dist
+
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = pyzero.FusedZeroAdam([param], lr=0.1, process_group=group, stage=stage, loss_scale=None)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (param.float() * (1.0 + dist.get_rank(group))).sum().backward()
+        optimizer.step()
+    return [param.detach().float(), optimizer.state[param]["master"].numel(), float(optimizer.grad_norm)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_that_are_all_padding(ranks, stage, dtype):
+    results = ranks.run(4, tiny, stage, dtype)
+    assert [held for _, held, _ in results] == [3, 0, 0, 0]
+    for weights, _, norm in results:
+        torch.testing.assert_close(weights, torch.full((3,), 0.8), rtol=0, atol=2**-9)
+        assert norm == pytest.approx(3**0.5 * 2.5)
+
+
+def two_over_one_model(group: Any, stage: int) -> list[Tensor]:
+    import torch.distributed as dist
+
+    found = []
+    for split in (False, True):
+        model = build(torch.float32)
+        params = list(model.parameters())
+        parts = [params[:4], params[4:]] if split else [params]
+        optimizers = [pyzero.FusedZeroAdamW(part, lr=1e-2, process_group=group, stage=stage) for part in parts]
+        for step in range(4):
+            loss_of(model, micro_batch(step, dist.get_rank(group))).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append(params_of(model))
+    assert_same(*found)
+    return found[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_optimizers_over_one_model(ranks, size, stage):
+    ranks.run(size, two_over_one_model, stage)
+
+
+def one_after_another(group: Any) -> None:
+    """The second optimizer takes over the weights; the first one's hooks are gone."""
+    found = []
+    for again in (False, True):
+        model = build(torch.bfloat16)
+        if again:
+            first = pyzero.FusedZeroAdamW(model.parameters(), lr=1.0, process_group=group)
+            loss_of(model, micro_batch(9, 0)).backward()
+            first.zero_grad()
+            del first
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group)
+        for step in range(3):
+            loss_of(model, micro_batch(step, 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(params_of(model))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_optimizer_after_another(ranks, size):
+    ranks.run(size, one_after_another)
+
+
+def count_launches(group: Any, num_params: int, options: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Ops and messages of one backward and step."""
+    params = [nn.Parameter(torch.ones(10)) for _ in range(num_params)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group, max_grad_norm=1.0, bucket_cap_mb=4e-3, **options)
+    counts: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ops.__all__:
+            patch.setattr(ops, name, counted(counts, name, getattr(ops, name)))
+        for name in ("all_gather_into", "gather_rows"):
+            patch.setattr(comm.Group, name, counted(counts, name, getattr(comm.Group, name)))
+        patch.setattr(comm.ExactTransport, "start", counted(counts, "start", comm.ExactTransport.start))
+        sum(param.sum() for param in params).backward()
+        optimizer.step()
+    return len(optimizer._buckets), dict(counts)
+
+
+def counted(counts: Counter[str], name: str, call: Any) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counts[name] += 1
+        return call(*args, **kwargs)
+
+    return counting
+
+
+@pytest.mark.parametrize("num_params", [20, 1000])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage, num_params):
+    for num_buckets, counts in ranks.run(size, count_launches, num_params, {"stage": stage}):
+        assert num_buckets == -(-num_params // 104)  # 4,194 bytes hold 104 parameters of 40
+        assert counts["adam_"] == counts["all_gather_into"] == num_buckets
+        assert counts["gather_rows"] == counts["loss_scale_update_"] == 1
+        if size == 1:
+            assert counts["pack_"] <= num_buckets and counts["unscale_"] <= 2
+        else:
+            assert counts["pack_"] == counts["start"] == counts["reduce_scatter_"] == num_buckets
