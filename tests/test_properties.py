@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import pyzero
 
 SETTINGS = settings(max_examples=25, derandomize=True, deadline=None, print_blob=True, database=None)
+FEWER = settings(SETTINGS, max_examples=16)
 SMALLEST_WEIGHT = 0.5
 
 
@@ -105,7 +106,8 @@ def start(case: Case, index: int) -> Tensor:
 def coefficient(case: Case, index: int, step: int, backward: int, rank: int) -> Tensor:
     shape, generator = case.params[index].shape, seeded(case, index, step, backward, rank)
     if case.rough:
-        size = 0.1 + torch.rand(shape, generator=generator)
+        spread = torch.randint(-18, 1, shape, generator=generator)  # so that sums of 8-bit values round in fp32 too
+        size = (0.1 + torch.rand(shape, generator=generator)) * 2.0**spread
     else:
         size = 3.0 * torch.randint(1, 5, shape, generator=generator)
     towards_zero = signs(case, index) * (-1.0 if case.groups[case.params[index].group].maximize else 1.0)
@@ -146,6 +148,7 @@ SHAPES = st.one_of(
     st.tuples(SIZES, SIZES),
     st.tuples(SIZES, SIZES, SIZES),
 )
+LARGE = st.sampled_from([(63,), (130,), (17, 19), (40, 11), (1500,)])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 HYPERS = st.builds(
     Hyper,
@@ -171,10 +174,18 @@ LOSS_SCALES = st.sampled_from([None, 8.0, pyzero.LossScale(init_scale=8.0, growt
 
 @st.composite
 def cases(draw: Any, rough: bool = False, min_ranks: int = 1) -> Case:
-    """`rough`: the order of sums is the same by any route, where each step has one backward and nothing is clipped."""
+    """`rough`: the order of sums is the same by any route where each step has one backward and nothing is clipped.
+
+    Its parameters are larger, for other buckets to be other shards.
+    """
     groups = [draw(HYPERS) for _ in range(draw(st.sampled_from([3, 2, 1])))]
     one = st.builds(
-        Param, SHAPES, DTYPES, st.integers(0, len(groups) - 1), st.sampled_from([False] * 5 + [True]), st.booleans()
+        Param,
+        LARGE if rough else SHAPES,
+        DTYPES,
+        st.integers(0, len(groups) - 1),
+        st.sampled_from([False] * 5 + [True]),
+        st.booleans(),
     )
     params = draw(st.lists(one, min_size=1, max_size=8).filter(lambda specs: not all(p.frozen for p in specs)))
     everything = 2 ** sum(not p.frozen for p in params) - 1
@@ -391,8 +402,8 @@ def test_bits_are_the_same_by_any_route(ranks, case, routes):
     assert_same_bits(first, ranks.run(1, train, case, routes[0], True)[0])
 
 
-@SETTINGS
-@given(case=cases(rough=True, min_ranks=2), routes=TWO_ROUTES)
+@FEWER
+@given(case=cases(rough=True, min_ranks=3), routes=TWO_ROUTES)
 def test_bits_are_the_same_where_sums_round(ranks, case, routes):
     assert_same_bits(*(on_ranks(ranks, case, route) for route in routes))
 
@@ -493,7 +504,7 @@ def beside_ddp(group: Any, layers: Layers, route: Route) -> None:
                 param.copy_(other)
 
 
-@SETTINGS
+@FEWER
 @given(layers=LAYERS, size=st.integers(2, 4), route=ROUTES)
 def test_follows_ddp(ranks, layers, size, route):
     ranks.run(size, beside_ddp, layers, route)
