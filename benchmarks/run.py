@@ -32,7 +32,9 @@ _MODULES = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer repeats: some 2 minutes on 2 cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller tensors, fewer repeats: some 2 minutes on 2 cores"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of torch and of pyzero; default: torch's choice")

@@ -125,9 +125,15 @@ class Bucket:
             self.versions[position] = param._version
             if not self.is_master:
                 here, _ = self.own_part(position)
-                self.master[here].copy_(self.own[here])
+                master, weights = self.master[here], self.own[here]
+                # What the master rounds to is no news: a checkpoint's weights may be loaded behind its masters.
+                master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
             num_written += 1
         return num_written
+
+    def know_all_writes(self) -> None:
+        """The weights are what the masters say: whatever was written before is no news."""
+        self.versions = [param._version for param in self.params]
 
     def own_part(self, position: int) -> tuple[slice, slice]:
         """Where one parameter's part on this rank lies: in the shard, and in the parameter."""

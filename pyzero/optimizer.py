@@ -448,6 +448,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
         for bucket in self._buckets:
             if not bucket.is_master:
                 bucket.own.copy_(bucket.master)
+            bucket.know_all_writes()
             gathers.append(self._group.all_gather_into(bucket.flat, bucket.own))
         for gather in gathers:
             gather.wait()

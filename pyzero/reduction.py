@@ -75,6 +75,8 @@ class ReducedGradients(Gradients):
         for position, param in enumerate(bucket.params):
             self._place[param] = (bucket, position)
             self._fresh |= param.grad is not None  # unfrozen after its first backward
+        if self._num_rounds:  # it joins between backward and step
+            bucket.ensure_shard().zero_()
         self._watch.add(bucket.params)
         if not bucket.is_master:
             self._watch.add_before(bucket, self._before_gradient)
@@ -115,9 +117,8 @@ class ReducedGradients(Gradients):
             self._send_next()
 
     def _before_gradient(self, bucket: Bucket, position: int) -> None:
-        """A backward that is not sent adds to `.grad` in 16 bits: what is there already moves to fp32 first."""
-        if self._stage == 1 or not self.sync or self._late:
-            bucket.carry(position)
+        """Autograd adds to `.grad` in 16 bits: what an earlier backward left there moves to fp32 first."""
+        bucket.carry(position)
 
     def _check_unwrapped(self) -> None:
         wrapped = find_ddp_wrapper(self._place)
@@ -149,7 +150,6 @@ class ReducedGradients(Gradients):
         self._prehooks += [behind.register_prehook(lambda grads: self._await_end()) for behind in nodes]
 
     def _end_of_backward(self) -> None:
-        self._forget_tasks()
         if self._fresh or self._next:
             self._finish_round()
         if self._late:
@@ -164,6 +164,7 @@ class ReducedGradients(Gradients):
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _finish_round(self) -> None:
+        self._forget_tasks()
         while self._next < len(self._buckets):
             self._send_next()
         self._next = 0
@@ -277,9 +278,9 @@ class ReducedGradients(Gradients):
 
     def reset(self) -> None:
         """See Gradients."""
-        self._forget_tasks()
-        if self._next:  # backward was broken off behind its first buckets: the other ranks get the rest
+        if self._next or self._tasks:  # backward was broken off, maybe at another place on the other ranks
             self._finish_round()
+        self._late = False
         for bucket in self._buckets:
             bucket.forget_partial()
         self._forget_rounds()

@@ -1,0 +1,378 @@
+"""What may cross with a round of buckets: gradients in any order, late exchanges, broken backwards, new parameters."""
+
+import gc
+import queue
+import random
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, params_of
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pyzero
+from pyzero import comm
+
+LONGEST_DELAY_S = 5e-3
+WIDTH = 24
+NUM_BRANCHES = 5
+START = comm.ExactTransport.start
+
+
+def rank_of(group: Any) -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank(group)
+
+
+# ---- any order, any delay ------------------------------------------------------------------------------------------
+
+
+class LateExchanges:
+    """ExactTransport.start, run later by one thread, which until then keeps nothing alive but the result."""
+
+    def __init__(self, seed: int, mistake: str) -> None:
+        self._random = random.Random(seed)
+        self._mistake = mistake
+        self.freed: list[str] = []  # buffers that went before they were read
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def start(self, transport: comm.ExactTransport, send: Tensor, what: str) -> comm.Exchange:
+        received, to_read = torch.full_like(send, float("nan")), weakref.ref(send)
+        slices = list(received.view(transport.group.size, -1).unbind(0))
+        done, delay_s = threading.Event(), self._random.uniform(0, LONGEST_DELAY_S)
+
+        def run() -> None:
+            time.sleep(delay_s)
+            late = to_read()
+            if late is None:
+                self.freed.append(what)
+                late = received
+            exchange = START(transport, late, what)
+            exchange.work.wait()
+            torch.cat(exchange.slices, out=received)
+            done.set()
+
+        self._jobs.put(run)
+        handle = None if self._mistake == "result is not waited for" else Done(done)
+        kept = torch.empty(0) if self._mistake == "buffer is not kept" else send
+        return comm.Exchange(comm.Work(handle, transport.group, what), slices, kept)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            self._jobs.task_done()
+
+    def drain(self) -> None:
+        """Return when all that was started has been sent."""
+        self._jobs.join()
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+
+class Done:
+    """What comm.Work takes for a handle."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.wait()
+
+
+def branches(dtype: torch.dtype) -> nn.ModuleList:
+    torch.manual_seed(7)
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)) for _ in range(NUM_BRANCHES)]
+    return nn.ModuleList(layers).to(dtype)
+
+
+def in_any_order(
+    group: Any, dtype: torch.dtype, options: dict[str, Any], disturbed: bool, mistake: str = ""
+) -> dict[str, Any]:
+    """Branches whose gradients arrive in another order on each rank and in each backward, at random times."""
+    rank = rank_of(group)
+    model, draw, late = branches(dtype), random.Random(rank), LateExchanges(100 + rank, mistake)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, **options)
+    orders: list[list[int]] = []
+
+    def arrive(index: int) -> None:
+        orders[-1].append(index)
+        time.sleep(draw.uniform(0, LONGEST_DELAY_S / 10))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if disturbed:
+            patch.setattr(comm.ExactTransport, "start", lambda *args: late.start(*args))
+            for index, param in enumerate(model.parameters()):
+                param.register_hook(lambda grad, index=index: arrive(index))
+        for step in range(2):
+            optimizer.zero_grad()
+            for micro in range(2):
+                orders.append([])
+                x = torch.full((2, WIDTH), (1.0 + rank + step) / (3 + micro), dtype=dtype)
+                losses = [torch.empty(0)] * NUM_BRANCHES
+                for index in draw.sample(range(NUM_BRANCHES), NUM_BRANCHES) if disturbed else range(NUM_BRANCHES):
+                    losses[index] = model[index](x).float().square().mean()
+                torch.stack(losses).sum().backward()
+            if mistake:
+                late.drain()  # or the step's own collectives would come in between
+            optimizer.step()
+    late.stop()
+    return {"params": params_of(model), "orders": orders, "freed": late.freed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_any_order_of_gradients_and_late_exchanges_change_no_bit(ranks, size, dtype):
+    wanted = ranks.run(size, in_any_order, dtype, {"overlap": False}, False)[0]["params"]
+    for options in ({"bucket_cap_mb": 1e-4}, {"bucket_cap_mb": 3e-3}, {}):
+        results = ranks.run(size, in_any_order, dtype, options, True)
+        for result in results:
+            assert_same(result["params"], wanted)
+            assert not result["freed"]
+        assert len({str(result["orders"][0]) for result in results}) == size  # no two ranks had the same
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_result_that_is_not_waited_for_changes_bits(ranks, overlap):
+    wanted = ranks.run(2, in_any_order, torch.float32, {}, False)[0]["params"]
+    options = {"bucket_cap_mb": 3e-3, "overlap": overlap}
+    for result in ranks.run(2, in_any_order, torch.float32, options, True, "result is not waited for"):
+        with pytest.raises(AssertionError, match="differs"):
+            assert_same(result["params"], wanted)
+
+
+def test_a_buffer_that_is_not_kept_is_noticed(ranks):
+    results = ranks.run(2, in_any_order, torch.float32, {"bucket_cap_mb": 3e-3}, True, "buffer is not kept")
+    assert all("the reduce-scatter of gradient bucket 0" in result["freed"] for result in results)
+
+
+# ---- backwards that are broken off ---------------------------------------------------------------------------------
+
+
+def raising(grad: Tensor) -> None:
+    raise ArithmeticError("on purpose")
+
+
+def broken_off(group: Any, dtype: torch.dtype, places: tuple[int | None, ...], then: str) -> dict[str, Any]:
+    """In step 1, backward raises behind the gradients of `places[rank]` of five layers, of which a bucket holds two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(5)]).to(dtype)
+    cap = 2 * WIDTH * (WIDTH + 1) * model[0].weight.element_size() / 2**20  # two layers in each bucket
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=1e-2, process_group=group, loss_scale=None, bucket_cap_mb=cap
+    )
+    place, sent, sent_for_nothing = places[rank_of(group)], [0], 0
+
+    def counting(*args: Any) -> comm.Exchange:
+        sent[0] += 1
+        return START(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.ExactTransport, "start", counting)
+        for step in range(3):
+            x = torch.full((2, WIDTH), 1.0 + step + rank_of(group), dtype=dtype)
+            if step == 1:
+                y = x
+                for index, layer in enumerate(model):
+                    y = layer(y)
+                    if place is not None and index == 4 - place:
+                        y.register_hook(raising)
+                with nullcontext() if place is None else pytest.raises(ArithmeticError):
+                    y.float().square().mean().backward()
+                if then == "step":
+                    optimizer.step()
+                    sent[0] = 0
+                    optimizer.zero_grad()
+                    sent_for_nothing += sent[0]
+            optimizer.zero_grad()
+            sent[0] = 0
+            model(x).float().square().mean().backward()
+            optimizer.step()
+    num_buckets = len(optimizer._buckets)
+    assert (num_buckets, sent[0], sent_for_nothing) == (3, 3, 0)  # one round
+    return params_of(model)
+
+
+# 1 is inside the first bucket, 2 is behind it; None does not raise.
+@pytest.mark.parametrize("places", [(1, 1), (2, 2), (1, 2), (4, 1), (None, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_backward_broken_off_anywhere(ranks, dtype, places):
+    wanted = ranks.run(2, broken_off, dtype, (None, None), "zero_grad")
+    for got, other in zip(ranks.run(2, broken_off, dtype, places, "zero_grad"), wanted, strict=True):
+        assert_same(got, other)
+
+
+@pytest.mark.parametrize("places", [(2, 4), (None, 2)], ids=str)
+def test_a_step_after_a_broken_backward_takes_what_there_is(ranks, places):
+    results = ranks.run(2, broken_off, torch.float32, places, "step")
+    assert_same(results[0], results[1])
+
+
+def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[Tensor]]:
+    """A backward that raises between the two parameters of a bucket, then one in which the other comes first."""
+    params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(70))]
+    optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group)
+    sent = [0]
+
+    def counting(*args: Any) -> comm.Exchange:
+        sent[0] += 1
+        return START(*args)
+
+    if breaks:
+        first, second = params[0] * 2, params[1] * 3  # backward takes the later one first
+        first.register_hook(raising)
+        with pytest.raises(ArithmeticError):
+            (first + second).sum().backward()
+    optimizer.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.ExactTransport, "start", counting)
+        second, first = params[1] * 3, params[0] * 2
+        (first + second).sum().backward()
+    optimizer.step()
+    return sent[0], optimizer._gradients._overlap, params_of(nn.ParameterList(params))
+
+
+def test_a_bucket_that_was_half_filled_starts_anew(ranks):
+    _, _, wanted = ranks.run(2, first_bucket_half_filled, False)[0]
+    for sent, overlaps, params in ranks.run(2, first_bucket_half_filled, True):
+        assert (sent, overlaps) == (1, True)
+        assert_same(params, wanted)
+
+
+def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
+    """A layer in two reentrant checkpoints sends a second round; a backward that raises in between leaves no trace."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+    optimizer = pyzero.FusedZeroAdamW(layers.parameters(), lr=1e-2, process_group=group, bucket_cap_mb=1e-4)
+    sent = [0]
+
+    def counting(*args: Any) -> comm.Exchange:
+        sent[0] += 1
+        return START(*args)
+
+    def backward(fails: bool) -> None:
+        x = torch.full((2, WIDTH), 1.0 + rank_of(group), requires_grad=True)
+        y = x * 1
+        if fails:
+            y.register_hook(raising)
+        for index in (1, 1, 2) if fails else (0, 1, 2):
+            y = checkpoint(layers[index], y, use_reentrant=True)
+        y.square().mean().backward()
+
+    if breaks:
+        with pytest.raises(ArithmeticError):
+            backward(True)
+        assert optimizer._gradients._late
+    optimizer.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.ExactTransport, "start", counting)
+        backward(False)
+    optimizer.step()
+    return sent[0] // len(optimizer._buckets), params_of(layers)
+
+
+def test_a_late_gradient_of_a_broken_backward_is_forgotten(ranks):
+    _, wanted = ranks.run(2, late_and_broken_off, False)[0]
+    for rounds, params in ranks.run(2, late_and_broken_off, True):
+        assert rounds == 1
+        assert_same(params, wanted)
+
+
+# ---- what joins, what is left, what goes ---------------------------------------------------------------------------
+
+
+def joined_between(group: Any, stage: int, how: str) -> list[Tensor]:
+    """A parameter that joins the optimizer between a backward and its step."""
+    first = nn.Parameter(torch.ones(70, dtype=torch.bfloat16))
+    second = nn.Parameter(torch.ones(70, dtype=torch.bfloat16), requires_grad=how != "unfrozen")
+    params = [first] if how == "added" else [first, second]
+    optimizer = pyzero.FusedZeroAdamW(params, lr=0.1, process_group=group, stage=stage)
+    (first.float() * (1 + rank_of(group))).sum().backward()
+    if how == "added":
+        optimizer.add_param_group({"params": [second]})
+    second.requires_grad_(True)
+    optimizer.step()
+    assert torch.equal(second, torch.ones_like(second))
+    (first.float() + second.float()).sum().backward()
+    optimizer.step()
+    return [first.detach().clone(), second.detach().clone()]
+
+
+@pytest.mark.parametrize("how", ["added", "unfrozen"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_parameter_that_joins_between_backward_and_step(ranks, stage, how):
+    wanted = ranks.run(1, joined_between, stage, how)[0]
+    for got in ranks.run(2, joined_between, stage, how):
+        assert_same(got[1:], wanted[1:])  # the gradients of the first are other ones on one rank
+        assert (got[0] < 0.9).all()
+
+
+def references(group: Any) -> list[int]:
+    """To the gradients' owner, after each of many backwards over one graph: a hook left on a node would hold one."""
+    layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+    optimizer = pyzero.FusedZeroAdamW(layers.parameters(), process_group=group, bucket_cap_mb=1e-4)
+    y = torch.ones(2, WIDTH, requires_grad=True)
+    for layer in layers:
+        y = checkpoint(lambda z, layer=layer: checkpoint(layer, z, use_reentrant=True), y, use_reentrant=True)
+    loss, counts = y.square().mean(), []
+    for _ in range(12):
+        loss.backward(retain_graph=True)
+        counts.append(sys.getrefcount(optimizer._gradients))
+    return counts
+
+
+def test_no_hook_is_left_behind(ranks):
+    for counts in ranks.run(2, references):
+        assert len(set(counts)) == 1, counts
+
+
+def made_anew(group: Any, stage: int) -> None:
+    """An optimizer goes, without the garbage collector; the next one over the same model starts as a first one does."""
+
+    def train(model: nn.Module) -> weakref.ref[Any]:
+        optimizer = pyzero.FusedZeroAdamW(
+            model.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-3
+        )
+        for step in range(2):
+            y = torch.full((2, WIDTH), 1.0 + step + rank_of(group), requires_grad=True)
+            for layer in model:
+                y = checkpoint(layer, y, use_reentrant=True)
+            optimizer.zero_grad()
+            y.square().mean().backward()
+            optimizer.step()
+        shards = [bucket.exp_avg for bucket in optimizer._buckets]
+        optimizer.zero_grad()
+        gone.extend(weakref.ref(shard) for shard in shards)
+        return weakref.ref(optimizer)
+
+    gone: list[Any] = []
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+    gc.collect()
+    gc.disable()
+    try:
+        first = train(model)
+        assert first() is None and all(ref() is None for ref in gone)
+    finally:
+        gc.enable()
+    twin = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+    twin.load_state_dict(model.state_dict())
+    train(model)
+    train(twin)
+    assert_same(params_of(model), params_of(twin))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_optimizer_made_anew_over_the_same_model(ranks, stage):
+    ranks.run(2, made_anew, stage)
