@@ -246,7 +246,7 @@ def one_layer_in_two_checkpoints(group: Any, stage: int, dtype: torch.dtype) -> 
         optimizer.zero_grad()
         x = torch.full((70,), float(dist.get_rank(group) + step), dtype=dtype, requires_grad=True)
         for param in (first, middle, middle, last):
-            x = checkpoint(lambda x, param: x * param, x, param, use_reentrant=True)
+            x = checkpoint(lambda x, param=param: x * param, x, use_reentrant=True)  # an argument would be one use
         x.float().sum().backward()
         grads += [optimizer.full_grad(param) for param in (first, middle, last)]
         optimizer.step()
