@@ -7,13 +7,14 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .comm import CollectiveError as CollectiveError
     from .engine import initialize as initialize
     from .optimizer import FusedZeroAdam as FusedZeroAdam
     from .optimizer import FusedZeroAdamW as FusedZeroAdamW
     from .scaler import LossScale as LossScale
 
 __version__ = "0.1.0"
-__all__ = ["FusedZeroAdam", "FusedZeroAdamW", "LossScale", "initialize"]
+__all__ = ["CollectiveError", "FusedZeroAdam", "FusedZeroAdamW", "LossScale", "initialize"]
 
 # In a checkout pyzero.ops is the folder ops/ beside this one.
 _root = pathlib.Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ if not pathlib.Path(__file__).with_name("ops").is_dir() and (_root / "ops" / "bu
 
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
+    "CollectiveError": "comm",
     "FusedZeroAdam": "optimizer",
     "FusedZeroAdamW": "optimizer",
     "LossScale": "scaler",

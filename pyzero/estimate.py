@@ -25,7 +25,7 @@ class Estimate:
 
     weights: int  # in the dtype of the model
     state: int  # masters (none of their own for fp32 weights), moments, step counts
-    gradients: int  # held from the end of backward to zero_grad()
+    gradients: int  # held from the end of backward to step() in stage 2, to zero_grad() elsewhere
     buckets: int  # more for a while at the worst moment: gradients on their way
     num_params: int
 
@@ -130,7 +130,7 @@ def _is_one(layout: BucketLayout) -> bool:
 
 
 def _gradients(chosen: _Plan) -> tuple[int, int]:
-    """(held between backward and zero_grad(), the most at any moment), by walking through a round of buckets."""
+    """(held after backward, the most at any moment), by walking through a round of buckets."""
     layouts = chosen.layouts
     all_grads = sum(chosen.grads(layout) for layout in layouts)
     if not chosen.reduces:  # a shard of one bucket is packed for Adam at a time
@@ -154,7 +154,7 @@ def table(found: Estimate) -> str:
         "weights": found.weights,
         "masters and moments": found.state,
         "after step and zero_grad": found.idle,
-        "gradients, from backward to zero_grad": found.gradients,
+        "gradients, after backward": found.gradients,
         "buckets on their way, at most": found.buckets,
         "peak, without activations": found.peak,
     }

@@ -190,6 +190,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
             self._gradients.add(bucket, scales=self._scaler.enabled)
             for position, param in enumerate(bucket.params):
                 self.state[param] = bucket.state_views(position)
+        self._verdict = None  # it knows nothing of these
 
     def _counts(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: once over the model-parallel ranks."""
@@ -203,7 +204,6 @@ class FusedZeroAdam(FullAccess, Optimizer):
         thawed = [i for i, g in groups if any(p.requires_grad and p not in self.state for p in g["params"])]
         if thawed:
             self._place(thawed)
-            self._verdict = None
 
     def _check_agreement(self, params: list[Tensor], specs: list[ParamSpec]) -> None:
         mine = [(tuple(p.shape), str(p.dtype), spec.key.group_index) for p, spec in zip(params, specs, strict=True)]

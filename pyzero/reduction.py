@@ -272,9 +272,11 @@ class ReducedGradients(Gradients):
         self._edited = True
 
     def after_step(self) -> None:
-        """Stage 1 keeps `.grad` until zero_grad(), and sends it anew; stage 2 keeps the shards."""
-        if self._stage == 1:
-            self._forget_rounds()
+        """Stage 1 sends `.grad` anew where it is kept. In stage 2 it is None, and so the next gradient starts anew.
+
+        Nobody tells us of model.zero_grad(), after which a shard that was kept would be added to.
+        """
+        self._forget_rounds()
 
     def reset(self) -> None:
         """See Gradients."""

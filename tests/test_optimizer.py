@@ -537,3 +537,39 @@ def test_activation_checkpoints(ranks, stage, reentrant):
     for ours, theirs in zip(plain, ranks.run(2, with_checkpoints, stage, reentrant), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-7)  # partial sums in another order
+
+
+def zeroed_by(group: Any, stage: int, whose: str) -> list[Tensor]:
+    import torch.distributed as dist
+
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
+    for step in range(4):
+        (model if whose == "model" else optimizer).zero_grad()
+        loss_of(model, micro_batch(step, dist.get_rank(group))).backward()
+        optimizer.step()
+    return params_of(model)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_models_zero_grad_does_too(ranks, size, stage):
+    for ours, theirs in zip(
+        *(ranks.run(size, zeroed_by, stage, whose) for whose in ("model", "optimizer")), strict=True
+    ):
+        assert_same(ours, theirs)
+
+
+def clipped_then_grown(group: Any) -> bool:
+    first, second = nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(30))
+    optimizer = pyzero.FusedZeroAdamW([first], lr=0.1, process_group=group)
+    first.sum().backward()
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.add_param_group({"params": [second]})
+    optimizer.step()
+    return bool((first < 1).all() and (second == 1).all())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_group_added_between_clip_and_step(ranks, size):
+    assert all(ranks.run(size, clipped_then_grown))
