@@ -30,6 +30,9 @@ class FullAccess:
     def _forget_verdict(self) -> None:
         raise NotImplementedError
 
+    def _follow_writes(self) -> None:
+        raise NotImplementedError
+
     def full_master(self, param: Tensor) -> Tensor:
         """The fp32 master of a parameter, in its shape and memory order: a copy, the same on every rank.
 
@@ -37,7 +40,10 @@ class FullAccess:
             ValueError: Not a parameter of this optimizer.
         """
         place = self._find(param)
-        return param.detach().float().clone() if place is None else self._gather("master", *place)
+        if place is None:
+            return param.detach().float().clone()
+        self._follow_writes()
+        return self._gather("master", *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
         """Copies of "step" (0-D), "exp_avg", "exp_avg_sq" and "master", fp32, in the parameter's shape.
@@ -47,6 +53,7 @@ class FullAccess:
         place = self._find(param)
         if place is None:
             return {}
+        self._follow_writes()
         bucket, position = place
         return {"step": bucket.steps[position].clone(), **{name: self._gather(name, *place) for name in _SHARDED}}
 

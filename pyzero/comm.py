@@ -26,11 +26,15 @@ def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
 
     Looks at every living object: call it once, not in every step. DDP keeps no register that could be asked.
     """
-    ddp = torch.nn.parallel.DistributedDataParallel
+    kinds = _with_subclasses(torch.nn.parallel.DistributedDataParallel)
     for candidate in gc.get_objects():
-        if issubclass(type(candidate), ddp) and any(param in params for param in candidate.parameters()):
+        if type(candidate) in kinds and any(param in params for param in candidate.parameters()):
             return type(candidate.module).__name__
     return None
+
+
+def _with_subclasses(kind: Any) -> set[type]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
 
 
 class CollectiveError(RuntimeError):

@@ -20,7 +20,7 @@ _NOT_YET = {
     "amp": "apex amp is not supported; use fp16 or bf16",
     "torch_autocast": "not there yet; enter torch.autocast in the training loop",
     "activation_checkpointing": "not there yet; use torch.utils.checkpoint in the model",
-    "data_types": "not there yet; gradients are summed in fp32 always",
+    "data_types": "not there yet; several ranks sum gradients in fp32, one rank in .grad's own dtype",
     "checkpoint": "not there yet; remove it",
     "communication_data_type": "not there yet; gradients travel in the dtype of the weights",
     "prescale_gradients": "not needed: gradients are summed in fp32, then divided; remove it",

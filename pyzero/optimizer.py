@@ -143,6 +143,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
         if reduce_grads and self._group.size > 1:
             options = ReductionOptions(stage, overlap, grad_reduce_dtype)
             self._gradients = ReducedGradients(self._group, sender, self._device, options, backend)
+        self.register_state_dict_pre_hook(_follow_writes)
         self.register_state_dict_post_hook(_add_scaler, prepend=True)
         self._place(range(len(self.param_groups)))
         self._ready = True
@@ -362,6 +363,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
         with record_function("pyzero::all_gather"):
             return self._group.all_gather_into(bucket.flat, bucket.own)
 
+    @torch.no_grad()
     def _follow_writes(self) -> None:
         num_written = sum(bucket.adopt_writes() for bucket in self._buckets)
         if num_written:
@@ -463,6 +465,12 @@ class FusedZeroAdamW(FusedZeroAdam):
         if len(args) < 4:  # weight_decay is the fifth argument
             kwargs.setdefault("weight_decay", 1e-2)
         super().__init__(params, *args, **kwargs)
+
+
+def _follow_writes(optimizer: Optimizer) -> None:
+    """A state_dict hook: masters that are saved are of the weights as they are."""
+    assert isinstance(optimizer, FusedZeroAdam)
+    optimizer._follow_writes()
 
 
 def _add_scaler(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

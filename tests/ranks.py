@@ -20,7 +20,8 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
     )
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, NUM_WORKERS + 1)}
+    limit = timedelta(seconds=TIMEOUT_S)  # a new group does not inherit it
+    groups = {size: dist.new_group(list(range(size)), timeout=limit) for size in range(1, NUM_WORKERS + 1)}
     while (job := inbox.get()) is not None:
         number, size, fn, args = job
         try:

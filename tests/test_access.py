@@ -147,3 +147,14 @@ def test_writes_through_data_are_followed_on_request():
     param.data.fill_(5.0)
     optimizer.refresh_fp32_params()
     assert torch.equal(optimizer.full_master(param), torch.full((3,), 5.0))
+
+
+def test_what_is_read_or_saved_follows_outside_writes():
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = pyzero.FusedZeroAdam([param])
+    with torch.no_grad():
+        param.fill_(2.0)
+    assert torch.equal(optimizer.full_master(param), torch.full((3,), 2.0))
+    with torch.no_grad():
+        param.fill_(3.0)
+    assert torch.equal(optimizer.state_dict()["state"][0]["master"], torch.full((3,), 3.0))
