@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+_CLOSED_PIPE = 128 + 13  # what a shell makes of a command that SIGPIPE, signal 13, ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. Ends quietly once nobody reads what it prints, as before `| head`."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # a closed pipe may show no earlier than here; after --help too
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit: give it somewhere to write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyzero")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="what is there, what is not, and why")

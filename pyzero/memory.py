@@ -6,6 +6,7 @@ with pages of 2 MiB it is a fifth of that (docs/experiments.md), and nothing nee
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -34,5 +35,6 @@ def _map(numel: int, dtype: torch.dtype) -> Tensor:
     """Fresh pages, which the system has zeroed; unmapped with the last tensor on them."""
     num_bytes = -(-numel * dtype.itemsize // _PAGE_BYTES) * _PAGE_BYTES
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a wish: EINVAL from a kernel without huge pages, and small ones will do
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=numel)

@@ -41,7 +41,8 @@ def _version(package: str) -> str:
 
 
 def _gpus(torch: ModuleType) -> Iterator[str]:
-    yield f"torch is built for CUDA {torch.version.cuda or '-'}, ROCm {torch.version.hip or '-'}"
+    # What is imported, in full (2.11.0+cu130): the package's metadata may leave out the build.
+    yield f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '-'}, ROCm {torch.version.hip or '-'}"
     if not torch.cuda.is_available():
         yield "none that torch can use"
         return

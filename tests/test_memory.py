@@ -1,6 +1,8 @@
 """Flat buffers: what they hold, and that their memory goes with them."""
 
+import errno
 import gc
+import mmap
 import sys
 from pathlib import Path
 
@@ -23,6 +25,25 @@ def test_size_dtype_and_zeros(dtype, num_bytes):
         buffer.fill_(1)
         assert int(buffer.sum(dtype=torch.float64)) == numel
     assert not memory.zeros(numel, dtype, torch.device("cpu")).any()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages are asked for on this system")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EAGAIN], ids=errno.errorcode.get)
+def test_a_kernel_that_refuses_huge_pages(monkeypatch, number):
+    """EINVAL: it was built without them."""
+    refused = []
+
+    class Pages(mmap.mmap):
+        def madvise(self, *args):
+            refused.append(args)
+            raise OSError(number, "no huge pages here")
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    for make in (memory.empty, memory.zeros):
+        buffer = make(LARGE // 4, torch.float32, torch.device("cpu"))
+        buffer.fill_(1)
+        assert int(buffer.sum(dtype=torch.float64)) == LARGE // 4
+    assert refused == [(mmap.MADV_HUGEPAGE,)] * 2
 
 
 def resident_bytes() -> int:

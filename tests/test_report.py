@@ -1,5 +1,6 @@
 """`python -m pyzero report`: says what is there, builds nothing, and exits with 0."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,28 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for op in registry.OPS:
         assert done.stdout.count(f"  {op}:") == 2, "once per device type"
     assert not (tmp_path / "cache").exists(), "a report builds nothing"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["at exit", "at a line"])
+@pytest.mark.parametrize("command", ["report", "estimate --model-params 7e9", "--help"])
+def test_a_reader_that_leaves_early(command: str, unbuffered: str) -> None:
+    """As in `python -m pyzero report | head -3`; here the reader is gone before the first line: every write fails."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyzero", *command.split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    argparse_wrote_it = command == "--help" and unbuffered  # it passes over a write that fails
+    assert done.returncode == (0 if argparse_wrote_it else 128 + 13), "a shell's status of a command that SIGPIPE ended"
 
 
 def test_with_nothing_installed_but_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
