@@ -28,7 +28,7 @@ for _epoch in range(5):
     for inputs, targets in dataloader[model.rank :: model.world_size]:
         inputs, targets = inputs.to(model.device), targets.to(model.device)
         outputs = model(inputs)
-        loss = criterion(outputs, targets)
+        loss = criterion(outputs.float(), targets)  # fp16 and fp32: older torch has no backward for the mix
         model.backward(loss)
         model.step()
         losses.append(loss.detach().float())

@@ -117,9 +117,22 @@ class Engine(nn.Module):
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss."""
+        """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
+
+        Raises:
+            RuntimeError: In torch's backward; where a loss function mixed dtypes, with what to do about it.
+        """
         divided = loss / self.batches.accumulation
-        self.optimizer.backward(divided, retain_graph=retain_graph)
+        try:
+            self.optimizer.backward(divided, retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "Found dtype" not in str(error):
+                raise
+            # 16-bit outputs and fp32 targets, as a rule. torch's message names no loss and no remedy.
+            raise RuntimeError(
+                f"got tensors of two dtypes in a loss ({error}), wanted one: torch has no backward of huber_loss "
+                "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
+            ) from error
         return divided
 
     def step(self) -> None:

@@ -1,10 +1,12 @@
 """initialize() and the engine, alone and on four ranks."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import huber_loss, l1_loss, mse_loss
 
 import pyzero
 from pyzero.schedules import Warmup
@@ -168,6 +170,35 @@ def test_an_fp16_loss_is_scaled_in_fp32():
     engine.backward(engine(torch.full((1, 4), 0.01)).mean() * 0 + engine.module.weight.mean() * 1e-2 + 2)
     engine.step()
     assert engine.was_step_applied()
+
+
+@pytest.mark.parametrize("section", ["fp16", "bf16"])
+@pytest.mark.parametrize("loss_function", [l1_loss, mse_loss, huber_loss])
+def test_a_loss_of_16_bit_outputs_and_fp32_targets(loss_function, section):
+    """It works where this torch has a backward for the mix; elsewhere the error says what to do, and that works."""
+    engine, *_ = start({**FP32, section: SECTIONS[section]})
+    inputs, targets = exact_batch(0, 4)
+    weight = torch.ones(1, dtype=engine.module.weight.dtype, requires_grad=True)
+    try:
+        loss_function(weight, torch.zeros(1)).backward()
+        outcome = nullcontext()
+    except RuntimeError:
+        outcome = pytest.raises(RuntimeError, match=r"Found dtype .* wanted one.*outputs\.float\(\)")
+    with outcome:
+        engine.backward(loss_function(engine(inputs), targets))
+    engine.optimizer.zero_grad()
+    engine.backward(loss_function(engine(inputs).float(), targets))
+    before = engine.module.weight.detach().clone()
+    engine.step()
+    assert engine.was_step_applied() and not torch.equal(engine.module.weight, before)
+
+
+def test_other_errors_of_backward_pass_through():
+    engine, *_ = start(FP32)
+    loss = engine(torch.ones(1, 4)).sum()
+    engine.backward(loss)
+    with pytest.raises(RuntimeError, match="^Trying to backward through the graph a second time"):
+        engine.backward(loss)
 
 
 def test_clipping():
