@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import gc
+import ctypes
+import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,21 +23,7 @@ from pyzero import memory
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
-def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
-    """The class name of a DistributedDataParallel module that holds one of these parameters, or None.
-
-    Looks at every living object: call it once, not in every step. DDP keeps no register that could be asked.
-    """
-    kinds = _with_subclasses(torch.nn.parallel.DistributedDataParallel)
-    for candidate in gc.get_objects():
-        if type(candidate) in kinds and any(param in params for param in candidate.parameters()):
-            return type(candidate.module).__name__
-    return None
-
-
-def _with_subclasses(kind: Any) -> set[type]:
-    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
+_PATIENCE_S = 5.0  # a rank that waits longer compares with the others what each is waiting for
 
 
 class CollectiveError(RuntimeError):
@@ -44,20 +33,26 @@ class CollectiveError(RuntimeError):
 class Work:
     """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
-    def __init__(self, handle: Any, group: Group, what: str) -> None:
+    def __init__(self, handle: Any, group: Group, what: str, number: int = 0) -> None:
         self._handle = handle
         self._group = group
         self._what = what
+        self._number = number  # among the group's collectives
 
     def wait(self) -> None:
         """Return when what follows may use the result.
 
         Raises:
-            CollectiveError: It failed, or took longer than the group's timeout.
+            CollectiveError: It failed, took longer than the group's timeout, or another rank waits for another
+                collective in its place.
         """
         if self._handle is not None:
-            with self._group.naming(self._what):
-                self._handle.wait()
+            self._group.wait(self._handle, self._what, self._number)
+            self._handle = None
+
+    def is_done(self, patience_s: float) -> bool:
+        """Whether `wait` would return at once; waits so long for it."""
+        return self._handle is None or self._group.is_done(self._handle, patience_s)
 
 
 @dataclass
@@ -70,28 +65,120 @@ class Exchange:
     by_rank: bool = True  # slices[r] is rank r's; otherwise the one slice is a sum over ranks
 
 
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Channel:
+    """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
+
+    handle: Any
+    serial: int  # among those over the same parent; the same on all ranks
+    num_collectives: int = 0
+    is_broken: bool = False  # a collective failed: it is never used again
+
+
+@dataclass
+class _Channels:
+    """Channels over one parent group: made when wanted, used again when their optimizer is gone."""
+
+    parent: weakref.ref[Any]
+    num_made: int = 0
+    free: list[_Channel] = field(default_factory=list)
+
+    def lease(self, handle: Any, timeout: timedelta | None) -> _Channel:
+        """Collective: the free channel of the lowest serial number on all ranks, or a new one."""
+        rows = _gather_objects(handle, ([channel.serial for channel in self.free], self.num_made, _num_groups()))
+        common = set.intersection(*(set(serials) for serials, _, _ in rows))
+        if common:
+            found = next(channel for channel in self.free if channel.serial == min(common))
+            self.free.remove(found)
+            return found
+        self.num_made = max(num_made for _, num_made, _ in rows) + 1
+        return _Channel(_new_group(handle, timeout, max(groups for _, _, groups in rows)), self.num_made)
+
+    def give_back(self, channel: _Channel) -> None:
+        if not channel.is_broken:
+            self.free.append(channel)
+
+
+_channels: dict[int, _Channels] = {}  # by id of the parent
+
+
+def _channels_over(parent: Any) -> _Channels:
+    found = _channels.get(id(parent))
+    if found is None or found.parent() is not parent:
+        found = _channels[id(parent)] = _Channels(weakref.ref(parent))
+    return found
+
+
+def _num_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def _new_group(parent: Any, timeout: timedelta | None, num_groups: int) -> Any:
+    """A group over the parent's ranks, with gloo for CPU tensors where the parent has NCCL."""
+    ranks = dist.get_process_group_ranks(parent)
+    backend = "cpu:gloo,cuda:nccl" if dist.get_backend(parent) == "nccl" else dist.get_backend(parent)
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(ranks, timeout=timeout, backend=backend)
+    # Only members may be asked for a smaller group. torch then names it after its ranks and the number of groups that
+    # this process has, so bring that to one number on all of them.
+    while _num_groups() < num_groups:
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+def _gather_objects(handle: Any, value: object) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(handle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dist.all_gather_object(values, value, group=handle)
+    return values
+
+
 class Group:
-    """The ranks that share one optimizer's state. Without a process group it is one rank and nothing is sent."""
+    """The ranks that share one optimizer's state. Without a process group it is one rank and nothing is sent.
+
+    Its collectives run on a process group of its own over the same ranks: two optimizers that are used in another order
+    on another rank do not meet each other's.
+    """
 
     def __init__(self, process_group: Any = None) -> None:
         if hasattr(process_group, "get_group"):  # a DeviceMesh of one dimension
             process_group = process_group.get_group()
         initialized = dist.is_available() and dist.is_initialized()
-        if process_group is not None and not initialized:
+        if not initialized:
+            _check_alone(process_group)
+        parent = (process_group or dist.group.WORLD) if initialized else None
+        if parent is not None and dist.get_rank(parent) < 0:
             raise ValueError(
-                "expected an initialised process group, got a process_group with none; "
-                "call torch.distributed.init_process_group first, or leave it out"
+                f"expected a process group that this process is in, got one that rank {dist.get_rank()} is not in; "
+                f"build the optimizer on the group's ranks only"
             )
-        self.handle = (process_group or dist.group.WORLD) if initialized else None
-        self.size: int = dist.get_world_size(self.handle) if initialized else 1
-        self.rank: int = dist.get_rank(self.handle) if initialized else 0
+        self.size: int = dist.get_world_size(parent) if initialized else 1
+        self.rank: int = dist.get_rank(parent) if initialized else 0
+        self.where = "before the first backward"  # for messages: what the optimizer is at
+        self.handle: Any = None
+        if self.size > 1:
+            self._timeout = _timeout_of(parent)
+            self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
+            channels = _channels_over(parent)
+            with self.error_context("the lease of a process group"):
+                self._channel = channels.lease(parent, self._timeout)
+            self.handle = self._channel.handle
+            weakref.finalize(self, channels.give_back, self._channel)
 
     @contextmanager
-    def naming(self, what: str) -> Iterator[None]:
+    def error_context(self, what: str) -> Iterator[None]:
         """Failures in here say which collective failed, and the timeout that it ran under."""
         try:
             yield
+        except CollectiveError:
+            raise
         except RuntimeError as error:
+            if hasattr(self, "_channel"):
+                self._channel.is_broken = True
             reason = str(error).strip().splitlines()[-1]
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
@@ -101,51 +188,134 @@ class Group:
 
     def timeout(self) -> str:
         """How long a collective may take, in words."""
-        device = torch.device("cuda" if dist.get_backend(self.handle) == "nccl" else "cpu")
-        options = getattr(self.handle._get_backend(device), "options", None)  # type: ignore[union-attr]
-        return "its timeout" if options is None else f"{options._timeout.total_seconds():g} s"
+        return "its timeout" if self._timeout is None else f"{self._timeout.total_seconds():g} s"
+
+    def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
+        """Launch a collective; `what` names it where it fails, the same on every rank."""
+        with self.error_context(what):
+            self._channel.num_collectives += 1
+            handle = collective(*args, group=self.handle, async_op=True, **kwargs)
+        return Work(handle, self, what, self._channel.num_collectives)
+
+    def wait(self, handle: Any, what: str, number: int) -> None:
+        """Wait for a collective; see Work."""
+        with self.error_context(what):
+            while self._blocks:
+                try:
+                    handle.wait(timedelta(seconds=_PATIENCE_S))
+                    return
+                except RuntimeError:
+                    if handle.is_completed():  # it failed; else it is only slow
+                        raise
+                self._compare(what, number)
+            handle.wait()
+
+    def is_done(self, handle: Any, patience_s: float) -> bool:
+        """Whether a collective is done within so many seconds; see Work."""
+        if not self._blocks:
+            return True
+        try:
+            handle.wait(timedelta(seconds=patience_s))
+        except RuntimeError:  # too slow, or failed, which wait() tells
+            return bool(handle.is_completed())
+        return True
+
+    def _compare(self, what: str, number: int) -> None:
+        """Tell the others what this rank waits for, and raise where another waits for something else in its place."""
+        everyones = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}", everyones)
+        store.set(str(self.rank), json.dumps([number, what, self.where]))
+        seen = {self.rank: [number, what, self.where]}
+        for rank in range(self.size):
+            if rank != self.rank and store.check([str(rank)]):
+                seen[rank] = json.loads(store.get(str(rank)))
+        if any(theirs[0] == number and theirs[1] != what for theirs in seen.values()):
+            self._channel.is_broken = True
+            _keep_for_ever(self.handle)
+            places = "; ".join(f"rank {rank}, {place}, waits for {it}" for rank, (_, it, place) in sorted(seen.items()))
+            raise CollectiveError(
+                f"the ranks wait for different collectives: {places}. Run backward and step, and read norms and whole "
+                f"tensors, equally often and in the same order on every rank; no_sync() in stage 2 needs the same"
+            )
 
     def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
         """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
         what = "the all-gather of weights"
-        if self.size == 1:
-            return Work(None, self, what)
-        with self.naming(what):
-            return Work(_all_gather(flat, shard, group=self.handle, async_op=True), self, what)
+        return Work(None, self, what) if self.size == 1 else self.start(what, _all_gather, flat, shard)
 
-    def gather_shards(self, shard: Tensor) -> Tensor:
+    def gather_shards(self, shard: Tensor, what: str = "the all-gather of a whole tensor") -> Tensor:
         """(size * n,): every rank's (n,) shard."""
         if self.size == 1:
             return shard
         flat = shard.new_empty(self.size * shard.numel())
-        with self.naming("the all-gather of a whole tensor"):
-            _all_gather(flat, shard, group=self.handle)
+        self.start(what, _all_gather, flat, shard).wait()
         return flat
 
-    def gather_rows(self, row: Tensor) -> Tensor:
+    def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""
-        if self.size == 1:
-            return row.unsqueeze(0)
-        rows = row.new_empty(self.size * row.numel())
-        with self.naming("the all-gather of overflow flag and norm"):
-            _all_gather(rows, row, group=self.handle)
-        return rows.view(self.size, -1)
+        return self.gather_shards(row, what).view(self.size, -1)
+
+    def gather_with_host(self, values: Sequence[float], row: Tensor) -> tuple[Tensor, Tensor]:
+        """Every rank's numbers, (size, n) on the host, and its (k,) row, (size, k) on the device; fp64, in rank order.
+
+        One message where the device is the host. On a GPU the numbers travel from host to host, and nobody waits for
+        the device.
+        """
+        host = torch.tensor(values, dtype=torch.float64)
+        if row.device.type == "cpu":
+            rows = self.gather_rows(torch.cat([host, row]))
+            return rows[:, : len(values)], rows[:, len(values) :]
+        hosts = self.gather_rows(host, "the all-gather of what the hosts know")
+        return hosts, self.gather_rows(row)
 
     def gather_objects(self, value: object) -> list[Any]:
         """Every rank's small python object, in rank order."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        with warnings.catch_warnings(), self.naming("the comparison of parameters"):
-            warnings.simplefilter("ignore", FutureWarning)
-            dist.all_gather_object(values, value, group=self.handle)
-        return values
+        with self.error_context("the comparison of parameters"):
+            return _gather_objects(self.handle, value)
 
-    def broadcast(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights") -> None:
         """Overwrite with the first rank's."""
-        if self.handle is not None and self.size > 1:
-            with self.naming("the broadcast of weights"):
-                dist.broadcast(tensor, src=dist.get_global_rank(self.handle, 0), group=self.handle)
+        if self.size > 1:
+            self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, 0)).wait()
+
+    def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
+        """The first rank's numbers from 0 on, of which there are `most` at most."""
+        host = torch.full((most,), -1, dtype=torch.int64)
+        host[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        self.broadcast(host, what)
+        return [value for value in host.tolist() if value >= 0]
+
+
+def _keep_for_ever(handle: Any) -> None:
+    """Never destroy a group with a collective that will not complete: to do so waits for it, up to the timeout."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
+
+
+def _check_alone(process_group: Any) -> None:
+    """Refuse to run alone where a process group is given, or a launcher has started other ranks."""
+    if process_group is not None:
+        raise ValueError(
+            "expected an initialised process group, got a process_group with none; "
+            "call torch.distributed.init_process_group first, or leave it out"
+        )
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    if num_ranks.isdigit() and int(num_ranks) > 1 and "RANK" in os.environ:
+        raise ValueError(
+            f"expected an initialised process group, for a launcher has started WORLD_SIZE={num_ranks} processes, got "
+            f"none: they would train {num_ranks} models apart; call torch.distributed.init_process_group() before the "
+            f"optimizer is built, or unset WORLD_SIZE to train apart"
+        )
+
+
+def _timeout_of(group: Any) -> timedelta | None:
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return None if options is None else options._timeout
+
+
+# ---- transports -----------------------------------------------------------------------------------------------------
 
 
 class ExactTransport:
@@ -157,9 +327,8 @@ class ExactTransport:
     def start(self, send: Tensor, what: str) -> Exchange:
         """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
         received = memory.empty(send.numel(), send.dtype, send.device)
-        with self.group.naming(what):
-            handle = dist.all_to_all_single(received, send, group=self.group.handle, async_op=True)
-        return Exchange(Work(handle, self.group, what), list(received.view(self.group.size, -1).unbind(0)), send)
+        work = self.group.start(what, dist.all_to_all_single, received, send)
+        return Exchange(work, list(received.view(self.group.size, -1).unbind(0)), send)
 
 
 class CollectiveTransport:
@@ -171,9 +340,8 @@ class CollectiveTransport:
     def start(self, send: Tensor, what: str) -> Exchange:
         """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
         received = memory.empty(send.numel() // self.group.size, send.dtype, send.device)
-        with self.group.naming(what):
-            handle = _reduce_scatter(received, send, op=dist.ReduceOp.SUM, group=self.group.handle, async_op=True)
-        return Exchange(Work(handle, self.group, what), [received], send, by_rank=False)
+        work = self.group.start(what, _reduce_scatter, received, send, op=dist.ReduceOp.SUM)
+        return Exchange(work, [received], send, by_rank=False)
 
 
 Transport = ExactTransport | CollectiveTransport
@@ -185,6 +353,9 @@ def make_transport(name: str, group: Group) -> Transport:
     if name not in _TRANSPORTS:
         raise ValueError(f"expected transport to be one of {', '.join(_TRANSPORTS)}, got {name!r}; choose one of these")
     return _TRANSPORTS[name](group)
+
+
+# ---- the default group ----------------------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
