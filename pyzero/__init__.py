@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from .optimizer import FusedZeroAdam as FusedZeroAdam
     from .optimizer import FusedZeroAdamW as FusedZeroAdamW
     from .scaler import LossScale as LossScale
+    from .sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
-__all__ = ["CollectiveError", "FusedZeroAdam", "FusedZeroAdamW", "LossScale", "initialize"]
+__all__ = ["CollectiveError", "FusedZeroAdam", "FusedZeroAdamW", "LossScale", "ShardedGrad", "initialize"]
 
 # In a checkout pyzero.ops is the folder ops/ beside this one.
 _root = pathlib.Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ _MODULES = {
     "FusedZeroAdam": "optimizer",
     "FusedZeroAdamW": "optimizer",
     "LossScale": "scaler",
+    "ShardedGrad": "sharded_grad",
     "initialize": "engine",
 }
 

@@ -8,29 +8,33 @@ import torch
 from torch import Tensor
 
 from pyzero.buckets import Bucket
+from pyzero.reduction import gather_param
 
 if TYPE_CHECKING:
     from pyzero.comm import Group
+    from pyzero.grad_stats import GlobalGradStats
     from pyzero.gradients import Gradients
-    from pyzero.verdict import Verdict
 
 _SHARDED = ("master", "exp_avg", "exp_avg_sq")
 
 
 class FullAccess:
-    """`full_*` and `set_full_*` of FusedZeroAdam. All ranks call them alike; reading is collective, writing is not."""
+    """`full_*` and `set_full_*` of FusedZeroAdam. All ranks call them alike; reading is collective."""
 
     _buckets: list[Bucket]
     _group: Group
     _gradients: Gradients
 
-    def _collect(self) -> Verdict:
+    def _collect(self, purpose: str) -> GlobalGradStats:
         raise NotImplementedError
 
-    def _forget_verdict(self) -> None:
+    def _place_unfrozen(self) -> None:
         raise NotImplementedError
 
-    def _follow_writes(self) -> None:
+    def _sync_masters_from_weights(self) -> None:
+        raise NotImplementedError
+
+    def _state_was_written(self) -> None:
         raise NotImplementedError
 
     def full_master(self, param: Tensor) -> Tensor:
@@ -39,10 +43,11 @@ class FullAccess:
         Raises:
             ValueError: Not a parameter of this optimizer.
         """
+        self._place_unfrozen()
         place = self._find(param)
         if place is None:
             return param.detach().float().clone()
-        self._follow_writes()
+        self._sync_masters_from_weights()
         return self._gather("master", *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -50,31 +55,35 @@ class FullAccess:
 
         A frozen parameter has none. Raises ValueError as `full_master`.
         """
+        self._place_unfrozen()
         place = self._find(param)
         if place is None:
             return {}
-        self._follow_writes()
+        self._sync_masters_from_weights()
         bucket, position = place
         return {"step": bucket.steps[position].clone(), **{name: self._gather(name, *place) for name in _SHARDED}}
 
     @torch.no_grad()
     def full_grad(self, param: Tensor) -> Tensor | None:
-        """The gradient that the next step() takes: averaged over ranks, unscaled, not clipped; fp32.
+        """The gradient that the next step() takes: averaged over ranks and unscaled, fp32.
 
-        None where no rank has one. Finishes the reduction; reads the device. Raises ValueError as `full_master`.
+        None where no rank has one. What clip_grad_norm_ has done to it shows; `max_grad_norm` acts in step() only.
+        Finishes the reduction. Raises ValueError as `full_master`.
         """
+        self._place_unfrozen()
         place = self._find(param)
         if place is None:
             return None
         bucket, position = place
-        verdict = self._collect()
-        if not bool(verdict.used[bucket.first_param + position]):
+        stats = self._collect("full_grad")
+        if not stats.used[bucket.numbers[position]]:
             return None
         flat = self._gradients.whole(bucket, position)
-        if verdict.unscale is not None:
-            flat = flat * verdict.unscale
+        for factor in (stats.unscale, self._gradients.factor()):
+            if factor is not None:
+                flat = flat * factor
         whole = torch.empty_like(param, dtype=torch.float32)
-        bucket.as_flat(whole, position).copy_(flat)
+        bucket.flat_of(whole, position).copy_(flat)
         return whole
 
     def set_full_master(self, param: Tensor, value: Tensor) -> None:
@@ -103,22 +112,23 @@ class FullAccess:
         here, there = bucket.own_part(position)
         for name in _SHARDED:
             if name in state:
-                getattr(bucket, name)[here].copy_(bucket.as_flat(state[name], position)[there])
+                getattr(bucket, name)[here].copy_(bucket.flat_of(state[name], position)[there])
         if "master" in state:
             param.copy_(state["master"])
-            bucket.versions[position] = param._version
+            bucket.weight_was_written(position)
+        self._state_was_written()
 
     @torch.no_grad()
     def set_full_grad(self, param: Tensor, value: Tensor) -> None:
-        """Write the gradient that the next step() takes, averaged and unscaled. Finishes the reduction first.
+        """Write the gradient that the next step() takes, averaged and unscaled; a later backward adds to it.
 
-        value: of the parameter's shape, the same on every rank. Raises ValueError as `set_full_master`.
+        value: of the parameter's shape, the same on every rank. Finishes the reduction first, so it is collective.
+        Raises ValueError as `set_full_master`.
         """
         bucket, position = self._find_trained(param)
         _check_shape("the gradient", value, param)
-        self._collect()
-        self._gradients.replace(bucket, position, bucket.as_flat(value.float(), position))
-        self._forget_verdict()
+        self._collect("set_full_grad")
+        self._gradients.replace(bucket, position, bucket.flat_of(value.float(), position))
 
     def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
         """Where a parameter lies; None for one that is frozen."""
@@ -141,7 +151,8 @@ class FullAccess:
         return place
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
-        return bucket.shaped(self._group.gather_shards(getattr(bucket, name)), position)
+        flat = gather_param(self._group, bucket, position, getattr(bucket, name))
+        return bucket.shaped(flat, position).clone()
 
 
 def _check_shape(name: str, value: Tensor, param: Tensor) -> None:

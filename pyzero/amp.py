@@ -18,41 +18,35 @@ def grad_scaler_is_asking() -> bool:
     return sys._getframe(2).f_code.co_name == _READER
 
 
-class StandIn:
-    """One parameter whose gradient is 1, or inf where any rank's gradients overflowed.
+class GradScalerProxy:
+    """One parameter, the proxy, whose gradient is 1, or inf where any rank's gradients overflowed.
 
     GradScaler multiplies it by what it would multiply all gradients by, and checks it in place of all. So its overflow
-    flag is the same on every rank, and what the stand-in then holds is what Adam is to multiply by.
+    flag is the same on every rank, and what the proxy was multiplied by is owed to the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._param = Parameter(torch.zeros((), device=device))
+        self._param = Parameter(torch.zeros(2, device=device))
+        self.was_asked = False  # since the last step
 
     def groups(self, found_inf: Tensor) -> list[dict[str, Any]]:
         """Parameter groups for GradScaler to read; found_inf: (1,) fp32."""
-        grad = torch.ones_like(self._param)
-        self._param.grad = grad.masked_fill_(found_inf.reshape(()) != 0, math.inf)
+        self.was_asked = True
+        flag = torch.ones_like(self._param[:1]).masked_fill_(found_inf != 0, math.inf)
+        self._param.grad = torch.cat([flag, torch.ones_like(flag)])  # what is checked, and what stays finite
         return [{"params": [self._param]}]
 
-    @property
-    def factor(self) -> Tensor | None:
-        """0-D: what GradScaler has multiplied by since `groups()`; None where it has not asked."""
-        return self._param.grad
+    def take_factor(self) -> Tensor | None:
+        """0-D: what GradScaler has multiplied by since `groups()`, once; None where it has not asked."""
+        grad, self._param.grad = self._param.grad, None
+        return None if grad is None else grad[1]
 
     def clear(self) -> None:
-        """The step is over."""
+        """The step is over, or the gradients are gone."""
         self._param.grad = None
+        self.was_asked = False
 
 
-def outer_factor(stand_in: StandIn, grad_scale: Tensor | None) -> Tensor | None:
-    """0-D: what is left to do of GradScaler's unscaling, or None.
-
-    Args:
-        stand_in: Holds what it did in `unscale_`.
-        grad_scale: What it set on the optimizer for this step: the scale, where it did not unscale.
-    """
-    factor = stand_in.factor
-    if grad_scale is None:
-        return factor
-    inverse = grad_scale.double().reciprocal().to(torch.float32).reshape(())
-    return inverse if factor is None else factor * inverse
+def inverse_of(grad_scale: Tensor | None) -> Tensor | None:
+    """0-D: 1 / the scale that GradScaler set on the optimizer for this step, where it did not unscale; or None."""
+    return None if grad_scale is None else grad_scale.double().reciprocal().to(torch.float32).reshape(())

@@ -1,5 +1,9 @@
 """What FusedZeroAdam says to arguments that it cannot take."""
 
+from __future__ import annotations
+
+import difflib
+import math
 from typing import Any
 
 import torch
@@ -7,33 +11,57 @@ from torch import Tensor
 
 from pyzero.ops.checks import FLOAT_DTYPES
 
-_REFUSED = {"amsgrad": (False,), "foreach": (None, False), "differentiable": (False,)}  # values that change nothing
-_MOOT = ("capturable", "fused")  # always so here
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")  # of a group
+_UNSUPPORTED = ("amsgrad", "differentiable")
+_MOOT = ("foreach", "capturable", "fused")  # any value gives the same result here
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+_MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
+_OF_OPTIMIZER = ("stage", "process_group", "max_grad_norm", "loss_scale", "bucket_cap_mb", "overlap", "reduce_grads")
 
 
-def refuse_options(options: dict[str, Any]) -> None:
+def refuse_unsupported(options: dict[str, Any]) -> None:
     """Options of torch.optim.Adam that would change the result, by name."""
-    for name, value in options.items():
-        if name in _MOOT or value in _REFUSED.get(name, ()):
-            continue
-        if name in _REFUSED:
-            raise ValueError(f"got {name}={value!r}, which FusedZeroAdam does not support; leave it out")
-        raise TypeError(f"FusedZeroAdam got an unexpected argument {name!r}; see help(pyzero.FusedZeroAdam)")
+    for name in _UNSUPPORTED:
+        if options.get(name):
+            raise ValueError(f"got {name}={options[name]!r}, which FusedZeroAdam does not support; leave it out")
+
+
+def check_arguments(
+    stage: int,
+    max_grad_norm: float | None,
+    bucket_cap_mb: float,
+    grad_reduce_dtype: torch.dtype | None,
+    max_consecutive_skips: int | None,
+) -> None:
+    """Arguments of the optimizer itself."""
+    if stage not in (1, 2):
+        raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
+    if not bucket_cap_mb > 0 or math.isinf(bucket_cap_mb):
+        raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; 25.0 is the default")
+    if grad_reduce_dtype is not None and grad_reduce_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"expected grad_reduce_dtype as torch.float32, torch.bfloat16 or torch.float16, got {grad_reduce_dtype!r}; "
+            f"pass one of these, or None to send gradients in their own dtype"
+        )
+    if max_consecutive_skips is not None and max_consecutive_skips < 1:
+        raise ValueError(
+            f"expected max_consecutive_skips from 1, got {max_consecutive_skips}; pass None for any number of skips"
+        )
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Hyper-parameters in range, parameters in dtypes that the ops know."""
-    lr, betas = group["lr"], group["betas"]
-    wanted = {
-        "lr >= 0": isinstance(lr, Tensor) or lr >= 0,
-        "betas in [0, 1)": all(0 <= beta < 1 for beta in betas),
-        "eps >= 0": group["eps"] >= 0,
-        "weight_decay >= 0": group["weight_decay"] >= 0,
-    }
-    for rule, holds in wanted.items():
-        if not holds:
-            values = {key: value for key, value in group.items() if key != "params"}
-            raise ValueError(f"expected {rule}, got {values}; correct it")
+    """A group's options, and parameters in dtypes that the ops know."""
+    known = {*OPTIONS, *_UNSUPPORTED, *_MOOT, "params", "param_names"}
+    for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
+        if name in _OF_OPTIMIZER:
+            raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
+        close = difflib.get_close_matches(name, known, 1, _MISSPELT)
+        if close and name not in _OF_SCHEDULERS:
+            raise ValueError(f"got {name!r} in a parameter group, expected {close[0]!r}; correct the name")
+    refuse_unsupported(group)
+    check_hyper_parameters(group)
     for index, param in enumerate(group["params"]):
         if hasattr(param, "device_mesh"):
             raise TypeError(
@@ -47,6 +75,22 @@ def check_group(group: dict[str, Any]) -> None:
             )
 
 
+def check_hyper_parameters(group: dict[str, Any]) -> None:
+    """In range, in torch.optim.Adam's words. A tensor on a GPU is not read."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements; pass a number or a 0-D tensor")
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and not float(lr) >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}; expected lr >= 0")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}; expected eps >= 0")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}; expected weight_decay >= 0")
+
+
 def check_device(param: Tensor, device: torch.device) -> None:
     """All parameters of one rank lie on one device."""
     if param.device != device:
@@ -54,3 +98,20 @@ def check_device(param: Tensor, device: torch.device) -> None:
             f"expected all parameters of a rank on one device, got {device} and {param.device}; move the model with "
             f".to(), or build one optimizer per device"
         )
+
+
+def check_disjoint(named: dict[Tensor, str]) -> None:
+    """Two parameters over one memory would come apart when they move into flat buffers."""
+    spans = []
+    for param, name in named.items():
+        if param.numel() and param.device.type != "meta":
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+            begin = param.data_ptr()
+            spans.append((begin, begin + extent * param.element_size(), name))
+    spans.sort()
+    for (_, end, one), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"expected parameters with memory of their own, got {one} and {other} over the same; tie them by one "
+                f"Parameter object (b.weight = a.weight), or give one a copy (.clone())"
+            )

@@ -25,7 +25,7 @@ class Estimate:
 
     weights: int  # in the dtype of the model
     state: int  # masters (none of their own for fp32 weights), moments, step counts
-    gradients: int  # held from the end of backward to step() in stage 2, to zero_grad() elsewhere
+    gradients: int  # held from the end of backward to zero_grad()
     buckets: int  # more for a while at the worst moment: gradients on their way
     num_params: int
 
@@ -99,7 +99,7 @@ def _estimate(
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them")
-    keys = {size: Key(0, str(size), "", True) for size in (2, 4)}
+    keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
     layouts = plan(specs, max(int(bucket_cap_mb * _MEBIBYTE), 1), num_ranks)
@@ -139,13 +139,17 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]
     moving = [2 * chosen.weights(layout) for layout in layouts]  # sent and received
-    base = all_grads if chosen.stage == 1 else 0  # stage 1 keeps `.grad`, stage 2 frees it behind each bucket
-    worst = base + sum(shards) + (moving[-1] if moving else 0)
-    for index, layout in enumerate(layouts):
-        own = 0 if chosen.stage == 1 else chosen.grads(layout)
+    grads = [chosen.grads(layout) for layout in layouts]
+    worst = sum(shards) + (moving[-1] if moving else 0)
+    for index in range(len(layouts)):
+        # In stage 1 all gradients wait for the round, in stage 2 those of a bucket; each bucket frees its own.
+        waiting = sum(grads[index + 1 :]) if chosen.stage == 1 else 0
         in_front = moving[index - 1] if index else 0  # the bucket before is still on its way
-        worst = max(worst, base + own + sum(shards[:index]) + in_front + moving[index])
-    return (base if chosen.stage == 1 else sum(shards)), worst
+        packing = waiting + grads[index] + moving[index] // 2 + in_front + sum(shards[: max(index - 1, 0)])
+        worst = max(worst, packing, waiting + moving[index] + in_front + sum(shards[:index]))
+    if chosen.stage == 1:
+        return all_grads, max(worst, all_grads)
+    return sum(shards), worst
 
 
 def table(found: Estimate) -> str:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyzero import memory, ops
-from pyzero.buckets import NO_SUSPECT, Bucket
+from pyzero.accumulation import sparse_error
+from pyzero.backward import GradientHooks
+from pyzero.buckets import NO_SUSPECT, Bucket, flatten_like, locate_nonfinite_grads
 from pyzero.comm import Group
-
-
-class Stats(NamedTuple):
-    """What this rank knows of its part of the gradients."""
-
-    found_inf: Tensor  # (1,) fp32, 1 where one of them is inf or NaN
-    sumsq: Tensor  # (1,) fp64, of those that count for the norm
-    suspect: Tensor  # (1,) fp64, code of the first bad parameter, inf where none was found; see Bucket.suspect
+from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
 
 
 def is_set(flag: Tensor) -> bool:
@@ -30,55 +24,21 @@ def is_set(flag: Tensor) -> bool:
     return flag.device.type == "cpu" and bool(flag.numpy().any())
 
 
-class Watch:
-    """Hooks on parameters that call `arrived(param)` after each gradient, and keep nothing alive."""
-
-    def __init__(self, arrived: Callable[[Tensor], None]) -> None:
-        self._arrived = weakref.WeakMethod(arrived)
-        self._hooks: list[Any] = []
-
-    def add(self, params: Iterable[Tensor]) -> None:
-        """Watch these too."""
-        arrived = self._arrived
-
-        def hook(param: Tensor) -> None:
-            method = arrived()
-            if method is not None:
-                method(param)
-
-        self._hooks += [param.register_post_accumulate_grad_hook(hook) for param in params]
-
-    def add_before(self, bucket: Bucket, before: Callable[[Bucket, int], None]) -> None:
-        """Call `before(bucket, position)` ahead of each of these parameters' gradients."""
-        method, bucket_of = weakref.WeakMethod(before), weakref.ref(bucket)
-
-        def hook_at(position: int) -> Callable[[Tensor], None]:
-            def hook(grad: Tensor) -> None:
-                alive, bucket = method(), bucket_of()
-                if alive is not None and bucket is not None:
-                    alive(bucket, position)
-
-            return hook
-
-        self._hooks += [param.register_hook(hook_at(position)) for position, param in enumerate(bucket.params)]
-
-    def __del__(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+_ZEROED = -1  # in place of a version: the gradient has been filled with zeros since
 
 
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
 
-    `stats()` finishes what is under way; after it `of(bucket)` is this rank's gradient of a bucket, `unscale` is what
-    it is still to be multiplied by, and `norm_power` serves norms other than the 2-norm.
+    `collect()` finishes what is under way; after it `of(bucket)` is this rank's gradient of a bucket, to be multiplied
+    by `unscale` of the stats and by `factor()`.
     """
 
-    def __init__(self, group: Group, device: torch.device, backend: str) -> None:
+    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
-        self.search = False  # look for the first bad parameter in every step: the last one was skipped
-        self.unscale: Tensor | None = None  # 0-D, 1 / loss scale, where the gradients carry it
+        self.num_skips_in_a_row = 0  # as far as this rank's host knows
         self._group = group
+        self._exchange = exchange
         self._device = device
         self._backend = backend
         self._buckets: list[Bucket] = []
@@ -87,103 +47,192 @@ class Gradients(ABC):
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Append a bucket; `scales`: the optimizer has a loss scale."""
 
-    @property
     @abstractmethod
-    def has_news(self) -> bool:
-        """Gradients may have changed since the last stats()."""
+    def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:
+        """A context in which gradients arrive that carry the loss scale whose inverse this is.
+
+        epoch: The same number as long as the scale cannot have changed.
+        """
 
     @abstractmethod
-    def scaled_by(self, inv_scale: Tensor) -> Any:
-        """A context in which gradients arrive that carry the loss scale whose inverse this is."""
+    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+        """Finish what is under way, and exchange the step's message. Collective over several ranks.
 
-    @abstractmethod
-    def stats(self) -> Stats:
-        """Finish what is under way. Collective where gradients are reduced."""
+        Args:
+            outer_found: (1,) fp32, what another scaler has found in `.grad`.
+            purpose: One of grad_stats.PURPOSES, the same on all ranks.
+        """
 
     @abstractmethod
     def of(self, bucket: Bucket) -> Tensor:
-        """(shard_numel,) this rank's gradient of a bucket; not defined where no rank has a gradient. After stats()."""
+        """(shard_numel,) this rank's gradient of a bucket; undefined where no rank has a gradient. After collect()."""
 
     @abstractmethod
-    def parts(self, bucket: Bucket) -> list[Tensor]:
-        """The same in pieces, with what is not defined left out or zero."""
+    def factor(self) -> Tensor | None:
+        """0-D: what clipping has left to be multiplied by. After collect().
+
+        Raises:
+            RuntimeError: `.grad` has been edited since it was clipped.
+        """
+
+    @abstractmethod
+    def clipped_by(self) -> Tensor | None:
+        """0-D: what `clip` has multiplied by since the last gradient came; a part of `factor()`, or done."""
+
+    @abstractmethod
+    def clip(self, coefficient: Tensor) -> None:
+        """Multiply all gradients by a 0-D tensor, now or when they are used. After collect()."""
 
     @abstractmethod
     def whole(self, bucket: Bucket, position: int) -> Tensor:
-        """(numel,) fp32: one parameter's gradient, in its memory order. Collective where gradients are reduced."""
+        """(numel,) fp32: one parameter's gradient, in memory order, without factors. Collective where reduced."""
 
     @abstractmethod
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Take (numel,) `value` for one parameter's gradient, in its memory order, as if it had been computed."""
+        """Take (numel,) `value` for one parameter's gradient, in its memory order, whatever there is of it."""
 
     @abstractmethod
-    def after_step(self) -> None:
-        """Forget what a second step() without a backward must not see again."""
+    def norm_power(self, norm_type: float) -> Tensor:
+        """(1,) fp64: the sum of |g|^p over this rank's part, or the largest |g| for inf. After collect()."""
+
+    @abstractmethod
+    def locate_nonfinite(self, always: bool) -> None:
+        """Look for the first bad parameter in every step, not only where the host knows that there is one."""
+
+    @abstractmethod
+    def after_step(self, used: Sequence[bool]) -> None:
+        """A step has used the gradients, which stay. used: by parameter number, some rank had a gradient."""
+
+    @abstractmethod
+    def finish_broken_round(self) -> None:
+        """Send what a backward that an exception ended has not sent, where gradients are reduced."""
 
     @abstractmethod
     def reset(self) -> None:
-        """After zero_grad(): forget all."""
+        """The optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
 
-    def norm_power(self, norm_type: float) -> Tensor:
-        """(1,) fp64: the sum of |g|^p over this rank's part, or the largest |g| for inf. After stats()."""
-        parts = [part for bucket in self._buckets if bucket.counts for part in self.parts(bucket) if part.numel()]
-        if not parts:
-            return torch.zeros(1, dtype=torch.float64, device=self._device)
-        wide = [part.float() for part in parts]
-        norms = torch.stack(torch._foreach_norm(wide, norm_type)).double()
-        return (norms.max() if math.isinf(norm_type) else norms.pow(norm_type).sum()).reshape(1)
+
+def power_sum(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """(1,) fp64: the sum of |g|^p over tensors, or the largest |g| for inf."""
+    powers = powers_of(parts, norm_type, device)
+    return (powers.amax() if math.isinf(norm_type) and powers.numel() else powers.sum()).reshape(1)
+
+
+def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """(len(parts),) fp64: the sum of |g|^p of each, or its largest |g| for inf."""
+    result = torch.zeros(len(parts), dtype=torch.float64, device=device)
+    filled = [(index, part.float()) for index, part in enumerate(parts) if part.numel()]
+    if filled:
+        norms = torch.stack(torch._foreach_norm([part for _, part in filled], norm_type)).double()
+        places = torch.tensor([index for index, _ in filled], device=device)
+        result[places] = norms if math.isinf(norm_type) else norms.pow(norm_type)
+    return result
 
 
 class LocalGradients(Gradients):
     """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
 
-    def __init__(self, group: Group, device: torch.device, backend: str) -> None:
-        super().__init__(group, device, backend)
-        self._pieces: dict[Bucket, tuple[list[Tensor], list[int]]] = {}  # from stats() on
-        self._inv_scale: Tensor | None = None  # inside a scaled backward
-        self._watch = Watch(self._on_gradient)
+    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
+        super().__init__(group, exchange, device, backend)
+        self._pieces: dict[Bucket, tuple[list[Tensor], list[int]]] = {}  # from collect() on
+        self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
+        self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
+        self._epoch: int | None = None  # of the scale that `.grad` carries
+        self._seen_by_step: dict[Tensor, tuple[Tensor, int]] = {}  # `.grad` and its version, by parameter
+        self._factor: Tensor | None = None  # 0-D, of clipping
+        self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to, and their versions
+        self._scales = False
+        self._locates = False
+        self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
+        self._watched = 0  # buckets whose parameters have hooks
 
     def add(self, bucket: Bucket, scales: bool) -> None:
-        """Its parameters are watched only where a loss scale makes it matter who called backward."""
+        """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
         self._buckets.append(bucket)
-        if scales:
-            self._watch.add(bucket.params)
+        self._scales = scales
+        if scales or self._watched:
+            self._watch()
 
-    def _on_gradient(self, param: Tensor) -> None:
-        self.unscale = self._inv_scale
+    def _watch(self) -> None:
+        for bucket in self._buckets[self._watched :]:
+            self._hooks.add(bucket.params)
+        self._watched = len(self._buckets)
 
-    @property
-    def has_news(self) -> bool:
-        """Always: `.grad` may be edited without our knowing."""
-        return True
+    def _params(self) -> Iterator[Tensor]:
+        for bucket in self._buckets:
+            yield from bucket.params
+
+    def _before_gradient(self, param: Tensor) -> None:
+        if self._factor is not None:
+            self._apply_factor()
+        epoch = None if self._arriving is None else self._arriving[1]
+        if not self._scales or epoch == self._epoch:
+            return
+        if any(self._is_left(other) for other in self._params()):
+            raise mixed_scale_error()
+
+    def _is_left(self, param: Tensor) -> bool:
+        """`.grad` holds a gradient of an earlier backward; one changed since the last step was zeroed in place."""
+        if param.grad is None:
+            return False
+        seen = self._seen_by_step.get(param)
+        return seen is None or seen[0] is not param.grad or seen[1] == param.grad._version
+
+    def _after_gradient(self, param: Tensor) -> None:
+        self._unscale, self._epoch = self._arriving or (None, None)
+        if self._seen_by_step:
+            self._seen_by_step.clear()
 
     @contextmanager
-    def scaled_by(self, inv_scale: Tensor) -> Iterator[None]:
+    def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
         """See Gradients."""
-        self._inv_scale = inv_scale
+        self._arriving = (inv_scale.clone(), epoch)
+        if all(param.grad is None for param in self._params()):
+            self._unscale, self._epoch = self._arriving  # another rank may be the only one that gets gradients
         try:
             yield
         finally:
-            self._inv_scale = None
+            self._arriving = None
 
-    def stats(self) -> Stats:
-        """One pass that only reads."""
+    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+        """One pass that only reads, and the message."""
         found = torch.zeros(1, device=self._device)
         sumsq = torch.zeros(1, dtype=torch.float64, device=self._device)
         counted: list[Tensor] = []
         others: list[Tensor] = []
+        used = [False] * sum(len(bucket.params) for bucket in self._buckets)
         for bucket in self._buckets:
-            bucket.forget_gradients()
-            self._pieces[bucket] = bucket.gradients(*bucket.layout.shard_bounds(self._group.rank))
-            (counted if bucket.counts else others).extend(self._pieces[bucket][0])
+            grads = [param.grad for param in bucket.params]
+            for param, number, grad in zip(bucket.params, bucket.numbers, grads, strict=True):
+                used[number] = grad is not None
+                if grad is not None and grad.layout != torch.strided:
+                    raise sparse_error(param)
+            self._pieces[bucket] = bucket.pieces(grads, *bucket.layout.shard_bounds(self._group.rank))
+            for pieces, counts in self._by_run(bucket):
+                (counted if counts else others).extend(pieces)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq, backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
-        return Stats(found, sumsq, self._suspect(found))
+        suspect = self._locate(found)
+        if outer_found is not None:
+            found = torch.maximum(found, outer_found)
+        skips = self.num_skips_in_a_row
+        stats = LocalGradStats(found, sumsq, suspect, used, purpose, num_skips_in_a_row=skips)
+        return self._exchange.gather(stats, self._unscale)
 
-    def _suspect(self, found: Tensor) -> Tensor:
-        if not (self.search or is_set(found)):
+    def _by_run(self, bucket: Bucket) -> Iterator[tuple[list[Tensor], bool]]:
+        """The pieces of each run of a bucket, and whether it counts for the norm."""
+        pieces, offsets = self._pieces[bucket]
+        for run in bucket.layout.runs:
+            low, high = bucket.layout.run_bounds(run, self._group.rank)
+            yield [p for p, at in zip(pieces, offsets, strict=True) if low <= at < high], run.key.counts
+
+    def _locate(self, found: Tensor) -> Tensor:
+        if not (self._locates or is_set(found)):
             return torch.full((1,), NO_SUSPECT, dtype=torch.float64, device=self._device)
-        codes = [bucket.suspect_in_grads(self._group.rank, self._group.size) for bucket in self._buckets]
+        codes = [
+            locate_nonfinite_grads(b, [param.grad for param in b.params], self._group.rank, self._group.size)
+            for b in self._buckets
+        ]
         return torch.stack(codes).min().reshape(1)
 
     def of(self, bucket: Bucket) -> Tensor:
@@ -191,36 +240,91 @@ class LocalGradients(Gradients):
         pieces, offsets = self._pieces[bucket]
         if len(pieces) == 1 and pieces[0].numel() == bucket.layout.shard_numel:
             return pieces[0].view(-1)  # one parameter, no gaps: no copy
-        packed = memory.empty(bucket.layout.shard_numel, bucket.flat.dtype, bucket.device)
+        packed = memory.empty(bucket.layout.shard_numel, bucket.dtype, bucket.device)
         if self._group.size > 1:
             packed.zero_()  # a parameter may have a gradient on another rank alone
         ops.pack_(packed, pieces, offsets=offsets, backend=self._backend)
         return packed
 
-    def parts(self, bucket: Bucket) -> list[Tensor]:
+    # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
+
+    def clip(self, coefficient: Tensor) -> None:
+        """Keep the coefficient, until `.grad` is used, added to, or replaced."""
+        factor = self.factor()
+        self._factor = coefficient if factor is None else factor * coefficient
+        self._clipped = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+        self._watch()  # the next backward must not add to a gradient that is still to be multiplied
+
+    def factor(self) -> Tensor | None:
         """See Gradients."""
-        return self._pieces[bucket][0]
+        if self._factor is None:
+            return None
+        edited, replaced = False, False
+        for param in self._params():
+            grad, (seen, version) = param.grad, self._clipped.get(param, (None, 0))
+            if grad is not None and grad is seen and grad._version != version:
+                edited = True
+            replaced |= grad is not None and grad is not seen
+        if edited and self._seen_by_step:  # after a step: it was zeroed in place
+            self._factor = None
+        elif edited:
+            raise RuntimeError(
+                "expected .grad unedited between clip_grad_norm_ and step(), got an edit in place, which the clip "
+                "coefficient would multiply too; call torch.nn.utils.clip_grad_norm_, which multiplies .grad at once"
+            )
+        elif replaced:
+            self._apply_factor()
+        return self._factor
+
+    def clipped_by(self) -> Tensor | None:
+        """All of the factor."""
+        return self._factor
+
+    @torch.no_grad()
+    def _apply_factor(self) -> None:
+        """Into the gradients that are still those that were clipped."""
+        factor, self._factor = self._factor, None
+        same = [p.grad for p, (g, v) in self._clipped.items() if p.grad is g and g._version == v]
+        if same and factor is not None:
+            torch._foreach_mul_(same, factor)
+        self._clipped = {}
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
-        grad = bucket.flat_grad(position)
+        grad = bucket.params[position].grad
         assert grad is not None
-        return grad.float()
+        return flatten_like(grad, bucket.params[position]).float()
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """Into `.grad`, carrying the loss scale that it carries."""
         param = bucket.params[position]
-        if self.unscale is not None:
-            value = value / self.unscale
+        if self._unscale is not None:
+            value = value / self._unscale
         grad = torch.empty_like(param)
-        bucket.as_flat(grad, position).copy_(value)
+        flatten_like(grad, param).copy_(value)
         param.grad = grad
 
-    def after_step(self) -> None:
-        """Nothing is kept: `.grad` is the caller's."""
+    def norm_power(self, norm_type: float) -> Tensor:
+        """See Gradients."""
+        counted = [piece for b in self._buckets for pieces, counts in self._by_run(b) if counts for piece in pieces]
+        return power_sum(counted, norm_type, self._device)
+
+    def locate_nonfinite(self, always: bool) -> None:
+        """See Gradients."""
+        self._locates = always
+
+    def after_step(self, used: Sequence[bool]) -> None:
+        """`.grad` is the caller's; the loss scale that it carries may change from now on."""
         self._pieces.clear()
+        if self._scales or self._factor is not None:
+            self._seen_by_step = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+
+    def finish_broken_round(self) -> None:
+        """There are none."""
 
     def reset(self) -> None:
         """See Gradients."""
         self._pieces.clear()
-        self.unscale = None
+        self._unscale = self._epoch = self._factor = None
+        self._clipped = {}
+        self._seen_by_step = {p: (p.grad, _ZEROED) for p in self._params() if p.grad is not None}

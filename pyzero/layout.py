@@ -1,9 +1,10 @@
 """The map from parameters to buckets and shards: integers only, no tensors, no communication.
 
-A bucket is a flat run of parameters of one group, dtype and device, in reverse order of registration, which is roughly
-the order in which backward finishes their gradients. Each parameter starts at a multiple of `GRANULE` elements, so that
-matrix kernels see aligned weights. A bucket is padded until every rank's shard is a multiple of it too. Only this file
-decides where a shard is cut; Adam takes any cut, so shards are cut at equal lengths whatever lies there.
+A bucket is a flat run of parameters of one dtype and device, in the order in which backward is expected to finish their
+gradients. Inside it, parameters that share hyper-parameters lie side by side: a segment run. Each parameter starts at a
+multiple of `GRANULE` elements, so that matrix kernels see aligned weights. A bucket is padded until every rank's shard
+is a multiple of it too. Only this file decides where a shard is cut; Adam takes any cut, so shards are cut at equal
+lengths whatever lies there.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,14 @@ GRANULE = 64  # elements; SEGMENT_GRANULE of pyzero.ops.adam
 class Key(NamedTuple):
     """What parameters of one bucket have in common."""
 
-    group_index: int
     dtype: str
     device: str
+
+
+class RunKey(NamedTuple):
+    """What parameters of one run have in common."""
+
+    group_index: int  # of the optimizer's param_groups
     counts: bool  # for the norm
 
 
@@ -30,6 +36,7 @@ class ParamSpec:
     numel: int
     element_bytes: int
     key: Key  # only equal keys share a bucket
+    run: RunKey = RunKey(0, True)
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Neighbours in a bucket that are updated and squared alike."""
+
+    key: RunKey
+    begin: int  # elements of the bucket, multiples of GRANULE
+    end: int
+
+
+@dataclass(frozen=True)
 class BucketLayout:
     """One bucket: its parameters, and how it is cut."""
 
     key: Key
     slots: tuple[Slot, ...]
+    runs: tuple[Run, ...]  # without gaps
     shard_numel: int  # elements per rank, a multiple of GRANULE
     num_ranks: int
 
@@ -58,6 +75,12 @@ class BucketLayout:
     def shard_bounds(self, rank: int) -> tuple[int, int]:
         """[begin, end) of a rank's shard, in elements of the bucket."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
+
+    def run_bounds(self, run: Run, rank: int) -> tuple[int, int]:
+        """[begin, end) of a run's part in a rank's shard, in elements of the shard."""
+        begin, end = self.shard_bounds(rank)
+        low, high = max(run.begin, begin), min(run.end, end)
+        return (low - begin, high - begin) if low < high else (0, 0)
 
     def overlap(self, slot: Slot, rank: int) -> tuple[int, int]:
         """[begin, end) of the part of a parameter that a rank's shard holds, in elements of the parameter."""
@@ -82,30 +105,57 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _finish(key: Key, specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
-    slots = []
+def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
+    """One bucket of these parameters, which share a key; those of one run come to lie side by side."""
+    slots: list[Slot] = []
+    starts: dict[RunKey, int] = {}
     offset = 0
-    for spec in specs:
+    for spec in sorted(specs, key=lambda spec: spec.run):  # stable: the given order inside a run
+        starts.setdefault(spec.run, offset)
         slots.append(Slot(spec.index, offset, spec.numel))
         offset += max(_round_up(spec.numel, GRANULE), GRANULE)  # an empty parameter has a slot of its own too
-    return BucketLayout(key, tuple(slots), _round_up(-(-offset // num_ranks), GRANULE), num_ranks)
+    shard_numel = _round_up(-(-offset // num_ranks), GRANULE)
+    ends = [*list(starts.values())[1:], shard_numel * num_ranks]
+    runs = tuple(Run(key, begin, end) for (key, begin), end in zip(starts.items(), ends, strict=True))
+    return BucketLayout(specs[0].key, tuple(slots), runs, shard_numel, num_ranks)
 
 
-def plan(specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks: int) -> list[BucketLayout]:
+def plan(
+    specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks: int, arrival: Sequence[int] | None = None
+) -> list[BucketLayout]:
     """Buckets of at most `bucket_cap_bytes` each (a larger parameter has one of its own), in launch order.
 
-    Launch order is the order in which backward is expected to fill them: the bucket whose last-filled parameter was
-    registered last comes first. It depends on nothing but the arguments, so it is the same on all ranks.
+    Args:
+        specs: The parameters.
+        bucket_cap_bytes: Of weights.
+        num_ranks: That a bucket is cut for.
+        arrival: Indices of the specs in the order in which backward is expected to finish their gradients; default:
+            the reverse of registration.
+
+    Launch order is the order in which backward is expected to fill the buckets. It depends on nothing but the
+    arguments, so it is the same on all ranks.
     """
-    open_specs: dict[Key, list[ParamSpec]] = {}
-    open_bytes: dict[Key, int] = {}
-    layouts = []
-    for spec in sorted(specs, key=lambda spec: -spec.index):
+    if arrival is None:
+        arrival = sorted((spec.index for spec in specs), reverse=True)
+    by_index = {spec.index: spec for spec in specs}
+    filling: dict[Key, list[ParamSpec]] = {}
+    num_bytes: dict[Key, int] = {}
+    full: list[tuple[int, BucketLayout]] = []  # (when the last of its parameters is expected, layout)
+    place = {index: position for position, index in enumerate(arrival)}
+
+    def close(key: Key) -> None:
+        members = filling.pop(key)
+        full.append((max(place[spec.index] for spec in members), lay_out(members, num_ranks)))
+
+    for index in arrival:
+        spec = by_index[index]
         size = spec.numel * spec.element_bytes
-        if open_specs.get(spec.key) and open_bytes[spec.key] + size > bucket_cap_bytes:
-            layouts.append(_finish(spec.key, open_specs.pop(spec.key), num_ranks))
-            open_bytes[spec.key] = 0
-        open_specs.setdefault(spec.key, []).append(spec)
-        open_bytes[spec.key] = open_bytes.get(spec.key, 0) + size
-    layouts += [_finish(key, left, num_ranks) for key, left in open_specs.items()]
-    return sorted(layouts, key=lambda layout: -min(slot.index for slot in layout.slots))
+        if spec.key in filling and num_bytes[spec.key] + size > bucket_cap_bytes:
+            close(spec.key)
+        if spec.key not in filling:
+            filling[spec.key], num_bytes[spec.key] = [], 0
+        filling[spec.key].append(spec)
+        num_bytes[spec.key] += size
+    for key in list(filling):
+        close(key)
+    return [layout for _, layout in sorted(full, key=lambda item: item[0])]

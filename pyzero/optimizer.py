@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from pyzero import amp, checkpoint, ops, scaler
+from pyzero import amp, arguments, checkpoint, ops, scaler
 from pyzero.access import FullAccess
-from pyzero.arguments import check_device, check_group, refuse_options
 from pyzero.buckets import Bucket
 from pyzero.comm import Group, Work, make_transport
+from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients import Gradients, LocalGradients
-from pyzero.layout import Key, ParamSpec, plan
+from pyzero.layout import GRANULE, BucketLayout
+from pyzero.overflow import OverflowMonitor
+from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaler import LossScale, Scaler
-from pyzero.skips import SkipWatch
-from pyzero.verdict import Jury, Verdict, clip_coefficient
 
 log = logging.getLogger("pyzero")
 
 _MEBIBYTE = 2**20
 
 
-class _Last(NamedTuple):
-    """Of the last step."""
+class _LastStep(NamedTuple):
+    """What can be asked of the last step."""
 
     found_inf: Tensor  # (1,) fp32
     norm: Tensor  # 0-D fp32, before clipping
@@ -41,23 +41,28 @@ class _Last(NamedTuple):
 class FusedZeroAdam(FullAccess, Optimizer):
     """torch.optim.Adam with fp32 masters, whose state is partitioned over the ranks of a process group.
 
-    The model is not wrapped: the optimizer reduces gradients by itself, in hooks. With one rank, or with
-    `reduce_grads=False`, `.grad` stays and what the caller does to it before `step()` counts.
+    The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
+    they are cleared; step() does not use them up. With one rank, or with `reduce_grads=False`, `.grad` is torch's. With
+    several it is this rank's own sum until it is reduced, and a ShardedGrad from then on, which answers norms and takes
+    factors as the averaged gradient would, and refuses all else: `full_grad(p)` gathers it.
 
     A step is: finish the reduction; exchange one small message (overflow flag, sum of squares, which parameters had a
     gradient); Adam on this rank's shard; all-gather of the weights. Nothing in it reads the device from the host.
 
     Args:
         params: Parameters or groups, as for torch.optim.Adam; bf16, fp16 or fp32. Each rank passes the same. Rank 0's
-            values are broadcast. The optimizer moves them into flat buffers, of which `p.data` becomes a view.
+            values are broadcast. The optimizer moves them into flat buffers: `p.data` is another tensor, with a
+            storage of its own, after construction, and once more after the first step in stage 2, when the buckets
+            take the order in which gradients have come. Convert and move the model before.
         lr: Learning rate, a number or a 0-D tensor.
         betas: Decay of the two moments.
         eps: Added to the denominator.
         weight_decay: L2 penalty; decoupled in FusedZeroAdamW.
+        amsgrad: Refused, as is `differentiable`; `foreach`, `capturable` and `fused` change nothing here.
         maximize: Ascend.
         decoupled_weight_decay: AdamW's rule.
-        stage: 1 partitions masters and moments and sends gradients once per step; 2 partitions gradients too, sends
-            them in every backward, and frees `.grad` as it goes.
+        stage: 1 partitions masters and moments and sends gradients when they are first read, in step() usually; 2
+            sends them in every backward, and frees them as it goes.
         process_group: A process group or one dimension of a DeviceMesh; default: the default group, if there is one.
         model_parallel_group: The ranks that hold other parts of the same model, a process group or one dimension of a
             DeviceMesh: they skip steps together and share one gradient norm. Parameters with the attribute
@@ -70,10 +75,11 @@ class FusedZeroAdam(FullAccess, Optimizer):
         overlap: Send a bucket while backward goes on (stage 2).
         grad_reduce_dtype: dtype in which gradients are sent; default: the parameter's.
         reduce_grads: False where gradients are already averaged over ranks (DDP, a trainer).
+        init_sync: As DDP's: make parameters, frozen ones too, and the buffers of the modules that hold them, what they
+            are on rank 0.
         max_consecutive_skips: This many skipped steps in a row raise RuntimeError; None: any number is fine.
         transport: "exact" (all-to-all, summed in fp32 in rank order) or "collective" (the library's reduce-scatter).
         backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
-        **torch_options: Other arguments of torch.optim.Adam; refused by name where they would change the result.
 
     Raises:
         ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices.
@@ -90,8 +96,13 @@ class FusedZeroAdam(FullAccess, Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool | None = None,
         stage: int = 2,
         process_group: Any = None,
@@ -102,27 +113,13 @@ class FusedZeroAdam(FullAccess, Optimizer):
         overlap: bool = True,
         grad_reduce_dtype: torch.dtype | None = None,
         reduce_grads: bool = True,
+        init_sync: bool = True,
         max_consecutive_skips: int | None = 50,
         transport: str = "exact",
         backend: str = "auto",
-        **torch_options: Any,
     ) -> None:
-        refuse_options(torch_options)
-        if stage not in (1, 2):
-            raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
-        self._group = Group(process_group)
-        self._model_parallel = None if model_parallel_group is None else Group(model_parallel_group)
-        sender = make_transport(transport, self._group)
-        self._bucket_cap_bytes = max(int(bucket_cap_mb * _MEBIBYTE), 1)
-        self._backend = backend
-        self._max_grad_norm = max_grad_norm
-        self._buckets: list[Bucket] = []
-        self._verdict: Verdict | None = None
-        self._clip: Tensor | None = None  # 0-D coefficient asked for by clip_grad_norm_, until the next step
-        self._last: _Last | None = None
-        self._ready = False
+        arguments.refuse_unsupported({"amsgrad": amsgrad, "differentiable": differentiable})
+        arguments.check_arguments(stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips)
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -131,20 +128,38 @@ class FusedZeroAdam(FullAccess, Optimizer):
             maximize=maximize,
             decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
         )
+        arguments.check_hyper_parameters(defaults)
+        self._ready = False
         super().__init__(params, defaults)
-        parameters = [param for group in self.param_groups for param in group["params"]]
+        named = self._named_params()
+        arguments.check_disjoint(named)
+        parameters = list(named)
         self._device = next((param.device for param in parameters if param.requires_grad), torch.device("cpu"))
         policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
+
+        self._group = Group(process_group)
+        model_parallel = None if model_parallel_group is None else Group(model_parallel_group)
+        is_replica = model_parallel is not None and model_parallel.rank > 0
+        cap_bytes = max(int(bucket_cap_mb * _MEBIBYTE), 1)
+        self._placement = Placement(self._group, self.state, cap_bytes, is_replica, init_sync)
+        self._backend = backend
+        self._max_grad_norm = max_grad_norm
+        self._last: _LastStep | None = None
         self._scaler = Scaler(policy, self._device, backend)
-        self._stand_in = amp.StandIn(self._device)
-        self._jury = Jury(self._group, self._model_parallel, self._device)
-        self._skips = SkipWatch(self._device, max_consecutive_skips, speaks=self._group.rank == 0)
-        self._gradients: Gradients = LocalGradients(self._group, self._device, backend)
+        self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
+        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
+        exchange = self._exchange = GradStatsExchange(self._group, model_parallel)
+        transport_of_group = make_transport(transport, self._group)
+        self._gradients: Gradients = LocalGradients(self._group, exchange, self._device, backend)
         if reduce_grads and self._group.size > 1:
             options = ReductionOptions(stage, overlap, grad_reduce_dtype)
-            self._gradients = ReducedGradients(self._group, sender, self._device, options, backend)
-        self.register_state_dict_pre_hook(_follow_writes)
-        self.register_state_dict_post_hook(_add_scaler, prepend=True)
+            inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
+            self._gradients = ReducedGradients(
+                self._group, exchange, transport_of_group, self._device, options, inv_scale, backend
+            )
+            self._gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        self.register_state_dict_pre_hook(_sync_masters_from_weights)
+        self.register_state_dict_post_hook(_add_zero_state, prepend=True)
         self._place(range(len(self.param_groups)))
         self._ready = True
 
@@ -152,9 +167,9 @@ class FusedZeroAdam(FullAccess, Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As torch's. torch.amp.GradScaler finds a stand-in for gradients that are being reduced; see pyzero/amp.py."""
+        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are being reduced; see pyzero/amp.py."""
         if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
-            return self._stand_in.groups(self._collect().found_inf)
+            return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
         return self._param_groups
 
     @param_groups.setter
@@ -164,76 +179,73 @@ class FusedZeroAdam(FullAccess, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group gets buckets of its own."""
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        try:
+            arguments.check_group(group)
+            if self._ready:
+                arguments.check_disjoint(self._named_params())
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
         if self._ready:
             self._place([len(self.param_groups) - 1])
 
-    def _place(self, group_indices: Iterable[int]) -> None:
-        """Plan buckets for these groups, move the parameters in, and show their state."""
-        params: list[Tensor] = []
-        specs: list[ParamSpec] = []
-        for index in group_indices:
-            for param in self.param_groups[index]["params"]:
-                if param.requires_grad and param not in self.state:
-                    check_device(param, self._device)
-                    key = Key(index, str(param.dtype), str(param.device), self._counts(param))
-                    specs.append(ParamSpec(len(params), param.numel(), param.element_size(), key))
-                    params.append(param)
-        self._check_agreement(params, specs)
-        if not params:
-            return
-        num_placed = sum(len(bucket.params) for bucket in self._buckets)
-        for layout in plan(specs, self._bucket_cap_bytes, self._group.size):
-            members = [params[slot.index] for slot in layout.slots]
-            bucket = Bucket(layout, members, self._group, len(self._buckets), num_placed)
-            num_placed += len(members)
-            self._buckets.append(bucket)
-            self._gradients.add(bucket, scales=self._scaler.enabled)
-            for position, param in enumerate(bucket.params):
-                self.state[param] = bucket.state_views(position)
-        self._verdict = None  # it knows nothing of these
+    def _named_params(self) -> dict[Tensor, str]:
+        """All parameters, and what to call them in messages."""
+        groups = enumerate(self._param_groups)
+        return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
 
-    def _counts(self, param: Tensor) -> bool:
-        """Whether a parameter counts for the norm on this rank: once over the model-parallel ranks."""
-        if self._model_parallel is None or self._model_parallel.rank == 0:
-            return True
-        return bool(getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False))
+    def _name(self, group_index: int, place: int) -> str:
+        """The name that the caller gave, or numbers."""
+        names = self.param_groups[group_index].get("param_names")
+        return str(names[place]) if names else f"parameter {place} of group {group_index}"
+
+    @property
+    def _buckets(self) -> list[Bucket]:  # type: ignore[override]
+        return self._placement.buckets
+
+    def _place(self, group_indices: Iterable[int]) -> None:
+        """Move the trained parameters of these groups into buckets."""
+        for bucket in self._placement.add(self._param_groups, group_indices, self._device):
+            self._gradients.add(bucket, scales=self._scaler.enabled)
 
     def _place_unfrozen(self) -> None:
         """Parameters that were frozen so far, and are no longer, get buckets now."""
-        groups = enumerate(self.param_groups)
-        thawed = [i for i, g in groups if any(p.requires_grad and p not in self.state for p in g["params"])]
-        if thawed:
-            self._place(thawed)
+        unplaced = self._placement.unplaced(self._param_groups)
+        if unplaced:
+            self._place(unplaced)
 
-    def _check_agreement(self, params: list[Tensor], specs: list[ParamSpec]) -> None:
-        mine = [(tuple(p.shape), str(p.dtype), spec.key.group_index) for p, spec in zip(params, specs, strict=True)]
-        rows = self._group.gather_objects(mine)
-        for rank, theirs in enumerate(rows):
-            if theirs == rows[0]:
-                continue
-            where = next((i for i, (a, b) in enumerate(zip(rows[0], theirs, strict=False)) if a != b), None)
-            if where is None:
-                where = min(len(rows[0]), len(theirs))
-            first, other = (_spell(row[where]) if where < len(row) else "nothing" for row in (rows[0], theirs))
-            raise ValueError(
-                f"expected the same parameters on every rank, got parameter {where} as {first} on rank 0 "
-                f"and {other} on rank {rank}; build the model and its groups alike on every rank"
-            )
+    def _learn_arrival(self) -> None:
+        """Once, in the first step: other buckets, in the order in which gradients have come."""
+        gradients = self._gradients
+        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
+            layouts = self._placement.plan_by_arrival(gradients.arrival)
+            if layouts is not None:
+                gradients.learns_arrival = False
+                self._move_to(layouts)
+
+    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
+        if self._placement.move_to(layouts, keeps_state) and isinstance(self._gradients, ReducedGradients):
+            self._gradients.move_to(self._buckets)
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """`loss.backward(**kwargs)`, scaled where there is a loss scale."""
+        """`loss.backward(**kwargs)`, scaled where there is a loss scale.
+
+        Raises:
+            RuntimeError: `.grad` holds gradients of another scale, or of none.
+        """
         if not self._scaler.enabled:
             loss.backward(**kwargs)
             return
-        with self._gradients.scaled_by(self._scaler.inv_scale):
+        with self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch):
             self._scaler.scale_loss(loss).backward(**kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward in here sends nothing: gradients stay in `.grad` until the next backward outside, or step()."""
+        """Backward in here sends nothing: gradients stay with this rank until the next backward outside, or a read."""
         before, self._gradients.sync = self._gradients.sync, False
         try:
             yield
@@ -242,56 +254,60 @@ class FusedZeroAdam(FullAccess, Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradient shards are freed too."""
+        self._gradients.finish_broken_round()
         super().zero_grad(set_to_none)
         self._gradients.reset()
-        self._stand_in.clear()
-        self._verdict = self._clip = None
+        self._grad_scaler_proxy.clear()
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip the gradients of the next step() to a global norm of `max_norm`.
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale the gradients down to a global norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
-        The gradients stay as they are: the coefficient goes into Adam. A norm that is not finite clips nothing, for
-        the step is skipped then.
+        The coefficient is kept, and multiplied where the gradients are used next. Where the norm is not finite the step
+        is skipped.
 
         Args:
             max_norm: The largest norm.
             norm_type: p of the p-norm, above 0; inf for the largest absolute value.
+            error_if_nonfinite: Raise where the norm is inf or NaN. Reads the device.
 
         Returns:
             0-D fp32 tensor on the device: the norm before clipping, of the averaged and unscaled gradients.
+
+        Raises:
+            RuntimeError: The norm is not finite, and error_if_nonfinite is set.
+            ValueError: norm_type is not above 0.
         """
         if not norm_type > 0:
             raise ValueError(
                 f"expected norm_type above 0, got {norm_type}; 2.0 is the usual one, inf the largest value"
             )
-        verdict, outer = self._collect(), self._outer()
-        norm = verdict.norm
-        if norm_type != 2.0:
-            norm = self._jury.norm(self._gradients.norm_power(norm_type), norm_type, verdict.unscale)
-        if outer is not None:
-            norm = norm * outer
-        self._clip = clip_coefficient(max_norm, norm)
+        self._place_unfrozen()
+        with torch.no_grad():
+            stats = self._collect("clip_grad_norm_")
+            norm = stats.norm
+            if norm_type != 2.0:
+                norm = self._exchange.norm(self._gradients.norm_power(norm_type), norm_type, stats.unscale).reshape(())
+            factor = self._gradients.factor()
+            norm = norm if factor is None else norm * factor
+            if error_if_nonfinite and not bool(torch.isfinite(norm)):
+                raise RuntimeError(
+                    f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped. To "
+                    f"disable this error and scale the gradients by the non-finite norm anyway, set "
+                    f"`error_if_nonfinite=False`"
+                )
+            self._gradients.clip(clip_coefficient(max_norm, norm))
         return norm
 
-    def _collect(self) -> Verdict:
-        """Finish the reduction and exchange the step's one message."""
-        if self._verdict is not None and not self._gradients.has_news:
-            return self._verdict
+    def _collect(self, purpose: str) -> GlobalGradStats:
+        """Finish the reduction and exchange the step's one message. purpose: one of grad_stats.PURPOSES."""
         with record_function("pyzero::collect"), torch.no_grad():
-            stats = self._gradients.stats()
             outer_found = self.__dict__.get("found_inf")  # GradScaler's, of `.grad`
             if outer_found is not None:
-                found = torch.maximum(stats.found_inf, (outer_found != 0).to(torch.float32).reshape(1))
-                stats = stats._replace(found_inf=found)
-            self._verdict = self._jury.hear(stats, self._buckets, self._gradients.unscale)
-        return self._verdict
+                outer_found = (outer_found != 0).to(torch.float32).reshape(1)
+            return self._gradients.collect(outer_found, purpose)
 
-    def _outer(self) -> Tensor | None:
-        """0-D: what GradScaler leaves to be multiplied by, or None."""
-        return amp.outer_factor(self._stand_in, self.__dict__.get("grad_scale"))
-
-    def _forget_verdict(self) -> None:
-        self._verdict = None
+    def _state_was_written(self) -> None:
+        self._placement.is_fresh = False
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -305,74 +321,119 @@ class FusedZeroAdam(FullAccess, Optimizer):
             closure: Reevaluates the model and returns the loss, as torch's.
 
         Raises:
-            RuntimeError: `max_consecutive_skips` steps in a row were skipped.
+            RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
+                only; nothing is changed.
+            TypeError: The model was converted or moved to another device after the optimizer was built.
+            ValueError: A group's hyper-parameters were set to values out of range.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self._param_groups:
+            arguments.check_hyper_parameters(group)
         self._place_unfrozen()
         if not self._buckets:
             return loss
-        self._follow_writes()
-        verdict, outer, clip = self._collect(), self._outer(), self._clip
-        norm = verdict.norm if outer is None else verdict.norm * outer
-        if clip is None and self._max_grad_norm is not None:
-            clip = clip_coefficient(self._max_grad_norm, norm)
-        grad_scale = _product(clip, verdict.unscale, outer)
-        gathers = [self._update(bucket, verdict, grad_scale) for bucket in self._buckets]
-        self._scaler.update(verdict.found_inf, only_count=outer is not None)
+        self._sync_masters_from_weights()
+        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
+        if outer is not None and isinstance(self._gradients, ReducedGradients):
+            self._gradients.unscale(outer)
+            outer = None
+        self._overflow.check(stats.num_skips_in_a_row, self._describe)
+        self._learn_arrival()
+        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
+        norm = _product(stats.norm, outer, factor)
+        clip = None if self._max_grad_norm is None else clip_coefficient(self._max_grad_norm, norm)
+        grad_scale = _product(clip, factor, stats.unscale, outer)
+        if clipped_by is not None:  # grad_norm is of before clipping
+            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
+            clip = _product(clip, clipped_by)
+        gathers = [self._update(bucket, stats, grad_scale) for bucket in self._buckets if bucket.is_used(stats.used)]
+        has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
+        self._scaler.update(stats.found_inf, only_count=has_grad_scaler)
         for gather in gathers:
             gather.wait()
-        self._gradients.after_step()
-        self._stand_in.clear()
-        self._last = _Last(verdict.found_inf, norm, clip)
-        self._verdict = self._clip = None
-        self._gradients.search = self._skips.after_step(self._scaler.state, verdict.suspect, self._describe)
+        for bucket in self._buckets:
+            bucket.weights_were_written(stats.used)
+        self._placement.is_fresh = False
+        self._gradients.after_step(stats.used)
+        self._grad_scaler_proxy.clear()
+        self._last = _LastStep(stats.found_inf, norm, clip)
+        self._overflow.after_step(self._scaler.state, stats.suspect, self._describe)
+        skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
+        self._gradients.locate_nonfinite(always=skips > 0)
+        if self._device.type == "cpu":  # all hosts know as much
+            self._overflow.check(skips, self._describe)
         return loss
 
-    def _update(self, bucket: Bucket, verdict: Verdict, grad_scale: float | Tensor) -> Work:
+    def _update(self, bucket: Bucket, stats: GlobalGradStats, grad_scale: Tensor | None) -> Work:
         """Adam on this rank's shard of a bucket, then its weights to all ranks."""
-        group = self.param_groups[bucket.group_index]
-        used = verdict.used[bucket.first_param : bucket.first_param + len(bucket.params)]
-        bucket.steps.add_(used * (1.0 - verdict.found_inf))
+        used = bucket.used_tensor(stats.used)
+        bucket.steps.add_(used * (1.0 - stats.found_inf))
+        grad = self._gradients.of(bucket)
+        with record_function("pyzero::adam"):
+            for run in bucket.layout.runs:
+                low, high = bucket.layout.run_bounds(run, self._group.rank)
+                if low < high:
+                    self._adam(
+                        bucket, grad, low, high, self._param_groups[run.key.group_index], used, stats, grad_scale
+                    )
+        with record_function("pyzero::all_gather"):
+            return self._group.all_gather_into(bucket.flat, bucket.weight_shard)
+
+    def _adam(
+        self,
+        bucket: Bucket,
+        grad: Tensor,
+        low: int,
+        high: int,
+        group: dict[str, Any],
+        used: Tensor,
+        stats: GlobalGradStats,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """On elements [low, high) of this rank's shard, which share hyper-parameters."""
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            lr = lr.to(bucket.device, non_blocking=True)
-        with record_function("pyzero::adam"):
-            ops.adam_(
-                bucket.master,
-                bucket.exp_avg,
-                bucket.exp_avg_sq,
-                self._gradients.of(bucket),
-                lr=lr,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                step=bucket.steps,
-                decoupled_weight_decay=group["decoupled_weight_decay"],
-                maximize=group["maximize"],
-                grad_scale=grad_scale,
-                found_inf=verdict.found_inf,
-                param_out=None if bucket.is_master else bucket.own,
-                segment_ids=bucket.segment_ids,
-                active=used,
-                backend=self._backend,
-            )
-        with record_function("pyzero::all_gather"):
-            return self._group.all_gather_into(bucket.flat, bucket.own)
+            lr = lr.reshape(()).to(bucket.device, non_blocking=True)
+        ops.adam_(
+            bucket.master[low:high],
+            bucket.exp_avg[low:high],
+            bucket.exp_avg_sq[low:high],
+            grad[low:high],
+            lr=lr,
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=bucket.steps,
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=1.0 if grad_scale is None else grad_scale,
+            found_inf=stats.found_inf,
+            param_out=None if bucket.is_master else bucket.weight_shard[low:high],
+            segment_ids=bucket.segment_ids[low // GRANULE : high // GRANULE],
+            active=used,
+            backend=self._backend,
+        )
 
     @torch.no_grad()
-    def _follow_writes(self) -> None:
-        num_written = sum(bucket.adopt_writes() for bucket in self._buckets)
+    def _sync_masters_from_weights(self, every: bool = False) -> None:
+        """Follow what others have written to the weights, or refuse all of it."""
+        written = [bucket.written(every) for bucket in self._buckets]
+        num_written = sum(map(len, written))
         if num_written:
+            for bucket, positions in zip(self._buckets, written, strict=True):
+                bucket.follow(positions)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
     def refresh_fp32_params(self) -> None:
-        """Make all masters follow the weights, also where they were written through `param.data`, which goes unseen."""
-        for bucket in self._buckets:
-            bucket.adopt_writes(every=True)
+        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
+
+        So it is after writes through `param.data`, collectives on a parameter, and numpy or DLPack views.
+        """
+        self._sync_masters_from_weights(every=True)
 
     # ---- what can be read -----------------------------------------------------------------------------------------
 
@@ -408,16 +469,13 @@ class FusedZeroAdam(FullAccess, Optimizer):
         return sum(bucket.num_state_bytes() for bucket in self._buckets)
 
     def _describe(self, code: float) -> str:
-        """Which gradient a code of Bucket.suspect means."""
+        """Which gradient a code of Bucket.locate_nonfinite means."""
         if math.isinf(code):
             return "the sum of the gradients over ranks"
         number, rank = divmod(int(code), self._group.size + 1)
-        bucket = next(bucket for bucket in reversed(self._buckets) if bucket.first_param <= number)
-        param, group = bucket.params[number - bucket.first_param], self.param_groups[bucket.group_index]
-        place = next(i for i, candidate in enumerate(group["params"]) if candidate is param)
-        name = f"parameter {place} of group {bucket.group_index}"
-        if "param_names" in group:
-            name = group["param_names"][place]
+        param, group_index = self._placement.params[number], self._placement.specs[number].run.group_index
+        members = self._param_groups[group_index]["params"]
+        name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
         where = f" on rank {rank}" if rank < self._group.size else ""
         return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
 
@@ -425,14 +483,41 @@ class FusedZeroAdam(FullAccess, Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave on the same rank of as many ranks; nothing is changed where it does not fit."""
+        """Load what `state_dict()` gave on the same rank of as many ranks, or a torch.optim.Adam's or AdamW's.
+
+        Every rank calls it; a torch optimizer's is given whole to each. Nothing is changed anywhere where it does not
+        fit on one rank.
+
+        Raises:
+            ValueError: Another rank's, another number of ranks', or other parameters.
+        """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        checkpoint.load_rank_state(self, state_dict)
-        if "scaler" in state_dict:
-            self._scaler.load(state_dict["scaler"])
-            self._skips.start_from(self.skipped_steps)
+        self._place_unfrozen()
+        for bucket in self._buckets:
+            bucket.written()  # or refuse
+        saved, problem = None, None
+        try:
+            saved = checkpoint.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
+        except ValueError as error:
+            problem = error
+        problems = self._group.gather_objects(None if problem is None else str(problem))
+        if problem is not None:
+            raise problem
+        told = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
+        if told is not None:
+            raise ValueError(f"nothing was loaded, for rank {told[0]} could not: {told[1]}")
+        assert saved is not None
+        if saved.layouts is not None:
+            self._move_to(saved.layouts, keeps_state=False)
+            if isinstance(self._gradients, ReducedGradients):
+                self._gradients.learns_arrival &= not saved.has_learned
+        saved.copy_into(self)
+        if saved.scaler is not None:
+            self._scaler.load(saved.scaler)
+            self._overflow.start_from(self.skipped_steps)
+        self._placement.is_fresh = False
         self._publish_masters()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -449,45 +534,55 @@ class FusedZeroAdam(FullAccess, Optimizer):
         gathers = []
         for bucket in self._buckets:
             if not bucket.is_master:
-                bucket.own.copy_(bucket.master)
-            bucket.know_all_writes()
-            gathers.append(self._group.all_gather_into(bucket.flat, bucket.own))
+                bucket.weight_shard.copy_(bucket.master)
+            gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         for gather in gathers:
             gather.wait()
+        for bucket in self._buckets:
+            bucket.weights_were_written()
+
+    def _zero_state(self) -> dict[str, Any]:
+        """What a state dict says of itself: whose it is, and how it is cut."""
+        learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
+        buckets = [list(bucket.numbers) for bucket in self._buckets]
+        return checkpoint.describe(self._group.rank, self._group.size, buckets, learned)
 
 
 class FusedZeroAdamW(FusedZeroAdam):
-    """torch.optim.AdamW's rule and default weight decay; all else as FusedZeroAdam."""
+    """torch.optim.AdamW's rule, default weight decay and order of arguments; all else as FusedZeroAdam."""
 
     _decoupled = True
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) < 4:  # weight_decay is the fifth argument
-            kwargs.setdefault("weight_decay", 1e-2)
-        super().__init__(params, *args, **kwargs)
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
-def _follow_writes(optimizer: Optimizer) -> None:
+def _sync_masters_from_weights(optimizer: Optimizer) -> None:
     """A state_dict hook: masters that are saved are of the weights as they are."""
     assert isinstance(optimizer, FusedZeroAdam)
-    optimizer._follow_writes()
+    optimizer._sync_masters_from_weights()
 
 
-def _add_scaler(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: the loss scale's five numbers are state too."""
+def _add_zero_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """A state_dict hook: the loss scale's five numbers are state too, and whose fragments these are."""
     assert isinstance(optimizer, FusedZeroAdam)
     state_dict["scaler"] = optimizer._scaler.state
+    state_dict["param_groups"][0][checkpoint.ZERO] = optimizer._zero_state()
 
 
-def _product(*factors: Tensor | None) -> float | Tensor:
-    """Of those that are there; 1.0 of none."""
-    result: float | Tensor = 1.0
+def _product(*factors: Any) -> Any:
+    """Of those that are not None; None of none."""
+    result = None
     for factor in factors:
         if factor is not None:
-            result = factor if isinstance(result, float) else result * factor
+            result = factor if result is None else result * factor
     return result
-
-
-def _spell(row: tuple[tuple[int, ...], str, int]) -> str:
-    shape, dtype, group = row
-    return f"{shape} {dtype.removeprefix('torch.')} in group {group}"

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
-from torch.profiler import record_function
 
-from pyzero import ops
-from pyzero.buckets import NO_SUSPECT, Bucket
-from pyzero.comm import Exchange, Group, Transport, find_ddp_wrapper
-from pyzero.gradients import Gradients, Stats, Watch, is_set
-
-_MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
+from pyzero.accumulation import BucketGrads, ParamGrad
+from pyzero.amp import GradScalerProxy
+from pyzero.backward import BackwardEnd, GradientHooks
+from pyzero.buckets import Bucket
+from pyzero.comm import Group, Transport
+from pyzero.exchange import BucketExchange
+from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.gradients import Gradients, power_sum, powers_of
+from pyzero.modules import find_ddp_wrapper
 
 
 @dataclass(frozen=True)
 class ReductionOptions:
     """How gradients travel."""
 
-    stage: int  # 1: once, in step(); 2: in every backward
+    stage: int  # 1: once, when they are asked for; 2: in every backward
     overlap: bool  # a full bucket leaves while backward goes on
     dtype: torch.dtype | None  # to send in; None: that of the weights
 
@@ -34,94 +33,148 @@ class ReductionOptions:
 class ReducedGradients(Gradients):
     """Turns the gradients of all ranks into this rank's shards.
 
-    One round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it,
-    and is sent with zeros for parameters without a gradient. Stage 2 makes a round in every backward, so every rank
-    must run backward equally often between two steps; stage 1 makes one in step().
+    A round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it, and
+    is sent with zeros for parameters without a gradient. Whether there is a round never depends on what this rank alone
+    has seen: stage 2 makes one in every backward, so every rank must run backward equally often between two steps; and
+    whoever reads gradients makes one where none has been made since the last step, or where any rank says in the step's
+    message that it holds gradients that have not been sent.
     """
 
     def __init__(
-        self, group: Group, transport: Transport, device: torch.device, options: ReductionOptions, backend: str
+        self,
+        group: Group,
+        exchange: GradStatsExchange,
+        transport: Transport,
+        device: torch.device,
+        options: ReductionOptions,
+        inv_scale: Tensor | None,
+        backend: str,
     ) -> None:
-        super().__init__(group, device, backend)
-        self._transport = transport
-        self._stage = options.stage
-        self._overlap = options.overlap
-        self._dtype = options.dtype
-        self._found_inf = torch.zeros(1, device=device)  # (1,) fp32, this rank's
-        self._suspect = torch.full((1,), NO_SUSPECT, dtype=torch.float64, device=device)
-        self._edited = False  # shards were written, what was told of them is out of date
-        self._mean = 1.0 / group.size
-        self._scaled_mean: Tensor | None = None  # 0-D, 1 / (size * loss scale), inside a scaled backward or after one
-        self._in_scaled_backward = False
-        self._scaled = False  # the last gradient that arrived carries the loss scale
-        self._place: dict[Tensor, tuple[Bucket, int]] = {}
-        self._ready: dict[Bucket, set[int]] = {}
-        self._next = 0  # the bucket to send next in this round
-        self._num_rounds = 0
-        self._fresh = False  # a gradient arrived that no round has sent
-        self._late = False  # one arrived behind its bucket
-        self._tasks: set[int] = set()  # graph tasks whose end, or whose parent's end, is being waited for
-        self._prehooks: list[Any] = []  # on the nodes of an outer backward
-        self._in_flight: deque[tuple[Bucket, Exchange, float | Tensor]] = deque()
-        self._streams: set[Any] = set()  # that wrote gradients of this round
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        super().__init__(group, exchange, device, backend)
+        self._options = options
+        self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
+        self.grad_scaler_proxy = GradScalerProxy(device)
+        self._in_flight = BucketExchange(group, transport, device)
+        self._grads: list[BucketGrads] = []
+        self._records: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
+        self._by_number: list[ParamGrad] = []
+        self._self = weakref.ref(self)
+
+        # The accumulation: what is where in it, ParamGrad and BucketGrads know.
+        self._num_rounds = 0  # since the optimizer was built: the same on all ranks
+        self._num_rounds_used = 0  # by the last step
+        self._num_steps = 0
+        self._generation = 0  # grows with every gradient that arrives, is sent or edited
+        self._is_sending = False  # a round has begun in a backward
+        self._next = 0  # the bucket to send next in it
+
+        self._is_scaled = False  # gradients that arrive carry the loss scale
+        self._unsent_is_scaled = False
+        self._deferred: set[ParamGrad] = set()  # unused in the last step by all ranks: the others do not wait for them
+        self._undeferrable: set[ParamGrad] = set()  # were used when deferred
+        self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
+        self._clip: Tensor | None = None  # 0-D, of clip()
+        self._known_factor: tuple[tuple[Tensor, int, bool], Tensor] | None = None  # of the last call of scale
+        self.learns_arrival = options.stage == 2 and options.overlap
+        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
+
         self._checked = False  # that no DistributedDataParallel reduces these gradients too
-        self._watch = Watch(self._on_gradient)
+        self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
+        self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
     def add(self, bucket: Bucket, scales: bool) -> None:
-        """Append a bucket and watch its parameters."""
+        """Append a bucket and watch its parameters; what is in `.grad` already has not been sent."""
+        new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
+        records = {param: ParamGrad(param, number, self._self) for param, number in new}
+        self._place(bucket, [records[param] for param in bucket.params])
+        self._by_number = sorted((r for _, r in self._records.values()), key=lambda record: record.number)
+        self._hooks.add(records)
+
+    def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
+        grads = BucketGrads(bucket, records, self._backend)
         self._buckets.append(bucket)
-        self._ready[bucket] = set()
-        for position, param in enumerate(bucket.params):
-            self._place[param] = (bucket, position)
-            self._fresh |= param.grad is not None  # unfrozen after its first backward
-        if self._num_rounds:  # it joins between backward and step
-            bucket.ensure_shard().zero_()
-        self._watch.add(bucket.params)
-        if not bucket.is_master:
-            self._watch.add_before(bucket, self._before_gradient)
+        self._grads.append(grads)
+        for position, record in enumerate(records):
+            record.position = position
+            self._records[record.param] = (grads, record)
+        grads.num_awaited = len(records)
+        return grads
+
+    def move_to(self, buckets: list[Bucket]) -> None:
+        """Take other buckets of the same parameters. Collective."""
+        self._in_flight.receive_all()
+        whole: dict[ParamGrad, Tensor] = {}
+        stay = {grads: grads.waits_for_end for grads in self._grads}
+        waiting = {record for grads, waits in stay.items() if waits for record in grads.records}
+        for grads in self._grads:
+            if grads.shard is None:
+                continue
+            flat = self._group.gather_shards(grads.shard, "the all-gather of gradients that move to other buckets")
+            for slot, record in zip(grads.bucket.layout.slots, grads.records, strict=True):
+                whole[record] = flat[slot.offset : slot.offset + slot.numel]
+            grads.shard = None
+        records = {param: record for param, (_, record) in self._records.items()}
+        self._buckets, self._grads = [], []
+        for bucket in buckets:
+            grads = self._place(bucket, [records[param] for param in bucket.params])
+            grads.waits_for_end = any(record in waiting for record in grads.records)
+            grads.fill({record: whole.pop(record) for record in grads.records if record in whole})
 
     @property
-    def has_news(self) -> bool:
-        """A gradient arrived since the last round."""
-        return self._fresh
-
-    @contextmanager
-    def scaled_by(self, inv_scale: Tensor) -> Iterator[None]:
-        """See Gradients."""
-        self._scaled_mean = inv_scale / self._group.size
-        self._in_scaled_backward = True
-        try:
-            yield
-        finally:
-            self._in_scaled_backward = False
+    def arrival(self) -> list[int]:
+        """Parameter numbers in the order in which this rank's gradients have come."""
+        return list(self._arrived)
 
     # ---- arrival ---------------------------------------------------------------------------------------------------
 
-    def _on_gradient(self, param: Tensor) -> None:
+    @contextmanager
+    def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
+        """See Gradients."""
+        self._is_scaled = True  # the scale changes in step() alone, after all that carried it has been sent
+        try:
+            yield
+        finally:
+            self._is_scaled = False
+
+    def _before_gradient(self, param: Tensor) -> None:
         if not self._checked:
             self._check_unwrapped()
-        self._fresh = True
-        self._scaled = self._in_scaled_backward
-        if self._stage == 1 or not self.sync:
-            return
-        self._await_end()
-        bucket, position = self._place[param]
-        if bucket.index < self._next:
-            self._late, self._overlap = True, False  # a weight in two reentrant checkpoints: it waits from now on
-            return
-        self._ready[bucket].add(position)
-        if self._stream is not None:
-            self._streams.add(torch.cuda.current_stream(bucket.device))
-        while self._overlap and self._next < len(self._buckets) and self._is_full(self._buckets[self._next]):
-            self._send_next()
+        grads, record = self._records[param]
+        self._end.begin()
+        self._take_outer_factor()
+        self._generation += 1
+        self._clip = None
+        self._observe(grads, record)
+        if self._is_scaled != self._unsent_is_scaled:
+            self._observe_all()  # what was cleared since is gone
+            if any(other.has_local for other in self._by_number):
+                raise mixed_scale_error()
+            self._unsent_is_scaled = self._is_scaled
+        record.before_arrival()
 
-    def _before_gradient(self, bucket: Bucket, position: int) -> None:
-        """Autograd adds to `.grad` in 16 bits: what an earlier backward left there moves to fp32 first."""
-        bucket.carry(position)
+    def _after_gradient(self, param: Tensor) -> None:
+        grads, record = self._records[param]
+        record.after_arrival()
+        if self.learns_arrival:
+            self._arrived.pop(record.number, None)
+            self._arrived[record.number] = None
+        self._end.await_end()
+        if self._options.stage == 1 or not self.sync:
+            return
+        self._is_sending = True
+        self._in_flight.gradient_was_written()
+        if record in self._deferred:
+            return
+        if grads.bucket.index < self._next:  # a weight in two reentrant checkpoints: it goes with the next round,
+            grads.waits_for_end = True  # and waits from now on
+            return
+        grads.num_awaited -= not record.has_arrived
+        record.has_arrived = True
+        while self._options.overlap and self._next < len(self._grads) and self._is_full(self._grads[self._next]):
+            self._send_next(self._is_deferred)
 
     def _check_unwrapped(self) -> None:
-        wrapped = find_ddp_wrapper(self._place)
+        wrapped = find_ddp_wrapper(self._records)
         if wrapped is not None:
             raise RuntimeError(
                 f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
@@ -129,182 +182,278 @@ class ReducedGradients(Gradients):
             )
         self._checked = True
 
-    def _is_full(self, bucket: Bucket) -> bool:
-        return len(self._ready[bucket]) == len(bucket.params)
+    def _is_full(self, grads: BucketGrads) -> bool:
+        return grads.num_awaited == 0 and not grads.waits_for_end
 
-    def _await_end(self) -> None:
-        """Have the round finished where the outermost backward ends.
-
-        A reentrant checkpoint runs a backward of its own inside the outer one, whose end is not the end. The node
-        that runs it is seen on the stack; the nodes behind it run in the outer backward, and wait for its end.
-        """
-        task = torch._C._current_graph_task_id()
-        if task in self._tasks:
-            return
-        self._tasks.add(task)
-        node = _outermost_python_node()
-        if node is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-            return
-        nodes = [behind for behind, _ in node.next_functions if behind is not None]
-        self._prehooks += [behind.register_prehook(lambda grads: self._await_end()) for behind in nodes]
+    def _is_deferred(self, record: ParamGrad) -> bool:
+        return record in self._deferred
 
     def _end_of_backward(self) -> None:
-        if self._fresh or self._next:
-            self._finish_round()
-        if self._late:
-            self._late = False
-            self._finish_round()
+        if self._is_sending:
+            self._round(self._is_deferred)
+            self._in_flight.receive_at_end()
+        self._end.forget()
+        for record in self._by_number:
+            record.show()
 
-    def _forget_tasks(self) -> None:
-        self._tasks.clear()
-        while self._prehooks:
-            self._prehooks.pop().remove()
+    def finish_broken_round(self) -> None:
+        """See Gradients. The backward may have ended elsewhere on the other ranks.
+
+        What was cleared since is sent all the same, and cleared behind it: on the other ranks it may have been sent.
+        """
+        self._end.forget()
+        if not self._is_sending:
+            return
+        cleared = [record for record in self._by_number if record.is_cleared]
+        if cleared:
+            cleared = [record for record in self._by_number if record.param.grad is None]
+        for record in cleared:
+            record.restore()
+        self._round(self._is_deferred)
+        for record in cleared:
+            record.param.grad = None
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
-    def _finish_round(self) -> None:
-        self._forget_tasks()
-        while self._next < len(self._buckets):
-            self._send_next()
-        self._next = 0
+    def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
+        """Send what this round has not sent yet."""
+        self._end.forget()
+        while self._next < len(self._grads):
+            self._send_next(left_out)
+        self._next, self._is_sending = 0, False
+        self._await_gradients()
         self._num_rounds += 1
-        self._fresh = False
-        while self._in_flight:
-            self._receive()
+        self._unsent_is_scaled &= any(record.has_local for record in self._by_number)
+        self._group.where = f"after {self._num_rounds - self._num_rounds_used} backwards since step {self._num_steps}"
 
-    def _send_next(self) -> None:
-        number, bucket = self._next, self._buckets[self._next]
+    def _await_gradients(self) -> None:
+        """A new round begins: nothing has arrived."""
+        for grads in self._grads:
+            grads.num_awaited = 0
+            for record in grads.records:
+                record.has_arrived = False
+                grads.num_awaited += record not in self._deferred
+
+    def _send_next(self, left_out: Callable[[ParamGrad], bool]) -> None:
+        grads = self._grads[self._next]
+        what = f"the reduce-scatter of gradient bucket {self._next}"
         self._next += 1
-        self._ready[bucket].clear()
-        with self._on_side_stream(), record_function("pyzero::reduce_scatter"):
-            send = bucket.pack(0, bucket.layout.numel, self._dtype or bucket.flat.dtype, self._backend)
-            factor = self._scaled_mean if self._scaled and self._scaled_mean is not None else self._mean
-            exchange = self._transport.start(send, f"the reduce-scatter of gradient bucket {number}")
-            self._in_flight.append((bucket, exchange, factor))
-            while len(self._in_flight) > _MAX_IN_FLIGHT:
-                self._receive()
-        if self._stage == 2:
-            bucket.forget_partial()
-            self._free(bucket.params)
-
-    def _receive(self) -> None:
-        bucket, exchange, factor = self._in_flight.popleft()
-        with self._on_side_stream():
-            exchange.work.wait()
-            accumulate = bucket.shard is not None and self._stage == 2  # stage 1 sends the sum of all backwards
-            bucket.sumsq.zero_()
-            was_set = is_set(self._found_inf)
-            ops.reduce_scatter_(
-                bucket.ensure_shard(),
-                exchange.slices,
-                scale=factor,
-                accumulate=accumulate,
-                found_inf=self._found_inf,
-                sumsq=bucket.sumsq,
-                backend=self._backend,
-            )
-            if self.search or (is_set(self._found_inf) and not was_set):
-                code = bucket.suspect(exchange.slices, self._group.size, exchange.by_rank)
-                torch.minimum(self._suspect, code, out=self._suspect)
-
-    def _free(self, params: Iterable[Tensor]) -> None:
-        for param in params:
-            if param.grad is not None and self._stream is not None:
-                param.grad.record_stream(self._stream)
-            param.grad = None
-
-    @contextmanager
-    def _on_side_stream(self) -> Iterator[None]:
-        """On a GPU the reduction runs beside backward, after every stream that wrote a gradient."""
-        if self._stream is None:
-            yield
+        self._generation += 1
+        for record in grads.records:
+            self._observe(grads, record)
+        if all(left_out(record) for record in grads.records):
+            grads.pass_over(left_out)
             return
-        for stream in self._streams | {torch.cuda.current_stream(self._stream.device)}:
-            if stream != self._stream:
-                self._stream.wait_stream(stream)
-        with torch.cuda.stream(self._stream):
-            yield
+        scale: float | Tensor = 1.0 / self._group.size
+        if self._unsent_is_scaled and self._inv_scale is not None:
+            scale = self._inv_scale / self._group.size
+        self._in_flight.send(grads, self._options.dtype or grads.bucket.dtype, scale, left_out, what)
+
+    # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
+
+    def _observe(self, grads: BucketGrads, record: ParamGrad) -> None:
+        if record.observe():
+            self._in_flight.receive_all()
+            self._generation += 1
+            self._clip = None
+            grads.drop_forgotten()
+
+    def _observe_all(self) -> None:
+        for grads, record in self._records.values():
+            self._observe(grads, record)
+
+    def _take_outer_factor(self) -> None:
+        """What GradScaler's unscale_ has done to its proxy is owed to the gradients that are reduced."""
+        factor = self.grad_scaler_proxy.take_factor()
+        if factor is not None:
+            self.unscale(factor)
+
+    def unscale(self, factor: Tensor) -> None:
+        """Multiply all that has been reduced by a 0-D tensor, as part of the gradients themselves."""
+        self.scale(self._by_number, factor)
+
+    def zero(self, record: ParamGrad) -> None:
+        """See sharded_grad.GradOwner."""
+        self._in_flight.receive_all()
+        self._generation += 1
+        self._records[record.param][0].zero(record)
+
+    @torch.no_grad()
+    def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
+        """See sharded_grad.GradOwner. Kept beside the shards; the next step or round multiplies."""
+        self._in_flight.receive_all()
+        self._generation += 1
+        factor = self._as_factor(factor, inverse)
+        products: dict[int, Tensor] = {}  # one object for all records that have one factor
+        for record in records:
+            if not record.is_reduced:
+                continue
+            key = id(record.factor)
+            if key not in products:
+                products[key] = factor if record.factor is None else record.factor * factor
+            record.factor = products[key]
+            record.num_edits += 1
+
+    def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
+        """0-D fp32; one object for calls with one tensor, as clip_grad_norm_ makes them, gradient by gradient."""
+        if not isinstance(value, Tensor):
+            return torch.tensor(1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
+        key = (value, value._version, inverse)
+        if self._known_factor is None or self._known_factor[0][0] is not value or self._known_factor[0][1:] != key[1:]:
+            factor = value.detach().reshape(()).to(self._device, torch.float32, copy=True)
+            self._known_factor = (key, factor.reciprocal() if inverse else factor)
+        return self._known_factor[1]
+
+    @torch.no_grad()
+    def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
+        """See sharded_grad.GradOwner. The norms of all parameters come in one message, and are kept."""
+        if self._exchange.is_model_parallel:
+            raise RuntimeError(
+                "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
+                "optimizer.clip_grad_norm_(max_norm), which knows them"
+            )
+        known = self._param_norms
+        if known is None or known[:2] != (self._generation, norm_type):
+            self.collect(None, "a norm of .grad")
+            for grads in self._grads:
+                grads.apply_factors()
+            parts = [self._part(*self._records[record.param]) for record in self._by_number]
+            norms = self._exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
+            known = self._param_norms = (self._generation, norm_type, norms)
+        return known[2][record.number]
+
+    def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
+        return torch.empty(0, device=self._device) if grads.shard is None else grads.part(record)
 
     # ---- what a step asks ------------------------------------------------------------------------------------------
 
-    def stats(self) -> Stats:
-        """Told by the kernels that filled the shards."""
-        if self._fresh or self._next or self._num_rounds == 0:
-            self._finish_round()
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-            self._streams.clear()
-        if self._edited:
-            self._check_again()
-        sums = [bucket.sumsq for bucket in self._buckets if bucket.counts]
-        sumsq = torch.stack(sums).sum(0) if sums else torch.zeros(1, dtype=torch.float64, device=self._device)
-        return Stats(self._found_inf, sumsq, self._suspect)
+    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+        """See Gradients."""
+        self._take_outer_factor()
+        self.finish_broken_round()
+        self._observe_all()
+        if self._num_rounds == self._num_rounds_used and self._inv_scale is None:
+            self._round(_nothing)
+        stats = self._gather(outer_found, purpose)
+        if stats.has_unsent:
+            self._unsent_is_scaled = stats.unsent_is_scaled
+            self._round(_nothing)
+            stats = self._gather(outer_found, purpose)
+        return stats
 
-    def _check_again(self) -> None:
-        self._found_inf.zero_()
-        for bucket in self._buckets:
-            assert bucket.shard is not None
-            bucket.sumsq.zero_()
-            ops.unscale_([bucket.shard], 1.0, found_inf=self._found_inf, sumsq=bucket.sumsq, backend=self._backend)
-        self._edited = False
+    def _gather(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+        self._in_flight.receive_all()
+        if len({id(record.factor) for record in self._by_number}) > 1:  # no one factor can be left to Adam
+            for grads in self._grads:
+                grads.apply_factors()
+        found = torch.zeros(1, device=self._device)
+        sums = []
+        for grads in self._grads:
+            grads.check()
+            found = torch.maximum(found, grads.found_inf)
+            counted = [i for i, run in enumerate(grads.bucket.layout.runs) if run.key.counts]
+            sums.append(grads.sumsq if len(counted) == len(grads.sumsq) else grads.sumsq[counted])
+        if outer_found is not None:
+            found = torch.maximum(found, outer_found)
+        sumsq = torch.cat(sums).sum().reshape(1)
+        records = self._by_number
+        stats = LocalGradStats(
+            found,
+            sumsq,
+            torch.cat([grads.suspect for grads in self._grads]).min().reshape(1),
+            used=[record.is_used for record in records],
+            purpose=purpose,
+            edits=[record.num_edits for record in records],
+            has_unsent=any(record.has_local for record in records),
+            unsent_is_scaled=self._unsent_is_scaled,
+            num_rounds=self._num_rounds,
+            num_skips_in_a_row=self.num_skips_in_a_row,
+        )
+        known = self._exchange.gather(stats, None)
+        for record in records:
+            record.is_zero |= not known.used[record.number]
+        return known
 
     def of(self, bucket: Bucket) -> Tensor:
         """In fp32, averaged over ranks, unscaled."""
-        assert bucket.shard is not None
-        return bucket.shard
+        shard = self._grads[bucket.index].shard
+        assert shard is not None
+        return shard
 
-    def parts(self, bucket: Bucket) -> list[Tensor]:
+    def factor(self) -> Tensor | None:
+        """One for all parameters, or none."""
+        return self._by_number[0].factor if self._by_number else None
+
+    def clip(self, coefficient: Tensor) -> None:
         """See Gradients."""
-        return [self.of(bucket)]
+        before = self.factor()
+        self.scale(self._by_number, coefficient)
+        self._clip = (
+            self.factor() if before is None else coefficient if self._clip is None else self._clip * coefficient
+        )
+
+    def clipped_by(self) -> Tensor | None:
+        """See Gradients."""
+        return self._clip
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
-        slot = bucket.layout.slots[position]
-        flat: Tensor = self._group.gather_shards(self.of(bucket))[slot.offset : slot.offset + slot.numel]
-        return flat
+        return gather_param(self._group, bucket, position, self.of(bucket))
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Into the shard."""
-        here, there = bucket.own_part(position)
-        self.of(bucket)[here].copy_(value[there])
-        bucket.used[position] = True
-        self._edited = True
+        """Into the shards. Not collective; every rank does the same."""
+        self._in_flight.receive_all()
+        self._generation += 1
+        grads = self._grads[bucket.index]
+        record = grads.records[position]
+        self._observe(grads, record)
+        grads.replace(record, value)
 
-    def after_step(self) -> None:
-        """Stage 1 sends `.grad` anew where it is kept. In stage 2 it is None, and so the next gradient starts anew.
+    def norm_power(self, norm_type: float) -> Tensor:
+        """See Gradients."""
+        parts = []
+        for grads in self._grads:
+            for run in grads.bucket.layout.runs:
+                low, high = grads.bucket.layout.run_bounds(run, self._group.rank)
+                if run.key.counts and grads.shard is not None:
+                    parts.append(grads.shard[low:high])
+        return power_sum(parts, norm_type, self._device)
 
-        Nobody tells us of model.zero_grad(), after which a shard that was kept would be added to.
-        """
-        self._forget_rounds()
+    def locate_nonfinite(self, always: bool) -> None:
+        """See Gradients."""
+        self._in_flight.locates = always
+
+    def after_step(self, used: Sequence[bool]) -> None:
+        """See Gradients. What no rank used is not waited for in the next backwards."""
+        self._num_steps += 1
+        self._num_rounds_used = self._num_rounds
+        self._undeferrable |= {record for record in self._deferred if used[record.number]}
+        unused = {record for record in self._by_number if not used[record.number]}
+        self._deferred = unused - self._undeferrable if any(used) and self._options.stage == 2 else set()
+        self._await_gradients()
+        self._group.where = f"in or after step {self._num_steps}"
 
     def reset(self) -> None:
         """See Gradients."""
-        if self._next or self._tasks:  # backward was broken off, maybe at another place on the other ranks
-            self._finish_round()
-        self._late = False
-        for bucket in self._buckets:
-            bucket.forget_partial()
-        self._forget_rounds()
-
-    def _forget_rounds(self) -> None:
-        for bucket in self._buckets:
-            bucket.forget_gradients()
-        self._found_inf.zero_()
-        self._suspect.fill_(NO_SUSPECT)
-        self._num_rounds = 0
-        self._fresh = False
-        self._edited = False
+        self._observe_all()
+        self._in_flight.receive_all()
 
 
-_PYTHON_BACKWARD = BackwardCFunction.apply.__code__
+def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor) -> Tensor:
+    """(numel,) of one parameter, from its parts in every rank's (shard_numel,) shard. Collective.
+
+    Every rank sends as much as the largest part.
+    """
+    slot = bucket.layout.slots[position]
+    bounds = [bucket.layout.overlap(slot, rank) for rank in range(group.size)]
+    longest = max(high - low for low, high in bounds)
+    here, _ = bucket.own_part(position)
+    part = shard[here]
+    padded = torch.nn.functional.pad(part, (0, longest - part.numel()))
+    rows = group.gather_shards(padded, "the all-gather of a whole tensor").view(group.size, -1)
+    return torch.cat([row[: high - low] for row, (low, high) in zip(rows, bounds, strict=True)])
 
 
-def _outermost_python_node() -> Any:
-    """The outermost autograd node written in Python that is running on this thread, or None."""
-    frame, found = sys._getframe(1), None
-    while frame is not None:
-        if frame.f_code is _PYTHON_BACKWARD:
-            found = frame
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if found is None else found.f_locals["self"]
+def _nothing(record: ParamGrad) -> bool:
+    """No record is left out of a round that somebody asked for."""
+    return False

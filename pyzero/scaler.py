@@ -84,12 +84,14 @@ class Scaler:
         self._rule = {name: value for name, value in asdict(self.policy).items() if name != "init_scale"}
         self._no_rule = {**self._rule, "growth_factor": 1.0, "backoff_factor": 1.0}
         self.state = loss_scale_state(self.policy.init_scale, self.policy.hysteresis, device, self.policy.growth_delay)
+        self.epoch = 0  # the scale is the same as long as this is
         self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
         self._refresh()
 
     def load(self, state: Tensor) -> None:
         """Take over a saved state."""
         self.state.copy_(state)
+        self.epoch += 1
         self._refresh()
 
     def _refresh(self) -> None:
@@ -107,4 +109,5 @@ class Scaler:
         """
         rule = self._no_rule if only_count else self._rule
         ops.loss_scale_update_(self.state, found_inf, **rule, backend=self._backend)
+        self.epoch += not (rule["growth_factor"] == rule["backoff_factor"] == 1.0)
         self._refresh()

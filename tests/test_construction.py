@@ -160,7 +160,7 @@ def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage, num_
     for num_buckets, counts in ranks.run(size, count_launches, num_params, {"stage": stage}):
         assert num_buckets == -(-num_params // 104)  # 4,194 bytes hold 104 parameters of 40
         assert counts["adam_"] == counts["all_gather_into"] == num_buckets
-        assert counts["gather_rows"] == counts["loss_scale_update_"] == 1
+        assert counts["loss_scale_update_"] == 1 and counts.get("gather_rows", 0) == (size > 1)
         if size == 1:
             assert counts["pack_"] <= num_buckets and counts["unscale_"] <= 2
         else:

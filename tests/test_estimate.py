@@ -27,7 +27,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._known: dict[int, tuple[int, int]] = {}  # where each lies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -38,15 +38,18 @@ class Meter(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._known or storage.device.type == "meta":
             return
-        self._known.add(key)
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        if any(low <= begin and end <= high for low, high in self._known.values()):
+            return  # a parameter's, inside its bucket's
+        self._known[key] = begin, end
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
         weakref.finalize(storage, self._gone, key, storage.nbytes())
 
     def _gone(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
+        del self._known[key]
         self.now -= num_bytes
 
 

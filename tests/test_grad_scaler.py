@@ -178,3 +178,63 @@ def test_others_see_the_parameters():
     optimizer = pyzero.FusedZeroAdam([param])
     assert optimizer.param_groups[0]["params"] == [param]
     assert "FusedZeroAdam" in repr(optimizer)
+
+
+def clipped_after_unscale(group: Any, stage: int, what: str) -> dict[str, Any]:
+    """The recipe of torch's documentation, and what else may come between unscale_ and step."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    params = [nn.Parameter(torch.zeros(70)), nn.Parameter(torch.zeros(3, 5))]
+    optimizer = pyzero.FusedZeroAdam(params, lr=0.5, betas=(0.5, 0.5), process_group=group, stage=stage)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def backward(scaled: bool) -> None:
+        loss = (params[0] * (1.0 + rank)).sum() + (params[1] * 3.0).sum()
+        (scaler.scale(loss) if scaled else loss).backward()
+
+    backward(True)
+    scaler.unscale_(optimizer)
+    found: dict[str, Any] = {}
+    if what == "clip":
+        found["norm"] = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
+    elif what == "read":
+        found["norm"] = float(torch.stack([param.grad.norm() for param in params]).norm())
+    elif what == "set":
+        optimizer.set_full_grad(params[0], torch.full((70,), 2.0))
+    elif what == "assign":
+        params[0].grad = torch.full((70,), 2.0)
+    elif what == "again":
+        backward(False)
+    elif what == "drop":
+        nn.ParameterList(params).zero_grad()
+        backward(False)
+        optimizer.step()
+    if what != "drop":
+        scaler.step(optimizer)
+        scaler.update()
+    found["grad"] = float(optimizer.full_grad(params[0])[0])
+    if what == "twice":
+        optimizer.step()
+    return {**found, "exp_avg": optimizer.full_state(params[0])["exp_avg"][0].item()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_comes_between_unscale_and_step_is_of_unscaled_gradients(ranks, stage):
+    mean = 1.5  # over ranks, of the first parameter's gradient
+    norm = (70 * mean**2 + 15 * 9.0) ** 0.5
+    wanted = {
+        "clip": (mean / (norm + 1e-6), norm),
+        "read": (mean, norm),
+        "set": (2.0, None),
+        "assign": (2.0, None),
+        "again": (2 * mean, None),
+        "drop": (mean, None),
+        "twice": (mean, None),
+    }
+    for what, (grad, total) in wanted.items():
+        for found in ranks.run(2, clipped_after_unscale, stage, what):
+            assert found["grad"] == pytest.approx(grad, rel=1e-6), what
+            assert found["exp_avg"] == pytest.approx(grad * (0.75 if what == "twice" else 0.5), rel=1e-6), what
+            if total is not None:
+                assert found["norm"] == pytest.approx(total, rel=1e-6), what

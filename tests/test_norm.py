@@ -29,7 +29,7 @@ def norms_on_rank(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> li
     found = []
     for p in NORMS:
         wanted = torch.nn.utils.get_total_norm(grads, p)
-        found.append((float(optimizer.clip_grad_norm_(0.5, norm_type=p)), float(wanted)))
+        found.append((float(optimizer.clip_grad_norm_(1e9, norm_type=p)), float(wanted)))
     return found
 
 

@@ -1,0 +1,140 @@
+"""Hooks on parameters, and where the outermost backward ends."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+_ParamHook = Callable[[Tensor], None]
+
+
+class GradientHooks:
+    """Calls `before(param)` ahead of each gradient that backward adds to `.grad`, `after(param)` behind it.
+
+    torch.autograd.grad adds to no `.grad` and calls neither. The hooks keep nothing alive but the parameters.
+    """
+
+    def __init__(self, before: _ParamHook, after: _ParamHook) -> None:
+        self._before = weakref.WeakMethod(before)
+        self._after = weakref.WeakMethod(after)
+        self._handles: list[Any] = []
+        self._nodes: list[Any] = []  # AccumulateGrad nodes; a parameter holds its own only weakly
+
+    def add(self, params: Iterable[Tensor]) -> None:
+        """Watch these too."""
+        after = self._after
+
+        def after_hook(param: Tensor) -> None:
+            _call_eagerly(after, param)
+
+        for param in params:
+            is_trained = param.requires_grad
+            node = get_gradient_edge(param.requires_grad_(True)).node
+            self._nodes.append(node)
+            self._handles.append(node.register_prehook(_before_hook(self._before, param)))
+            self._handles.append(param.register_post_accumulate_grad_hook(after_hook))
+            param.requires_grad_(is_trained)
+
+    def __del__(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _before_hook(before: weakref.WeakMethod[_ParamHook], param: Tensor) -> Callable[[Any], None]:
+    weak_param = weakref.ref(param)  # the node lives as long as the parameter, and this lives on the node
+
+    def before_hook(grads: Any) -> None:
+        alive = weak_param()
+        if alive is not None:
+            _call_eagerly(before, alive)
+
+    return before_hook
+
+
+def _call_hook(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
+    method = weak_method()
+    if method is not None:
+        method(param)
+
+
+_call_from_compiled = torch._disable_dynamo(_call_hook)  # type: ignore[attr-defined]
+
+
+def _call_eagerly(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
+    """Compiled autograd traces hooks; ours communicate."""
+    (_call_from_compiled if torch.compiler.is_compiling() else _call_hook)(weak_method, param)
+
+
+class BackwardEnd:
+    """Calls `ended()` once behind each outermost backward in which `await_end()` was called.
+
+    A reentrant checkpoint runs a backward of its own inside the outer one, whose end is not the end. The node that runs
+    it is seen on the Python stack; the nodes behind it run in the outer backward, and wait for its end. (torch runs the
+    callbacks of an inner backward with the inner one as current, so that they cannot reach the outer.)
+    """
+
+    def __init__(self, ended: Callable[[], None], broken_off: Callable[[], None]) -> None:
+        self._ended = weakref.WeakMethod(ended)
+        self._broken_off = weakref.WeakMethod(broken_off)
+        self._tasks: set[int] = set()  # graph tasks whose end, or whose parent's end, is being waited for
+        self._outermost: int | None = None  # the task at whose end `ended` is called
+        self._prehooks: list[Any] = []  # on the nodes of an outer backward
+
+    def begin(self) -> None:
+        """A gradient is about to arrive; calls `broken_off` where an error has ended the backward that was awaited."""
+        if self._outermost is None or torch._C._current_graph_task_id() in self._tasks:
+            return
+        if _outermost_python_node() is None:
+            _call(self._broken_off)
+
+    def await_end(self) -> None:
+        """Have `ended` called where the outermost backward that is running ends."""
+        task = torch._C._current_graph_task_id()
+        if task in self._tasks:
+            return
+        self._tasks.add(task)
+        node = _outermost_python_node()
+        if node is None:
+            self._outermost = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._run)
+            return
+        nodes = [behind for behind, _ in node.next_functions if behind is not None]
+        weak = weakref.WeakMethod(self.await_end)
+        self._prehooks += [behind.register_prehook(lambda grads: _call(weak)) for behind in nodes]
+
+    def _run(self) -> None:
+        if self._outermost is not None:
+            _call(self._ended)
+
+    def forget(self) -> None:
+        """Wait for nothing any more."""
+        self._tasks.clear()
+        self._outermost = None
+        while self._prehooks:
+            self._prehooks.pop().remove()
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    alive = method()
+    if alive is not None:
+        alive()
+
+
+_PYTHON_BACKWARD = BackwardCFunction.apply.__code__
+
+
+def _outermost_python_node() -> Any:
+    """The outermost autograd node written in Python that is running on this thread, or None."""
+    frame, found = sys._getframe(1), None
+    while frame is not None:
+        if frame.f_code is _PYTHON_BACKWARD:
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if found is None else found.f_locals["self"]

@@ -1,0 +1,120 @@
+"""Buckets of gradients on their way: packed, sent, and summed into the shards when they have come."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from pyzero.accumulation import BucketGrads, ParamGrad
+from pyzero.comm import Exchange, Group, Transport
+from pyzero.gradients import is_set
+
+_MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
+
+# A backward does not wait for ever: another rank may run the backward of another optimizer first, and wait for this one
+# there. What is left in flight is waited for by whoever reads gradients.
+_PATIENCE_S = 2.0  # for one of many buckets
+_PATIENCE_AT_END_S = 0.2
+
+
+class _InFlight(NamedTuple):
+    """A bucket that has been sent."""
+
+    grads: BucketGrads
+    exchange: Exchange
+    scale: float | Tensor
+    accumulate: bool  # onto the shard
+
+
+class BucketExchange:
+    """Sends buckets, and receives them in the order in which they were sent.
+
+    On a GPU gradients are packed on the current stream; the exchange and the sum run on a stream of their own beside
+    backward, and only the packed buffer crosses from one to the other.
+    """
+
+    def __init__(self, group: Group, transport: Transport, device: torch.device) -> None:
+        self.locates = False  # look for the first bad parameter in every bucket: the last step was skipped
+        self._group = group
+        self._transport = transport
+        self._device = device
+        self._in_flight: deque[_InFlight] = deque()
+        self._writers: set[Any] = set()  # streams that wrote gradients since the last receive_all
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def gradient_was_written(self) -> None:
+        """On the current stream."""
+        if self._stream is not None:
+            self._writers.add(torch.cuda.current_stream(self._device))
+
+    def send(
+        self,
+        grads: BucketGrads,
+        dtype: torch.dtype,
+        scale: float | Tensor,
+        left_out: Callable[[ParamGrad], bool],
+        what: str,
+    ) -> None:
+        """Pack a bucket without what is left out, and send it; the sum is multiplied by `scale`."""
+        with record_function("pyzero::reduce_scatter"):
+            accumulate = grads.is_reduced
+            self._wait_for_writers(grads)
+            packed = grads.pack(dtype, left_out)
+            with self._on_side_stream(packed):
+                exchange = self._transport.start(packed, what)
+            self._in_flight.append(_InFlight(grads, exchange, scale, accumulate))
+            while len(self._in_flight) > _MAX_IN_FLIGHT and self._in_flight[0].exchange.work.is_done(_PATIENCE_S):
+                self._receive()
+
+    def receive_at_end(self) -> None:
+        """At the end of a backward: what the other ranks have sent by now, or soon."""
+        while self._in_flight and self._in_flight[0].exchange.work.is_done(_PATIENCE_AT_END_S):
+            self._receive()
+
+    def receive_all(self) -> None:
+        """Have the shards complete, for the current stream too."""
+        while self._in_flight:
+            self._receive()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._writers.clear()
+
+    def _receive(self) -> None:
+        grads, exchange, scale, accumulate = self._in_flight.popleft()
+        with self._on_side_stream():
+            exchange.work.wait()
+            was_set = is_set(grads.found_inf)
+            grads.add(exchange.slices, scale, accumulate)
+            if self.locates or (is_set(grads.found_inf) and not was_set):
+                code = grads.bucket.locate_nonfinite(exchange.slices, self._group.size, exchange.by_rank)
+                torch.minimum(grads.suspect, code, out=grads.suspect)
+
+    def _wait_for_writers(self, grads: BucketGrads) -> None:
+        """Gradients are packed, and freed, on the current stream, after every stream that wrote one."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        others = self._writers - {current}
+        for stream in others:
+            current.wait_stream(stream)
+        for local in [record.local() for record in grads.records] if others else []:
+            if local is not None:
+                local.record_stream(current)
+
+    @contextmanager
+    def _on_side_stream(self, *used: Tensor) -> Iterator[None]:
+        """After what the current stream has done."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        for tensor in used:
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield

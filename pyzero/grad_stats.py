@@ -1,0 +1,156 @@
+"""The step's one message: what all ranks know of the gradients once each has told what it knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyzero.comm import CollectiveError, Group
+
+# What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
+PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
+
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _STATES = range(
+    5
+)  # columns of what a host tells; from _STATES on, one per parameter
+
+
+@dataclass(frozen=True)
+class LocalGradStats:
+    """What one rank knows."""
+
+    found_inf: Tensor  # (1,) fp32, 1 where one of its gradients is inf or NaN
+    sumsq: Tensor  # (1,) fp64, of those that count for the norm
+    suspect: Tensor  # (1,) fp64, code of the first bad parameter; see Bucket.locate_nonfinite
+    used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
+    purpose: str  # one of PURPOSES
+    edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
+    has_unsent: bool = False  # gradients that no round has reduced
+    unsent_is_scaled: bool = False  # which carry the loss scale
+    num_rounds: int = 0  # since the optimizer was built
+    num_skips_in_a_row: int = 0  # as far as this rank's host knows
+
+
+@dataclass(frozen=True)
+class GlobalGradStats:
+    """What all ranks know: the same on each. The tensors have not been read on the host."""
+
+    found_inf: Tensor  # (1,) fp32, 1 where any gradient on any rank was inf or NaN
+    norm: Tensor  # 0-D fp32, global 2-norm of the gradients, averaged and unscaled, before clipping
+    suspect: Tensor  # (1,) fp64, code of the first bad parameter
+    used: tuple[bool, ...]  # by parameter number: some rank has a gradient
+    has_unsent: bool  # some rank has gradients that no round has reduced
+    unsent_is_scaled: bool  # which carry the loss scale
+    num_skips_in_a_row: int  # as far as any host knows
+    unscale: Tensor | None  # 0-D fp32 that Adam is still to multiply by
+
+
+class GradStatsExchange:
+    """Gathers what the ranks know.
+
+    Args:
+        group: The ranks that share the optimizer's state.
+        model_parallel: The ranks that hold other parts of the same model: they skip together and share one norm.
+    """
+
+    def __init__(self, group: Group, model_parallel: Group | None) -> None:
+        self._group = group
+        self._model_parallel = model_parallel
+
+    @property
+    def is_model_parallel(self) -> bool:
+        """There are ranks with other parts of the model."""
+        return self._model_parallel is not None
+
+    def gather(self, mine: LocalGradStats, unscale: Tensor | None) -> GlobalGradStats:
+        """Collective.
+
+        Raises:
+            CollectiveError: The ranks ran backward a different number of times.
+            RuntimeError: A gradient that had been reduced was edited on some ranks only.
+        """
+        row = torch.cat([mine.found_inf.double(), mine.sumsq, mine.suspect])
+        used, num_skips = tuple(mine.used), mine.num_skips_in_a_row
+        unsent = {mine.has_unsent * (1 + mine.unsent_is_scaled)}  # 0 none, 1 unscaled, 2 scaled
+        rows = row.unsqueeze(0)
+        if self._group.size > 1:
+            edits = mine.edits or [0] * len(used)
+            states = [2 * num + use for num, use in zip(edits, used, strict=True)]
+            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips]
+            hosts, rows = self._group.gather_with_host([*head, *states], row)
+            self._check(hosts)
+            used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
+            unsent = set(hosts[:, _UNSENT].tolist())
+            num_skips = int(max(hosts[:, _SKIPS].tolist()))
+        found, sumsq = (rows[:, 0] != 0).any(), rows[:, 1].sum()
+        if self._model_parallel is not None:
+            rows_beside = self._model_parallel.gather_rows(torch.stack([found.double(), sumsq]))
+            found, sumsq = (rows_beside[:, 0] != 0).any(), rows_beside[:, 1].sum()
+        norm = sumsq.sqrt()
+        if unscale is not None:
+            norm = norm * unscale
+        return GlobalGradStats(
+            found_inf=found.to(torch.float32).reshape(1),
+            norm=norm.to(torch.float32),
+            suspect=rows[:, 2].min().reshape(1),
+            used=used,
+            has_unsent=bool(unsent - {0}),
+            unsent_is_scaled=2 in unsent,
+            num_skips_in_a_row=num_skips,
+            unscale=unscale,
+        )
+
+    def _check(self, hosts: Tensor) -> None:
+        """hosts: (size, 4 + num_params) fp64, on the host."""
+        purposes = [PURPOSES[int(purpose)] for purpose in hosts[:, _PURPOSE].tolist()]
+        if len(set(purposes)) > 1:
+            called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(purposes))
+            raise CollectiveError(
+                f"expected the same call on every rank, got {called}; steps, norms and whole tensors are collective: "
+                f"call them on all ranks, and print on one"
+            )
+        rounds = hosts[:, _ROUNDS].to(torch.int64).tolist()
+        if len(set(rounds)) > 1:
+            raise CollectiveError(
+                f"expected every rank to run backward equally often in stage 2, got {rounds} backwards by rank; run as "
+                f"many on each, or put those that only some ranks run inside no_sync() on all of them"
+            )
+        if {1.0, 2.0} <= set(hosts[:, _UNSENT].tolist()):
+            raise mixed_scale_error()
+        edits = hosts[:, _STATES:].div(2, rounding_mode="floor")
+        differs = (edits != edits[0]).any(0).tolist()
+        if any(differs):
+            number = differs.index(True)
+            nums = edits[:, number].tolist()
+            ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
+            raise RuntimeError(
+                f"expected the reduced gradient of parameter {number} edited alike on every rank, got .grad assigned, "
+                f"cleared or scaled on ranks {ranks} of {len(hosts)} only; do the same on each, or call zero_grad() on "
+                f"all of them"
+            )
+
+    def norm(self, power: Tensor, norm_type: float, unscale: Tensor | None) -> Tensor:
+        """Collective: global p-norms, fp32 (n,), of every rank's (n,) fp64 sums of |g|^p, or largest |g| for inf."""
+        for group in (self._group, self._model_parallel):
+            if group is not None:
+                rows = group.gather_rows(power)
+                power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
+        norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)
+        return (norm if unscale is None else norm * unscale).to(torch.float32)
+
+
+def mixed_scale_error() -> RuntimeError:
+    """Of gradients with and without the loss scale, or with two of them, in one sum."""
+    return RuntimeError(
+        "expected all gradients of one sum to carry the same loss scale, got one from another backward on top of those "
+        "in .grad; call optimizer.backward(loss) for every loss, and optimizer.zero_grad() after optimizer.step()"
+    )
+
+
+def clip_coefficient(max_norm: float, norm: Tensor) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_'s: min(1, max_norm / (norm + 1e-6)), 0-D."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,88 @@
+"""Skipped steps, told to the user without waiting for the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("pyzero")
+
+_SKIPPED, _IN_A_ROW, _SCALE, _SUSPECT = range(4)
+
+
+class OverflowMonitor:
+    """Warns of each skipped step, and ends the run after too many in a row.
+
+    What it needs is copied to the host behind the step. On a CPU it is there at once; on a GPU it is looked at in a
+    later step, when it has arrived. A captured CUDA graph is replayed without it.
+
+    Args:
+        device: Where the loss scale lives.
+        limit: Skips in a row that are an error; None for any number.
+        warns: Whether this rank does.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None, warns: bool) -> None:
+        self._limit = limit
+        self._warns = warns
+        self._num_warned_of = 0  # skipped steps
+        self._on_gpu = device.type == "cuda"
+        self._host = torch.zeros(4, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._arrived = torch.cuda.Event() if self._on_gpu else None
+        self._under_way = False
+        self.num_in_a_row = 0  # skips, as far as this host knows
+
+    def start_from(self, num_skipped: int) -> None:
+        """Do not warn of steps that were skipped before this run."""
+        self._num_warned_of = num_skipped
+
+    def after_step(self, state: Tensor, suspect: Tensor, describe: Callable[[float], str]) -> None:
+        """Copy, look at what has arrived, warn.
+
+        Args:
+            state: (5,) fp32, see pyzero.ops.loss_scale.
+            suspect: (1,) fp64, of GlobalGradStats.
+            describe: Says which parameter and rank a code of Bucket.locate_nonfinite means.
+        """
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            return
+        row = torch.cat([state[3:5], state[:1]]).double()
+        if self._arrived is None:
+            torch.cat([row, suspect], out=self._host)
+            self._warn(describe)
+            return
+        if self._under_way and self._arrived.query():
+            self._under_way = False
+            self._warn(describe)
+        if not self._under_way:
+            self._host.copy_(torch.cat([row, suspect]), non_blocking=True)
+            self._arrived.record()
+            self._under_way = True
+
+    def _warn(self, describe: Callable[[float], str]) -> None:
+        values = self._host.numpy()
+        num_skipped, scale = float(values[_SKIPPED]), float(values[_SCALE])
+        self.num_in_a_row = int(values[_IN_A_ROW])
+        if num_skipped > self._num_warned_of and self._warns:
+            counts = f"{num_skipped:.0f} skipped so far, {self.num_in_a_row} in a row, loss scale now {scale:g}"
+            suspect = describe(float(values[_SUSPECT]))
+            log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", suspect, counts)
+        self._num_warned_of = max(self._num_warned_of, int(num_skipped))
+
+    def check(self, num_in_a_row: int, describe: Callable[[float], str]) -> None:
+        """num_in_a_row: skips, as far as any rank knows, so that all ranks raise in the same step.
+
+        Raises:
+            RuntimeError: Too many. The steps changed nothing.
+        """
+        if self._limit is not None and num_in_a_row >= self._limit:
+            values = self._host.numpy()
+            raise RuntimeError(
+                f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
+                f"{describe(float(values[_SUSPECT]))}, with the loss scale now at {float(values[_SCALE]):g}; look at "
+                f"the loss and the inputs of that step (a NaN loss, a division by 0, a learning rate too high), run it "
+                f"under torch.autograd.detect_anomaly(), or raise max_consecutive_skips"
+            )

@@ -1,0 +1,215 @@
+"""Which bucket each parameter lies in: planned alike on all ranks, and planned anew once the order is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero import modules
+from pyzero.arguments import check_device
+from pyzero.buckets import Bucket
+from pyzero.comm import Group
+from pyzero.layout import BucketLayout, Key, ParamSpec, RunKey, plan
+
+
+class Placement:
+    """The buckets of an optimizer and the parameters in them, which have numbers that stay whatever bucket they lie in.
+
+    Args:
+        group: The ranks that share the state.
+        state: The optimizer's, which shows each parameter's part.
+        bucket_cap_bytes: Of weights in a bucket.
+        is_replica: Other ranks count what is not split over model-parallel ranks.
+        init_sync: Make weights, frozen parameters and buffers rank 0's.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        state: MutableMapping[Tensor, Any],
+        bucket_cap_bytes: int,
+        is_replica: bool,
+        init_sync: bool,
+    ) -> None:
+        self.buckets: list[Bucket] = []  # in launch order
+        self.params: list[Tensor] = []  # by number
+        self.specs: list[ParamSpec] = []  # by number
+        self._places: dict[Tensor, int] = {}  # the group of each parameter
+        self.is_fresh = True  # masters are the weights, moments are zero
+        self._group = group
+        self._state = state
+        self._bucket_cap_bytes = bucket_cap_bytes
+        self._is_replica = is_replica
+        self._init_sync = init_sync
+
+    def unplaced(self, param_groups: Sequence[dict[str, Any]]) -> list[int]:
+        """Groups with trained parameters that lie in no bucket: they were frozen.
+
+        Raises:
+            ValueError: Parameters were taken out of their groups, or their state was, by hand.
+        """
+        found, num_seen = set(), 0
+        for index, group in enumerate(param_groups):
+            for param in group["params"]:
+                place = self._places.get(param)
+                num_seen += place == index
+                if place is None and param.requires_grad:
+                    found.add(index)
+        if num_seen != len(self.params):
+            raise ValueError(
+                f"expected the parameters in the groups in which they were added, got {len(self.params) - num_seen} "
+                f"taken out of param_groups or moved to another group; freeze those that are not to train "
+                f"(requires_grad_(False)), set the hyper-parameters of their group, or build another optimizer"
+            )
+        if len(self._state) < len(self.params):
+            raise ValueError(
+                f"expected optimizer.state with {len(self.params)} entries, which show this rank's shards, got "
+                f"{len(self._state)}; to start moments anew, zero them in place (state[p]['exp_avg'].zero_()) or build "
+                f"another optimizer"
+            )
+        return sorted(found)
+
+    def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], device: torch.device) -> list[Bucket]:
+        """New buckets for these groups' trained parameters, which move in. Collective.
+
+        Raises:
+            ValueError: Ranks have other parameters, or one lies on another device.
+        """
+        params: list[Tensor] = []
+        specs: list[ParamSpec] = []
+        frozen: list[Tensor] = []
+        first = len(self.params)
+        for index in indices:
+            for param in param_groups[index]["params"]:
+                if not param.requires_grad:
+                    frozen.append(param)
+                elif param not in self._places:
+                    check_device(param, device)
+                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
+                    specs.append(ParamSpec(first + len(params), param.numel(), param.element_size(), key, run))
+                    params.append(param)
+        roots = modules.find_roots({*params, *frozen}) if self._group.size > 1 and params and not first else []
+        order = self._agree(params, specs, _model_order(params, roots))
+        if not params:
+            return []
+        self.params += params
+        self.specs += specs
+        self._places.update({param: spec.run.group_index for param, spec in zip(params, specs, strict=True)})
+        arrival = None if order is None else [first + place for place in reversed(order)]
+        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival)
+        made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
+        for bucket in made:
+            if self._init_sync:
+                self._group.broadcast(bucket.flat)
+            bucket.masters_from_weights()
+        self.buckets += made
+        if self._init_sync and self._group.size > 1:
+            _sync_module_states(self._group, roots, frozen, {*params})
+        return made
+
+    def _make(self, layout: BucketLayout, index: int) -> Bucket:
+        numbers = [slot.index for slot in layout.slots]
+        bucket = Bucket(layout, [self.params[number] for number in numbers], numbers, index, self._group.rank)
+        for position, param in enumerate(bucket.params):
+            self._state[param] = bucket.state_views(position)
+        return bucket
+
+    def _counts(self, param: Tensor) -> bool:
+        """Whether a parameter counts for the norm on this rank: once over the model-parallel ranks."""
+        if not self._is_replica:
+            return True
+        return bool(getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False))
+
+    def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
+        """Compare the parameters of all ranks; returns rank 0's order."""
+        mine = [(tuple(p.shape), str(p.dtype), spec.run.group_index) for p, spec in zip(params, specs, strict=True)]
+        answers = self._group.gather_objects((mine, order))
+        rows = [row for row, _ in answers]
+        for rank, theirs in enumerate(rows):
+            if theirs == rows[0]:
+                continue
+            where = next((i for i, (a, b) in enumerate(zip(rows[0], theirs, strict=False)) if a != b), None)
+            if where is None:
+                where = min(len(rows[0]), len(theirs))
+            first, other = (_spell(row[where]) if where < len(row) else "nothing" for row in (rows[0], theirs))
+            raise ValueError(
+                f"expected the same parameters on every rank, got parameter {where} as {first} on rank 0 "
+                f"and {other} on rank {rank}; build the model and its groups alike on every rank"
+            )
+        rank_0s: list[int] | None = answers[0][1]
+        return rank_0s
+
+    def plan_by_arrival(self, arrival: list[int]) -> list[BucketLayout] | None:
+        """Buckets in the order in which rank 0's gradients came; None where none came. Collective.
+
+        Args:
+            arrival: Numbers of the parameters, in this rank's order.
+        """
+        seen = self._group.first_ranks(arrival, len(self.params), "the broadcast of bucket order")
+        if not seen:
+            return None
+        rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
+        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest])
+
+    def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
+        """Other buckets for the same parameters: weights and state move. Returns whether any did. Collective.
+
+        keeps_state: False where all state will be written.
+        """
+        if [layout.slots for layout in layouts] == [bucket.layout.slots for bucket in self.buckets]:
+            return False
+        old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
+        places = {n: (bucket, place) for bucket in self.buckets for place, n in enumerate(bucket.numbers)}
+        for bucket in self.buckets:
+            bucket.masters_from_weights()
+        while old and keeps_state and not self.is_fresh:
+            self._move_state(old.pop(), places)
+        return True
+
+    def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]]) -> None:
+        for name in ("exp_avg", "exp_avg_sq", "master"):
+            flat = self._group.gather_shards(getattr(old, name))
+            for slot in old.layout.slots:
+                bucket, position = places[slot.index]
+                bucket.write_state(position, {name: flat[slot.offset : slot.offset + slot.numel]})
+        for steps, number in zip(old.steps, old.numbers, strict=True):
+            bucket, position = places[number]
+            bucket.write_state(position, {"step": steps})
+
+
+def _model_order(params: list[Tensor], roots: list[nn.Module]) -> list[int] | None:
+    """Places in `params` in the order in which one module registers them all, which the groups may have mixed up."""
+    places = {param: place for place, param in enumerate(params)}
+    for root in roots:
+        order = [places[param] for param in root.parameters() if param in places]
+        if len(order) == len(params):
+            return order
+    return None
+
+
+def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
+    """Make frozen parameters, and the buffers of modules that hold the optimizer's parameters, rank 0's.
+
+    Modules that only some ranks have, or have twice, are left alone.
+    """
+    found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
+    known = {*frozen, *ours}
+    for root in roots:
+        for name, tensor in modules.named_tensors(root).items():
+            if tensor not in known:
+                key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
+                found.setdefault(key, []).append(tensor)
+    unique = [key for key, tensors in found.items() if len(tensors) == 1]
+    rows = group.gather_objects(unique)
+    common = set.intersection(*(set(row) for row in rows))
+    for key in rows[0]:
+        if key in common:
+            group.broadcast(found[key][0].detach())
+
+
+def _spell(row: tuple[tuple[int, ...], str, int]) -> str:
+    shape, dtype, group = row
+    return f"{shape} {dtype.removeprefix('torch.')} in group {group}"

@@ -1,0 +1,212 @@
+"""What stands in `.grad` where several ranks reduce: it knows the averaged gradient's norm, and shows no rank's part.
+
+Code that reads gradients was written for whole ones: torch.nn.utils.clip_grad_norm_, a logger of norms, a check for
+NaN. On one rank's part each of them would be wrong in silence. Here they are right, or an error that says what to call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyzero.accumulation import ParamGrad
+
+
+class GradOwner(Protocol):
+    """What the tensors here ask of the optimizer's gradients. All but `zero` and `scale` are collective."""
+
+    def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
+        """0-D fp32: the p-norm of one parameter's averaged gradient."""
+
+    def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
+        """Multiply what has been reduced of these gradients by one number, or divide it."""
+
+    def zero(self, record: ParamGrad) -> None:
+        """Make what has been reduced of this gradient zeros."""
+
+
+_NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
+_FOREACH_NORM = torch._foreach_norm
+_SCALES = (Tensor.mul_, Tensor.__imul__)
+_INVERSE_SCALES = (Tensor.div_, Tensor.true_divide_, Tensor.divide_, Tensor.__itruediv__)
+_UNCHANGING = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_)  # zero_grad calls them
+_IN_PLACE = (Tensor.zero_, *_SCALES, *_INVERSE_SCALES, *_UNCHANGING)
+_FOREACH_SCALES = (torch._foreach_mul_, torch._foreach_div_)
+_CLAMPS = (
+    *(Tensor.clamp_, Tensor.clip_, Tensor.clamp_min_, Tensor.clamp_max_, torch.clamp_),
+    *(torch._foreach_clamp_min_, torch._foreach_clamp_max_),
+)
+
+
+class _Gradient(torch.Tensor):
+    """A gradient that its optimizer reduces over ranks."""
+
+    _record: ParamGrad
+    _owner: weakref.ref[Any]
+
+    def _attach(self, record: ParamGrad, owner: weakref.ref[Any]) -> None:
+        self._record, self._owner = record, owner
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Norms and scaling of the averaged gradient; everything else is the class's own affair."""
+        kwargs = kwargs or {}
+        if func in _NORMS and args and isinstance(args[0], _Gradient):
+            return args[0]._norm(*_norm_type(args, kwargs))
+        if func is _FOREACH_NORM:
+            return [_norm_of(tensor, *_norm_type(args, kwargs)) for tensor in args[0]]
+        if func is torch.isfinite and isinstance(args[0], _Gradient):
+            return torch.isfinite(args[0]._norm(2.0)).expand(args[0].shape)
+        if func in _FOREACH_SCALES:
+            return _scale_each(func, *args, **kwargs)
+        if func is torch._foreach_zero_:
+            for tensor in args[0]:
+                tensor.zero_()
+            return None
+        if func in _CLAMPS:
+            raise _refusal("clamp_ (clip_grad_value_)", args)
+        if func in _IN_PLACE and isinstance(args[0], _Gradient):
+            result = args[0]._in_place(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One of _IN_PLACE; NotImplemented where the tensor's own memory is all that is to be done."""
+        raise NotImplementedError
+
+    def _norm(self, norm_type: float, is_plain: bool = True) -> Tensor:
+        owner = self._owner()
+        if owner is None or not is_plain:
+            raise _refusal("a norm over dimensions" if owner else "a norm", [self])
+        result: Tensor = owner.param_norm(self._record, norm_type)
+        return result
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Refused, as all that would copy one rank's part for the whole."""
+        raise _refusal("deepcopy", [self])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused too: pickle."""
+        raise _refusal("pickle", [self])
+
+
+class LocalGrad(_Gradient):
+    """This rank's own sum of gradients, not reduced yet: a tensor as any other, but for its norm and for scaling."""
+
+    @staticmethod
+    def wrap(grad: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> LocalGrad:
+        """The same memory."""
+        wrapped = grad.detach().as_subclass(LocalGrad)
+        wrapped._attach(record, owner)
+        return wrapped
+
+    def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        current = self._record.param.grad
+        if isinstance(current, ShardedGrad):
+            return func(current, *args[1:], **kwargs)  # it has been reduced since it was read from `.grad`
+        owner = self._owner()
+        if func is Tensor.zero_ and owner is not None:
+            owner.zero(self._record)  # what of it has been reduced
+        return NotImplemented
+
+
+class ShardedGrad(_Gradient):
+    """Stands for a reduced gradient, whose averaged values lie in shards over the ranks. It has no storage.
+
+    Norms, isfinite, zero_ and multiplication by one number are the whole gradient's; reading it is collective. Anything
+    else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)` writes them.
+    """
+
+    @staticmethod
+    def stand_for(param: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> ShardedGrad:
+        """With the parameter's shape, strides, dtype and device."""
+        made: ShardedGrad = torch.Tensor._make_wrapper_subclass(
+            ShardedGrad, param.shape, param.stride(), dtype=param.dtype, device=param.device, storage_size=0
+        )
+        made._attach(record, owner)
+        return made
+
+    def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        owner = self._owner()
+        if owner is None:
+            raise _refusal(func.__name__, args)
+        if func is Tensor.zero_:
+            owner.zero(self._record)
+        elif func not in _UNCHANGING:
+            factor = _checked_factor(args[1] if len(args) > 1 else kwargs.get("other"), self)
+            owner.scale([self._record], factor, inverse=func in _INVERSE_SCALES)
+        return self
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it disabled
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuses: there are no values here."""
+        raise _refusal(str(func).removeprefix("aten.").split(".")[0], args)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Without values, of which there are none."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"ShardedGrad(shape={tuple(self.shape)}, dtype={dtype}, device={self.device})"
+
+
+def _norm_type(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[float, bool]:
+    """(p, whether nothing else is asked for)."""
+    kwargs = dict(kwargs)
+    given = args[1] if len(args) > 1 else next((kwargs.pop(n) for n in ("ord", "p") if n in kwargs), 2.0)
+    rest = [value for value in (*args[2:], *(v for k, v in kwargs.items() if k not in ("dtype", "keepdim")))]
+    is_plain = all(value is None or value is False for value in rest)
+    return (2.0 if given in (None, "fro") else float(given)), is_plain
+
+
+def _norm_of(tensor: Tensor, norm_type: float, is_plain: bool) -> Tensor:
+    if isinstance(tensor, _Gradient):
+        return tensor._norm(norm_type, is_plain)
+    norm: Tensor = torch.linalg.vector_norm(tensor, norm_type)
+    return norm
+
+
+def _scale_each(func: Callable[..., Any], tensors: Sequence[Tensor], factor: Any) -> None:
+    """_foreach_mul_ and _foreach_div_, which clip_grad_norm_ calls."""
+    factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * len(tensors)
+    inverse = func is torch._foreach_div_
+    together: dict[tuple[int, int], tuple[Any, list[ParamGrad], Any]] = {}  # by owner and factor
+    for tensor, one in zip(tensors, factors, strict=True):
+        current = tensor._record.param.grad if isinstance(tensor, LocalGrad) else tensor
+        if not isinstance(current, ShardedGrad):
+            current.div_(one) if inverse else current.mul_(one)  # type: ignore[union-attr]
+            continue
+        owner = current._owner()
+        if owner is None:
+            raise _refusal(func.__name__, [current])
+        found = together.setdefault((id(owner), id(one)), (owner, [], _checked_factor(one, current)))
+        found[1].append(current._record)
+    for owner, records, value in together.values():
+        owner.scale(records, value, inverse)
+
+
+def _checked_factor(value: Any, grad: Tensor) -> Tensor | float:
+    if isinstance(value, Tensor) and value.numel() == 1 and not isinstance(value, _Gradient):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise _refusal("multiplication by anything but one number", [grad])
+
+
+def _refusal(what: str, args: Sequence[Any]) -> RuntimeError:
+    grad = next((arg for arg in args if isinstance(arg, _Gradient)), None)
+    shape = "" if grad is None else f" of shape {tuple(grad.shape)}"
+    return RuntimeError(
+        f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, zero_ or "
+        f"multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
+        f"optimizer.set_full_grad(p, value) writes it, optimizer.clip_grad_norm_(max_norm) clips it"
+    )
