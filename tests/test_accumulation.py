@@ -1,0 +1,731 @@
+"""Ordinary calls in any order: backward, read, edit, drop, step. What counts is what torch's Adam does on the mean.
+
+A gradient is a small integer times a power of two, and so are its sums and means over up to 3 ranks: they are exact.
+Adam halves: exp_avg is half of the first gradient, in which any other gradient would show.
+"""
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from ranks import NUM_WORKERS, Ranks
+from torch import Tensor, nn
+
+import pyzero
+
+ADAM = {"lr": 0.125, "betas": (0.5, 0.5), "eps": 1.0}
+SHAPES = ((64,), (3, 67), (5,))
+TIMEOUT_S = 15  # of a test that hangs; the pool's is longer
+LATEST_S = 20  # for an error that is found by counting, not by a timeout
+
+STAGES = pytest.mark.parametrize("stage", [1, 2])
+SIZES = pytest.mark.parametrize("size", [1, 2, 3])
+SEVERAL = pytest.mark.parametrize("size", [2, 3])
+ONE_AND_TWO = pytest.mark.parametrize("size", [1, 2])
+
+_groups: dict[int, list[Any]] = {}  # of this worker: by generation, groups of 1, 2, 3 ranks
+
+
+def make_groups(group: Any, generation: int, timeout_s: float) -> None:
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=timeout_s)
+    _groups[generation] = [dist.new_group(list(range(size)), timeout=limit) for size in (1, 2, 3)]
+
+
+def on_own_group(group: Any, generation: int, fn: Callable[..., Any], *args: Any) -> Any:
+    return fn(_groups[generation][group.size() - 1], *args)
+
+
+class OwnGroups:
+    """The pool, on groups of their own that give up soon, and are made anew where a test has failed."""
+
+    _generations = itertools.count()
+
+    def __init__(self, ranks: Ranks, timeout_s: float = TIMEOUT_S) -> None:
+        self._ranks = ranks
+        self._timeout_s = timeout_s
+        self._generation = -1
+
+    def __call__(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        if self._generation < 0:
+            self._generation = next(self._generations)
+            self._ranks.run(NUM_WORKERS, make_groups, self._generation, self._timeout_s)
+        try:
+            return self._ranks.run(size, on_own_group, self._generation, fn, *args)
+        except AssertionError:
+            self._generation = -1
+            raise
+
+
+@pytest.fixture(scope="module")
+def run(ranks):
+    return OwnGroups(ranks)
+
+
+class Twins:
+    """A model on this rank, and torch's Adam in one process, which gets the mean of all ranks' gradients."""
+
+    def __init__(self, group: Any, stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.rank, self.size, self.stage = group.rank(), group.size(), stage
+        self.model = nn.ParameterList(nn.Parameter(torch.full(shape, 2.0, dtype=dtype)) for shape in SHAPES)
+        self.first, self.second, self.unused = self.model
+        self.optimizer = pyzero.FusedZeroAdam(
+            self.model.parameters(), **ADAM, process_group=group, stage=stage, **{"loss_scale": None, **options}
+        )
+        self.theirs = nn.ParameterList(nn.Parameter(torch.full(shape, 2.0)) for shape in SHAPES)
+        self.adam = torch.optim.Adam(self.theirs.parameters(), **ADAM, foreach=False)
+
+    def mean(self, factor: float) -> float:
+        """Of factor * (1 + rank)."""
+        return factor * (1 + self.size) / 2
+
+    def loss(self, factor: float, index: int = 0) -> Tensor:
+        """Of which each element's gradient is factor * (1 + rank)."""
+        return (self.model[index].float() * (factor * (1 + self.rank))).sum()
+
+    def expect(self, mean: float, index: int = 0) -> None:
+        """Have torch add this to its gradient."""
+        (self.theirs[index] * mean).sum().backward()
+
+    def backward(self, factor: float, index: int = 0) -> None:
+        self.loss(factor, index).backward()
+        self.expect(self.mean(factor), index)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.adam.step()
+
+    def drop(self, how: str) -> None:
+        """All gradients, on both sides."""
+        for optimizer, model in ((self.optimizer, self.model), (self.adam, self.theirs)):
+            if how == "p.grad = None":
+                for param in model:
+                    param.grad = None
+            else:
+                {"optimizer": optimizer, "model": model}[how.split(",")[0]].zero_grad("zeros" not in how)
+
+    def check(self) -> None:
+        """State and weights are torch's. Collective."""
+        ours = [self.optimizer.full_state(param) for param in self.model]
+        for index, (state, param, other) in enumerate(zip(ours, self.model, self.theirs, strict=True)):
+            wanted = self.adam.state.get(other) or {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(other)}
+            assert state["step"] == wanted["step"], f"parameter {index}"
+            torch.testing.assert_close(state["exp_avg"], wanted["exp_avg"], rtol=1e-6, atol=0)
+            torch.testing.assert_close(state["master"], other.detach(), rtol=1e-6, atol=0)
+            assert torch.equal(param, state["master"].to(param.dtype))
+
+    def no_sync(self, sync: bool) -> AbstractContextManager[None]:
+        return nullcontext() if sync else self.optimizer.no_sync()
+
+
+DROPS = ("optimizer", "optimizer, zeros", "model", "model, zeros", "p.grad = None")
+READS: dict[str, Callable[[Twins], Any]] = {
+    "clip": lambda t: t.optimizer.clip_grad_norm_(1e9),
+    "full_grad": lambda t: t.optimizer.full_grad(t.first),
+}
+
+
+def is_refused(action: Callable[[], Any]) -> bool:
+    """Whether it raises RuntimeError, not by a collective that failed."""
+    try:
+        action()
+    except pyzero.CollectiveError:
+        raise
+    except RuntimeError:
+        return True
+    return False
+
+
+# ---- reads between two backwards ----------------------------------------------------------------------------------
+
+
+def overflow_after_a_read(group: Any, stage: int, read: str) -> tuple[bool, bool]:
+    twins = Twins(group, stage)
+    twins.loss(1.0).backward()
+    READS[read](twins)
+    twins.loss(math.inf if twins.rank == twins.size - 1 else 1.0).backward()
+    twins.optimizer.step()
+    return twins.optimizer.was_step_applied, torch.equal(twins.first, torch.full_like(twins.first, 2.0))
+
+
+@pytest.mark.parametrize("read", READS)
+@STAGES
+@SIZES
+def test_an_overflow_after_a_read_skips_the_step(run, size, stage, read):
+    for applied, unchanged in run(size, overflow_after_a_read, stage, read):
+        assert not applied and unchanged
+
+
+def norm_after_a_read(group: Any, stage: int) -> tuple[float, Tensor]:
+    twins = Twins(group, stage, max_grad_norm=1.0)
+    twins.first.sum().backward()
+    twins.optimizer.full_grad(twins.first)  # of norm 8
+    (twins.first.sum() * 1000).backward()
+    twins.optimizer.step()
+    return float(twins.optimizer.grad_norm), twins.optimizer.full_state(twins.first)["exp_avg"]
+
+
+@STAGES
+@SIZES
+def test_max_grad_norm_clips_by_the_norm_at_the_step(run, size, stage):
+    for norm, exp_avg in run(size, norm_after_a_read, stage):
+        assert norm == 8008.0
+        torch.testing.assert_close(exp_avg, torch.full((64,), 0.5 / 8), rtol=1e-6, atol=0)
+
+
+def used_after_a_read(group: Any, stage: int, read: str) -> None:
+    twins = Twins(group, stage)
+    twins.backward(1.0)
+    READS[read](twins)
+    twins.backward(2.0, index=1)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("read", READS)
+@STAGES
+@SIZES
+def test_a_parameter_first_used_after_a_read_is_updated(run, size, stage, read):
+    run(size, used_after_a_read, stage, read)
+
+
+def norm_of_each_micro_batch(group: Any, stage: int, sync: bool) -> list[float]:
+    twins, norms = Twins(group, stage), []
+    for _ in range(3):
+        with twins.no_sync(sync):
+            twins.first.sum().backward()
+        twins.expect(1.0)
+        norms.append(float(twins.optimizer.clip_grad_norm_(1e9)))
+    twins.step()
+    twins.check()
+    return norms
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@STAGES
+@SIZES
+def test_the_norm_grows_with_each_micro_batch(run, size, stage, sync):
+    assert run(size, norm_of_each_micro_batch, stage, sync) == [[8.0, 16.0, 24.0]] * size
+
+
+def clipped_before_more(group: Any, stage: int) -> tuple[list[float], Tensor]:
+    twins = Twins(group, stage)
+    norms = []
+    for _ in range(2):
+        twins.first.sum().backward()
+        norms.append(float(twins.optimizer.clip_grad_norm_(0.5)))  # then 1/16 each
+    twins.first.sum().backward()
+    grad = twins.optimizer.full_grad(twins.first)
+    norms.append(float(twins.optimizer.clip_grad_norm_(1e9)))
+    twins.expect(1.0625)
+    twins.step()
+    state = twins.optimizer.full_state(twins.first)
+    torch.testing.assert_close(state["exp_avg"], twins.adam.state[twins.theirs[0]]["exp_avg"], rtol=1e-6, atol=0)
+    return norms, grad
+
+
+@STAGES
+@SIZES
+def test_clip_grad_norm_scales_the_gradient_as_it_is_then(run, size, stage):
+    for norms, grad in run(size, clipped_before_more, stage):
+        assert norms == pytest.approx([8.0, 8.5, 8.5], rel=1e-6)  # torch divides by the norm and 1e-6
+        torch.testing.assert_close(grad, torch.full((64,), 1.0625), rtol=1e-6, atol=0)
+
+
+def read_after_each_step(group: Any, stage: int) -> tuple[list[bool], list[float]]:
+    twins, applied, grads = Twins(group, stage), [], []
+    for step in range(4):
+        twins.backward(2.0**step)
+        twins.step()
+        grad = twins.optimizer.full_grad(twins.first)  # which is there until it is dropped
+        grads.append(math.nan if grad is None else float(grad[0]))
+        twins.drop("model")
+        applied.append(twins.optimizer.was_step_applied)
+    if all(applied):
+        twins.check()
+        assert twins.optimizer.full_state(twins.first)["step"] == 4
+    return applied, grads
+
+
+@STAGES
+@SIZES
+def test_a_read_between_step_and_zero_grad_spoils_no_step(run, size, stage):
+    for applied, grads in run(size, read_after_each_step, stage):
+        assert applied == [True] * 4
+        assert grads == [factor * (1 + size) / 2 for factor in (1.0, 2.0, 4.0, 8.0)]
+
+
+def step_with_reads(group: Any, stage: int, dtype: torch.dtype, sync: bool, reads: bool) -> list[Tensor]:
+    twins = Twins(group, stage, dtype)
+    for step in range(2):
+        for micro in range(3):
+            with twins.no_sync(sync):
+                twins.backward(1.0 + micro + step, index=micro % 2)
+            if reads:
+                for read in READS.values():
+                    read(twins)
+                twins.optimizer.full_master(twins.second)
+                twins.optimizer.state_dict()
+        twins.step()
+        if reads:
+            twins.optimizer.full_state(twins.first)
+            twins.optimizer.full_grad(twins.second)
+        twins.drop("model")
+    twins.check()
+    return [param.detach().clone() for param in twins.model]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sync", [True, False])
+@STAGES
+@pytest.mark.parametrize("size", [3])
+def test_reads_change_no_bit(run, size, stage, sync, dtype):
+    wanted = run(size, step_with_reads, stage, dtype, sync, False)[0]
+    for got in run(size, step_with_reads, stage, dtype, sync, True):
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+# ---- gradients that are dropped ------------------------------------------------------------------------------------
+
+
+def dropped_batch(group: Any, stage: int, dtype: torch.dtype, sync: bool) -> None:
+    twins = Twins(group, stage, dtype)
+    for how in DROPS:
+        with twins.no_sync(sync):
+            twins.backward(1.0)
+            twins.backward(2.0)
+        twins.drop(how)
+        with twins.no_sync(sync):
+            twins.backward(4.0)
+        twins.backward(8.0)
+        grad = twins.optimizer.full_grad(twins.first)
+        assert grad is not None and torch.equal(grad, torch.full((64,), twins.mean(12.0))), how
+        twins.step()
+        twins.drop(how)
+    twins.backward(16.0)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sync", [True, False])
+@STAGES
+@SIZES
+def test_a_dropped_batch_leaves_nothing(run, size, stage, sync, dtype):
+    run(size, dropped_batch, stage, dtype, sync)
+
+
+def dropped_overflow(group: Any, stage: int, how: str, sync: bool) -> bool:
+    twins = Twins(group, stage)
+    with twins.no_sync(sync):
+        twins.loss(math.nan if twins.rank == 0 else 1.0).backward()
+    for model in (twins.model, twins.theirs):
+        if how == "model":
+            model.zero_grad()
+        else:
+            for param in model:
+                param.grad = None
+    twins.backward(2.0)
+    twins.step()
+    twins.check()
+    return twins.optimizer.was_step_applied
+
+
+@pytest.mark.parametrize("how", ["model", "p.grad = None"])
+@pytest.mark.parametrize("sync", [True, False])
+@STAGES
+@ONE_AND_TWO
+def test_a_dropped_overflow_skips_no_step(run, size, stage, sync, how):
+    assert run(size, dropped_overflow, stage, how, sync) == [True] * size
+
+
+# ---- torch's life of a gradient ------------------------------------------------------------------------------------
+
+
+def zeroed(group: Any, stage: int, how: str) -> None:
+    twins = Twins(group, stage)
+    twins.backward(2.0)
+    twins.backward(1.0, index=1)
+    twins.step()
+    twins.drop(how)
+    twins.step()  # on by momentum
+    twins.check()
+    twins.backward(4.0)
+    twins.step()
+    twins.check()
+    assert twins.optimizer.full_state(twins.second)["step"] == 3
+
+
+@pytest.mark.parametrize("how", ["optimizer, zeros", "model, zeros"])
+@STAGES
+@SIZES
+def test_a_zeroed_gradient_goes_on_by_momentum(run, size, stage, how):
+    run(size, zeroed, stage, how)
+
+
+def stepped_twice(group: Any, stage: int, dtype: torch.dtype) -> None:
+    twins = Twins(group, stage, dtype)
+    twins.backward(2.0)
+    twins.step()
+    twins.step()
+    twins.check()
+    assert twins.optimizer.full_state(twins.first)["step"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@STAGES
+@SIZES
+def test_a_second_step_applies_the_same_gradient(run, size, stage, dtype):
+    run(size, stepped_twice, stage, dtype)
+
+
+def never_zeroed(group: Any, stage: int, dtype: torch.dtype) -> None:
+    twins = Twins(group, stage, dtype)
+    for step in range(3):
+        twins.backward(2.0**step)
+        if step == 1:
+            twins.backward(1.0, index=1)
+        twins.step()
+        twins.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@STAGES
+@SIZES
+def test_without_zero_grad_gradients_add_up_over_steps(run, size, stage, dtype):
+    run(size, never_zeroed, stage, dtype)
+
+
+# ---- a loss scale --------------------------------------------------------------------------------------------------
+
+
+def mixed_backwards(group: Any, stage: int, where: str, scaled_first: bool) -> list[bool]:
+    refusals = []
+    for dtype in (torch.float32, torch.bfloat16):
+        twins = Twins(group, stage, dtype, loss_scale=1024.0)
+        losses = [twins.loss(1.0), twins.loss(2.0)]
+        backwards = [twins.optimizer.backward, Tensor.backward]
+
+        def both(twins: Twins = twins, losses: Any = losses, backwards: Any = backwards) -> None:
+            for index, backward in enumerate(backwards if scaled_first else backwards[::-1]):
+                with twins.no_sync(where == "outside" or (where == "first inside" and index == 1)):
+                    backward(losses[index])
+            twins.optimizer.step()
+
+        refusals.append(is_refused(both))
+        if not refusals[-1]:
+            twins.expect(twins.mean(3.0))
+            twins.adam.step()
+        twins.check()
+        twins.drop("optimizer")
+        twins.optimizer.backward(twins.loss(4.0))
+        twins.expect(twins.mean(4.0))
+        twins.step()
+        twins.check()
+    return refusals
+
+
+@pytest.mark.parametrize("scaled_first", [True, False])
+@pytest.mark.parametrize("where", ["outside", "inside", "first inside"])
+@STAGES
+@ONE_AND_TWO
+def test_scaled_and_plain_backwards_mix_rightly_or_not_at_all(run, size, stage, where, scaled_first):
+    results = run(size, mixed_backwards, stage, where, scaled_first)
+    assert all(refusals == results[0] for refusals in results)
+    if size > 1 and stage == 2 and where == "outside":
+        assert results[0] == [False, False]  # each is reduced by itself
+
+
+# ---- edits of `.grad` ----------------------------------------------------------------------------------------------
+
+
+def assigned(group: Any, stage: int, sync: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        twins = Twins(group, stage, dtype)
+        with twins.no_sync(sync):
+            twins.loss(1.0).backward()
+        twins.backward(1.0, index=1)
+        twins.first.grad = torch.full_like(twins.first, 8.0 * (1 + twins.rank))
+        twins.expect(twins.mean(8.0))
+        grad = twins.optimizer.full_grad(twins.first)
+        assert grad is not None and torch.equal(grad, torch.full((64,), twins.mean(8.0)))
+        twins.step()
+        twins.check()
+        twins.drop("model")
+        twins.backward(2.0)
+        twins.step()
+        twins.check()
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@STAGES
+@SIZES
+def test_an_assigned_gradient_counts_once(run, size, stage, sync):
+    run(size, assigned, stage, sync)
+
+
+def assigned_and_added_to(group: Any, stage: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        twins = Twins(group, stage, dtype)
+        twins.loss(1.0).backward()
+        twins.first.grad = torch.full_like(twins.first, 8.0 * (1 + twins.rank))
+        twins.expect(twins.mean(8.0))
+        twins.backward(2.0)
+        twins.backward(4.0, index=1)
+        twins.step()
+        twins.check()
+
+
+@STAGES
+@SIZES
+def test_a_backward_adds_to_an_assigned_gradient(run, size, stage):
+    run(size, assigned_and_added_to, stage)
+
+
+def multiply(grad: Tensor) -> None:
+    grad.mul_(2.0)
+
+
+def add(grad: Tensor) -> None:
+    grad.add_(1.0)
+
+
+def write_one(grad: Tensor) -> None:
+    grad[0] = 5.0
+
+
+EDITS = {"multiply": multiply, "add": add, "write one": write_one}
+
+
+def edited_after_a_read(group: Any, stage: int, read: str, how: str) -> list[bool]:
+    refusals = []
+    for dtype in (torch.float32, torch.bfloat16):
+        twins = Twins(group, stage, dtype)
+        twins.backward(4.0)
+        READS[read](twins)
+
+        def edit(twins: Twins = twins) -> None:
+            if how == "assign":
+                twins.first.grad = torch.full_like(twins.first, 8.0 * (1 + twins.rank))
+            else:
+                EDITS[how](twins.first.grad)
+            twins.optimizer.step()
+
+        refusals.append(is_refused(edit))
+        if refusals[-1]:
+            continue
+        if how == "assign":
+            twins.theirs[0].grad.fill_(twins.mean(8.0))
+        else:
+            EDITS[how](twins.theirs[0].grad)
+        twins.adam.step()
+        twins.check()
+    return refusals
+
+
+@pytest.mark.parametrize("how", [*EDITS, "assign"])
+@pytest.mark.parametrize("read", READS)
+@STAGES
+@ONE_AND_TWO
+def test_an_edit_after_a_read_counts_or_is_refused(run, size, stage, read, how):
+    results = run(size, edited_after_a_read, stage, read, how)
+    assert all(refusals == results[0] for refusals in results)
+    if size > 1 and how in ("multiply", "assign"):
+        assert results[0] == [False, False]
+
+
+def set_and_added_to(group: Any, stage: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        twins = Twins(group, stage, dtype)
+        twins.loss(1.0).backward()
+        twins.optimizer.set_full_grad(twins.first, torch.full((64,), 8.0))
+        twins.optimizer.set_full_grad(twins.second, torch.full((3, 67), 2.0))
+        twins.expect(8.0)
+        twins.expect(2.0, index=1)
+        twins.backward(4.0)
+        grad = twins.optimizer.full_grad(twins.first)
+        assert grad is not None and torch.equal(grad, torch.full((64,), 8.0 + twins.mean(4.0)))
+        twins.step()
+        twins.check()
+
+
+@STAGES
+@SIZES
+def test_a_backward_adds_to_a_gradient_that_was_set(run, size, stage):
+    run(size, set_and_added_to, stage)
+
+
+def asked_autograd(group: Any, stage: int, sync: bool, on_all_ranks: bool) -> list[bool]:
+    """Whether `.grad` stayed as it was, and what autograd gave was right, for each dtype."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        twins = Twins(group, stage, dtype)
+        with twins.no_sync(sync):
+            twins.backward(4.0)
+            before = twins.first.grad
+            real = before is not None and (twins.size == 1 or stage == 1 or not sync)
+            copy = before.detach().clone() if real else None
+            right = True
+            if on_all_ranks or twins.rank == 0:
+                (grad,) = torch.autograd.grad(twins.loss(16.0), [twins.first])
+                right = bool((grad == 16.0 * (1 + twins.rank)).all())
+            after = twins.first.grad
+            right &= torch.equal(after, copy) if real and after is not None else after is before
+        twins.backward(1.0, index=1)
+        twins.step()
+        twins.check()
+        results.append(right)
+    return results
+
+
+@pytest.mark.parametrize("on_all_ranks", [True, False])
+@pytest.mark.parametrize("sync", [True, False])
+@STAGES
+@ONE_AND_TWO
+def test_autograd_grad_leaves_gradients_alone(run, size, stage, sync, on_all_ranks):
+    for right in run(size, asked_autograd, stage, sync, on_all_ranks):
+        assert right == [True, True]
+
+
+def whole_local_sum(group: Any, stage: int) -> bool:
+    twins = Twins(group, stage, torch.bfloat16)
+    with twins.no_sync(stage == 1):
+        for factor in (256.0, 1.0, 1.0):  # bf16 alone would stay at 256
+            (twins.first * (factor * 2**twins.rank)).sum().backward()
+    shown = bool((twins.first.grad == 258.0 * 2**twins.rank).all())
+    twins.expect(258.0 * (2**twins.size - 1) / twins.size)
+    twins.step()
+    twins.check()
+    return shown
+
+
+@STAGES
+@pytest.mark.parametrize("size", [2])
+def test_a_16_bit_gradient_shows_the_whole_local_sum(run, size, stage):
+    assert all(run(size, whole_local_sum, stage))
+
+
+# ---- what one rank alone does --------------------------------------------------------------------------------------
+
+
+def thawed_for_one_rank(group: Any, stage: int) -> None:
+    twins = Twins(group, stage)
+    joins = nn.Parameter(torch.full((70,), 2.0), requires_grad=False)
+    twins.optimizer.add_param_group({"params": [joins]})
+    twins.backward(1.0)
+    twins.step()
+    twins.drop("optimizer")
+    joins.requires_grad_(True)
+    loss = twins.loss(2.0)
+    if twins.rank == 0:
+        loss = loss + (joins * (4.0 * twins.size)).sum()
+    loss.backward()
+    twins.expect(twins.mean(2.0))
+    twins.step()
+    twins.check()
+    assert torch.equal(twins.optimizer.full_state(joins)["exp_avg"], torch.full((70,), 2.0))
+
+
+@STAGES
+@SEVERAL
+def test_a_thawed_parameter_used_on_rank_0_alone(run, size, stage):
+    run(size, thawed_for_one_rank, stage)
+
+
+def added_with_a_gradient_on_one_rank(group: Any, stage: int) -> None:
+    twins = Twins(group, stage)
+    joins = nn.Parameter(torch.full((70,), 2.0))
+    loss = twins.loss(2.0)
+    if twins.rank == 0:
+        loss = loss + (joins * (4.0 * twins.size)).sum()
+    loss.backward()
+    twins.expect(twins.mean(2.0))
+    twins.optimizer.clip_grad_norm_(1e9)
+    twins.optimizer.add_param_group({"params": [joins]})
+    twins.step()
+    twins.check()
+    assert torch.equal(twins.optimizer.full_state(joins)["exp_avg"], torch.full((70,), 2.0))
+
+
+@STAGES
+@SEVERAL
+def test_an_added_parameter_with_a_gradient_on_rank_0_alone(run, size, stage):
+    run(size, added_with_a_gradient_on_one_rank, stage)
+
+
+def reached_on_one_rank_after_a_read(group: Any, stage: int) -> None:
+    twins = Twins(group, stage)
+    twins.backward(1.0)
+    twins.optimizer.clip_grad_norm_(1e9)
+    with twins.no_sync(stage == 1):
+        if twins.rank == 0:
+            (twins.first * (2.0 * twins.size)).sum().backward()
+            (twins.second * (4.0 * twins.size)).sum().backward()
+    twins.expect(2.0)
+    twins.expect(4.0, index=1)
+    twins.step()
+    twins.check()
+
+
+@STAGES
+@SEVERAL
+def test_a_backward_on_rank_0_alone_after_a_read(run, size, stage):
+    run(size, reached_on_one_rank_after_a_read, stage)
+
+
+NEXT: dict[str, Callable[[Twins], Any]] = {"step": lambda t: t.optimizer.step(), **READS}
+
+
+def assigned_on_one_rank(group: Any, stage: int, value: float | None, then: str) -> tuple[bool, bool]:
+    twins = Twins(group, stage)
+    twins.loss(1.0).backward()
+    if stage == 1:
+        twins.optimizer.full_grad(twins.first)
+    if twins.rank == 0:
+        twins.first.grad = None if value is None else torch.full_like(twins.first, value)
+    refused = is_refused(lambda: NEXT[then](twins))
+    unchanged = all(torch.equal(param, torch.full_like(param, 2.0)) for param in twins.model)
+    if refused:
+        twins.drop("optimizer")
+        twins.backward(2.0)
+        twins.step()
+        twins.check()
+    return refused, unchanged
+
+
+@pytest.mark.parametrize("then", NEXT)
+@pytest.mark.parametrize("value", [None, 8.0])
+@STAGES
+@pytest.mark.parametrize("size", [2])
+def test_a_reduced_gradient_assigned_on_one_rank_is_refused_on_all(run, size, stage, value, then):
+    assert run(size, assigned_on_one_rank, stage, value, then) == [(True, True)] * size
+
+
+def unequal_backwards(group: Any, counts: tuple[int, ...]) -> tuple[str, str, float]:
+    twins = Twins(group, 2)
+    begin = time.monotonic()
+    try:
+        for _ in range(counts[twins.rank]):
+            twins.loss(1.0).backward()
+        twins.optimizer.step()
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - begin
+    return "nothing", "", time.monotonic() - begin
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (3, 4)], ids=str)
+def test_backwards_unequally_often_are_counted(ranks, counts):
+    for name, message, seconds in OwnGroups(ranks, 1.5 * LATEST_S)(2, unequal_backwards, counts):
+        assert name == "CollectiveError"
+        assert seconds < LATEST_S
+        numbers = re.findall(r"\b\d+\b", re.sub(r"\brank \d+( of \d+)?", "", message))
+        assert "rank 0" in message and "rank 1" in message and {str(count) for count in counts} <= {*numbers}, message
