@@ -1,0 +1,284 @@
+"""Arguments, groups and state dicts as torch.optim.AdamW takes them, or refused by name before anything is changed."""
+
+import copy
+import inspect
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+
+PAIRS = [(pyzero.FusedZeroAdam, torch.optim.Adam), (pyzero.FusedZeroAdamW, torch.optim.AdamW)]
+
+
+def weights() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_positional_arguments_are_torchs(ours, theirs):
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    mine, wanted = (
+        [(name, p.default) for name, p in inspect.signature(cls).parameters.items() if p.kind in kinds]
+        for cls in (ours, theirs)
+    )
+    assert [name for name, _ in mine] == [name for name, _ in wanted]
+    assert [default for _, default in mine] == [default for _, default in wanted]
+    args = (1e-2, (0.8, 0.9), 1e-6, 0.25, False)
+    left, right = ours(weights(), *args), theirs(weights(), *args)
+    for name in ("lr", "betas", "eps", "weight_decay", "maximize"):
+        assert left.defaults[name] == right.defaults[name]
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"capturable": True}], ids=str
+)
+def test_options_that_change_no_result_are_taken(options):
+    (ours, left), (theirs, right) = ((p := weights(), pyzero.FusedZeroAdamW(p, **o)) for o in (options, {}))
+    for params, optimizer in ((ours, left), (theirs, right)):
+        (params[0].sum() + params[1].sum()).backward()
+        optimizer.step()
+    assert_same(params_of(nn.ParameterList(ours)), params_of(nn.ParameterList(theirs)))
+
+
+BAD = [
+    ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+    ({"lr": torch.tensor(-1.0)}, "Invalid learning rate"),
+    ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
+    ({"lr": math.nan}, "Invalid learning rate"),
+    ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+    ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
+    ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
+    ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD, ids=str)
+def test_values_out_of_range_in_torchs_words(options, words):
+    with pytest.raises(ValueError, match=words):
+        pyzero.FusedZeroAdamW(weights(), **options)
+    with pytest.raises(ValueError, match=words):
+        pyzero.FusedZeroAdamW([{"params": weights(), **options}])
+    params = weights()
+    optimizer = pyzero.FusedZeroAdamW(params)
+    (params[0].sum() + params[1].sum()).backward()
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert all((param == 1).all() for param in params) and optimizer.state[params[0]]["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"grad_reduce_dtype": "bf16"}, "torch.bfloat16"),
+        ({"grad_reduce_dtype": torch.float64}, "got torch.float64"),
+        ({"max_consecutive_skips": 0}, "from 1, got 0"),
+        ({"bucket_cap_mb": -1.0}, "bucket_cap_mb above 0"),
+        ({"bucket_cap_mb": 0}, "bucket_cap_mb above 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm above 0"),
+        ({"amsgrad": True}, "amsgrad"),
+        ({"differentiable": True}, "differentiable"),
+    ],
+    ids=str,
+)
+def test_arguments_are_refused_at_construction(options, words):
+    with pytest.raises(ValueError, match=words):
+        pyzero.FusedZeroAdamW(weights(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"amsgrad": True}, "amsgrad=True"),
+        ({"differentiable": True}, "differentiable=True"),
+        ({"stage": 1}, "got stage in a parameter group"),
+        ({"max_grad_norm": 1.0}, "got max_grad_norm in a parameter group"),
+        ({"weight_deacy": 0.1}, "got 'weight_deacy' in a parameter group, expected 'weight_decay'"),
+        ({"beta": (0.9, 0.99)}, "expected 'betas'"),
+    ],
+    ids=str,
+)
+def test_a_groups_own_options_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        pyzero.FusedZeroAdamW([{"params": weights(), **options}])
+    optimizer = pyzero.FusedZeroAdamW(weights())
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": weights(), **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_may_hold_values_of_the_loops_own():
+    optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "name": "body", "lr_scale": 0.5, "layer_id": 3}])
+    assert optimizer.param_groups[0]["lr_scale"] == 0.5
+
+
+def test_a_parameter_twice_in_a_group_is_warned_of_and_updated_once():
+    param, once = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = pyzero.FusedZeroAdamW([param, param], lr=0.1)
+    other = pyzero.FusedZeroAdamW([once], lr=0.1)
+    for p, o in ((param, optimizer), (once, other)):
+        p.sum().backward()
+        o.step()
+    assert torch.equal(param, once)
+
+
+def test_what_is_no_leaf_is_refused_as_torch_refuses_it():
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        pyzero.FusedZeroAdamW([torch.ones(3, requires_grad=True) * 2])
+    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
+        pyzero.FusedZeroAdamW(nn.Parameter(torch.ones(3)))
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+        pyzero.FusedZeroAdamW([])
+
+
+def test_error_if_nonfinite():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param])
+    (param * math.inf).sum().backward()
+    with pytest.raises(RuntimeError, match="The total norm of order 2.0 for gradients is non-finite"):
+        optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert not torch.isfinite(optimizer.clip_grad_norm_(1.0))
+
+
+@pytest.mark.parametrize("how", ["taken out", "moved", "popped", "state"])
+def test_groups_and_state_edited_by_hand(how):
+    params = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = pyzero.FusedZeroAdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
+    groups = optimizer.param_groups
+    if how == "taken out":
+        groups[0]["params"] = params[:1]
+    elif how == "moved":
+        groups[1]["params"].append(groups[0]["params"].pop(0))
+    elif how == "popped":
+        groups.pop(0)
+    else:
+        optimizer.state.clear()
+    sum(params).backward()
+    with pytest.raises(ValueError, match="optimizer.state with 3 entries" if how == "state" else "out of param_groups"):
+        optimizer.step()
+    assert all(param == 1 for param in params)
+
+
+# ---- state dicts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_that_is_a_tensor_is_copied_on_load():
+    optimizer, other = (pyzero.FusedZeroAdamW(weights(), lr=torch.tensor(0.1)) for _ in range(2))
+    saved = optimizer.state_dict()
+    other.load_state_dict(saved)
+    other.param_groups[0]["lr"].fill_(5.0)
+    assert optimizer.param_groups[0]["lr"] == torch.tensor(0.1)
+
+
+def trained(cls: Any, model: nn.Module, optimizer: Any, steps: range) -> list[Tensor]:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(step, 0)).backward()
+        optimizer.step()
+    return params_of(model)
+
+
+def from_torch(group: Any, as_number: bool) -> None:
+    ours, theirs = build(torch.float32), build(torch.float32)
+    right = torch.optim.AdamW(theirs.parameters(), lr=1e-2, fused=True)
+    trained(None, theirs, right, range(3))
+    saved = copy.deepcopy(right.state_dict())
+    if as_number:
+        for state in saved["state"].values():
+            state["step"] = float(state["step"])
+    ours.load_state_dict(theirs.state_dict())
+    left = pyzero.FusedZeroAdamW(ours.parameters(), lr=1.0, process_group=group)
+    left.load_state_dict(saved)
+    assert left.param_groups[0]["lr"] == 1e-2
+    wanted, got = trained(None, theirs, right, range(3, 6)), trained(None, ours, left, range(3, 6))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("as_number", [False, True])
+def test_torchs_state_dict_loads(ranks, size, as_number):
+    ranks.run(size, from_torch, as_number)
+
+
+def rank_0s_state(group: Any, what: str) -> str:
+    """All ranks load rank 0's; or one rank's file does not fit."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group)
+    trained(None, model, optimizer, range(2))
+    saved = [copy.deepcopy(optimizer.state_dict())]
+    if what == "rank 0's":
+        dist.broadcast_object_list(saved, src=0, group=group)
+    elif rank == 1:
+        saved[0]["state"][0]["exp_avg"] = torch.zeros(1)
+    trained(None, model, optimizer, range(2, 3))
+    before = [t.clone() for state in optimizer.state.values() for t in state.values()] + params_of(model)
+    try:
+        optimizer.load_state_dict(saved[0])
+    except ValueError as error:
+        after = [t for state in optimizer.state.values() for t in state.values()] + params_of(model)
+        assert_same(before, after)
+        return str(error)
+    return "no error"
+
+
+def test_rank_0s_state_dict_is_refused_by_all_ranks(ranks):
+    first, second = ranks.run(2, rank_0s_state, "rank 0's")
+    assert "expected the state of rank 1 of 2, got that of rank 0 of 2" in second
+    assert "every rank save state_dict() to a file of its own" in second
+    assert first.startswith("nothing was loaded, for rank 1 could not") and second in first
+
+
+def test_a_state_dict_that_does_not_fit_on_one_rank_is_loaded_on_none(ranks):
+    first, second = ranks.run(2, rank_0s_state, "shape")
+    assert "exp_avg of parameter 0" in second and "rank 1 could not" in first
+
+
+def test_a_state_dict_says_whose_it_is():
+    saved = pyzero.FusedZeroAdamW(weights()).state_dict()
+    assert saved["param_groups"][0]["zero"] == {"rank": 0, "num_ranks": 1, "buckets": [[1, 0]], "has_learned": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pyzero.FusedZeroAdamW(weights()).load_state_dict(saved)
+
+
+# ---- compiled autograd ----------------------------------------------------------------------------------------------
+
+
+def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tensor]:
+    import torch._dynamo.compiled_autograd as compiled_autograd
+    import torch.distributed as dist
+
+    enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=1e-2, process_group=group, stage=stage, loss_scale=8.0, bucket_cap_mb=1e-3
+    )
+    for step in range(3):
+        loss = model(torch.full((2, 16), 1.0 + dist.get_rank(group) + step)).square().mean()
+        if compiled:
+            with enable(torch.compile(backend="eager")):
+                optimizer.backward(loss)
+        else:
+            optimizer.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return params_of(model)
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_compiled_autograd_runs_the_hooks(ranks, size, stage):
+    wanted = ranks.run(size, with_compiled_autograd, stage, False)[0]
+    for got in ranks.run(size, with_compiled_autograd, stage, True):
+        assert_same(got, wanted)

@@ -1,0 +1,226 @@
+"""Buckets in the order in which gradients come: how many of them are alive in a backward, whatever the groups."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, params_of
+from torch import Tensor, nn
+
+import pyzero
+from pyzero.layout import GRANULE, Key, ParamSpec, RunKey, plan
+
+WIDTH = 32
+NUM_LAYERS = 24
+CAP_MB = 2 * 12 * WIDTH * WIDTH * 2 / 2**20 / 4  # half a layer, in bf16
+
+
+class Block(nn.Module):
+    """A transformer block's parameters and order of use, with a gated sum for attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mix, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.mix(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(torch.sigmoid(a) * b + c)
+        return x + self.down(torch.relu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """With a tied embedding, and where asked a head that is not used, or a decoder that is registered first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, WIDTH)
+        half = NUM_LAYERS // 2
+        if kind == "encoder-decoder":
+            self.decoder = nn.ModuleList(Block() for _ in range(half))
+            self.encoder = nn.ModuleList(Block() for _ in range(half))
+        else:
+            self.encoder, self.decoder = nn.ModuleList(Block() for _ in range(NUM_LAYERS)), nn.ModuleList()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 16, bias=False)
+        self.head.weight = self.embedding.weight
+        self.unused = nn.Linear(WIDTH, 2) if kind == "unused head" else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in [*self.encoder, *self.decoder]:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def make(kind: str) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(kind).bfloat16()
+
+
+def groups_of(model: nn.Module, how: str) -> Any:
+    params = list(model.parameters())
+    if how == "decay":
+        return [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr": 5e-3},
+        ]
+    if how == "per layer":
+        return [{"params": [p], "lr": 1e-2 * 0.9**i} for i, p in enumerate(params)]
+    return params
+
+
+def live(group: Any, kind: str, how: str) -> tuple[list[float], int, list[Tensor]]:
+    """Peaks of live gradients over all of them, by step; the largest bucket over all gradients, too."""
+    import torch.distributed as dist
+
+    model = make(kind)
+    params = list(model.parameters())
+    optimizer = pyzero.FusedZeroAdamW(groups_of(model, how), lr=1e-2, process_group=group, bucket_cap_mb=CAP_MB)
+    total = sum(param.nbytes for param in params)
+    peaks = []
+    for step in range(4):
+        watch = [p for p in params if p.requires_grad]
+        peak = [0]
+
+        def seen(param: Tensor, peak: list[int] = peak, watch: list[Tensor] = watch) -> None:
+            live_bytes = sum(p.grad.nbytes for p in watch if p.grad is not None and not is_sharded(p.grad))
+            peak[0] = max(peak[0], live_bytes)
+
+        handles = [param.register_post_accumulate_grad_hook(seen) for param in watch]
+        tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)))
+        model(tokens).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        peaks.append(peak[0] / total)
+        for handle in handles:
+            handle.remove()
+    largest = max(bucket.flat.nbytes for bucket in optimizer._buckets)
+    return peaks, largest / total, params_of(model)
+
+
+def is_sharded(grad: Tensor) -> bool:
+    return type(grad).__name__ == "ShardedGrad"
+
+
+@pytest.mark.parametrize("how", ["one group", "decay", "per layer"])
+@pytest.mark.parametrize("kind", ["plain", "unused head", "encoder-decoder"])
+def test_few_gradients_are_alive_in_a_backward(ranks, kind, how):
+    for peaks, largest, _ in ranks.run(2, live, kind, how):
+        assert max(peaks[1:]) < 0.15 + 2 * largest, peaks
+        if how == "decay" and kind == "plain":
+            assert peaks[0] < 0.15 + 2 * largest  # the model's own order is known from the start
+
+
+def test_the_order_of_buckets_changes_no_bit(ranks):
+    wanted = ranks.run(2, trained, "decay", {"overlap": False, "bucket_cap_mb": 25.0})[0]
+    for options in ({}, {"bucket_cap_mb": CAP_MB}, {"bucket_cap_mb": 1e-4}, {"stage": 1}):
+        for got in ranks.run(2, trained, "decay", options):
+            assert_same(got, wanted)
+
+
+def trained(group: Any, how: str, options: dict[str, Any]) -> list[Tensor]:
+    import torch.distributed as dist
+
+    model = make("encoder-decoder")
+    optimizer = pyzero.FusedZeroAdamW(groups_of(model, how), lr=1e-2, process_group=group, **options)
+    for step in range(3):
+        tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)))
+        model(tokens).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return params_of(model)
+
+
+def test_groups_in_one_bucket_keep_their_hyper_parameters():
+    """Against an optimizer for each group."""
+
+    def params() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.linspace(-1, 1, 10 + 50 * i)) for i in range(6)]
+
+    settings = [{"lr": 0.1, "weight_decay": 0.0}, {"lr": 0.01, "betas": (0.5, 0.6), "eps": 1e-3, "maximize": True}]
+    ours, theirs = params(), params()
+    together = pyzero.FusedZeroAdamW([{"params": ours[i::2], **settings[i]} for i in range(2)])
+    apart = [pyzero.FusedZeroAdamW(theirs[i::2], **settings[i]) for i in range(2)]
+    assert len(together._buckets) == 1 and len(together._buckets[0].layout.runs) == 2
+    for step in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.full_like(one, 1.0 + step)
+            other.grad = one.grad.clone()
+        for optimizer in (together, *apart):
+            optimizer.step()
+    assert_same(params_of(nn.ParameterList(ours)), params_of(nn.ParameterList(theirs)))
+
+
+def test_runs_lie_side_by_side_and_fill_the_bucket():
+    key = Key("bf16", "cpu")
+    specs = [ParamSpec(i, 10 + 90 * i, 2, key, RunKey(i % 3, i != 4)) for i in range(9)]
+    for arrival in (None, [4, 0, 8, 2, 6, 1, 3, 5, 7]):
+        for layout in plan(specs, 1000, 3, arrival):
+            assert [layout.runs[0].begin, layout.runs[-1].end] == [0, layout.numel]
+            for run, after in zip(layout.runs, layout.runs[1:], strict=False):
+                assert run.end == after.begin and run.end % GRANULE == 0
+            for slot in layout.slots:
+                (owner,) = [run for run in layout.runs if run.begin <= slot.offset < run.end]
+                assert owner.key == specs[slot.index].run and slot.offset + slot.numel <= owner.end
+
+
+def test_launch_order_is_that_of_the_last_arrival():
+    keys = [Key("bf16", "cpu"), Key("fp32", "cpu")]
+    specs = [ParamSpec(i, 64, 2, keys[i in (1, 5)]) for i in range(6)]
+    order = [[slot.index for slot in layout.slots] for layout in plan(specs, 256, 2, [5, 4, 3, 2, 1, 0])]
+    assert order == [[4, 3], [5, 1], [2, 0]]
+
+
+def moved_bytes(group: Any) -> tuple[int, int]:
+    """Elements that ranks receive for one parameter's whole state, and the parameter's."""
+    from pyzero import comm
+
+    small, large = nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(100_000))
+    optimizer = pyzero.FusedZeroAdamW([small, large], process_group=group)
+    moved = [0]
+    gather = comm.Group.gather_shards
+
+    def counting(self: Any, shard: Tensor, *args: Any) -> Tensor:
+        moved[0] += shard.numel() * self.size
+        return gather(self, shard, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.Group, "gather_shards", counting)
+        optimizer.full_state(small)
+    return moved[0], small.numel()
+
+
+def test_whole_tensors_move_no_more_than_the_parameter(ranks):
+    for moved, numel in ranks.run(2, moved_bytes):
+        assert moved <= 3 * 2 * numel
+
+
+def saved_and_loaded(group: Any, cap_mb: float) -> None:
+    """Fragments are of the buckets that they were saved in; another bucket size takes those over."""
+    import torch.distributed as dist
+
+    def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            seed = 10 * step + dist.get_rank(group)
+            tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(seed))
+            model(tokens).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, other = make("encoder-decoder"), make("encoder-decoder")
+    optimizer = pyzero.FusedZeroAdamW(groups_of(model, "decay"), lr=1e-2, process_group=group, bucket_cap_mb=CAP_MB)
+    train(model, optimizer, range(2))
+    saved = {key: value for key, value in optimizer.state_dict().items()}
+    saved["state"] = {i: {k: v.clone() for k, v in state.items()} for i, state in saved["state"].items()}
+    train(model, optimizer, range(2, 4))
+    resumed = pyzero.FusedZeroAdamW(groups_of(other, "decay"), lr=1.0, process_group=group, bucket_cap_mb=cap_mb)
+    resumed.load_state_dict(saved)
+    train(other, resumed, range(2, 4))
+    assert_same(params_of(other), params_of(model))
+
+
+@pytest.mark.parametrize("cap_mb", [CAP_MB, 25.0])
+def test_a_state_dict_brings_its_buckets(ranks, cap_mb):
+    ranks.run(2, saved_and_loaded, cap_mb)

@@ -1,0 +1,298 @@
+"""The weights in flat memory: as torch and its users expect parameters to be, whoever writes, moves or saves them."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+
+
+def rank_of(group: Any) -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank(group)
+
+
+# ---- memory of their own --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_parameter_has_a_storage_of_its_own(dtype):
+    model = nn.Sequential(nn.Linear(512, 512), nn.Conv2d(3, 5, 3), nn.Linear(16, 10)).to(dtype)
+    model[1].to(memory_format=torch.channels_last)
+    wanted = copy.deepcopy(model.state_dict())
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pointers = [param.untyped_storage().data_ptr() for param in model.parameters()]
+    assert len(set(pointers)) == len(pointers)
+    for name, param in model.named_parameters():
+        assert param.untyped_storage().nbytes() == param.nbytes and param.storage_offset() == 0
+        assert torch.equal(param, wanted[name]) and param.stride() == wanted[name].stride()
+    file = io.BytesIO()
+    torch.save(model[2].state_dict(), file)
+    assert file.tell() < 4 * sum(param.nbytes for param in model[2].parameters()) + 4096  # not its whole bucket
+    del optimizer
+    assert_same(params_of(model), list(wanted.values()))  # the memory outlives the optimizer
+
+
+def test_safetensors_saves_every_tensor(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    other = build(torch.float32)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.zero_()
+    safetensors.load_model(other, str(tmp_path / "model.safetensors"))
+    assert_same(params_of(other), params_of(model))
+    del optimizer
+
+
+# ---- other writers --------------------------------------------------------------------------------------------------
+
+
+def swap_larger(model: nn.Module) -> None:
+    model.bias.data = torch.ones(9)
+
+
+CONVERSIONS = {
+    "shape": (swap_larger, r"of shape \(3,\).*got it in float32 on cpu of shape \(9,\)"),
+    "dtype": (lambda model: model.to(torch.bfloat16), "float32 on cpu.*got it in bfloat16 on cpu.*convert and move"),
+    "half": (lambda model: model.half(), "got it in float16"),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_a_converted_model_is_an_error_and_nothing_is_written(how):
+    convert, words = CONVERSIONS[how]
+    model = nn.Linear(3, 3)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5)
+    model(torch.ones(2, 3)).sum().backward()
+    neighbour = model.weight.detach().clone()
+    convert(model)
+    with pytest.raises(TypeError, match=words):
+        optimizer.step()
+    assert model.weight.dtype != torch.float32 or torch.equal(model.weight, neighbour)
+    assert optimizer.state[model.weight]["step"] == 0
+    with pytest.raises(TypeError, match=words):
+        optimizer.state_dict()
+
+
+def converted_before_backward(group: Any, stage: int) -> str:
+    model = nn.Linear(3, 3)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, stage=stage)
+    model.bfloat16()
+    try:
+        model(torch.ones(2, 3, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    except TypeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_converted_model_is_an_error_on_several_ranks(ranks, stage):
+    for message in ranks.run(2, converted_before_backward, stage):
+        assert "as the optimizer was built with, got it in bfloat16" in message
+
+
+def test_channels_last_after_construction_keeps_state_and_weights_together():
+    def train(late: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 5, 3)
+        optimizer = pyzero.FusedZeroAdamW(conv.parameters(), lr=0.1)
+        for step in range(4):
+            if late and step == 2:
+                conv.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            conv(x).square().mean().backward()
+            optimizer.step()
+        return params_of(conv)
+
+    for late, wanted in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(late, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_assigned_to_data_is_followed():
+    param, other = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.full((70,), 5.0))
+    optimizer = pyzero.FusedZeroAdam([param, other], lr=0.0)
+    param.data = torch.full((3,), 2.0, dtype=torch.bfloat16)
+    param.sum().backward()
+    optimizer.step()
+    assert torch.equal(param, torch.full_like(param, 2.0)) and (other == 5.0).all()
+    assert torch.equal(optimizer.full_master(param), torch.full((3,), 2.0))
+
+
+def test_another_view_assigned_to_data_is_followed():
+    param = nn.Parameter(torch.arange(9.0).view(3, 3))
+    optimizer = pyzero.FusedZeroAdam([param], lr=0.0)
+    param.data = param.data.t()
+    wanted = param.detach().clone()
+    param.sum().backward()
+    optimizer.step()
+    assert torch.equal(param, wanted) and torch.equal(optimizer.full_master(param), wanted)
+
+
+def test_a_backward_through_weights_that_a_step_has_changed_is_an_error():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    late = model(torch.ones(2, 3, requires_grad=True)).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_a_step_that_left_a_parameter_alone_does_not_touch_it():
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdamW([used, unused])
+    used.sum().backward()
+    versions = used._version, unused._version
+    optimizer.step()
+    assert used._version > versions[0] and unused._version == versions[1]
+
+
+def test_parameters_over_one_memory_are_refused_by_name():
+    first = nn.Parameter(torch.ones(4, 4))
+    second = nn.Parameter(first.detach())
+    part = nn.Parameter(first.detach()[2:])
+    for other in (second, part):
+        with pytest.raises(ValueError, match="got one and other over the same"):
+            pyzero.FusedZeroAdamW([("one", first), ("other", other)])
+    with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 1 of group 0"):
+        pyzero.FusedZeroAdamW([first, second])
+    optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0))])
+    with pytest.raises(ValueError, match="over the same"):
+        optimizer.add_param_group({"params": [first, second]})
+    assert len(optimizer.param_groups) == 1
+
+
+# ---- other ranks ----------------------------------------------------------------------------------------------------
+
+
+def backward_in_another_order(group: Any, stage: int, crossed: bool) -> list[Tensor]:
+    """Two optimizers, whose backwards rank 1 runs in the other order."""
+    models = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    for index, model in enumerate(models):
+        with torch.no_grad():
+            for param in model.parameters():
+                param.fill_(1.0 + index)
+    optimizers = [pyzero.FusedZeroAdam(m.parameters(), lr=0.1, process_group=group, stage=stage) for m in models]
+    order = (1, 0) if crossed and rank_of(group) == 1 else (0, 1)
+    for _ in range(2):
+        for index in order:
+            models[index](torch.full((2, 8), 1.0 + index + rank_of(group))).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [*params_of(models[0]), *params_of(models[1])]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_optimizers_used_in_another_order_on_one_rank(ranks, stage):
+    wanted = ranks.run(2, backward_in_another_order, stage, False)[0]
+    for got in ranks.run(2, backward_in_another_order, stage, True):
+        assert_same(got, wanted)
+
+
+class WithBuffers(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.trained = nn.Parameter(torch.full((3,), value))
+        self.frozen = nn.Parameter(torch.full((3,), value), requires_grad=False)
+        self.adapter = nn.BatchNorm1d(3)
+        self.adapter.running_mean.fill_(value)
+        self.register_buffer("counter", torch.tensor(int(value)), persistent=False)
+
+
+def synchronised(group: Any, init_sync: bool, filtered: bool) -> list[Tensor]:
+    model = WithBuffers(1.0 + rank_of(group))
+    params = [p for p in model.parameters() if p.requires_grad] if filtered else model.parameters()
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group, init_sync=init_sync)
+    del optimizer
+    return [model.trained.detach(), model.frozen.detach(), model.adapter.running_mean, model.counter]
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_frozen_parameters_and_buffers_become_rank_0s(ranks, filtered):
+    for got in ranks.run(2, synchronised, True, filtered):
+        assert all((value == 1).all() for value in got)
+    for rank, got in enumerate(ranks.run(2, synchronised, False, filtered)):
+        assert all((value == 1 + rank).all() for value in got[1:])
+
+
+LAUNCHED = """
+import torch, pyzero
+try:
+    pyzero.FusedZeroAdamW([torch.nn.Parameter(torch.ones(3))])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_built_before_the_process_group_under_a_launcher():
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    out = subprocess.run([sys.executable, "-c", LAUNCHED], env=environment, capture_output=True, text=True, check=True)
+    assert "WORLD_SIZE=2" in out.stdout and "init_process_group()" in out.stdout
+    environment["WORLD_SIZE"] = "1"
+    out = subprocess.run([sys.executable, "-c", LAUNCHED], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout == ""
+
+
+def outside(group: Any) -> str:
+    import torch.distributed as dist
+
+    mine = dist.new_group([0])
+    try:
+        pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=mine)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_outside_the_group(ranks):
+    inside, *others = ranks.run(4, outside)
+    assert inside == "no error"
+    assert all("got one that rank" in message for message in others)
+
+
+def channels(group: Any) -> list[int]:
+    """Serial numbers of the process groups of optimizers that live one after the other, and side by side."""
+    made = []
+    for _ in range(3):
+        optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=group)
+        made.append(optimizer._group._channel.serial)
+        del optimizer
+    pair = [pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=group) for _ in range(2)]
+    made += [optimizer._group._channel.serial for optimizer in pair]
+    return made
+
+
+def test_process_groups_are_used_again(ranks):
+    results = ranks.run(2, channels)
+    assert results[0] == results[1]
+    assert len(set(results[0][:3])) == 1 and len(set(results[0][3:])) == 2
+
+
+def trained_once(group: Any, dtype: torch.dtype) -> list[Any]:
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    optimizer.backward(loss_of(model, micro_batch(0, rank_of(group))))
+    optimizer.step()
+    sizes = [param.untyped_storage().nbytes() == param.nbytes for param in model.parameters()]
+    return [all(sizes), params_of(model)]
+
+
+def test_storages_are_their_own_after_the_buckets_were_planned_anew(ranks):
+    results = ranks.run(2, trained_once, torch.bfloat16)
+    assert results[0][0] and results[1][0]
+    assert_same(results[0][1], results[1][1])
