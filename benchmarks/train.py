@@ -47,20 +47,20 @@ def run(options: Options) -> list[Row]:
     if done.returncode != 0:
         raise AssertionError(f"the ranks failed:\n{done.stderr[-2000:]}")
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    medians = {name: quantile(samples, 0.5) for name, samples in found.items()}
+    medians = {name: quantile(samples, 0.5) for name, (samples, _) in found.items()}
     case = f"{_NUM_RANKS} ranks, {_LAYERS} x Linear({width}), bf16"
     return [
         Row(
             "train",
             case,
-            name,
+            f"{name}; {live:.0%} of gradients alive at a time",
             _LAYERS * width * (width + 1),
             medians[name],
             quantile(samples, 0.2),
             quantile(samples, 0.8),
             speedup=medians[_PEER] / medians[name],
         )
-        for name, samples in found.items()
+        for name, (samples, live) in found.items()
     ]
 
 
@@ -99,9 +99,12 @@ def _step(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
     return loss.detach()
 
 
-def _zero(width: int, **options: object) -> tuple[nn.Module, Any]:
+def _zero(width: int, in_groups: bool = False, **options: object) -> tuple[nn.Module, Any]:
+    """in_groups: weights and biases in two groups, as for weight decay (here the same for both, to compare losses)."""
     model = _model(width)
-    return model, pyzero.FusedZeroAdamW(model.parameters(), lr=_LR, weight_decay=1e-2, **options)
+    groups: Any = [{"params": [p for p in model.parameters() if p.dim() == dim]} for dim in (2, 1)]
+    params = groups if in_groups else model.parameters()
+    return model, pyzero.FusedZeroAdamW(params, lr=_LR, weight_decay=1e-2, **options)
 
 
 def _ddp(width: int) -> tuple[nn.Module, Any]:
@@ -116,11 +119,29 @@ def _ddp_masters(width: int) -> tuple[nn.Module, Any]:
 
 _CONTENDERS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
     "FusedZeroAdamW, stage 2": lambda width: _zero(width, stage=2),
+    "FusedZeroAdamW, stage 2, two groups": lambda width: _zero(width, in_groups=True, stage=2),
     "FusedZeroAdamW, stage 1": lambda width: _zero(width, stage=1),
     "FusedZeroAdamW, stage 2, collective": lambda width: _zero(width, stage=2, transport="collective"),
     _SAME: _ddp_masters,
     _PEER: _ddp,
 }
+
+
+def _live_gradients(model: nn.Module, optimizer: Any, x: Tensor) -> float:
+    """The largest share of all gradients' bytes that one backward keeps at a time."""
+    params = list(model.parameters())
+    most = 0
+
+    def count(param: Tensor) -> None:
+        nonlocal most
+        grads = [p.grad for p in params if p.grad is not None and not isinstance(p.grad, pyzero.ShardedGrad)]
+        most = max(most, sum(grad.nbytes for grad in grads))
+
+    handles = [param.register_post_accumulate_grad_hook(count) for param in params]
+    _step(model, optimizer, x)
+    for handle in handles:
+        handle.remove()
+    return most / sum(param.nbytes for param in params)
 
 
 def _rank(width: int, repeats: int) -> None:
@@ -139,8 +160,9 @@ def _rank(width: int, repeats: int) -> None:
             start = time.perf_counter()
             _step(*pair, x)
             samples[name].append(time.perf_counter() - start)
+    live = {name: _live_gradients(*pair, x) for name, pair in made.items()}
     if dist.get_rank() == 0:
-        print(json.dumps(samples))
+        print(json.dumps({name: (samples[name], live[name]) for name in made}))
     dist.destroy_process_group()
 
 
