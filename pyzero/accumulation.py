@@ -223,14 +223,13 @@ class BucketGrads:
         for record in forgotten:
             record.is_forgotten = False
 
-    def fill(self, whole: dict[ParamGrad, Tensor]) -> None:
-        """Take over reduced gradients: (numel,) each, in memory order; all others are zero."""
-        if whole:
+    def write(self, record: ParamGrad, value: Tensor) -> None:
+        """(numel,) `value`, in memory order, for what is reduced of one gradient."""
+        if self.shard is None:
             self.shard = torch.zeros(self.bucket.layout.shard_numel, device=self.bucket.device)
-            self._is_stale = True
-        for record, value in whole.items():
-            _, there = self.bucket.own_part(record.position)
-            self.part(record).copy_(value[there])
+        _, there = self.bucket.own_part(record.position)
+        self.part(record).copy_(value[there])
+        self._is_stale = True
 
     def part(self, record: ParamGrad) -> Tensor:
         """This rank's part of one parameter's reduced gradient, a view of the shard."""
@@ -253,12 +252,8 @@ class BucketGrads:
 
     def replace(self, record: ParamGrad, value: Tensor) -> None:
         """(numel,) `value`, in memory order, in place of one gradient, whatever there is of it."""
-        if self.shard is None:
-            self.shard = torch.zeros(self.bucket.layout.shard_numel, device=self.bucket.device)
-        _, there = self.bucket.own_part(record.position)
-        self.part(record).copy_(value[there])
+        self.write(record, value)
         record.replaced()
-        self._is_stale = True
 
     def pack(self, dtype: torch.dtype, left_out: Callable[[ParamGrad], bool]) -> Tensor:
         """(numel,) local gradients to send, zero where a parameter has none; `.grad` then stands for the mean."""

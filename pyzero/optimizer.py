@@ -177,19 +177,18 @@ class FusedZeroAdam(FullAccess, Optimizer):
         self._param_groups = groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group gets buckets of its own."""
+        """As torch's; the group gets buckets of its own. Collective over several ranks."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
         try:
             arguments.check_group(group)
             if self._ready:
                 arguments.check_disjoint(self._named_params())
+                self._place([len(self.param_groups) - 1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
-        if self._ready:
-            self._place([len(self.param_groups) - 1])
 
     def _named_params(self) -> dict[Tensor, str]:
         """All parameters, and what to call them in messages."""

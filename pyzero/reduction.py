@@ -103,22 +103,19 @@ class ReducedGradients(Gradients):
     def move_to(self, buckets: list[Bucket]) -> None:
         """Take other buckets of the same parameters. Collective."""
         self._in_flight.receive_all()
-        whole: dict[ParamGrad, Tensor] = {}
-        stay = {grads: grads.waits_for_end for grads in self._grads}
-        waiting = {record for grads, waits in stay.items() if waits for record in grads.records}
-        for grads in self._grads:
-            if grads.shard is None:
-                continue
-            flat = self._group.gather_shards(grads.shard, "the all-gather of gradients that move to other buckets")
-            for slot, record in zip(grads.bucket.layout.slots, grads.records, strict=True):
-                whole[record] = flat[slot.offset : slot.offset + slot.numel]
-            grads.shard = None
-        records = {param: record for param, (_, record) in self._records.items()}
+        old, records = self._grads, {param: record for param, (_, record) in self._records.items()}
+        waiting = {record for grads in old if grads.waits_for_end for record in grads.records}
         self._buckets, self._grads = [], []
         for bucket in buckets:
             grads = self._place(bucket, [records[param] for param in bucket.params])
             grads.waits_for_end = any(record in waiting for record in grads.records)
-            grads.fill({record: whole.pop(record) for record in grads.records if record in whole})
+        what = "the all-gather of gradients that move to other buckets"
+        for grads in old:  # one bucket's at a time lies here whole
+            if grads.shard is not None:
+                flat = self._group.gather_shards(grads.shard, what)
+                grads.shard = None
+                for slot, record in zip(grads.bucket.layout.slots, grads.records, strict=True):
+                    self._records[record.param][0].write(record, flat[slot.offset : slot.offset + slot.numel])
 
     @property
     def arrival(self) -> list[int]:
