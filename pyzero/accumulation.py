@@ -45,11 +45,23 @@ class ParamGrad:
         self._shown: Tensor | None = None  # what was put in `.grad` last
         self._plain: Tensor | None = None  # the memory of a LocalGrad, without its class
         self._version = 0  # of that memory when it was last seen
+        self._zeroed_version = -1  # and when it was filled with zeros
 
     @property
     def has_local(self) -> bool:
         """This rank holds gradients that have not been sent."""
         return self._plain is not None
+
+    @property
+    def has_values(self) -> bool:
+        """And they are more than zeros, which carry any loss scale."""
+        return self._plain is not None and self._plain._version != self._zeroed_version
+
+    def local_was_zeroed(self) -> None:
+        """`.grad` was filled with zeros, by its own zero_."""
+        if self._plain is not None:
+            self.main_grad = None
+            self._version = self._zeroed_version = self._plain._version
 
     @property
     def is_cleared(self) -> bool:
@@ -105,6 +117,7 @@ class ParamGrad:
 
     def _keep(self, plain: Tensor, shown: Tensor) -> None:
         self._plain, self._shown, self._version = plain, shown, plain._version
+        self._zeroed_version = -1
         self.is_used = True
 
     def show(self) -> None:

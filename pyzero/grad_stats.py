@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ _PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _STATES = range(
 )  # columns of what a host tells; from _STATES on, one per parameter
 
 
+class Unsent(IntEnum):
+    """What a rank holds of gradients that no round has reduced."""
+
+    NONE = 0
+    PLAIN = 1
+    SCALED = 2  # they carry the loss scale
+    ZEROS = 3  # which carry any
+
+
 @dataclass(frozen=True)
 class LocalGradStats:
     """What one rank knows."""
@@ -29,8 +39,7 @@ class LocalGradStats:
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
-    has_unsent: bool = False  # gradients that no round has reduced
-    unsent_is_scaled: bool = False  # which carry the loss scale
+    unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
     num_skips_in_a_row: int = 0  # as far as this rank's host knows
 
@@ -75,7 +84,7 @@ class GradStatsExchange:
         """
         row = torch.cat([mine.found_inf.double(), mine.sumsq, mine.suspect])
         used, num_skips = tuple(mine.used), mine.num_skips_in_a_row
-        unsent = {mine.has_unsent * (1 + mine.unsent_is_scaled)}  # 0 none, 1 unscaled, 2 scaled
+        unsent = {int(mine.unsent)}
         rows = row.unsqueeze(0)
         if self._group.size > 1:
             edits = mine.edits or [0] * len(used)
@@ -84,7 +93,7 @@ class GradStatsExchange:
             hosts, rows = self._group.gather_with_host([*head, *states], row)
             self._check(hosts)
             used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
-            unsent = set(hosts[:, _UNSENT].tolist())
+            unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
         found, sumsq = (rows[:, 0] != 0).any(), rows[:, 1].sum()
         if self._model_parallel is not None:
@@ -98,8 +107,8 @@ class GradStatsExchange:
             norm=norm.to(torch.float32),
             suspect=rows[:, 2].min().reshape(1),
             used=used,
-            has_unsent=bool(unsent - {0}),
-            unsent_is_scaled=2 in unsent,
+            has_unsent=bool(unsent - {Unsent.NONE}),
+            unsent_is_scaled=Unsent.SCALED in unsent,
             num_skips_in_a_row=num_skips,
             unscale=unscale,
         )
@@ -119,7 +128,7 @@ class GradStatsExchange:
                 f"expected every rank to run backward equally often in stage 2, got {rounds} backwards by rank; run as "
                 f"many on each, or put those that only some ranks run inside no_sync() on all of them"
             )
-        if {1.0, 2.0} <= set(hosts[:, _UNSENT].tolist()):
+        if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _UNSENT].tolist()):
             raise mixed_scale_error()
         edits = hosts[:, _STATES:].div(2, rounding_mode="floor")
         differs = (edits != edits[0]).any(0).tolist()

@@ -16,7 +16,7 @@ from pyzero.backward import BackwardEnd, GradientHooks
 from pyzero.buckets import Bucket
 from pyzero.comm import Group, Transport
 from pyzero.exchange import BucketExchange
-from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients import Gradients, power_sum, powers_of
 from pyzero.modules import find_ddp_wrapper
 
@@ -144,7 +144,7 @@ class ReducedGradients(Gradients):
         self._observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
             self._observe_all()  # what was cleared since is gone
-            if any(other.has_local for other in self._by_number):
+            if any(other.has_values for other in self._by_number):
                 raise mixed_scale_error()
             self._unsent_is_scaled = self._is_scaled
         record.before_arrival()
@@ -361,8 +361,7 @@ class ReducedGradients(Gradients):
             used=[record.is_used for record in records],
             purpose=purpose,
             edits=[record.num_edits for record in records],
-            has_unsent=any(record.has_local for record in records),
-            unsent_is_scaled=self._unsent_is_scaled,
+            unsent=self._unsent(),
             num_rounds=self._num_rounds,
             num_skips_in_a_row=self.num_skips_in_a_row,
         )
@@ -370,6 +369,13 @@ class ReducedGradients(Gradients):
         for record in records:
             record.is_zero |= not known.used[record.number]
         return known
+
+    def _unsent(self) -> Unsent:
+        if not any(record.has_local for record in self._by_number):
+            return Unsent.NONE
+        if not any(record.has_values for record in self._by_number):
+            return Unsent.ZEROS
+        return Unsent.SCALED if self._unsent_is_scaled else Unsent.PLAIN
 
     def of(self, bucket: Bucket) -> Tensor:
         """In fp32, averaged over ranks, unscaled."""

@@ -114,9 +114,13 @@ class LocalGrad(_Gradient):
         if isinstance(current, ShardedGrad):
             return func(current, *args[1:], **kwargs)  # it has been reduced since it was read from `.grad`
         owner = self._owner()
-        if func is Tensor.zero_ and owner is not None:
-            owner.zero(self._record)  # what of it has been reduced
-        return NotImplemented
+        if func is not Tensor.zero_ or owner is None:
+            return NotImplemented
+        owner.zero(self._record)  # what of it has been reduced
+        with torch._C.DisableTorchFunctionSubclass():
+            func(*args, **kwargs)
+        self._record.local_was_zeroed()
+        return self
 
 
 class ShardedGrad(_Gradient):
