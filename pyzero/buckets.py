@@ -142,11 +142,14 @@ class Bucket:
         """By the optimizer, its master with it."""
         self._versions[position] = self.params[position]._version
 
-    def weights_were_written(self, used: Sequence[bool] | None = None) -> None:
-        """By the optimizer, all or those of `used` by number: graphs that saved them know, masters need not follow."""
+    def bump_versions(self, used: Sequence[bool] | None = None) -> None:
+        """The optimizer has written weights, all or those of `used` by number: graphs that saved them know."""
         written = [p for p, number in zip(self.params, self.numbers, strict=True) if used is None or used[number]]
         if written:
             torch.autograd.graph.increment_version(written)
+
+    def masters_are_in_sync(self) -> None:
+        """What was written so far, the masters need not follow."""
         self._versions = [param._version for param in self.params]
 
     # ---- shards and whole tensors ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -353,8 +353,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
         self._scaler.update(stats.found_inf, only_count=has_grad_scaler)
         for gather in gathers:
             gather.wait()
-        for bucket in self._buckets:
-            bucket.weights_were_written(stats.used)
+        self._weights_were_written(stats.used)
         self._placement.is_fresh = False
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
@@ -426,6 +425,13 @@ class FusedZeroAdam(FullAccess, Optimizer):
             for bucket, positions in zip(self._buckets, written, strict=True):
                 bucket.follow(positions)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
+
+    def _weights_were_written(self, used: Sequence[bool] | None = None) -> None:
+        """By the optimizer. In two passes: parameters that were views of one tensor share their version counter."""
+        for bucket in self._buckets:
+            bucket.bump_versions(used)
+        for bucket in self._buckets:
+            bucket.masters_are_in_sync()
 
     def refresh_fp32_params(self) -> None:
         """Make all masters follow the weights, also where torch's version counters do not show that they were written.
@@ -537,8 +543,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
             gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         for gather in gathers:
             gather.wait()
-        for bucket in self._buckets:
-            bucket.weights_were_written()
+        self._weights_were_written()
 
     def _zero_state(self) -> dict[str, Any]:
         """What a state dict says of itself: whose it is, and how it is cut."""
