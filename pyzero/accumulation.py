@@ -63,6 +63,13 @@ class ParamGrad:
             self.main_grad = None
             self._version = self._zeroed_version = self._plain._version
 
+    def local_is_zeros(self) -> bool:
+        """`.grad` is zeros, however it came to be. Reads the values, so it waits for a GPU."""
+        if self._plain is None or self._plain.any():
+            return False
+        self.local_was_zeroed()
+        return True
+
     @property
     def is_cleared(self) -> bool:
         """`.grad` was set to None since it was last seen."""

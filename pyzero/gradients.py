@@ -24,9 +24,6 @@ def is_set(flag: Tensor) -> bool:
     return flag.device.type == "cpu" and bool(flag.numpy().any())
 
 
-_ZEROED = -1  # in place of a version: the gradient has been filled with zeros since
-
-
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
 
@@ -129,6 +126,12 @@ def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Te
     return result
 
 
+def _have_values(grads: list[Tensor]) -> bool:
+    """Some of them is more than zeros. Waits for a GPU."""
+    filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
+    return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
+
+
 class LocalGradients(Gradients):
     """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
 
@@ -138,7 +141,6 @@ class LocalGradients(Gradients):
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
-        self._seen_by_step: dict[Tensor, tuple[Tensor, int]] = {}  # `.grad` and its version, by parameter
         self._factor: Tensor | None = None  # 0-D, of clipping
         self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to, and their versions
         self._scales = False
@@ -163,25 +165,17 @@ class LocalGradients(Gradients):
             yield from bucket.params
 
     def _before_gradient(self, param: Tensor) -> None:
-        if self._factor is not None:
+        if self.factor() is not None:
             self._apply_factor()
         epoch = None if self._arriving is None else self._arriving[1]
         if not self._scales or epoch == self._epoch:
             return
-        if any(self._is_left(other) for other in self._params()):
+        if _have_values([other.grad for other in self._params() if other.grad is not None]):
             raise mixed_scale_error()
-
-    def _is_left(self, param: Tensor) -> bool:
-        """`.grad` holds a gradient of an earlier backward; one changed since the last step was zeroed in place."""
-        if param.grad is None:
-            return False
-        seen = self._seen_by_step.get(param)
-        return seen is None or seen[0] is not param.grad or seen[1] == param.grad._version
+        self._epoch = epoch  # zeros carry any scale
 
     def _after_gradient(self, param: Tensor) -> None:
         self._unscale, self._epoch = self._arriving or (None, None)
-        if self._seen_by_step:
-            self._seen_by_step.clear()
 
     @contextmanager
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
@@ -259,20 +253,18 @@ class LocalGradients(Gradients):
         """See Gradients."""
         if self._factor is None:
             return None
-        edited, replaced = False, False
+        edited, replaced = [], False
         for param in self._params():
             grad, (seen, version) = param.grad, self._clipped.get(param, (None, 0))
             if grad is not None and grad is seen and grad._version != version:
-                edited = True
+                edited.append(grad)
             replaced |= grad is not None and grad is not seen
-        if edited and self._seen_by_step:  # after a step: it was zeroed in place
-            self._factor = None
-        elif edited:
+        if _have_values(edited):
             raise RuntimeError(
                 "expected .grad unedited between clip_grad_norm_ and step(), got an edit in place, which the clip "
                 "coefficient would multiply too; call torch.nn.utils.clip_grad_norm_, which multiplies .grad at once"
             )
-        elif replaced:
+        if edited or replaced:
             self._apply_factor()
         return self._factor
 
@@ -316,8 +308,6 @@ class LocalGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """`.grad` is the caller's; the loss scale that it carries may change from now on."""
         self._pieces.clear()
-        if self._scales or self._factor is not None:
-            self._seen_by_step = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
 
     def finish_broken_round(self) -> None:
         """There are none."""
@@ -327,4 +317,3 @@ class LocalGradients(Gradients):
         self._pieces.clear()
         self._unscale = self._epoch = self._factor = None
         self._clipped = {}
-        self._seen_by_step = {p: (p.grad, _ZEROED) for p in self._params() if p.grad is not None}

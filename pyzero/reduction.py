@@ -144,7 +144,7 @@ class ReducedGradients(Gradients):
         self._observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
             self._observe_all()  # what was cleared since is gone
-            if any(other.has_values for other in self._by_number):
+            if self._has_unsent_values():
                 raise mixed_scale_error()
             self._unsent_is_scaled = self._is_scaled
         record.before_arrival()
@@ -373,9 +373,12 @@ class ReducedGradients(Gradients):
     def _unsent(self) -> Unsent:
         if not any(record.has_local for record in self._by_number):
             return Unsent.NONE
-        if not any(record.has_values for record in self._by_number):
-            return Unsent.ZEROS
-        return Unsent.SCALED if self._unsent_is_scaled else Unsent.PLAIN
+        if self._unsent_is_scaled:
+            return Unsent.SCALED if any(record.has_values for record in self._by_number) else Unsent.ZEROS
+        return Unsent.PLAIN if self._inv_scale is None or self._has_unsent_values() else Unsent.ZEROS
+
+    def _has_unsent_values(self) -> bool:
+        return any(record.has_values and not record.local_is_zeros() for record in self._by_number)
 
     def of(self, bucket: Bucket) -> Tensor:
         """In fp32, averaged over ranks, unscaled."""

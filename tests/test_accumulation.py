@@ -372,6 +372,24 @@ def test_a_zeroed_gradient_goes_on_by_momentum(run, size, stage, how):
     run(size, zeroed, stage, how)
 
 
+def assigned_then_zeroed(group: Any, stage: int, how: str) -> None:
+    twins = Twins(group, stage, loss_scale=8.0)
+    for model in (twins.model, twins.theirs):
+        model[0].grad = torch.full_like(model[0], 3.0)
+    twins.drop(how)
+    if group.rank() == 0:  # zeros carry the loss scale of any rank
+        twins.optimizer.backward(twins.loss(2.0))
+    twins.expect(2.0 / group.size())
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("how", ["optimizer, zeros", "model, zeros"])
+@SIZES
+def test_a_gradient_that_was_assigned_and_zeroed_carries_any_scale(run, size, how):
+    run(size, assigned_then_zeroed, 1, how)
+
+
 def stepped_twice(group: Any, stage: int, dtype: torch.dtype) -> None:
     twins = Twins(group, stage, dtype)
     twins.backward(2.0)
