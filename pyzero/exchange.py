@@ -87,7 +87,7 @@ class BucketExchange:
 
     def _receive(self) -> None:
         grads, exchange, scale, accumulate = self._in_flight.popleft()
-        with self._on_side_stream():
+        with self._on_side_stream(*[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()
             was_set = is_set(grads.found_inf)
             grads.add(exchange.slices, scale, accumulate)

@@ -34,7 +34,9 @@ def build(dtype: torch.dtype) -> Net:
 
 
 def micro_batch(step: int, index: int) -> Tensor:
-    return torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(1000 * step + index))
+    return torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(1000 * step + index), device="cpu").to(
+        torch.get_default_device()
+    )
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:

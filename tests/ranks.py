@@ -1,4 +1,7 @@
-"""One pool of four gloo workers, shared by all tests: `ranks.run(3, fn, x)` calls fn(group, x) on three of them."""
+"""One pool of four gloo workers, shared by all tests: `ranks.run(3, fn, x)` calls fn(group, x) on three of them.
+
+PYZERO_TEST_DEVICE=cuda has all of them make their tensors on the one GPU.
+"""
 
 import multiprocessing
 import os
@@ -17,6 +20,7 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    torch.set_default_device(os.environ.get("PYZERO_TEST_DEVICE", "cpu"))
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
     )

@@ -89,7 +89,9 @@ def live(group: Any, kind: str, how: str) -> tuple[list[float], int, list[Tensor
             peak[0] = max(peak[0], live_bytes)
 
         handles = [param.register_post_accumulate_grad_hook(seen) for param in watch]
-        tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)))
+        tokens = torch.randint(
+            0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)), device="cpu"
+        ).to(torch.get_default_device())
         model(tokens).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +128,9 @@ def trained(group: Any, how: str, options: dict[str, Any]) -> list[Tensor]:
     model = make("encoder-decoder")
     optimizer = pyzero.FusedZeroAdamW(groups_of(model, how), lr=1e-2, process_group=group, **options)
     for step in range(3):
-        tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)))
+        tokens = torch.randint(
+            0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)), device="cpu"
+        ).to(torch.get_default_device())
         model(tokens).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -204,7 +208,9 @@ def saved_and_loaded(group: Any, cap_mb: float) -> None:
     def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         for step in steps:
             seed = 10 * step + dist.get_rank(group)
-            tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(seed))
+            tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(seed), device="cpu").to(
+                torch.get_default_device()
+            )
             model(tokens).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()

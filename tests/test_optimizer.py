@@ -169,7 +169,9 @@ def used_on_one_rank(group: Any, stage: int) -> list[Tensor]:
         layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4
     )
     for step in range(5):
-        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step), device="cpu").to(
+            torch.get_default_device()
+        )
         optimizer.zero_grad()
         y = layers[1](x)
         if dist.get_rank(group) == 0 and step != 2:
@@ -185,7 +187,9 @@ def test_parameters_used_on_some_ranks_or_none(ranks, stage):
     layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
     reference = torch.optim.AdamW(layers.parameters(), lr=1e-2)
     for step in range(5):
-        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step), device="cpu").to(
+            torch.get_default_device()
+        )
         reference.zero_grad()
         y = layers[1](x)
         first = layers[0](y) if step != 2 else y
@@ -287,7 +291,9 @@ def test_channels_last_parameters_keep_their_strides():
     left, right = pyzero.FusedZeroAdamW(ours.parameters(), lr=1e-2), torch.optim.AdamW(theirs.parameters(), lr=1e-2)
     assert ours.weight.stride() == strides
     for step in range(3):
-        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step), device="cpu").to(
+            torch.get_default_device()
+        )
         for model, optimizer in ((ours, left), (theirs, right)):
             optimizer.zero_grad()
             model(x).square().mean().backward()

@@ -431,7 +431,9 @@ class Layers:
         return nn.Sequential(*layers)
 
     def batch(self, step: int, rank: int) -> Tensor:
-        return torch.randn(3, self.widths[0], generator=torch.Generator().manual_seed(self.seed + 10 * step + rank))
+        return torch.randn(
+            3, self.widths[0], generator=torch.Generator().manual_seed(self.seed + 10 * step + rank), device="cpu"
+        ).to(torch.get_default_device())
 
 
 LAYERS = st.builds(

@@ -313,6 +313,7 @@ class Model(World):
 
     def add(self, index: int, mean: Tensor, factor: float = 1.0) -> None:
         """A backward's."""
+        self.multiply_clipped()
         grad, dtype = self.grads[index], self.config.dtype(index)
         grad.value = mean if grad.value is None else grad.value + mean
         grad.unit = min(grad.unit, unit_of(index))
@@ -322,8 +323,16 @@ class Model(World):
             grad.round(2 * ROUNDING[dtype] if self.alone or not exact else 4 * FP32)
             self.order_matters = True
 
+    def multiply_clipped(self) -> None:
+        """On one rank the clip coefficient is multiplied into `.grad` before it changes, and rounds as torch's does."""
+        if self.clipped:
+            for index, grad in enumerate(self.grads):
+                if grad.value is not None:
+                    grad.round(2 * ROUNDING[self.config.dtype(index)])
+
     def put(self, index: int, value: Tensor | None) -> None:
         """A gradient is replaced, or dropped."""
+        self.multiply_clipped()
         self.grads[index] = Grad(value)
         if value is not None and value.any():
             self.grads[index].unit, self.grads[index].bound = unit_of(index), 12 * unit_of(index)
@@ -361,6 +370,7 @@ class Model(World):
 
     def edit(self, indices: Iterable[int]) -> None:
         """In place."""
+        self.multiply_clipped()
         self.half_edited |= {index for index in indices if index in self.reduced & self.local}
         self.edited_after_clip |= self.alone and self.clipped
 
@@ -616,10 +626,9 @@ class Run:
             return
         self.optimizer.set_full_grad(self.params[index], value)
         model.reduce()
-        clipped = model.clipped
         model.put(index, value.double())
         model.kinds.add("plain" if not model.kinds else "set")
-        if clipped:
+        if model.clipped:
             model.grads[index].round(2 * ROUNDING[self.config.dtype(index)])
         if not model.alone:
             model.reduced.add(index)

@@ -113,7 +113,9 @@ def test_channels_last_after_construction_keeps_state_and_weights_together():
             if late and step == 2:
                 conv.to(memory_format=torch.channels_last)
             optimizer.zero_grad()
-            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step), device="cpu").to(
+                torch.get_default_device()
+            )
             conv(x).square().mean().backward()
             optimizer.step()
         return params_of(conv)
