@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-# README's table holds the same rows; tests/test_packaging.py compares the two.
+# README's table holds the same rows; tests/build/test_packaging.py compares the two.
 VARIABLES = {
     "PYZERO_BUILD": "what `pip install` builds ahead of time: `auto` (default), `none`, `cpu`, `cuda` or `all`",
     "PYZERO_CUDA_ARCHS": "CUDA architectures to build: `80;90`; default: 80, 90, 100 (pip), the present GPU (JIT)",

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four gloo workers for the whole session; see tests/ranks.py."""
+    """Four gloo workers for the whole session; see tests/support/ranks.py."""
     pool = Ranks()
     yield pool
     pool.stop()

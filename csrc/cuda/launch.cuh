@@ -11,7 +11,7 @@ namespace cuda {
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on (driver 530), 4,096 before.
 constexpr size_t kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
-// cudaLaunchKernelEx and not <<<>>>: it returns the error, and tests/cuda_shim can stand in for it.
+// cudaLaunchKernelEx and not <<<>>>: it returns the error, and tests/support/cuda_shim can stand in for it.
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, int num_blocks, cudaStream_t stream,
             int num_threads = kThreads) {

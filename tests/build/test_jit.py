@@ -18,15 +18,15 @@ from pyzero.ops import build_spec, jit, native, registry
 from pyzero.ops.jit import JitError
 from pyzero.ops.registry import BackendUnavailableError
 
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 CPU = torch.device("cpu")
 TIMEOUT_S = 60
 
 # Builds and imports the toy in a process of its own, with a compiler that counts its calls and may hang.
 BUILD_TOY = f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(TESTS)!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(SUPPORT)!r}]
 from pathlib import Path
 from toys import toy_spec
 from pyzero.ops import jit

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run without a GPU on tests/cuda_shim, and the sanitizers that watch them there."""
+"""The CUDA kernels, run without a GPU on tests/support/cuda_shim, and the sanitizers that watch them there."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Training on three gloo ranks of which rank 1 fails: `fault_worker.py DIR NAME...` runs tests/test_faults.py's cases.
+"""Training on three gloo ranks of which rank 1 fails: `fault_worker.py DIR NAME...` runs the cases of test_faults.py.
 
 Each name is of a case, such as "killed-backward-2". The ranks of all are forked from one process that has imported
 torch, which takes longer than the training; each then ends as a script of its own would, by the interpreter's exit.

@@ -12,7 +12,7 @@ from toys import toy_spec, write_toy
 from pyzero import report
 from pyzero.ops import build_spec, native, registry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = """
 import sys
 from importlib.machinery import PathFinder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN_GPT = ROOT / "examples" / "train_gpt.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = ("--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4", "--sample-bytes", "8")

@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 Facts = dict[str, dict[str, list[dict[str, Any]]]]
-WORKER = Path(__file__).with_name("triton_compile.py")
+WORKER = Path(__file__).parents[1] / "support" / "triton_compile.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WITH_COUNTEREXAMPLES = ("sm_90", "gfx942")
 STREAMING = ("adam_kernel", "scaled_copy_kernel", "reduce_scatter_kernel")

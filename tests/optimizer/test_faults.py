@@ -1,6 +1,6 @@
 """A rank that is killed, stalls or raises: the others end in time and say what failed; nothing is left.
 
-The training is tests/fault_worker.py; all its cases run at once, and each test looks at one.
+The training is tests/support/fault_worker.py; all its cases run at once, and each test looks at one.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from fault_worker import BAD_RANK, BAD_STEP, GIVE_UP_S, NUM_RANKS, NUM_RETRIES, TIMEOUT_S
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = Path("/dev/shm")
 MARGIN_S = 10  # for an error to travel and an interpreter to exit on a busy machine; less than two timeouts in all
 
@@ -95,7 +95,7 @@ def read_ranks(folder: Path, ends: list[Any]) -> list[Rank | None]:
 def outcome(tmp_path_factory):
     root = tmp_path_factory.mktemp("faults")
     before = set(os.listdir(SHARED_MEMORY))
-    command = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(root), *CASES]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "fault_worker.py"), str(root), *CASES]
     process = subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

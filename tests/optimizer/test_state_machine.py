@@ -4,11 +4,13 @@ hypothesis builds a program, a list of tuples; teardown runs it once on some ran
 a model of what torch owes: for each parameter one gradient, the mean over ranks, in fp64, or None; and Adam in fp64.
 The program runs a second time with another bucket size and overlap, and without its reads: the bits must be the same.
 
-Gradients are exact, as in tests/test_properties.py, until something clips them. From then on a gradient has a bound of
-its error, and once a step has found it within that bound, the model goes on with the optimizer's. So it does with
-masters and moments after each step, so that all tolerances are those of one step.
+Gradients are exact, as in test_properties.py, until something clips them. From then on a gradient has a bound of its
+error, and once a step has found it within that bound, the model goes on with the optimizer's. So it does with masters
+and moments after each step, so that all tolerances are those of one step.
 
-A failure prints `replay(program, config)`. A long hunt: `python tests/test_state_machine.py --examples 2000 --seed 7`.
+A failure prints `replay(program, config)`. A long hunt:
+
+    PYTHONPATH=tests/support python tests/optimizer/test_state_machine.py --examples 2000 --seed 7
 """
 
 from __future__ import annotations

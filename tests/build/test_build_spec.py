@@ -12,7 +12,7 @@ from toys import toy_spec, write_toy
 from pyzero.ops import build_spec, env
 from pyzero.ops.build_spec import CompileError, ToolchainError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_fake_nvcc(folder: Path, release: str = "13.0") -> Path:

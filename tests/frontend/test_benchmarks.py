@@ -9,7 +9,7 @@ import torch
 
 from pyzero import ops
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: an installed pyzero is not shadowed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: an installed pyzero is not shadowed
 
 from benchmarks import harness, run  # noqa: E402
 

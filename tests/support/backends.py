@@ -76,7 +76,7 @@ def _no_shim() -> str | None:
     return (
         None
         if (Path(__file__).parent / "cuda_shim" / "build.py").exists()
-        else "cuda-shim: no tests/cuda_shim/build.py"
+        else "cuda-shim: no tests/support/cuda_shim/build.py"
     )
 
 
