@@ -614,7 +614,7 @@ class Run:
         model.kinds.add("plain")
         values = [coefficient(config, index, number, rank) for rank in range(config.size)]
         self.params[index].grad = values[self.rank].to(config.dtype(index))
-        edited = model.half_edited - {index}
+        edited, model.by_itself = model.half_edited - {index}, False
         model.put(index, torch.stack(values).double().mean(0))
         model.kinds.add("plain")
         model.half_edited = edited

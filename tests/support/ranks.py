@@ -20,7 +20,8 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    torch.set_default_device(os.environ.get("PYZERO_TEST_DEVICE", "cpu"))
+    if "PYZERO_TEST_DEVICE" in os.environ:
+        torch.set_default_device(os.environ["PYZERO_TEST_DEVICE"])
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
     )
