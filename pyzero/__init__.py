@@ -7,10 +7,10 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adam import FusedZeroAdam as FusedZeroAdam
+    from .adam import FusedZeroAdamW as FusedZeroAdamW
     from .comm import CollectiveError as CollectiveError
     from .engine import initialize as initialize
-    from .optimizer import FusedZeroAdam as FusedZeroAdam
-    from .optimizer import FusedZeroAdamW as FusedZeroAdamW
     from .scaler import LossScale as LossScale
     from .sharded_grad import ShardedGrad as ShardedGrad
 
@@ -25,8 +25,8 @@ if not pathlib.Path(__file__).with_name("ops").is_dir() and (_root / "ops" / "bu
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
     "CollectiveError": "comm",
-    "FusedZeroAdam": "optimizer",
-    "FusedZeroAdamW": "optimizer",
+    "FusedZeroAdam": "adam",
+    "FusedZeroAdamW": "adam",
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
     "initialize": "engine",

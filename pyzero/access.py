@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.buckets import Bucket
-from pyzero.reduction import gather_param
+from pyzero.buckets import MASTER, STEP, Bucket
+from pyzero.gather import gather_param
 
 if TYPE_CHECKING:
     from pyzero.comm import Group
     from pyzero.grad_stats import GlobalGradStats
     from pyzero.gradients import Gradients
-
-_SHARDED = ("master", "exp_avg", "exp_avg_sq")
 
 
 class FullAccess:
@@ -48,12 +46,12 @@ class FullAccess:
         if place is None:
             return param.detach().float().clone()
         self._sync_masters_from_weights()
-        return self._gather("master", *place)
+        return self._gather(MASTER, *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Copies of "step" (0-D), "exp_avg", "exp_avg_sq" and "master", fp32, in the parameter's shape.
+        """Copies of "step" (0-D), "master" and the update rule's slots ("exp_avg", ...), in the parameter's shape.
 
-        A frozen parameter has none. Raises ValueError as `full_master`.
+        A slot with one value per 64 elements is flat. A frozen parameter has none. Raises ValueError as `full_master`.
         """
         self._place_unfrozen()
         place = self._find(param)
@@ -61,7 +59,7 @@ class FullAccess:
             return {}
         self._sync_masters_from_weights()
         bucket, position = place
-        return {"step": bucket.steps[position].clone(), **{name: self._gather(name, *place) for name in _SHARDED}}
+        return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
     @torch.no_grad()
     def full_grad(self, param: Tensor) -> Tensor | None:
@@ -92,29 +90,26 @@ class FullAccess:
         Raises:
             ValueError: Not a parameter of this optimizer, or another shape.
         """
-        self.set_full_state(param, {"master": value})
+        self.set_full_state(param, {MASTER: value})
 
     @torch.no_grad()
     def set_full_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Write those of "step", "exp_avg", "exp_avg_sq" and "master" that are given; see `full_state`.
+        """Write what is given of what `full_state` gives.
 
         Raises:
             ValueError: Not a parameter of this optimizer, an unknown name, or another shape; nothing is written then.
         """
         bucket, position = self._find_trained(param)
+        known = (STEP, *bucket.state_names)
         for name, value in state.items():
-            if name not in (*_SHARDED, "step"):
-                raise ValueError(f"expected names of {', '.join(('step', *_SHARDED))}, got {name!r}; correct it")
-            if name in _SHARDED:
-                _check_shape(name, value, param)
-        if "step" in state:
-            bucket.steps[position] = state["step"]
-        here, there = bucket.own_part(position)
-        for name in _SHARDED:
-            if name in state:
-                getattr(bucket, name)[here].copy_(bucket.flat_of(state[name], position)[there])
-        if "master" in state:
-            param.copy_(state["master"])
+            if name not in known:
+                raise ValueError(f"expected names of {', '.join(known)}, got {name!r}; leave it out")
+            if name != STEP:
+                _check_shape(name, value, bucket.whole_shape(name, position))
+        flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in state.items()}
+        bucket.write_state(position, flat)
+        if MASTER in state:
+            param.copy_(state[MASTER])
             bucket.weight_was_written(position)
         self._state_was_written()
 
@@ -126,7 +121,7 @@ class FullAccess:
         Raises ValueError as `set_full_master`.
         """
         bucket, position = self._find_trained(param)
-        _check_shape("the gradient", value, param)
+        _check_shape("the gradient", value, param.shape)
         self._collect("set_full_grad")
         self._gradients.replace(bucket, position, bucket.flat_of(value.float(), position))
 
@@ -151,12 +146,10 @@ class FullAccess:
         return place
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
-        flat = gather_param(self._group, bucket, position, getattr(bucket, name))
-        return bucket.shaped(flat, position).clone()
+        flat = gather_param(self._group, bucket, position, bucket.sharded(name), bucket.elements_per_value(name))
+        return flat if bucket.is_flat(name) else bucket.shaped(flat, position).clone()
 
 
-def _check_shape(name: str, value: Tensor, param: Tensor) -> None:
-    if value.shape != param.shape:
-        raise ValueError(
-            f"expected {name} of shape {tuple(param.shape)}, got {tuple(value.shape)}; pass the whole tensor"
-        )
+def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(f"expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}; pass the whole tensor")

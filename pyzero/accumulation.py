@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyzero import memory, ops
-from pyzero.buckets import NO_SUSPECT, Bucket, conversion_error, flatten_like
+from pyzero import memory, nonfinite, ops
+from pyzero.buckets import Bucket, conversion_error, flatten_like
+from pyzero.pieces import Pieces
 from pyzero.sharded_grad import LocalGrad, ShardedGrad
 
 
@@ -216,11 +218,12 @@ class BucketGrads:
         self.records = records  # by position in the bucket
         self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, but for `factor`
         self.found_inf = torch.zeros(1, device=bucket.device)  # (1,) fp32, of the shard
-        self.suspect = torch.full((1,), NO_SUSPECT, dtype=torch.float64, device=bucket.device)  # see locate_nonfinite
+        self.first_bad = nonfinite.none_found(bucket.device)  # (1,) fp64, of all that was received
         self.sumsq = torch.zeros(len(bucket.layout.runs), dtype=torch.float64, device=bucket.device)  # of its runs
         self.num_awaited = 0  # parameters whose gradients have not come in this round
         self.waits_for_end = False  # it is sent at the end of backward: a gradient came after it was
         self._is_stale = False  # flag and squares are of a shard that has changed since
+        self._pieces = Pieces(bucket, 0, bucket.layout.numel)
         self._backend = backend
 
     @property
@@ -236,7 +239,7 @@ class BucketGrads:
                 self._fill(record, 0.0)
         else:
             self.shard = None
-            self.suspect.fill_(NO_SUSPECT)
+            self.first_bad.fill_(nonfinite.NOT_FOUND)
             self.found_inf.zero_()
             self.sumsq.zero_()
             self._is_stale = False
@@ -248,8 +251,8 @@ class BucketGrads:
         if self.shard is None:
             self.shard = torch.zeros(self.bucket.layout.shard_numel, device=self.bucket.device)
         _, there = self.bucket.own_part(record.position)
+        self._fill(record, 0.0)
         self.part(record).copy_(value[there])
-        self._is_stale = True
 
     def part(self, record: ParamGrad) -> Tensor:
         """This rank's part of one parameter's reduced gradient, a view of the shard."""
@@ -258,8 +261,9 @@ class BucketGrads:
         return self.shard[here]
 
     def _fill(self, record: ParamGrad, value: float) -> None:
+        """The gap behind it too: a factor that is NaN has made that NaN."""
         if self.shard is not None:
-            self.part(record).fill_(value)
+            self.shard[self.bucket.own_slot(record.position)].fill_(value)
             self._is_stale = True
 
     def zero(self, record: ParamGrad) -> None:
@@ -283,7 +287,7 @@ class BucketGrads:
         for slot, grad in zip(layout.slots, grads, strict=True):
             if grad is None:
                 send[slot.offset : slot.offset + slot.numel].zero_()
-        pieces, offsets = self.bucket.pieces(grads, 0, layout.numel)
+        pieces, offsets = self._pieces.of(grads)
         ops.pack_(send, pieces, offsets=offsets, backend=self._backend)
         self.pass_over(left_out)
         return send
@@ -297,10 +301,8 @@ class BucketGrads:
         """Sum what all ranks sent into the shard."""
         layout = self.bucket.layout
         accumulate &= self.shard is not None
-        if accumulate:
-            self.apply_factors()
-        else:
-            self.suspect.fill_(NO_SUSPECT)
+        if not accumulate:
+            self.first_bad.fill_(nonfinite.NOT_FOUND)
         if self.shard is None:
             self.shard = memory.empty(layout.shard_numel, torch.float32, self.bucket.device)
         self.found_inf.zero_()
@@ -320,18 +322,18 @@ class BucketGrads:
         self._is_stale = False
 
     def apply_factors(self) -> None:
-        """Multiply the shard by the factors that its parameters' gradients are still to be multiplied by."""
-        factors = {id(record.factor): record.factor for record in self.records}
-        if self.shard is not None and len(factors) == 1:
-            (factor,) = factors.values()
-            if factor is not None:
-                self.shard.mul_(factor)
+        """Multiply the shard by the factors that its parameters' gradients are still to be multiplied by.
+
+        Neighbours with one factor are multiplied at once. What is known to be zeros stays so: the factor may be NaN.
+        """
+        factors = [None if record.is_zero else record.factor for record in self.records]
+        for _, neighbours in groupby(range(len(factors)), key=lambda position: id(factors[position])):
+            first, *rest = neighbours
+            factor, last = factors[first], (rest or [first])[-1]
+            if factor is not None and self.shard is not None:
+                begin, end = self.bucket.own_slot(first).start, self.bucket.own_slot(last).stop
+                self.shard[begin:end].mul_(factor)
                 self._is_stale = True
-        elif self.shard is not None:
-            for record in self.records:
-                if record.factor is not None:
-                    self.part(record).mul_(record.factor)
-                    self._is_stale = True
         for record in self.records:
             record.factor = None
 

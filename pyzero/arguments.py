@@ -1,9 +1,10 @@
-"""What FusedZeroAdam says to arguments that it cannot take."""
+"""What the optimizers say to arguments that they cannot take."""
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from pyzero.ops.checks import FLOAT_DTYPES
 
-OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")  # of a group
 _UNSUPPORTED = ("amsgrad", "differentiable")
 _MOOT = ("foreach", "capturable", "fused")  # any value gives the same result here
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
@@ -23,7 +23,7 @@ def refuse_unsupported(options: dict[str, Any]) -> None:
     """Options of torch.optim.Adam that would change the result, by name."""
     for name in _UNSUPPORTED:
         if options.get(name):
-            raise ValueError(f"got {name}={options[name]!r}, which FusedZeroAdam does not support; leave it out")
+            raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")
 
 
 def check_arguments(
@@ -51,9 +51,9 @@ def check_arguments(
         )
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """A group's options, and parameters in dtypes that the ops know."""
-    known = {*OPTIONS, *_UNSUPPORTED, *_MOOT, "params", "param_names"}
+def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
+    """The names of a group's options, and parameters in dtypes that the ops know."""
+    known = {*options, *_UNSUPPORTED, *_MOOT, "params", "param_names"}
     for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
         if name in _OF_OPTIMIZER:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
@@ -61,7 +61,6 @@ def check_group(group: dict[str, Any]) -> None:
         if close and name not in _OF_SCHEDULERS:
             raise ValueError(f"got {name!r} in a parameter group, expected {close[0]!r}; correct the name")
     refuse_unsupported(group)
-    check_hyper_parameters(group)
     for index, param in enumerate(group["params"]):
         if hasattr(param, "device_mesh"):
             raise TypeError(
@@ -75,20 +74,26 @@ def check_group(group: dict[str, Any]) -> None:
             )
 
 
-def check_hyper_parameters(group: dict[str, Any]) -> None:
-    """In range, in torch.optim.Adam's words. A tensor on a GPU is not read."""
-    lr, betas = group["lr"], group["betas"]
+def check_lr(group: dict[str, Any]) -> None:
+    """In torch's words, as the next two. A tensor on a GPU is not read."""
+    lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements; pass a number or a 0-D tensor")
     if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and not float(lr) >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}; expected lr >= 0")
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}; expected eps >= 0")
-    for index, beta in enumerate(betas):
+
+
+def check_betas(group: dict[str, Any]) -> None:
+    """Each at least 0, and below 1."""
+    for index, beta in enumerate(group["betas"]):
         if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}; expected weight_decay >= 0")
+
+
+def check_not_negative(what: str, name: str, group: dict[str, Any]) -> None:
+    """A number of at least 0."""
+    if not group[name] >= 0.0:
+        raise ValueError(f"Invalid {what} value: {group[name]}; expected {name} >= 0")
 
 
 def check_device(param: Tensor, device: torch.device) -> None:

@@ -1,10 +1,8 @@
-"""Buckets: the flat memory that parameters, masters and moments live in."""
+"""Buckets: the flat memory that parameters, masters and an update rule's state live in."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,18 +10,9 @@ from torch.utils.dlpack import from_dlpack
 
 from pyzero import memory
 from pyzero.layout import GRANULE, BucketLayout
+from pyzero.update_rule import Part, RunShard, StateSlot
 
-NO_SUSPECT = math.inf  # in place of the code of a bad parameter
-
-
-class _Piece(NamedTuple):
-    """A part of a bucket: elements [begin, end) of the parameter at `position`, or the gap behind it."""
-
-    offset: int
-    position: int
-    begin: int
-    end: int
-    zeros: Tensor | None  # what a gap is filled with
+MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
 
 
 def flatten_like(tensor: Tensor, param: Tensor) -> Tensor:
@@ -55,9 +44,18 @@ class Bucket:
         numbers: Of the parameters, among the optimizer's; the same whatever bucket they lie in.
         index: Of the bucket, among the optimizer's.
         rank: Whose shard this is.
+        slots: Of the update rule.
     """
 
-    def __init__(self, layout: BucketLayout, params: list[Tensor], numbers: list[int], index: int, rank: int) -> None:
+    def __init__(
+        self,
+        layout: BucketLayout,
+        params: list[Tensor],
+        numbers: list[int],
+        index: int,
+        rank: int,
+        slots: Sequence[StateSlot],
+    ) -> None:
         self.layout = layout
         self.index = index
         self.params = params
@@ -76,13 +74,14 @@ class Bucket:
             self._take_in(position, param)
 
         self.master = self.weight_shard if self.is_master else self._shard_empty()  # (shard_numel,) fp32
-        self.exp_avg = memory.zeros(layout.shard_numel, torch.float32, self.device)  # (shard_numel,)
-        self.exp_avg_sq = memory.zeros(layout.shard_numel, torch.float32, self.device)  # (shard_numel,)
+        self.slots = {slot.name: slot for slot in slots}
+        self.state = {  # by slot: (shard_numel,), or one value per granule
+            slot.name: memory.zeros(layout.shard_numel // slot.elements_per_value, slot.dtype, self.device)
+            for slot in slots
+        }
         self.steps = torch.zeros(len(params), device=self.device)  # (num_params,) applied steps of each parameter
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
-        self._cuts: dict[tuple[int, int], list[_Piece]] = {}
-        self._used: tuple[bool, ...] | None = None
-        self._used_tensor = torch.empty(0)
+        self.run_shards = self._run_shards()
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -167,6 +166,13 @@ class Bucket:
         at = slot.offset - self.rank * self.layout.shard_numel if high > low else -low
         return slice(at + low, at + high), slice(low, high)
 
+    def own_slot(self, position: int) -> slice:
+        """Where one parameter and the gap behind it lie in this rank's shard."""
+        slots, (begin, end) = self.layout.slots, self.layout.shard_bounds(self.rank)
+        stop = slots[position + 1].offset if position + 1 < len(slots) else self.layout.numel
+        low = min(max(slots[position].offset, begin), end)
+        return slice(low - begin, max(min(stop, end), low) - begin)
+
     def shaped(self, flat: Tensor, position: int) -> Tensor:
         """(numel,) elements in a parameter's memory order as a tensor of its shape and strides; the same memory."""
         return flat.as_strided(self._shapes[position], self._strides[position])
@@ -175,102 +181,87 @@ class Bucket:
         """(numel,) elements of a tensor of a parameter's shape, in the parameter's memory order."""
         return flatten_like(tensor, self.params[position])
 
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def _run_shards(self) -> tuple[RunShard, ...]:
+        found = []
+        for run in self.layout.runs:
+            low, high = self.layout.run_bounds(run, self.rank)
+            if low < high:
+                state = {name: self.state[name][self._values(name, low, high)] for name in self.state}
+                found.append(
+                    RunShard(
+                        run.key.group_index,
+                        low,
+                        high,
+                        self.master[low:high],
+                        None if self.is_master else self.weight_shard[low:high],
+                        state,
+                        self.steps,
+                        self.segment_ids[low // GRANULE : high // GRANULE],
+                        tuple(self._parts(low, high)),
+                    )
+                )
+        return tuple(found)
+
+    def _parts(self, low: int, high: int) -> Iterable[Part]:
+        for position in range(len(self.params)):
+            here, _ = self.own_part(position)
+            if here.start < here.stop and low <= here.start < high:
+                begin, end = here.start - low, here.stop - low
+                yield Part(position, begin, end, self._shapes[position], self._strides[position])
+
+    def _values(self, name: str, low: int, high: int) -> slice:
+        """Which values of a slot belong to elements [low, high); low is where a granule begins."""
+        per_value = self.elements_per_value(name)
+        first = low // per_value
+        return slice(first, first + -(-(high - low) // per_value))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Of what lies in shards: the master and the slots."""
+        return (MASTER, *self.slots)
+
+    def sharded(self, name: str) -> Tensor:
+        """This rank's shard of masters, or of a slot."""
+        return self.master if name == MASTER else self.state[name]
+
+    def elements_per_value(self, name: str) -> int:
+        """Of masters, or of a slot: how many elements share one value."""
+        return 1 if name == MASTER else self.slots[name].elements_per_value
+
+    def is_flat(self, name: str) -> bool:
+        """Whole values have no shape of the parameter's."""
+        return self.elements_per_value(name) > 1
+
+    def whole_shape(self, name: str, position: int) -> torch.Size:
+        """Of one parameter's masters, or values of a slot."""
+        shape = self._shapes[position]
+        return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
+
+    def own_values(self, name: str, position: int) -> tuple[slice, slice]:
+        """As `own_part`, in values of a slot."""
+        here, there = self.own_part(position)
+        return self._values(name, here.start, here.stop), self._values(name, there.start, there.stop)
+
     def state_views(self, position: int) -> dict[str, Tensor]:
         """This rank's part of one parameter's state, as flat views."""
-        part, _ = self.own_part(position)
-        return {
-            "step": self.steps[position],
-            "exp_avg": self.exp_avg[part],
-            "exp_avg_sq": self.exp_avg_sq[part],
-            "master": self.master[part],
-        }
+        views = {STEP: self.steps[position]}
+        for name in (*self.slots, MASTER):
+            here, _ = self.own_values(name, position)
+            views[name] = self.sharded(name)[here]
+        return views
 
     def write_state(self, position: int, state: dict[str, Tensor]) -> None:
-        """The step count, and (numel,) whole values of what else is given, in the parameter's memory order."""
-        here, there = self.own_part(position)
+        """The step count, and whole flat values of what else is given, in the parameter's memory order."""
         for name, value in state.items():
-            if name == "step":
+            if name == STEP:
                 self.steps[position] = value
             else:
-                getattr(self, name)[here].copy_(value[there])
+                here, there = self.own_values(name, position)
+                self.sharded(name)[here].copy_(value[there])
 
     def num_state_bytes(self) -> int:
-        """Bytes of masters (none of their own for fp32 weights) and moments."""
-        num_copies = 2 if self.is_master else 3
-        return num_copies * self.layout.shard_numel * self.master.element_size()
-
-    # ---- gradients ------------------------------------------------------------------------------------------------
-
-    def _cut(self, low: int, high: int) -> list[_Piece]:
-        """What lies in [low, high) of the bucket, in order: parts of parameters, and the gaps behind them."""
-        if (low, high) in self._cuts:
-            return self._cuts[low, high]
-        pieces = []
-        stops = [slot.offset for slot in self.layout.slots[1:]] + [self.layout.numel]
-        for position, (slot, stop) in enumerate(zip(self.layout.slots, stops, strict=True)):
-            gap_at = slot.offset + slot.numel
-            begin, end = max(low, slot.offset), min(high, gap_at)
-            if begin < end:
-                pieces.append(_Piece(begin - low, position, begin - slot.offset, end - slot.offset, None))
-            begin, end = max(low, gap_at), min(high, stop)
-            if begin < end:
-                zeros = torch.zeros(end - begin, dtype=self.dtype, device=self.device)
-                pieces.append(_Piece(begin - low, position, 0, 0, zeros))
-        self._cuts[low, high] = pieces
-        return pieces
-
-    def pieces(self, grads: Sequence[Tensor | None], low: int, high: int) -> tuple[list[Tensor], list[int]]:
-        """The pieces of `grads`, by position, in [low, high) of the bucket, zeros for the gaps; offsets from low.
-
-        Where there is no gradient there is no piece: what lies there is not defined.
-        """
-        pieces: list[Tensor] = []
-        offsets: list[int] = []
-        for offset, position, begin, end, zeros in self._cut(low, high):
-            piece = zeros
-            if piece is None:
-                grad, param = grads[position], self.params[position]
-                if grad is None:
-                    continue
-                is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
-                piece = grad if is_flat and grad.is_contiguous() else flatten_like(grad, param)
-                if end - begin != grad.numel():
-                    piece = piece.view(-1)[begin:end]
-            pieces.append(piece)
-            offsets.append(offset)
-        return pieces, offsets
-
-    def used_tensor(self, used: Sequence[bool]) -> Tensor:
-        """(num_params,) fp32 on the device: which parameters, of all by number, have a gradient."""
-        mine = tuple(used[number] for number in self.numbers)
-        if mine != self._used:
-            self._used = mine
-            self._used_tensor = torch.tensor(mine, dtype=torch.float32).to(self.device, non_blocking=True)
-        return self._used_tensor
-
-    def is_used(self, used: Sequence[bool]) -> bool:
-        """Whether any of its parameters has a gradient."""
-        return any(used[number] for number in self.numbers)
-
-    def locate_nonfinite(self, slices: list[Tensor], num_ranks: int, by_rank: bool) -> Tensor:
-        """(1,) fp64: the code of the first parameter in this shard of which a rank sent an inf or a NaN.
-
-        A code is the parameter's number times (num_ranks + 1) plus the rank, which is num_ranks where it is not known.
-        """
-        numbers = torch.tensor(self.numbers, dtype=torch.float64).to(self.device)[self.segment_ids.long()]
-        codes = []
-        for rank, piece in enumerate(slices):
-            bad = ~torch.isfinite(piece).view(-1, GRANULE).all(1)
-            code = numbers * (num_ranks + 1) + (rank if by_rank else num_ranks)
-            codes.append(code.masked_fill_(~bad, NO_SUSPECT).min())
-        return torch.stack(codes).min().reshape(1)
-
-
-def locate_nonfinite_grads(bucket: Bucket, grads: Sequence[Tensor | None], rank: int, num_ranks: int) -> Tensor:
-    """0-D fp64: the same of this rank's own gradients, by position."""
-    codes = torch.full((len(grads) + 1,), NO_SUSPECT, dtype=torch.float64, device=bucket.device)
-    for position, grad in enumerate(grads):
-        if grad is not None:
-            code = float(bucket.numbers[position] * (num_ranks + 1) + rank)
-            codes[position].masked_fill_(~torch.isfinite(grad).all(), code)
-    return codes.min()
+        """Bytes of masters (none of their own for fp32 weights) and slots."""
+        own = [] if self.is_master else [self.master]
+        return sum(tensor.nbytes for tensor in (*own, *self.state.values()))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyzero.layout import BucketLayout, ParamSpec, lay_out
+from pyzero.buckets import MASTER, STEP
+from pyzero.layout import BucketLayout, Cut, ParamSpec, lay_out
 from pyzero.placement import Placement
 
 ZERO = "zero"  # in the first group, which is what torch.distributed.checkpoint's helpers pass on
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class RankState:
             )
         zero = saved_groups[0].get(ZERO)
         layouts = None
-        if zero is None and any("master" in saved for saved in state_dict["state"].values()):
+        if zero is None and any(MASTER in saved for saved in state_dict["state"].values()):
             raise ValueError(
                 f"expected fragments that say whose they are in param_groups[0][{ZERO!r}], got none; load what "
                 f"state_dict() of this version gave"
@@ -62,10 +62,11 @@ class RankState:
                     f"{zero['num_ranks']}; have every rank save state_dict() to a file of its own, and load that one "
                     f"on as many ranks"
                 )
-            layouts = _layouts(zero["buckets"], placement.specs, num_ranks)
+            layouts = _layouts(zero["buckets"], placement.specs, num_ranks, placement.rule.cut)
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
         lengths = {} if layouts is None else _lengths(layouts, rank)
+        per_value = {slot.name: slot.elements_per_value for slot in placement.rule.slots}
         numbers = {param: number for number, param in enumerate(placement.params)}
         values = []
         for place, (i, param) in enumerate(zip(ids, params, strict=True)):
@@ -73,10 +74,12 @@ class RankState:
                 continue
             saved = state_dict["state"].get(i, {})
             if layouts is not None:
-                shape: tuple[int, ...] = (lengths[numbers[param]],)
-                _check(saved, {"master": shape, **{name: shape for name in _MOMENTS}}, place)
+                length = lengths[numbers[param]]
+                _check(saved, {MASTER: (length,), **{n: (-(-length // per),) for n, per in per_value.items()}}, place)
             elif saved:
-                _check(saved, {name: tuple(param.shape) for name in _MOMENTS}, place)
+                shape = tuple(param.shape)
+                flat = {n: (-(-param.numel() // per),) for n, per in per_value.items()}
+                _check(saved, {n: shape if per_value[n] == 1 else flat[n] for n in per_value}, place)
             values.append((param, saved))
         return RankState(layouts, bool(zero and zero["has_learned"]), values, saved_groups, state_dict.get("scaler"))
 
@@ -85,21 +88,21 @@ class RankState:
         for param, saved in self.values:
             views = optimizer.state[param]
             if self.layouts is not None:
-                for name in (*_MOMENTS, "master"):
-                    views[name].copy_(saved[name])
-                views["step"].copy_(torch.as_tensor(saved["step"]))
+                for name, view in views.items():
+                    view.copy_(torch.as_tensor(saved[name]))
             elif saved:
-                optimizer.set_full_state(param, {name: saved[name] for name in (*_MOMENTS, "step")})
+                optimizer.set_full_state(param, {name: saved[name] for name in views if name != MASTER})
             else:
-                for name in (*_MOMENTS, "step"):
-                    views[name].zero_()
+                for name, view in views.items():
+                    if name != MASTER:
+                        view.zero_()
         for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
             for key, value in saved_group.items():
                 if key not in ("params", ZERO) and (key != "decoupled_weight_decay" or self.layouts is not None):
                     group[key] = value.clone() if isinstance(value, Tensor) else value
 
 
-def _layouts(buckets: list[list[int]], specs: Sequence[ParamSpec], num_ranks: int) -> list[BucketLayout]:
+def _layouts(buckets: list[list[int]], specs: Sequence[ParamSpec], num_ranks: int, cut: Cut) -> list[BucketLayout]:
     found = [number for bucket in buckets for number in bucket]
     if sorted(found) != list(range(len(specs))):
         raise ValueError(
@@ -112,7 +115,7 @@ def _layouts(buckets: list[list[int]], specs: Sequence[ParamSpec], num_ranks: in
             "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
             "optimizer is built"
         )
-    return [lay_out([specs[number] for number in bucket], num_ranks) for bucket in buckets]
+    return [lay_out([specs[number] for number in bucket], num_ranks, cut) for bucket in buckets]
 
 
 def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
@@ -128,5 +131,5 @@ def _check(saved: dict[str, Any], shapes: dict[str, tuple[int, ...]], place: int
                 f"expected {name} of parameter {place} with shape {shape}, got {got}; "
                 f"load the file of the same rank, saved by as many ranks, into an optimizer of the same parameters"
             )
-    if "step" not in saved:
+    if STEP not in saved:
         raise ValueError(f"expected a step count of parameter {place}, got none; load a whole state dict")

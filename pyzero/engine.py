@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero import comm, schedules
+from pyzero.adam import FusedZeroAdam
 from pyzero.config import Config
 from pyzero.config_reader import load
-from pyzero.optimizer import FusedZeroAdam
 
 log = logging.getLogger("pyzero")
 

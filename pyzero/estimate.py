@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyzero.adam import AdamRule
 from pyzero.layout import GRANULE, BucketLayout, Key, ParamSpec, plan
+from pyzero.update_rule import StateSlot, UpdateRule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MEBIBYTE = 2**20
@@ -63,8 +65,9 @@ def estimate(
     stage: int = 2,
     bucket_cap_mb: float = 25.0,
     reduce_grads: bool = True,
+    rule: UpdateRule | None = None,
 ) -> Estimate:
-    """Bytes per rank of a model or its parameters under FusedZeroAdam with these arguments.
+    """Bytes per rank of a model or its parameters under FusedZeroAdam, or another rule's optimizer.
 
     Args:
         model: A module or its parameters; on the meta device too. Frozen ones count as weights alone.
@@ -72,13 +75,14 @@ def estimate(
         stage: 1 or 2.
         bucket_cap_mb: As FusedZeroAdam's.
         reduce_grads: As FusedZeroAdam's.
+        rule: The update rule; default: Adam's.
 
     Raises:
         ValueError: An argument out of range.
     """
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads)
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule())
 
 
 def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: int, bucket_cap_mb: float) -> Estimate:
@@ -87,7 +91,7 @@ def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: i
     whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     shapes = [(size, element_bytes, True) for size in sizes]
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduces=True)
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule())
 
 
 def _estimate(
@@ -96,32 +100,34 @@ def _estimate(
     stage: int,
     bucket_cap_mb: float,
     reduces: bool,
+    rule: UpdateRule,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them")
     keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
-    layouts = plan(specs, max(int(bucket_cap_mb * _MEBIBYTE), 1), num_ranks)
+    layouts = plan(specs, max(int(bucket_cap_mb * _MEBIBYTE), 1), num_ranks, cut=rule.cut)
     sizes = {key: size for size, key in keys.items()}
     chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     return Estimate(
         weights=frozen + sum(chosen.weights(layout) for layout in layouts),
-        state=sum(_state(layout, sizes[layout.key]) for layout in layouts),
+        state=sum(_state(layout, sizes[layout.key], rule.slots) for layout in layouts),
         gradients=held,
         buckets=max(worst - held, 0),
         num_params=sum(numel for numel, _, _ in shapes),
     )
 
 
-def _state(layout: BucketLayout, element_bytes: int) -> int:
-    """Masters, moments, the map from granules to parameters, step counts."""
-    num_copies = 2 if element_bytes == _FP32 else 3
+def _state(layout: BucketLayout, element_bytes: int, slots: Sequence[StateSlot]) -> int:
+    """Masters, the rule's slots, the map from granules to parameters, step counts."""
+    masters = 0 if element_bytes == _FP32 else _FP32 * layout.shard_numel
+    values = sum(slot.dtype.itemsize * layout.shard_numel // slot.elements_per_value for slot in slots)
     per_granule, per_param = 4, 4
     granules = layout.shard_numel // GRANULE
-    return num_copies * _FP32 * layout.shard_numel + per_granule * granules + per_param * len(layout.slots)
+    return masters + values + per_granule * granules + per_param * len(layout.slots)
 
 
 def _is_one(layout: BucketLayout) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from pyzero import nonfinite
 from pyzero.accumulation import BucketGrads, ParamGrad
 from pyzero.comm import Exchange, Group, Transport
 from pyzero.gradients import is_set
@@ -64,6 +65,7 @@ class BucketExchange:
         """Pack a bucket without what is left out, and send it; the sum is multiplied by `scale`."""
         with record_function("pyzero::reduce_scatter"):
             accumulate = grads.is_reduced
+            grads.apply_factors()
             self._wait_for_writers(grads)
             packed = grads.pack(dtype, left_out)
             with self._on_side_stream(packed):
@@ -92,8 +94,8 @@ class BucketExchange:
             was_set = is_set(grads.found_inf)
             grads.add(exchange.slices, scale, accumulate)
             if self.locates or (is_set(grads.found_inf) and not was_set):
-                code = grads.bucket.locate_nonfinite(exchange.slices, self._group.size, exchange.by_rank)
-                torch.minimum(grads.suspect, code, out=grads.suspect)
+                code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._group.size, exchange.by_rank)
+                torch.minimum(grads.first_bad, code, out=grads.first_bad)
 
     def _wait_for_writers(self, grads: BucketGrads) -> None:
         """Gradients are packed, and freed, on the current stream, after every stream that wrote one."""

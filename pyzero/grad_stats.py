@@ -35,7 +35,7 @@ class LocalGradStats:
 
     found_inf: Tensor  # (1,) fp32, 1 where one of its gradients is inf or NaN
     sumsq: Tensor  # (1,) fp64, of those that count for the norm
-    suspect: Tensor  # (1,) fp64, code of the first bad parameter; see Bucket.locate_nonfinite
+    first_bad: Tensor  # (1,) fp64, code of the first bad parameter; see pyzero/nonfinite.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
@@ -50,7 +50,7 @@ class GlobalGradStats:
 
     found_inf: Tensor  # (1,) fp32, 1 where any gradient on any rank was inf or NaN
     norm: Tensor  # 0-D fp32, global 2-norm of the gradients, averaged and unscaled, before clipping
-    suspect: Tensor  # (1,) fp64, code of the first bad parameter
+    first_bad: Tensor  # (1,) fp64, code of the first bad parameter
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
     has_unsent: bool  # some rank has gradients that no round has reduced
     unsent_is_scaled: bool  # which carry the loss scale
@@ -82,7 +82,7 @@ class GradStatsExchange:
             CollectiveError: The ranks ran backward a different number of times.
             RuntimeError: A gradient that had been reduced was edited on some ranks only.
         """
-        row = torch.cat([mine.found_inf.double(), mine.sumsq, mine.suspect])
+        row = torch.cat([mine.found_inf.double(), mine.sumsq, mine.first_bad])
         used, num_skips = tuple(mine.used), mine.num_skips_in_a_row
         unsent = {int(mine.unsent)}
         rows = row.unsqueeze(0)
@@ -105,7 +105,7 @@ class GradStatsExchange:
         return GlobalGradStats(
             found_inf=found.to(torch.float32).reshape(1),
             norm=norm.to(torch.float32),
-            suspect=rows[:, 2].min().reshape(1),
+            first_bad=rows[:, 2].min().reshape(1),
             used=used,
             has_unsent=bool(unsent - {Unsent.NONE}),
             unsent_is_scaled=Unsent.SCALED in unsent,

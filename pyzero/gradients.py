@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero import memory, ops
+from pyzero import memory, nonfinite, ops
 from pyzero.accumulation import sparse_error
 from pyzero.backward import GradientHooks
-from pyzero.buckets import NO_SUSPECT, Bucket, flatten_like, locate_nonfinite_grads
+from pyzero.buckets import Bucket, flatten_like
 from pyzero.comm import Group
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.pieces import Pieces
 
 
 def is_set(flag: Tensor) -> bool:
@@ -137,6 +138,7 @@ class LocalGradients(Gradients):
 
     def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         super().__init__(group, exchange, device, backend)
+        self._maps: dict[Bucket, Pieces] = {}  # of this rank's shards
         self._pieces: dict[Bucket, tuple[list[Tensor], list[int]]] = {}  # from collect() on
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
@@ -151,6 +153,7 @@ class LocalGradients(Gradients):
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
         self._buckets.append(bucket)
+        self._maps[bucket] = Pieces(bucket, *bucket.layout.shard_bounds(self._group.rank))
         self._scales = scales
         if scales or self._watched:
             self._watch()
@@ -201,16 +204,16 @@ class LocalGradients(Gradients):
                 used[number] = grad is not None
                 if grad is not None and grad.layout != torch.strided:
                     raise sparse_error(param)
-            self._pieces[bucket] = bucket.pieces(grads, *bucket.layout.shard_bounds(self._group.rank))
+            self._pieces[bucket] = self._maps[bucket].of(grads)
             for pieces, counts in self._by_run(bucket):
                 (counted if counts else others).extend(pieces)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq, backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
-        suspect = self._locate(found)
+        first_bad = self._locate(found)
         if outer_found is not None:
             found = torch.maximum(found, outer_found)
         skips = self.num_skips_in_a_row
-        stats = LocalGradStats(found, sumsq, suspect, used, purpose, num_skips_in_a_row=skips)
+        stats = LocalGradStats(found, sumsq, first_bad, used, purpose, num_skips_in_a_row=skips)
         return self._exchange.gather(stats, self._unscale)
 
     def _by_run(self, bucket: Bucket) -> Iterator[tuple[list[Tensor], bool]]:
@@ -222,9 +225,9 @@ class LocalGradients(Gradients):
 
     def _locate(self, found: Tensor) -> Tensor:
         if not (self._locates or is_set(found)):
-            return torch.full((1,), NO_SUSPECT, dtype=torch.float64, device=self._device)
+            return nonfinite.none_found(self._device)
         codes = [
-            locate_nonfinite_grads(b, [param.grad for param in b.params], self._group.rank, self._group.size)
+            nonfinite.locate_in_grads(b, [param.grad for param in b.params], self._group.rank, self._group.size)
             for b in self._buckets
         ]
         return torch.stack(codes).min().reshape(1)

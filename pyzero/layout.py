@@ -3,15 +3,23 @@
 A bucket is a flat run of parameters of one dtype and device, in the order in which backward is expected to finish their
 gradients. Inside it, parameters that share hyper-parameters lie side by side: a segment run. Each parameter starts at a
 multiple of `GRANULE` elements, so that matrix kernels see aligned weights. A bucket is padded until every rank's shard
-is a multiple of it too. Only this file decides where a shard is cut; Adam takes any cut, so shards are cut at equal
-lengths whatever lies there.
+is a multiple of it too. Only this file decides where a shard is cut: at equal lengths whatever lies there, or between
+parameters for an update rule that needs them whole.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import NamedTuple
 
 GRANULE = 64  # elements; SEGMENT_GRANULE of pyzero.ops.adam
+
+
+class Cut(Enum):
+    """Where an update rule lets a shard end."""
+
+    ANYWHERE = auto()  # elements are updated one by one
+    WHOLE = auto()  # each parameter lies on one rank
 
 
 class Key(NamedTuple):
@@ -105,23 +113,51 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
+def lay_out(specs: Sequence[ParamSpec], num_ranks: int, cut: Cut = Cut.ANYWHERE) -> BucketLayout:
     """One bucket of these parameters, which share a key; those of one run come to lie side by side."""
+    ordered = sorted(specs, key=lambda spec: spec.run)  # stable: the given order inside a run
+    sizes = [max(_round_up(spec.numel, GRANULE), GRANULE) for spec in ordered]  # an empty one has a slot of its own too
+    shard_numel = _round_up(-(-sum(sizes) // num_ranks), GRANULE)
+    if cut is Cut.WHOLE:
+        shard_numel = _smallest_shard(sizes, num_ranks, shard_numel)
     slots: list[Slot] = []
     starts: dict[RunKey, int] = {}
     offset = 0
-    for spec in sorted(specs, key=lambda spec: spec.run):  # stable: the given order inside a run
+    for spec, size in zip(ordered, sizes, strict=True):
+        if cut is Cut.WHOLE and offset // shard_numel != (offset + size - 1) // shard_numel:
+            offset = _round_up(offset, shard_numel)
         starts.setdefault(spec.run, offset)
         slots.append(Slot(spec.index, offset, spec.numel))
-        offset += max(_round_up(spec.numel, GRANULE), GRANULE)  # an empty parameter has a slot of its own too
-    shard_numel = _round_up(-(-offset // num_ranks), GRANULE)
+        offset += size
     ends = [*list(starts.values())[1:], shard_numel * num_ranks]
     runs = tuple(Run(key, begin, end) for (key, begin), end in zip(starts.items(), ends, strict=True))
     return BucketLayout(specs[0].key, tuple(slots), runs, shard_numel, num_ranks)
 
 
+def _smallest_shard(sizes: Sequence[int], num_ranks: int, at_least: int) -> int:
+    """The shortest shard, a multiple of GRANULE, of which `num_ranks` hold these whole, in order."""
+
+    def fits(shard: int) -> bool:
+        num_shards, left = 0, 0
+        for size in sizes:
+            if size > left:
+                num_shards, left = num_shards + 1, shard
+            left -= size
+        return num_shards <= num_ranks
+
+    low, high = max(at_least, max(sizes)) // GRANULE, sum(sizes) // GRANULE
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle * GRANULE) else (middle + 1, high)
+    return low * GRANULE
+
+
 def plan(
-    specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks: int, arrival: Sequence[int] | None = None
+    specs: Sequence[ParamSpec],
+    bucket_cap_bytes: int,
+    num_ranks: int,
+    arrival: Sequence[int] | None = None,
+    cut: Cut = Cut.ANYWHERE,
 ) -> list[BucketLayout]:
     """Buckets of at most `bucket_cap_bytes` each (a larger parameter has one of its own), in launch order.
 
@@ -131,6 +167,7 @@ def plan(
         num_ranks: That a bucket is cut for.
         arrival: Indices of the specs in the order in which backward is expected to finish their gradients; default:
             the reverse of registration.
+        cut: Where a shard may end.
 
     Launch order is the order in which backward is expected to fill the buckets. It depends on nothing but the
     arguments, so it is the same on all ranks.
@@ -145,7 +182,7 @@ def plan(
 
     def close(key: Key) -> None:
         members = filling.pop(key)
-        full.append((max(place[spec.index] for spec in members), lay_out(members, num_ranks)))
+        full.append((max(place[spec.index] for spec in members), lay_out(members, num_ranks, cut)))
 
     for index in arrival:
         spec = by_index[index]

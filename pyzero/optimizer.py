@@ -1,29 +1,30 @@
-"""FusedZeroAdam and FusedZeroAdamW: Adam with its state partitioned over ranks, on the fused ops."""
+"""ZeroOptimizer: an update rule whose masters and state are partitioned over ranks."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from pyzero import amp, arguments, checkpoint, ops, scaler
+from pyzero import amp, arguments, checkpoint, nonfinite, scaler
 from pyzero.access import FullAccess
 from pyzero.buckets import Bucket
 from pyzero.comm import Group, Work, make_transport
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients import Gradients, LocalGradients
-from pyzero.layout import GRANULE, BucketLayout
+from pyzero.layout import BucketLayout
 from pyzero.overflow import OverflowMonitor
 from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaler import LossScale, Scaler
+from pyzero.update import ShardUpdater
+from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
 
@@ -38,8 +39,26 @@ class _LastStep(NamedTuple):
     clip: Tensor | None  # 0-D fp32
 
 
-class FusedZeroAdam(FullAccess, Optimizer):
-    """torch.optim.Adam with fp32 masters, whose state is partitioned over the ranks of a process group.
+class ZeroOptions(TypedDict, total=False):
+    """Keyword arguments of ZeroOptimizer that all rules share."""
+
+    stage: int
+    process_group: Any
+    model_parallel_group: Any
+    max_grad_norm: float | None
+    loss_scale: str | float | LossScale | None
+    bucket_cap_mb: float
+    overlap: bool
+    grad_reduce_dtype: torch.dtype | None
+    reduce_grads: bool
+    init_sync: bool
+    max_consecutive_skips: int | None
+    transport: str
+    backend: str
+
+
+class ZeroOptimizer(FullAccess, Optimizer):
+    """An update rule over fp32 masters, whose state is partitioned over the ranks of a process group.
 
     The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
     they are cleared; step() does not use them up. With one rank, or with `reduce_grads=False`, `.grad` is torch's. With
@@ -47,21 +66,16 @@ class FusedZeroAdam(FullAccess, Optimizer):
     factors as the averaged gradient would, and refuses all else: `full_grad(p)` gathers it.
 
     A step is: finish the reduction; exchange one small message (overflow flag, sum of squares, which parameters had a
-    gradient); Adam on this rank's shard; all-gather of the weights. Nothing in it reads the device from the host.
+    gradient); the rule on this rank's shards; all-gather of the weights. Nothing in it reads the device from the host.
 
     Args:
-        params: Parameters or groups, as for torch.optim.Adam; bf16, fp16 or fp32. Each rank passes the same. Rank 0's
+        params: Parameters or groups, as for torch.optim; bf16, fp16 or fp32. Each rank passes the same. Rank 0's
             values are broadcast. The optimizer moves them into flat buffers: `p.data` is another tensor, with a
             storage of its own, after construction, and once more after the first step in stage 2, when the buckets
             take the order in which gradients have come. Convert and move the model before.
-        lr: Learning rate, a number or a 0-D tensor.
-        betas: Decay of the two moments.
-        eps: Added to the denominator.
-        weight_decay: L2 penalty; decoupled in FusedZeroAdamW.
-        amsgrad: Refused, as is `differentiable`; `foreach`, `capturable` and `fused` change nothing here.
-        maximize: Ascend.
-        decoupled_weight_decay: AdamW's rule.
-        stage: 1 partitions masters and moments and sends gradients when they are first read, in step() usually; 2
+        rule: The update rule.
+        defaults: Hyper-parameters of groups that do not name their own.
+        stage: 1 partitions masters and state and sends gradients when they are first read, in step() usually; 2
             sends them in every backward, and frees them as it goes.
         process_group: A process group or one dimension of a DeviceMesh; default: the default group, if there is one.
         model_parallel_group: The ranks that hold other parts of the same model, a process group or one dimension of a
@@ -87,23 +101,12 @@ class FusedZeroAdam(FullAccess, Optimizer):
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
 
-    _decoupled = False
-
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
+        rule: UpdateRule,
+        defaults: dict[str, Any],
         *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool | None = None,
         stage: int = 2,
         process_group: Any = None,
         model_parallel_group: Any = None,
@@ -118,17 +121,9 @@ class FusedZeroAdam(FullAccess, Optimizer):
         transport: str = "exact",
         backend: str = "auto",
     ) -> None:
-        arguments.refuse_unsupported({"amsgrad": amsgrad, "differentiable": differentiable})
         arguments.check_arguments(stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips)
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
-        )
-        arguments.check_hyper_parameters(defaults)
+        rule.check(defaults)
+        self._rule = rule
         self._ready = False
         super().__init__(params, defaults)
         named = self._named_params()
@@ -141,8 +136,8 @@ class FusedZeroAdam(FullAccess, Optimizer):
         model_parallel = None if model_parallel_group is None else Group(model_parallel_group)
         is_replica = model_parallel is not None and model_parallel.rank > 0
         cap_bytes = max(int(bucket_cap_mb * _MEBIBYTE), 1)
-        self._placement = Placement(self._group, self.state, cap_bytes, is_replica, init_sync)
-        self._backend = backend
+        self._placement = Placement(rule, self._group, self.state, cap_bytes, is_replica, init_sync)
+        self._updater = ShardUpdater(rule, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
         self._scaler = Scaler(policy, self._device, backend)
@@ -182,7 +177,8 @@ class FusedZeroAdam(FullAccess, Optimizer):
         group = self.param_groups[-1]
         group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
         try:
-            arguments.check_group(group)
+            arguments.check_group(group, self.defaults)
+            self._rule.check(group)
             if self._ready:
                 arguments.check_disjoint(self._named_params())
                 self._place([len(self.param_groups) - 1])
@@ -330,7 +326,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self._param_groups:
-            arguments.check_hyper_parameters(group)
+            self._rule.check(group)
         self._place_unfrozen()
         if not self._buckets:
             return loss
@@ -348,7 +344,7 @@ class FusedZeroAdam(FullAccess, Optimizer):
         if clipped_by is not None:  # grad_norm is of before clipping
             norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
             clip = _product(clip, clipped_by)
-        gathers = [self._update(bucket, stats, grad_scale) for bucket in self._buckets if bucket.is_used(stats.used)]
+        gathers = self._update_and_gather(stats, grad_scale)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
         self._scaler.update(stats.found_inf, only_count=has_grad_scaler)
         for gather in gathers:
@@ -358,63 +354,25 @@ class FusedZeroAdam(FullAccess, Optimizer):
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
         self._last = _LastStep(stats.found_inf, norm, clip)
-        self._overflow.after_step(self._scaler.state, stats.suspect, self._describe)
+        self._overflow.after_step(self._scaler.state, stats.first_bad, self._describe)
         skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
         return loss
 
-    def _update(self, bucket: Bucket, stats: GlobalGradStats, grad_scale: Tensor | None) -> Work:
-        """Adam on this rank's shard of a bucket, then its weights to all ranks."""
-        used = bucket.used_tensor(stats.used)
-        bucket.steps.add_(used * (1.0 - stats.found_inf))
-        grad = self._gradients.of(bucket)
-        with record_function("pyzero::adam"):
-            for run in bucket.layout.runs:
-                low, high = bucket.layout.run_bounds(run, self._group.rank)
-                if low < high:
-                    self._adam(
-                        bucket, grad, low, high, self._param_groups[run.key.group_index], used, stats, grad_scale
-                    )
-        with record_function("pyzero::all_gather"):
-            return self._group.all_gather_into(bucket.flat, bucket.weight_shard)
-
-    def _adam(
-        self,
-        bucket: Bucket,
-        grad: Tensor,
-        low: int,
-        high: int,
-        group: dict[str, Any],
-        used: Tensor,
-        stats: GlobalGradStats,
-        grad_scale: Tensor | None,
-    ) -> None:
-        """On elements [low, high) of this rank's shard, which share hyper-parameters."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.reshape(()).to(bucket.device, non_blocking=True)
-        ops.adam_(
-            bucket.master[low:high],
-            bucket.exp_avg[low:high],
-            bucket.exp_avg_sq[low:high],
-            grad[low:high],
-            lr=lr,
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=bucket.steps,
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            grad_scale=1.0 if grad_scale is None else grad_scale,
-            found_inf=stats.found_inf,
-            param_out=None if bucket.is_master else bucket.weight_shard[low:high],
-            segment_ids=bucket.segment_ids[low // GRANULE : high // GRANULE],
-            active=used,
-            backend=self._backend,
-        )
+    def _update_and_gather(self, stats: GlobalGradStats, grad_scale: Tensor | None) -> list[Work]:
+        """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
+        used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
+        self._updater.begin(used, stats.used, stats.found_inf)
+        gathers = []
+        for index, bucket in enumerate(used):
+            with record_function(f"pyzero::{self._rule.name}"):
+                grad = self._gradients.of(bucket)
+                self._updater.update(bucket, index, grad, self._param_groups, grad_scale, stats.found_inf)
+            with record_function("pyzero::all_gather"):
+                gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
+        return gathers
 
     @torch.no_grad()
     def _sync_masters_from_weights(self, every: bool = False) -> None:
@@ -470,18 +428,18 @@ class FusedZeroAdam(FullAccess, Optimizer):
         return self._last is not None and not bool(self._last.found_inf)
 
     def state_bytes(self) -> int:
-        """Bytes of masters and moments on this rank."""
+        """Bytes of masters and the rule's state on this rank."""
         return sum(bucket.num_state_bytes() for bucket in self._buckets)
 
     def _describe(self, code: float) -> str:
-        """Which gradient a code of Bucket.locate_nonfinite means."""
-        if math.isinf(code):
-            return "the sum of the gradients over ranks"
-        number, rank = divmod(int(code), self._group.size + 1)
+        """Which gradient a code of pyzero/nonfinite.py means."""
+        number, rank = nonfinite.decode(code, self._group.size)
+        if number is None:
+            return "a gradient, whose parameter is looked for from the next step on"
         param, group_index = self._placement.params[number], self._placement.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
-        where = f" on rank {rank}" if rank < self._group.size else ""
+        where = "" if rank is None else f" on rank {rank}"
         return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
 
     # ---- state ----------------------------------------------------------------------------------------------------
@@ -552,33 +510,15 @@ class FusedZeroAdam(FullAccess, Optimizer):
         return checkpoint.describe(self._group.rank, self._group.size, buckets, learned)
 
 
-class FusedZeroAdamW(FusedZeroAdam):
-    """torch.optim.AdamW's rule, default weight decay and order of arguments; all else as FusedZeroAdam."""
-
-    _decoupled = True
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
-
-
 def _sync_masters_from_weights(optimizer: Optimizer) -> None:
     """A state_dict hook: masters that are saved are of the weights as they are."""
-    assert isinstance(optimizer, FusedZeroAdam)
+    assert isinstance(optimizer, ZeroOptimizer)
     optimizer._sync_masters_from_weights()
 
 
 def _add_zero_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """A state_dict hook: the loss scale's five numbers are state too, and whose fragments these are."""
-    assert isinstance(optimizer, FusedZeroAdam)
+    assert isinstance(optimizer, ZeroOptimizer)
     state_dict["scaler"] = optimizer._scaler.state
     state_dict["param_groups"][0][checkpoint.ZERO] = optimizer._zero_state()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 log = logging.getLogger("pyzero")
 
-_SKIPPED, _IN_A_ROW, _SCALE, _SUSPECT = range(4)
+_SKIPPED, _IN_A_ROW, _SCALE, _FIRST_BAD = range(4)
 
 
 class OverflowMonitor:
@@ -39,26 +39,26 @@ class OverflowMonitor:
         """Do not warn of steps that were skipped before this run."""
         self._num_warned_of = num_skipped
 
-    def after_step(self, state: Tensor, suspect: Tensor, describe: Callable[[float], str]) -> None:
+    def after_step(self, state: Tensor, first_bad: Tensor, describe: Callable[[float], str]) -> None:
         """Copy, look at what has arrived, warn.
 
         Args:
             state: (5,) fp32, see pyzero.ops.loss_scale.
-            suspect: (1,) fp64, of GlobalGradStats.
-            describe: Says which parameter and rank a code of Bucket.locate_nonfinite means.
+            first_bad: (1,) fp64, of GlobalGradStats.
+            describe: Says which parameter and rank a code of pyzero/nonfinite.py means.
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
         row = torch.cat([state[3:5], state[:1]]).double()
         if self._arrived is None:
-            torch.cat([row, suspect], out=self._host)
+            torch.cat([row, first_bad], out=self._host)
             self._warn(describe)
             return
         if self._under_way and self._arrived.query():
             self._under_way = False
             self._warn(describe)
         if not self._under_way:
-            self._host.copy_(torch.cat([row, suspect]), non_blocking=True)
+            self._host.copy_(torch.cat([row, first_bad]), non_blocking=True)
             self._arrived.record()
             self._under_way = True
 
@@ -68,8 +68,8 @@ class OverflowMonitor:
         self.num_in_a_row = int(values[_IN_A_ROW])
         if num_skipped > self._num_warned_of and self._warns:
             counts = f"{num_skipped:.0f} skipped so far, {self.num_in_a_row} in a row, loss scale now {scale:g}"
-            suspect = describe(float(values[_SUSPECT]))
-            log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", suspect, counts)
+            where = describe(float(values[_FIRST_BAD]))
+            log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
         self._num_warned_of = max(self._num_warned_of, int(num_skipped))
 
     def check(self, num_in_a_row: int, describe: Callable[[float], str]) -> None:
@@ -82,7 +82,7 @@ class OverflowMonitor:
             values = self._host.numpy()
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
-                f"{describe(float(values[_SUSPECT]))}, with the loss scale now at {float(values[_SCALE]):g}; look at "
+                f"{describe(float(values[_FIRST_BAD]))}, with the loss scale now at {float(values[_SCALE]):g}; look at "
                 f"the loss and the inputs of that step (a NaN loss, a division by 0, a learning rate too high), run it "
                 f"under torch.autograd.detect_anomaly(), or raise max_consecutive_skips"
             )

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from pyzero import modules
 from pyzero.arguments import check_device
-from pyzero.buckets import Bucket
+from pyzero.buckets import STEP, Bucket
 from pyzero.comm import Group
 from pyzero.layout import BucketLayout, Key, ParamSpec, RunKey, plan
+from pyzero.update_rule import UpdateRule
 
 
 class Placement:
     """The buckets of an optimizer and the parameters in them, which have numbers that stay whatever bucket they lie in.
 
     Args:
+        rule: Whose state it is.
         group: The ranks that share the state.
         state: The optimizer's, which shows each parameter's part.
         bucket_cap_bytes: Of weights in a bucket.
@@ -28,6 +30,7 @@ class Placement:
 
     def __init__(
         self,
+        rule: UpdateRule,
         group: Group,
         state: MutableMapping[Tensor, Any],
         bucket_cap_bytes: int,
@@ -38,7 +41,8 @@ class Placement:
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
         self._places: dict[Tensor, int] = {}  # the group of each parameter
-        self.is_fresh = True  # masters are the weights, moments are zero
+        self.is_fresh = True  # masters are the weights, the rule's state is zero
+        self.rule = rule
         self._group = group
         self._state = state
         self._bucket_cap_bytes = bucket_cap_bytes
@@ -67,7 +71,7 @@ class Placement:
         if len(self._state) < len(self.params):
             raise ValueError(
                 f"expected optimizer.state with {len(self.params)} entries, which show this rank's shards, got "
-                f"{len(self._state)}; to start moments anew, zero them in place (state[p]['exp_avg'].zero_()) or build "
+                f"{len(self._state)}; to start it anew, zero its tensors in place (state[p][name].zero_()) or build "
                 f"another optimizer"
             )
         return sorted(found)
@@ -99,7 +103,7 @@ class Placement:
         self.specs += specs
         self._places.update({param: spec.run.group_index for param, spec in zip(params, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
-        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival)
+        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival, self.rule.cut)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
         for bucket in made:
             if self._init_sync:
@@ -112,7 +116,8 @@ class Placement:
 
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
         numbers = [slot.index for slot in layout.slots]
-        bucket = Bucket(layout, [self.params[number] for number in numbers], numbers, index, self._group.rank)
+        params = [self.params[number] for number in numbers]
+        bucket = Bucket(layout, params, numbers, index, self._group.rank, self.rule.slots)
         for position, param in enumerate(bucket.params):
             self._state[param] = bucket.state_views(position)
         return bucket
@@ -152,7 +157,7 @@ class Placement:
         if not seen:
             return None
         rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
-        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest])
+        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest], self.rule.cut)
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
         """Other buckets for the same parameters: weights and state move. Returns whether any did. Collective.
@@ -170,14 +175,15 @@ class Placement:
         return True
 
     def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]]) -> None:
-        for name in ("exp_avg", "exp_avg_sq", "master"):
-            flat = self._group.gather_shards(getattr(old, name))
+        for name in old.state_names:
+            flat, per_value = self._group.gather_shards(old.sharded(name)), old.elements_per_value(name)
             for slot in old.layout.slots:
                 bucket, position = places[slot.index]
-                bucket.write_state(position, {name: flat[slot.offset : slot.offset + slot.numel]})
+                begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)
+                bucket.write_state(position, {name: flat[begin : begin + num_values]})
         for steps, number in zip(old.steps, old.numbers, strict=True):
             bucket, position = places[number]
-            bucket.write_state(position, {"step": steps})
+            bucket.write_state(position, {STEP: steps})
 
 
 def _model_order(params: list[Tensor], roots: list[nn.Module]) -> list[int] | None:

@@ -16,6 +16,7 @@ from pyzero.backward import BackwardEnd, GradientHooks
 from pyzero.buckets import Bucket
 from pyzero.comm import Group, Transport
 from pyzero.exchange import BucketExchange
+from pyzero.gather import gather_param
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients import Gradients, power_sum, powers_of
 from pyzero.modules import find_ddp_wrapper
@@ -357,7 +358,7 @@ class ReducedGradients(Gradients):
         stats = LocalGradStats(
             found,
             sumsq,
-            torch.cat([grads.suspect for grads in self._grads]).min().reshape(1),
+            torch.cat([grads.first_bad for grads in self._grads]).min().reshape(1),
             used=[record.is_used for record in records],
             purpose=purpose,
             edits=[record.num_edits for record in records],
@@ -443,21 +444,6 @@ class ReducedGradients(Gradients):
         """See Gradients."""
         self._observe_all()
         self._in_flight.receive_all()
-
-
-def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor) -> Tensor:
-    """(numel,) of one parameter, from its parts in every rank's (shard_numel,) shard. Collective.
-
-    Every rank sends as much as the largest part.
-    """
-    slot = bucket.layout.slots[position]
-    bounds = [bucket.layout.overlap(slot, rank) for rank in range(group.size)]
-    longest = max(high - low for low, high in bounds)
-    here, _ = bucket.own_part(position)
-    part = shard[here]
-    padded = torch.nn.functional.pad(part, (0, longest - part.numel()))
-    rows = group.gather_shards(padded, "the all-gather of a whole tensor").view(group.size, -1)
-    return torch.cat([row[: high - low] for row, (low, high) in zip(rows, bounds, strict=True)])
 
 
 def _nothing(record: ParamGrad) -> bool:

@@ -390,6 +390,26 @@ def test_a_gradient_that_was_assigned_and_zeroed_carries_any_scale(run, size, ho
     run(size, assigned_then_zeroed, 1, how)
 
 
+def replaced_after_a_nan(group: Any) -> None:
+    twins = Twins(group, 2)
+    with twins.optimizer.no_sync():
+        (twins.first.float() * float("nan")).sum().backward()
+    nn.utils.clip_grad_norm_(twins.model.parameters(), 0.5)  # by NaN, the padding of the shard with it
+    twins.loss(1.0).backward()
+    for param in (twins.first, twins.second):
+        twins.optimizer.set_full_grad(param, torch.full(param.shape, 3.0))
+    for index in (0, 1):
+        twins.expect(3.0, index)
+    twins.step()
+    assert twins.optimizer.was_step_applied
+    twins.check()
+
+
+@SIZES
+def test_a_gradient_that_was_nan_is_replaced(run, size):
+    run(size, replaced_after_a_nan)
+
+
 def stepped_twice(group: Any, stage: int, dtype: torch.dtype) -> None:
     twins = Twins(group, stage, dtype)
     twins.backward(2.0)

@@ -466,7 +466,7 @@ def made_anew(group: Any, stage: int) -> None:
             optimizer.zero_grad()
             y.square().mean().backward()
             optimizer.step()
-        shards = [bucket.exp_avg for bucket in optimizer._buckets]
+        shards = [bucket.state["exp_avg"] for bucket in optimizer._buckets]
         optimizer.zero_grad()
         gone.extend(weakref.ref(shard) for shard in shards)
         return weakref.ref(optimizer)

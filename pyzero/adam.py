@@ -1,0 +1,133 @@
+"""FusedZeroAdam and FusedZeroAdamW: Adam with its state partitioned over ranks, on the fused op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pyzero import ops
+from pyzero.arguments import check_betas, check_lr, check_not_negative, refuse_unsupported
+from pyzero.optimizer import ZeroOptimizer
+from pyzero.update_rule import Cut, RunShard, StateSlot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from pyzero.optimizer import ZeroOptions
+
+
+class AdamRule:
+    """torch.optim.Adam's and AdamW's rule; see pyzero.ops.adam_."""
+
+    name = "adam"
+    slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
+    cut = Cut.ANYWHERE
+
+    def check(self, group: dict[str, Any]) -> None:
+        """See UpdateRule."""
+        check_lr(group)
+        check_not_negative("epsilon", "eps", group)
+        check_betas(group)
+        check_not_negative("weight_decay", "weight_decay", group)
+
+    def update(
+        self,
+        shard: RunShard,
+        grad: Tensor,
+        group: dict[str, Any],
+        *,
+        grad_scale: float | Tensor,
+        found_inf: Tensor,
+        used: Tensor,
+        backend: str,
+    ) -> None:
+        """See UpdateRule."""
+        ops.adam_(
+            shard.master,
+            shard.state["exp_avg"],
+            shard.state["exp_avg_sq"],
+            grad,
+            lr=group["lr"],
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=shard.steps,
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            param_out=shard.weights,
+            segment_ids=shard.segment_ids,
+            active=used,
+            backend=backend,
+        )
+
+
+class FusedZeroAdam(ZeroOptimizer):
+    """torch.optim.Adam with fp32 masters, whose state is partitioned over the ranks of a process group.
+
+    Args:
+        params: See ZeroOptimizer.
+        lr: Learning rate, a number or a 0-D tensor.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty; decoupled in FusedZeroAdamW.
+        amsgrad: Refused, as is `differentiable`; `foreach`, `capturable` and `fused` change nothing here.
+        maximize: Ascend.
+        decoupled_weight_decay: AdamW's rule.
+        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+
+    Raises:
+        ValueError: An argument out of range.
+        TypeError, CollectiveError: See ZeroOptimizer.
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool | None = None,
+        **options: Unpack[ZeroOptions],
+    ) -> None:
+        refuse_unsupported({"amsgrad": amsgrad, "differentiable": differentiable})
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
+        )
+        super().__init__(params, AdamRule(), defaults, **options)
+
+
+class FusedZeroAdamW(FusedZeroAdam):
+    """torch.optim.AdamW's rule, default weight decay and order of arguments; all else as FusedZeroAdam."""
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)

@@ -1,0 +1,92 @@
+"""FusedZeroLion: Lion with its state partitioned over ranks, on the fused op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pyzero import ops
+from pyzero.arguments import check_betas, check_lr, check_not_negative
+from pyzero.optimizer import ZeroOptimizer
+from pyzero.update_rule import Cut, RunShard, StateSlot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from pyzero.optimizer import ZeroOptions
+
+
+class LionRule:
+    """Lion's rule (Chen et al. 2023, arXiv 2302.06675); see pyzero.ops.lion_."""
+
+    name = "lion"
+    slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"),)
+    cut = Cut.ANYWHERE
+
+    def check(self, group: dict[str, Any]) -> None:
+        """See UpdateRule."""
+        check_lr(group)
+        check_betas(group)
+        check_not_negative("weight_decay", "weight_decay", group)
+
+    def update(
+        self,
+        shard: RunShard,
+        grad: Tensor,
+        group: dict[str, Any],
+        *,
+        grad_scale: float | Tensor,
+        found_inf: Tensor,
+        used: Tensor,
+        backend: str,
+    ) -> None:
+        """See UpdateRule."""
+        ops.lion_(
+            shard.master,
+            shard.state["exp_avg"],
+            grad,
+            lr=group["lr"],
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            param_out=shard.weights,
+            segment_ids=shard.segment_ids,
+            active=used,
+            backend=backend,
+        )
+
+
+class FusedZeroLion(ZeroOptimizer):
+    """Lion with fp32 masters: one moment, and steps of one size for all elements, lr, in the moment's direction.
+
+    A learning rate 3 to 10 times smaller than Adam's and a weight decay as many times larger are usual.
+
+    Args:
+        params: See ZeroOptimizer.
+        lr: Learning rate, a number or a 0-D tensor.
+        betas: Weight of the moment in the direction, and its decay.
+        weight_decay: Decoupled.
+        maximize: Ascend.
+        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+
+    Raises:
+        ValueError: An argument out of range.
+        TypeError, CollectiveError: See ZeroOptimizer.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        **options: Unpack[ZeroOptions],
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, LionRule(), defaults, **options)

@@ -1,0 +1,63 @@
+"""The first parameter with an inf or a NaN in its gradient, and the rank that had it: found and sent as one number.
+
+The number is parameter * (num_ranks + 1) + rank, so that the smallest of all ranks' is the first; the rank is num_ranks
+where it is not known, and the number is inf where nothing was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyzero.buckets import Bucket
+from pyzero.layout import GRANULE
+
+NOT_FOUND = math.inf
+
+
+def _encode(numbers: Tensor | int, rank: int, num_ranks: int) -> Tensor | float:
+    return numbers * (num_ranks + 1) + rank
+
+
+def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
+    """The parameter's number and the rank; None for what is not known."""
+    if math.isinf(code):
+        return None, None
+    number, rank = divmod(int(code), num_ranks + 1)
+    return number, rank if rank < num_ranks else None
+
+
+def none_found(device: torch.device) -> Tensor:
+    """(1,) fp64."""
+    return torch.full((1,), NOT_FOUND, dtype=torch.float64, device=device)
+
+
+def locate_in_slices(bucket: Bucket, slices: list[Tensor], num_ranks: int, by_rank: bool) -> Tensor:
+    """(1,) fp64, of what was received for this rank's shard of a bucket.
+
+    Args:
+        bucket: Theirs.
+        slices: (shard_numel,) each.
+        num_ranks: Of the group.
+        by_rank: slices[r] is rank r's; else the one slice is a sum over ranks.
+    """
+    numbers = torch.tensor(bucket.numbers, dtype=torch.float64).to(bucket.device)[bucket.segment_ids.long()]
+    codes = []
+    for rank, piece in enumerate(slices):
+        is_bad = ~torch.isfinite(piece).view(-1, GRANULE).all(1)
+        code = torch.as_tensor(_encode(numbers, rank if by_rank else num_ranks, num_ranks))
+        codes.append(code.masked_fill_(~is_bad, NOT_FOUND).min())
+    return torch.stack(codes).min().reshape(1)
+
+
+def locate_in_grads(bucket: Bucket, grads: Sequence[Tensor | None], rank: int, num_ranks: int) -> Tensor:
+    """0-D fp64, of this rank's own gradients of a bucket, by position."""
+    codes = torch.full((len(grads) + 1,), NOT_FOUND, dtype=torch.float64, device=bucket.device)
+    for position, grad in enumerate(grads):
+        if grad is not None:
+            code = float(_encode(bucket.numbers[position], rank, num_ranks))
+            codes[position].masked_fill_(~torch.isfinite(grad).all(), code)
+    return codes.min()

@@ -1,0 +1,67 @@
+"""Which pieces of gradients lie in a part of a bucket, in order, with zeros for the gaps between parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyzero.buckets import Bucket, flatten_like
+
+
+class _Piece(NamedTuple):
+    """Elements [begin, end) of the parameter at `position`, or the gap behind it."""
+
+    offset: int
+    position: int
+    begin: int
+    end: int
+    zeros: Tensor | None  # what a gap is filled with
+
+
+class Pieces:
+    """The map of elements [low, high) of a bucket."""
+
+    def __init__(self, bucket: Bucket, low: int, high: int) -> None:
+        self._params = bucket.params
+        self._pieces = _cut(bucket, low, high)
+
+    def of(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+        """Pieces of `grads`, by position, and zeros for the gaps; offsets from `low`.
+
+        Where there is no gradient there is no piece: what lies there is not defined.
+        """
+        pieces: list[Tensor] = []
+        offsets: list[int] = []
+        for offset, position, begin, end, zeros in self._pieces:
+            piece = zeros
+            if piece is None:
+                grad = grads[position]
+                if grad is None:
+                    continue
+                param = self._params[position]
+                is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
+                piece = grad if is_flat and grad.is_contiguous() else flatten_like(grad, param)
+                if end - begin != grad.numel():
+                    piece = piece.view(-1)[begin:end]
+            pieces.append(piece)
+            offsets.append(offset)
+        return pieces, offsets
+
+
+def _cut(bucket: Bucket, low: int, high: int) -> list[_Piece]:
+    pieces = []
+    slots = bucket.layout.slots
+    stops = [slot.offset for slot in slots[1:]] + [bucket.layout.numel]
+    for position, (slot, stop) in enumerate(zip(slots, stops, strict=True)):
+        gap_at = slot.offset + slot.numel
+        begin, end = max(low, slot.offset), min(high, gap_at)
+        if begin < end:
+            pieces.append(_Piece(begin - low, position, begin - slot.offset, end - slot.offset, None))
+        begin, end = max(low, gap_at), min(high, stop)
+        if begin < end:
+            zeros = torch.zeros(end - begin, dtype=bucket.dtype, device=bucket.device)
+            pieces.append(_Piece(begin - low, position, 0, 0, zeros))
+    return pieces

@@ -1,0 +1,102 @@
+"""What an update rule is to the optimizer: its state, where its shards may be cut, and one update of a slice of them.
+
+Buckets, whole-tensor access, checkpoints, the estimate and step() go by a rule's slots, and know no rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyzero.layout import GRANULE, Cut
+
+__all__ = ["Cut", "Part", "RunShard", "StateSlot", "UpdateRule"]
+
+
+class Values(Enum):
+    """How many values a slot has."""
+
+    PER_ELEMENT = auto()
+    PER_GRANULE = auto()  # one for each GRANULE elements, as block-wise quantised moments keep their scales
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """A tensor of state beside each shard, zero at first. The optimizer keeps masters and step counts by itself."""
+
+    name: str  # in optimizer.state and in state dicts; torch's name where torch has the rule
+    dtype: torch.dtype = torch.float32
+    values: Values = Values.PER_ELEMENT
+
+    @property
+    def elements_per_value(self) -> int:
+        """1, or GRANULE."""
+        return GRANULE if self.values is Values.PER_GRANULE else 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of one parameter that a RunShard holds."""
+
+    position: int  # of the parameter in its bucket
+    begin: int  # elements of the RunShard
+    end: int
+    shape: torch.Size  # of the whole parameter
+    strides: tuple[int, ...]
+
+    def view(self, flat: Tensor) -> Tensor:
+        """A whole parameter, in its shape, of a tensor over the RunShard: for rules that cut nowhere inside one."""
+        return flat[self.begin : self.end].as_strided(self.shape, self.strides)
+
+
+@dataclass(frozen=True)
+class RunShard:
+    """This rank's slice of parameters that lie side by side in a bucket and share hyper-parameters: views of it."""
+
+    group_index: int  # in optimizer.param_groups
+    low: int  # elements of the rank's shard of the bucket
+    high: int
+    master: Tensor  # (high - low,) fp32
+    weights: Tensor | None  # (high - low,) in the parameters' dtype, to be written; None: the masters are the weights
+    state: dict[str, Tensor]  # by slot
+    steps: Tensor  # (num_params,) fp32, of the bucket: steps applied, this one counted
+    segment_ids: Tensor  # ((high - low) / GRANULE,) int32: the position of the parameter in the bucket
+    parts: tuple[Part, ...]
+
+
+class UpdateRule(Protocol):
+    """One way of updating weights from gradients."""
+
+    name: str  # of the range in a profile: pyzero::name
+    slots: tuple[StateSlot, ...]
+    cut: Cut
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a group's hyper-parameters are out of range. Called before each step: reads no GPU."""
+
+    def update(
+        self,
+        shard: RunShard,
+        grad: Tensor,
+        group: dict[str, Any],
+        *,
+        grad_scale: float | Tensor,
+        found_inf: Tensor,
+        used: Tensor,
+        backend: str,
+    ) -> None:
+        """Write masters, weights and state of one slice.
+
+        Args:
+            shard: What to update.
+            grad: (high - low,) averaged over ranks, fp32 or in the parameters' dtype.
+            group: The hyper-parameters.
+            grad_scale: Multiplies the gradient: loss scale and clipping. A number or a 0-D fp32 tensor.
+            found_inf: (1,) fp32; where it is not zero nothing may be written.
+            used: (num_params,) fp32; parameters with 0 have no gradient and stay as they are.
+            backend: Of the ops.
+        """
