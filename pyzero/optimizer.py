@@ -368,8 +368,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         gathers = []
         for index, bucket in enumerate(used):
             with record_function(f"pyzero::{self._rule.name}"):
-                grad = self._gradients.of(bucket)
-                self._updater.update(bucket, index, grad, self._param_groups, grad_scale, stats.found_inf)
+                # No name for the gradient: the next bucket's is packed after this one's is freed.
+                self._updater.update(
+                    bucket, index, self._gradients.of(bucket), self._param_groups, grad_scale, stats.found_inf
+                )
             with record_function("pyzero::all_gather"):
                 gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         return gathers
@@ -435,6 +437,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """Which gradient a code of pyzero/nonfinite.py means."""
         number, rank = nonfinite.decode(code, self._group.size)
         if number is None:
+            if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
+                return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
         param, group_index = self._placement.params[number], self._placement.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]

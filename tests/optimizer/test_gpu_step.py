@@ -91,20 +91,22 @@ def test_a_captured_step_equals_an_eager_one_with_a_changing_rate(dtype):
 
 def test_a_skip_is_told_when_it_is_known(caplog):
     model, optimizer = make(torch.float32)
-    for step in range(4):
+    for step in range(5):
         optimizer.zero_grad()
-        (loss_of(model, micro_batch(step, 0).cuda()) * (float("nan") if step < 2 else 1.0)).backward()
+        (loss_of(model, micro_batch(step, 0).cuda()) * (float("nan") if step < 3 else 1.0)).backward()
         optimizer.step()
         torch.cuda.synchronize()
     assert "step skipped" in caplog.text and "on rank 0" in caplog.text
-    assert optimizer.skipped_steps == 2
+    assert optimizer.skipped_steps == 3
 
 
 def test_memory_comes_back():
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    model, optimizer = make(torch.bfloat16)
-    loss_of(model, micro_batch(0, 0).cuda()).backward()
-    optimizer.step()
-    del model, optimizer
+    before = 0
+    for _ in range(2):  # the first takes what stays: workspaces of cuBLAS and of the kernels
+        before = torch.cuda.memory_allocated()
+        model, optimizer = make(torch.bfloat16)
+        loss_of(model, micro_batch(0, 0).cuda()).backward()
+        optimizer.step()
+        del model, optimizer
+        torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
