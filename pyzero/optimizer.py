@@ -20,6 +20,7 @@ from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficie
 from pyzero.gradients import Gradients, LocalGradients
 from pyzero.layout import BucketLayout
 from pyzero.overflow import OverflowMonitor
+from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaler import LossScale, Scaler
@@ -147,9 +148,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         transport_of_group = make_transport(transport, self._group)
         self._gradients: Gradients = LocalGradients(self._group, exchange, self._device, backend)
         if reduce_grads and self._group.size > 1:
-            options = ReductionOptions(stage, overlap, grad_reduce_dtype)
+            options = ReductionOptions(overlap, grad_reduce_dtype)
             inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
-            self._gradients = ReducedGradients(
+            reduced = OverlappedGradients if stage == 2 else ReducedGradients
+            self._gradients = reduced(
                 self._group, exchange, transport_of_group, self._device, options, inv_scale, backend
             )
             self._gradients.grad_scaler_proxy = self._grad_scaler_proxy

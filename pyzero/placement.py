@@ -147,7 +147,7 @@ class Placement:
         rank_0s: list[int] | None = answers[0][1]
         return rank_0s
 
-    def plan_by_arrival(self, arrival: list[int]) -> list[BucketLayout] | None:
+    def plan_by_arrival(self, arrival: Sequence[int]) -> list[BucketLayout] | None:
         """Buckets in the order in which rank 0's gradients came; None where none came. Collective.
 
         Args:

@@ -1,4 +1,7 @@
-"""Gradients of all ranks, reduced into this rank's shards by hooks on the parameters."""
+"""Gradients of all ranks, reduced into this rank's shards when they are first read (stage 1).
+
+What stage 2 does in backward is in overlap.py.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,7 @@ from pyzero.modules import find_ddp_wrapper
 class ReductionOptions:
     """How gradients travel."""
 
-    stage: int  # 1: once, when they are asked for; 2: in every backward
-    overlap: bool  # a full bucket leaves while backward goes on
+    overlap: bool  # stage 2: a full bucket leaves while backward goes on
     dtype: torch.dtype | None  # to send in; None: that of the weights
 
 
@@ -36,10 +38,12 @@ class ReducedGradients(Gradients):
 
     A round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it, and
     is sent with zeros for parameters without a gradient. Whether there is a round never depends on what this rank alone
-    has seen: stage 2 makes one in every backward, so every rank must run backward equally often between two steps; and
-    whoever reads gradients makes one where none has been made since the last step, or where any rank says in the step's
-    message that it holds gradients that have not been sent.
+    has seen: whoever reads gradients makes one where none has been made since the last step, or where any rank says in
+    the step's message that it holds gradients that have not been sent.
     """
+
+    learns_arrival = False  # the order in which gradients come, for buckets in that order
+    arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
 
     def __init__(
         self,
@@ -66,18 +70,13 @@ class ReducedGradients(Gradients):
         self._num_rounds_used = 0  # by the last step
         self._num_steps = 0
         self._generation = 0  # grows with every gradient that arrives, is sent or edited
-        self._is_sending = False  # a round has begun in a backward
-        self._next = 0  # the bucket to send next in it
+        self._next = 0  # the bucket to send next in this round
 
         self._is_scaled = False  # gradients that arrive carry the loss scale
         self._unsent_is_scaled = False
-        self._deferred: set[ParamGrad] = set()  # unused in the last step by all ranks: the others do not wait for them
-        self._undeferrable: set[ParamGrad] = set()  # were used when deferred
         self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
         self._clip: Tensor | None = None  # 0-D, of clip()
         self._known_factor: tuple[tuple[Tensor, int, bool], Tensor] | None = None  # of the last call of scale
-        self.learns_arrival = options.stage == 2 and options.overlap
-        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
 
         self._checked = False  # that no DistributedDataParallel reduces these gradients too
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
@@ -98,18 +97,15 @@ class ReducedGradients(Gradients):
         for position, record in enumerate(records):
             record.position = position
             self._records[record.param] = (grads, record)
-        grads.num_awaited = len(records)
         return grads
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """Take other buckets of the same parameters. Collective."""
         self._in_flight.receive_all()
         old, records = self._grads, {param: record for param, (_, record) in self._records.items()}
-        waiting = {record for grads in old if grads.waits_for_end for record in grads.records}
         self._buckets, self._grads = [], []
         for bucket in buckets:
-            grads = self._place(bucket, [records[param] for param in bucket.params])
-            grads.waits_for_end = any(record in waiting for record in grads.records)
+            self._place(bucket, [records[param] for param in bucket.params])
         what = "the all-gather of gradients that move to other buckets"
         for grads in old:  # one bucket's at a time lies here whole
             if grads.shard is not None:
@@ -117,11 +113,6 @@ class ReducedGradients(Gradients):
                 grads.shard = None
                 for slot, record in zip(grads.bucket.layout.slots, grads.records, strict=True):
                     self._records[record.param][0].write(record, flat[slot.offset : slot.offset + slot.numel])
-
-    @property
-    def arrival(self) -> list[int]:
-        """Parameter numbers in the order in which this rank's gradients have come."""
-        return list(self._arrived)
 
     # ---- arrival ---------------------------------------------------------------------------------------------------
 
@@ -151,25 +142,18 @@ class ReducedGradients(Gradients):
         record.before_arrival()
 
     def _after_gradient(self, param: Tensor) -> None:
-        grads, record = self._records[param]
+        _, record = self._records[param]
         record.after_arrival()
-        if self.learns_arrival:
-            self._arrived.pop(record.number, None)
-            self._arrived[record.number] = None
         self._end.await_end()
-        if self._options.stage == 1 or not self.sync:
-            return
-        self._is_sending = True
-        self._in_flight.gradient_was_written()
-        if record in self._deferred:
-            return
-        if grads.bucket.index < self._next:  # a weight in two reentrant checkpoints: it goes with the next round,
-            grads.waits_for_end = True  # and waits from now on
-            return
-        grads.num_awaited -= not record.has_arrived
-        record.has_arrived = True
-        while self._options.overlap and self._next < len(self._grads) and self._is_full(self._grads[self._next]):
-            self._send_next(self._is_deferred)
+
+    def _end_of_backward(self) -> None:
+        self._end.forget()
+        for record in self._by_number:
+            record.show()
+
+    def finish_broken_round(self) -> None:
+        """See Gradients. There is none: nothing is sent in a backward."""
+        self._end.forget()
 
     def _check_unwrapped(self) -> None:
         wrapped = find_ddp_wrapper(self._records)
@@ -180,37 +164,6 @@ class ReducedGradients(Gradients):
             )
         self._checked = True
 
-    def _is_full(self, grads: BucketGrads) -> bool:
-        return grads.num_awaited == 0 and not grads.waits_for_end
-
-    def _is_deferred(self, record: ParamGrad) -> bool:
-        return record in self._deferred
-
-    def _end_of_backward(self) -> None:
-        if self._is_sending:
-            self._round(self._is_deferred)
-            self._in_flight.receive_at_end()
-        self._end.forget()
-        for record in self._by_number:
-            record.show()
-
-    def finish_broken_round(self) -> None:
-        """See Gradients. The backward may have ended elsewhere on the other ranks.
-
-        What was cleared since is sent all the same, and cleared behind it: on the other ranks it may have been sent.
-        """
-        self._end.forget()
-        if not self._is_sending:
-            return
-        cleared = [record for record in self._by_number if record.is_cleared]
-        if cleared:
-            cleared = [record for record in self._by_number if record.param.grad is None]
-        for record in cleared:
-            record.restore()
-        self._round(self._is_deferred)
-        for record in cleared:
-            record.param.grad = None
-
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
@@ -218,19 +171,10 @@ class ReducedGradients(Gradients):
         self._end.forget()
         while self._next < len(self._grads):
             self._send_next(left_out)
-        self._next, self._is_sending = 0, False
-        self._await_gradients()
+        self._next = 0
         self._num_rounds += 1
         self._unsent_is_scaled &= any(record.has_local for record in self._by_number)
         self._group.where = f"after {self._num_rounds - self._num_rounds_used} backwards since step {self._num_steps}"
-
-    def _await_gradients(self) -> None:
-        """A new round begins: nothing has arrived."""
-        for grads in self._grads:
-            grads.num_awaited = 0
-            for record in grads.records:
-                record.has_arrived = False
-                grads.num_awaited += record not in self._deferred
 
     def _send_next(self, left_out: Callable[[ParamGrad], bool]) -> None:
         grads = self._grads[self._next]
@@ -431,13 +375,9 @@ class ReducedGradients(Gradients):
         self._in_flight.locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
-        """See Gradients. What no rank used is not waited for in the next backwards."""
+        """See Gradients."""
         self._num_steps += 1
         self._num_rounds_used = self._num_rounds
-        self._undeferrable |= {record for record in self._deferred if used[record.number]}
-        unused = {record for record in self._by_number if not used[record.number]}
-        self._deferred = unused - self._undeferrable if any(used) and self._options.stage == 2 else set()
-        self._await_gradients()
         self._group.where = f"in or after step {self._num_steps}"
 
     def reset(self) -> None:

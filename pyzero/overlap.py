@@ -1,0 +1,115 @@
+"""Gradients of all ranks, reduced in every backward, bucket by bucket while it goes on (stage 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pyzero.accumulation import BucketGrads, ParamGrad
+from pyzero.buckets import Bucket
+from pyzero.reduction import ReducedGradients
+
+
+class OverlappedGradients(ReducedGradients):
+    """A round in every backward, so every rank must run backward equally often between two steps.
+
+    What no rank used in the last step is left out of backward's rounds, and sent when gradients are read: no bucket
+    waits for it.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.learns_arrival = self._options.overlap
+        self._is_sending = False  # a round has begun in a backward
+        self._deferred: set[ParamGrad] = set()  # unused in the last step by all ranks
+        self._undeferrable: set[ParamGrad] = set()  # were used when deferred
+        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
+
+    @property
+    def arrival(self) -> list[int]:  # type: ignore[override]
+        """Parameter numbers in the order in which this rank's gradients have come."""
+        return list(self._arrived)
+
+    def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
+        grads = super()._place(bucket, records)
+        grads.num_awaited = len(records)
+        return grads
+
+    def move_to(self, buckets: list[Bucket]) -> None:
+        """See ReducedGradients."""
+        waiting = {record for grads in self._grads if grads.waits_for_end for record in grads.records}
+        super().move_to(buckets)
+        for grads in self._grads:
+            grads.waits_for_end = any(record in waiting for record in grads.records)
+
+    def _after_gradient(self, param: Tensor) -> None:
+        super()._after_gradient(param)
+        grads, record = self._records[param]
+        if self.learns_arrival:
+            self._arrived.pop(record.number, None)
+            self._arrived[record.number] = None
+        if not self.sync:
+            return
+        self._is_sending = True
+        self._in_flight.gradient_was_written()
+        if record in self._deferred:
+            return
+        if grads.bucket.index < self._next:  # a weight in two reentrant checkpoints: it goes with the next round,
+            grads.waits_for_end = True  # and waits from now on
+            return
+        grads.num_awaited -= not record.has_arrived
+        record.has_arrived = True
+        while self._options.overlap and self._next < len(self._grads) and self._is_full(self._grads[self._next]):
+            self._send_next(self._is_deferred)
+
+    def _is_full(self, grads: BucketGrads) -> bool:
+        return grads.num_awaited == 0 and not grads.waits_for_end
+
+    def _is_deferred(self, record: ParamGrad) -> bool:
+        return record in self._deferred
+
+    def _end_of_backward(self) -> None:
+        if self._is_sending:
+            self._round(self._is_deferred)
+            self._in_flight.receive_at_end()
+        super()._end_of_backward()
+
+    def finish_broken_round(self) -> None:
+        """See Gradients. The backward may have ended elsewhere on the other ranks.
+
+        What was cleared since is sent all the same, and cleared behind it: on the other ranks it may have been sent.
+        """
+        super().finish_broken_round()
+        if not self._is_sending:
+            return
+        cleared = [record for record in self._by_number if record.is_cleared]
+        if cleared:
+            cleared = [record for record in self._by_number if record.param.grad is None]
+        for record in cleared:
+            record.restore()
+        self._round(self._is_deferred)
+        for record in cleared:
+            record.param.grad = None
+
+    def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
+        super()._round(left_out)
+        self._is_sending = False
+        self._await_gradients()
+
+    def _await_gradients(self) -> None:
+        """A new round begins: nothing has arrived."""
+        for grads in self._grads:
+            grads.num_awaited = 0
+            for record in grads.records:
+                record.has_arrived = False
+                grads.num_awaited += record not in self._deferred
+
+    def after_step(self, used: Sequence[bool]) -> None:
+        """See Gradients. What no rank used is not waited for in the next backwards."""
+        super().after_step(used)
+        self._undeferrable |= {record for record in self._deferred if used[record.number]}
+        unused = {record for record in self._by_number if not used[record.number]}
+        self._deferred = unused - self._undeferrable if any(used) else set()
+        self._await_gradients()
