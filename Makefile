@@ -18,7 +18,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/run.py --quick
+	$(BIN)/python -m benchmarks --quick
 
 # On a machine with a GPU, with the packages that $(PYTHON) has: kernels, tests, benchmarks, compute-sanitizer.
 gpu gpu-quick:
