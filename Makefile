@@ -9,7 +9,7 @@ NATIVE := setup.py pyproject.toml constraints.txt ops/build_spec.py $(wildcard c
 # Processes of `make train`: one per GPU, two without.
 NPROC = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
-.PHONY: train test lint format bench gpu gpu-quick clean
+.PHONY: train test lint format bench profile gpu gpu-quick clean
 
 train: $(VENV)/.examples
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py
@@ -19,6 +19,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks --quick
+
+profile: $(VENV)/.test
+	$(BIN)/python -m benchmarks.profile_step
 
 # On a machine with a GPU, with the packages that $(PYTHON) has: kernels, tests, benchmarks, compute-sanitizer.
 gpu gpu-quick:

@@ -199,3 +199,16 @@ def test_a_full_queue_is_told(fake_gpu):
     row = harness.Row("b", "c", "who", 1, 0.02, 0.02, 0.02, host_s=timer.host_s, hides_host=timer.hides_host)
     assert "host ms" in harness.table([row]) and "20.00+" in harness.table([row])
     assert "host ms" not in harness.table([harness.Row("b", "c", "who", 1, 0.02, 0.02, 0.02)])
+
+
+def test_the_profile_of_a_step(tmp_path):
+    out = tmp_path / "new" / "profile.json"
+    command = [sys.executable, "-m", "benchmarks.profile_step", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{out}: ")
+    events = json.loads(out.read_text())["traceEvents"]
+    names = {event["name"] for event in events if event.get("ph") == "X"}
+    assert {"forward", "backward", "step", "pyzero::collect", "pyzero::adam"} <= names
+    if not torch.cuda.is_available():  # two ranks
+        assert {"pyzero::reduce_scatter", "pyzero::all_gather"} <= names
