@@ -9,7 +9,7 @@ NATIVE := setup.py pyproject.toml constraints.txt ops/build_spec.py $(wildcard c
 # Processes of `make train`: one per GPU, two without.
 NPROC = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
-.PHONY: train test lint format bench clean
+.PHONY: train test lint format bench profile gpu gpu-quick clean
 
 train: $(VENV)/.examples
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py
@@ -18,7 +18,14 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/run.py --quick
+	$(BIN)/python -m benchmarks --quick
+
+profile: $(VENV)/.test
+	$(BIN)/python -m benchmarks.profile_step
+
+# On a machine with a GPU, with the packages that $(PYTHON) has: kernels, tests, benchmarks, compute-sanitizer.
+gpu gpu-quick:
+	$(PYTHON) tests/support/gpu_check.py $(if $(findstring quick,$@),--quick) $(if $(GPU_LIMIT_S),--limit-s $(GPU_LIMIT_S))
 
 # mypy cannot see that pyzero.ops lies in ops/: show it a folder of links where it does.
 lint: $(VENV)/.dev

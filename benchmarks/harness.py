@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 import pyzero
-from pyzero.ops import build_spec
+from pyzero.ops import build_spec, registry
+
+from .gpu_timer import GpuTimer
 
 _COPY_NUMEL = {"cpu": 48 << 20, "cuda": 512 << 20}  # fp32; several times the last-level cache
-_L2_FLUSH_BYTES = 512 << 20
+_NUMEL = {"cpu": (16_000_000, 50_000_000), "cuda": (1 << 26, 1 << 28)}  # of the ops' tensors: quick, full
 # After a parallel loop torch's OpenMP threads spin for a while, on the cores that the next contender wants.
 _SETTLE_S = 0.005
 
@@ -31,8 +33,19 @@ class Options:
     quick: bool = False
     numel: int | None = None  # overrides each bench's size (tests)
 
-    def size(self, quick: int, full: int) -> int:
+    @property
+    def size(self) -> int:
+        """Elements of an op's tensors."""
+        quick, full = _NUMEL[self.device]
         return self.numel or (quick if self.quick else full)
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Of the ops: what to add to a contender's name -> backend. On a GPU the one that auto takes, and Triton."""
+        found = {"": "auto"}
+        if self.device == "cuda" and all(_is_there(name) for name in ("cuda", "triton")):
+            found[", triton"] = "triton"
+        return found
 
     @property
     def repeats(self) -> int:
@@ -63,6 +76,8 @@ class Row:
     gb_per_s: float | None = None
     percent_of_copy: float | None = None  # GB/s over those of a copy (read + write) in the same run
     speedup: float | None = None  # median of the peer over this median; 1 for the peer
+    host_s: float | None = None  # on a GPU: until the host may go on; the times above are the GPU's alone
+    hides_host: bool | None = None  # on a GPU: False where they are not
 
 
 def compare(
@@ -76,11 +91,11 @@ def compare(
 ) -> list[Row]:
     """Time the contenders in turns. `peer` names the one that the others are measured against."""
     everyone = [*contenders, _copy(options)] if with_copy else list(contenders)
-    timer = _time_cuda if options.device == "cuda" else _time_cpu
+    timers = {contender.name: _timer(contender.call, options) for contender in everyone}
     times: dict[str, list[float]] = {contender.name: [] for contender in everyone}
     for repeat in range(options.repeats + 1):
         for contender in everyone:
-            elapsed = timer(contender.call)
+            elapsed = timers[contender.name].sample()
             if repeat > 0:  # the first round warms up
                 times[contender.name].append(elapsed)
 
@@ -92,6 +107,7 @@ def compare(
         median, moved = medians[contender.name], contender.bytes_per_element
         elements = _copy_numel(options) if with_copy and contender is copy else numel
         speed = moved * elements / median / 1e9 if moved else None
+        timer = timers[contender.name]
         rows.append(
             Row(
                 bench,
@@ -105,9 +121,31 @@ def compare(
                 speed,
                 100 * speed / copy_gb_per_s if speed and copy_gb_per_s else None,
                 medians[peer] / median if peer is not None and not (with_copy and contender is copy) else None,
+                timer.host_s,
+                timer.hides_host,
             )
         )
     return rows
+
+
+class _CpuTimer:
+    """Samples of one call on the CPU."""
+
+    host_s = hides_host = None
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+
+    def sample(self) -> float:
+        return _time_cpu(self._call)
+
+
+def _timer(call: Callable[[], object], options: Options) -> GpuTimer | _CpuTimer:
+    return GpuTimer(call) if options.device == "cuda" else _CpuTimer(call)
+
+
+def _is_there(backend: str) -> bool:
+    return registry.BACKENDS[backend].unavailable_reason("cuda") is None
 
 
 def quantile(samples: Sequence[float], fraction: float) -> float:
@@ -133,7 +171,7 @@ def _copy_numel(options: Options) -> int:
 
 
 def _copy(options: Options) -> Contender:
-    source = torch.ones(_copy_numel(options), device=options.device)
+    source = torch.randn(_copy_numel(options), device=options.device)  # a GPU moves constants with less power
     target = torch.zeros_like(source)
     return Contender("copy (torch, fp32)", lambda: target.copy_(source), 8)
 
@@ -145,30 +183,18 @@ def _time_cpu(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-_flush: list[Tensor] = []
-
-
-def _time_cuda(call: Callable[[], object]) -> float:
-    if not _flush:
-        _flush.append(torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda"))
-    _flush[0].zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 # ---- output -------------------------------------------------------------------------------------------------------
 
-_HEAD = ("case", "who", "median ms", "p20-p80 ms", "B/elem", "GB/s", "% of copy", "speed-up")
+_HEAD = ("case", "who", "median ms", "p20-p80 ms", "host ms", "B/elem", "GB/s", "% of copy", "speed-up")
+_HOST = _HEAD.index("host ms")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table; on a GPU with the host's time, and + where the GPU's includes it."""
     cells = [_HEAD, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    if all(row.host_s is None for row in rows):
+        cells = [(*line[:_HOST], *line[_HOST + 1 :]) for line in cells]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
     ]
@@ -183,13 +209,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.case,
         row.name,
-        f"{row.median_s * 1e3:.2f}",
-        f"{row.p20_s * 1e3:.2f}-{row.p80_s * 1e3:.2f}",
+        _ms(row.median_s) + "+" * (row.hides_host is False),
+        f"{_ms(row.p20_s)}-{_ms(row.p80_s)}",
+        "" if row.host_s is None else _ms(row.host_s),
         number(row.bytes_per_element, "g"),
         number(row.gb_per_s, ".1f"),
         number(row.percent_of_copy, ".0f"),
         number(row.speedup, ".2f") + "x" * (row.speedup is not None),
     )
+
+
+def _ms(seconds: float) -> str:
+    """Hundredths of a millisecond, or of a microsecond where it is less than one."""
+    return f"{seconds * 1e3:.2f}" if seconds >= 1e-3 else f"{seconds * 1e3:.5f}"
 
 
 def environment(options: Options) -> dict[str, object]:
@@ -200,6 +232,7 @@ def environment(options: Options) -> dict[str, object]:
         "load_average": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "pyzero": pyzero.__version__,
         "python": platform.python_version(),
         "quick": options.quick,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from .build import fresh_env
+from .build_time import fresh_env
 from .harness import Options, Row, timed_row
 
 _PROGRAM = """

@@ -1,4 +1,4 @@
-"""python benchmarks/numerics.py: how far FusedZeroAdamW and torch's AdamW are from AdamW in fp64, after many steps.
+"""python -m benchmarks.numerics: how far FusedZeroAdamW and torch's AdamW are from AdamW in fp64, after many steps.
 
 Every contender sees the same gradients, in the dtype of its weights, from two ranks and four micro-batches per step:
 noise around means of -1 and 1, so that no sum of them is near 0, where Adam turns any rounding into a whole step. The
@@ -8,14 +8,10 @@ oracle averages them in fp64 and steps in fp64.
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 import torch.distributed as dist

@@ -17,37 +17,44 @@ from pyzero import ops
 from . import peers
 from .harness import Contender, Options, Row, check, compare, timed_row
 
-_BYTES = 2 + 2 + 4  # two slices read, the shard written
 _PEER = "torch copy_, add_, mul_"
 
 
 def run(options: Options) -> list[Row]:
-    numel = options.size(quick=16_000_000, full=50_000_000)
-    slices = [peers.normal(numel, seed, options).bfloat16() for seed in (1, 2)]
-    shard, theirs = (torch.zeros(numel, device=options.device) for _ in range(2))
-    found_inf, sumsq = (torch.zeros(1, device=options.device) for _ in range(2))
-    reduce = functools.partial(ops.reduce_scatter_, shard, slices, scale=0.5)
-
-    reduce(found_inf=found_inf, sumsq=sumsq)
-    _torch(theirs, slices)
-    # Two slices: a sum in fp32 and an exact halving, so the same bits.
-    check("reduce_scatter_: shard", shard, theirs, rtol=0, atol=0)
-    check("reduce_scatter_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
-    check("reduce_scatter_: found_inf", found_inf, torch.zeros_like(found_inf), rtol=0, atol=0)
-
-    contenders = [
-        Contender("pyzero reduce_scatter_", reduce, _BYTES),
-        Contender("same, with flag and norm", lambda: reduce(found_inf=found_inf, sumsq=sumsq), _BYTES),
-        Contender(_PEER, lambda: _torch(theirs, slices), _BYTES),
-    ]
-    rows = compare("reduce_scatter", "2 bf16 slices", numel, contenders, options, peer=_PEER)
+    rows = _case(2, options) + _case(8, options)
     if options.device == "cpu" and options.numel is None:
-        rows += _gloo(numel, options)
+        rows += _gloo(options.size, options)
     return rows
 
 
+def _case(num_ranks: int, options: Options) -> list[Row]:
+    numel = options.size if num_ranks == 2 else options.size // 4
+    slices = [peers.normal(numel, seed, options).bfloat16() for seed in range(1, 1 + num_ranks)]
+    shard, theirs = (torch.zeros(numel, device=options.device) for _ in range(2))
+    found_inf, sumsq = (torch.zeros(1, device=options.device) for _ in range(2))
+    moved = 2 * num_ranks + 4  # the slices read, the shard written
+    _torch(theirs, slices)
+    contenders = []
+    for suffix, backend in options.backends.items():
+        reduce = functools.partial(ops.reduce_scatter_, shard, slices, scale=1 / num_ranks, backend=backend)
+        with_norm = functools.partial(reduce, found_inf=found_inf, sumsq=sumsq)
+        sumsq.zero_()
+        with_norm()
+        # A sum in fp32 and in the same order, divided by a power of two: the same bits.
+        check("reduce_scatter_: shard", shard, theirs, rtol=0, atol=0)
+        check("reduce_scatter_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
+        check("reduce_scatter_: found_inf", found_inf, torch.zeros_like(found_inf), rtol=0, atol=0)
+        contenders.append(Contender("pyzero reduce_scatter_" + suffix, reduce, moved))
+        contenders.append(Contender("same, with flag and norm" + suffix, with_norm, moved))
+    contenders.append(Contender(_PEER, lambda: _torch(theirs, slices), moved))
+    return compare("reduce_scatter", f"{num_ranks} bf16 slices", numel, contenders, options, peer=_PEER)
+
+
 def _torch(shard: Tensor, slices: list[Tensor]) -> None:
-    shard.copy_(slices[0]).add_(slices[1]).mul_(0.5)
+    shard.copy_(slices[0])
+    for piece in slices[1:]:
+        shard.add_(piece)
+    shard.mul_(1 / len(slices))
 
 
 def _gloo(shard_numel: int, options: Options) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,11 @@ def run(options: Options) -> list[Row]:
 
 
 def _case(options: Options, dtype: torch.dtype) -> list[Row]:
-    numel = options.size(quick=16_000_000, full=50_000_000)
+    numel = options.size
     flat = peers.normal(numel, 1, options, std=1e-2).to(dtype)
     inv_scale, found_inf = torch.full((), 0.5, device=flat.device), torch.zeros(1, device=flat.device)
-    _check(flat, inv_scale)
+    for backend in options.backends.values():
+        _check(flat, inv_scale, backend)
 
     # Just below 1: ours only reads where the scale is exactly 1, and the values must not fade while they are timed.
     nearly_one, sumsq = torch.full((), 1 - 2**-24, device=flat.device), torch.zeros(1, device=flat.device)
@@ -38,24 +41,22 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
         torch.nn.utils.get_total_norm(theirs, foreach=True)
 
     size = flat.element_size()
+    plain, with_norm = [], []
+    for suffix, backend in options.backends.items():
+        unscale = functools.partial(ops.unscale_, ours, found_inf=found_inf, backend=backend)
+        plain.append(Contender("pyzero unscale_" + suffix, functools.partial(unscale, nearly_one), 2 * size))
+        both = functools.partial(unscale, sumsq=sumsq)
+        with_norm.append(Contender("pyzero unscale_" + suffix, functools.partial(both, nearly_one), 2 * size))
+        with_norm.append(Contender("pyzero unscale_ by 1.0" + suffix, functools.partial(both, 1.0), size))
     rows = compare(
         "unscale",
         f"{_NUM_TENSORS} x {str(dtype)[6:]}",
         numel,
-        [
-            Contender("pyzero unscale_", lambda: ops.unscale_(ours, nearly_one, found_inf=found_inf), 2 * size),
-            Contender("torch foreach unscale", torch_unscale, 2 * size),
-        ],
+        [*plain, Contender("torch foreach unscale", torch_unscale, 2 * size)],
         options,
         peer="torch foreach unscale",
     )
-    with_norm = [
-        Contender(
-            "pyzero unscale_", lambda: ops.unscale_(ours, nearly_one, found_inf=found_inf, sumsq=sumsq), 2 * size
-        ),
-        Contender("pyzero unscale_ by 1.0", lambda: ops.unscale_(ours, 1.0, found_inf=found_inf, sumsq=sumsq), size),
-        Contender("torch unscale, norm", torch_with_norm, 2 * size),
-    ]
+    with_norm.append(Contender("torch unscale, norm", torch_with_norm, 2 * size))
     case = f"{_NUM_TENSORS} x {str(dtype)[6:]}, norm"
     return rows + compare("unscale", case, numel, with_norm, options, peer="torch unscale, norm")
 
@@ -64,12 +65,12 @@ def _split(flat: Tensor) -> list[Tensor]:
     return list(flat.tensor_split(_NUM_TENSORS))
 
 
-def _check(flat: Tensor, inv_scale: Tensor) -> None:
+def _check(flat: Tensor, inv_scale: Tensor, backend: str) -> None:
     """Values bit for bit (halving is exact in both), the norm within fp32's, the flag both ways."""
     ours, theirs = flat.clone(), flat.clone()
     found, peer_found = torch.zeros(1, device=flat.device), torch.zeros(1, device=flat.device)
     sumsq = torch.zeros(1, device=flat.device)
-    ops.unscale_(_split(ours), inv_scale, found_inf=found, sumsq=sumsq)
+    ops.unscale_(_split(ours), inv_scale, found_inf=found, sumsq=sumsq, backend=backend)
     torch._amp_foreach_non_finite_check_and_unscale_(_split(theirs), peer_found, inv_scale)
     check("unscale_: values", ours, theirs, rtol=0, atol=0)
     # ours is one fp64 sum; two roundings to fp32 are left, and fp32's own sum in the oracle is avoided
@@ -77,6 +78,6 @@ def _check(flat: Tensor, inv_scale: Tensor) -> None:
     check("unscale_: found_inf of finite values", found, peer_found, rtol=0, atol=0)
     for tensor in (ours, theirs):
         tensor[-1] = float("inf")
-    ops.unscale_(_split(ours), inv_scale, found_inf=found)
+    ops.unscale_(_split(ours), inv_scale, found_inf=found, backend=backend)
     torch._amp_foreach_non_finite_check_and_unscale_(_split(theirs), peer_found, inv_scale)
     check("unscale_: found_inf of an inf", found, peer_found, rtol=0, atol=0)

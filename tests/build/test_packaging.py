@@ -82,7 +82,11 @@ def sdist_wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     sdist = next(folder.glob("pyzero-*.tar.gz"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "csrc/args.h", "csrc/cpu/kernels.cpp", "ops/build_spec.py", "LICENSE", "README.md"} <= names
+    kept = (
+        path for path in checkout.rglob("*") if path.is_file() and not path.is_relative_to(checkout / "pyzero.egg-info")
+    )
+    missing = {path.relative_to(checkout).as_posix() for path in kept} - names
+    assert not missing, "files of the checkout, hidden ones aside"
     succeed(
         *(sys.executable, "-m", "pip", "wheel", *PIP_OPTIONS, "--wheel-dir", folder, sdist),
         cwd=folder,

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,3 +148,24 @@ def test_deepspeed_script_differs_by_its_import_alone():
     assert [line for line in lines if "pyzero" in line] == [
         "import pyzero as deepspeed  # the line that differs: `import deepspeed`"
     ]
+
+
+def test_minimal_learns():
+    printed = run(*TORCHRUN, ROOT / "examples" / "minimal.py")
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", printed, re.MULTILINE)]
+    assert len(losses) == 4 and losses[-1] < 0.1 * losses[0], printed
+
+
+def test_readme_shows_the_minimal_program():
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0] == (ROOT / "examples" / "minimal.py").read_text()
+    assert "\n    torchrun --nproc-per-node 2 examples/minimal.py\n" in readme
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_files_that_exist(name):
+    words = re.findall(r"`([\w/.-]+/[\w.-]*)`", (ROOT / name).read_text())
+    written_by_make = ("build/", ".venv")
+    wanted = [word for word in words if "NAME" not in word and not word.startswith(written_by_make)]
+    assert len(wanted) > 5
+    assert [word for word in wanted if not (ROOT / word).exists()] == []

@@ -1,4 +1,4 @@
-"""python benchmarks/run.py [adam unscale reduce_scatter step train build import] [--quick] [--json FILE]
+"""python -m benchmarks [names] [--quick] [--device cuda] [--json FILE], from the repository's root.
 
 Each bench first checks its results against the peer's, and fails where they disagree; then it times both in turns.
 """
@@ -11,27 +11,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # as a script, from any folder: this checkout, and not this folder's build.py for `import build`
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import harness  # noqa: E402
+from . import harness
 
 _MODULES = {
     "adam": "adam",
     "unscale": "unscale",
+    "pack": "pack",
     "reduce_scatter": "reduce_scatter",
+    "loss_scale": "loss_scale",
     "step": "step",
+    "models": "models",
     "train": "train",
-    "build": "build",
+    "build": "build_time",
     "import": "import_time",
 }
+_CPU_ONLY = ("train", "build", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all that use the device"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="smaller tensors, fewer repeats: some 2 minutes on 2 cores"
     )
@@ -58,17 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(busy, file=sys.stderr)
     rows: list[harness.Row] = []
     failed = []
-    for name in args.names or _MODULES:
+    for name in args.names or [name for name in _MODULES if args.device == "cpu" or name not in _CPU_ONLY]:
         try:
-            found = importlib.import_module(f"benchmarks.{_MODULES[name]}").run(options)
-        except AssertionError as error:
+            found = importlib.import_module(f".{_MODULES[name]}", __package__).run(options)
+        except (AssertionError, RuntimeError) as error:  # torch's errors, out of memory among them, are RuntimeErrors
             failed.append(name)
-            print(f"\n## {name}\n\nNOT TIMED, the check failed: {error}", file=sys.stderr)
+            why = "the check failed" if isinstance(error, AssertionError) else type(error).__name__
+            print(f"\n## {name}\n\nNOT TIMED, {why}: {error}", file=sys.stderr)
             continue
         print(f"\n## {name}\n\n{harness.table(found)}", flush=True)
         rows += found
-    if args.json is not None:
-        harness.write_json(args.json, options, rows)
+        if args.json is not None:  # after each: a run that is cut short leaves what it has
+            harness.write_json(args.json, options, rows)
     return 1 if failed else 0
 
 

@@ -1,0 +1,228 @@
+"""make gpu, make gpu-quick: what this GPU says of the kernels, with whatever packages this Python has.
+
+Builds and checks every kernel, runs the tests that need a GPU, the benchmarks and compute-sanitizer. Each step has a
+time limit, and goes on after another's failure. Writes report.md, report.json and a log per step to $OUT or build/gpu.
+Nothing is installed, and no network is needed. Stdlib only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S, QUICK_LIMIT_S = 1450.0, 460.0
+# Less is not worth starting a step for: importing torch takes half of it.
+LEAST_S = 15.0
+GRACE_S = 5.0  # between asking a step to end and killing it
+MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
+PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
+
+_PROBE = """
+import importlib.util, json, platform, torch
+from torch.utils import collect_env
+gpu = torch.cuda.is_available()
+names = [name for name in ("triton", "numpy", "pytest", "hypothesis") if importlib.util.find_spec(name)]
+versions = {name: importlib.import_module(name).__version__ for name in names}
+print(json.dumps({
+    "gpu": torch.cuda.get_device_name() if gpu else None,
+    "gpus": torch.cuda.device_count(),
+    "driver": collect_env.get_nvidia_driver_version(collect_env.run) if gpu else None,
+    "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
+    "python": platform.python_version(), **versions,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `environ` is added to this process's."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    environ: tuple[tuple[str, str], ...] = ()
+    needs: str | None = None  # what the command is missing here
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a step went; `exit_code` is None where it has not run or was killed."""
+
+    name: str
+    status: str
+    exit_code: int | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+
+def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[str, object]) -> list[Result]:
+    """Every step in turn, until the time is up. The report is written after each, so a killed run leaves one."""
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + limit_s
+    results: list[Result] = []
+    for step in steps:
+        left = deadline - time.monotonic()
+        if step.needs is not None:
+            results.append(Result(step.name, NO_TOOL, note=step.needs))
+        elif left < min(LEAST_S, step.limit_s):
+            results.append(Result(step.name, NOT_REACHED, note=f"{max(left, 0):.0f} s were left of {limit_s:g}"))
+        else:
+            results.append(_run_one(step, out / f"{step.name}.log", min(step.limit_s, left)))
+        print(_line(results[-1]), flush=True)
+        write_report(out, environment, results)
+    return results
+
+
+def _run_one(step: Step, log: Path, limit_s: float) -> Result:
+    start = time.monotonic()
+    with log.open("wb") as file:
+        file.write((" ".join(step.command) + "\n").encode())
+        file.flush()
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env={**os.environ, **dict(step.environ)},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its children end with it
+        )
+        try:
+            exit_code: int | None = process.wait(limit_s)
+            status = PASSED if exit_code == 0 else FAILED
+        except subprocess.TimeoutExpired:
+            exit_code, status = None, TIMED_OUT
+        finally:
+            _end(process)
+    lines = log.read_text(errors="replace").strip().splitlines()[1:]
+    return Result(step.name, status, exit_code, round(time.monotonic() - start, 1), lines[-1][:160] if lines else "")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Nothing of the step's session is left, also where it has ended and a child of its has not."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _line(result: Result) -> str:
+    return f"{result.name:12s} {result.status:11s} {result.seconds:7.1f} s  {result.note}"
+
+
+def write_report(out: Path, environment: Mapping[str, object], results: Sequence[Result]) -> None:
+    report = {"environment": environment, "steps": [asdict(result) for result in results]}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = ["# GPU report", "", *(f"- {key}: {value}" for key, value in environment.items()), ""]
+    lines += ["| step | status | exit code | seconds | last line |", "|---|---|---|---|---|"]
+    for result in results:
+        code = "" if result.exit_code is None else result.exit_code
+        note = result.note.replace("|", "\\|")
+        lines.append(f"| {result.name} | {result.status} | {code} | {result.seconds:.1f} | {note} |")
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def exit_code(results: Sequence[Result]) -> int:
+    """1 where a step failed, took too long or was not reached; a tool that is not installed is only reported."""
+    return int(any(result.status not in (PASSED, NO_TOOL) for result in results))
+
+
+# ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
+    """What to run; the most telling first, for the time may not be enough for all."""
+    backends = ("triton",) if is_amd else ("cuda", "triton")
+    python, smoke = sys.executable, str(Path(__file__).with_name("gpu_smoke.py"))
+    environ = (
+        ("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))),
+        ("PYTHONUNBUFFERED", "1"),
+        ("PYZERO_REQUIRE", ",".join(backends)),
+        # Kept between runs, and not in $OUT, which may be carried over a network.
+        ("PYZERO_CACHE_DIR", os.environ.get("PYZERO_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "pyzero")),
+        ("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "triton")),
+    )
+    bench = (python, "-m", "benchmarks", "--device", "cuda", "--json", str(out / "benchmarks.json"))
+    steps = [
+        Step("kernels", (python, smoke, *backends), 180, environ),
+        Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
+        Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),
+        _sanitizer("memcheck", (python, smoke, "cuda"), is_amd, environ),
+        _sanitizer("racecheck", (python, smoke, "cuda"), is_amd, environ),
+    ]
+    return steps if quick else [*steps, Step("slow-tests", _pytest("cuda and slow"), 180, environ)]
+
+
+def _pytest(marker: str) -> tuple[str, ...]:
+    """In the folders whose tests may need a GPU: the others import packages that a GPU machine need not have."""
+    others = ("build", "frontend", "support", "__pycache__")
+    folders = [path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and path.name not in others]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--durations",
+        "10",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+    ]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(len(os.sched_getaffinity(0)), MAX_WORKERS))]
+    return (*command, "-m", marker, *map(str, folders))
+
+
+def _sanitizer(tool: str, command: tuple[str, ...], is_amd: bool, environ: tuple[tuple[str, str], ...]) -> Step:
+    """Without torch's caching allocator, whose blocks are larger than the tensors in them."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+    missing = "an AMD GPU has no compute-sanitizer" if is_amd else None if found else "compute-sanitizer not found"
+    words = (found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command)
+    return Step(tool, words, 150, (*environ, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), missing)
+
+
+def probe() -> dict[str, object]:
+    """What there is; asked of a process of its own, so that this one holds no GPU."""
+    done = subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{sys.executable} has no torch that can be imported:\n{done.stderr[-1000:]}")
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="in under 8 minutes in place of 25")
+    parser.add_argument("--limit-s", type=float, help="seconds for all steps; those that do not fit are not started")
+    args = parser.parse_args()
+    environment = probe()
+    if environment["gpu"] is None:
+        print(f"torch {environment['torch']} of {sys.executable} sees no GPU; set PYTHON to one whose torch does")
+        return 2
+    out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve()
+    limit_s = args.limit_s or (QUICK_LIMIT_S if args.quick else LIMIT_S)
+    print(", ".join(f"{key}: {value}" for key, value in environment.items()), flush=True)
+    results = run(steps_for(args.quick, environment["hip"] is not None, out), out, limit_s, environment)
+    print(f"report: {out / 'report.md'}")
+    return exit_code(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""python tests/support/gpu_smoke.py cuda triton: every kernel of these backends once, its bits against the reference.
+
+Builds what is not built. Small enough to run under compute-sanitizer; sizes are ragged, to reach every tail.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyzero import ops
+from pyzero.ops.loss_scale import loss_scale_state
+
+NUMEL = 10_243
+HYPER = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled_weight_decay=True)
+Inputs = Callable[[int], Tensor]  # (numel,) fp32 on the device under test, the same on each
+
+
+def normals(device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    return lambda numel: torch.randn(numel, generator=generator).to(device)
+
+
+def ragged(normal: Inputs) -> list[Tensor]:
+    """More tensors than one launch takes, empty ones and odd lengths among them, in two dtypes."""
+    tensors = [normal(37 * index % 501) for index in range(700)]
+    return [tensor.bfloat16() if index % 3 else tensor for index, tensor in enumerate(tensors)]
+
+
+def report(device: str) -> dict[str, Tensor]:
+    return {
+        "found_inf": torch.zeros(1, device=device),
+        "sumsq": torch.zeros(1, dtype=torch.float64, device=device),
+    }
+
+
+def adam(device: str, backend: str) -> list[Tensor]:
+    normal = normals(device)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        state = [normal(NUMEL), normal(NUMEL), normal(NUMEL).square()]
+        out = torch.empty(NUMEL, dtype=dtype, device=device)
+        grad = normal(NUMEL).to(dtype)
+        ops.adam_(*state, grad, step=3, param_out=out, backend=backend, **HYPER)
+        scale = torch.full((), 0.25, device=device)
+        found_inf = torch.zeros(1, device=device)
+        # Off by one element: no 16-byte access fits.
+        apart = [tensor[1:] for tensor in state]
+        ops.adam_(*apart, grad[1:], step=4, grad_scale=scale, found_inf=found_inf, backend=backend, **HYPER)
+        segments = (torch.arange(-(-NUMEL // 64), device=device) // 7).to(torch.int32)
+        steps = torch.arange(1, int(segments[-1]) + 2, device=device).float()
+        chosen = {"segment_ids": segments, "active": (steps % 5 != 0).float()}
+        ops.adam_(*state, grad, step=steps, param_out=out, backend=backend, **chosen, **HYPER)
+        results += [*state, out]
+    return results
+
+
+def unscale(device: str, backend: str) -> list[Tensor]:
+    tensors, found = ragged(normals(device)), report(device)
+    ops.unscale_(tensors, 1.0, **found, backend=backend)
+    ops.unscale_(tensors, torch.full((), 0.25, device=device), **found, backend=backend)
+    tensors[-1][0] = float("inf")
+    flag = torch.zeros(1, device=device)
+    ops.unscale_(tensors, 0.5, found_inf=flag, backend=backend)
+    return [*tensors, *found.values(), flag]
+
+
+def pack(device: str, backend: str) -> list[Tensor]:
+    tensors = ragged(normals(device))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        bucket, found = torch.zeros(sum(map(len, tensors)) + 5, dtype=dtype, device=device), report(device)
+        ops.pack_(bucket, tensors, backend=backend)
+        ops.pack_(bucket, tensors, scale=0.25, **found, backend=backend)
+        results += [bucket, *found.values()]
+    return results
+
+
+def reduce_scatter(device: str, backend: str) -> list[Tensor]:
+    normal = normals(device)
+    results = []
+    for num_ranks in (1, 2, 3, 8):
+        slices = [normal(NUMEL).bfloat16() for _ in range(num_ranks)]
+        shard, found = normal(NUMEL), report(device)
+        ops.reduce_scatter_(shard, slices, scale=1 / num_ranks, backend=backend)
+        ops.reduce_scatter_(shard, slices, scale=0.5, accumulate=True, **found, backend=backend)
+        apart = torch.zeros(NUMEL - 1, device=device)
+        ops.reduce_scatter_(apart, [piece[1:] for piece in slices], backend=backend)
+        results += [shard, apart, *found.values()]
+    return results
+
+
+def loss_scale(device: str, backend: str) -> list[Tensor]:
+    state = loss_scale_state(16.0, 2, device)
+    for overflow in (1, 0, 1, 1, 0, 0, 0, 0, 1, 0):
+        flag = torch.full((1,), float(overflow), device=device)
+        ops.loss_scale_update_(state, flag, growth_interval=3, hysteresis=2, backend=backend)
+    return [state]
+
+
+OPS = (adam, unscale, pack, reduce_scatter, loss_scale)
+
+
+def differs(got: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Bits, fp64 sums aside: their order is each backend's own."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        if ours.dtype == torch.float64:
+            if not torch.allclose(ours.cpu(), theirs, rtol=2**-40, atol=0):
+                return True
+        elif not torch.equal(ours.cpu(), theirs):
+            return True
+    return False
+
+
+def main(backends: list[str], device: str = "cuda") -> int:
+    num_wrong = 0
+    for backend in backends:
+        for op in OPS:
+            start = time.monotonic()
+            is_wrong = differs(op(device, backend), op("cpu", "reference"))
+            num_wrong += is_wrong
+            verdict = "DIFFERS" if is_wrong else "same bits"
+            print(f"{backend} {op.__name__}: {verdict}, {time.monotonic() - start:.1f} s", flush=True)
+    return min(num_wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
