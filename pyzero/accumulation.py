@@ -136,7 +136,7 @@ class ParamGrad:
                 self._shown = LocalGrad.wrap(self._plain, self, self._owner)
                 self.param.grad = self._shown
         elif self._shown is None and self.param.requires_grad:
-            self._shown = ShardedGrad.stand_for(self.param, self, self._owner)
+            self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
 
     def before_arrival(self) -> None:
@@ -179,7 +179,7 @@ class ParamGrad:
     def sent(self) -> None:
         """The local sum, if any, is on its way into the shards, and `.grad` stands for what they hold."""
         if not isinstance(self._shown, ShardedGrad):
-            self._shown = ShardedGrad.stand_for(self.param, self, self._owner)
+            self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
         self.main_grad = self._plain = None
         self.is_reduced, self.is_zero = True, False
         self.param.grad = self._shown
@@ -250,20 +250,20 @@ class BucketGrads:
         """(numel,) `value`, in memory order, for what is reduced of one gradient."""
         if self.shard is None:
             self.shard = torch.zeros(self.bucket.layout.shard_numel, device=self.bucket.device)
-        _, there = self.bucket.own_part(record.position)
+        _, in_param = self.bucket.shard_part(record.position)
         self._fill(record, 0.0)
-        self.part(record).copy_(value[there])
+        self.part(record).copy_(value[in_param])
 
     def part(self, record: ParamGrad) -> Tensor:
         """This rank's part of one parameter's reduced gradient, a view of the shard."""
         assert self.shard is not None
-        here, _ = self.bucket.own_part(record.position)
-        return self.shard[here]
+        in_shard, _ = self.bucket.shard_part(record.position)
+        return self.shard[in_shard]
 
     def _fill(self, record: ParamGrad, value: float) -> None:
         """The gap behind it too: a factor that is NaN has made that NaN."""
         if self.shard is not None:
-            self.shard[self.bucket.own_slot(record.position)].fill_(value)
+            self.shard[self.bucket.shard_slot(record.position)].fill_(value)
             self._is_stale = True
 
     def zero(self, record: ParamGrad) -> None:
@@ -331,7 +331,7 @@ class BucketGrads:
             first, *rest = neighbours
             factor, last = factors[first], (rest or [first])[-1]
             if factor is not None and self.shard is not None:
-                begin, end = self.bucket.own_slot(first).start, self.bucket.own_slot(last).stop
+                begin, end = self.bucket.shard_slot(first).start, self.bucket.shard_slot(last).stop
                 self.shard[begin:end].mul_(factor)
                 self._is_stale = True
         for record in self.records:

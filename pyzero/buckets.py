@@ -132,8 +132,8 @@ class Bucket:
                 self._take_in(position, param)
             self._versions[position] = param._version
             if not self.is_master:
-                here, _ = self.own_part(position)
-                master, weights = self.master[here], self.weight_shard[here]
+                in_shard, _ = self.shard_part(position)
+                master, weights = self.master[in_shard], self.weight_shard[in_shard]
                 # Nothing changes where the master rounds to the weight: a checkpoint's weights may follow its masters.
                 master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
@@ -159,14 +159,14 @@ class Bucket:
         counts = torch.tensor([count for _, count in runs], dtype=torch.int64)
         return positions.repeat_interleave(counts).to(self.device)
 
-    def own_part(self, position: int) -> tuple[slice, slice]:
+    def shard_part(self, position: int) -> tuple[slice, slice]:
         """Where one parameter's part on this rank lies: in the shard, and in the parameter."""
         slot = self.layout.slots[position]
         low, high = self.layout.overlap(slot, self.rank)
         at = slot.offset - self.rank * self.layout.shard_numel if high > low else -low
         return slice(at + low, at + high), slice(low, high)
 
-    def own_slot(self, position: int) -> slice:
+    def shard_slot(self, position: int) -> slice:
         """Where one parameter and the gap behind it lie in this rank's shard."""
         slots, (begin, end) = self.layout.slots, self.layout.shard_bounds(self.rank)
         stop = slots[position + 1].offset if position + 1 < len(slots) else self.layout.numel
@@ -206,9 +206,9 @@ class Bucket:
 
     def _parts(self, low: int, high: int) -> Iterable[Part]:
         for position in range(len(self.params)):
-            here, _ = self.own_part(position)
-            if here.start < here.stop and low <= here.start < high:
-                begin, end = here.start - low, here.stop - low
+            in_shard, _ = self.shard_part(position)
+            if in_shard.start < in_shard.stop and low <= in_shard.start < high:
+                begin, end = in_shard.start - low, in_shard.stop - low
                 yield Part(position, begin, end, self._shapes[position], self._strides[position])
 
     def _values(self, name: str, low: int, high: int) -> slice:
@@ -239,17 +239,17 @@ class Bucket:
         shape = self._shapes[position]
         return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
 
-    def own_values(self, name: str, position: int) -> tuple[slice, slice]:
-        """As `own_part`, in values of a slot."""
-        here, there = self.own_part(position)
-        return self._values(name, here.start, here.stop), self._values(name, there.start, there.stop)
+    def shard_values(self, name: str, position: int) -> tuple[slice, slice]:
+        """As `shard_part`, in values of a slot."""
+        in_shard, in_param = self.shard_part(position)
+        return self._values(name, in_shard.start, in_shard.stop), self._values(name, in_param.start, in_param.stop)
 
     def state_views(self, position: int) -> dict[str, Tensor]:
         """This rank's part of one parameter's state, as flat views."""
         views = {STEP: self.steps[position]}
         for name in (*self.slots, MASTER):
-            here, _ = self.own_values(name, position)
-            views[name] = self.sharded(name)[here]
+            in_shard, _ = self.shard_values(name, position)
+            views[name] = self.sharded(name)[in_shard]
         return views
 
     def write_state(self, position: int, state: dict[str, Tensor]) -> None:
@@ -258,8 +258,8 @@ class Bucket:
             if name == STEP:
                 self.steps[position] = value
             else:
-                here, there = self.own_values(name, position)
-                self.sharded(name)[here].copy_(value[there])
+                in_shard, in_param = self.shard_values(name, position)
+                self.sharded(name)[in_shard].copy_(value[in_param])
 
     def num_state_bytes(self) -> int:
         """Bytes of masters (none of their own for fp32 weights) and slots."""

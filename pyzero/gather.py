@@ -26,8 +26,8 @@ def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, ele
     for rank in range(group.size):
         low, high = bucket.layout.overlap(slot, rank)
         lengths.append(-(-(high - low) // elements_per_value))
-    here, _ = bucket.own_part(position)
-    begin = here.start // elements_per_value
+    in_shard, _ = bucket.shard_part(position)
+    begin = in_shard.start // elements_per_value
     part = shard[begin : begin + lengths[group.rank]]
     padded = torch.nn.functional.pad(part, (0, max(lengths) - part.numel()))
     rows = group.gather_shards(padded, "the all-gather of a whole tensor").view(group.size, -1)

@@ -1,4 +1,4 @@
-"""The step's one message: what all ranks know of the gradients once each has told what it knows."""
+"""The step's one message: each rank's statistics of its gradients, gathered into those of all ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from pyzero.comm import CollectiveError, Group
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _STATES = range(
-    5
-)  # columns of what a host tells; from _STATES on, one per parameter
+# Columns of a host's part of the message; from _STATES on, one per parameter.
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _STATES = range(5)
 
 
 class Unsent(IntEnum):

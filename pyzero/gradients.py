@@ -221,7 +221,7 @@ class LocalGradients(Gradients):
         pieces, offsets = self._pieces[bucket]
         for run in bucket.layout.runs:
             low, high = bucket.layout.run_bounds(run, self._group.rank)
-            yield [p for p, at in zip(pieces, offsets, strict=True) if low <= at < high], run.key.counts
+            yield [p for p, at in zip(pieces, offsets, strict=True) if low <= at < high], run.key.in_norm
 
     def _locate(self, found: Tensor) -> Tensor:
         if not (self._locates or is_set(found)):

@@ -33,7 +33,7 @@ class RunKey(NamedTuple):
     """What parameters of one run have in common."""
 
     group_index: int  # of the optimizer's param_groups
-    counts: bool  # for the norm
+    in_norm: bool  # its gradients count for the global norm on this rank
 
 
 @dataclass(frozen=True)

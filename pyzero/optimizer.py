@@ -474,9 +474,9 @@ class ZeroOptimizer(FullAccess, Optimizer):
         problems = self._group.gather_objects(None if problem is None else str(problem))
         if problem is not None:
             raise problem
-        told = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
-        if told is not None:
-            raise ValueError(f"nothing was loaded, for rank {told[0]} could not: {told[1]}")
+        failed = next((rank for rank, text in enumerate(problems) if text is not None), None)
+        if failed is not None:
+            raise ValueError(f"nothing was loaded, for rank {failed} could not: {problems[failed]}")
         assert saved is not None
         if saved.layouts is not None:
             self._move_to(saved.layouts, keeps_state=False)

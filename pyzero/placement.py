@@ -92,7 +92,7 @@ class Placement:
                     frozen.append(param)
                 elif param not in self._places:
                     check_device(param, device)
-                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
+                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._is_in_norm(param))
                     specs.append(ParamSpec(first + len(params), param.numel(), param.element_size(), key, run))
                     params.append(param)
         roots = modules.find_roots({*params, *frozen}) if self._group.size > 1 and params and not first else []
@@ -122,7 +122,7 @@ class Placement:
             self._state[param] = bucket.state_views(position)
         return bucket
 
-    def _counts(self, param: Tensor) -> bool:
+    def _is_in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: once over the model-parallel ranks."""
         if not self._is_replica:
             return True

@@ -293,7 +293,7 @@ class ReducedGradients(Gradients):
         for grads in self._grads:
             grads.check()
             found = torch.maximum(found, grads.found_inf)
-            counted = [i for i, run in enumerate(grads.bucket.layout.runs) if run.key.counts]
+            counted = [i for i, run in enumerate(grads.bucket.layout.runs) if run.key.in_norm]
             sums.append(grads.sumsq if len(counted) == len(grads.sumsq) else grads.sumsq[counted])
         if outer_found is not None:
             found = torch.maximum(found, outer_found)
@@ -366,7 +366,7 @@ class ReducedGradients(Gradients):
         for grads in self._grads:
             for run in grads.bucket.layout.runs:
                 low, high = grads.bucket.layout.run_bounds(run, self._group.rank)
-                if run.key.counts and grads.shard is not None:
+                if run.key.in_norm and grads.shard is not None:
                     parts.append(grads.shard[low:high])
         return power_sum(parts, norm_type, self._device)
 

@@ -131,7 +131,7 @@ class ShardedGrad(_Gradient):
     """
 
     @staticmethod
-    def stand_for(param: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> ShardedGrad:
+    def placeholder(param: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> ShardedGrad:
         """With the parameter's shape, strides, dtype and device."""
         made: ShardedGrad = torch.Tensor._make_wrapper_subclass(
             ShardedGrad, param.shape, param.stride(), dtype=param.dtype, device=param.device, storage_size=0
