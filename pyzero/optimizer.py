@@ -329,6 +329,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
                 loss = closure()
         for group in self._param_groups:
             self._rule.check(group)
+        self._check_capture()
         self._place_unfrozen()
         if not self._buckets:
             return loss
@@ -362,6 +363,27 @@ class ZeroOptimizer(FullAccess, Optimizer):
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
         return loss
+
+    def _check_capture(self) -> None:
+        """Refuse, before anything is recorded, what a CUDA graph would replay wrongly."""
+        if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return
+        wanted = "expected a step that a CUDA graph can replay"
+        if self._group.size > 1:
+            raise RuntimeError(
+                f"{wanted}, got {self._group.size} ranks, whose hosts talk in each; capture backward alone"
+            )
+        if self._last is None:
+            raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
+        for group in self._param_groups:
+            lr = group["lr"]
+            if not isinstance(lr, Tensor):
+                log.warning("lr=%g is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
+            elif lr.device != self._device:
+                raise RuntimeError(
+                    f"{wanted}, got lr as a tensor on {lr.device}; pass torch.tensor({float(lr)}, device='cuda'), and "
+                    f"change it with fill_()"
+                )
 
     def _update_and_gather(self, stats: GlobalGradStats, grad_scale: Tensor | None) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""

@@ -95,9 +95,4 @@ def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
     lr = group["lr"]
     if not isinstance(lr, Tensor):
         return group
-    if lr.device != device and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"expected lr as a tensor on {device} during the capture of a CUDA graph, got one on {lr.device}, whose "
-            f"value would be baked in; pass lr=torch.tensor(1e-3, device='cuda') and change it with fill_()"
-        )
     return {**group, "lr": lr.reshape(()).to(device, non_blocking=True)}

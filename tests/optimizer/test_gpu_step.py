@@ -89,6 +89,35 @@ def test_a_captured_step_equals_an_eager_one_with_a_changing_rate(dtype):
     assert found[0] == found[1] and found[0][0] == 1
 
 
+def captured_step(optimizer: pyzero.FusedZeroAdamW) -> None:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+def test_what_a_graph_would_replay_wrongly_is_refused(caplog):
+    model, optimizer = make(torch.float32)
+    params = list(model.parameters())
+    for param, grad in zip(params, gradients(0, params), strict=True):
+        param.grad = grad
+    with pytest.raises(RuntimeError, match="got the first, which loads kernels; run one step before the capture"):
+        captured_step(optimizer)
+    optimizer.step()
+    weights = params_of(model)
+    captured_step(optimizer)
+    assert "lr=0.01 is recorded in the CUDA graph as it is" in caplog.text
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    with pytest.raises(RuntimeError, match="got lr as a tensor on cpu"):
+        captured_step(optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, device="cuda")
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match="gradients for the same parameters as in the step before the capture"):
+        captured_step(optimizer)
+    torch.cuda.synchronize()
+    assert_same(weights, params_of(model))  # what is captured is not run
+    optimizer.step()
+    assert not torch.equal(weights[1], params_of(model)[1])
+
+
 def test_a_skip_is_told_when_it_is_known(caplog):
     model, optimizer = make(torch.float32)
     for step in range(5):
