@@ -81,7 +81,9 @@ class Bucket:
         }
         self.steps = torch.zeros(len(params), device=self.device)  # (num_params,) applied steps of each parameter
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
-        self.run_shards = self._run_shards()
+        runs = [(run.key.group_index, *layout.run_bounds(run, rank)) for run in layout.runs]
+        self._runs = [(group_index, low, high) for group_index, low, high in runs if low < high]
+        self._run_shards: dict[tuple[int, int], list[RunShard]] = {}
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -183,26 +185,28 @@ class Bucket:
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    def _run_shards(self) -> tuple[RunShard, ...]:
-        found = []
-        for run in self.layout.runs:
-            low, high = self.layout.run_bounds(run, self.rank)
-            if low < high:
-                state = {name: self.state[name][self._values(name, low, high)] for name in self.state}
-                found.append(
-                    RunShard(
-                        run.key.group_index,
-                        low,
-                        high,
-                        self.master[low:high],
-                        None if self.is_master else self.weight_shard[low:high],
-                        state,
-                        self.steps,
-                        self.segment_ids[low // GRANULE : high // GRANULE],
-                        tuple(self._parts(low, high)),
-                    )
-                )
-        return tuple(found)
+    def run_shards(self, low: int, high: int) -> list[RunShard]:
+        """Views of elements [low, high) of this rank's shard, run by run."""
+        found = self._run_shards.get((low, high))
+        if found is None:
+            found = [
+                self._run_shard(group, max(a, low), min(b, high)) for group, a, b in self._runs if a < high > low < b
+            ]
+            self._run_shards[low, high] = found
+        return found
+
+    def _run_shard(self, group_index: int, low: int, high: int) -> RunShard:
+        return RunShard(
+            group_index,
+            low,
+            high,
+            self.master[low:high],
+            None if self.is_master else self.weight_shard[low:high],
+            {name: self.state[name][self._values(name, low, high)] for name in self.state},
+            self.steps,
+            self.segment_ids[low // GRANULE : -(-high // GRANULE)],
+            tuple(self._parts(low, high)),
+        )
 
     def _parts(self, low: int, high: int) -> Iterable[Part]:
         for position in range(len(self.params)):

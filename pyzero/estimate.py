@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
+from pyzero.gradients import IN_PLACE_NUMEL
 from pyzero.layout import GRANULE, BucketLayout, Key, ParamSpec, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
@@ -50,6 +51,7 @@ class _Plan:
     element_bytes: dict[Key, int]
     stage: int
     reduces: bool
+    on_gpu: bool
 
     def weights(self, layout: BucketLayout) -> int:
         return layout.numel * self.element_bytes[layout.key]
@@ -82,7 +84,8 @@ def estimate(
     """
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule())
+    on_gpu = any(param.device.type == "cuda" for param in params)
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule(), on_gpu)
 
 
 def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: int, bucket_cap_mb: float) -> Estimate:
@@ -91,7 +94,7 @@ def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: i
     whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     shapes = [(size, element_bytes, True) for size in sizes]
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule())
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), torch.cuda.is_available())
 
 
 def _estimate(
@@ -101,6 +104,7 @@ def _estimate(
     bucket_cap_mb: float,
     reduces: bool,
     rule: UpdateRule,
+    on_gpu: bool,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them")
@@ -109,7 +113,7 @@ def _estimate(
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
     layouts = plan(specs, max(int(bucket_cap_mb * _MEBIBYTE), 1), num_ranks, cut=rule.cut)
     sizes = {key: size for size, key in keys.items()}
-    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1)
+    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, on_gpu)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     return Estimate(
@@ -130,17 +134,17 @@ def _state(layout: BucketLayout, element_bytes: int, slots: Sequence[StateSlot])
     return masters + values + per_granule * granules + per_param * len(layout.slots)
 
 
-def _is_one(layout: BucketLayout) -> bool:
-    """Whether a shard is one parameter's gradient as it is, which Adam then reads in place."""
-    return layout.num_ranks == 1 and layout.slots[0].numel == layout.shard_numel
-
-
 def _gradients(chosen: _Plan) -> tuple[int, int]:
     """(held after backward, the most at any moment), by walking through a round of buckets."""
     layouts = chosen.layouts
     all_grads = sum(chosen.grads(layout) for layout in layouts)
-    if not chosen.reduces:  # a shard of one bucket is packed for Adam at a time
-        packed = [layout.shard_numel * chosen.element_bytes[layout.key] for layout in layouts if not _is_one(layout)]
+    if not chosen.reduces:  # neighbours that are small are packed for the update, one span of a shard at a time
+        packed = [
+            (span.high - span.low) * chosen.element_bytes[layout.key]
+            for layout in layouts
+            for span in layout.grad_spans(0, IN_PLACE_NUMEL[chosen.on_gpu])
+            if span.position is None
+        ]
         return all_grads, all_grads + max(packed, default=0)
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]

@@ -17,7 +17,13 @@ from pyzero.backward import GradientHooks
 from pyzero.buckets import Bucket, flatten_like
 from pyzero.comm import Group
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.layout import GradSpan
 from pyzero.pieces import Pieces
+
+_ALIGNMENT_BYTES = 16
+# Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
+# what packing so many would cost.
+IN_PLACE_NUMEL = (1 << 16, 1 << 23)
 
 
 def is_set(flag: Tensor) -> bool:
@@ -28,8 +34,8 @@ def is_set(flag: Tensor) -> bool:
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
 
-    `collect()` finishes what is under way; after it `of(bucket)` is this rank's gradient of a bucket, to be multiplied
-    by `unscale` of the stats and by `factor()`.
+    `collect()` finishes what is under way; after it `spans(bucket)` are this rank's gradients of a bucket, to be
+    multiplied by `unscale` of the stats and by `factor()`.
     """
 
     def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
@@ -62,8 +68,11 @@ class Gradients(ABC):
         """
 
     @abstractmethod
-    def of(self, bucket: Bucket) -> Tensor:
-        """(shard_numel,) this rank's gradient of a bucket; undefined where no rank has a gradient. After collect()."""
+    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
+        """This rank's gradients of a bucket, after collect(): where each piece begins in the shard, and (n,) values.
+
+        What no rank has a gradient for is left out, or undefined. A piece is freed before the next one is made.
+        """
 
     @abstractmethod
     def factor(self) -> Tensor | None:
@@ -127,6 +136,11 @@ def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Te
     return result
 
 
+def _can_be_read(grad: Tensor) -> bool:
+    """Where it is, by an op that goes by granules: from an address that vector instructions take."""
+    return grad.data_ptr() % _ALIGNMENT_BYTES == 0
+
+
 def _have_values(grads: list[Tensor]) -> bool:
     """Some of them is more than zeros. Waits for a GPU."""
     filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
@@ -138,8 +152,8 @@ class LocalGradients(Gradients):
 
     def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         super().__init__(group, exchange, device, backend)
-        self._maps: dict[Bucket, Pieces] = {}  # of this rank's shards
-        self._pieces: dict[Bucket, tuple[list[Tensor], list[int]]] = {}  # from collect() on
+        self._maps: dict[Bucket, list[tuple[GradSpan, Pieces]]] = {}  # of this rank's shards
+        self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by span, from collect() on
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
@@ -153,7 +167,12 @@ class LocalGradients(Gradients):
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
         self._buckets.append(bucket)
-        self._maps[bucket] = Pieces(bucket, *bucket.layout.shard_bounds(self._group.rank))
+        begin, _ = bucket.layout.shard_bounds(self._group.rank)
+        smallest = IN_PLACE_NUMEL[bucket.device.type == "cuda"]
+        self._maps[bucket] = [
+            (span, Pieces(bucket, begin + span.low, begin + span.high))
+            for span in bucket.layout.grad_spans(self._group.rank, smallest)
+        ]
         self._scales = scales
         if scales or self._watched:
             self._watch()
@@ -204,9 +223,9 @@ class LocalGradients(Gradients):
                 used[number] = grad is not None
                 if grad is not None and grad.layout != torch.strided:
                     raise sparse_error(param)
-            self._pieces[bucket] = self._maps[bucket].of(grads)
-            for pieces, counts in self._by_run(bucket):
-                (counted if counts else others).extend(pieces)
+            found_pieces = self._pieces[bucket] = [pieces.of(grads) for _, pieces in self._maps[bucket]]
+            for (span, _), (tensors, _) in zip(self._maps[bucket], found_pieces, strict=True):
+                (counted if span.run.key.in_norm else others).extend(tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq, backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         first_bad = self._locate(found)
@@ -215,13 +234,6 @@ class LocalGradients(Gradients):
         skips = self.num_skips_in_a_row
         stats = LocalGradStats(found, sumsq, first_bad, used, purpose, num_skips_in_a_row=skips)
         return self._exchange.gather(stats, self._unscale)
-
-    def _by_run(self, bucket: Bucket) -> Iterator[tuple[list[Tensor], bool]]:
-        """The pieces of each run of a bucket, and whether it counts for the norm."""
-        pieces, offsets = self._pieces[bucket]
-        for run in bucket.layout.runs:
-            low, high = bucket.layout.run_bounds(run, self._group.rank)
-            yield [p for p, at in zip(pieces, offsets, strict=True) if low <= at < high], run.key.in_norm
 
     def _locate(self, found: Tensor) -> Tensor:
         if not (self._locates or is_set(found)):
@@ -232,15 +244,19 @@ class LocalGradients(Gradients):
         ]
         return torch.stack(codes).min().reshape(1)
 
-    def of(self, bucket: Bucket) -> Tensor:
-        """In the dtype of the weights."""
-        pieces, offsets = self._pieces[bucket]
-        if len(pieces) == 1 and pieces[0].numel() == bucket.layout.shard_numel:
-            return pieces[0].view(-1)  # one parameter, no gaps: no copy
-        packed = memory.empty(bucket.layout.shard_numel, bucket.dtype, bucket.device)
+    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
+        """See Gradients. Large gradients are read where they are, the others packed in the dtype of the weights."""
+        for (span, _), (tensors, offsets) in zip(self._maps[bucket], self._pieces[bucket], strict=True):
+            if span.position is not None and tensors and offsets[0] == 0 and _can_be_read(tensors[0]):
+                yield span.low, tensors[0].view(-1)
+            elif tensors or self._group.size > 1:
+                yield span.low, self._packed(bucket, span, tensors, offsets)
+
+    def _packed(self, bucket: Bucket, span: GradSpan, tensors: list[Tensor], offsets: list[int]) -> Tensor:
+        packed = memory.empty(span.high - span.low, bucket.dtype, bucket.device)
         if self._group.size > 1:
             packed.zero_()  # a parameter may have a gradient on another rank alone
-        ops.pack_(packed, pieces, offsets=offsets, backend=self._backend)
+        ops.pack_(packed, tensors, offsets=offsets, backend=self._backend)
         return packed
 
     # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
@@ -301,7 +317,10 @@ class LocalGradients(Gradients):
 
     def norm_power(self, norm_type: float) -> Tensor:
         """See Gradients."""
-        counted = [piece for b in self._buckets for pieces, counts in self._by_run(b) if counts for piece in pieces]
+        counted: list[Tensor] = []
+        for bucket, found in self._pieces.items():
+            for (span, _), (tensors, _) in zip(self._maps[bucket], found, strict=True):
+                counted += tensors if span.run.key.in_norm else []
         return power_sum(counted, norm_type, self._device)
 
     def locate_nonfinite(self, always: bool) -> None:

@@ -392,10 +392,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         gathers = []
         for index, bucket in enumerate(used):
             with record_function(f"pyzero::{self._rule.name}"):
-                # No name for the gradient: the next bucket's is packed after this one's is freed.
-                self._updater.update(
-                    bucket, index, self._gradients.of(bucket), self._param_groups, grad_scale, stats.found_inf
-                )
+                grads = self._gradients.spans(bucket)
+                self._updater.update(bucket, index, grads, self._param_groups, grad_scale, stats.found_inf)
             with record_function("pyzero::all_gather"):
                 gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         return gathers

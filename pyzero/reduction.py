@@ -325,8 +325,11 @@ class ReducedGradients(Gradients):
     def _has_unsent_values(self) -> bool:
         return any(record.has_values and not record.local_is_zeros() for record in self._by_number)
 
-    def of(self, bucket: Bucket) -> Tensor:
-        """In fp32, averaged over ranks, unscaled."""
+    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
+        """See Gradients. In fp32, averaged over ranks, unscaled."""
+        yield 0, self._shard(bucket)
+
+    def _shard(self, bucket: Bucket) -> Tensor:
         shard = self._grads[bucket.index].shard
         assert shard is not None
         return shard
@@ -349,7 +352,7 @@ class ReducedGradients(Gradients):
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
-        return gather_param(self._group, bucket, position, self.of(bucket))
+        return gather_param(self._group, bucket, position, self._shard(bucket))
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """Into the shards. Not collective; every rank does the same."""

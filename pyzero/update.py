@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class ShardUpdater:
         self,
         bucket: Bucket,
         index: int,
-        grad: Tensor,
+        grads: Iterator[tuple[int, Tensor]],
         param_groups: Sequence[dict[str, Any]],
         grad_scale: Tensor | None,
         found_inf: Tensor,
@@ -72,22 +72,24 @@ class ShardUpdater:
         Args:
             bucket: Its shard is written: masters, weights, state.
             index: Of the bucket, among those that `begin` was called with.
-            grad: (shard_numel,).
+            grads: Pieces of its gradient: where each begins in the shard, and (n,) values.
             param_groups: The optimizer's.
             grad_scale: 0-D, multiplies the gradient; None: 1.
             found_inf: (1,) fp32; where it is not zero nothing is written.
         """
-        for shard in bucket.run_shards:
-            is_all = shard.low == 0 and shard.high == grad.numel()
-            self._rule.update(
-                shard,
-                grad if is_all else grad[shard.low : shard.high],
-                _on(bucket.device, param_groups[shard.group_index]),
-                grad_scale=1.0 if grad_scale is None else grad_scale,
-                found_inf=found_inf,
-                used=self._used[index],
-                backend=self._backend,
-            )
+        for begin, grad in grads:
+            for shard in bucket.run_shards(begin, begin + grad.numel()):
+                is_all = shard.high - shard.low == grad.numel()
+                self._rule.update(
+                    shard,
+                    grad if is_all else grad[shard.low - begin : shard.high - begin],
+                    _on(bucket.device, param_groups[shard.group_index]),
+                    grad_scale=1.0 if grad_scale is None else grad_scale,
+                    found_inf=found_inf,
+                    used=self._used[index],
+                    backend=self._backend,
+                )
+            del grad
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:

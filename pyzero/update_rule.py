@@ -64,7 +64,7 @@ class RunShard:
     weights: Tensor | None  # (high - low,) in the parameters' dtype, to be written; None: the masters are the weights
     state: dict[str, Tensor]  # by slot
     steps: Tensor  # (num_params,) fp32, of the bucket: steps applied, this one counted
-    segment_ids: Tensor  # ((high - low) / GRANULE,) int32: the position of the parameter in the bucket
+    segment_ids: Tensor  # ((high - low) / GRANULE,), rounded up, int32: the position of the parameter in the bucket
     parts: tuple[Part, ...]
 
 
