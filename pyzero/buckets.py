@@ -189,9 +189,8 @@ class Bucket:
         """Views of elements [low, high) of this rank's shard, run by run."""
         found = self._run_shards.get((low, high))
         if found is None:
-            found = [
-                self._run_shard(group, max(a, low), min(b, high)) for group, a, b in self._runs if a < high > low < b
-            ]
+            cut = [(group_index, max(begin, low), min(end, high)) for group_index, begin, end in self._runs]
+            found = [self._run_shard(*run) for run in cut if run[1] < run[2]]
             self._run_shards[low, high] = found
         return found
 
