@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[s
 def _run_one(step: Step, log: Path, limit_s: float) -> Result:
     start = time.monotonic()
     with log.open("wb") as file:
-        file.write((" ".join(step.command) + "\n").encode())
+        num_bytes = file.write(f"{shlex.join(step.command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
             step.command,
@@ -109,7 +110,7 @@ def _run_one(step: Step, log: Path, limit_s: float) -> Result:
             exit_code, status = None, TIMED_OUT
         finally:
             _end(process)
-    lines = [line[:MAX_COLUMNS] for line in log.read_text(errors="replace").strip().splitlines()[1:]]
+    lines = [line[:MAX_COLUMNS] for line in log.read_bytes()[num_bytes:].decode(errors="replace").strip().splitlines()]
     tail = () if status == PASSED else tuple(lines[-TAIL_LINES:-1])
     seconds = round(time.monotonic() - start, 1)
     return Result(step.name, status, exit_code, seconds, lines[-1] if lines else "", tail)
