@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S, QUICK_LIMIT_S = 1450.0, 460.0
 # Less is not worth starting a step for: importing torch takes half of it.
 LEAST_S = 15.0
-GRACE_S = 5.0  # between asking a step to end and killing it
+GRACE_S = 10.0  # for an interrupted step to say what it knows: pytest then prints its failures
+TAIL_LINES, MAX_COLUMNS = 15, 160  # of a log, for the report
+STUCK_S = 100.0  # a test that takes longer shows where it is
 MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 
@@ -64,7 +67,8 @@ class Result:
     status: str
     exit_code: int | None = None
     seconds: float = 0.0
-    note: str = ""
+    note: str = ""  # the last line of its log, or why it did not run
+    tail: tuple[str, ...] = ()  # more of them, where it went wrong
 
 
 def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[str, object]) -> list[Result]:
@@ -80,7 +84,7 @@ def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[s
             results.append(Result(step.name, NOT_REACHED, note=f"{max(left, 0):.0f} s were left of {limit_s:g}"))
         else:
             results.append(_run_one(step, out / f"{step.name}.log", min(step.limit_s, left)))
-        print(_line(results[-1]), flush=True)
+        print("\n    ".join((_line(results[-1]), *results[-1].tail)), flush=True)
         write_report(out, environment, results)
     return results
 
@@ -88,7 +92,7 @@ def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[s
 def _run_one(step: Step, log: Path, limit_s: float) -> Result:
     start = time.monotonic()
     with log.open("wb") as file:
-        file.write((" ".join(step.command) + "\n").encode())
+        num_bytes = file.write(f"{shlex.join(step.command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
             step.command,
@@ -106,15 +110,17 @@ def _run_one(step: Step, log: Path, limit_s: float) -> Result:
             exit_code, status = None, TIMED_OUT
         finally:
             _end(process)
-    lines = log.read_text(errors="replace").strip().splitlines()[1:]
-    return Result(step.name, status, exit_code, round(time.monotonic() - start, 1), lines[-1][:160] if lines else "")
+    lines = [line[:MAX_COLUMNS] for line in log.read_bytes()[num_bytes:].decode(errors="replace").strip().splitlines()]
+    tail = () if status == PASSED else tuple(lines[-TAIL_LINES:-1])
+    seconds = round(time.monotonic() - start, 1)
+    return Result(step.name, status, exit_code, seconds, lines[-1] if lines else "", tail)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Nothing of the step's session is left, also where it has ended and a child of its has not."""
     with contextlib.suppress(ProcessLookupError):
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         os.killpg(process.pid, signal.SIGKILL)
