@@ -59,7 +59,7 @@ struct PackArgs {
   std::vector<Buffer> tensors;
   std::vector<int64_t> offsets;  // into the bucket, in elements
   Scalar scale;
-  Report report;
+  Report report;  // no caller asks for one
 };
 
 struct ReduceScatterArgs {

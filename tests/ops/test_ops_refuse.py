@@ -126,7 +126,6 @@ PACK = {
         ValueError,
         r"expected bucket and tensors\[0\] not to overlap",
     ),
-    "flag-numel": ({"found_inf": ones(2)}, ValueError, r"expected found_inf to have 1 element, got shape \(2,\)"),
     "scale-device": ({"scale": ones(1, device="meta")}, ValueError, "expected scale on cpu, got meta; move"),
 }
 REDUCE_SCATTER = {
