@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "math/adam.h"
+#include "math/lion.h"
 #include "math/loss_scale.h"
 #include "math/types.h"
 
@@ -39,6 +40,21 @@ struct AdamArgs {
   const int32_t* segment_ids;  // (ceil(numel / kSegmentGranule),), or null: one segment
   const float* active;         // (num_segments,), 0: leave alone; may be null
   int64_t num_segments;
+};
+
+// The same conventions. Without a step count, segments matter where some are not active.
+struct LionArgs {
+  float* master;     // (numel,)
+  float* exp_avg;    // (numel,)
+  Buffer grad;       // (numel,)
+  Buffer param_out;  // (numel,), or no data
+  int64_t numel;
+  LionHyper hyper;
+  Scalar lr;
+  Scalar grad_scale;
+  const float* found_inf;
+  const int32_t* segment_ids;
+  const float* active;
 };
 
 // Where a pass over gradients reports; both may be null.

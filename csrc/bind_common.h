@@ -16,6 +16,7 @@ using Address = uintptr_t;
 using PyRows = pybind11::bytes;     // of ops/rows.py: address, numel and DType of each tensor, as int64
 using PyScalar = pybind11::handle;  // a float is a number, an int the device address of one
 using PyAdamHyper = std::tuple<double, double, double, double, bool, bool>;
+using PyLionHyper = std::tuple<double, double, double, bool>;
 using PyPolicy = std::tuple<float, float, float, float, float, float, float, bool>;
 
 template <typename T>
@@ -71,6 +72,25 @@ inline AdamArgs adam_args(const PyRows& rows, const PyAdamHyper& hyper, PyScalar
   args.segment_ids = pointer<const int32_t>(segment_ids);
   args.active = pointer<const float>(active);
   args.num_segments = num_segments;
+  return args;
+}
+
+// rows: master, exp_avg, grad, and param_out where there is one.
+inline LionArgs lion_args(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale,
+                          Address found_inf, Address segment_ids, Address active) {
+  const std::vector<Buffer> tensors = buffers(rows);
+  LionArgs args;
+  args.master = static_cast<float*>(tensors.at(0).data);
+  args.exp_avg = static_cast<float*>(tensors.at(1).data);
+  args.grad = tensors.at(2);
+  args.param_out = tensors.size() > 3 ? tensors[3] : Buffer{};
+  args.numel = args.grad.numel;
+  args.hyper = LionHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper)};
+  args.lr = scalar(lr);
+  args.grad_scale = scalar(grad_scale);
+  args.found_inf = pointer<const float>(found_inf);
+  args.segment_ids = pointer<const int32_t>(segment_ids);
+  args.active = pointer<const float>(active);
   return args;
 }
 

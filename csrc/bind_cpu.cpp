@@ -21,6 +21,13 @@ void adam(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar st
   cpu::adam(args, num_threads);
 }
 
+void lion(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale, Address found_inf,
+          Address segment_ids, Address active, int num_threads) {
+  const LionArgs args = lion_args(rows, hyper, lr, grad_scale, found_inf, segment_ids, active);
+  const py::gil_scoped_release release;
+  cpu::lion(args, num_threads);
+}
+
 void unscale(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
              int num_threads) {
   const UnscaleArgs args{buffers(rows), scalar(inv_scale), report(found_inf, sumsq, sumsq_is_double)};
@@ -52,6 +59,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   module.attr("build_hash") = PYZERO_BUILD_HASH;
   module.attr("source_hash") = PYZERO_SOURCE_HASH;
   module.def("adam_", &adam);
+  module.def("lion_", &lion);
   module.def("unscale_", &unscale);
   module.def("pack_", &pack);
   module.def("reduce_scatter_", &reduce_scatter);

@@ -48,6 +48,12 @@ void adam_(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar s
              pointer<AdamConstants>(workspace), stream_of(stream));
 }
 
+void lion_(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale, Address found_inf,
+           Address segment_ids, Address active, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::lion(lion_args(rows, hyper, lr, grad_scale, found_inf, segment_ids, active), stream_of(stream));
+}
+
 void unscale_(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
               Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
@@ -87,6 +93,7 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.attr("source_hash") = PYZERO_SOURCE_HASH;
   m.attr("max_ranks") = pyzero::cuda::kMaxRanks;
   m.def("adam_", &pyzero::adam_);
+  m.def("lion_", &pyzero::lion_);
   m.def("unscale_", &pyzero::unscale_);
   m.def("pack_", &pyzero::pack_);
   m.def("reduce_scatter_", &pyzero::reduce_scatter_);

@@ -4,19 +4,11 @@ import torch
 from torch import Tensor
 
 from pyzero.ops import registry
-from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, AdamHyper, Scalar
-from pyzero.ops.checks import (
-    as_scalar,
-    check_device,
-    check_disjoint,
-    check_dtype,
-    check_flat,
-    check_one,
-)
-from pyzero.ops.rows import FLOAT_DTYPES, rows_of
+from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
+from pyzero.ops.checks import as_scalar, check_one
+from pyzero.ops.shard import check_per_segment, check_segment_ids, shard_rows
 
 _NAMES = ("master", "exp_avg", "exp_avg_sq", "grad", "param_out")
-_ALIGNMENT_BYTES = 16
 
 
 def adam_(
@@ -74,7 +66,7 @@ def adam_(
     tensors = (
         (master, exp_avg, exp_avg_sq, grad) if param_out is None else (master, exp_avg, exp_avg_sq, grad, param_out)
     )
-    rows = _check_tensors(tensors, backend)
+    rows = shard_rows(_NAMES, tensors, 3, backend)
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, (torch.float32,), device)
@@ -83,7 +75,14 @@ def adam_(
             raise ValueError("expected segment_ids with active, got none; pass both or neither")
         step = as_scalar("step", step, device)
     else:
-        _check_segments(segment_ids, step, active, tensors)
+        check_segment_ids(segment_ids, master, rows)
+        if not isinstance(step, Tensor):
+            raise TypeError(
+                "expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor"
+            )
+        check_per_segment("step", step, device)
+        if active is not None:
+            check_per_segment("active", active, device, step.numel())
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
 
@@ -103,45 +102,3 @@ def adam_(
         active=active,
     )
     registry.pick("adam_", backend, device).adam_(args)
-
-
-def _check_tensors(tensors: tuple[Tensor, ...], backend: str) -> bytes:
-    master = tensors[0]
-    oracle = backend == "reference" and master.dtype == torch.float64
-    state_dtypes = (torch.float64,) if oracle else (torch.float32,)
-    value_dtypes = (*FLOAT_DTYPES, torch.float64) if oracle else FLOAT_DTYPES
-    named = list(zip(_NAMES, tensors, strict=False))
-    for index, (name, tensor) in enumerate(named):
-        is_state = index < 3
-        remedy = f"pass {name}=x.float()" if is_state else "convert it with .float()"
-        check_dtype(name, tensor, state_dtypes if is_state else value_dtypes, remedy)
-        check_flat(name, tensor, numel=master.numel())
-        check_device(name, tensor, master.device)
-    check_disjoint(named)
-    return b"" if oracle else rows_of(tensors)
-
-
-def _check_segments(segment_ids: Tensor, step: Scalar, active: Tensor | None, tensors: tuple[Tensor, ...]) -> None:
-    master = tensors[0]
-    num_granules = -(-master.numel() // SEGMENT_GRANULE)
-    check_dtype("segment_ids", segment_ids, (torch.int32,), "convert it with .to(torch.int32)")
-    check_flat("segment_ids", segment_ids)
-    check_device("segment_ids", segment_ids, master.device)
-    if segment_ids.numel() != num_granules:
-        raise ValueError(
-            f"expected segment_ids to have one entry per {SEGMENT_GRANULE} elements, {num_granules}, "
-            f"got {segment_ids.numel()}; slice it as the shard is sliced"
-        )
-    if not isinstance(step, Tensor):
-        raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")
-    for name, tensor in (("step", step), ("active", active)):
-        if tensor is None:
-            continue
-        check_dtype(name, tensor, (torch.float32,), "convert it with .float()")
-        check_flat(name, tensor, numel=step.numel())
-        check_device(name, tensor, master.device)
-    if any(tensor.data_ptr() % _ALIGNMENT_BYTES for tensor in tensors):
-        raise ValueError(
-            f"expected tensors that start at a multiple of {_ALIGNMENT_BYTES} bytes with segment_ids, got one that "
-            f"does not; start each shard at a multiple of {SEGMENT_GRANULE} elements"
-        )

@@ -45,6 +45,31 @@ class AdamArgs(NamedTuple):
     active: Tensor | None  # (num_segments,) fp32; zero: that segment is left alone
 
 
+class LionHyper(NamedTuple):
+    """What stays the same from step to step; the order is that of LionHyper in csrc/math/lion.h."""
+
+    beta1: float
+    beta2: float
+    weight_decay: float
+    maximize: bool
+
+
+class LionArgs(NamedTuple):
+    """Arguments of lion_."""
+
+    master: Tensor  # (numel,) fp32
+    exp_avg: Tensor  # (numel,) fp32
+    grad: Tensor  # (numel,) fp32, bf16 or fp16
+    param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
+    rows: bytes  # of the four above, or three; none for the fp64 oracle
+    hyper: LionHyper
+    lr: Scalar
+    grad_scale: Scalar
+    found_inf: Tensor | None  # (1,) fp32; not zero: nothing is written
+    segment_ids: Tensor | None  # (ceil(numel / SEGMENT_GRANULE),) int32
+    active: Tensor | None  # (num_segments,) fp32; zero: that segment is left alone
+
+
 class UnscaleArgs(NamedTuple):
     """Arguments of unscale_."""
 
@@ -103,6 +128,9 @@ class Backend(Protocol):
 
     def adam_(self, args: AdamArgs, /) -> None:
         """See `pyzero.ops.adam_`."""
+
+    def lion_(self, args: LionArgs, /) -> None:
+        """See `pyzero.ops.lion_`."""
 
     def unscale_(self, args: UnscaleArgs, /) -> None:
         """See `pyzero.ops.unscale_`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 import pyzero
 
 from . import build_spec, env, jit
-from .backend import AdamArgs, LossScaleArgs, PackArgs, ReduceScatterArgs, Scalar, UnscaleArgs
+from .backend import AdamArgs, LionArgs, LossScaleArgs, PackArgs, ReduceScatterArgs, Scalar, UnscaleArgs
 from .jit import JitError, Kind
 
 log = logging.getLogger("pyzero")
@@ -133,6 +133,19 @@ class NativeBackend:
             _address(args.active),
             num_segments,
             *self._tail(device, workspace),
+        )
+
+    def lion_(self, args: LionArgs) -> None:
+        """See `pyzero.ops.lion_`."""
+        self.module.lion_(
+            args.rows,
+            args.hyper,
+            _scalar(args.lr),
+            _scalar(args.grad_scale),
+            _address(args.found_inf),
+            _address(args.segment_ids),
+            _address(args.active),
+            *self._where(args.master.device),
         )
 
     def unscale_(self, args: UnscaleArgs) -> None:

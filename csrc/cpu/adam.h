@@ -20,12 +20,7 @@ void adam_loop(const AdamArgs& args, const AdamConstants& constants, float grad_
     float* __restrict master = args.master + at;
     float* __restrict exp_avg = args.exp_avg + at;
     float* __restrict exp_avg_sq = args.exp_avg_sq + at;
-    const float* __restrict grad = staged;
-    if (args.grad.dtype == DType::kFloat32) {
-      grad = static_cast<const float*>(args.grad.data) + at;
-    } else {
-      widen_span(args.grad, at, staged, count);
-    }
+    const float* __restrict grad = fp32_span(args.grad, at, staged, count);
 
     for (int64_t i = 0; i < count; ++i) {
       const AdamState before{master[i], exp_avg[i], exp_avg_sq[i]};

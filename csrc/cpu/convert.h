@@ -81,6 +81,13 @@ inline void widen_span(const Buffer& buffer, int64_t at, float* out, int64_t cou
   with_dtype(buffer.dtype, [&](auto* type) { widen(static_cast<decltype(type)>(buffer.data) + at, out, count); });
 }
 
+// The span itself where it is fp32 already, else its values in `staged`.
+inline const float* fp32_span(const Buffer& buffer, int64_t at, float* staged, int64_t count) {
+  if (buffer.dtype == DType::kFloat32) return static_cast<const float*>(buffer.data) + at;
+  widen_span(buffer, at, staged, count);
+  return staged;
+}
+
 inline void narrow_span(const float* in, const Buffer& buffer, int64_t at, int64_t count) {
   with_dtype(buffer.dtype, [&](auto* type) { narrow(in, static_cast<decltype(type)>(buffer.data) + at, count); });
 }

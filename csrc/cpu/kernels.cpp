@@ -8,6 +8,7 @@
 #define PZ_STRING(x) PZ_STRING_(x)
 
 #include "adam.h"
+#include "lion.h"
 #include "reduce_scatter.h"
 #include "unscale.h"
 
@@ -15,7 +16,7 @@ namespace pyzero {
 namespace PYZERO_ISA {
 
 extern const KernelTable kKernels;
-const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, scale, reduce};
+const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, lion, scale, reduce};
 
 }  // namespace PYZERO_ISA
 }  // namespace pyzero

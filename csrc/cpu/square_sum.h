@@ -8,8 +8,7 @@ namespace pyzero {
 namespace PYZERO_ISA {
 namespace {
 
-constexpr int kLanes = 8;       // independent fp64 sums; fixed, so that every ISA adds in the same order
-
+constexpr int kLanes = 8;  // independent fp64 sums; fixed, so that every ISA adds in the same order
 
 // Squares in fp64 cannot overflow, so the sum of a span is finite exactly where all its values are.
 struct SquareSum {

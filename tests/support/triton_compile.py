@@ -27,6 +27,8 @@ from pyzero.ops import triton_kernels
 from pyzero.ops.backend import (
     AdamArgs,
     AdamHyper,
+    LionArgs,
+    LionHyper,
     LossScaleArgs,
     LossScalePolicy,
     PackArgs,
@@ -34,7 +36,7 @@ from pyzero.ops.backend import (
     UnscaleArgs,
 )
 from pyzero.ops.rows import rows_of
-from pyzero.ops.triton_kernels import adam, common, loss_scale, reduce_scatter, scaled_copy
+from pyzero.ops.triton_kernels import adam, common, lion, loss_scale, reduce_scatter, scaled_copy
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,6 +81,16 @@ def run_adam(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = Fal
     triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, *numbers, flat(F32, n=1), ids, flat(F32, n=8)))
 
 
+def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False) -> None:
+    tensors = [flat(F32), flat(F32), flat(grad), None if out is None else flat(out)]
+    hyper = LionHyper(0.9, 0.99, 0.1, False)
+    if not segments:
+        triton_kernels.lion_(LionArgs(*tensors, b"", hyper, 1e-3, 1.0, None, None, None))
+        return
+    ids, one = flat(torch.int32, n=N // 64), torch.ones(())
+    triton_kernels.lion_(LionArgs(*tensors, b"", hyper, one, one, flat(F32, n=1), ids, flat(F32, n=8)))
+
+
 def run_unscale(dtype: torch.dtype, scale: Any, shift: int = 0) -> None:
     tensors = [flat(dtype, shift)]
     triton_kernels.unscale_(UnscaleArgs(tensors, rows_of(tensors), scale, flat(F32, n=1), flat(F32, n=1)))
@@ -105,6 +117,8 @@ CASES: dict[str, Callable[[], None]] = {
     "adam-bf16-bf16": partial(run_adam, BF16, BF16),
     "adam-f32": partial(run_adam, F32, None),
     "adam-f16-f16-segments": partial(run_adam, F16, F16, segments=True),
+    "lion-bf16-bf16": partial(run_lion, BF16, BF16),
+    "lion-f16-f16-segments": partial(run_lion, F16, F16, segments=True),
     "unscale-bf16": partial(run_unscale, BF16, 0.5),
     "unscale-f32": partial(run_unscale, F32, torch.ones(())),
     "unscale-f16-reads": partial(run_unscale, F16, 1.0),
@@ -175,7 +189,7 @@ def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool =
         found = nvidia_facts(compiled) if target.backend == "cuda" else amd_facts(compiled)
         facts.append({"kernel": kernel.fn.__name__, "block": constants.get("BLOCK", 0), **found})
 
-    for module in (adam, common, loss_scale, reduce_scatter, scaled_copy):
+    for module in (adam, common, lion, loss_scale, reduce_scatter, scaled_copy):
         module.launch = warm_up  # type: ignore[attr-defined]
     run()
     return facts
