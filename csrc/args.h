@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "math/adam.h"
+#include "math/lion.h"
 #include "math/loss_scale.h"
 #include "math/types.h"
 
@@ -41,6 +42,21 @@ struct AdamArgs {
   int64_t num_segments;
 };
 
+// The same conventions. Without a step count, segments matter where some are not active.
+struct LionArgs {
+  float* master;     // (numel,)
+  float* exp_avg;    // (numel,)
+  Buffer grad;       // (numel,)
+  Buffer param_out;  // (numel,), or no data
+  int64_t numel;
+  LionHyper hyper;
+  Scalar lr;
+  Scalar grad_scale;
+  const float* found_inf;
+  const int32_t* segment_ids;
+  const float* active;
+};
+
 // Where a pass over gradients reports; both may be null.
 struct Report {
   float* found_inf = nullptr;  // set to 1, never cleared
@@ -59,7 +75,7 @@ struct PackArgs {
   std::vector<Buffer> tensors;
   std::vector<int64_t> offsets;  // into the bucket, in elements
   Scalar scale;
-  Report report;
+  Report report;  // no caller asks for one
 };
 
 struct ReduceScatterArgs {

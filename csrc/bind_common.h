@@ -1,9 +1,10 @@
-// pybind11 signatures that the CPU and the CUDA module share: Python hands over integers, floats and lists of them.
+// pybind11 signatures that the CPU and the CUDA module share: Python hands over integers, floats and rows of integers.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -12,11 +13,10 @@
 namespace pyzero {
 
 using Address = uintptr_t;
-using PyScalar = std::tuple<double, Address>;         // value, or a device address where not 0
-using PyBuffer = std::tuple<Address, int, int64_t>;   // address, DType, numel
-using PyReport = std::tuple<Address, Address, bool>;  // found_inf, sumsq, sumsq is fp64
-using PyHyper = std::tuple<double, double, double, double, bool, bool>;
-using PySegments = std::tuple<Address, Address, int64_t>;  // segment_ids, active, num_segments
+using PyRows = pybind11::bytes;     // of ops/rows.py: address, numel and DType of each tensor, as int64
+using PyScalar = pybind11::handle;  // a float is a number, an int the device address of one
+using PyAdamHyper = std::tuple<double, double, double, double, bool, bool>;
+using PyLionHyper = std::tuple<double, double, double, bool>;
 using PyPolicy = std::tuple<float, float, float, float, float, float, float, bool>;
 
 template <typename T>
@@ -24,21 +24,27 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-inline Scalar scalar(const PyScalar& s) { return Scalar{std::get<0>(s), pointer<const float>(std::get<1>(s))}; }
-
-inline Buffer buffer(const PyBuffer& b) {
-  return Buffer{pointer<void>(std::get<0>(b)), static_cast<DType>(std::get<1>(b)), std::get<2>(b)};
+inline Scalar scalar(PyScalar s) {
+  if (PyFloat_Check(s.ptr())) return Scalar{PyFloat_AS_DOUBLE(s.ptr()), nullptr};
+  return Scalar{0.0, pointer<const float>(s.cast<Address>())};
 }
 
-inline Report report(const PyReport& r) {
-  return Report{pointer<float>(std::get<0>(r)), pointer<void>(std::get<1>(r)), std::get<2>(r)};
-}
-
-inline std::vector<Buffer> buffers(const std::vector<PyBuffer>& items) {
-  std::vector<Buffer> result;
-  result.reserve(items.size());
-  for (const auto& item : items) result.push_back(buffer(item));
+inline std::vector<Buffer> buffers(const PyRows& rows) {
+  struct Row {
+    int64_t address, numel, dtype;
+  };
+  const size_t num_rows = size_t(PyBytes_GET_SIZE(rows.ptr())) / sizeof(Row);
+  std::vector<Buffer> result(num_rows);
+  for (size_t i = 0; i < num_rows; ++i) {
+    Row row;
+    std::memcpy(&row, PyBytes_AS_STRING(rows.ptr()) + i * sizeof(Row), sizeof(Row));
+    result[i] = Buffer{pointer<void>(Address(row.address)), static_cast<DType>(row.dtype), row.numel};
+  }
   return result;
+}
+
+inline Report report(Address found_inf, Address sumsq, bool sumsq_is_double) {
+  return Report{pointer<float>(found_inf), pointer<void>(sumsq), sumsq_is_double};
 }
 
 inline LossScalePolicy policy(const PyPolicy& p) {
@@ -46,15 +52,16 @@ inline LossScalePolicy policy(const PyPolicy& p) {
                          std::get<4>(p), std::get<5>(p), std::get<6>(p), std::get<7>(p)};
 }
 
-inline AdamArgs adam_args(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& grad,
-                          const PyBuffer& param_out, const PyHyper& hyper, const PyScalar& lr, const PyScalar& step,
-                          const PyScalar& grad_scale, Address found_inf, const PySegments& segments) {
+// rows: master, exp_avg, exp_avg_sq, grad, and param_out where there is one.
+inline AdamArgs adam_args(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar step, PyScalar grad_scale,
+                          Address found_inf, Address segment_ids, Address active, int64_t num_segments) {
+  const std::vector<Buffer> tensors = buffers(rows);
   AdamArgs args;
-  args.master = pointer<float>(master);
-  args.exp_avg = pointer<float>(exp_avg);
-  args.exp_avg_sq = pointer<float>(exp_avg_sq);
-  args.grad = buffer(grad);
-  args.param_out = buffer(param_out);
+  args.master = static_cast<float*>(tensors.at(0).data);
+  args.exp_avg = static_cast<float*>(tensors.at(1).data);
+  args.exp_avg_sq = static_cast<float*>(tensors.at(2).data);
+  args.grad = tensors.at(3);
+  args.param_out = tensors.size() > 4 ? tensors[4] : Buffer{};
   args.numel = args.grad.numel;
   args.hyper = AdamHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper),
                          std::get<3>(hyper), std::get<4>(hyper), std::get<5>(hyper)};
@@ -62,23 +69,54 @@ inline AdamArgs adam_args(Address master, Address exp_avg, Address exp_avg_sq, c
   args.step = scalar(step);
   args.grad_scale = scalar(grad_scale);
   args.found_inf = pointer<const float>(found_inf);
-  args.segment_ids = pointer<const int32_t>(std::get<0>(segments));
-  args.active = pointer<const float>(std::get<1>(segments));
-  args.num_segments = std::get<2>(segments);
+  args.segment_ids = pointer<const int32_t>(segment_ids);
+  args.active = pointer<const float>(active);
+  args.num_segments = num_segments;
   return args;
 }
 
-inline ReduceScatterArgs reduce_scatter_args(Address shard, const std::vector<Address>& slices, int dtype,
-                                             int64_t numel, const PyScalar& scale, bool accumulate,
-                                             const PyReport& where) {
+// rows: master, exp_avg, grad, and param_out where there is one.
+inline LionArgs lion_args(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale,
+                          Address found_inf, Address segment_ids, Address active) {
+  const std::vector<Buffer> tensors = buffers(rows);
+  LionArgs args;
+  args.master = static_cast<float*>(tensors.at(0).data);
+  args.exp_avg = static_cast<float*>(tensors.at(1).data);
+  args.grad = tensors.at(2);
+  args.param_out = tensors.size() > 3 ? tensors[3] : Buffer{};
+  args.numel = args.grad.numel;
+  args.hyper = LionHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper)};
+  args.lr = scalar(lr);
+  args.grad_scale = scalar(grad_scale);
+  args.found_inf = pointer<const float>(found_inf);
+  args.segment_ids = pointer<const int32_t>(segment_ids);
+  args.active = pointer<const float>(active);
+  return args;
+}
+
+// rows: the bucket, then the tensors.
+inline PackArgs pack_args(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar scale) {
+  PackArgs args;
+  args.tensors = buffers(rows);
+  args.bucket = args.tensors.at(0);
+  args.tensors.erase(args.tensors.begin());
+  args.offsets = offsets;
+  args.scale = scalar(scale);
+  return args;
+}
+
+// rows: the shard, then the slices.
+inline ReduceScatterArgs reduce_scatter_args(const PyRows& rows, PyScalar scale, bool accumulate,
+                                             const Report& report) {
+  const std::vector<Buffer> tensors = buffers(rows);
   ReduceScatterArgs args;
-  args.shard = pointer<float>(shard);
-  for (const Address slice : slices) args.slices.push_back(pointer<void>(slice));
-  args.dtype = static_cast<DType>(dtype);
-  args.numel = numel;
+  args.shard = static_cast<float*>(tensors.at(0).data);
+  args.numel = tensors[0].numel;
+  args.dtype = tensors.at(1).dtype;
+  for (size_t i = 1; i < tensors.size(); ++i) args.slices.push_back(tensors[i].data);
   args.scale = scalar(scale);
   args.accumulate = accumulate;
-  args.report = report(where);
+  args.report = report;
   return args;
 }
 

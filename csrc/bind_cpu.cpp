@@ -14,36 +14,42 @@ using namespace pyzero;
 
 namespace {
 
-void adam(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& grad, const PyBuffer& param_out,
-          const PyHyper& hyper, const PyScalar& lr, const PyScalar& step, const PyScalar& grad_scale, Address found_inf,
-          const PySegments& segments, int num_threads) {
-  const AdamArgs args =
-      adam_args(master, exp_avg, exp_avg_sq, grad, param_out, hyper, lr, step, grad_scale, found_inf, segments);
+void adam(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar step, PyScalar grad_scale,
+          Address found_inf, Address segment_ids, Address active, int64_t num_segments, int num_threads) {
+  const AdamArgs args = adam_args(rows, hyper, lr, step, grad_scale, found_inf, segment_ids, active, num_segments);
   const py::gil_scoped_release release;
   cpu::adam(args, num_threads);
 }
 
-void unscale(const std::vector<PyBuffer>& tensors, const PyScalar& inv_scale, const PyReport& where, int num_threads) {
-  const UnscaleArgs args{buffers(tensors), scalar(inv_scale), report(where)};
+void lion(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale, Address found_inf,
+          Address segment_ids, Address active, int num_threads) {
+  const LionArgs args = lion_args(rows, hyper, lr, grad_scale, found_inf, segment_ids, active);
+  const py::gil_scoped_release release;
+  cpu::lion(args, num_threads);
+}
+
+void unscale(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
+             int num_threads) {
+  const UnscaleArgs args{buffers(rows), scalar(inv_scale), report(found_inf, sumsq, sumsq_is_double)};
   const py::gil_scoped_release release;
   cpu::unscale(args, num_threads);
 }
 
-void pack(const PyBuffer& bucket, const std::vector<PyBuffer>& tensors, const std::vector<int64_t>& offsets,
-          const PyScalar& scale, const PyReport& where, int num_threads) {
-  const PackArgs args{buffer(bucket), buffers(tensors), offsets, scalar(scale), report(where)};
+void pack(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar scale, int num_threads) {
+  const PackArgs args = pack_args(rows, offsets, scale);
   const py::gil_scoped_release release;
   cpu::pack(args, num_threads);
 }
 
-void reduce_scatter(Address shard, const std::vector<Address>& slices, int dtype, int64_t numel, const PyScalar& scale,
-                    bool accumulate, const PyReport& where, int num_threads) {
-  const ReduceScatterArgs args = reduce_scatter_args(shard, slices, dtype, numel, scale, accumulate, where);
+void reduce_scatter(const PyRows& rows, PyScalar scale, bool accumulate, Address found_inf, Address sumsq,
+                    bool sumsq_is_double, int num_threads) {
+  const ReduceScatterArgs args =
+      reduce_scatter_args(rows, scale, accumulate, report(found_inf, sumsq, sumsq_is_double));
   const py::gil_scoped_release release;
   cpu::reduce_scatter(args, num_threads);
 }
 
-void update_loss_scale(Address state, Address found_inf, const PyPolicy& rule) {
+void update_loss_scale(Address state, Address found_inf, const PyPolicy& rule, int /*num_threads*/) {
   loss_scale_update(pointer<float>(state), *pointer<const float>(found_inf) != 0.0f, policy(rule));
 }
 
@@ -53,6 +59,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   module.attr("build_hash") = PYZERO_BUILD_HASH;
   module.attr("source_hash") = PYZERO_SOURCE_HASH;
   module.def("adam_", &adam);
+  module.def("lion_", &lion);
   module.def("unscale_", &unscale);
   module.def("pack_", &pack);
   module.def("reduce_scatter_", &reduce_scatter);

@@ -40,32 +40,36 @@ class DeviceGuard {
 
 cudaStream_t stream_of(Address handle) { return pointer<CUstream_st>(handle); }
 
-void adam_(Address master, Address exp_avg, Address exp_avg_sq, const PyBuffer& grad, const PyBuffer& param_out,
-           const PyHyper& hyper, const PyScalar& lr, const PyScalar& step, const PyScalar& grad_scale,
-           Address found_inf, const PySegments& segments, Address workspace, int device, Address stream) {
+void adam_(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar step, PyScalar grad_scale,
+           Address found_inf, Address segment_ids, Address active, int64_t num_segments, Address workspace, int device,
+           Address stream) {
   const DeviceGuard guard(device);
-  cuda::adam(adam_args(master, exp_avg, exp_avg_sq, grad, param_out, hyper, lr, step, grad_scale, found_inf, segments),
+  cuda::adam(adam_args(rows, hyper, lr, step, grad_scale, found_inf, segment_ids, active, num_segments),
              pointer<AdamConstants>(workspace), stream_of(stream));
 }
 
-void unscale_(const std::vector<PyBuffer>& tensors, const PyScalar& inv_scale, const PyReport& where, Address workspace,
-              int device, Address stream) {
+void lion_(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale, Address found_inf,
+           Address segment_ids, Address active, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::unscale(UnscaleArgs{buffers(tensors), scalar(inv_scale), report(where)}, pointer<double>(workspace),
-                stream_of(stream));
+  cuda::lion(lion_args(rows, hyper, lr, grad_scale, found_inf, segment_ids, active), stream_of(stream));
 }
 
-void pack_(const PyBuffer& bucket, const std::vector<PyBuffer>& tensors, const std::vector<int64_t>& offsets,
-           const PyScalar& scale, const PyReport& where, Address workspace, int device, Address stream) {
+void unscale_(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
+              Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::pack(PackArgs{buffer(bucket), buffers(tensors), offsets, scalar(scale), report(where)},
-             pointer<double>(workspace), stream_of(stream));
+  cuda::unscale(UnscaleArgs{buffers(rows), scalar(inv_scale), report(found_inf, sumsq, sumsq_is_double)},
+                pointer<double>(workspace), stream_of(stream));
 }
 
-void reduce_scatter_(Address shard, const std::vector<Address>& slices, int dtype, int64_t numel, const PyScalar& scale,
-                     bool accumulate, const PyReport& where, Address workspace, int device, Address stream) {
+void pack_(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar scale, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::reduce_scatter(reduce_scatter_args(shard, slices, dtype, numel, scale, accumulate, where),
+  cuda::pack(pack_args(rows, offsets, scale), nullptr, stream_of(stream));
+}
+
+void reduce_scatter_(const PyRows& rows, PyScalar scale, bool accumulate, Address found_inf, Address sumsq,
+                     bool sumsq_is_double, Address workspace, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::reduce_scatter(reduce_scatter_args(rows, scale, accumulate, report(found_inf, sumsq, sumsq_is_double)),
                        pointer<double>(workspace), stream_of(stream));
 }
 
@@ -89,6 +93,7 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.attr("source_hash") = PYZERO_SOURCE_HASH;
   m.attr("max_ranks") = pyzero::cuda::kMaxRanks;
   m.def("adam_", &pyzero::adam_);
+  m.def("lion_", &pyzero::lion_);
   m.def("unscale_", &pyzero::unscale_);
   m.def("pack_", &pyzero::pack_);
   m.def("reduce_scatter_", &pyzero::reduce_scatter_);

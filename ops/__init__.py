@@ -10,15 +10,17 @@ if __name__ == "ops":
 
 if TYPE_CHECKING:
     from .adam import adam_ as adam_
+    from .lion import lion_ as lion_
     from .loss_scale import loss_scale_update_ as loss_scale_update_
     from .pack import pack_ as pack_
     from .reduce_scatter import reduce_scatter_ as reduce_scatter_
     from .unscale import unscale_ as unscale_
 
-__all__ = ["adam_", "loss_scale_update_", "pack_", "reduce_scatter_", "unscale_"]
+__all__ = ["adam_", "lion_", "loss_scale_update_", "pack_", "reduce_scatter_", "unscale_"]
 
 _MODULES = {
     "adam_": "adam",
+    "lion_": "lion",
     "loss_scale_update_": "loss_scale",
     "pack_": "pack",
     "reduce_scatter_": "reduce_scatter",

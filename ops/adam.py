@@ -1,36 +1,14 @@
 """adam_: one fused pass of Adam or AdamW over a flat shard."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pyzero.ops import registry
-from pyzero.ops.checks import (
-    FLOAT_DTYPES,
-    Scalar,
-    as_scalar,
-    check_device,
-    check_disjoint,
-    check_dtype,
-    check_flat,
-    check_one,
-)
+from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
+from pyzero.ops.checks import as_scalar, check_one
+from pyzero.ops.shard import check_per_segment, check_segment_ids, shard_rows
 
-SEGMENT_GRANULE = 64  # elements that share one entry of segment_ids; kSegmentGranule in csrc/args.h
-_ALIGNMENT_BYTES = 16
-
-
-@dataclass(frozen=True)
-class AdamHyper:
-    """What stays the same from step to step."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled_weight_decay: bool
-    maximize: bool
+_NAMES = ("master", "exp_avg", "exp_avg_sq", "grad", "param_out")
 
 
 def adam_(
@@ -85,85 +63,42 @@ def adam_(
         ValueError: Shapes, devices, overlap or alignment that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
-    _check_tensors(master, exp_avg, exp_avg_sq, grad, param_out, found_inf, backend)
+    tensors = (
+        (master, exp_avg, exp_avg_sq, grad) if param_out is None else (master, exp_avg, exp_avg_sq, grad, param_out)
+    )
+    rows = shard_rows(_NAMES, tensors, 3, backend)
     device = master.device
+    if found_inf is not None:
+        check_one("found_inf", found_inf, (torch.float32,), device)
     if segment_ids is None:
         if active is not None:
             raise ValueError("expected segment_ids with active, got none; pass both or neither")
         step = as_scalar("step", step, device)
     else:
-        _check_segments(segment_ids, step, active, (master, exp_avg, exp_avg_sq, grad, param_out))
+        check_segment_ids(segment_ids, master, rows)
+        if not isinstance(step, Tensor):
+            raise TypeError(
+                "expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor"
+            )
+        check_per_segment("step", step, device)
+        if active is not None:
+            check_per_segment("active", active, device, step.numel())
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
 
-    hyper = AdamHyper(beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize)
-    chosen = registry.pick("adam_", backend, device)
-    chosen.adam_(
-        master,
-        exp_avg,
-        exp_avg_sq,
-        grad,
-        param_out,
-        hyper,
-        as_scalar("lr", lr, device),
-        step,
-        as_scalar("grad_scale", grad_scale, device),
-        found_inf,
-        segment_ids,
-        active,
+    args = AdamArgs(
+        master=master,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        grad=grad,
+        param_out=param_out,
+        rows=rows,
+        hyper=AdamHyper(beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize),
+        lr=as_scalar("lr", lr, device),
+        step=step,
+        grad_scale=as_scalar("grad_scale", grad_scale, device),
+        found_inf=found_inf,
+        segment_ids=segment_ids,
+        active=active,
     )
-
-
-def _check_tensors(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    param_out: Tensor | None,
-    found_inf: Tensor | None,
-    backend: str,
-) -> None:
-    oracle = backend == "reference" and master.dtype == torch.float64
-    state_dtypes = (torch.float64,) if oracle else (torch.float32,)
-    value_dtypes = (*FLOAT_DTYPES, torch.float64) if oracle else FLOAT_DTYPES
-    named = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad}
-    if param_out is not None:
-        named["param_out"] = param_out
-    for name, tensor in named.items():
-        is_state = name in ("master", "exp_avg", "exp_avg_sq")
-        remedy = f"pass {name}=x.float()" if is_state else "convert it with .float()"
-        check_dtype(name, tensor, state_dtypes if is_state else value_dtypes, remedy)
-        check_flat(name, tensor, numel=master.numel())
-        check_device(name, tensor, master.device)
-    if found_inf is not None:
-        check_one("found_inf", found_inf, (torch.float32,), master.device)
-    check_disjoint(named.items())
-
-
-def _check_segments(
-    segment_ids: Tensor, step: Scalar, active: Tensor | None, tensors: tuple[Tensor | None, ...]
-) -> None:
-    master = tensors[0]
-    assert master is not None
-    num_granules = -(-master.numel() // SEGMENT_GRANULE)
-    check_dtype("segment_ids", segment_ids, (torch.int32,), "convert it with .to(torch.int32)")
-    check_flat("segment_ids", segment_ids)
-    check_device("segment_ids", segment_ids, master.device)
-    if segment_ids.numel() != num_granules:
-        raise ValueError(
-            f"expected segment_ids to have one entry per {SEGMENT_GRANULE} elements, {num_granules}, "
-            f"got {segment_ids.numel()}; slice it as the shard is sliced"
-        )
-    if not isinstance(step, Tensor):
-        raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")
-    for name, tensor in (("step", step), ("active", active)):
-        if tensor is None:
-            continue
-        check_dtype(name, tensor, (torch.float32,), "convert it with .float()")
-        check_flat(name, tensor, numel=step.numel())
-        check_device(name, tensor, master.device)
-    if any(tensor is not None and tensor.data_ptr() % _ALIGNMENT_BYTES for tensor in tensors):
-        raise ValueError(
-            f"expected tensors that start at a multiple of {_ALIGNMENT_BYTES} bytes with segment_ids, got one that "
-            f"does not; start each shard at a multiple of {SEGMENT_GRANULE} elements"
-        )
+    registry.pick("adam_", backend, device).adam_(args)

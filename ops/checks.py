@@ -1,13 +1,13 @@
 """What every op checks at the door: got, wanted, remedy, before anything is written."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Scalar: TypeAlias = float | Tensor  # a number, or a 0-D tensor on the same device
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from pyzero.ops.backend import Scalar
+from pyzero.ops.rows import FLOAT_DTYPES as FLOAT_DTYPES
+
 _FLOAT_DTYPE_SET = frozenset(FLOAT_DTYPES)
 
 

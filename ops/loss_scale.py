@@ -1,29 +1,15 @@
 """loss_scale_update_: the loss-scale state machine, one step, on the device."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyzero.ops import registry
-from pyzero.ops.checks import check_device, check_dtype, check_flat, check_one
+from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
+from pyzero.ops.checks import check_dtype, check_flat, check_one
 
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
-
-
-@dataclass(frozen=True)
-class LossScalePolicy:
-    """When the scale grows and when it backs off; the names are torch.amp.GradScaler's where it has them."""
-
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 2000
-    min_scale: float = 0.0
-    max_scale: float = math.inf
-    hysteresis: int = 1
-    growth_delay: int = 0
-    consecutive_hysteresis: bool = False
 
 
 def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str, growth_delay: int = 0) -> Tensor:
@@ -77,7 +63,6 @@ def loss_scale_update_(
             f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; make it with loss_scale_state()"
         )
     check_one("found_inf", found_inf, (torch.float32,), state.device)
-    check_device("found_inf", found_inf, state.device)
     policy = LossScalePolicy(
         growth_factor,
         backoff_factor,
@@ -88,4 +73,6 @@ def loss_scale_update_(
         growth_delay,
         consecutive_hysteresis,
     )
-    registry.pick("loss_scale_update_", backend, state.device).loss_scale_update_(state, found_inf, policy)
+    registry.pick("loss_scale_update_", backend, state.device).loss_scale_update_(
+        LossScaleArgs(state, found_inf, policy)
+    )

@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,11 +15,8 @@ from torch import Tensor
 import pyzero
 
 from . import build_spec, env, jit
+from .backend import AdamArgs, LionArgs, LossScaleArgs, PackArgs, ReduceScatterArgs, Scalar, UnscaleArgs
 from .jit import JitError, Kind
-
-if TYPE_CHECKING:
-    from .adam import AdamHyper
-    from .loss_scale import LossScalePolicy
 
 log = logging.getLogger("pyzero")
 
@@ -88,28 +83,22 @@ def forget() -> None:
 
 # ---- tensors to pointers ------------------------------------------------------------------------------------------
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/math/types.h
-_NO_BUFFER = (0, 0, 0)
-
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _buffer(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.numel()
-
-
-def _scalar(value: float | Tensor) -> tuple[float, int]:
-    return (0.0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0)
+def _scalar(value: Scalar) -> float | int:
+    """A float is a number, an int the address of one: see csrc/bind_common.h."""
+    return value.data_ptr() if isinstance(value, Tensor) else float(value)
 
 
 def _report(found_inf: Tensor | None, sumsq: Tensor | None) -> tuple[int, int, bool]:
-    return _address(found_inf), _address(sumsq), sumsq is not None and sumsq.dtype == torch.float64
+    return _address(found_inf), _address(sumsq), sumsq is not None and sumsq.dtype is torch.float64
 
 
 class NativeBackend:
-    """The internal ops over one native module; a subclass says what memory and launch arguments its launches want."""
+    """The ops over one native module; a subclass says what memory and launch arguments its launches want."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -124,127 +113,71 @@ class NativeBackend:
         raise NotImplementedError
 
     def _tail(self, device: torch.device, workspace: Tensor | None) -> tuple[int, ...]:
-        raise NotImplementedError
+        return self._where(device)
 
-    def adam_(
-        self,
-        master: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        grad: Tensor,
-        param_out: Tensor | None,
-        hyper: AdamHyper,
-        lr: float | Tensor,
-        step: float | Tensor,
-        grad_scale: float | Tensor,
-        found_inf: Tensor | None,
-        segment_ids: Tensor | None,
-        active: Tensor | None,
-    ) -> None:
+    def adam_(self, args: AdamArgs) -> None:
         """See `pyzero.ops.adam_`."""
-        num_segments = step.numel() if isinstance(step, Tensor) else 1
+        device = args.master.device
+        num_segments = args.step.numel() if isinstance(args.step, Tensor) else 1
         workspace = None
-        if isinstance(lr, Tensor) or isinstance(step, Tensor):
-            workspace = self._adam_workspace(master.device, num_segments)
+        if isinstance(args.lr, Tensor) or isinstance(args.step, Tensor):
+            workspace = self._adam_workspace(device, num_segments)
         self.module.adam_(
-            master.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            _buffer(grad),
-            _NO_BUFFER if param_out is None else _buffer(param_out),
-            (
-                hyper.beta1,
-                hyper.beta2,
-                hyper.eps,
-                hyper.weight_decay,
-                hyper.decoupled_weight_decay,
-                hyper.maximize,
-            ),
-            _scalar(lr),
-            _scalar(step),
-            _scalar(grad_scale),
-            _address(found_inf),
-            (_address(segment_ids), _address(active), num_segments),
-            *self._tail(master.device, workspace),
-        )
-
-    def unscale_(
-        self, tensors: Sequence[Tensor], inv_scale: float | Tensor, found_inf: Tensor | None, sumsq: Tensor | None
-    ) -> None:
-        """See `pyzero.ops.unscale_`."""
-        device = tensors[0].device
-        workspace = self._report_workspace(device)
-        self.module.unscale_(
-            [_buffer(tensor) for tensor in tensors],
-            _scalar(inv_scale),
-            _report(found_inf, sumsq),
+            args.rows,
+            args.hyper,
+            _scalar(args.lr),
+            _scalar(args.step),
+            _scalar(args.grad_scale),
+            _address(args.found_inf),
+            _address(args.segment_ids),
+            _address(args.active),
+            num_segments,
             *self._tail(device, workspace),
         )
 
-    def pack_(
-        self,
-        bucket: Tensor,
-        tensors: Sequence[Tensor],
-        offsets: Sequence[int],
-        scale: float | Tensor,
-        found_inf: Tensor | None,
-        sumsq: Tensor | None,
-    ) -> None:
+    def lion_(self, args: LionArgs) -> None:
+        """See `pyzero.ops.lion_`."""
+        self.module.lion_(
+            args.rows,
+            args.hyper,
+            _scalar(args.lr),
+            _scalar(args.grad_scale),
+            _address(args.found_inf),
+            _address(args.segment_ids),
+            _address(args.active),
+            *self._where(args.master.device),
+        )
+
+    def unscale_(self, args: UnscaleArgs) -> None:
+        """See `pyzero.ops.unscale_`."""
+        device = args.tensors[0].device
+        workspace = self._report_workspace(device) if args.sumsq is not None else None
+        report = _report(args.found_inf, args.sumsq)
+        self.module.unscale_(args.rows, _scalar(args.inv_scale), *report, *self._tail(device, workspace))
+
+    def pack_(self, args: PackArgs) -> None:
         """See `pyzero.ops.pack_`."""
-        workspace = self._report_workspace(bucket.device)
-        self.module.pack_(
-            _buffer(bucket),
-            [_buffer(tensor) for tensor in tensors],
-            offsets,
-            _scalar(scale),
-            _report(found_inf, sumsq),
-            *self._tail(bucket.device, workspace),
-        )
+        self.module.pack_(args.rows, args.offsets, _scalar(args.scale), *self._where(args.bucket.device))
 
-    def reduce_scatter_(
-        self,
-        shard: Tensor,
-        slices: Sequence[Tensor],
-        scale: float | Tensor,
-        accumulate: bool,
-        found_inf: Tensor | None,
-        sumsq: Tensor | None,
-    ) -> None:
+    def reduce_scatter_(self, args: ReduceScatterArgs) -> None:
         """See `pyzero.ops.reduce_scatter_`."""
-        workspace = self._report_workspace(shard.device)
+        device = args.shard.device
+        workspace = self._report_workspace(device) if args.sumsq is not None else None
+        report = _report(args.found_inf, args.sumsq)
         self.module.reduce_scatter_(
-            shard.data_ptr(),
-            [piece.data_ptr() for piece in slices],
-            _DTYPE_CODES[slices[0].dtype],
-            shard.numel(),
-            _scalar(scale),
-            accumulate,
-            _report(found_inf, sumsq),
-            *self._tail(shard.device, workspace),
+            args.rows, _scalar(args.scale), args.accumulate, *report, *self._tail(device, workspace)
         )
 
-    def loss_scale_update_(self, state: Tensor, found_inf: Tensor, policy: LossScalePolicy) -> None:
+    def loss_scale_update_(self, args: LossScaleArgs) -> None:
         """See `pyzero.ops.loss_scale_update_`."""
-        rule = (
-            policy.growth_factor,
-            policy.backoff_factor,
-            float(policy.growth_interval),
-            policy.min_scale,
-            policy.max_scale,
-            float(policy.hysteresis),
-            float(policy.growth_delay),
-            policy.consecutive_hysteresis,
-        )
-        self.module.loss_scale_update_(state.data_ptr(), found_inf.data_ptr(), rule, *self._where(state.device))
+        where = self._where(args.state.device)
+        self.module.loss_scale_update_(args.state.data_ptr(), args.found_inf.data_ptr(), args.policy, *where)
 
 
 class CpuBackend(NativeBackend):
-    """The C++ module: a launch takes the number of threads."""
+    """The C++ module: a launch takes the number of threads, and no workspace."""
 
     def _where(self, device: torch.device) -> tuple[int, ...]:
-        return ()
-
-    def _tail(self, device: torch.device, workspace: Tensor | None) -> tuple[int, ...]:
         return (env.num_threads() or torch.get_num_threads(),)
 
 

@@ -6,16 +6,15 @@ from itertools import accumulate
 from torch import Tensor
 
 from pyzero.ops import registry
+from pyzero.ops.backend import PackArgs, Scalar
 from pyzero.ops.checks import (
-    FLOAT_DTYPES,
-    Scalar,
     as_scalar,
     check_disjoint,
     check_dtype,
     check_flat,
     check_gradients,
-    check_report,
 )
+from pyzero.ops.rows import FLOAT_DTYPES, rows_of
 
 
 def pack_(
@@ -24,8 +23,6 @@ def pack_(
     *,
     offsets: Sequence[int] | None = None,
     scale: Scalar = 1.0,
-    found_inf: Tensor | None = None,
-    sumsq: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Write `scale * tensors[i]`, rounded to the bucket's dtype, at `bucket[offsets[i]:]`; gaps are left alone.
@@ -35,8 +32,6 @@ def pack_(
         tensors: Contiguous fp32, bf16 or fp16 tensors of any shape, dtypes mixed or not. May be empty.
         offsets: Where each tensor starts, in elements, ascending. None: back to back from 0.
         scale: Multiplies in fp32 before the rounding; a number or a 0-D tensor on the same device.
-        found_inf: 1-element fp32 tensor, set to 1 if a stored value is inf or NaN; or None.
-        sumsq: 1-element fp32 or fp64 tensor, to which the sum of squares of the stored values is added.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
@@ -48,15 +43,20 @@ def pack_(
     check_dtype("bucket", bucket, FLOAT_DTYPES, "make the bucket in one of these")
     check_flat("bucket", bucket)
     check_gradients("tensors", tensors, device)
-    check_report(found_inf, sumsq, device)
     if offsets is None:
         offsets = [0, *accumulate(tensor.numel() for tensor in tensors)][: len(tensors)]
     _check_offsets(bucket, tensors, offsets)
     _check_apart(bucket, tensors)
     if not tensors:
         return
-    scale = as_scalar("scale", scale, device)
-    registry.pick("pack_", backend, device).pack_(bucket, tensors, offsets, scale, found_inf, sumsq)
+    args = PackArgs(
+        bucket=bucket,
+        tensors=tensors,
+        rows=rows_of([bucket, *tensors]),
+        offsets=offsets,
+        scale=as_scalar("scale", scale, device),
+    )
+    registry.pick("pack_", backend, device).pack_(args)
 
 
 def _check_offsets(bucket: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> None:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from pyzero.ops import registry
+from pyzero.ops.backend import ReduceScatterArgs, Scalar
 from pyzero.ops.checks import (
-    FLOAT_DTYPES,
-    Scalar,
     as_scalar,
     check_device,
     check_disjoint,
@@ -16,6 +15,7 @@ from pyzero.ops.checks import (
     check_flat,
     check_report,
 )
+from pyzero.ops.rows import FLOAT_DTYPES, rows_of
 
 
 def reduce_scatter_(
@@ -57,6 +57,13 @@ def reduce_scatter_(
         check_device(label, piece, device)
         check_disjoint([("shard", shard), (label, piece)])
     check_report(found_inf, sumsq, device)
-    scale = as_scalar("scale", scale, device)
-    chosen = registry.pick("reduce_scatter_", backend, device)
-    chosen.reduce_scatter_(shard, slices, scale, accumulate, found_inf, sumsq)
+    args = ReduceScatterArgs(
+        shard=shard,
+        slices=slices,
+        rows=rows_of([shard, *slices]),
+        scale=as_scalar("scale", scale, device),
+        accumulate=accumulate,
+        found_inf=found_inf,
+        sumsq=sumsq,
+    )
+    registry.pick("reduce_scatter_", backend, device).reduce_scatter_(args)

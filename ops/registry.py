@@ -8,17 +8,22 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from . import env, native
+from .backend import Backend
 from .jit import JitError
 
 if TYPE_CHECKING:
     import torch
 
+    from . import reference, triton_kernels
+
+    _modules: tuple[Backend, ...] = (reference, triton_kernels)  # for mypy: both keep the contract
+
 log = logging.getLogger("pyzero")
 
-OPS = ("adam_", "unscale_", "reduce_scatter_", "pack_", "loss_scale_update_")
+OPS = ("adam_", "lion_", "unscale_", "reduce_scatter_", "pack_", "loss_scale_update_")
 _LOGGED_LINES = 8  # of a compiler's output, when "auto" goes on without it
 
 
@@ -27,13 +32,13 @@ class BackendUnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Backend:
+class Entry:
     """One row of the table."""
 
     name: str
     auto_for: tuple[str, ...]  # device types; "*" is any
     unavailable_reason: Callable[[str], str | None]  # of a device type; builds nothing
-    load: Callable[[], Any]  # the object with the internal functions; may build, raises JitError or ImportError
+    load: Callable[[], Backend]  # may build; raises JitError or ImportError
 
 
 def _no_gpu_reason() -> str | None:
@@ -69,28 +74,28 @@ def _triton_reason(device_type: str) -> str | None:
 BACKENDS = {
     row.name: row
     for row in (
-        Backend("cuda", ("cuda",), _cuda_reason, lambda: native.backend("cuda")),
-        Backend("cpu", ("cpu",), _cpu_reason, lambda: native.backend("cpu")),
-        Backend("triton", ("cuda",), _triton_reason, lambda: _import("triton_kernels")),
-        Backend("reference", ("*",), lambda device_type: None, lambda: _import("reference")),
+        Entry("cuda", ("cuda",), _cuda_reason, lambda: native.backend("cuda")),
+        Entry("cpu", ("cpu",), _cpu_reason, lambda: native.backend("cpu")),
+        Entry("triton", ("cuda",), _triton_reason, lambda: _import("triton_kernels")),
+        Entry("reference", ("*",), lambda device_type: None, lambda: _import("reference")),
     )
 }
 
 
-def _import(name: str) -> Any:
-    return importlib.import_module(f"{__package__}.{name}")
+def _import(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
 
 
-def ladder(device_type: str) -> list[Backend]:
+def ladder(device_type: str) -> list[Entry]:
     """The backends that "auto" tries for a device type, best first."""
     rows = [row for row in BACKENDS.values() if device_type in row.auto_for or "*" in row.auto_for]
     return [row for row in rows if row.name != "triton" or not env.triton_interpreted()]
 
 
-_picked: dict[tuple[str, str, str], Any] = {}
+_picked: dict[tuple[str, str, str], Backend] = {}
 
 
-def pick(op: str, backend: str, device: torch.device) -> Any:
+def pick(op: str, backend: str, device: torch.device) -> Backend:
     """The backend that runs `op` (as in "adam_") on `device`; decided once per op, backend and device type.
 
     Raises:
@@ -111,7 +116,7 @@ def forget() -> None:
     _warn_once.cache_clear()
 
 
-def _choose(op: str, name: str, device_type: str) -> Any:
+def _choose(op: str, name: str, device_type: str) -> Backend:
     assert op in OPS, op
     if name == "auto":
         name = env.default_backend()
@@ -119,20 +124,20 @@ def _choose(op: str, name: str, device_type: str) -> Any:
         return _climb_down(op, device_type)
     if name not in BACKENDS:
         raise ValueError(f"got backend={name!r}, wanted one of auto, {', '.join(BACKENDS)}")
-    loaded, reason = _try(BACKENDS[name], op, device_type)
-    if reason is not None:
-        raise BackendUnavailableError(f'backend "{name}" cannot run {op} on {device_type} tensors: {reason}')
+    loaded = _try(BACKENDS[name], op, device_type)
+    if isinstance(loaded, str):
+        raise BackendUnavailableError(f'backend "{name}" cannot run {op} on {device_type} tensors: {loaded}')
     return loaded
 
 
-def _climb_down(op: str, device_type: str) -> Any:
+def _climb_down(op: str, device_type: str) -> Backend:
     reasons: list[str] = []
     for row in ladder(device_type):
-        loaded, reason = _try(row, op, device_type)
-        if reason is None:
+        loaded = _try(row, op, device_type)
+        if not isinstance(loaded, str):
             break
-        reasons.append(f"{row.name}: {reason}")
-    assert reason is None, "the reference runs everywhere"
+        reasons.append(f"{row.name}: {loaded}")
+    assert not isinstance(loaded, str), "the reference runs everywhere"
     why = f" ({'; '.join(reasons)})" if reasons else ""
     if reasons and row.name == "reference":
         _warn_once(device_type, why)
@@ -145,15 +150,15 @@ def _warn_once(device_type: str, why: str) -> None:
     log.warning("no fused kernels for %s tensors, taking the slow reference%s", device_type, why)
 
 
-def _try(row: Backend, op: str, device_type: str) -> tuple[Any, str | None]:
-    """(the loaded backend, None), or (None, why not)."""
+def _try(row: Entry, op: str, device_type: str) -> Backend | str:
+    """The loaded backend, or why not."""
     if reason := row.unavailable_reason(device_type):
-        return None, reason
+        return reason
     try:
         loaded = row.load()
     except JitError as error:
         lines = str(error).splitlines()
-        return None, "\n".join(lines[:_LOGGED_LINES])
+        return "\n".join(lines[:_LOGGED_LINES])
     except ImportError as error:
-        return None, f"cannot be imported: {error}"
-    return (loaded, None) if hasattr(loaded, op) else (None, f"has no {op}")
+        return f"cannot be imported: {error}"
+    return loaded if hasattr(loaded, op) else f"has no {op}"

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyzero.ops import registry
-from pyzero.ops.checks import Scalar, as_scalar, check_disjoint, check_gradients, check_report
+from pyzero.ops.backend import Scalar, UnscaleArgs
+from pyzero.ops.checks import as_scalar, check_disjoint, check_gradients, check_report
+from pyzero.ops.rows import rows_of
 
 
 def unscale_(
@@ -41,5 +43,11 @@ def unscale_(
     reads_only = not isinstance(inv_scale, Tensor) and inv_scale == 1.0
     if not reads_only:
         check_disjoint((f"tensors[{index}]", tensor) for index, tensor in enumerate(tensors))
-    inv_scale = as_scalar("inv_scale", inv_scale, device)
-    registry.pick("unscale_", backend, device).unscale_(tensors, inv_scale, found_inf, sumsq)
+    args = UnscaleArgs(
+        tensors=tensors,
+        rows=rows_of(tensors),
+        inv_scale=as_scalar("inv_scale", inv_scale, device),
+        found_inf=found_inf,
+        sumsq=sumsq,
+    )
+    registry.pick("unscale_", backend, device).unscale_(args)

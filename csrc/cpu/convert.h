@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "math/types.h"
+#include "kernels.h"
 
 namespace pyzero {
 namespace PYZERO_ISA {
@@ -60,6 +60,43 @@ inline void end_stream() {
 #if defined(__AVX__)
   _mm_sfence();
 #endif
+}
+
+constexpr int64_t kTile = 512;  // floats staged in L1 between the loops of one kernel, so that each loop vectorises
+
+// fn is called with a null pointer of the type.
+template <typename Fn>
+inline void with_dtype(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return fn(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return fn(static_cast<Float16*>(nullptr));
+    default:
+      return fn(static_cast<float*>(nullptr));
+  }
+}
+
+inline void widen_span(const Buffer& buffer, int64_t at, float* out, int64_t count) {
+  with_dtype(buffer.dtype, [&](auto* type) { widen(static_cast<decltype(type)>(buffer.data) + at, out, count); });
+}
+
+// The span itself where it is fp32 already, else its values in `staged`.
+inline const float* fp32_span(const Buffer& buffer, int64_t at, float* staged, int64_t count) {
+  if (buffer.dtype == DType::kFloat32) return static_cast<const float*>(buffer.data) + at;
+  widen_span(buffer, at, staged, count);
+  return staged;
+}
+
+inline void narrow_span(const float* in, const Buffer& buffer, int64_t at, int64_t count) {
+  with_dtype(buffer.dtype, [&](auto* type) { narrow(in, static_cast<decltype(type)>(buffer.data) + at, count); });
+}
+
+inline void copy_span(const Buffer& src, const Buffer& dst, int64_t at, int64_t count) {
+  with_dtype(src.dtype, [&](auto* type) {
+    memcpy(static_cast<decltype(type)>(dst.data) + at, static_cast<decltype(type)>(src.data) + at,
+           sizeof(*type) * count);
+  });
 }
 
 }  // namespace

@@ -96,45 +96,53 @@ void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Repo
   write_report(report, sumsq);
 }
 
-class AdamPlan {
- public:
-  explicit AdamPlan(const AdamArgs& args) : args_(args), grad_scale_(float(read(args.grad_scale))) {
-    if (args.hyper.maximize) grad_scale_ = -grad_scale_;
-    for (int64_t segment = 0; segment < args.num_segments; ++segment) {
-      const double step = args.step.device != nullptr ? double(args.step.device[segment]) : args.step.value;
-      constants_.push_back(adam_constants(args.hyper, read(args.lr), static_cast<long long>(step)));
-    }
+// body(segment, from, to) for each run of one active segment within [begin, end).
+template <typename Args, typename Body>
+void for_each_run(const Args& args, int64_t begin, int64_t end, const Body& body) {
+  if (args.segment_ids == nullptr) return body(0, begin, end);
+  for (int64_t at = begin; at < end;) {
+    const int32_t segment = args.segment_ids[at / kSegmentGranule];
+    int64_t stop = at + kSegmentGranule;
+    while (stop < end && args.segment_ids[stop / kSegmentGranule] == segment) stop += kSegmentGranule;
+    if (args.active == nullptr || args.active[segment] != 0.0f) body(segment, at, std::min(stop, end));
+    at = stop;
   }
+}
 
-  void run(int64_t begin, int64_t end) const {
-    if (args_.segment_ids == nullptr) return run_segment(0, begin, end);
-    for (int64_t at = begin; at < end;) {
-      const int32_t segment = args_.segment_ids[at / kSegmentGranule];
-      int64_t stop = at + kSegmentGranule;
-      while (stop < end && args_.segment_ids[stop / kSegmentGranule] == segment) stop += kSegmentGranule;
-      run_segment(segment, at, std::min(stop, end));
-      at = stop;
-    }
-  }
+// body(segment, from, to) over a whole shard, on several threads; nothing where the overflow flag is set.
+template <typename Args, typename Body>
+void update_shard(const Args& args, int num_threads, const Body& body) {
+  if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
+  parallel_for(num_chunks(args.numel), num_threads, [&](int64_t chunk) {
+    for_each_run(args, chunk * kChunk, std::min((chunk + 1) * kChunk, args.numel), body);
+  });
+}
 
- private:
-  void run_segment(int32_t segment, int64_t begin, int64_t end) const {
-    if (args_.active != nullptr && args_.active[segment] == 0.0f) return;
-    kernels().adam(args_, constants_[segment], grad_scale_, begin, end);
-  }
-
-  const AdamArgs& args_;
-  float grad_scale_;
-  std::vector<AdamConstants> constants_;
-};
+template <typename Args>
+float signed_grad_scale(const Args& args) {
+  const float scale = float(read(args.grad_scale));
+  return args.hyper.maximize ? -scale : scale;
+}
 
 }  // namespace
 
 void adam(const AdamArgs& args, int num_threads) {
-  if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
-  const AdamPlan plan(args);
-  parallel_for(num_chunks(args.numel), num_threads,
-               [&](int64_t chunk) { plan.run(chunk * kChunk, std::min((chunk + 1) * kChunk, args.numel)); });
+  std::vector<AdamConstants> constants;  // by segment
+  for (int64_t segment = 0; segment < args.num_segments; ++segment) {
+    const double step = args.step.device != nullptr ? double(args.step.device[segment]) : args.step.value;
+    constants.push_back(adam_constants(args.hyper, read(args.lr), static_cast<long long>(step)));
+  }
+  const float grad_scale = signed_grad_scale(args);
+  update_shard(args, num_threads, [&](int32_t segment, int64_t begin, int64_t end) {
+    kernels().adam(args, constants[segment], grad_scale, begin, end);
+  });
+}
+
+void lion(const LionArgs& args, int num_threads) {
+  const LionConstants constants = lion_constants(args.hyper, read(args.lr));
+  const float grad_scale = signed_grad_scale(args);
+  update_shard(args, num_threads,
+               [&](int32_t, int64_t begin, int64_t end) { kernels().lion(args, constants, grad_scale, begin, end); });
 }
 
 void unscale(const UnscaleArgs& args, int num_threads) {

@@ -25,6 +25,7 @@ struct KernelTable {
   const char* name;
   // The elements [begin, end), which share the constants.
   void (*adam)(const AdamArgs& args, const AdamConstants& constants, float grad_scale, int64_t begin, int64_t end);
+  void (*lion)(const LionArgs& args, const LionConstants& constants, float grad_scale, int64_t begin, int64_t end);
   // dst[begin, end) = round(factor * src[begin, end)); dst may be src, or have no data: then the pass only reads.
   // Returns the sum of squares of what was stored where asked for, NaN or 0 where only the flag is: either is not
   // finite exactly where some value was not.

@@ -15,6 +15,8 @@ constexpr int kMaxRanks = 1024;  // slices of one reduce_scatter: their addresse
 // constants: num_segments entries; used, and needed, only where lr or step is on the device.
 void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream);
 
+void lion(const LionArgs& args, cudaStream_t stream);
+
 // partials: max_blocks() entries; used, and needed, only where a sum of squares is asked for.
 void unscale(const UnscaleArgs& args, double* partials, cudaStream_t stream);
 void pack(const PackArgs& args, double* partials, cudaStream_t stream);

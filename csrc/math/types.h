@@ -15,7 +15,7 @@
 
 namespace pyzero {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };  // kFloat64: sumsq only
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // in the order of FLOAT_DTYPES in ops/rows.py
 
 struct BFloat16 {
   uint16_t bits;

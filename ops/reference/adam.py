@@ -1,44 +1,30 @@
 """Adam in separate torch operations, each rounded once, in the order that every backend keeps."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, AdamHyper
 from pyzero.ops.reference.scalars import round_to, scalar
-
-if TYPE_CHECKING:
-    from pyzero.ops.adam import AdamHyper
 
 _MAX_STEP_BITS = 31
 
 
-def adam_(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    param_out: Tensor | None,
-    hyper: "AdamHyper",
-    lr: float | Tensor,
-    step: float | Tensor,
-    grad_scale: float | Tensor,
-    found_inf: Tensor | None,
-    segment_ids: Tensor | None,
-    active: Tensor | None,
-) -> None:
+def adam_(args: AdamArgs) -> None:
     """See `pyzero.ops.adam_`."""
-    dtype = master.dtype
-    step_size, inv_sqrt_bc2, decay = _constants(hyper, lr, step, dtype)
-    keep = torch.zeros((), dtype=torch.bool, device=master.device) if found_inf is None else found_inf.reshape(()) != 0
-    if segment_ids is not None:
-        of_element = segment_ids.long().repeat_interleave(64)[: master.numel()]
+    master, hyper, dtype = args.master, args.hyper, args.master.dtype
+    step_size, inv_sqrt_bc2, decay = _constants(hyper, args.lr, args.step, dtype)
+    keep = torch.zeros((), dtype=torch.bool, device=master.device)
+    if args.found_inf is not None:
+        keep = args.found_inf.reshape(()) != 0
+    if args.segment_ids is not None:
+        of_element = args.segment_ids.long().repeat_interleave(SEGMENT_GRANULE)[: master.numel()]
         step_size, inv_sqrt_bc2, decay = (x[of_element] for x in (step_size, inv_sqrt_bc2, decay))  # type: ignore[index]
-        if active is not None:
-            keep = keep | (active[of_element] == 0)
+        if args.active is not None:
+            keep = keep | (args.active[of_element] == 0)
 
-    g = grad.to(dtype) * scalar(grad_scale, dtype)
+    g = args.grad.to(dtype) * scalar(args.grad_scale, dtype)
     if hyper.maximize:
         g = -g
     p = master
@@ -46,15 +32,15 @@ def adam_(
         g = g + round_to(hyper.weight_decay, dtype) * p
     else:
         p = p * decay
-    m = exp_avg + (g - exp_avg) * round_to(1.0 - hyper.beta1, dtype)
-    v = exp_avg_sq * round_to(hyper.beta2, dtype) + (round_to(1.0 - hyper.beta2, dtype) * g) * g
+    m = args.exp_avg + (g - args.exp_avg) * round_to(1.0 - hyper.beta1, dtype)
+    v = args.exp_avg_sq * round_to(hyper.beta2, dtype) + (round_to(1.0 - hyper.beta2, dtype) * g) * g
     denominator = _sqrt(v) * inv_sqrt_bc2 + round_to(hyper.eps, dtype)
     p = p - (step_size * m) / denominator
 
-    for old, new in ((master, p), (exp_avg, m), (exp_avg_sq, v)):
+    for old, new in ((master, p), (args.exp_avg, m), (args.exp_avg_sq, v)):
         old.copy_(torch.where(keep, old, new))
-    if param_out is not None:
-        param_out.copy_(torch.where(keep, param_out, master.to(param_out.dtype)))
+    if args.param_out is not None:
+        args.param_out.copy_(torch.where(keep, args.param_out, master.to(args.param_out.dtype)))
 
 
 def _sqrt(value: Tensor) -> Tensor:
@@ -63,7 +49,7 @@ def _sqrt(value: Tensor) -> Tensor:
 
 
 def _constants(
-    hyper: "AdamHyper", lr: float | Tensor, step: float | Tensor, dtype: torch.dtype
+    hyper: AdamHyper, lr: float | Tensor, step: float | Tensor, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
     """Step size, 1 / sqrt(bias correction 2) and decay factor: in fp64, rounded once at the end."""
     decoupled = hyper.decoupled_weight_decay and hyper.weight_decay != 0

@@ -1,18 +1,15 @@
 """The loss-scale state machine in torch operations that select instead of branching: no host read."""
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from pyzero.ops.loss_scale import LossScalePolicy
+from pyzero.ops.backend import LossScaleArgs
 
 
-def loss_scale_update_(state: Tensor, found_inf: Tensor, policy: "LossScalePolicy") -> None:
+def loss_scale_update_(args: LossScaleArgs) -> None:
     """See `pyzero.ops.loss_scale_update_`."""
-    scale, growth, left, skipped, consecutive = state.unbind()
-    overflow = found_inf.reshape(()) != 0
+    policy = args.policy
+    scale, growth, left, skipped, consecutive = args.state.unbind()
+    overflow = args.found_inf.reshape(()) != 0
 
     left_after_overflow = left - 1
     lower = (scale * policy.backoff_factor).clamp(min=policy.min_scale)
@@ -34,4 +31,4 @@ def loss_scale_update_(state: Tensor, found_inf: Tensor, policy: "LossScalePolic
             torch.where(overflow, consecutive + 1, torch.zeros_like(consecutive)),
         ]
     )
-    state.copy_(new)
+    args.state.copy_(new)

@@ -1,25 +1,16 @@
 """Sum over ranks in rank order, in fp32."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
+from pyzero.ops.backend import ReduceScatterArgs
 from pyzero.ops.reference.scalars import report, scalar
 
 
-def reduce_scatter_(
-    shard: Tensor,
-    slices: Sequence[Tensor],
-    scale: float | Tensor,
-    accumulate: bool,
-    found_inf: Tensor | None,
-    sumsq: Tensor | None,
-) -> None:
+def reduce_scatter_(args: ReduceScatterArgs) -> None:
     """See `pyzero.ops.reduce_scatter_`."""
-    total = slices[0].float()
-    for piece in slices[1:]:
+    total = args.slices[0].float()
+    for piece in args.slices[1:]:
         total = total + piece.float()
-    total = total * scalar(scale, torch.float32)
-    shard.copy_(shard + total if accumulate else total)
-    report([shard], found_inf, sumsq)
+    total = total * scalar(args.scale, torch.float32)
+    args.shard.copy_(args.shard + total if args.accumulate else total)
+    report([args.shard], args.found_inf, args.sumsq)

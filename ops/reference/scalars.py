@@ -1,6 +1,7 @@
 """Scalars as the oracles use them: rounded once to the dtype that is computed in."""
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return value.to(dtype) if isinstance(value, Tensor) else round_to(value, dtype)
 
 
-def report(values: list[Tensor], found_inf: Tensor | None, sumsq: Tensor | None) -> None:
+def report(values: Sequence[Tensor], found_inf: Tensor | None, sumsq: Tensor | None) -> None:
     """Set the flag and add the squares of the values as they were stored."""
     for value in values:
         if found_inf is not None:

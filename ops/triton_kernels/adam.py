@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Scalar, as_f32, as_f64, launch, load_f32, load_scalar, round_to, store_rounded
-
-if TYPE_CHECKING:
-    from ..adam import AdamHyper
+from ..backend import SEGMENT_GRANULE, AdamArgs, AdamHyper, Scalar
+from .common import as_f32, as_f64, launch, load_f32, load_scalar, round_to, store_rounded
 
 BLOCK = 1024  # elements; four fp32 streams of 8 per thread are 8 16-byte loads in flight, and 62 registers
-SEGMENT = 64  # elements that share one entry of segment_ids
 NUM_CONSTANTS = 3  # step_size, inv_sqrt_bc2, decay
 
 
@@ -200,21 +197,9 @@ def _device_constants(
     return table
 
 
-def adam_(
-    master: Tensor,  # (n,) fp32
-    exp_avg: Tensor,  # (n,) fp32
-    exp_avg_sq: Tensor,  # (n,) fp32
-    grad: Tensor,  # (n,) fp32, bf16 or fp16
-    param_out: Tensor | None,  # (n,) fp32, bf16 or fp16
-    hyper: AdamHyper,
-    lr: Scalar,
-    step: Scalar,  # counts from 1; (num_segments,) with segment_ids
-    grad_scale: Scalar,
-    found_inf: Tensor | None,  # (1,) fp32; non-zero: nothing is written
-    segment_ids: Tensor | None,  # (ceil(n/64),) int32
-    active: Tensor | None,  # (num_segments,) fp32; zero: that segment is left alone
-) -> None:
+def adam_(args: AdamArgs) -> None:
     """Update a flat shard in place."""
+    master, hyper, grad_scale = args.master, args.hyper, args.grad_scale
     n = master.numel()
     if n == 0:
         return
@@ -222,16 +207,16 @@ def adam_(
     decays = hyper.weight_decay != 0.0 and hyper.decoupled_weight_decay
     constants: Tensor | None = None
     host: tuple[Any, Any, Any] = (1.0, 1.0, 1.0)
-    if isinstance(lr, Tensor) or isinstance(step, Tensor):
-        constants = _device_constants(master, hyper, lr, step, decays)
+    if isinstance(args.lr, Tensor) or isinstance(args.step, Tensor):
+        constants = _device_constants(master, hyper, args.lr, args.step, decays)
     else:
-        host = _host_constants(hyper, float(lr), int(step), decays)
+        host = _host_constants(hyper, float(args.lr), int(args.step), decays)
     launch(
         adam_kernel, -(-n // BLOCK), master,
-        master, exp_avg, exp_avg_sq, grad, param_out, n,
+        master, args.exp_avg, args.exp_avg_sq, args.grad, args.param_out, n,
         grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale), -1.0 if hyper.maximize else 1.0,
         constants, *host,
         1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps, hyper.weight_decay,
-        found_inf, segment_ids, active,
-        COUPLED=coupled, SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT,
+        args.found_inf, args.segment_ids, args.active,
+        COUPLED=coupled, SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
     )  # fmt: skip

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Scalar = float | Tensor  # a number, or an fp32 0-D tensor on the device
-
 BLOCK = 2048  # elements: 4 warps with 16 each, that is 2 (16-bit) to 4 (fp32) 16-byte loads in flight per thread
 NUM_WARPS = 2 if torch.version.hip else 4  # 128 threads: an AMD wave has 64
 # A program takes whole chunks, so that the fp64 partial sums stay few. A constant, not a property of the device:

@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..backend import LossScaleArgs
 from .common import as_f32, launch
-
-if TYPE_CHECKING:
-    from ..loss_scale import LossScalePolicy
 
 
 @triton.jit
@@ -49,15 +44,10 @@ def loss_scale_kernel(
         tl.store(state + 4, 0.0)
 
 
-def loss_scale_update_(
-    state: Tensor,  # (5,) fp32
-    found_inf: Tensor,  # (1,) fp32
-    policy: LossScalePolicy,
-) -> None:
+def loss_scale_update_(args: LossScaleArgs) -> None:
     """Advance the state by one step, in place."""
+    *numbers, consecutive = args.policy
     launch(
-        loss_scale_kernel, 1, state,
-        state, found_inf, float(policy.growth_factor), float(policy.backoff_factor), float(policy.growth_interval),
-        float(policy.min_scale), float(policy.max_scale), float(policy.hysteresis), float(policy.growth_delay),
-        CONSECUTIVE=bool(policy.consecutive_hysteresis), num_warps=1,
+        loss_scale_kernel, 1, args.state,
+        args.state, args.found_inf, *map(float, numbers), CONSECUTIVE=bool(consecutive), num_warps=1,
     )  # fmt: skip

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
+from ..backend import PackArgs
+from ..rows import addresses, dtypes, numels
 from .address_table import Span
-from .common import Scalar
 from .scaled_copy import CopyJob, scaled_copy
 
 
-def pack_(
-    bucket: Tensor,  # (bucket_numel,) fp32, bf16 or fp16; the gaps between tensors stay as they are
-    tensors: Sequence[Tensor],  # contiguous fp32, bf16 or fp16, mixed
-    offsets: Sequence[int],  # element of the bucket at which each tensor starts
-    scale: Scalar,
-    found_inf: Tensor | None,  # (1,) fp32, set to 1 and never cleared
-    sumsq: Tensor | None,  # (1,) fp32 or fp64, added to
-) -> None:
+def pack_(args: PackArgs) -> None:
     """bucket[offsets[i] : offsets[i] + numel] = scale * tensors[i], rounded to the bucket's dtype."""
-    start, item_bytes = bucket.data_ptr(), bucket.element_size()
+    start, *sources = addresses(args.rows)
+    _, *counts = numels(args.rows)
+    dest, *kinds = dtypes(args.rows)
     spans: dict[torch.dtype, list[Span]] = {}
-    for tensor, offset in zip(tensors, offsets, strict=True):
-        span = (tensor.data_ptr(), start + offset * item_bytes, tensor.numel())
-        spans.setdefault(tensor.dtype, []).append(span)
-    jobs = [CopyJob(dtype, bucket.dtype, part) for dtype, part in spans.items()]
-    scaled_copy(jobs, bucket, scale, found_inf, sumsq, writes=True)
+    for dtype, source, offset, numel in zip(kinds, sources, args.offsets, counts, strict=True):
+        spans.setdefault(dtype, []).append((source, start + offset * dest.itemsize, numel))
+    jobs = [CopyJob(dtype, dest, part) for dtype, part in spans.items()]
+    scaled_copy(jobs, args.bucket, args.scale, None, None, writes=True)

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import ReduceScatterArgs
+from ..rows import addresses
 from .address_table import pointer_table
 from .common import (
     BLOCK,
     ELEMENT_TYPES,
-    Scalar,
     chunk_numel,
     finish_sumsq,
     is_aligned,
@@ -90,29 +89,23 @@ def reduce_scatter_kernel(
     store_stats(largest, squares, found_inf, partials, CHECK, SUMSQ)
 
 
-def reduce_scatter_(
-    shard: Tensor,  # (n,) fp32
-    slices: Sequence[Tensor],  # one (n,) per rank, one dtype: fp32, bf16 or fp16
-    scale: Scalar,
-    accumulate: bool,
-    found_inf: Tensor | None,  # (1,) fp32, set to 1 and never cleared
-    sumsq: Tensor | None,  # (1,) fp32 or fp64, added to
-) -> None:
+def reduce_scatter_(args: ReduceScatterArgs) -> None:
     """shard = [shard +] scale * sum of the slices."""
+    shard, slices, scale = args.shard, args.slices, args.scale
     n = shard.numel()
     if n == 0:
         return
-    addresses = tuple(part.data_ptr() for part in slices)
+    _, *sources = addresses(args.rows)
     chunk = chunk_numel(n)
     num_programs = -(-n // chunk)
-    partials = new_partials(sumsq, num_programs)
+    partials = new_partials(args.sumsq, num_programs)
     is_tensor = isinstance(scale, Tensor)
     launch(
         reduce_scatter_kernel, num_programs, shard,
-        shard, pointer_table(addresses, shard.device), n, chunk,
-        scale if is_tensor else float(scale), found_inf, partials,
-        SLICE=ELEMENT_TYPES[slices[0].dtype], NUM_RANKS=len(slices), ALIGNED=is_aligned(*addresses),
-        ACCUMULATE=accumulate, SCALE_IS_TENSOR=is_tensor, BLOCK=BLOCK,
+        shard, pointer_table(tuple(sources), shard.device), n, chunk,
+        scale if is_tensor else float(scale), args.found_inf, partials,
+        SLICE=ELEMENT_TYPES[slices[0].dtype], NUM_RANKS=len(slices), ALIGNED=is_aligned(*sources),
+        ACCUMULATE=args.accumulate, SCALE_IS_TENSOR=is_tensor, BLOCK=BLOCK,
     )  # fmt: skip
-    if sumsq is not None and partials is not None:
-        finish_sumsq(sumsq, partials)
+    if args.sumsq is not None and partials is not None:
+        finish_sumsq(args.sumsq, partials)

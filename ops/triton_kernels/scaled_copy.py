@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import Scalar
 from .address_table import AddressTable, Span, address_tables
 from .common import (
     BLOCK,
     ELEMENT_TYPES,
-    Scalar,
     finish_sumsq,
     launch,
     load_f32,

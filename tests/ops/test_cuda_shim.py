@@ -10,10 +10,11 @@ import torch
 from cuda_shim import build
 
 from pyzero.ops import build_spec
+from pyzero.ops.rows import rows_of
 
 ADDRESS = "address,alignment"
 OVERFLOW = "AddressSanitizer: heap-"  # buffer-overflow; far past a small one, use-after-free
-SCALE = (0.25, 0)  # a number, no address
+SCALE = 0.25
 
 
 def run_driver(sanitizer: str, planted: Path | None = None, op: str = "") -> subprocess.CompletedProcess[str]:
@@ -87,9 +88,8 @@ def test_module_unscales_a_torch_tensor() -> None:
     workspace = torch.empty(module.report_workspace_bytes(0), dtype=torch.uint8)
     want = tensor * 0.25
 
-    items = [(tensor.data_ptr(), 1, tensor.numel())]
     report = (found_inf.data_ptr(), sumsq.data_ptr(), True)
-    module.unscale_(items, SCALE, report, workspace.data_ptr(), 0, 0)
+    module.unscale_(rows_of([tensor]), SCALE, *report, workspace.data_ptr(), 0, 0)
 
     assert torch.equal(tensor, want) and found_inf.item() == 0
     torch.testing.assert_close(sumsq[0], want.double().square().sum(), rtol=1e-12, atol=0)
@@ -103,23 +103,20 @@ def test_sumsq_is_the_same_from_run_to_run() -> None:
     for _ in range(3):
         sumsq = torch.zeros(1)
         report = (0, sumsq.data_ptr(), False)
-        addresses = [piece.data_ptr() for piece in slices]
-        module.reduce_scatter_(
-            shard.data_ptr(), addresses, 0, shard.numel(), (1.0, 0), False, report, workspace.data_ptr(), 0, 0
-        )
+        module.reduce_scatter_(rows_of([shard, *slices]), 1.0, False, *report, workspace.data_ptr(), 0, 0)
         sums.append(sumsq.item())
     assert len(set(sums)) == 1 and sums[0] > 0
 
 
 def test_a_cuda_error_becomes_a_python_error() -> None:
     with pytest.raises(RuntimeError, match=r"CUDA error while selecting the tensors' device: invalid device ordinal"):
-        build.load().unscale_([], SCALE, (0, 0, False), 0, 1, 0)  # the shim has device 0 alone
+        build.load().unscale_(b"", SCALE, 0, 0, False, 0, 1, 0)  # the shim has device 0 alone
 
 
 def test_too_many_ranks_are_refused() -> None:
     module = build.load()
     shard, one = torch.full((8,), 7.0), torch.zeros(8)
-    addresses = [one.data_ptr()] * (module.max_ranks + 1)
+    rows = rows_of([shard] + [one] * (module.max_ranks + 1))
     with pytest.raises(ValueError, match="got 1025 slices, wanted 1 to 1024"):
-        module.reduce_scatter_(shard.data_ptr(), addresses, 0, 8, (1.0, 0), False, (0, 0, False), 0, 0, 0)
+        module.reduce_scatter_(rows, 1.0, False, 0, 0, False, 0, 0, 0)
     assert torch.equal(shard, torch.full((8,), 7.0))

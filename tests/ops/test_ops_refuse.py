@@ -84,6 +84,29 @@ ADAM = {
     ),
     "backend": ({"backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
 }
+LION = {
+    "master-bf16": ({"master": ones(70).bfloat16()}, TypeError, "expected master in float32, got bfloat16; pass"),
+    "moment-fp64": ({"exp_avg": ones(70).double()}, TypeError, "expected exp_avg in float32, got float64; pass"),
+    "grad-int": ({"grad": ones(70).int()}, TypeError, "expected grad in float32 or bfloat16 or float16, got int32"),
+    "numel": ({"grad": ones(69)}, ValueError, "expected grad to have 70 elements.*got 69; pass slices"),
+    "strided": ({"param_out": ones(140)[::2]}, ValueError, r"param_out to be a contiguous.*strides \(2,\); pass"),
+    "device": ({"grad": ones(70, device="meta")}, ValueError, "expected grad on cpu, got meta; move it"),
+    "overlap": ({"exp_avg": _SHARED[:70], "grad": _SHARED[30:]}, ValueError, "exp_avg and grad not to overlap"),
+    "flag-numel": ({"found_inf": ones(2)}, ValueError, r"expected found_inf to have 1 element, got shape \(2,\); make"),
+    "lr-shape": ({"lr": ones(2)}, ValueError, r"expected lr as a number or a tensor of one element, got shape \(2,\)"),
+    "active-alone": ({"active": ones(1)}, ValueError, "expected segment_ids with active, got none; pass both"),
+    "segments-short": ({"segment_ids": ones(1).int()}, ValueError, "one entry per 64 elements, 2, got 1; slice"),
+    "segments-active": (
+        {"segment_ids": ones(2).int(), "active": ones(2).double()},
+        TypeError,
+        "expected active in float32, got float64; convert",
+    ),
+    "segments-unaligned": (
+        {"grad": ones(71)[1:], "segment_ids": torch.zeros(2).int()},
+        ValueError,
+        "multiple of 16 bytes.*got one that does not; start each shard",
+    ),
+}
 UNSCALE = {
     "dtype": ({"tensors": [ones(70), ones(3).double()]}, TypeError, r"tensors\[1\] in .*got float64; convert"),
     "device": ({"tensors": [ones(70), ones(3, device="meta")]}, ValueError, r"tensors\[1\] on cpu, got meta; move"),
@@ -126,7 +149,6 @@ PACK = {
         ValueError,
         r"expected bucket and tensors\[0\] not to overlap",
     ),
-    "flag-numel": ({"found_inf": ones(2)}, ValueError, r"expected found_inf to have 1 element, got shape \(2,\)"),
     "scale-device": ({"scale": ones(1, device="meta")}, ValueError, "expected scale on cpu, got meta; move"),
 }
 REDUCE_SCATTER = {
@@ -170,10 +192,16 @@ def _adam() -> dict[str, object]:
     return good | {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
 
 
+def _lion() -> dict[str, object]:
+    good = {name: ones(70) for name in ("master", "exp_avg", "grad", "param_out")}
+    return good | {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
+
+
 OPS: dict[
     str, tuple[Call, Callable[[], dict[str, object]], dict[str, tuple[dict[str, object], type[Exception], str]]]
 ] = {
     "adam_": (ops.adam_, _adam, ADAM),
+    "lion_": (ops.lion_, _lion, LION),
     "unscale_": (
         ops.unscale_,
         lambda: {"tensors": [ones(70)], "inv_scale": 0.5, "found_inf": torch.zeros(1), "sumsq": torch.zeros(1)},

@@ -9,7 +9,7 @@ from backends import FUSED, REFERENCE, Target, params, params_by_size
 from bits import DTYPES, Guarded, assert_same, name, tame, wild
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_unscale import check_sumsq, mixed
+from test_unscale import mixed
 from torch import Tensor
 
 from pyzero import ops
@@ -21,27 +21,23 @@ MIXED = (300, 0, 1, 513, 64, 0, 2049, 5)
 
 def run(
     bucket: Tensor, values: list[Tensor], offsets: list[int] | None, scale: float, target: Target, **how: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(bucket, found_inf, sumsq) after the call, on the CPU; canaries and inputs are checked here."""
+) -> Tensor:
+    """The bucket after the call, on the CPU; canaries and inputs are checked here."""
     shift = how.get("shift", 0)
     held = [Guarded(value, target.device, (shift * (i + 1)) % 9) for i, value in enumerate(values)]
     into = Guarded(bucket, target.device, how.get("bucket_shift", 0))
-    found_inf = Guarded(torch.zeros(1), target.device)
-    sumsq = Guarded(torch.zeros(1, dtype=torch.float64), target.device)
     ops.pack_(
         into.tensor,
         [guard.tensor for guard in held],
         offsets=offsets,
         scale=torch.tensor(scale, device=target.device) if how.get("on_device") else scale,
-        found_inf=found_inf.tensor,
-        sumsq=sumsq.tensor,
         backend=target.backend,
     )
-    for i, guard in enumerate((*held, into, found_inf, sumsq)):
-        guard.check(f"buffer {i} of {len(held)} tensors, bucket, found_inf and sumsq")
+    for i, guard in enumerate((*held, into)):
+        guard.check(f"buffer {i} of {len(held)} tensors and bucket")
     for i, (guard, value) in enumerate(zip(held, values, strict=True)):
         assert_same(guard.tensor, value, f"tensor {i}, which is only read", nan_is_nan=False)
-    return into.tensor.cpu(), found_inf.tensor.cpu(), sumsq.tensor.cpu()
+    return into.tensor.cpu()
 
 
 def check(
@@ -52,16 +48,14 @@ def check(
     offsets = [gap + start + i * gap for i, start in enumerate(itertools.accumulate([0, *sizes[:-1]]))] if sizes else []
     bucket = wild(sum(sizes) + gap * (len(sizes) + 1), dtype, 99)
     given = offsets if gap else None
-    got, flag, sumsq = run(bucket, values, given, scale, target, **how)
-    wanted, wanted_flag, _ = run(bucket, values, given, scale, REFERENCE)
+    got = run(bucket, values, given, scale, target, **how)
+    wanted = run(bucket, values, given, scale, REFERENCE)
     what = f"{len(values)} tensors into {name(dtype)}, scale {scale}, gap {gap}, {how}"
     is_gap = torch.ones(bucket.numel(), dtype=torch.bool)
     for offset, size in zip(offsets, sizes, strict=True):
         is_gap[offset : offset + size] = False
     assert_same(got, wanted, what)
     assert_same(got[is_gap], bucket[is_gap], f"gaps of {what}", nan_is_nan=False)
-    assert flag.item() == wanted_flag.item(), what
-    check_sumsq(sumsq, [got[~is_gap]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -70,14 +64,6 @@ def test_bits(target: Target, dtype: torch.dtype) -> None:
     with target.ready():
         for scale, gap, on_device in itertools.product((1.0, 0.3, -(2.0**20)), (0, 3), (False, True)):
             check(mixed(MIXED), dtype, target, scale=scale, gap=gap, on_device=on_device)
-
-
-@pytest.mark.parametrize("target", params(FUSED))
-def test_finite(target: Target) -> None:
-    """With nothing but finite values, so that the sum of squares is compared."""
-    with target.ready():
-        for dtype, gap in itertools.product(DTYPES, (0, 8)):
-            check(mixed(MIXED, tame), dtype, target, gap=gap)
 
 
 @pytest.mark.parametrize(("target", "numel"), params_by_size(ALL, SIZES))
@@ -125,15 +111,11 @@ def test_by_hand(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", params(ALL))
-def test_overflow_in_the_cast_is_found(target: Target) -> None:
+def test_overflow_in_the_cast(target: Target) -> None:
     with target.ready():
-        values = [tame(100, torch.float32, 0), torch.tensor([65519.0])]
-        assert run(torch.zeros(101).half(), values, None, 1.0, target)[1].item() == 0.0
-        values[1] += 1.0
-        got, flag, _ = run(torch.zeros(101).half(), values, None, 1.0, target)
-        assert flag.item() == 1.0
-        assert got[-1].item() == math.inf
-        assert run(torch.zeros(101).bfloat16(), values, None, 1.0, target)[1].item() == 0.0
+        values = [tame(100, torch.float32, 0), torch.tensor([65519.0, 65520.0])]
+        got = run(torch.zeros(102).half(), values, None, 1.0, target)
+        assert got[-2:].tolist() == [65504.0, math.inf]
 
 
 @pytest.mark.parametrize("target", params(ALL))

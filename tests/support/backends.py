@@ -37,7 +37,7 @@ class Target:
         if reason := self.missing():
             pytest.skip(reason)
         if self.backend == SHIM:
-            registry.BACKENDS[SHIM] = registry.Backend(SHIM, (), lambda device_type: None, _shim)
+            registry.BACKENDS[SHIM] = registry.Entry(SHIM, (), lambda device_type: None, _shim)
             try:
                 yield self
             finally:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,8 +24,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pyzero.ops import triton_kernels
-from pyzero.ops.adam import AdamHyper
-from pyzero.ops.triton_kernels import adam, common, loss_scale, reduce_scatter, scaled_copy
+from pyzero.ops.backend import (
+    AdamArgs,
+    AdamHyper,
+    LionArgs,
+    LionHyper,
+    LossScaleArgs,
+    LossScalePolicy,
+    PackArgs,
+    ReduceScatterArgs,
+    UnscaleArgs,
+)
+from pyzero.ops.rows import rows_of
+from pyzero.ops.triton_kernels import adam, common, lion, loss_scale, reduce_scatter, scaled_copy
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,42 +70,55 @@ def flat(dtype: torch.dtype, shift: int = 0, n: int = N) -> torch.Tensor:
 
 
 def run_adam(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, shift: int = 0) -> None:
-    coupled = AdamHyper(0.9, 0.999, 1e-8, 0.1, segments, False)
-    state = (flat(F32, shift), flat(F32, shift), flat(F32, shift), flat(grad, shift))
-    param_out = None if out is None else flat(out, shift)
+    tensors = [flat(F32, shift), flat(F32, shift), flat(F32, shift), flat(grad, shift)]
+    tensors.append(None if out is None else flat(out, shift))
+    hyper = AdamHyper(0.9, 0.999, 1e-8, 0.1, segments, False)
     if not segments:
-        triton_kernels.adam_(*state, param_out, coupled, 1e-3, 1, 1.0, None, None, None)
+        triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, 1e-3, 1, 1.0, None, None, None))
         return
     ids, one = flat(torch.int32, n=N // 64), torch.ones(())
-    triton_kernels.adam_(*state, param_out, coupled, one, flat(F32, n=8), one, flat(F32, n=1), ids, flat(F32, n=8))
+    numbers = (one, flat(F32, n=8), one)
+    triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, *numbers, flat(F32, n=1), ids, flat(F32, n=8)))
+
+
+def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False) -> None:
+    tensors = [flat(F32), flat(F32), flat(grad), None if out is None else flat(out)]
+    hyper = LionHyper(0.9, 0.99, 0.1, False)
+    if not segments:
+        triton_kernels.lion_(LionArgs(*tensors, b"", hyper, 1e-3, 1.0, None, None, None))
+        return
+    ids, one = flat(torch.int32, n=N // 64), torch.ones(())
+    triton_kernels.lion_(LionArgs(*tensors, b"", hyper, one, one, flat(F32, n=1), ids, flat(F32, n=8)))
 
 
 def run_unscale(dtype: torch.dtype, scale: Any, shift: int = 0) -> None:
-    triton_kernels.unscale_([flat(dtype, shift)], scale, flat(F32, n=1), flat(F32, n=1))
+    tensors = [flat(dtype, shift)]
+    triton_kernels.unscale_(UnscaleArgs(tensors, rows_of(tensors), scale, flat(F32, n=1), flat(F32, n=1)))
 
 
 def run_pack(source: torch.dtype, bucket: torch.dtype) -> None:
-    triton_kernels.pack_(flat(bucket), [flat(source)], [0], torch.ones(()), flat(F32, n=1), None)
+    into, *tensors = flat(bucket), flat(source)
+    triton_kernels.pack_(PackArgs(into, tensors, rows_of([into, *tensors]), [0], torch.ones(())))
 
 
 def run_reduce_scatter(dtype: torch.dtype, num_ranks: int, *, accumulate: bool, shift: int = 0) -> None:
-    slices = [flat(dtype, shift) for _ in range(num_ranks)]
+    shard, *slices = flat(F32), *(flat(dtype, shift) for _ in range(num_ranks))
     sums = torch.zeros(1, dtype=torch.float64)
-    triton_kernels.reduce_scatter_(flat(F32), slices, 1.0, accumulate, flat(F32, n=1), sums)
+    rows = rows_of([shard, *slices])
+    triton_kernels.reduce_scatter_(ReduceScatterArgs(shard, slices, rows, 1.0, accumulate, flat(F32, n=1), sums))
 
 
 def run_loss_scale() -> None:
-    policy = SimpleNamespace(
-        growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, min_scale=1.0, max_scale=float("inf"),
-        hysteresis=2, growth_delay=0, consecutive_hysteresis=False,
-    )  # fmt: skip
-    triton_kernels.loss_scale_update_(flat(F32, n=5), flat(F32, n=1), policy)  # type: ignore[arg-type]
+    policy = LossScalePolicy(2.0, 0.5, 2000, 1.0, float("inf"), 2, 0, False)
+    triton_kernels.loss_scale_update_(LossScaleArgs(flat(F32, n=5), flat(F32, n=1), policy))
 
 
 CASES: dict[str, Callable[[], None]] = {
     "adam-bf16-bf16": partial(run_adam, BF16, BF16),
     "adam-f32": partial(run_adam, F32, None),
     "adam-f16-f16-segments": partial(run_adam, F16, F16, segments=True),
+    "lion-bf16-bf16": partial(run_lion, BF16, BF16),
+    "lion-f16-f16-segments": partial(run_lion, F16, F16, segments=True),
     "unscale-bf16": partial(run_unscale, BF16, 0.5),
     "unscale-f32": partial(run_unscale, F32, torch.ones(())),
     "unscale-f16-reads": partial(run_unscale, F16, 1.0),
@@ -166,7 +189,7 @@ def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool =
         found = nvidia_facts(compiled) if target.backend == "cuda" else amd_facts(compiled)
         facts.append({"kernel": kernel.fn.__name__, "block": constants.get("BLOCK", 0), **found})
 
-    for module in (adam, common, loss_scale, reduce_scatter, scaled_copy):
+    for module in (adam, common, lion, loss_scale, reduce_scatter, scaled_copy):
         module.launch = warm_up  # type: ignore[attr-defined]
     run()
     return facts

@@ -10,6 +10,7 @@
 #include "cuda/grid.h"
 #include "cuda/launch.h"
 #include "math/adam.h"
+#include "math/lion.h"
 #include "math/reduce_scatter.h"
 #include "math/unscale.h"
 
@@ -216,6 +217,69 @@ void adam() {
   }
 }
 
+struct LionCase {
+  DType grad;
+  bool has_out;
+  DType out;
+  LionHyper hyper;
+  bool on_device;  // lr and grad_scale
+  bool segments;
+  float found_inf;
+};
+
+void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
+  Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head);
+  Array grad(c.grad, numel, other_head), out(c.out, c.has_out ? numel : 0, other_head);
+  Array want_master = master.copy(), want_m = m.copy(), want_out = out.copy();
+
+  const float lr = 1e-2f, active[] = {1.0f, 0.0f, 1.0f}, grad_scale = 0.37f;
+  std::vector<int32_t> ids(size_t((numel + kSegmentGranule - 1) / kSegmentGranule));
+  for (int32_t& id : ids) id = int32_t(generator() % 3);
+
+  LionArgs args{};
+  args.master = master.floats();
+  args.exp_avg = m.floats();
+  args.grad = grad.buffer();
+  if (c.has_out) args.param_out = out.buffer();
+  args.numel = numel;
+  args.hyper = c.hyper;
+  args.lr = Scalar{double(lr), c.on_device ? &lr : nullptr};
+  args.grad_scale = Scalar{double(grad_scale), c.on_device ? &grad_scale : nullptr};
+  args.found_inf = &c.found_inf;
+  args.segment_ids = c.segments ? ids.data() : nullptr;
+  args.active = c.segments ? active : nullptr;
+  cuda::lion(args, nullptr);
+
+  const LionConstants k = lion_constants(c.hyper, lr);
+  const float scale = c.hyper.maximize ? -grad_scale : grad_scale;
+  for (int64_t i = 0; i < numel && c.found_inf == 0.0f; ++i) {
+    if (c.segments && active[ids[size_t(i / kSegmentGranule)]] == 0.0f) continue;
+    const LionState before{want_master.get(i), want_m.get(i)};
+    const LionState now = lion_element(before, grad.get(i), scale, lion_coefficients(c.hyper), k);
+    want_master.set(i, now.master);
+    want_m.set(i, now.exp_avg);
+    if (c.has_out) want_out.set(i, now.master);
+  }
+  require(master.equals(want_master) && m.equals(want_m), "lion", "state", numel);
+  require(out.equals(want_out), "lion", "param_out", numel);
+}
+
+void lion() {
+  unsigned turn = 0;
+  for (const int64_t numel : kSizes) {
+    for (const DType grad : kTypes) {
+      for (int out = 0; out < 4; ++out) {
+        const bool segments = turn % 4 == 1;
+        const LionHyper hyper{0.9, 0.99, turn % 3 ? 0.1 : 0.0, turn % 5 == 0};
+        const LionCase c{grad, out > 0, kTypes[out % 3], hyper, turn % 3 == 1, segments, turn % 7 == 6 ? 1.0f : 0.0f};
+        const int head = segments ? 0 : int(turn % 4);
+        lion_case(c, numel, head, turn % 6 == 3 && !segments ? head + 1 : head);
+        ++turn;
+      }
+    }
+  }
+}
+
 void unscale_case(int64_t numel, int head, float inv_scale, bool on_device, bool overflow) {
   std::vector<Array> tensors, wants;
   for (int k = 0; k < 7; ++k) {
@@ -362,6 +426,7 @@ int main(int argc, char** argv) {
     if (only.empty() || only == name) op();
   };
   run("adam", adam);
+  run("lion", lion);
   run("unscale", unscale);
   run("unscale_many", unscale_many);
   run("pack", pack);

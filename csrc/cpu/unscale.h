@@ -1,0 +1,67 @@
+// unscale_ and pack_: the loop of one ISA. Include only from kernels.cpp.
+#pragma once
+
+#include "square_sum.h"
+
+namespace pyzero {
+namespace PYZERO_ISA {
+namespace {
+
+template <typename T>
+inline void scale_directly(const Buffer& src, const Buffer& dst, float factor, int64_t at, int64_t count) {
+  const T* in = static_cast<const T*>(src.data) + at;
+  T* out = static_cast<T*>(dst.data) + at;
+  for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(scale_element(to_float(in[i]), factor));
+}
+
+// One pass where the compiler vectorises the conversion both ways; otherwise three, over a tile in L1.
+inline void scale_span(const Buffer& src, const Buffer& dst, float factor, float* tile, int64_t at, int64_t count) {
+  if (src.dtype == dst.dtype && src.dtype == DType::kFloat32) return scale_directly<float>(src, dst, factor, at, count);
+  if (src.dtype == dst.dtype && src.dtype == DType::kBFloat16) {
+    return scale_directly<BFloat16>(src, dst, factor, at, count);
+  }
+  widen_span(src, at, tile, count);
+  if (factor != 1.0f) {
+    for (int64_t i = 0; i < count; ++i) tile[i] = scale_element(tile[i], factor);
+  }
+  narrow_span(tile, dst, at, count);
+}
+
+inline bool any_nonfinite(const Buffer& buffer, int64_t at, int64_t count) {
+  bool any = false;
+  with_dtype(buffer.dtype, [&](auto* type) {
+    const auto* values = static_cast<decltype(type)>(buffer.data) + at;
+    unsigned found = 0;
+    for (int64_t i = 0; i < count; ++i) found |= is_nonfinite(values[i]);
+    any = found != 0;
+  });
+  return any;
+}
+
+// Reads 2 or 4 B per element and writes as many; times 1 in the same dtype only copies, and in place only reads.
+double scale(const Buffer& dst, const Buffer& src, float factor, Ask ask, int64_t begin, int64_t end) {
+  const bool verbatim = factor == 1.0f && dst.dtype == src.dtype;
+  const bool writes = dst.data != nullptr && !(verbatim && dst.data == src.data);
+  if (verbatim && writes) copy_span(src, dst, begin, end - begin);
+  if (verbatim && ask == Ask::kNothing) return 0.0;
+
+  const Buffer& stored = writes ? dst : src;
+  SquareSum sum;
+  bool found = false;
+  float tile[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    if (writes && !verbatim) scale_span(src, dst, factor, tile, at, count);
+    if (ask == Ask::kFlag) found |= any_nonfinite(stored, at, count);
+    if (ask == Ask::kSumsq) {
+      widen_span(stored, at, tile, count);  // what was stored, which is what counts
+      sum.add(tile, count);
+    }
+  }
+  if (ask == Ask::kFlag) return found ? bits_float(0x7fc00000u) : 0.0;
+  return sum.total();
+}
+
+}  // namespace
+}  // namespace PYZERO_ISA
+}  // namespace pyzero

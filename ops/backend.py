@@ -1,0 +1,145 @@
+"""The contract between ops and backends: one frozen object of arguments per op, as in csrc/args.h, and who takes it.
+
+An op has checked what it hands over; a backend trusts it. `rows` are the same tensors as plain numbers, see
+`pyzero.ops.rows`: for backends that launch by address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+Scalar: TypeAlias = float | Tensor  # a number, or a 0-D fp32 tensor on the tensors' device
+
+SEGMENT_GRANULE = 64  # elements that share one entry of segment_ids; kSegmentGranule in csrc/args.h
+
+
+class AdamHyper(NamedTuple):
+    """What stays the same from step to step; the order is that of AdamHyper in csrc/math/adam.h."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+
+
+class AdamArgs(NamedTuple):
+    """Arguments of adam_."""
+
+    master: Tensor  # (numel,) fp32
+    exp_avg: Tensor  # (numel,) fp32
+    exp_avg_sq: Tensor  # (numel,) fp32
+    grad: Tensor  # (numel,) fp32, bf16 or fp16
+    param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
+    rows: bytes  # of the five above, or four; none for the fp64 oracle
+    hyper: AdamHyper
+    lr: Scalar
+    step: Scalar  # counts from 1; (num_segments,) with segment_ids
+    grad_scale: Scalar
+    found_inf: Tensor | None  # (1,) fp32; not zero: nothing is written
+    segment_ids: Tensor | None  # (ceil(numel / SEGMENT_GRANULE),) int32
+    active: Tensor | None  # (num_segments,) fp32; zero: that segment is left alone
+
+
+class LionHyper(NamedTuple):
+    """What stays the same from step to step; the order is that of LionHyper in csrc/math/lion.h."""
+
+    beta1: float
+    beta2: float
+    weight_decay: float
+    maximize: bool
+
+
+class LionArgs(NamedTuple):
+    """Arguments of lion_."""
+
+    master: Tensor  # (numel,) fp32
+    exp_avg: Tensor  # (numel,) fp32
+    grad: Tensor  # (numel,) fp32, bf16 or fp16
+    param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
+    rows: bytes  # of the four above, or three; none for the fp64 oracle
+    hyper: LionHyper
+    lr: Scalar
+    grad_scale: Scalar
+    found_inf: Tensor | None  # (1,) fp32; not zero: nothing is written
+    segment_ids: Tensor | None  # (ceil(numel / SEGMENT_GRANULE),) int32
+    active: Tensor | None  # (num_segments,) fp32; zero: that segment is left alone
+
+
+class UnscaleArgs(NamedTuple):
+    """Arguments of unscale_."""
+
+    tensors: Sequence[Tensor]  # contiguous fp32, bf16 or fp16, mixed
+    rows: bytes  # of the tensors
+    inv_scale: Scalar  # the number 1.0: only read
+    found_inf: Tensor | None  # (1,) fp32, set to 1 and never cleared
+    sumsq: Tensor | None  # (1,) fp32 or fp64, added to
+
+
+class PackArgs(NamedTuple):
+    """Arguments of pack_."""
+
+    bucket: Tensor  # (bucket_numel,) fp32, bf16 or fp16; the gaps between tensors stay as they are
+    tensors: Sequence[Tensor]  # contiguous fp32, bf16 or fp16, mixed
+    rows: bytes  # of the bucket and the tensors
+    offsets: Sequence[int]  # element of the bucket at which each tensor starts
+    scale: Scalar
+
+
+class ReduceScatterArgs(NamedTuple):
+    """Arguments of reduce_scatter_."""
+
+    shard: Tensor  # (numel,) fp32
+    slices: Sequence[Tensor]  # one (numel,) per rank, one dtype: fp32, bf16 or fp16
+    rows: bytes  # of the shard and the slices
+    scale: Scalar
+    accumulate: bool
+    found_inf: Tensor | None  # (1,) fp32, set to 1 and never cleared
+    sumsq: Tensor | None  # (1,) fp32 or fp64, added to
+
+
+class LossScalePolicy(NamedTuple):
+    """When the scale grows and when it backs off; the order is that of LossScalePolicy in csrc/math/loss_scale.h."""
+
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    min_scale: float
+    max_scale: float
+    hysteresis: int
+    growth_delay: int
+    consecutive_hysteresis: bool
+
+
+class LossScaleArgs(NamedTuple):
+    """Arguments of loss_scale_update_."""
+
+    state: Tensor  # (5,) fp32
+    found_inf: Tensor  # (1,) fp32
+    policy: LossScalePolicy
+
+
+class Backend(Protocol):
+    """A module or an object with these functions; one that lacks an op is passed over for it."""
+
+    def adam_(self, args: AdamArgs, /) -> None:
+        """See `pyzero.ops.adam_`."""
+
+    def lion_(self, args: LionArgs, /) -> None:
+        """See `pyzero.ops.lion_`."""
+
+    def unscale_(self, args: UnscaleArgs, /) -> None:
+        """See `pyzero.ops.unscale_`."""
+
+    def pack_(self, args: PackArgs, /) -> None:
+        """See `pyzero.ops.pack_`."""
+
+    def reduce_scatter_(self, args: ReduceScatterArgs, /) -> None:
+        """See `pyzero.ops.reduce_scatter_`."""
+
+    def loss_scale_update_(self, args: LossScaleArgs, /) -> None:
+        """See `pyzero.ops.loss_scale_update_`."""

@@ -1,0 +1,84 @@
+"""lion_: one fused pass of Lion over a flat shard."""
+
+import torch
+from torch import Tensor
+
+from pyzero.ops import registry
+from pyzero.ops.backend import LionArgs, LionHyper, Scalar
+from pyzero.ops.checks import as_scalar, check_one
+from pyzero.ops.shard import check_per_segment, check_segment_ids, shard_rows
+
+_NAMES = ("master", "exp_avg", "grad", "param_out")
+
+
+def lion_(
+    master: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    lr: Scalar,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool = False,
+    grad_scale: Scalar = 1.0,
+    found_inf: Tensor | None = None,
+    param_out: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    active: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Update `master` and `exp_avg` in place by one step of Lion, in fp32.
+
+    The formula is that of Chen et al. (arXiv 2302.06675), with decoupled weight decay: `master` is multiplied by
+    `1 - lr * weight_decay`, then moves by `lr` against the sign of `beta1 * exp_avg + (1 - beta1) * grad`, not at all
+    where that is 0; `exp_avg` becomes `beta2 * exp_avg + (1 - beta2) * grad`. Every backend gives the same bits.
+
+    Args:
+        master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
+        exp_avg: (numel,) fp32 moment.
+        grad: (numel,) fp32, bf16 or fp16; read only.
+        lr: Learning rate, a number or a 0-D tensor on the same device.
+        beta1: Weight of the moment in the update.
+        beta2: Decay of the moment.
+        weight_decay: Decoupled decay.
+        maximize: Ascend instead of descend.
+        grad_scale: Multiplies the gradient in registers: clip coefficient, 1/loss-scale. A number or a 0-D tensor.
+        found_inf: 1-element fp32 tensor; where it is not zero nothing is written. Without it a NaN gradient makes NaN.
+        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even.
+        segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
+            that start at a multiple of 16 bytes. Matters where some segment is not active.
+        active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
+        backend: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        TypeError: A dtype that is not one of the above.
+        ValueError: Shapes, devices, overlap or alignment that do not fit.
+        BackendUnavailableError: The backend asked for cannot run here.
+    """
+    tensors = (master, exp_avg, grad) if param_out is None else (master, exp_avg, grad, param_out)
+    rows = shard_rows(_NAMES, tensors, 2, backend)
+    device = master.device
+    if found_inf is not None:
+        check_one("found_inf", found_inf, (torch.float32,), device)
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, master, rows)
+    if active is not None:
+        if segment_ids is None:
+            raise ValueError("expected segment_ids with active, got none; pass both or neither")
+        check_per_segment("active", active, device)
+
+    args = LionArgs(
+        master=master,
+        exp_avg=exp_avg,
+        grad=grad,
+        param_out=param_out,
+        rows=rows,
+        hyper=LionHyper(beta1, beta2, weight_decay, maximize),
+        lr=as_scalar("lr", lr, device),
+        grad_scale=as_scalar("grad_scale", grad_scale, device),
+        found_inf=found_inf,
+        segment_ids=segment_ids,
+        active=active,
+    )
+    registry.pick("lion_", backend, device).lion_(args)

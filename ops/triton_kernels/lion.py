@@ -1,0 +1,114 @@
+"""Lion (Chen et al. 2023) over a flat shard, and the 16-bit weights with it."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels: their arguments are pointers and blocks, which Python types do not name)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import SEGMENT_GRANULE, LionArgs
+from .common import as_f32, as_f64, launch, load_f32, load_scalar, round_to, store_rounded
+
+BLOCK = 1024  # elements; two fp32 streams of 8 per thread and the gradients are 5 or 6 16-byte loads in flight
+
+
+@triton.jit
+def _lion_block(
+    master, exp_avg, grad, param_out,  # advanced to the block's first element
+    offsets, load_mask, store_mask, grad_scale, lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+):  # fmt: skip
+    p = tl.load(master + offsets, mask=load_mask)
+    m = tl.load(exp_avg + offsets, mask=load_mask)
+    g = load_f32(grad + offsets, load_mask)
+
+    g = g * grad_scale
+    blend = beta1 * m + one_minus_beta1 * g
+    # blend - blend is 0 for 0, and NaN for NaN
+    direction = tl.where(blend > 0.0, 1.0, tl.where(blend < 0.0, -1.0, blend - blend))
+    p = p * decay - lr * direction
+    m = beta2 * m + one_minus_beta2 * g
+
+    tl.store(master + offsets, p, mask=store_mask)
+    tl.store(exp_avg + offsets, m, mask=store_mask)
+    if param_out is not None:
+        store_rounded(param_out + offsets, round_to(p, param_out.dtype.element_ty), store_mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def lion_kernel(
+    master, exp_avg,  # fp32 (n,), read and written
+    grad,  # fp32, bf16 or fp16 (n,)
+    param_out,  # fp32, bf16 or fp16 (n,), written, or None
+    n,
+    grad_scale, negate,
+    lr: tl.float64,
+    lr_tensor,  # fp32 0-D or None; used instead of lr
+    weight_decay: tl.float64,
+    beta1, one_minus_beta1, beta2, one_minus_beta2,
+    found_inf,  # fp32 (1,) or None
+    segment_ids,  # int32 (ceil(n/64),) or None
+    active,  # fp32 (num_segments,) or None
+    SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """One program updates BLOCK elements, as rows of one segment entry each.
+
+    Bytes per element: read 8 + grad, write 8 + param_out; 20 in fp32 alone, 20 with both in 16 bits.
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
+
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    rows = tl.arange(0, BLOCK // SEGMENT)[:, None]
+    offsets = rows * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    left = n - base
+    # The same for a whole row, so that a masked store is still 16 bytes wide.
+    keep = rows >= 0
+    if active is not None:
+        segment = tl.load(segment_ids + base // SEGMENT + rows, mask=rows * SEGMENT < left, other=0)
+        keep = tl.load(active + segment) != 0.0
+    if lr_tensor is None:
+        rate = as_f64(lr)
+    else:
+        rate = tl.load(lr_tensor).to(tl.float64)
+    decay = (1.0 - rate * as_f64(weight_decay)).to(tl.float32)
+    rate = rate.to(tl.float32)
+    scale = load_scalar(grad_scale, SCALE_IS_TENSOR) * as_f32(negate)
+    beta1 = as_f32(beta1)
+    one_minus_beta1 = as_f32(one_minus_beta1)
+    beta2 = as_f32(beta2)
+    one_minus_beta2 = as_f32(one_minus_beta2)
+
+    master += base
+    exp_avg += base
+    grad += base
+    if param_out is not None:
+        param_out += base
+    if left < BLOCK:
+        inside = offsets < left
+        _lion_block(master, exp_avg, grad, param_out, offsets, inside, inside & keep, scale, rate, decay,
+                    beta1, one_minus_beta1, beta2, one_minus_beta2)  # fmt: skip
+    else:
+        _lion_block(master, exp_avg, grad, param_out, offsets, None, None if active is None else keep, scale, rate,
+                    decay, beta1, one_minus_beta1, beta2, one_minus_beta2)  # fmt: skip
+
+
+def lion_(args: LionArgs) -> None:
+    """Update a flat shard in place."""
+    master, hyper, lr, grad_scale = args.master, args.hyper, args.lr, args.grad_scale
+    n = master.numel()
+    if n == 0:
+        return
+    number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (float(lr), None)
+    launch(
+        lion_kernel, -(-n // BLOCK), master,
+        master, args.exp_avg, args.grad, args.param_out, n,
+        grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale), -1.0 if hyper.maximize else 1.0,
+        number, tensor, float(hyper.weight_decay),
+        hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2,
+        args.found_inf, args.segment_ids, args.active,
+        SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""What the tests of adam_ and lion_ share: a call over a flat shard as data, run on a backend and on the reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from backends import REFERENCE, Target
+from bits import Guarded, assert_same, tame, wild
+from torch import Tensor
+
+FP32_LR = 0.0010000000474974513  # what a tensor can hold, so that number and tensor mean the same
+SIZES = (0, 1, 7, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4097, 32767, 32768, 32769)
+
+
+@dataclass(frozen=True)
+class ShardCase:
+    """One call."""
+
+    op: ClassVar[Callable[..., None]]
+    state: ClassVar[tuple[str, ...]]
+
+    numel: int = 700
+    grad: torch.dtype = torch.float32
+    out: torch.dtype | None = None
+    weight_decay: float = 0.0
+    maximize: bool = False
+    on_device: bool = False  # numbers as tensors
+    grad_scale: float = 0.37109375
+    found_inf: float | None = None
+    shift: int = 0  # elements off alignment
+    segments: int = 0
+    idle: bool = False  # some segments are not active
+    is_wild: bool = True
+
+    def inputs(self) -> dict[str, Tensor]:
+        make = wild if self.is_wild else tame
+        made = {each: make(self.numel, torch.float32, seed) for seed, each in enumerate(self.state)}
+        made["grad"] = make(self.numel, self.grad, 3)
+        if self.out is not None:
+            made["param_out"] = make(self.numel, self.out, 4)
+        return made
+
+    def numbers(self) -> dict[str, float]:
+        """What may also be a tensor."""
+        return {"lr": FP32_LR, "grad_scale": self.grad_scale}
+
+    def options(self, device: str) -> dict[str, object]:
+        made: dict[str, object] = dict(self.numbers())
+        if self.on_device:
+            made = {each: torch.tensor(value, device=device) for each, value in self.numbers().items()}
+        if self.found_inf is not None:
+            made["found_inf"] = torch.tensor([self.found_inf], device=device)
+        if self.segments:
+            made["segment_ids"] = self.segment_ids().to(device)
+        if self.idle:
+            made["active"] = self.active().to(device)
+        return made | {"weight_decay": self.weight_decay, "maximize": self.maximize}
+
+    def segment_ids(self) -> Tensor:
+        granules = -(-self.numel // 64)
+        return (torch.arange(granules) // 3 * 7 % self.segments).to(torch.int32)
+
+    def active(self) -> Tensor:
+        return (torch.arange(self.segments) % 3 != 1).float()
+
+
+def run(case: ShardCase, target: Target, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors after the call, on the CPU; canaries and the gradient are checked here."""
+    values = case.inputs() if values is None else values
+    shifts = dict.fromkeys(values, case.shift)
+    return run_shifted(case, target, values, shifts)
+
+
+def run_shifted(
+    case: ShardCase, target: Target, values: dict[str, Tensor], shifts: dict[str, int]
+) -> dict[str, Tensor]:
+    """The same with tensors off alignment by a number of elements each."""
+    held = {each: Guarded(value, target.device, shifts[each]) for each, value in values.items()}
+    tensors = {each: guard.tensor for each, guard in held.items()}
+    type(case).op(**tensors, **case.options(target.device), backend=target.backend)
+    for each, guard in held.items():
+        guard.check(f"{each} of {case} at {shifts}")
+    assert_same(tensors["grad"], values["grad"], f"grad of {case}", nan_is_nan=False)
+    return {each: tensor.cpu() for each, tensor in tensors.items()}
+
+
+def check(case: ShardCase, target: Target) -> None:
+    """The same bits as the reference's."""
+    assert_all_same(run(case, target), run(case, REFERENCE), str(case))
+
+
+def assert_all_same(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str, *, nan_is_nan: bool = True) -> None:
+    for each in wanted:
+        assert_same(got[each], wanted[each], f"{each} of {what}", nan_is_nan=nan_is_nan)
