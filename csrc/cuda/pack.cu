@@ -7,17 +7,17 @@ namespace {
 
 // Bytes per element: its size in the gradient read, its size in the bucket written: 4 from bf16 to bf16.
 template <typename Out>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) pack_kernel(const __grid_constant__ ListParams params) {
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ ListParams params) {
   Stats stats{params.report.partials != nullptr};
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
       case DType::kFloat32:
-        return scale_chunk<float, Out, true>(item, chunk, scale, stats);
+        return visit_list_chunk(item, chunk, ScaleBody<float, Out>{item, scale, stats});
       case DType::kBFloat16:
-        return scale_chunk<BFloat16, Out, true>(item, chunk, scale, stats);
+        return visit_list_chunk(item, chunk, ScaleBody<BFloat16, Out>{item, scale, stats});
       default:
-        return scale_chunk<Float16, Out, true>(item, chunk, scale, stats);
+        return visit_list_chunk(item, chunk, ScaleBody<Float16, Out>{item, scale, stats});
     }
   });
   finish_block(stats, params.report);

@@ -18,7 +18,7 @@ using namespace pyzero;
 namespace {
 
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-constexpr int64_t kBlock = cuda::kThreads * 8;  // elements that one block takes at once; four times that for lists
+constexpr int64_t kBlock = cuda::kThreads * 8;  // elements of a chunk of adam_; twice that for lists
 #if defined(__SANITIZE_THREAD__)
 const int64_t kSizes[] = {0, 1, 9, kBlock + 1,
                           41 * kBlock + 13};  // fewer: each launch starts and ends a block's threads
@@ -113,7 +113,7 @@ class Array {
 // Where an op reports, and what the plain loop says it should have.
 class Expected {
  public:
-  explicit Expected(bool is_double) : is_double_(is_double), partials_(new double[size_t(cuda::max_blocks())]) {}
+  explicit Expected(bool is_double) : is_double_(is_double), partials_(new double[cuda::kMaxPartials]) {}
 
   Report report() {
     void* sumsq = is_double_ ? static_cast<void*>(&got_double_) : &got_float_;
