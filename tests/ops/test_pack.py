@@ -9,7 +9,7 @@ from backends import FUSED, REFERENCE, Target, params, params_by_size
 from bits import DTYPES, Guarded, assert_same, name, tame, wild
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_unscale import check_sumsq, mixed
+from test_unscale import PLACES, check_sumsq, edges, mixed
 from torch import Tensor
 
 from pyzero import ops
@@ -143,3 +143,20 @@ def test_nothing_to_pack(target: Target) -> None:
         ops.pack_(bucket, [], backend=target.backend)
         ops.pack_(bucket, [torch.ones(0, device=target.device)], offsets=[3], scale=5.0, backend=target.backend)
         assert bucket.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("target", params(ALL))
+def test_found_inf_without_a_sum(target: Target) -> None:
+    """The kernels then test bits of the bucket's dtype, where a sum would tell."""
+    with target.ready():
+        pairs = [(dtype, into) for dtype in DTYPES for into in DTYPES if dtype in (torch.float32, into)]
+        for (dtype, into), at in itertools.product(pairs, PLACES):
+            for value, wanted in edges(into):
+                tensor = tame(1001, dtype, 0).to(target.device)
+                tensor[at] = value
+                bucket, found_inf = (
+                    torch.empty(1001, dtype=into, device=target.device),
+                    torch.zeros(1).to(target.device),
+                )
+                ops.pack_(bucket, [tensor], found_inf=found_inf, backend=target.backend)
+                assert found_inf.item() == wanted, (dtype, into, at, value)
