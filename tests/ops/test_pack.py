@@ -154,9 +154,7 @@ def test_found_inf_without_a_sum(target: Target) -> None:
             for value, wanted in edges(into):
                 tensor = tame(1001, dtype, 0).to(target.device)
                 tensor[at] = value
-                bucket, found_inf = (
-                    torch.empty(1001, dtype=into, device=target.device),
-                    torch.zeros(1).to(target.device),
-                )
+                bucket = torch.empty(1001, dtype=into, device=target.device)
+                found_inf = torch.zeros(1, device=target.device)
                 ops.pack_(bucket, [tensor], found_inf=found_inf, backend=target.backend)
                 assert found_inf.item() == wanted, (dtype, into, at, value)
