@@ -75,7 +75,6 @@ struct PackArgs {
   std::vector<Buffer> tensors;
   std::vector<int64_t> offsets;  // into the bucket, in elements
   Scalar scale;
-  Report report;  // no caller asks for one
 };
 
 struct ReduceScatterArgs {

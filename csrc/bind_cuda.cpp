@@ -63,7 +63,7 @@ void unscale_(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address
 
 void pack_(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar scale, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::pack(pack_args(rows, offsets, scale), nullptr, stream_of(stream));
+  cuda::pack(pack_args(rows, offsets, scale), stream_of(stream));
 }
 
 void reduce_scatter_(const PyRows& rows, PyScalar scale, bool accumulate, Address found_inf, Address sumsq,
@@ -80,10 +80,7 @@ void loss_scale_update_(Address state, Address found_inf, const PyPolicy& rule, 
 
 int64_t adam_workspace_bytes(int64_t num_segments) { return num_segments * int64_t(sizeof(AdamConstants)); }
 
-int64_t report_workspace_bytes(int device) {
-  const DeviceGuard guard(device);
-  return cuda::max_blocks() * int64_t(sizeof(double));
-}
+int64_t report_workspace_bytes(int) { return cuda::kMaxPartials * int64_t(sizeof(double)); }
 
 }  // namespace
 }  // namespace pyzero

@@ -3,7 +3,7 @@
 
 #include "../math/adam.h"
 #include "launch.cuh"
-#include "stream.cuh"
+#include "vector_io.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -23,12 +23,11 @@ struct ConstantsParams {
 
 // One thread per segment. Bytes: 4 + 12 per segment.
 __global__ void __launch_bounds__(kThreads) adam_constants_kernel(const __grid_constant__ ConstantsParams params) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= params.num_segments) return;
   const double lr = params.lr_device != nullptr ? double(*params.lr_device) : params.lr;
-  const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < params.num_segments; i += stride) {
-    const double step = params.step_device != nullptr ? double(params.step_device[i]) : params.step;
-    params.table[i] = adam_constants(params.hyper, lr, static_cast<long long>(step));
-  }
+  const double step = params.step_device != nullptr ? double(params.step_device[i]) : params.step;
+  params.table[i] = adam_constants(params.hyper, lr, static_cast<long long>(step));
 }
 
 struct AdamParams {
@@ -38,7 +37,6 @@ struct AdamParams {
   const void* grad;
   void* param_out;
   Span span;
-  int64_t num_chunks;
   AdamCoefficients coefficients;
   AdamConstants constants;
   const AdamConstants* table;  // (num_segments,), or null: `constants` are everyone's
@@ -54,9 +52,11 @@ struct AdamBody {
   static constexpr bool kHasOut = !std::is_same<Out, NoOutput>::value;
 
   const AdamParams& params;
-  float grad_scale;
+  float grad_scale;  // without the sign: nothing waits for it before the loads are under way
+  float found_inf;
 
   struct Inputs {
+    int segment;
     Vector<float> master;
     Vector<float> exp_avg;
     Vector<float> exp_avg_sq;
@@ -64,11 +64,11 @@ struct AdamBody {
   };
 
   __device__ __forceinline__ int segment_of(int64_t i) const {
-    return params.segment_ids != nullptr ? params.segment_ids[uint64_t(i) / kSegmentGranule] : 0;
+    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(i) / kSegmentGranule) : 0;
   }
 
   __device__ __forceinline__ bool is_active(int segment) const {
-    return params.active == nullptr || params.active[segment] != 0.0f;
+    return found_inf == 0.0f && (params.active == nullptr || params.active[segment] != 0.0f);
   }
 
   __device__ __forceinline__ AdamConstants constants_of(int segment) const {
@@ -76,22 +76,22 @@ struct AdamBody {
   }
 
   __device__ __forceinline__ Inputs load(int64_t i) const {
-    return Inputs{load_vector(params.master + i), load_vector(params.exp_avg + i), load_vector(params.exp_avg_sq + i),
-                  load_vector(static_cast<const Grad*>(params.grad) + i)};
+    return Inputs{segment_of(i), load_vector(params.master + i), load_vector(params.exp_avg + i),
+                  load_vector(params.exp_avg_sq + i), load_vector(static_cast<const Grad*>(params.grad) + i)};
   }
 
-  // A vector never straddles two segments: kSegmentGranule is a multiple of kVector, and with segments there is no
+  // A vector never straddles two segments: kSegmentGranule is a multiple of its size, and with segments there is no
   // head.
   __device__ __forceinline__ void finish(int64_t i, Inputs& in) const {
-    const int segment = segment_of(i);
-    if (!is_active(segment)) return;
-    const AdamConstants constants = constants_of(segment);
+    if (!is_active(in.segment)) return;
+    const AdamConstants constants = constants_of(in.segment);
     Vector<typename std::conditional<kHasOut, Out, float>::type> out;
 
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      const AdamState now = adam_element<kCoupled>(AdamState{in.master.x[k], in.exp_avg.x[k], in.exp_avg_sq.x[k]},
-                                                   to_float(in.grad.x[k]), grad_scale, params.coefficients, constants);
+    for (int k = 0; k < out.kSize; ++k) {
+      const AdamState now =
+          adam_element<kCoupled>(AdamState{in.master.x[k], in.exp_avg.x[k], in.exp_avg_sq.x[k]}, to_float(in.grad.x[k]),
+                                 grad_scale * params.sign, params.coefficients, constants);
       in.master.x[k] = now.master;
       in.exp_avg.x[k] = now.exp_avg;
       in.exp_avg_sq.x[k] = now.exp_avg_sq;
@@ -110,7 +110,8 @@ struct AdamBody {
     const AdamState before{params.master[i], params.exp_avg[i], params.exp_avg_sq[i]};
     const float grad = to_float(static_cast<const Grad*>(params.grad)[i]);
 
-    const AdamState now = adam_element<kCoupled>(before, grad, grad_scale, params.coefficients, constants_of(segment));
+    const AdamState now =
+        adam_element<kCoupled>(before, grad, grad_scale * params.sign, params.coefficients, constants_of(segment));
 
     params.master[i] = now.master;
     params.exp_avg[i] = now.exp_avg;
@@ -119,17 +120,15 @@ struct AdamBody {
   }
 };
 
-constexpr int kAdamUnroll = 1;  // three fp32 streams and the gradients: 7 or 8 loads of 16 bytes under way as it is
+constexpr int kAdamUnroll = 2;  // six loads of 16 bytes under way, and two of the gradients
 
-// Bytes per element: 12 read + 12 written of state, gradient read, param_out written: 28 with bf16 in and out.
+// Bytes per element: 12 read + 12 written of state, gradient read, param_out written: 28 with bf16 in and out. Where
+// found_inf is set, what was read is dropped: to wait for it first would cost every other step.
 template <typename Grad, typename Out, bool kCoupled>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) adam_kernel(const __grid_constant__ AdamParams params) {
-  if (params.found_inf != nullptr && *params.found_inf != 0.0f) return;
-  AdamBody<Grad, Out, kCoupled> body{params, read(params.grad_scale) * params.sign};
-
-  for (int64_t chunk = blockIdx.x; chunk < params.num_chunks; chunk += gridDim.x) {
-    stream_chunk<kAdamUnroll>(params.span, chunk, body);
-  }
+  const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
+  const AdamBody<Grad, Out, kCoupled> body{params, read(params.grad_scale), found_inf};
+  visit_chunk<kAdamUnroll>(params.span, blockIdx.x, body);
 }
 
 using Kernel = void (*)(AdamParams);
@@ -165,16 +164,16 @@ Kernel pick(const AdamArgs& args) {
 }
 
 Span adam_span(const AdamArgs& args) {
-  const Stream master{args.master, DType::kFloat32};
-  const Stream out = args.param_out.data != nullptr ? Stream{args.param_out.data, args.param_out.dtype} : master;
-  return span_of(args.numel, {master, Stream{args.exp_avg, DType::kFloat32}, Stream{args.exp_avg_sq, DType::kFloat32},
-                              Stream{args.grad.data, args.grad.dtype}, out});
+  const Operand master{args.master, DType::kFloat32};
+  const Operand out = args.param_out.data != nullptr ? Operand{args.param_out.data, args.param_out.dtype} : master;
+  return span_of(args.numel, {master, Operand{args.exp_avg, DType::kFloat32}, Operand{args.exp_avg_sq, DType::kFloat32},
+                              Operand{args.grad.data, args.grad.dtype}, out});
 }
 
 void fill_constants(const AdamArgs& args, AdamConstants* table, cudaStream_t stream) {
   const ConstantsParams params{args.hyper,       args.lr.value, args.step.value,  args.lr.device,
                                args.step.device, table,         args.num_segments};
-  launch(adam_constants_kernel, params, num_blocks((args.num_segments + kThreads - 1) / kThreads), stream);
+  launch(adam_constants_kernel, params, int((args.num_segments + kThreads - 1) / kThreads), stream);
 }
 
 }  // namespace
@@ -191,7 +190,6 @@ void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream) {
   params.grad = args.grad.data;
   params.param_out = args.param_out.data;
   params.span = adam_span(args);
-  params.num_chunks = num_chunks<kAdamUnroll>(params.span);
   params.coefficients = adam_coefficients(args.hyper);
   if (!on_device) params.constants = adam_constants(args.hyper, args.lr.value, static_cast<long long>(args.step.value));
   params.table = on_device ? constants : nullptr;
@@ -200,7 +198,7 @@ void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream) {
   params.found_inf = args.found_inf;
   params.segment_ids = args.segment_ids;
   params.active = args.active;
-  launch(pick(args), params, num_blocks(params.num_chunks), stream);
+  launch(pick(args), params, int(num_chunks(params.span, kChunk<kAdamUnroll>)), stream);
 }
 
 }  // namespace cuda

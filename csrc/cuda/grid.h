@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../math/types.h"
 #include "launch.h"
 
 namespace pyzero {
@@ -18,9 +19,7 @@ namespace cuda {
 #endif
 
 constexpr int kThreads = PYZERO_THREADS_PER_BLOCK;
-// Allows 80 registers. Left alone, ptxas 13.0 aims at 40 in some kernels and spills there; so it does when held to 64.
-constexpr int kMinBlocks = 3;
-constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads: as many as any target keeps resident
+constexpr int kMinBlocks = 4;  // of kernels with many operands: allows 64 registers, which hold all loads of a chunk
 
 inline void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
@@ -29,7 +28,20 @@ inline void check(cudaError_t error, const char* doing) {
                            cudaGetErrorName(error) + ")");
 }
 
-inline int num_blocks(int64_t num_chunks) { return int(std::min<int64_t>(num_chunks, max_blocks())); }
+// Chunks in runs, one run per block: as many blocks as there are chunks, or almost `max_blocks`. Never as few as are
+// resident: multiprocessors differ in the bandwidth they get, and the next block goes to one that is done.
+struct Runs {
+  int64_t num_chunks;
+  int64_t length;  // chunks of a run
+
+  int num_blocks() const { return int((num_chunks + length - 1) / length); }
+  PZ_HD int64_t begin(unsigned block) const { return block * length; }
+  PZ_HD int64_t end(unsigned block) const { return num_chunks < begin(block + 1) ? num_chunks : begin(block + 1); }
+};
+
+inline Runs runs_of(int64_t num_chunks, int64_t max_blocks) {
+  return Runs{num_chunks, std::max<int64_t>(1, (num_chunks + max_blocks - 1) / max_blocks)};
+}
 
 }  // namespace cuda
 }  // namespace pyzero

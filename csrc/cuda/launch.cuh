@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "grid.h"
+#include "vector_io.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -32,7 +33,7 @@ struct DeviceScalar {
 inline DeviceScalar device_scalar(const Scalar& scalar) { return DeviceScalar{float(scalar.value), scalar.device}; }
 
 __device__ __forceinline__ float read(const DeviceScalar& scalar) {
-  return scalar.device != nullptr ? *scalar.device : scalar.value;
+  return scalar.device != nullptr ? load_now(scalar.device) : scalar.value;
 }
 
 }  // namespace cuda

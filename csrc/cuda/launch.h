@@ -10,6 +10,12 @@
 namespace pyzero {
 namespace cuda {
 
+#ifndef PYZERO_MAX_PARTIALS  // the host shim makes fewer blocks
+#define PYZERO_MAX_PARTIALS 16384
+#endif
+
+// Blocks of a launch that takes a sum: on any GPU many times as many as are resident, yet added up in microseconds.
+constexpr int kMaxPartials = PYZERO_MAX_PARTIALS;
 constexpr int kMaxRanks = 1024;  // slices of one reduce_scatter: their addresses travel as kernel parameters
 
 // constants: num_segments entries; used, and needed, only where lr or step is on the device.
@@ -17,14 +23,12 @@ void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream);
 
 void lion(const LionArgs& args, cudaStream_t stream);
 
-// partials: max_blocks() entries; used, and needed, only where a sum of squares is asked for.
+// partials: kMaxPartials entries; used, and needed, only where a sum of squares is asked for.
 void unscale(const UnscaleArgs& args, double* partials, cudaStream_t stream);
-void pack(const PackArgs& args, double* partials, cudaStream_t stream);
+void pack(const PackArgs& args, cudaStream_t stream);
 void reduce_scatter(const ReduceScatterArgs& args, double* partials, cudaStream_t stream);
 
 void loss_scale_update(float* state, const float* found_inf, const LossScalePolicy& policy, cudaStream_t stream);
-
-int max_blocks();  // of any launch on the current device
 
 }  // namespace cuda
 }  // namespace pyzero

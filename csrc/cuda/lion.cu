@@ -3,7 +3,7 @@
 
 #include "../math/lion.h"
 #include "launch.cuh"
-#include "stream.cuh"
+#include "vector_io.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -17,7 +17,6 @@ struct LionParams {
   const void* grad;
   void* param_out;
   Span span;
-  int64_t num_chunks;
   LionHyper hyper;
   LionCoefficients coefficients;
   LionConstants constants;  // where lr is a number
@@ -34,35 +33,40 @@ struct LionBody {
   static constexpr bool kHasOut = !std::is_same<Out, NoOutput>::value;
 
   const LionParams& params;
-  float grad_scale;
+  float grad_scale;  // without the sign: nothing waits for it before the loads are under way
+  float found_inf;
   LionConstants constants;
 
   struct Inputs {
+    int segment;
     Vector<float> master;
     Vector<float> exp_avg;
     Vector<Grad> grad;
   };
 
-  __device__ __forceinline__ bool is_active(int64_t i) const {
-    if (params.segment_ids == nullptr || params.active == nullptr) return true;
-    return params.active[params.segment_ids[uint64_t(i) / kSegmentGranule]] != 0.0f;
+  __device__ __forceinline__ int segment_of(int64_t i) const {
+    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(i) / kSegmentGranule) : 0;
+  }
+
+  __device__ __forceinline__ bool is_active(int segment) const {
+    return found_inf == 0.0f && (params.active == nullptr || params.active[segment] != 0.0f);
   }
 
   __device__ __forceinline__ Inputs load(int64_t i) const {
-    return Inputs{load_vector(params.master + i), load_vector(params.exp_avg + i),
+    return Inputs{segment_of(i), load_vector(params.master + i), load_vector(params.exp_avg + i),
                   load_vector(static_cast<const Grad*>(params.grad) + i)};
   }
 
-  // A vector never straddles two segments: kSegmentGranule is a multiple of kVector, and with segments there is no
+  // A vector never straddles two segments: kSegmentGranule is a multiple of its size, and with segments there is no
   // head.
   __device__ __forceinline__ void finish(int64_t i, Inputs& in) const {
-    if (!is_active(i)) return;
+    if (!is_active(in.segment)) return;
     Vector<typename std::conditional<kHasOut, Out, float>::type> out;
 
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      const LionState now = lion_element(LionState{in.master.x[k], in.exp_avg.x[k]}, to_float(in.grad.x[k]), grad_scale,
-                                         params.coefficients, constants);
+    for (int k = 0; k < out.kSize; ++k) {
+      const LionState now = lion_element(LionState{in.master.x[k], in.exp_avg.x[k]}, to_float(in.grad.x[k]),
+                                         grad_scale * params.sign, params.coefficients, constants);
       in.master.x[k] = now.master;
       in.exp_avg.x[k] = now.exp_avg;
       if constexpr (kHasOut) out.x[k] = from_float<Out>(now.master);
@@ -74,11 +78,11 @@ struct LionBody {
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
-    if (!is_active(i)) return;
+    if (!is_active(segment_of(i))) return;
     const LionState before{params.master[i], params.exp_avg[i]};
     const float grad = to_float(static_cast<const Grad*>(params.grad)[i]);
 
-    const LionState now = lion_element(before, grad, grad_scale, params.coefficients, constants);
+    const LionState now = lion_element(before, grad, grad_scale * params.sign, params.coefficients, constants);
 
     params.master[i] = now.master;
     params.exp_avg[i] = now.exp_avg;
@@ -86,19 +90,17 @@ struct LionBody {
   }
 };
 
-constexpr int kLionUnroll = 1;  // two fp32 streams and the gradients: 5 or 6 loads of 16 bytes under way as it is
+constexpr int kLionUnroll = 2;  // four loads of 16 bytes under way, and two of the gradients
 
-// Bytes per element: 8 read + 8 written of state, gradient read, param_out written: 20 with bf16 in and out.
+// Bytes per element: 8 read + 8 written of state, gradient read, param_out written: 20 with bf16 in and out. Where
+// found_inf is set, what was read is dropped, as in adam.cu.
 template <typename Grad, typename Out>
 __global__ void __launch_bounds__(kThreads, kMinBlocks) lion_kernel(const __grid_constant__ LionParams params) {
-  if (params.found_inf != nullptr && *params.found_inf != 0.0f) return;
+  const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
   const LionConstants constants =
       params.lr_device != nullptr ? lion_constants(params.hyper, double(*params.lr_device)) : params.constants;
-  LionBody<Grad, Out> body{params, read(params.grad_scale) * params.sign, constants};
-
-  for (int64_t chunk = blockIdx.x; chunk < params.num_chunks; chunk += gridDim.x) {
-    stream_chunk<kLionUnroll>(params.span, chunk, body);
-  }
+  const LionBody<Grad, Out> body{params, read(params.grad_scale), found_inf, constants};
+  visit_chunk<kLionUnroll>(params.span, blockIdx.x, body);
 }
 
 using Kernel = void (*)(LionParams);
@@ -128,10 +130,10 @@ Kernel pick(const LionArgs& args) {
 }
 
 Span lion_span(const LionArgs& args) {
-  const Stream master{args.master, DType::kFloat32};
-  const Stream out = args.param_out.data != nullptr ? Stream{args.param_out.data, args.param_out.dtype} : master;
+  const Operand master{args.master, DType::kFloat32};
+  const Operand out = args.param_out.data != nullptr ? Operand{args.param_out.data, args.param_out.dtype} : master;
   return span_of(args.numel,
-                 {master, Stream{args.exp_avg, DType::kFloat32}, Stream{args.grad.data, args.grad.dtype}, out});
+                 {master, Operand{args.exp_avg, DType::kFloat32}, Operand{args.grad.data, args.grad.dtype}, out});
 }
 
 }  // namespace
@@ -144,7 +146,6 @@ void lion(const LionArgs& args, cudaStream_t stream) {
   params.grad = args.grad.data;
   params.param_out = args.param_out.data;
   params.span = lion_span(args);
-  params.num_chunks = num_chunks<kLionUnroll>(params.span);
   params.hyper = args.hyper;
   params.coefficients = lion_coefficients(args.hyper);
   params.constants = lion_constants(args.hyper, args.lr.value);
@@ -154,7 +155,7 @@ void lion(const LionArgs& args, cudaStream_t stream) {
   params.found_inf = args.found_inf;
   params.segment_ids = args.segment_ids;
   params.active = args.active;
-  launch(pick(args), params, num_blocks(params.num_chunks), stream);
+  launch(pick(args), params, int(num_chunks(params.span, kChunk<kLionUnroll>)), stream);
 }
 
 }  // namespace cuda

@@ -7,20 +7,19 @@ namespace {
 
 // Bytes per element: its size in the gradient read, its size in the bucket written: 4 from bf16 to bf16.
 template <typename Out>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) pack_kernel(const __grid_constant__ ListParams params) {
-  Stats stats{params.report.partials != nullptr};
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ ListParams params) {
+  const NoStats none;
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
       case DType::kFloat32:
-        return scale_chunk<float, Out, true>(item, chunk, scale, stats);
+        return visit_list_chunk(item, chunk, ScaleBody<float, Out, const NoStats>{item, scale, none});
       case DType::kBFloat16:
-        return scale_chunk<BFloat16, Out, true>(item, chunk, scale, stats);
+        return visit_list_chunk(item, chunk, ScaleBody<BFloat16, Out, const NoStats>{item, scale, none});
       default:
-        return scale_chunk<Float16, Out, true>(item, chunk, scale, stats);
+        return visit_list_chunk(item, chunk, ScaleBody<Float16, Out, const NoStats>{item, scale, none});
     }
   });
-  finish_block(stats, params.report);
 }
 
 ListKernel pick(DType bucket) {
@@ -36,8 +35,8 @@ ListKernel pick(DType bucket) {
 
 }  // namespace
 
-void pack(const PackArgs& args, double* partials, cudaStream_t stream) {
-  ListLauncher list(pick(args.bucket.dtype), args.scale, args.report, partials, stream);
+void pack(const PackArgs& args, cudaStream_t stream) {
+  ListLauncher list(pick(args.bucket.dtype), args.scale, Report{}, nullptr, stream);
   for (size_t i = 0; i < args.tensors.size(); ++i) {
     char* target = static_cast<char*>(args.bucket.data) + args.offsets[i] * element_size(args.bucket.dtype);
     list.add(args.tensors[i], target, args.bucket.dtype);

@@ -1,7 +1,7 @@
 // reduce_scatter_: this rank's shard from everyone's slices, summed in rank order, scaled and checked in one pass.
 #include "../math/reduce_scatter.h"
 #include "report.cuh"
-#include "stream.cuh"
+#include "vector_io.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -15,22 +15,21 @@ template <int kRanks>
 struct ReduceParams {
   float* shard;
   Span span;
-  int64_t num_chunks;
+  Runs runs;
   DeviceScalar scale;
-  bool accumulate;
   BlockReport report;
   int num_ranks;
   const void* slices[kRanks == kAnyRanks ? kMaxSlices : kRanks];
 };
 
-template <typename T, int kRanks>
+template <typename T, int kRanks, bool kAccumulate>
 struct ReduceBody {
   const ReduceParams<kRanks>& params;
   float scale;
   Stats& stats;
 
   struct Inputs {
-    Vector<float> shard;
+    Vector<float> shard;  // where kAccumulate
     Vector<T> slices[kRanks == kAnyRanks ? 1 : kRanks];
   };
 
@@ -38,23 +37,16 @@ struct ReduceBody {
 
   __device__ __forceinline__ Inputs load(int64_t i) const {
     Inputs in{};
-    if (params.accumulate) in.shard = load_vector(params.shard + i);
+    if (kAccumulate) in.shard = load_vector(params.shard + i);
 #pragma unroll
     for (int r = 0; r < (kRanks == kAnyRanks ? 1 : kRanks); ++r) in.slices[r] = load_vector(slice(r) + i);
     return in;
   }
 
-  __device__ __forceinline__ float finish_element(float shard, float sum) const {
-    const float value =
-        params.accumulate ? reduce_finish<true>(shard, sum, scale) : reduce_finish<false>(shard, sum, scale);
-    stats.add(value);
-    return value;
-  }
-
   __device__ __forceinline__ void finish(int64_t i, const Inputs& in) const {
     Vector<float> sum;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) sum.x[k] = to_float(in.slices[0].x[k]);
+    for (int k = 0; k < sum.kSize; ++k) sum.x[k] = to_float(in.slices[0].x[k]);
 
     if constexpr (kRanks == kAnyRanks) {
 #pragma unroll 4  // four loads under way
@@ -65,45 +57,48 @@ struct ReduceBody {
     }
 
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) sum.x[k] = finish_element(in.shard.x[k], sum.x[k]);
+    for (int k = 0; k < sum.kSize; ++k) sum.x[k] = reduce_finish<kAccumulate>(in.shard.x[k], sum.x[k], scale);
+    stats.add(sum);
     store_vector(params.shard + i, sum);
   }
 
   __device__ __forceinline__ static void add(Vector<float>& sum, const Vector<T>& slice) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) sum.x[k] = reduce_add(sum.x[k], to_float(slice.x[k]));
+    for (int k = 0; k < sum.kSize; ++k) sum.x[k] = reduce_add(sum.x[k], to_float(slice.x[k]));
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
     float sum = to_float(slice(0)[i]);
 #pragma unroll 4
     for (int r = 1; r < params.num_ranks; ++r) sum = reduce_add(sum, to_float(slice(r)[i]));
-    params.shard[i] = finish_element(params.accumulate ? params.shard[i] : 0.0f, sum);
+    sum = reduce_finish<kAccumulate>(kAccumulate ? params.shard[i] : 0.0f, sum, scale);
+    stats.add(sum);
+    params.shard[i] = sum;
   }
 };
 
-// Vectors per thread and stream: few ranks leave room for more loads at once.
-template <int kRanks>
-constexpr int kReduceUnroll = kRanks == 1   ? 4
-                              : kRanks == 2 ? 2
-                                            : 1;
+// Vectors per thread and slice: few ranks leave room for more loads at once.
+template <typename T, int kRanks>
+constexpr int kReduceUnroll = kRanks == 1 || kRanks == 2 ? 4
+                              : kRanks * sizeof(T) == 32 ? 1
+                                                         : 2;
 
 // Bytes per element: the slice's size times the number of ranks read, 4 written, 4 read to accumulate: 8 for two bf16.
-template <typename T, int kRanks>
+template <typename T, int kRanks, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_scatter_kernel(const __grid_constant__ ReduceParams<kRanks> params) {
   Stats stats{params.report.partials != nullptr};
-  const ReduceBody<T, kRanks> body{params, read(params.scale), stats};
-  for (int64_t chunk = blockIdx.x; chunk < params.num_chunks; chunk += gridDim.x) {
-    stream_chunk<kReduceUnroll<kRanks>>(params.span, chunk, body);
+  const ReduceBody<T, kRanks, kAccumulate> body{params, read(params.scale), stats};
+  for (int64_t chunk = params.runs.begin(blockIdx.x); chunk < params.runs.end(blockIdx.x); ++chunk) {
+    visit_chunk<kReduceUnroll<T, kRanks>>(params.span, chunk, body);
   }
   finish_block(stats, params.report);
 }
 
 Span reduce_span(const ReduceScatterArgs& args) {
-  std::vector<Stream> streams{Stream{args.shard, DType::kFloat32}};
-  for (const void* slice : args.slices) streams.push_back(Stream{slice, args.dtype});
-  return span_of(args.numel, streams);
+  std::vector<Operand> operands{Operand{args.shard, DType::kFloat32}};
+  for (const void* slice : args.slices) operands.push_back(Operand{slice, args.dtype});
+  return span_of(args.numel, operands);
 }
 
 template <typename T, int kRanks>
@@ -111,15 +106,15 @@ void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream
   ReduceParams<kRanks> params{};
   params.shard = args.shard;
   params.span = reduce_span(args);
-  params.num_chunks = num_chunks<kReduceUnroll<kRanks>>(params.span);
   params.scale = device_scalar(args.scale);
-  params.accumulate = args.accumulate;
   params.report = block_report(args.report, partials);
+  params.runs = runs_of(num_chunks(params.span, kChunk<kReduceUnroll<T, kRanks>>), params.report);
   params.num_ranks = int(args.slices.size());
   std::copy(args.slices.begin(), args.slices.end(), params.slices);
-  const int blocks = num_blocks(params.num_chunks);
-  launch(reduce_scatter_kernel<T, kRanks>, params, blocks, stream);
-  finish_sumsq(args.report, partials, blocks, stream);
+  const auto kernel =
+      args.accumulate ? reduce_scatter_kernel<T, kRanks, true> : reduce_scatter_kernel<T, kRanks, false>;
+  launch(kernel, params, params.runs.num_blocks(), stream);
+  finish_sumsq(args.report, partials, params.runs.num_blocks(), stream);
 }
 
 template <typename T>

@@ -1,11 +1,12 @@
-// The last step of a deterministic sum of squares, and the size of the grids whose blocks it adds up.
+// The last step of a deterministic sum of squares.
 #include "report.cuh"
 
 namespace pyzero {
 namespace cuda {
 namespace {
 
-static_assert((kThreads & (kThreads - 1)) == 0, "block_sum halves");
+constexpr int kFinishThreads = 4 * kThreads;
+constexpr int kPerThread = (kMaxPartials + kFinishThreads - 1) / kFinishThreads;
 
 struct FinishParams {
   const double* partials;
@@ -15,10 +16,18 @@ struct FinishParams {
 };
 
 // One block. Bytes: 8 per block of the pass before.
-__global__ void __launch_bounds__(kThreads) finish_sumsq_kernel(const __grid_constant__ FinishParams params) {
+__global__ void __launch_bounds__(kFinishThreads) finish_sumsq_kernel(const __grid_constant__ FinishParams params) {
+  double partials[kPerThread];  // all loads under way before the first is added
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int i = k * kFinishThreads + int(threadIdx.x);
+    partials[k] = i < params.num_partials ? params.partials[i] : 0.0;
+  }
+
   double sum = 0.0;
-  for (int i = int(threadIdx.x); i < params.num_partials; i += kThreads) sum += params.partials[i];
-  sum = block_sum(sum);
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) sum += partials[k];
+  sum = block_sum<kFinishThreads>(sum);
 
   if (threadIdx.x != 0) return;
   if (params.is_double) {
@@ -33,16 +42,8 @@ __global__ void __launch_bounds__(kThreads) finish_sumsq_kernel(const __grid_con
 
 void finish_sumsq(const Report& report, const double* partials, int num_partials, cudaStream_t stream) {
   if (report.sumsq == nullptr) return;
-  launch(finish_sumsq_kernel, FinishParams{partials, num_partials, report.sumsq, report.sumsq_is_double}, 1, stream);
-}
-
-int max_blocks() {
-  int device = 0;
-  int multiprocessors = 0;
-  check(cudaGetDevice(&device), "reading the current device");
-  // No cache of ours: the runtime answers this one from memory.
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "counting multiprocessors");
-  return multiprocessors * kBlocksPerMultiprocessor;
+  const FinishParams params{partials, num_partials, report.sumsq, report.sumsq_is_double};
+  launch(finish_sumsq_kernel, params, 1, stream, kFinishThreads);
 }
 
 }  // namespace cuda

@@ -1,29 +1,19 @@
 // What a pass over gradients reports: whether any value is inf or NaN, and the sum of squares.
 //
-// The sum is the same from run to run: no float atomics. Each block leaves one fp64 number in the workspace, and a
-// kernel of one block adds those in order. The order depends on the number of multiprocessors, so on another GPU the
-// last bits may differ.
+// The sum is the same from run to run, and on every GPU: no float atomics, and a grid that depends on the sizes alone.
+// Each block leaves one fp64 number in the workspace, and a kernel of one block adds those in order.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../math/unscale.h"
 #include "launch.cuh"
+#include "vector_io.cuh"
 
 namespace pyzero {
 namespace cuda {
-
-// What a thread has seen so far.
-struct Stats {
-  bool want_sumsq;
-  bool nonfinite = false;
-  double sumsq = 0.0;
-
-  __device__ __forceinline__ void add(float stored) {
-    nonfinite |= is_nonfinite(stored);
-    if (want_sumsq) sumsq += square(stored);
-  }
-};
 
 // In the kernels' parameters; both may be null.
 struct BlockReport {
@@ -35,26 +25,89 @@ inline BlockReport block_report(const Report& report, double* partials) {
   return BlockReport{report.found_inf, report.sumsq != nullptr ? partials : nullptr};
 }
 
-// The block's sum, in a fixed order, for thread 0. All threads must come here.
+// One run per chunk where no sum is wanted.
+inline Runs runs_of(int64_t num_chunks, const BlockReport& report) {
+  return runs_of(num_chunks, report.partials != nullptr ? kMaxPartials : num_chunks);
+}
+
+// Exponents of all ones in a word, as non-zero bits: one added to such an exponent carries into the sign's place.
+template <typename T>
+__device__ __forceinline__ uint32_t nonfinite_bits(uint32_t word) {
+  constexpr bool kIsFloat = std::is_same<T, float>::value;
+  constexpr uint32_t kSigns = kIsFloat ? 0x80000000u : 0x80008000u;
+  constexpr uint32_t kOnes = kIsFloat ? 0x00800000u : std::is_same<T, BFloat16>::value ? 0x00800080u : 0x04000400u;
+  return ((word & ~kSigns) + kOnes) & kSigns;
+}
+
+// What a thread has seen so far. Where a sum is wanted it answers for inf and NaN too (see math/unscale.h).
+struct Stats {
+  bool want_sumsq;
+  uint32_t nonfinite = 0;
+  double sumsq = 0.0;
+
+  template <typename T, int kElements>
+  __device__ __forceinline__ void add(const Vector<T, kElements>& stored) {
+    if (want_sumsq) {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) add_square(to_float(stored.x[k]));
+    } else {
+#pragma unroll
+      for (int w = 0; w < stored.kWords; ++w) nonfinite |= nonfinite_bits<T>(word(stored, w));
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void add(T stored) {
+    if (want_sumsq) {
+      add_square(to_float(stored));
+    } else {
+      nonfinite |= uint32_t(is_nonfinite(stored));
+    }
+  }
+
+ private:
+  // sumsq + square(x): that square is exact in fp64, so to round once is to round as often.
+  __device__ __forceinline__ void add_square(float x) { sumsq = fma(double(x), double(x), sumsq); }
+};
+
+// The block's sum, in a fixed order, for thread 0: column by column, then the columns. All threads must come here.
+template <int kNumThreads>
 __device__ __forceinline__ double block_sum(double value) {
-  __shared__ double sums[kThreads];
+  constexpr int kRows = kNumThreads >= 1024 ? 32 : kNumThreads >= 256 ? 16 : 4;
+  constexpr int kColumns = kNumThreads / kRows;
+  static_assert(kRows * kColumns == kNumThreads, "no thread may be left out");
+  __shared__ double sums[kNumThreads];
+  __shared__ double column_sums[kColumns];
   sums[threadIdx.x] = value;
   __syncthreads();
 
+  if (threadIdx.x < kColumns) {
+    double sum = 0.0;
 #pragma unroll
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    __syncthreads();
+    for (int row = 0; row < kRows; ++row) sum += sums[row * kColumns + threadIdx.x];
+    column_sums[threadIdx.x] = sum;
   }
-  return sums[0];
+  __syncthreads();
+
+  double sum = 0.0;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) sum += column_sums[column];
+  }
+  return sum;
 }
 
 // The blocks that saw an inf all store the same 1, so their order does not matter.
 __device__ __forceinline__ void finish_block(const Stats& stats, const BlockReport& report) {
-  if (__syncthreads_or(stats.nonfinite) && threadIdx.x == 0 && report.found_inf != nullptr) *report.found_inf = 1.0f;
-  if (report.partials == nullptr) return;
-  const double sum = block_sum(stats.sumsq);
-  if (threadIdx.x == 0) report.partials[blockIdx.x] = sum;
+  bool nonfinite = false;
+  if (report.partials != nullptr) {
+    const double sum = block_sum<kThreads>(stats.sumsq);
+    nonfinite = is_nonfinite(sum);
+    if (threadIdx.x == 0) report.partials[blockIdx.x] = sum;
+  } else if (report.found_inf != nullptr) {
+    nonfinite = __syncthreads_or(stats.nonfinite != 0);
+  }
+  if (nonfinite && threadIdx.x == 0 && report.found_inf != nullptr) *report.found_inf = 1.0f;
 }
 
 // Adds partials[0 .. num_partials) to *report.sumsq, where that is wanted. In report.cu.

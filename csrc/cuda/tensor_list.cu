@@ -14,18 +14,19 @@ ListLauncher::ListLauncher(ListKernel kernel, const Scalar& scale, const Report&
 void ListLauncher::add(const Buffer& source, void* target, DType target_dtype) {
   if (source.numel == 0) return;
   if (params_.num_items == kListCapacity) flush();
-  const Span span = span_of(source.numel, {Stream{source.data, source.dtype}, Stream{target, target_dtype}});
-  params_.items[params_.num_items++] = ListItem{source.data, target, span, params_.num_chunks, source.dtype};
-  params_.num_chunks += num_chunks<kListUnroll>(span);
+  const Span span = span_of(source.numel, {Operand{source.data, source.dtype}, Operand{target, target_dtype}});
+  params_.first_chunk[params_.num_items] = unsigned(num_chunks_);
+  params_.items[params_.num_items++] = ListItem{source.data, target, span, source.dtype};
+  num_chunks_ += num_chunks(span, kListChunk);
 }
 
 void ListLauncher::flush() {
   if (params_.num_items == 0) return;
-  const int blocks = num_blocks(params_.num_chunks);
-  launch(kernel_, params_, blocks, stream_);
-  finish_sumsq(report_, partials_, blocks, stream_);
+  params_.runs = runs_of(num_chunks_, params_.report);
+  launch(kernel_, params_, params_.runs.num_blocks(), stream_);
+  finish_sumsq(report_, partials_, params_.runs.num_blocks(), stream_);
   params_.num_items = 0;
-  params_.num_chunks = 0;
+  num_chunks_ = 0;
 }
 
 }  // namespace cuda

@@ -1,42 +1,42 @@
-// A list of tensors in one launch: each is cut into chunks, and the blocks share the chunks of all of them evenly.
+// A list of tensors in one launch: each is cut into chunks of as many elements, which the blocks share.
 #pragma once
 
 #include <vector>
 
 #include "report.cuh"
-#include "stream.cuh"
+#include "vector_io.cuh"
 
 namespace pyzero {
 namespace cuda {
 
-constexpr int kListUnroll = 4;  // 8,192 elements per chunk: 16 KiB of a 16-bit type
+constexpr int64_t kListChunk = int64_t(kThreads) * 16;  // elements: 32 bytes of a 16-bit type per thread, 64 of fp32
 
 struct ListItem {
   const void* source;
   void* target;  // the source itself where the op works in place
   Span span;
-  int64_t first_chunk;  // in the whole list
-  DType dtype;          // of the source
+  DType dtype;  // of the source
 };
 
 // As many as a launch can carry; a longer list takes several launches.
-constexpr int kListCapacity = (kParameterBytes - 128) / sizeof(ListItem);
+constexpr int kListCapacity = (kParameterBytes - 128) / (sizeof(ListItem) + sizeof(unsigned));
 
 struct ListParams {
   DeviceScalar scale;
   BlockReport report;
-  int64_t num_chunks;
+  Runs runs;
   int num_items;
+  unsigned first_chunk[kListCapacity];  // of the item, in the whole list; apart from the rest, for the search's sake
   ListItem items[kListCapacity];
 };
 
 // The item that a chunk belongs to: the last one that starts at or before it.
-__device__ __forceinline__ int find_item(const ListParams& params, int64_t chunk) {
+__device__ __forceinline__ int find_item(const ListParams& params, unsigned chunk) {
   int low = 0;
   int high = params.num_items;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (params.items[middle].first_chunk <= chunk) {
+    if (params.first_chunk[middle] <= chunk) {
       low = middle;
     } else {
       high = middle;
@@ -45,55 +45,58 @@ __device__ __forceinline__ int find_item(const ListParams& params, int64_t chunk
   return low;
 }
 
-// Chunks in one piece per block, so that the search is made once: visit(item, chunk within the item).
+// visit(item, chunk within the item) for each chunk of the block's run.
 template <typename Visit>
 __device__ __forceinline__ void for_each_chunk(const ListParams& params, const Visit& visit) {
-  int64_t chunk = params.num_chunks * blockIdx.x / gridDim.x;
-  const int64_t end = params.num_chunks * (blockIdx.x + 1) / gridDim.x;
+  unsigned chunk = unsigned(params.runs.begin(blockIdx.x));
+  const unsigned end = unsigned(params.runs.end(blockIdx.x));
   int item = find_item(params, chunk);
   for (; chunk < end; ++chunk) {
-    while (item + 1 < params.num_items && params.items[item + 1].first_chunk <= chunk) ++item;
-    visit(params.items[item], chunk - params.items[item].first_chunk);
+    while (item + 1 < params.num_items && params.first_chunk[item + 1] <= chunk) ++item;
+    visit(params.items[item], chunk - params.first_chunk[item]);
   }
 }
 
-template <typename In, typename Out, bool kWrite>
+template <typename Body>
+__device__ __forceinline__ void visit_list_chunk(const ListItem& item, int64_t chunk, const Body& body) {
+  visit_chunk<int(kListChunk / (kThreads * Body::kElements)), Body::kElements>(item.span, chunk, body);
+}
+
+// Of an op that reports nothing.
+struct NoStats {
+  template <typename T>
+  __device__ __forceinline__ void add(const T&) const {}
+};
+
+template <typename In, typename Out, typename Seen>
 struct ScaleBody {
-  const In* source;
-  Out* target;
+  static constexpr int kElements = kWidth<In, Out>;
+  using Inputs = Vector<In, kElements>;
+
+  const ListItem& item;
   float scale;
-  Stats& stats;
+  Seen& stats;
 
-  using Inputs = Vector<In>;
+  __device__ __forceinline__ const In* source() const { return static_cast<const In*>(item.source); }
+  __device__ __forceinline__ Out* target() const { return static_cast<Out*>(item.target); }
+  __device__ __forceinline__ Out scaled(In x) const { return from_float<Out>(scale_element(to_float(x), scale)); }
 
-  __device__ __forceinline__ Inputs load(int64_t i) const { return load_vector(source + i); }
-
-  __device__ __forceinline__ Out scaled(In x) const {
-    const Out result = from_float<Out>(scale_element(to_float(x), scale));
-    stats.add(to_float(result));
-    return result;
-  }
+  __device__ __forceinline__ Inputs load(int64_t i) const { return load_vector<kElements>(source() + i); }
 
   __device__ __forceinline__ void finish(int64_t i, const Inputs& in) const {
-    Vector<Out> out;
+    Vector<Out, kElements> out;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) out.x[k] = scaled(in.x[k]);
-    if (kWrite) store_vector(target + i, out);
+    for (int k = 0; k < kElements; ++k) out.x[k] = scaled(in.x[k]);
+    stats.add(out);
+    store_vector(target() + i, out);
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
-    const Out out = scaled(source[i]);
-    if (kWrite) target[i] = out;
+    const Out out = scaled(source()[i]);
+    stats.add(out);
+    target()[i] = out;
   }
 };
-
-template <typename In, typename Out, bool kWrite>
-__device__ __forceinline__ void scale_chunk(const ListItem& item, int64_t chunk, float scale, Stats& stats) {
-  const ScaleBody<In, Out, kWrite> body{static_cast<const In*>(item.source), static_cast<Out*>(item.target), scale,
-                                        stats};
-  constexpr int kBatch = sizeof(In) == 2 ? kListUnroll : kListUnroll / 2;  // 64 bytes under way; more cost registers
-  stream_chunk<kListUnroll, kBatch>(item.span, chunk, body);
-}
 
 using ListKernel = void (*)(ListParams);
 
@@ -109,6 +112,7 @@ class ListLauncher {
   Report report_;
   double* partials_;
   cudaStream_t stream_;
+  int64_t num_chunks_ = 0;
   ListParams params_{};
 };
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,25 @@ from pyzero.ops import build_spec
 
 ARCHS = ("80", "90", "100")
 SOURCES = ("adam", "lion", "loss_scale", "pack", "reduce_scatter", "report", "unscale")
-# 16-byte loads and stores of all kernels of one file and target together, at least, counted by hand: per vector two
-# for each fp32 stream and one for each 16-bit one, times the vectors that a kernel names (a chunk's unrolled, and one
-# of the loop for what is left). adam: 24 kernels of one vector, lion: 12; lists: 3 types x 5; reduce_scatter: 9 per
-# type.
-WIDE = {"adam": (176, 168), "lion": (64, 60), "unscale": (40, 20), "pack": (60, 60), "reduce_scatter": (146, 54)}
+# Loads and stores of 16 and of 8 bytes, of all kernels of one file and target together, at least, counted by hand: one
+# for each operand of each vector that a kernel names (those of a full chunk, and one in the loop for what is left), of
+# 8 bytes for a 16-bit operand beside fp32. adam: 24 kernels of 3 vectors, lion: 12; lists: 5 vectors with fp32, 3
+# without; reduce_scatter: 5 vectors for 1 and 2 slices, 3 for others, 1 for 8 of fp32.
+WIDE = {
+    "adam": {"LDG 16": 240, "LDG 8": 48, "STG 16": 234, "STG 8": 36},
+    "lion": {"LDG 16": 84, "LDG 8": 24, "STG 16": 81, "STG 8": 18},
+    "unscale": {"LDG 16": 22, "LDG 8": 0, "STG 16": 11, "STG 8": 0},
+    "pack": {"LDG 16": 27, "LDG 8": 10, "STG 16": 27, "STG 8": 10},
+    "reduce_scatter": {"LDG 16": 137, "LDG 8": 228, "STG 16": 110, "STG 8": 0},
+}
+# Full chunks by the number of vector loads, all of them under way before the first is used.
+AHEAD = {
+    "adam": {8: 24},
+    "lion": {6: 12},
+    "unscale": {2: 4, 4: 2},  # of 16-bit types, of fp32; in both kernels
+    "pack": {2: 4, 4: 5},
+    "reduce_scatter": {2: 3, 4: 6, 8: 9, 10: 3, 12: 3, 16: 2, 18: 2},  # any 2 or 4, 1: 4 or 8, 2: 8 or 12, 4: 8 or 10
+}
 
 
 def find_nvcc() -> tuple[str, ...]:
@@ -93,43 +108,98 @@ def compile_changed(tmp_path: Path, source: str, header: str, good: str, bad: st
 
 
 def test_a_spill_is_noticed(tmp_path: Path) -> None:
-    cubin = compile_changed(tmp_path, "pack.cu", "grid.h", "kMinBlocks = 3", "kMinBlocks = 8")
+    cubin = compile_changed(tmp_path, "adam.cu", "grid.h", "kMinBlocks = 4", "kMinBlocks = 8")
     command = [find_cuobjdump(), "--dump-resource-usage", cubin]
     assert memory_faults(subprocess.run(command, capture_output=True, text=True, check=True).stdout) != []
 
 
-def width_faults(sass: str, num_loads: int, num_stores: int) -> list[str]:
-    """What keeps main loops from being 16 bytes wide, by the SASS of one target."""
-    loads = len(re.findall(r"\bLDG\.E\S*128", sass))
-    stores = len(re.findall(r"\bSTG\.E\S*128", sass))
+def sass_of(cubin: str) -> str:
+    return subprocess.run([find_cuobjdump(), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def listings(built: Built, source: str) -> dict[str, str]:
+    """The SASS of all kernels by target."""
+    _, *targets = re.split(r"^arch = ", built.dump("--dump-sass", source), flags=re.MULTILINE)
+    result = {sass.split()[0]: sass for sass in targets}
+    assert set(result) == {f"sm_{arch}" for arch in ARCHS}
+    return result
+
+
+def width_faults(sass: str, wanted: dict[str, int]) -> list[str]:
+    """What keeps main loops from being as wide as wanted, by the SASS of one target."""
     faults = re.findall(r"\b(?:LDL|STL)\S*", sass)
-    if loads < num_loads:
-        faults.append(f"{loads} 16-byte loads")
-    if stores < num_stores:
-        faults.append(f"{stores} 16-byte stores")
+    for access, least in wanted.items():
+        name, size = access.split()
+        found = len(re.findall(rf"\b{name}\.E\S*\.{8 * int(size)}\b", sass))
+        if found < least:
+            faults.append(f"{found} x {access}")
     return faults
 
 
 @pytest.mark.parametrize("source", list(WIDE))
-def test_main_loops_move_16_bytes(built: Built, source: str) -> None:
-    _, *targets = re.split(r"^arch = ", built.dump("--dump-sass", source), flags=re.MULTILINE)
-    listings = {sass.split()[0]: sass for sass in targets}
-    assert set(listings) == {f"sm_{arch}" for arch in ARCHS}
-    assert {arch: width_faults(sass, *WIDE[source]) for arch, sass in listings.items()} == dict.fromkeys(listings, [])
+def test_main_loops_move_vectors(built: Built, source: str) -> None:
+    faults = {arch: width_faults(sass, WIDE[source]) for arch, sass in listings(built, source).items()}
+    assert faults == dict.fromkeys(faults, [])
 
 
 def test_narrow_code_is_noticed(tmp_path: Path) -> None:
     # The plain store that the PTX one took the place of.
-    cubin = compile_changed(tmp_path, "unscale.cu", "stream.cuh", "#if defined(__CUDA_ARCH__)", "#if 0")
-    sass = subprocess.run([find_cuobjdump(), "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
-    assert width_faults(sass, *WIDE["unscale"]) == ["0 16-byte stores"]
+    cubin = compile_changed(tmp_path, "unscale.cu", "vector_io.cuh", "  store_words(p, words);", "  *p = v.x[0];")
+    assert width_faults(sass_of(cubin), WIDE["unscale"]) == ["0 x STG 16"]
+
+
+VECTOR_LOAD = re.compile(r"\bLDG\.E\S*?\.(64|128)\S* R(\d+)")
+
+
+def loads_ahead(block: list[str]) -> tuple[int, int]:
+    """(vector loads before the first of their results is used or overwritten, vector loads) of a basic block."""
+    loaded: set[str] = set()
+    ahead = 0
+    for instruction in block:
+        if not loaded.isdisjoint(re.findall(r"\bR\d+", instruction)):
+            break
+        if load := VECTOR_LOAD.search(instruction):
+            loaded |= {f"R{int(load[2]) + i}" for i in range(int(load[1]) // 32)}
+            ahead += 1
+    return ahead, sum(VECTOR_LOAD.search(instruction) is not None for instruction in block)
+
+
+def full_chunks(sass: str) -> Counter[tuple[int, int]]:
+    """`loads_ahead` of the basic blocks that __syncwarp ends, and how many have it; it leaves a NOP."""
+    chunks: Counter[tuple[int, int]] = Counter()
+    for function in sass.split("Function : ")[1:]:
+        code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?) ?;", function, flags=re.MULTILINE)
+        while code and code[-1] == "NOP":  # padding
+            code.pop()
+        block: list[str] = []
+        for instruction in code:
+            if instruction == "NOP":
+                chunks[loads_ahead(block)] += 1
+            block = [] if re.search(r"\b(?:BRA|BSYNC|EXIT|RET)\b", instruction) else [*block, instruction]
+    return chunks
+
+
+@pytest.mark.parametrize("source", list(AHEAD))
+def test_all_loads_of_a_chunk_are_under_way_at_once(built: Built, source: str) -> None:
+    wanted = {(loads, loads): count for loads, count in AHEAD[source].items()}
+    found = {arch: full_chunks(sass) for arch, sass in listings(built, source).items()}
+    assert found == dict.fromkeys(found, wanted)
+
+
+def test_a_load_that_waits_is_noticed(tmp_path: Path) -> None:
+    cubin = compile_changed(tmp_path, "reduce_scatter.cu", "grid.h", "kMinBlocks = 4", "kMinBlocks = 8")
+    assert any(ahead < loads for ahead, loads in full_chunks(sass_of(cubin)))
 
 
 def arithmetic_faults(ptx: str) -> list[str]:
     """Instructions that would give other bits than IEEE arithmetic without contraction."""
-    return re.findall(
-        r"fma\.[a-z.]*f(?:32|64)|\S+\.ftz\S*|(?:div|sqrt|rcp|rsqrt)\.(?:full|approx)\S*|ex2\S*|lg2\S*", ptx
-    )
+    faults = re.findall(r"fma\.[a-z.]*f32|\S+\.ftz\S*|(?:div|sqrt|rcp|rsqrt)\.(?:full|approx)\S*|ex2\S*|lg2\S*", ptx)
+    for function in ptx.split(".entry ")[1:]:
+        widened = set(re.findall(r"cvt\.f64\.f32\s+(%fd\d+)", function))
+        for fma, x, y in re.findall(r"(fma\.[a-z.]*f64)\s+%fd\d+, (%fd\d+), (%fd\d+)", function):
+            if x != y or x not in widened:  # the square of an fp32 value is exact in fp64: nothing is contracted
+                faults.append(fma)
+    return faults
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -138,6 +208,13 @@ def test_arithmetic_is_ieee(built: Built, source: str) -> None:
     assert ".target sm_100" in ptx and arithmetic_faults(ptx) == []
     if source == "adam":
         assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and "div.rn.f64" in ptx
+
+
+def test_an_fma_of_two_numbers_is_noticed() -> None:
+    square = ".entry f\ncvt.f64.f32 %fd1, %f1;\ncvt.f64.f32 %fd2, %f2;\nfma.rn.f64 %fd3, %fd1, %fd1, %fd4;\n"
+    assert arithmetic_faults(square) == []
+    assert arithmetic_faults(square.replace("%fd1, %fd1,", "%fd1, %fd2,")) == ["fma.rn.f64"]
+    assert arithmetic_faults(square.replace("%fd1, %fd1,", "%fd4, %fd4,")) == ["fma.rn.f64"]
 
 
 @pytest.mark.parametrize("flag", ["--fmad=true", "--use_fast_math"])

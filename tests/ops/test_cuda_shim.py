@@ -42,16 +42,16 @@ def test_kernels_are_clean(sanitizer: str) -> None:
 @pytest.mark.parametrize(
     ("source", "file", "good", "bad", "report"),
     [
-        ("unscale.cu", "stream.cuh", "head + end - vectors_end;", "head + end - vectors_end + 1;", OVERFLOW),
+        ("unscale.cu", "vector_io.cuh", "head + end - vectors_end;", "head + end - vectors_end + 1;", OVERFLOW),
         (
             "unscale.cu",
-            "stream.cuh",
+            "vector_io.cuh",
             "i < vectors_end; i += kStride",
             "begin < vectors_end && i <= vectors_end; i += kStride",
             OVERFLOW,
         ),
         ("report.cu", "report.cu", "i < params.num_partials", "i <= params.num_partials", OVERFLOW),
-        ("unscale.cu", "stream.cuh", "begin = span.head +", "begin = span.head + 1 +", "misaligned address"),
+        ("unscale.cu", "vector_io.cuh", "begin = span.head +", "begin = span.head + 1 +", "misaligned address"),
     ],
     ids=["tail", "vectors", "partials", "alignment"],
 )
@@ -64,9 +64,9 @@ def test_address_sanitizer_sees(tmp_path: Path, source: str, file: str, good: st
     ("good", "bad"),
     [
         ("sums[threadIdx.x] = value;\n  __syncthreads();", "sums[threadIdx.x] = value;"),
-        ("sums[threadIdx.x + half];\n    __syncthreads();", "sums[threadIdx.x + half];"),
+        ("column_sums[threadIdx.x] = sum;\n  }\n  __syncthreads();", "column_sums[threadIdx.x] = sum;\n  }"),
     ],
-    ids=["before the halving", "within the halving"],
+    ids=["before the columns", "before their sum"],
 )
 def test_thread_sanitizer_sees_a_missing_barrier(tmp_path: Path, good: str, bad: str) -> None:
     """Over all ops: on a busy machine threads run one after another, and the sanitizer forgets those that ended."""

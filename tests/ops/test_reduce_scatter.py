@@ -7,7 +7,7 @@ import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size
 from bits import DTYPES, Guarded, assert_same, name, tame, wild
-from test_unscale import check_sumsq
+from test_unscale import PLACES, check_sumsq, edges
 from torch import Tensor
 
 from pyzero import ops
@@ -154,3 +154,18 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyP
         assert_same(got, wanted, f"{num_threads} threads")
         seen.add(sumsq.item())
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("accumulate", (False, True))
+@pytest.mark.parametrize("target", params(ALL))
+def test_found_inf_without_a_sum(target: Target, accumulate: bool) -> None:
+    """The kernels then test bits, where a sum would tell."""
+    with target.ready():
+        for ranks, at in itertools.product((1, 2, 3, 8), PLACES):
+            for value, wanted in edges(torch.bfloat16):
+                shard, *slices = torch.zeros(ranks + 1, 1001).to(target.device)
+                slices[-1][at] = value
+                slices = [piece.bfloat16() for piece in slices]
+                found_inf = torch.zeros(1, device=target.device)
+                ops.reduce_scatter_(shard, slices, accumulate=accumulate, found_inf=found_inf, backend=target.backend)
+                assert found_inf.item() == wanted, (ranks, at, value)

@@ -1,5 +1,6 @@
 """unscale_ on every backend: the reference's bits, the flag, the sum of squares, what it must leave alone."""
 
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from pyzero import ops
 ALL = (*FUSED, REFERENCE)
 SIZES = (0, 1, 7, 63, 64, 65, 511, 512, 513, 2047, 2048, 2049, 8191, 8192, 8193, 32767, 32768, 32769)
 MIXED = (300, 0, 1, 513, 64, 0, 2049, 5)
+PLACES = (0, 1, 2, 5, 7, 8, 255, 256, 700, 1000)  # of 1,001 elements: lanes of a vector, several vectors, the tail
 
 
 def mixed(sizes: tuple[int, ...], make=wild) -> list[Tensor]:
@@ -143,6 +145,26 @@ def test_found_inf_wherever_it_is(target: Target, bad: float) -> None:
                 assert flag.item() == 1.0
                 _, flag, _ = run(values, 1.0, target)
                 assert flag.item() == 1.0
+
+
+def edges(dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    """(value, found_inf): what is not finite, and what is just finite."""
+    largest = torch.finfo(dtype).max
+    return (math.inf, 1.0), (-math.inf, 1.0), (math.nan, 1.0), (largest, 0.0), (-largest, 0.0)
+
+
+@pytest.mark.parametrize("scale", (1.0, 0.5))
+@pytest.mark.parametrize("target", params(ALL))
+def test_found_inf_without_a_sum(target: Target, scale: float) -> None:
+    """The kernels then test bits, where a sum would tell."""
+    with target.ready():
+        for dtype, at in itertools.product(DTYPES, PLACES):
+            for value, wanted in edges(dtype):
+                tensor = tame(1001, dtype, 0).to(target.device)
+                tensor[at] = value
+                found_inf = torch.zeros(1, device=target.device)
+                ops.unscale_([tensor], scale, found_inf=found_inf, backend=target.backend)
+                assert found_inf.item() == wanted, (dtype, at, value)
 
 
 @pytest.mark.parametrize("target", params(ALL))

@@ -17,8 +17,15 @@ from pyzero.ops import build_spec
 CSRC = build_spec.CSRC
 SHIM = Path(__file__).resolve().parent
 MODULE = "_native_cuda_shim"
-# The product's own flags; few threads per block, for they are real ones; and nvcc's leniency about types behind a cast.
-FLAGS = (*build_spec._HOST_FLAGS, "-std=c++17", "-DPYZERO_THREADS_PER_BLOCK=16", "-fno-strict-aliasing")
+# The product's own flags; few threads per block, for they are real ones, and few blocks, so that each gets a run of
+# chunks; and nvcc's leniency about types behind a cast.
+FLAGS = (
+    *build_spec._HOST_FLAGS,
+    "-std=c++17",
+    "-DPYZERO_THREADS_PER_BLOCK=16",
+    "-DPYZERO_MAX_PARTIALS=8",
+    "-fno-strict-aliasing",
+)
 
 
 def cache_dir() -> Path:

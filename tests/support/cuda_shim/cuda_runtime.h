@@ -25,12 +25,7 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -45,7 +40,6 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -59,6 +53,7 @@ inline void wait() { pthread_barrier_wait(&barrier); }
 }  // namespace cuda_shim
 
 inline void __syncthreads() { cuda_shim::wait(); }
+inline void __syncwarp() {}
 
 // Relaxed: like the hardware's, the vote itself carries no data between threads; the barriers around it do.
 inline int __syncthreads_or(int predicate) {
