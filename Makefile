@@ -9,13 +9,20 @@ NATIVE := setup.py pyproject.toml constraints.txt ops/build_spec.py $(wildcard c
 # Processes of `make train`: one per GPU, two without.
 NPROC = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
-.PHONY: train test lint format bench profile gpu gpu-quick clean
+.PHONY: train test test-quick lint format bench profile gpu gpu-quick clean
 
 train: $(VENV)/.examples
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The ops without their emulators, and of the optimizer its norm and its bits; see CONTRIBUTING.md.
+QUICK := tests/ops tests/build/test_build_spec.py tests/frontend/test_config.py tests/optimizer/test_norm.py \
+	tests/optimizer/test_optimizer.py::test_sharded_equals_unsharded_bit_for_bit
+
+test-quick: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow and not cuda" -k "not triton and not shim" $(QUICK) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks --quick
