@@ -1,4 +1,4 @@
-"""ZeRO in PyTorch on fused kernels: FusedZeroAdam, FusedZeroAdamW, and initialize() for DeepSpeed's scripts."""
+"""ZeRO in PyTorch on fused kernels: FusedZeroAdam, -AdamW and -Lion, and initialize() for DeepSpeed's scripts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from .adam import FusedZeroAdamW as FusedZeroAdamW
     from .comm import CollectiveError as CollectiveError
     from .engine import initialize as initialize
+    from .lion import FusedZeroLion as FusedZeroLion
     from .scaler import LossScale as LossScale
     from .sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
-__all__ = ["CollectiveError", "FusedZeroAdam", "FusedZeroAdamW", "LossScale", "ShardedGrad", "initialize"]
+__all__ = [
+    "CollectiveError",
+    "FusedZeroAdam",
+    "FusedZeroAdamW",
+    "FusedZeroLion",
+    "LossScale",
+    "ShardedGrad",
+    "initialize",
+]
 
 # In a checkout pyzero.ops is the folder ops/ beside this one.
 _root = pathlib.Path(__file__).resolve().parent.parent
@@ -27,6 +36,7 @@ _MODULES = {
     "CollectiveError": "comm",
     "FusedZeroAdam": "adam",
     "FusedZeroAdamW": "adam",
+    "FusedZeroLion": "lion",
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
     "initialize": "engine",
