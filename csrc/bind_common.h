@@ -4,11 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
 #include <tuple>
 #include <vector>
 
 #include "args.h"
+#include "tensor_rows.h"
 
 namespace pyzero {
 
@@ -30,9 +30,6 @@ inline Scalar scalar(PyScalar s) {
 }
 
 inline std::vector<Buffer> buffers(const PyRows& rows) {
-  struct Row {
-    int64_t address, numel, dtype;
-  };
   const size_t num_rows = size_t(PyBytes_GET_SIZE(rows.ptr())) / sizeof(Row);
   std::vector<Buffer> result(num_rows);
   for (size_t i = 0; i < num_rows; ++i) {
@@ -50,6 +47,16 @@ inline Report report(Address found_inf, Address sumsq, bool sumsq_is_double) {
 inline LossScalePolicy policy(const PyPolicy& p) {
   return LossScalePolicy{std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p),
                          std::get<4>(p), std::get<5>(p), std::get<6>(p), std::get<7>(p)};
+}
+
+// What both modules tell Python beside their ops: rows of tensors.
+inline void bind_rows(pybind11::module_& module) {
+  module.def("use_exchange_api", [](pybind11::handle tensor_type, pybind11::handle parameter_type) {
+    return row_reader().use(tensor_type, parameter_type);
+  });
+  module.def("rows_of", [](pybind11::handle tensors, int num_fp32, int rules) {
+    return row_reader().read(tensors, num_fp32, rules);
+  });
 }
 
 // rows: master, exp_avg, exp_avg_sq, grad, and param_out where there is one.

@@ -58,6 +58,7 @@ void update_loss_scale(Address state, Address found_inf, const PyPolicy& rule, i
 PYBIND11_MODULE(_native_cpu, module) {
   module.attr("build_hash") = PYZERO_BUILD_HASH;
   module.attr("source_hash") = PYZERO_SOURCE_HASH;
+  bind_rows(module);
   module.def("adam_", &adam);
   module.def("lion_", &lion);
   module.def("unscale_", &unscale);

@@ -89,6 +89,7 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.attr("build_hash") = PYZERO_BUILD_HASH;
   m.attr("source_hash") = PYZERO_SOURCE_HASH;
   m.attr("max_ranks") = pyzero::cuda::kMaxRanks;
+  pyzero::bind_rows(m);
   m.def("adam_", &pyzero::adam_);
   m.def("lion_", &pyzero::lion_);
   m.def("unscale_", &pyzero::unscale_);

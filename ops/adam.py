@@ -1,12 +1,11 @@
 """adam_: one fused pass of Adam or AdamW over a flat shard."""
 
-import torch
 from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
-from pyzero.ops.checks import as_scalar, check_one
-from pyzero.ops.shard import check_per_segment, check_segment_ids, shard_rows
+from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
+from pyzero.ops.shard import check_per_segment, shard_rows
 
 _NAMES = ("master", "exp_avg", "exp_avg_sq", "grad", "param_out")
 
@@ -66,23 +65,23 @@ def adam_(
     tensors = (
         (master, exp_avg, exp_avg_sq, grad) if param_out is None else (master, exp_avg, exp_avg_sq, grad, param_out)
     )
-    rows = shard_rows(_NAMES, tensors, 3, backend)
+    rows = shard_rows(_NAMES, tensors, 3, segment_ids, backend)
     device = master.device
     if found_inf is not None:
-        check_one("found_inf", found_inf, (torch.float32,), device)
+        check_one("found_inf", found_inf, FLAG_DTYPES, device)
     if segment_ids is None:
         if active is not None:
             raise ValueError("expected segment_ids with active, got none; pass both or neither")
         step = as_scalar("step", step, device)
     else:
-        check_segment_ids(segment_ids, master, rows)
         if not isinstance(step, Tensor):
             raise TypeError(
                 "expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor"
             )
-        check_per_segment("step", step, device)
+        num_segments = step.numel()
+        check_per_segment("step", step, num_segments, device)
         if active is not None:
-            check_per_segment("active", active, device, step.numel())
+            check_per_segment("active", active, num_segments, device)
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from pyzero.ops.backend import Scalar
 from pyzero.ops.rows import FLOAT_DTYPES as FLOAT_DTYPES
 
-_FLOAT_DTYPE_SET = frozenset(FLOAT_DTYPES)
+FLAG_DTYPES = (torch.float32,)
+SUMSQ_DTYPES = (torch.float32, torch.float64)
 
 
 def check_flat(name: str, tensor: Tensor, *, numel: int | None = None) -> None:
@@ -42,7 +43,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
     """A list of contiguous fp32, bf16 or fp16 tensors on one device."""
     for index, tensor in enumerate(tensors):
-        if tensor.dtype in _FLOAT_DTYPE_SET and tensor.is_contiguous() and tensor.device == device:
+        if tensor.dtype in FLOAT_DTYPES and tensor.is_contiguous() and tensor.device == device:
             continue
         label = f"{name}[{index}]"
         check_dtype(label, tensor, FLOAT_DTYPES, "convert it with .float()")
@@ -55,9 +56,13 @@ def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) 
 
 def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
     """A python number as float; a tensor as a 0-D fp32 tensor on `device`, with no host read."""
+    if type(value) is float:
+        return value
     if not isinstance(value, Tensor):
         return float(value)
     check_device(name, value, device)
+    if value.dim() == 0 and value.dtype is torch.float32 and not value.requires_grad:
+        return value  # what follows takes 3 us
     if value.numel() != 1:
         raise ValueError(
             f"expected {name} as a number or a tensor of one element, got shape {tuple(value.shape)}; "
@@ -66,22 +71,32 @@ def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
     return value.detach().reshape(()).to(torch.float32)
 
 
-def check_report(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
-    """The two places where a pass over gradients reports."""
-    if found_inf is not None:
-        check_one("found_inf", found_inf, (torch.float32,), device)
-    if sumsq is not None:
-        check_one("sumsq", sumsq, (torch.float32, torch.float64), device)
+def is_vector(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> bool:
+    """A flat tensor of `numel` elements on the device: the checks above in one, where all is well."""
+    return (
+        tensor.dtype is dtype
+        and tensor.dim() == 1
+        and tensor.numel() == numel
+        and tensor.is_contiguous()
+        and tensor.device == device
+    )
 
 
 def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
     """A tensor of one element."""
+    if tensor.dtype in dtypes and tensor.numel() == 1 and tensor.device == device:
+        return
     check_dtype(name, tensor, dtypes, "make it with torch.zeros(1)")
     check_device(name, tensor, device)
-    if tensor.numel() != 1:
-        raise ValueError(
-            f"expected {name} to have 1 element, got shape {tuple(tensor.shape)}; make it with torch.zeros(1)"
-        )
+    raise ValueError(f"expected {name} to have 1 element, got shape {tuple(tensor.shape)}; make it with torch.zeros(1)")
+
+
+def check_report(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
+    """The two places where a pass over gradients reports."""
+    if found_inf is not None:
+        check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    if sumsq is not None:
+        check_one("sumsq", sumsq, SUMSQ_DTYPES, device)
 
 
 def check_disjoint(named: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,12 +1,11 @@
 """lion_: one fused pass of Lion over a flat shard."""
 
-import torch
 from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import LionArgs, LionHyper, Scalar
-from pyzero.ops.checks import as_scalar, check_one
-from pyzero.ops.shard import check_per_segment, check_segment_ids, shard_rows
+from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
+from pyzero.ops.shard import check_per_segment, shard_rows
 
 _NAMES = ("master", "exp_avg", "grad", "param_out")
 
@@ -57,16 +56,14 @@ def lion_(
         BackendUnavailableError: The backend asked for cannot run here.
     """
     tensors = (master, exp_avg, grad) if param_out is None else (master, exp_avg, grad, param_out)
-    rows = shard_rows(_NAMES, tensors, 2, backend)
+    rows = shard_rows(_NAMES, tensors, 2, segment_ids, backend)
     device = master.device
     if found_inf is not None:
-        check_one("found_inf", found_inf, (torch.float32,), device)
-    if segment_ids is not None:
-        check_segment_ids(segment_ids, master, rows)
+        check_one("found_inf", found_inf, FLAG_DTYPES, device)
     if active is not None:
         if segment_ids is None:
             raise ValueError("expected segment_ids with active, got none; pass both or neither")
-        check_per_segment("active", active, device)
+        check_per_segment("active", active, active.numel(), device)
 
     args = LionArgs(
         master=master,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
-from pyzero.ops.checks import check_dtype, check_flat, check_one
+from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, is_vector
 
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
 
@@ -56,13 +56,10 @@ def loss_scale_update_(
         ValueError: Shapes or devices that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
-    check_dtype("state", state, (torch.float32,), "make it with loss_scale_state()")
-    check_flat("state", state)
-    if state.numel() != len(STATE_SLOTS):
-        raise ValueError(
-            f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; make it with loss_scale_state()"
-        )
-    check_one("found_inf", found_inf, (torch.float32,), state.device)
+    device = state.device
+    if not is_vector(state, torch.float32, len(STATE_SLOTS), device):
+        _refuse(state)
+    check_one("found_inf", found_inf, FLAG_DTYPES, device)
     policy = LossScalePolicy(
         growth_factor,
         backoff_factor,
@@ -73,6 +70,12 @@ def loss_scale_update_(
         growth_delay,
         consecutive_hysteresis,
     )
-    registry.pick("loss_scale_update_", backend, state.device).loss_scale_update_(
-        LossScaleArgs(state, found_inf, policy)
+    registry.pick("loss_scale_update_", backend, device).loss_scale_update_(LossScaleArgs(state, found_inf, policy))
+
+
+def _refuse(state: Tensor) -> None:
+    check_dtype("state", state, (torch.float32,), "make it with loss_scale_state()")
+    check_flat("state", state)
+    raise ValueError(
+        f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; make it with loss_scale_state()"
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import pyzero
 
-from . import build_spec, env, jit
+from . import build_spec, env, jit, rows
 from .backend import AdamArgs, LionArgs, LossScaleArgs, PackArgs, ReduceScatterArgs, Scalar, UnscaleArgs
 from .jit import JitError, Kind
+from .streams import current_stream
 
 log = logging.getLogger("pyzero")
 
@@ -79,6 +80,7 @@ def _load(kind: Kind) -> ModuleType | JitError:
 def forget() -> None:
     """Look anew at the next load(): the environment has changed (tests)."""
     _load.cache_clear()
+    backend.cache_clear()
 
 
 # ---- tensors to pointers ------------------------------------------------------------------------------------------
@@ -90,11 +92,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _scalar(value: Scalar) -> float | int:
     """A float is a number, an int the address of one: see csrc/bind_common.h."""
-    return value.data_ptr() if isinstance(value, Tensor) else float(value)
-
-
-def _report(found_inf: Tensor | None, sumsq: Tensor | None) -> tuple[int, int, bool]:
-    return _address(found_inf), _address(sumsq), sumsq is not None and sumsq.dtype is torch.float64
+    return value if isinstance(value, float) else value.data_ptr()
 
 
 class NativeBackend:
@@ -102,6 +100,11 @@ class NativeBackend:
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
+        rows.read_by(module)
+
+    def _where(self, device: torch.device) -> tuple[int, ...]:
+        """The last arguments of every launch."""
+        raise NotImplementedError
 
     def _adam_workspace(self, device: torch.device, num_segments: int) -> Tensor | None:
         return None
@@ -109,30 +112,29 @@ class NativeBackend:
     def _report_workspace(self, device: torch.device) -> Tensor | None:
         return None
 
-    def _where(self, device: torch.device) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def _tail(self, device: torch.device, workspace: Tensor | None) -> tuple[int, ...]:
+    def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
+        """The last arguments of a launch that may need a workspace."""
         return self._where(device)
 
     def adam_(self, args: AdamArgs) -> None:
         """See `pyzero.ops.adam_`."""
         device = args.master.device
-        num_segments = args.step.numel() if isinstance(args.step, Tensor) else 1
-        workspace = None
-        if isinstance(args.lr, Tensor) or isinstance(args.step, Tensor):
+        step, workspace, num_segments = args.step, None, 1
+        if not isinstance(step, float):
+            num_segments = step.numel()
+        if not (isinstance(step, float) and isinstance(args.lr, float)):
             workspace = self._adam_workspace(device, num_segments)
         self.module.adam_(
             args.rows,
             args.hyper,
             _scalar(args.lr),
-            _scalar(args.step),
+            _scalar(step),
             _scalar(args.grad_scale),
             _address(args.found_inf),
             _address(args.segment_ids),
             _address(args.active),
             num_segments,
-            *self._tail(device, workspace),
+            *self._with_workspace(workspace, device),
         )
 
     def lion_(self, args: LionArgs) -> None:
@@ -150,10 +152,16 @@ class NativeBackend:
 
     def unscale_(self, args: UnscaleArgs) -> None:
         """See `pyzero.ops.unscale_`."""
-        device = args.tensors[0].device
-        workspace = self._report_workspace(device) if args.sumsq is not None else None
-        report = _report(args.found_inf, args.sumsq)
-        self.module.unscale_(args.rows, _scalar(args.inv_scale), *report, *self._tail(device, workspace))
+        device, sumsq = args.tensors[0].device, args.sumsq
+        workspace = None if sumsq is None else self._report_workspace(device)
+        self.module.unscale_(
+            args.rows,
+            _scalar(args.inv_scale),
+            _address(args.found_inf),
+            _address(sumsq),
+            sumsq is not None and sumsq.dtype is torch.float64,
+            *self._with_workspace(workspace, device),
+        )
 
     def pack_(self, args: PackArgs) -> None:
         """See `pyzero.ops.pack_`."""
@@ -161,24 +169,33 @@ class NativeBackend:
 
     def reduce_scatter_(self, args: ReduceScatterArgs) -> None:
         """See `pyzero.ops.reduce_scatter_`."""
-        device = args.shard.device
-        workspace = self._report_workspace(device) if args.sumsq is not None else None
-        report = _report(args.found_inf, args.sumsq)
+        device, sumsq = args.shard.device, args.sumsq
+        workspace = None if sumsq is None else self._report_workspace(device)
         self.module.reduce_scatter_(
-            args.rows, _scalar(args.scale), args.accumulate, *report, *self._tail(device, workspace)
+            args.rows,
+            _scalar(args.scale),
+            args.accumulate,
+            _address(args.found_inf),
+            _address(sumsq),
+            sumsq is not None and sumsq.dtype is torch.float64,
+            *self._with_workspace(workspace, device),
         )
 
     def loss_scale_update_(self, args: LossScaleArgs) -> None:
         """See `pyzero.ops.loss_scale_update_`."""
-        where = self._where(args.state.device)
-        self.module.loss_scale_update_(args.state.data_ptr(), args.found_inf.data_ptr(), args.policy, *where)
+        state, found_inf, policy = args
+        self.module.loss_scale_update_(state.data_ptr(), found_inf.data_ptr(), policy, *self._where(state.device))
 
 
 class CpuBackend(NativeBackend):
     """The C++ module: a launch takes the number of threads, and no workspace."""
 
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module)
+        self.num_threads = env.num_threads()  # None: torch's, whatever that is at the launch
+
     def _where(self, device: torch.device) -> tuple[int, ...]:
-        return (env.num_threads() or torch.get_num_threads(),)
+        return (self.num_threads or torch.get_num_threads(),)
 
 
 class CudaBackend(NativeBackend):
@@ -191,6 +208,9 @@ class CudaBackend(NativeBackend):
         super().__init__(module)
         self._report_bytes: dict[torch.device, int] = {}
 
+    def _where(self, device: torch.device) -> tuple[int, ...]:
+        return device.index, current_stream(device)
+
     def _adam_workspace(self, device: torch.device, num_segments: int) -> Tensor | None:
         return torch.empty(self.module.adam_workspace_bytes(num_segments), dtype=torch.uint8, device=device)
 
@@ -199,13 +219,11 @@ class CudaBackend(NativeBackend):
             self._report_bytes[device] = self.module.report_workspace_bytes(device.index)
         return torch.empty(self._report_bytes[device], dtype=torch.uint8, device=device)
 
-    def _where(self, device: torch.device) -> tuple[int, ...]:
-        return device.index, torch.cuda.current_stream(device).cuda_stream
-
-    def _tail(self, device: torch.device, workspace: Tensor | None) -> tuple[int, ...]:
+    def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
         return _address(workspace), *self._where(device)
 
 
+@functools.cache
 def backend(kind: Kind) -> NativeBackend:
     """The internal ops of the C++ or the CUDA module. Raises JitError where it cannot be built."""
     return CpuBackend(load(kind)) if kind == "cpu" else CudaBackend(load(kind))

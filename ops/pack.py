@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import add, gt
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from pyzero.ops.checks import (
     check_flat,
     check_gradients,
 )
-from pyzero.ops.rows import FLOAT_DTYPES, rows_of
+from pyzero.ops.rows import FIRST_APART, FLOAT_DTYPES, checked_rows, numels, rows_of
 
 
 def pack_(
@@ -40,44 +41,43 @@ def pack_(
         BackendUnavailableError: The backend asked for cannot run here.
     """
     device = bucket.device
-    check_dtype("bucket", bucket, FLOAT_DTYPES, "make the bucket in one of these")
-    check_flat("bucket", bucket)
-    check_gradients("tensors", tensors, device)
+    rows = checked_rows([bucket, *tensors], rules=FIRST_APART) if bucket.dim() == 1 else None
+    if rows is None:
+        rows = _explain(bucket, tensors)
+    _, *counts = numels(rows)
     if offsets is None:
-        offsets = [0, *accumulate(tensor.numel() for tensor in tensors)][: len(tensors)]
-    _check_offsets(bucket, tensors, offsets)
-    _check_apart(bucket, tensors)
+        offsets = list(accumulate(counts, initial=0))[:-1]
+    _check_offsets(bucket.numel(), counts, offsets)
     if not tensors:
         return
     args = PackArgs(
         bucket=bucket,
         tensors=tensors,
-        rows=rows_of([bucket, *tensors]),
+        rows=rows,
         offsets=offsets,
         scale=as_scalar("scale", scale, device),
     )
     registry.pick("pack_", backend, device).pack_(args)
 
 
-def _check_offsets(bucket: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int]) -> None:
-    if len(offsets) != len(tensors):
-        raise ValueError(f"expected {len(tensors)} offsets, one per tensor, got {len(offsets)}; pass one each")
-    end = 0
-    for index, (tensor, offset) in enumerate(zip(tensors, offsets, strict=True)):
-        if offset < end:
-            raise ValueError(
-                f"expected ascending offsets that do not overlap, got offsets[{index}]={offset} below {end}, where the "
-                f"tensor before ends; sort the tensors by offset"
-            )
-        end = offset + tensor.numel()
-    if end > bucket.numel():
-        raise ValueError(f"expected a bucket of at least {end} elements, got {bucket.numel()}; make it larger")
-
-
-def _check_apart(bucket: Tensor, tensors: Sequence[Tensor]) -> None:
-    start = bucket.data_ptr()
-    end = start + bucket.numel() * bucket.element_size()
+def _explain(bucket: Tensor, tensors: Sequence[Tensor]) -> bytes:
+    check_dtype("bucket", bucket, FLOAT_DTYPES, "make the bucket in one of these")
+    check_flat("bucket", bucket)
+    check_gradients("tensors", tensors, bucket.device)
     for index, tensor in enumerate(tensors):
-        at = tensor.data_ptr()
-        if at < end and at + tensor.numel() * tensor.element_size() > start and tensor.numel():
-            check_disjoint([("bucket", bucket), (f"tensors[{index}]", tensor)])
+        check_disjoint([("bucket", bucket), (f"tensors[{index}]", tensor)])
+    return rows_of([bucket, *tensors])
+
+
+def _check_offsets(bucket_numel: int, counts: Sequence[int], offsets: Sequence[int]) -> None:
+    if len(offsets) != len(counts):
+        raise ValueError(f"expected {len(counts)} offsets, one per tensor, got {len(offsets)}; pass one each")
+    ends = [0, *map(add, offsets, counts)]
+    if any(map(gt, ends, offsets)):
+        index = list(map(gt, ends, offsets)).index(True)
+        raise ValueError(
+            f"expected ascending offsets that do not overlap, got offsets[{index}]={offsets[index]} below "
+            f"{ends[index]}, where the tensor before ends; sort the tensors by offset"
+        )
+    if ends[-1] > bucket_numel:
+        raise ValueError(f"expected a bucket of at least {ends[-1]} elements, got {bucket_numel}; make it larger")

@@ -15,7 +15,7 @@ from pyzero.ops.checks import (
     check_flat,
     check_report,
 )
-from pyzero.ops.rows import FLOAT_DTYPES, rows_of
+from pyzero.ops.rows import FIRST_APART, FLAT, FLOAT_DTYPES, ONE_DTYPE, checked_rows, rows_of
 
 
 def reduce_scatter_(
@@ -47,6 +47,25 @@ def reduce_scatter_(
     device = shard.device
     if not slices:
         raise ValueError("expected one slice per rank, got none; pass [bucket] on a single rank")
+    tensors = [shard, *slices]
+    rows = checked_rows(tensors, 1, FLAT | FIRST_APART | ONE_DTYPE)
+    if rows is None:
+        rows = _explain(tensors, device)
+    check_report(found_inf, sumsq, device)
+    args = ReduceScatterArgs(
+        shard=shard,
+        slices=slices,
+        rows=rows,
+        scale=as_scalar("scale", scale, device),
+        accumulate=accumulate,
+        found_inf=found_inf,
+        sumsq=sumsq,
+    )
+    registry.pick("reduce_scatter_", backend, device).reduce_scatter_(args)
+
+
+def _explain(tensors: Sequence[Tensor], device: torch.device) -> bytes:
+    shard, *slices = tensors
     check_dtype("shard", shard, (torch.float32,), "make the shard in fp32")
     check_flat("shard", shard)
     check_dtype("slices[0]", slices[0], FLOAT_DTYPES, "convert it with .float()")
@@ -56,14 +75,4 @@ def reduce_scatter_(
         check_flat(label, piece, numel=shard.numel())
         check_device(label, piece, device)
         check_disjoint([("shard", shard), (label, piece)])
-    check_report(found_inf, sumsq, device)
-    args = ReduceScatterArgs(
-        shard=shard,
-        slices=slices,
-        rows=rows_of([shard, *slices]),
-        scale=as_scalar("scale", scale, device),
-        accumulate=accumulate,
-        found_inf=found_inf,
-        sumsq=sumsq,
-    )
-    registry.pick("reduce_scatter_", backend, device).reduce_scatter_(args)
+    return rows_of(tensors)

@@ -92,20 +92,20 @@ def ladder(device_type: str) -> list[Entry]:
     return [row for row in rows if row.name != "triton" or not env.triton_interpreted()]
 
 
-_picked: dict[tuple[str, str, str], Backend] = {}
+_picked: dict[tuple[str, str, torch.device], Backend] = {}
 
 
 def pick(op: str, backend: str, device: torch.device) -> Backend:
-    """The backend that runs `op` (as in "adam_") on `device`; decided once per op, backend and device type.
+    """The backend that runs `op` (as in "adam_") on `device`; decided once.
 
     Raises:
         ValueError: there is no backend of that name.
         BackendUnavailableError: the backend was asked for by name and cannot run.
     """
-    key = (op, backend, device.type)
+    key = (op, backend, device)
     found = _picked.get(key)
     if found is None:
-        found = _picked[key] = _choose(*key)
+        found = _picked[key] = _choose(op, backend, device.type)
     return found
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, UnscaleArgs
 from pyzero.ops.checks import as_scalar, check_disjoint, check_gradients, check_report
-from pyzero.ops.rows import rows_of
+from pyzero.ops.rows import APART, checked_rows, rows_of
 
 
 def unscale_(
@@ -38,16 +39,23 @@ def unscale_(
     if not tensors:
         return
     device = tensors[0].device
-    check_gradients("tensors", tensors, device)
-    check_report(found_inf, sumsq, device)
     reads_only = not isinstance(inv_scale, Tensor) and inv_scale == 1.0
-    if not reads_only:
-        check_disjoint((f"tensors[{index}]", tensor) for index, tensor in enumerate(tensors))
+    rows = checked_rows(tensors, rules=0 if reads_only else APART)
+    if rows is None:
+        rows = _explain(tensors, device, reads_only)
+    check_report(found_inf, sumsq, device)
     args = UnscaleArgs(
         tensors=tensors,
-        rows=rows_of(tensors),
+        rows=rows,
         inv_scale=as_scalar("inv_scale", inv_scale, device),
         found_inf=found_inf,
         sumsq=sumsq,
     )
     registry.pick("unscale_", backend, device).unscale_(args)
+
+
+def _explain(tensors: Sequence[Tensor], device: torch.device, reads_only: bool) -> bytes:
+    check_gradients("tensors", tensors, device)
+    if not reads_only:
+        check_disjoint((f"tensors[{index}]", tensor) for index, tensor in enumerate(tensors))
+    return rows_of(tensors)

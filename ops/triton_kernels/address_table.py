@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..streams import current_stream
 from .common import chunk_numel, is_aligned, is_interpreted
 
 COLUMNS = 3  # source address, destination address, numel
 _CAPACITY = 256  # tables; a training step uses a few, the same ones every step
 
 Span = tuple[int, int, int]  # source address, destination address, numel: one tensor
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,64 +33,74 @@ class AddressTable:
         return self.rows.shape[0]
 
 
+class Upload:
+    """Copies to a device that a launch on the present stream may read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.staging: list[Tensor] = []  # pinned originals: a captured graph copies from them again at each replay
+
+    def __call__(self, numbers: Sequence[Any]) -> Tensor:
+        """The int64 numbers, on the device."""
+        self.staging.append(torch.tensor(numbers, dtype=torch.int64, pin_memory=self._device.type == "cuda"))
+        return self.staging[-1].to(self._device, non_blocking=True)
+
+
 @dataclass(frozen=True)
-class _Resident:
-    rows: Tensor  # int64, on the device
-    staging: Tensor  # its pinned original: a captured graph copies from it again at each replay
+class _Kept(Generic[T]):
+    value: T
+    staging: list[Tensor]
 
 
-_cache: OrderedDict[Hashable, _Resident] = OrderedDict()
-_captured: dict[Hashable, _Resident] = {}
+_cache: OrderedDict[Hashable, _Kept[Any]] = OrderedDict()
+_captured: dict[Hashable, _Kept[Any]] = {}
 
 
-def pointer_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:  # (len(addresses),) int64
-    """The addresses, on the device."""
-    return _resident((addresses,), lambda: list(addresses), device)
-
-
-def address_tables(
-    spans: Sequence[Span], source_bytes: int, dest_bytes: int, device: torch.device
-) -> list[AddressTable]:
-    """Tables for the aligned spans and for the others (none where there are no such spans)."""
-    filled = [span for span in spans if span[2] > 0]
-    tables = []
-    for aligned in (True, False):
-        part = tuple(span for span in filled if is_aligned(span[0], span[1]) is aligned)
-        if part:
-            key = (part, source_bytes, dest_bytes)
-            rows = _resident(key, partial(_rows, part, source_bytes, dest_bytes), device)
-            tables.append(AddressTable(rows, aligned))
-    return tables
-
-
-def _rows(spans: tuple[Span, ...], source_bytes: int, dest_bytes: int) -> list[Span]:
-    step = chunk_numel(sum(numel for _, _, numel in spans))
-    return [
-        (source + start * source_bytes, dest + start * dest_bytes, min(step, numel - start))
-        for source, dest, numel in spans
-        for start in range(0, numel, step)
-    ]
-
-
-def _resident(content: Hashable, build: Callable[[], list[Any]], device: torch.device) -> Tensor:
+def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) -> T:
+    """What `build` made of this content on this device and stream, now or earlier."""
     if device.type != "cpu" and is_interpreted():
         raise RuntimeError(
             f"got tensors on {device}, wanted CPU tensors: the interpreter runs on the host and cannot follow their "
             "addresses; unset TRITON_INTERPRET"
         )
     # The stream is part of the key: another stream would not wait for this one's copy of the table.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    on_gpu = device.type == "cuda"
+    stream = current_stream(device) if on_gpu else 0
     key = (device, stream, content)
-    table = _captured.get(key) or _cache.get(key)
-    if table is None:
-        staging = torch.tensor(build(), dtype=torch.int64, pin_memory=device.type == "cuda")
-        table = _Resident(staging.to(device, non_blocking=True), staging)
+    found: _Kept[T] | None = _captured.get(key) or _cache.get(key)
+    if found is None:
+        upload = Upload(device)
+        found = _Kept(build(upload), upload.staging)
     # A graph replays with these addresses long after the cache has moved on, so what it saw is never dropped.
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[key] = table
-        return table.rows
-    _cache[key] = table
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured[key] = found
+        return found.value
+    _cache[key] = found
     _cache.move_to_end(key)
     if len(_cache) > _CAPACITY:
         _cache.popitem(last=False)
-    return table.rows
+    return found.value
+
+
+def pointer_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:  # (len(addresses),) int64
+    """The addresses, on the device."""
+    return kept(addresses, lambda upload: upload(addresses), device)
+
+
+def address_tables(spans: Sequence[Span], source_bytes: int, dest_bytes: int, upload: Upload) -> list[AddressTable]:
+    """Tables for the aligned spans and for the others (none where there are no such spans)."""
+    tables = []
+    for aligned in (True, False):
+        part = [span for span in spans if span[2] > 0 and is_aligned(span[0], span[1]) is aligned]
+        if part:
+            tables.append(AddressTable(upload(_rows(part, source_bytes, dest_bytes)), aligned))
+    return tables
+
+
+def _rows(spans: Sequence[Span], source_bytes: int, dest_bytes: int) -> list[Span]:
+    step = chunk_numel(sum(numel for _, _, numel in spans))
+    return [
+        (source + start * source_bytes, dest + start * dest_bytes, min(step, numel - start))
+        for source, dest, numel in spans
+        for start in range(0, numel, step)
+    ]

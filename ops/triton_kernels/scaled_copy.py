@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Scalar
-from .address_table import AddressTable, Span, address_tables
+from .address_table import AddressTable, Span, Upload, address_tables, kept
 from .common import (
     BLOCK,
     ELEMENT_TYPES,
@@ -100,8 +100,12 @@ class CopyJob:
     spans: Sequence[Span]
 
 
+Launches = list[tuple[CopyJob, AddressTable]]
+
+
 def scaled_copy(
-    jobs: Sequence[CopyJob],
+    content: Hashable,  # what the jobs depend on
+    make_jobs: Callable[[], Sequence[CopyJob]],
     on: Tensor,  # any of the tensors: says the device
     scale: Scalar,
     found_inf: Tensor | None,
@@ -110,7 +114,15 @@ def scaled_copy(
     writes: bool,
 ) -> None:
     """One launch per pair of dtypes and alignment, then one more for the sum of squares."""
-    launches = [(job, table) for job in jobs for table in _tables(job, on.device)]
+
+    def build(upload: Upload) -> Launches:
+        return [
+            (job, table)
+            for job in make_jobs()
+            for table in address_tables(job.spans, job.source.itemsize, job.dest.itemsize, upload)
+        ]
+
+    launches = kept(content, build, on.device)
     partials = new_partials(sumsq, sum(table.num_rows for _, table in launches))
     is_tensor = isinstance(scale, Tensor)
     constants: dict[str, Any] = {
@@ -127,7 +139,3 @@ def scaled_copy(
         first += table.num_rows
     if sumsq is not None and partials is not None and partials.numel() > 0:
         finish_sumsq(sumsq, partials)
-
-
-def _tables(job: CopyJob, device: torch.device) -> list[AddressTable]:
-    return address_tables(job.spans, job.source.itemsize, job.dest.itemsize, device)

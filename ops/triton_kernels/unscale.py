@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,12 @@ def unscale_(args: UnscaleArgs) -> None:
     writes = isinstance(args.inv_scale, Tensor) or args.inv_scale != 1.0
     if not writes and args.found_inf is None and args.sumsq is None:
         return
+    jobs = partial(_jobs, args.rows)
+    scaled_copy(args.rows, jobs, args.tensors[0], args.inv_scale, args.found_inf, args.sumsq, writes=writes)
+
+
+def _jobs(rows: bytes) -> list[CopyJob]:
     spans: dict[torch.dtype, list[Span]] = {}
-    for dtype, address, numel in zip(dtypes(args.rows), addresses(args.rows), numels(args.rows), strict=True):
+    for dtype, address, numel in zip(dtypes(rows), addresses(rows), numels(rows), strict=True):
         spans.setdefault(dtype, []).append((address, address, numel))
-    jobs = [CopyJob(dtype, dtype, part) for dtype, part in spans.items()]
-    scaled_copy(jobs, args.tensors[0], args.inv_scale, args.found_inf, args.sumsq, writes=writes)
+    return [CopyJob(dtype, dtype, part) for dtype, part in spans.items()]

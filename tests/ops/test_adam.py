@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from backends import FUSED, REFERENCE, Target, params, params_by_size
+from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
 from bits import DTYPES, assert_same, name
 from shard_case import SIZES, ShardCase, assert_all_same, check, run, run_shifted
 from torch import Tensor
@@ -153,5 +153,5 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyP
     case = Case(70_001, torch.bfloat16, torch.bfloat16)
     wanted = run(case, REFERENCE)
     for num_threads in (1, 2, 3, 7):
-        monkeypatch.setenv("PYZERO_NUM_THREADS", str(num_threads))
+        use_threads(monkeypatch, num_threads)
         assert_all_same(run(case, FUSED[0]), wanted, f"{case} with {num_threads} threads")

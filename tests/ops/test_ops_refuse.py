@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import read_rows_by
 from torch import Tensor
 
 from pyzero import ops
@@ -238,8 +239,10 @@ def test_the_good_call_is_taken(op: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(_tensors(arguments), before, strict=True))
 
 
+@pytest.mark.parametrize("reader", ("python", "native"))
 @pytest.mark.parametrize(("op", "case"), [(op, case) for op in OPS for case in OPS[op][2]])
-def test_refuses(op: str, case: str) -> None:
+def test_refuses(op: str, case: str, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_rows_by(reader, monkeypatch)
     call, good, cases = OPS[op]
     change, error, message = cases[case]
     arguments = good() | change

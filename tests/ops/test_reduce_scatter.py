@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import FUSED, REFERENCE, Target, params, params_by_size
+from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
 from bits import DTYPES, Guarded, assert_same, name, tame, wild
 from test_unscale import PLACES, check_sumsq, edges
 from torch import Tensor
@@ -149,7 +149,7 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyP
     slices, seen = [tame(100_001, torch.bfloat16, rank) for rank in range(2)], set()
     wanted = run(torch.zeros(100_001), slices, REFERENCE)[0]
     for num_threads in (1, 2, 3, 7):
-        monkeypatch.setenv("PYZERO_NUM_THREADS", str(num_threads))
+        use_threads(monkeypatch, num_threads)
         got, _, sumsq = run(torch.zeros(100_001), slices, FUSED[0])
         assert_same(got, wanted, f"{num_threads} threads")
         seen.add(sumsq.item())

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from pyzero.ops.triton_kernels import address_table, common  # noqa: E402
 
 CPU = torch.device("cpu")
+UPLOAD = address_table.Upload(CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def empty_cache() -> Iterator[None]:
 
 @pytest.mark.parametrize("numel", [1, common.BLOCK, common.BLOCK * common.MAX_PROGRAMS + 1, 3 * 2**31 + 7])
 def test_rows_cover_each_span_once(numel: int) -> None:
-    (table,) = address_table.address_tables([(1 << 40, 1 << 50, numel), (64, 128, 0)], 2, 4, CPU)
+    (table,) = address_table.address_tables([(1 << 40, 1 << 50, numel), (64, 128, 0)], 2, 4, UPLOAD)
     source, dest, count = table.rows.unbind(1)
     assert table.aligned and int(count.sum()) == numel and int(count.min()) > 0
     starts = count.cumsum(0) - count
@@ -35,15 +36,15 @@ def test_rows_cover_each_span_once(numel: int) -> None:
 
 def test_unaligned_spans_have_a_table_of_their_own() -> None:
     spans = [(0, 0, 8), (2, 0, 8), (0, 4, 8), (32, 48, 8)]
-    aligned, rest = address_table.address_tables(spans, 2, 2, CPU)
+    aligned, rest = address_table.address_tables(spans, 2, 2, UPLOAD)
     assert (aligned.aligned, rest.aligned) == (True, False)
     assert aligned.rows.tolist() == [list(spans[0]), list(spans[3])]
     assert rest.rows.tolist() == [list(spans[1]), list(spans[2])]
 
 
 def test_nothing_to_do_makes_no_table() -> None:
-    assert address_table.address_tables([], 2, 2, CPU) == []
-    assert address_table.address_tables([(0, 0, 0)], 2, 2, CPU) == []
+    assert address_table.address_tables([], 2, 2, UPLOAD) == []
+    assert address_table.address_tables([(0, 0, 0)], 2, 2, UPLOAD) == []
 
 
 def test_same_list_same_table() -> None:

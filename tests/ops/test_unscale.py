@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import FUSED, REFERENCE, Target, params, params_by_size
+from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
 from bits import DTYPES, Guarded, assert_same, name, tame, wild
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -228,7 +228,7 @@ def test_sumsq_is_added_and_repeats(target: Target, dtype: torch.dtype) -> None:
 def test_sumsq_is_the_same_for_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     values, seen = mixed((100_001, 3, 70_000, 40_000), tame), set()
     for num_threads in (1, 2, 3, 7):
-        monkeypatch.setenv("PYZERO_NUM_THREADS", str(num_threads))
+        use_threads(monkeypatch, num_threads)
         seen.add(run(values, 0.3, FUSED[0])[2].item())
     assert len(seen) == 1
 

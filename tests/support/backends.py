@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyzero.ops import env, native, registry
+from pyzero.ops import env, native, registry, rows
 
 SHIM = "cuda-shim"
 HAS_GPU = torch.cuda.is_available()
@@ -78,6 +78,23 @@ def _no_shim() -> str | None:
         if (Path(__file__).parent / "cuda_shim" / "build.py").exists()
         else "cuda-shim: no tests/support/cuda_shim/build.py"
     )
+
+
+def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    """As PYZERO_NUM_THREADS does, which is read when the backend is loaded."""
+    monkeypatch.setattr(registry.pick("adam_", "cpu", torch.device("cpu")), "num_threads", num_threads)
+
+
+def read_rows_by(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a call are read by "python", or by the "native" module where this torch lets it."""
+    monkeypatch.setattr(rows, "_read", None)
+    if reader == "python":
+        return
+    if reason := registry.BACKENDS["cpu"].unavailable_reason("cpu"):
+        pytest.skip(f"cpu: {reason}")
+    rows.read_by(native.load("cpu"))
+    if rows._read is None:
+        pytest.skip("this torch has no exchange API")
 
 
 def _reason(backend: str, device: str) -> Callable[[], str | None]:

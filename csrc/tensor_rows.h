@@ -1,0 +1,183 @@
+// Tensors read from C, without torch's headers: DLPack's exchange API, a table of C functions that the tensor class
+// carries (torch 2.10 and later). Some 30 ns per tensor, where its five attributes cost 300 in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "args.h"
+
+namespace pyzero {
+
+// The part of dlpack.h (1.3) that is used here.
+namespace dlpack {
+
+struct Device {
+  int32_t type, id;
+};
+
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;
+  void (*unused[3])();
+  int (*tensor_from_py_object)(void* object, Tensor* out);  // borrows; -1 with a Python error set
+  void (*unused_too)();
+};
+
+constexpr uint32_t kMajor = 1;
+enum TypeCode : uint8_t { kFloat = 2, kBFloat = 4 };
+
+}  // namespace dlpack
+
+// One row of ops/rows.py.
+struct Row {
+  int64_t address;
+  int64_t numel;
+  int64_t dtype;
+};
+
+// What a list must be beyond contiguous, of the three dtypes and on one device; the numbers are those of ops/rows.py.
+enum RowRule : int {
+  kFlat = 1,        // all 1-D, of one numel
+  kApart = 2,       // no two share memory
+  kFirstApart = 4,  // the first shares none with the others
+  kOneDtype = 8,    // all but the first are of one dtype
+  kAligned = 16,    // all start at a multiple of 16 bytes
+};
+
+class RowReader {
+ public:
+  // False where this torch has no exchange API that is understood here. Subclasses other than Parameter are left to
+  // Python, where their own __torch_function__ is asked.
+  bool use(pybind11::handle tensor_type, pybind11::handle parameter_type) {
+    PyObject* capsule = PyObject_GetAttrString(tensor_type.ptr(), "__dlpack_c_exchange_api__");
+    void* found = capsule != nullptr ? PyCapsule_GetPointer(capsule, kCapsuleName) : nullptr;
+    Py_XDECREF(capsule);
+    PyErr_Clear();
+    const auto* api = static_cast<const dlpack::ExchangeApi*>(found);
+    if (api == nullptr || api->major != dlpack::kMajor || api->tensor_from_py_object == nullptr) return false;
+    api_ = api;
+    tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
+    parameter_type_ = reinterpret_cast<PyTypeObject*>(parameter_type.ptr());
+    return true;
+  }
+
+  // The rows of a list or tuple as bytes, or None where something about it is not as wanted: Python finds out what.
+  pybind11::object read(pybind11::handle tensors, int num_fp32, int rules) {
+    if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) return pybind11::none();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(tensors.ptr());
+    PyObject** items = PySequence_Fast_ITEMS(tensors.ptr());
+    auto bytes = pybind11::reinterpret_steal<pybind11::object>(
+        PyBytes_FromStringAndSize(nullptr, count * Py_ssize_t(sizeof(Row))));
+    if (!bytes) throw pybind11::error_already_set();
+    rows_.resize(size_t(count));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (!read_one(items[i], i, i < num_fp32, rules)) return pybind11::none();
+    }
+    if ((rules & kApart) && !all_apart()) return pybind11::none();
+    if ((rules & kFirstApart) && !first_apart()) return pybind11::none();
+    std::memcpy(PyBytes_AS_STRING(bytes.ptr()), rows_.data(), rows_.size() * sizeof(Row));
+    return bytes;
+  }
+
+ private:
+  static constexpr const char* kCapsuleName = "dlpack_exchange_api";
+
+  bool read_one(PyObject* item, Py_ssize_t index, bool must_be_fp32, int rules) {
+    if (Py_TYPE(item) != tensor_type_ && Py_TYPE(item) != parameter_type_) return false;
+    dlpack::Tensor tensor;
+    if (api_->tensor_from_py_object(item, &tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    Row& row = rows_[size_t(index)];
+    row.address = int64_t(reinterpret_cast<uintptr_t>(tensor.data)) + int64_t(tensor.byte_offset);
+    if (!contiguous_numel(tensor, &row.numel) || !dtype_code(tensor.dtype, &row.dtype)) return false;
+
+    if (index == 0) device_ = tensor.device;
+    if (tensor.device.type != device_.type || tensor.device.id != device_.id) return false;
+    if (must_be_fp32 && row.dtype != int64_t(DType::kFloat32)) return false;
+    if ((rules & kFlat) && (tensor.ndim != 1 || row.numel != rows_[0].numel)) return false;
+    if ((rules & kAligned) && row.address % 16 != 0) return false;
+    return !(rules & kOneDtype) || index < 2 || row.dtype == rows_[1].dtype;
+  }
+
+  static bool contiguous_numel(const dlpack::Tensor& tensor, int64_t* numel) {
+    bool contiguous = true;
+    *numel = 1;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+      if (tensor.shape[d] != 1 && tensor.strides[d] != *numel) contiguous = false;
+      *numel *= tensor.shape[d];
+    }
+    return contiguous || *numel == 0;
+  }
+
+  static bool dtype_code(const dlpack::DataType& dtype, int64_t* code) {
+    if (dtype.lanes != 1) return false;
+    if (dtype.code == dlpack::kFloat && dtype.bits == 32) return *code = int64_t(DType::kFloat32), true;
+    if (dtype.code == dlpack::kBFloat && dtype.bits == 16) return *code = int64_t(DType::kBFloat16), true;
+    if (dtype.code == dlpack::kFloat && dtype.bits == 16) return *code = int64_t(DType::kFloat16), true;
+    return false;
+  }
+
+  static int64_t end_of(const Row& row) {
+    return row.address + row.numel * (row.dtype == int64_t(DType::kFloat32) ? 4 : 2);
+  }
+
+  // Sorted apart from each other, starts and ends still tell: spans are disjoint exactly where each end is no larger
+  // than the next start.
+  bool all_apart() {
+    starts_.clear();
+    ends_.clear();
+    for (const Row& row : rows_) {
+      if (row.numel == 0) continue;
+      starts_.push_back(row.address);
+      ends_.push_back(end_of(row));
+    }
+    std::sort(starts_.begin(), starts_.end());
+    std::sort(ends_.begin(), ends_.end());
+    for (size_t i = 1; i < starts_.size(); ++i) {
+      if (starts_[i] < ends_[i - 1]) return false;
+    }
+    return true;
+  }
+
+  bool first_apart() const {
+    return std::none_of(rows_.begin() + 1, rows_.end(), [this](const Row& row) {
+      return row.numel > 0 && row.address < end_of(rows_[0]) && end_of(row) > rows_[0].address;
+    });
+  }
+
+  const dlpack::ExchangeApi* api_ = nullptr;
+  PyTypeObject* tensor_type_ = nullptr;  // borrowed: torch keeps its classes
+  PyTypeObject* parameter_type_ = nullptr;
+  dlpack::Device device_{};
+  std::vector<Row> rows_;  // kept from call to call, with the GIL held
+  std::vector<int64_t> starts_, ends_;
+};
+
+inline RowReader& row_reader() {
+  static RowReader reader;
+  return reader;
+}
+
+}  // namespace pyzero

@@ -1,0 +1,117 @@
+"""Tensors as plain numbers: what a native module reads from C is what Python reads, or Python is left to look."""
+
+import itertools
+import struct
+
+import pytest
+import torch
+from backends import read_rows_by
+from torch import Tensor
+
+from pyzero.ops import native, rows
+from pyzero.ops.rows import ALIGNED, APART, FIRST_APART, FLAT, ONE_DTYPE
+
+
+class Subclass(Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, *call: object) -> None:
+        raise NotImplementedError
+
+
+_BASE = torch.zeros(1000)
+_HALF = torch.zeros(1000, dtype=torch.float16)
+GOOD = [
+    _BASE[:10],
+    _HALF[3:9],
+    torch.zeros(3, 4).bfloat16(),
+    torch.zeros(()),
+    torch.zeros(2, 0, 5),
+    torch.zeros(4, 3)[::2][:1],  # one row: contiguous, whatever its stride
+    torch.nn.Parameter(torch.ones(4)),
+    torch.zeros(4, requires_grad=True) * 2,
+]
+BAD = {
+    "fp64": torch.zeros(4).double(),
+    "int": torch.zeros(4).int(),
+    "complex": torch.zeros(4, dtype=torch.complex64),
+    "strided": torch.zeros(8)[::2],
+    "transposed": torch.zeros(2, 3).t(),
+    "expanded": torch.zeros(1).expand(4),
+    "meta": torch.zeros(4, device="meta"),
+    "sparse": torch.zeros(4).to_sparse(),
+    "no tensor": 5.0,
+    "subclass": torch.zeros(4).as_subclass(Subclass),
+    "no storage": Tensor._make_wrapper_subclass(Subclass, (4,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def read_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_rows_by("native", monkeypatch)
+
+
+def test_by_hand() -> None:
+    tensors = [torch.zeros(3), torch.zeros(2, 2).half(), torch.zeros(0).bfloat16()]
+    numbers = [tensors[0].data_ptr(), 3, 0, tensors[1].data_ptr(), 4, 2, 0, 0, 1]
+    packed = struct.pack("9q", *numbers)
+    assert rows.rows_of(tensors) == packed == rows.checked_rows(tensors)
+    assert (rows.addresses(packed), rows.numels(packed)) == (numbers[0::3], [3, 4, 0])
+    assert rows.dtypes(packed) == [tensor.dtype for tensor in tensors]
+
+
+def test_what_python_reads() -> None:
+    for count in range(4):
+        for tensors in itertools.permutations(GOOD, count):
+            assert rows.checked_rows(tensors) == rows.rows_of(tensors)
+    assert rows.checked_rows([]) == b""
+    assert rows.checked_rows(GOOD * 50) == rows.rows_of(GOOD * 50)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_leaves_to_python(bad: str) -> None:
+    for at in (0, 3, len(GOOD)):
+        assert rows.checked_rows([*GOOD[:at], BAD[bad], *GOOD[at:]]) is None
+    assert rows.checked_rows(iter(GOOD)) is None  # type: ignore[arg-type]
+
+
+F32, F16, BF16 = _BASE, _HALF, torch.zeros(1000).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("num_fp32", "rules", "good", "bad"),
+    [
+        (1, 0, [F32, F16], [F16, F32]),
+        (2, 0, [F32, F32, F16], [F32, F16, F32]),
+        (0, FLAT, [F32[:5], F16[:5]], [F32[:5], F16[:6]]),
+        (0, FLAT, [F32[:6], F16[:6]], [F32[:6], F16[:6].view(2, 3)]),
+        (0, FLAT, [F32[:0], F16[:0]], [torch.zeros(0, 1), F16[:0]]),
+        (0, APART, [F32[8:], F16, F32[:8]], [F32[8:], F16, F32[:9]]),
+        (0, APART, [F32[5:5], F32], [F32[500:501], F32]),
+        (0, APART, [F16[4:8], F16[:4], F16[8:]], [F16[4:9], F16[:4], F16[8:]]),
+        (0, FIRST_APART, [F32[:8], F32[8:], F32[8:]], [F32[:8], F32[8:], F32[7:]]),
+        (0, FIRST_APART, [F32[8:], F32[:8], F32[3:3]], [F32[8:], F32[:9]]),
+        (0, ONE_DTYPE, [F32, F16, F16], [F16, F16, BF16]),
+        (0, ALIGNED, [F32, F32[4:], F16[8:]], [F32, F32[4:], F16[4:]]),
+        (1, FLAT | APART, [F32[:4], F16[:4]], [F32[:4], F32[2:6]]),
+    ],
+)
+def test_rules(num_fp32: int, rules: int, good: list[Tensor], bad: list[Tensor]) -> None:
+    assert rows.checked_rows(good, num_fp32, rules) == rows.rows_of(good)
+    assert rows.checked_rows(tuple(good), num_fp32, rules) == rows.rows_of(good)
+    assert rows.checked_rows(bad, num_fp32, rules) is None
+    assert rows.checked_rows(bad) == rows.rows_of(bad), "refused for another reason"
+
+
+def test_spans_apart_are_told_from_others() -> None:
+    """The search that the sorted starts and ends stand in for, over all triples of short spans."""
+    spans = [(start, stop) for start in range(4) for stop in range(start, 5)]
+    for triple in itertools.product(spans, repeat=3):
+        covered = [i for start, stop in triple for i in range(start, stop)]
+        tensors = [_BASE[start:stop] for start, stop in triple]
+        assert (rows.checked_rows(tensors, 0, APART) is not None) == (len(covered) == len(set(covered)))
+
+
+def test_a_torch_without_exchange_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_read", None)
+    assert not native.load("cpu").use_exchange_api(object, object)
+    assert native.load("cpu").use_exchange_api(Tensor, torch.nn.Parameter)
