@@ -38,7 +38,7 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.staging: list[Tensor] = []  # pinned originals: a captured graph copies from them again at each replay
+        self.staging: list[Tensor] = []  # pinned originals, kept until they have been copied
 
     def __call__(self, numbers: Sequence[Any]) -> Tensor:
         """The int64 numbers, on the device."""
@@ -52,8 +52,8 @@ class _Kept(Generic[T]):
     staging: list[Tensor]
 
 
-_cache: OrderedDict[Hashable, _Kept[Any]] = OrderedDict()
-_captured: dict[Hashable, _Kept[Any]] = {}
+_cache: OrderedDict[tuple[torch.device, int, Hashable], _Kept[Any]] = OrderedDict()
+_captured: dict[tuple[torch.device, Hashable], _Kept[Any]] = {}
 
 
 def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) -> T:
@@ -67,18 +67,33 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
     on_gpu = device.type == "cuda"
     stream = current_stream(device) if on_gpu else 0
     key = (device, stream, content)
-    found: _Kept[T] | None = _captured.get(key) or _cache.get(key)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return _kept_for_capture(content, device)
+    found: _Kept[T] | None = _cache.get(key)
     if found is None:
         upload = Upload(device)
         found = _Kept(build(upload), upload.staging)
-    # A graph replays with these addresses long after the cache has moved on, so what it saw is never dropped.
-    if on_gpu and torch.cuda.is_current_stream_capturing():
-        _captured[key] = found
-        return found.value
     _cache[key] = found
     _cache.move_to_end(key)
     if len(_cache) > _CAPACITY:
         _cache.popitem(last=False)
+    return found.value
+
+
+def _kept_for_capture(content: Hashable, device: torch.device) -> Any:
+    """What an eager call made on any stream: pinned memory is not to be had while a graph is captured.
+
+    The graph replays with these addresses long after the cache has moved on, so it is never dropped.
+    """
+    found = _captured.get((device, content))
+    if found is None:
+        found = next((k for (on, _, what), k in _cache.items() if on == device and what == content), None)
+    if found is None:
+        raise RuntimeError(
+            "expected a list of tensors that was seen before the capture of a CUDA graph, got another; call the op "
+            "once with the same tensors, then capture"
+        )
+    _captured[device, content] = found
     return found.value
 
 

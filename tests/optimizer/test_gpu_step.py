@@ -58,13 +58,14 @@ def gradients(step: int, like: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_captured_step_equals_an_eager_one_with_a_changing_rate(dtype):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_captured_step_equals_an_eager_one_with_a_changing_rate(dtype, backend):
     models, found = [], []
     for captured in (False, True):
         rate = torch.tensor(1e-2, device="cuda")
         model = build(dtype).cuda()
         params = list(model.parameters())
-        optimizer = pyzero.FusedZeroAdamW(params, lr=rate, max_grad_norm=0.5)
+        optimizer = pyzero.FusedZeroAdamW(params, lr=rate, max_grad_norm=0.5, backend=backend)
         for param, grad in zip(params, gradients(0, params), strict=True):
             param.grad = grad
         stream = torch.cuda.Stream()
