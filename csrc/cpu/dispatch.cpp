@@ -62,9 +62,9 @@ double read(const Scalar& scalar) { return scalar.device != nullptr ? double(*sc
 
 int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-Ask asked(const Report& report) {
-  if (report.sumsq != nullptr) return Ask::kSumsq;
-  return report.found_inf != nullptr ? Ask::kFlag : Ask::kNothing;
+Wanted wanted_by(const Report& report) {
+  if (report.sumsq != nullptr) return Wanted::kSumsq;
+  return report.found_inf != nullptr ? Wanted::kFlag : Wanted::kNothing;
 }
 
 // Chunk by chunk in order, whatever thread computed each: the sum does not depend on the number of threads.
@@ -151,29 +151,28 @@ void unscale(const UnscaleArgs& args, int num_threads) {
   for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     const Buffer target{read_only ? nullptr : source.data, source.dtype, source.numel};
-    return kernels().scale(target, source, scale, asked(args.report), begin, end);
+    return kernels().scale(target, source, scale, wanted_by(args.report), begin, end);
   });
 }
 
 void pack(const PackArgs& args, int num_threads) {
   const float scale = float(read(args.scale));
   const int64_t item_bytes = args.bucket.dtype == DType::kFloat32 ? 4 : 2;
-  for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
+  for_each_chunk(args.tensors, num_threads, Report{}, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     char* slot = static_cast<char*>(args.bucket.data) + args.offsets[which] * item_bytes;
-    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale, asked(args.report), begin,
-                           end);
+    return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale, Wanted::kNothing, begin, end);
   });
 }
 
 void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
-  const bool past_caches = !args.accumulate && args.numel * int64_t(sizeof(float)) >= kStreamBytes;
-  const ReduceSpan span{args.shard, args.slices.data(),      static_cast<int>(args.slices.size()),
-                        args.dtype, float(read(args.scale)), args.accumulate,
-                        past_caches};
+  const bool non_temporal = !args.accumulate && args.numel * int64_t(sizeof(float)) >= kStreamBytes;
+  const ReduceSpan span{args.shard,  args.slices.data(),      static_cast<int>(args.slices.size()),
+                        args.dtype,  float(read(args.scale)), args.accumulate,
+                        non_temporal};
   const std::vector<Buffer> whole(1, Buffer{args.shard, DType::kFloat32, args.numel});
   for_each_chunk(whole, num_threads, args.report, [&](int64_t, int64_t begin, int64_t end) {
-    return kernels().reduce(span, asked(args.report) != Ask::kNothing, begin, end);
+    return kernels().reduce(span, wanted_by(args.report) != Wanted::kNothing, begin, end);
   });
 }
 

@@ -16,10 +16,10 @@ struct ReduceSpan {
   DType dtype;
   float scale;
   bool accumulate;
-  bool past_caches;  // write the shard around the caches; never where it is read, too
+  bool non_temporal;  // stores past the caches; never where the shard is read, too
 };
 
-enum class Ask { kNothing, kFlag, kSumsq };  // what a pass tells of the values that it stored
+enum class Wanted { kNothing, kFlag, kSumsq };  // statistics of the values that a pass has stored
 
 struct KernelTable {
   const char* name;
@@ -29,7 +29,7 @@ struct KernelTable {
   // dst[begin, end) = round(factor * src[begin, end)); dst may be src, or have no data: then the pass only reads.
   // Returns the sum of squares of what was stored where asked for, NaN or 0 where only the flag is: either is not
   // finite exactly where some value was not.
-  double (*scale)(const Buffer& dst, const Buffer& src, float factor, Ask ask, int64_t begin, int64_t end);
+  double (*scale)(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, int64_t begin, int64_t end);
   double (*reduce)(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end);
 };
 

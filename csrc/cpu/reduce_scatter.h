@@ -28,14 +28,14 @@ double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64
       widen(static_cast<const T*>(span.slices[rank]) + at, slice, count);
       for (int64_t i = 0; i < count; ++i) sum[i] = reduce_add(sum[i], slice[i]);
     }
-    float* __restrict out = span.past_caches ? slice : span.shard + at;
+    float* __restrict out = span.non_temporal ? slice : span.shard + at;
     for (int64_t i = 0; i < count; ++i) {
       out[i] = reduce_finish<kAccumulate>(kAccumulate ? out[i] : 0.0f, sum[i], span.scale);
     }
-    if (span.past_caches) stream(out, span.shard + at, count);
+    if (span.non_temporal) stream(out, span.shard + at, count);
     if (want_sumsq) squares.add(out, count);
   }
-  if (span.past_caches) end_stream();
+  if (span.non_temporal) end_stream();
   return squares.total();
 }
 

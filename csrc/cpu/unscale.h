@@ -39,11 +39,11 @@ inline bool any_nonfinite(const Buffer& buffer, int64_t at, int64_t count) {
 }
 
 // Reads 2 or 4 B per element and writes as many; times 1 in the same dtype only copies, and in place only reads.
-double scale(const Buffer& dst, const Buffer& src, float factor, Ask ask, int64_t begin, int64_t end) {
+double scale(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, int64_t begin, int64_t end) {
   const bool verbatim = factor == 1.0f && dst.dtype == src.dtype;
   const bool writes = dst.data != nullptr && !(verbatim && dst.data == src.data);
   if (verbatim && writes) copy_span(src, dst, begin, end - begin);
-  if (verbatim && ask == Ask::kNothing) return 0.0;
+  if (verbatim && wanted == Wanted::kNothing) return 0.0;
 
   const Buffer& stored = writes ? dst : src;
   SquareSum sum;
@@ -52,13 +52,13 @@ double scale(const Buffer& dst, const Buffer& src, float factor, Ask ask, int64_
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = end - at < kTile ? end - at : kTile;
     if (writes && !verbatim) scale_span(src, dst, factor, tile, at, count);
-    if (ask == Ask::kFlag) found |= any_nonfinite(stored, at, count);
-    if (ask == Ask::kSumsq) {
+    if (wanted == Wanted::kFlag) found |= any_nonfinite(stored, at, count);
+    if (wanted == Wanted::kSumsq) {
       widen_span(stored, at, tile, count);  // what was stored, which is what counts
       sum.add(tile, count);
     }
   }
-  if (ask == Ask::kFlag) return found ? bits_float(0x7fc00000u) : 0.0;
+  if (wanted == Wanted::kFlag) return found ? bits_float(0x7fc00000u) : 0.0;
   return sum.total();
 }
 

@@ -68,7 +68,8 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
     stream = current_stream(device) if on_gpu else 0
     key = (device, stream, content)
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        return _kept_for_capture(content, device)
+        value: T = _kept_for_capture(content, device)
+        return value
     found: _Kept[T] | None = _cache.get(key)
     if found is None:
         upload = Upload(device)
