@@ -47,7 +47,7 @@ __device__ __forceinline__ void set_word(Vector<T, kElements>& v, int w, uint32_
   v.x[2 * w + 1] = T{uint16_t(bits >> 16)};
 }
 
-// In PTX, for two reasons. nvcc 13.0 keeps volatile loads where they stand. And it splits a plain store of 16-bit
+// In PTX, for two reasons: nvcc moves no volatile load behind a branch, and nvcc 13.0 splits a plain store of 16-bit
 // members into one store for each.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[4]) {

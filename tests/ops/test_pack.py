@@ -84,7 +84,7 @@ def test_unaligned(target: Target, shift: int) -> None:
 
 @pytest.mark.parametrize("target", params(ALL))
 def test_hundreds_of_tensors(target: Target) -> None:
-    num_tensors = 200 if target.backend == "triton" and target.is_emulated else 700
+    num_tensors = 200 if target.backend == "triton" and target.is_emulated else 800
     with target.ready():
         check(mixed(tuple(i * 37 % 90 for i in range(num_tensors)), tame), torch.bfloat16, target, gap=2)
 
