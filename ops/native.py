@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -81,6 +82,13 @@ def forget() -> None:
     """Look anew at the next load(): the environment has changed (tests)."""
     _load.cache_clear()
     backend.cache_clear()
+
+
+def lend_reader() -> None:
+    """Let the C++ module read tensors for a backend that is not in C++, where pip has built it: see `rows`."""
+    if ahead_of_time_path("cpu") is not None and stale_reason("cpu") is None:
+        with contextlib.suppress(JitError):  # it cannot be imported; python reads, too
+            backend("cpu")
 
 
 # ---- tensors to pointers ------------------------------------------------------------------------------------------

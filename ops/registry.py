@@ -71,19 +71,24 @@ def _triton_reason(device_type: str) -> str | None:
     return _no_gpu_reason() if device_type == "cuda" else None
 
 
+def _load_triton() -> Backend:
+    native.lend_reader()
+    return _import("triton_kernels")
+
+
+def _import(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
+
+
 BACKENDS = {
     row.name: row
     for row in (
         Entry("cuda", ("cuda",), _cuda_reason, lambda: native.backend("cuda")),
         Entry("cpu", ("cpu",), _cpu_reason, lambda: native.backend("cpu")),
-        Entry("triton", ("cuda",), _triton_reason, lambda: _import("triton_kernels")),
+        Entry("triton", ("cuda",), _triton_reason, _load_triton),
         Entry("reference", ("*",), lambda device_type: None, lambda: _import("reference")),
     )
 }
-
-
-def _import(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
 
 
 def ladder(device_type: str) -> list[Entry]:

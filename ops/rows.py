@@ -1,17 +1,20 @@
 """Tensors as plain numbers: address, numel and dtype code of each, in one bytes object, for kernels that take those.
 
-A native module reads them from C where torch has DLPack's exchange API (csrc/tensor_rows.h), and checks them on the
-way; what it does not like, or where there is none, is looked at in Python, which has the words for it.
+They are checked on the way. A native module reads them from C where torch has DLPack's exchange API
+(csrc/tensor_rows.h); without one, and what it does not like, is read here.
 """
 
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from operator import gt
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their code: DType in csrc/math/types.h
+_BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 
 # What a list must be beyond contiguous, in FLOAT_DTYPES and on one device: RowRule in csrc/tensor_rows.h.
@@ -22,25 +25,71 @@ ONE_DTYPE = 8  # all but the first are of one dtype
 ALIGNED = 16  # all start at a multiple of ALIGNMENT_BYTES
 ALIGNMENT_BYTES = 16
 
-_read: Callable[[Sequence[Tensor], int, int], bytes | None] | None = None
+Reader: TypeAlias = Callable[[Sequence[Tensor], int, int], bytes | None]
+_native: Reader | None = None
 
 
 def read_by(module: ModuleType) -> None:
     """Let a native module read tensors from now on, if it can with this torch."""
-    global _read
+    global _native
     if module.use_exchange_api(Tensor, torch.nn.Parameter):
-        _read = module.rows_of
+        _native = module.rows_of
 
 
 def checked_rows(tensors: Sequence[Tensor], num_fp32: int = 0, rules: int = 0) -> bytes | None:
-    """Rows where all is as wanted, the first `num_fp32` of them fp32; None where Python must look."""
-    return None if _read is None else _read(tensors, num_fp32, rules)
+    """Rows where all is as wanted, the first `num_fp32` of them fp32; None where not: the caller says what."""
+    rows = None if _native is None else _native(tensors, num_fp32, rules)
+    return read_in_python(tensors, num_fp32, rules) if rows is None else rows
 
 
-def rows_of(tensors: Iterable[Tensor]) -> bytes:
+def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> bytes | None:
+    """The same without a native module, attribute by attribute: some 400 ns per tensor."""
+    if not tensors:
+        return b""
+    device = tensors[0].device
+    codes = [_CODES.get(tensor.dtype, -1) for tensor in tensors]
+    if -1 in codes or any(codes[:num_fp32]) or (rules & ONE_DTYPE and len(set(codes[1:])) > 1):
+        return None
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.device != device:
+            return None
+    counts = [tensor.numel() for tensor in tensors]
+    if rules & FLAT and (counts.count(counts[0]) < len(counts) or any([tensor.dim() != 1 for tensor in tensors])):
+        return None
+    starts = [tensor.data_ptr() for tensor in tensors]
+    if rules & ALIGNED and any([start % ALIGNMENT_BYTES for start in starts]):
+        return None
+    if rules & (APART | FIRST_APART) and not _are_apart(starts, counts, codes, rules):
+        return None
+    return _packed(starts, counts, codes)
+
+
+def rows_of(tensors: Sequence[Tensor]) -> bytes:
     """One row per tensor: 3 int64. Nothing is checked."""
-    numbers = [x for tensor in tensors for x in (tensor.data_ptr(), tensor.numel(), _CODES[tensor.dtype])]
-    return struct.pack(f"{len(numbers)}q", *numbers)
+    codes = [_CODES[tensor.dtype] for tensor in tensors]
+    return _packed([tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors], codes)
+
+
+def _packed(starts: list[int], counts: list[int], codes: list[int]) -> bytes:
+    rows = array("q", starts * 3)
+    rows[0::3] = rows[: len(starts)]
+    rows[1::3] = array("q", counts)
+    rows[2::3] = array("q", codes)
+    return rows.tobytes()
+
+
+def _are_apart(starts: list[int], counts: list[int], codes: list[int], rules: int) -> bool:
+    ends = [start + count * _BYTES[code] for start, count, code in zip(starts, counts, codes, strict=True)]
+    if rules & FIRST_APART:
+        first, last = starts[0], ends[0]
+        others = zip(starts[1:], ends[1:], strict=True)
+        return not any([start < last and first < end and start < end and first < last for start, end in others])
+    if 0 in counts:
+        starts = [start for start, count in zip(starts, counts, strict=True) if count]
+        ends = [end for end, count in zip(ends, counts, strict=True) if count]
+    # Sorted each by itself, they still tell: no two overlap exactly where each end is no larger than the next start.
+    later, sooner = sorted(starts)[1:], sorted(ends)
+    return not any(map(gt, sooner, later))
 
 
 def addresses(rows: bytes) -> list[int]:

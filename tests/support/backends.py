@@ -87,13 +87,13 @@ def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
 
 def read_rows_by(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors of a call are read by "python", or by the "native" module where this torch lets it."""
-    monkeypatch.setattr(rows, "_read", None)
+    monkeypatch.setattr(rows, "_native", None)
     if reader == "python":
         return
     if reason := registry.BACKENDS["cpu"].unavailable_reason("cpu"):
         pytest.skip(f"cpu: {reason}")
     rows.read_by(native.load("cpu"))
-    if rows._read is None:
+    if rows._native is None:
         pytest.skip("this torch has no exchange API")
 
 
