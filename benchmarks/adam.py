@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.ops.adam import SEGMENT_GRANULE
+from pyzero.ops.backend import SEGMENT_GRANULE
 
 from . import peers
 from .harness import Contender, Options, Row, check, compare

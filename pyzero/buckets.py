@@ -157,8 +157,8 @@ class Bucket:
 
     def _segment_ids(self, rank: int) -> Tensor:
         runs = self.layout.granule_owners(rank)
-        positions = torch.tensor([position for position, _ in runs], dtype=torch.int32)
-        counts = torch.tensor([count for _, count in runs], dtype=torch.int64)
+        positions = torch.tensor([position for position, _ in runs], dtype=torch.int32, device="cpu")
+        counts = torch.tensor([count for _, count in runs], dtype=torch.int64, device="cpu")
         return positions.repeat_interleave(counts).to(self.device)
 
     def shard_part(self, position: int) -> tuple[slice, slice]:

@@ -89,7 +89,7 @@ class RankState:
             views = optimizer.state[param]
             if self.layouts is not None:
                 for name, view in views.items():
-                    view.copy_(torch.as_tensor(saved[name]))
+                    view.copy_(torch.as_tensor(saved[name], device=view.device))
             elif saved:
                 optimizer.set_full_state(param, {name: saved[name] for name in views if name != MASTER})
             else:

@@ -261,7 +261,7 @@ class Group:
         One message where the device is the host. On a GPU the numbers travel from host to host, and nobody waits for
         the device.
         """
-        host = torch.tensor(values, dtype=torch.float64)
+        host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if row.device.type == "cpu":
             rows = self.gather_rows(torch.cat([host, row]))
             return rows[:, : len(values)], rows[:, len(values) :]
@@ -282,8 +282,8 @@ class Group:
 
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
         """The first rank's numbers from 0 on, of which there are `most` at most."""
-        host = torch.full((most,), -1, dtype=torch.int64)
-        host[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        host = torch.full((most,), -1, dtype=torch.int64, device="cpu")
+        host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)
         return [value for value in host.tolist() if value >= 0]
 

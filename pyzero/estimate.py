@@ -90,7 +90,7 @@ def estimate(
 
 def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: int, bucket_cap_mb: float) -> Estimate:
     """The same for so many parameters of one dtype in tensors that fill the buckets evenly."""
-    element_bytes = torch.empty((), dtype=dtype).element_size()
+    element_bytes = dtype.itemsize
     whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     shapes = [(size, element_bytes, True) for size in sizes]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-GRANULE = 64  # elements; SEGMENT_GRANULE of pyzero.ops.adam
+from pyzero.ops.backend import SEGMENT_GRANULE
+
+GRANULE = SEGMENT_GRANULE  # elements: where a parameter may start, and a shard end
 
 
 class Cut(Enum):

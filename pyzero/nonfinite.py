@@ -18,10 +18,6 @@ from pyzero.layout import GRANULE
 NOT_FOUND = math.inf
 
 
-def _encode(numbers: Tensor | int, rank: int, num_ranks: int) -> Tensor | float:
-    return numbers * (num_ranks + 1) + rank
-
-
 def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
     """The parameter's number and the rank; None for what is not known."""
     if math.isinf(code):
@@ -44,11 +40,11 @@ def locate_in_slices(bucket: Bucket, slices: list[Tensor], num_ranks: int, by_ra
         num_ranks: Of the group.
         by_rank: slices[r] is rank r's; else the one slice is a sum over ranks.
     """
-    numbers = torch.tensor(bucket.numbers, dtype=torch.float64).to(bucket.device)[bucket.segment_ids.long()]
+    numbers = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)[bucket.segment_ids.long()]
     codes = []
     for rank, piece in enumerate(slices):
         is_bad = ~torch.isfinite(piece).view(-1, GRANULE).all(1)
-        code = torch.as_tensor(_encode(numbers, rank if by_rank else num_ranks, num_ranks))
+        code = numbers * (num_ranks + 1) + (rank if by_rank else num_ranks)
         codes.append(code.masked_fill_(~is_bad, NOT_FOUND).min())
     return torch.stack(codes).min().reshape(1)
 
@@ -58,6 +54,6 @@ def locate_in_grads(bucket: Bucket, grads: Sequence[Tensor | None], rank: int, n
     codes = torch.full((len(grads) + 1,), NOT_FOUND, dtype=torch.float64, device=bucket.device)
     for position, grad in enumerate(grads):
         if grad is not None:
-            code = float(_encode(bucket.numbers[position], rank, num_ranks))
+            code = float(bucket.numbers[position] * (num_ranks + 1) + rank)
             codes[position].masked_fill_(~torch.isfinite(grad).all(), code)
     return codes.min()

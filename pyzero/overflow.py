@@ -30,7 +30,7 @@ class OverflowMonitor:
         self._warns = warns
         self._num_warned_of = 0  # skipped steps
         self._on_gpu = device.type == "cuda"
-        self._host = torch.zeros(4, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._host = torch.zeros(4, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
         self._arrived = torch.cuda.Event() if self._on_gpu else None
         self._under_way = False
         self.num_in_a_row = 0  # skips, as far as this host knows

@@ -55,7 +55,7 @@ class ShardUpdater:
                 "others; run one step eagerly with these gradients, then capture"
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
-        everyones = torch.tensor(rows, dtype=torch.float32).to(buckets[0].device)
+        everyones = torch.tensor(rows, dtype=torch.float32, device=buckets[0].device)
         self._used = list(everyones.split([len(bucket.numbers) for bucket in buckets]))
 
     def update(

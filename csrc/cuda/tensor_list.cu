@@ -22,7 +22,7 @@ void ListLauncher::add(const Buffer& source, void* target, DType target_dtype) {
 
 void ListLauncher::flush() {
   if (params_.num_items == 0) return;
-  params_.runs = runs_of(num_chunks_, params_.report);
+  params_.runs = runs_of(num_chunks_, kMaxPartials);  // with or without a sum: a block of one chunk is short-lived
   launch(kernel_, params_, params_.runs.num_blocks(), stream_);
   finish_sumsq(report_, partials_, params_.runs.num_blocks(), stream_);
   params_.num_items = 0;

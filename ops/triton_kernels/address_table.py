@@ -38,12 +38,45 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.staging: list[Tensor] = []  # pinned originals, kept until they have been copied
+        self.staging: list[Tensor] = []  # pinned originals: a captured graph copies from them again at each replay
 
     def __call__(self, numbers: Sequence[Any]) -> Tensor:
         """The int64 numbers, on the device."""
-        self.staging.append(torch.tensor(numbers, dtype=torch.int64, pin_memory=self._device.type == "cuda"))
-        return self.staging[-1].to(self._device, non_blocking=True)
+        staging = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        if self._device.type == "cuda":
+            pinned = _for_captures.take(staging.numel()) if torch.cuda.is_current_stream_capturing() else None
+            staging = staging.pin_memory() if pinned is None else pinned.view(staging.shape).copy_(staging)
+            _for_captures.reserve()
+        self.staging.append(staging)
+        return staging.to(self._device, non_blocking=True)
+
+
+class _PinnedReserve:
+    """Pinned memory that is there before a capture, in which none is to be had. What is taken is never given back."""
+
+    NUM_BYTES = 8 << 20
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._is_made = False
+
+    def reserve(self) -> None:
+        if not self._is_made and not torch.cuda.is_current_stream_capturing():
+            self._left = torch.empty(self.NUM_BYTES // 8, dtype=torch.int64, device="cpu", pin_memory=True)
+            self._is_made = True
+
+    def take(self, numel: int) -> Tensor:
+        if numel > self._left.numel():
+            remedy = "capture fewer graphs" if self._is_made else "call the op once before the capture"
+            raise RuntimeError(
+                f"expected pinned memory for {numel} addresses in the capture of a CUDA graph, got it for "
+                f"{self._left.numel()}; {remedy}"
+            )
+        taken, self._left = self._left[:numel], self._left[numel:]
+        return taken
+
+
+_for_captures = _PinnedReserve()
 
 
 @dataclass(frozen=True)
@@ -52,8 +85,8 @@ class _Kept(Generic[T]):
     staging: list[Tensor]
 
 
-_cache: OrderedDict[tuple[torch.device, int, Hashable], _Kept[Any]] = OrderedDict()
-_captured: dict[tuple[torch.device, Hashable], _Kept[Any]] = {}
+_cache: OrderedDict[Hashable, _Kept[Any]] = OrderedDict()
+_captured: dict[Hashable, _Kept[Any]] = {}
 
 
 def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) -> T:
@@ -67,34 +100,18 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
     on_gpu = device.type == "cuda"
     stream = current_stream(device) if on_gpu else 0
     key = (device, stream, content)
-    if on_gpu and torch.cuda.is_current_stream_capturing():
-        value: T = _kept_for_capture(content, device)
-        return value
-    found: _Kept[T] | None = _cache.get(key)
+    found: _Kept[T] | None = _captured.get(key) or _cache.get(key)
     if found is None:
         upload = Upload(device)
         found = _Kept(build(upload), upload.staging)
+    # A graph replays with these addresses long after the cache has moved on, so what it saw is never dropped.
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured[key] = found
+        return found.value
     _cache[key] = found
     _cache.move_to_end(key)
     if len(_cache) > _CAPACITY:
         _cache.popitem(last=False)
-    return found.value
-
-
-def _kept_for_capture(content: Hashable, device: torch.device) -> Any:
-    """What an eager call made on any stream: pinned memory is not to be had while a graph is captured.
-
-    The graph replays with these addresses long after the cache has moved on, so it is never dropped.
-    """
-    found = _captured.get((device, content))
-    if found is None:
-        found = next((k for (on, _, what), k in _cache.items() if on == device and what == content), None)
-    if found is None:
-        raise RuntimeError(
-            "expected a list of tensors that was seen before the capture of a CUDA graph, got another; call the op "
-            "once with the same tensors, then capture"
-        )
-    _captured[device, content] = found
     return found.value
 
 

@@ -116,7 +116,7 @@ def test_what_a_graph_would_replay_wrongly_is_refused(caplog):
     torch.cuda.synchronize()
     assert_same(weights, params_of(model))  # what is captured is not run
     optimizer.step()
-    assert not torch.equal(weights[1], params_of(model)[1])
+    assert any(not torch.equal(a, b) for a, b in zip(weights, params_of(model), strict=True))
 
 
 def test_a_skip_is_told_when_it_is_known(caplog):

@@ -331,3 +331,30 @@ def test_refusals():
         pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))])
     with pytest.raises(TypeError, match="float64"):
         pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_default_device_does_not_matter(ranks, stage):
+    """Whoever calls torch.set_default_device means tensors of the model, not ours."""
+    for weights, plain in ranks.run(2, under_a_default_device, stage):
+        assert_same(weights, plain)
+
+
+def under_a_default_device(group: Any, stage: int) -> tuple[list[Tensor], list[Tensor]]:
+    results = []
+    for device in ("meta", "cpu"):
+        model = build(torch.bfloat16)
+        losses = [loss_of(model, micro_batch(step, 0)) for step in range(1)]
+        with torch.device(device):
+            optimizer = pyzero.FusedZeroAdamW(
+                model.parameters(), lr=1e-2, process_group=group, stage=stage, max_grad_norm=0.1, loss_scale=8.0
+            )
+            for loss in losses:
+                optimizer.backward(loss)
+                optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.full_state(next(model.parameters()))
+        results.append(params_of(model))
+    return results[0], results[1]

@@ -73,10 +73,10 @@ def pack(device: str, backend: str) -> list[Tensor]:
     tensors = ragged(normals(device))
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        bucket, found = torch.zeros(sum(map(len, tensors)) + 5, dtype=dtype, device=device), report(device)
+        bucket = torch.zeros(sum(map(len, tensors)) + 5, dtype=dtype, device=device)
         ops.pack_(bucket, tensors, backend=backend)
-        ops.pack_(bucket, tensors, scale=0.25, **found, backend=backend)
-        results += [bucket, *found.values()]
+        ops.pack_(bucket, tensors, scale=0.25, backend=backend)
+        results.append(bucket)
     return results
 
 
