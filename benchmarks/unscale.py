@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
     ours, theirs = _split(flat.clone()), _split(flat.clone())
 
     def torch_unscale() -> None:
-        torch._amp_foreach_non_finite_check_and_unscale_(theirs, found_inf, nearly_one)
+        _peer(theirs, found_inf, nearly_one)
 
     def torch_with_norm() -> None:
         torch_unscale()
@@ -65,13 +66,23 @@ def _split(flat: Tensor) -> list[Tensor]:
     return list(flat.tensor_split(_NUM_TENSORS))
 
 
+def _peer(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """GradScaler's, or where torch has none, for bf16 on a GPU, its foreach ops."""
+    if tensors[0].is_cuda and tensors[0].dtype == torch.bfloat16:
+        torch._foreach_mul_(tensors, inv_scale)
+        largest = torch.stack(torch._foreach_norm(tensors, math.inf)).max()
+        found_inf.copy_(~torch.isfinite(largest))
+    else:
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inv_scale)
+
+
 def _check(flat: Tensor, inv_scale: Tensor, backend: str) -> None:
     """Values bit for bit (halving is exact in both), the norm within fp32's, the flag both ways."""
     ours, theirs = flat.clone(), flat.clone()
     found, peer_found = torch.zeros(1, device=flat.device), torch.zeros(1, device=flat.device)
     sumsq = torch.zeros(1, device=flat.device)
     ops.unscale_(_split(ours), inv_scale, found_inf=found, sumsq=sumsq, backend=backend)
-    torch._amp_foreach_non_finite_check_and_unscale_(_split(theirs), peer_found, inv_scale)
+    _peer(_split(theirs), peer_found, inv_scale)
     check("unscale_: values", ours, theirs, rtol=0, atol=0)
     # ours is one fp64 sum; two roundings to fp32 are left, and fp32's own sum in the oracle is avoided
     check("unscale_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
@@ -79,5 +90,5 @@ def _check(flat: Tensor, inv_scale: Tensor, backend: str) -> None:
     for tensor in (ours, theirs):
         tensor[-1] = float("inf")
     ops.unscale_(_split(ours), inv_scale, found_inf=found, backend=backend)
-    torch._amp_foreach_non_finite_check_and_unscale_(_split(theirs), peer_found, inv_scale)
+    _peer(_split(theirs), peer_found, inv_scale)
     check("unscale_: found_inf of an inf", found, peer_found, rtol=0, atol=0)

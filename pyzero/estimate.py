@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
 from pyzero.gradients import IN_PLACE_NUMEL
-from pyzero.layout import GRANULE, BucketLayout, Key, ParamSpec, plan
+from pyzero.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +111,7 @@ def _estimate(
     keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
-    layouts = plan(specs, max(int(bucket_cap_mb * _MEBIBYTE), 1), num_ranks, cut=rule.cut)
+    layouts = plan(specs, cap_bytes(bucket_cap_mb, num_ranks, on_gpu), num_ranks, cut=rule.cut)
     sizes = {key: size for size, key in keys.items()}
     chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, on_gpu)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)

@@ -23,7 +23,7 @@ from pyzero.pieces import Pieces
 _ALIGNMENT_BYTES = 16
 # Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
 # what packing so many would cost.
-IN_PLACE_NUMEL = (1 << 16, 1 << 23)
+IN_PLACE_NUMEL = (1 << 16, 1 << 22)
 
 
 def is_set(flag: Tensor) -> bool:

@@ -24,6 +24,15 @@ class Cut(Enum):
     WHOLE = auto()  # each parameter lies on one rank
 
 
+_ONE_RANK_CAP_BYTES = 256 << 20
+
+
+def cap_bytes(bucket_cap_mb: float, num_ranks: int, on_gpu: bool) -> int:
+    """Bytes of weights in a bucket. One rank sends nothing, and on a GPU fewer buckets mean fewer launches."""
+    asked = max(int(bucket_cap_mb * 2**20), 1)
+    return max(asked, _ONE_RANK_CAP_BYTES) if num_ranks == 1 and on_gpu else asked
+
+
 class Key(NamedTuple):
     """What parameters of one bucket have in common."""
 

@@ -18,7 +18,7 @@ from pyzero.buckets import Bucket
 from pyzero.comm import Group, Work, make_transport
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients import Gradients, LocalGradients
-from pyzero.layout import BucketLayout
+from pyzero.layout import BucketLayout, cap_bytes
 from pyzero.overflow import OverflowMonitor
 from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
@@ -28,8 +28,6 @@ from pyzero.update import ShardUpdater
 from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
-
-_MEBIBYTE = 2**20
 
 
 class _LastStep(NamedTuple):
@@ -86,7 +84,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         max_grad_norm: Clip the global 2-norm in every step.
         loss_scale: "auto" (dynamic where there are fp16 parameters), None, a number, "dynamic" or a LossScale. Use
             `opt.backward(loss)` with it.
-        bucket_cap_mb: Size of a bucket, in MiB of weights.
+        bucket_cap_mb: Size of a bucket, in MiB of weights; 256 at least on a GPU alone, which sends none.
         overlap: Send a bucket while backward goes on (stage 2).
         grad_reduce_dtype: dtype in which gradients are sent; default: the parameter's.
         reduce_grads: False where gradients are already averaged over ranks (DDP, a trainer).
@@ -136,8 +134,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._group = Group(process_group)
         model_parallel = None if model_parallel_group is None else Group(model_parallel_group)
         is_replica = model_parallel is not None and model_parallel.rank > 0
-        cap_bytes = max(int(bucket_cap_mb * _MEBIBYTE), 1)
-        self._placement = Placement(rule, self._group, self.state, cap_bytes, is_replica, init_sync)
+        cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
+        self._placement = Placement(rule, self._group, self.state, cap, is_replica, init_sync)
         self._updater = ShardUpdater(rule, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None

@@ -26,9 +26,10 @@ def build(dtype: torch.dtype) -> nn.ParameterList:
 def gradient(index: int, step: int, rank: int) -> Tensor:
     """Sums over three ranks, and moments of halves and quarters, are exact in fp32; no direction is near 0."""
     generator = torch.Generator().manual_seed(1000 * index + 10 * step + rank)
-    size = torch.randint(1, 4, SHAPES[index], generator=generator) * 3.0
-    sign = torch.randint(0, 2, SHAPES[index], generator=torch.Generator().manual_seed(7 * step + index)) * 2.0 - 1.0
-    return size * sign
+    size = torch.randint(1, 4, SHAPES[index], generator=generator, device="cpu") * 3.0
+    seed = torch.Generator().manual_seed(7 * step + index)
+    sign = torch.randint(0, 2, SHAPES[index], generator=seed, device="cpu") * 2.0 - 1.0
+    return (size * sign).to(torch.get_default_device())
 
 
 def trained(group: Any, dtype: torch.dtype, stage: int, clip: float | None) -> list[dict[str, Tensor]]:
@@ -49,7 +50,7 @@ def trained(group: Any, dtype: torch.dtype, stage: int, clip: float | None) -> l
     for param in model:
         assert set(optimizer.state[param]) == {"step", "exp_avg", "master"}
         assert torch.equal(param, optimizer.full_master(param).to(dtype))
-    return [optimizer.full_state(param) for param in model]
+    return [{name: value.cpu() for name, value in optimizer.full_state(param).items()} for param in model]
 
 
 def lion(size: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:

@@ -73,8 +73,10 @@ def build(dtype: torch.dtype) -> nn.ParameterList:
 
 
 def gradient(shape: tuple[int, ...], step: int, rank: int) -> Tensor:
+    """Means over 1, 2 and 4 ranks are exact."""
     generator = torch.Generator().manual_seed(100 * step + rank)
-    return torch.randint(1, 9, shape, generator=generator).float() * 4  # means over 1, 2 and 4 ranks are exact
+    size = torch.randint(1, 9, shape, generator=generator, device="cpu").float() * 4
+    return size.to(torch.get_default_device())
 
 
 def step(optimizer: ZeroOptimizer, model: nn.ParameterList, number: int, rank: int, size: int) -> None:
@@ -99,7 +101,7 @@ def trained(group: Any, dtype: torch.dtype, stage: int) -> list[dict[str, Tensor
     for param, state in zip(model, states, strict=True):
         assert torch.equal(param, state["master"].to(dtype))
         assert set(optimizer.state[param]) == set(state) == {"step", "master", "buf", "size"}
-    return states
+    return [{name: value.cpu() for name, value in state.items()} for state in states]
 
 
 def wanted(dtype: torch.dtype, size: int) -> list[dict[str, Tensor]]:
