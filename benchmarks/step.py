@@ -54,10 +54,10 @@ def run(options: Options) -> list[Row]:
 
 
 def _mixed_peers(weights: Tensor, grad: Tensor, options: Options) -> dict[str, peers.MixedStep]:
-    pieces = _split(weights.clone()), _split(grad)
+    pieces = _split(weights), _split(grad)
     made = {
         "torch foreach, fused AdamW": peers.MixedStep(*pieces, MAX_NORM, folded=False),
-        "same, clip folded into AdamW": peers.MixedStep(_split(weights.clone()), pieces[1], MAX_NORM, folded=True),
+        "same, clip folded into AdamW": peers.MixedStep(_split(weights), pieces[1], MAX_NORM, folded=True),
     }
     return made
 
@@ -86,7 +86,7 @@ def _by_optimizer(weights: Tensor, grad: Tensor, options: Options) -> list[Row]:
             peer.step()
     contenders = []
     for suffix, backend in options.backends.items():
-        params = [Parameter(piece) for piece in _split(weights.clone())]
+        params = [Parameter(piece) for piece in _split(weights)]
         for param, piece in zip(params, _split(grad), strict=True):
             param.grad = piece
         optimizer = pyzero.FusedZeroAdamW(params, lr=LR, weight_decay=1e-2, max_grad_norm=MAX_NORM, backend=backend)
@@ -110,7 +110,7 @@ def _first(theirs: dict[str, peers.MixedStep]) -> str:
 
 
 def _split(flat: Tensor) -> list[Tensor]:
-    return list(flat.tensor_split(_NUM_TENSORS))
+    return [piece.clone() for piece in flat.tensor_split(_NUM_TENSORS)]  # each where an allocator puts it
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
 
     # Just below 1: ours only reads where the scale is exactly 1, and the values must not fade while they are timed.
     nearly_one, sumsq = torch.full((), 1 - 2**-24, device=flat.device), torch.zeros(1, device=flat.device)
-    ours, theirs = _split(flat.clone()), _split(flat.clone())
+    ours, theirs = _split(flat), _split(flat)
 
     def torch_unscale() -> None:
         _peer(theirs, found_inf, nearly_one)
@@ -63,7 +63,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
 
 
 def _split(flat: Tensor) -> list[Tensor]:
-    return list(flat.tensor_split(_NUM_TENSORS))
+    return [piece.clone() for piece in flat.tensor_split(_NUM_TENSORS)]  # each where an allocator puts it
 
 
 def _peer(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -81,14 +81,14 @@ def _check(flat: Tensor, inv_scale: Tensor, backend: str) -> None:
     ours, theirs = flat.clone(), flat.clone()
     found, peer_found = torch.zeros(1, device=flat.device), torch.zeros(1, device=flat.device)
     sumsq = torch.zeros(1, device=flat.device)
-    ops.unscale_(_split(ours), inv_scale, found_inf=found, sumsq=sumsq, backend=backend)
-    _peer(_split(theirs), peer_found, inv_scale)
+    ops.unscale_(ours.tensor_split(_NUM_TENSORS), inv_scale, found_inf=found, sumsq=sumsq, backend=backend)
+    _peer(list(theirs.tensor_split(_NUM_TENSORS)), peer_found, inv_scale)
     check("unscale_: values", ours, theirs, rtol=0, atol=0)
     # ours is one fp64 sum; two roundings to fp32 are left, and fp32's own sum in the oracle is avoided
     check("unscale_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
     check("unscale_: found_inf of finite values", found, peer_found, rtol=0, atol=0)
     for tensor in (ours, theirs):
         tensor[-1] = float("inf")
-    ops.unscale_(_split(ours), inv_scale, found_inf=found, backend=backend)
-    _peer(_split(theirs), peer_found, inv_scale)
+    ops.unscale_(ours.tensor_split(_NUM_TENSORS), inv_scale, found_inf=found, backend=backend)
+    _peer(list(theirs.tensor_split(_NUM_TENSORS)), peer_found, inv_scale)
     check("unscale_: found_inf of an inf", found, peer_found, rtol=0, atol=0)

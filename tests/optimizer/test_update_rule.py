@@ -69,7 +69,8 @@ def optimizer_over(model: nn.Module, group: Any, dtype: torch.dtype, **options: 
 
 def build(dtype: torch.dtype) -> nn.ParameterList:
     torch.manual_seed(0)
-    return nn.ParameterList(nn.Parameter(torch.randint(-8, 8, shape).to(dtype)) for shape in SHAPES)
+    values = [torch.randint(-8, 8, shape, device="cpu").to(torch.get_default_device(), dtype) for shape in SHAPES]
+    return nn.ParameterList(map(nn.Parameter, values))
 
 
 def gradient(shape: tuple[int, ...], step: int, rank: int) -> Tensor:

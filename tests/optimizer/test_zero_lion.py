@@ -20,7 +20,8 @@ STEPS = 5
 
 def build(dtype: torch.dtype) -> nn.ParameterList:
     torch.manual_seed(1)
-    return nn.ParameterList(nn.Parameter(torch.randint(-8, 9, shape).to(dtype)) for shape in SHAPES)
+    values = [torch.randint(-8, 9, shape, device="cpu").to(torch.get_default_device(), dtype) for shape in SHAPES]
+    return nn.ParameterList(map(nn.Parameter, values))
 
 
 def gradient(index: int, step: int, rank: int) -> Tensor:
