@@ -58,7 +58,7 @@ struct LionArgs {
 };
 
 // Where a pass over gradients reports; both may be null.
-struct Report {
+struct GradStats {
   float* found_inf = nullptr;  // set to 1, never cleared
   void* sumsq = nullptr;       // added to
   bool sumsq_is_double = false;
@@ -67,7 +67,7 @@ struct Report {
 struct UnscaleArgs {
   std::vector<Buffer> tensors;
   Scalar inv_scale;
-  Report report;
+  GradStats grad_stats;
 };
 
 struct PackArgs {
@@ -84,7 +84,7 @@ struct ReduceScatterArgs {
   int64_t numel;
   Scalar scale;
   bool accumulate;
-  Report report;
+  GradStats grad_stats;
 };
 
 }  // namespace pyzero

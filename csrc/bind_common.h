@@ -40,8 +40,8 @@ inline std::vector<Buffer> buffers(const PyRows& rows) {
   return result;
 }
 
-inline Report report(Address found_inf, Address sumsq, bool sumsq_is_double) {
-  return Report{pointer<float>(found_inf), pointer<void>(sumsq), sumsq_is_double};
+inline GradStats grad_stats(Address found_inf, Address sumsq, bool sumsq_is_double) {
+  return GradStats{pointer<float>(found_inf), pointer<void>(sumsq), sumsq_is_double};
 }
 
 inline LossScalePolicy policy(const PyPolicy& p) {
@@ -114,7 +114,7 @@ inline PackArgs pack_args(const PyRows& rows, const std::vector<int64_t>& offset
 
 // rows: the shard, then the slices.
 inline ReduceScatterArgs reduce_scatter_args(const PyRows& rows, PyScalar scale, bool accumulate,
-                                             const Report& report) {
+                                             const GradStats& grad_stats) {
   const std::vector<Buffer> tensors = buffers(rows);
   ReduceScatterArgs args;
   args.shard = static_cast<float*>(tensors.at(0).data);
@@ -123,7 +123,7 @@ inline ReduceScatterArgs reduce_scatter_args(const PyRows& rows, PyScalar scale,
   for (size_t i = 1; i < tensors.size(); ++i) args.slices.push_back(tensors[i].data);
   args.scale = scalar(scale);
   args.accumulate = accumulate;
-  args.report = report;
+  args.grad_stats = grad_stats;
   return args;
 }
 

@@ -30,7 +30,7 @@ void lion(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar gr
 
 void unscale(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
              int num_threads) {
-  const UnscaleArgs args{buffers(rows), scalar(inv_scale), report(found_inf, sumsq, sumsq_is_double)};
+  const UnscaleArgs args{buffers(rows), scalar(inv_scale), grad_stats(found_inf, sumsq, sumsq_is_double)};
   const py::gil_scoped_release release;
   cpu::unscale(args, num_threads);
 }
@@ -44,7 +44,7 @@ void pack(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar scal
 void reduce_scatter(const PyRows& rows, PyScalar scale, bool accumulate, Address found_inf, Address sumsq,
                     bool sumsq_is_double, int num_threads) {
   const ReduceScatterArgs args =
-      reduce_scatter_args(rows, scale, accumulate, report(found_inf, sumsq, sumsq_is_double));
+      reduce_scatter_args(rows, scale, accumulate, grad_stats(found_inf, sumsq, sumsq_is_double));
   const py::gil_scoped_release release;
   cpu::reduce_scatter(args, num_threads);
 }

@@ -1,8 +1,9 @@
 // The CUDA module: addresses, numbers, a device index and a stream handle in; launches out. No torch header, and none
 // of CUDA's is needed to import it: the runtime is linked statically and first touched by a call.
 //
-// `workspace` is device memory that the caller keeps alive on `stream` (adam_workspace_bytes, report_workspace_bytes),
-// or 0 where an op needs none. The device guard is here, so that a caller need not switch devices around each launch.
+// `workspace` is device memory that the caller keeps alive on `stream` (adam_workspace_bytes,
+// grad_stats_workspace_bytes), or 0 where an op needs none. The device guard is here, so that a caller need not switch
+// devices around each launch.
 #include "bind_common.h"
 #include "cuda/grid.h"
 #include "cuda/launch.h"
@@ -57,7 +58,7 @@ void lion_(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar g
 void unscale_(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
               Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::unscale(UnscaleArgs{buffers(rows), scalar(inv_scale), report(found_inf, sumsq, sumsq_is_double)},
+  cuda::unscale(UnscaleArgs{buffers(rows), scalar(inv_scale), grad_stats(found_inf, sumsq, sumsq_is_double)},
                 pointer<double>(workspace), stream_of(stream));
 }
 
@@ -69,7 +70,7 @@ void pack_(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar sca
 void reduce_scatter_(const PyRows& rows, PyScalar scale, bool accumulate, Address found_inf, Address sumsq,
                      bool sumsq_is_double, Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::reduce_scatter(reduce_scatter_args(rows, scale, accumulate, report(found_inf, sumsq, sumsq_is_double)),
+  cuda::reduce_scatter(reduce_scatter_args(rows, scale, accumulate, grad_stats(found_inf, sumsq, sumsq_is_double)),
                        pointer<double>(workspace), stream_of(stream));
 }
 
@@ -80,7 +81,7 @@ void loss_scale_update_(Address state, Address found_inf, const PyPolicy& rule, 
 
 int64_t adam_workspace_bytes(int64_t num_segments) { return num_segments * int64_t(sizeof(AdamConstants)); }
 
-int64_t report_workspace_bytes(int) { return cuda::kMaxPartials * int64_t(sizeof(double)); }
+int64_t grad_stats_workspace_bytes(int) { return cuda::kMaxPartials * int64_t(sizeof(double)); }
 
 }  // namespace
 }  // namespace pyzero
@@ -97,5 +98,5 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.def("reduce_scatter_", &pyzero::reduce_scatter_);
   m.def("loss_scale_update_", &pyzero::loss_scale_update_);
   m.def("adam_workspace_bytes", &pyzero::adam_workspace_bytes);
-  m.def("report_workspace_bytes", &pyzero::report_workspace_bytes);
+  m.def("grad_stats_workspace_bytes", &pyzero::grad_stats_workspace_bytes);
 }

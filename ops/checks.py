@@ -91,7 +91,7 @@ def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: 
     raise ValueError(f"expected {name} to have 1 element, got shape {tuple(tensor.shape)}; make it with torch.zeros(1)")
 
 
-def check_report(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
+def check_grad_stats(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
     """The two places where a pass over gradients reports."""
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)

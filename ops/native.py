@@ -117,7 +117,7 @@ class NativeBackend:
     def _adam_workspace(self, device: torch.device, num_segments: int) -> Tensor | None:
         return None
 
-    def _report_workspace(self, device: torch.device) -> Tensor | None:
+    def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
         return None
 
     def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ class NativeBackend:
     def unscale_(self, args: UnscaleArgs) -> None:
         """See `pyzero.ops.unscale_`."""
         device, sumsq = args.tensors[0].device, args.sumsq
-        workspace = None if sumsq is None else self._report_workspace(device)
+        workspace = None if sumsq is None else self._grad_stats_workspace(device)
         self.module.unscale_(
             args.rows,
             _scalar(args.inv_scale),
@@ -178,7 +178,7 @@ class NativeBackend:
     def reduce_scatter_(self, args: ReduceScatterArgs) -> None:
         """See `pyzero.ops.reduce_scatter_`."""
         device, sumsq = args.shard.device, args.sumsq
-        workspace = None if sumsq is None else self._report_workspace(device)
+        workspace = None if sumsq is None else self._grad_stats_workspace(device)
         self.module.reduce_scatter_(
             args.rows,
             _scalar(args.scale),
@@ -222,9 +222,9 @@ class CudaBackend(NativeBackend):
     def _adam_workspace(self, device: torch.device, num_segments: int) -> Tensor | None:
         return torch.empty(self.module.adam_workspace_bytes(num_segments), dtype=torch.uint8, device=device)
 
-    def _report_workspace(self, device: torch.device) -> Tensor | None:
+    def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
         if device not in self._report_bytes:
-            self._report_bytes[device] = self.module.report_workspace_bytes(device.index)
+            self._report_bytes[device] = self.module.grad_stats_workspace_bytes(device.index)
         return torch.empty(self._report_bytes[device], dtype=torch.uint8, device=device)
 
     def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from pyzero.ops.checks import (
     check_disjoint,
     check_dtype,
     check_flat,
-    check_report,
+    check_grad_stats,
 )
 from pyzero.ops.rows import FIRST_APART, FLAT, FLOAT_DTYPES, ONE_DTYPE, checked_rows, rows_of
 
@@ -51,7 +51,7 @@ def reduce_scatter_(
     rows = checked_rows(tensors, 1, FLAT | FIRST_APART | ONE_DTYPE)
     if rows is None:
         rows = _explain(tensors, device)
-    check_report(found_inf, sumsq, device)
+    check_grad_stats(found_inf, sumsq, device)
     args = ReduceScatterArgs(
         shard=shard,
         slices=slices,

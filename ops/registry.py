@@ -126,7 +126,7 @@ def _choose(op: str, name: str, device_type: str) -> Backend:
     if name == "auto":
         name = env.default_backend()
     if name == "auto":
-        return _climb_down(op, device_type)
+        return _first_available(op, device_type)
     if name not in BACKENDS:
         raise ValueError(f"got backend={name!r}, wanted one of auto, {', '.join(BACKENDS)}")
     loaded = _try(BACKENDS[name], op, device_type)
@@ -135,7 +135,7 @@ def _choose(op: str, name: str, device_type: str) -> Backend:
     return loaded
 
 
-def _climb_down(op: str, device_type: str) -> Backend:
+def _first_available(op: str, device_type: str) -> Backend:
     reasons: list[str] = []
     for row in ladder(device_type):
         loaded = _try(row, op, device_type)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, UnscaleArgs
-from pyzero.ops.checks import as_scalar, check_disjoint, check_gradients, check_report
+from pyzero.ops.checks import as_scalar, check_disjoint, check_grad_stats, check_gradients
 from pyzero.ops.rows import APART, checked_rows, rows_of
 
 
@@ -43,7 +43,7 @@ def unscale_(
     rows = checked_rows(tensors, rules=0 if reads_only else APART)
     if rows is None:
         rows = _explain(tensors, device, reads_only)
-    check_report(found_inf, sumsq, device)
+    check_grad_stats(found_inf, sumsq, device)
     args = UnscaleArgs(
         tensors=tensors,
         rows=rows,

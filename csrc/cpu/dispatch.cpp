@@ -62,28 +62,28 @@ double read(const Scalar& scalar) { return scalar.device != nullptr ? double(*sc
 
 int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-Wanted wanted_by(const Report& report) {
-  if (report.sumsq != nullptr) return Wanted::kSumsq;
-  return report.found_inf != nullptr ? Wanted::kFlag : Wanted::kNothing;
+Wanted wanted_by(const GradStats& grad_stats) {
+  if (grad_stats.sumsq != nullptr) return Wanted::kSumsq;
+  return grad_stats.found_inf != nullptr ? Wanted::kFlag : Wanted::kNothing;
 }
 
 // Chunk by chunk in order, whatever thread computed each: the sum does not depend on the number of threads.
-void write_report(const Report& report, const std::vector<double>& chunks) {
+void write_grad_stats(const GradStats& grad_stats, const std::vector<double>& chunks) {
   double sumsq = 0.0;
   for (const double chunk : chunks) sumsq += chunk;
-  if (report.found_inf != nullptr && is_nonfinite(sumsq)) *report.found_inf = 1.0f;
-  if (report.sumsq == nullptr) return;
-  if (report.sumsq_is_double) {
-    *static_cast<double*>(report.sumsq) += sumsq;
+  if (grad_stats.found_inf != nullptr && is_nonfinite(sumsq)) *grad_stats.found_inf = 1.0f;
+  if (grad_stats.sumsq == nullptr) return;
+  if (grad_stats.sumsq_is_double) {
+    *static_cast<double*>(grad_stats.sumsq) += sumsq;
   } else {
-    float* out = static_cast<float*>(report.sumsq);
+    float* out = static_cast<float*>(grad_stats.sumsq);
     *out = float(double(*out) + sumsq);
   }
 }
 
 // Work over a list of buffers as one sequence of chunks: task(buffer, begin, end) of each.
 template <typename Task>
-void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Report& report, const Task& task) {
+void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const GradStats& grad_stats, const Task& task) {
   std::vector<int64_t> first_chunk(1, 0);
   for (const Buffer& buffer : list) first_chunk.push_back(first_chunk.back() + num_chunks(buffer.numel));
   std::vector<double> sumsq(first_chunk.back());
@@ -93,7 +93,7 @@ void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Repo
     const int64_t begin = (chunk - first_chunk[which]) * kChunk;
     sumsq[chunk] = task(which, begin, std::min(begin + kChunk, list[which].numel));
   });
-  write_report(report, sumsq);
+  write_grad_stats(grad_stats, sumsq);
 }
 
 // body(segment, from, to) for each run of one active segment within [begin, end).
@@ -148,17 +148,17 @@ void lion(const LionArgs& args, int num_threads) {
 void unscale(const UnscaleArgs& args, int num_threads) {
   const float scale = float(read(args.inv_scale));
   const bool read_only = args.inv_scale.device == nullptr && args.inv_scale.value == 1.0;
-  for_each_chunk(args.tensors, num_threads, args.report, [&](int64_t which, int64_t begin, int64_t end) {
+  for_each_chunk(args.tensors, num_threads, args.grad_stats, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     const Buffer target{read_only ? nullptr : source.data, source.dtype, source.numel};
-    return kernels().scale(target, source, scale, wanted_by(args.report), begin, end);
+    return kernels().scale(target, source, scale, wanted_by(args.grad_stats), begin, end);
   });
 }
 
 void pack(const PackArgs& args, int num_threads) {
   const float scale = float(read(args.scale));
   const int64_t item_bytes = args.bucket.dtype == DType::kFloat32 ? 4 : 2;
-  for_each_chunk(args.tensors, num_threads, Report{}, [&](int64_t which, int64_t begin, int64_t end) {
+  for_each_chunk(args.tensors, num_threads, GradStats{}, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];
     char* slot = static_cast<char*>(args.bucket.data) + args.offsets[which] * item_bytes;
     return kernels().scale(Buffer{slot, args.bucket.dtype, source.numel}, source, scale, Wanted::kNothing, begin, end);
@@ -171,8 +171,8 @@ void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
                         args.dtype,  float(read(args.scale)), args.accumulate,
                         non_temporal};
   const std::vector<Buffer> whole(1, Buffer{args.shard, DType::kFloat32, args.numel});
-  for_each_chunk(whole, num_threads, args.report, [&](int64_t, int64_t begin, int64_t end) {
-    return kernels().reduce(span, wanted_by(args.report) != Wanted::kNothing, begin, end);
+  for_each_chunk(whole, num_threads, args.grad_stats, [&](int64_t, int64_t begin, int64_t end) {
+    return kernels().reduce(span, wanted_by(args.grad_stats) != Wanted::kNothing, begin, end);
   });
 }
 

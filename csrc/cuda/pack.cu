@@ -36,7 +36,7 @@ ListKernel pick(DType bucket) {
 }  // namespace
 
 void pack(const PackArgs& args, cudaStream_t stream) {
-  ListLauncher list(pick(args.bucket.dtype), args.scale, Report{}, nullptr, stream);
+  ListLauncher list(pick(args.bucket.dtype), args.scale, GradStats{}, nullptr, stream);
   for (size_t i = 0; i < args.tensors.size(); ++i) {
     char* target = static_cast<char*>(args.bucket.data) + args.offsets[i] * element_size(args.bucket.dtype);
     list.add(args.tensors[i], target, args.bucket.dtype);

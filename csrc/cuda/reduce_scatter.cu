@@ -1,6 +1,6 @@
 // reduce_scatter_: this rank's shard from everyone's slices, summed in rank order, scaled and checked in one pass.
 #include "../math/reduce_scatter.h"
-#include "report.cuh"
+#include "grad_stats.cuh"
 #include "vector_io.cuh"
 
 namespace pyzero {
@@ -17,7 +17,7 @@ struct ReduceParams {
   Span span;
   Runs runs;
   DeviceScalar scale;
-  BlockReport report;
+  BlockStats grad_stats;
   int num_ranks;
   const void* slices[kRanks == kAnyRanks ? kMaxSlices : kRanks];
 };
@@ -26,7 +26,7 @@ template <typename T, int kRanks, bool kAccumulate>
 struct ReduceBody {
   const ReduceParams<kRanks>& params;
   float scale;
-  Stats& stats;
+  ThreadStats& stats;
 
   struct Inputs {
     Vector<float> shard;  // where kAccumulate
@@ -87,12 +87,12 @@ constexpr int kReduceUnroll = kRanks == 1 || kRanks == 2 ? 4
 template <typename T, int kRanks, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_scatter_kernel(const __grid_constant__ ReduceParams<kRanks> params) {
-  Stats stats{params.report.partials != nullptr};
+  ThreadStats stats{params.grad_stats.partials != nullptr};
   const ReduceBody<T, kRanks, kAccumulate> body{params, read(params.scale), stats};
   for (int64_t chunk = params.runs.begin(blockIdx.x); chunk < params.runs.end(blockIdx.x); ++chunk) {
     visit_chunk<kReduceUnroll<T, kRanks>>(params.span, chunk, body);
   }
-  finish_block(stats, params.report);
+  finish_block(stats, params.grad_stats);
 }
 
 Span reduce_span(const ReduceScatterArgs& args) {
@@ -107,14 +107,14 @@ void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream
   params.shard = args.shard;
   params.span = reduce_span(args);
   params.scale = device_scalar(args.scale);
-  params.report = block_report(args.report, partials);
-  params.runs = runs_of(num_chunks(params.span, kChunk<kReduceUnroll<T, kRanks>>), params.report);
+  params.grad_stats = block_stats(args.grad_stats, partials);
+  params.runs = runs_of(num_chunks(params.span, kChunk<kReduceUnroll<T, kRanks>>), params.grad_stats);
   params.num_ranks = int(args.slices.size());
   std::copy(args.slices.begin(), args.slices.end(), params.slices);
   const auto kernel =
       args.accumulate ? reduce_scatter_kernel<T, kRanks, true> : reduce_scatter_kernel<T, kRanks, false>;
   launch(kernel, params, params.runs.num_blocks(), stream);
-  finish_sumsq(args.report, partials, params.runs.num_blocks(), stream);
+  finish_sumsq(args.grad_stats, partials, params.runs.num_blocks(), stream);
 }
 
 template <typename T>

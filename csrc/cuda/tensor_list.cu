@@ -4,11 +4,11 @@
 namespace pyzero {
 namespace cuda {
 
-ListLauncher::ListLauncher(ListKernel kernel, const Scalar& scale, const Report& report, double* partials,
+ListLauncher::ListLauncher(ListKernel kernel, const Scalar& scale, const GradStats& grad_stats, double* partials,
                            cudaStream_t stream)
-    : kernel_(kernel), report_(report), partials_(partials), stream_(stream) {
+    : kernel_(kernel), grad_stats_(grad_stats), partials_(partials), stream_(stream) {
   params_.scale = device_scalar(scale);
-  params_.report = block_report(report, partials);
+  params_.grad_stats = block_stats(grad_stats, partials);
 }
 
 void ListLauncher::add(const Buffer& source, void* target, DType target_dtype) {
@@ -24,7 +24,7 @@ void ListLauncher::flush() {
   if (params_.num_items == 0) return;
   params_.runs = runs_of(num_chunks_, kMaxPartials);  // with or without a sum: a block of one chunk is short-lived
   launch(kernel_, params_, params_.runs.num_blocks(), stream_);
-  finish_sumsq(report_, partials_, params_.runs.num_blocks(), stream_);
+  finish_sumsq(grad_stats_, partials_, params_.runs.num_blocks(), stream_);
   params_.num_items = 0;
   num_chunks_ = 0;
 }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "report.cuh"
+#include "grad_stats.cuh"
 #include "vector_io.cuh"
 
 namespace pyzero {
@@ -23,7 +23,7 @@ constexpr int kListCapacity = (kParameterBytes - 128) / (sizeof(ListItem) + size
 
 struct ListParams {
   DeviceScalar scale;
-  BlockReport report;
+  BlockStats grad_stats;
   Runs runs;
   int num_items;
   unsigned first_chunk[kListCapacity];  // of the item, in the whole list; apart from the rest, for the search's sake
@@ -103,13 +103,14 @@ using ListKernel = void (*)(ListParams);
 // Gathers items and launches whenever the parameters are full.
 class ListLauncher {
  public:
-  ListLauncher(ListKernel kernel, const Scalar& scale, const Report& report, double* partials, cudaStream_t stream);
+  ListLauncher(ListKernel kernel, const Scalar& scale, const GradStats& grad_stats, double* partials,
+               cudaStream_t stream);
   void add(const Buffer& source, void* target, DType target_dtype);
   void flush();  // launches what is left
 
  private:
   ListKernel kernel_;
-  Report report_;
+  GradStats grad_stats_;
   double* partials_;
   cudaStream_t stream_;
   int64_t num_chunks_ = 0;

@@ -7,19 +7,19 @@ namespace {
 
 // Bytes per element: its size read and written: 4 for bf16.
 __global__ void __launch_bounds__(kThreads) unscale_kernel(const __grid_constant__ ListParams params) {
-  Stats stats{params.report.partials != nullptr};
+  ThreadStats stats{params.grad_stats.partials != nullptr};
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
       case DType::kFloat32:
-        return visit_list_chunk(item, chunk, ScaleBody<float, float, Stats>{item, scale, stats});
+        return visit_list_chunk(item, chunk, ScaleBody<float, float, ThreadStats>{item, scale, stats});
       case DType::kBFloat16:
-        return visit_list_chunk(item, chunk, ScaleBody<BFloat16, BFloat16, Stats>{item, scale, stats});
+        return visit_list_chunk(item, chunk, ScaleBody<BFloat16, BFloat16, ThreadStats>{item, scale, stats});
       default:
-        return visit_list_chunk(item, chunk, ScaleBody<Float16, Float16, Stats>{item, scale, stats});
+        return visit_list_chunk(item, chunk, ScaleBody<Float16, Float16, ThreadStats>{item, scale, stats});
     }
   });
-  finish_block(stats, params.report);
+  finish_block(stats, params.grad_stats);
 }
 
 // By 1, so that nothing changes: bits are tested, or squares added, as they were loaded.
@@ -29,7 +29,7 @@ struct CheckBody {
   using Inputs = Vector<T, kElements>;
 
   const ListItem& item;
-  Stats& stats;
+  ThreadStats& stats;
 
   __device__ __forceinline__ const T* source() const { return static_cast<const T*>(item.source); }
   __device__ __forceinline__ Inputs load(int64_t i) const { return load_vector<kElements>(source() + i); }
@@ -39,7 +39,7 @@ struct CheckBody {
 
 // Bytes per element: its size read: 2 for bf16.
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ ListParams params) {
-  Stats stats{params.report.partials != nullptr};
+  ThreadStats stats{params.grad_stats.partials != nullptr};
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
       case DType::kFloat32:
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
         return visit_list_chunk(item, chunk, CheckBody<Float16>{item, stats});
     }
   });
-  finish_block(stats, params.report);
+  finish_block(stats, params.grad_stats);
 }
 
 }  // namespace
 
 void unscale(const UnscaleArgs& args, double* partials, cudaStream_t stream) {
   const bool read_only = args.inv_scale.device == nullptr && args.inv_scale.value == 1.0;
-  ListLauncher list(read_only ? check_kernel : unscale_kernel, args.inv_scale, args.report, partials, stream);
+  ListLauncher list(read_only ? check_kernel : unscale_kernel, args.inv_scale, args.grad_stats, partials, stream);
   for (const Buffer& tensor : args.tensors) list.add(tensor, tensor.data, tensor.dtype);
   list.flush();
 }

@@ -3,7 +3,7 @@
 import torch
 
 from pyzero.ops.backend import ReduceScatterArgs
-from pyzero.ops.reference.scalars import report, scalar
+from pyzero.ops.reference.scalars import add_grad_stats, scalar
 
 
 def reduce_scatter_(args: ReduceScatterArgs) -> None:
@@ -13,4 +13,4 @@ def reduce_scatter_(args: ReduceScatterArgs) -> None:
         total = total + piece.float()
     total = total * scalar(args.scale, torch.float32)
     args.shard.copy_(args.shard + total if args.accumulate else total)
-    report([args.shard], args.found_inf, args.sumsq)
+    add_grad_stats([args.shard], args.found_inf, args.sumsq)

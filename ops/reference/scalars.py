@@ -19,7 +19,7 @@ def scalar(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return value.to(dtype) if isinstance(value, Tensor) else round_to(value, dtype)
 
 
-def report(values: Sequence[Tensor], found_inf: Tensor | None, sumsq: Tensor | None) -> None:
+def add_grad_stats(values: Sequence[Tensor], found_inf: Tensor | None, sumsq: Tensor | None) -> None:
     """Set the flag and add the squares of the values as they were stored."""
     for value in values:
         if found_inf is not None:

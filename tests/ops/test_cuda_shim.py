@@ -50,7 +50,7 @@ def test_kernels_are_clean(sanitizer: str) -> None:
             "begin < vectors_end && i <= vectors_end; i += kStride",
             OVERFLOW,
         ),
-        ("report.cu", "report.cu", "i < params.num_partials", "i <= params.num_partials", OVERFLOW),
+        ("grad_stats.cu", "grad_stats.cu", "i < params.num_partials", "i <= params.num_partials", OVERFLOW),
         ("unscale.cu", "vector_io.cuh", "begin = span.head +", "begin = span.head + 1 +", "misaligned address"),
     ],
     ids=["tail", "vectors", "partials", "alignment"],
@@ -70,7 +70,7 @@ def test_address_sanitizer_sees(tmp_path: Path, source: str, file: str, good: st
 )
 def test_thread_sanitizer_sees_a_missing_barrier(tmp_path: Path, good: str, bad: str) -> None:
     """Over all ops: on a busy machine threads run one after another, and the sanitizer forgets those that ended."""
-    done = run_driver("thread", plant(tmp_path, "report.cu", "report.cuh", good, bad))
+    done = run_driver("thread", plant(tmp_path, "grad_stats.cu", "grad_stats.cuh", good, bad))
     assert done.returncode != 0 and "ThreadSanitizer: data race" in done.stderr, done.stderr[:3000]
     assert "finish_sumsq_kernel" in done.stderr
 
@@ -85,11 +85,11 @@ def test_module_unscales_a_torch_tensor() -> None:
     module = build.load()
     tensor = torch.randn(1001).bfloat16()
     found_inf, sumsq = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
-    workspace = torch.empty(module.report_workspace_bytes(0), dtype=torch.uint8)
+    workspace = torch.empty(module.grad_stats_workspace_bytes(0), dtype=torch.uint8)
     want = tensor * 0.25
 
-    report = (found_inf.data_ptr(), sumsq.data_ptr(), True)
-    module.unscale_(rows_of([tensor]), SCALE, *report, workspace.data_ptr(), 0, 0)
+    grad_stats = (found_inf.data_ptr(), sumsq.data_ptr(), True)
+    module.unscale_(rows_of([tensor]), SCALE, *grad_stats, workspace.data_ptr(), 0, 0)
 
     assert torch.equal(tensor, want) and found_inf.item() == 0
     torch.testing.assert_close(sumsq[0], want.double().square().sum(), rtol=1e-12, atol=0)
@@ -98,12 +98,12 @@ def test_module_unscales_a_torch_tensor() -> None:
 def test_sumsq_is_the_same_from_run_to_run() -> None:
     module = build.load()
     shard, slices = torch.empty(20_011), [torch.randn(20_011) for _ in range(3)]
-    workspace = torch.empty(module.report_workspace_bytes(0), dtype=torch.uint8)
+    workspace = torch.empty(module.grad_stats_workspace_bytes(0), dtype=torch.uint8)
     sums = []
     for _ in range(3):
         sumsq = torch.zeros(1)
-        report = (0, sumsq.data_ptr(), False)
-        module.reduce_scatter_(rows_of([shard, *slices]), 1.0, False, *report, workspace.data_ptr(), 0, 0)
+        grad_stats = (0, sumsq.data_ptr(), False)
+        module.reduce_scatter_(rows_of([shard, *slices]), 1.0, False, *grad_stats, workspace.data_ptr(), 0, 0)
         sums.append(sumsq.item())
     assert len(set(sums)) == 1 and sums[0] > 0
 

@@ -61,8 +61,8 @@ class ShimBackend(native.CudaBackend):
     def _where(self, device: torch.device) -> tuple[int, ...]:
         return 0, 0
 
-    def _report_workspace(self, device: torch.device) -> Tensor | None:
-        return torch.empty(self.module.report_workspace_bytes(0), dtype=torch.uint8)
+    def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
+        return torch.empty(self.module.grad_stats_workspace_bytes(0), dtype=torch.uint8)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ def ragged(normal: Inputs) -> list[Tensor]:
     return [tensor.bfloat16() if index % 3 else tensor for index, tensor in enumerate(tensors)]
 
 
-def report(device: str) -> dict[str, Tensor]:
+def grad_stats(device: str) -> dict[str, Tensor]:
     return {
         "found_inf": torch.zeros(1, device=device),
         "sumsq": torch.zeros(1, dtype=torch.float64, device=device),
@@ -59,8 +59,24 @@ def adam(device: str, backend: str) -> list[Tensor]:
     return results
 
 
+def lion(device: str, backend: str) -> list[Tensor]:
+    normal = normals(device)
+    hyper = dict(lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.01, backend=backend)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        state, grad = [normal(NUMEL), normal(NUMEL)], normal(NUMEL).to(dtype)
+        out = torch.empty(NUMEL, dtype=dtype, device=device)
+        ops.lion_(*state, grad, param_out=out, **hyper)
+        ops.lion_(*(tensor[1:] for tensor in state), grad[1:], grad_scale=torch.full((), 0.25, device=device), **hyper)
+        segments = (torch.arange(-(-NUMEL // 64), device=device) // 7).to(torch.int32)
+        active = (torch.arange(int(segments[-1]) + 1, device=device) % 5 != 0).float()
+        ops.lion_(*state, grad, param_out=out, segment_ids=segments, active=active, **hyper)
+        results += [*state, out]
+    return results
+
+
 def unscale(device: str, backend: str) -> list[Tensor]:
-    tensors, found = ragged(normals(device)), report(device)
+    tensors, found = ragged(normals(device)), grad_stats(device)
     ops.unscale_(tensors, 1.0, **found, backend=backend)
     ops.unscale_(tensors, torch.full((), 0.25, device=device), **found, backend=backend)
     tensors[-1][0] = float("inf")
@@ -85,7 +101,7 @@ def reduce_scatter(device: str, backend: str) -> list[Tensor]:
     results = []
     for num_ranks in (1, 2, 3, 8):
         slices = [normal(NUMEL).bfloat16() for _ in range(num_ranks)]
-        shard, found = normal(NUMEL), report(device)
+        shard, found = normal(NUMEL), grad_stats(device)
         ops.reduce_scatter_(shard, slices, scale=1 / num_ranks, backend=backend)
         ops.reduce_scatter_(shard, slices, scale=0.5, accumulate=True, **found, backend=backend)
         apart = torch.zeros(NUMEL - 1, device=device)
@@ -102,7 +118,7 @@ def loss_scale(device: str, backend: str) -> list[Tensor]:
     return [state]
 
 
-OPS = (adam, unscale, pack, reduce_scatter, loss_scale)
+OPS = (adam, lion, unscale, pack, reduce_scatter, loss_scale)
 
 
 def differs(got: list[Tensor], wanted: list[Tensor]) -> bool:

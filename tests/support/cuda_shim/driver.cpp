@@ -121,9 +121,9 @@ class Expected {
     ++num_expected;
   }
 
-  Report report() {
+  GradStats grad_stats() {
     void* sumsq = is_double_ ? static_cast<void*>(&got_double_) : &got_float_;
-    return Report{&found_inf_, has_sum_ ? sumsq : nullptr, is_double_};
+    return GradStats{&found_inf_, has_sum_ ? sumsq : nullptr, is_double_};
   }
 
   double* partials() { return partials_.get(); }
@@ -297,7 +297,7 @@ void unscale_case(int64_t numel, int head, float inv_scale, bool on_device, bool
   UnscaleArgs args;
   for (const Array& tensor : tensors) args.tensors.push_back(tensor.buffer());
   args.inv_scale = Scalar{double(inv_scale), on_device ? &inv_scale : nullptr};
-  args.report = expected.report();
+  args.grad_stats = expected.grad_stats();
   cuda::unscale(args, expected.partials(), nullptr);
 
   for (size_t k = 0; k < tensors.size(); ++k) {
@@ -331,7 +331,7 @@ void unscale_many() {
   }
   Expected expected;
   args.inv_scale = Scalar{0.3, nullptr};
-  args.report = expected.report();
+  args.grad_stats = expected.grad_stats();
   cuda::unscale(args, expected.partials(), nullptr);
   for (size_t k = 0; k < kMany; ++k) {
     for (int64_t i = 0; i < wants[k].numel; ++i) {
@@ -383,7 +383,7 @@ void reduce_scatter_case(int64_t numel, int ranks, DType dtype, int head, bool a
   args.numel = numel;
   args.scale = Scalar{0.3, accumulate ? &scale : nullptr};
   args.accumulate = accumulate;
-  args.report = expected.report();
+  args.grad_stats = expected.grad_stats();
   cuda::reduce_scatter(args, expected.partials(), nullptr);
 
   for (int64_t i = 0; i < numel; ++i) {

@@ -16,18 +16,18 @@ namespace pyzero {
 namespace cuda {
 
 // In the kernels' parameters; both may be null.
-struct BlockReport {
+struct BlockStats {
   float* found_inf;
   double* partials;  // one per block
 };
 
-inline BlockReport block_report(const Report& report, double* partials) {
-  return BlockReport{report.found_inf, report.sumsq != nullptr ? partials : nullptr};
+inline BlockStats block_stats(const GradStats& grad_stats, double* partials) {
+  return BlockStats{grad_stats.found_inf, grad_stats.sumsq != nullptr ? partials : nullptr};
 }
 
 // One run per chunk where no sum is wanted.
-inline Runs runs_of(int64_t num_chunks, const BlockReport& report) {
-  return runs_of(num_chunks, report.partials != nullptr ? kMaxPartials : num_chunks);
+inline Runs runs_of(int64_t num_chunks, const BlockStats& grad_stats) {
+  return runs_of(num_chunks, grad_stats.partials != nullptr ? kMaxPartials : num_chunks);
 }
 
 // Exponents of all ones in a word, as non-zero bits: one added to such an exponent carries into the sign's place.
@@ -40,7 +40,7 @@ __device__ __forceinline__ uint32_t nonfinite_bits(uint32_t word) {
 }
 
 // What a thread has seen so far. Where a sum is wanted it answers for inf and NaN too (see math/unscale.h).
-struct Stats {
+struct ThreadStats {
   bool want_sumsq;
   uint32_t nonfinite = 0;
   double sumsq = 0.0;
@@ -98,20 +98,20 @@ __device__ __forceinline__ double block_sum(double value) {
 }
 
 // The blocks that saw an inf all store the same 1, so their order does not matter.
-__device__ __forceinline__ void finish_block(const Stats& stats, const BlockReport& report) {
+__device__ __forceinline__ void finish_block(const ThreadStats& stats, const BlockStats& grad_stats) {
   bool nonfinite = false;
-  if (report.partials != nullptr) {
+  if (grad_stats.partials != nullptr) {
     const double sum = block_sum<kThreads>(stats.sumsq);
     nonfinite = is_nonfinite(sum);
-    if (threadIdx.x == 0) report.partials[blockIdx.x] = sum;
-  } else if (report.found_inf != nullptr) {
+    if (threadIdx.x == 0) grad_stats.partials[blockIdx.x] = sum;
+  } else if (grad_stats.found_inf != nullptr) {
     nonfinite = __syncthreads_or(stats.nonfinite != 0);
   }
-  if (nonfinite && threadIdx.x == 0 && report.found_inf != nullptr) *report.found_inf = 1.0f;
+  if (nonfinite && threadIdx.x == 0 && grad_stats.found_inf != nullptr) *grad_stats.found_inf = 1.0f;
 }
 
-// Adds partials[0 .. num_partials) to *report.sumsq, where that is wanted. In report.cu.
-void finish_sumsq(const Report& report, const double* partials, int num_partials, cudaStream_t stream);
+// Adds partials[0 .. num_partials) to *grad_stats.sumsq, where that is wanted. In grad_stats.cu.
+void finish_sumsq(const GradStats& grad_stats, const double* partials, int num_partials, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace pyzero

@@ -1,5 +1,5 @@
 // The last step of a deterministic sum of squares.
-#include "report.cuh"
+#include "grad_stats.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(kFinishThreads) finish_sumsq_kernel(const __gr
 
 }  // namespace
 
-void finish_sumsq(const Report& report, const double* partials, int num_partials, cudaStream_t stream) {
-  if (report.sumsq == nullptr) return;
-  const FinishParams params{partials, num_partials, report.sumsq, report.sumsq_is_double};
+void finish_sumsq(const GradStats& grad_stats, const double* partials, int num_partials, cudaStream_t stream) {
+  if (grad_stats.sumsq == nullptr) return;
+  const FinishParams params{partials, num_partials, grad_stats.sumsq, grad_stats.sumsq_is_double};
   launch(finish_sumsq_kernel, params, 1, stream, kFinishThreads);
 }
 
