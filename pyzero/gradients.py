@@ -223,7 +223,8 @@ class LocalGradients(Gradients):
                 used[number] = grad is not None
                 if grad is not None and grad.layout != torch.strided:
                     raise sparse_error(param)
-            found_pieces = self._pieces[bucket] = [pieces.of(grads) for _, pieces in self._maps[bucket]]
+            found_pieces = [p.of(grads) if p.has_any(grads) else ([], []) for _, p in self._maps[bucket]]
+            self._pieces[bucket] = found_pieces
             for (span, _), (tensors, _) in zip(self._maps[bucket], found_pieces, strict=True):
                 (counted if span.run.key.in_norm else others).extend(tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq, backend=self._backend)

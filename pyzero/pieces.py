@@ -27,6 +27,11 @@ class Pieces:
     def __init__(self, bucket: Bucket, low: int, high: int) -> None:
         self._params = bucket.params
         self._pieces = _cut(bucket, low, high)
+        self._positions = {piece.position for piece in self._pieces if piece.zeros is None}
+
+    def has_any(self, grads: Sequence[Tensor | None]) -> bool:
+        """Some parameter in here has a gradient."""
+        return any(grads[position] is not None for position in self._positions)
 
     def of(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
         """Pieces of `grads`, by position, and zeros for the gaps; offsets from `low`.
