@@ -62,6 +62,39 @@ class FullAccess:
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
     @torch.no_grad()
+    def full_state_dict(self, to: int | None = None) -> dict[str, Any]:
+        """All state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
+
+        `load_state_dict` takes it on any number of ranks, in any stage and with any buckets, and training goes on bit for
+        bit. So does that of torch.optim.Adam and AdamW, which has no use for the masters and the loss scale in it. Takes
+        as much memory of the device as one bucket's values of one slot.
+
+        Args:
+            to: The one rank of the group that wants it; the others get an empty dict. None: all.
+
+        Raises:
+            ValueError: There is no such rank.
+        """
+        if to is not None and not 0 <= to < self._group.size:
+            raise ValueError(f"expected to as a rank from 0 to {self._group.size - 1}, or None, got {to}; pass one")
+        self._place_unfrozen()
+        self._sync_masters_from_weights()
+        is_wanted = to is None or to == self._group.rank
+        values: dict[Tensor, dict[str, Tensor]] = {}
+        for bucket in self._buckets:
+            for name in bucket.state_names:
+                flat = self._group.gather_shards(bucket.sharded(name), "the all-gather of a full state dict")
+                for position, param in enumerate(bucket.params) if is_wanted else ():
+                    values.setdefault(param, {})[name] = bucket.whole_of(name, flat, position)
+        for bucket in self._buckets if is_wanted else ():
+            for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
+                values[param][STEP] = step.clone()
+        return self._as_state_dict(values) if is_wanted else {}
+
+    def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @torch.no_grad()
     def full_grad(self, param: Tensor) -> Tensor | None:
         """The gradient that the next step() takes: averaged over ranks and unscaled, fp32.
 

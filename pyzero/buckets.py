@@ -242,6 +242,13 @@ class Bucket:
         shape = self._shapes[position]
         return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
 
+    def whole_of(self, name: str, flat: Tensor, position: int) -> Tensor:
+        """One parameter's values, on the CPU and in its shape, of a slot's values or masters of the whole bucket."""
+        slot, per_value = self.layout.slots[position], self.elements_per_value(name)
+        begin = slot.offset // per_value
+        own = flat[begin : begin + -(-slot.numel // per_value)].to("cpu", copy=True)
+        return own if self.is_flat(name) else self.shaped(own, position)
+
     def shard_values(self, name: str, position: int) -> tuple[slice, slice]:
         """As `shard_part`, in values of a slot."""
         in_shard, in_param = self.shard_part(position)

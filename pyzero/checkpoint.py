@@ -1,4 +1,4 @@
-"""Saving and loading: this rank's state on as many ranks, and a torch optimizer's. Resharding is not here yet."""
+"""Loading: this rank's state on as many ranks; whole state, ours or a torch optimizer's, on any number."""
 
 from __future__ import annotations
 
@@ -50,17 +50,12 @@ class RankState:
             )
         zero = saved_groups[0].get(ZERO)
         layouts = None
-        if zero is None and any(MASTER in saved for saved in state_dict["state"].values()):
-            raise ValueError(
-                f"expected fragments that say whose they are in param_groups[0][{ZERO!r}], got none; load what "
-                f"state_dict() of this version gave"
-            )
         if zero is not None:
             if (zero["rank"], zero["num_ranks"]) != (rank, num_ranks):
                 raise ValueError(
                     f"expected the state of rank {rank} of {num_ranks}, got that of rank {zero['rank']} of "
                     f"{zero['num_ranks']}; have every rank save state_dict() to a file of its own, and load that one "
-                    f"on as many ranks"
+                    f"on as many ranks, or save full_state_dict(), which loads on any number"
                 )
             layouts = _layouts(zero["buckets"], placement.specs, num_ranks, placement.rule.cut)
         ids = [i for group in saved_groups for i in group["params"]]
@@ -77,9 +72,9 @@ class RankState:
                 length = lengths[numbers[param]]
                 _check(saved, {MASTER: (length,), **{n: (-(-length // per),) for n, per in per_value.items()}}, place)
             elif saved:
-                shape = tuple(param.shape)
-                flat = {n: (-(-param.numel() // per),) for n, per in per_value.items()}
-                _check(saved, {n: shape if per_value[n] == 1 else flat[n] for n in per_value}, place)
+                names = {**per_value, **({MASTER: 1} if MASTER in saved else {})}
+                flat = {n: (-(-param.numel() // per),) for n, per in names.items()}
+                _check(saved, {n: tuple(param.shape) if names[n] == 1 else flat[n] for n in names}, place)
             values.append((param, saved))
         return RankState(layouts, bool(zero and zero["has_learned"]), values, saved_groups, state_dict.get("scaler"))
 
@@ -91,7 +86,7 @@ class RankState:
                 for name, view in views.items():
                     view.copy_(torch.as_tensor(saved[name], device=view.device))
             elif saved:
-                optimizer.set_full_state(param, {name: saved[name] for name in views if name != MASTER})
+                optimizer.set_full_state(param, {name: saved[name] for name in views if name in saved})
             else:
                 for name, view in views.items():
                     if name != MASTER:

@@ -470,10 +470,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave on the same rank of as many ranks, or a torch.optim.Adam's or AdamW's.
+        """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
 
-        Every rank calls it; a torch optimizer's is given whole to each. Nothing is changed anywhere where it does not
-        fit on one rank.
+        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit on
+        one rank.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters.
@@ -508,6 +508,18 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._publish_masters()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
+        """Whole values by parameter, in torch's layout."""
+        state: dict[int, dict[str, Tensor]] = {}
+        groups, first = [], 0
+        for group in self._param_groups:
+            params = group["params"]
+            state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
+            others = {key: value for key, value in group.items() if key not in ("params", checkpoint.ZERO)}
+            groups.append({**others, "params": list(range(first, first + len(params)))})
+            first += len(params)
+        return {"state": state, "param_groups": groups, "scaler": self._scaler.state.cpu()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""

@@ -1,0 +1,144 @@
+"""State that goes from any number of ranks to any other, and to torch's optimizers and back."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyzero
+
+SHAPES = ((17, 9), (70,), (), (0,), (3, 64), (5, 5, 2))
+GROUPS = ({"weight_decay": 0.125}, {"lr": 2.0**-6})
+OPTIMIZERS = {"adamw": pyzero.FusedZeroAdamW, "lion": pyzero.FusedZeroLion}
+SAVED_AT, STEPS, OVERFLOW_AT = 3, 6, 1
+
+
+def build(dtype: torch.dtype, seed: int) -> nn.ParameterList:
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    values[-1] = values[-1].permute(2, 0, 1)  # another memory order
+    return nn.ParameterList(map(nn.Parameter, values))
+
+
+def make(kind: str, model: nn.ParameterList, group: Any, **options: Any) -> Any:
+    params = list(model)
+    groups = [{"params": params[i::2], **hyper} for i, hyper in enumerate(GROUPS)]
+    scale = pyzero.LossScale(init_scale=16.0, growth_interval=2)
+    return OPTIMIZERS[kind](groups, lr=2.0**-5, process_group=group, loss_scale=scale, max_grad_norm=8.0, **options)
+
+
+def step(optimizer: Any, model: nn.ParameterList, number: int, rank: int, size: int) -> None:
+    """The mean over ranks is the same for any number of them, exactly: rank 0 has size times it, the others nothing."""
+    optimizer.zero_grad()
+    loss = torch.zeros(())
+    for index, param in enumerate(model):
+        if (index + number) % 4 == 0:
+            continue  # unused
+        generator = torch.Generator().manual_seed(100 * number + index)
+        grad = torch.randint(-4, 5, param.shape, generator=generator).float() * (size if rank == 0 else 0)
+        if number == OVERFLOW_AT and index == 1:
+            grad[3] = float("inf")
+        loss = loss + (param.float() * grad).nan_to_num(0.0, float("inf")).sum()
+    optimizer.backward(loss)
+    optimizer.step()
+
+
+def saved(group: Any, kind: str, dtype: torch.dtype, to: int | None) -> dict[str, Any]:
+    model = build(dtype, 0)
+    optimizer = make(kind, model, group, stage=2, bucket_cap_mb=4e-4)
+    for number in range(SAVED_AT):
+        step(optimizer, model, number, group.rank(), group.size())
+    return optimizer.full_state_dict(to=to)
+
+
+def resumed(group: Any, kind: str, dtype: torch.dtype, stage: int, state: dict[str, Any] | None) -> list[Any]:
+    """From a state, over a model that has other weights; or from the start."""
+    model = build(dtype, 0 if state is None else 1)
+    optimizer = make(kind, model, group, stage=stage, bucket_cap_mb=1e-3)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for number in range(SAVED_AT if state is not None else 0, STEPS):
+        step(optimizer, model, number, group.rank(), group.size())
+    counters = [optimizer.loss_scale, optimizer.skipped_steps]
+    return [*counters, optimizer.full_state_dict(), [param.detach().clone() for param in model]]
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def assert_equal(got: Any, wanted: Any) -> None:
+    if isinstance(wanted, Tensor):
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+    elif isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_equal(got[key], value)
+    elif isinstance(wanted, (list, tuple)):
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted, strict=True):
+            assert_equal(one, other)
+    else:
+        assert got == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_any_number_of_ranks_goes_on_bit_for_bit(ranks, size, kind, dtype):
+    state = through_a_file(ranks.run(size, saved, kind, dtype, None)[-1])
+    wanted = ranks.run(size, resumed, kind, dtype, 2, None)[0]
+    assert wanted[1] == 1  # a step was skipped before the save
+    for other, stage in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        for got in ranks.run(other, resumed, kind, dtype, stage, state):
+            assert_equal(got, wanted)
+
+
+def test_one_rank_may_have_it_alone(ranks):
+    states = ranks.run(3, saved, "adamw", torch.bfloat16, 1)
+    assert [len(state) > 0 for state in states] == [False, True, False]
+    assert_equal(states[1], ranks.run(3, saved, "adamw", torch.bfloat16, None)[0])
+    assert all(value.device.type == "cpu" for value in states[1]["state"][0].values())
+
+
+def test_torch_takes_it_and_gives_it_back(ranks):
+    state = ranks.run(2, saved, "adamw", torch.float32, None)[0]
+    model = build(torch.float32, 1)
+    params = [param for i in range(2) for param in list(model)[i::2]]
+    theirs = torch.optim.AdamW([{"params": params[:3]}, {"params": params[3:]}], lr=1.0)
+    theirs.load_state_dict(state)
+    for index, param in enumerate(params):
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(theirs.state[param][name], state["state"][index][name]), name
+    assert [group["lr"] for group in theirs.param_groups] == [2.0**-5, 2.0**-6]
+    back = ranks.run(3, loaded, theirs.state_dict())[0]
+    for index in range(len(params)):
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(back["state"][index][name], state["state"][index][name]), name
+
+
+def loaded(group: Any, state: dict[str, Any]) -> dict[str, Any]:
+    optimizer = make("adamw", build(torch.float32, 1), group)
+    optimizer.load_state_dict(state)
+    return optimizer.full_state_dict()
+
+
+def test_what_does_not_fit_is_refused():
+    model = build(torch.float32, 0)
+    optimizer = make("adamw", model, None)
+    with pytest.raises(ValueError, match="expected to as a rank from 0 to 0, or None, got 3"):
+        optimizer.full_state_dict(to=3)
+    state = optimizer.full_state_dict()
+    state["state"][0]["master"] = torch.zeros(5)
+    before = optimizer.full_state_dict()
+    with pytest.raises(ValueError, match=r"expected master of parameter 0 with shape \(17, 9\), got \(5,\)"):
+        optimizer.load_state_dict(state)
+    assert_equal(optimizer.full_state_dict(), before)
