@@ -65,9 +65,9 @@ class FullAccess:
     def full_state_dict(self, to: int | None = None) -> dict[str, Any]:
         """All state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
 
-        `load_state_dict` takes it on any number of ranks, in any stage and with any buckets, and training goes on bit for
-        bit. So does that of torch.optim.Adam and AdamW, which has no use for the masters and the loss scale in it. Takes
-        as much memory of the device as one bucket's values of one slot.
+        `load_state_dict` takes it on any number of ranks, in any stage and with any buckets, and training goes on bit
+        for bit. So does that of torch.optim.Adam and AdamW, which has no use for the masters and the loss scale in it.
+        Takes as much memory of the device as one bucket's values of one slot.
 
         Args:
             to: The one rank of the group that wants it; the others get an empty dict. None: all.

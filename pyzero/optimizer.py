@@ -472,8 +472,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
 
-        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit on
-        one rank.
+        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit
+        on one rank.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters.
