@@ -113,6 +113,8 @@ class Bucket:
         Raises:
             TypeError: One has another shape, dtype or device than when the optimizer was built.
         """
+        if not every and self._are_as_left():
+            return []
         found = []
         for position, param in enumerate(self.params):
             same = param.shape == self._shapes[position] and param.dtype == self.dtype and param.device == self.device
@@ -121,6 +123,17 @@ class Bucket:
             if every or param._version != self._versions[position] or self._has_moved(position, param):
                 found.append(position)
         return found
+
+    def _are_as_left(self) -> bool:
+        """No parameter differs from what the optimizer left: the check of every step, attribute by attribute."""
+        params = self.params
+        return (
+            [param._version for param in params] == self._versions
+            and [param.data_ptr() for param in params] == self._addresses
+            and [param.shape for param in params] == self._shapes
+            and [param.stride() for param in params] == self._strides
+            and all(param.dtype is self.dtype for param in params)
+        )
 
     def _has_moved(self, position: int, param: Tensor) -> bool:
         return param.data_ptr() != self._addresses[position] or param.stride() != self._strides[position]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,15 @@ class Pieces:
     def __init__(self, bucket: Bucket, low: int, high: int) -> None:
         self._params = bucket.params
         self._pieces = _cut(bucket, low, high)
-        self._positions = {piece.position for piece in self._pieces if piece.zeros is None}
+        self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
+        self._offsets = [piece.offset for piece in self._pieces]
+        self._gaps = [piece.zeros for piece in self._pieces]
+        self._places = [place for place, zeros in enumerate(self._gaps) if zeros is None]
+        whole = [piece.zeros is not None or (piece.begin, piece.end) == self._bounds(piece) for piece in self._pieces]
+        self._are_plain = all(whole) and all(bucket.params[position].is_contiguous() for position in self._positions)
+
+    def _bounds(self, piece: _Piece) -> tuple[int, int]:
+        return 0, self._params[piece.position].numel()
 
     def has_any(self, grads: Sequence[Tensor | None]) -> bool:
         """Some parameter in here has a gradient."""
@@ -38,6 +46,10 @@ class Pieces:
 
         Where there is no gradient there is no piece: what lies there is not defined.
         """
+        if self._are_plain:
+            present = [grads[position] for position in self._positions]
+            if all(grad is not None and grad.is_contiguous() for grad in present):
+                return self._fill_in(present), self._offsets
         pieces: list[Tensor] = []
         offsets: list[int] = []
         for offset, position, begin, end, zeros in self._pieces:
@@ -54,6 +66,13 @@ class Pieces:
             pieces.append(piece)
             offsets.append(offset)
         return pieces, offsets
+
+    def _fill_in(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients between the gaps: the usual case, in which each is there and lies as its parameter does."""
+        filled: list[Any] = self._gaps.copy()
+        for place, grad in zip(self._places, grads, strict=True):
+            filled[place] = grad
+        return filled
 
 
 def _cut(bucket: Bucket, low: int, high: int) -> list[_Piece]:

@@ -41,6 +41,7 @@ class Placement:
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
         self._places: dict[Tensor, int] = {}  # the group of each parameter
+        self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
         self.is_fresh = True  # masters are the weights, the rule's state is zero
         self.rule = rule
         self._group = group
@@ -55,6 +56,9 @@ class Placement:
         Raises:
             ValueError: Parameters were taken out of their groups, or their state was, by hand.
         """
+        ids = [list(map(id, group["params"])) for group in param_groups]
+        if ids == self._placed_ids and len(self._state) == len(self.params):
+            return []
         found, num_seen = set(), 0
         for index, group in enumerate(param_groups):
             for param in group["params"]:
@@ -74,6 +78,8 @@ class Placement:
                 f"{len(self._state)}; to start it anew, zero its tensors in place (state[p][name].zero_()) or build "
                 f"another optimizer"
             )
+        is_all = len(self.params) == sum(map(len, ids))  # no parameter is frozen, which may change
+        self._placed_ids = ids if is_all else None
         return sorted(found)
 
     def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], device: torch.device) -> list[Bucket]:

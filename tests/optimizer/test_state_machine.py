@@ -373,7 +373,8 @@ class Model(World):
     def edit(self, indices: Iterable[int]) -> None:
         """In place."""
         self.multiply_clipped()
-        self.half_edited |= {index for index in indices if index in self.reduced & self.local}
+        # Carried: a round has been through, and this rank alone cannot tell that no other has sent a part.
+        self.half_edited |= {index for index in indices if index in (self.reduced | self.carried) & self.local}
         self.edited_after_clip |= self.alone and self.clipped
 
     def clip(self, indices: Iterable[int], max_norm: float, norm_type: float = 2.0, unit: float = 0.0) -> None:

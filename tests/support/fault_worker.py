@@ -49,12 +49,12 @@ def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer:
     def watch_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         output.register_hook(lambda grad: fault())
 
-    def update_with_fault(bucket: Any, *args: Any) -> Any:
+    def update_with_fault(bucket: Any, *args: Any) -> None:
         if bucket.index == 1:
             fault()
-        return update(bucket, *args)
+        update(bucket, *args)
 
-    middle, update = layers[NUM_LAYERS // 2], optimizer._update
+    middle, update = layers[NUM_LAYERS // 2], optimizer._updater.update
     if where == "forward":
         middle.register_forward_pre_hook(lambda module, args: fault())
     elif where == "backward":
@@ -62,7 +62,7 @@ def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer:
     elif where == "between":
         optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: fault())
     else:
-        optimizer._update = update_with_fault
+        optimizer._updater.update = update_with_fault  # type: ignore[method-assign]
 
 
 def train(rank: int, folder: Path, how: str, where: str, stage: str, then: str = "") -> None:
