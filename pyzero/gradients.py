@@ -136,9 +136,10 @@ def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Te
     return result
 
 
-def _can_be_read(grad: Tensor) -> bool:
-    """Where it is, by an op that goes by granules: from an address that vector instructions take."""
-    return grad.data_ptr() % _ALIGNMENT_BYTES == 0
+def _can_be_read(grad: Tensor, bucket: Bucket) -> bool:
+    """Where it is: at an address that vector instructions take, and not among the weights that are written."""
+    begin, weights = grad.data_ptr(), bucket.flat.data_ptr()
+    return begin % _ALIGNMENT_BYTES == 0 and not weights <= begin < weights + bucket.flat.nbytes
 
 
 def _have_values(grads: list[Tensor]) -> bool:
@@ -248,7 +249,7 @@ class LocalGradients(Gradients):
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
         """See Gradients. Large gradients are read where they are, the others packed in the dtype of the weights."""
         for (span, _), (tensors, offsets) in zip(self._maps[bucket], self._pieces[bucket], strict=True):
-            if span.position is not None and tensors and offsets[0] == 0 and _can_be_read(tensors[0]):
+            if span.position is not None and tensors and offsets[0] == 0 and _can_be_read(tensors[0], bucket):
                 yield span.low, tensors[0].view(-1)
             elif tensors or self._group.size > 1:
                 yield span.low, self._packed(bucket, span, tensors, offsets)

@@ -81,6 +81,21 @@ def test_shards_of_averaged_gradients(ranks):
         assert_same(one[1], other[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_may_be_the_weight_itself(monkeypatch, dtype):
+    monkeypatch.setattr(gradients, "IN_PLACE_NUMEL", (IN_PLACE, IN_PLACE))
+    results = []
+    for is_copied in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(100, dtype=dtype)) for _ in range(2)]
+        optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2)
+        for param in params:
+            param.grad = param.detach().clone() if is_copied else param.detach()
+        optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    assert_same(*results)
+
+
 def test_large_gradients_are_not_copied(monkeypatch):
     packed: list[int] = []
     pack = ops.pack_
