@@ -74,6 +74,16 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
             )
 
 
+def check_no_grad(group: dict[str, Any]) -> None:
+    """Of a group that joins an optimizer with a loss scale, which gradients from before may carry or not."""
+    for index, param in enumerate(group["params"]):
+        if param.grad is not None:
+            raise ValueError(
+                f"expected no gradients in a group that is added to an optimizer with a loss scale, got .grad in "
+                f"parameter {index}; add the group before backward, or set p.grad = None"
+            )
+
+
 def check_lr(group: dict[str, Any]) -> None:
     """In torch's words, as the next two. A tensor on a GPU is not read."""
     lr = group["lr"]

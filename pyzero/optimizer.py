@@ -180,6 +180,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
             arguments.check_group(group, self.defaults)
             self._rule.check(group)
             if self._ready:
+                if self._scaler.enabled:
+                    arguments.check_no_grad(group)
                 arguments.check_disjoint(self._named_params())
                 self._place([len(self.param_groups) - 1])
         except (TypeError, ValueError):
@@ -229,12 +231,16 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """`loss.backward(**kwargs)`, scaled where there is a loss scale.
 
+        Parameters that are no longer frozen get buckets first, so that it is known that their gradients are scaled:
+        collective then.
+
         Raises:
             RuntimeError: `.grad` holds gradients of another scale, or of none.
         """
         if not self._scaler.enabled:
             loss.backward(**kwargs)
             return
+        self._place_unfrozen()
         with self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch):
             self._scaler.scale_loss(loss).backward(**kwargs)
 

@@ -679,6 +679,30 @@ def test_a_thawed_parameter_used_on_rank_0_alone(run, size, stage):
     run(size, thawed_for_one_rank, stage)
 
 
+def thawed_under_a_scale(group: Any, stage: int) -> None:
+    twins = Twins(group, stage, loss_scale=8.0)
+    joins = nn.Parameter(torch.full((70,), 2.0), requires_grad=False)
+    twins.optimizer.add_param_group({"params": [joins]})
+    joins.requires_grad_(True)
+    twins.optimizer.backward(twins.loss(2.0) + (joins * 4.0).sum())
+    twins.expect(twins.mean(2.0))
+    twins.step()
+    twins.check()
+    assert torch.equal(twins.optimizer.full_state(joins)["exp_avg"], torch.full((70,), 2.0))
+    late = nn.Parameter(torch.zeros(3))
+    late.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="expected no gradients in a group that is added to an optimizer with a loss"):
+        twins.optimizer.add_param_group({"params": [late]})
+    late.grad = None
+    twins.optimizer.add_param_group({"params": [late]})
+
+
+@STAGES
+@SIZES
+def test_a_thawed_parameter_under_a_loss_scale(run, size, stage):
+    run(size, thawed_under_a_scale, stage)
+
+
 def added_with_a_gradient_on_one_rank(group: Any, stage: int) -> None:
     twins = Twins(group, stage)
     joins = nn.Parameter(torch.full((70,), 2.0))
