@@ -23,7 +23,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
     """Gradients in `dtype`, the bucket in bf16."""
     numel = options.size
     flat = peers.normal(numel, 1, options, std=1e-2).to(dtype)
-    tensors = list(flat.tensor_split(_NUM_TENSORS))
+    tensors = peers.split(flat, _NUM_TENSORS)
     bucket, theirs = (torch.empty(numel, dtype=torch.bfloat16, device=options.device) for _ in range(2))
     pieces = list(theirs.tensor_split(_NUM_TENSORS))
     size = flat.element_size() + bucket.element_size()

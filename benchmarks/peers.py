@@ -20,6 +20,11 @@ def normal(numel: int, seed: int, options: Options, std: float = 1.0) -> Tensor:
     return torch.randn(numel, generator=generator, device=options.device).mul_(std)
 
 
+def split(flat: Tensor, num_tensors: int) -> list[Tensor]:
+    """Copies of the parts, each where an allocator puts it, as gradients lie."""
+    return [piece.clone() for piece in flat.tensor_split(num_tensors)]
+
+
 def adamw(params: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2, fused=True)
 

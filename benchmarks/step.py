@@ -54,10 +54,12 @@ def run(options: Options) -> list[Row]:
 
 
 def _mixed_peers(weights: Tensor, grad: Tensor, options: Options) -> dict[str, peers.MixedStep]:
-    pieces = _split(weights), _split(grad)
+    pieces = peers.split(weights, _NUM_TENSORS), peers.split(grad, _NUM_TENSORS)
     made = {
         "torch foreach, fused AdamW": peers.MixedStep(*pieces, MAX_NORM, folded=False),
-        "same, clip folded into AdamW": peers.MixedStep(_split(weights), pieces[1], MAX_NORM, folded=True),
+        "same, clip folded into AdamW": peers.MixedStep(
+            peers.split(weights, _NUM_TENSORS), pieces[1], MAX_NORM, folded=True
+        ),
     }
     return made
 
@@ -86,8 +88,8 @@ def _by_optimizer(weights: Tensor, grad: Tensor, options: Options) -> list[Row]:
             peer.step()
     contenders = []
     for suffix, backend in options.backends.items():
-        params = [Parameter(piece) for piece in _split(weights)]
-        for param, piece in zip(params, _split(grad), strict=True):
+        params = [Parameter(piece) for piece in peers.split(weights, _NUM_TENSORS)]
+        for param, piece in zip(params, peers.split(grad, _NUM_TENSORS), strict=True):
             param.grad = piece
         optimizer = pyzero.FusedZeroAdamW(params, lr=LR, weight_decay=1e-2, max_grad_norm=MAX_NORM, backend=backend)
         for _ in range(CHECKED_STEPS):
@@ -107,10 +109,6 @@ def _contenders(theirs: dict[str, peers.MixedStep]) -> list[Contender]:
 
 def _first(theirs: dict[str, peers.MixedStep]) -> str:
     return next(iter(theirs))
-
-
-def _split(flat: Tensor) -> list[Tensor]:
-    return [piece.clone() for piece in flat.tensor_split(_NUM_TENSORS)]  # each where an allocator puts it
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

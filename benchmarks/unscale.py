@@ -32,7 +32,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
 
     # Just below 1: ours only reads where the scale is exactly 1, and the values must not fade while they are timed.
     nearly_one, sumsq = torch.full((), 1 - 2**-24, device=flat.device), torch.zeros(1, device=flat.device)
-    ours, theirs = _split(flat), _split(flat)
+    ours, theirs = peers.split(flat, _NUM_TENSORS), peers.split(flat, _NUM_TENSORS)
 
     def torch_unscale() -> None:
         _peer(theirs, found_inf, nearly_one)
@@ -60,10 +60,6 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
     with_norm.append(Contender("torch unscale, norm", torch_with_norm, 2 * size))
     case = f"{_NUM_TENSORS} x {str(dtype)[6:]}, norm"
     return rows + compare("unscale", case, numel, with_norm, options, peer="torch unscale, norm")
-
-
-def _split(flat: Tensor) -> list[Tensor]:
-    return [piece.clone() for piece in flat.tensor_split(_NUM_TENSORS)]  # each where an allocator puts it
 
 
 def _peer(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FullAccess:
-    """`full_*` and `set_full_*` of FusedZeroAdam. All ranks call them alike; reading is collective."""
+    """`full_*` and `set_full_*` of ZeroOptimizer. All ranks call them alike; reading is collective."""
 
     _buckets: list[Bucket]
     _group: Group
