@@ -111,6 +111,11 @@ class FusedZeroAdam(ZeroOptimizer):
             weight_decay=weight_decay,
             maximize=maximize,
             decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
+            amsgrad=amsgrad,  # these change nothing; torch's optimizers ask checkpoints for them
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
         )
         super().__init__(params, AdamRule(), defaults, **options)
 
