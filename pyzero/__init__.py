@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adam import FusedZeroAdam as FusedZeroAdam
     from .adam import FusedZeroAdamW as FusedZeroAdamW
+    from .checkpoint import async_save_checkpoint as async_save_checkpoint
+    from .checkpoint import latest_checkpoint as latest_checkpoint
+    from .checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoint import save_checkpoint as save_checkpoint
+    from .checkpoint_files import CheckpointError as CheckpointError
     from .comm import CollectiveError as CollectiveError
     from .engine import initialize as initialize
     from .lion import FusedZeroLion as FusedZeroLion
@@ -17,13 +22,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "FusedZeroAdam",
     "FusedZeroAdamW",
     "FusedZeroLion",
     "LossScale",
     "ShardedGrad",
+    "async_save_checkpoint",
     "initialize",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
 ]
 
 # In a checkout pyzero.ops is the folder ops/ beside this one.
@@ -33,13 +43,18 @@ if not pathlib.Path(__file__).with_name("ops").is_dir() and (_root / "ops" / "bu
 
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
+    "CheckpointError": "checkpoint_files",
     "CollectiveError": "comm",
     "FusedZeroAdam": "adam",
     "FusedZeroAdamW": "adam",
     "FusedZeroLion": "lion",
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
+    "async_save_checkpoint": "checkpoint",
     "initialize": "engine",
+    "latest_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
 }
 
 

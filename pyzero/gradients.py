@@ -111,6 +111,10 @@ class Gradients(ABC):
         """A step has used the gradients, which stay. used: by parameter number, some rank had a gradient."""
 
     @abstractmethod
+    def await_step(self) -> bool:
+        """Whether this rank knows of gradients that no step has taken."""
+
+    @abstractmethod
     def finish_broken_round(self) -> None:
         """Send what a backward that an exception ended has not sent, where gradients are reduced."""
 
@@ -332,6 +336,10 @@ class LocalGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """`.grad` is the caller's; the loss scale that it carries may change from now on."""
         self._pieces.clear()
+
+    def await_step(self) -> bool:
+        """Unknown: `.grad` is the caller's, who may have kept that of the last step."""
+        return False
 
     def finish_broken_round(self) -> None:
         """There are none."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from pyzero import amp, arguments, checkpoint, nonfinite, scaler
+from pyzero import amp, arguments, nonfinite, rank_state, scaler
 from pyzero.access import FullAccess
 from pyzero.buckets import MASTER, Bucket
 from pyzero.comm import Group, Work, make_transport
@@ -139,6 +139,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._updater = ShardUpdater(rule, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
+        self._checkpoint_group: Group | None = None
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
@@ -492,7 +493,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
             bucket.written()  # or refuse
         saved, problem = None, None
         try:
-            saved = checkpoint.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
+            saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
         except ValueError as error:
             problem = error
         problems = self._group.gather_objects(None if problem is None else str(problem))
@@ -519,6 +520,20 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def checkpoint_group(self) -> Group:
+        """The same ranks, over a process group of its own: a save in a thread meets no collective of training."""
+        if self._checkpoint_group is None:
+            self._checkpoint_group = Group(self._group.handle) if self._group.size > 1 else self._group
+        return self._checkpoint_group
+
+    def check_between_steps(self) -> None:
+        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
+        if self._gradients.await_step():
+            raise RuntimeError(
+                "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
+                "save after the step that they belong to"
+            )
+
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
         """Whole values by parameter, in torch's layout."""
         state: dict[int, dict[str, Tensor]] = {}
@@ -526,10 +541,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for group in self._param_groups:
             params = group["params"]
             state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
-            others = {key: value for key, value in group.items() if key not in ("params", checkpoint.ZERO)}
+            others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        groups[0][checkpoint.SCALER] = self._scaler.state.cpu()
+        groups[0][rank_state.SCALER] = self._scaler.state.cpu()
         return {"state": state, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -554,7 +569,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """What a state dict says of itself: whose it is, and how it is cut."""
         learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
         buckets = [list(bucket.numbers) for bucket in self._buckets]
-        return checkpoint.describe(self._group.rank, self._group.size, buckets, learned)
+        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
 
 
 def _sync_masters_from_weights(optimizer: Optimizer) -> None:
@@ -566,9 +581,9 @@ def _sync_masters_from_weights(optimizer: Optimizer) -> None:
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes."""
     assert isinstance(optimizer, ZeroOptimizer)
-    state_dict["param_groups"][0][checkpoint.SCALER] = optimizer._scaler.state
-    state_dict["param_groups"][0][checkpoint.ZERO] = optimizer._zero_state()
-    checkpoint.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
+    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state
+    state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
+    rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
 
 
 def _product(*factors: Any) -> Any:

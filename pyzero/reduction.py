@@ -69,6 +69,7 @@ class ReducedGradients(Gradients):
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
         self._num_rounds_used = 0  # by the last step
         self._num_steps = 0
+        self._awaits_step = False  # a gradient has come since the last step
         self._generation = 0  # grows with every gradient that arrives, is sent or edited
         self._next = 0  # the bucket to send next in this round
 
@@ -130,6 +131,7 @@ class ReducedGradients(Gradients):
             self._check_unwrapped()
         grads, record = self._records[param]
         self._end.begin()
+        self._awaits_step = True
         self._take_outer_factor()
         self._generation += 1
         self._clip = None
@@ -380,8 +382,13 @@ class ReducedGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
         self._num_steps += 1
+        self._awaits_step = False
         self._num_rounds_used = self._num_rounds
         self._group.where = f"in or after step {self._num_steps}"
+
+    def await_step(self) -> bool:
+        """See Gradients."""
+        return self._awaits_step and any(record.param.grad is not None for record in self._by_number)
 
     def reset(self) -> None:
         """See Gradients."""
