@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state import SCALER, ZERO
 
 log = logging.getLogger("pyzero")
+_T = TypeVar("_T")
 
 _SHOW_PROGRESS_AFTER_S = 5.0
 _MOST_SHOWN = 5  # names in a report
@@ -75,7 +77,16 @@ def async_save_checkpoint(
     Returns:
         `result()` waits, and gives the folder or raises. Wait for one before the next is started.
     """
-    return _writer.submit(_Save(directory, model, optimizer, step, keep, extra, copies=True).run)
+    future = _writer.submit(_Save(directory, model, optimizer, step, keep, extra, copies=True).run)
+    future.add_done_callback(_log_failure)
+    return future
+
+
+def _log_failure(future: Future[Path]) -> None:
+    """Whether or not anybody asks for the result."""
+    error = future.exception()
+    if error is not None:
+        log.error("%s", error)
 
 
 _writer = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
@@ -120,21 +131,20 @@ def load_checkpoint(
 # ---- what both do ---------------------------------------------------------------------------------------------------
 
 
-def _together(group: Group, what: str, act: Callable[[], Any]) -> list[Any]:
-    """Run it on every rank; returns all results. Where it fails on one, all ranks raise."""
-    problem, result = None, None
+def _together(group: Group, what: str, act: Callable[[], _T]) -> _T:
+    """Run it on every rank; where it fails on one, all ranks raise."""
+    problem = None
     try:
         result = act()
     except Exception as error:  # of any kind: the other ranks wait to hear of it
         problem = error
     failed = None if problem is None else f"{type(problem).__name__}: {problem}"
-    rows = group.gather_objects((failed, result), f"the agreement on {what}")
-    for rank, (text, _) in enumerate(rows):
+    for rank, text in enumerate(group.gather_objects(failed, f"the agreement on {what}")):
         if text is not None:
-            if isinstance(problem, (CheckpointError, TypeError)):
+            if isinstance(problem, (CheckpointError, TypeError, ValueError)):
                 raise problem
             raise CheckpointError(f"{what} failed on rank {rank} of {group.size}: {text}") from problem
-    return [result for _, result in rows]
+    return result
 
 
 def _names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
@@ -184,10 +194,14 @@ class _Save:
         self._keep = keep
         self._group = optimizer.checkpoint_group()
         _together(self._group, "a save between two steps", optimizer.check_between_steps)
+        self._what = f"the save to {directory}"
+        _together(self._group, self._what, lambda: self._collect(model, optimizer, extra, copies))
+
+    def _collect(self, model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], copies: bool) -> None:
         names = _names_of(model, optimizer)
         state = optimizer.state_dict()
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        self._groups = [
+        groups = [
             {**{k: v for k, v in group.items() if k != ZERO}, "params": [names[params[i]] for i in group["params"]]}
             for group in state["param_groups"]
         ]
@@ -196,66 +210,71 @@ class _Save:
             if param.dtype == torch.float32 and name in values:
                 del values[name][MASTER]  # the weight itself
         model_state = _model_state(model)
-        self._others = {name: value for name, value in model_state.items() if not torch.is_tensor(value)}
-        self._state: dict[str, Any] = {"model": model_state, "optim": {"state": values, "param_groups": self._groups}}
-        self._mine = files.to_bytes(extra, "extra")
-        self._common = files.to_bytes({"param_groups": self._groups, "model": self._others}, "parameter groups")
+        others = {name: value for name, value in model_state.items() if not torch.is_tensor(value)}
+        self._state: dict[str, Any] = {"model": model_state, "optim": {"state": values, "param_groups": groups}}
         if copies:
-            from torch.distributed.checkpoint._state_dict_stager import StateDictStager
-
-            self._state = StateDictStager().stage(self._state)
+            self._state = _on_host(self._state)
+        self._contents = {files.rank_file(self._group.rank): files.to_bytes(extra, "extra")}
+        if self._group.rank == 0:
+            common = {"param_groups": groups, "model": others}
+            self._contents[files.COMMON] = files.to_bytes(common, "the parameter groups and the model")
 
     def run(self) -> Path:
         """Write, agree, and give the folder its name."""
-        rank = self._group.rank
-        is_first = rank == 0
-        what = f"the save to {self._directory}"
-        began = _together(self._group, what, lambda: files.begin(self._directory, self._step) if is_first else None)
-        folder: Path = began[0]
-        crcs: dict[tuple[str, int], tuple[int, int]] = {}
-        found = _together(self._group, what, lambda: self._write_own(folder))
-        metadata = _together(self._group, what, lambda: self._write_tensors(folder, crcs))[rank]
-        all_crcs: dict[tuple[str, int], tuple[int, int]] = {}
-        for theirs in self._group.gather_objects(crcs, "the check sums of a save"):
-            all_crcs.update(theirs)
-        index = {
-            "format": files.FORMAT,
-            "step": self._step,
-            "num_ranks": self._group.size,
-            "torch": torch.__version__,
-            "files": dict(item for row in found for item in row),
-        }
-        done = _together(
-            self._group,
-            what,
-            lambda: (
-                files.commit(folder, {**index, "tensors": _describe(metadata, all_crcs)}, self._keep)
-                if is_first
-                else None
-            ),
+        is_first = self._group.rank == 0
+        began = _together(
+            self._group, self._what, lambda: files.begin(self._directory, self._step) if is_first else None
         )
-        log.info("step %d is saved in %s", self._step, done[0])
-        return Path(done[0])
+        folder: Path = self._group.gather_objects(began, self._what)[0]
+        try:
+            _together(self._group, self._what, lambda: self._write(folder))
+            metadata = _together(self._group, self._what, lambda: self._write_tensors(folder))
+            rows = self._group.gather_objects((self._sums, self._crcs), self._what)
+            done = _together(
+                self._group,
+                self._what,
+                lambda: files.commit(folder, self._index(metadata, rows), self._keep) if is_first else None,
+            )
+        except CheckpointError:
+            if is_first:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its space back
+            raise
+        log.info("step %d is saved in %s", self._step, done)
+        return folder.with_name(files.name_of(folder))
 
-    def _write_own(self, folder: Path) -> list[tuple[str, tuple[int, int]]]:
-        """This rank's .pt file, and the common one; returns names, lengths and CRC-32s."""
+    def _write(self, folder: Path) -> None:
+        """This rank's .pt files."""
         if not folder.is_dir():
             raise CheckpointError(
                 f"expected a directory that all ranks share, got {folder.parent}, in which rank {self._group.rank} "
                 f"does not see what rank 0 has written; pass a path on a shared file system"
             )
-        contents = {files.rank_file(self._group.rank): self._mine}
-        if self._group.rank == 0:
-            contents[files.COMMON] = self._common
-        for name, content in contents.items():
+        for name, content in self._contents.items():
             files.write_file(folder / name, content)
-        return [(name, files.sum_of(content)) for name, content in contents.items()]
+        self._sums = {name: files.sum_of(content) for name, content in self._contents.items()}
 
-    def _write_tensors(self, folder: Path, crcs: dict[tuple[str, int], tuple[int, int]]) -> Any:
-        from pyzero import checkpoint_storage
+    def _write_tensors(self, folder: Path) -> Any:
+        from pyzero import checkpoint_storage  # half a second
 
+        self._crcs: checkpoint_storage.Crcs = {}
         with self._progress() as progress:
-            return checkpoint_storage.write(self._state, folder, self._group.handle, crcs, progress)
+            return checkpoint_storage.write(self._state, folder, self._group.handle, self._crcs, progress)
+
+    def _index(self, metadata: Any, rows: list[tuple[dict[str, Any], dict[tuple[str, int], tuple[int, int]]]]) -> Any:
+        crcs = {place: row for _, of_rank in rows for place, row in of_rank.items()}
+        sizes: dict[str, int] = {}
+        for (name, offset), (length, _) in crcs.items():
+            if not name.startswith("."):
+                sizes[name] = max(sizes.get(name, 0), offset + length)
+        return {
+            "format": files.FORMAT,
+            "step": self._step,
+            "num_ranks": self._group.size,
+            "torch": torch.__version__,
+            "files": {name: row for sums, _ in rows for name, row in sums.items()},
+            "sizes": sizes,
+            "tensors": _describe(metadata, crcs),
+        }
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[int], object]]:
@@ -265,6 +284,13 @@ class _Save:
             desc=f"step {self._step}", unit="B", unit_scale=True, delay=_SHOW_PROGRESS_AFTER_S, disable=hidden
         ) as bar:
             yield bar.update
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory, through dicts."""
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
 def _describe(metadata: Any, crcs: dict[tuple[str, int], tuple[int, int]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import zlib
@@ -147,12 +148,17 @@ def begin(directory: Path, step: int) -> Path:
     return folder
 
 
+def name_of(folder: Path) -> str:
+    """That an unfinished folder will have."""
+    return folder.name.removeprefix(_UNFINISHED)
+
+
 def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     """The folder is complete: write its index, give it its name, and make it the latest. Returns it.
 
     keep: How many to leave, the newest; None: all but those of the same step.
     """
-    directory, name = folder.parent, folder.name.removeprefix(_UNFINISHED)
+    directory, name = folder.parent, name_of(folder)
     body = json.dumps(index)
     write_file(folder / INDEX, json.dumps({"crc32": zlib.crc32(body.encode()), "index": body}).encode())
     flush_folder(folder)
@@ -207,7 +213,7 @@ def find(directory: Path) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Of a checkpoint, checked: its own CRC-32, names that stay in the folder, tensors without gaps.
+    """Of a checkpoint, checked: its own CRC-32, names that stay in the folder, tensors without gaps, sizes of files.
 
     Raises:
         CheckpointError: It is damaged, or of another format.
@@ -222,13 +228,27 @@ def read_index(folder: Path) -> dict[str, Any]:
         if index["format"] != FORMAT:
             raise ValueError(f"it has format {index['format']}, expected {FORMAT}; update pyzero")
         names = [*index["files"], *(box[2] for tensor in index["tensors"].values() for box in tensor["boxes"])]
-        if bad := next((name for name in names if not _FILE.fullmatch(name) or name.startswith("..")), None):
-            raise ValueError(f"it names {bad!r}, which is no file beside it")
+        for name in names:
+            _inside(name)
         for name, tensor in index["tensors"].items():
+            if not isinstance(getattr(torch, tensor["dtype"]), torch.dtype):
+                raise ValueError(f"{name} has dtype {tensor['dtype']!r}")
             _check_boxes(name, tensor["shape"], [(box[0], box[1]) for box in tensor["boxes"]])
+        sizes = {_inside(name): int(size) for name, size in index["sizes"].items()}
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; {_remedy(folder)}") from error
+    for name, size in sizes.items():
+        with reading(folder, name) as file:
+            if (got := os.fstat(file.fileno()).st_size) != size:
+                raise CheckpointError(f"{folder / name} is cut: expected {size} bytes, got {got}; {_remedy(folder)}")
     return index
+
+
+def _inside(name: str) -> str:
+    """A file's name, which must not lead out of the folder."""
+    if not _FILE.fullmatch(name) or name.startswith(".."):
+        raise ValueError(f"it names {name!r}, which is no file beside it")
+    return name
 
 
 def _check_boxes(name: str, shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> None:
@@ -270,7 +290,13 @@ def read_checked(file: BinaryIO, folder: Path, name: str, length: int, crc: int)
         raise CheckpointError(f"{folder / name} is cut: expected {length} bytes, got {len(content)}; {_remedy(folder)}")
     if zlib.crc32(content) != crc:
         raise CheckpointError(f"{folder / name} is damaged: its CRC-32 is not what was written; {_remedy(folder)}")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"{folder / name} holds more than tensors and plain data, which may run code, and is not loaded: {reason}"
+        ) from error
 
 
 def load_file(folder: Path, name: str, index: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
-from pyzero.checkpoint_files import ChecksummedStream, read_checked, reading
+from pyzero.checkpoint_files import CheckpointError, ChecksummedStream, read_checked, reading
 
 Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
 
@@ -119,7 +120,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
         crcs: See ChecksummedWriter.
         progress: See ChecksummedWriter.
     """
-    with _alone_is_fine():
+    with _as_ours():
         writer = ChecksummedWriter(folder, crcs, progress)
         found: Metadata = save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     return found
@@ -131,12 +132,19 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
     Raises:
         CheckpointError: A file is missing, cut or damaged.
     """
-    with _alone_is_fine():
+    with _as_ours():
         load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+def _as_ours() -> Iterator[None]:
+    """Without torch's warning of a rank alone, and with its failures as CheckpointError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:  # no Exception: nobody else would catch it
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause
