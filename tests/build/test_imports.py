@@ -9,7 +9,7 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops"},
     {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
-    {"deepspeed_files"},
+    {"deepspeed_files", "export"},
     {"deepspeed_checkpoint"},
     {"comm", "config", "update_rule"},
     {"buckets", "config_reader", "grad_stats", "schedules"},
