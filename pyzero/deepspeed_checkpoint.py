@@ -154,7 +154,7 @@ def as_state_dict(
         state.update({i: checkpoint.params[n] for i, n in zip(places, of_group, strict=True) if n in checkpoint.params})
         groups.append({**_hyper_of(checkpoint, of_group, group), "params": list(places)})
         first += len(of_group)
-    return {"state": state, "param_groups": groups, "scaler": _scaler(checkpoint)}
+    return {"state": state, "param_groups": groups, "scaler": scaler_state(checkpoint)}
 
 
 def _hyper_of(checkpoint: DeepSpeedCheckpoint, names: Sequence[str], group: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def _hyper_of(checkpoint: DeepSpeedCheckpoint, names: Sequence[str], group: Mapp
     return found[0].hyper
 
 
-def _scaler(checkpoint: DeepSpeedCheckpoint) -> Tensor:
-    """(5,) fp32: see pyzero.ops.loss_scale.STATE_SLOTS. Of skips in a row it is known whether there is one."""
+def scaler_state(checkpoint: DeepSpeedCheckpoint) -> Tensor:
+    """The (5,) fp32 state of our loss scale. Of the skips in a row the files say no more than whether there is one."""
     scale = checkpoint.loss_scale
     in_a_row = scale.growth_interval is not None and checkpoint.skipped_steps > 0 and scale.num_clean_steps == 0
     counts = [scale.growth_tracker, scale.hysteresis_left, checkpoint.skipped_steps, int(in_a_row)]

@@ -84,7 +84,7 @@ def resumed(group: Any, name: str, directory: Path) -> tuple[dict[str, dict[str,
         optimizer.backward(model(mean_gradients(model, case, step)))
         optimizer.step()
     state = {n: optimizer.full_state(p) for n, p in model.named_parameters() if p.requires_grad and p.numel()}
-    return state, optimizer.full_state_dict()["scaler"].tolist()
+    return state, optimizer._scaler.state.tolist()
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -133,6 +133,17 @@ def test_the_next_steps_are_deepspeeds(ranks, name, size, tmp_path):
     if saved.growth_interval is not None:
         assert scaler[1] == saved.growth_tracker and max(scaler[2], 1) == saved.hysteresis_left  # at 1 theirs stays
     assert scaler[3] == later.skipped_steps
+
+
+def test_before_the_first_step_there_are_masters_alone(tmp_path):
+    checkpoint = deepspeed_checkpoint.read(unpacked("fp16-stage1", tmp_path), tag="fresh")
+    model, optimizer = build(BY_NAME["fp16-stage1"])
+    load(checkpoint, model, optimizer)
+    assert torch.equal(model.norm.weight, Model().norm.weight.half())
+    state = optimizer.full_state(model.norm.weight)
+    assert torch.equal(state["master"], checkpoint.params["norm.weight"]["master"])
+    assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+    assert optimizer._scaler.state.tolist() == [16.0, -1.0, 2.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("num_overflows", [0, 1])

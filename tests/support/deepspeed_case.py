@@ -35,6 +35,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)  # more of "zero_optimization"
     config: dict[str, Any] = field(default_factory=dict)  # more of the config
     params: dict[str, Any] = field(default_factory=lambda: {"torch_adam": True})  # more of the optimizer's
+    has_fresh: bool = False  # a checkpoint "fresh" too, of before the first step
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +47,7 @@ class Case:
 
 
 CASES = (
-    Case("fp16-stage1", "fp16", 1, 1),
+    Case("fp16-stage1", "fp16", 1, 1, has_fresh=True),
     Case("fp16-stage2-2ranks", "fp16", 2, 2),
     Case("bf16-stage1-2ranks", "bf16", 1, 2, optimizer="Adam", params={"torch_adam": True, "adam_w_mode": False}),
     Case("bf16-stage2", "bf16", 2, 1, params={}),  # DeepSpeed's own FusedAdam

@@ -3,7 +3,8 @@
     DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8
     python tests/support/make_deepspeed_fixtures.py [NAME ...]
 
-Each holds two checkpoints of one run: "saved", and "later", which says where DeepSpeed's next steps led.
+Each holds two checkpoints of one run: "saved", and "later", which says where DeepSpeed's next steps led. One has
+"fresh" too, of before the first step.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def train(rank: int, case: Case, folder: str, port: int) -> None:
             **case.config,
         },
     )
+    if case.has_fresh:
+        engine.save_checkpoint(folder, tag="fresh", save_latest=False)
     for step in range(STEPS):
         if step == SAVED_AT:
             engine.save_checkpoint(folder, tag="saved", client_state=CLIENT_STATE)
