@@ -124,6 +124,18 @@ class LossScaleArgs(NamedTuple):
     policy: LossScalePolicy
 
 
+class StepScalarsArgs(NamedTuple):
+    """Arguments of step_scalars_."""
+
+    out: Tensor  # (4,) fp32: found_inf, norm, clip coefficient, grad_scale
+    rows: Tensor  # (n, 3) fp64: flag, sum of squares, not read
+    max_norm: float | None
+    unscale: Scalar
+    factor: Scalar
+    steps: Tensor  # (num_params,) fp32
+    used: Tensor  # (num_params,) fp32, added to the steps unless a flag is set
+
+
 class Backend(Protocol):
     """A module or an object with these functions; one that lacks an op is passed over for it."""
 
@@ -144,3 +156,6 @@ class Backend(Protocol):
 
     def loss_scale_update_(self, args: LossScaleArgs, /) -> None:
         """See `pyzero.ops.loss_scale_update_`."""
+
+    def step_scalars_(self, args: StepScalarsArgs, /) -> None:
+        """See `pyzero.ops.step_scalars_`."""

@@ -8,7 +8,19 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops"},
-    {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
+    {
+        "amp",
+        "arguments",
+        "backward",
+        "layout",
+        "memory",
+        "modules",
+        "overflow",
+        "report",
+        "scaler",
+        "sharded_grad",
+        "stats_rows",
+    },
     {"comm", "config", "update_rule"},
     {"buckets", "config_reader", "grad_stats", "schedules"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
