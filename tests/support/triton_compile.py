@@ -176,7 +176,8 @@ def amd_facts(kernel: Any) -> dict[str, int]:
         "spills": len(re.findall(r"\bscratch_(?:load|store)", asm))
         + sum(int(count) for count in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", asm)),
         "flushes": len(re.findall(r"amdhsa_float_denorm_mode_(?:32|16_64) [012]", asm)),
-        "approximations": len(re.findall(r"\bv_(?:rcp|rsq|sqrt)_f32", asm)) - 2 * divisions,
+        # A reciprocal that begins no division. A root that is not refined shows in "contractions", which falls below 0.
+        "approximations": len(re.findall(r"\bv_rcp_f32", asm)) - divisions,
         # AMD has no exact division or square root: LLVM refines a first guess, in 5 fused steps for a quotient and
         # 2 for a root (5 from v_rsq, triton 3.6's choice).
         "contractions": fused - 5 * divisions - 2 * square_roots - 5 * inverse_roots,

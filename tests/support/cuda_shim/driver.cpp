@@ -431,7 +431,7 @@ void step_scalars() {
       const std::vector<float> used(static_cast<size_t>(numel), 1.0f);
       const Scalar half{0.5, nullptr};
       cuda::step_scalars({out, stats, 2, true, 1.0f, half, half, steps.data(), used.data(), numel}, nullptr);
-      const StepScalars want = step_scalars(stats, 2, true, 1.0f, 0.5f, 0.5f);
+      const StepScalars want = pyzero::step_scalars(stats, 2, true, 1.0f, 0.5f, 0.5f);
       require(std::memcmp(out, &want, sizeof(want)) == 0, "step_scalars", "scalars", numel);
       const std::vector<float> counted(static_cast<size_t>(numel), stats == rows ? 4.0f : 3.0f);
       require(steps == counted, "step_scalars", "steps", numel);
