@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
-
-# In a checkout pyzero.ops is the folder ops/ beside this one.
-_root = pathlib.Path(__file__).resolve().parent.parent
-if not pathlib.Path(__file__).with_name("ops").is_dir() and (_root / "ops" / "build_spec.py").is_file():
-    __path__.append(str(_root))
 
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {

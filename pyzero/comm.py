@@ -265,7 +265,7 @@ class Group:
         host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if row.device.type == "cpu":
             rows = self.gather_rows(torch.cat([host, row]))
-            return rows[:, : len(values)], rows[:, len(values) :]
+            return rows[:, : len(values)], rows[:, len(values) :].contiguous()
         hosts = self.gather_rows(host, "the all-gather of what the hosts know")
         return hosts, self.gather_rows(row)
 

@@ -24,7 +24,7 @@ from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaler import LossScale, Scaler
-from pyzero.update import ShardUpdater
+from pyzero.update import ShardUpdater, StepScalars
 from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -35,7 +35,7 @@ class _LastStep(NamedTuple):
 
     found_inf: Tensor  # (1,) fp32
     norm: Tensor  # 0-D fp32, before clipping
-    clip: Tensor | None  # 0-D fp32
+    clip: Tensor  # 0-D fp32, 1 where nothing is clipped
 
 
 class ZeroOptions(TypedDict, total=False):
@@ -346,22 +346,23 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
-        norm = _product(stats.norm, outer, factor)
-        clip = None if self._max_grad_norm is None else clip_coefficient(self._max_grad_norm, norm)
-        grad_scale = _product(clip, factor, stats.unscale, outer)
+        scalars = self._updater.begin(
+            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
+        )
+        norm, clip = scalars.norm, scalars.clip
         if clipped_by is not None:  # grad_norm is of before clipping
             norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
-            clip = _product(clip, clipped_by)
-        gathers = self._update_and_gather(stats, grad_scale)
+            clip = clip * clipped_by
+        gathers = self._update_and_gather(stats, scalars)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
-        self._scaler.update(stats.found_inf, only_count=has_grad_scaler)
+        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
         for gather in gathers:
             gather.wait()
         self._weights_were_written(stats.used)
         self._placement.is_fresh = False
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
-        self._last = _LastStep(stats.found_inf, norm, clip)
+        self._last = _LastStep(scalars.found_inf, norm, clip)
         self._overflow.after_step(self._scaler.state, stats.first_bad, self._describe)
         skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
@@ -390,15 +391,18 @@ class ZeroOptimizer(FullAccess, Optimizer):
                     f"change it with fill_()"
                 )
 
-    def _update_and_gather(self, stats: GlobalGradStats, grad_scale: Tensor | None) -> list[Work]:
+    def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
         used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
-        self._updater.begin(used, stats.used, stats.found_inf)
-        gathers = []
-        for index, bucket in enumerate(used):
-            with record_function(f"pyzero::{self._rule.name}"):
-                grads = self._gradients.spans(bucket)
-                self._updater.update(bucket, index, grads, self._param_groups, grad_scale, stats.found_inf)
+        name, gathers = f"pyzero::{self._rule.name}", []
+        if self._group.size == 1:
+            with record_function(name):  # one range: to open and close it costs as much as a bucket's pack_
+                for bucket in used:
+                    self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
+            return []
+        for bucket in used:
+            with record_function(name):
+                self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
             with record_function("pyzero::all_gather"):
                 gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         return gathers
@@ -437,9 +441,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
     @property
     def clipped_grad_norm(self) -> Tensor | None:
         """0-D tensor: the same after clipping."""
-        if self._last is None or self._last.clip is None:
-            return self.grad_norm
-        return self._last.norm * self._last.clip
+        return None if self._last is None else self._last.norm * self._last.clip
 
     @property
     def loss_scale(self) -> float:

@@ -9,7 +9,7 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops"},
     {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
-    {"checkpoint_files", "deepspeed_files", "export", "sharded_state"},
+    {"checkpoint_files", "deepspeed_files", "export", "sharded_state", "stats_rows"},
     {"checkpoint_storage", "comm", "config", "deepspeed_checkpoint", "update_rule"},
     {"buckets", "config_reader", "grad_stats", "schedules"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
