@@ -104,7 +104,8 @@ class _Disk:
             result = self.real[name](fd, *args, **kwargs)
             stat = os.fstat(fd)
             if name in ("fsync", "fdatasync"):
-                self.unsynced.pop((stat.st_dev, stat.st_ino), None)
+                if (stat.st_dev, stat.st_ino) in self.unsynced:
+                    self.real["close"](self.unsynced.pop((stat.st_dev, stat.st_ino)))
             elif (stat.st_dev, stat.st_ino) not in self.unsynced:
                 self.unsynced[stat.st_dev, stat.st_ino] = os.dup(fd)
             return result
