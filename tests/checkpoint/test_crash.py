@@ -1,4 +1,4 @@
-"""A save that is struck at any of its file operations leaves a checkpoint that loads: the one before, or the new one."""
+"""A save that is struck at any of its file operations leaves a checkpoint that loads, the one before or the new one."""
 
 from __future__ import annotations
 
