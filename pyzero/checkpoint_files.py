@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+log = logging.getLogger("pyzero")
 
 INDEX, LATEST, COMMON = "index.json", "latest", "common.pt"
 FORMAT = 1
@@ -172,7 +175,10 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     same = [path for path in _complete(directory) if path != complete and path.name.split(".")[0] == name.split(".")[0]]
     older = [path for path in _complete(directory) if path != complete and path not in same]
     for old in same + ([] if keep is None else older[: max(len(older) - (keep - 1), 0)]):
-        remove(old)
+        try:
+            remove(old)
+        except OSError as error:  # the new one is there, which is what was asked for
+            log.warning("%s could not be removed: %s", old, error.strerror)
     return complete
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from crash import Fault, Outcome, armed, strike_each
 from torch import nn
 
 import pyzero
+import pyzero.checkpoint_storage  # noqa: F401  once, in the process that the struck ones are forked from
 
 
 def make(value: float) -> tuple[nn.Module, Any]:
@@ -36,28 +40,41 @@ def load(directory: Path) -> int:
     return number
 
 
+@pytest.fixture
+def memory_path(tmp_path) -> Iterator[Path]:
+    """A folder in memory, where a thousand fsyncs take no time: what a power cut takes away, the harness knows."""
+    shm = Path("/dev/shm")
+    if not (shm.is_dir() and os.access(shm, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shm) as name:
+        yield Path(name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", list(Fault))
-def test_a_checkpoint_is_whole_whatever_happens(tmp_path, fault):
-    save(tmp_path / "before", 1)
-    directory = tmp_path / "checkpoints"
+def test_a_checkpoint_is_whole_whatever_happens(memory_path, fault):
+    save(memory_path / "before", 1)
+    directory = memory_path / "checkpoints"
 
     def prepare() -> None:
         shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(tmp_path / "before", directory)
+        shutil.copytree(memory_path / "before", directory)
 
     def check(outcome: Outcome) -> None:
         number = load(directory)
         assert number in (1, 2)
         if not outcome.was_struck:
             assert number == 2
-        elif fault in (Fault.DISK_FULL, Fault.READ_ONLY):
+        elif number == 1 and fault in (Fault.DISK_FULL, Fault.READ_ONLY):
             assert isinstance(outcome.error, pyzero.CheckpointError), outcome.error
             assert "No space left" in str(outcome.error) or "Read-only file system" in str(outcome.error)
-        save(directory, 3)  # and what was left is no hindrance
+        if outcome.number % 5:
+            return
+        save(directory, 3)  # what was left is no hindrance
         assert load(directory) == 3 and {path.name for path in directory.iterdir()} == {"latest", "step_3"}
 
-    operations = strike_each(fault, tmp_path, save, (directory, 2), prepare=prepare, check=check)
+    operations = strike_each(fault, memory_path, save, (directory, 2), prepare=prepare, check=check)
     assert operations.count("fsync") >= 8 and {"rename", "replace", "rmdir"} <= set(operations)
 
 
