@@ -39,7 +39,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/mypy && mkdir -p build/mypy/pyzero
-	ln -s $(CURDIR)/pyzero/*.py $(CURDIR)/pyzero/py.typed $(CURDIR)/ops build/mypy/pyzero/
+	ln -s $(CURDIR)/pyzero/*.py $(CURDIR)/pyzero/py.typed $(CURDIR)/pyzero/deepspeed $(CURDIR)/ops build/mypy/pyzero/
 	cd build/mypy && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p pyzero
 	git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 

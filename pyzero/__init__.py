@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .adam import FusedZeroAdam as FusedZeroAdam
     from .adam import FusedZeroAdamW as FusedZeroAdamW
     from .comm import CollectiveError as CollectiveError
-    from .engine import initialize as initialize
+    from .deepspeed.initialize import initialize as initialize
+    from .lamb import ZeroLamb as ZeroLamb
     from .lion import FusedZeroLion as FusedZeroLion
     from .scaler import LossScale as LossScale
     from .sharded_grad import ShardedGrad as ShardedGrad
@@ -23,6 +24,7 @@ __all__ = [
     "FusedZeroLion",
     "LossScale",
     "ShardedGrad",
+    "ZeroLamb",
     "initialize",
 ]
 
@@ -39,7 +41,8 @@ _MODULES = {
     "FusedZeroLion": "lion",
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
-    "initialize": "engine",
+    "ZeroLamb": "lamb",
+    "initialize": "deepspeed.initialize",
 }
 
 

@@ -32,12 +32,18 @@ def _run(argv: list[str] | None) -> int:
     estimate.add_argument("--stage", type=int, choices=(1, 2), default=2)
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, default=25.0, metavar="MB")
+    commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
     args = parser.parse_args(argv)
 
     if args.command == "report":
         from . import report
 
         return report.main()
+    if args.command == "config-keys":
+        from .deepspeed import config, keys
+
+        print(keys.table(config.Config), end="")
+        return 0
     from . import estimate as estimates
 
     dtype = estimates.DTYPES[args.dtype]

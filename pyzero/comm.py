@@ -362,7 +362,12 @@ def device() -> torch.device:
     """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())
+
+
+def local_rank() -> int:
+    """Of this process on its host: the launcher's LOCAL_RANK, or 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -23,6 +23,7 @@ from pyzero.overflow import OverflowMonitor
 from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
+from pyzero.scaled_backward import ScaledBackward
 from pyzero.scaler import LossScale, Scaler
 from pyzero.update import ShardUpdater
 from pyzero.update_rule import UpdateRule
@@ -153,6 +154,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
                 self._group, exchange, transport_of_group, self._device, options, inv_scale, backend
             )
             self._gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        has_fp16 = any(param.dtype == torch.float16 for param in parameters)
+        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
         self.register_state_dict_pre_hook(_sync_masters_from_weights)
         self.register_state_dict_post_hook(_add_zero_state, prepend=True)
         self._place(range(len(self.param_groups)))
@@ -241,8 +244,17 @@ class ZeroOptimizer(FullAccess, Optimizer):
             loss.backward(**kwargs)
             return
         self._place_unfrozen()
-        with self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch):
-            self._scaler.scale_loss(loss).backward(**kwargs)
+        self._scaled_backward.run(loss, **kwargs)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, for a backward of the caller's: `optimizer.scale(loss).backward()`.
+
+        Parameters that are no longer frozen get buckets, as in `backward`.
+        """
+        if not self._scaler.enabled:
+            return loss
+        self._place_unfrozen()
+        return self._scaled_backward.scale(loss)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -354,6 +366,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         gathers = self._update_and_gather(stats, grad_scale)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
         self._scaler.update(stats.found_inf, only_count=has_grad_scaler)
+        if self._scaler.enabled:
+            self._scaled_backward.after_step(has_grad_scaler)
         for gather in gathers:
             gather.wait()
         self._weights_were_written(stats.used)
@@ -439,6 +453,16 @@ class ZeroOptimizer(FullAccess, Optimizer):
         if self._last is None or self._last.clip is None:
             return self.grad_norm
         return self._last.norm * self._last.clip
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether there is a loss scale, and `backward` applies it."""
+        return self._scaler.enabled
+
+    @property
+    def is_scaled_backward(self) -> bool:
+        """Whether a backward is running whose gradients carry the loss scale."""
+        return self._scaled_backward.is_running
 
     @property
     def loss_scale(self) -> float:

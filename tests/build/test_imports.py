@@ -9,36 +9,64 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops"},
     {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
-    {"comm", "config", "update_rule"},
-    {"buckets", "config_reader", "grad_stats", "schedules"},
+    {"comm", "update_rule"},
+    {"buckets", "grad_stats"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
     {"access", "accumulation", "checkpoint"},
     {"gradients"},
     {"exchange"},
     {"reduction"},
     {"overlap"},
+    {"scaled_backward"},
     {"optimizer"},
-    {"adam", "lion"},
-    {"engine", "estimate"},
+    {"adam", "lamb", "lion"},
+    {"estimate"},
+    {f"deepspeed.{name}" for name in ("keys", "ops", "ops.recipe", "schedules", "tensors", "timers")},
+    {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
+    {"deepspeed.sections"},
+    {"deepspeed.config"},
+    {"deepspeed.monitor", "deepspeed.reader", "deepspeed.settings"},
+    {"deepspeed.engine"},
+    {"deepspeed.initialize"},
+    {"deepspeed"},
     {"__main__"},
 )
+MODULES = {path for path in PYZERO.rglob("*.py") if path.parent != PYZERO or path.stem != "__init__"}
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the modules of pyzero that a file imports."""
+def name_of(path: Path) -> str:
+    """As in LAYERS: dotted, below pyzero."""
+    return ".".join(path.relative_to(PYZERO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path, package: str = "pyzero") -> set[str]:
+    """Names of the modules of pyzero that a file imports. package: the one that the file is in."""
     found = set()
+
+    def add(module: str, names: list[str]) -> None:
+        folder = PYZERO.joinpath(*module.split(".")[1:])
+        is_package = module == "pyzero" or folder.is_dir()
+        of_package = [name for name in names if is_package and module_exists(f"{module}.{name}")]
+        found.update(f"{module}.{name}".removeprefix("pyzero.") for name in of_package)
+        if module != "pyzero" and len(of_package) < len(names):
+            found.add(module.removeprefix("pyzero."))
+
+    def module_exists(module: str) -> bool:
+        place = PYZERO.joinpath(*module.split(".")[1:])
+        return place.is_dir() or place.with_suffix(".py").is_file() or module == "pyzero.ops"
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             return
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            if node.level == 1:
-                module = f"pyzero.{module}".rstrip(".")
-            if module == "pyzero":
-                found.update(alias.name for alias in node.names)
-            elif module.startswith("pyzero."):
-                found.add(module.split(".")[1])
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                module = ".".join([*above, module]).rstrip(".")
+            if module.startswith("pyzero.ops."):
+                module = "pyzero.ops"
+            if module == "pyzero" or module.startswith("pyzero."):
+                add(module, [alias.name for alias in node.names])
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -49,14 +77,24 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_one_way():
     below: set[str] = set()
     for layer in LAYERS:
-        for name in layer - {"ops"}:
-            wrong = imported(PYZERO / f"{name}.py") - below
-            assert not wrong, f"pyzero/{name}.py imports {sorted(wrong)}, which lie beside or above it"
+        for path in MODULES:
+            name = name_of(path)
+            if name in layer:
+                package = ".".join(["pyzero", *path.relative_to(PYZERO).parts[:-1]])
+                wrong = imported(path, package) - below
+                assert not wrong, f"pyzero/{name} imports {sorted(wrong)}, which lie beside or above it"
         below |= layer
-    assert below - {"ops"} == {path.stem for path in PYZERO.glob("*.py")} - {"__init__"}
+    assert below - {"ops"} == {name_of(path) for path in MODULES}
 
 
 def test_imports_are_found(tmp_path: Path):
     path = tmp_path / "module.py"
-    path.write_text("from pyzero import ops\ndef f():\n    from . import estimate\n    from .comm import Group\n")
-    assert imported(path) == {"ops", "estimate", "comm"}
+    path.write_text(
+        "from pyzero import ops\ndef f():\n    from . import estimate\n    from .comm import Group\n"
+        "    from pyzero.deepspeed import config, initialize\n    from pyzero.deepspeed.reader import load\n"
+        "    from pyzero.ops.checks import FLOAT_DTYPES\n"
+    )
+    wanted = {"ops", "estimate", "comm", "deepspeed.config", "deepspeed.initialize", "deepspeed.reader"}
+    assert imported(path) == wanted
+    path.write_text("from .keys import Section\nfrom . import tensors\nfrom .. import comm\n")
+    assert imported(path, "pyzero.deepspeed") == {"deepspeed.keys", "deepspeed.tensors", "comm"}
