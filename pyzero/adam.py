@@ -125,6 +125,11 @@ class FusedZeroAdam(ZeroOptimizer):
             maximize=maximize,
             decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
             bias_correction=bias_correction,
+            amsgrad=amsgrad,  # these change nothing; torch's optimizers ask checkpoints for them
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
         )
         super().__init__(params, AdamRule(), defaults, **options)
 

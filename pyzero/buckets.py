@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class Bucket:
             self._take_in(position, param)
 
         self.master = self.weight_shard if self.is_master else self._shard_empty()  # (shard_numel,) fp32
+        self._exported_version = 0  # of the masters
         self.slots = {slot.name: slot for slot in slots}
         self.state = {  # by slot: (shard_numel,), or one value per granule
             slot.name: memory.zeros(layout.shard_numel // slot.elements_per_value, slot.dtype, self.device)
@@ -138,15 +139,18 @@ class Bucket:
     def _has_moved(self, position: int, param: Tensor) -> bool:
         return param.data_ptr() != self._addresses[position] or param.stride() != self._strides[position]
 
-    def follow(self, positions: Sequence[int]) -> None:
-        """Have flat memory and masters follow these parameters, which `written` gave."""
+    def follow(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
+        """Have flat memory and masters follow these parameters, which `written` gave.
+
+        keep_masters: Parameters whose masters do not follow, for they are being loaded.
+        """
         for position in positions:
             param = self.params[position]
             if self._has_moved(position, param):
                 param.data = param.data.clone()  # it may be another view of the memory that it goes to
                 self._take_in(position, param)
             self._versions[position] = param._version
-            if not self.is_master:
+            if not self.is_master and param not in keep_masters:
                 in_shard, _ = self.shard_part(position)
                 master, weights = self.master[in_shard], self.weight_shard[in_shard]
                 # Nothing changes where the master rounds to the weight: a checkpoint's weights may follow its masters.
@@ -165,6 +169,14 @@ class Bucket:
     def masters_are_in_sync(self) -> None:
         """What was written so far, the masters need not follow."""
         self._versions = [param._version for param in self.params]
+
+    def masters_were_exported(self) -> None:
+        """A state dict shows them, into which a checkpoint may be read."""
+        self._exported_version = self.master._version
+
+    def masters_were_written(self) -> bool:
+        """By anybody but an op, since they were exported."""
+        return self.master._version != self._exported_version
 
     # ---- shards and whole tensors ---------------------------------------------------------------------------------
 
@@ -254,6 +266,10 @@ class Bucket:
         """Of one parameter's masters, or values of a slot."""
         shape = self._shapes[position]
         return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
+
+    def whole_stride(self, name: str, position: int) -> tuple[int, ...]:
+        """As `whole_shape`."""
+        return (1,) if self.is_flat(name) else tuple(self._strides[position])
 
     def whole_of(self, name: str, flat: Tensor, position: int) -> Tensor:
         """One parameter's values, on the CPU and in its shape, of a slot's values or masters of the whole bucket."""

@@ -160,6 +160,7 @@ class Group:
         self.rank: int = dist.get_rank(parent) if initialized else 0
         self.where = "before the first backward"  # for messages: what the optimizer is at
         self.handle: Any = None
+        self._mesh: Any = None
         if self.size > 1:
             self._timeout = _timeout_of(parent)
             self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
@@ -274,6 +275,14 @@ class Group:
             return [value]
         with self.error_context("the comparison of parameters"):
             return _gather_objects(self.handle, value)
+
+    def mesh(self, device_type: str) -> Any:
+        """A DeviceMesh of one dimension over the same ranks, which DTensors want."""
+        if self._mesh is None:
+            from torch.distributed.device_mesh import DeviceMesh  # half a second
+
+            self._mesh = DeviceMesh.from_group(self.handle, device_type)
+        return self._mesh
 
     def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights") -> None:
         """Overwrite with the first rank's."""

@@ -1,6 +1,8 @@
-"""One parameter's values from every rank's shard."""
+"""One parameter's values from every rank's part of them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +23,20 @@ def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, ele
         shard: (shard_numel / elements_per_value,) this rank's.
         elements_per_value: 1, or GRANULE.
     """
-    slot = bucket.layout.slots[position]
-    lengths = []
-    for rank in range(group.size):
-        low, high = bucket.layout.overlap(slot, rank)
-        lengths.append(-(-(high - low) // elements_per_value))
+    lengths = part_lengths(group.size, bucket, position, elements_per_value)
     in_shard, _ = bucket.shard_part(position)
     begin = in_shard.start // elements_per_value
-    part = shard[begin : begin + lengths[group.rank]]
+    return gather_parts(group, shard[begin : begin + lengths[group.rank]], lengths)
+
+
+def part_lengths(num_ranks: int, bucket: Bucket, position: int, elements_per_value: int = 1) -> list[int]:
+    """How many values of the parameter at `position` each rank has."""
+    bounds = (bucket.layout.overlap(bucket.layout.slots[position], rank) for rank in range(num_ranks))
+    return [-(-(high - low) // elements_per_value) for low, high in bounds]
+
+
+def gather_parts(group: Group, part: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(sum(lengths),): every rank's (lengths[rank],) part, in rank order. Collective."""
     padded = torch.nn.functional.pad(part, (0, max(lengths) - part.numel()))
     rows = group.gather_shards(padded, "the all-gather of a whole tensor").view(group.size, -1)
     return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from pyzero import amp, arguments, checkpoint, nonfinite, scaler
 from pyzero.access import FullAccess
-from pyzero.buckets import Bucket
+from pyzero.buckets import MASTER, Bucket
 from pyzero.comm import Group, Work, make_transport
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients import Gradients, LocalGradients
@@ -157,7 +157,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
         self.register_state_dict_pre_hook(_sync_masters_from_weights)
-        self.register_state_dict_post_hook(_add_zero_state, prepend=True)
+        self.register_state_dict_post_hook(_export_state, prepend=True)
         self._place(range(len(self.param_groups)))
         self._ready = True
 
@@ -417,13 +417,13 @@ class ZeroOptimizer(FullAccess, Optimizer):
         return gathers
 
     @torch.no_grad()
-    def _sync_masters_from_weights(self, every: bool = False) -> None:
-        """Follow what others have written to the weights, or refuse all of it."""
+    def _sync_masters_from_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
+        """Follow what others have written to the weights, or refuse all of it. keep_masters: see Bucket.follow."""
         written = [bucket.written(every) for bucket in self._buckets]
         num_written = sum(map(len, written))
         if num_written:
             for bucket, positions in zip(self._buckets, written, strict=True):
-                bucket.follow(positions)
+                bucket.follow(positions, keep_masters)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
     def _weights_were_written(self, used: Sequence[bool] | None = None) -> None:
@@ -526,6 +526,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         if failed is not None:
             raise ValueError(f"nothing was loaded, for rank {failed} could not: {problems[failed]}")
         assert saved is not None
+        saved.forget_unloaded_masters(self, self._buckets)
+        self._sync_masters_from_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if saved.layouts is not None:
             self._move_to(saved.layouts, keeps_state=False)
             if isinstance(self._gradients, ReducedGradients):
@@ -534,6 +536,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         if saved.scaler is not None:
             self._scaler.load(saved.scaler)
             self._overflow.start_from(self.skipped_steps)
+        elif self._scaler.enabled:
+            log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._placement.is_fresh = False
         self._publish_masters()
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -549,7 +553,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
             others = {key: value for key, value in group.items() if key not in ("params", checkpoint.ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        return {"state": state, "param_groups": groups, "scaler": self._scaler.state.cpu()}
+        groups[0][checkpoint.SCALER] = self._scaler.state.cpu()
+        return {"state": state, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""
@@ -569,7 +574,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
             gather.wait()
         self._weights_were_written()
 
-    def _zero_state(self) -> dict[str, Any]:
+    def _zero_state(self) -> str:
         """What a state dict says of itself: whose it is, and how it is cut."""
         learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
         buckets = [list(bucket.numbers) for bucket in self._buckets]
@@ -582,11 +587,12 @@ def _sync_masters_from_weights(optimizer: Optimizer) -> None:
     optimizer._sync_masters_from_weights()
 
 
-def _add_zero_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: the loss scale's five numbers are state too, and whose fragments these are."""
+def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes."""
     assert isinstance(optimizer, ZeroOptimizer)
-    state_dict["scaler"] = optimizer._scaler.state
+    state_dict["param_groups"][0][checkpoint.SCALER] = optimizer._scaler.state
     state_dict["param_groups"][0][checkpoint.ZERO] = optimizer._zero_state()
+    checkpoint.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
 
 
 def _product(*factors: Any) -> Any:

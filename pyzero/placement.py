@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyzero import modules
 from pyzero.arguments import check_device
-from pyzero.buckets import STEP, Bucket
+from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.comm import Group
 from pyzero.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.update_rule import UpdateRule
@@ -81,6 +81,12 @@ class Placement:
         is_all = len(self.params) == sum(map(len, ids))  # no parameter is frozen, which may change
         self._placed_ids = ids if is_all else None
         return sorted(found)
+
+    def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
+        """Of the master and the rule's slots of a parameter, whole."""
+        flat = {slot.name: torch.Size([-(-param.numel() // slot.elements_per_value)]) for slot in self.rule.slots}
+        per_element = {slot.name: param.shape for slot in self.rule.slots if slot.elements_per_value == 1}
+        return {MASTER: param.shape, **flat, **per_element}
 
     def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], device: torch.device) -> list[Bucket]:
         """New buckets for these groups' trained parameters, which move in. Collective.

@@ -8,7 +8,19 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops"},
-    {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
+    {
+        "amp",
+        "arguments",
+        "backward",
+        "layout",
+        "memory",
+        "modules",
+        "overflow",
+        "report",
+        "scaler",
+        "sharded_grad",
+        "sharded_state",
+    },
     {"comm", "update_rule"},
     {"buckets", "grad_stats"},
     {"gather", "nonfinite", "pieces", "placement", "update"},

@@ -107,7 +107,9 @@ def test_hooks_are_called_in_order():
     optimizer.register_step_pre_hook(lambda *_: calls.append("before step"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after step"))
     optimizer.register_state_dict_pre_hook(lambda o: calls.append("before state_dict"))
-    optimizer.register_state_dict_post_hook(lambda o, d: calls.append(f"after state_dict, scaler: {'scaler' in d}"))
+    optimizer.register_state_dict_post_hook(
+        lambda o, d: calls.append(f"after state_dict, scaler: {'scaler' in d['param_groups'][0]}")
+    )
     optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("before load"))
     optimizer.register_load_state_dict_post_hook(lambda o: calls.append("after load"))
     give_gradients(params, 0)

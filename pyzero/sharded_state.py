@@ -1,0 +1,220 @@
+"""This rank's part of a tensor that lies flat over ranks, in the form that torch.distributed.checkpoint works with.
+
+A flat fragment of a tensor is a few boxes of its shape: the end of a row, whole rows, the start of a row, in as many
+dimensions as it has. The checkpoint stores boxes, so it reads them back into any other fragments, into DTensors and
+into plain tensors, and nothing is gathered.
+
+Imported where a state dict is made, for it needs torch.distributed.tensor. What it relies on that torch calls private
+is held by tests/checkpoint/test_sharded_state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+
+class Box(NamedTuple):
+    """A rectangular part of a tensor, whose elements lie in order in a flat fragment."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def boxes_of(shape: Sequence[int], low: int, high: int) -> Iterator[Box]:
+    """Cut elements [low, high) of a row-major tensor into boxes, in order: at most 2 * len(shape) - 1 of them."""
+    if low >= high:
+        return
+    if not shape:
+        yield Box((), ())
+        return
+    row = prod(shape[1:])
+    first, last = low // row, -(-high // row)  # rows that it touches
+    if last - first == 1:
+        cuts = [(low, high)]
+    else:
+        cuts = [(low, (first + 1) * row)] if low % row else []
+        begin, end = -(-low // row) * row, high // row * row
+        cuts += [(begin, end)] if begin < end else []
+        cuts += [(end, high)] if high % row else []
+    for begin, end in cuts:
+        index, inner = begin // row, begin % row
+        if inner == 0 and end % row == 0:
+            yield Box((index, *[0] * (len(shape) - 1)), ((end - begin) // row, *shape[1:]))
+        else:
+            for box in boxes_of(shape[1:], inner, inner + end - begin):
+                yield Box((index, *box.offsets), (1, *box.sizes))
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Which elements of a tensor a rank holds."""
+
+    shape: torch.Size  # of the whole tensor
+    stride: tuple[int, ...]  # of the whole tensor, dense
+    low: int  # first element of it, in memory order
+    high: int  # behind the last
+    origin: str  # whose state it is, and how that is cut: checkpoint.describe()
+    gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fragment:
+        """Itself: it is constant, and a process group cannot be copied."""
+        return self
+
+    def views(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """Boxes in the order of the tensor's dimensions, each with a view of its elements in the flat fragment."""
+        order = sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])  # outermost in memory first
+        back = sorted(range(len(order)), key=lambda place: order[place])
+        begin = 0
+        for box in boxes_of([self.shape[dim] for dim in order], self.low, self.high):
+            end = begin + prod(box.sizes)
+            offsets, sizes = ([values[place] for place in back] for values in box)
+            yield Box(tuple(offsets), tuple(sizes)), local[begin:end].view(box.sizes).permute(back)
+            begin = end
+
+
+_READS = {"size", "dim", "numel", "nelement", "stride", "element_size", "is_contiguous", "__hash__"}
+_MOVES = {"to", "cpu", "cuda", "clone", "detach", "pin_memory", "contiguous"}
+
+
+class ShardedState(DTensor):
+    """A tensor of an optimizer's state, of which this rank holds a flat fragment.
+
+    It has the whole tensor's shape and takes part in what torch.distributed.checkpoint does with DTensors: save, load,
+    stage, move to the CPU, gather. Arithmetic is refused. `full_tensor()` gathers; `to_local()` is the fragment.
+    Pickled, it is the plain fragment.
+    """
+
+    fragment: Fragment
+
+    @staticmethod
+    def wrap(local: Tensor, fragment: Fragment, mesh: DeviceMesh) -> ShardedState:
+        """local: (high - low,), which is kept, not copied."""
+        meta = TensorMeta(fragment.shape, fragment.stride, local.dtype)
+        spec = DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
+        wrapped = ShardedState(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        wrapped.fragment = fragment
+        return wrapped
+
+    def _like(self, local: Tensor) -> ShardedState:
+        return self if local is self._local_tensor else ShardedState.wrap(local, self.fragment, self.device_mesh)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What needs no other rank: questions about the tensor, and copies of it."""
+        name, kwargs = func.__name__, kwargs or {}
+        if name == "__get__" or name in _READS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in _MOVES and isinstance(args[0], ShardedState):
+            return args[0]._like(getattr(args[0]._local_tensor, name)(*args[1:], **kwargs))
+        raise TypeError(
+            f"expected a whole tensor in {name}, got state of shape {tuple(args[0].shape)} of which this rank holds a "
+            f"part; call full_tensor() on all ranks, or to_local() for the part"
+        )
+
+    def data_ptr(self) -> int:
+        """0: no memory of its own, so that staging copies the fragment. torch would say the fragment's offset."""
+        return 0
+
+    def new_empty(self, size: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """As torch's; of its own shape it is sharded alike, which is what staging for an asynchronous save asks for."""
+        if torch.Size(size) == self.shape:
+            return self._like(self._local_tensor.new_empty(self._local_tensor.shape, **kwargs))
+        return self._local_tensor.new_empty(size, **kwargs)
+
+    def to_local(self, **kwargs: Any) -> Tensor:
+        """(high - low,) this rank's fragment, in the parameter's memory order; the same memory."""
+        return self._local_tensor.as_subclass(_Local).of(self.fragment)
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> DTensor:
+        """The whole tensor on every rank. Collective.
+
+        Raises:
+            ValueError: Another placement is asked for.
+        """
+        if not all(placement.is_replicate() for placement in placements or ()):
+            raise ValueError(f"expected placements of [Replicate()], got {placements}; distribute full_tensor()")
+        whole = self.fragment.gather(self._local_tensor).as_strided(self.shape, self.fragment.stride)
+        whole = whole.contiguous()  # torch's broadcast of a full state dict sends memory as it lies
+        return DTensor.from_local(whole, self.device_mesh, (Replicate(),), run_check=False)
+
+    def full_tensor(self, **kwargs: Any) -> Tensor:
+        """The whole tensor on every rank. Collective."""
+        return self.redistribute().to_local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedState:
+        """With a fragment of its own."""
+        return self._like(self._local_tensor.__deepcopy__(memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The fragment, plain, so that torch.load(weights_only=True) takes it without this package."""
+        return self._local_tensor.__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Shape, and what of it is here."""
+        held = f"elements {self.fragment.low} to {self.fragment.high} of {self.numel()}"
+        return f"ShardedState(shape={tuple(self.shape)}, {self.dtype}, {self.device}, {held} in memory order)"
+
+    # ---- what torch.distributed.checkpoint calls ------------------------------------------------------------------
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._local_tensor)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        boxes = (box for box, _ in self.fragment.views(self._local_tensor))
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return next(view for box, view in self.fragment.views(self._local_tensor) if box.offsets == tuple(index.offset))
+
+
+class _Local(Tensor):
+    """A fragment that takes its part of a whole tensor too: torch copies one into to_local() of a DTensor."""
+
+    fragment: Fragment
+
+    def of(self, fragment: Fragment) -> _Local:
+        self.fragment = fragment
+        return self
+
+    def copy_(self, src: Tensor, non_blocking: bool = False) -> Tensor:
+        local = self.as_subclass(Tensor)
+        if src.shape != self.fragment.shape:
+            return local.copy_(src, non_blocking)
+        for box, view in self.fragment.views(local):
+            slices = tuple(slice(low, low + size) for low, size in zip(box.offsets, box.sizes, strict=True))
+            view.copy_(src[slices], non_blocking)
+        return local
+
+
+def _refuse_process(state: ShardedState) -> Any:
+    raise TypeError(
+        "expected an asynchronous save in a thread, got one in a process, which would receive plain fragments; pass "
+        "async_checkpointer_type=AsyncCheckpointerType.THREAD"
+    )
+
+
+ForkingPickler.register(ShardedState, _refuse_process)
