@@ -16,6 +16,7 @@ from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
+from pyzero.deepspeed.weights import EngineWeights
 from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")
@@ -23,7 +24,7 @@ log = logging.getLogger("pyzero")
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
-class Engine(EngineSettings, nn.Module):
+class Engine(EngineSettings, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
 
     def __init__(

@@ -33,7 +33,7 @@ LAYERS = (
     {"optimizer"},
     {"adam", "lamb", "lion"},
     {"estimate"},
-    {f"deepspeed.{name}" for name in ("keys", "ops", "ops.recipe", "schedules", "tensors", "timers")},
+    {f"deepspeed.{name}" for name in ("keys", "ops", "ops.recipe", "schedules", "tensors", "timers", "weights")},
     {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
     {"deepspeed.sections"},
     {"deepspeed.config"},
