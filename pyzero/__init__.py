@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .adam import FusedZeroAdam as FusedZeroAdam
     from .adam import FusedZeroAdamW as FusedZeroAdamW
     from .comm import CollectiveError as CollectiveError
-    from .deepspeed.initialize import initialize as initialize
+    from .deepspeed.entry import initialize as initialize
     from .lamb import ZeroLamb as ZeroLamb
     from .lion import FusedZeroLion as FusedZeroLion
     from .scaler import LossScale as LossScale
@@ -42,13 +42,13 @@ _MODULES = {
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
     "ZeroLamb": "lamb",
-    "initialize": "deepspeed.initialize",
+    "initialize": "deepspeed.entry",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("pyzero.ops")
+    if name in ("compat", "deepspeed", "ops"):
+        return importlib.import_module(f"pyzero.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -33,15 +33,16 @@ LAYERS = (
     {"optimizer"},
     {"adam", "lamb", "lion"},
     {"estimate"},
-    {f"deepspeed.{name}" for name in ("keys", "ops", "ops.recipe", "schedules", "tensors", "timers", "weights")},
+    {f"deepspeed.{name}" for name in ("accelerator", "checkpointing", "comm", "keys", "ops.recipe", "owners")},
+    {f"deepspeed.{name}" for name in ("schedules", "tensors", "timers", "utils", "weights", "zero")},
     {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
-    {"deepspeed.sections"},
+    {"deepspeed.ops", "deepspeed.sections"},
     {"deepspeed.config"},
     {"deepspeed.monitor", "deepspeed.reader", "deepspeed.settings"},
-    {"deepspeed.engine"},
-    {"deepspeed.initialize"},
+    {"deepspeed.config_view", "deepspeed.engine"},
+    {"deepspeed.entry"},
     {"deepspeed"},
-    {"__main__"},
+    {"__main__", "compat"},
 )
 MODULES = {path for path in PYZERO.rglob("*.py") if path.parent != PYZERO or path.stem != "__init__"}
 
@@ -103,10 +104,10 @@ def test_imports_are_found(tmp_path: Path):
     path = tmp_path / "module.py"
     path.write_text(
         "from pyzero import ops\ndef f():\n    from . import estimate\n    from .comm import Group\n"
-        "    from pyzero.deepspeed import config, initialize\n    from pyzero.deepspeed.reader import load\n"
+        "    from pyzero.deepspeed import config, entry\n    from pyzero.deepspeed.reader import load\n"
         "    from pyzero.ops.checks import FLOAT_DTYPES\n"
     )
-    wanted = {"ops", "estimate", "comm", "deepspeed.config", "deepspeed.initialize", "deepspeed.reader"}
+    wanted = {"ops", "estimate", "comm", "deepspeed.config", "deepspeed.entry", "deepspeed.reader"}
     assert imported(path) == wanted
     path.write_text("from .keys import Section\nfrom . import tensors\nfrom .. import comm\n")
     assert imported(path, "pyzero.deepspeed") == {"deepspeed.keys", "deepspeed.tensors", "comm"}

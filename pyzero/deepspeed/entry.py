@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero import comm
 from pyzero.adam import FusedZeroAdam
+from pyzero.deepspeed import owners
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
 from pyzero.deepspeed.keys import remarks
@@ -98,6 +99,7 @@ def initialize(
     _convert(model, settings)
     ours = _make_optimizer(model, optimizer, model_parameters, settings)
     schedule = _make_schedule(lr_scheduler, ours, settings)
+    owners.register(ours)
     engine = Engine(model, ours, schedule, settings, leaves_group=joined)
     if training_data is not None:
         engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
