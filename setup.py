@@ -1,4 +1,4 @@
-"""Builds the native modules ahead of time, with the commands of ops/build_spec.py. The rest is in pyproject.toml.
+"""Builds the native modules ahead of time, as pyzero/ops/build_spec.py says. The rest is in pyproject.toml.
 
 PYZERO_BUILD chooses: auto (default: what this machine has the compilers for), none, cpu, cuda, all.
 """
@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -16,8 +16,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def load(name):
-    """Load ops/<name>.py by its path: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location(f"pyzero_setup_{name}", HERE / "ops" / f"{name}.py")
+    """Load pyzero/ops/<name>.py by its path: importing the package would need torch."""
+    path = HERE / "pyzero" / "ops" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"pyzero_setup_{name}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -83,18 +84,7 @@ def extension(spec):
     return ext
 
 
-def packages(name, folder):
-    """`name` and the packages below it, which lie in `folder`."""
-    return [name, *(f"{name}.{found}" for found in find_packages(folder))]
-
-
-SOURCES = ["pyzero.csrc", *(f"pyzero.csrc.{path.name}" for path in (HERE / "csrc").iterdir() if path.is_dir())]
-
 setup(
-    packages=[*packages("pyzero", "pyzero"), *packages("pyzero.ops", "ops"), *SOURCES],
-    package_dir={"pyzero.ops": "ops", "pyzero.csrc": "csrc"},
-    # An installed package builds kernels at first use, too: it ships the sources.
-    package_data={"pyzero": ["py.typed"], **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in SOURCES}},
     ext_modules=[extension(spec) for spec in chosen_specs()],
     cmdclass={"build": Build, "build_ext": BuildExt},
 )

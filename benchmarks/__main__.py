@@ -21,6 +21,7 @@ _MODULES = {
     "pack": "pack",
     "reduce_scatter": "reduce_scatter",
     "loss_scale": "loss_scale",
+    "step_scalars": "step_scalars",
     "step": "step",
     "models": "models",
     "train": "train",

@@ -70,6 +70,19 @@ struct UnscaleArgs {
   GradStats grad_stats;
 };
 
+struct StepScalarsArgs {
+  float* out;          // (4,)
+  const double* rows;  // (num_rows, kStatsColumns)
+  int64_t num_rows;
+  bool clips;
+  float max_norm;
+  Scalar unscale;
+  Scalar factor;
+  float* steps;       // (num_params,)
+  const float* used;  // (num_params,)
+  int64_t num_params;
+};
+
 struct PackArgs {
   Buffer bucket;
   std::vector<Buffer> tensors;

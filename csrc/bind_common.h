@@ -101,6 +101,21 @@ inline LionArgs lion_args(const PyRows& rows, const PyLionHyper& hyper, PyScalar
   return args;
 }
 
+// A maximum below 0 is none.
+inline StepScalarsArgs step_scalars_args(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale,
+                                         PyScalar factor, Address steps, Address used, int64_t num_params) {
+  return StepScalarsArgs{pointer<float>(out),
+                         pointer<const double>(rows),
+                         num_rows,
+                         max_norm >= 0.0,
+                         float(max_norm),
+                         scalar(unscale),
+                         scalar(factor),
+                         pointer<float>(steps),
+                         pointer<const float>(used),
+                         num_params};
+}
+
 // rows: the bucket, then the tensors.
 inline PackArgs pack_args(const PyRows& rows, const std::vector<int64_t>& offsets, PyScalar scale) {
   PackArgs args;

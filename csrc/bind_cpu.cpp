@@ -1,6 +1,7 @@
 // The CPU module: pointers and scalars in, nothing else. Every function releases the GIL while it works.
 #include "bind_common.h"
 #include "cpu/launch.h"
+#include "math/step_scalars.h"
 
 #ifndef PYZERO_BUILD_HASH
 #define PYZERO_BUILD_HASH ""
@@ -53,6 +54,23 @@ void update_loss_scale(Address state, Address found_inf, const PyPolicy& rule, i
   loss_scale_update(pointer<float>(state), *pointer<const float>(found_inf) != 0.0f, policy(rule));
 }
 
+float read(const Scalar& scalar) { return scalar.device != nullptr ? *scalar.device : float(scalar.value); }
+
+// A few numbers per parameter: not worth a thread.
+void count_step(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
+                Address steps, Address used, int64_t num_params, int /*num_threads*/) {
+  const StepScalarsArgs args =
+      step_scalars_args(out, rows, num_rows, max_norm, unscale, factor, steps, used, num_params);
+  const StepScalars scalars =
+      step_scalars(args.rows, args.num_rows, args.clips, args.max_norm, read(args.unscale), read(args.factor));
+  args.out[0] = scalars.found_inf;
+  args.out[1] = scalars.norm;
+  args.out[2] = scalars.clip;
+  args.out[3] = scalars.grad_scale;
+  if (scalars.found_inf != 0.0f) return;
+  for (int64_t i = 0; i < args.num_params; ++i) args.steps[i] += args.used[i];
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native_cpu, module) {
@@ -65,6 +83,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   module.def("pack_", &pack);
   module.def("reduce_scatter_", &reduce_scatter);
   module.def("loss_scale_update_", &update_loss_scale);
+  module.def("step_scalars_", &count_step);
   module.def("isas", &cpu::isas);
   module.def("use_isa", &cpu::use_isa);
 }

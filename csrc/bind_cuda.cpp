@@ -79,6 +79,13 @@ void loss_scale_update_(Address state, Address found_inf, const PyPolicy& rule, 
   cuda::loss_scale_update(pointer<float>(state), pointer<const float>(found_inf), policy(rule), stream_of(stream));
 }
 
+void step_scalars_(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
+                   Address steps, Address used, int64_t num_params, int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::step_scalars(step_scalars_args(out, rows, num_rows, max_norm, unscale, factor, steps, used, num_params),
+                     stream_of(stream));
+}
+
 int64_t adam_workspace_bytes(int64_t num_segments) { return num_segments * int64_t(sizeof(AdamConstants)); }
 
 int64_t grad_stats_workspace_bytes(int) { return cuda::kMaxPartials * int64_t(sizeof(double)); }
@@ -97,6 +104,7 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.def("pack_", &pyzero::pack_);
   m.def("reduce_scatter_", &pyzero::reduce_scatter_);
   m.def("loss_scale_update_", &pyzero::loss_scale_update_);
+  m.def("step_scalars_", &pyzero::step_scalars_);
   m.def("adam_workspace_bytes", &pyzero::adam_workspace_bytes);
   m.def("grad_stats_workspace_bytes", &pyzero::grad_stats_workspace_bytes);
 }

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from .loss_scale import loss_scale_update_ as loss_scale_update_
     from .pack import pack_ as pack_
     from .reduce_scatter import reduce_scatter_ as reduce_scatter_
+    from .step_scalars import step_scalars_ as step_scalars_
     from .unscale import unscale_ as unscale_
 
-__all__ = ["adam_", "lion_", "loss_scale_update_", "pack_", "reduce_scatter_", "unscale_"]
+__all__ = ["adam_", "lion_", "loss_scale_update_", "pack_", "reduce_scatter_", "step_scalars_", "unscale_"]
 
 _MODULES = {
     "adam_": "adam",
@@ -24,6 +25,7 @@ _MODULES = {
     "loss_scale_update_": "loss_scale",
     "pack_": "pack",
     "reduce_scatter_": "reduce_scatter",
+    "step_scalars_": "step_scalars",
     "unscale_": "unscale",
 }
 

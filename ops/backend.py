@@ -6,6 +6,7 @@ An op has checked what it hands over; a backend trusts it. `rows` are the same t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -105,14 +106,14 @@ class ReduceScatterArgs(NamedTuple):
 class LossScalePolicy(NamedTuple):
     """When the scale grows and when it backs off; the order is that of LossScalePolicy in csrc/math/loss_scale.h."""
 
-    growth_factor: float
-    backoff_factor: float
-    growth_interval: int
-    min_scale: float
-    max_scale: float
-    hysteresis: int
-    growth_delay: int
-    consecutive_hysteresis: bool
+    growth_factor: float = 2.0  # multiplies the scale after `growth_interval` clean steps in a row
+    backoff_factor: float = 0.5  # multiplies it after an overflow
+    growth_interval: int = 2000  # steps
+    min_scale: float = 0.0  # the scale never falls below it
+    max_scale: float = math.inf  # the scale never grows above it
+    hysteresis: int = 1  # overflows it takes before the scale falls; they count since the scale last grew
+    growth_delay: int = 0  # clean steps more that the first growth after an overflow takes; DeepSpeed's is 1
+    consecutive_hysteresis: bool = False  # overflows count since the last clean step instead
 
 
 class LossScaleArgs(NamedTuple):
@@ -121,6 +122,18 @@ class LossScaleArgs(NamedTuple):
     state: Tensor  # (5,) fp32
     found_inf: Tensor  # (1,) fp32
     policy: LossScalePolicy
+
+
+class StepScalarsArgs(NamedTuple):
+    """Arguments of step_scalars_."""
+
+    out: Tensor  # (4,) fp32: found_inf, norm, clip coefficient, grad_scale
+    rows: Tensor  # (n, 3) fp64: flag, sum of squares, not read
+    max_norm: float | None
+    unscale: Scalar
+    factor: Scalar
+    steps: Tensor  # (num_params,) fp32
+    used: Tensor  # (num_params,) fp32, added to the steps unless a flag is set
 
 
 class Backend(Protocol):
@@ -143,3 +156,6 @@ class Backend(Protocol):
 
     def loss_scale_update_(self, args: LossScaleArgs, /) -> None:
         """See `pyzero.ops.loss_scale_update_`."""
+
+    def step_scalars_(self, args: StepScalarsArgs, /) -> None:
+        """See `pyzero.ops.step_scalars_`."""

@@ -1,6 +1,6 @@
 """loss_scale_update_: the loss-scale state machine, one step, on the device."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +22,8 @@ def loss_scale_update_(
     state: Tensor,
     found_inf: Tensor,
     *,
-    growth_factor: float = 2.0,
-    backoff_factor: float = 0.5,
-    growth_interval: int = 2000,
-    min_scale: float = 0.0,
-    max_scale: float = math.inf,
-    hysteresis: int = 1,
-    growth_delay: int = 0,
-    consecutive_hysteresis: bool = False,
     backend: str = "auto",
+    **policy: Any,
 ) -> None:
     """Advance the loss scale by one step in place, with no host read.
 
@@ -41,18 +34,11 @@ def loss_scale_update_(
     Args:
         state: (5,) fp32, see `loss_scale_state`.
         found_inf: 1-element fp32 tensor; not zero: this step overflowed.
-        growth_factor: At a growth step.
-        backoff_factor: At an overflow.
-        growth_interval: Clean steps in a row between growths.
-        min_scale: The scale never falls below it.
-        max_scale: The scale never grows above it.
-        hysteresis: Overflows it takes before the scale falls; 1 as in torch.
-        growth_delay: Clean steps more that the first growth after an overflow takes; 0 as in torch, 1 as in DeepSpeed.
-        consecutive_hysteresis: A clean step restores the hysteresis.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
+        **policy: Fields of `ops.backend.LossScalePolicy`, as in `growth_interval=1000`; the defaults are torch's.
 
     Raises:
-        TypeError: A state or flag that is not fp32.
+        TypeError: A state or flag that is not fp32, or a field that there is not.
         ValueError: Shapes or devices that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
@@ -60,17 +46,8 @@ def loss_scale_update_(
     if not is_vector(state, torch.float32, len(STATE_SLOTS), device):
         _refuse(state)
     check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    policy = LossScalePolicy(
-        growth_factor,
-        backoff_factor,
-        growth_interval,
-        min_scale,
-        max_scale,
-        hysteresis,
-        growth_delay,
-        consecutive_hysteresis,
-    )
-    registry.pick("loss_scale_update_", backend, device).loss_scale_update_(LossScaleArgs(state, found_inf, policy))
+    args = LossScaleArgs(state, found_inf, LossScalePolicy(**policy))
+    registry.pick("loss_scale_update_", backend, device).loss_scale_update_(args)
 
 
 def _refuse(state: Tensor) -> None:

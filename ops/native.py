@@ -16,7 +16,16 @@ from torch import Tensor
 import pyzero
 
 from . import build_spec, env, jit, rows
-from .backend import AdamArgs, LionArgs, LossScaleArgs, PackArgs, ReduceScatterArgs, Scalar, UnscaleArgs
+from .backend import (
+    AdamArgs,
+    LionArgs,
+    LossScaleArgs,
+    PackArgs,
+    ReduceScatterArgs,
+    Scalar,
+    StepScalarsArgs,
+    UnscaleArgs,
+)
 from .jit import JitError, Kind
 from .streams import current_stream
 
@@ -193,6 +202,21 @@ class NativeBackend:
         """See `pyzero.ops.loss_scale_update_`."""
         state, found_inf, policy = args
         self.module.loss_scale_update_(state.data_ptr(), found_inf.data_ptr(), policy, *self._where(state.device))
+
+    def step_scalars_(self, args: StepScalarsArgs) -> None:
+        """See `pyzero.ops.step_scalars_`."""
+        self.module.step_scalars_(
+            args.out.data_ptr(),
+            args.rows.data_ptr(),
+            len(args.rows),
+            -1.0 if args.max_norm is None else args.max_norm,
+            _scalar(args.unscale),
+            _scalar(args.factor),
+            args.steps.data_ptr(),
+            args.used.data_ptr(),
+            args.steps.numel(),
+            *self._where(args.rows.device),
+        )
 
 
 class CpuBackend(NativeBackend):

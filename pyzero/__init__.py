@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adam import FusedZeroAdam as FusedZeroAdam
     from .adam import FusedZeroAdamW as FusedZeroAdamW
+    from .checkpoint import async_save_checkpoint as async_save_checkpoint
+    from .checkpoint import latest_checkpoint as latest_checkpoint
+    from .checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoint import save_checkpoint as save_checkpoint
+    from .checkpoint_files import CheckpointError as CheckpointError
     from .comm import CollectiveError as CollectiveError
     from .deepspeed.entry import initialize as initialize
     from .lamb import ZeroLamb as ZeroLamb
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "FusedZeroAdam",
     "FusedZeroAdamW",
@@ -25,16 +30,16 @@ __all__ = [
     "LossScale",
     "ShardedGrad",
     "ZeroLamb",
+    "async_save_checkpoint",
     "initialize",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
 ]
-
-# In a checkout pyzero.ops is the folder ops/ beside this one.
-_root = pathlib.Path(__file__).resolve().parent.parent
-if not pathlib.Path(__file__).with_name("ops").is_dir() and (_root / "ops" / "build_spec.py").is_file():
-    __path__.append(str(_root))
 
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
+    "CheckpointError": "checkpoint_files",
     "CollectiveError": "comm",
     "FusedZeroAdam": "adam",
     "FusedZeroAdamW": "adam",
@@ -42,7 +47,11 @@ _MODULES = {
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
     "ZeroLamb": "lamb",
+    "async_save_checkpoint": "checkpoint",
     "initialize": "deepspeed.entry",
+    "latest_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
 }
 
 

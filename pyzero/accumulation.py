@@ -25,6 +25,7 @@ from pyzero import memory, nonfinite, ops
 from pyzero.buckets import Bucket, conversion_error, flatten_like
 from pyzero.pieces import Pieces
 from pyzero.sharded_grad import LocalGrad, ShardedGrad
+from pyzero.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
 
 
 class ParamGrad:
@@ -217,14 +218,23 @@ class BucketGrads:
         self.bucket = bucket
         self.records = records  # by position in the bucket
         self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, but for `factor`
-        self.found_inf = torch.zeros(1, device=bucket.device)  # (1,) fp32, of the shard
-        self.first_bad = nonfinite.none_found(bucket.device)  # (1,) fp64, of all that was received
-        self.sumsq = torch.zeros(len(bucket.layout.runs), dtype=torch.float64, device=bucket.device)  # of its runs
+        # (num_runs, 3): flag and first bad parameter of the shard in the first row, squares of what counts by run.
+        self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
         self.num_awaited = 0  # parameters whose gradients have not come in this round
         self.waits_for_end = False  # it is sent at the end of backward: a gradient came after it was
         self._is_stale = False  # flag and squares are of a shard that has changed since
         self._pieces = Pieces(bucket, 0, bucket.layout.numel)
         self._backend = backend
+
+    @property
+    def found_inf(self) -> Tensor:
+        """(1,) fp32, of the shard."""
+        return flag_of(self.stats[0])
+
+    @property
+    def first_bad(self) -> Tensor:
+        """(1,) fp64: code of the first bad parameter of all that was received."""
+        return first_bad_of(self.stats[0])
 
     @property
     def is_reduced(self) -> bool:
@@ -240,8 +250,7 @@ class BucketGrads:
         else:
             self.shard = None
             self.first_bad.fill_(nonfinite.NOT_FOUND)
-            self.found_inf.zero_()
-            self.sumsq.zero_()
+            self._clear_flag_and_squares()
             self._is_stale = False
         for record in forgotten:
             record.is_forgotten = False
@@ -284,9 +293,9 @@ class BucketGrads:
         grads = [None if left_out(record) else record.local() for record in self.records]
         layout = self.bucket.layout
         send = memory.empty(layout.numel, dtype, self.bucket.device)
-        for slot, grad in zip(layout.slots, grads, strict=True):
-            if grad is None:
-                send[slot.offset : slot.offset + slot.numel].zero_()
+        missing = [slot for slot, grad in zip(layout.slots, grads, strict=True) if grad is None]
+        if missing:
+            torch._foreach_zero_([send[slot.offset : slot.offset + slot.numel] for slot in missing])
         pieces, offsets = self._pieces.of(grads)
         ops.pack_(send, pieces, offsets=offsets, backend=self._backend)
         self.pass_over(left_out)
@@ -297,16 +306,23 @@ class BucketGrads:
         for record in self.records:
             record.passed_over() if left_out(record) else record.sent()
 
-    def add(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool) -> None:
-        """Sum what all ranks sent into the shard."""
+    def add(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor) -> None:
+        """Sum what all ranks sent into the shard.
+
+        Args:
+            slices: (shard_numel,) each, see comm.Exchange.
+            scale: Of the sum.
+            accumulate: Onto the shard.
+            stats: (num_runs, 3) clean rows for the shard's.
+        """
         layout = self.bucket.layout
         accumulate &= self.shard is not None
-        if not accumulate:
-            self.first_bad.fill_(nonfinite.NOT_FOUND)
+        before, self.stats = self.first_bad, stats
+        if accumulate:
+            self.first_bad.copy_(before)
         if self.shard is None:
             self.shard = memory.empty(layout.shard_numel, torch.float32, self.bucket.device)
-        self.found_inf.zero_()
-        self.sumsq.zero_()
+        found_inf = self.found_inf
         for index, run in enumerate(layout.runs):
             low, high = layout.run_bounds(run, self.bucket.rank)
             if low < high:
@@ -315,8 +331,8 @@ class BucketGrads:
                     [piece[low:high] for piece in slices],
                     scale=scale,
                     accumulate=accumulate,
-                    found_inf=self.found_inf,
-                    sumsq=self.sumsq[index : index + 1],
+                    found_inf=found_inf,
+                    sumsq=sumsq_of(stats[index]) if run.key.in_norm else None,
                     backend=self._backend,
                 )
         self._is_stale = False
@@ -341,14 +357,14 @@ class BucketGrads:
         """Have flag and squares be of the shard as it is."""
         if not self._is_stale or self.shard is None:
             return
-        layout = self.bucket.layout
-        self.found_inf.zero_()
-        self.sumsq.zero_()
+        layout, found_inf = self.bucket.layout, self.found_inf
+        self._clear_flag_and_squares()
         for index, run in enumerate(layout.runs):
             low, high = layout.run_bounds(run, self.bucket.rank)
             if low < high:
-                squares = self.sumsq[index : index + 1]
-                ops.unscale_(
-                    [self.shard[low:high]], 1.0, found_inf=self.found_inf, sumsq=squares, backend=self._backend
-                )
+                squares = sumsq_of(self.stats[index]) if run.key.in_norm else None
+                ops.unscale_([self.shard[low:high]], 1.0, found_inf=found_inf, sumsq=squares, backend=self._backend)
         self._is_stale = False
+
+    def _clear_flag_and_squares(self) -> None:
+        self.stats[:, :FIRST_BAD].zero_()

@@ -68,6 +68,7 @@ class Bucket:
         self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
         self._strides = [torch.empty_like(param.data, device="meta").stride() for param in params]  # own where dense
         self._shapes = [param.shape for param in params]
+        self._dtypes = [self.dtype] * len(params)
         self._versions = [0] * len(params)
         self._addresses = [0] * len(params)
         for position, param in enumerate(params):  # its own memory is freed one parameter at a time
@@ -85,6 +86,11 @@ class Bucket:
         runs = [(run.key.group_index, *layout.run_bounds(run, rank)) for run in layout.runs]
         self._runs = [(group_index, low, high) for group_index, low, high in runs if low < high]
         self._run_shards: dict[tuple[int, int], list[RunShard]] = {}
+
+    def keep_steps_in(self, steps: Tensor) -> None:
+        """Move the step counts there: (num_params,) fp32, a part of all buckets'."""
+        self.steps = steps.copy_(self.steps)
+        self._run_shards.clear()
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -133,7 +139,7 @@ class Bucket:
             and [param.data_ptr() for param in params] == self._addresses
             and [param.shape for param in params] == self._shapes
             and [param.stride() for param in params] == self._strides
-            and all(param.dtype is self.dtype for param in params)
+            and [param.dtype for param in params] == self._dtypes
         )
 
     def _has_moved(self, position: int, param: Tensor) -> bool:

@@ -1,216 +1,424 @@
-"""State dicts: this rank's state, for as many ranks; whole state, ours or a torch optimizer's, for any number."""
+"""save_checkpoint and load_checkpoint: a model and its optimizer, saved by any number of ranks, loaded by any other."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from pyzero.buckets import MASTER, STEP, Bucket
+from pyzero import checkpoint_files as files
+from pyzero.buckets import MASTER
+from pyzero.checkpoint_files import CheckpointError
 from pyzero.comm import Group
-from pyzero.gather import gather_parts, part_lengths
-from pyzero.layout import BucketLayout, lay_out
-from pyzero.placement import Placement
+from pyzero.optimizer import ZeroOptimizer
+from pyzero.rank_state import SCALER, ZERO
 
-ZERO, SCALER = "zero", "scaler"  # in the first group, for torch.distributed.checkpoint's helpers pass on no more
+log = logging.getLogger("pyzero")
+_T = TypeVar("_T")
 
-
-def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
-    """Whose a state dict is, and where its fragments are cut: one string, which nobody takes apart on the way."""
-    return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
+_SHOW_PROGRESS_AFTER_S = 5.0
+_MOST_SHOWN = 5  # names in a report
 
 
-def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
-    """Have a torch state dict hold tensors of the parameters' shapes; sharded ones over several ranks."""
-    origin = state_dict["param_groups"][0][ZERO]
-    places = {param: (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
-    for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        for param, number in zip(live["params"], packed["params"], strict=True):
-            if param in places:
-                values = state_dict["state"][number].items()
-                state_dict["state"][number] = {n: _shaped(n, v, *places[param], group, origin) for n, v in values}
-    for bucket in buckets:
-        bucket.masters_were_exported()
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    step: int,
+    keep: int | None = None,
+    **extra: Any,
+) -> Path:
+    """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
+
+    The folder is complete, flushed to disk and named by `directory`/latest when this returns; until then `latest` names
+    the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it.
+
+    Args:
+        directory: Seen by all ranks. The checkpoint goes into a folder of its own in there.
+        model: Whose parameters the optimizer has. Weights, buffers and frozen parameters are saved.
+        optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
+        step: Number of the step, which names the folder. One of the same step is replaced.
+        keep: Remove all but this many of the newest; None: remove none.
+        **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: A file could not be written on some rank, on all ranks.
+        CollectiveError: A rank died.
+        TypeError: `extra` holds objects that cannot be loaded without running code.
+        RuntimeError: A backward has run since the last step(): its gradients would be lost.
+    """
+    return _Save(directory, model, optimizer, step, keep, extra, copies=False).run()
 
 
-def _shaped(name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str) -> Tensor:
-    """This rank's part of a parameter's state as a part of the whole tensor; the same memory."""
-    if name == STEP:
-        return local
-    shape = bucket.whole_shape(name, position)
-    if group.size == 1 or not shape.numel():
-        return local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
-    from pyzero.sharded_state import Fragment, ShardedState  # half a second
+def async_save_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    step: int,
+    keep: int | None = None,
+    **extra: Any,
+) -> Future[Path]:
+    """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
 
-    lengths = part_lengths(group.size, bucket, position, bucket.elements_per_value(name))
-    low = sum(lengths[: group.rank])
-    gather = partial(gather_parts, group, lengths=lengths)
-    stride = bucket.whole_stride(name, position)
-    fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather)
-    return ShardedState.wrap(local, fragment, group.mesh(local.device.type))
-
-
-@dataclass
-class SavedParam:
-    """What a state dict holds of one parameter: of each value the whole, or this rank's part."""
-
-    param: Tensor
-    whole: dict[str, Any] = field(default_factory=dict)  # the step too
-    parts: dict[str, Tensor] = field(default_factory=dict)  # flat
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a value."""
-        return name in self.whole or name in self.parts
+    Returns:
+        `result()` waits, and gives the folder or raises. Wait for one before the next is started.
+    """
+    future = _writer.submit(_Save(directory, model, optimizer, step, keep, extra, copies=True).run)
+    future.add_done_callback(_log_failure)
+    return future
 
 
-@dataclass
-class RankState:
-    """A state dict that has been found to fit."""
-
-    layouts: list[BucketLayout] | None  # that its parts are of; None: whole tensors
-    has_learned: bool  # the buckets are in the order of arrival
-    is_ours: bool
-    params: list[SavedParam]
-    groups: list[dict[str, Any]]
-    scaler: Tensor | None
-
-    @staticmethod
-    def parse(
-        optimizer: Optimizer, state_dict: dict[str, Any], placement: Placement, rank: int, num_ranks: int
-    ) -> RankState:
-        """Hold a state dict against the optimizer, and change nothing.
-
-        Raises:
-            ValueError: It does not fit.
-        """
-        groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-        wanted_sizes = [len(group["params"]) for group in groups]
-        sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != wanted_sizes:
-            raise ValueError(
-                f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
-            )
-        ids = [i for group in saved_groups for i in group["params"]]
-        params = [param for group in groups for param in group["params"]]
-        numbers = {param: number for number, param in enumerate(placement.params)}
-        origin: str | None = saved_groups[0].get(ZERO)
-        found, places, lengths = [], [], {}
-        for place, (i, param) in enumerate(zip(ids, params, strict=True)):
-            if param in numbers:
-                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), placement.shapes_of(param))
-                origin = its_origin or origin
-                found.append(saved)
-                places.append(place)
-        layouts = None
-        described = {} if origin is None else json.loads(origin)
-        if described and any(saved.parts for saved in found):
-            layouts = _layouts(described, placement, rank, num_ranks)
-            lengths = _lengths(layouts, rank)
-        for place, saved in zip(places, found, strict=True):
-            _check(saved, placement, lengths.get(numbers[saved.param]), place)
-        has_learned = bool(layouts and described["has_learned"])
-        scaler = saved_groups[0].get(SCALER)
-        return RankState(layouts, has_learned, ZERO in saved_groups[0], found, saved_groups, scaler)
-
-    def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
-        """Of a state dict that a checkpoint was read into, but none of its masters: they shall follow the weights.
-
-        The values are the optimizer's own memory then, in which nothing was written.
-        """
-        buckets_of = {param: bucket for bucket in buckets for param in bucket.params}
-        for saved in self.params:
-            view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
-            if MASTER in values and values[MASTER].data_ptr() == view.data_ptr() and view.numel():
-                if not buckets_of[saved.param].masters_were_written():
-                    saved.whole.pop(MASTER, None)
-                    saved.parts.pop(MASTER, None)
-
-    def copy_into(self, optimizer: Any) -> None:
-        """Into the optimizer's state and groups, whose layout is that of the saved one by now."""
-        for saved in self.params:
-            views = optimizer.state[saved.param]
-            for name, part in saved.parts.items():
-                views[name].copy_(part)
-            if saved.whole:
-                whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in saved.whole.items()}
-                optimizer.set_full_state(saved.param, {name: whole[name] for name in views if name in whole})
-            elif not saved.parts:
-                for name, view in views.items():
-                    if name != MASTER:
-                        view.zero_()
-        for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
-            for key, value in saved_group.items():
-                if key not in ("params", ZERO, SCALER) and (key != "decoupled_weight_decay" or self.is_ours):
-                    group[key] = value.clone() if isinstance(value, Tensor) else value
+def _log_failure(future: Future[Path]) -> None:
+    """Whether or not anybody asks for the result."""
+    error = future.exception()
+    if error is not None:
+        log.error("%s", error)
 
 
-def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) -> tuple[SavedParam, Any]:
-    """Tell parts from whole tensors; returns whose parts they are where they know."""
-    saved, origin = SavedParam(param), None
-    for name, value in values.items():
-        fragment = getattr(value, "fragment", None)
-        if fragment is not None:
-            saved.parts[name], origin = value._local_tensor, fragment.origin
-        elif name in shapes and torch.is_tensor(value) and value.shape != shapes[name]:
-            saved.parts[name] = value
-        else:
-            saved.whole[name] = value
-    return saved, origin
+_writer = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
 
 
-def _layouts(origin: dict[str, Any], placement: Placement, rank: int, num_ranks: int) -> list[BucketLayout]:
-    """Of the buckets that a rank's parts were cut from."""
-    if (origin["rank"], origin["num_ranks"]) != (rank, num_ranks):
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """The folder that load_checkpoint would take; None where there is no checkpoint yet.
+
+    Raises:
+        CheckpointError: `latest` is damaged.
+    """
+    return files.find(Path(directory))
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """Load what save_checkpoint saved, on any number of ranks, in any stage, with any buckets, groups in any order.
+
+    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it.
+    All of it is read and checked before anything is changed.
+
+    Args:
+        directory: Where it was saved: the latest is taken. Or the folder of one.
+        model: Of the same parameter names. Other dtypes will do: masters are fp32 on both sides.
+        optimizer: With the same update rule, over the same parameters.
+        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks.
+
+    Returns:
+        "step", and what was given as `extra`: this rank's on as many ranks, else the first rank's.
+
+    Raises:
+        CheckpointError: There is none; a file is missing, cut or damaged; or it has other parameters. On all ranks.
+    """
+    return _Load(Path(directory), model, optimizer, strict).run()
+
+
+# ---- what both do ---------------------------------------------------------------------------------------------------
+
+
+def _together(group: Group, what: str, act: Callable[[], _T]) -> _T:
+    """Run it on every rank; where it fails on one, all ranks raise."""
+    problem = None
+    try:
+        result = act()
+    except Exception as error:  # of any kind: the other ranks wait to hear of it
+        problem = error
+    failed = None if problem is None else f"{type(problem).__name__}: {problem}"
+    for rank, text in enumerate(group.gather_objects(failed, f"the agreement on {what}")):
+        if text is not None:
+            if isinstance(problem, (CheckpointError, TypeError, ValueError)):
+                raise problem
+            raise CheckpointError(f"{what} failed on rank {rank} of {group.size}: {text}") from problem
+    return result
+
+
+def _names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
+    """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add."""
+    ours = {param for group in optimizer.param_groups for param in group["params"]}
+    lacking = len(ours - set(model.parameters()))
+    if lacking:
         raise ValueError(
-            f"expected the state of rank {rank} of {num_ranks}, got that of rank {origin['rank']} of "
-            f"{origin['num_ranks']}; have every rank save state_dict() to a file of its own, and load that one "
-            f"on as many ranks, or use pyzero.save_checkpoint(), which loads on any number"
+            f"expected a model that holds the optimizer's parameters, got one without {lacking} of {len(ours)}; pass "
+            f"the model that the optimizer was built over"
         )
-    buckets, specs = origin["buckets"], placement.specs
-    found = [number for bucket in buckets for number in bucket]
-    if sorted(found) != list(range(len(specs))):
-        raise ValueError(
-            f"expected the state of {len(specs)} trained parameters, got that of {len(found)}; freeze the same ones as "
-            f"when it was saved"
+    from torch.distributed.checkpoint.state_dict import _get_fqns  # no public name gives what get_state_dict uses
+
+    return {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
+
+
+def _model_state(model: nn.Module) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    return get_model_state_dict(model)
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+class _Save:
+    """One save: everything that reads the model is done when it is made; `run` writes.
+
+    Args:
+        copies: Of all values, to the host.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: ZeroOptimizer,
+        step: int,
+        keep: int | None,
+        extra: dict[str, Any],
+        copies: bool,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"expected keep as 1 or more, or None, got {keep}; pass how many checkpoints to leave")
+        self._directory = Path(directory)
+        self._step = int(step)
+        self._keep = keep
+        self._group = optimizer.checkpoint_group()
+        _together(self._group, "a save between two steps", optimizer.check_between_steps)
+        self._what = f"the save to {directory}"
+        _together(self._group, self._what, lambda: self._collect(model, optimizer, extra, copies))
+
+    def _collect(self, model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], copies: bool) -> None:
+        names = _names_of(model, optimizer)
+        state = optimizer.state_dict()
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        groups = [
+            {**{k: v for k, v in group.items() if k != ZERO}, "params": [names[params[i]] for i in group["params"]]}
+            for group in state["param_groups"]
+        ]
+        values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
+        for param, name in names.items():
+            if param.dtype == torch.float32 and name in values:
+                del values[name][MASTER]  # the weight itself
+        model_state = _model_state(model)
+        others = {name: value for name, value in model_state.items() if not torch.is_tensor(value)}
+        self._state: dict[str, Any] = {"model": model_state, "optim": {"state": values, "param_groups": groups}}
+        if copies:
+            self._state = _on_host(self._state)
+        self._contents = {files.rank_file(self._group.rank): files.to_bytes(extra, "extra")}
+        if self._group.rank == 0:
+            common = {"param_groups": groups, "model": others}
+            self._contents[files.COMMON] = files.to_bytes(common, "the parameter groups and the model")
+
+    def run(self) -> Path:
+        """Write, agree, and give the folder its name."""
+        is_first = self._group.rank == 0
+        began = _together(
+            self._group, self._what, lambda: files.begin(self._directory, self._step) if is_first else None
         )
-    mixed = [bucket for bucket in buckets if len({specs[number].key for number in bucket}) != 1]
-    if mixed:
-        raise ValueError(
-            "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
-            "optimizer is built"
-        )
-    return [lay_out([specs[number] for number in bucket], num_ranks, placement.rule.cut) for bucket in buckets]
-
-
-def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
-    bounds = {slot.index: layout.overlap(slot, rank) for layout in layouts for slot in layout.slots}
-    return {index: high - low for index, (low, high) in bounds.items()}
-
-
-def _check(saved: SavedParam, placement: Placement, length: int | None, place: int) -> None:
-    """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
-    if not saved.whole and not saved.parts:
-        return  # never updated, as in a torch optimizer
-    shapes = placement.shapes_of(saved.param)
-    for slot in placement.rule.slots:
-        if not saved.has(slot.name):
-            raise ValueError(
-                f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
+        folder: Path = self._group.gather_objects(began, self._what)[0]
+        try:
+            _together(self._group, self._what, lambda: self._write(folder))
+            metadata = _together(self._group, self._what, lambda: self._write_tensors(folder))
+            rows = self._group.gather_objects((self._sums, self._crcs), self._what)
+            done = _together(
+                self._group,
+                self._what,
+                lambda: files.commit(folder, self._index(metadata, rows), self._keep) if is_first else None,
             )
-    per_value = {slot.name: slot.elements_per_value for slot in placement.rule.slots}
-    for name, part in saved.parts.items():
-        wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
-        if tuple(part.shape) != (wanted,):
-            also = "" if wanted is None else f", or ({wanted},) of this rank"
-            raise ValueError(
-                f"expected {name} of parameter {place} with shape {tuple(shapes.get(name, ()))}{also}, got "
-                f"{tuple(part.shape)}; load a state of the same parameters"
+        except CheckpointError:
+            if is_first:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its space back
+            raise
+        log.info("step %d is saved in %s", self._step, done)
+        return folder.with_name(files.name_of(folder))
+
+    def _write(self, folder: Path) -> None:
+        """This rank's .pt files."""
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"expected a directory that all ranks share, got {folder.parent}, in which rank {self._group.rank} "
+                f"does not see what rank 0 has written; pass a path on a shared file system"
             )
-    if not saved.has(STEP):
-        raise ValueError(f"expected a step count of parameter {place}, got none; load a whole state dict")
+        for name, content in self._contents.items():
+            files.write_file(folder / name, content)
+        self._sums = {name: files.sum_of(content) for name, content in self._contents.items()}
+
+    def _write_tensors(self, folder: Path) -> Any:
+        from pyzero import checkpoint_storage  # half a second
+
+        self._crcs: checkpoint_storage.Crcs = {}
+        with self._progress() as progress:
+            return checkpoint_storage.write(self._state, folder, self._group.handle, self._crcs, progress)
+
+    def _index(self, metadata: Any, rows: list[tuple[dict[str, Any], dict[tuple[str, int], tuple[int, int]]]]) -> Any:
+        crcs = {place: row for _, of_rank in rows for place, row in of_rank.items()}
+        sizes: dict[str, int] = {}
+        for (name, offset), (length, _) in crcs.items():
+            if not name.startswith("."):
+                sizes[name] = max(sizes.get(name, 0), offset + length)
+        return {
+            "format": files.FORMAT,
+            "step": self._step,
+            "num_ranks": self._group.size,
+            "torch": torch.__version__,
+            "files": {name: row for sums, _ in rows for name, row in sums.items()},
+            "sizes": sizes,
+            "tensors": _describe(metadata, crcs),
+        }
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[int], object]]:
+        """A bar of this rank's bytes, on the first rank of a save that takes long."""
+        hidden = self._group.rank != 0
+        with tqdm(
+            desc=f"step {self._step}", unit="B", unit_scale=True, delay=_SHOW_PROGRESS_AFTER_S, disable=hidden
+        ) as bar:
+            yield bar.update
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory, through dicts."""
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+
+
+def _describe(metadata: Any, crcs: dict[tuple[str, int], tuple[int, int]]) -> dict[str, Any]:
+    """Every tensor for the index, from torch's metadata: [offsets, sizes, file, offset in it, length, CRC-32]."""
+    tensors: dict[str, Any] = {}
+    places = {
+        (index.fqn, tuple(index.offset)): where
+        for index, where in metadata.storage_data.items()
+        if index.offset is not None
+    }
+    for name, tensor in metadata.state_dict_metadata.items():
+        if not hasattr(tensor, "chunks") or name.startswith("optim.param_groups."):
+            continue  # for torch's own loaders; ours takes them from common.pt
+        boxes = []
+        for chunk in tensor.chunks:
+            where = places[name, tuple(chunk.offsets)]
+            length, crc = crcs[where.relative_path, where.offset]
+            boxes.append([[*chunk.offsets], [*chunk.sizes], where.relative_path, where.offset, length, crc])
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "shape": [*tensor.size], "boxes": boxes}
+    return tensors
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+class _Load:
+    """One load: all is read into host memory and checked, then copied."""
+
+    def __init__(self, directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> None:
+        self._directory = directory
+        self._model = model
+        self._optimizer = optimizer
+        self._strict = strict
+        self._group = optimizer.checkpoint_group()
+        self._problems: list[str] = []  # how the checkpoint differs from what it is loaded into
+
+    def run(self) -> dict[str, Any]:
+        """Read on every rank, agree, and copy."""
+        _together(self._group, f"the load of {self._directory}", self._read)
+        with torch.no_grad():
+            for name, value in self._others.items():
+                self._model_state[name].copy_(value)
+        if self._common["model"]:
+            self._model.load_state_dict(self._common["model"], strict=False)
+        self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
+        return {"step": self._index["step"], **self._extra}
+
+    def _read(self) -> None:
+        folder = files.find(self._directory)
+        if folder is None:
+            raise CheckpointError(
+                f"expected a checkpoint in {self._directory}, got none; save one with pyzero.save_checkpoint(), or ask "
+                f"pyzero.latest_checkpoint() first"
+            )
+        self._index = files.read_index(folder)
+        self._common = files.load_file(folder, files.COMMON, self._index)
+        is_same = self._index["num_ranks"] == self._group.size
+        self._extra = files.load_file(folder, files.rank_file(self._group.rank if is_same else 0), self._index)
+        wanted = self._plan()
+        if self._problems and self._strict:
+            raise CheckpointError(
+                f"expected the model and the optimizer that {folder} was saved from, got others: "
+                f"{'; '.join(self._problems)}. Build them as they were, or pass strict=False to leave these out"
+            )
+        for problem in self._problems:
+            log.info("loading %s: %s", folder, problem)
+        from pyzero import checkpoint_storage
+
+        checkpoint_storage.read(wanted, folder, self._index)
+
+    def _plan(self) -> dict[str, Tensor]:
+        """Host memory for what is to be read, by its name in the checkpoint; what does not fit, as problems."""
+        saved = self._index["tensors"]
+        state = self._optimizer.state_dict()
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        names_of = _names_of(self._model, self._optimizer)
+        names = [names_of[param] for param in params]
+        self._model_state = {n: v for n, v in _model_state(self._model).items() if torch.is_tensor(v)}
+        places = {  # where in the checkpoint each value of the state lies
+            number: {key: f"optim.state.{names[number]}.{key}" for key in values}
+            for number, values in state["state"].items()
+        }
+        for number, of_param in places.items():
+            if of_param[MASTER] not in saved:
+                of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
+        like = {place: state["state"][n][key] for n, of_param in places.items() for key, place in of_param.items()}
+        trained = {params[number].data_ptr() for number in places if params[number].numel()}
+        others = {n: v for n, v in self._model_state.items() if v.data_ptr() not in trained}
+        like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
+        known = {*like, *(f"model.{name}" for name in self._model_state)}
+        self._report("missing", [name for name in like if name not in saved])
+        self._report("unexpected", [name for name in saved if name not in known])
+        shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
+        self._report(
+            "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
+        )
+        fitting = [name for name, (got, want) in shapes.items() if got == want]
+        wanted = {name: like[name].new_empty(like[name].shape, device="cpu") for name in fitting}
+        self._state = {
+            number: {
+                key: wanted.get(place, state["state"][number][key])
+                for key, place in of_param.items()
+                if key != MASTER or place in wanted
+            }
+            for number, of_param in places.items()
+        }
+        self._others = {name: wanted[f"model.{name}"] for name in others if f"model.{name}" in wanted}
+        self._groups = self._match_groups(state["param_groups"], names)
+        return wanted
+
+    def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+        """The optimizer's groups with the hyper-parameters that their parameters were saved with."""
+        saved = self._common["param_groups"]
+        group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
+        matched = []
+        for index, group in enumerate(groups):
+            found = sorted({group_of[names[i]] for i in group["params"] if names[i] in group_of})
+            options = [{key: value for key, value in saved[i].items() if key not in ("params", SCALER)} for i in found]
+            if any(repr(other) != repr(options[0]) for other in options):
+                self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
+            matched.append({**group, **(options[0] if options else {})})
+        matched[0][SCALER] = saved[0][SCALER]
+        return matched
+
+    def _report(self, what: str, names: list[str]) -> None:
+        if names:
+            shown = ", ".join(sorted(names)[:_MOST_SHOWN]) + (
+                f" and {len(names) - _MOST_SHOWN} more" * (len(names) > _MOST_SHOWN)
+            )
+            self._problems.append(f"{what}: {shown}")

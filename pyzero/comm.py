@@ -265,15 +265,15 @@ class Group:
         host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if row.device.type == "cpu":
             rows = self.gather_rows(torch.cat([host, row]))
-            return rows[:, : len(values)], rows[:, len(values) :]
+            return rows[:, : len(values)], rows[:, len(values) :].contiguous()
         hosts = self.gather_rows(host, "the all-gather of what the hosts know")
         return hosts, self.gather_rows(row)
 
-    def gather_objects(self, value: object) -> list[Any]:
+    def gather_objects(self, value: object, what: str = "the comparison of parameters") -> list[Any]:
         """Every rank's small python object, in rank order."""
         if self.size == 1:
             return [value]
-        with self.error_context("the comparison of parameters"):
+        with self.error_context(what):
             return _gather_objects(self.handle, value)
 
     def mesh(self, device_type: str) -> Any:

@@ -31,6 +31,7 @@ class _InFlight(NamedTuple):
     exchange: Exchange
     scale: float | Tensor
     accumulate: bool  # onto the shard
+    stats: Tensor  # (num_runs, 3) clean rows for the shard's
 
 
 class BucketExchange:
@@ -61,6 +62,7 @@ class BucketExchange:
         scale: float | Tensor,
         left_out: Callable[[ParamGrad], bool],
         what: str,
+        stats: Tensor,
     ) -> None:
         """Pack a bucket without what is left out, and send it; the sum is multiplied by `scale`."""
         with record_function("pyzero::reduce_scatter"):
@@ -70,7 +72,7 @@ class BucketExchange:
             packed = grads.pack(dtype, left_out)
             with self._on_side_stream(packed):
                 exchange = self._transport.start(packed, what)
-            self._in_flight.append(_InFlight(grads, exchange, scale, accumulate))
+            self._in_flight.append(_InFlight(grads, exchange, scale, accumulate, stats))
             while len(self._in_flight) > _MAX_IN_FLIGHT and self._in_flight[0].exchange.work.is_done(_PATIENCE_S):
                 self._receive()
 
@@ -88,11 +90,11 @@ class BucketExchange:
             self._writers.clear()
 
     def _receive(self) -> None:
-        grads, exchange, scale, accumulate = self._in_flight.popleft()
+        grads, exchange, scale, accumulate, stats = self._in_flight.popleft()
         with self._on_side_stream(*[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()
             was_set = is_set(grads.found_inf)
-            grads.add(exchange.slices, scale, accumulate)
+            grads.add(exchange.slices, scale, accumulate, stats)
             if self.locates or (is_set(grads.found_inf) and not was_set):
                 code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._group.size, exchange.by_rank)
                 torch.minimum(grads.first_bad, code, out=grads.first_bad)

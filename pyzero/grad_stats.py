@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyzero.comm import CollectiveError, Group
+from pyzero.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
 
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
@@ -32,9 +35,7 @@ class Unsent(IntEnum):
 class LocalGradStats:
     """What one rank knows."""
 
-    found_inf: Tensor  # (1,) fp32, 1 where one of its gradients is inf or NaN
-    sumsq: Tensor  # (1,) fp64, of those that count for the norm
-    first_bad: Tensor  # (1,) fp64, code of the first bad parameter; see pyzero/nonfinite.py
+    rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/stats_rows.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
@@ -47,14 +48,32 @@ class LocalGradStats:
 class GlobalGradStats:
     """What all ranks know: the same on each. The tensors have not been read on the host."""
 
-    found_inf: Tensor  # (1,) fp32, 1 where any gradient on any rank was inf or NaN
-    norm: Tensor  # 0-D fp32, global 2-norm of the gradients, averaged and unscaled, before clipping
-    first_bad: Tensor  # (1,) fp64, code of the first bad parameter
+    rows: Tensor  # (n, 3) fp64, of all ranks
+    rows_of_group: Tensor  # (n, 3) fp64, of those that hold the same parameters
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
     has_unsent: bool  # some rank has gradients that no round has reduced
     unsent_is_scaled: bool  # which carry the loss scale
     num_skips_in_a_row: int  # as far as any host knows
     unscale: Tensor | None  # 0-D fp32 that Adam is still to multiply by
+
+    @cached_property
+    def first_bad(self) -> Tensor:
+        """(1,) fp64, code of the first bad parameter."""
+        rows = self.rows_of_group
+        return first_bad_of(rows[0]) if len(rows) == 1 else rows[:, FIRST_BAD].amin().reshape(1)
+
+    # step() has these of ops.step_scalars_; in separate launches for who asks before it.
+
+    @cached_property
+    def found_inf(self) -> Tensor:
+        """(1,) fp32, 1 where any gradient on any rank was inf or NaN."""
+        return (self.rows[:, FLAG] != 0).any().to(torch.float32).reshape(1)
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """0-D fp32, global 2-norm of the gradients, averaged and unscaled, before clipping."""
+        norm = self.rows[:, SUMSQ].sum().sqrt()
+        return (norm if self.unscale is None else norm * self.unscale).to(torch.float32)
 
 
 class GradStatsExchange:
@@ -81,30 +100,27 @@ class GradStatsExchange:
             CollectiveError: The ranks ran backward a different number of times.
             RuntimeError: A gradient that had been reduced was edited on some ranks only.
         """
-        row = torch.cat([mine.found_inf.double(), mine.sumsq, mine.first_bad])
         used, num_skips = tuple(mine.used), mine.num_skips_in_a_row
         unsent = {int(mine.unsent)}
-        rows = row.unsqueeze(0)
+        rows = mine.rows
         if self._group.size > 1:
             edits = mine.edits or [0] * len(used)
             states = [2 * num + use for num, use in zip(edits, used, strict=True)]
             head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips]
-            hosts, rows = self._group.gather_with_host([*head, *states], row)
+            told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
+            rows = rows.view(-1, STATS_COLUMNS)
+            hosts = told.numpy()
             self._check(hosts)
             used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
-        found, sumsq = (rows[:, 0] != 0).any(), rows[:, 1].sum()
+        everyones = rows
         if self._model_parallel is not None:
-            rows_beside = self._model_parallel.gather_rows(torch.stack([found.double(), sumsq]))
-            found, sumsq = (rows_beside[:, 0] != 0).any(), rows_beside[:, 1].sum()
-        norm = sumsq.sqrt()
-        if unscale is not None:
-            norm = norm * unscale
+            found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
+            rows = self._model_parallel.gather_rows(torch.stack([found.double(), sumsq, sumsq]))
         return GlobalGradStats(
-            found_inf=found.to(torch.float32).reshape(1),
-            norm=norm.to(torch.float32),
-            first_bad=rows[:, 2].min().reshape(1),
+            rows=rows,
+            rows_of_group=everyones,
             used=used,
             has_unsent=bool(unsent - {Unsent.NONE}),
             unsent_is_scaled=Unsent.SCALED in unsent,
@@ -112,8 +128,8 @@ class GradStatsExchange:
             unscale=unscale,
         )
 
-    def _check(self, hosts: Tensor) -> None:
-        """hosts: (size, 4 + num_params) fp64, on the host."""
+    def _check(self, hosts: Any) -> None:
+        """hosts: numpy array (size, 4 + num_params) of fp64."""
         purposes = [PURPOSES[int(purpose)] for purpose in hosts[:, _PURPOSE].tolist()]
         if len(set(purposes)) > 1:
             called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(purposes))
@@ -121,7 +137,7 @@ class GradStatsExchange:
                 f"expected the same call on every rank, got {called}; steps, norms and whole tensors are collective: "
                 f"call them on all ranks, and print on one"
             )
-        rounds = hosts[:, _ROUNDS].to(torch.int64).tolist()
+        rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
         if len(set(rounds)) > 1:
             raise CollectiveError(
                 f"expected every rank to run backward equally often in stage 2, got {rounds} backwards by rank; run as "
@@ -129,7 +145,7 @@ class GradStatsExchange:
             )
         if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _UNSENT].tolist()):
             raise mixed_scale_error()
-        edits = hosts[:, _STATES:].div(2, rounding_mode="floor")
+        edits = hosts[:, _STATES:] // 2
         differs = (edits != edits[0]).any(0).tolist()
         if any(differs):
             number = differs.index(True)

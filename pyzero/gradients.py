@@ -19,6 +19,7 @@ from pyzero.comm import Group
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
 from pyzero.layout import GradSpan
 from pyzero.pieces import Pieces
+from pyzero.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
 
 _ALIGNMENT_BYTES = 16
 # Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
@@ -111,6 +112,10 @@ class Gradients(ABC):
         """A step has used the gradients, which stay. used: by parameter number, some rank had a gradient."""
 
     @abstractmethod
+    def await_step(self) -> bool:
+        """Whether this rank knows of gradients that no step has taken."""
+
+    @abstractmethod
     def finish_broken_round(self) -> None:
         """Send what a backward that an exception ended has not sent, where gradients are reduced."""
 
@@ -160,14 +165,17 @@ class LocalGradients(Gradients):
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._factor: Tensor | None = None  # 0-D, of clipping
         self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to, and their versions
+        self._numbers: dict[Bucket, Tensor] = {}  # (num_params,) fp64, of the parameters
         self._scales = False
         self._locates = False
+        self._clean_rows = clean_rows(1, device)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
 
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
         self._buckets.append(bucket)
+        self._numbers[bucket] = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
         smallest = IN_PLACE_NUMEL[bucket.device.type == "cuda"]
         self._maps[bucket] = [
@@ -213,8 +221,8 @@ class LocalGradients(Gradients):
 
     def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
         """One pass that only reads, and the message."""
-        found = torch.zeros(1, device=self._device)
-        sumsq = torch.zeros(1, dtype=torch.float64, device=self._device)
+        rows = self._clean_rows.clone()
+        found = flag_of(rows[0])
         counted: list[Tensor] = []
         others: list[Tensor] = []
         used = [False] * sum(len(bucket.params) for bucket in self._buckets)
@@ -228,36 +236,35 @@ class LocalGradients(Gradients):
             self._pieces[bucket] = found_pieces
             for (span, _), (tensors, _) in zip(self._maps[bucket], found_pieces, strict=True):
                 (counted if span.run.key.in_norm else others).extend(tensors)
-        ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq, backend=self._backend)
+        ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq_of(rows[0]), backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
-        first_bad = self._locate(found)
+        if self._locates or is_set(found):
+            first_bad_of(rows[0]).copy_(self._locate())
         if outer_found is not None:
-            found = torch.maximum(found, outer_found)
+            torch.maximum(found, outer_found, out=found)
         skips = self.num_skips_in_a_row
-        stats = LocalGradStats(found, sumsq, first_bad, used, purpose, num_skips_in_a_row=skips)
-        return self._exchange.gather(stats, self._unscale)
+        return self._exchange.gather(LocalGradStats(rows, used, purpose, num_skips_in_a_row=skips), self._unscale)
 
-    def _locate(self, found: Tensor) -> Tensor:
-        if not (self._locates or is_set(found)):
-            return nonfinite.none_found(self._device)
+    def _locate(self) -> Tensor:
+        """0-D fp64: the code of the first bad parameter."""
         codes = [
-            nonfinite.locate_in_grads(b, [param.grad for param in b.params], self._group.rank, self._group.size)
-            for b in self._buckets
+            nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], self._group.rank, self._group.size)
+            for bucket, numbers in self._numbers.items()
         ]
-        return torch.stack(codes).min().reshape(1)
+        return torch.stack(codes).min()
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
         """See Gradients. Large gradients are read where they are, the others packed in the dtype of the weights."""
-        for (span, _), (tensors, offsets) in zip(self._maps[bucket], self._pieces[bucket], strict=True):
+        for (span, pieces), (tensors, offsets) in zip(self._maps[bucket], self._pieces[bucket], strict=True):
             if span.position is not None and tensors and offsets[0] == 0 and _can_be_read(tensors[0], bucket):
                 yield span.low, tensors[0].view(-1)
             elif tensors or self._group.size > 1:
-                yield span.low, self._packed(bucket, span, tensors, offsets)
+                packed = memory.empty(span.high - span.low, bucket.dtype, bucket.device)
+                if self._group.size > 1 and len(tensors) < pieces.num_pieces:
+                    packed.zero_()  # a parameter may have a gradient on another rank alone
+                yield span.low, self._packed(packed, tensors, offsets)
 
-    def _packed(self, bucket: Bucket, span: GradSpan, tensors: list[Tensor], offsets: list[int]) -> Tensor:
-        packed = memory.empty(span.high - span.low, bucket.dtype, bucket.device)
-        if self._group.size > 1:
-            packed.zero_()  # a parameter may have a gradient on another rank alone
+    def _packed(self, packed: Tensor, tensors: list[Tensor], offsets: list[int]) -> Tensor:
         ops.pack_(packed, tensors, offsets=offsets, backend=self._backend)
         return packed
 
@@ -332,6 +339,10 @@ class LocalGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """`.grad` is the caller's; the loss scale that it carries may change from now on."""
         self._pieces.clear()
+
+    def await_step(self) -> bool:
+        """Unknown: `.grad` is the caller's, who may have kept that of the last step."""
+        return False
 
     def finish_broken_round(self) -> None:
         """There are none."""

@@ -26,11 +26,6 @@ def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
     return number, rank if rank < num_ranks else None
 
 
-def none_found(device: torch.device) -> Tensor:
-    """(1,) fp64."""
-    return torch.full((1,), NOT_FOUND, dtype=torch.float64, device=device)
-
-
 def locate_in_slices(bucket: Bucket, slices: list[Tensor], num_ranks: int, by_rank: bool) -> Tensor:
     """(1,) fp64, of what was received for this rank's shard of a bucket.
 
@@ -49,11 +44,20 @@ def locate_in_slices(bucket: Bucket, slices: list[Tensor], num_ranks: int, by_ra
     return torch.stack(codes).min().reshape(1)
 
 
-def locate_in_grads(bucket: Bucket, grads: Sequence[Tensor | None], rank: int, num_ranks: int) -> Tensor:
-    """0-D fp64, of this rank's own gradients of a bucket, by position."""
-    codes = torch.full((len(grads) + 1,), NOT_FOUND, dtype=torch.float64, device=bucket.device)
-    for position, grad in enumerate(grads):
-        if grad is not None:
-            code = float(bucket.numbers[position] * (num_ranks + 1) + rank)
-            codes[position].masked_fill_(~torch.isfinite(grad).all(), code)
-    return codes.min()
+def locate_in_grads(numbers: Tensor, grads: Sequence[Tensor | None], rank: int, num_ranks: int) -> Tensor:
+    """0-D fp64, of this rank's own gradients of a bucket.
+
+    Args:
+        numbers: (num_params,) fp64, of the parameters.
+        grads: By position; None or empty where there is none.
+        rank: This one.
+        num_ranks: Of the group.
+    """
+    present = [grad for grad in grads if grad is not None and grad.numel()]
+    if not present:
+        return torch.full((), NOT_FOUND, dtype=torch.float64, device=numbers.device)
+    nothing = torch.zeros(1, dtype=present[0].dtype, device=numbers.device)
+    filled = [nothing if grad is None or not grad.numel() else grad for grad in grads]
+    largest = torch.stack(torch._foreach_norm(filled, math.inf))
+    codes = numbers * (num_ranks + 1) + rank
+    return codes.masked_fill_(torch.isfinite(largest), NOT_FOUND).min()

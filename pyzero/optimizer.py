@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from pyzero import amp, arguments, checkpoint, nonfinite, scaler
+from pyzero import amp, arguments, nonfinite, rank_state, scaler
 from pyzero.access import FullAccess
 from pyzero.buckets import MASTER, Bucket
 from pyzero.comm import Group, Work, make_transport
@@ -25,7 +25,7 @@ from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaled_backward import ScaledBackward
 from pyzero.scaler import LossScale, Scaler
-from pyzero.update import ShardUpdater
+from pyzero.update import ShardUpdater, StepScalars
 from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -36,7 +36,7 @@ class _LastStep(NamedTuple):
 
     found_inf: Tensor  # (1,) fp32
     norm: Tensor  # 0-D fp32, before clipping
-    clip: Tensor | None  # 0-D fp32
+    clip: Tensor  # 0-D fp32, 1 where nothing is clipped
 
 
 class ZeroOptions(TypedDict, total=False):
@@ -140,6 +140,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._updater = ShardUpdater(rule, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
+        self._checkpoint_group: Group | None = None
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
@@ -357,15 +358,16 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
-        norm = _product(stats.norm, outer, factor)
-        clip = None if self._max_grad_norm is None else clip_coefficient(self._max_grad_norm, norm)
-        grad_scale = _product(clip, factor, stats.unscale, outer)
+        scalars = self._updater.begin(
+            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
+        )
+        norm, clip = scalars.norm, scalars.clip
         if clipped_by is not None:  # grad_norm is of before clipping
             norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
-            clip = _product(clip, clipped_by)
-        gathers = self._update_and_gather(stats, grad_scale)
+            clip = clip * clipped_by
+        gathers = self._update_and_gather(stats, scalars)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
-        self._scaler.update(stats.found_inf, only_count=has_grad_scaler)
+        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
         if self._scaler.enabled:
             self._scaled_backward.after_step(has_grad_scaler)
         for gather in gathers:
@@ -374,7 +376,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._placement.is_fresh = False
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
-        self._last = _LastStep(stats.found_inf, norm, clip)
+        self._last = _LastStep(scalars.found_inf, norm, clip)
         self._overflow.after_step(self._scaler.state, stats.first_bad, self._describe)
         skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
@@ -403,15 +405,18 @@ class ZeroOptimizer(FullAccess, Optimizer):
                     f"change it with fill_()"
                 )
 
-    def _update_and_gather(self, stats: GlobalGradStats, grad_scale: Tensor | None) -> list[Work]:
+    def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
         used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
-        self._updater.begin(used, stats.used, stats.found_inf)
-        gathers = []
-        for index, bucket in enumerate(used):
-            with record_function(f"pyzero::{self._rule.name}"):
-                grads = self._gradients.spans(bucket)
-                self._updater.update(bucket, index, grads, self._param_groups, grad_scale, stats.found_inf)
+        name, gathers = f"pyzero::{self._rule.name}", []
+        if self._group.size == 1:
+            with record_function(name):  # one range: to open and close it costs as much as a bucket's pack_
+                for bucket in used:
+                    self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
+            return []
+        for bucket in used:
+            with record_function(name):
+                self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
             with record_function("pyzero::all_gather"):
                 gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         return gathers
@@ -450,9 +455,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
     @property
     def clipped_grad_norm(self) -> Tensor | None:
         """0-D tensor: the same after clipping."""
-        if self._last is None or self._last.clip is None:
-            return self.grad_norm
-        return self._last.norm * self._last.clip
+        return None if self._last is None else self._last.norm * self._last.clip
 
     @property
     def scales_loss(self) -> bool:
@@ -516,7 +519,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
             bucket.written()  # or refuse
         saved, problem = None, None
         try:
-            saved = checkpoint.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
+            saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
         except ValueError as error:
             problem = error
         problems = self._group.gather_objects(None if problem is None else str(problem))
@@ -543,6 +546,20 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def checkpoint_group(self) -> Group:
+        """The same ranks, over a process group of its own: a save in a thread meets no collective of training."""
+        if self._checkpoint_group is None:
+            self._checkpoint_group = Group(self._group.handle) if self._group.size > 1 else self._group
+        return self._checkpoint_group
+
+    def check_between_steps(self) -> None:
+        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
+        if self._gradients.await_step():
+            raise RuntimeError(
+                "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
+                "save after the step that they belong to"
+            )
+
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
         """Whole values by parameter, in torch's layout."""
         state: dict[int, dict[str, Tensor]] = {}
@@ -550,10 +567,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for group in self._param_groups:
             params = group["params"]
             state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
-            others = {key: value for key, value in group.items() if key not in ("params", checkpoint.ZERO)}
+            others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        groups[0][checkpoint.SCALER] = self._scaler.state.cpu()
+        groups[0][rank_state.SCALER] = self._scaler.state.cpu()
         return {"state": state, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -578,7 +595,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """What a state dict says of itself: whose it is, and how it is cut."""
         learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
         buckets = [list(bucket.numbers) for bucket in self._buckets]
-        return checkpoint.describe(self._group.rank, self._group.size, buckets, learned)
+        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
 
 
 def _sync_masters_from_weights(optimizer: Optimizer) -> None:
@@ -590,9 +607,9 @@ def _sync_masters_from_weights(optimizer: Optimizer) -> None:
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes."""
     assert isinstance(optimizer, ZeroOptimizer)
-    state_dict["param_groups"][0][checkpoint.SCALER] = optimizer._scaler.state
-    state_dict["param_groups"][0][checkpoint.ZERO] = optimizer._zero_state()
-    checkpoint.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
+    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state
+    state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
+    rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
 
 
 def _product(*factors: Any) -> Any:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyzero.ops.loss_scale import STATE_SLOTS
+
 log = logging.getLogger("pyzero")
 
-_SKIPPED, _IN_A_ROW, _SCALE, _FIRST_BAD = range(4)
+_SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 
 
 class OverflowMonitor:
@@ -30,7 +32,8 @@ class OverflowMonitor:
         self._warns = warns
         self._num_warned_of = 0  # skipped steps
         self._on_gpu = device.type == "cuda"
-        self._host = torch.zeros(4, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
+        self._state = torch.zeros(len(STATE_SLOTS), device="cpu", pin_memory=self._on_gpu)
+        self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
         self._arrived = torch.cuda.Event() if self._on_gpu else None
         self._under_way = False
         self.num_in_a_row = 0  # skips, as far as this host knows
@@ -49,26 +52,29 @@ class OverflowMonitor:
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
-        row = torch.cat([state[3:5], state[:1]]).double()
         if self._arrived is None:
-            torch.cat([row, first_bad], out=self._host)
+            self._copy(state, first_bad)
             self._warn(describe)
             return
         if self._under_way and self._arrived.query():
             self._under_way = False
             self._warn(describe)
         if not self._under_way:
-            self._host.copy_(torch.cat([row, first_bad]), non_blocking=True)
+            self._copy(state, first_bad)
             self._arrived.record()
             self._under_way = True
 
+    def _copy(self, state: Tensor, first_bad: Tensor) -> None:
+        self._state.copy_(state, non_blocking=True)
+        self._first_bad.copy_(first_bad, non_blocking=True)
+
     def _warn(self, describe: Callable[[float], str]) -> None:
-        values = self._host.numpy()
+        values = self._state.numpy()
         num_skipped, scale = float(values[_SKIPPED]), float(values[_SCALE])
         self.num_in_a_row = int(values[_IN_A_ROW])
         if num_skipped > self._num_warned_of and self._warns:
             counts = f"{num_skipped:.0f} skipped so far, {self.num_in_a_row} in a row, loss scale now {scale:g}"
-            where = describe(float(values[_FIRST_BAD]))
+            where = describe(float(self._first_bad))
             log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
         self._num_warned_of = max(self._num_warned_of, int(num_skipped))
 
@@ -79,10 +85,10 @@ class OverflowMonitor:
             RuntimeError: Too many. The steps changed nothing.
         """
         if self._limit is not None and num_in_a_row >= self._limit:
-            values = self._host.numpy()
+            scale, where = float(self._state[_SCALE]), describe(float(self._first_bad))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
-                f"{describe(float(values[_FIRST_BAD]))}, with the loss scale now at {float(values[_SCALE]):g}; look at "
+                f"{where}, with the loss scale now at {scale:g}; look at "
                 f"the loss and the inputs of that step (a NaN loss, a division by 0, a learning rate too high), run it "
                 f"under torch.autograd.detect_anomaly(), or raise max_consecutive_skips"
             )

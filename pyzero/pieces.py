@@ -37,6 +37,11 @@ class Pieces:
     def _bounds(self, piece: _Piece) -> tuple[int, int]:
         return 0, self._params[piece.position].numel()
 
+    @property
+    def num_pieces(self) -> int:
+        """Where every parameter has a gradient."""
+        return len(self._pieces)
+
     def has_any(self, grads: Sequence[Tensor | None]) -> bool:
         """Some parameter in here has a gradient."""
         return any(grads[position] is not None for position in self._positions)
@@ -48,7 +53,7 @@ class Pieces:
         """
         if self._are_plain:
             present = [grads[position] for position in self._positions]
-            if all(grad is not None and grad.is_contiguous() for grad in present):
+            if all([grad is not None and grad.is_contiguous() for grad in present]):
                 return self._fill_in(present), self._offsets
         pieces: list[Tensor] = []
         offsets: list[int] = []

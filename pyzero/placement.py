@@ -40,6 +40,7 @@ class Placement:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
+        self.steps = torch.empty(0)  # (num_params,) fp32: applied steps, bucket by bucket
         self._places: dict[Tensor, int] = {}  # the group of each parameter
         self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
         self.is_fresh = True  # masters are the weights, the rule's state is zero
@@ -122,6 +123,7 @@ class Placement:
                 self._group.broadcast(bucket.flat)
             bucket.masters_from_weights()
         self.buckets += made
+        self._join_steps()
         if self._init_sync and self._group.size > 1:
             _sync_module_states(self._group, roots, frozen, {*params})
         return made
@@ -133,6 +135,15 @@ class Placement:
         for position, param in enumerate(bucket.params):
             self._state[param] = bucket.state_views(position)
         return bucket
+
+    def _join_steps(self) -> None:
+        """One tensor for the step counts of all buckets: a step counts them in one launch."""
+        counts = [len(bucket.numbers) for bucket in self.buckets]
+        self.steps = torch.empty(sum(counts), device=self.buckets[0].device)
+        for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
+            bucket.keep_steps_in(steps)
+            for param, step in zip(bucket.params, steps, strict=True):
+                self._state[param][STEP] = step
 
     def _is_in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: once over the model-parallel ranks."""
@@ -180,6 +191,7 @@ class Placement:
             return False
         old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
         places = {n: (bucket, place) for bucket in self.buckets for place, n in enumerate(bucket.numbers)}
+        self._join_steps()
         for bucket in self.buckets:
             bucket.masters_from_weights()
         while old and keeps_state and not self.is_fresh:

@@ -23,6 +23,7 @@ from pyzero.gather import gather_param
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients import Gradients, power_sum, powers_of
 from pyzero.modules import find_ddp_wrapper
+from pyzero.stats_rows import clean_rows, flag_of
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,12 @@ class ReducedGradients(Gradients):
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
         self._num_rounds_used = 0  # by the last step
         self._num_steps = 0
+        self._awaits_step = False  # a gradient has come since the last step
         self._generation = 0  # grows with every gradient that arrives, is sent or edited
         self._next = 0  # the bucket to send next in this round
+        self._clean_rows = clean_rows(0, device)  # of all buckets' runs
+        self._stats: Sequence[Tensor] = ()  # by bucket: rows for this round
+        self._scaled_mean: tuple[int, Tensor] | None = None  # (version, value): 1 / loss scale / size, 0-D
 
         self._is_scaled = False  # gradients that arrive carry the loss scale
         self._unsent_is_scaled = False
@@ -130,6 +135,7 @@ class ReducedGradients(Gradients):
             self._check_unwrapped()
         grads, record = self._records[param]
         self._end.begin()
+        self._awaits_step = True
         self._take_outer_factor()
         self._generation += 1
         self._clip = None
@@ -179,6 +185,9 @@ class ReducedGradients(Gradients):
     def _send_next(self, left_out: Callable[[ParamGrad], bool]) -> None:
         grads = self._grads[self._next]
         what = f"the reduce-scatter of gradient bucket {self._next}"
+        if self._next == 0:
+            self._stats = self._new_stats()
+        stats = self._stats[self._next]
         self._next += 1
         self._generation += 1
         for record in grads.records:
@@ -186,10 +195,25 @@ class ReducedGradients(Gradients):
         if all(left_out(record) for record in grads.records):
             grads.pass_over(left_out)
             return
-        scale: float | Tensor = 1.0 / self._group.size
-        if self._unsent_is_scaled and self._inv_scale is not None:
-            scale = self._inv_scale / self._group.size
-        self._in_flight.send(grads, self._options.dtype or grads.bucket.dtype, scale, left_out, what)
+        dtype = self._options.dtype or grads.bucket.dtype
+        self._in_flight.send(grads, dtype, self._mean_factor(), left_out, what, stats)
+
+    def _new_stats(self) -> Sequence[Tensor]:
+        """Clean rows of statistics for all buckets of a round, in one launch."""
+        counts = [len(grads.bucket.layout.runs) for grads in self._grads]
+        if len(self._clean_rows) != sum(counts):
+            self._clean_rows = clean_rows(sum(counts), self._device)
+        rows: Sequence[Tensor] = self._clean_rows.clone().split(counts)
+        return rows
+
+    def _mean_factor(self) -> float | Tensor:
+        """What makes the unscaled mean of a sum over ranks; computed once for one loss scale."""
+        if not self._unsent_is_scaled or self._inv_scale is None:
+            return 1.0 / self._group.size
+        version = self._inv_scale._version
+        if self._scaled_mean is None or self._scaled_mean[0] != version:
+            self._scaled_mean = version, self._inv_scale / self._group.size
+        return self._scaled_mean[1]
 
     # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
@@ -288,21 +312,15 @@ class ReducedGradients(Gradients):
         if len({id(record.factor) for record in self._by_number}) > 1:  # no one factor can be left to Adam
             for grads in self._grads:
                 grads.apply_factors()
-        found = torch.zeros(1, device=self._device)
-        sums = []
         for grads in self._grads:
             grads.check()
-            found = torch.maximum(found, grads.found_inf)
-            counted = [i for i, run in enumerate(grads.bucket.layout.runs) if run.key.in_norm]
-            sums.append(grads.sumsq if len(counted) == len(grads.sumsq) else grads.sumsq[counted])
+        rows = torch.cat([grads.stats for grads in self._grads])
         if outer_found is not None:
-            found = torch.maximum(found, outer_found)
-        sumsq = torch.cat(sums).sum().reshape(1)
+            found = flag_of(rows[0])
+            torch.maximum(found, outer_found, out=found)
         records = self._by_number
         stats = LocalGradStats(
-            found,
-            sumsq,
-            torch.cat([grads.first_bad for grads in self._grads]).min().reshape(1),
+            rows,
             used=[record.is_used for record in records],
             purpose=purpose,
             edits=[record.num_edits for record in records],
@@ -380,8 +398,13 @@ class ReducedGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
         self._num_steps += 1
+        self._awaits_step = False
         self._num_rounds_used = self._num_rounds
         self._group.where = f"in or after step {self._num_steps}"
+
+    def await_step(self) -> bool:
+        """See Gradients."""
+        return self._awaits_step and any(record.param.grad is not None for record in self._by_number)
 
     def reset(self) -> None:
         """See Gradients."""

@@ -1,13 +1,15 @@
 """Loss scaling: the policy, and the scale that lives on the device."""
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyzero import ops
+from pyzero.ops.backend import LossScalePolicy
 from pyzero.ops.loss_scale import loss_scale_state
+
+_OP = LossScalePolicy()  # the defaults, min_scale aside: a scale of 0 has no inverse
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,14 @@ class LossScale:
     """
 
     init_scale: float = 65536.0
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 2000
+    growth_factor: float = _OP.growth_factor
+    backoff_factor: float = _OP.backoff_factor
+    growth_interval: int = _OP.growth_interval
     min_scale: float = 2.0**-14
-    max_scale: float = math.inf
-    hysteresis: int = 1
-    consecutive_hysteresis: bool = False
-    growth_delay: int = 0
+    max_scale: float = _OP.max_scale
+    hysteresis: int = _OP.hysteresis
+    consecutive_hysteresis: bool = _OP.consecutive_hysteresis
+    growth_delay: int = _OP.growth_delay
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -51,6 +53,10 @@ class LossScale:
         for rule, holds in wanted.items():
             if not holds:
                 raise ValueError(f"expected {rule}, got {self}; correct that field")
+
+    def rule(self) -> LossScalePolicy:
+        """What the op goes by."""
+        return LossScalePolicy(**{name: getattr(self, name) for name in LossScalePolicy._fields})
 
 
 def static(scale: float) -> LossScale:
@@ -79,11 +85,11 @@ class Scaler:
 
     def __init__(self, policy: LossScale | None, device: torch.device, backend: str) -> None:
         self.enabled = policy is not None
-        self.policy = policy or static(1.0)
         self._backend = backend
-        self._rule = {name: value for name, value in asdict(self.policy).items() if name != "init_scale"}
-        self._no_rule = {**self._rule, "growth_factor": 1.0, "backoff_factor": 1.0}
-        self.state = loss_scale_state(self.policy.init_scale, self.policy.hysteresis, device, self.policy.growth_delay)
+        policy = policy or static(1.0)
+        self._rule = policy.rule()
+        self._no_rule = self._rule._replace(growth_factor=1.0, backoff_factor=1.0)
+        self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
         self.epoch = 0  # the scale is the same as long as this is
         self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
         self._refresh()
@@ -108,6 +114,7 @@ class Scaler:
         only_count: Another scaler made these gradients: steps and skips count, the scale stays.
         """
         rule = self._no_rule if only_count else self._rule
-        ops.loss_scale_update_(self.state, found_inf, **rule, backend=self._backend)
-        self.epoch += not (rule["growth_factor"] == rule["backoff_factor"] == 1.0)
-        self._refresh()
+        ops.loss_scale_update_(self.state, found_inf, **rule._asdict(), backend=self._backend)
+        if (rule.growth_factor, rule.backoff_factor) != (1.0, 1.0):
+            self.epoch += 1
+            self._refresh()

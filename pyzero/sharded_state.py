@@ -65,7 +65,7 @@ class Fragment:
     stride: tuple[int, ...]  # of the whole tensor, dense
     low: int  # first element of it, in memory order
     high: int  # behind the last
-    origin: str  # whose state it is, and how that is cut: checkpoint.describe()
+    origin: str  # whose state it is, and how that is cut: rank_state.describe()
     gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fragment:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyzero import ops
 from pyzero.buckets import Bucket
+from pyzero.grad_stats import GlobalGradStats
+from pyzero.ops.step_scalars import NUM_SCALARS
 from pyzero.update_rule import UpdateRule
+
+
+class StepScalars(NamedTuple):
+    """What all elements of one step share; see pyzero.ops.step_scalars_."""
+
+    found_inf: Tensor  # (1,) fp32; where it is not zero nothing is written
+    norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
+    clip: Tensor  # 0-D fp32: the coefficient
+    grad_scale: Tensor  # 0-D fp32: multiplies the gradients
 
 
 class ShardUpdater:
@@ -24,58 +36,70 @@ class ShardUpdater:
         self._rule = rule
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
-        self._used: list[Tensor] = []  # by bucket: (num_params,) fp32 on the device, 1 for a parameter with a gradient
+        self._everyones = torch.empty(0)  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
+        self._used: list[Tensor] = []  # the same by bucket
 
-    def begin(self, buckets: Sequence[Bucket], used: tuple[bool, ...], found_inf: Tensor) -> None:
-        """Count the step of the parameters that have a gradient, unless it is skipped.
+    def begin(
+        self,
+        buckets: Sequence[Bucket],
+        steps: Tensor,
+        stats: GlobalGradStats,
+        max_norm: float | None,
+        factor: Tensor | None,
+    ) -> StepScalars:
+        """What the step needs beside gradients; counts it for the parameters that have one, unless it is skipped.
 
         Args:
-            buckets: All that `update` will be called with in this step.
-            used: By parameter number.
-            found_inf: (1,) fp32.
+            buckets: All.
+            steps: (num_params,) fp32, theirs side by side.
+            stats: Of the gradients.
+            max_norm: To clip to, or None.
+            factor: 0-D: what the gradients are to be multiplied by beside `stats.unscale`, or None.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
-        self._remember(tuple(buckets), used)
-        if self._used:
-            steps = [bucket.steps for bucket in buckets]
-            torch._foreach_add_(steps, torch._foreach_mul(self._used, 1.0 - found_inf.reshape(())))
+        self._remember(tuple(buckets), stats.used)
+        out = torch.empty(NUM_SCALARS, device=steps.device)
+        ops.step_scalars_(
+            out,
+            stats.rows,
+            steps=steps,
+            used=self._everyones,
+            max_norm=max_norm,
+            unscale=1.0 if stats.unscale is None else stats.unscale,
+            factor=1.0 if factor is None else factor,
+            backend=self._backend,
+        )
+        return StepScalars(out[:1], *out[1:].unbind())
 
     def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...]) -> None:
         if self._pattern == (buckets, used):
             return
-        self._pattern, self._used = (buckets, used), []
-        if not buckets:
-            return
         if buckets[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._pattern = None
             raise RuntimeError(
                 "expected gradients for the same parameters as in the step before the capture of a CUDA graph, got "
                 "others; run one step eagerly with these gradients, then capture"
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
-        everyones = torch.tensor(rows, dtype=torch.float32, device=buckets[0].device)
-        self._used = list(everyones.split([len(bucket.numbers) for bucket in buckets]))
+        self._pattern = buckets, used
+        self._everyones = torch.tensor(rows, dtype=torch.float32, device=buckets[0].device)
+        self._used = list(self._everyones.split([len(bucket.numbers) for bucket in buckets]))
 
     def update(
         self,
         bucket: Bucket,
-        index: int,
         grads: Iterator[tuple[int, Tensor]],
         param_groups: Sequence[dict[str, Any]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor,
+        scalars: StepScalars,
     ) -> None:
         """One bucket's.
 
         Args:
             bucket: Its shard is written: masters, weights, state.
-            index: Of the bucket, among those that `begin` was called with.
             grads: Pieces of its gradient: where each begins in the shard, and (n,) values.
             param_groups: The optimizer's.
-            grad_scale: 0-D, multiplies the gradient; None: 1.
-            found_inf: (1,) fp32; where it is not zero nothing is written.
+            scalars: What `begin` gave.
         """
         for begin, grad in grads:
             for shard in bucket.run_shards(begin, begin + grad.numel()):
@@ -84,9 +108,9 @@ class ShardUpdater:
                     shard,
                     grad if is_all else grad[shard.low - begin : shard.high - begin],
                     _on(bucket.device, param_groups[shard.group_index]),
-                    grad_scale=1.0 if grad_scale is None else grad_scale,
-                    found_inf=found_inf,
-                    used=self._used[index],
+                    grad_scale=scalars.grad_scale,
+                    found_inf=scalars.found_inf,
+                    used=self._used[bucket.index],
                     backend=self._backend,
                 )
             del grad

@@ -28,6 +28,7 @@ void unscale(const UnscaleArgs& args, double* partials, cudaStream_t stream);
 void pack(const PackArgs& args, cudaStream_t stream);
 void reduce_scatter(const ReduceScatterArgs& args, double* partials, cudaStream_t stream);
 
+void step_scalars(const StepScalarsArgs& args, cudaStream_t stream);
 void loss_scale_update(float* state, const float* found_inf, const LossScalePolicy& policy, cudaStream_t stream);
 
 }  // namespace cuda

@@ -129,7 +129,7 @@ def test_setup_can_read_it_without_the_package() -> None:
     script = f"""
 import importlib.util, sys
 for name in ("env", "build_spec"):
-    spec = importlib.util.spec_from_file_location("alone_" + name, {str(ROOT)!r} + f"/ops/{{name}}.py")
+    spec = importlib.util.spec_from_file_location("alone_" + name, {str(ROOT)!r} + f"/pyzero/ops/{{name}}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 assert not {{"torch", "pyzero", "pybind11"}} & set(sys.modules), "imports more than the standard library"

@@ -15,7 +15,7 @@ import pytest
 from pyzero.ops import build_spec
 
 ARCHS = ("80", "90", "100")
-SOURCES = ("adam", "lion", "loss_scale", "pack", "reduce_scatter", "grad_stats", "unscale")
+SOURCES = ("adam", "lion", "loss_scale", "pack", "reduce_scatter", "grad_stats", "step_scalars", "unscale")
 # Loads and stores of 16 and of 8 bytes, of all kernels of one file and target together, at least, counted by hand: one
 # for each operand of each vector that a kernel names (those of a full chunk, and one in the loop for what is left), of
 # 8 bytes for a 16-bit operand beside fp32. adam: 24 kernels of 3 vectors, lion: 12; lists: 5 vectors with fp32, 3

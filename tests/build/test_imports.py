@@ -8,30 +8,19 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops"},
-    {
-        "amp",
-        "arguments",
-        "backward",
-        "layout",
-        "memory",
-        "modules",
-        "overflow",
-        "report",
-        "scaler",
-        "sharded_grad",
-        "sharded_state",
-    },
-    {"comm", "update_rule"},
+    {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
+    {"checkpoint_files", "deepspeed_files", "export", "sharded_state", "stats_rows"},
+    {"checkpoint_storage", "comm", "deepspeed_checkpoint", "update_rule"},
     {"buckets", "grad_stats"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
-    {"access", "accumulation", "checkpoint"},
+    {"access", "accumulation", "rank_state"},
     {"gradients"},
     {"exchange"},
     {"reduction"},
     {"overlap"},
     {"scaled_backward"},
     {"optimizer"},
-    {"adam", "lamb", "lion"},
+    {"adam", "checkpoint", "lamb", "lion"},
     {"estimate"},
     {f"deepspeed.{name}" for name in ("accelerator", "checkpointing", "comm", "keys", "ops.recipe", "owners")},
     {f"deepspeed.{name}" for name in ("schedules", "tensors", "timers", "utils", "weights", "zero")},
@@ -44,7 +33,7 @@ LAYERS = (
     {"deepspeed"},
     {"__main__", "compat"},
 )
-MODULES = {path for path in PYZERO.rglob("*.py") if path.parent != PYZERO or path.stem != "__init__"}
+MODULES = {*PYZERO.glob("*.py"), *(PYZERO / "deepspeed").rglob("*.py")} - {PYZERO / "__init__.py"}
 
 
 def name_of(path: Path) -> str:
@@ -66,7 +55,7 @@ def imported(path: Path, package: str = "pyzero") -> set[str]:
 
     def module_exists(module: str) -> bool:
         place = PYZERO.joinpath(*module.split(".")[1:])
-        return place.is_dir() or place.with_suffix(".py").is_file() or module == "pyzero.ops"
+        return place.is_dir() or place.with_suffix(".py").is_file()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -76,9 +65,9 @@ def imported(path: Path, package: str = "pyzero") -> set[str]:
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 module = ".".join([*above, module]).rstrip(".")
-            if module.startswith("pyzero.ops."):
-                module = "pyzero.ops"
-            if module == "pyzero" or module.startswith("pyzero."):
+            if module == "pyzero.ops" or module.startswith("pyzero.ops."):
+                found.add("ops")
+            elif module == "pyzero" or module.startswith("pyzero."):
                 add(module, [alias.name for alias in node.names])
         for child in ast.iter_child_nodes(node):
             visit(child)

@@ -47,7 +47,7 @@ def succeed(*command: str | Path, cwd: Path, **environ: str) -> str:
 
 
 def copy_checkout(folder: Path) -> Path:
-    return Path(shutil.copytree(ROOT, folder, ignore=NOT_COPIED))
+    return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=NOT_COPIED))
 
 
 def make_environment(folder: Path) -> Path:
@@ -82,11 +82,10 @@ def sdist_wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     sdist = next(folder.glob("pyzero-*.tar.gz"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kept = (
-        path for path in checkout.rglob("*") if path.is_file() and not path.is_relative_to(checkout / "pyzero.egg-info")
-    )
-    missing = {path.relative_to(checkout).as_posix() for path in kept} - names
-    assert not missing, "files of the checkout, hidden ones aside"
+    files = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
+    wanted = {re.sub("^(ops|csrc)/", r"pyzero/\1/", name) for name in files if not name.startswith("pyzero.egg-info/")}
+    assert not wanted - names, "files of the checkout, hidden ones aside, with the two links as folders"
+    assert not any(name.startswith(("ops", "csrc")) for name in names), "twice in the sdist"
     succeed(
         *(sys.executable, "-m", "pip", "wheel", *PIP_OPTIONS, "--wheel-dir", folder, sdist),
         cwd=folder,
@@ -105,14 +104,13 @@ def wheel_python(sdist_wheel: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_wheel_holds_every_file_and_no_other(checkout: Path, sdist_wheel: Path) -> None:
     wanted = {"pyzero/py.typed"}
-    for folder, prefix, patterns in (
-        ("pyzero", "pyzero", ["*.py"]),
-        ("ops", "pyzero/ops", ["*.py"]),
-        ("csrc", "pyzero/csrc", ["*.h", "*.cuh", "*.cpp", "*.cu"]),
+    for folder, patterns in (
+        ("pyzero", ["*.py"]),
+        ("pyzero/ops", ["*.py"]),
+        ("pyzero/csrc", ["*.h", "*.cuh", "*.cpp", "*.cu"]),
     ):
         for pattern in patterns:
-            found = (checkout / folder).rglob(pattern)
-            wanted |= {f"{prefix}/{path.relative_to(checkout / folder).as_posix()}" for path in found}
+            wanted |= {path.relative_to(checkout).as_posix() for path in (checkout / folder).rglob(pattern)}
     with zipfile.ZipFile(sdist_wheel) as archive:
         got = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert got == wanted | {f"pyzero/_native_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"}
@@ -126,7 +124,7 @@ def test_a_wheel_works_from_anywhere(wheel_python: Path, checkout: Path, tmp_pat
     assert succeed(wheel_python, "-c", script, cwd=tmp_path, PYZERO_JIT="0").startswith(f"None {site}")
     # In the checkout's own folder the checkout comes first, and has to work.
     used = succeed(wheel_python, "-c", USE, cwd=checkout, PYZERO_JIT="0")
-    assert used.startswith(str(checkout / "ops"))
+    assert used.startswith(str(checkout / "pyzero" / "ops"))
 
 
 def test_a_wheel_can_build_at_first_use(wheel_python: Path, tmp_path: Path) -> None:
@@ -143,14 +141,20 @@ def test_an_editable_install_works_from_anywhere(tmp_path: Path) -> None:
     install(python, "-e", checkout, cwd=tmp_path, PYZERO_BUILD="none")
     (tmp_path / "elsewhere").mkdir()
     for cwd in (tmp_path / "elsewhere", checkout, checkout / "tests"):
-        assert succeed(python, "-c", USE, cwd=cwd, PYZERO_JIT="0").startswith(str(checkout / "ops"))
+        assert succeed(python, "-c", USE, cwd=cwd, PYZERO_JIT="0").startswith(str(checkout / "pyzero" / "ops"))
 
 
 def test_an_uninstalled_checkout_works_from_anywhere(checkout: Path, tmp_path: Path) -> None:
     python = make_environment(tmp_path / "env")
     for cwd, path in ((tmp_path, str(checkout)), (checkout, ""), (checkout / "ops", str(checkout))):
         used = succeed(python, "-c", USE, cwd=cwd, PYTHONPATH=path, PYZERO_JIT="0")
-        assert used.startswith(str(checkout / "ops"))
+        assert used.startswith(str(checkout / "pyzero" / "ops"))
+
+
+@pytest.mark.parametrize("name", ["setup", "tests", "benchmarks", "docs"])
+def test_the_rest_of_a_checkout_is_no_part_of_the_package(checkout: Path, name: str) -> None:
+    done = run(sys.executable, "-c", f"import pyzero.{name}", cwd=checkout)
+    assert done.returncode != 0 and f"No module named 'pyzero.{name}'" in done.stderr
 
 
 def test_ops_is_not_a_package_of_its_own(checkout: Path) -> None:
@@ -232,9 +236,9 @@ def test_readme_lists_the_environment_variables() -> None:
 
 
 def test_one_file_reads_the_environment() -> None:
-    code = [path for folder in ("pyzero", "ops") for path in (ROOT / folder).rglob("*.py")] + [ROOT / "setup.py"]
+    code = [path for folder in ("pyzero", "pyzero/ops") for path in (ROOT / folder).rglob("*.py")] + [ROOT / "setup.py"]
     readers = {path.relative_to(ROOT).as_posix() for path in code if re.search(r"environ\b|getenv", path.read_text())}
-    assert readers - {"pyzero/comm.py"} == {"ops/env.py"}  # comm.py reads torchrun's own variables
+    assert readers - {"pyzero/comm.py"} == {"pyzero/ops/env.py"}  # comm.py reads torchrun's own variables
     assert "PYZERO_" not in (ROOT / "pyzero" / "comm.py").read_text()
     named = {name for path in code for name in re.findall(r"PYZERO_(?:[A-Z]+_?)+", path.read_text())}
     macros = {"PYZERO_SOURCE_HASH", "PYZERO_BUILD_HASH", "PYZERO_ISA", "PYZERO_HAVE_"}

@@ -14,7 +14,7 @@ from pyzero import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--numel", "5000"]
-CHEAP = ["adam", "unscale", "pack", "reduce_scatter", "loss_scale", "step", "models"]
+CHEAP = ["adam", "unscale", "pack", "reduce_scatter", "loss_scale", "step_scalars", "step", "models"]
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,11 @@ def _wrong_loss_scale(state, found_inf, **kwargs):
     return _RIGHT["loss_scale_update_"](state, found_inf, growth_delay=1, **kwargs)
 
 
+def _wrong_step_scalars(out, rows, **kwargs):
+    _RIGHT["step_scalars_"](out, rows, **kwargs)
+    out.mul_(1.01)
+
+
 _RIGHT = {name: getattr(ops, name) for name in ops.__all__}
 
 
@@ -76,6 +81,7 @@ _RIGHT = {name: getattr(ops, name) for name in ops.__all__}
         ("reduce_scatter", "reduce_scatter_", _wrong_reduce_scatter),
         ("pack", "pack_", _wrong_pack),
         ("loss_scale", "loss_scale_update_", _wrong_loss_scale),
+        ("step_scalars", "step_scalars_", _wrong_step_scalars),
         ("step", "adam_", _wrong_adam),
         ("step", "unscale_", _wrong_unscale),
         ("models", "adam_", _wrong_adam),

@@ -1,5 +1,6 @@
 """loss_scale_update_ on every backend: torch's rule, the peers' with hysteresis, limits."""
 
+import dataclasses
 import itertools
 import random
 
@@ -8,7 +9,8 @@ import torch
 from backends import FUSED, REFERENCE, Target, params
 from bits import Guarded, assert_same
 
-from pyzero import ops
+from pyzero import LossScale, ops
+from pyzero.ops.backend import LossScalePolicy
 from pyzero.ops.loss_scale import loss_scale_state
 
 ALL = (*FUSED, REFERENCE)
@@ -105,3 +107,14 @@ def test_counters(target: Target) -> None:
             ops.loss_scale_update_(state, torch.tensor([float(flag)], device=target.device), backend=target.backend)
             seen.append(state[[1, 3, 4]].tolist())
     assert seen == [[1, 0, 0], [0, 1, 1], [0, 2, 2], [1, 2, 0], [0, 3, 1]]
+
+
+def test_the_optimizers_policy_is_the_ops() -> None:
+    fields = {field.name for field in dataclasses.fields(LossScale)} - {"init_scale"}
+    assert fields == set(LossScalePolicy._fields)
+    assert LossScale(min_scale=3.0, hysteresis=2).rule() == LossScalePolicy(min_scale=3.0, hysteresis=2)
+
+
+def test_a_field_that_there_is_not() -> None:
+    with pytest.raises(TypeError, match="growth_intervall"):
+        ops.loss_scale_update_(loss_scale_state(16.0, 1, "cpu"), torch.zeros(1), growth_intervall=3)

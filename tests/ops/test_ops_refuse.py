@@ -187,6 +187,17 @@ LOSS_SCALE = {
     "flag-device": ({"found_inf": ones(1, device="meta")}, ValueError, "expected found_inf on cpu, got meta; move"),
 }
 
+STEP_SCALARS = {
+    "rows-dtype": ({"rows": ones(2, 3)}, TypeError, "expected rows in float64, got float32; make it with dtype="),
+    "rows-shape": ({"rows": ones(2, 2).double()}, ValueError, r"expected contiguous rows of shape \(n, 3\), got shape"),
+    "no-rows": ({"rows": ones(0, 3).double()}, ValueError, r"expected contiguous rows of shape \(n, 3\), got shape"),
+    "out-length": ({"out": ones(3)}, ValueError, "expected out to have 4 elements"),
+    "used-length": ({"used": ones(3)}, ValueError, "expected used to have 5 elements"),
+    "steps-dtype": ({"steps": ones(5).double()}, TypeError, "expected steps in float32, got float64"),
+    "steps-device": ({"steps": ones(5, device="meta")}, ValueError, "expected steps on cpu, got meta"),
+    "factor-device": ({"factor": torch.ones((), device="meta")}, ValueError, "expected factor on cpu, got meta"),
+}
+
 
 def _adam() -> dict[str, object]:
     good = {name: ones(70) for name in ("master", "exp_avg", "exp_avg_sq", "grad", "param_out")}
@@ -218,6 +229,11 @@ OPS: dict[
         ops.loss_scale_update_,
         lambda: {"state": ones(5), "found_inf": torch.zeros(1)},
         LOSS_SCALE,
+    ),
+    "step_scalars_": (
+        ops.step_scalars_,
+        lambda: {"out": ones(4), "rows": torch.zeros(2, 3).double(), "steps": ones(5), "used": ones(5)},
+        STEP_SCALARS,
     ),
 }
 

@@ -33,10 +33,11 @@ from pyzero.ops.backend import (
     LossScalePolicy,
     PackArgs,
     ReduceScatterArgs,
+    StepScalarsArgs,
     UnscaleArgs,
 )
 from pyzero.ops.rows import rows_of
-from pyzero.ops.triton_kernels import adam, common, lion, loss_scale, reduce_scatter, scaled_copy
+from pyzero.ops.triton_kernels import adam, common, lion, loss_scale, reduce_scatter, scaled_copy, step_scalars
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -113,6 +114,11 @@ def run_loss_scale() -> None:
     triton_kernels.loss_scale_update_(LossScaleArgs(flat(F32, n=5), flat(F32, n=1), policy))
 
 
+def run_step_scalars(scale: Any) -> None:
+    tensors = flat(F32, n=4), torch.zeros(2, 3, dtype=torch.float64)
+    triton_kernels.step_scalars_(StepScalarsArgs(*tensors, 1.0, scale, scale, flat(F32, n=300), flat(F32, n=300)))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "adam-bf16-bf16": partial(run_adam, BF16, BF16),
     "adam-f32": partial(run_adam, F32, None),
@@ -126,6 +132,7 @@ CASES: dict[str, Callable[[], None]] = {
     "reduce_scatter-bf16-2": partial(run_reduce_scatter, BF16, 2, accumulate=True),
     "reduce_scatter-f32-8": partial(run_reduce_scatter, F32, 8, accumulate=False),
     "loss_scale": run_loss_scale,
+    "step_scalars": partial(run_step_scalars, torch.ones(())),
 }
 # The checks must be able to fail: on views off the 16-byte grid, and with contraction allowed.
 WITH_COUNTEREXAMPLES = ("sm_90", "gfx942")
@@ -169,7 +176,8 @@ def amd_facts(kernel: Any) -> dict[str, int]:
         "spills": len(re.findall(r"\bscratch_(?:load|store)", asm))
         + sum(int(count) for count in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", asm)),
         "flushes": len(re.findall(r"amdhsa_float_denorm_mode_(?:32|16_64) [012]", asm)),
-        "approximations": len(re.findall(r"\bv_(?:rcp|rsq|sqrt)_f32", asm)) - 2 * divisions,
+        # A reciprocal that begins no division. A root that is not refined shows in "contractions", which falls below 0.
+        "approximations": len(re.findall(r"\bv_rcp_f32", asm)) - divisions,
         # AMD has no exact division or square root: LLVM refines a first guess, in 5 fused steps for a quotient and
         # 2 for a root (5 from v_rsq, triton 3.6's choice).
         "contractions": fused - 5 * divisions - 2 * square_roots - 5 * inverse_roots,
@@ -189,7 +197,7 @@ def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool =
         found = nvidia_facts(compiled) if target.backend == "cuda" else amd_facts(compiled)
         facts.append({"kernel": kernel.fn.__name__, "block": constants.get("BLOCK", 0), **found})
 
-    for module in (adam, common, lion, loss_scale, reduce_scatter, scaled_copy):
+    for module in (adam, common, lion, loss_scale, reduce_scatter, scaled_copy, step_scalars):
         module.launch = warm_up  # type: ignore[attr-defined]
     run()
     return facts

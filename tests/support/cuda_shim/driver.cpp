@@ -12,6 +12,7 @@
 #include "math/adam.h"
 #include "math/lion.h"
 #include "math/reduce_scatter.h"
+#include "math/step_scalars.h"
 #include "math/unscale.h"
 
 using namespace pyzero;
@@ -420,6 +421,24 @@ void loss_scale() {
   }
 }
 
+void step_scalars() {
+  const double rows[2 * kStatsColumns] = {0.0, 9.0, 0.0, 0.0, 16.0, 0.0};
+  const double bad_rows[2 * kStatsColumns] = {0.0, 9.0, 0.0, 1.0, 16.0, 0.0};
+  for (const int64_t numel : {int64_t(0), int64_t(1), int64_t(255), int64_t(256), int64_t(257)}) {
+    for (const double* stats : {rows, bad_rows}) {
+      float out[4] = {};
+      std::vector<float> steps(static_cast<size_t>(numel), 3.0f);
+      const std::vector<float> used(static_cast<size_t>(numel), 1.0f);
+      const Scalar half{0.5, nullptr};
+      cuda::step_scalars({out, stats, 2, true, 1.0f, half, half, steps.data(), used.data(), numel}, nullptr);
+      const StepScalars want = pyzero::step_scalars(stats, 2, true, 1.0f, 0.5f, 0.5f);
+      require(std::memcmp(out, &want, sizeof(want)) == 0, "step_scalars", "scalars", numel);
+      const std::vector<float> counted(static_cast<size_t>(numel), stats == rows ? 4.0f : 3.0f);
+      require(steps == counted, "step_scalars", "steps", numel);
+    }
+  }
+}
+
 }  // namespace
 
 // The named op, or all.
@@ -435,6 +454,7 @@ int main(int argc, char** argv) {
   run("pack", pack);
   run("reduce_scatter", reduce_scatter);
   run("loss_scale", loss_scale);
+  run("step_scalars", step_scalars);
   if (num_wrong > 0) return 1;
   std::puts("the kernels agree with plain loops");
 }

@@ -1,0 +1,66 @@
+"""step_scalars_: what every element of a step shares, and the step counts, in one launch."""
+
+from torch import Tensor
+from torch import float64 as _float64
+
+from pyzero.ops import registry
+from pyzero.ops.backend import Scalar, StepScalarsArgs
+from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_device, check_dtype, check_flat
+
+STATS_COLUMNS = 3  # overflow flag, sum of squares, code of the first bad parameter
+NUM_SCALARS = 4
+
+
+def step_scalars_(
+    out: Tensor,
+    rows: Tensor,
+    *,
+    steps: Tensor,
+    used: Tensor,
+    max_norm: float | None = None,
+    unscale: Scalar = 1.0,
+    factor: Scalar = 1.0,
+    backend: str = "auto",
+) -> None:
+    """Write `out`, and count the step of the parameters that have a gradient, with no host read.
+
+    `out` is: overflow flag; gradient norm, `sqrt(sum of squares) * unscale * factor`; clip coefficient,
+    `min(1, max_norm / (norm + 1e-6))` as torch.nn.utils.clip_grad_norm_ has it, or 1; and what gradients are to be
+    multiplied by, `clip * factor * unscale`. Every backend gives the same bits.
+
+    Args:
+        out: (4,) fp32.
+        rows: (n, 3) fp64, n >= 1: overflow flag (0 is none), sum of squares, and a column that is not read.
+        steps: (num_params,) fp32; `used` is added, unless a flag is set.
+        used: (num_params,) fp32, 1 for a parameter with a gradient, else 0.
+        max_norm: Clip to this norm; None: do not.
+        unscale: 1 / loss scale, a number or a 0-D tensor on the same device; multiplies the norm in fp64.
+        factor: Another factor of the gradients, in fp32.
+        backend: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        TypeError: A dtype that is not one of the above.
+        ValueError: Shapes or devices that do not fit.
+        BackendUnavailableError: The backend asked for cannot run here.
+    """
+    device = rows.device
+    check_dtype("rows", rows, (_float64,), "make it with dtype=torch.float64")
+    if rows.dim() != 2 or rows.shape[1] != STATS_COLUMNS or not len(rows) or not rows.is_contiguous():
+        raise ValueError(
+            f"expected contiguous rows of shape (n, {STATS_COLUMNS}), got shape {tuple(rows.shape)} with strides "
+            f"{rows.stride()}; stack one row per rank"
+        )
+    for name, tensor, numel in (("out", out, NUM_SCALARS), ("steps", steps, None), ("used", used, steps.numel())):
+        check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
+        check_flat(name, tensor, numel=numel)
+        check_device(name, tensor, device)
+    args = StepScalarsArgs(
+        out=out,
+        rows=rows,
+        max_norm=None if max_norm is None else float(max_norm),
+        unscale=as_scalar("unscale", unscale, device),
+        factor=as_scalar("factor", factor, device),
+        steps=steps,
+        used=used,
+    )
+    registry.pick("step_scalars_", backend, device).step_scalars_(args)

@@ -1,0 +1,312 @@
+"""A checkpoint on disk: which files, how they are checked, and how one takes the place of another.
+
+    DIRECTORY/latest              the name of the last complete checkpoint, one line
+    DIRECTORY/step_1000/
+        index.json                every tensor: dtype, shape, and where its boxes lie, with a CRC-32 each
+        __0_0.distcp, ...         the boxes, as torch.distributed.checkpoint writes them, a file per rank
+        .metadata                 torch's own index, for dcp.load(); never read here, for it is a pickle
+        common.pt                 parameter groups, loss scale, step
+        rank_00000.pt, ...        what each rank handed in beside them
+
+A folder is written under another name, with every file and folder flushed, and renamed when it is complete; `latest`
+moves after that. So a crash at any moment leaves the checkpoint before. No file here is unpickled: index.json is data,
+and tensors and .pt files go through torch.load(weights_only=True), after their CRC-32 was found right.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+INDEX, LATEST, COMMON = "index.json", "latest", "common.pt"
+FORMAT = 1
+_UNFINISHED = ".unfinished_"
+_FOLDER = re.compile(r"step_\d+(\.\d+)?")
+_FILE = re.compile(r"[\w.]+")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. The one before it, and what was to be loaded into, are untouched."""
+
+
+def rank_file(rank: int) -> str:
+    """Of what a rank handed in."""
+    return f"rank_{rank:05d}.pt"
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class ChecksummedStream:
+    """A binary stream that takes the CRC-32 of what is written between two calls of tell(): the items of a checkpoint.
+
+    Args:
+        raw: Where it goes.
+        crcs: By offset of the item in the file: (length, CRC-32), filled.
+        progress: Is told numbers of bytes.
+    """
+
+    def __init__(self, raw: BinaryIO, crcs: dict[int, tuple[int, int]], progress: Callable[[int], object]) -> None:
+        self._raw = raw
+        self._crcs = crcs
+        self._progress = progress
+        self._begin = self._crc = self._length = 0
+
+    def write(self, data: Any) -> int:
+        """As a file's."""
+        self._crc = zlib.crc32(data, self._crc)
+        num_bytes = memoryview(data).nbytes
+        self._length += num_bytes
+        self._raw.write(data)
+        self._progress(num_bytes)
+        return num_bytes
+
+    def tell(self) -> int:
+        """As a file's; an item ends here, and the next begins."""
+        if self._length:
+            self._crcs[self._begin] = (self._length, self._crc)
+        self._begin, self._crc, self._length = self._begin + self._length, 0, 0
+        return self._begin
+
+    def flush(self) -> None:
+        """As a file's."""
+        self._raw.flush()
+
+    def fileno(self) -> int:
+        """As a file's: for fsync."""
+        self._raw.flush()
+        return self._raw.fileno()
+
+    def close(self) -> None:
+        """Nothing: whoever opened the file closes it."""
+
+
+def sum_of(content: bytes) -> tuple[int, int]:
+    """Its length and its CRC-32."""
+    return len(content), zlib.crc32(content)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write and flush a new file."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_bytes(value: Any, what: str) -> bytes:
+    """Pickled by torch.save, and sure to be read by torch.load(weights_only=True).
+
+    Raises:
+        TypeError: It holds objects that only running code would bring back.
+    """
+    file = io.BytesIO()
+    torch.save(value, file)
+    try:
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except Exception as error:  # of pickle and of torch, many kinds
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
+        raise TypeError(
+            f"expected tensors, numbers, strings, None, and lists, tuples and dicts of them in {what}, got more: "
+            f"{reason.strip()}; pass plain data, as state_dict() of a scheduler gives"
+        ) from error
+    return file.getvalue()
+
+
+def begin(directory: Path, step: int) -> Path:
+    """An empty folder to write step `step` into, under a name that no reader looks at."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f"{_UNFINISHED}*"):  # a save, or a removal, that was killed
+        shutil.rmtree(left)
+    names, number = {path.name for path in directory.iterdir()}, 0
+    name = f"step_{step}"
+    while name in names:  # it stays until this one is complete
+        number += 1
+        name = f"step_{step}.{number}"
+    folder = directory / f"{_UNFINISHED}{name}"
+    folder.mkdir()
+    return folder
+
+
+def name_of(folder: Path) -> str:
+    """That an unfinished folder will have."""
+    return folder.name.removeprefix(_UNFINISHED)
+
+
+def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
+    """The folder is complete: write its index, give it its name, and make it the latest. Returns it.
+
+    keep: How many to leave, the newest; None: all but those of the same step.
+    """
+    directory, name = folder.parent, name_of(folder)
+    body = json.dumps(index)
+    write_file(folder / INDEX, json.dumps({"crc32": zlib.crc32(body.encode()), "index": body}).encode())
+    flush_folder(folder)
+    complete = directory / name
+    folder.rename(complete)
+    flush_folder(directory)
+    pointer = directory / f".{LATEST}"
+    write_file(pointer, f"{name}\n".encode())
+    pointer.replace(directory / LATEST)
+    flush_folder(directory)
+    same = [path for path in _complete(directory) if path != complete and path.name.split(".")[0] == name.split(".")[0]]
+    older = [path for path in _complete(directory) if path != complete and path not in same]
+    for old in same + ([] if keep is None else older[: max(len(older) - (keep - 1), 0)]):
+        remove(old)
+    return complete
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint away: its name first, so that what a crash leaves of it is not taken for one."""
+    doomed = folder.parent / f"{_UNFINISHED}{folder.name}"
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _complete(directory: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first."""
+    found = [p for p in directory.iterdir() if _FOLDER.fullmatch(p.name) and (p / INDEX).is_file()]
+    return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, path.name))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def find(directory: Path) -> Path | None:
+    """The folder of the latest checkpoint in a directory, or the directory itself where it is one; None without any.
+
+    Raises:
+        CheckpointError: `latest` is damaged, or what it names is gone.
+    """
+    if (directory / INDEX).is_file():
+        return directory
+    if not (directory / LATEST).is_file():
+        return None
+    name = (directory / LATEST).read_text(errors="replace").strip()
+    others = [path.name for path in _complete(directory)]
+    if not _FOLDER.fullmatch(name) or name not in others:
+        raise CheckpointError(
+            f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "
+            f"its path: {', '.join(others) or 'there is none'}"
+        )
+    return directory / name
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Of a checkpoint, checked: its own CRC-32, names that stay in the folder, tensors without gaps, sizes of files.
+
+    Raises:
+        CheckpointError: It is damaged, or of another format.
+    """
+    path = folder / INDEX
+    try:
+        outer = json.loads(path.read_bytes())
+        body = outer["index"]
+        if zlib.crc32(body.encode()) != outer["crc32"]:
+            raise ValueError("its CRC-32 is another")
+        index: dict[str, Any] = json.loads(body)
+        if index["format"] != FORMAT:
+            raise ValueError(f"it has format {index['format']}, expected {FORMAT}; update pyzero")
+        names = [*index["files"], *(box[2] for tensor in index["tensors"].values() for box in tensor["boxes"])]
+        for name in names:
+            _inside(name)
+        for name, tensor in index["tensors"].items():
+            if not isinstance(getattr(torch, tensor["dtype"]), torch.dtype):
+                raise ValueError(f"{name} has dtype {tensor['dtype']!r}")
+            _check_boxes(name, tensor["shape"], [(box[0], box[1]) for box in tensor["boxes"]])
+        sizes = {_inside(name): int(size) for name, size in index["sizes"].items()}
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; {_remedy(folder)}") from error
+    for name, size in sizes.items():
+        with reading(folder, name) as file:
+            if (got := os.fstat(file.fileno()).st_size) != size:
+                raise CheckpointError(f"{folder / name} is cut: expected {size} bytes, got {got}; {_remedy(folder)}")
+    return index
+
+
+def _inside(name: str) -> str:
+    """A file's name, which must not lead out of the folder."""
+    if not _FILE.fullmatch(name) or name.startswith(".."):
+        raise ValueError(f"it names {name!r}, which is no file beside it")
+    return name
+
+
+def _check_boxes(name: str, shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> None:
+    """As many elements as the tensor has, all inside it."""
+    count = 0
+    for offsets, sizes in boxes:
+        inside = all(
+            0 <= low and 0 <= size and low + size <= most for low, size, most in zip(offsets, sizes, shape, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"{name} has a box outside of its shape {shape}")
+        count += torch.Size(sizes).numel()
+    if count != torch.Size(shape).numel():
+        raise ValueError(f"{name} has {count} elements, expected {torch.Size(shape).numel()}")
+
+
+@contextmanager
+def reading(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a file of a checkpoint; failures name it.
+
+    Raises:
+        CheckpointError: It is missing or cannot be read.
+    """
+    try:
+        with open(folder / name, "rb") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}; {_remedy(folder)}") from error
+
+
+def read_checked(file: BinaryIO, folder: Path, name: str, length: int, crc: int) -> Any:
+    """What torch.save has written to the next `length` bytes.
+
+    Raises:
+        CheckpointError: The file is cut, or its bytes are not what was written.
+    """
+    content = file.read(length)
+    if len(content) != length:
+        raise CheckpointError(f"{folder / name} is cut: expected {length} bytes, got {len(content)}; {_remedy(folder)}")
+    if zlib.crc32(content) != crc:
+        raise CheckpointError(f"{folder / name} is damaged: its CRC-32 is not what was written; {_remedy(folder)}")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"{folder / name} holds more than tensors and plain data, which may run code, and is not loaded: {reason}"
+        ) from error
+
+
+def load_file(folder: Path, name: str, index: dict[str, Any]) -> Any:
+    """A whole .pt file."""
+    length, crc = index["files"][name]
+    with reading(folder, name) as file:
+        return read_checked(file, folder, name, length, crc)
+
+
+def _remedy(folder: Path) -> str:
+    """What to type."""
+    others = [path.name for path in _complete(folder.parent) if path != folder] if folder.parent.is_dir() else []
+    return f"load another by its path: {', '.join(others)}" if others else "there is no other checkpoint beside it"

@@ -1,0 +1,150 @@
+"""How torch.distributed.checkpoint writes and reads the files of pyzero/checkpoint_files.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.futures import Future
+
+from pyzero.checkpoint_files import CheckpointError, ChecksummedStream, read_checked, reading
+
+Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
+
+
+class _ChecksummedFiles(FileSystem):
+    def __init__(self, crcs: Crcs, progress: Callable[[int], object]) -> None:
+        self._crcs = crcs
+        self._progress = progress
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as raw:
+            if mode != "wb":
+                yield raw
+                return
+            found: dict[int, tuple[int, int]] = {}
+            stream = ChecksummedStream(raw, found, self._progress)  # type: ignore[arg-type]
+            yield stream
+            stream.tell()
+            self._crcs.update({(Path(path).name, offset): row for offset, row in found.items()})
+
+
+class ChecksummedWriter(FileSystemWriter):
+    """torch's own writer, flushing each file, that also takes the CRC-32 of each item.
+
+    Args:
+        folder: Where.
+        crcs: Of this rank's items, filled.
+        progress: Is told numbers of bytes.
+    """
+
+    def __init__(self, folder: Path, crcs: Crcs, progress: Callable[[int], object]) -> None:
+        super().__init__(folder, sync_files=True)
+        self.fs = _ChecksummedFiles(crcs, progress)
+
+
+class IndexedReader(FileSystemReader):
+    """Reads by index.json instead of torch's pickled index, and checks every item before it is used.
+
+    Args:
+        folder: Of the checkpoint.
+        index: Of it, as read_index() gives.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the planner needs to know of the tensors."""
+        tensors: dict[str, Any] = {}
+        places = {}
+        for name, tensor in self._index["tensors"].items():
+            chunks = []
+            for offsets, sizes, *place in tensor["boxes"]:
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                places[MetadataIndex(name, offsets)] = place
+            properties = TensorProperties(dtype=getattr(torch, tensor["dtype"]))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor["shape"]), chunks)
+        return Metadata(tensors, storage_data=places)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Each item once, in the order in which they lie in the files."""
+        by_place: dict[tuple[str, int, int, int], list[ReadItem]] = {}
+        for item in plan.items:
+            by_place.setdefault(tuple(self.storage_data[item.storage_index]), []).append(item)
+        by_file: dict[str, list[tuple[int, int, int]]] = {}
+        for name, *where in sorted(by_place):
+            by_file.setdefault(name, []).append(tuple(where))  # type: ignore[arg-type]
+        for name, places in by_file.items():
+            with reading(self._folder, name) as file:
+                for offset, length, crc in places:
+                    file.seek(offset)
+                    box = read_checked(file, self._folder, name, length, crc)
+                    for item in by_place[name, offset, length, crc]:
+                        part = narrow_tensor_by_index(box, item.storage_offsets, item.lengths)
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(part)
+                        planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress: Callable[[int], object]) -> Metadata:
+    """Write every rank's part of a state dict; returns torch's metadata.
+
+    Args:
+        state: Of values as get_state_dict() gives.
+        folder: Where.
+        group: The process group of the ranks; None: alone.
+        crcs: See ChecksummedWriter.
+        progress: See ChecksummedWriter.
+    """
+    with _as_ours():
+        writer = ChecksummedWriter(folder, crcs, progress)
+        found: Metadata = save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+    return found
+
+
+def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
+    """Fill this rank's tensors from a checkpoint; no rank needs another for it.
+
+    Raises:
+        CheckpointError: A file is missing, cut or damaged.
+    """
+    with _as_ours():
+        load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
+
+
+@contextmanager
+def _as_ours() -> Iterator[None]:
+    """Without torch's warning of a rank alone, and with its failures as CheckpointError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:  # no Exception: nobody else would catch it
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause

@@ -1,0 +1,297 @@
+"""Reading DeepSpeed's ZeRO-1 and ZeRO-2 checkpoint folders: without DeepSpeed, and running nothing from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyzero import deepspeed_files as files
+
+_T = TypeVar("_T")
+
+
+# What DeepSpeed's engine writes beside the caller's client_state.
+_ENGINE_KEYS = frozenset(
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
+)
+_HYPER = {"lr": float, "betas": tuple, "eps": float, "weight_decay": float, "maximize": bool, "initial_lr": float}
+_SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class LossScaleState:
+    """DeepSpeed's loss scaler as it was saved; a fixed scale where `growth_interval` is None."""
+
+    scale: float
+    growth_interval: int | None = None  # its scale_window
+    growth_factor: float = 2.0
+    min_scale: float = 1.0
+    hysteresis: int = 1  # its delayed_shift
+    hysteresis_left: int = 1
+    consecutive_hysteresis: bool = False
+    num_clean_steps: int = 0  # since the last overflow, or since the start
+
+    @property
+    def growth_tracker(self) -> int:
+        """The tracker of `pyzero.ops.loss_scale_update_` with growth_delay=1: -1 until there is a clean step."""
+        if self.growth_interval is None:
+            return 0
+        return (self.num_clean_steps - 1) % self.growth_interval if self.num_clean_steps else -1
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """A parameter group of DeepSpeed's optimizer."""
+
+    names: list[str]
+    hyper: dict[str, Any]  # lr, betas, eps, weight_decay, ...: what the file has of them
+    decoupled_weight_decay: bool | None  # None: the file does not say
+
+
+@dataclass(frozen=True)
+class DeepSpeedCheckpoint:
+    """A checkpoint folder, its partitions put together."""
+
+    version: str  # of DeepSpeed
+    num_ranks: int
+    params: dict[str, dict[str, Tensor]]  # trained: "master", "exp_avg", "exp_avg_sq" in fp32, and "step" (0-D)
+    module: dict[str, Tensor]  # the module's state_dict: weights, frozen ones and buffers too
+    shared: dict[str, str]  # a tied parameter's further names, and the name in `params`
+    groups: list[ParamGroup]
+    loss_scale: LossScaleState
+    global_steps: int  # skipped ones too
+    skipped_steps: int
+    lr_scheduler: dict[str, Any] | None
+    client_state: dict[str, Any]
+
+
+def read(directory: str | Path, tag: str | None = None) -> DeepSpeedCheckpoint:
+    """Read what DeepSpeed's `engine.save_checkpoint(directory, tag)` wrote in stage 1 or 2, on any number of ranks.
+
+    The files are unpickled by torch's restricted unpickler: tensors, plain data, and for DeepSpeed's four classes in
+    them objects that run nothing. Tensors that need no conversion are mapped from the files, which must stay until
+    they have been copied.
+
+    Args:
+        directory: The folder with `latest`, or with the folders of the tags.
+        tag: Which checkpoint; default: the one that `latest` names.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a file of it is missing.
+        ValueError: A damaged file, one that asks for anything else to be unpickled, or a checkpoint of another kind.
+    """
+    folder = files.folder(Path(directory), tag)
+    model = files.load(files.model_file(folder))
+    ranks = [files.load(path) for path in files.optimizer_files(folder)]
+    try:
+        return _assemble(model, [_item(rank, "optimizer_state_dict", dict, folder) for rank in ranks], folder)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected the files of {folder} as DeepSpeed 0.7 or newer writes them in ZeRO stage 1 or 2, got others "
+            f"({type(error).__name__}: {error}); convert them with DeepSpeed's own tools"
+        ) from error
+
+
+def _assemble(model: dict[str, Any], states: list[dict[str, Any]], folder: Path) -> DeepSpeedCheckpoint:
+    _check_kind(states, folder)
+    shapes = _item(model, "param_shapes", list, folder)
+    config = model.get("ds_config")
+    return DeepSpeedCheckpoint(
+        version=str(states[0].get("ds_version", "unknown")),
+        num_ranks=len(states),
+        params=dict(_params(states, shapes, folder)),
+        module={n: value for n, value in _item(model, "module", dict, folder).items() if isinstance(value, Tensor)},
+        shared=dict(model.get("shared_params") or {}),
+        groups=_groups(states[0], shapes, config if isinstance(config, dict) else {}),
+        loss_scale=_loss_scale(states[0].get("loss_scaler")),
+        global_steps=_item(model, "global_steps", int, folder),
+        skipped_steps=_item(model, "skipped_steps", int, folder),
+        lr_scheduler=model.get("lr_scheduler"),
+        client_state={key: value for key, value in model.items() if key not in _ENGINE_KEYS},
+    )
+
+
+def as_state_dict(
+    checkpoint: DeepSpeedCheckpoint, optimizer: Any, named_params: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The checkpoint as `optimizer.load_state_dict` takes it, in the layout of `full_state_dict()`.
+
+    The optimizer's groups may be cut otherwise than DeepSpeed's, but the parameters of one group must have had the same
+    hyper-parameters.
+
+    Args:
+        checkpoint: Of `read`.
+        optimizer: A FusedZeroAdam or FusedZeroAdamW.
+        named_params: `dict(model.named_parameters())`, of the names that the model had under DeepSpeed.
+
+    Raises:
+        ValueError: Parameters or groups that do not fit.
+    """
+    names = {param: name for name, param in named_params.items()}
+    members = [[names.get(param, "?") for param in group["params"]] for group in optimizer.param_groups]
+    trained = {
+        name
+        for group, of_group in zip(optimizer.param_groups, members, strict=True)
+        for param, name in zip(group["params"], of_group, strict=True)
+        if param.requires_grad and param.numel()
+    }
+    if trained != checkpoint.params.keys():
+        missing, unexpected = sorted(trained - checkpoint.params.keys()), sorted(checkpoint.params.keys() - trained)
+        raise ValueError(
+            f"expected the parameters that DeepSpeed trained, got {missing}, which are not in the checkpoint, and lack "
+            f"{unexpected}; pass dict(model.named_parameters()) of the same model, with the same ones frozen"
+        )
+    state, groups, first = {}, [], 0
+    for group, of_group in zip(optimizer.param_groups, members, strict=True):
+        places = range(first, first + len(of_group))
+        state.update({i: checkpoint.params[n] for i, n in zip(places, of_group, strict=True) if n in checkpoint.params})
+        groups.append({**_hyper_of(checkpoint, of_group, group), "params": list(places)})
+        first += len(of_group)
+    return {"state": state, "param_groups": groups, "scaler": scaler_state(checkpoint)}
+
+
+def _hyper_of(checkpoint: DeepSpeedCheckpoint, names: Sequence[str], group: Mapping[str, Any]) -> dict[str, Any]:
+    """What the parameters of one of our groups had in DeepSpeed's."""
+    found = [theirs for theirs in checkpoint.groups if set(theirs.names) & set(names)]
+    if not found:
+        return {}
+    if any(theirs.hyper != found[0].hyper for theirs in found):
+        raise ValueError(
+            f"expected the parameters of a group to share their hyper-parameters, got {[t.hyper for t in found]}; "
+            f"build the optimizer with DeepSpeed's groups"
+        )
+    wants, has = found[0].decoupled_weight_decay, group.get("decoupled_weight_decay")
+    if wants not in (None, has) and found[0].hyper.get("weight_decay"):
+        raise ValueError(
+            f"expected decoupled_weight_decay={wants}, as DeepSpeed had it, got {has}; build a "
+            f"{'FusedZeroAdamW' if wants else 'FusedZeroAdam'}"
+        )
+    return found[0].hyper
+
+
+def scaler_state(checkpoint: DeepSpeedCheckpoint) -> Tensor:
+    """The (5,) fp32 state of our loss scale. Of the skips in a row the files say no more than whether there is one."""
+    scale = checkpoint.loss_scale
+    in_a_row = scale.growth_interval is not None and checkpoint.skipped_steps > 0 and scale.num_clean_steps == 0
+    counts = [scale.growth_tracker, scale.hysteresis_left, checkpoint.skipped_steps, int(in_a_row)]
+    return torch.tensor([scale.scale, *counts], dtype=torch.float32)
+
+
+def _item(container: Mapping[str, Any], key: str, kind: type[_T], folder: Path) -> _T:
+    value = container.get(key)
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"expected {key} as a {kind.__name__} in the files of {folder}, got {type(value).__name__}; pass a ZeRO-1 "
+            f"or ZeRO-2 checkpoint of DeepSpeed 0.7 or newer"
+        )
+    return value
+
+
+def _check_kind(states: Sequence[dict[str, Any]], folder: Path) -> None:
+    for rank, state in enumerate(states):
+        stage, counts = state.get("zero_stage", 1), state.get("partition_count")  # BF16_Optimizer's has no stage
+        if stage not in (1, 2):
+            raise ValueError(f"expected ZeRO stage 1 or 2 in {folder}, got {stage}; convert it with DeepSpeed's tools")
+        counts = counts if isinstance(counts, list) else [counts]
+        if any(count != len(states) for count in counts):
+            raise ValueError(
+                f"expected the files of {counts} ranks in {folder}, as that of rank {rank} says, got {len(states)}; "
+                f"copy the files of all ranks, of one run, without any of an earlier one"
+            )
+
+
+def _params(
+    states: Sequence[dict[str, Any]], shapes: Sequence[Any], folder: Path
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each trained parameter's state, put together from the ranks' fragments."""
+    for index, shapes_of_group in enumerate(shapes):
+        flats = [_flat_state(state, index, folder) for state in states]
+        mappings = [_item(state, "param_slice_mappings", list, folder)[index] for state in states]
+        for name, shape in shapes_of_group.items():
+            fragments = [
+                (flat, vars(mapping[name])) for flat, mapping in zip(flats, mappings, strict=True) if name in mapping
+            ]
+            values: dict[str, Tensor] = {}
+            for slot in ("master", *_SLOTS):
+                parts = [flat[slot][at["start"] : at["start"] + at["numel"]] for flat, at in fragments]
+                values[slot] = _whole(name, slot, parts, torch.Size(shape), folder)
+            yield name, {**values, "step": flats[0]["step"]}
+
+
+def _whole(name: str, slot: str, parts: list[Tensor], shape: torch.Size, folder: Path) -> Tensor:
+    got = sum(part.numel() for part in parts)
+    if got != shape.numel():
+        raise ValueError(
+            f"expected {shape.numel()} values of {slot} of {name} in {folder}, got {got}; copy the files of all ranks, "
+            f"of one run"
+        )
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return flat.detach().float().reshape(shape)
+
+
+def _flat_state(state: dict[str, Any], index: int, folder: Path) -> dict[str, Tensor]:
+    """One rank's flat partition of one group. A parameter lies in it at the same place in each slot."""
+    master = _item(state, "single_partition_of_fp32_groups", list, folder)[index]
+    base = state.get("base_optimizer_state")
+    if isinstance(base, list):  # "elastic": by group, without padding
+        saved = base[index]
+        step = saved.get("step", state.get("base_optimizer_state_step", 0))
+    else:
+        base = _item(state, "base_optimizer_state", dict, folder)
+        group = base["param_groups"][index]
+        saved = base["state"].get(group["params"][0], {})
+        step = saved.get("step", group.get("step", 0))
+    if saved and not all(isinstance(saved.get(slot), Tensor) for slot in _SLOTS):
+        raise ValueError(
+            f"expected Adam's exp_avg and exp_avg_sq in {folder}, got {sorted(map(str, saved))}; the state of other "
+            f"optimizers cannot be taken over"
+        )
+    moments = {slot: saved[slot] if saved else torch.zeros_like(master) for slot in _SLOTS}  # no step taken yet: none
+    return {"master": master, **moments, "step": torch.tensor(float(step))}
+
+
+def _groups(state: dict[str, Any], shapes: Sequence[Any], config: dict[str, Any]) -> list[ParamGroup]:
+    base = state["base_optimizer_state"]
+    saved = base["param_groups"] if isinstance(base, dict) else [{} for _ in shapes]
+    decoupled = _decoupled(config.get("optimizer"))
+    return [
+        ParamGroup(
+            names=list(shapes_of_group),
+            hyper={key: kind(group[key]) for key, kind in _HYPER.items() if key in group},
+            decoupled_weight_decay=group.get("decoupled_weight_decay", decoupled),
+        )
+        for shapes_of_group, group in zip(shapes, saved, strict=True)
+    ]
+
+
+def _decoupled(optimizer: Any) -> bool | None:
+    """DeepSpeed's FusedAdam and CPUAdam are AdamW unless told otherwise, also as "Adam"; their state does not say."""
+    if not isinstance(optimizer, dict) or str(optimizer.get("type", "")).lower() not in ("adam", "adamw"):
+        return None
+    is_adamw = str(optimizer["type"]).lower() == "adamw"
+    return is_adamw or bool((optimizer.get("params") or {}).get("adam_w_mode", True))
+
+
+def _loss_scale(scaler: Any) -> LossScaleState:
+    if scaler is None:  # BF16_Optimizer
+        return LossScaleState(1.0)
+    saved = vars(scaler)
+    if not saved.get("dynamic"):
+        return LossScaleState(float(saved["cur_scale"]))
+    return LossScaleState(
+        scale=float(saved["cur_scale"]),
+        growth_interval=int(saved["scale_window"]),
+        growth_factor=float(saved["scale_factor"]),
+        min_scale=float(saved["min_scale"]),
+        hysteresis=int(saved["delayed_shift"]),
+        hysteresis_left=int(saved["cur_hysteresis"]),
+        consecutive_hysteresis=bool(saved["consecutive_hysteresis"]),
+        num_clean_steps=int(saved["cur_iter"]) - int(saved["last_overflow_iter"]) - 1,
+    )

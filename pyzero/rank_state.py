@@ -1,0 +1,216 @@
+"""State dicts: this rank's state, for as many ranks; whole state, ours or a torch optimizer's, for any number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyzero.buckets import MASTER, STEP, Bucket
+from pyzero.comm import Group
+from pyzero.gather import gather_parts, part_lengths
+from pyzero.layout import BucketLayout, lay_out
+from pyzero.placement import Placement
+
+ZERO, SCALER = "zero", "scaler"  # in the first group, for torch.distributed.checkpoint's helpers pass on no more
+
+
+def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
+    """Whose a state dict is, and where its fragments are cut: one string, which nobody takes apart on the way."""
+    return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
+
+
+def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
+    """Have a torch state dict hold tensors of the parameters' shapes; sharded ones over several ranks."""
+    origin = state_dict["param_groups"][0][ZERO]
+    places = {param: (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
+    for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for param, number in zip(live["params"], packed["params"], strict=True):
+            if param in places:
+                values = state_dict["state"][number].items()
+                state_dict["state"][number] = {n: _shaped(n, v, *places[param], group, origin) for n, v in values}
+    for bucket in buckets:
+        bucket.masters_were_exported()
+
+
+def _shaped(name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str) -> Tensor:
+    """This rank's part of a parameter's state as a part of the whole tensor; the same memory."""
+    if name == STEP:
+        return local
+    shape = bucket.whole_shape(name, position)
+    if group.size == 1 or not shape.numel():
+        return local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
+    from pyzero.sharded_state import Fragment, ShardedState  # half a second
+
+    lengths = part_lengths(group.size, bucket, position, bucket.elements_per_value(name))
+    low = sum(lengths[: group.rank])
+    gather = partial(gather_parts, group, lengths=lengths)
+    stride = bucket.whole_stride(name, position)
+    fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather)
+    return ShardedState.wrap(local, fragment, group.mesh(local.device.type))
+
+
+@dataclass
+class SavedParam:
+    """What a state dict holds of one parameter: of each value the whole, or this rank's part."""
+
+    param: Tensor
+    whole: dict[str, Any] = field(default_factory=dict)  # the step too
+    parts: dict[str, Tensor] = field(default_factory=dict)  # flat
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a value."""
+        return name in self.whole or name in self.parts
+
+
+@dataclass
+class RankState:
+    """A state dict that has been found to fit."""
+
+    layouts: list[BucketLayout] | None  # that its parts are of; None: whole tensors
+    has_learned: bool  # the buckets are in the order of arrival
+    is_ours: bool
+    params: list[SavedParam]
+    groups: list[dict[str, Any]]
+    scaler: Tensor | None
+
+    @staticmethod
+    def parse(
+        optimizer: Optimizer, state_dict: dict[str, Any], placement: Placement, rank: int, num_ranks: int
+    ) -> RankState:
+        """Hold a state dict against the optimizer, and change nothing.
+
+        Raises:
+            ValueError: It does not fit.
+        """
+        groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+        wanted_sizes = [len(group["params"]) for group in groups]
+        sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != wanted_sizes:
+            raise ValueError(
+                f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
+            )
+        ids = [i for group in saved_groups for i in group["params"]]
+        params = [param for group in groups for param in group["params"]]
+        numbers = {param: number for number, param in enumerate(placement.params)}
+        origin: str | None = saved_groups[0].get(ZERO)
+        found, places, lengths = [], [], {}
+        for place, (i, param) in enumerate(zip(ids, params, strict=True)):
+            if param in numbers:
+                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), placement.shapes_of(param))
+                origin = its_origin or origin
+                found.append(saved)
+                places.append(place)
+        layouts = None
+        described = {} if origin is None else json.loads(origin)
+        if described and any(saved.parts for saved in found):
+            layouts = _layouts(described, placement, rank, num_ranks)
+            lengths = _lengths(layouts, rank)
+        for place, saved in zip(places, found, strict=True):
+            _check(saved, placement, lengths.get(numbers[saved.param]), place)
+        has_learned = bool(layouts and described["has_learned"])
+        scaler = saved_groups[0].get(SCALER)
+        return RankState(layouts, has_learned, ZERO in saved_groups[0], found, saved_groups, scaler)
+
+    def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
+        """Of a state dict that a checkpoint was read into, but none of its masters: they shall follow the weights.
+
+        The values are the optimizer's own memory then, in which nothing was written.
+        """
+        buckets_of = {param: bucket for bucket in buckets for param in bucket.params}
+        for saved in self.params:
+            view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
+            if MASTER in values and values[MASTER].data_ptr() == view.data_ptr() and view.numel():
+                if not buckets_of[saved.param].masters_were_written():
+                    saved.whole.pop(MASTER, None)
+                    saved.parts.pop(MASTER, None)
+
+    def copy_into(self, optimizer: Any) -> None:
+        """Into the optimizer's state and groups, whose layout is that of the saved one by now."""
+        for saved in self.params:
+            views = optimizer.state[saved.param]
+            for name, part in saved.parts.items():
+                views[name].copy_(part)
+            if saved.whole:
+                whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in saved.whole.items()}
+                optimizer.set_full_state(saved.param, {name: whole[name] for name in views if name in whole})
+            elif not saved.parts:
+                for name, view in views.items():
+                    if name != MASTER:
+                        view.zero_()
+        for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
+            for key, value in saved_group.items():
+                if key not in ("params", ZERO, SCALER) and (key != "decoupled_weight_decay" or self.is_ours):
+                    group[key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) -> tuple[SavedParam, Any]:
+    """Tell parts from whole tensors; returns whose parts they are where they know."""
+    saved, origin = SavedParam(param), None
+    for name, value in values.items():
+        fragment = getattr(value, "fragment", None)
+        if fragment is not None:
+            saved.parts[name], origin = value._local_tensor, fragment.origin
+        elif name in shapes and torch.is_tensor(value) and value.shape != shapes[name]:
+            saved.parts[name] = value
+        else:
+            saved.whole[name] = value
+    return saved, origin
+
+
+def _layouts(origin: dict[str, Any], placement: Placement, rank: int, num_ranks: int) -> list[BucketLayout]:
+    """Of the buckets that a rank's parts were cut from."""
+    if (origin["rank"], origin["num_ranks"]) != (rank, num_ranks):
+        raise ValueError(
+            f"expected the state of rank {rank} of {num_ranks}, got that of rank {origin['rank']} of "
+            f"{origin['num_ranks']}; have every rank save state_dict() to a file of its own, and load that one "
+            f"on as many ranks, or use pyzero.save_checkpoint(), which loads on any number"
+        )
+    buckets, specs = origin["buckets"], placement.specs
+    found = [number for bucket in buckets for number in bucket]
+    if sorted(found) != list(range(len(specs))):
+        raise ValueError(
+            f"expected the state of {len(specs)} trained parameters, got that of {len(found)}; freeze the same ones as "
+            f"when it was saved"
+        )
+    mixed = [bucket for bucket in buckets if len({specs[number].key for number in bucket}) != 1]
+    if mixed:
+        raise ValueError(
+            "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
+            "optimizer is built"
+        )
+    return [lay_out([specs[number] for number in bucket], num_ranks, placement.rule.cut) for bucket in buckets]
+
+
+def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
+    bounds = {slot.index: layout.overlap(slot, rank) for layout in layouts for slot in layout.slots}
+    return {index: high - low for index, (low, high) in bounds.items()}
+
+
+def _check(saved: SavedParam, placement: Placement, length: int | None, place: int) -> None:
+    """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
+    if not saved.whole and not saved.parts:
+        return  # never updated, as in a torch optimizer
+    shapes = placement.shapes_of(saved.param)
+    for slot in placement.rule.slots:
+        if not saved.has(slot.name):
+            raise ValueError(
+                f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
+            )
+    per_value = {slot.name: slot.elements_per_value for slot in placement.rule.slots}
+    for name, part in saved.parts.items():
+        wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
+        if tuple(part.shape) != (wanted,):
+            also = "" if wanted is None else f", or ({wanted},) of this rank"
+            raise ValueError(
+                f"expected {name} of parameter {place} with shape {tuple(shapes.get(name, ()))}{also}, got "
+                f"{tuple(part.shape)}; load a state of the same parameters"
+            )
+    if not saved.has(STEP):
+        raise ValueError(f"expected a step count of parameter {place}, got none; load a whole state dict")

@@ -1,0 +1,38 @@
+"""Rows of statistics of gradients: one per run of a bucket, or one in all; sent to other ranks as they are.
+
+A row is three fp64 numbers: overflow flag, sum of squares, code of the first bad parameter (pyzero/nonfinite.py). The
+ops set a flag in fp32: in the half of the first number that makes it not zero.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from pyzero.ops.step_scalars import STATS_COLUMNS as STATS_COLUMNS
+
+FLAG, SUMSQ, FIRST_BAD = range(STATS_COLUMNS)
+_HIGH_HALF = 1 if sys.byteorder == "little" else 0
+
+
+def clean_rows(num_rows: int, device: torch.device) -> Tensor:
+    """(num_rows, 3) fp64 of nothing seen: to be cloned, which is one launch for any number of rows."""
+    return torch.tensor([[0.0, 0.0, math.inf]] * num_rows, dtype=torch.float64, device=device).view(-1, STATS_COLUMNS)
+
+
+def flag_of(row: Tensor) -> Tensor:
+    """(1,) fp32 in the flag of a (3,) row: 0, or 1 where one of the ops has found an inf or a NaN."""
+    return row.view(torch.float32)[_HIGH_HALF : _HIGH_HALF + 1]
+
+
+def sumsq_of(row: Tensor) -> Tensor:
+    """(1,) fp64 of a (3,) row."""
+    return row[SUMSQ : SUMSQ + 1]
+
+
+def first_bad_of(row: Tensor) -> Tensor:
+    """(1,) fp64 of a (3,) row."""
+    return row[FIRST_BAD : FIRST_BAD + 1]

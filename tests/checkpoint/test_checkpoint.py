@@ -1,0 +1,236 @@
+"""save_checkpoint and load_checkpoint: any number of ranks to any other, bit for bit, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
+from test_dcp import outcome, train, uninterrupted
+from torch import nn
+
+import pyzero
+
+
+def saved(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path, wait: bool = True) -> None:
+    model = build(dtype, 0)
+    optimizer = make(kind, model, group, stage=stage, bucket_cap_mb=4e-4)
+    train(optimizer, model, range(SAVED_AT), group)
+    if wait:
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=torch.tensor(group.rank()))
+        return
+    future = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=group.rank())
+    train(optimizer, model, range(SAVED_AT, STEPS), group)  # what is written meanwhile is not saved
+    assert future.result().name == f"step_{SAVED_AT}"
+
+
+def resumed(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path) -> list[Any]:
+    """Over a model that has other weights."""
+    model = build(dtype, 1)
+    optimizer = make(kind, model, group, stage=stage, bucket_cap_mb=1e-3)
+    extra = pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    train(optimizer, model, range(extra["step"], STEPS), group)
+    return [*outcome(optimizer, model), int(extra["seed"])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_any_number_of_ranks_goes_on_bit_for_bit(ranks, tmp_path, size, kind, dtype):
+    ranks.run(size, saved, kind, dtype, 1 + size % 2, tmp_path)
+    wanted = ranks.run(size, uninterrupted, kind, dtype)[0]
+    assert wanted[0][1] == 1  # a step was skipped before the save
+    for other in (1, 2, 3, 4):
+        for rank, got in enumerate(ranks.run(other, resumed, kind, dtype, 2 - size % 2, tmp_path)):
+            assert_equal(got, [*wanted, rank if other == size else 0])
+
+
+def test_training_goes_on_while_it_is_saved(ranks, tmp_path):
+    ranks.run(3, saved, "adamw", torch.bfloat16, 2, tmp_path, False)
+    wanted = ranks.run(3, uninterrupted, "adamw", torch.bfloat16)[0]
+    for got in ranks.run(2, resumed, "adamw", torch.bfloat16, 1, tmp_path):
+        assert_equal(got[:-1], wanted)
+
+
+def masters_after(group: Any, dtype: torch.dtype, path: Path) -> list[Any]:
+    model = build(dtype, 1)
+    optimizer = make("adamw", model, group)
+    pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    return [optimizer.full_state(param) for param in model.parameters()]
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_keep_the_masters(ranks, tmp_path, before, after):
+    ranks.run(2, saved, "adamw", before, 2, tmp_path)
+    wanted = ranks.run(2, masters_after, before, tmp_path)[0]
+    for got in ranks.run(3, masters_after, after, tmp_path):
+        assert_equal(got, wanted)
+
+
+def make_other(group: Any, path: Path, change: str) -> Any:
+    """What load_checkpoint says of a model that is not the saved one; nothing changes."""
+    model = build(torch.bfloat16, 1)
+    if change == "shape":
+        model.weights[1] = nn.Parameter(torch.zeros(71, dtype=torch.bfloat16))
+    elif change == "more":
+        model.weights.append(nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
+    elif change == "fewer":
+        model.weights = nn.ParameterList(list(model.weights)[:4])
+    optimizer = make("lion" if change == "rule" else "adamw", model, group)
+    if change == "groups":
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    before = outcome(optimizer, model)
+    try:
+        pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    except pyzero.CheckpointError as error:
+        assert_equal(outcome(optimizer, model), before)
+        pyzero.load_checkpoint(path, model=model, optimizer=optimizer, strict=False)
+        return str(error), before, outcome(optimizer, model)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("shape", "of another shape: optim.state.weights.1.exp_avg [70], wanted [71]"),
+        ("more", "missing: model.weights.6"),
+        ("fewer", "unexpected: model.weights.4"),
+        ("rule", "unexpected: optim.state.weights.0.exp_avg_sq"),
+        ("groups", "group 0 holds parameters of the saved groups [0, 1], which differ"),
+    ],
+)
+def test_another_model_is_reported_before_anything_changes(ranks, tmp_path, change, said):
+    ranks.run(2, saved, "adamw", torch.bfloat16, 2, tmp_path)
+    for text, before, after in ranks.run(3, make_other, tmp_path, change):
+        assert said in text and "strict=False" in text
+        assert str(before) != str(after)
+        if change == "more":
+            for key in ("exp_avg", "master"):
+                assert torch.equal(after[1]["state"][3][key], before[1]["state"][3][key])
+
+
+def between_steps(group: Any, path: Path) -> str:
+    model = build(torch.bfloat16, 0)
+    optimizer = make("adamw", model, group)
+    step(optimizer, model, 0, group.rank(), group.size())
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    optimizer.backward(sum(param.sum() for param in model.parameters()))
+    try:
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=2)
+    except pyzero.CheckpointError as error:
+        optimizer.zero_grad()
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=3)
+        return str(error)
+    return "no error"
+
+
+def test_a_save_between_backward_and_step_is_refused(ranks, tmp_path):
+    for text in ranks.run(2, between_steps, tmp_path):
+        assert "got one after a backward, whose gradients would be lost" in text
+
+
+def lone(path: Path, **options: Any) -> tuple[nn.Module, Any]:
+    model = nn.Linear(3, 2)
+    return model, pyzero.FusedZeroAdamW(model.parameters(), **options)
+
+
+def test_the_newest_are_kept(tmp_path):
+    model, optimizer = lone(tmp_path)
+    assert pyzero.latest_checkpoint(tmp_path) is None
+    for number in (1, 2, 3, 10, 4):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=number, keep=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_3", "step_10", "step_4"}
+    assert pyzero.latest_checkpoint(tmp_path) == tmp_path / "step_4"
+    assert pyzero.load_checkpoint(tmp_path / "step_10", model=model, optimizer=optimizer)["step"] == 10
+
+
+def test_a_step_is_saved_again_in_its_place(tmp_path):
+    model, optimizer = lone(tmp_path)
+    for word in ("first", "second"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=7, word=word)
+    assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["word"] == "second"
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_7.1"}
+
+
+def test_what_is_refused(tmp_path):
+    model, optimizer = lone(tmp_path)
+    with pytest.raises(pyzero.CheckpointError, match="expected a checkpoint in .*, got none"):
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    with pytest.raises(TypeError, match="expected tensors, numbers.* in extra, got more: .*Linear"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, layer=model)
+    with pytest.raises(ValueError, match="expected keep as 1 or more"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, keep=0)
+    with pytest.raises(ValueError, match="got one without 2 of 2"):
+        pyzero.save_checkpoint(tmp_path, model=nn.Linear(3, 2), optimizer=optimizer, step=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_schedulers_and_generators_come_back(tmp_path):
+    model, optimizer = lone(tmp_path, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    optimizer.step()
+    scheduler.step()
+    state = torch.get_rng_state()
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, sched=scheduler.state_dict(), rng=state)
+    other, resumed_optimizer = lone(tmp_path, lr=1.0)
+    resumed_scheduler = torch.optim.lr_scheduler.StepLR(resumed_optimizer, 1, 0.5)
+    extra = pyzero.load_checkpoint(tmp_path, model=other, optimizer=resumed_optimizer)
+    resumed_scheduler.load_state_dict(extra["sched"])
+    assert torch.equal(extra["rng"], state)
+    assert resumed_optimizer.param_groups[0]["lr"] == 0.5 == resumed_scheduler.get_last_lr()[0]
+
+
+def test_torch_loads_it_without_us(tmp_path):
+    """dcp.load, into a plain model and torch's AdamW."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer = lone(tmp_path)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    folder = pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    other = nn.Linear(3, 2)
+    theirs = torch.optim.AdamW(other.parameters(), lr=1.0)
+    state = dict(zip(("model", "optim"), get_state_dict(other, theirs), strict=True))
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    set_state_dict(other, theirs, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    for param, mine in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(param, mine)
+        for key, value in theirs.state[param].items():
+            assert torch.equal(value, optimizer.full_state(mine)[key])
+    assert theirs.param_groups[0]["lr"] == 1e-3
+
+
+def test_tied_and_frozen_parameters_and_wrappers(tmp_path):
+    def make_tied() -> tuple[nn.Module, Any]:
+        model = nn.ModuleDict(
+            {"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "norm": nn.LayerNorm(4)}
+        )
+        model["head"].weight = model["embed"].weight
+        model["norm"].requires_grad_(False)
+        return model, pyzero.FusedZeroAdamW(model.parameters())
+
+    model, optimizer = make_tied()
+    with torch.no_grad():
+        model["norm"].weight.fill_(3.0)
+        model["head"].weight.fill_(2.0)
+    pyzero.save_checkpoint(tmp_path, model=torch.compile(model), optimizer=optimizer, step=1)
+    other, resumed_optimizer = make_tied()
+    pyzero.load_checkpoint(tmp_path, model=other, optimizer=resumed_optimizer)
+    assert (other["norm"].weight == 3).all() and (other["embed"].weight == 2).all()
+    assert other["embed"].weight is other["head"].weight
+
+
+def test_counters_of_the_loss_scale(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), loss_scale=pyzero.LossScale(init_scale=8.0))
+    optimizer.backward((model(torch.ones(1, 3)) * float("inf")).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    again = pyzero.FusedZeroAdamW(model.parameters(), loss_scale=pyzero.LossScale(init_scale=64.0))
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=again)
+    assert counters(again) == [4.0, 1]

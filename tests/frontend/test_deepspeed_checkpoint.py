@@ -1,0 +1,308 @@
+"""Folders that DeepSpeed wrote (tests/support/make_deepspeed_fixtures.py), read without it, and running nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import shutil
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_case import (
+    BETAS,
+    CASES,
+    CLIENT_STATE,
+    DECAY,
+    FOLDER,
+    LR,
+    SAVED_AT,
+    SCALING,
+    STEPS,
+    Case,
+    Model,
+    mean_gradients,
+)
+from tolerances import ADAM
+
+import pyzero
+from pyzero import deepspeed_checkpoint
+from pyzero.deepspeed_checkpoint import DeepSpeedCheckpoint, LossScaleState, as_state_dict
+from pyzero.ops.loss_scale import loss_scale_state
+
+BY_NAME = {case.name: case for case in CASES}
+MODEL_FILE = "saved/mp_rank_00_model_states.pt"
+OPTIM_FILE = "saved/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    shutil.unpack_archive(FOLDER / f"{name}.zip", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return unpacked("fp16-stage2-2ranks", tmp_path)
+
+
+def build(case: Case, group: Any = None) -> tuple[Model, Any]:
+    """Our model and optimizer, whose weights are others than DeepSpeed's until they are loaded."""
+    model = Model().to(case.dtype)
+    for param in model.parameters():
+        param.data.fill_(0.5)
+    scale: Any = None
+    if case.precision == "fp16":
+        scale = pyzero.LossScale(
+            growth_interval=SCALING["loss_scale_window"], hysteresis=SCALING["hysteresis"], min_scale=1, growth_delay=1
+        )
+    if "fp16" in case.config:
+        scale = case.config["fp16"]["loss_scale"]
+    make = pyzero.FusedZeroAdam if case.params.get("adam_w_mode") is False else pyzero.FusedZeroAdamW
+    groups = [{**hyper, "lr": hyper.get("lr", LR)} for hyper in model.groups()]
+    for hyper in groups if "elastic_checkpoint" not in case.zero else ():  # an elastic one has no hyper-parameters
+        hyper.update(lr=1.0, weight_decay=0.5)
+    return model, make(groups, betas=BETAS, process_group=group, loss_scale=scale, bucket_cap_mb=1e-4)
+
+
+def load(checkpoint: DeepSpeedCheckpoint, model: Model, optimizer: Any) -> None:
+    model.load_state_dict(checkpoint.module)
+    optimizer.load_state_dict(as_state_dict(checkpoint, optimizer, dict(model.named_parameters())))
+
+
+def resumed(group: Any, name: str, directory: Path) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    """What our optimizer makes of the steps that DeepSpeed took from "saved" to "later"."""
+    case = BY_NAME[name]
+    model, optimizer = build(case, group)
+    load(deepspeed_checkpoint.read(directory), model, optimizer)
+    for step in range(SAVED_AT, STEPS):
+        optimizer.zero_grad()
+        optimizer.backward(model(mean_gradients(model, case, step)))
+        optimizer.step()
+    state = {n: optimizer.full_state(p) for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    return state, optimizer._scaler.state.tolist()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_partitions_are_put_together(name, tmp_path):
+    case, checkpoint = BY_NAME[name], deepspeed_checkpoint.read(unpacked(name, tmp_path))
+    model, optimizer = build(case)
+    load(checkpoint, model, optimizer)
+    assert (checkpoint.num_ranks, checkpoint.global_steps, checkpoint.version) == (case.num_ranks, SAVED_AT, "0.19.8")
+    assert checkpoint.client_state == CLIENT_STATE and checkpoint.shared == {"head.weight": "embedding.weight"}
+    assert checkpoint.skipped_steps == optimizer.skipped_steps == (1 if case.precision == "fp16" else 0)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    assert named.keys() == checkpoint.params.keys()
+    for param_name, param in named.items():
+        saved = checkpoint.params[param_name]
+        assert torch.equal(saved["master"].to(case.dtype), checkpoint.module[param_name])  # DeepSpeed's own weights
+        assert not torch.equal(saved["master"], saved["master"].to(case.dtype).float())  # more than those have
+        assert torch.equal(param, checkpoint.module[param_name])
+        state = optimizer.full_state(param)
+        assert all(torch.equal(state[slot], saved[slot]) for slot in ("master", "exp_avg", "exp_avg_sq", "step"))
+    assert torch.equal(model.frozen.weight, checkpoint.module["frozen.weight"]) and int(model.num_batches) == 5
+    assert [group["lr"] for group in optimizer.param_groups] == [LR, LR / 2]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_next_steps_are_deepspeeds(ranks, name, size, tmp_path):
+    later = deepspeed_checkpoint.read(unpacked(name, tmp_path), tag="later")
+    found, scaler = ranks.run(size, resumed, name, tmp_path)[0]
+    tolerance, steps = ADAM[torch.float32], STEPS - SAVED_AT
+    largest = 3.0 if BY_NAME[name].num_ranks == 3 else 1.0  # of |gradient|
+    assert found.keys() == later.params.keys()
+    for param_name, theirs in later.params.items():
+        ours = found[param_name]
+        magnitude = max(float(theirs["master"].abs().max()), 1.0)
+        allowed = {
+            "master": math.sqrt(2) * tolerance.master(steps, magnitude, LR, BETAS[1], 1 - LR * DECAY),
+            "exp_avg": math.sqrt(2) * tolerance.exp_avg(largest),
+            "exp_avg_sq": math.sqrt(2) * tolerance.exp_avg_sq(largest, BETAS[1]),
+            "step": 0.0,
+        }
+        for slot, bound in allowed.items():
+            assert float((ours[slot] - theirs[slot]).abs().max()) <= bound, (param_name, slot)
+    saved = later.loss_scale
+    assert scaler[0] == saved.scale
+    if saved.growth_interval is not None:
+        assert scaler[1] == saved.growth_tracker and max(scaler[2], 1) == saved.hysteresis_left  # at 1 theirs stays
+    assert scaler[3] == later.skipped_steps
+
+
+def test_before_the_first_step_there_are_masters_alone(tmp_path):
+    checkpoint = deepspeed_checkpoint.read(unpacked("fp16-stage1", tmp_path), tag="fresh")
+    model, optimizer = build(BY_NAME["fp16-stage1"])
+    load(checkpoint, model, optimizer)
+    assert torch.equal(model.norm.weight, Model().norm.weight.half())
+    state = optimizer.full_state(model.norm.weight)
+    assert torch.equal(state["master"], checkpoint.params["norm.weight"]["master"])
+    assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+    assert optimizer._scaler.state.tolist() == [16.0, -1.0, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("num_overflows", [0, 1])
+@pytest.mark.parametrize("num_clean", range(6))
+def test_the_growth_tracker_is_ours_after_as_many_steps(num_overflows, num_clean):
+    state = loss_scale_state(16.0, 1, "cpu", growth_delay=1)
+    for found in num_overflows * [1.0] + num_clean * [0.0]:
+        pyzero.ops.loss_scale_update_(state, torch.tensor([found]), growth_interval=2, growth_delay=1)
+    theirs = LossScaleState(16.0, growth_interval=2, num_clean_steps=num_clean)
+    assert state[1] == theirs.growth_tracker
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Makes a folder when it is unpickled by what will run it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def deepspeed_class(name: str) -> type:
+    """A class that pickles under one of DeepSpeed's names."""
+    module, _, qualname = name.rpartition(".")
+    return type(qualname, (), {"__module__": module, "__qualname__": qualname})
+
+
+@pytest.fixture
+def as_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(name: str) -> Any:
+        cls = deepspeed_class(name)
+        parts = cls.__module__.split(".")
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
+        setattr(sys.modules[cls.__module__], cls.__name__, cls)
+        return cls()
+
+    return make
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("file", [MODEL_FILE, OPTIM_FILE])
+def test_a_malicious_file_runs_nothing(folder, file, zipped, tmp_path):
+    target = tmp_path / "was_run"
+    torch.save({"module": {}, "evil": Malicious(target)}, folder / file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=rf"{Path(file).name}, got one that asks for \w+\.mkdir; nothing"):
+        deepspeed_checkpoint.read(folder)
+    assert not target.exists()
+    torch.load(folder / file, weights_only=False)  # it would have been
+    assert target.exists()
+
+
+def test_a_bare_pickle_runs_nothing(folder, tmp_path):
+    target = tmp_path / "was_run"
+    (folder / MODEL_FILE).write_bytes(pickle.dumps({"module": Malicious(target)}, protocol=2))
+    with pytest.raises(ValueError, match=MODEL_FILE):
+        deepspeed_checkpoint.read(folder)
+    assert not target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
+def test_a_torchscript_archive_runs_nothing(folder, tmp_path):
+    target = tmp_path / "was_run"
+    with zipfile.ZipFile(folder / MODEL_FILE, "a") as archive:
+        prefix = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{prefix}/constants.pkl", pickle.dumps(Malicious(target), protocol=2))
+    with pytest.raises(ValueError, match="expected a whole file of torch.save"):
+        deepspeed_checkpoint.read(folder)
+    assert not target.exists()
+
+
+def test_other_classes_of_deepspeed_are_refused_by_name(folder, as_deepspeed):
+    scaler = as_deepspeed("deepspeed.runtime.engine.DeepSpeedEngine")
+    torch.save({"optimizer_state_dict": {"loss_scaler": scaler}}, folder / OPTIM_FILE)
+    with pytest.raises(ValueError, match=r"asks for deepspeed\.runtime\.engine\.DeepSpeedEngine"):
+        deepspeed_checkpoint.read(folder)
+
+
+def test_what_is_allowed_is_so_for_this_file_alone(folder):
+    before = torch.serialization.get_safe_globals()
+    deepspeed_checkpoint.read(folder)
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(folder / OPTIM_FILE, weights_only=True)
+
+
+@pytest.mark.parametrize("tag", ["../saved", "/etc", "..", ".", "", "a/b", "a\\b"])
+def test_a_tag_does_not_lead_outside(folder, tag):
+    (folder / "latest").write_text(tag)
+    with pytest.raises(ValueError, match="the name of one folder"):
+        deepspeed_checkpoint.read(folder)
+    with pytest.raises(ValueError, match="the name of one folder"):
+        deepspeed_checkpoint.read(folder / "saved", tag=tag)
+
+
+def flip_a_bit(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        place = max(archive.infolist(), key=lambda info: info.file_size if "/data/" in info.filename else 0)
+    data = bytearray(path.read_bytes())
+    data[place.header_offset + 200] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda folder: os.truncate(folder / OPTIM_FILE, 3000),
+    "empty": lambda folder: os.truncate(folder / OPTIM_FILE, 0),
+    "flipped": lambda folder: flip_a_bit(folder / OPTIM_FILE),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(folder, damage):
+    DAMAGES[damage](folder)
+    with pytest.raises(ValueError, match=f"expected a whole file of torch.save, got .*{Path(OPTIM_FILE).name}"):
+        deepspeed_checkpoint.read(folder)
+
+
+MISFITS = {
+    r"those of \[0\]|2 ranks|files of \[2, 2\] ranks": lambda folder: (folder / OPTIM_FILE).unlink(),
+    r"those of \[1\]": lambda folder: (folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp")).unlink(),
+    r"files of \[2, 2\] ranks .* got 3": lambda folder: shutil.copy(
+        folder / OPTIM_FILE, folder / OPTIM_FILE.replace("rank_1_mp", "rank_2_mp")
+    ),
+    r"expected .*mp_rank_00_model_states\.pt, got no such file": lambda folder: (folder / MODEL_FILE).unlink(),
+    r"zero_pp_rank_0_mp_rank_00_model_states\.pt .* stage 3": lambda folder: shutil.copy(
+        folder / MODEL_FILE, folder / "saved/zero_pp_rank_0_mp_rank_00_model_states.pt"
+    ),
+    r"mp_rank_01_model_states\.pt": lambda folder: shutil.copy(
+        folder / MODEL_FILE, folder / "saved/mp_rank_01_model_states.pt"
+    ),
+    r"optimizer_state_dict as a dict": lambda folder: shutil.copy(folder / MODEL_FILE, folder / OPTIM_FILE),
+    r"expected \d+ values of master of \S+": lambda folder: shutil.copy(
+        folder / OPTIM_FILE.replace("rank_1_mp", "rank_0_mp"), folder / OPTIM_FILE
+    ),
+    r"latest, which names the newest": lambda folder: (folder / "latest").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_files_that_do_not_belong_together(folder, message):
+    MISFITS[message](folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        deepspeed_checkpoint.read(folder)
+
+
+def test_an_optimizer_that_does_not_fit(folder):
+    checkpoint = deepspeed_checkpoint.read(folder)
+    model, optimizer = build(BY_NAME["fp16-stage2-2ranks"])
+    named = dict(model.named_parameters())
+    del named["linear.bias"]
+    with pytest.raises(ValueError, match=r"got \['\?'\], which are not in the checkpoint, and lack \['linear.bias'\]"):
+        as_state_dict(checkpoint, optimizer, named)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    with pytest.raises(ValueError, match="share their hyper-parameters"):
+        as_state_dict(checkpoint, torch.optim.AdamW(trained), dict(model.named_parameters()))
+    groups = [{"params": group["params"]} for group in model.groups()]
+    with pytest.raises(ValueError, match="expected decoupled_weight_decay=True.*build a FusedZeroAdamW"):
+        as_state_dict(checkpoint, torch.optim.Adam(groups), dict(model.named_parameters()))

@@ -1,0 +1,118 @@
+"""safetensors files that the safetensors package and transformers load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyzero.export import DTYPES, export_safetensors
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "half": torch.randn(3, 5, generator=generator).half(),
+        "odd": torch.randn(7, generator=generator),
+        "transposed": torch.randn(4, 6, generator=generator).t(),
+        "part": torch.randn(10, generator=generator)[3:8:2],
+        "scalar": torch.tensor(3.25, dtype=torch.float64),
+        "empty": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "numbers": torch.tensor([-(2**40), 7]),
+        "brain": torch.randn(9, generator=generator).bfloat16(),
+        "grad": torch.nn.Parameter(torch.ones(2)),
+        "naïve": torch.ones(1),
+    }
+
+
+def test_what_the_package_reads_is_what_was_given(tmp_path: Path):
+    given, path = tensors(), tmp_path / "model.safetensors"
+    export_safetensors(given, path)
+    read = load_file(path)
+    assert read.keys() == given.keys()
+    for name, tensor in given.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_is_the_file_that_the_package_writes(tmp_path: Path):
+    given = {name: tensor.detach().contiguous() for name, tensor in tensors().items() if name != "naïve"}
+    export_safetensors(given, tmp_path / "ours")
+    save_file(given, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_floating_point_is_converted(tmp_path: Path, dtype: torch.dtype):
+    export_safetensors(tensors(), tmp_path / "model.safetensors", dtype)
+    for name, read in load_file(tmp_path / "model.safetensors").items():
+        given = tensors()[name]
+        wanted = given.to(dtype) if given.is_floating_point() else given
+        assert read.dtype == wanted.dtype and torch.equal(read, wanted), name
+
+
+def test_inf_and_nan_stay_and_too_large_is_refused(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    bad = torch.tensor([float("inf"), float("nan"), -float("inf"), 65504.0])
+    export_safetensors({"w": bad}, path, torch.float16)
+    before = path.read_bytes()
+    assert torch.equal(load_file(path)["w"].float().nan_to_num(1.0), bad.nan_to_num(1.0))
+    with pytest.raises(ValueError, match=r"expected values that torch.float16 holds, got larger ones in w;"):
+        export_safetensors({"w": torch.tensor([65520.0])}, path, torch.float16)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_tied_tensors_are_stored_once(tmp_path: Path):
+    weight = torch.randn(4, 4)
+    given = {"a": weight, "b": weight, "c": weight.t(), "d": weight.clone(), "e": weight[:2]}
+    export_safetensors(given, tmp_path / "found")
+    assert sorted(load_file(tmp_path / "found")) == ["a", "c", "d", "e"]
+    export_safetensors(given, tmp_path / "told", tied={"a": "b", "d": "b"})
+    assert sorted(load_file(tmp_path / "told")) == ["b", "c", "e"]
+
+
+REFUSED = {
+    r"got w in torch.complex64": ({"w": torch.zeros(2, dtype=torch.complex64)}, {}),
+    r"got a tensor named __metadata__": ({"__metadata__": torch.zeros(2)}, {}),
+    r"got \{'w': 'v'\}; correct tied": ({"w": torch.zeros(2)}, {"tied": {"w": "v"}}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_written_is_refused(tmp_path: Path, message: str):
+    given, options = REFUSED[message]
+    with pytest.raises(ValueError, match=message):
+        export_safetensors(given, tmp_path / "model.safetensors", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_loads_it(tmp_path: Path, dtype: torch.dtype):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config: Any = GPT2Config(vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config).to(dtype).eval()
+    export_safetensors(model.state_dict(), tmp_path / "model.safetensors", dtype)
+    config.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    tokens = torch.arange(12).reshape(2, 6)
+    assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path):
+    export_safetensors({"w": torch.ones(1)}, tmp_path / "ours")
+    (tmp_path / "other").touch()
+    assert os.stat(tmp_path / "ours").st_mode == os.stat(tmp_path / "other").st_mode

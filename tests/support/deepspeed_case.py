@@ -1,0 +1,110 @@
+"""What both DeepSpeed (make_deepspeed_fixtures.py) and the tests of its checkpoints train, with the same gradients.
+
+The gradients are multiples of 1/4, and their mean over ranks is one of 1/8: exact in 16 bits and in any order of
+summation, so that what is left between the two is the rounding of Adam.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "deepspeed"
+SAVED_AT, STEPS = 3, 8  # steps before the checkpoint "saved", and before "later"
+OVERFLOWS_AT = (1, 5, 6)  # in fp16
+GROWS_AT = 4  # the dynamic loss scale, with SCALING
+LR, DECAY = 2.0**-5, 0.125
+BETAS = (0.9, 0.999)
+CLIENT_STATE = {"epoch": 3, "note": "plain data", "seen": [1, 2.5, None]}
+SCALING = {"initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 2, "min_loss_scale": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One folder."""
+
+    name: str
+    precision: str  # "fp16" or "bf16"
+    stage: int
+    num_ranks: int
+    optimizer: str = "AdamW"
+    zero: dict[str, Any] = field(default_factory=dict)  # more of "zero_optimization"
+    config: dict[str, Any] = field(default_factory=dict)  # more of the config
+    params: dict[str, Any] = field(default_factory=lambda: {"torch_adam": True})  # more of the optimizer's
+    has_fresh: bool = False  # a checkpoint "fresh" too, of before the first step
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+
+    @property
+    def has_dynamic_scale(self) -> bool:
+        return self.precision == "fp16" and "fp16" not in self.config
+
+
+CASES = (
+    Case("fp16-stage1", "fp16", 1, 1, has_fresh=True),
+    Case("fp16-stage2-2ranks", "fp16", 2, 2),
+    Case("bf16-stage1-2ranks", "bf16", 1, 2, optimizer="Adam", params={"torch_adam": True, "adam_w_mode": False}),
+    Case("bf16-stage2", "bf16", 2, 1, params={}),  # DeepSpeed's own FusedAdam
+    Case("fp16-stage2-3ranks-fixed-scale", "fp16", 2, 3, config={"fp16": {"enabled": True, "loss_scale": 64.0}}),
+    Case("bf16-optimizer-2ranks", "bf16", 1, 2, config={"data_types": {"grad_accum_dtype": "fp32"}}),
+    Case("fp16-round-robin-2ranks", "fp16", 2, 2, zero={"round_robin_gradients": True, "parameter_alignment": True}),
+    Case("bf16-elastic-2ranks", "bf16", 2, 2, zero={"elastic_checkpoint": True}),
+)
+
+
+class Model(nn.Module):
+    """Odd sizes, a bias, a tied weight, one of 1 element, an empty one, a frozen layer, buffers. Nothing computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(11, 6)
+        self.linear = nn.Linear(6, 7)
+        self.frozen = nn.Linear(7, 3)
+        self.norm = nn.LayerNorm(7)
+        self.temperature = nn.Parameter(torch.zeros(1))
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mean", torch.arange(3.0))
+        self.register_buffer("num_batches", torch.tensor(5))
+        self.frozen.requires_grad_(False)
+        for param in self.parameters():
+            param.data = torch.randn(param.shape, generator=generator).clamp(-3, 3)
+
+    def groups(self) -> list[dict[str, Any]]:
+        trained = [param for param in self.parameters() if param.requires_grad]
+        decayed = [param for param in trained if param.ndim > 1]
+        others = [param for param in trained if param.ndim <= 1]
+        return [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0, "lr": LR / 2}]
+
+    def forward(self, grads: list[Tensor]) -> Tensor:
+        """A loss that has these gradients."""
+        trained = [param for param in self.parameters() if param.requires_grad]
+        products = [(param.float() * grad).sum() for param, grad in zip(trained, grads, strict=True)]
+        return torch.stack(products).sum()
+
+
+def local_gradients(model: Model, case: Case, step: int, rank: int) -> list[Tensor]:
+    """Of the loss of one rank, for each trained parameter."""
+    grads = []
+    for index, param in enumerate(param for param in model.parameters() if param.requires_grad):
+        numbers = torch.arange(param.numel()).reshape(param.shape)
+        grad = ((7 * numbers + 5 * index + 4 * step + 2 * rank) % 9 - 4) / 4
+        grads.append(grad * 3 if case.num_ranks == 3 else grad)  # thirds are not exact
+    if case.precision == "fp16" and step in OVERFLOWS_AT:
+        next(grad for grad in grads if grad.ndim > 1)[2, 1] = float("inf")
+    return grads
+
+
+def mean_gradients(model: Model, case: Case, step: int) -> list[Tensor]:
+    """What DeepSpeed's Adam saw: where its loss scale grows it divides by the new one, so half of the mean."""
+    of_ranks = [local_gradients(model, case, step, rank) for rank in range(case.num_ranks)]
+    factor = 0.5 if case.has_dynamic_scale and step == GROWS_AT else 1.0
+    return [torch.stack(grads).mean(0) * factor for grads in zip(*of_ranks, strict=True)]
