@@ -14,6 +14,7 @@ from pyzero import comm
 from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
+from pyzero.deepspeed.saving import EngineCheckpoints
 from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
 from pyzero.deepspeed.weights import EngineWeights
@@ -24,7 +25,7 @@ log = logging.getLogger("pyzero")
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
-class Engine(EngineSettings, EngineWeights, nn.Module):
+class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
 
     def __init__(

@@ -27,7 +27,7 @@ LAYERS = (
     {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
     {"deepspeed.ops", "deepspeed.sections"},
     {"deepspeed.config"},
-    {"deepspeed.monitor", "deepspeed.reader", "deepspeed.settings"},
+    {"deepspeed.monitor", "deepspeed.reader", "deepspeed.saving", "deepspeed.settings"},
     {"deepspeed.config_view", "deepspeed.engine"},
     {"deepspeed.entry"},
     {"deepspeed"},
