@@ -269,6 +269,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradient shards are freed too."""
         self._gradients.finish_broken_round()
+        self._scaled_backward.end()
         super().zero_grad(set_to_none)
         self._gradients.reset()
         self._grad_scaler_proxy.clear()

@@ -131,8 +131,7 @@ class EngineCheckpoints:
         weights = [param.detach().clone() for param in params]
         self.optimizer.load_state_dict(state)
         for param, weight in zip(params, weights, strict=True):
-            param.copy_(weight)
-        self.optimizer.refresh_fp32_params()
+            param.copy_(weight)  # noticed at the next step, as every write that torch counts
 
 
 def _checked(tag: str) -> str:

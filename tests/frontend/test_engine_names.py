@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.deepspeed.engine import Engine
 from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -33,7 +34,7 @@ class Net(nn.Module):
         return list(range(num))
 
 
-def start(model: nn.Module | None = None, **config: Any) -> pyzero.deepspeed.engine.Engine:
+def start(model: nn.Module | None = None, **config: Any) -> Engine:
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, **config}
     return pyzero.initialize(model=model or Net(), config=config)[0]
 

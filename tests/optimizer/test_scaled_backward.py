@@ -53,7 +53,8 @@ def fp16_weight() -> tuple[nn.Parameter, pyzero.FusedZeroAdam]:
     return param, pyzero.FusedZeroAdam([param], loss_scale=SCALE)
 
 
-def test_a_scaled_backward_that_fails_leaves_no_trace():
+@pytest.mark.parametrize("then", ["backward", "loss"])
+def test_a_scaled_backward_that_fails_leaves_no_trace(then):
     param, optimizer = fp16_weight()
 
     class Failing(torch.autograd.Function):
@@ -67,7 +68,11 @@ def test_a_scaled_backward_that_fails_leaves_no_trace():
 
     with pytest.raises(ValueError, match="as planned"):
         optimizer.scale(Failing.apply(param).float().sum()).backward()
-    optimizer.backward(param.float().sum())
+    if then == "loss":
+        optimizer.zero_grad()
+        param.float().sum().backward()
+    else:
+        optimizer.backward(param.float().sum())
     assert torch.equal(optimizer.full_grad(param), torch.ones(4))
 
 
