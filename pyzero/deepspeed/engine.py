@@ -42,7 +42,8 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.lr_scheduler = lr_scheduler
         self.config = config
         self.device = comm.device()
-        self.rank, self.world_size = self.global_rank, _ = comm.rank_and_size()
+        self.rank, self.world_size = comm.rank_and_size()
+        self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = comm.local_rank()
         self.batches = config.batches(self.world_size)
         self.micro_steps = 0  # calls of step()
