@@ -91,7 +91,7 @@ class BucketExchange:
 
     def _receive(self) -> None:
         grads, exchange, scale, accumulate, stats = self._in_flight.popleft()
-        with self._on_side_stream(*[scale] if isinstance(scale, Tensor) else ()):
+        with self._on_side_stream(stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()
             was_set = is_set(grads.found_inf)
             grads.add(exchange.slices, scale, accumulate, stats)

@@ -1,4 +1,4 @@
-"""Weights as one safetensors file, streamed: one of the tensors that are converted or read on demand is held at a time.
+"""Weights as one safetensors file, streamed: what is converted or loaded is in memory one tensor at a time.
 
 The format: 8 bytes with the length of the header, the header in JSON, the bytes of all tensors. The safetensors package
 writes it from a dict that holds every tensor as it is to be written.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -39,21 +39,23 @@ def export_safetensors(
     path: str | Path,
     dtype: torch.dtype | None = None,
     tied: Mapping[str, str] | None = None,
+    load: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a model's weights and buffers by name to a file that transformers' `from_pretrained` loads.
 
     The file appears whole or not at all: what was at `path` stays until the new one is on the disk.
 
     Args:
-        tensors: By name, as of `model.state_dict()` or of fp32 masters. Each is asked for twice.
+        tensors: By name, as of `model.state_dict()` or of fp32 masters. With `load` those on the meta device will do.
         path: Of the file.
         dtype: Floating-point tensors are converted to it; None: each is written as it is.
         tied: Names that are not written, and the name that is in place of each. Default: a tensor that lies in the same
             memory as one before it is not written; loading ties it again.
+        load: Called once per name when its tensor is written, and returns it: so one after the other is in memory.
 
     Raises:
-        ValueError: A dtype that the format lacks, values too large for `dtype`, or a name of `tied` that
-            is not there.
+        ValueError: A dtype that the format lacks, values too large for `dtype`, a name of `tied` that is not there,
+            or a loaded tensor of another shape.
         OSError: The file could not be written.
     """
     names = _names(tensors, _shared(tensors) if tied is None else tied)
@@ -64,15 +66,17 @@ def export_safetensors(
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in names:
-            file.write(_bytes(name, tensors[name], dtypes[name]))
+            tensor = tensors[name] if load is None else _loaded(name, tensors[name], load)
+            file.write(_bytes(name, tensor, dtypes[name]))
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once it is written and on the disk, or leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    file = open(temporary, "xb")
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +97,7 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[object, ...], str] = {}
     shared = {}
     for name, tensor in tensors.items():
-        if not tensor.numel():
+        if not tensor.numel() or tensor.is_meta:
             continue
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if (before := first.setdefault(place, name)) != name:
@@ -126,6 +130,16 @@ def _header(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> bytes:
         entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+
+
+def _loaded(name: str, wanted: Tensor, load: Callable[[str], Tensor]) -> Tensor:
+    tensor = load(name)
+    if (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
+        raise ValueError(
+            f"expected {name} of shape {tuple(wanted.shape)} in {wanted.dtype}, got {tuple(tensor.shape)} in "
+            f"{tensor.dtype}; load what was announced"
+        )
+    return tensor
 
 
 def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:

@@ -74,7 +74,7 @@ class OverflowMonitor:
         self.num_in_a_row = int(values[_IN_A_ROW])
         if num_skipped > self._num_warned_of and self._warns:
             counts = f"{num_skipped:.0f} skipped so far, {self.num_in_a_row} in a row, loss scale now {scale:g}"
-            where = describe(float(self._first_bad))
+            where = describe(float(self._first_bad.numpy()[0]))
             log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
         self._num_warned_of = max(self._num_warned_of, int(num_skipped))
 
@@ -85,7 +85,7 @@ class OverflowMonitor:
             RuntimeError: Too many. The steps changed nothing.
         """
         if self._limit is not None and num_in_a_row >= self._limit:
-            scale, where = float(self._state[_SCALE]), describe(float(self._first_bad))
+            scale, where = float(self._state.numpy()[_SCALE]), describe(float(self._first_bad.numpy()[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
                 f"{where}, with the loss scale now at {scale:g}; look at "

@@ -185,7 +185,7 @@ class ReducedGradients(Gradients):
     def _send_next(self, left_out: Callable[[ParamGrad], bool]) -> None:
         grads = self._grads[self._next]
         what = f"the reduce-scatter of gradient bucket {self._next}"
-        if self._next == 0:
+        if self._next == 0 or len(self._stats) < len(self._grads):
             self._stats = self._new_stats()
         stats = self._stats[self._next]
         self._next += 1

@@ -81,6 +81,28 @@ def test_tied_tensors_are_stored_once(tmp_path: Path):
     assert sorted(load_file(tmp_path / "told")) == ["b", "c", "e"]
 
 
+def test_tensors_are_loaded_when_their_turn_comes(tmp_path: Path):
+    given = {name: tensor.detach() for name, tensor in tensors().items()}
+    loaded = []
+
+    def load(name: str) -> Tensor:
+        loaded.append(name)
+        return given[name]
+
+    shapes = {name: tensor.to("meta") for name, tensor in given.items()}
+    export_safetensors(shapes, tmp_path / "lazy", torch.bfloat16, load=load)
+    export_safetensors(given, tmp_path / "whole", torch.bfloat16)
+    assert sorted(loaded) == sorted(given)
+    assert (tmp_path / "lazy").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_tensor_that_is_loaded_otherwise_is_refused(tmp_path: Path):
+    shapes = {"w": torch.empty(3, device="meta")}
+    with pytest.raises(ValueError, match=r"expected w of shape \(3,\) in torch.float32, got \(4,\) in torch.float32"):
+        export_safetensors(shapes, tmp_path / "model.safetensors", load=lambda name: torch.zeros(4))
+    assert list(tmp_path.iterdir()) == []
+
+
 REFUSED = {
     r"got w in torch.complex64": ({"w": torch.zeros(2, dtype=torch.complex64)}, {}),
     r"got a tensor named __metadata__": ({"__metadata__": torch.zeros(2)}, {}),

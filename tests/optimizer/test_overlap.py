@@ -491,3 +491,31 @@ def made_anew(group: Any, stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_optimizer_made_anew_over_the_same_model(ranks, stage):
     ranks.run(2, made_anew, stage)
+
+
+class _Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("broken")
+
+
+def add_a_group_in_a_broken_round(group: Any) -> tuple[int, list[Tensor]]:
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group, bucket_cap_mb=4e-4)  # one parameter in each
+    with pytest.raises(RuntimeError, match="broken"):
+        (_Breaks.apply(params[0]) * params[2]).sum().backward()
+    num_sent = optimizer._gradients._next
+    more = nn.Parameter(torch.ones(100))
+    optimizer.add_param_group({"params": [more]})
+    optimizer.step()
+    return num_sent, [param.detach().mean() for param in (*params, more)]
+
+
+def test_a_group_may_come_in_the_middle_of_a_broken_round(ranks):
+    for num_sent, (first, second, third, more) in ranks.run(2, add_a_group_in_a_broken_round):
+        assert num_sent == 1
+        assert first == second == more == 1.0 and third < 1.0

@@ -31,6 +31,7 @@ from typing import Any
 KILLED = 77  # exit status of a struck process
 LIMIT = 2000  # operations: no writer that is tested makes as many
 TIMEOUT_S = 60
+_PRELOAD = ["torch.distributed.checkpoint", "pytest"]  # imported once, not in each run
 _BY_FD = ("write", "pwrite", "writev", "sendfile", "ftruncate", "fsync", "fdatasync", "posix_fallocate")
 _BY_PATH = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "truncate")
 _BY_TWO_PATHS = ("rename", "replace", "link", "symlink")
@@ -103,7 +104,8 @@ class _Disk:
             result = self.real[name](fd, *args, **kwargs)
             stat = os.fstat(fd)
             if name in ("fsync", "fdatasync"):
-                self.unsynced.pop((stat.st_dev, stat.st_ino), None)
+                if (stat.st_dev, stat.st_ino) in self.unsynced:
+                    self.real["close"](self.unsynced.pop((stat.st_dev, stat.st_ino)))
             elif (stat.st_dev, stat.st_ino) not in self.unsynced:
                 self.unsynced[stat.st_dev, stat.st_ino] = os.dup(fd)
             return result
@@ -168,7 +170,7 @@ def _run(pipe: Any, fault: Fault, number: int, root: Path, write: Callable[..., 
 def strike(fault: Fault, number: int, root: Path, write: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
     """Run write(*args) once, in another process, and strike the `number`th operation under `root`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytest", write.__module__])
+    context.set_forkserver_preload(_PRELOAD)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(theirs, fault, number, root, write, args))
     process.start()

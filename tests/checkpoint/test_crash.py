@@ -1,0 +1,95 @@
+"""A save that is struck at any of its file operations leaves a checkpoint that loads, the one before or the new one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crash import Fault, Outcome, armed, strike_each
+from torch import nn
+
+import pyzero
+
+
+def make(value: float) -> tuple[nn.Module, Any]:
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(value)
+    return model, pyzero.FusedZeroAdamW(model.parameters())
+
+
+def save(directory: Path, number: int) -> None:
+    model, optimizer = make(number)
+    pyzero.save_checkpoint(directory, model=model, optimizer=optimizer, step=number, keep=1, number=number)
+
+
+def load(directory: Path) -> int:
+    """The number of the checkpoint that is there, all of it."""
+    model, optimizer = make(0)
+    number: int = pyzero.load_checkpoint(directory, model=model, optimizer=optimizer)["number"]
+    assert all((param == number).all() for param in model.parameters())
+    return number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_checkpoint_is_whole_whatever_happens(tmp_path, fault):
+    save(tmp_path / "before", 1)
+    directory = tmp_path / "checkpoints"
+
+    def prepare() -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(tmp_path / "before", directory)
+
+    def check(outcome: Outcome) -> None:
+        number = load(directory)
+        assert number in (1, 2)
+        if not outcome.was_struck:
+            assert number == 2
+        elif fault in (Fault.DISK_FULL, Fault.READ_ONLY):
+            assert isinstance(outcome.error, pyzero.CheckpointError), outcome.error
+            assert "No space left" in str(outcome.error) or "Read-only file system" in str(outcome.error)
+        save(directory, 3)  # and what was left is no hindrance
+        assert load(directory) == 3 and {path.name for path in directory.iterdir()} == {"latest", "step_3"}
+
+    operations = strike_each(fault, tmp_path, save, (directory, 2), prepare=prepare, check=check)
+    assert operations.count("fsync") >= 8 and {"rename", "replace", "rmdir"} <= set(operations)
+
+
+def test_the_last_step_is_the_name_in_latest(tmp_path, monkeypatch):
+    """Between the rename of the folder and that of `latest`, the checkpoint before is the latest."""
+    from pyzero import checkpoint_files
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(OSError("struck")))
+    with pytest.raises(pyzero.CheckpointError, match="struck"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert load(tmp_path) == 1 and checkpoint_files.find(tmp_path / "step_2") == tmp_path / "step_2"
+
+
+def of_two_ranks(group: Any, directory: Path, fails_on: int) -> tuple[str, float]:
+    model, optimizer = nn.Linear(2, 1), None
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    pyzero.save_checkpoint(directory, model=model, optimizer=optimizer, step=1)
+    number = 2 if group.rank() == fails_on else 10**6
+    began = time.perf_counter()
+    with armed(Fault.DISK_FULL, number, directory), pytest.raises(pyzero.CheckpointError) as caught:
+        pyzero.save_checkpoint(directory, model=model, optimizer=optimizer, step=2)
+    took_s = time.perf_counter() - began
+    assert pyzero.load_checkpoint(directory, model=model, optimizer=optimizer)["step"] == 1
+    pyzero.save_checkpoint(directory, model=model, optimizer=optimizer, step=2)
+    return str(caught.value), took_s
+
+
+@pytest.mark.parametrize("fails_on", [0, 1])
+def test_a_full_disk_of_one_rank_is_an_error_on_all(ranks, tmp_path, fails_on):
+    for text, took_s in ranks.run(2, of_two_ranks, tmp_path, fails_on):
+        assert f"failed on rank {fails_on} of 2" in text and "No space left" in text
+        assert took_s < 30  # nobody waits for a timeout
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_1", "step_2"}
