@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import pyzero as deepspeed  # the line that differs: `import deepspeed`
+import pyzero.deepspeed as deepspeed  # the line that differs: `import deepspeed`
 
 torch.manual_seed(0)
 num_micro_batches = 400

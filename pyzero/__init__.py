@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .checkpoint import save_checkpoint as save_checkpoint
     from .checkpoint_files import CheckpointError as CheckpointError
     from .comm import CollectiveError as CollectiveError
-    from .engine import initialize as initialize
+    from .deepspeed.entry import initialize as initialize
+    from .lamb import ZeroLamb as ZeroLamb
     from .lion import FusedZeroLion as FusedZeroLion
     from .scaler import LossScale as LossScale
     from .sharded_grad import ShardedGrad as ShardedGrad
@@ -28,6 +29,7 @@ __all__ = [
     "FusedZeroLion",
     "LossScale",
     "ShardedGrad",
+    "ZeroLamb",
     "async_save_checkpoint",
     "initialize",
     "latest_checkpoint",
@@ -44,8 +46,9 @@ _MODULES = {
     "FusedZeroLion": "lion",
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
+    "ZeroLamb": "lamb",
     "async_save_checkpoint": "checkpoint",
-    "initialize": "engine",
+    "initialize": "deepspeed.entry",
     "latest_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
@@ -53,8 +56,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("pyzero.ops")
+    if name in ("compat", "deepspeed", "ops"):
+        return importlib.import_module(f"pyzero.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -6,6 +6,9 @@ import argparse
 import os
 import sys
 
+from pyzero import __version__
+
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _CLOSED_PIPE = 128 + 13  # what a shell makes of a command that SIGPIPE, signal 13, ended
 
 
@@ -24,20 +27,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyzero")
+    parser.add_argument("--version", action="version", version=f"pyzero {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="what is there, what is not, and why")
     estimate = commands.add_parser("estimate", help="bytes per rank of a model under FusedZeroAdam")
-    estimate.add_argument("--model-params", type=_count, required=True, metavar="N", help="parameters, as in 7e9")
+    estimate.add_argument("--model-params", type=_count, required=True, metavar="N", help="parameters: 7B, 350M or 7e9")
     estimate.add_argument("--ranks", type=int, default=1, metavar="W")
     estimate.add_argument("--stage", type=int, choices=(1, 2), default=2)
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, default=25.0, metavar="MB")
+    commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
     args = parser.parse_args(argv)
 
     if args.command == "report":
         from . import report
 
         return report.main()
+    if args.command == "config-keys":
+        from .deepspeed import config, keys
+
+        print(keys.table(config.Config), end="")
+        return 0
     from . import estimate as estimates
 
     dtype = estimates.DTYPES[args.dtype]
@@ -50,7 +60,9 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _count(text: str) -> int:
-    return int(float(text))
+    """7B, 350M, 7e9 or 7000000000."""
+    factor = _SUFFIXES.get(text[-1:].upper(), 1)
+    return round(float(text[:-1] if factor > 1 else text) * factor)
 
 
 if __name__ == "__main__":

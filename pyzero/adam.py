@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pyzero import ops
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from pyzero.optimizer import ZeroOptions
+
+
+# At this step count beta^step is below 2^-54 for every beta up to _LARGEST_BETA, so that 1 - beta^step is exactly 1.
+# All backends hold it exactly: it fits into an int32 and into fp32.
+_LATE = 2.0**30
+_LARGEST_BETA = 1.0 - 2.0**-24
 
 
 class AdamRule:
@@ -30,6 +37,10 @@ class AdamRule:
         check_not_negative("epsilon", "eps", group)
         check_betas(group)
         check_not_negative("weight_decay", "weight_decay", group)
+        if not group["bias_correction"] and max(group["betas"]) > _LARGEST_BETA:
+            raise ValueError(
+                f"expected betas up to {_LARGEST_BETA} without bias correction, got {group['betas']}; lower them"
+            )
 
     def update(
         self,
@@ -53,7 +64,7 @@ class AdamRule:
             beta2=float(group["betas"][1]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=shard.steps,
+            step=shard.steps if group["bias_correction"] else torch.full_like(shard.steps, _LATE),
             decoupled_weight_decay=group["decoupled_weight_decay"],
             maximize=group["maximize"],
             grad_scale=grad_scale,
@@ -77,6 +88,7 @@ class FusedZeroAdam(ZeroOptimizer):
         amsgrad: Refused, as is `differentiable`; `foreach`, `capturable` and `fused` change nothing here.
         maximize: Ascend.
         decoupled_weight_decay: AdamW's rule.
+        bias_correction: False takes the moments as they are, as if the first steps were late ones.
         **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
@@ -101,6 +113,7 @@ class FusedZeroAdam(ZeroOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool | None = None,
+        bias_correction: bool = True,
         **options: Unpack[ZeroOptions],
     ) -> None:
         refuse_unsupported({"amsgrad": amsgrad, "differentiable": differentiable})
@@ -111,6 +124,7 @@ class FusedZeroAdam(ZeroOptimizer):
             weight_decay=weight_decay,
             maximize=maximize,
             decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
+            bias_correction=bias_correction,
             amsgrad=amsgrad,  # these change nothing; torch's optimizers ask checkpoints for them
             foreach=foreach,
             capturable=capturable,

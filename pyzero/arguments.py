@@ -67,11 +67,23 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
                 f"expected plain tensors, got parameter {index} of the group as a DTensor, which is not supported yet; "
                 f"pass torch.optim.AdamW(fused=True) those"
             )
-        if param.dtype not in FLOAT_DTYPES:
+        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
             raise TypeError(
-                f"expected parameters in float32, bfloat16 or float16, got parameter {index} of the group in "
-                f"{str(param.dtype).removeprefix('torch.')}; convert it or leave it out"
+                f"expected whole parameters, alike on every rank, got parameter {index} of the group as this rank's "
+                f"part of one, of FullyShardedDataParallel; pass torch.optim.AdamW(fused=True) those, or build the "
+                f"optimizer over the bare model, which it shards by itself"
             )
+        if param.requires_grad:
+            check_dtype(param, f"parameter {index} of the group")
+
+
+def check_dtype(param: Tensor, name: str) -> None:
+    """Of a parameter that is to be trained; a frozen one may have any."""
+    if param.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"expected parameters in float32, bfloat16 or float16, got {name} in "
+            f"{str(param.dtype).removeprefix('torch.')}; convert it, freeze it or leave it out"
+        )
 
 
 def check_no_grad(group: dict[str, Any]) -> None:

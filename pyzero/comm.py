@@ -371,7 +371,12 @@ def device() -> torch.device:
     """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_rank())
+
+
+def local_rank() -> int:
+    """Of this process on its host: the launcher's LOCAL_RANK, or 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -379,16 +384,16 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def join() -> bool:
+def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return False
     mine = device()
     if mine.type == "cuda":
         torch.cuda.set_device(mine)
-        dist.init_process_group("nccl", device_id=mine)
+        dist.init_process_group(backend or "nccl", device_id=mine, timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend or "gloo", timeout=timeout)
     return True
 
 

@@ -23,6 +23,7 @@ from pyzero.overflow import OverflowMonitor
 from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
+from pyzero.scaled_backward import ScaledBackward
 from pyzero.scaler import LossScale, Scaler
 from pyzero.update import ShardUpdater, StepScalars
 from pyzero.update_rule import UpdateRule
@@ -154,6 +155,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
                 self._group, exchange, transport_of_group, self._device, options, inv_scale, backend
             )
             self._gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        has_fp16 = any(param.dtype == torch.float16 for param in parameters)
+        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
         self.register_state_dict_pre_hook(_sync_masters_from_weights)
         self.register_state_dict_post_hook(_export_state, prepend=True)
         self._place(range(len(self.param_groups)))
@@ -242,8 +245,17 @@ class ZeroOptimizer(FullAccess, Optimizer):
             loss.backward(**kwargs)
             return
         self._place_unfrozen()
-        with self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch):
-            self._scaler.scale_loss(loss).backward(**kwargs)
+        self._scaled_backward.run(loss, **kwargs)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, for a backward of the caller's: `optimizer.scale(loss).backward()`.
+
+        Parameters that are no longer frozen get buckets, as in `backward`.
+        """
+        if not self._scaler.enabled:
+            return loss
+        self._place_unfrozen()
+        return self._scaled_backward.scale(loss)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -257,6 +269,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradient shards are freed too."""
         self._gradients.finish_broken_round()
+        self._scaled_backward.end()
         super().zero_grad(set_to_none)
         self._gradients.reset()
         self._grad_scaler_proxy.clear()
@@ -356,6 +369,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         gathers = self._update_and_gather(stats, scalars)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
         self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
+        if self._scaler.enabled:
+            self._scaled_backward.after_step(has_grad_scaler)
         for gather in gathers:
             gather.wait()
         self._weights_were_written(stats.used)
@@ -442,6 +457,16 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def clipped_grad_norm(self) -> Tensor | None:
         """0-D tensor: the same after clipping."""
         return None if self._last is None else self._last.norm * self._last.clip
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether there is a loss scale, and `backward` applies it."""
+        return self._scaler.enabled
+
+    @property
+    def is_scaled_backward(self) -> bool:
+        """Whether a backward is running whose gradients carry the loss scale."""
+        return self._scaled_backward.is_running
 
     @property
     def loss_scale(self) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero import modules
-from pyzero.arguments import check_device
+from pyzero.arguments import check_device, check_dtype
 from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.comm import Group
 from pyzero.layout import BucketLayout, Key, ParamSpec, RunKey, plan
@@ -105,6 +105,7 @@ class Placement:
                     frozen.append(param)
                 elif param not in self._places:
                     check_device(param, device)
+                    check_dtype(param, f"parameter {first + len(params)}")
                     key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._is_in_norm(param))
                     specs.append(ParamSpec(first + len(params), param.numel(), param.element_size(), key, run))
                     params.append(param)

@@ -10,36 +10,65 @@ LAYERS = (
     {"ops"},
     {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
     {"checkpoint_files", "deepspeed_files", "export", "sharded_state", "stats_rows"},
-    {"checkpoint_storage", "comm", "config", "deepspeed_checkpoint", "update_rule"},
-    {"buckets", "config_reader", "grad_stats", "schedules"},
+    {"checkpoint_storage", "comm", "deepspeed_checkpoint", "update_rule"},
+    {"buckets", "grad_stats"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
     {"access", "accumulation", "rank_state"},
     {"gradients"},
     {"exchange"},
     {"reduction"},
     {"overlap"},
+    {"scaled_backward"},
     {"optimizer"},
-    {"adam", "checkpoint", "lion"},
-    {"engine", "estimate"},
-    {"__main__"},
+    {"adam", "checkpoint", "lamb", "lion"},
+    {"estimate"},
+    {f"deepspeed.{name}" for name in ("accelerator", "checkpointing", "comm", "keys", "ops.recipe", "owners")},
+    {f"deepspeed.{name}" for name in ("schedules", "tensors", "timers", "utils", "weights", "zero")},
+    {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
+    {"deepspeed.ops", "deepspeed.sections"},
+    {"deepspeed.config"},
+    {"deepspeed.monitor", "deepspeed.reader", "deepspeed.saving", "deepspeed.settings"},
+    {"deepspeed.config_view", "deepspeed.engine"},
+    {"deepspeed.entry"},
+    {"deepspeed"},
+    {"__main__", "compat"},
 )
+MODULES = {*PYZERO.glob("*.py"), *(PYZERO / "deepspeed").rglob("*.py")} - {PYZERO / "__init__.py"}
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the modules of pyzero that a file imports."""
+def name_of(path: Path) -> str:
+    """As in LAYERS: dotted, below pyzero."""
+    return ".".join(path.relative_to(PYZERO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path, package: str = "pyzero") -> set[str]:
+    """Names of the modules of pyzero that a file imports. package: the one that the file is in."""
     found = set()
+
+    def add(module: str, names: list[str]) -> None:
+        folder = PYZERO.joinpath(*module.split(".")[1:])
+        is_package = module == "pyzero" or folder.is_dir()
+        of_package = [name for name in names if is_package and module_exists(f"{module}.{name}")]
+        found.update(f"{module}.{name}".removeprefix("pyzero.") for name in of_package)
+        if module != "pyzero" and len(of_package) < len(names):
+            found.add(module.removeprefix("pyzero."))
+
+    def module_exists(module: str) -> bool:
+        place = PYZERO.joinpath(*module.split(".")[1:])
+        return place.is_dir() or place.with_suffix(".py").is_file()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             return
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            if node.level == 1:
-                module = f"pyzero.{module}".rstrip(".")
-            if module == "pyzero":
-                found.update(alias.name for alias in node.names)
-            elif module.startswith("pyzero."):
-                found.add(module.split(".")[1])
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                module = ".".join([*above, module]).rstrip(".")
+            if module == "pyzero.ops" or module.startswith("pyzero.ops."):
+                found.add("ops")
+            elif module == "pyzero" or module.startswith("pyzero."):
+                add(module, [alias.name for alias in node.names])
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -50,14 +79,24 @@ def imported(path: Path) -> set[str]:
 def test_imports_go_one_way():
     below: set[str] = set()
     for layer in LAYERS:
-        for name in layer - {"ops"}:
-            wrong = imported(PYZERO / f"{name}.py") - below
-            assert not wrong, f"pyzero/{name}.py imports {sorted(wrong)}, which lie beside or above it"
+        for path in MODULES:
+            name = name_of(path)
+            if name in layer:
+                package = ".".join(["pyzero", *path.relative_to(PYZERO).parts[:-1]])
+                wrong = imported(path, package) - below
+                assert not wrong, f"pyzero/{name} imports {sorted(wrong)}, which lie beside or above it"
         below |= layer
-    assert below - {"ops"} == {path.stem for path in PYZERO.glob("*.py")} - {"__init__"}
+    assert below - {"ops"} == {name_of(path) for path in MODULES}
 
 
 def test_imports_are_found(tmp_path: Path):
     path = tmp_path / "module.py"
-    path.write_text("from pyzero import ops\ndef f():\n    from . import estimate\n    from .comm import Group\n")
-    assert imported(path) == {"ops", "estimate", "comm"}
+    path.write_text(
+        "from pyzero import ops\ndef f():\n    from . import estimate\n    from .comm import Group\n"
+        "    from pyzero.deepspeed import config, entry\n    from pyzero.deepspeed.reader import load\n"
+        "    from pyzero.ops.checks import FLOAT_DTYPES\n"
+    )
+    wanted = {"ops", "estimate", "comm", "deepspeed.config", "deepspeed.entry", "deepspeed.reader"}
+    assert imported(path) == wanted
+    path.write_text("from .keys import Section\nfrom . import tensors\nfrom .. import comm\n")
+    assert imported(path, "pyzero.deepspeed") == {"deepspeed.keys", "deepspeed.tensors", "comm"}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyzero
 from pyzero import comm
-from pyzero.__main__ import main
+from pyzero.__main__ import _count, main
 from pyzero.estimate import estimate, estimate_numel
 
 WITHIN = 0.03
@@ -137,6 +137,22 @@ def test_zero_papers_numbers():
 def test_frozen_parameters_are_weights_alone():
     model = nn.Linear(640, 640, bias=False).requires_grad_(False)
     assert estimate(model).peak == 640 * 640 * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("7B", 7e9), ("1.5b", 1.5e9), ("350M", 35e7), ("10k", 1e4), ("7e9", 7e9), ("12", 12)]
+)
+def test_counts_as_people_write_them(text, wanted, capsys):
+    assert main(["estimate", "--model-params", text]) == 0
+    assert _count(text) == wanted
+    with pytest.raises(SystemExit):
+        main(["estimate", "--model-params", "7X"])
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"pyzero {pyzero.__version__}\n"
 
 
 def test_the_command(capsys):

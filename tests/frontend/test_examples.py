@@ -146,7 +146,7 @@ def test_deepspeed_script(launcher):
 def test_deepspeed_script_differs_by_its_import_alone():
     lines = (ROOT / "examples" / "deepspeed_script.py").read_text().splitlines()
     assert [line for line in lines if "pyzero" in line] == [
-        "import pyzero as deepspeed  # the line that differs: `import deepspeed`"
+        "import pyzero.deepspeed as deepspeed  # the line that differs: `import deepspeed`"
     ]
 
 

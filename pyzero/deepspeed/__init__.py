@@ -1,0 +1,73 @@
+"""DeepSpeed's names, for its scripts: `import pyzero.deepspeed as deepspeed`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .accelerator import get_accelerator as get_accelerator
+    from .comm import init_distributed as init_distributed
+    from .config_view import DeepSpeedConfig as DeepSpeedConfig
+    from .engine import Engine as DeepSpeedEngine
+    from .entry import initialize as initialize
+    from .utils import log_dist as log_dist
+    from .utils import logger as logger
+
+__version__ = "0.19.8"  # the DeepSpeed whose names these are
+__all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedEngine",
+    "add_config_arguments",
+    "get_accelerator",
+    "init_distributed",
+    "init_inference",
+    "initialize",
+    "log_dist",
+    "logger",
+]
+
+# Imported on first use: a name of a module, or a module.
+_NAMES = {
+    "DeepSpeedConfig": ("config_view", "DeepSpeedConfig"),
+    "DeepSpeedEngine": ("engine", "Engine"),
+    "get_accelerator": ("accelerator", "get_accelerator"),
+    "init_distributed": ("comm", "init_distributed"),
+    "initialize": ("entry", "initialize"),
+    "log_dist": ("utils", "log_dist"),
+    "logger": ("utils", "logger"),
+}
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "utils", "zero")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; docs/deepspeed.md lists what it has")
+    module, attribute = _NAMES[name]
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = value  # for the submodule of that name too, which an import would put here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--deepspeed` and `--deepspeed_config` to a parser, and return it."""
+    group = parser.add_argument_group("DeepSpeed")
+    group.add_argument("--deepspeed", action="store_true", help="for the script to read")
+    group.add_argument("--deepspeed_config", metavar="PATH", help="a JSON config")
+    return parser
+
+
+def init_inference(*args: Any, **kwargs: Any) -> NoReturn:
+    """Not supported.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError("pyzero trains; run inference with the module itself, or with DeepSpeed")

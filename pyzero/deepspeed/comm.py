@@ -1,0 +1,151 @@
+"""deepspeed.comm: torch.distributed by DeepSpeed's names, which also answer where there is no process group.
+
+Scripts alone call it; the optimizer's own communication is pyzero/comm.py.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import (
+    ReduceOp,
+    all_gather,
+    all_gather_object,
+    all_to_all,
+    all_to_all_single,
+    batch_isend_irecv,
+    broadcast_object_list,
+    destroy_process_group,
+    gather,
+    init_process_group,
+    irecv,
+    is_available,
+    is_initialized,
+    isend,
+    monitored_barrier,
+    new_group,
+    recv,
+    reduce,
+    reduce_scatter,
+    scatter,
+    send,
+)
+
+from pyzero import comm
+
+__all__ = [
+    "ReduceOp",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "batch_isend_irecv",
+    "broadcast",
+    "broadcast_object_list",
+    "destroy_process_group",
+    "gather",
+    "get_global_rank",
+    "get_local_rank",
+    "get_rank",
+    "get_world_group",
+    "get_world_size",
+    "init_distributed",
+    "init_process_group",
+    "irecv",
+    "is_available",
+    "is_initialized",
+    "isend",
+    "monitored_barrier",
+    "new_group",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "send",
+]
+
+# torch 2.13 renames these, and warns of the old names.
+all_gather_into_tensor: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_tensor: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Join the ranks that a launcher started; without a launcher, and where there is a group already, nothing.
+
+    Args:
+        dist_backend: "nccl" or "gloo"; default: what the devices need.
+        auto_mpi_discovery: Ignored; MPI's launcher is not asked.
+        distributed_port: Ignored; torchrun's is used.
+        verbose: Ignored.
+        timeout: Of a collective; default: torch's.
+        init_method: As torch.distributed.init_process_group's, with `rank` and `world_size`.
+        dist_init_required: False does nothing.
+        config: Ignored.
+        rank: Of this process; -1: the launcher's.
+        world_size: Number of processes; -1: the launcher's.
+    """
+    if dist_init_required is False or is_initialized():
+        return
+    if init_method is None:
+        comm.join(dist_backend, timeout)
+        return
+    backend = dist_backend or ("nccl" if comm.device().type == "cuda" else "gloo")
+    dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+
+
+def get_rank(group: Any = None) -> int:
+    """torch's; 0 without a process group."""
+    return dist.get_rank(group) if is_initialized() else 0
+
+
+def get_world_size(group: Any = None) -> int:
+    """torch's; 1 without a process group."""
+    return dist.get_world_size(group) if is_initialized() else 1
+
+
+def get_local_rank() -> int:
+    """Of this process on its host."""
+    return comm.local_rank()
+
+
+def get_global_rank(group: Any = None, group_rank: int = 0) -> int:
+    """The rank in the default group of a rank of another."""
+    return group_rank if group is None else dist.get_global_rank(group, group_rank)
+
+
+def get_world_group() -> Any:
+    """The default group; None without one."""
+    return dist.group.WORLD if is_initialized() else None
+
+
+def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+    """torch's; nothing without a process group."""
+    return dist.barrier(group, async_op, device_ids) if is_initialized() else None
+
+
+def all_reduce(tensor: Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    """torch's; nothing without a process group."""
+    return dist.all_reduce(tensor, op, group, async_op) if is_initialized() else None
+
+
+def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False) -> Any:
+    """torch's; nothing without a process group."""
+    return dist.broadcast(tensor, src, group, async_op) if is_initialized() else None

@@ -1,0 +1,41 @@
+"""DeepSpeedConfig: what scripts read of a config before they build anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyzero.deepspeed import comm
+from pyzero.deepspeed.reader import load
+
+
+class DeepSpeedConfig:
+    """A config with its batch sizes worked out for the ranks there are.
+
+    Args:
+        config: A dict, a path or JSON text.
+        mpu: Not supported.
+        mesh_device: Not supported.
+
+    Raises:
+        ValueError: In the config, or mpu or mesh_device are given.
+    """
+
+    def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
+        if mpu is not None or mesh_device is not None:
+            raise ValueError("got mpu or mesh_device, which are not supported; leave them out")
+        self.settings = load(config)
+        batches = self.settings.batches(comm.get_world_size())
+        self.train_batch_size = batches.train
+        self.train_micro_batch_size_per_gpu = batches.micro
+        self.gradient_accumulation_steps = batches.accumulation
+        self.fp16_enabled = self.settings.is_fp16
+        self.bfloat16_enabled = self.settings.is_bf16
+        self.zero_optimization_stage = self.settings.zero_optimization.stage
+        self.zero_enabled = self.zero_optimization_stage > 0
+        self.gradient_clipping = self.settings.max_grad_norm() or 0.0
+        self.steps_per_print = self.settings.steps_per_print
+        optimizer, scheduler = self.settings.optimizer, self.settings.scheduler
+        self.optimizer_name = None if optimizer is None else optimizer.type.lower()
+        self.optimizer_params = None if optimizer is None else optimizer.params.model_dump(exclude_unset=True)
+        self.scheduler_name = None if scheduler is None else scheduler.type
+        self.scheduler_params = None if scheduler is None else scheduler.params.model_dump(exclude_unset=True)

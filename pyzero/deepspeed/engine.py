@@ -1,0 +1,277 @@
+"""The engine: DeepSpeed's names over a plain model, an optimizer of ours and a schedule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero import comm
+from pyzero.deepspeed import tensors
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.monitor import Monitor
+from pyzero.deepspeed.saving import EngineCheckpoints
+from pyzero.deepspeed.settings import EngineSettings
+from pyzero.deepspeed.timers import PhaseTimers
+from pyzero.deepspeed.weights import EngineWeights
+from pyzero.optimizer import ZeroOptimizer
+
+log = logging.getLogger("pyzero")
+
+_STEPS_PER_PRINT = 10  # of phases, where the config says nothing
+
+
+class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
+    """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: ZeroOptimizer,
+        lr_scheduler: Any,
+        config: Config,
+        leaves_group: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.config = config
+        self.device = comm.device()
+        self.rank, self.world_size = comm.rank_and_size()
+        self.global_rank = self.rank  # DeepSpeed's name
+        self.local_rank = comm.local_rank()
+        self.batches = config.batches(self.world_size)
+        self.micro_steps = 0  # calls of step()
+        self.global_steps = 0  # optimizer steps, skipped ones too
+        self.global_samples = 0  # that went into them, on all ranks
+        self.training_dataloader: Any = None
+        self.timers = PhaseTimers(config.wall_clock_breakdown, self.device)
+        self.monitor = Monitor(config, is_first=self.rank == 0)
+        self._input_dtype = config.weights_dtype()  # None: inputs are left alone
+        self._leaves_group = leaves_group
+        self._boundary: bool | None = None  # what the caller says of the coming step()
+        self._stepped = False
+        self._divides = False  # backward() divides the loss, which the hooks on outputs then leave alone
+        self._in_step = False
+        self._num_backwards = 0  # since the last step
+        self._loss_sum: Tensor | None = None  # of the divided losses since the last step
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not the engine's is the module's: `engine.generate(...)`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or not hasattr(module, name):
+                raise
+            return getattr(module, name)
+
+    # ---- forward and backward --------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled.
+
+        The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
+        `backward` is.
+        """
+        if self._input_dtype is not None:
+            args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
+        with self.timers.phase("forward"), self._autocast():
+            outputs = self.module(*args, **kwargs)
+        if torch.is_grad_enabled() and (self.batches.accumulation > 1 or self.is_scaled):
+            tensors.hook_outputs(outputs, self._on_plain_backward)
+        return outputs
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.config.torch_autocast.chosen()
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _on_plain_backward(self, grad: Tensor) -> Tensor | None:
+        """A gradient that arrives at an output of the module."""
+        if self._divides:
+            return None
+        if self.is_scaled and not self.optimizer.is_scaled_backward:
+            raise RuntimeError(
+                "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
+                "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
+            )
+        return grad / self.batches.accumulation
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
+
+        Args:
+            loss: 0-D.
+            retain_graph: As torch's.
+            scale_wrt_gas: False: do not divide.
+
+        Raises:
+            RuntimeError: In torch's backward; where a loss function mixed dtypes, with what to do about it.
+        """
+        divided = loss / self.batches.accumulation if scale_wrt_gas else loss
+        self._num_backwards += 1
+        self._divides = True
+        try:
+            with self.timers.phase("backward"):
+                self.optimizer.backward(divided, retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "Found dtype" not in str(error):
+                raise
+            # 16-bit outputs and fp32 targets, as a rule. torch's message names no loss and no remedy.
+            raise RuntimeError(
+                f"got tensors of two dtypes in a loss ({error}), wanted one: torch has no backward of huber_loss "
+                "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
+            ) from error
+        finally:
+            self._divides = False
+        if self.monitor.enabled:
+            self._loss_sum = divided.detach() + (0 if self._loss_sum is None else self._loss_sum)
+        return divided
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, for a backward of your own: `engine.scale(loss).backward()`."""
+        return self.optimizer.scale(loss)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward in here sends nothing; see FusedZeroAdam.no_sync."""
+        return self.optimizer.no_sync()
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Several backwards whose gradients are sent once, by the step() behind it."""
+        if self._in_step:
+            raise RuntimeError("expected coalesce_grad_reduction() around backwards, got it inside step(); move it out")
+        before, self._boundary = self._boundary, False
+        try:
+            with self.optimizer.no_sync():
+                yield
+        finally:
+            self._boundary = before
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the coming step() acts."""
+        if self._boundary is not None:
+            return self._boundary
+        if not self.config.managed_gradient_accumulation:
+            return self._in_step
+        return (self.micro_steps + 1) % self.batches.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the coming step() acts, from now on, in place of the count of micro-batches.
+
+        Raises:
+            RuntimeError: With managed_gradient_accumulation=false every step() does.
+        """
+        if not self.config.managed_gradient_accumulation:
+            raise RuntimeError(
+                "expected managed_gradient_accumulation=true in the config, got false, with which every step() is a "
+                "boundary; call step() at the boundary alone, or remove the key"
+            )
+        self._boundary = is_boundary
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """At an accumulation boundary: the optimizer's step, cleared gradients, the schedule's step.
+
+        After a step that was skipped for an overflow the schedule stays where it is. To know that is to wait for the
+        device, so it is asked only where there are both a schedule and a loss scale.
+
+        Args:
+            lr_kwargs: For the schedule's step.
+        """
+        self._in_step = True
+        try:
+            self._stepped = self.is_gradient_accumulation_boundary()
+            if self._stepped:
+                with self.timers.phase("step"):
+                    self._take_step(lr_kwargs or {})
+                self._report()
+        finally:
+            self._in_step = False
+        self.micro_steps += 1
+
+    def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.global_steps += 1
+        managed = self.config.managed_gradient_accumulation
+        num_micro = self.batches.accumulation if managed else self._num_backwards
+        self.global_samples += num_micro * self.batches.micro * self.world_size
+        self._num_backwards = 0
+        if self.lr_scheduler is not None and (not self.is_scaled or self.optimizer.was_step_applied):
+            self.lr_scheduler.step(**lr_kwargs)
+
+    def _report(self) -> None:
+        """To the monitors and the log."""
+        if self.monitor.enabled:
+            self.monitor.write_events(self._events())
+            self._loss_sum = None
+        every = self.config.steps_per_print
+        if every and self.global_steps % every == 0 and self.rank == 0:
+            log.info("step=%d, skipped=%d, lr=%s", self.global_steps, self.skipped_steps, self.get_lr())
+        if self.timers.enabled and self.global_steps % (every or _STEPS_PER_PRINT) == 0 and self.rank == 0:
+            log.info("%s", self.timers.report())
+
+    def _events(self) -> list[tuple[str, float, int]]:
+        events = [("Train/Samples/lr", self.get_lr()[0], self.global_samples)]
+        if self._loss_sum is not None:
+            events.append(("Train/Samples/train_loss", float(self._loss_sum), self.global_samples))
+        if self.is_scaled:
+            events.append(("Train/Samples/loss_scale", self.cur_scale, self.global_samples))
+        return events
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    # ---- what can be asked -----------------------------------------------------------------------------------------
+
+    def was_step_applied(self) -> bool:
+        """Whether the last step() changed the weights. Reads the device."""
+        return self._stepped and self.optimizer.was_step_applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """2-norm of the averaged, unscaled gradients in the last step, before clipping. Reads the device."""
+        norm = self.optimizer.grad_norm
+        return None if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for an overflow. Reads the device."""
+        return self.optimizer.skipped_steps
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale; 1.0 without one. Reads the device."""
+        return self.optimizer.loss_scale
+
+    def get_loss_scale(self) -> float:
+        """The same."""
+        return self.cur_scale
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each group."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[Any]:
+        """The betas of each group."""
+        return [group["betas"] for group in self.optimizer.param_groups]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """The module's: torch.compile in place."""
+        self.module.compile(*args, **kwargs)
+
+    def empty_partition_cache(self) -> None:
+        """Nothing: weights are whole on each rank."""
+
+    def destroy(self) -> None:
+        """Leave the process group, if initialize() joined it. The engine is of no use afterwards."""
+        if self._leaves_group:
+            comm.leave()
+            self._leaves_group = False

@@ -1,0 +1,267 @@
+"""initialize(): a DeepSpeed script's model, optimizer and config become an engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pyzero import comm
+from pyzero.adam import FusedZeroAdam
+from pyzero.deepspeed import owners
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.keys import remarks
+from pyzero.deepspeed.ops.lamb import FusedLamb
+from pyzero.deepspeed.ops.lion import FusedLion
+from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.reader import load
+from pyzero.deepspeed.schedules import SCHEDULES
+from pyzero.deepspeed.sections import DTYPES
+from pyzero.lamb import ZeroLamb
+from pyzero.lion import FusedZeroLion
+from pyzero.optimizer import ZeroOptimizer
+
+log = logging.getLogger("pyzero")
+
+_RULES: dict[str, Callable[..., ZeroOptimizer]] = {
+    "Adam": FusedZeroAdam,
+    "AdamW": FusedZeroAdam,
+    "Lion": FusedZeroLion,
+    "Lamb": ZeroLamb,
+}
+_REFUSED = ("amsgrad", "differentiable")
+_MOOT = ("foreach", "capturable", "fused")
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
+    """DeepSpeed's entry point, with its argument names and order.
+
+    Joins the ranks that a launcher started (RANK and WORLD_SIZE are set); without one it runs alone.
+
+    Args:
+        args: An object with `deepspeed_config`, a path; used where `config` is not given.
+        model: Any module. With fp16 or bf16 enabled its weights are converted; its parameters stay the same objects.
+        optimizer: A torch Adam or AdamW, or one of pyzero.deepspeed.ops, which becomes an optimizer of ours with its
+            groups and hyper-parameters; a function that makes one of the parameters; or one of ours, which is used as
+            it is. It goes before the config's `optimizer`.
+        model_parameters: Parameters or groups for the config's `optimizer` or the function; default: all of the
+            model's.
+        training_data: A dataset, for the data loader that is returned.
+        lr_scheduler: A torch scheduler, or a function from optimizer to scheduler. Goes before the config's.
+        distributed_port: Ignored; torchrun's is used.
+        mpu: Not supported.
+        dist_init_required: False: the process group is there already, or not wanted.
+        collate_fn: Of the data loader.
+        config: A dict, a path or JSON text; see docs/deepspeed.md.
+        mesh_param: Not supported.
+        config_params: Old name of `config`.
+
+    Returns:
+        (engine, optimizer, data loader or None, scheduler or None).
+
+    Raises:
+        ValueError: In the config, or in what the optimizer asks for.
+        TypeError: An optimizer other than these.
+    """
+    if model is None:
+        raise ValueError("expected a model, got None; pass model=")
+    for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
+        if value is not None:
+            raise ValueError(f"got {name}, which is not supported; leave it out, the ranks are all data-parallel")
+    given = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
+    if given is None:
+        raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
+    settings = load(given)
+    joined = dist_init_required is not False and comm.join()
+    _check_accumulation(model, settings)
+    _remark(settings)
+    _convert(model, settings)
+    ours = _make_optimizer(model, optimizer, model_parameters, settings)
+    schedule = _make_schedule(lr_scheduler, ours, settings)
+    owners.register(ours)
+    engine = Engine(model, ours, schedule, settings, leaves_group=joined)
+    if training_data is not None:
+        engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
+    return engine, ours, engine.training_dataloader, schedule
+
+
+def _check_accumulation(model: nn.Module, config: Config) -> None:
+    """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
+    wanted = config.data_types.grad_accum_dtype
+    dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    size = comm.rank_and_size()[1]
+    if wanted in (None, "auto") or dtype is None or size > 1 or config.batches(size).accumulation == 1:
+        return
+    if DTYPES[wanted].itemsize > dtype.itemsize:
+        raise ValueError(
+            f"data_types.grad_accum_dtype is {wanted}, and one rank adds micro-batches in .grad, in {dtype}; run two "
+            f"ranks, which sum in fp32, take larger micro-batches, or remove the key"
+        )
+
+
+def _remark(config: Config) -> None:
+    """One line for each key that means something else here than its reader may think."""
+    if comm.rank_and_size()[0] > 0:
+        return
+    if config.zero_optimization.stage == 3:
+        log.warning(
+            "config: zero_optimization.stage=3 runs as stage 2: weights stay whole on each rank; the numbers "
+            "are the same, and the memory is not. Where they do not fit take torch's fully_shard"
+        )
+    if config.optimizer is not None and config.optimizer.remark:
+        log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
+    for line, warns in remarks(config):
+        log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
+
+
+def _convert(model: nn.Module, config: Config) -> None:
+    """To this rank's device and the wanted dtype, in place: an optimizer goes on holding the model's parameters."""
+    before = [id(param) for param in model.parameters()]
+    model.to(device=comm.device(), dtype=config.weights_dtype())
+    assert before == [id(param) for param in model.parameters()]
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: Config) -> ZeroOptimizer:
+    params = list(model.parameters() if model_parameters is None else model_parameters)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        if not callable(optimizer):
+            raise TypeError(
+                f"expected an optimizer, or a function that makes one of parameters, got {type(optimizer).__name__}; "
+                f"pass one of these"
+            )
+        optimizer = optimizer(params)
+    if optimizer is not None:
+        _check_held(model, [param for group in optimizer.param_groups for param in group["params"]])
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer
+    options = _options(config)
+    if optimizer is not None:
+        return _ours(optimizer)(groups_of(optimizer), **options)
+    if config.optimizer is None:
+        raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
+    _check_held(model, _tensors_of(params))
+    return _RULES[config.optimizer.rule](params, **config.optimizer.arguments(), **options)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Of every optimizer of ours."""
+    options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
+    options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
+    if config.torch_autocast.chosen() == torch.float16:
+        options["loss_scale"] = "dynamic"
+    options["max_grad_norm"] = config.max_grad_norm()
+    options["grad_reduce_dtype"] = config.sent_dtype()
+    return options
+
+
+def _ours(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
+    if isinstance(optimizer, FusedLion):
+        return FusedZeroLion
+    return ZeroLamb if isinstance(optimizer, FusedLamb) else FusedZeroAdam
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups of an optimizer that initialize() knows, for one of ours.
+
+    Raises:
+        TypeError: Another optimizer.
+        ValueError: An option that ours lack, or state that would be lost.
+    """
+    name = type(optimizer).__name__
+    if type(optimizer) not in (Adam, AdamW) and not isinstance(optimizer, Recipe):
+        raise TypeError(
+            f"expected torch.optim.Adam or AdamW, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
+            f"pyzero.deepspeed.ops, or one of pyzero's own, got {name}; pass one of these"
+        )
+    if optimizer.state:
+        raise ValueError(
+            f"expected a fresh {name}, got one that has taken steps; pass it to initialize() before training"
+        )
+    for option in _REFUSED:
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f"got {name}({option}=True), which FusedZeroAdam does not support; leave it out")
+    groups = []
+    for group in optimizer.param_groups:
+        copy = {key: value for key, value in group.items() if key not in (*_REFUSED, *_MOOT)}
+        if isinstance(optimizer, Adam):  # AdamW is one only in newer torch
+            copy["decoupled_weight_decay"] = isinstance(optimizer, AdamW)
+        elif isinstance(optimizer, AdamW):
+            copy["decoupled_weight_decay"] = True
+        groups.append(copy)
+    return groups
+
+
+def _tensors_of(params: Iterable[Any]) -> list[Tensor]:
+    """Of parameters, (name, parameter) pairs or groups."""
+    found: list[Tensor] = []
+    for item in params:
+        if isinstance(item, dict):
+            found += _tensors_of([item["params"]] if isinstance(item["params"], Tensor) else item["params"])
+        else:
+            found.append(item[1] if isinstance(item, tuple) else item)
+    return found
+
+
+def _check_held(model: nn.Module, params: list[Tensor]) -> None:
+    held = {id(param) for param in model.parameters()}
+    strangers = sum(id(param) not in held for param in params)
+    if strangers:
+        raise ValueError(
+            f"expected parameters of the model, got {strangers} of others among {len(params)}; pass those of "
+            f"model.parameters() of the same model to the optimizer, or as model_parameters="
+        )
+
+
+# ---- the schedule and the data ---------------------------------------------------------------------------------------
+
+
+def _make_schedule(given: Any, optimizer: ZeroOptimizer, config: Config) -> Any:
+    if given is None:
+        section = config.scheduler
+        return None if section is None else SCHEDULES[section.type](optimizer, **section.arguments())
+    if not hasattr(given, "step"):
+        return given(optimizer)
+    if isinstance(given, LRScheduler):
+        _mark_as_scheduled(optimizer)
+    for schedule in (given, *getattr(given, "_schedulers", ())):  # those of a chain too
+        if hasattr(schedule, "optimizer"):
+            schedule.optimizer = optimizer
+    return given
+
+
+def _mark_as_scheduled(optimizer: Optimizer) -> None:
+    """A scheduler's constructor marks its optimizer's step(); one that finds another optimizer unmarked would warn."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    ConstantLR(optimizer, factor=1.0)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _make_loader(data: Any, collate_fn: Any, engine: Engine) -> DataLoader[Any]:
+    drops = engine.config.dataloader_drop_last
+    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.world_size, engine.rank, drop_last=drops)
+    return DataLoader(data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops)

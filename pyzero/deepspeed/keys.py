@@ -1,0 +1,165 @@
+"""What becomes of a key of DeepSpeed's config here: done, moot or refused. The one source of docs/deepspeed.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticUndefined
+
+
+@dataclass(frozen=True)
+class Done:
+    """The key does here what it does in DeepSpeed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Moot:
+    """The key is accepted and changes nothing. Where it asks for more than its default, one log line says the text."""
+
+    text: str
+    warns: bool = False  # somebody may have counted on it: memory
+    quiet: bool = False  # the line of another key says as much
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The key would change results: an error with the remedy, unless it is disabled."""
+
+    text: str
+
+
+State = Done | Moot | Refused
+
+Auto = Literal["auto"]
+
+
+def _flag(value: Any) -> Any:
+    """0 and 1 are flags in many configs."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _whole(value: Any) -> Any:
+    """5e8 is a count; true and 0.5 are none."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Flag = Annotated[bool, Field(strict=True), BeforeValidator(_flag)]
+Count = Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)]
+Size = Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def is_asked_for(value: Any) -> bool:
+    """Whether a value or section wants something: false, 0, 1, null, "none" and disabled sections do not."""
+    if isinstance(value, dict):
+        flags = list(_enabled_flags(value))
+        return any(flags) if flags else any(map(is_asked_for, value.values()))
+    if isinstance(value, bool):
+        return value
+    return value not in (None, "none", 0, 1)
+
+
+def _enabled_flags(value: dict[str, Any]) -> Iterator[bool]:
+    """The uppermost "enabled" on each way down."""
+    if "enabled" in value:
+        yield is_asked_for(value["enabled"]) or value["enabled"] == 1
+        return
+    for item in value.values():
+        if isinstance(item, dict):
+            yield from _enabled_flags(item)
+
+
+class Section(BaseModel):
+    """Some keys. Unknown ones are errors, and so are quoted numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_quoted_numbers(cls, value: Any) -> Any:
+        """A quoted "8" is not 8; pydantic would turn one into the other."""
+        if isinstance(value, str) and value not in ("auto", ""):
+            try:
+                number = float(value)
+            except ValueError:
+                return value
+            raise ValueError(f"wanted the number {number:g}; remove the quotes")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        state = state_of(cls, info.field_name)
+        if isinstance(state, Refused) and value != cls.model_fields[info.field_name].default and is_asked_for(value):
+            raise ValueError(state.text)
+        return value
+
+
+def state_of(section: type[BaseModel], name: str) -> State | None:
+    """What is said of a key; None for a section of keys."""
+    states = (item for item in section.model_fields[name].metadata if isinstance(item, State))
+    return next(states, None)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section in `Section`, `Section | None` or Annotated ones; None where there is none."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def rows(section: type[Section], path: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, state, default, text) of each key, in the order of the classes."""
+    for name, field in section.model_fields.items():
+        state = state_of(section, name)
+        below = section_of(field.annotation)
+        if below is not None:
+            yield from rows(below, f"{path}{name}.")
+        if state is not None:
+            default = "" if field.default in (None, PydanticUndefined) else _shown(field.default)
+            yield f"{path}{name}", type(state).__name__.lower(), default, state.text
+
+
+def _shown(default: Any) -> str:
+    return {True: "true", False: "false"}.get(default, str(default)) if isinstance(default, bool) else f"{default}"
+
+
+def table(section: type[Section]) -> str:
+    """Markdown."""
+    lines = ["| key | state | default | what it means here |", "|---|---|---|---|"]
+    lines += [f"| `{key}` | {state} | {default} | {text} |" for key, state, default, text in rows(section)]
+    return "\n".join(lines) + "\n"
+
+
+def remarks(section: Section, path: str = "") -> Iterator[tuple[str, bool]]:
+    """(line, whether it is a warning) for each moot key that asks for something, and one for all that are "auto"."""
+    autos = [] if path else list(_autos(section))
+    if autos:
+        yield f'"auto" takes its default, for there is no Trainer to fill it in: {", ".join(autos)}', False
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        state = state_of(type(section), name)
+        if isinstance(value, Section):
+            yield from remarks(value, f"{path}{name}.")
+        elif isinstance(state, Moot) and name in section.model_fields_set:
+            default = type(section).model_fields[name].default
+            asks = is_asked_for(value) if isinstance(value, dict) else value not in (default, None, "auto")
+            if asks and not state.quiet:
+                shown = "..." if isinstance(value, (dict, list)) else str(value).lower()
+                yield f"{path}{name}={shown}: {state.text}", state.warns
+
+
+def _autos(section: Section, path: str = "") -> Iterator[str]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _autos(value, f"{path}{name}.")
+        elif value == "auto" and name in section.model_fields_set:
+            yield f"{path}{name}"

@@ -1,0 +1,96 @@
+"""Where the numbers of a run go: CSV files, TensorBoard, Weights & Biases, as the config asks."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.sections import CsvSection, TensorBoardSection, WandbSection
+
+Event = tuple[str, float, int]  # (name, value, sample)
+
+
+class _Writer(Protocol):
+    def write(self, events: Sequence[Event]) -> None: ...
+
+
+class Monitor:
+    """DeepSpeed's `engine.monitor`. Only rank 0 writes.
+
+    Raises:
+        ImportError: tensorboard or wandb is enabled and not installed.
+    """
+
+    def __init__(self, config: Config, is_first: bool) -> None:
+        self._writers: list[_Writer] = []
+        if not is_first:
+            return
+        if config.csv_monitor.enabled:
+            self._writers.append(_Csv(config.csv_monitor))
+        if config.tensorboard.enabled:
+            self._writers.append(_TensorBoard(config.tensorboard))
+        if config.wandb.enabled:
+            self._writers.append(_Wandb(config.wandb))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this rank writes anything."""
+        return bool(self._writers)
+
+    def write_events(self, events: Sequence[Event]) -> None:
+        """Write (name, value, sample) rows."""
+        for writer in self._writers:
+            writer.write(events)
+
+
+class _Csv:
+    """A file for each name, with the columns step and the name's last part."""
+
+    def __init__(self, section: CsvSection) -> None:
+        self._folder = Path(section.output_path or "csv_monitor") / section.job_name
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, events: Sequence[Event]) -> None:
+        for name, value, sample in events:
+            path = self._folder / f"{name.replace('/', '_')}.csv"
+            is_new = not path.exists()
+            with path.open("a", newline="") as file:
+                rows = csv.writer(file)
+                if is_new:
+                    rows.writerow(["step", name.rpartition("/")[2]])
+                rows.writerow([sample, float(value)])
+
+
+class _TensorBoard:
+    def __init__(self, section: TensorBoardSection) -> None:
+        module = _installed("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(str(Path(section.output_path or "runs") / section.job_name))
+
+    def write(self, events: Sequence[Event]) -> None:
+        for name, value, sample in events:
+            self._writer.add_scalar(name, float(value), sample)
+        self._writer.flush()
+
+
+class _Wandb:
+    def __init__(self, section: WandbSection) -> None:
+        self._wandb = _installed("wandb", "wandb", "wandb")
+        self._wandb.init(project=section.project, group=section.group, entity=section.team)
+
+    def write(self, events: Sequence[Event]) -> None:
+        for name, value, sample in events:
+            self._wandb.log({name: float(value)}, step=sample)
+
+
+def _installed(module: str, package: str, section: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{section}.enabled is true in the config, and the package {package} is not installed ({error}); "
+            f"pip install {package}, or enable csv_monitor instead"
+        ) from error

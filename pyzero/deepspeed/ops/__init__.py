@@ -1,0 +1,5 @@
+"""DeepSpeed's optimizers by name, for scripts that build one and hand it to initialize()."""
+
+from pyzero.deepspeed.ops import adam, lamb, lion
+
+__all__ = ["adam", "lamb", "lion"]

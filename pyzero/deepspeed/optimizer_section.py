@@ -1,0 +1,132 @@
+"""`optimizer` of DeepSpeed's config: which of our optimizers it is, and with which numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pyzero.deepspeed.keys import Auto, Done, Flag, Fraction, Moot, NotNegative, Refused, Section
+
+Rule = Literal["Adam", "AdamW", "Lion", "Lamb"]
+
+# DeepSpeed's names, in lower case and without underscores -> (rule, what to say where it is not the same)
+_TYPES: dict[str, tuple[Rule, str]] = {
+    "adam": ("Adam", ""),
+    "adamw": ("AdamW", ""),
+    "fusedadam": ("Adam", ""),
+    "deepspeedcpuadam": ("Adam", ""),
+    "deepspeedadam": ("Adam", ""),
+    "lion": ("Lion", ""),
+    "fusedlion": ("Lion", ""),
+    "deepspeedcpulion": ("Lion", ""),
+    "lamb": ("Lamb", ""),
+    "fusedlamb": ("Lamb", ""),
+    "onebitadam": ("Adam", "gradients are not compressed: Adam throughout, as in its warm-up"),
+    "onebitlamb": ("Lamb", "gradients are not compressed: Lamb throughout, as in its warm-up"),
+    "zerooneadam": ("Adam", "gradients are not compressed, and every step is synchronised: Adam"),
+}
+_COMPRESSION = Moot("gradients are not compressed", quiet=True)
+# DeepSpeed's FusedLion; the paper's, which FusedZeroLion has, are 1e-4 and (0.9, 0.99).
+_LION_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999)}
+
+# What each rule takes.
+_ADAM = ("lr", "betas", "eps", "weight_decay", "bias_correction", "maximize")
+_ARGUMENTS: dict[Rule, tuple[str, ...]] = {
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "Lion": ("lr", "betas", "weight_decay", "maximize"),
+    "Lamb": ("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
+}
+
+
+class OptimizerParams(Section):
+    """Parameters of all rules, in torch's names; "auto" is DeepSpeed's default."""
+
+    lr: Annotated[NotNegative | Auto, Done("learning rate; default 1e-3")] = "auto"
+    betas: Annotated[tuple[Fraction, Fraction] | Auto, Done("default (0.9, 0.999)")] = "auto"
+    eps: Annotated[NotNegative | Auto, Done("default 1e-8; Lion has none")] = "auto"
+    weight_decay: Annotated[NotNegative | Auto, Done("default 0, for AdamW too")] = "auto"
+    adam_w_mode: Annotated[Flag | None, Done("AdamW's decay; DeepSpeed's default for type Adam is true")] = None
+    bias_correction: Annotated[Flag, Done("false: the moments are taken as they are")] = True
+    max_grad_norm: Annotated[NotNegative | None, Done("an older place of gradient_clipping")] = None
+    torch_adam: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None
+    fused: Annotated[Flag | None, Moot("always", quiet=True)] = None
+    foreach: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None
+    set_grad_none: Annotated[Flag | None, Moot("gradients are cleared either way", quiet=True)] = None
+    fp32_optimizer_states: Annotated[Flag, Moot("the state is fp32 all the same: more exact")] = True
+    amsgrad: Annotated[Flag, Refused("it is not supported; leave it out")] = False
+    maximize: Annotated[Flag, Done("ascend; Lamb cannot")] = False
+    max_coeff: Annotated[NotNegative | None, Done("Lamb's largest trust ratio; default 10")] = None
+    min_coeff: Annotated[NotNegative | None, Done("Lamb's smallest one; default 0.01")] = None
+    eps_inside_sqrt: Annotated[Flag, Refused("it is not supported; leave it out")] = False
+    freeze_step: Annotated[Any, _COMPRESSION] = None
+    cuda_aware: Annotated[Any, _COMPRESSION] = None
+    comm_backend_name: Annotated[Any, _COMPRESSION] = None
+    var_freeze_step: Annotated[Any, _COMPRESSION] = None
+    var_update_scaler: Annotated[Any, _COMPRESSION] = None
+    local_step_scaler: Annotated[Any, _COMPRESSION] = None
+    local_step_clipper: Annotated[Any, _COMPRESSION] = None
+    coeff_beta: Annotated[Any, _COMPRESSION] = None
+    factor_max: Annotated[Any, _COMPRESSION] = None
+    factor_min: Annotated[Any, _COMPRESSION] = None
+    factor_threshold: Annotated[Any, _COMPRESSION] = None
+
+
+class OptimizerSection(Section):
+    """`optimizer`. As in DeepSpeed, type Adam decays as AdamW does unless params.adam_w_mode is false."""
+
+    type: Annotated[
+        str,
+        Done(
+            "Adam, AdamW, Lion, Lamb; OneBitAdam and ZeroOneAdam run as Adam, OneBitLamb as Lamb, with one log line; "
+            "others are refused"
+        ),
+    ]
+    params: OptimizerParams = Field(default=OptimizerParams())
+    legacy_fusion: Annotated[Flag, Moot("the fused kernels run", quiet=True)] = False
+
+    @field_validator("type", mode="after")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if _key(value) not in _TYPES:
+            raise ValueError(
+                "wanted Adam, AdamW, Lion, Lamb, OneBitAdam, ZeroOneAdam or OneBitLamb; choose one of these, or train "
+                "with the other one under torch's FSDP or DistributedDataParallel"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _params_fit(self) -> OptimizerSection:
+        for name in ("bias_correction", "maximize", "max_coeff", "min_coeff"):
+            value = getattr(self.params, name)
+            if name not in _ARGUMENTS[self.rule] and value != type(self.params).model_fields[name].default:
+                raise ValueError(f"{self.type} has no params.{name}; leave it out")
+        return self
+
+    @property
+    def rule(self) -> Rule:
+        """Adam, AdamW, Lion or Lamb."""
+        return _TYPES[_key(self.type)][0]
+
+    @property
+    def remark(self) -> str:
+        """What to tell the user of a type that is not quite what it was; empty: nothing."""
+        return _TYPES[_key(self.type)][1]
+
+    def decoupled(self) -> bool:
+        """AdamW's rule or Adam's."""
+        return self.rule == "AdamW" or self.params.adam_w_mode is not False
+
+    def arguments(self) -> dict[str, Any]:
+        """For the optimizer."""
+        given = [name for name in _ARGUMENTS[self.rule] if name in self.params.model_fields_set]
+        values = {name: getattr(self.params, name) for name in given}
+        chosen = {name: value for name, value in values.items() if value not in ("auto", None)}
+        if self.rule == "Lion":
+            return {**_LION_DEFAULTS, **chosen}
+        return {**chosen, "decoupled_weight_decay": self.decoupled()} if self.rule != "Lamb" else chosen
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "")

@@ -1,0 +1,109 @@
+"""Reads a DeepSpeed config: from a dict, a file or JSON text; says what is wrong with it and where."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.keys import Section, section_of
+
+_LONGEST_VALUE = 60  # characters
+
+
+def load(config: Any) -> Config:
+    """A config from a dict, a path, or JSON text.
+
+    Raises:
+        ValueError: Unknown keys, wrong values; each with its path and a remedy.
+    """
+    if isinstance(config, Config):
+        return config
+    values = _read(config)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines: dict[str, list[str]] = {}
+        for item in error.errors():
+            path, line = _explain(item)
+            wanted = lines.setdefault(path, [])
+            line = line.partition("; ")[2] if wanted else line  # one of each member of a union
+            if not any(line in other for other in wanted):
+                wanted.append(line)
+        raise ValueError(
+            "the config has errors:\n"
+            + "\n".join(f"  {path}: {', or '.join(of_path)}" for path, of_path in lines.items())
+        ) from None
+
+
+def _read(config: Any) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return config
+    if not isinstance(config, (str, os.PathLike)):
+        raise TypeError(
+            f"expected config as a dict, a path or JSON text, got {type(config).__name__}; pass one of these"
+        )
+    text = str(config)
+    source = "config"
+    if not text.lstrip().startswith("{"):
+        source, path = text, Path(text)
+        if not path.is_file():
+            raise ValueError(
+                f"expected config as a dict, a path or JSON text, got {text!r}, which is no file; correct it"
+            )
+        text = path.read_text()
+    try:
+        values = json.loads(text, object_pairs_hook=_no_twins)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not JSON: {error}; correct it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}; wrap it in braces")
+    return values
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twin = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"got the key {twin!r} twice in one object; remove one")
+    return values
+
+
+def _explain(item: Any) -> tuple[str, str]:
+    """(path, what is wrong there) of one of pydantic's errors."""
+    section, names = _place(item["loc"])
+    if item["type"] == "extra_forbidden":
+        name = str(item["loc"][-1])
+        return ".".join([*names, name]), f"unknown key{_did_you_mean(section, name)}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = f"i{message[1:]}" if message.startswith("Input") else message
+    got = repr(item["input"])
+    got = got if len(got) <= _LONGEST_VALUE else f"{got[:_LONGEST_VALUE]}..."
+    return ".".join(names) or "config", f"got {got}; {message}"
+
+
+def _place(loc: tuple[Any, ...]) -> tuple[type[Section], list[str]]:
+    """The innermost section on the way to an error, and the keys on that way, without what pydantic adds to them."""
+    section: type[Section] = Config
+    names: list[str] = []
+    for part in loc:
+        if part not in section.model_fields:
+            break
+        names.append(part)
+        below = section_of(section.model_fields[part].annotation)
+        if below is None:
+            break
+        section = below
+    return section, names
+
+
+def _did_you_mean(section: type[Section], name: str) -> str:
+    """The nearest known key, or the list of them."""
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(names)}"

@@ -1,0 +1,151 @@
+"""The engine's checkpoints: DeepSpeed's folders by tag and its `latest`, with pyzero's checkpoints in them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyzero.checkpoint import load_checkpoint, save_checkpoint
+from pyzero.deepspeed import comm
+from pyzero.optimizer import ZeroOptimizer
+
+log = logging.getLogger("pyzero")
+
+_LATEST = "latest"
+_TAG = re.compile(r"(?!\.)[^/\\\0\n]+")
+_COUNTERS = ("global_steps", "global_samples", "micro_steps")
+
+
+class EngineCheckpoints:
+    """A part of Engine. All ranks call its methods alike."""
+
+    module: nn.Module
+    optimizer: ZeroOptimizer
+    lr_scheduler: Any
+    rank: int
+    global_steps: int
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save everything into save_dir/tag: weights, the optimizer's state, loss scale, schedule and counters.
+
+        Args:
+            save_dir: Seen by all ranks.
+            tag: Name of the checkpoint; default: global_step and its number. The same on every rank.
+            client_state: More of this rank, plain data: `load_checkpoint` returns it.
+            save_latest: Have `load_checkpoint` find this one without its tag, once it is complete.
+            exclude_frozen_parameters: Not supported.
+
+        Returns:
+            True.
+
+        Raises:
+            ValueError: The tag is no name of a folder, or frozen parameters are to be left out.
+            CheckpointError, CollectiveError, TypeError, RuntimeError: See pyzero.save_checkpoint.
+        """
+        if exclude_frozen_parameters:
+            raise ValueError("got exclude_frozen_parameters=True, which is not supported; leave it out, they are saved")
+        name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
+        scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
+        save_checkpoint(
+            Path(save_dir) / name,
+            model=self.module,
+            optimizer=self.optimizer,
+            step=self.global_steps,
+            keep=1,
+            counters={counter: getattr(self, counter) for counter in _COUNTERS},
+            lr_scheduler=scheduler,
+            client_state={} if client_state is None else client_state,
+        )
+        if save_latest and self.rank == 0:
+            unfinished = Path(save_dir) / f".{_LATEST}"
+            unfinished.write_text(name)
+            unfinished.replace(Path(save_dir) / _LATEST)
+        comm.barrier()
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load what `save_checkpoint` saved, on any number of ranks and in any stage.
+
+        Args:
+            load_dir: Where it was saved.
+            tag: Which one; default: the latest.
+            load_module_strict: False leaves what the checkpoint lacks as it is.
+            load_optimizer_states: False loads the weights alone into the optimizer, whose masters follow them.
+            load_lr_scheduler_states: False leaves the schedule as it is.
+            load_module_only: Weights alone; counters, optimizer and schedule stay.
+            custom_load_fn: Not supported.
+
+        Returns:
+            (folder, client_state): this rank's on as many ranks as saved it, else the first rank's; (None, None) where
+            no tag is given and there is no latest.
+
+        Raises:
+            ValueError: The tag is no name of a folder, or there is a custom_load_fn.
+            CheckpointError, CollectiveError: See pyzero.load_checkpoint.
+        """
+        if custom_load_fn is not None:
+            raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")
+        name = _latest(Path(load_dir), self.rank) if tag is None else _checked(str(tag))
+        if name is None:
+            log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", _LATEST)
+            return None, None
+        folder = Path(load_dir) / name
+        own = None if load_optimizer_states and not load_module_only else copy.deepcopy(self.optimizer.state_dict())
+        loaded = load_checkpoint(folder, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
+        if own is not None:
+            self._restore(own)
+        if not load_module_only:
+            for counter, value in loaded["counters"].items():
+                setattr(self, counter, value)
+            if load_lr_scheduler_states and self.lr_scheduler is not None and loaded["lr_scheduler"] is not None:
+                self.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
+        return str(folder), loaded["client_state"]
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        """The optimizer's own state again, with masters of the weights as they are now."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        weights = [param.detach().clone() for param in params]
+        self.optimizer.load_state_dict(state)
+        for param, weight in zip(params, weights, strict=True):
+            param.copy_(weight)  # noticed at the next step, as every write that torch counts
+
+
+def _checked(tag: str) -> str:
+    if not _TAG.fullmatch(tag):
+        raise ValueError(f"expected a tag that can name a folder, got {tag!r}; leave out slashes and leading dots")
+    return tag
+
+
+def _latest(folder: Path, rank: int) -> str | None:
+    """What rank 0 finds, on all ranks."""
+    found: list[str | None] = [None]
+    path = folder / _LATEST
+    if rank == 0 and path.is_file():
+        found[0] = _checked(path.read_text().strip())
+    if comm.get_world_size() > 1:
+        comm.broadcast_object_list(found, src=0)
+    return found[0]

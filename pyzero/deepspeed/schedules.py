@@ -1,0 +1,300 @@
+"""DeepSpeed's five learning-rate schedules as torch schedulers, with its names, defaults and numbers.
+
+A schedule of DeepSpeed counts from -1, which is what the first optimizer step runs at; the second runs at 0. torch's
+`last_epoch` is one more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+Numbers = float | Sequence[float]  # one for all groups, or one for each
+WarmupType = Literal["log", "linear"]
+
+
+def _per_group(optimizer: Optimizer, name: str, value: Numbers) -> list[float]:
+    num_groups = len(optimizer.param_groups)
+    if not isinstance(value, Sequence):
+        return [value] * num_groups
+    if len(value) != num_groups:
+        raise ValueError(f"expected {num_groups} numbers for {name}, one for each group, got {len(value)}; correct it")
+    return list(value)
+
+
+class _Schedule(LRScheduler):
+    """One rate per group and iteration, of `rates`."""
+
+    def __init__(self, optimizer: Optimizer, last_batch_iteration: int) -> None:
+        super().__init__(optimizer, last_batch_iteration)
+
+    @property
+    def last_batch_iteration(self) -> int:
+        """DeepSpeed's count."""
+        return int(self.last_epoch) - 1
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """The rate of each group for the coming step."""
+        return self.rates(self.last_batch_iteration)
+
+    def rates(self, iteration: int) -> list[float]:
+        """Of each group; iteration: DeepSpeed's, -1 for the first step."""
+        raise NotImplementedError
+
+
+def _warmup(iteration: int, num_steps: int, kind: WarmupType) -> float:
+    """Of the way from the minimum to the maximum; 1 after the warmup."""
+    if iteration >= num_steps:
+        return 1.0
+    return iteration / num_steps if kind == "linear" else math.log(iteration + 1) / math.log(num_steps)
+
+
+class WarmupLR(_Schedule):
+    """From the minimum to the maximum, and on at the maximum.
+
+    Args:
+        optimizer: Whose groups to drive.
+        warmup_min_lr: Rate at the start.
+        warmup_max_lr: Rate after the warmup; None for each group's own.
+        warmup_num_steps: Optimizer steps, 2 at least.
+        warmup_type: "log" or "linear".
+        last_batch_iteration: Where to go on; -1 is the start.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_min_lr: Numbers = 0.0,
+        warmup_max_lr: Numbers | None = None,
+        warmup_num_steps: int = 1000,
+        warmup_type: WarmupType = "log",
+        last_batch_iteration: int = -1,
+    ) -> None:
+        own = [float(group["lr"]) for group in optimizer.param_groups]
+        self.min_lrs = _per_group(optimizer, "warmup_min_lr", warmup_min_lr)
+        self.max_lrs = _per_group(optimizer, "warmup_max_lr", own if warmup_max_lr is None else warmup_max_lr)
+        self.warmup_num_steps = max(2, warmup_num_steps)
+        self.warmup_type = warmup_type
+        super().__init__(optimizer, last_batch_iteration)
+
+    def rates(self, iteration: int) -> list[float]:
+        """See _Schedule."""
+        fraction = 0.0 if iteration < 0 else self._fraction(iteration)
+        return [low + (high - low) * fraction for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
+
+    def _fraction(self, iteration: int) -> float:
+        return _warmup(iteration, self.warmup_num_steps, self.warmup_type)
+
+
+class WarmupDecayLR(WarmupLR):
+    """WarmupLR, then down to 0 in a straight line, at `total_num_steps`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_num_steps: int,
+        warmup_min_lr: Numbers = 0.0,
+        warmup_max_lr: Numbers | None = 0.001,
+        warmup_num_steps: int = 1000,
+        warmup_type: WarmupType = "log",
+        last_batch_iteration: int = -1,
+    ) -> None:
+        self.total_num_steps = total_num_steps
+        super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
+
+    def _fraction(self, iteration: int) -> float:
+        if iteration < self.warmup_num_steps:
+            return super()._fraction(iteration)
+        left = self.total_num_steps - iteration
+        return max(0.0, left / max(1, self.total_num_steps - self.warmup_num_steps))
+
+
+class WarmupCosineLR(_Schedule):
+    """The groups' own rates times a ratio: up to 1, then down half a cosine to `cos_min_ratio`.
+
+    Args:
+        optimizer: Whose groups to drive.
+        total_num_steps: Optimizer steps, warmup included.
+        warmup_min_ratio: Ratio at which the warmup starts; the very first step runs at 0.
+        warmup_num_steps: Optimizer steps, 2 at least.
+        cos_min_ratio: Ratio at the end, and after it.
+        warmup_type: "log" or "linear".
+        last_batch_iteration: Where to go on; -1 is the start.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_num_steps: int,
+        warmup_min_ratio: float = 0.0,
+        warmup_num_steps: int = 1000,
+        cos_min_ratio: float = 0.0001,
+        warmup_type: WarmupType = "log",
+        last_batch_iteration: int = -1,
+    ) -> None:
+        self.own_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.total_num_steps = total_num_steps
+        self.warmup_min_ratio = warmup_min_ratio
+        self.warmup_num_steps = max(2, warmup_num_steps)
+        self.cos_min_ratio = cos_min_ratio
+        self.warmup_type = warmup_type
+        super().__init__(optimizer, last_batch_iteration)
+
+    def rates(self, iteration: int) -> list[float]:
+        """See _Schedule."""
+        ratio = 0.0 if iteration < 0 else self._ratio(iteration)
+        return [rate * ratio for rate in self.own_lrs]
+
+    def _ratio(self, iteration: int) -> float:
+        if iteration < self.warmup_num_steps:
+            up = _warmup(iteration, self.warmup_num_steps, self.warmup_type)
+            return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * up
+        done = iteration - self.warmup_num_steps + 1
+        progress = min(1.0, done / max(1, self.total_num_steps - self.warmup_num_steps))
+        down = (1.0 + math.cos(math.pi * progress)) / 2
+        return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * down)
+
+
+class LRRangeTest(_Schedule):
+    """Ever larger rates, to see from which on training fails (Smith 2018, arXiv 1803.09820).
+
+    Args:
+        optimizer: Whose groups to drive.
+        lr_range_test_min_lr: Rate at the start.
+        lr_range_test_step_size: Steps in which the rate grows by `lr_range_test_step_rate` times the first one.
+        lr_range_test_step_rate: See there.
+        lr_range_test_staircase: Grow once in so many steps, rather than in each.
+        last_batch_iteration: Where to go on; -1 is the start.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        lr_range_test_min_lr: Numbers = 1e-3,
+        lr_range_test_step_size: int = 2000,
+        lr_range_test_step_rate: float = 1.0,
+        lr_range_test_staircase: bool = False,
+        last_batch_iteration: int = -1,
+    ) -> None:
+        self.min_lrs = _per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
+        self.step_size = lr_range_test_step_size
+        self.step_rate = lr_range_test_step_rate
+        self.staircase = lr_range_test_staircase
+        super().__init__(optimizer, last_batch_iteration)
+
+    def rates(self, iteration: int) -> list[float]:
+        """See _Schedule."""
+        intervals = (iteration + 1) / self.step_size
+        growth = 1 + self.step_rate * (math.floor(intervals) if self.staircase else intervals)
+        return [rate * growth for rate in self.min_lrs]
+
+
+class OneCycle(_Schedule):
+    """Rates up and down once and momentum down and up, then a decay of both (Smith 2018, arXiv 1803.09820).
+
+    As in DeepSpeed, the second beta is 0.99 while momentum is cycled.
+
+    Args:
+        optimizer: Whose groups to drive.
+        cycle_min_lr: Rate at both ends of the cycle.
+        cycle_max_lr: Rate in its middle.
+        decay_lr_rate: After the cycle the rate is divided by 1 + decay_lr_rate * steps / decay_step_size; 0: it stays.
+        cycle_first_step_size: Steps of the first half.
+        cycle_second_step_size: Of the second; default: as many.
+        cycle_first_stair_count: Stairs in the first half; 0: none.
+        cycle_second_stair_count: In the second; default: as many.
+        decay_step_size: Steps; 0: no decay of either.
+        cycle_momentum: Drive the first beta too.
+        cycle_min_mom: First beta in the middle.
+        cycle_max_mom: First beta at both ends.
+        decay_mom_rate: After the cycle the first beta is multiplied by 1 + decay_mom_rate * steps / decay_step_size.
+        last_batch_iteration: Where to go on; -1 is the start.
+    """
+
+    _SECOND_BETA = 0.99
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cycle_min_lr: Numbers,
+        cycle_max_lr: Numbers,
+        decay_lr_rate: float = 0.0,
+        cycle_first_step_size: int = 2000,
+        cycle_second_step_size: int | None = None,
+        cycle_first_stair_count: int = 0,
+        cycle_second_stair_count: int | None = None,
+        decay_step_size: int = 0,
+        cycle_momentum: bool = True,
+        cycle_min_mom: Numbers = 0.8,
+        cycle_max_mom: Numbers = 0.9,
+        decay_mom_rate: float = 0.0,
+        last_batch_iteration: int = -1,
+    ) -> None:
+        self.min_lrs = _per_group(optimizer, "cycle_min_lr", cycle_min_lr)
+        self.max_lrs = _per_group(optimizer, "cycle_max_lr", cycle_max_lr)
+        self.min_moms = _per_group(optimizer, "cycle_min_mom", cycle_min_mom)
+        self.max_moms = _per_group(optimizer, "cycle_max_mom", cycle_max_mom)
+        second = cycle_first_step_size if cycle_second_step_size is None else cycle_second_step_size
+        if cycle_first_step_size <= 0 or second < 0:
+            raise ValueError(f"expected cycle_first_step_size above 0, got {cycle_first_step_size}; correct it")
+        stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
+        self.halves = ((cycle_first_step_size, cycle_first_stair_count), (second, stairs))
+        self.decay_lr_rate, self.decay_mom_rate = decay_lr_rate, decay_mom_rate
+        self.decay_step_size = decay_step_size
+        self.cycle_momentum = cycle_momentum and "betas" in optimizer.defaults
+        super().__init__(optimizer, last_batch_iteration)
+
+    def step(self, epoch: int | None = None) -> None:
+        """As torch's; the first betas are set too."""
+        super().step(epoch)
+        if self.cycle_momentum:
+            for group, momentum in zip(
+                self.optimizer.param_groups, self.momenta(self.last_batch_iteration), strict=True
+            ):
+                group["betas"] = (momentum, self._SECOND_BETA)
+
+    def rates(self, iteration: int) -> list[float]:
+        """See _Schedule."""
+        after = self._after_cycle(iteration)
+        if after is None:
+            up = self._height(iteration + 1)
+            return [low + (high - low) * up for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
+        return [rate / (1 + self.decay_lr_rate * after) for rate in self.min_lrs]
+
+    def momenta(self, iteration: int) -> list[float]:
+        """The first beta of each group.
+
+        As in DeepSpeed, the first step of all runs at the minimum rate and the minimum momentum.
+        """
+        after = self._after_cycle(iteration)
+        if iteration < 0:
+            return self.min_moms
+        if after is None:
+            up = self._height(iteration + 1)
+            return [high - (high - low) * up for low, high in zip(self.min_moms, self.max_moms, strict=True)]
+        return [momentum * (1 + self.decay_mom_rate * after) for momentum in self.max_moms]
+
+    def _after_cycle(self, iteration: int) -> float | None:
+        """Intervals of decay; None inside the cycle."""
+        total = self.halves[0][0] + self.halves[1][0]
+        if iteration < total:
+            return None
+        return (iteration - total + 1) / self.decay_step_size if self.decay_step_size else 0.0
+
+    def _height(self, place: int) -> float:
+        """From 0 at the ends of the cycle to 1 in its middle."""
+        (first, stairs), (second, second_stairs) = self.halves
+        place %= first + second
+        steps, length = place, first
+        if place > first:
+            steps, length, stairs = first + second - place, second, second_stairs
+        if stairs:
+            return math.floor(steps * stairs / length) / stairs
+        return steps / length
+
+
+SCHEDULES = {cls.__name__: cls for cls in (WarmupLR, WarmupDecayLR, WarmupCosineLR, LRRangeTest, OneCycle)}

@@ -1,0 +1,98 @@
+"""What the engine says of its config, by DeepSpeed's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyzero.deepspeed.config import Batches, Config
+from pyzero.optimizer import ZeroOptimizer
+
+
+class EngineSettings:
+    """A part of Engine."""
+
+    config: Config
+    batches: Batches
+    optimizer: ZeroOptimizer
+    world_size: int
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step, over all ranks."""
+        return self.batches.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per backward on one rank."""
+        return self.batches.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Backward passes per optimizer step."""
+        return self.batches.accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Another number of accumulation steps, from the next micro-batch on.
+
+        Raises:
+            ValueError: The micro-batches of all ranks do not divide it.
+        """
+        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.world_size)
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(train batch, micro-batch, accumulation steps)."""
+        return self.batches.train, self.batches.micro, self.batches.accumulation
+
+    def managed_gradient_accumulation(self) -> bool:
+        """Whether step() counts micro-batches."""
+        return self.config.managed_gradient_accumulation
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether there is a loss scale."""
+        return self.optimizer.scales_loss
+
+    def fp16_enabled(self) -> bool:
+        """Whether the model was converted to fp16."""
+        return self.config.is_fp16
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether the model was converted to bf16."""
+        return self.config.is_bf16
+
+    def torch_autocast_enabled(self) -> bool:
+        """Whether the module runs in torch.autocast."""
+        return self.config.torch_autocast.enabled is True
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale is not fixed."""
+        return self.is_scaled and self.config.fp16.loss_scale == 0
+
+    def zero_optimization(self) -> bool:
+        """Whether the config asks for a stage above 0."""
+        return self.config.zero_optimization.stage > 0
+
+    def zero_optimization_stage(self) -> int:
+        """The config's stage; of 3 see docs/deepspeed.md."""
+        return self.config.zero_optimization.stage
+
+    def gradient_clipping(self) -> float:
+        """The largest norm; 0.0 without clipping."""
+        return self.config.max_grad_norm() or 0.0
+
+    def steps_per_print(self) -> int | None:
+        """Optimizer steps from one log line to the next."""
+        return self.config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        """Whether phases are timed."""
+        return self.config.wall_clock_breakdown
+
+    def optimizer_name(self) -> str | None:
+        """Of the config, in lower case."""
+        return None if self.config.optimizer is None else self.config.optimizer.type.lower()
+
+    def scheduler_name(self) -> str | None:
+        """Of the config."""
+        return None if self.config.scheduler is None else self.config.scheduler.type
+
+    def communication_data_type(self) -> Any:
+        """The dtype in which gradients are sent; None: the weights'."""
+        return self.config.sent_dtype()

@@ -1,0 +1,46 @@
+"""Tensors inside what a module takes and gives: tuples, lists, dicts, dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors to dtype, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(item, dtype) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(item, dtype) for item in value)
+    return value
+
+
+def hook_outputs(value: Any, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """Have a hook called with each gradient that comes back to an output of a graph."""
+    seen: set[int] = set()
+    for tensor in _find(value):
+        if tensor.grad_fn is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensor.register_hook(hook)
+
+
+def _find(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _find(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _find(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _find(getattr(value, field.name))

@@ -1,0 +1,89 @@
+"""deepspeed.utils: whole tensors of a parameter, the log, and small helpers that scripts import."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyzero.deepspeed import comm
+from pyzero.deepspeed.owners import owner_of
+
+logger = logging.getLogger("pyzero")
+
+_MASTER = "fp32_param"  # DeepSpeed's name of it among the states
+
+
+def safe_get_full_fp32_param(param: Tensor) -> Tensor:
+    """The fp32 master of a parameter, whole. Collective, as are all of these."""
+    return owner_of(param).full_master(param)
+
+
+def safe_get_full_grad(param: Tensor) -> Tensor | None:
+    """The gradient that the next step takes, whole, averaged and unscaled; None without one."""
+    return owner_of(param).full_grad(param)
+
+
+def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
+    """A state of a parameter, whole: "exp_avg", "exp_avg_sq"; None where there is none of that name."""
+    if optim_state_key == _MASTER:
+        return safe_get_full_fp32_param(param)
+    return owner_of(param).full_state(param).get(optim_state_key)
+
+
+def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
+    """Write a master, and the weights with it. value: the same on every rank."""
+    owner_of(param).set_full_master(param, value)
+
+
+def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
+    """Write the gradient that the next step takes. value: the same on every rank."""
+    owner_of(param).set_full_grad(param, value)
+
+
+def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
+    """Write a state. value: the same on every rank."""
+    if optim_state_key == _MASTER:
+        safe_set_full_fp32_param(param, value)
+    else:
+        owner_of(param).set_full_state(param, {optim_state_key: value})
+
+
+def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:
+    """Log on these ranks; None, or -1 among them: on all."""
+    chosen = [-1] if ranks is None else list(ranks)
+    if -1 in chosen or comm.get_rank() in chosen:
+        logger.log(level, "[rank %d] %s", comm.get_rank(), message)
+
+
+def see_memory_usage(message: str, force: bool = False, ranks: Iterable[int] | None = None) -> None:
+    """Log the message, and what torch has allocated on the GPU, where `force` is set."""
+    if force:
+        from pyzero.deepspeed.accelerator import get_accelerator
+
+        log_dist(f"{message}: {get_accelerator().memory_allocated() / 2**20:.1f} MiB allocated", ranks)
+
+
+def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[Any]) -> list[nn.Module]:
+    """Nothing, of stage 3: returns no modules."""
+    return []
+
+
+class RepeatingLoader:
+    """A data loader that starts anew when it ends, without end."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self._batches = iter(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._batches = iter(self.loader)
+            return next(self._batches)

@@ -1,0 +1,51 @@
+"""The engine's whole weights: in 16 bits to a file, and in fp32 as a dict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero.optimizer import ZeroOptimizer
+
+
+class EngineWeights:
+    """A part of Engine. All ranks call its methods alike."""
+
+    module: nn.Module
+    optimizer: ZeroOptimizer
+    rank: int
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """The module's."""
+        return self.module.state_dict()
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
+        """Write the module's state dict, as it is on each rank, to one file; rank 0 does. Returns True."""
+        if self.rank == 0:
+            folder = Path(save_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.module.state_dict(), folder / save_filename)
+        return True
+
+    def save_fp16_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
+        """The older name of `save_16bit_model`."""
+        return self.save_16bit_model(save_dir, save_filename)
+
+    def get_fp32_state_dict(self) -> dict[str, Tensor]:
+        """The module's state dict in fp32 on the CPU, with the masters in place of the weights. Collective."""
+        held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
+        masters = {
+            id(param): self.optimizer.full_master(param).cpu()
+            for param in self.module.parameters()
+            if id(param) in held
+        }
+        of_name = {name: id(param) for name, param in self.module.named_parameters(remove_duplicate=False)}
+        result: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict().items():
+            master = masters.get(of_name.get(name, 0))
+            own = value.detach().cpu()
+            result[name] = master if master is not None else own.float() if own.is_floating_point() else own
+        return result

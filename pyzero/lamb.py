@@ -1,0 +1,141 @@
+"""ZeroLamb: LAMB with its state partitioned over ranks, parameter by parameter, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyzero.arguments import check_betas, check_lr, check_not_negative
+from pyzero.layout import GRANULE
+from pyzero.optimizer import ZeroOptimizer
+from pyzero.update_rule import Cut, RunShard, StateSlot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from pyzero.optimizer import ZeroOptions
+
+
+class LambRule:
+    """LAMB's rule (You et al. 2019, arXiv 1904.00962), as DeepSpeed's FusedLamb has it.
+
+    A parameter moves by lr * clamp(|p| / |u|) * u, u = m / (sqrt(v) + eps) + weight_decay * p; the moments' bias
+    correction is in lr.
+    """
+
+    name = "lamb"
+    slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
+    cut = Cut.WHOLE  # the norms are of whole parameters
+
+    def check(self, group: dict[str, Any]) -> None:
+        """See UpdateRule."""
+        check_lr(group)
+        check_betas(group)
+        check_not_negative("epsilon", "eps", group)
+        check_not_negative("weight_decay", "weight_decay", group)
+        if not 0.0 <= group["min_coeff"] <= group["max_coeff"]:
+            raise ValueError(
+                f"expected 0 <= min_coeff <= max_coeff, got {group['min_coeff']} and {group['max_coeff']}; correct them"
+            )
+
+    def update(
+        self,
+        shard: RunShard,
+        grad: Tensor,
+        group: dict[str, Any],
+        *,
+        grad_scale: float | Tensor,
+        found_inf: Tensor,
+        used: Tensor,
+        backend: str,
+    ) -> None:
+        """See UpdateRule."""
+        if not shard.parts:
+            return
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        p, m, v = shard.master, shard.state["exp_avg"], shard.state["exp_avg_sq"]
+        g = grad.float() * grad_scale
+        m_new = beta1 * m + (1.0 - beta1) * g
+        v_new = beta2 * v + (1.0 - beta2) * g * g
+        u = m_new / (v_new.sqrt() + group["eps"]) + group["weight_decay"] * p
+        moves = self._step_sizes(shard, group, beta1, beta2) * self._coefficients(shard, p, u, group, len(used))
+        p_new = p - _spread(moves.float(), shard) * u
+
+        applies = _spread(used * (found_inf.reshape(()) == 0), shard).bool()
+        for old, new in ((p, p_new), (m, m_new), (v, v_new)):
+            old.copy_(torch.where(applies, new, old))
+        if shard.weights is not None:
+            shard.weights.copy_(torch.where(applies, p.to(shard.weights.dtype), shard.weights))
+
+    def _step_sizes(self, shard: RunShard, group: dict[str, Any], beta1: float, beta2: float) -> Tensor:
+        """(num_params,) fp64."""
+        steps = shard.steps.double()
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=steps.device)
+        if not group["bias_correction"]:
+            return lr.expand_as(steps)
+        return lr * (1.0 - beta2**steps).sqrt() / (1.0 - beta1**steps)
+
+    def _coefficients(self, shard: RunShard, p: Tensor, u: Tensor, group: dict[str, Any], num_params: int) -> Tensor:
+        """(num_params,) fp64: the trust ratios; 1 where a norm is 0."""
+        parts = [part for part in shard.parts if part.end > part.begin]
+        result = torch.ones(num_params, dtype=torch.float64, device=p.device)
+        if parts:
+            p_norms, u_norms = (
+                torch.stack(torch._foreach_norm([flat[part.begin : part.end] for part in parts])).double()
+                for flat in (p, u)
+            )
+            ratios = (p_norms / u_norms).clamp(group["min_coeff"], group["max_coeff"])
+            ratios = torch.where((p_norms != 0) & (u_norms != 0), ratios, 1.0)
+            result[torch.tensor([part.position for part in parts], device=p.device)] = ratios
+        return result
+
+
+def _spread(values: Tensor, shard: RunShard) -> Tensor:
+    """(numel,) of a RunShard: each element's parameter's, of (num_params,)."""
+    return values[shard.segment_ids.long()].repeat_interleave(GRANULE)[: shard.master.numel()]
+
+
+class ZeroLamb(ZeroOptimizer):
+    """LAMB with fp32 masters, for large batches. A parameter's state lies whole on one rank.
+
+    Args:
+        params: See ZeroOptimizer.
+        lr: Learning rate, a number or a 0-D tensor.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Added to the update, before its norm is taken.
+        bias_correction: Of the moments, in the learning rate.
+        max_coeff: The largest trust ratio.
+        min_coeff: The smallest one.
+        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+
+    Raises:
+        ValueError: An argument out of range.
+        TypeError, CollectiveError: See ZeroOptimizer.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        **options: Unpack[ZeroOptions],
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            max_coeff=max_coeff,
+            min_coeff=min_coeff,
+        )
+        super().__init__(params, LambRule(), defaults, **options)

@@ -1,0 +1,78 @@
+"""Backward passes whose gradients carry the loss scale."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero.gradients import Gradients
+from pyzero.scaler import Scaler
+
+log = logging.getLogger("pyzero")
+
+
+class ScaledBackward:
+    """Runs them, and tells the gradients that they do.
+
+    Args:
+        scaler: An enabled one.
+        gradients: What the gradients come to.
+        has_fp16: Whether there are fp16 weights, whose gradients underflow without a scale.
+    """
+
+    def __init__(self, scaler: Scaler, gradients: Gradients, has_fp16: bool) -> None:
+        self._scaler = scaler
+        self._gradients = gradients
+        self._running: AbstractContextManager[None] | None = None
+        self._has_run = False  # since the last step
+        self._may_warn = has_fp16
+
+    @property
+    def is_running(self) -> bool:
+        """Whether gradients that arrive now carry the scale."""
+        return self._running is not None
+
+    def run(self, loss: Tensor, **kwargs: Any) -> None:
+        """Backward of the scaled loss."""
+        self._begin()
+        try:
+            self._scaler.scale_loss(loss).backward(**kwargs)
+        finally:
+            self.end()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The scaled loss, of which the caller runs backward."""
+        scaled = self._scaler.scale_loss(loss)
+        scaled.register_hook(self._begin_in_backward)
+        return scaled
+
+    def _begin_in_backward(self, grad: Tensor) -> None:
+        self._begin()
+        torch.autograd.Variable._execution_engine.queue_callback(self.end)
+
+    def _begin(self) -> None:
+        self.end()  # of one that an exception has ended
+        self._running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
+        self._running.__enter__()
+        self._has_run = True
+
+    def end(self) -> None:
+        """Gradients that arrive from now on carry no scale."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.__exit__(None, None, None)
+
+    def after_step(self, has_grad_scaler: bool) -> None:
+        """Warn once of a step on fp16 gradients that nobody scaled."""
+        self.end()
+        if self._may_warn and not self._has_run and not has_grad_scaler:
+            self._may_warn = False
+            log.warning(
+                "a step on gradients of fp16 weights from a plain backward: what is below 6e-8 in them has become 0; "
+                "call optimizer.backward(loss), use torch.amp.GradScaler, or pass loss_scale=None if this is meant"
+            )
+        self._has_run = False

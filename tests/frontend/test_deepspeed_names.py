@@ -1,0 +1,289 @@
+"""The module-level names of DeepSpeed's scripts, and `import deepspeed` by compat.install()."""
+
+import argparse
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyzero.deepspeed as deepspeed
+from pyzero.deepspeed import comm, utils, zero
+
+ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
+
+
+def test_every_name_is_there():
+    for name in deepspeed.__all__:
+        assert getattr(deepspeed, name) is not None
+    assert callable(deepspeed.initialize) and deepspeed.ops.adam.FusedAdam and deepspeed.zero.Init
+    with pytest.raises(AttributeError, match="'moe'; docs/deepspeed.md"):
+        deepspeed.moe  # noqa: B018
+
+
+def test_arguments():
+    parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
+    assert vars(parser.parse_args([])) == {"deepspeed": False, "deepspeed_config": None}
+    args = parser.parse_args(["--deepspeed", "--deepspeed_config", "ds.json"])
+    assert (args.deepspeed, args.deepspeed_config) == (True, "ds.json")
+
+
+def test_the_config_before_anything_is_built(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_batch_size": 8, "gradient_accumulation_steps": 2, "bf16": {"enabled": true}}')
+    config = deepspeed.DeepSpeedConfig(str(path))
+    assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (8, 4)
+    assert (config.bfloat16_enabled, config.fp16_enabled, config.zero_enabled, config.optimizer_name) == (
+        True, False, False, None,
+    )  # fmt: skip
+    other = deepspeed.DeepSpeedConfig({"train_batch_size": 8, "optimizer": ADAM, "zero_optimization": {"stage": 2}})
+    assert (other.optimizer_name, other.optimizer_params["lr"], other.zero_optimization_stage) == ("adam", 0.25, 2)
+
+
+def test_no_inference():
+    with pytest.raises(NotImplementedError, match="pyzero trains"):
+        deepspeed.init_inference(nn.Linear(1, 1))
+
+
+# ---- comm -----------------------------------------------------------------------------------------------------------
+
+
+def test_comm_alone():
+    deepspeed.init_distributed()
+    assert not comm.is_initialized()
+    assert (comm.get_rank(), comm.get_world_size(), comm.get_local_rank(), comm.get_world_group()) == (0, 1, 0, None)
+    value = torch.ones(2)
+    comm.barrier(), comm.all_reduce(value), comm.broadcast(value, 0)
+    assert value.tolist() == [1.0, 1.0]
+
+
+def talk(group: Any) -> tuple[int, int, list[float], list[float]]:
+    deepspeed.init_distributed(dist_backend="gloo")  # there is one already
+    total, first = torch.ones(2) * comm.get_rank(), torch.ones(2) * comm.get_rank()
+    comm.all_reduce(total)
+    comm.broadcast(first, src=1)
+    comm.barrier()
+    gathered = torch.zeros(8)
+    comm.all_gather_into_tensor(gathered, first)
+    assert gathered.tolist() == [1.0] * 8 and comm.get_global_rank(group, 2) == 2
+    return comm.get_rank(), comm.get_world_size(), total.tolist(), first.tolist()
+
+
+def test_comm_on_four_ranks(ranks):
+    assert ranks.run(4, talk) == [(rank, 4, [6.0, 6.0], [1.0, 1.0]) for rank in range(4)]
+
+
+def test_init_distributed_by_a_method(tmp_path):
+    code = f"""
+        import pyzero.deepspeed as deepspeed
+        deepspeed.init_distributed("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        assert deepspeed.comm.get_world_size() == 1 and deepspeed.comm.is_initialized()
+        deepspeed.comm.destroy_process_group()
+    """
+    run(code)
+
+
+# ---- whole tensors --------------------------------------------------------------------------------------------------
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5))
+
+    def forward(self, factor: float) -> Tensor:
+        return (self.weight * factor).sum()
+
+
+def whole_tensors(group: Any, stage: int) -> None:
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": stage}}
+    engine, _, _, _ = deepspeed.initialize(model=Weight(), config={**config, "bf16": {"enabled": True}})
+    weight = engine.module.weight
+    assert utils.safe_get_full_grad(weight) is None
+    engine.backward(engine(4.0))
+    assert utils.safe_get_full_grad(weight).tolist() == [4.0] * 5
+    utils.safe_set_full_grad(weight, torch.full((5,), 2.0))
+    engine.step()
+    assert utils.safe_get_full_optimizer_state(weight, "exp_avg").tolist() == [1.0] * 5
+    assert utils.safe_get_full_optimizer_state(weight, "no_such_state") is None
+    assert utils.safe_get_full_fp32_param(weight).dtype == torch.float32
+    utils.safe_set_full_optimizer_state(weight, torch.full((5,), 3.0), "exp_avg_sq")
+    utils.safe_set_full_optimizer_state(weight, torch.full((5,), 1.25), "fp32_param")
+    assert utils.safe_get_full_optimizer_state(weight, "exp_avg_sq").tolist() == [3.0] * 5
+    assert utils.safe_get_full_optimizer_state(weight, "fp32_param").tolist() == weight.tolist() == [1.25] * 5
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_whole_tensors_of_a_parameter(ranks, stage):
+    whole_tensors(None, stage)
+    ranks.run(4, whole_tensors, stage)
+
+
+def test_a_parameter_of_no_engine():
+    with pytest.raises(ValueError, match=r"shape \(3,\).*engine.module.parameters"):
+        utils.safe_get_full_fp32_param(nn.Parameter(torch.ones(3)))
+
+
+# ---- zero -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_built_in_init_is_whole(caplog):
+    with caplog.at_level(logging.INFO, logger="pyzero"), zero.Init(config_dict_or_path={}, dtype=torch.float16):
+        model = nn.Linear(2, 2)
+    assert model.weight.shape == (2, 2) and "weights stay whole" in caplog.text
+    caplog.clear()
+    zero.Init(enabled=False)
+    zero.register_external_parameter(model, model.weight)
+    assert not caplog.text
+
+
+def edit_on_one_rank(group: Any, modifier_rank: int | None, enabled: bool, dtype: str) -> list[float]:
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, dtype: {"enabled": True}}
+    engine, _, _, _ = deepspeed.initialize(model=Weight(), config=config)
+    weight = engine.module.weight
+    with zero.GatheredParameters(weight, modifier_rank=modifier_rank, enabled=enabled):
+        if comm.get_rank() == 2:
+            weight.data.fill_(7.0)
+    if modifier_rank is not None and enabled:
+        assert engine.optimizer.full_master(weight).tolist() == [7.0] * 5
+    return weight.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "torch_autocast"])
+def test_edits_in_gathered_parameters_reach_all_ranks(ranks, dtype):
+    assert ranks.run(4, edit_on_one_rank, 2, True, dtype) == [[7.0] * 5] * 4
+    for modifier_rank, enabled in ((None, True), (2, False)):
+        found = ranks.run(4, edit_on_one_rank, modifier_rank, enabled, dtype)
+        assert [weight[0] for weight in found] == [1.0, 1.0, 7.0, 1.0]
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def test_logs_of_ranks(caplog):
+    with caplog.at_level(logging.INFO, logger="pyzero"):
+        utils.log_dist("to all"), utils.log_dist("to the first", ranks=[0]), utils.log_dist("to another", ranks=[1])
+        utils.see_memory_usage("quiet"), utils.see_memory_usage("loud", force=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "[rank 0] to all",
+        "[rank 0] to the first",
+        "[rank 0] loud: 0.0 MiB allocated",
+    ]
+
+
+def test_a_loader_without_end():
+    loader = utils.RepeatingLoader([1, 2])
+    assert [next(loader) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert iter(loader) is loader
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says of a CPU")
+def test_the_accelerator_of_a_cpu():
+    mine = deepspeed.get_accelerator()
+    assert mine is deepspeed.accelerator.get_accelerator()
+    assert (mine.device_name(), mine.device_name(1), mine.current_device_name(), mine.device_count()) == (
+        "cpu", "cpu", "cpu", 1,
+    )  # fmt: skip
+    assert (mine.communication_backend_name(), mine.memory_allocated(), mine.max_memory_allocated(0)) == ("gloo", 0, 0)
+    mine.empty_cache(), mine.synchronize(), mine.reset_peak_memory_stats(), mine.manual_seed_all(1), mine.manual_seed(1)
+    assert mine.is_available() and mine.is_bf16_supported() and mine.is_fp16_supported()
+    assert mine.on_accelerator(torch.ones(1)) and torch.bfloat16 in mine.supported_dtypes()
+    with mine.device(0):
+        assert mine.pin_memory(torch.ones(1)).tolist() == [1.0]
+    with pytest.raises(AttributeError, match="'Graph'"):
+        mine.Graph  # noqa: B018
+
+
+def test_activation_checkpoints_are_torchs():
+    deepspeed.checkpointing.configure(None, deepspeed_config={})
+    calls = []
+
+    def square(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * x
+
+    x = torch.full((2,), 3.0, requires_grad=True)
+    deepspeed.checkpointing.checkpoint(square, x).sum().backward()
+    assert x.grad.tolist() == [6.0, 6.0] and len(calls) == 2 and deepspeed.checkpointing.is_configured()
+
+
+# ---- import deepspeed -----------------------------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=root,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_script_that_cannot_be_edited():
+    code = """
+        import pyzero.compat
+        pyzero.compat.install()
+        pyzero.compat.install()
+
+        import deepspeed
+        import deepspeed.comm as dist
+        from deepspeed import get_accelerator
+        from deepspeed.accelerator import get_accelerator as again
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+        from deepspeed.ops.adam.cpu_adam import DeepSpeedCPUAdam as the_same
+        from deepspeed.runtime.config import DeepSpeedConfig
+        from deepspeed.runtime.engine import DeepSpeedEngine
+        from deepspeed.runtime.lr_schedules import WarmupLR, OneCycle
+        from deepspeed.runtime.utils import see_memory_usage
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, GatheredParameters
+        from deepspeed.utils import logger, safe_get_full_fp32_param, RepeatingLoader
+        import deepspeed.runtime.activation_checkpointing.checkpointing as checkpointing
+        import torch, pyzero
+
+        assert deepspeed.initialize is pyzero.initialize and the_same is DeepSpeedCPUAdam
+        assert deepspeed.zero.GatheredParameters is GatheredParameters and deepspeed.runtime.zero.Init
+        assert DeepSpeedEngine is deepspeed.DeepSpeedEngine and get_accelerator is again
+        assert deepspeed.ops.adam.FusedAdam is FusedAdam and tuple(map(int, deepspeed.__version__.split("."))) > (0, 10)
+        deepspeed.init_distributed()
+        model = torch.nn.Linear(4, 4)
+        engine, optimizer, _, schedule = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), optimizer=FusedAdam(model.parameters(), lr=0.1),
+            lr_scheduler=lambda o: WarmupLR(o, warmup_num_steps=2), config={"train_batch_size": 2},
+        )
+        for _ in range(3):
+            engine.backward(engine(torch.ones(2, 4)).sum())
+            engine.step()
+        assert isinstance(engine, DeepSpeedEngine) and engine.global_steps == 3 and dist.get_rank() == 0
+        for name in ("deepspeed.moe", "deepspeed.moe.layer", "deepspeed.pipe"):
+            try:
+                __import__(name)
+            except ModuleNotFoundError as error:
+                assert "pyzero stands in for deepspeed" in str(error), error
+            else:
+                raise AssertionError(name)
+        print("done")
+    """
+    assert run(code) == "done\n"
+
+
+def test_the_real_one_is_not_replaced_under_way():
+    code = """
+        import sys, types
+        sys.modules["deepspeed"] = types.ModuleType("deepspeed")
+        import pyzero
+        try:
+            pyzero.compat.install()
+        except RuntimeError as error:
+            print(error)
+    """
+    assert "before the first `import deepspeed`" in run(code)

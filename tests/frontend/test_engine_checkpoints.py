@@ -1,0 +1,180 @@
+"""The engine's checkpoints: training goes on as if it had not stopped; on other ranks all that was saved is there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyzero
+from pyzero.deepspeed import comm
+
+SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}
+SECTIONS = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "loss_scale_window": 2}},
+}
+
+
+def start(stage: int, dtype: str, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 70), nn.ReLU(), nn.BatchNorm1d(70), nn.Linear(70, 3))
+    config = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 8 // comm.get_world_size(),
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.02}},
+        "scheduler": SCHEDULER,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 128},
+        **SECTIONS[dtype],
+    }
+    return pyzero.initialize(model=model, config=config)[0]
+
+
+def train(engine: Any, steps: range) -> None:
+    """Gradients are the same whatever the number of ranks: each sees all rows, in eval's batch norm."""
+    engine.eval()
+    for step in steps:
+        for micro in range(2):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + micro))
+            engine.backward(engine(x).float().square().mean())
+            engine.step()
+
+
+def values(engine: Any) -> list[Tensor]:
+    params = list(engine.module.parameters())
+    masters = [engine.optimizer.full_master(param) for param in params]
+    moments = [engine.optimizer.full_state(param)["exp_avg"] for param in params]
+    return [*masters, *moments, *[param.detach().clone().float() for param in params]]
+
+
+def status(engine: Any) -> tuple[Any, ...]:
+    counters = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.lr_scheduler.last_epoch)
+    return (*counters, engine.cur_scale, *engine.get_lr())
+
+
+def save(group: Any, path: str, stage: int, dtype: str) -> list[Any]:
+    """[values, status] as they were saved, and two steps later."""
+    engine = start(stage, dtype)
+    train(engine, range(3))
+    assert engine.save_checkpoint(path, client_state={"epoch": 3, "rank": comm.get_rank()})
+    at_save = [values(engine), status(engine)]
+    train(engine, range(3, 5))
+    return [*at_save, values(engine), status(engine)]
+
+
+def resume(group: Any, path: str, stage: int, dtype: str) -> tuple[list[Any], Any, Any]:
+    """The same of the engine that it is loaded into."""
+    engine = start(stage, dtype, seed=1)
+    folder, client_state = engine.load_checkpoint(path)
+    at_load = [values(engine), status(engine)]
+    train(engine, range(3, 5))
+    return [*at_load, values(engine), status(engine)], folder, client_state
+
+
+@pytest.mark.parametrize("dtype", SECTIONS)
+@pytest.mark.parametrize(("sizes", "stages"), [((1, 1), (2, 2)), ((4, 4), (2, 2)), ((4, 1), (1, 2)), ((1, 4), (2, 1))])
+def test_it_goes_on_bit_for_bit(ranks, tmp_path, sizes, stages, dtype):
+    """On other ranks what was saved is there bit for bit; sums over them are rounded otherwise from there on."""
+
+    def run(size: int, fn: Any, stage: int) -> list[Any]:
+        arguments = (str(tmp_path), stage, dtype)
+        return ranks.run(size, fn, *arguments) if size > 1 else [fn(None, *arguments)]
+
+    wanted = run(sizes[0], save, stages[0])[0]
+    for rank, (found, folder, client_state) in enumerate(run(sizes[1], resume, stages[1])):
+        assert Path(folder) == tmp_path / "global_step3"
+        assert client_state == {"epoch": 3, "rank": rank if sizes[0] == sizes[1] else 0}
+        assert found[1] == wanted[1] and found[1][0] == 3 and found[3] == wanted[3]
+        assert all(torch.equal(a, b) for a, b in zip(found[0], wanted[0], strict=True))
+        if sizes[0] == sizes[1]:
+            assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))
+
+
+def test_tags(tmp_path):
+    engine = start(2, "bf16")
+    train(engine, range(1))
+    engine.save_checkpoint(tmp_path, tag="best")
+    best = values(engine)
+    train(engine, range(1, 3))
+    engine.save_checkpoint(tmp_path, tag=7)
+    engine.save_checkpoint(tmp_path, tag="aside", save_latest=False)
+    assert (tmp_path / "latest").read_text() == "7"
+    folder, client_state = engine.load_checkpoint(tmp_path, tag="best")
+    assert (folder, client_state, engine.global_steps) == (str(tmp_path / "best"), {}, 1)
+    assert all(torch.equal(a, b) for a, b in zip(values(engine), best, strict=True))
+    engine.load_checkpoint(tmp_path)
+    assert engine.global_steps == 3
+    engine.save_checkpoint(tmp_path, tag="best")  # in place of the other
+    engine.load_checkpoint(tmp_path, tag="best")
+    assert engine.global_steps == 3 and len(list((tmp_path / "best").glob("step_*"))) == 1
+
+
+def nothing_there(group: Any, path: str) -> tuple[Any, Any]:
+    engine = start(2, "fp32")
+    return engine.load_checkpoint(path)
+
+
+def test_where_there_is_none(ranks, tmp_path):
+    assert nothing_there(None, tmp_path) == (None, None)
+    assert ranks.run(4, nothing_there, str(tmp_path)) == [(None, None)] * 4
+    with pytest.raises(pyzero.CheckpointError, match="got none"):
+        start(2, "fp32").load_checkpoint(tmp_path, tag="other")
+
+
+@pytest.mark.parametrize("tag", ["../up", "a/b", ".hidden", "", "a\nb"])
+def test_tags_that_name_no_folder(tmp_path, tag):
+    engine = start(2, "fp32")
+    with pytest.raises(ValueError, match="expected a tag that can name a folder"):
+        engine.save_checkpoint(tmp_path, tag=tag)
+    with pytest.raises(ValueError, match="expected a tag that can name a folder"):
+        engine.load_checkpoint(tmp_path, tag=tag)
+
+
+def warm_start(group: Any, path: str, dtype: str, options: dict[str, bool]) -> None:
+    engine = start(2, dtype)
+    train(engine, range(3))
+    engine.save_checkpoint(path)
+    saved = [param.detach().clone() for param in engine.module.parameters()]
+
+    other = start(1, dtype, seed=1)
+    train(other, range(2))
+    before = [other.optimizer.full_state(param) for param in other.module.parameters()]
+    scale, counters = other.cur_scale, (other.global_steps, other.lr_scheduler.last_epoch)
+    other.load_checkpoint(path, **options)
+    for param, weight, state in zip(other.module.parameters(), saved, before, strict=True):
+        found = other.optimizer.full_state(param)
+        assert torch.equal(param, weight) and torch.equal(found["master"], weight.float())
+        assert all(torch.equal(found[name], state[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+    assert other.cur_scale == scale
+    is_module = options.get("load_module_only", False)
+    assert (other.global_steps, other.lr_scheduler.last_epoch) == (counters if is_module else (3, 3))
+    train(other, range(2, 3))
+
+
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+@pytest.mark.parametrize("dtype", SECTIONS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_weights_alone(ranks, tmp_path, size, dtype, options):
+    if size > 1:
+        ranks.run(size, warm_start, str(tmp_path), dtype, options)
+    else:
+        warm_start(None, tmp_path, dtype, options)
+
+
+def test_the_schedule_may_stay(tmp_path):
+    engine = start(2, "fp32")
+    train(engine, range(3))
+    engine.save_checkpoint(tmp_path)
+    other = start(2, "fp32")
+    other.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    assert (other.global_steps, other.lr_scheduler.last_epoch) == (3, 0)
+
+
+def test_what_is_not_supported_says_so(tmp_path):
+    engine = start(2, "fp32")
+    with pytest.raises(ValueError, match="exclude_frozen_parameters"):
+        engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    with pytest.raises(ValueError, match="custom_load_fn"):
+        engine.load_checkpoint(tmp_path, custom_load_fn=print)

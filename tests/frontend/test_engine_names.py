@@ -1,0 +1,401 @@
+"""The names that DeepSpeed's scripts use on an engine, each doing what it does there."""
+
+import csv
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyzero
+from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from pyzero.deepspeed.ops.lamb import FusedLamb
+from pyzero.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
+
+
+class Net(nn.Module):
+    """Gradients are the inputs' sums: exact."""
+
+    def __init__(self, wraps: Any = lambda y: y) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.wraps = wraps
+        self.hidden_size = 4
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wraps((x * self.weight).sum(1))
+
+    def generate(self, num: int) -> list[int]:
+        return list(range(num))
+
+
+def start(model: nn.Module | None = None, **config: Any) -> Engine:
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, **config}
+    return pyzero.initialize(model=model or Net(), config=config)[0]
+
+
+def ones(value: float = 1.0) -> Tensor:
+    return torch.full((1, 4), value)
+
+
+# ---- plain backward -------------------------------------------------------------------------------------------------
+
+
+def moments(group: Any, how: str, section: dict[str, Any], stage: int) -> tuple[list[float], float, int]:
+    """First moments after a step on micro-batches 2 and 6: half of their mean."""
+    engine = start(gradient_accumulation_steps=2, zero_optimization={"stage": stage}, **section)
+    for value in (2.0, 6.0):
+        loss = engine(ones(value)).float().sum()
+        {
+            "engine": lambda: engine.backward(loss),  # noqa: B023
+            "loss": loss.backward,
+            "scale": lambda: engine.scale(loss).backward(),  # noqa: B023
+            "unscaled by steps": lambda: engine.backward(loss / 2, scale_wrt_gas=False),  # noqa: B023
+        }[how]()
+        engine.step()
+    state = engine.optimizer.full_state(engine.module.weight)
+    return state["exp_avg"].tolist(), engine.get_global_grad_norm(), engine.global_steps
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "section"),
+    [
+        ("engine", {}),
+        ("loss", {}),
+        ("scale", {}),
+        ("unscaled by steps", {}),
+        ("loss", {"bf16": {"enabled": True}}),
+        ("engine", {"fp16": {"enabled": True, "initial_scale_power": 8}}),
+        ("scale", {"fp16": {"enabled": True, "initial_scale_power": 8}}),
+    ],
+    ids=str,
+)
+def test_each_backward_divides_by_the_number_of_accumulation_steps(ranks, how, section, stage):
+    wanted = ([2.0] * 4, 8.0, 1)
+    assert moments(None, how, section, stage) == wanted
+    assert ranks.run(4, moments, how, section, stage) == [wanted] * 4
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Tensor
+    name: str = "x"
+
+
+@pytest.mark.parametrize(
+    ("wraps", "reads"),
+    [
+        (lambda y: (y, 1), lambda out: out[0]),
+        (lambda y: [None, {"a": y}], lambda out: out[1]["a"]),
+        (Output, lambda out: out.loss),
+    ],
+    ids=["tuple", "nested", "dataclass"],
+)
+def test_outputs_of_any_shape_divide(wraps, reads):
+    engine = start(Net(wraps), gradient_accumulation_steps=4)
+    reads(engine(ones(8.0))).sum().backward()
+    assert engine.module.weight.grad.tolist() == [2.0] * 4
+
+
+def test_outputs_in_eval_are_left_alone():
+    engine = start(gradient_accumulation_steps=4)
+    with torch.no_grad():
+        assert not engine(ones()).requires_grad
+
+
+def test_a_plain_backward_of_fp16_says_what_to_call():
+    engine = start(fp16={"enabled": True})
+    with pytest.raises(RuntimeError, match=r"call engine.backward\(loss\), or engine.scale\(loss\).backward\(\)"):
+        engine(ones()).float().sum().backward()
+
+
+# ---- boundaries -----------------------------------------------------------------------------------------------------
+
+
+def test_the_caller_sets_the_boundary():
+    engine = start(gradient_accumulation_steps=3)
+    engine.set_gradient_accumulation_boundary(False)
+    for _ in range(2):
+        assert not engine.is_gradient_accumulation_boundary()
+        engine.backward(engine(ones(3.0)).sum())
+    engine.set_gradient_accumulation_boundary(True)
+    assert engine.is_gradient_accumulation_boundary()
+    engine.backward(engine(ones(3.0)).sum())
+    engine.step()
+    assert (engine.global_steps, engine.was_step_applied(), engine.global_samples) == (1, True, 3)
+    assert engine.optimizer.full_state(engine.module.weight)["exp_avg"].tolist() == [1.5] * 4
+
+
+def test_unmanaged_accumulation_steps_whenever_it_is_called():
+    engine = start(gradient_accumulation_steps=2, managed_gradient_accumulation=False)
+    assert not engine.managed_gradient_accumulation() and not engine.is_gradient_accumulation_boundary()
+    for num_micro in (3, 1):
+        for _ in range(num_micro):
+            engine.backward(engine(ones()).sum())
+        engine.step()
+        assert engine.was_step_applied()
+    assert (engine.global_steps, engine.global_samples) == (2, 4)
+    with pytest.raises(RuntimeError, match="managed_gradient_accumulation=true"):
+        engine.set_gradient_accumulation_boundary(True)
+
+
+def coalesced(group: Any, stage: int) -> list[float]:
+    engine = start(zero_optimization={"stage": stage})
+    with engine.coalesce_grad_reduction():
+        for value in (2.0, 6.0):
+            engine.backward(engine(ones(value)).sum())
+        engine.step()  # no boundary in here
+        assert engine.global_steps == 0
+    engine.step()
+    return engine.optimizer.full_state(engine.module.weight)["exp_avg"].tolist()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_coalesced_reduction(ranks, stage):
+    assert coalesced(None, stage) == [4.0] * 4
+    assert ranks.run(4, coalesced, stage) == [[4.0] * 4] * 4
+
+
+def test_another_batch_size_is_another_number_of_steps():
+    engine = start(train_batch_size=4)
+    assert engine.get_batch_info() == (4, 1, 4)
+    engine.set_train_batch_size(8)
+    assert engine.get_batch_info() == (8, 1, 8)
+    with pytest.raises(ValueError, match="wanted train_batch_size"):
+        start(train_micro_batch_size_per_gpu=3, train_batch_size=6).set_train_batch_size(7)
+
+
+# ---- what can be asked ----------------------------------------------------------------------------------------------
+
+
+def test_the_module_shows_through():
+    engine = start()
+    assert (engine.generate(3), engine.hidden_size, engine.weight is engine.module.weight) == ([0, 1, 2], 4, True)
+    assert engine.train(False) is engine and not engine.module.training
+    assert engine.train().module.training
+    with pytest.raises(AttributeError, match="no_such_name"):
+        engine.no_such_name  # noqa: B018
+
+
+def test_settings():
+    engine = start(
+        fp16={"enabled": True, "initial_scale_power": 4},
+        zero_optimization={"stage": 2},
+        gradient_clipping=0.5,
+        steps_per_print=7,
+        communication_data_type="fp32",
+        scheduler={"type": "WarmupLR"},
+    )
+    assert (engine.fp16_enabled(), engine.bfloat16_enabled(), engine.torch_autocast_enabled()) == (True, False, False)
+    assert (engine.zero_optimization(), engine.zero_optimization_stage()) == (True, 2)
+    assert (engine.gradient_clipping(), engine.steps_per_print(), engine.dynamic_loss_scale()) == (0.5, 7, True)
+    assert (engine.cur_scale, engine.get_loss_scale()) == (16.0, 16.0)
+    assert (engine.optimizer_name(), engine.scheduler_name()) == ("adam", "WarmupLR")
+    assert engine.communication_data_type() == torch.float32
+    assert (engine.local_rank, engine.global_rank, engine.device) == (0, 0, torch.device("cpu"))
+    assert engine.get_mom() == [(0.5, 0.5)]
+    assert not start(zero_optimization={"stage": 0}).zero_optimization()
+    assert not start(bf16={"enabled": True}).dynamic_loss_scale()
+    assert start(bf16={"enabled": True}).bfloat16_enabled()
+
+
+def test_compile_compiles_the_module():
+    engine = start()
+    engine.compile(backend="eager")
+    assert torch.equal(engine(ones()), torch.zeros(1))
+    engine.empty_partition_cache()
+
+
+def test_autocast_by_the_config():
+    seen = []
+    engine = start(Net(lambda y: seen.append(torch.is_autocast_enabled("cpu")) or y), torch_autocast={"enabled": True})
+    assert engine(ones()).dtype == torch.float32 and engine.module.weight.dtype == torch.float32
+    assert seen == [True] and not torch.is_autocast_enabled("cpu")
+    assert not engine.is_scaled
+    assert start(torch_autocast={"enabled": True, "dtype": "fp16"}).cur_scale == 65536.0
+
+
+def weights(group: Any, dtype: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[2].weight.requires_grad_(False)
+    model[1].register_parameter("tied", model[0].weight)
+    optimizer = {"type": "Adam", "params": {"lr": 0.013}}
+    engine = start(model, optimizer=optimizer, **({dtype: {"enabled": True}} if dtype else {}))
+    engine.backward(engine(torch.randn(6, 4)).float().square().sum())
+    engine.step()
+    assert engine.save_16bit_model(path) and engine.save_fp16_model(path, "again.bin")
+    return engine.get_fp32_state_dict(), dict(engine.module_state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["", "bf16"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_whole_weights(ranks, tmp_path, size, dtype):
+    for found, own in ranks.run(size, weights, dtype, str(tmp_path)) if size > 1 else [weights(None, dtype, tmp_path)]:
+        assert found.keys() == own.keys()
+        for name, value in found.items():
+            assert value.dtype == (torch.float32 if own[name].is_floating_point() else own[name].dtype)
+            # A master is within half a unit of the last place of its bf16 weight.
+            torch.testing.assert_close(value.to(own[name].dtype), own[name], rtol=0, atol=0)
+        assert torch.equal(found["0.weight"], found["1.tied"])
+        if dtype:
+            assert not torch.equal(found["0.weight"], own["0.weight"].float())
+    for name in ("pytorch_model.bin", "again.bin"):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert saved.keys() == own.keys() and torch.equal(saved["0.weight"], own["0.weight"])
+
+
+# ---- reports --------------------------------------------------------------------------------------------------------
+
+
+def test_csv_files_of_a_run(tmp_path):
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
+    engine = start(gradient_accumulation_steps=2, csv_monitor=section, fp16={"enabled": True, "loss_scale": 4.0})
+    assert engine.monitor.enabled
+    for value in (2.0, 6.0, 2.0, 2.0):
+        engine.backward(engine(ones()).float().sum() + value)
+        engine.step()
+    engine.monitor.write_events([("Eval/accuracy", 0.5, 9)])
+    rows = {path.name: list(csv.reader(path.open())) for path in (tmp_path / "run").iterdir()}
+    assert rows["Train_Samples_lr.csv"] == [["step", "lr"], ["2", "0.25"], ["4", "0.25"]]
+    assert rows["Train_Samples_loss_scale.csv"][1:] == [["2", "4.0"], ["4", "4.0"]]
+    assert rows["Train_Samples_train_loss.csv"][1] == ["2", "4.0"]  # the mean of both micro-batches
+    assert rows["Eval_accuracy.csv"][1:] == [["9", "0.5"]]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_monitor_that_is_not_installed_says_so(name, monkeypatch):
+    module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ImportError, match=f"pip install {name}, or enable csv_monitor"):
+        start(**{name: {"enabled": True}})
+
+
+def test_a_disabled_monitor_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = start(csv_monitor={"enabled": False}, tensorboard={"enabled": False})
+    engine.backward(engine(ones()).sum())
+    engine.step()
+    assert not engine.monitor.enabled and not list(tmp_path.iterdir())
+
+
+def test_a_line_of_phases(caplog):
+    engine = start(wall_clock_breakdown=True, steps_per_print=2)
+    with caplog.at_level(logging.INFO, logger="pyzero"):
+        for _ in range(4):
+            engine.backward(engine(ones()).sum())
+            engine.step()
+    lines = [record.getMessage() for record in caplog.records if "forward" in record.getMessage()]
+    assert len(lines) == 2
+    for line in lines:
+        assert [part.split()[0] for part in line.removeprefix("time (ms): ").split(", ")] == [
+            "forward",
+            "backward",
+            "step",
+        ]
+        assert line.count("x 2") == 3
+
+
+def test_what_means_something_else_here_is_told(caplog):
+    with caplog.at_level(logging.INFO, logger="pyzero"):
+        start(optimizer={"type": "OneBitAdam", "params": {"freeze_step": 9}}, zero_optimization={"stage": 3})
+    told = {
+        record.getMessage(): record.levelname for record in caplog.records if record.getMessage().startswith("config:")
+    }
+    assert len(told) == 2
+    for (line, level), (words, wanted) in zip(
+        told.items(), [("stage=3 runs as stage 2", "WARNING"), ("OneBitAdam: gradients are not", "INFO")], strict=True
+    ):
+        assert words in line and level == wanted
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "options"),
+    [
+        (lambda p: FusedAdam(p, 0.5, bias_correction=False), pyzero.FusedZeroAdam, (True, False)),
+        (lambda p: FusedAdam(p, lr=0.5, adam_w_mode=False), pyzero.FusedZeroAdam, (False, True)),
+        (lambda p: DeepSpeedCPUAdam(p, lr=0.5, adamw_mode=False), pyzero.FusedZeroAdam, (False, True)),
+        (lambda p: FusedLion(p, lr=0.5), pyzero.FusedZeroLion, (None, None)),
+        (lambda p: DeepSpeedCPULion(p, lr=0.5), pyzero.FusedZeroLion, (None, None)),
+        (lambda p: FusedLamb(p, lr=0.5), pyzero.ZeroLamb, (None, True)),
+        (lambda p: torch.optim.AdamW(p, lr=0.5), pyzero.FusedZeroAdam, (True, True)),
+    ],
+)
+@pytest.mark.parametrize("is_called", [False, True])
+def test_optimizers_of_scripts(make, kind, options, is_called):
+    """Built before, or by a function that is handed over."""
+    model = Net()
+    given = make if is_called else make(model.parameters())
+    config = {"train_batch_size": 1, "bf16": {"enabled": True}, "gradient_clipping": 2.0}
+    _, optimizer, _, _ = pyzero.initialize(model=model, optimizer=given, config=config)
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is kind
+    assert (group.get("decoupled_weight_decay"), group.get("bias_correction")) == options
+    assert group["lr"] == 0.5 and group["params"] == [model.weight]
+
+
+def test_a_function_gets_the_parameters_that_are_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    groups = [{"params": list(model[0].parameters()), "lr": 1.0}]
+    _, optimizer, _, _ = pyzero.initialize(
+        model=model,
+        optimizer=lambda p: torch.optim.Adam(p, lr=0.5),
+        model_parameters=groups,
+        config={"train_batch_size": 1},
+    )
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0]
+
+
+def test_a_recipe_takes_no_steps():
+    with pytest.raises(RuntimeError, match="FusedAdam to be passed to initialize"):
+        FusedAdam([nn.Parameter(torch.ones(1))]).step()
+
+
+@pytest.mark.parametrize("optimizer", [None, lambda p: torch.optim.Adam(p)])
+def test_parameters_of_another_model_are_refused(optimizer):
+    with pytest.raises(ValueError, match="expected parameters of the model, got 1 of others among 1"):
+        pyzero.initialize(
+            model=Net(),
+            model_parameters=Net().parameters(),
+            optimizer=optimizer,
+            config={"train_batch_size": 1, "optimizer": ADAM},
+        )
+
+
+def test_an_optimizer_of_no_kind_is_refused():
+    with pytest.raises(TypeError, match="or a function that makes one of parameters, got int"):
+        pyzero.initialize(model=Net(), optimizer=3, config={"train_batch_size": 1})
+
+
+def test_a_schedule_that_is_no_torch_one():
+    class Schedule:
+        def __init__(self) -> None:
+            self.optimizer, self.calls = None, []
+
+        def step(self, increment: int = 1) -> None:
+            self.calls.append(increment)
+
+    given = Schedule()
+    engine, optimizer, _, schedule = pyzero.initialize(
+        model=Net(), lr_scheduler=given, config={"train_batch_size": 1, "optimizer": ADAM}
+    )
+    engine.backward(engine(ones()).sum())
+    engine.step(lr_kwargs={"increment": 5})
+    assert schedule is given and given.optimizer is optimizer and given.calls == [5]
+
+
+def test_the_last_batch_is_dropped_where_the_config_says_so():
+    data = torch.utils.data.TensorDataset(torch.arange(10.0).view(10, 1))
+    for drops, sizes in ((False, [4, 4, 2]), (True, [4, 4])):
+        config = {"train_batch_size": 4, "optimizer": ADAM, "dataloader_drop_last": drops}
+        engine, _, loader, _ = pyzero.initialize(model=Net(), training_data=data, config=config)
+        assert [len(batch) for (batch,) in loader] == sizes and engine.training_dataloader is loader

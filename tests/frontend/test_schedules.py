@@ -1,0 +1,179 @@
+"""DeepSpeed's schedules: numbers worked out by hand, and DeepSpeed's own where it is installed."""
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pyzero.deepspeed.reader import load
+from pyzero.deepspeed.schedules import SCHEDULES, LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+
+
+def optimizer_of(rates: tuple[float, ...] = (7.0,)) -> torch.optim.Adam:
+    return torch.optim.Adam([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
+
+
+def follow(make: Any, num_steps: int, rates: tuple[float, ...] = (7.0,)) -> list[tuple[float, Any]]:
+    """(rate, betas) of each step of the last group."""
+    optimizer = optimizer_of(rates)
+    schedule = make(optimizer)
+    seen = []
+    for _ in range(num_steps):
+        seen.append((float(optimizer.param_groups[-1]["lr"]), tuple(optimizer.param_groups[-1]["betas"])))
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def rates_of(make: Any, num_steps: int, rates: tuple[float, ...] = (7.0,)) -> list[float]:
+    return [rate for rate, _ in follow(make, num_steps, rates)]
+
+
+def test_warmup_and_decay():
+    """It counts from -1, so the first two steps run at the minimum."""
+    found = rates_of(lambda o: WarmupDecayLR(o, 8, 1.0, 5.0, 4, "linear"), 11)
+    assert found == [1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
+
+
+def test_warmup_stays_at_each_groups_own_rate():
+    found = rates_of(lambda o: WarmupLR(o, warmup_num_steps=2, warmup_type="linear"), 5, (7.0, 3.0))
+    assert found == [0.0, 0.0, 1.5, 3.0, 3.0]
+
+
+def test_log_warmup():
+    found = rates_of(lambda o: WarmupLR(o, 0.0, 1.0, 8), 10)
+    assert found == pytest.approx(
+        [0.0, 0.0, 1 / 3, math.log(3, 8), 2 / 3, math.log(5, 8), *[math.log(k, 8) for k in (6, 7, 8)], 1.0]
+    )
+
+
+def test_cosine():
+    """Two steps up, from a quarter; then cos(pi/4 * k) of four steps down to 0.2; 0 at the very first step."""
+    found = rates_of(lambda o: WarmupCosineLR(o, 6, 0.25, 2, 0.2, "linear"), 9, (10.0,))
+    down = [0.2 + 0.8 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3, 4)]
+    assert found == pytest.approx([0.0, 2.5, 6.25, *[10 * ratio for ratio in down], 2.0, 2.0])
+    assert found[4] == pytest.approx(10 * (0.2 + 0.8 / 2))
+
+
+@pytest.mark.parametrize(("staircase", "wanted"), [(False, [2, 3, 4, 5, 6]), (True, [2, 2, 4, 4, 6])])
+def test_range_test(staircase, wanted):
+    assert rates_of(lambda o: LRRangeTest(o, 2.0, 2, 1.0, staircase), 5) == wanted
+
+
+def test_one_cycle():
+    """Four steps up, two down, then the rate falls as 1 / (1 + k / 2), and the first beta grows by a tenth of it."""
+    decay = dict(decay_lr_rate=1.0, decay_mom_rate=0.1, decay_step_size=2)
+    momenta = dict(cycle_min_mom=0.5, cycle_max_mom=0.7)
+    steps = dict(cycle_first_step_size=4, cycle_second_step_size=2)
+    found = follow(lambda o: OneCycle(o, 1.0, 5.0, **steps, **decay, **momenta), 9)
+    assert [rate for rate, _ in found] == pytest.approx([1, 2, 3, 4, 5, 3, 1, 1 / 1.5, 1 / 2])
+    first = [0.5, 0.65, 0.6, 0.55, 0.5, 0.6, 0.7, 0.7 * 1.05, 0.7 * 1.1]
+    assert [betas for _, betas in found] == [(pytest.approx(beta), 0.99) for beta in first]
+
+
+def test_one_cycle_leaves_the_betas_alone():
+    found = follow(lambda o: OneCycle(o, 1.0, 5.0, cycle_first_step_size=2, cycle_momentum=False), 6)
+    assert [betas for _, betas in found] == [(0.9, 0.999)] * 6
+    assert [rate for rate, _ in found] == [1, 3, 5, 3, 1, 1]
+
+
+def test_one_cycle_in_stairs():
+    found = rates_of(lambda o: OneCycle(o, 0.0, 1.0, 0.0, 8, 4, 2, 2, cycle_momentum=False), 13)
+    assert found == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 1, 0.5, 0.5, 0, 0]
+
+
+def test_a_number_for_each_group():
+    assert rates_of(lambda o: LRRangeTest(o, [1.0, 3.0], 1), 2, (7.0, 7.0)) == [3.0, 6.0]
+    with pytest.raises(ValueError, match="expected 2 numbers for lr_range_test_min_lr"):
+        LRRangeTest(optimizer_of((1.0, 2.0)), [1.0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_it_goes_on_where_it_was(name):
+    params = CASES[name][0]
+    whole = follow(lambda o: SCHEDULES[name](o, **params), 12)
+    optimizer = optimizer_of()
+    schedule = SCHEDULES[name](optimizer, **params)
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
+
+    other = optimizer_of()
+    resumed = SCHEDULES[name](other, **params)
+    other.load_state_dict({**other.state_dict(), "param_groups": groups})
+    resumed.load_state_dict(schedule.state_dict())
+    for step in range(5, 12):
+        assert (other.param_groups[0]["lr"], tuple(other.param_groups[0]["betas"])) == whole[step]
+        other.step()
+        resumed.step()
+
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "WarmupLR": [
+        {"warmup_min_lr": 0.1, "warmup_max_lr": 0.7, "warmup_num_steps": 7},
+        {"warmup_num_steps": 5, "warmup_type": "linear"},
+        {"warmup_num_steps": 1},
+    ],
+    "WarmupDecayLR": [
+        {"total_num_steps": 20, "warmup_max_lr": 0.7, "warmup_num_steps": 6},
+        {"total_num_steps": 5, "warmup_num_steps": 9, "warmup_type": "linear"},
+        {"total_num_steps": 30},
+    ],
+    "WarmupCosineLR": [
+        {"total_num_steps": 20, "warmup_min_ratio": 0.1, "warmup_num_steps": 6, "cos_min_ratio": 0.05},
+        {"total_num_steps": 20, "warmup_num_steps": 4, "warmup_type": "linear"},
+        {"total_num_steps": 5, "warmup_num_steps": 9},
+    ],
+    "LRRangeTest": [
+        {"lr_range_test_min_lr": 0.01, "lr_range_test_step_size": 5, "lr_range_test_step_rate": 3.0},
+        {"lr_range_test_step_size": 4, "lr_range_test_staircase": True},
+    ],
+    "OneCycle": [
+        {"cycle_min_lr": 0.1, "cycle_max_lr": 0.9, "cycle_first_step_size": 7, "cycle_second_step_size": 5},
+        {
+            "cycle_min_lr": 0.1,
+            "cycle_max_lr": 0.9,
+            "cycle_first_step_size": 8,
+            "cycle_first_stair_count": 4,
+            "cycle_second_stair_count": 2,
+            "decay_step_size": 3,
+            "decay_lr_rate": 0.5,
+            "decay_mom_rate": 0.01,
+            "cycle_min_mom": 0.85,
+            "cycle_max_mom": 0.95,
+        },
+        {"cycle_min_lr": 0.1, "cycle_max_lr": 0.9, "cycle_first_step_size": 3, "cycle_momentum": False},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, cases in CASES.items() for i in range(len(cases))])
+def test_against_deepspeed(name, index):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    theirs = pytest.importorskip("deepspeed.runtime.lr_schedules", reason="deepspeed is not installed")
+    params = CASES[name][index]
+    mine = follow(lambda o: SCHEDULES[name](o, **params), 40, (0.5,))
+    other = follow(lambda o: getattr(theirs, name)(o, **params), 40, (0.5,))
+    for (rate, betas), (their_rate, their_betas) in zip(mine, other, strict=True):
+        assert rate == pytest.approx(their_rate, rel=1e-12, abs=1e-15)
+        assert betas == pytest.approx(their_betas, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_from_a_config(name):
+    for params in CASES[name]:
+        section = load({"scheduler": {"type": name, "params": params}}).scheduler
+        assert section.arguments() == params
+
+
+def test_auto_is_the_default_and_the_end_has_none():
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+    config = {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+    with pytest.raises(ValueError, match="number of optimizer steps"):
+        load(config).scheduler.arguments()
+    params["total_num_steps"] = 9
+    assert load(config).scheduler.arguments() == {"warmup_max_lr": None, "total_num_steps": 9}

@@ -1,0 +1,111 @@
+"""optimizer.scale(loss).backward() is optimizer.backward(loss); fp16 gradients that nobody scaled are told of, once."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+
+SCALE = pyzero.LossScale(init_scale=2.0**12)
+
+
+def train(group: Any, stage: int, by_hand: bool, num_micro: int) -> list[Tensor]:
+    import torch.distributed as dist
+
+    rank = 0 if group is None else dist.get_rank(group)
+    model = build(torch.float16)
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), process_group=group, stage=stage, loss_scale=SCALE)
+    for step in range(3):
+        optimizer.zero_grad()
+        for index in range(num_micro):
+            loss = loss_of(model, micro_batch(step, 4 * rank + index)) / num_micro
+            if by_hand:
+                optimizer.scale(loss).backward()
+            else:
+                optimizer.backward(loss)
+            assert not optimizer.is_scaled_backward
+        optimizer.step()
+    assert optimizer.skipped_steps == 0
+    return params_of(model)
+
+
+@pytest.mark.parametrize("num_micro", [1, 3])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_by_hand_equals_backward(ranks, size, stage, num_micro):
+    for mine, other in zip(
+        ranks.run(size, train, stage, True, num_micro), ranks.run(size, train, stage, False, num_micro), strict=True
+    ):
+        assert_same(mine, other)
+
+
+def test_without_a_scale_it_is_the_loss():
+    optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(1))])
+    loss = torch.ones(())
+    assert optimizer.scale(loss) is loss
+
+
+def fp16_weight() -> tuple[nn.Parameter, pyzero.FusedZeroAdam]:
+    param = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    return param, pyzero.FusedZeroAdam([param], loss_scale=SCALE)
+
+
+@pytest.mark.parametrize("then", ["backward", "loss"])
+def test_a_scaled_backward_that_fails_leaves_no_trace(then):
+    param, optimizer = fp16_weight()
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise ValueError("as planned")
+
+    with pytest.raises(ValueError, match="as planned"):
+        optimizer.scale(Failing.apply(param).float().sum()).backward()
+    if then == "loss":
+        optimizer.zero_grad()
+        param.float().sum().backward()
+    else:
+        optimizer.backward(param.float().sum())
+    assert torch.equal(optimizer.full_grad(param), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("how", "is_told"), [("plain", True), ("backward", False), ("scale", False), ("GradScaler", False), ("None", False)]
+)
+def test_a_plain_backward_of_fp16_weights_is_told_once(how, is_told, caplog):
+    param, optimizer = fp16_weight()
+    if how == "None":
+        optimizer = pyzero.FusedZeroAdam([param], loss_scale=None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with caplog.at_level(logging.WARNING, logger="pyzero"):
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = param.float().sum()
+            {
+                "backward": lambda: optimizer.backward(loss),  # noqa: B023
+                "scale": lambda: optimizer.scale(loss).backward(),  # noqa: B023
+                "GradScaler": lambda: scaler.scale(loss).backward(),  # noqa: B023
+            }.get(how, loss.backward)()
+            if how == "GradScaler":
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+    told = [record for record in caplog.records if "plain backward" in record.message]
+    assert len(told) == is_told
+
+
+def test_bf16_and_fp32_weights_are_told_nothing(caplog):
+    for dtype in (torch.bfloat16, torch.float32):
+        param = nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = pyzero.FusedZeroAdam([param], loss_scale="dynamic")
+        param.float().sum().backward()
+        optimizer.step()
+    assert not [record for record in caplog.records if "plain backward" in record.message]
