@@ -37,8 +37,18 @@ def _run(argv: list[str] | None) -> int:
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, default=25.0, metavar="MB")
     commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
+    imports = commands.add_parser("import-deepspeed", help="turn a ZeRO-1 or -2 checkpoint of DeepSpeed into ours")
+    imports.add_argument("directory", metavar="DIR", help="where DeepSpeed saved")
+    imports.add_argument("out", metavar="OUT", help="what pyzero.load_checkpoint(OUT, ...) shall load")
+    imports.add_argument("--tag", help="default: the one that DIR/latest names")
+    exports = commands.add_parser("export", help="write a checkpoint's weights to a safetensors file")
+    exports.add_argument("directory", metavar="DIR", help="where pyzero.save_checkpoint() saved")
+    exports.add_argument("path", metavar="FILE.safetensors")
+    exports.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the model's; fp32: the masters")
     args = parser.parse_args(argv)
 
+    if args.command in ("import-deepspeed", "export"):
+        return _convert(args)
     if args.command == "report":
         from . import report
 
@@ -56,6 +66,20 @@ def _run(argv: list[str] | None) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(estimates.table(found))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from . import convert, estimate
+
+    try:
+        if args.command == "export":
+            convert.export(args.directory, args.path, args.dtype and estimate.DTYPES[args.dtype])
+        else:
+            print(convert.import_deepspeed(args.directory, args.out, args.tag))
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"python -m pyzero {args.command}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def save_checkpoint(
         TypeError: `extra` holds objects that cannot be loaded without running code.
         RuntimeError: A backward has run since the last step(): its gradients would be lost.
     """
-    return _Save(directory, model, optimizer, step, keep, extra, copies=False).run()
+    return _writer(directory, model, optimizer, step, keep, extra, copies=False).run()
 
 
 def async_save_checkpoint(
@@ -77,7 +78,7 @@ def async_save_checkpoint(
     Returns:
         `result()` waits, and gives the folder or raises. Wait for one before the next is started.
     """
-    future = _writer.submit(_Save(directory, model, optimizer, step, keep, extra, copies=True).run)
+    future = _thread.submit(_writer(directory, model, optimizer, step, keep, extra, copies=True).run)
     future.add_done_callback(_log_failure)
     return future
 
@@ -89,7 +90,7 @@ def _log_failure(future: Future[Path]) -> None:
         log.error("%s", error)
 
 
-_writer = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
+_thread = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -170,54 +171,70 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-class _Save:
-    """One save: everything that reads the model is done when it is made; `run` writes.
+@dataclass
+class Content:
+    """What goes into a checkpoint from this rank."""
+
+    state: dict[str, Any]  # {"model": ..., "optim": ...}, as torch.distributed.checkpoint's get_state_dict() gives
+    common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, tied names; rank 0's counts
+    extra: dict[str, Any]
+
+
+def _collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any]) -> Content:
+    """All by name, in the memory where it lies."""
+    names = _names_of(model, optimizer)
+    state = optimizer.state_dict()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = [
+        {**{k: v for k, v in group.items() if k != ZERO}, "params": [names[params[i]] for i in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
+    for param, name in names.items():
+        if param.dtype == torch.float32 and name in values:
+            del values[name][MASTER]  # the weight itself
+    model_state = _model_state(model)
+    others = {name: value for name, value in model_state.items() if not torch.is_tensor(value)}
+    first: dict[int, str] = {}
+    tensors = {name: value for name, value in model_state.items() if torch.is_tensor(value) and value.numel()}
+    tied = {name: first.setdefault(value.data_ptr(), name) for name, value in tensors.items()}
+    common = {"param_groups": groups, "model": others, "tied": {a: b for a, b in tied.items() if a != b}}
+    return Content({"model": model_state, "optim": {"state": values, "param_groups": groups}}, common, extra)
+
+
+class Writer:
+    """One checkpoint, to be written.
 
     Args:
-        copies: Of all values, to the host.
+        group: The ranks that write it together.
+        directory: See save_checkpoint.
+        step: See save_checkpoint.
+        keep: See save_checkpoint.
+        collect: Gives this rank's content; called at once.
     """
 
     def __init__(
         self,
+        group: Group,
         directory: str | os.PathLike[str],
-        model: nn.Module,
-        optimizer: ZeroOptimizer,
         step: int,
         keep: int | None,
-        extra: dict[str, Any],
-        copies: bool,
+        collect: Callable[[], Content],
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"expected keep as 1 or more, or None, got {keep}; pass how many checkpoints to leave")
+        self._group = group
         self._directory = Path(directory)
         self._step = int(step)
         self._keep = keep
-        self._group = optimizer.checkpoint_group()
-        _together(self._group, "a save between two steps", optimizer.check_between_steps)
         self._what = f"the save to {directory}"
-        _together(self._group, self._what, lambda: self._collect(model, optimizer, extra, copies))
+        _together(group, self._what, lambda: self._take(collect()))
 
-    def _collect(self, model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], copies: bool) -> None:
-        names = _names_of(model, optimizer)
-        state = optimizer.state_dict()
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        groups = [
-            {**{k: v for k, v in group.items() if k != ZERO}, "params": [names[params[i]] for i in group["params"]]}
-            for group in state["param_groups"]
-        ]
-        values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
-        for param, name in names.items():
-            if param.dtype == torch.float32 and name in values:
-                del values[name][MASTER]  # the weight itself
-        model_state = _model_state(model)
-        others = {name: value for name, value in model_state.items() if not torch.is_tensor(value)}
-        self._state: dict[str, Any] = {"model": model_state, "optim": {"state": values, "param_groups": groups}}
-        if copies:
-            self._state = _on_host(self._state)
-        self._contents = {files.rank_file(self._group.rank): files.to_bytes(extra, "extra")}
+    def _take(self, content: Content) -> None:
+        self._state = content.state
+        self._contents = {files.rank_file(self._group.rank): files.to_bytes(content.extra, "extra")}
         if self._group.rank == 0:
-            common = {"param_groups": groups, "model": others}
-            self._contents[files.COMMON] = files.to_bytes(common, "the parameter groups and the model")
+            self._contents[files.COMMON] = files.to_bytes(content.common, "the parameter groups and the model")
 
     def run(self) -> Path:
         """Write, agree, and give the folder its name."""
@@ -284,6 +301,25 @@ class _Save:
             desc=f"step {self._step}", unit="B", unit_scale=True, delay=_SHOW_PROGRESS_AFTER_S, disable=hidden
         ) as bar:
             yield bar.update
+
+
+def _writer(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    step: int,
+    keep: int | None,
+    extra: dict[str, Any],
+    copies: bool,
+) -> Writer:
+    """Of a model and its optimizer; copies: of all values, to the host, so that training may go on."""
+
+    def collect() -> Content:
+        optimizer.check_between_steps()
+        content = _collect(model, optimizer, extra)
+        return replace(content, state=_on_host(content.state)) if copies else content
+
+    return Writer(optimizer.checkpoint_group(), directory, step, keep, collect)
 
 
 def _on_host(value: Any) -> Any:
@@ -373,6 +409,7 @@ class _Load:
         places = {  # where in the checkpoint each value of the state lies
             number: {key: f"optim.state.{names[number]}.{key}" for key in values}
             for number, values in state["state"].items()
+            if params[number].numel() or f"optim.state.{names[number]}.{MASTER}" in saved
         }
         for number, of_param in places.items():
             if of_param[MASTER] not in saved:

@@ -170,6 +170,14 @@ class Group:
             self.handle = self._channel.handle
             weakref.finalize(self, channels.give_back, self._channel)
 
+    @classmethod
+    def alone(cls) -> Group:
+        """One rank, whatever has been initialised."""
+        group = cls.__new__(cls)
+        group.size, group.rank, group.where = 1, 0, ""
+        group.handle = group._mesh = None
+        return group
+
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
         """Failures in here say which collective failed, and the timeout that it ran under."""

@@ -118,64 +118,6 @@ def _assemble(model: dict[str, Any], states: list[dict[str, Any]], folder: Path)
     )
 
 
-def as_state_dict(
-    checkpoint: DeepSpeedCheckpoint, optimizer: Any, named_params: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """The checkpoint as `optimizer.load_state_dict` takes it, in the layout of `full_state_dict()`.
-
-    The optimizer's groups may be cut otherwise than DeepSpeed's, but the parameters of one group must have had the same
-    hyper-parameters.
-
-    Args:
-        checkpoint: Of `read`.
-        optimizer: A FusedZeroAdam or FusedZeroAdamW.
-        named_params: `dict(model.named_parameters())`, of the names that the model had under DeepSpeed.
-
-    Raises:
-        ValueError: Parameters or groups that do not fit.
-    """
-    names = {param: name for name, param in named_params.items()}
-    members = [[names.get(param, "?") for param in group["params"]] for group in optimizer.param_groups]
-    trained = {
-        name
-        for group, of_group in zip(optimizer.param_groups, members, strict=True)
-        for param, name in zip(group["params"], of_group, strict=True)
-        if param.requires_grad and param.numel()
-    }
-    if trained != checkpoint.params.keys():
-        missing, unexpected = sorted(trained - checkpoint.params.keys()), sorted(checkpoint.params.keys() - trained)
-        raise ValueError(
-            f"expected the parameters that DeepSpeed trained, got {missing}, which are not in the checkpoint, and lack "
-            f"{unexpected}; pass dict(model.named_parameters()) of the same model, with the same ones frozen"
-        )
-    state, groups, first = {}, [], 0
-    for group, of_group in zip(optimizer.param_groups, members, strict=True):
-        places = range(first, first + len(of_group))
-        state.update({i: checkpoint.params[n] for i, n in zip(places, of_group, strict=True) if n in checkpoint.params})
-        groups.append({**_hyper_of(checkpoint, of_group, group), "params": list(places)})
-        first += len(of_group)
-    return {"state": state, "param_groups": groups, "scaler": scaler_state(checkpoint)}
-
-
-def _hyper_of(checkpoint: DeepSpeedCheckpoint, names: Sequence[str], group: Mapping[str, Any]) -> dict[str, Any]:
-    """What the parameters of one of our groups had in DeepSpeed's."""
-    found = [theirs for theirs in checkpoint.groups if set(theirs.names) & set(names)]
-    if not found:
-        return {}
-    if any(theirs.hyper != found[0].hyper for theirs in found):
-        raise ValueError(
-            f"expected the parameters of a group to share their hyper-parameters, got {[t.hyper for t in found]}; "
-            f"build the optimizer with DeepSpeed's groups"
-        )
-    wants, has = found[0].decoupled_weight_decay, group.get("decoupled_weight_decay")
-    if wants not in (None, has) and found[0].hyper.get("weight_decay"):
-        raise ValueError(
-            f"expected decoupled_weight_decay={wants}, as DeepSpeed had it, got {has}; build a "
-            f"{'FusedZeroAdamW' if wants else 'FusedZeroAdam'}"
-        )
-    return found[0].hyper
-
-
 def scaler_state(checkpoint: DeepSpeedCheckpoint) -> Tensor:
     """The (5,) fp32 state of our loss scale. Of the skips in a row the files say no more than whether there is one."""
     scale = checkpoint.loss_scale

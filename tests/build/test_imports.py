@@ -21,7 +21,7 @@ LAYERS = (
     {"scaled_backward"},
     {"optimizer"},
     {"adam", "checkpoint", "lamb", "lion"},
-    {"estimate"},
+    {"convert", "estimate"},
     {f"deepspeed.{name}" for name in ("accelerator", "checkpointing", "comm", "keys", "ops.recipe", "owners")},
     {f"deepspeed.{name}" for name in ("schedules", "tensors", "timers", "utils", "weights", "zero")},
     {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},

@@ -31,8 +31,9 @@ from deepspeed_case import (
 from tolerances import ADAM
 
 import pyzero
-from pyzero import deepspeed_checkpoint
-from pyzero.deepspeed_checkpoint import DeepSpeedCheckpoint, LossScaleState, as_state_dict
+from pyzero import convert, deepspeed_checkpoint
+from pyzero.__main__ import main
+from pyzero.deepspeed_checkpoint import LossScaleState
 from pyzero.ops.loss_scale import loss_scale_state
 
 BY_NAME = {case.name: case for case in CASES}
@@ -69,16 +70,16 @@ def build(case: Case, group: Any = None) -> tuple[Model, Any]:
     return model, make(groups, betas=BETAS, process_group=group, loss_scale=scale, bucket_cap_mb=1e-4)
 
 
-def load(checkpoint: DeepSpeedCheckpoint, model: Model, optimizer: Any) -> None:
-    model.load_state_dict(checkpoint.module)
-    optimizer.load_state_dict(as_state_dict(checkpoint, optimizer, dict(model.named_parameters())))
+def load(directory: Path, model: Model, optimizer: Any, tag: str | None = None) -> dict[str, Any]:
+    convert.import_deepspeed(directory, directory / "ours", tag)
+    return pyzero.load_checkpoint(directory / "ours", model=model, optimizer=optimizer)
 
 
-def resumed(group: Any, name: str, directory: Path) -> tuple[dict[str, dict[str, Any]], list[float]]:
+def resumed(group: Any, name: str, ours: Path) -> tuple[dict[str, dict[str, Any]], list[float]]:
     """What our optimizer makes of the steps that DeepSpeed took from "saved" to "later"."""
     case = BY_NAME[name]
     model, optimizer = build(case, group)
-    load(deepspeed_checkpoint.read(directory), model, optimizer)
+    pyzero.load_checkpoint(ours, model=model, optimizer=optimizer)
     for step in range(SAVED_AT, STEPS):
         optimizer.zero_grad()
         optimizer.backward(model(mean_gradients(model, case, step)))
@@ -91,7 +92,8 @@ def resumed(group: Any, name: str, directory: Path) -> tuple[dict[str, dict[str,
 def test_partitions_are_put_together(name, tmp_path):
     case, checkpoint = BY_NAME[name], deepspeed_checkpoint.read(unpacked(name, tmp_path))
     model, optimizer = build(case)
-    load(checkpoint, model, optimizer)
+    extra = load(tmp_path, model, optimizer)
+    assert extra["step"] == SAVED_AT and extra["client_state"] == CLIENT_STATE
     assert (checkpoint.num_ranks, checkpoint.global_steps, checkpoint.version) == (case.num_ranks, SAVED_AT, "0.19.8")
     assert checkpoint.client_state == CLIENT_STATE and checkpoint.shared == {"head.weight": "embedding.weight"}
     assert checkpoint.skipped_steps == optimizer.skipped_steps == (1 if case.precision == "fp16" else 0)
@@ -113,7 +115,9 @@ def test_partitions_are_put_together(name, tmp_path):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_the_next_steps_are_deepspeeds(ranks, name, size, tmp_path):
     later = deepspeed_checkpoint.read(unpacked(name, tmp_path), tag="later")
-    found, scaler = ranks.run(size, resumed, name, tmp_path)[0]
+    command = ["import-deepspeed", str(tmp_path), str(tmp_path / "ours")]
+    assert main(command) == 0
+    found, scaler = ranks.run(size, resumed, name, tmp_path / "ours")[0]
     tolerance, steps = ADAM[torch.float32], STEPS - SAVED_AT
     largest = 3.0 if BY_NAME[name].num_ranks == 3 else 1.0  # of |gradient|
     assert found.keys() == later.params.keys()
@@ -138,7 +142,7 @@ def test_the_next_steps_are_deepspeeds(ranks, name, size, tmp_path):
 def test_before_the_first_step_there_are_masters_alone(tmp_path):
     checkpoint = deepspeed_checkpoint.read(unpacked("fp16-stage1", tmp_path), tag="fresh")
     model, optimizer = build(BY_NAME["fp16-stage1"])
-    load(checkpoint, model, optimizer)
+    load(tmp_path, model, optimizer, "fresh")
     assert torch.equal(model.norm.weight, Model().norm.weight.half())
     state = optimizer.full_state(model.norm.weight)
     assert torch.equal(state["master"], checkpoint.params["norm.weight"]["master"])
@@ -293,16 +297,6 @@ def test_files_that_do_not_belong_together(folder, message):
         deepspeed_checkpoint.read(folder)
 
 
-def test_an_optimizer_that_does_not_fit(folder):
-    checkpoint = deepspeed_checkpoint.read(folder)
-    model, optimizer = build(BY_NAME["fp16-stage2-2ranks"])
-    named = dict(model.named_parameters())
-    del named["linear.bias"]
-    with pytest.raises(ValueError, match=r"got \['\?'\], which are not in the checkpoint, and lack \['linear.bias'\]"):
-        as_state_dict(checkpoint, optimizer, named)
-    trained = [param for param in model.parameters() if param.requires_grad]
-    with pytest.raises(ValueError, match="share their hyper-parameters"):
-        as_state_dict(checkpoint, torch.optim.AdamW(trained), dict(model.named_parameters()))
-    groups = [{"params": group["params"]} for group in model.groups()]
-    with pytest.raises(ValueError, match="expected decoupled_weight_decay=True.*build a FusedZeroAdamW"):
-        as_state_dict(checkpoint, torch.optim.Adam(groups), dict(model.named_parameters()))
+def test_a_folder_that_is_none(tmp_path, capsys):
+    assert main(["import-deepspeed", str(tmp_path / "nothing"), str(tmp_path / "ours")]) == 1
+    assert "python -m pyzero import-deepspeed: " in capsys.readouterr().err and not (tmp_path / "ours").exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyzero.export import DTYPES, export_safetensors
 
@@ -138,3 +138,33 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path):
     export_safetensors({"w": torch.ones(1)}, tmp_path / "ours")
     (tmp_path / "other").touch()
     assert os.stat(tmp_path / "ours").st_mode == os.stat(tmp_path / "other").st_mode
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp32"])
+def test_a_checkpoint_is_exported(tmp_path, dtype):
+    """Masters as fp32; else the weights, which are what the masters round to."""
+    import pyzero
+    from pyzero.__main__ import main
+
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)}).bfloat16()
+    model["head"].weight = model["embed"].weight
+    model.register_buffer("count", torch.tensor(3))
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    model["head"](model["embed"](torch.arange(5))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pyzero.save_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer, step=1)
+    path = tmp_path / "model.safetensors"
+    assert main(["export", str(tmp_path / "saved"), str(path), *(["--dtype", dtype] if dtype else [])]) == 0
+    found = load_file(path)
+    master = optimizer.full_master(model["embed"].weight)
+    weight = found.pop("embed.weight")
+    assert torch.equal(weight, master if dtype == "fp32" else master.bfloat16())
+    assert found.keys() == {"count"} and int(found["count"]) == 3
+
+
+def test_export_says_what_is_missing(tmp_path, capsys):
+    from pyzero.__main__ import main
+
+    assert main(["export", str(tmp_path), str(tmp_path / "file")]) == 1
+    assert "expected a checkpoint in" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Checkpoints from others and for others: DeepSpeed's folders in, safetensors files out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero import checkpoint_files as files
+from pyzero import deepspeed_checkpoint
+from pyzero.buckets import MASTER
+from pyzero.checkpoint import Content, Writer
+from pyzero.checkpoint_files import CheckpointError
+from pyzero.comm import Group
+from pyzero.export import export_safetensors
+from pyzero.rank_state import SCALER
+
+
+def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = None) -> Path:
+    """Turn what DeepSpeed saved in ZeRO stage 1 or 2, on any number of ranks, into what load_checkpoint takes.
+
+    DeepSpeed need not be installed, and nothing in its files is run. `load_checkpoint` then also returns its
+    "client_state" and "lr_scheduler".
+
+    Args:
+        directory: The folder with `latest`, or with the folders of the tags.
+        out: The directory of pyzero's checkpoint.
+        tag: Which one; default: that which `latest` names.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: See deepspeed_checkpoint.read.
+        CheckpointError: `out` could not be written.
+    """
+    theirs = deepspeed_checkpoint.read(directory, tag)
+    groups: list[dict[str, Any]] = [{**group.hyper, "params": group.names} for group in theirs.groups]
+    for group, of_theirs in zip(groups, theirs.groups, strict=True):
+        if of_theirs.decoupled_weight_decay is not None:
+            group["decoupled_weight_decay"] = of_theirs.decoupled_weight_decay
+    groups[0][SCALER] = deepspeed_checkpoint.scaler_state(theirs)
+    is_fp32 = {name for name, weight in theirs.module.items() if weight.dtype == torch.float32}
+    state = {
+        name: {key: value for key, value in values.items() if key != MASTER or name not in is_fp32}
+        for name, values in theirs.params.items()
+    }
+    content = Content(
+        {"model": theirs.module, "optim": {"state": state}},
+        {"param_groups": groups, "model": {}, "tied": theirs.shared},
+        {"client_state": theirs.client_state, "lr_scheduler": theirs.lr_scheduler},
+    )
+    return Writer(Group.alone(), out, theirs.global_steps, None, lambda: content).run()
+
+
+def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint's weights and buffers to a safetensors file that transformers' `from_pretrained` loads.
+
+    Args:
+        directory: Of the checkpoint: the latest is taken. Or the folder of one.
+        path: Of the file; it appears whole or not at all.
+        dtype: Of floating-point weights: fp32 takes the masters. None: what the model had.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is damaged.
+        ValueError: See export_safetensors.
+        OSError: The file could not be written.
+    """
+    folder = files.find(Path(directory))
+    if folder is None:
+        raise CheckpointError(f"expected a checkpoint in {directory}, got none; pass where save_checkpoint() saved")
+    index = files.read_index(folder)
+    tied = files.load_file(folder, files.COMMON, index)["tied"]
+    saved = index["tensors"]
+    names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
+    masters = {name: f"optim.state.{name}.{MASTER}" for name in names}
+    places = {n: masters[n] if dtype == torch.float32 and masters[n] in saved else f"model.{n}" for n in names}
+    like = {n: _empty(saved[place], "meta") for n, place in places.items()}
+
+    def load(name: str) -> Tensor:
+        from pyzero import checkpoint_storage  # half a second
+
+        place = places[name]
+        tensor = _empty(saved[place], "cpu")
+        checkpoint_storage.read({place: tensor}, folder, index)
+        return tensor
+
+    export_safetensors(like, path, dtype, tied={a: b for a, b in tied.items() if a in like and b in like}, load=load)
+
+
+def _empty(saved: dict[str, Any], device: str) -> Tensor:
+    return torch.empty(saved["shape"], dtype=getattr(torch, saved["dtype"]), device=device)
