@@ -159,7 +159,8 @@ def counted(counts: Counter[str], name: str, call: Any) -> Any:
 def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage, num_params):
     for num_buckets, counts in ranks.run(size, count_launches, num_params, {"stage": stage}):
         assert num_buckets == -(-num_params // 104)  # 4,194 bytes hold 104 parameters of 40
-        assert counts["adam_"] == counts["all_gather_into"] == num_buckets
+        assert counts["adam_"] == num_buckets
+        assert counts.get("all_gather_into", 0) == (num_buckets if size > 1 else 0)
         assert counts["loss_scale_update_"] == 1 and counts.get("gather_rows", 0) == (size > 1)
         if size == 1:
             assert counts["pack_"] <= num_buckets and counts["unscale_"] <= 2
