@@ -121,6 +121,7 @@ _CONTENDERS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
     "FusedZeroAdamW, stage 2": lambda width: _zero(width, stage=2),
     "FusedZeroAdamW, stage 2, two groups": lambda width: _zero(width, in_groups=True, stage=2),
     "FusedZeroAdamW, stage 1": lambda width: _zero(width, stage=1),
+    "FusedZeroAdamW, stage 2, exact": lambda width: _zero(width, stage=2, transport="exact"),
     "FusedZeroAdamW, stage 2, collective": lambda width: _zero(width, stage=2, transport="collective"),
     _SAME: _ddp_masters,
     _PEER: _ddp,

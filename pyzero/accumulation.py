@@ -279,12 +279,10 @@ class BucketGrads:
         self.write(record, value)
         record.replaced()
 
-    def pack(self, dtype: torch.dtype, left_out: Callable[[ParamGrad], bool]) -> Tensor:
-        """(numel,) local gradients to send, zero where a parameter has none; `.grad` then stands for the mean."""
+    def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
+        """Local gradients into (numel,) `send`, zero where a parameter has none; `.grad` then stands for the mean."""
         grads = [None if left_out(record) else record.local() for record in self.records]
-        layout = self.bucket.layout
-        send = memory.empty(layout.numel, dtype, self.bucket.device)
-        for slot, grad in zip(layout.slots, grads, strict=True):
+        for slot, grad in zip(self.bucket.layout.slots, grads, strict=True):
             if grad is None:
                 send[slot.offset : slot.offset + slot.numel].zero_()
         pieces, offsets = self._pieces.of(grads)

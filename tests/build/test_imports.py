@@ -8,9 +8,12 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops"},
-    {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
+    {"futex"},
+    {"amp", "arguments", "backward", "host", "layout", "memory", "modules"},
+    {"overflow", "report", "scaler", "sharded_grad"},
     {"comm", "config", "update_rule"},
-    {"buckets", "config_reader", "grad_stats", "schedules"},
+    {"buckets", "config_reader", "grad_stats", "peer", "schedules"},
+    {"transports"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
     {"access", "accumulation", "checkpoint"},
     {"gradients"},
