@@ -187,19 +187,15 @@ class Group:
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            self._break(reason)
+            if hasattr(self, "_channel"):
+                self._channel.is_broken = True
+            if self.host is not None:
+                self.host.give_up(reason)
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
                 f"{self.timeout()}: one has died or stalled, or runs backward or step a different number of times. "
                 f"See the other ranks' output; where they are only slow, raise the timeout of init_process_group"
             ) from error
-
-    def _break(self, why: str) -> None:
-        """Have nothing more of this group come to a good end."""
-        if hasattr(self, "_channel"):
-            self._channel.is_broken = True
-        if self.host is not None:
-            self.host.give_up(why)
 
     def share_memory(self) -> HostRanks:
         """Connect the ranks of one host; what gather_rows gathers goes through their memory from then on. Collective.
@@ -222,6 +218,8 @@ class Group:
     def launch(self, what: str, begin: Callable[[], Any], then: Callable[[], None] | None = None) -> Work:
         """Launch what `begin` begins, which returns a handle to wait for; `then` is called when it has come."""
         with self.error_context(what):
+            if self._channel.is_broken:
+                raise RuntimeError("another collective of this optimizer has failed before")
             self._channel.num_collectives += 1
             handle = begin()
         return Work(handle, self, what, self._channel.num_collectives, then)
@@ -259,7 +257,7 @@ class Group:
             if rank != self.rank and store.check([str(rank)]):
                 seen[rank] = json.loads(store.get(str(rank)))
         if any(theirs[0] == number and theirs[1] != what for theirs in seen.values()):
-            self._break("the ranks wait for different collectives")
+            self._channel.is_broken = True
             _keep_for_ever(self.handle)
             places = "; ".join(f"rank {rank}, {place}, waits for {it}" for rank, (_, it, place) in sorted(seen.items()))
             raise CollectiveError(

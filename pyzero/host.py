@@ -232,6 +232,11 @@ class HostRanks:
             self._words[_Word.GAVE_UP][self.rank].advance()
         return self._gave_up_because
 
+    @property
+    def has_given_up(self) -> bool:
+        """This rank has."""
+        return self._gave_up_because is not None
+
     def who_gave_up(self) -> int | None:
         """A rank that will take no further part."""
         return next((rank for rank, word in enumerate(self._words[_Word.GAVE_UP]) if word.has_reached(1)), None)
@@ -271,11 +276,10 @@ class Arrival:
         self._words = words
         self._number = number
         self._give_up_at = time.monotonic() + timeout_s
-        self._has_failed = False
 
     def is_completed(self) -> bool:
-        """All are there, or it has failed."""
-        return self._has_failed or all(word.has_reached(self._number) for word in self._words)
+        """All are there, or never will be."""
+        return self._host.has_given_up or all(word.has_reached(self._number) for word in self._words)
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Return when all are there.
@@ -304,5 +308,4 @@ class Arrival:
             self._fail(f"rank {gone} has given up")
 
     def _fail(self, why: str) -> None:
-        self._has_failed = True
         raise RuntimeError(self._host.give_up(why))

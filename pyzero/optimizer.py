@@ -215,7 +215,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         sizes = []
         for bucket in self._buckets:
             dtype = self._grad_reduce_dtype or bucket.dtype
-            sizes.append((bucket.layout.numel * dtype.itemsize, bucket.weight_shard.nbytes))
+            sends = isinstance(self._gradients, ReducedGradients)
+            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
         self._transport.reserve(sizes, len(self._placement.params))
 
     def _place_unfrozen(self) -> None:

@@ -21,7 +21,6 @@ from pyzero import memory
 from pyzero.comm import Exchange, Group, Transport, Work
 from pyzero.host import Arrival
 
-_NUM_BUCKETS = 2  # that a ring holds: one on its way while the next is packed
 _PATIENCE_S = 2.0  # for room in the ring; a bucket is packed elsewhere then, and copied when there is some
 _MESSAGE_BYTES = 64  # of the step's message, beside one number for each parameter
 _NUMBER_BYTES = 8
@@ -38,23 +37,30 @@ class Piece:
 
 
 class Ring:
-    """Where each piece lies: one behind the other, and from the beginning again. The same on all ranks."""
+    """Where each piece lies: one behind the other in one half, then in the other. The same on all ranks.
+
+    So a piece never waits for the one before it, whatever their sizes, up to half of the ring.
+    """
 
     def __init__(self) -> None:
-        self._size = 0
+        self._half = 0
         self._num_pieces = 0
         self._pieces: deque[Piece] = deque()  # whose bytes have not been given away
 
     def resize(self, num_bytes: int) -> None:
         """Begin anew in so many bytes; nothing of the old ones is in use."""
-        self._size = num_bytes
+        self._half = num_bytes // 2
         self._pieces.clear()
 
     def next(self, num_bytes: int) -> Piece:
         """The piece that `take` would take."""
-        begin = self._pieces[-1].end if self._pieces else 0
-        if begin + num_bytes > self._size:
-            begin = 0
+        begin = 0
+        if self._pieces:
+            last = self._pieces[-1]
+            in_second = last.begin >= self._half
+            begin = last.end
+            if begin + num_bytes > self._half * (1 + in_second):
+                begin = 0 if in_second else self._half
         end = begin + num_bytes
         after = max((piece.number for piece in self._pieces if piece.begin < end and begin < piece.end), default=0)
         return Piece(self._num_pieces + 1, begin, end, after)
@@ -102,7 +108,7 @@ class PeerTransport(Transport):
         """See Transport."""
         largest = max((max(pair) for pair in buckets), default=0)
         message_bytes = _MESSAGE_BYTES + _NUMBER_BYTES * num_params
-        if self._host.reserve(_NUM_BUCKETS * largest, message_bytes, self.group.gather_objects):
+        if self._host.reserve(2 * largest, message_bytes, self.group.gather_objects):
             self._ring.resize(self._host.ring_bytes)
 
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
