@@ -456,7 +456,8 @@ import pyzero
 
 def main(rank, store):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    store = f"file://{store}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     model = torch.nn.Linear(100, 100)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), transport="peer")
     for _ in range(2):
