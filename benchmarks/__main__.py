@@ -23,11 +23,12 @@ _MODULES = {
     "loss_scale": "loss_scale",
     "step": "step",
     "models": "models",
+    "transport": "transport",
     "train": "train",
     "build": "build_time",
     "import": "import_time",
 }
-_CPU_ONLY = ("train", "build", "import")
+_CPU_ONLY = ("transport", "train", "build", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,19 +1,15 @@
 """Forward, backward and step on two ranks of one host: FusedZeroAdamW beside DDP, FSDP2, and DeepSpeed if installed.
 
 What an iteration takes beyond forward and backward alone is communication and step: rows of their own compare that.
-One process per rank, one thread each on a CPU, so that what is compared is what each makes of the same cores and links.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import pyzero
 
 from .harness import Options, Row, quantile
+from .ranks import NUM_RANKS, launch
 
-_NUM_RANKS = 2
 _LR = 1e-4
 _LAYERS, _WIDTH, _ROWS = 16, 1024, 16
 _PEER = "DDP, AdamW(fused), no masters"
@@ -43,20 +39,9 @@ _CHECK_RTOL = 2**-8
 
 
 def run(options: Options) -> list[Row]:
-    root = Path(__file__).resolve().parent.parent
     width = _WIDTH if options.numel is None else max(8, int((options.numel / _LAYERS) ** 0.5))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={_NUM_RANKS}", "-m"]
-    command += [__name__, str(width), str(options.repeats)]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise AssertionError(f"the ranks failed:\n{done.stderr[-2000:]}")
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    case = f"{_NUM_RANKS} ranks, {_LAYERS} x Linear({width}), bf16"
+    found = launch(__name__, width, options.repeats)
+    case = f"{NUM_RANKS} ranks, {_LAYERS} x Linear({width}), bf16"
     compute = found[_COMPUTE][0]
     beyond = {name: [a - b for a, b in zip(samples, compute, strict=True)] for name, (samples, _) in found.items()}
     del beyond[_COMPUTE]
@@ -64,18 +49,19 @@ def run(options: Options) -> list[Row]:
         name: name if live is None else f"{name}; {live:.0%} of gradients alive at a time"
         for name, (_, live) in found.items()
     }
-    rows = _rows(case, {names[name]: samples for name, (samples, _) in found.items()}, names[_PEER])
-    return rows + _rows(f"{case}, beyond compute", beyond, _PEER)
+    numel = _LAYERS * width * (width + 1)
+    rows = _rows(case, numel, {names[name]: samples for name, (samples, _) in found.items()}, names[_PEER])
+    return rows + _rows(f"{case}, beyond compute", numel, beyond, _PEER)
 
 
-def _rows(case: str, samples: dict[str, list[float]], peer: str) -> list[Row]:
+def _rows(case: str, numel: int, samples: dict[str, list[float]], peer: str) -> list[Row]:
     medians = {name: quantile(times, 0.5) for name, times in samples.items()}
     return [
         Row(
             "train",
             case,
             name,
-            0,
+            numel,
             medians[name],
             quantile(times, 0.2),
             quantile(times, 0.8),
