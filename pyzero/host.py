@@ -229,7 +229,8 @@ class HostRanks:
         """Have every rank that waits for this one fail, now and later; returns why it did so first."""
         if self._gave_up_because is None:
             self._gave_up_because = why
-            self._words[_Word.GAVE_UP][self.rank].advance()
+            if os.getpid() == self._pid:  # a fork's failure is none of this rank's
+                self._words[_Word.GAVE_UP][self.rank].advance()
         return self._gave_up_because
 
     @property
@@ -263,9 +264,9 @@ class _Life:
     def has_ended(self) -> bool:
         return bool(self._poll.poll(0))
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
 
 class Arrival:

@@ -100,6 +100,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
     Raises:
         ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices.
         TypeError: Parameters in a dtype other than these, or DTensors.
+        RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.comm import Exchange, Group, Transport, Work
-from pyzero.host import Arrival
+from pyzero.host import Arrival, HostError
 
 _PATIENCE_S = 2.0  # for room in the ring; a bucket is packed elsewhere then, and copied when there is some
 _MESSAGE_BYTES = 64  # of the step's message, beside one number for each parameter
@@ -33,7 +33,7 @@ class Piece:
     number: int  # from 1 on
     begin: int
     end: int
-    after: int  # the last piece that lay in these bytes: all must have read it; 0 for none
+    after: int  # all must have read up to that piece: it was the last in these bytes
 
 
 class Ring:
@@ -62,7 +62,9 @@ class Ring:
             if begin + num_bytes > self._half * (1 + in_second):
                 begin = 0 if in_second else self._half
         end = begin + num_bytes
-        after = max((piece.number for piece in self._pieces if piece.begin < end and begin < piece.end), default=0)
+        given_away = self._pieces[0].number - 1 if self._pieces else self._num_pieces
+        beneath = [piece.number for piece in self._pieces if piece.begin < end and begin < piece.end]
+        after = max(beneath, default=given_away)
         return Piece(self._num_pieces + 1, begin, end, after)
 
     def take(self, piece: Piece) -> None:
@@ -108,7 +110,14 @@ class PeerTransport(Transport):
         """See Transport."""
         largest = max((max(pair) for pair in buckets), default=0)
         message_bytes = _MESSAGE_BYTES + _NUMBER_BYTES * num_params
-        if self._host.reserve(2 * largest, message_bytes, self.group.gather_objects):
+        try:
+            is_new = self._host.reserve(2 * largest, message_bytes, self.group.gather_objects)
+        except HostError as error:
+            raise HostError(
+                f"expected {2 * largest:,} bytes to share for two buckets, got none: {error}; pass a smaller "
+                f"bucket_cap_mb, or transport='exact'"
+            ) from error
+        if is_new:
             self._ring.resize(self._host.ring_bytes)
 
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

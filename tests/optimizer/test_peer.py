@@ -176,8 +176,10 @@ def test_no_piece_lies_on_one_that_has_not_been_read(sizes, num_resizes):
         if index in resize_at:
             ring.resize(100 + 50 * len(lying))
             lying.clear()
+            assert ring.next(num_bytes).after == index
         piece = ring.next(num_bytes)
-        assert piece.after < max(index, 1)  # never the one before
+        if lying:
+            assert piece.after < index  # never the one before
         assert piece == ring.next(num_bytes)
         ring.take(piece)
         assert piece.number == index + 1 and piece.end - piece.begin == num_bytes
@@ -193,7 +195,7 @@ def test_two_buckets_fit_at_a_time():
     for num_bytes in (100, 128, 128, 60, 60, 60):
         pieces.append(ring.next(num_bytes))
         ring.take(pieces[-1])
-    assert [(piece.begin, piece.after) for piece in pieces] == [(0, 0), (128, 0), (0, 1), (128, 2), (188, 0), (0, 3)]
+    assert [(piece.begin, piece.after) for piece in pieces] == [(0, 0), (128, 0), (0, 1), (128, 2), (188, 2), (0, 3)]
 
 
 # ---- who may use it -------------------------------------------------------------------------------------------------
@@ -210,6 +212,18 @@ def foreign_boot(folder: Path) -> Callable[[pytest.MonkeyPatch], None]:
 def refuses_memory(patch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> int:
         raise OSError(12, "Cannot allocate memory")
+
+    patch.setattr(os, "memfd_create", refuse)
+
+
+def refuses_a_ring(patch: pytest.MonkeyPatch) -> None:
+    create, names = os.memfd_create, []
+
+    def refuse(name: str, flags: int) -> int:
+        names.append(name)
+        if len(names) > 1:
+            raise OSError(12, "Cannot allocate memory")
+        return create(name, flags)
 
     patch.setattr(os, "memfd_create", refuse)
 
@@ -232,6 +246,7 @@ def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, st
     faults: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         "host": foreign_boot(Path(folder)),
         "memory": refuses_memory,
+        "ring": refuses_a_ring,
         "container": says_another_process,
         "system": has_no_futex,
     }
@@ -273,6 +288,12 @@ def test_auto_takes_exact_and_peer_is_refused_where_memory_cannot_be_shared(rank
             assert name == "ExactTransport" and "exact transport is used" in logged and words in logged
         for name, message in ranks.run(size, chosen, "peer", fault, str(tmp_path)):
             assert name == "HostError" and words in message and "transport='auto'" in message
+
+
+def test_too_little_memory_for_the_ring_says_what_to_do(ranks, tmp_path):
+    for name, message in ranks.run(2, chosen, "auto", "ring", str(tmp_path)):
+        assert name == "HostError"
+        assert "Cannot allocate memory" in message and "smaller bucket_cap_mb, or transport='exact'" in message
 
 
 def test_auto_takes_peer_on_one_host(ranks, tmp_path):
@@ -415,36 +436,43 @@ def test_memory_is_private_has_no_name_and_goes_with_the_optimizer(ranks):
         assert found["after"] == found["before"]
 
 
-def forked(group: Any) -> tuple[int, list[Tensor], list[Tensor]]:
-    """A child between two steps, which trains, and ends like any other process."""
+def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Tensor]]:
+    """A child between two steps, or before one, which trains, and ends like any other process."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.1, process_group=group, transport="peer")
 
-    def step() -> None:
+    def backward() -> None:
         optimizer.zero_grad()
         model(torch.ones(64)).sum().backward()
-        optimizer.step()
 
-    step()
+    backward()
+    optimizer.step()
+    if after_backward:
+        backward()
     before = params_of(model)
     pid = os.fork()
     if pid == 0:
         try:
             with torch.no_grad():
                 model.weight.zero_()
-            step()
+            if not after_backward:
+                backward()
+            optimizer.step()
         except RuntimeError as error:
             os._exit(7 if "fork" in str(error) else 1)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     after = params_of(model)
-    step()
+    if not after_backward:
+        backward()
+    optimizer.step()
     return os.waitstatus_to_exitcode(status), before, after
 
 
-def test_a_forked_child_changes_nothing_and_may_not_step(ranks):
-    for code, before, after in ranks.run(2, forked):
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_a_forked_child_changes_nothing_and_may_not_step(ranks, after_backward):
+    for code, before, after in ranks.run(2, forked, after_backward):
         assert code == 7
         assert_same(before, after)
 
