@@ -60,9 +60,16 @@ def _jobs(name: str, group: Group, numel: int) -> dict[str, tuple[Call, Tensor]]
     rows = torch.zeros(group.size, 3, dtype=torch.float64)
     return {
         "reduce-scatter of a bucket, packed and summed": (lambda: _reduce(transport, grad, shard), shard),
+        "the same, until there is something to sum": (lambda: _send(transport, numel), shard),
         "all-gather of its weights": (lambda: transport.gather(flat, mine).wait(), flat),
         "the step's message": (lambda: rows.copy_(group.gather_with_host([1.0] * _NUM_PARAMS, row)[1]), rows),
     }
+
+
+def _send(transport: Transport, numel: int) -> None:
+    exchange = transport.start(transport.buffer(numel, torch.bfloat16, torch.device("cpu")), "an unpacked bucket")
+    exchange.work.wait()
+    exchange.release()
 
 
 def _reduce(transport: Transport, grad: Tensor, shard: Tensor) -> None:

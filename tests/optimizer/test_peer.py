@@ -167,6 +167,48 @@ def test_backwards_of_two_optimizers_in_another_order(ranks):
             assert (num_deferred > 0) == crossed
 
 
+def slow_reader(group: Any) -> list[bool]:
+    """Rank 0 has not read the first of two buckets when rank 1 packs the third, and again once it has."""
+    import torch.distributed as dist
+
+    numel, rank = 128, rank_of(group)
+    transport = peer.PeerTransport(comm.Group(group))
+    transport.reserve([(4 * numel, 2 * numel)], 1)
+    found = []
+
+    def send(value: float) -> comm.Exchange:
+        buffer = transport.buffer(numel, torch.float32, torch.device("cpu"))
+        found.append(buffer is transport._room)
+        return transport.start(buffer.fill_(value + rank), f"a bucket of {value}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer, "_PATIENCE_S", 0.05)
+        sent = [send(10.0), send(20.0)]
+        for exchange in sent:
+            exchange.work.wait()
+        if rank == 1:
+            sent[0].release()
+            sent += [send(30.0), send(40.0)]
+        dist.barrier(group)
+        if rank == 0:
+            for rank_of_slice in range(2):
+                assert sent[0].slices[rank_of_slice].eq(10.0 + rank_of_slice).all()
+            sent[0].release()
+            sent += [send(30.0), send(40.0)]
+        for index, value in ((1, 20.0), (2, 30.0), (3, 40.0)):
+            sent[index].work.wait()
+            for rank_of_slice in range(2):
+                assert sent[index].slices[rank_of_slice].eq(value + rank_of_slice).all()
+            sent[index].release()
+    return found
+
+
+def test_what_another_rank_has_not_read_is_not_written_over(ranks):
+    first, second = ranks.run(2, slow_reader)
+    assert first[:3] == [True] * 3  # rank 1 has read the first bucket; rank 0 itself not the second
+    assert second == [True, True, False, False]
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(0, 3))
 def test_no_piece_lies_on_one_that_has_not_been_read(sizes, num_resizes):
     ring, lying = peer.Ring(), []
