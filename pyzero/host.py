@@ -171,6 +171,7 @@ class HostRanks:
 
     def tensor(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) in a rank's ring."""
+        self._check_process()
         return self._segments[rank].tensor(self._ring_at + offset, numel, dtype)
 
     def post(self) -> None:
@@ -194,11 +195,14 @@ class HostRanks:
         return Arrival(self, self._words[_Word.READ], number, self._timeout_s)
 
     def _advance(self, word: _Word) -> None:
+        self._check_process()
+        self._words[word][self.rank].advance()
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "expected the process that built the optimizer, got a fork of it; build another one in the child"
             )
-        self._words[word][self.rank].advance()
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -221,6 +225,7 @@ class HostRanks:
         return torch.cat([self._message(rank, row) for rank in range(len(self._segments))])
 
     def _message(self, rank: int, row: Tensor) -> Tensor:
+        self._check_process()
         return self._segments[rank].tensor(self._num_messages % 2 * self._message_bytes, row.numel(), row.dtype)
 
     # ---- failure ----------------------------------------------------------------------------------------------------

@@ -492,7 +492,8 @@ def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Te
     optimizer.step()
     if after_backward:
         backward()
-    before = params_of(model)
+    shared = optimizer._group.host._segments[rank_of(group)].pages
+    before, bytes_before = params_of(model), shared[:]
     pid = os.fork()
     if pid == 0:
         try:
@@ -506,6 +507,7 @@ def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Te
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     after = params_of(model)
+    assert shared[:] == bytes_before
     if not after_backward:
         backward()
     optimizer.step()
