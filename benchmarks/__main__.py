@@ -24,11 +24,12 @@ _MODULES = {
     "step_scalars": "step_scalars",
     "step": "step",
     "models": "models",
+    "transport": "transport",
     "train": "train",
     "build": "build_time",
     "import": "import_time",
 }
-_CPU_ONLY = ("train", "build", "import")
+_CPU_ONLY = ("transport", "train", "build", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,32 +1,37 @@
-"""Forward, backward and step on two ranks over gloo: FusedZeroAdamW beside DDP with torch's fused AdamW.
+"""Forward, backward and step on two ranks of one host: FusedZeroAdamW beside DDP, FSDP2, and DeepSpeed if installed.
 
-One process per rank, one thread each on a CPU, so that what is compared is what each makes of the same cores and links.
+What an iteration takes beyond forward and backward alone is communication and step: rows of their own compare that.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
 
 from .harness import Options, Row, quantile
+from .ranks import NUM_RANKS, launch
 
-_NUM_RANKS = 2
 _LR = 1e-4
 _LAYERS, _WIDTH, _ROWS = 16, 1024, 16
 _PEER = "DDP, AdamW(fused), no masters"
+_FSDP = "FSDP2, AdamW(fused), no masters, summed in fp32"
+_DEEPSPEED = "DeepSpeed ZeRO-2, AdamW(fused)"
+_COMPUTE = "forward and backward alone"
+_OTHER_LOSS = (_PEER, _FSDP, _COMPUTE)  # no masters, no step
+_NOT_COUNTED = (_FSDP, _DEEPSPEED, _COMPUTE)  # gradients are not in .grad, or nobody frees them
 _SAME = "DDP, AdamW(fused), fp32 masters by hand"  # the peer that does the same job: ours must reach its loss
 _CHECKED_STEPS = 3
 # Gradients are averaged in bf16 by one and in fp32 by the other: 2^-9 of each, and a loss over 16k outputs sees less.
@@ -34,33 +39,35 @@ _CHECK_RTOL = 2**-8
 
 
 def run(options: Options) -> list[Row]:
-    root = Path(__file__).resolve().parent.parent
     width = _WIDTH if options.numel is None else max(8, int((options.numel / _LAYERS) ** 0.5))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={_NUM_RANKS}", "-m"]
-    command += [__name__, str(width), str(options.repeats)]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": "1",
+    found = launch(__name__, width, options.repeats)
+    case = f"{NUM_RANKS} ranks, {_LAYERS} x Linear({width}), bf16"
+    compute = found[_COMPUTE][0]
+    beyond = {name: [a - b for a, b in zip(samples, compute, strict=True)] for name, (samples, _) in found.items()}
+    del beyond[_COMPUTE]
+    names = {
+        name: name if live is None else f"{name}; {live:.0%} of gradients alive at a time"
+        for name, (_, live) in found.items()
     }
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise AssertionError(f"the ranks failed:\n{done.stderr[-2000:]}")
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    medians = {name: quantile(samples, 0.5) for name, (samples, _) in found.items()}
-    case = f"{_NUM_RANKS} ranks, {_LAYERS} x Linear({width}), bf16"
+    numel = _LAYERS * width * (width + 1)
+    rows = _rows(case, numel, {names[name]: samples for name, (samples, _) in found.items()}, names[_PEER])
+    return rows + _rows(f"{case}, beyond compute", numel, beyond, _PEER)
+
+
+def _rows(case: str, numel: int, samples: dict[str, list[float]], peer: str) -> list[Row]:
+    medians = {name: quantile(times, 0.5) for name, times in samples.items()}
     return [
         Row(
             "train",
             case,
-            f"{name}; {live:.0%} of gradients alive at a time",
-            _LAYERS * width * (width + 1),
+            name,
+            numel,
             medians[name],
-            quantile(samples, 0.2),
-            quantile(samples, 0.8),
-            speedup=medians[_PEER] / medians[name],
+            quantile(times, 0.2),
+            quantile(times, 0.8),
+            speedup=medians[peer] / medians[name],
         )
-        for name, (samples, live) in found.items()
+        for name, times in samples.items()
     ]
 
 
@@ -91,45 +98,107 @@ class _Masters:
             weight.grad = None
 
 
-def _step(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
-    loss: Tensor = model(x).float().square().mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+class _Loop:
+    """An iteration of a plain training loop."""
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self.model = model
+        self.optimizer = optimizer
+
+    def step(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.model(x).float().square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
 
-def _zero(width: int, in_groups: bool = False, **options: object) -> tuple[nn.Module, Any]:
+class _Compute(_Loop):
+    """Forward and backward, and nothing else."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(_model(width), None)
+
+    def step(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.model(x).float().square().mean()
+        loss.backward()
+        self.model.zero_grad()
+        return loss.detach()
+
+
+class _DeepSpeed(_Loop):
+    """ZeRO-2 in bf16 with torch's fused AdamW: DeepSpeed's own is to be compiled, and none is on a CPU without it."""
+
+    def __init__(self, width: int) -> None:
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": _ROWS,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        }
+        model = _model(width)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model), config=config)
+        super().__init__(engine, None)
+
+    def step(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.model(x).float().square().mean()
+        self.model.backward(loss)
+        self.model.step()
+        return loss.detach()
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=1e-2, fused=True)
+
+
+def _zero(width: int, in_groups: bool = False, **options: object) -> _Loop:
     """in_groups: weights and biases in two groups, as for weight decay (here the same for both, to compare losses)."""
     model = _model(width)
     groups: Any = [{"params": [p for p in model.parameters() if p.dim() == dim]} for dim in (2, 1)]
     params = groups if in_groups else model.parameters()
-    return model, pyzero.FusedZeroAdamW(params, lr=_LR, weight_decay=1e-2, **options)
+    return _Loop(model, pyzero.FusedZeroAdamW(params, lr=_LR, weight_decay=1e-2, **options))
 
 
-def _ddp(width: int) -> tuple[nn.Module, Any]:
+def _ddp(width: int) -> _Loop:
     model = DistributedDataParallel(_model(width), gradient_as_bucket_view=True)
-    return model, torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=1e-2, fused=True)
+    return _Loop(model, _adamw(model))
 
 
-def _ddp_masters(width: int) -> tuple[nn.Module, Any]:
+def _ddp_masters(width: int) -> _Loop:
     model = DistributedDataParallel(_model(width), gradient_as_bucket_view=True)
-    return model, _Masters(list(model.parameters()))
+    return _Loop(model, _Masters(list(model.parameters())))
 
 
-_CONTENDERS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
+def _fsdp(width: int) -> _Loop:
+    """Layer by layer, weights kept from forward to backward, summed in fp32: what ZeRO-2 sends."""
+    model = _model(width)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model, model):
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return _Loop(model, _adamw(model))
+
+
+_CONTENDERS: dict[str, Callable[[int], _Loop]] = {
     "FusedZeroAdamW, stage 2": lambda width: _zero(width, stage=2),
     "FusedZeroAdamW, stage 2, two groups": lambda width: _zero(width, in_groups=True, stage=2),
     "FusedZeroAdamW, stage 1": lambda width: _zero(width, stage=1),
+    "FusedZeroAdamW, stage 2, exact": lambda width: _zero(width, stage=2, transport="exact"),
     "FusedZeroAdamW, stage 2, collective": lambda width: _zero(width, stage=2, transport="collective"),
     _SAME: _ddp_masters,
     _PEER: _ddp,
+    _FSDP: _fsdp,
+    _COMPUTE: _Compute,
 }
+if importlib.util.find_spec("deepspeed") is not None:
+    _CONTENDERS[_DEEPSPEED] = _DeepSpeed
 
 
-def _live_gradients(model: nn.Module, optimizer: Any, x: Tensor) -> float:
+def _live_gradients(loop: _Loop, x: Tensor) -> float:
     """The largest share of all gradients' bytes that one backward keeps at a time."""
-    params = list(model.parameters())
+    params = list(loop.model.parameters())
     most = 0
 
     def count(param: Tensor) -> None:
@@ -138,7 +207,7 @@ def _live_gradients(model: nn.Module, optimizer: Any, x: Tensor) -> float:
         most = max(most, sum(grad.nbytes for grad in grads))
 
     handles = [param.register_post_accumulate_grad_hook(count) for param in params]
-    _step(model, optimizer, x)
+    loop.step(x)
     for handle in handles:
         handle.remove()
     return most / sum(param.nbytes for param in params)
@@ -146,23 +215,23 @@ def _live_gradients(model: nn.Module, optimizer: Any, x: Tensor) -> float:
 
 def _rank(width: int, repeats: int) -> None:
     dist.init_process_group("gloo")
-    made = {name: make(width) for name, make in _CONTENDERS.items()}
+    loops = {name: make(width) for name, make in _CONTENDERS.items()}
     torch.manual_seed(1 + dist.get_rank())
     x = torch.randn(_ROWS, width).bfloat16()
-    losses = {name: [float(_step(*pair, x)) for _ in range(_CHECKED_STEPS)][-1] for name, pair in made.items()}
+    losses = {name: [float(loop.step(x)) for _ in range(_CHECKED_STEPS)][-1] for name, loop in loops.items()}
     for name, loss in losses.items():
-        if name != _PEER and abs(loss - losses[_SAME]) > _CHECK_RTOL * losses[_SAME]:
+        if name not in _OTHER_LOSS and abs(loss - losses[_SAME]) > _CHECK_RTOL * losses[_SAME]:
             raise AssertionError(f"{name} reached a loss of {loss}, which differs from the peer: {losses[_SAME]}")
-    samples: dict[str, list[float]] = {name: [] for name in made}
+    samples: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(repeats):
-        for name, pair in made.items():
+        for name, loop in loops.items():
             dist.barrier()
             start = time.perf_counter()
-            _step(*pair, x)
+            loop.step(x)
             samples[name].append(time.perf_counter() - start)
-    live = {name: _live_gradients(*pair, x) for name, pair in made.items()}
+    live = {name: None if name in _NOT_COUNTED else _live_gradients(loop, x) for name, loop in loops.items()}
     if dist.get_rank() == 0:
-        print(json.dumps({name: (samples[name], live[name]) for name in made}))
+        print(json.dumps({name: (samples[name], live[name]) for name in loops}))
     dist.destroy_process_group()
 
 

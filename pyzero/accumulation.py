@@ -288,11 +288,10 @@ class BucketGrads:
         self.write(record, value)
         record.replaced()
 
-    def pack(self, dtype: torch.dtype, left_out: Callable[[ParamGrad], bool]) -> Tensor:
-        """(numel,) local gradients to send, zero where a parameter has none; `.grad` then stands for the mean."""
+    def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
+        """Local gradients into (numel,) `send`, zero where a parameter has none; `.grad` then stands for the mean."""
         grads = [None if left_out(record) else record.local() for record in self.records]
         layout = self.bucket.layout
-        send = memory.empty(layout.numel, dtype, self.bucket.device)
         missing = [slot for slot, grad in zip(layout.slots, grads, strict=True) if grad is None]
         if missing:
             torch._foreach_zero_([send[slot.offset : slot.offset + slot.numel] for slot in missing])

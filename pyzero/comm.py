@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: groups, the two transports of a reduce-scatter, the all-gather of weights."""
+"""The only caller of torch.distributed: groups, and the transports that go by its collectives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero import memory
+from pyzero.host import HostRanks
 
 # torch 2.13 renames these, and warns of the old names; 2.11 has no new ones.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -33,11 +35,14 @@ class CollectiveError(RuntimeError):
 class Work:
     """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
-    def __init__(self, handle: Any, group: Group, what: str, number: int = 0) -> None:
+    def __init__(
+        self, handle: Any, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
+    ) -> None:
         self._handle = handle
         self._group = group
         self._what = what
         self._number = number  # among the group's collectives
+        self._then = then  # what is left to do once it has arrived
 
     def wait(self) -> None:
         """Return when what follows may use the result.
@@ -49,6 +54,8 @@ class Work:
         if self._handle is not None:
             self._group.wait(self._handle, self._what, self._number)
             self._handle = None
+            if self._then is not None:
+                self._then()
 
     def is_done(self, patience_s: float) -> bool:
         """Whether `wait` would return at once; waits so long for it."""
@@ -63,6 +70,7 @@ class Exchange:
     slices: list[Tensor]  # (shard_numel,) each, in the dtype that was sent
     send: Tensor  # kept until read by all
     by_rank: bool = True  # slices[r] is rank r's; otherwise the one slice is a sum over ranks
+    release: Callable[[], None] = lambda: None  # called once the slices have been read
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
@@ -161,6 +169,7 @@ class Group:
         self.where = "before the first backward"  # for messages: what the optimizer is at
         self.handle: Any = None
         self._mesh: Any = None
+        self.host: HostRanks | None = None  # where the ranks share memory; small messages go through it then
         if self.size > 1:
             self._timeout = _timeout_of(parent)
             self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
@@ -175,7 +184,7 @@ class Group:
         """One rank, whatever has been initialised."""
         group = cls.__new__(cls)
         group.size, group.rank, group.where = 1, 0, ""
-        group.handle = group._mesh = None
+        group.handle = group._mesh = group.host = None
         return group
 
     @contextmanager
@@ -186,25 +195,43 @@ class Group:
         except CollectiveError:
             raise
         except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
             if hasattr(self, "_channel"):
                 self._channel.is_broken = True
-            reason = str(error).strip().splitlines()[-1]
+            if self.host is not None:
+                self.host.give_up(reason)
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
                 f"{self.timeout()}: one has died or stalled, or runs backward or step a different number of times. "
                 f"See the other ranks' output; where they are only slow, raise the timeout of init_process_group"
             ) from error
 
+    def share_memory(self) -> HostRanks:
+        """Connect the ranks of one host; what gather_rows gathers goes through their memory from then on. Collective.
+
+        Raises:
+            HostError: They cannot share memory.
+        """
+        if self.host is None:
+            self.host = HostRanks(self.rank, self.gather_objects, self._timeout)
+        return self.host
+
     def timeout(self) -> str:
         """How long a collective may take, in words."""
         return "its timeout" if self._timeout is None else f"{self._timeout.total_seconds():g} s"
 
     def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
-        """Launch a collective; `what` names it where it fails, the same on every rank."""
+        """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank."""
+        return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs))
+
+    def launch(self, what: str, begin: Callable[[], Any], then: Callable[[], None] | None = None) -> Work:
+        """Launch what `begin` begins, which returns a handle to wait for; `then` is called when it has come."""
         with self.error_context(what):
+            if self._channel.is_broken:
+                raise RuntimeError("another collective of this optimizer has failed before")
             self._channel.num_collectives += 1
-            handle = collective(*args, group=self.handle, async_op=True, **kwargs)
-        return Work(handle, self, what, self._channel.num_collectives)
+            handle = begin()
+        return Work(handle, self, what, self._channel.num_collectives, then)
 
     def wait(self, handle: Any, what: str, number: int) -> None:
         """Wait for a collective; see Work."""
@@ -262,6 +289,10 @@ class Group:
 
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""
+        host = self.host
+        if self.size > 1 and host is not None and host.can_send(row):
+            self.launch(what, lambda: host.send(row)).wait()
+            return host.messages(row).view(self.size, -1)
         return self.gather_shards(row, what).view(self.size, -1)
 
     def gather_with_host(self, values: Sequence[float], row: Tensor) -> tuple[Tensor, Tensor]:
@@ -335,41 +366,67 @@ def _timeout_of(group: Any) -> timedelta | None:
 # ---- transports -----------------------------------------------------------------------------------------------------
 
 
-class ExactTransport:
-    """All-to-all of the slices; the sum is ours: fp32, in rank order, the same whatever the bucket holds beside it."""
+class Transport(ABC):
+    """How a bucket's gradients come to the ranks that hold its shards, and their weights to all."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
+    @abstractmethod
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """Have room for all that one step sends. Collective, the same on all ranks; nothing may be under way.
+
+        Args:
+            buckets: Bytes of gradients to send, and of weights in a shard.
+            num_params: Of the optimizer.
+        """
+
+    @abstractmethod
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(numel,) to pack what the next `start` will send."""
+
+    @abstractmethod
     def start(self, send: Tensor, what: str) -> Exchange:
         """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
+
+    @abstractmethod
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which is this rank's part of it."""
+
+
+class _LibraryTransport(Transport):
+    """Buffers made when they are needed, and collectives of torch.distributed."""
+
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """See Transport. Nothing."""
+
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See Transport."""
+        return memory.empty(numel, dtype, device)
+
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """See Transport."""
+        return self.group.all_gather_into(flat, shard)
+
+
+class ExactTransport(_LibraryTransport):
+    """All-to-all of the slices; the sum is ours: fp32, in rank order, the same whatever the bucket holds beside it."""
+
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """See Transport."""
         received = memory.empty(send.numel(), send.dtype, send.device)
         work = self.group.start(what, dist.all_to_all_single, received, send)
         return Exchange(work, list(received.view(self.group.size, -1).unbind(0)), send)
 
 
-class CollectiveTransport:
+class CollectiveTransport(_LibraryTransport):
     """The library's own reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
         received = memory.empty(send.numel() // self.group.size, send.dtype, send.device)
         work = self.group.start(what, _reduce_scatter, received, send, op=dist.ReduceOp.SUM)
         return Exchange(work, [received], send, by_rank=False)
-
-
-Transport = ExactTransport | CollectiveTransport
-_TRANSPORTS: dict[str, Callable[[Group], Transport]] = {"exact": ExactTransport, "collective": CollectiveTransport}
-
-
-def make_transport(name: str, group: Group) -> Transport:
-    """The transport of that name."""
-    if name not in _TRANSPORTS:
-        raise ValueError(f"expected transport to be one of {', '.join(_TRANSPORTS)}, got {name!r}; choose one of these")
-    return _TRANSPORTS[name](group)
 
 
 # ---- the default group ----------------------------------------------------------------------------------------------

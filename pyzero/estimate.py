@@ -1,7 +1,7 @@
 """`python -m pyzero estimate` and `estimate(model)`: bytes per rank, before anything is built.
 
-Counted is what a rank's parameters, their gradients and FusedZeroAdam take, with its default transport. Activations,
-the allocator's slack and whatever else the process holds come on top.
+Counted is what a rank's parameters, their gradients and FusedZeroAdam take, with its default transport: on CPUs that of
+ranks that share a host. Activations, the allocator's slack and whatever else the process holds come on top.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ class Estimate:
     weights: int  # in the dtype of the model
     state: int  # masters (none of their own for fp32 weights), moments, step counts
     gradients: int  # held from the end of backward to zero_grad()
+    shared: int  # held for gradients and weights on their way, where ranks share memory
     buckets: int  # more for a while at the worst moment: gradients on their way
     num_params: int
 
     @property
     def idle(self) -> int:
         """After step() and zero_grad()."""
-        return self.weights + self.state
+        return self.weights + self.state + self.shared
 
     @property
     def peak(self) -> int:
         """The most at any moment of backward and step."""
-        return self.weights + self.state + self.gradients + self.buckets
+        return self.idle + self.gradients + self.buckets
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class _Plan:
     stage: int
     reduces: bool
     on_gpu: bool
+    shares_memory: bool
+
+    def shared(self) -> int:
+        """Room for two buckets; for their shards alone where no gradients are sent."""
+        sent = [self.weights(layout) // (1 if self.reduces else layout.num_ranks) for layout in self.layouts]
+        return 2 * max(sent, default=0) if self.shares_memory else 0
 
     def weights(self, layout: BucketLayout) -> int:
         return layout.numel * self.element_bytes[layout.key]
@@ -68,6 +75,7 @@ def estimate(
     bucket_cap_mb: float = 25.0,
     reduce_grads: bool = True,
     rule: UpdateRule | None = None,
+    transport: str = "auto",
 ) -> Estimate:
     """Bytes per rank of a model or its parameters under FusedZeroAdam, or another rule's optimizer.
 
@@ -78,6 +86,7 @@ def estimate(
         bucket_cap_mb: As FusedZeroAdam's.
         reduce_grads: As FusedZeroAdam's.
         rule: The update rule; default: Adam's.
+        transport: As FusedZeroAdam's; "auto" counts as "peer" on CPUs.
 
     Raises:
         ValueError: An argument out of range.
@@ -85,7 +94,7 @@ def estimate(
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
     on_gpu = any(param.device.type == "cuda" for param in params)
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule(), on_gpu)
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule(), on_gpu, transport)
 
 
 def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: int, bucket_cap_mb: float) -> Estimate:
@@ -94,7 +103,7 @@ def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: i
     whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     shapes = [(size, element_bytes, True) for size in sizes]
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), torch.cuda.is_available())
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), torch.cuda.is_available(), "auto")
 
 
 def _estimate(
@@ -105,6 +114,7 @@ def _estimate(
     reduces: bool,
     rule: UpdateRule,
     on_gpu: bool,
+    transport: str,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them")
@@ -113,13 +123,15 @@ def _estimate(
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
     layouts = plan(specs, cap_bytes(bucket_cap_mb, num_ranks, on_gpu), num_ranks, cut=rule.cut)
     sizes = {key: size for size, key in keys.items()}
-    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, on_gpu)
+    shares_memory = num_ranks > 1 and not on_gpu and transport in ("auto", "peer")
+    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, on_gpu, shares_memory)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     return Estimate(
         weights=frozen + sum(chosen.weights(layout) for layout in layouts),
         state=sum(_state(layout, sizes[layout.key], rule.slots) for layout in layouts),
         gradients=held,
+        shared=chosen.shared(),
         buckets=max(worst - held, 0),
         num_params=sum(numel for numel, _, _ in shapes),
     )
@@ -148,7 +160,8 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
         return all_grads, all_grads + max(packed, default=0)
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]
-    moving = [2 * chosen.weights(layout) for layout in layouts]  # sent and received
+    # Sent and received; in memory that is shared anyway nothing more.
+    moving = [0 if chosen.shares_memory else 2 * chosen.weights(layout) for layout in layouts]
     grads = [chosen.grads(layout) for layout in layouts]
     worst = sum(shards) + (moving[-1] if moving else 0)
     for index in range(len(layouts)):
@@ -167,6 +180,7 @@ def table(found: Estimate) -> str:
     rows = {
         "weights": found.weights,
         "masters and moments": found.state,
+        "memory shared with other ranks": found.shared,
         "after step and zero_grad": found.idle,
         "gradients, after backward": found.gradients,
         "buckets on their way, at most": found.buckets,

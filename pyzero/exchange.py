@@ -69,7 +69,7 @@ class BucketExchange:
             accumulate = grads.is_reduced
             grads.apply_factors()
             self._wait_for_writers(grads)
-            packed = grads.pack(dtype, left_out)
+            packed = grads.pack(self._transport.buffer(grads.bucket.layout.numel, dtype, self._device), left_out)
             with self._on_side_stream(packed):
                 exchange = self._transport.start(packed, what)
             self._in_flight.append(_InFlight(grads, exchange, scale, accumulate, stats))
@@ -98,6 +98,7 @@ class BucketExchange:
             if self.locates or (is_set(grads.found_inf) and not was_set):
                 code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._group.size, exchange.by_rank)
                 torch.minimum(grads.first_bad, code, out=grads.first_bad)
+            exchange.release()
 
     def _wait_for_writers(self, grads: BucketGrads) -> None:
         """Gradients are packed, and freed, on the current stream, after every stream that wrote one."""

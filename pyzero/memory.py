@@ -1,29 +1,34 @@
 """Flat buffers. Large ones on a CPU lie in huge pages where the system has them.
 
 A buffer that is made anew in every step costs a page fault for every 4 KiB that is first written, some 10 ms for 48 MB;
-with pages of 2 MiB it is a fifth of that (docs/experiments.md), and nothing need be kept between steps to save it.
+with pages of 2 MiB it is a fifth of that, and nothing where the pages of one that has gone are taken again
+(docs/experiments.md). 64 MiB of these are kept at most, about what malloc keeps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
 
 import torch
 from torch import Tensor
 
 _PAGE_BYTES = 2 << 20
+_KEPT_BYTES = 64 << 20
 _SMALLEST_BYTES = 2 * _PAGE_BYTES  # below, rounding up to whole pages would cost too much
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(numel,) of any contents, as torch.empty."""
-    return torch.empty(numel, dtype=dtype, device=device) if _is_small(numel, dtype, device) else _map(numel, dtype)
+    return torch.empty(numel, dtype=dtype, device=device) if _is_small(numel, dtype, device) else _reuse(numel, dtype)
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(numel,) zeros, as torch.zeros."""
-    return torch.zeros(numel, dtype=dtype, device=device) if _is_small(numel, dtype, device) else _map(numel, dtype)
+    if _is_small(numel, dtype, device):
+        return torch.zeros(numel, dtype=dtype, device=device)
+    return torch.frombuffer(_map(_whole_pages(numel * dtype.itemsize)), dtype=dtype, count=numel)
 
 
 def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -31,10 +36,43 @@ def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cpu" or numel * dtype.itemsize < _SMALLEST_BYTES or not on_linux
 
 
-def _map(numel: int, dtype: torch.dtype) -> Tensor:
-    """Fresh pages, which the system has zeroed; unmapped with the last tensor on them."""
-    num_bytes = -(-numel * dtype.itemsize // _PAGE_BYTES) * _PAGE_BYTES
+def _reuse(numel: int, dtype: torch.dtype) -> Tensor:
+    """Pages of any contents, which are kept for the next buffer of that size when the last tensor on them has gone."""
+    num_bytes = _whole_pages(numel * dtype.itemsize)
+    pages = _kept.take(num_bytes) or _map(num_bytes)
+    view = memoryview(pages)
+    weakref.finalize(view, _kept.put, pages).atexit = False
+    return torch.frombuffer(view, dtype=dtype, count=numel)
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _map(num_bytes: int) -> mmap.mmap:
+    """Fresh pages, which the system has zeroed."""
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a wish: EINVAL from a kernel without huge pages, and small ones will do
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=numel)
+    return pages
+
+
+class _Kept:
+    """Pages that nothing lies on, the latest first; a few, as malloc keeps of what it frees."""
+
+    def __init__(self) -> None:
+        self._pages: list[mmap.mmap] = []
+
+    def take(self, num_bytes: int) -> mmap.mmap | None:
+        for index in reversed(range(len(self._pages))):
+            if len(self._pages[index]) == num_bytes:
+                return self._pages.pop(index)
+        return None
+
+    def put(self, pages: mmap.mmap) -> None:
+        self._pages.append(pages)
+        while sum(map(len, self._pages)) > _KEPT_BYTES:
+            self._pages.pop(0)
+
+
+_kept = _Kept()

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from pyzero import amp, arguments, nonfinite, rank_state, scaler
 from pyzero.access import FullAccess
 from pyzero.buckets import MASTER, Bucket
-from pyzero.comm import Group, Work, make_transport
+from pyzero.comm import Group, Work
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients import Gradients, LocalGradients
 from pyzero.layout import BucketLayout, cap_bytes
@@ -25,6 +25,7 @@ from pyzero.placement import Placement
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaled_backward import ScaledBackward
 from pyzero.scaler import LossScale, Scaler
+from pyzero.transports import make_transport
 from pyzero.update import ShardUpdater, StepScalars
 from pyzero.update_rule import UpdateRule
 
@@ -92,12 +93,15 @@ class ZeroOptimizer(FullAccess, Optimizer):
         init_sync: As DDP's: make parameters, frozen ones too, and the buffers of the modules that hold them, what they
             are on rank 0.
         max_consecutive_skips: This many skipped steps in a row raise RuntimeError; None: any number is fine.
-        transport: "exact" (all-to-all, summed in fp32 in rank order) or "collective" (the library's reduce-scatter).
+        transport: "peer" (memory that the ranks of one host share, on CPUs), "exact" (all-to-all), both summed in fp32
+            in rank order, with the same bits; or "collective" (the library's reduce-scatter). "auto" is "peer" where
+            all ranks can share memory, and "exact" elsewhere.
         backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
         ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices.
         TypeError: Parameters in a dtype other than these, or DTensors.
+        RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
 
@@ -118,7 +122,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         reduce_grads: bool = True,
         init_sync: bool = True,
         max_consecutive_skips: int | None = 50,
-        transport: str = "exact",
+        transport: str = "auto",
         backend: str = "auto",
     ) -> None:
         arguments.check_arguments(stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips)
@@ -145,15 +149,14 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
         exchange = self._exchange = GradStatsExchange(self._group, model_parallel)
-        transport_of_group = make_transport(transport, self._group)
+        self._transport = make_transport(transport, self._group, self._device)
+        self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients: Gradients = LocalGradients(self._group, exchange, self._device, backend)
         if reduce_grads and self._group.size > 1:
             options = ReductionOptions(overlap, grad_reduce_dtype)
             inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
             reduced = OverlappedGradients if stage == 2 else ReducedGradients
-            self._gradients = reduced(
-                self._group, exchange, transport_of_group, self._device, options, inv_scale, backend
-            )
+            self._gradients = reduced(self._group, exchange, self._transport, self._device, options, inv_scale, backend)
             self._gradients.grad_scaler_proxy = self._grad_scaler_proxy
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
@@ -210,6 +213,16 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """Move the trained parameters of these groups into buckets."""
         for bucket in self._placement.add(self._param_groups, group_indices, self._device):
             self._gradients.add(bucket, scales=self._scaler.enabled)
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Have room for all buckets on their way. Collective."""
+        sizes = []
+        for bucket in self._buckets:
+            dtype = self._grad_reduce_dtype or bucket.dtype
+            sends = isinstance(self._gradients, ReducedGradients)
+            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
+        self._transport.reserve(sizes, len(self._placement.params))
 
     def _place_unfrozen(self) -> None:
         """Parameters that were frozen so far, and are no longer, get buckets now."""
@@ -227,8 +240,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
                 self._move_to(layouts)
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        if self._placement.move_to(layouts, keeps_state) and isinstance(self._gradients, ReducedGradients):
-            self._gradients.move_to(self._buckets)
+        if self._placement.move_to(layouts, keeps_state):
+            if isinstance(self._gradients, ReducedGradients):
+                self._gradients.move_to(self._buckets)
+            self._reserve()
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
@@ -419,7 +434,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
             with record_function(name):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
             with record_function("pyzero::all_gather"):
-                gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
+                gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
         return gathers
 
     @torch.no_grad()

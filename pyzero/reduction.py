@@ -89,6 +89,7 @@ class ReducedGradients(Gradients):
 
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Append a bucket and watch its parameters; what is in `.grad` already has not been sent."""
+        self._in_flight.receive_all()  # the transport may make room anew
         new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
         records = {param: ParamGrad(param, number, self._self) for param, number in new}
         self._place(bucket, [records[param] for param in bucket.params])

@@ -8,10 +8,12 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops"},
-    {"amp", "arguments", "backward", "layout", "memory", "modules", "overflow", "report", "scaler", "sharded_grad"},
-    {"checkpoint_files", "deepspeed_files", "export", "sharded_state", "stats_rows"},
+    {"checkpoint_files", "deepspeed_files", "export", "futex", "sharded_state", "stats_rows"},
+    {"amp", "arguments", "backward", "host", "layout", "memory", "modules"},
+    {"overflow", "report", "scaler", "sharded_grad"},
     {"checkpoint_storage", "comm", "deepspeed_checkpoint", "update_rule"},
-    {"buckets", "grad_stats"},
+    {"buckets", "grad_stats", "peer"},
+    {"transports"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
     {"access", "accumulation", "rank_state"},
     {"gradients"},

@@ -27,6 +27,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
+        self._shared = 0
         self._known: dict[int, tuple[int, int]] = {}  # where each lies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,6 +48,17 @@ class Meter(TorchDispatchMode):
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
         weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def know_shared(self, optimizer: pyzero.FusedZeroAdam) -> None:
+        """Memory that ranks share counts once for each: the others' is theirs."""
+        host = optimizer._group.host
+        if host is None:
+            return
+        self.now += host.ring_bytes - self._shared
+        self._shared = host.ring_bytes
+        for rank, segment in enumerate(host._segments):
+            begin = segment.tensor(0, 1, torch.uint8).data_ptr()
+            self._known[-1 - rank] = begin, begin + len(segment.pages)
 
     def _gone(self, key: int, num_bytes: int) -> None:
         del self._known[key]
@@ -89,6 +101,7 @@ def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[st
         params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
         optimizer = pyzero.FusedZeroAdamW(params, process_group=group, loss_scale=None, **options)
         for _ in range(2):
+            meter.know_shared(optimizer)
             meter.most = 0
             loss = torch.zeros((), requires_grad=True)
             for param in params:
@@ -105,6 +118,8 @@ def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[st
 @pytest.mark.parametrize(
     ("size", "options"),
     [
+        (2, {"stage": 1, "transport": "exact"}),
+        (3, {"stage": 2, "transport": "exact"}),
         (1, {}),
         (2, {"stage": 1}),
         (2, {"stage": 2}),
@@ -160,7 +175,8 @@ def test_the_command(capsys):
     rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[1:]]
     lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
     assert lines["weights"] == "2.00"
-    assert float(lines["after step and zero_grad"]) == pytest.approx(3.5, rel=0.01)
+    shared = 0 if torch.cuda.is_available() else 2 * 25 * 2**20 / 1e9
+    assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, rel=0.01)
     with pytest.raises(SystemExit):
         main(["estimate", "--model-params", "1e9", "--ranks", "0"])
     done = subprocess.run([sys.executable, "-m", "pyzero", "estimate", "--help"], capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """A rank that is killed, stalls or raises: the others end in time and say what failed; nothing is left.
 
-The training is tests/support/fault_worker.py; all its cases run at once, and each test looks at one.
+The training is tests/support/fault_worker.py; all cases of a transport run at once, and each test looks at one.
 """
 
 import json
@@ -91,11 +91,12 @@ def read_ranks(folder: Path, ends: list[Any]) -> list[Rank | None]:
     ]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+@pytest.fixture(scope="module", params=["exact", "peer"])
+def outcome(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("faults")
     before = set(os.listdir(SHARED_MEMORY))
-    command = [sys.executable, str(ROOT / "tests" / "support" / "fault_worker.py"), str(root), *CASES]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "fault_worker.py"), str(root)]
+    command += [f"{request.param}-{name}" for name in CASES]
     process = subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -107,7 +108,7 @@ def outcome(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == 0
-    ranks = {name: read_ranks(root / name, ends) for name, ends in json.loads(printed).items()}
+    ranks = {name.partition("-")[2]: read_ranks(root / name, ends) for name, ends in json.loads(printed).items()}
     # What is mapped belongs to a process that runs, so to none of ours.
     return Outcome(ranks, set(os.listdir(SHARED_MEMORY)) - before - mapped_names(), left_alive)
 

@@ -39,11 +39,32 @@ def test_a_kernel_that_refuses_huge_pages(monkeypatch, number):
             raise OSError(number, "no huge pages here")
 
     monkeypatch.setattr(mmap, "mmap", Pages)
+    monkeypatch.setattr(memory, "_kept", memory._Kept())
     for make in (memory.empty, memory.zeros):
         buffer = make(LARGE // 4, torch.float32, torch.device("cpu"))
         buffer.fill_(1)
         assert int(buffer.sum(dtype=torch.float64)) == LARGE // 4
     assert refused == [(mmap.MADV_HUGEPAGE,)] * 2
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large buffers are torch's on this system")
+def test_pages_of_one_size_are_used_again(monkeypatch):
+    kept = memory._Kept()
+    monkeypatch.setattr(memory, "_kept", kept)
+    cpu = torch.device("cpu")
+    first = memory.empty(LARGE // 4, torch.float32, cpu).fill_(1)
+    place, view = first.data_ptr(), first[3:5]
+    del first
+    assert not kept._pages and view.sum() == 2  # a view keeps them
+    assert memory.empty(LARGE // 4, torch.float32, cpu).data_ptr() != place
+    del view
+    assert memory.empty(LARGE // 2, torch.float32, cpu).data_ptr() != place  # another size
+    assert not memory.zeros(LARGE // 4, torch.float32, cpu).any()
+    second = memory.empty(LARGE // 2, torch.bfloat16, cpu)
+    assert second.data_ptr() == place and second.numel() == LARGE // 2
+    buffers = [memory.empty(LARGE // 4, torch.float32, cpu) for _ in range(2 * memory._KEPT_BYTES // LARGE)]
+    del buffers
+    assert sum(map(len, kept._pages)) == memory._KEPT_BYTES
 
 
 def resident_bytes() -> int:

@@ -63,6 +63,8 @@ def test_fp32_follows_torch_adamw_for_100_steps(ranks, size, stage):
         {"bucket_cap_mb": 1e-4},
         {"bucket_cap_mb": 1e-3, "overlap": False},
         {"bucket_cap_mb": 1e-3},
+        {"transport": "exact"},
+        {"bucket_cap_mb": 1e-3, "transport": "exact"},
     ],
     ids=str,
 )
@@ -97,8 +99,9 @@ def test_sharded_equals_unsharded_bit_for_bit(ranks, dtype):
     single = ranks.run(1, same_gradients, dtype, {})[0]
     for size in (2, 4):
         for stage in (1, 2):
-            for result in ranks.run(size, same_gradients, dtype, {"stage": stage}):
-                assert_same(single, result)
+            for transport in ("exact", "auto"):
+                for result in ranks.run(size, same_gradients, dtype, {"stage": stage, "transport": transport}):
+                    assert_same(single, result)
     for size in (2, 3, 4):  # gradients that are already averaged
         for result in ranks.run(size, same_gradients, dtype, {"reduce_grads": False}):
             assert_same(single, result)
@@ -326,7 +329,7 @@ def test_memory_and_hooks_go_with_the_optimizer():
         ({"amsgrad": True}, ValueError, "amsgrad"),
         ({"stage": 3}, ValueError, "fully_shard"),
         ({"lr": -1.0}, ValueError, "lr >= 0"),
-        ({"transport": "pigeon"}, ValueError, "exact, collective"),
+        ({"transport": "pigeon"}, ValueError, "auto, exact, collective, peer"),
         ({"loss_scale": "often"}, ValueError, "dynamic"),
         ({"learning_rate": 1.0}, TypeError, "learning_rate"),
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),

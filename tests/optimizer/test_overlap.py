@@ -108,6 +108,7 @@ def in_any_order(
     """Branches whose gradients arrive in another order on each rank and in each backward, at random times."""
     rank = rank_of(group)
     model, draw, late = branches(dtype), random.Random(rank), LateExchanges(100 + rank, mistake)
+    options = {"transport": "exact", **options}  # the one that can be late by itself
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, **options)
     orders: list[list[int]] = []
 
@@ -205,12 +206,14 @@ def rounds(group: Any, dtype: torch.dtype, how: str) -> dict[str, Any]:
     sent: list[int] = []
     grads: list[Tensor] = []
 
+    start = optimizer._transport.start
+
     def counting(*args: Any) -> comm.Exchange:
         sent[-1] += 1
-        return START(*args)
+        return start(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.ExactTransport, "start", counting)
+        patch.setattr(optimizer._transport, "start", counting)
         for step in range(3):
             optimizer.zero_grad()
             for micro in range(2):
@@ -289,12 +292,14 @@ def broken_off(group: Any, dtype: torch.dtype, places: tuple[int | None, ...], t
     )
     place, sent, sent_for_nothing = places[rank_of(group)], [0], 0
 
+    start = optimizer._transport.start
+
     def counting(*args: Any) -> comm.Exchange:
         sent[0] += 1
-        return START(*args)
+        return start(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.ExactTransport, "start", counting)
+        patch.setattr(optimizer._transport, "start", counting)
         for step in range(3):
             x = torch.full((2, WIDTH), 1.0 + step + rank_of(group), dtype=dtype)
             if step == 1:
@@ -340,9 +345,11 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
     optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group)
     sent = [0]
 
+    start = optimizer._transport.start
+
     def counting(*args: Any) -> comm.Exchange:
         sent[0] += 1
-        return START(*args)
+        return start(*args)
 
     if breaks:
         first, second = params[0] * 2, params[1] * 3  # backward takes the later one first
@@ -351,7 +358,7 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
             (first + second).sum().backward()
     optimizer.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.ExactTransport, "start", counting)
+        patch.setattr(optimizer._transport, "start", counting)
         second, first = params[1] * 3, params[0] * 2
         (first + second).sum().backward()
     optimizer.step()
@@ -372,9 +379,11 @@ def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
     optimizer = pyzero.FusedZeroAdamW(layers.parameters(), lr=1e-2, process_group=group, bucket_cap_mb=1e-4)
     sent = [0]
 
+    start = optimizer._transport.start
+
     def counting(*args: Any) -> comm.Exchange:
         sent[0] += 1
-        return START(*args)
+        return start(*args)
 
     def backward(fails: bool) -> None:
         x = torch.full((2, WIDTH), 1.0 + rank_of(group), requires_grad=True)
@@ -391,7 +400,7 @@ def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
         assert any(record.has_local for record in optimizer._gradients._by_number)
     optimizer.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.ExactTransport, "start", counting)
+        patch.setattr(optimizer._transport, "start", counting)
         backward(False)
     optimizer.step()
     return sent[0] // len(optimizer._buckets), params_of(layers)

@@ -50,10 +50,11 @@ def bad_on_one_rank(group: Any, stage: int, dtype: torch.dtype, transport: str, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transport", ["exact", "auto"])
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (3, 1), (3, 2)])
-def test_the_first_rank_names_parameter_and_rank(ranks, dtype, size, stage):
+def test_the_first_rank_names_parameter_and_rank(ranks, dtype, size, stage, transport):
     bad_rank = size - 1
-    results = ranks.run(size, bad_on_one_rank, stage, dtype, "exact", bad_rank)
+    results = ranks.run(size, bad_on_one_rank, stage, dtype, transport, bad_rank)
     assert all(result["skipped"] == 1 for result in results)
     (line,) = results[0]["lines"]
     assert line.startswith("WARNING: step skipped, nothing changed")

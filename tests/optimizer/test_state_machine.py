@@ -81,8 +81,10 @@ class Config:
     stage: int = 2
     cap_mb: float = 25.0
     overlap: bool = True
+    transport: str = "auto"
     other_cap_mb: float = 1e-3  # of the second run
     other_overlap: bool = False
+    other_transport: str = "exact"
     loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
     max_grad_norm: float | None = None
     decoupled: bool = True
@@ -440,6 +442,7 @@ class Run:
             stage=config.stage,
             bucket_cap_mb=config.cap_mb,
             overlap=config.overlap,
+            transport=config.transport,
             loss_scale=scale,
             max_grad_norm=config.max_grad_norm,
         )
@@ -912,7 +915,7 @@ def check(pool: Ranks, program: Program, config: Config) -> Outcome:
     if first.status == "refused":
         TALLY["refused: " + first.text.split(": ")[0]] += 1
         return first
-    other = replace(config, cap_mb=config.other_cap_mb, overlap=config.other_overlap)
+    other = replace(config, cap_mb=config.other_cap_mb, overlap=config.other_overlap, transport=config.other_transport)
     quiet = not first.order_matters
     second = on_all_ranks(pool, other, program, quiet)
     if second.status == "refused":
@@ -958,8 +961,10 @@ CONFIGS = st.builds(
     stage=st.sampled_from([2, 1]),
     cap_mb=CAPS,
     overlap=st.booleans(),
+    transport=st.sampled_from(["auto", "exact"]),
     other_cap_mb=CAPS,
     other_overlap=st.booleans(),
+    other_transport=st.sampled_from(["exact", "auto"]),
     loss_scale=st.sampled_from([None, None, 8.0, "dynamic"]),
     max_grad_norm=st.sampled_from([None, None, 2.0]),
     decoupled=st.booleans(),

@@ -1,6 +1,6 @@
 """Training on three gloo ranks of which rank 1 fails: `fault_worker.py DIR NAME...` runs the cases of test_faults.py.
 
-Each name is of a case, such as "killed-backward-2". The ranks of all are forked from one process that has imported
+Each name is of a case, such as "peer-killed-backward-2". The ranks of all are forked from one process that has imported
 torch, which takes longer than the training; each then ends as a script of its own would, by the interpreter's exit.
 What they print goes to DIR/NAME/RANK.out and RANK.err; when and how they ended is printed as JSON.
 """
@@ -65,7 +65,7 @@ def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer:
         optimizer._updater.update = update_with_fault  # type: ignore[method-assign]
 
 
-def train(rank: int, folder: Path, how: str, where: str, stage: str, then: str = "") -> None:
+def train(rank: int, folder: Path, transport: str, how: str, where: str, stage: str, then: str = "") -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -76,7 +76,9 @@ def train(rank: int, folder: Path, how: str, where: str, stage: str, then: str =
     )
     torch.manual_seed(0)
     layers = nn.Sequential(*[nn.Linear(32, 32) for _ in range(NUM_LAYERS)])
-    optimizer = pyzero.FusedZeroAdamW(layers.parameters(), stage=int(stage), bucket_cap_mb=BUCKET_MIB)
+    optimizer = pyzero.FusedZeroAdamW(
+        layers.parameters(), stage=int(stage), bucket_cap_mb=BUCKET_MIB, transport=transport
+    )
     assert len(optimizer._buckets) == NUM_LAYERS
 
     def step() -> None:

@@ -1,0 +1,317 @@
+"""The ranks of one host: memory that all of them have mapped, counters to wait for, and who is still alive.
+
+The memory has no name anywhere (memfd): it goes with the last process that maps it, however that ends, and the size of
+/dev/shm is no limit to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import secrets
+import select
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyzero import futex
+from pyzero.futex import Counter
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_LINE = 64  # bytes of a cache line, which a counter has for itself
+_CONTROL_BYTES = mmap.PAGESIZE
+_TOKEN_BYTES = 32
+_LOOK_S = 0.05  # how often a rank that waits looks whether the others are alive
+
+Gather = Callable[[object], list[Any]]  # every rank's small object, in rank order: a collective
+
+
+class HostError(RuntimeError):
+    """The ranks cannot share memory; says why, the same on each."""
+
+
+class Segment:
+    """Pages that several processes have mapped."""
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        self.pages = mmap.mmap(descriptor, num_bytes)
+        with contextlib.suppress(OSError):  # a wish
+            self.pages.madvise(mmap.MADV_HUGEPAGE)
+
+    def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """(numel,) over the bytes from `offset` on."""
+        return torch.frombuffer(self.pages, dtype=dtype, count=numel, offset=offset)
+
+
+class _Offer(NamedTuple):
+    """Where the other ranks find a rank's pages, and what they must see there."""
+
+    boot_id: str
+    pid: int
+    descriptor: int
+    token: bytes
+
+    @staticmethod
+    def make(num_bytes: int) -> _Offer:
+        """Of zeroed pages, but for the token at their end."""
+        import fcntl  # not where there are no futexes
+
+        descriptor = os.memfd_create("pyzero", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(descriptor, 0o600)
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        os.pwrite(descriptor, token, num_bytes)
+        # Nobody can cut the file short under those who have mapped it.
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        with open(_BOOT_ID) as file:
+            return _Offer(file.read().strip(), os.getpid(), descriptor, token)
+
+    def map(self, rank: int, mine: _Offer, num_bytes: int) -> Segment:
+        """That rank's pages.
+
+        Raises:
+            HostError: It runs on another host, or in a container with processes of its own.
+            OSError: They cannot be opened or mapped.
+        """
+        if self.boot_id != mine.boot_id:
+            raise HostError(f"rank {rank} runs on another host")
+        descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.pread(descriptor, _TOKEN_BYTES, num_bytes) != self.token:
+                raise HostError(f"process {self.pid} is not rank {rank}, which runs in another container")
+            return Segment(descriptor, num_bytes)
+        finally:
+            os.close(descriptor)
+
+
+def _share(gather: Gather, num_bytes: int) -> tuple[list[Segment], list[int]]:
+    """So many zeroed bytes of each rank, in rank order, and the ranks' process ids. Collective.
+
+    Raises:
+        HostError: Some rank cannot map them.
+    """
+    offer, problem = None, futex.unsupported_reason()
+    segments: list[Segment] = []
+    try:
+        if problem is None:
+            try:
+                offer = _Offer.make(num_bytes)
+            except OSError as error:
+                problem = f"no memory can be shared: {error}"
+        offers = gather(offer)
+        if offer is not None and None not in offers:
+            try:
+                segments = [other.map(rank, offer, num_bytes) for rank, other in enumerate(offers)]
+            except (OSError, HostError) as error:
+                problem = str(error)
+        problems = gather(problem)  # from here on nobody opens anything
+    finally:
+        if offer is not None:
+            os.close(offer.descriptor)
+    found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
+    if found is not None:
+        raise HostError(f"on rank {found[0]}: {found[1]}")
+    return segments, [other.pid for other in offers]
+
+
+class _Word(IntEnum):
+    """The counters of a rank, by their place in its page."""
+
+    POSTED = 0
+    READ = 1
+    MESSAGE = 2
+    GAVE_UP = 3
+
+
+class HostRanks:
+    """The ranks of a group that share memory: a ring of bytes for each, and counters of what lies there.
+
+    Args:
+        rank: This one.
+        gather: See Gather.
+        timeout: How long another rank may take; None: any time.
+
+    Raises:
+        HostError: They cannot.
+    """
+
+    def __init__(self, rank: int, gather: Gather, timeout: timedelta | None) -> None:
+        self.rank = rank
+        self._timeout_s = math.inf if timeout is None else timeout.total_seconds()
+        control, pids = _share(gather, _CONTROL_BYTES)
+        self._words = {word: [Counter(pages.pages, word * _LINE) for pages in control] for word in _Word}
+        self._lives = [_Life(pid) for pid in pids]
+        self._pid = os.getpid()
+        self._segments: list[Segment] = []
+        self._ring_at = self.ring_bytes = self._message_bytes = 0
+        self._num_messages = 0
+        self._gave_up_because: str | None = None
+
+    def reserve(self, ring_bytes: int, message_bytes: int, gather: Gather) -> bool:
+        """Have so many bytes at least; returns whether they are new ones. Collective; nothing may be under way.
+
+        Raises:
+            HostError: Some rank cannot map them.
+        """
+        if ring_bytes <= self.ring_bytes and message_bytes <= self._message_bytes:
+            return False
+        self.ring_bytes = max(ring_bytes, self.ring_bytes)
+        self._message_bytes = max(_pages(message_bytes), self._message_bytes)
+        self._ring_at = 2 * self._message_bytes
+        self._segments, _ = _share(gather, self._ring_at + _pages(self.ring_bytes))
+        return True
+
+    # ---- the ring ---------------------------------------------------------------------------------------------------
+
+    def tensor(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """(numel,) in a rank's ring."""
+        self._check_process()
+        return self._segments[rank].tensor(self._ring_at + offset, numel, dtype)
+
+    def post(self) -> None:
+        """The next piece in this rank's ring may be read."""
+        self._advance(_Word.POSTED)
+
+    def mark_read(self) -> None:
+        """This rank has read the next piece of every rank's ring."""
+        self._advance(_Word.READ)
+
+    def has_read(self, number: int) -> bool:
+        """Whether this rank has read that piece."""
+        return self._words[_Word.READ][self.rank].has_reached(number)
+
+    def posted(self, number: int) -> Arrival:
+        """Of a piece in all rings."""
+        return Arrival(self, self._words[_Word.POSTED], number, self._timeout_s)
+
+    def read(self, number: int) -> Arrival:
+        """Of all ranks at the end of a piece, whose bytes may be written over then."""
+        return Arrival(self, self._words[_Word.READ], number, self._timeout_s)
+
+    def _advance(self, word: _Word) -> None:
+        self._check_process()
+        self._words[word][self.rank].advance()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "expected the process that built the optimizer, got a fork of it; build another one in the child"
+            )
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def can_send(self, row: Tensor) -> bool:
+        """A message of that size."""
+        return row.device.type == "cpu" and row.nbytes <= self._message_bytes
+
+    def send(self, row: Tensor) -> Arrival:
+        """A message to all, of one size and dtype on each rank; arrives when every rank's is there.
+
+        Two places take turns: who sends the next message but one has read this one.
+        """
+        self._num_messages += 1
+        self._message(self.rank, row).copy_(row)
+        self._advance(_Word.MESSAGE)
+        return Arrival(self, self._words[_Word.MESSAGE], self._num_messages, self._timeout_s)
+
+    def messages(self, row: Tensor) -> Tensor:
+        """(size * k,): the last message of each rank, in rank order; `row` is this rank's."""
+        return torch.cat([self._message(rank, row) for rank in range(len(self._segments))])
+
+    def _message(self, rank: int, row: Tensor) -> Tensor:
+        self._check_process()
+        return self._segments[rank].tensor(self._num_messages % 2 * self._message_bytes, row.numel(), row.dtype)
+
+    # ---- failure ----------------------------------------------------------------------------------------------------
+
+    def give_up(self, why: str) -> str:
+        """Have every rank that waits for this one fail, now and later; returns why it did so first."""
+        if self._gave_up_because is None:
+            self._gave_up_because = why
+            if os.getpid() == self._pid:  # a fork's failure is none of this rank's
+                self._words[_Word.GAVE_UP][self.rank].advance()
+        return self._gave_up_because
+
+    @property
+    def has_given_up(self) -> bool:
+        """This rank has."""
+        return self._gave_up_because is not None
+
+    def who_gave_up(self) -> int | None:
+        """A rank that will take no further part."""
+        return next((rank for rank, word in enumerate(self._words[_Word.GAVE_UP]) if word.has_reached(1)), None)
+
+    def has_ended(self, rank: int) -> bool:
+        """That process has."""
+        return self._lives[rank].has_ended()
+
+
+def _pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class _Life:
+    """Whether a process runs, as far as the kernel tells: from Linux 5.3 on."""
+
+    def __init__(self, pid: int) -> None:
+        self._poll = select.poll()
+        self._descriptor = -1
+        with contextlib.suppress(OSError):
+            self._descriptor = os.pidfd_open(pid)
+            self._poll.register(self._descriptor, select.POLLIN)
+
+    def has_ended(self) -> bool:
+        return bool(self._poll.poll(0))
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._descriptor >= 0:
+            close(self._descriptor)
+
+
+class Arrival:
+    """Every rank's counter on its way to a number; what torch.distributed calls work."""
+
+    def __init__(self, host: HostRanks, words: Sequence[Counter], number: int, timeout_s: float) -> None:
+        self._host = host
+        self._words = words
+        self._number = number
+        self._give_up_at = time.monotonic() + timeout_s
+
+    def is_completed(self) -> bool:
+        """All are there, or never will be."""
+        return self._host.has_given_up or all(word.has_reached(self._number) for word in self._words)
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Return when all are there.
+
+        Raises:
+            RuntimeError: The time is up: `timeout`, or the group's, after which it has failed. Or a rank has ended or
+                failed itself.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout.total_seconds()
+        for rank, word in enumerate(self._words):
+            while not word.has_reached(self._number):
+                self._check()
+                if self._host.has_ended(rank) and not word.has_reached(self._number):
+                    self._fail(f"rank {rank} has ended")
+                now = time.monotonic()
+                if now >= self._give_up_at:
+                    self._fail(f"timed out waiting for rank {rank}")
+                if now >= until:
+                    raise RuntimeError(f"rank {rank} is not there yet")
+                word.wait(self._number, min(_LOOK_S, until - now, self._give_up_at - now))
+        self._check()
+
+    def _check(self) -> None:
+        gone = self._host.who_gave_up()
+        if gone is not None:
+            self._fail(f"rank {gone} has given up")
+
+    def _fail(self, why: str) -> None:
+        raise RuntimeError(self._host.give_up(why))

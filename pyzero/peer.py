@@ -1,0 +1,215 @@
+"""The transport of ranks that share a host: through memory that all of them have mapped, without sockets.
+
+Each rank has a ring of bytes that every rank can read. Gradients are packed straight into it, and summed from there:
+each rank reads its slice of every rank's. Updated weights are written there by the rank that holds their shard, and
+copied by the others into their own flat buffers. So parameters stay memory of their own process: an edit in place, or
+a forked child, changes nothing under another rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyzero import memory
+from pyzero.comm import Exchange, Group, Transport, Work
+from pyzero.host import Arrival, HostError
+
+_PATIENCE_S = 2.0  # for room in the ring; a bucket is packed elsewhere then, and copied when there is some
+_MESSAGE_BYTES = 64  # of the step's message, beside one number for each parameter
+_NUMBER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [begin, end) of the ring: what is sent at one time. They lie alike on all ranks."""
+
+    number: int  # from 1 on
+    begin: int
+    end: int
+    after: int  # all must have read up to that piece: it was the last in these bytes
+
+
+class Ring:
+    """Where each piece lies: one behind the other in one half, then in the other. The same on all ranks.
+
+    So a piece never waits for the one before it, whatever their sizes, up to half of the ring.
+    """
+
+    def __init__(self) -> None:
+        self._half = 0
+        self._num_pieces = 0
+        self._pieces: deque[Piece] = deque()  # whose bytes have not been given away
+
+    def resize(self, num_bytes: int) -> None:
+        """Begin anew in so many bytes; nothing of the old ones is in use."""
+        self._half = num_bytes // 2
+        self._pieces.clear()
+
+    def next(self, num_bytes: int) -> Piece:
+        """The piece that `take` would take."""
+        begin = 0
+        if self._pieces:
+            last = self._pieces[-1]
+            in_second = last.begin >= self._half
+            begin = last.end
+            if begin + num_bytes > self._half * (1 + in_second):
+                begin = 0 if in_second else self._half
+        end = begin + num_bytes
+        given_away = self._pieces[0].number - 1 if self._pieces else self._num_pieces
+        beneath = [piece.number for piece in self._pieces if piece.begin < end and begin < piece.end]
+        after = max(beneath, default=given_away)
+        return Piece(self._num_pieces + 1, begin, end, after)
+
+    def take(self, piece: Piece) -> None:
+        """It lies there now."""
+        while self._pieces and self._pieces[0].number <= piece.after:
+            self._pieces.popleft()
+        self._pieces.append(piece)
+        self._num_pieces = piece.number
+
+
+class _Deferred(NamedTuple):
+    """A piece that there was no room for when it was packed."""
+
+    piece: Piece
+    data: Tensor
+    room: Arrival
+
+
+class _Gather(NamedTuple):
+    """Weights that this rank has not copied yet."""
+
+    piece: Piece
+    flat: Tensor
+    work: Work
+
+
+class PeerTransport(Transport):
+    """Shared memory between the ranks of one host, with the bits of ExactTransport.
+
+    Raises:
+        HostError: They are on several hosts, or cannot share memory.
+    """
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._host = group.share_memory()
+        self._ring = Ring()
+        self._room: Tensor | None = None  # in the ring, given out by `buffer`
+        self._deferred: deque[_Deferred] = deque()
+        self._gathers: deque[_Gather] = deque()
+
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """See Transport."""
+        largest = max((max(pair) for pair in buckets), default=0)
+        message_bytes = _MESSAGE_BYTES + _NUMBER_BYTES * num_params
+        try:
+            is_new = self._host.reserve(2 * largest, message_bytes, self.group.gather_objects)
+        except HostError as error:
+            raise HostError(
+                f"expected {2 * largest:,} bytes to share for two buckets, got none: {error}; pass a smaller "
+                f"bucket_cap_mb, or transport='exact'"
+            ) from error
+        if is_new:
+            self._ring.resize(self._host.ring_bytes)
+
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See Transport. In the ring, or elsewhere where the other ranks do not make room in time."""
+        piece = self._ring.next(numel * dtype.itemsize)
+        self._room = None
+        if self._deferred or not self._is_free(piece):
+            return memory.empty(numel, dtype, device)
+        self._room = self._host.tensor(self.group.rank, piece.begin, numel, dtype)
+        return self._room
+
+    def _is_free(self, piece: Piece) -> bool:
+        """Whether all have read what lay there, or do so in time."""
+        if not self._host.has_read(piece.after):
+            return False  # it is this rank that is late
+        try:
+            self._host.read(piece.after).wait(timedelta(seconds=_PATIENCE_S))
+        except RuntimeError:  # whoever waits for the piece will say why
+            return False
+        return True
+
+    def _post(self, send: Tensor) -> Piece:
+        """Have the others read `send`, now or when there is room."""
+        piece = self._ring.next(send.nbytes)
+        self._ring.take(piece)
+        if send is self._room:
+            self._host.post()
+        else:
+            self._deferred.append(_Deferred(piece, send, self._host.read(piece.after)))
+        self._room = None
+        return piece
+
+    def post_deferred(self, number: int, timeout: timedelta | None) -> None:
+        """Copy pieces up to that number to where the others read them, when they have made room.
+
+        Raises:
+            RuntimeError: See Arrival.wait.
+        """
+        while self._deferred and self._deferred[0].piece.number <= number:
+            piece, data, room = self._deferred[0]
+            room.wait(timeout)
+            self._host.tensor(self.group.rank, piece.begin, data.numel(), data.dtype).copy_(data)
+            self._deferred.popleft()
+            self._host.post()
+
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """See Transport."""
+        piece = self._post(send)
+        numel = send.numel() // self.group.size
+        begin = piece.begin + self.group.rank * numel * send.itemsize
+        slices = [self._host.tensor(rank, begin, numel, send.dtype) for rank in range(self.group.size)]
+        work = self.group.launch(what, lambda: _Pieces(self, piece.number, self._host.posted(piece.number)))
+        return Exchange(work, slices, send, release=self._host.mark_read)
+
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """See Transport. The shard is copied at once."""
+        piece = self._ring.next(shard.nbytes)
+        while self._gathers and not self._host.has_read(piece.after):
+            self._gathers[0].work.wait()
+        room = self.buffer(shard.numel(), shard.dtype, shard.device)
+        room.copy_(shard)
+        self._post(room)
+        work = self.group.launch(
+            "the all-gather of weights",
+            lambda: _Pieces(self, piece.number, self._host.posted(piece.number)),
+            then=lambda: self._copy(piece.number),
+        )
+        self._gathers.append(_Gather(piece, flat, work))
+        return work
+
+    def _copy(self, number: int) -> None:
+        """The other ranks' weights, of pieces up to that number, into the flat buffers."""
+        while self._gathers and self._gathers[0].piece.number <= number:
+            piece, flat, _ = self._gathers.popleft()
+            shards = flat.view(self.group.size, -1)
+            for rank, shard in enumerate(shards):
+                if rank != self.group.rank:
+                    shard.copy_(self._host.tensor(rank, piece.begin, shard.numel(), shard.dtype))
+            self._host.mark_read()
+
+
+class _Pieces:
+    """What a Work waits for: this rank's pieces up to a number posted, and every rank's."""
+
+    def __init__(self, transport: PeerTransport, number: int, posted: Arrival) -> None:
+        self._transport = transport
+        self._number = number
+        self._posted = posted
+
+    def is_completed(self) -> bool:
+        return self._posted.is_completed()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        self._transport.post_deferred(self._number, timeout)
+        self._posted.wait(timeout)

@@ -1,0 +1,560 @@
+"""The peer transport: the bits of "exact", what it does without room or without a host, and what it leaves behind."""
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+from pyzero import comm, exchange, futex, host, peer, transports
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the peer transport goes by futexes of Linux"),
+    pytest.mark.skipif("PYZERO_TEST_DEVICE" in os.environ, reason="the peer transport is of CPUs"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+TRANSPORTS = ("exact", "peer")
+SMALL_BUCKETS = {"bucket_cap_mb": 2e-3}
+
+
+def rank_of(group: Any) -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank(group)
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Two dtypes, a layer that some backwards leave out, and one that none uses."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net = build(dtype)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 65))  # fp32, whatever the rest is
+        self.sometimes = nn.Linear(65, 65, dtype=dtype)
+        self.never = nn.Linear(3, 3, dtype=dtype)
+
+    def loss(self, batch: Tensor, uses_all: bool) -> Tensor:
+        x = self.scale.to(self.sometimes.weight.dtype)
+        extra = self.sometimes(x) if uses_all else x
+        return loss_of(self.net, batch) + extra.float().square().mean()
+
+
+def program(group: Any, dtype: torch.dtype, transport: str, options: dict[str, Any]) -> list[Tensor]:
+    """Every manner of backward, a group that joins, an overflow, a clip, a read, a checkpoint."""
+    torch.manual_seed(0)
+    model, late, rank = Mixed(dtype), nn.Linear(65, 7, dtype=dtype), rank_of(group)
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=1e-2, process_group=group, transport=transport, loss_scale=4.0, **options
+    )
+    for step in range(6):
+        optimizer.zero_grad()
+        for micro in range(3):
+            with optimizer.no_sync() if micro == 0 else nullcontext():
+                loss = model.loss(micro_batch(step, 3 * rank + micro), uses_all=(step + micro + rank) % 2 == 0)
+                if step > 2:
+                    loss = loss + late(model.scale.to(dtype)).float().square().mean()
+                if step == 1 and micro == 2 and rank == 0:
+                    loss = loss * float("inf")
+                optimizer.backward(loss)
+        if step == 2:
+            optimizer.zero_grad()
+            optimizer.add_param_group({"params": late.parameters(), "lr": 1e-3})
+            continue
+        if step == 3:
+            optimizer.clip_grad_norm_(0.25)
+        if step == 4:
+            optimizer.full_grad(model.scale)
+        optimizer.step()
+        if step == 4:
+            optimizer.load_state_dict(optimizer.full_state_dict())
+    assert optimizer.skipped_steps == 1
+    masters = [optimizer.full_master(param) for param in model.parameters()]
+    return [*params_of(model), *params_of(late), *masters, optimizer.grad_norm]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"stage": 1},
+    {"stage": 2},
+    {"stage": 1, **SMALL_BUCKETS},
+    {"stage": 2, **SMALL_BUCKETS},
+    {"stage": 2, "bucket_cap_mb": 1e-4, "overlap": False},
+    {"stage": 2, "max_grad_norm": 0.5, "grad_reduce_dtype": torch.float32, **SMALL_BUCKETS},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_exact(ranks, dtype, options):
+    for size in (2, 3, 4):
+        exact, ours = (ranks.run(size, program, dtype, transport, options) for transport in TRANSPORTS)
+        for one, other in zip(exact, ours, strict=True):
+            assert_same(one, other)
+
+
+def averaged_elsewhere(group: Any, transport: str) -> list[Tensor]:
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=1e-2, process_group=group, transport=transport, reduce_grads=False, **SMALL_BUCKETS
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(step, 0)).backward()
+        optimizer.step()
+    return params_of(model)
+
+
+def test_bits_of_weights_where_gradients_are_not_reduced(ranks):
+    exact, ours = (ranks.run(3, averaged_elsewhere, transport) for transport in TRANSPORTS)
+    for one, other in zip(exact, ours, strict=True):
+        assert_same(one, other)
+
+
+# ---- room -----------------------------------------------------------------------------------------------------------
+
+
+def in_another_order(group: Any, transport: str, crossed: bool) -> tuple[list[Tensor], int]:
+    """Two optimizers whose backwards come in another order on each rank; what had to wait for room."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]) for _ in range(2)]
+    optimizers = [
+        pyzero.FusedZeroAdamW(m.parameters(), lr=1e-2, process_group=group, transport=transport, bucket_cap_mb=6 / 1024)
+        for m in models
+    ]
+    num_deferred = 0
+
+    def counting(*args: Any) -> Any:
+        nonlocal num_deferred
+        num_deferred += 1
+        return deferred(*args)
+
+    deferred = peer._Deferred
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer, "_Deferred", counting)
+        for module in (peer, exchange) if crossed else ():
+            patch.setattr(module, "_PATIENCE_S", 0.05)
+        for step in range(3):
+            for index in (0, 1) if not crossed or rank_of(group) == 0 else (1, 0):
+                optimizers[index].zero_grad()
+                x = torch.full((4, 32), 1.0 + step + rank_of(group) + index)
+                models[index](x).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return params_of(nn.ModuleList(models)), num_deferred
+
+
+def test_backwards_of_two_optimizers_in_another_order(ranks):
+    wanted = ranks.run(2, in_another_order, "exact", False)
+    for crossed in (False, True):
+        for (got, num_deferred), (same, _) in zip(ranks.run(2, in_another_order, "peer", crossed), wanted, strict=True):
+            assert_same(got, same)
+            assert (num_deferred > 0) == crossed
+
+
+def slow_reader(group: Any) -> list[bool]:
+    """Rank 0 has not read the first of two buckets when rank 1 packs the third, and again once it has."""
+    import torch.distributed as dist
+
+    numel, rank = 128, rank_of(group)
+    transport = peer.PeerTransport(comm.Group(group))
+    transport.reserve([(4 * numel, 2 * numel)], 1)
+    found = []
+
+    def send(value: float) -> comm.Exchange:
+        buffer = transport.buffer(numel, torch.float32, torch.device("cpu"))
+        found.append(buffer is transport._room)
+        return transport.start(buffer.fill_(value + rank), f"a bucket of {value}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer, "_PATIENCE_S", 0.05)
+        sent = [send(10.0), send(20.0)]
+        for exchange in sent:
+            exchange.work.wait()
+        if rank == 1:
+            sent[0].release()
+            sent += [send(30.0), send(40.0)]
+        dist.barrier(group)
+        if rank == 0:
+            for rank_of_slice in range(2):
+                assert sent[0].slices[rank_of_slice].eq(10.0 + rank_of_slice).all()
+            sent[0].release()
+            sent += [send(30.0), send(40.0)]
+        for index, value in ((1, 20.0), (2, 30.0), (3, 40.0)):
+            sent[index].work.wait()
+            for rank_of_slice in range(2):
+                assert sent[index].slices[rank_of_slice].eq(value + rank_of_slice).all()
+            sent[index].release()
+    return found
+
+
+def test_what_another_rank_has_not_read_is_not_written_over(ranks):
+    first, second = ranks.run(2, slow_reader)
+    assert first[:3] == [True] * 3  # rank 1 has read the first bucket; rank 0 itself not the second
+    assert second == [True, True, False, False]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(0, 3))
+def test_no_piece_lies_on_one_that_has_not_been_read(sizes, num_resizes):
+    ring, lying = peer.Ring(), []
+    resize_at = {len(sizes) * (i + 1) // (num_resizes + 1) for i in range(num_resizes)}
+    ring.resize(100)
+    for index, num_bytes in enumerate(sizes):
+        if index in resize_at:
+            ring.resize(100 + 50 * len(lying))
+            lying.clear()
+            assert ring.next(num_bytes).after == index
+        piece = ring.next(num_bytes)
+        if lying:
+            assert piece.after < index  # never the one before
+        assert piece == ring.next(num_bytes)
+        ring.take(piece)
+        assert piece.number == index + 1 and piece.end - piece.begin == num_bytes
+        lying = [other for other in lying if other.number > piece.after]  # all have read the others
+        assert all(other.end <= piece.begin or piece.end <= other.begin for other in lying)
+        lying.append(piece)
+
+
+def test_two_buckets_fit_at_a_time():
+    ring = peer.Ring()
+    ring.resize(2 * 128)
+    pieces = []
+    for num_bytes in (100, 128, 128, 60, 60, 60):
+        pieces.append(ring.next(num_bytes))
+        ring.take(pieces[-1])
+    assert [(piece.begin, piece.after) for piece in pieces] == [(0, 0), (128, 0), (0, 1), (128, 2), (188, 2), (0, 3)]
+
+
+# ---- who may use it -------------------------------------------------------------------------------------------------
+
+
+def foreign_boot(folder: Path) -> Callable[[pytest.MonkeyPatch], None]:
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        (folder / "boot_id").write_text("another\n")
+        patch.setattr(host, "_BOOT_ID", str(folder / "boot_id"))
+
+    return spoil
+
+
+def refuses_memory(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    patch.setattr(os, "memfd_create", refuse)
+
+
+def refuses_a_ring(patch: pytest.MonkeyPatch) -> None:
+    create, names = os.memfd_create, []
+
+    def refuse(name: str, flags: int) -> int:
+        names.append(name)
+        if len(names) > 1:
+            raise OSError(12, "Cannot allocate memory")
+        return create(name, flags)
+
+    patch.setattr(os, "memfd_create", refuse)
+
+
+def says_another_process(patch: pytest.MonkeyPatch) -> None:
+    make = host._Offer.make
+
+    def lie(num_bytes: int) -> Any:
+        return make(num_bytes)._replace(token=bytes(host._TOKEN_BYTES))
+
+    patch.setattr(host._Offer, "make", staticmethod(lie))
+
+
+def has_no_futex(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(futex, "unsupported_reason", lambda: "plan9 has no futex of Linux")
+
+
+def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, str]:
+    """What is chosen, or raised, where rank 1 has a fault; and what was logged, or said."""
+    faults: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+        "host": foreign_boot(Path(folder)),
+        "memory": refuses_memory,
+        "ring": refuses_a_ring,
+        "container": says_another_process,
+        "system": has_no_futex,
+    }
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("pyzero")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank_of(group) == 1:
+                faults.get(fault, lambda patch: None)(patch)
+            model = nn.Linear(3, 3)
+            optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport=transport)
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+            return type(optimizer._transport).__name__, " ".join(lines)
+    except RuntimeError as error:
+        return type(error).__name__, str(error)
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("host", "runs on another host"),
+        ("memory", "Cannot allocate memory"),
+        ("container", "runs in another container"),
+        ("system", "on rank 1: plan9 has no futex"),
+    ],
+)
+def test_auto_takes_exact_and_peer_is_refused_where_memory_cannot_be_shared(ranks, tmp_path, fault, words):
+    for size in (2, 3):
+        for name, logged in ranks.run(size, chosen, "auto", fault, str(tmp_path)):
+            assert name == "ExactTransport" and "exact transport is used" in logged and words in logged
+        for name, message in ranks.run(size, chosen, "peer", fault, str(tmp_path)):
+            assert name == "HostError" and words in message and "transport='auto'" in message
+
+
+def test_too_little_memory_for_the_ring_says_what_to_do(ranks, tmp_path):
+    for name, message in ranks.run(2, chosen, "auto", "ring", str(tmp_path)):
+        assert name == "HostError"
+        assert "Cannot allocate memory" in message and "smaller bucket_cap_mb, or transport='exact'" in message
+
+
+def test_auto_takes_peer_on_one_host(ranks, tmp_path):
+    for name, _ in ranks.run(2, chosen, "auto", "none", str(tmp_path)):
+        assert name == "PeerTransport"
+
+
+def test_one_rank_needs_no_transport():
+    for name in ("auto", "peer"):
+        assert type(transports.make_transport(name, comm.Group(), torch.device("cpu"))) is comm.ExactTransport
+
+
+def on_a_gpu(group: Any) -> list[str]:
+    found = [type(transports.make_transport("auto", comm.Group(group), torch.device("cuda"))).__name__]
+    with pytest.raises(host.HostError, match="lie on cuda") as caught:
+        transports.make_transport("peer", comm.Group(group), torch.device("cuda"))
+    return [*found, str(caught.value)]
+
+
+def test_a_gpus_ranks_do_not_share_memory_yet(ranks):
+    for name, _ in ranks.run(2, on_a_gpu):
+        assert name == "ExactTransport"
+
+
+# ---- waiting --------------------------------------------------------------------------------------------------------
+
+
+def alone(timeout_s: float) -> host.HostRanks:
+    """A host of this rank."""
+    return host.HostRanks(0, lambda value: [value], timedelta(seconds=timeout_s))
+
+
+def test_a_wait_sleeps_and_ends_in_time():
+    ranks = alone(60.0)
+    arrival = ranks.posted(1)
+    began, used = time.monotonic(), time.process_time()
+    with pytest.raises(RuntimeError, match="not there yet"):
+        arrival.wait(timedelta(seconds=1))
+    assert 0.9 < time.monotonic() - began < 10 and time.process_time() - used < 0.3
+    assert not arrival.is_completed()
+    ranks.post()
+    arrival.wait(timedelta(0))
+    assert arrival.is_completed()
+
+
+def test_the_timeout_counts_from_the_start_and_is_final():
+    ranks = alone(0.3)
+    arrival = ranks.posted(1)
+    time.sleep(0.3)
+    with pytest.raises(RuntimeError, match="timed out waiting for rank 0"):
+        arrival.wait(timedelta(seconds=60))
+    assert arrival.is_completed()
+    ranks.post()
+    with pytest.raises(RuntimeError, match="timed out"):  # what has failed once stays so, and says why
+        ranks.posted(1).wait()
+
+
+def test_a_process_that_has_ended_is_noticed_long_before_the_timeout():
+    ranks = alone(60.0)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(0.2)
+        os._exit(0)
+    ranks._lives[0] = host._Life(pid)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 0 has ended"):
+        ranks.posted(1).wait()
+    os.waitpid(pid, 0)
+    assert time.monotonic() - began < 10
+
+
+def test_what_came_before_a_process_ended_counts():
+    ranks = alone(60.0)
+    ranks.post()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    ranks._lives[0] = host._Life(pid)
+    ranks.posted(1).wait()
+    os.waitpid(pid, 0)
+
+
+def test_a_counter_wakes_another_process_and_wraps_around():
+    segment, _ = host._share(lambda value: [value], 4096)
+    counter = futex.Counter(segment[0].pages, 64)
+    counter._word.value = 2**32 - 1
+    assert counter.has_reached(2**32 - 1) and not counter.has_reached(2**32)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(0.2)
+        counter.advance()
+        os._exit(0)
+    began = time.monotonic()
+    while not counter.wait(2**32, 30.0):
+        pass
+    assert time.monotonic() - began < 10
+    assert counter.has_reached(2**32) and counter.has_reached(2**32 - 1) and not counter.has_reached(2**32 + 1)
+    os.waitpid(pid, 0)
+
+
+# ---- what it leaves behind ------------------------------------------------------------------------------------------
+
+
+def ours(kind: str) -> list[str]:
+    """Names of descriptors, or mappings, that are ours."""
+    if kind == "maps":
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:pyzero" in line]
+    return [path for path in map(str, Path("/proc/self/fd").iterdir()) if link_of(path).startswith("/memfd:pyzero")]
+
+
+def link_of(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # the listing's own
+        return ""
+
+
+def lives(group: Any) -> dict[str, Any]:
+    names = set(os.listdir("/dev/shm"))
+    gc.collect()
+    before = len(ours("maps")), len(ours("fd")), len(os.listdir("/proc/self/fd"))
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport="peer", **SMALL_BUCKETS)
+    loss_of(model, micro_batch(0, 0)).backward()
+    optimizer.step()
+    while_alive = len(ours("maps"))
+    modes = {os.stat(path).st_mode & 0o777 for path in ours("fd")}
+    new_names = set(os.listdir("/dev/shm")) - names
+    del optimizer
+    gc.collect()
+    after = len(ours("maps")), len(ours("fd")), len(os.listdir("/proc/self/fd"))
+    return {"before": before, "while": while_alive, "modes": modes, "names": new_names, "after": after}
+
+
+def test_memory_is_private_has_no_name_and_goes_with_the_optimizer(ranks):
+    for found in ranks.run(3, lives):
+        assert found["while"] - found["before"][0] == 2 * 3  # counters and ring of each rank
+        assert found["modes"] == {0o600} and not found["names"]
+        assert found["after"] == found["before"]
+
+
+def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Tensor]]:
+    """A child between two steps, or before one, which trains, and ends like any other process."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.1, process_group=group, transport="peer")
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(64)).sum().backward()
+
+    backward()
+    optimizer.step()
+    if after_backward:
+        backward()
+    shared = optimizer._group.host._segments[rank_of(group)].pages
+    before, bytes_before = params_of(model), shared[:]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with torch.no_grad():
+                model.weight.zero_()
+            if not after_backward:
+                backward()
+            optimizer.step()
+        except RuntimeError as error:
+            os._exit(7 if "fork" in str(error) else 1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    after = params_of(model)
+    assert shared[:] == bytes_before
+    if not after_backward:
+        backward()
+    optimizer.step()
+    return os.waitstatus_to_exitcode(status), before, after
+
+
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_a_forked_child_changes_nothing_and_may_not_step(ranks, after_backward):
+    for code, before, after in ranks.run(2, forked, after_backward):
+        assert code == 7
+        assert_same(before, after)
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from datetime import timedelta
+import pyzero
+
+def main(rank, store):
+    torch.set_num_threads(1)
+    store = f"file://{store}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = torch.nn.Linear(100, 100)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), transport="peer")
+    for _ in range(2):
+        model(torch.ones(100)).sum().backward()
+        optimizer.step()
+    if rank == 0:
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.start_processes(main, (sys.argv[2],), nprocs=2, start_method=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_end_without_a_word(tmp_path, method):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    names = set(os.listdir("/dev/shm"))
+    done = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", str(script), method, str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "pyzero" in line or "Error" in line or "leaked" in line]
+    assert not {name for name in set(os.listdir("/dev/shm")) - names if "pyzero" in name}
