@@ -26,10 +26,11 @@ _MODULES = {
     "models": "models",
     "transport": "transport",
     "train": "train",
+    "checkpoint": "checkpoint",
     "build": "build_time",
     "import": "import_time",
 }
-_CPU_ONLY = ("transport", "train", "build", "import")
+_CPU_ONLY = ("transport", "train", "checkpoint", "build", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -49,8 +49,9 @@ def _maker(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]) -> Maker:
 def _deepspeed(options: Options) -> Callable[[Sequence[Tensor]], torch.optim.Optimizer]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-    adam = FusedAdam if options.device == "cuda" else DeepSpeedCPUAdam
-    return lambda params: adam(params, lr=1e-3, weight_decay=1e-2, adam_w_mode=True)
+    if options.device == "cuda":
+        return lambda params: FusedAdam(params, lr=1e-3, weight_decay=1e-2, adam_w_mode=True)
+    return lambda params: DeepSpeedCPUAdam(params, lr=1e-3, weight_decay=1e-2, adamw_mode=True)
 
 
 class MixedStep:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyzero import checkpoint_files as files
-from pyzero.buckets import MASTER
+from pyzero.buckets import MASTER, STEP
 from pyzero.checkpoint_files import CheckpointError
 from pyzero.comm import Group
 from pyzero.optimizer import ZeroOptimizer
@@ -247,7 +247,7 @@ class Writer:
             _together(self._group, self._what, lambda: self._write(folder))
             metadata = _together(self._group, self._what, lambda: self._write_tensors(folder))
             rows = self._group.gather_objects((self._sums, self._crcs), self._what)
-            done = _together(
+            _together(
                 self._group,
                 self._what,
                 lambda: files.commit(folder, self._index(metadata, rows), self._keep) if is_first else None,
@@ -256,8 +256,9 @@ class Writer:
             if is_first:
                 shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its space back
             raise
-        log.info("step %d is saved in %s", self._step, done)
-        return folder.with_name(files.name_of(folder))
+        complete = folder.with_name(files.name_of(folder))
+        log.info("step %d is saved in %s", self._step, complete)
+        return complete
 
     def _write(self, folder: Path) -> None:
         """This rank's .pt files."""
@@ -409,7 +410,7 @@ class _Load:
         places = {  # where in the checkpoint each value of the state lies
             number: {key: f"optim.state.{names[number]}.{key}" for key in values}
             for number, values in state["state"].items()
-            if params[number].numel() or f"optim.state.{names[number]}.{MASTER}" in saved
+            if params[number].numel() or f"optim.state.{names[number]}.{STEP}" in saved
         }
         for number, of_param in places.items():
             if of_param[MASTER] not in saved:

@@ -1,0 +1,109 @@
+"""save_checkpoint and load_checkpoint beside the disk's own rate and torch.save of the gathered state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pyzero
+
+from .harness import Options, Row, quantile
+
+_NUMEL = 24 * 2**20
+_WIDTH = 2048
+_REPEATS = 5
+_BLOCK = 2**22
+_BYTES = {"save": 14, "load": 12}  # bf16 weights, masters and two moments; weights come from the masters
+
+Call = Callable[[], object]
+
+
+def run(options: Options) -> list[Row]:
+    num_layers = max((options.numel or (_NUMEL // 4 if options.quick else _NUMEL)) // _WIDTH**2, 1)
+    model = nn.Sequential(*[nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(num_layers)]).bfloat16()
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    model(torch.randn(2, _WIDTH).bfloat16()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    numel = num_layers * _WIDTH**2
+    folder = Path(tempfile.mkdtemp(dir=".", prefix=".benchmark_"))  # not /tmp, which may lie in memory
+    try:
+        return _rows(_jobs(model, optimizer, folder, numel), numel)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int) -> dict[str, dict[str, Call]]:
+    """By direction, the disk first: what is timed."""
+    raw, gathered = folder / "raw", folder / "gathered.pt"
+    steps = iter(range(10**6))
+
+    def write_raw() -> None:
+        with open(raw, "wb", buffering=0) as file:
+            for _ in range(_BYTES["save"] * numel // _BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+
+    def read_raw() -> None:
+        with open(raw, "rb", buffering=0) as file:
+            while file.read(_BLOCK):
+                pass
+
+    def save_gathered() -> None:
+        with open(gathered, "wb") as file:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.full_state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load_gathered() -> None:
+        state = torch.load(gathered, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save() -> None:
+        pyzero.save_checkpoint(folder / "ours", model=model, optimizer=optimizer, step=next(steps), keep=1)
+
+    def load() -> None:
+        pyzero.load_checkpoint(folder / "ours", model=model, optimizer=optimizer)
+
+    block = os.urandom(_BLOCK)
+    before = [param.detach().clone() for param in model.parameters()]
+    save()
+    for param in model.parameters():
+        param.data.zero_()
+    load()
+    assert all(map(torch.equal, model.parameters(), before)), "load_checkpoint gives other weights than were saved"
+    return {
+        "save": {"disk: write, fsync": write_raw, "pyzero": save, "torch.save, fsync": save_gathered},
+        "load": {"disk cache: read": read_raw, "pyzero": load, "torch.load": load_gathered},
+    }
+
+
+def _rows(jobs: dict[str, dict[str, Call]], numel: int) -> list[Row]:
+    rows = []
+    for direction, calls in jobs.items():
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(_REPEATS):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - began)
+        medians = {name: quantile(samples, 0.5) for name, samples in times.items()}
+        disk = medians[next(iter(calls))]
+        for name, samples in times.items():
+            num_bytes = _BYTES[direction] if name == "pyzero" else _BYTES["save"]
+            rate = num_bytes * numel / medians[name] / 1e9
+            low, high = quantile(samples, 0.2), quantile(samples, 0.8)
+            relative = disk / medians[name]
+            rows.append(
+                Row("checkpoint", direction, name, numel, medians[name], low, high, num_bytes, rate, speedup=relative)
+            )
+    return rows
