@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
+from torch.utils.dlpack import from_dlpack
 
 from pyzero.checkpoint_files import CheckpointError, ChecksummedStream, read_checked, reading
 
@@ -45,6 +48,15 @@ class _ChecksummedFiles(FileSystem):
             yield stream
             stream.tell()
             self._crcs.update({(Path(path).name, offset): row for offset, row in found.items()})
+
+
+class _AliasPlanner(DefaultSavePlanner):
+    """Hands boxes to the writer as tensors with a storage of their own over the same memory: it copies parts of one."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = super().lookup_object(index)
+        is_part = isinstance(value, Tensor) and value.is_contiguous() and value.numel() > 0
+        return from_dlpack(value.detach()) if is_part else value
 
 
 class ChecksummedWriter(FileSystemWriter):
@@ -122,7 +134,9 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
     """
     with _as_ours():
         writer = ChecksummedWriter(folder, crcs, progress)
-        found: Metadata = save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+        found: Metadata = save(
+            state, storage_writer=writer, planner=_AliasPlanner(), process_group=group, no_dist=group is None
+        )
     return found
 
 
