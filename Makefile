@@ -1,4 +1,5 @@
 # make train: a GPT on real text, its optimizer state sharded over two processes.  make test: every test.
+# make train TRAIN_ARGS="--save-every 100 --resume": the same, from where it was interrupted.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,10 +10,22 @@ NATIVE := setup.py pyproject.toml constraints.txt pyzero/ops/build_spec.py $(wil
 # Processes of `make train`: one per GPU, two without.
 NPROC = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 
-.PHONY: train test test-quick lint format bench profile gpu gpu-quick clean
+.PHONY: train resume test test-quick lint format bench profile gpu gpu-quick clean
 
 train: $(VENV)/.examples
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py $(TRAIN_ARGS)
+
+# The picture in README: a run on two ranks, and one that is killed, goes on on three, is killed again, goes on on one.
+ON = $(BIN)/torchrun --standalone --nproc-per-node
+RUN = examples/train_gpt.py --no-baseline --layers 2 --width 128 --steps 400
+PARTS = $(RUN) --out runs/parts --save-every 50
+resume: $(VENV)/.examples
+	rm -rf runs/parts
+	$(ON) 2 $(RUN) --out runs/whole
+	! $(ON) 2 $(PARTS) --kill-at 170
+	! $(ON) 3 $(PARTS) --resume --kill-at 290
+	$(ON) 1 $(PARTS) --resume --over runs/whole
+	cp runs/parts/resume.png docs/resume.png
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -5,19 +5,22 @@
 
 GPUs are used where there are any, one per process. `--optimizer adamw` trains the baseline alone; the default run
 trains it too, after FusedZeroAdamW, unless --out holds its curve from the same settings.
+
+With `--save-every 100` a run that was interrupted goes on from its last checkpoint when it is started with `--resume`,
+on any number of ranks: a batch is the same rows, however many ranks share them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpt import data, model, ranks, report
 from gpt.model import Bytewise
+from gpt.progress import Keeper, fail
 from gpt.ranks import Place
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for curves and pictures")
     parser.add_argument("--no-baseline", action="store_true", help="do not train AdamW as well")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=8, help="rows per step, over all ranks; rounded up to a multiple")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step, shared out among the ranks")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -48,13 +51,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of FusedZeroAdamW's weights")
     parser.add_argument("--compute", choices=DTYPES, help="of the arithmetic; default: fp32 on CPUs, else as --dtype")
     parser.add_argument("--sample-bytes", type=int, default=300)
-    return parser.parse_args()
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="save a checkpoint in the folder of --out")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint there, if there is one")
+    parser.add_argument("--kill-at", type=int, metavar="STEP", help="for trying --resume: the last rank dies there")
+    parser.add_argument("--over", type=Path, metavar="FOLDER", help="draw the curve over that of the run saved there")
+    args = parser.parse_args()
+    if args.optimizer == "adamw" and (args.save_every or args.resume or args.over):
+        parser.error("expected --save-every, --resume and --over without --optimizer adamw; pass --optimizer zero")
+    return args
 
 
-def settings_of(args: argparse.Namespace, corpus: data.Corpus, num_ranks: int) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, corpus: data.Corpus) -> dict[str, Any]:
     """What two curves must share to be laid over each other."""
     names = ("steps", "batch", "layers", "width", "heads", "context", "lr", "seed")
-    return {name: getattr(args, name) for name in names} | {"text": corpus.fingerprint(), "ranks": num_ranks}
+    return {name: getattr(args, name) for name in names} | {"text": corpus.fingerprint()}
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -92,9 +102,10 @@ class Trainer:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.schedule = schedule(self.optimizer, args.steps)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """One step on this rank's rows. Returns its loss, 0-D."""
-        loss = self.loss_of(tokens)
+    def step(self, batch: Tensor) -> Tensor:
+        """One step on a batch, the same on all ranks. Returns a loss, 0-D, whose mean over ranks is the batch's."""
+        rows, share = own_rows(batch, self.place)
+        loss = self.loss_of(rows) * share
         if self.name == ZERO:
             self.optimizer.backward(loss)
             self.optimizer.step()
@@ -124,45 +135,49 @@ class Trainer:
         return int(self.place.mean(torch.tensor(float(mine), device=self.place.device, dtype=torch.float64)))
 
 
-def own_rows(rows: Tensor, place: Place) -> Tensor:
-    """This rank's part of a batch that all ranks drew alike."""
-    return rows.chunk(place.size)[place.rank].to(place.device)
+def own_rows(rows: Tensor, place: Place) -> tuple[Tensor, float]:
+    """This rank's part of a batch that all ranks drew alike, and what its mean counts for in the mean over ranks."""
+    mine = rows.tensor_split(place.size)[place.rank]
+    return mine.to(place.device), len(mine) * place.size / len(rows)
 
 
 @torch.no_grad()
 def held_out_loss(trainer: Trainer, corpus: data.Corpus) -> float:
-    rows = own_rows(corpus.held_out_windows(HELD_OUT_ROWS, trainer.args.context), trainer.place)
-    losses = torch.stack([trainer.model(part) for part in rows.split(32)])
-    return float(trainer.place.mean(losses.mean()))
+    rows, share = own_rows(corpus.held_out_windows(HELD_OUT_ROWS, trainer.args.context), trainer.place)
+    total = sum(trainer.model(part) * len(part) for part in rows.split(32))
+    return float(trainer.place.mean(total / len(rows) * share))
 
 
 def train(name: str, args: argparse.Namespace, corpus: data.Corpus, place: Place) -> tuple[report.Result, Trainer]:
-    """One optimizer from the seed to the last step."""
+    """One optimizer from the seed, or from its last checkpoint, to the last step."""
     from tqdm import tqdm
 
     trainer = Trainer(name, args, place)
-    losses = torch.zeros(args.steps, device=place.device)
+    keeper = Keeper(args.out / "checkpoints", trainer, settings_of(args, corpus), place)
+    first = keeper.start(resume=args.resume and name == ZERO)
     tokens_per_step = args.batch * args.context
-    started = time.monotonic()
-    with tqdm(
-        total=args.steps * tokens_per_step, unit="tok", unit_scale=True, desc=name, disable=place.rank != 0
-    ) as bar:
-        for step in range(args.steps):
-            tokens = own_rows(corpus.batch(step, args.batch, args.context, args.seed), place)
-            losses[step] = trainer.step(tokens)
+    sizes = {"total": args.steps * tokens_per_step, "initial": first * tokens_per_step}
+    with tqdm(**sizes, unit="tok", unit_scale=True, desc=name, disable=place.rank != 0) as bar:
+        for step in range(first + 1, args.steps + 1):
+            loss = trainer.step(corpus.batch(step - 1, args.batch, args.context, args.seed))
+            keeper.add(loss)
             bar.update(tokens_per_step)
-            if step % 10 == 9 and place.rank == 0:  # a read of the device waits for it: not in every step
-                bar.set_postfix(trainer.status(losses[step]))
-    curve = place.mean(losses).tolist()
-    seconds = time.monotonic() - started
+            if step % 10 == 0 and place.rank == 0:  # a read of the device waits for it: not in every step
+                bar.set_postfix(trainer.status(loss))
+            if name == ZERO and args.save_every and step % args.save_every == 0:
+                keeper.save()
+            if name == ZERO and step == args.kill_at:
+                fail(place)
+    progress = keeper.read()
     result = report.Result(
         optimizer=name,
-        settings=settings_of(args, corpus, place.size),
-        losses=curve,
+        settings=settings_of(args, corpus) | {"ranks": place.size},
+        losses=progress.losses,
         held_out_loss=held_out_loss(trainer, corpus),
-        seconds=seconds,
+        seconds=progress.seconds,
         weight_bytes=sum(param.numel() * param.element_size() for param in trainer.model.parameters()),
         state_bytes=trainer.state_bytes(),
+        parts=progress.parts,
     )
     if place.rank == 0:
         report.save(result, args.out)
@@ -179,16 +194,29 @@ def conclude(results: list[report.Result], trainer: Trainer, corpus: data.Corpus
             f"{result.optimizer}: held-out loss {result.held_out_loss:.3f} nats per byte, "
             f"{args.steps} steps in {result.seconds:.0f} s"
         )
-    picture = args.out / "loss.png"
-    if report.plot(results, picture):
-        print(f"curves: {picture}, and as CSV beside it")
+    drawn = report.plot(results, args.out / "loss.png")
+    if args.over:
+        report.plot_over(results[0], whole_run(args, corpus), args.out / "resume.png")
+    if drawn:
+        print(f"curves: {args.out}/*.png, and as CSV beside them")
     else:
         print(f"curves: {args.out}/*.csv; no picture, matplotlib is not installed (pip install matplotlib)")
 
 
+def whole_run(args: argparse.Namespace, corpus: data.Corpus) -> report.Result:
+    """The run of --over."""
+    found = report.load(ZERO, args.over, settings_of(args, corpus))
+    if found is None:
+        raise SystemExit(f"expected a run of these settings in {args.over}, got none; train it with --out {args.over}")
+    return found
+
+
 def run(args: argparse.Namespace, place: Place) -> None:
-    args.batch = math.ceil(args.batch / place.size) * place.size  # the same number of rows on every rank
+    if args.batch < place.size:
+        raise SystemExit(f"expected a row for each of {place.size} ranks, got --batch {args.batch}; pass more")
     corpus = data.load(args.data, args.context)
+    if args.over:
+        whole_run(args, corpus)  # or stop now
     name = ZERO if args.optimizer == "zero" else ADAMW
     if place.rank == 0:
         print(f"text: {corpus.name}, {len(corpus.train)} bytes, {len(corpus.held_out)} held out")

@@ -224,7 +224,7 @@ class Writer:
         if keep is not None and keep < 1:
             raise ValueError(f"expected keep as 1 or more, or None, got {keep}; pass how many checkpoints to leave")
         self._group = group
-        self._directory = Path(directory)
+        self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
         self._step = int(step)
         self._keep = keep
         self._what = f"the save to {directory}"

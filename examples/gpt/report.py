@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Result:
     seconds: float
     weight_bytes: int  # on each rank
     state_bytes: int  # masters and moments, on the rank that holds most
+    parts: list[list[int]] = field(default_factory=list)  # [first step, number of ranks], one per start
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -44,12 +45,12 @@ def save(result: Result, folder: Path) -> None:
 
 
 def load(optimizer: str, folder: Path, settings: dict[str, Any]) -> Result | None:
-    """An earlier run of that optimizer with the same settings, if there is one."""
+    """An earlier run of that optimizer with these settings, if there is one."""
     path = folder / f"{optimizer}.json"
     if not path.is_file():
         return None
     result = Result(**json.loads(path.read_text()))
-    return result if result.settings == settings else None
+    return result if settings.items() <= result.settings.items() else None
 
 
 def _smoothed(losses: list[float]) -> list[float]:
@@ -61,15 +62,29 @@ def _smoothed(losses: list[float]) -> list[float]:
     return smooth
 
 
-def plot(results: list[Result], path: Path) -> bool:
-    """The curves as PNG. False where matplotlib is not installed."""
+def _pyplot() -> Any:
+    """matplotlib's, drawing to files; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _write_figure(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_whole(path, buffer.getvalue())
+
+
+def plot(results: list[Result], path: Path) -> bool:
+    """The curves as PNG. False where matplotlib is not installed."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return False
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for result in results:
         label = f"{result.optimizer}: held-out {result.held_out_loss:.3f}"
@@ -77,11 +92,40 @@ def plot(results: list[Result], path: Path) -> bool:
     axes.set(xlabel="step", ylabel="training loss, nats per byte (running mean)")
     axes.legend()
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    _write_figure(figure, path)
     pyplot.close(figure)
-    write_whole(path, buffer.getvalue())
     return True
+
+
+def plot_over(resumed: Result, whole: Result, path: Path) -> bool:
+    """A run in parts over one in one piece, and below how far each step's loss is off. False without matplotlib."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return False
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="tight")
+    above.plot(_smoothed(whole.losses), color="0.8", linewidth=6, label=f"uninterrupted {_on(whole.parts[0][1])}")
+    smooth = _smoothed(resumed.losses)
+    off = [mine - other for mine, other in zip(resumed.losses, whole.losses, strict=True)]
+    ends = [first for first, _ in resumed.parts[1:]] + [len(smooth)]
+    for number, ((first, num_ranks), end) in enumerate(zip(resumed.parts, ends, strict=True)):
+        steps, color = range(first, end), f"C{number}"
+        label = f"{'resumed' if number else 'started'} {_on(num_ranks)}"
+        above.plot(steps, smooth[first:end], color=color, linewidth=1.4, label=label)
+        below.plot(steps, off[first:end], color=color, linewidth=0.8)
+        for axes in (above, below) if number else ():
+            axes.axvline(first, color="0.5", linestyle=":", linewidth=1)
+    above.set(ylabel="training loss, nats per byte (running mean)")
+    below.set(xlabel="step", ylabel="difference")
+    above.legend()
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    _write_figure(figure, path)
+    pyplot.close(figure)
+    return True
+
+
+def _on(num_ranks: int) -> str:
+    return f"on {num_ranks} rank{'s' * (num_ranks != 1)}"
 
 
 def memory_table(num_params: int, num_ranks: int, measured: list[Result]) -> str:
