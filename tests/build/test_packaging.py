@@ -16,7 +16,7 @@ import pytest
 from pyzero.ops import env
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "*.so", "__pycache__")
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "out", "runs", "*.egg-info", "*.so", "__pycache__")
 PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
 NO_COMPILER = {"CXX": "no-such-compiler", "CUDA_HOME": "/no-such-folder"}
 
