@@ -32,9 +32,6 @@ class FullAccess:
     def _sync_masters_from_weights(self) -> None:
         raise NotImplementedError
 
-    def _state_was_written(self) -> None:
-        raise NotImplementedError
-
     def full_master(self, param: Tensor) -> Tensor:
         """The fp32 master of a parameter, in its shape and memory order: a copy, the same on every rank.
 
@@ -156,7 +153,6 @@ class FullAccess:
         if MASTER in state:
             param.copy_(state[MASTER])
             bucket.weight_was_written(position)
-        self._state_was_written()
 
     @torch.no_grad()
     def set_full_grad(self, param: Tensor, value: Tensor) -> None:

@@ -113,6 +113,15 @@ class Bucket:
         """The first masters."""
         if not self.is_master:
             self.master.copy_(self.weight_shard)
+        self._first_versions = self._state_versions()
+
+    def _state_versions(self) -> list[int]:
+        own = [] if self.is_master else [self.master]
+        return [tensor._version for tensor in (*own, *self.state.values())]
+
+    def state_was_written(self) -> bool:
+        """By anybody but an op, since the first masters."""
+        return self._state_versions() != self._first_versions
 
     def written(self, every: bool = False) -> list[int]:
         """Positions of parameters that someone else wrote, or moved elsewhere, or of all.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from tqdm import tqdm
 
 from pyzero import checkpoint_files as files
@@ -28,6 +33,7 @@ _T = TypeVar("_T")
 
 _SHOW_PROGRESS_AFTER_S = 5.0
 _MOST_SHOWN = 5  # names in a report
+_OF_ITS_OWN = ("params", "param_names", SCALER)  # of a group: no hyper-parameters
 
 
 def save_checkpoint(
@@ -48,7 +54,7 @@ def save_checkpoint(
         directory: Seen by all ranks. The checkpoint goes into a folder of its own in there.
         model: Whose parameters the optimizer has. Weights, buffers and frozen parameters are saved.
         optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
-        step: Number of the step, which names the folder. One of the same step is replaced.
+        step: Number of the step, from 0 on, which names the folder. One of the same step is replaced.
         keep: Remove all but this many of the newest; None: remove none.
         **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
 
@@ -59,7 +65,9 @@ def save_checkpoint(
         CheckpointError: A file could not be written on some rank, on all ranks.
         CollectiveError: A rank died.
         TypeError: `extra` holds objects that cannot be loaded without running code.
-        RuntimeError: A backward has run since the last step(): its gradients would be lost.
+        ValueError: `step`, `keep` or the model is none to save, or ranks pass different steps.
+        RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
+            `.grad` is torch's, on one rank or with `reduce_grads=False`.
     """
     return _writer(directory, model, optimizer, step, keep, extra, copies=False).run()
 
@@ -75,11 +83,14 @@ def async_save_checkpoint(
 ) -> Future[Path]:
     """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
 
+    The optimizer's next save or load waits until it is written.
+
     Returns:
-        `result()` waits, and gives the folder or raises. Wait for one before the next is started.
+        `result()` waits, and gives the folder or raises.
     """
     future = _thread.submit(_writer(directory, model, optimizer, step, keep, extra, copies=True).run)
     future.add_done_callback(_log_failure)
+    _in_thread[optimizer] = future
     return future
 
 
@@ -91,6 +102,15 @@ def _log_failure(future: Future[Path]) -> None:
 
 
 _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
+_in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()  # the last save of each
+
+
+def _begin(optimizer: ZeroOptimizer) -> Group:
+    """What saves and loads begin with: the save before is over, for they talk in this group too."""
+    if optimizer in _in_thread:
+        _in_thread.pop(optimizer).exception()  # waits; whoever started it hears of a failure
+    optimizer.place_unfrozen()
+    return optimizer.checkpoint_group()
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -162,10 +182,22 @@ def _names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
     return {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
 
 
-def _model_state(model: nn.Module) -> dict[str, Any]:
+def _model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """By name: parameters and buffers, whose memory is the model's; and what get_extra_state() of modules returns."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    return get_model_state_dict(model)
+    state: dict[str, Any] = get_model_state_dict(model)
+    suffix = _EXTRA_STATE_KEY_SUFFIX
+    extra = {n: v for n, v in state.items() if not torch.is_tensor(v) or n.split(".")[-1] == suffix}
+    return {name: value for name, value in state.items() if name not in extra}, extra
+
+
+def _set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """By torch.distributed.checkpoint's names, to the modules that the model has."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    if state:
+        set_model_state_dict(model, state, options=StateDictOptions(strict=False))
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -193,13 +225,14 @@ def _collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any]) 
     for param, name in names.items():
         if param.dtype == torch.float32 and name in values:
             del values[name][MASTER]  # the weight itself
-    model_state = _model_state(model)
-    others = {name: value for name, value in model_state.items() if not torch.is_tensor(value)}
+    model_state, others = _model_state(model)
     first: dict[int, str] = {}
-    tensors = {name: value for name, value in model_state.items() if torch.is_tensor(value) and value.numel()}
+    tensors = {name: value for name, value in model_state.items() if value.numel()}
     tied = {name: first.setdefault(value.data_ptr(), name) for name, value in tensors.items()}
     common = {"param_groups": groups, "model": others, "tied": {a: b for a, b in tied.items() if a != b}}
-    return Content({"model": model_state, "optim": {"state": values, "param_groups": groups}}, common, extra)
+    return Content(
+        {"model": {**model_state, **others}, "optim": {"state": values, "param_groups": groups}}, common, extra
+    )
 
 
 class Writer:
@@ -221,17 +254,27 @@ class Writer:
         keep: int | None,
         collect: Callable[[], Content],
     ) -> None:
-        if keep is not None and keep < 1:
-            raise ValueError(f"expected keep as 1 or more, or None, got {keep}; pass how many checkpoints to leave")
         self._group = group
         self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
-        self._step = int(step)
+        self._step = step
         self._keep = keep
         self._what = f"the save to {directory}"
-        _together(group, self._what, lambda: self._take(collect()))
+        _together(group, self._what, lambda: self._take(collect))
+        steps = group.gather_objects(self._step, self._what)
+        if len(set(steps)) > 1:
+            raise ValueError(f"expected the same step on every rank, got {steps}; pass how many steps were taken")
 
-    def _take(self, content: Content) -> None:
+    def _take(self, collect: Callable[[], Content]) -> None:
+        if not hasattr(self._step, "__index__") or operator.index(self._step) < 0:
+            raise ValueError(f"expected step as a whole number from 0 on, got {self._step!r}; pass how many were taken")
+        self._step = operator.index(self._step)
+        if self._keep is not None and self._keep < 1:
+            raise ValueError(
+                f"expected keep as 1 or more, or None, got {self._keep}; pass how many checkpoints to leave"
+            )
+        content = collect()
         self._state = content.state
+        self._in_common = [f"model.{name}" for name in content.common["model"]]
         self._contents = {files.rank_file(self._group.rank): files.to_bytes(content.extra, "extra")}
         if self._group.rank == 0:
             self._contents[files.COMMON] = files.to_bytes(content.common, "the parameter groups and the model")
@@ -291,7 +334,7 @@ class Writer:
             "torch": torch.__version__,
             "files": {name: row for sums, _ in rows for name, row in sums.items()},
             "sizes": sizes,
-            "tensors": _describe(metadata, crcs),
+            "tensors": _describe(metadata, crcs, self._in_common),
         }
 
     @contextmanager
@@ -320,7 +363,7 @@ def _writer(
         content = _collect(model, optimizer, extra)
         return replace(content, state=_on_host(content.state)) if copies else content
 
-    return Writer(optimizer.checkpoint_group(), directory, step, keep, collect)
+    return Writer(_begin(optimizer), directory, step, keep, collect)
 
 
 def _on_host(value: Any) -> Any:
@@ -330,17 +373,23 @@ def _on_host(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
-def _describe(metadata: Any, crcs: dict[tuple[str, int], tuple[int, int]]) -> dict[str, Any]:
-    """Every tensor for the index, from torch's metadata: [offsets, sizes, file, offset in it, length, CRC-32]."""
+def _describe(
+    metadata: Any, crcs: dict[tuple[str, int], tuple[int, int]], in_common: Collection[str]
+) -> dict[str, Any]:
+    """Every tensor for the index, from torch's metadata: [offsets, sizes, file, offset in it, length, CRC-32].
+
+    in_common: Names of what is for torch's own loaders; ours take it from common.pt. The parameter groups are too.
+    """
     tensors: dict[str, Any] = {}
+    of_torch = tuple(f"{name}." for name in (*in_common, "optim.param_groups"))
     places = {
         (index.fqn, tuple(index.offset)): where
         for index, where in metadata.storage_data.items()
         if index.offset is not None
     }
     for name, tensor in metadata.state_dict_metadata.items():
-        if not hasattr(tensor, "chunks") or name.startswith("optim.param_groups."):
-            continue  # for torch's own loaders; ours takes them from common.pt
+        if not hasattr(tensor, "chunks") or f"{name}.".startswith(of_torch):
+            continue
         boxes = []
         for chunk in tensor.chunks:
             where = places[name, tuple(chunk.offsets)]
@@ -362,27 +411,45 @@ class _Load:
         self._model = model
         self._optimizer = optimizer
         self._strict = strict
-        self._group = optimizer.checkpoint_group()
+        self._group = _begin(optimizer)
         self._problems: list[str] = []  # how the checkpoint differs from what it is loaded into
 
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
-        _together(self._group, f"the load of {self._directory}", self._read)
+        what = f"the load of {self._directory}"
+        name = self._group.gather_objects(_together(self._group, what, self._find), what)[0]  # one that all ranks load
+        _together(self._group, what, lambda: self._read(self._directory / name))
+        self._compare(what)
         with torch.no_grad():
             for name, value in self._others.items():
                 self._model_state[name].copy_(value)
-        if self._common["model"]:
-            self._model.load_state_dict(self._common["model"], strict=False)
+        _set_extra_state(self._model, self._common["model"])
         self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         return {"step": self._index["step"], **self._extra}
 
-    def _read(self) -> None:
+    def _find(self) -> Path | None:
+        """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
+        if self._group.rank:
+            return None
         folder = files.find(self._directory)
         if folder is None:
             raise CheckpointError(
                 f"expected a checkpoint in {self._directory}, got none; save one with pyzero.save_checkpoint(), or ask "
                 f"pyzero.latest_checkpoint() first"
             )
+        return folder.relative_to(self._directory)
+
+    def _compare(self, what: str) -> None:
+        """Raise where ranks have read different checkpoints."""
+        found = self._group.gather_objects((self._index["step"], zlib.crc32(json.dumps(self._index).encode())), what)
+        for rank, one in enumerate(found):
+            if one != found[0]:
+                raise CheckpointError(
+                    f"expected one checkpoint on all ranks, got step {found[0][0]} on rank 0 and another, of step "
+                    f"{one[0]}, on rank {rank}; pass the same directory, on a file system that all ranks share"
+                )
+
+    def _read(self, folder: Path) -> None:
         self._index = files.read_index(folder)
         self._common = files.load_file(folder, files.COMMON, self._index)
         is_same = self._index["num_ranks"] == self._group.size
@@ -406,7 +473,7 @@ class _Load:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         names_of = _names_of(self._model, self._optimizer)
         names = [names_of[param] for param in params]
-        self._model_state = {n: v for n, v in _model_state(self._model).items() if torch.is_tensor(v)}
+        self._model_state, _ = _model_state(self._model)
         places = {  # where in the checkpoint each value of the state lies
             number: {key: f"optim.state.{names[number]}.{key}" for key in values}
             for number, values in state["state"].items()
@@ -447,7 +514,7 @@ class _Load:
         matched = []
         for index, group in enumerate(groups):
             found = sorted({group_of[names[i]] for i in group["params"] if names[i] in group_of})
-            options = [{key: value for key, value in saved[i].items() if key not in ("params", SCALER)} for i in found]
+            options = [{key: value for key, value in saved[i].items() if key not in _OF_ITS_OWN} for i in found]
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})

@@ -201,15 +201,24 @@ def _complete(directory: Path) -> list[Path]:
 def find(directory: Path) -> Path | None:
     """The folder of the latest checkpoint in a directory, or the directory itself where it is one; None without any.
 
+    One alone is the latest: `latest` may be missing after a crash of the first save.
+
     Raises:
-        CheckpointError: `latest` is damaged, or what it names is gone.
+        CheckpointError: `latest` is damaged, or what it names is gone; or it is missing, beside several.
     """
     if (directory / INDEX).is_file():
         return directory
-    if not (directory / LATEST).is_file():
+    if not directory.is_dir():
         return None
-    name = (directory / LATEST).read_text(errors="replace").strip()
     others = [path.name for path in _complete(directory)]
+    if not (directory / LATEST).is_file():
+        if len(others) > 1:
+            raise CheckpointError(
+                f"expected {directory / LATEST} to name one of {', '.join(others)}, got no such file; load one by its "
+                f"path, or write its name there"
+            )
+        return directory / others[0] if others else None
+    name = (directory / LATEST).read_text(errors="replace").strip()
     if not _FOLDER.fullmatch(name) or name not in others:
         raise CheckpointError(
             f"expected {directory / LATEST} to name a checkpoint beside it, got {name[:80]!r}; load one of these by "

@@ -336,9 +336,6 @@ class ZeroOptimizer(FullAccess, Optimizer):
                 outer_found = (outer_found != 0).to(torch.float32).reshape(1)
             return self._gradients.collect(outer_found, purpose)
 
-    def _state_was_written(self) -> None:
-        self._placement.is_fresh = False
-
     # ---- the step -------------------------------------------------------------------------------------------------
 
     _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
@@ -389,7 +386,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for gather in gathers:
             gather.wait()
         self._weights_were_written(stats.used)
-        self._placement.is_fresh = False
+        self._placement.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
         self._last = _LastStep(scalars.found_inf, norm, clip)
@@ -538,26 +535,26 @@ class ZeroOptimizer(FullAccess, Optimizer):
             saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
         except ValueError as error:
             problem = error
-        problems = self._group.gather_objects(None if problem is None else str(problem))
+        answers = self._group.gather_objects(str(problem) if saved is None else saved.summary())
         if problem is not None:
             raise problem
-        failed = next((rank for rank, text in enumerate(problems) if text is not None), None)
-        if failed is not None:
-            raise ValueError(f"nothing was loaded, for rank {failed} could not: {problems[failed]}")
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, str):
+                raise ValueError(f"nothing was loaded, for rank {rank} could not: {answer}")
         assert saved is not None
+        cut = rank_state.agreed_cut(answers)
         saved.forget_unloaded_masters(self, self._buckets)
         self._sync_masters_from_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
-        if saved.layouts is not None:
-            self._move_to(saved.layouts, keeps_state=False)
+        if cut is not None:
+            self._move_to(cut.layouts(self, self._placement, self._group.size), keeps_state=False)
             if isinstance(self._gradients, ReducedGradients):
-                self._gradients.learns_arrival &= not saved.has_learned
+                self._gradients.learns_arrival &= not cut.has_learned
         saved.copy_into(self)
         if saved.scaler is not None:
             self._scaler.load(saved.scaler)
             self._overflow.start_from(self.skipped_steps)
         elif self._scaler.enabled:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
-        self._placement.is_fresh = False
         self._publish_masters()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -567,6 +564,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         if self._checkpoint_group is None:
             self._checkpoint_group = Group(self._group.handle) if self._group.size > 1 else self._group
         return self._checkpoint_group
+
+    def place_unfrozen(self) -> None:
+        """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
+        self._place_unfrozen()
 
     def check_between_steps(self) -> None:
         """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
@@ -610,7 +611,9 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def _zero_state(self) -> str:
         """What a state dict says of itself: whose it is, and how it is cut."""
         learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
-        buckets = [list(bucket.numbers) for bucket in self._buckets]
+        params = (param for group in self._param_groups for param in group["params"])
+        places = {param: place for place, param in enumerate(params)}
+        buckets = [[places[param] for param in bucket.params] for bucket in self._buckets]
         return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
 
 
@@ -621,9 +624,12 @@ def _sync_masters_from_weights(optimizer: Optimizer) -> None:
 
 
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes."""
+    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes.
+
+    The five are a copy: a checkpoint that is read into them counts once it is loaded, for more depends on them.
+    """
     assert isinstance(optimizer, ZeroOptimizer)
-    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state
+    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
 

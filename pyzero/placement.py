@@ -43,7 +43,7 @@ class Placement:
         self.steps = torch.empty(0)  # (num_params,) fp32: applied steps, bucket by bucket
         self._places: dict[Tensor, int] = {}  # the group of each parameter
         self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
-        self.is_fresh = True  # masters are the weights, the rule's state is zero
+        self.has_stepped = False
         self.rule = rule
         self._group = group
         self._state = state
@@ -190,17 +190,23 @@ class Placement:
         """
         if [layout.slots for layout in layouts] == [bucket.layout.slots for bucket in self.buckets]:
             return False
+        is_fresh = keeps_state and self._is_fresh()
         old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
         places = {n: (bucket, place) for bucket in self.buckets for place, n in enumerate(bucket.numbers)}
         self._join_steps()
         for bucket in self.buckets:
             bucket.masters_from_weights()
-        while old and keeps_state and not self.is_fresh:
-            self._move_state(old.pop(), places)
+        while old and keeps_state:
+            self._move_state(old.pop(), places, is_fresh)
         return True
 
-    def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]]) -> None:
-        for name in old.state_names:
+    def _is_fresh(self) -> bool:
+        """Whether masters are the weights and the rule's state is zero: nobody has written there. Collective."""
+        written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
+        return not any(self._group.gather_objects(written))
+
+    def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]], is_fresh: bool) -> None:
+        for name in () if is_fresh else old.state_names:
             flat, per_value = self._group.gather_shards(old.sharded(name)), old.elements_per_value(name)
             for slot in old.layout.slots:
                 bucket, position = places[slot.index]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ ZERO, SCALER = "zero", "scaler"  # in the first group, for torch.distributed.che
 
 
 def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
-    """Whose a state dict is, and where its fragments are cut: one string, which nobody takes apart on the way."""
+    """Whose a state dict is, and where its fragments are cut: one string, which nobody takes apart on the way.
+
+    buckets: Of parameters by their place in the groups, which does not tell when they were unfrozen.
+    """
     return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
 
 
@@ -69,12 +72,64 @@ class SavedParam:
         return name in self.whole or name in self.parts
 
 
+class SavedCut(NamedTuple):
+    """Which buckets the parts of all ranks were cut from."""
+
+    buckets: list[list[int]]  # of parameters, by their place in the groups
+    has_learned: bool  # in the order of arrival
+
+    def layouts(self, optimizer: Optimizer, placement: Placement, num_ranks: int) -> list[BucketLayout]:
+        """Of the buckets.
+
+        Raises:
+            ValueError: Other parameters are trained now, or in other dtypes.
+        """
+        numbers, specs = _numbers(optimizer, placement), placement.specs
+        found = [place for bucket in self.buckets for place in bucket]
+        if sorted(found) != sorted(numbers):
+            raise ValueError(
+                f"expected the state of {len(specs)} trained parameters, got that of {len(found)}; freeze the same "
+                f"ones as when it was saved"
+            )
+        members = [[specs[numbers[place]] for place in bucket] for bucket in self.buckets]
+        if any(len({spec.key for spec in bucket}) != 1 for bucket in members):
+            raise ValueError(
+                "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
+                "optimizer is built"
+            )
+        return [lay_out(bucket, num_ranks, placement.rule.cut) for bucket in members]
+
+
+class Summary(NamedTuple):
+    """What one rank's state dict must have in common with the others'."""
+
+    steps: list[float]  # of each parameter
+    cut: SavedCut | None  # None: whole tensors, as are those of which all parts lie on one rank there
+
+
+def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
+    """That of all ranks' state dicts.
+
+    Raises:
+        ValueError: They were saved at different times, or cut in different ways.
+    """
+    cuts = [summary.cut for summary in summaries]
+    first = next((rank for rank, cut in enumerate(cuts) if cut is not None), 0)
+    for rank, (steps, cut) in enumerate(summaries):
+        if steps != summaries[0].steps or (cut is not None and cut != cuts[first]):
+            what = "other steps" if steps != summaries[0].steps else "other buckets"
+            raise ValueError(
+                f"expected state dicts that all ranks saved at once, got one of {what} on rank {rank}; load files of "
+                f"one save"
+            )
+    return cuts[first]
+
+
 @dataclass
 class RankState:
     """A state dict that has been found to fit."""
 
-    layouts: list[BucketLayout] | None  # that its parts are of; None: whole tensors
-    has_learned: bool  # the buckets are in the order of arrival
+    cut: SavedCut | None  # that its parts are of; None: whole tensors
     is_ours: bool
     params: list[SavedParam]
     groups: list[dict[str, Any]]
@@ -98,25 +153,28 @@ class RankState:
             )
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
-        numbers = {param: number for number, param in enumerate(placement.params)}
+        numbers = _numbers(optimizer, placement)
         origin: str | None = saved_groups[0].get(ZERO)
         found, places, lengths = [], [], {}
         for place, (i, param) in enumerate(zip(ids, params, strict=True)):
-            if param in numbers:
+            if place in numbers:
                 saved, its_origin = _sort(param, state_dict["state"].get(i, {}), placement.shapes_of(param))
                 origin = its_origin or origin
                 found.append(saved)
                 places.append(place)
-        layouts = None
+        cut = None
         described = {} if origin is None else json.loads(origin)
         if described and any(saved.parts for saved in found):
-            layouts = _layouts(described, placement, rank, num_ranks)
-            lengths = _lengths(layouts, rank)
+            _check_origin(described, rank, num_ranks)
+            cut = SavedCut(described["buckets"], described["has_learned"])
+            lengths = _lengths(cut.layouts(optimizer, placement, num_ranks), rank)
         for place, saved in zip(places, found, strict=True):
-            _check(saved, placement, lengths.get(numbers[saved.param]), place)
-        has_learned = bool(layouts and described["has_learned"])
-        scaler = saved_groups[0].get(SCALER)
-        return RankState(layouts, has_learned, ZERO in saved_groups[0], found, saved_groups, scaler)
+            _check(saved, placement, lengths.get(numbers[place]), place)
+        return RankState(cut, ZERO in saved_groups[0], found, saved_groups, saved_groups[0].get(SCALER))
+
+    def summary(self) -> Summary:
+        """For agreed_cut()."""
+        return Summary([float(saved.whole.get(STEP, 0.0)) for saved in self.params], self.cut)
 
     def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
         """Of a state dict that a checkpoint was read into, but none of its masters: they shall follow the weights.
@@ -164,28 +222,20 @@ def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) 
     return saved, origin
 
 
-def _layouts(origin: dict[str, Any], placement: Placement, rank: int, num_ranks: int) -> list[BucketLayout]:
-    """Of the buckets that a rank's parts were cut from."""
+def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
     if (origin["rank"], origin["num_ranks"]) != (rank, num_ranks):
         raise ValueError(
             f"expected the state of rank {rank} of {num_ranks}, got that of rank {origin['rank']} of "
             f"{origin['num_ranks']}; have every rank save state_dict() to a file of its own, and load that one "
             f"on as many ranks, or use pyzero.save_checkpoint(), which loads on any number"
         )
-    buckets, specs = origin["buckets"], placement.specs
-    found = [number for bucket in buckets for number in bucket]
-    if sorted(found) != list(range(len(specs))):
-        raise ValueError(
-            f"expected the state of {len(specs)} trained parameters, got that of {len(found)}; freeze the same ones as "
-            f"when it was saved"
-        )
-    mixed = [bucket for bucket in buckets if len({specs[number].key for number in bucket}) != 1]
-    if mixed:
-        raise ValueError(
-            "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
-            "optimizer is built"
-        )
-    return [lay_out([specs[number] for number in bucket], num_ranks, placement.rule.cut) for bucket in buckets]
+
+
+def _numbers(optimizer: Optimizer, placement: Placement) -> dict[int, int]:
+    """The placement's number of each trained parameter, by its place in the groups."""
+    numbers = {param: number for number, param in enumerate(placement.params)}
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return {place: numbers[param] for place, param in enumerate(params) if param in numbers}
 
 
 def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:

@@ -58,8 +58,15 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
+    """A bit in the middle; of tensors, in one that is loaded: 16-bit weights are not, masters are."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    place = len(content) // 2
+    if path.suffix == ".distcp":
+        tensors = files.read_index(path.parent)["tensors"]
+        boxes = [box for name, tensor in tensors.items() if name.endswith("exp_avg") for box in tensor["boxes"]]
+        offset, length = max((length, offset) for _, _, name, offset, length, _ in boxes if name == path.name)[::-1]
+        place = offset + length // 2
+    content[place] ^= 4
     path.write_bytes(content)
 
 

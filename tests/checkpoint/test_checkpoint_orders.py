@@ -1,0 +1,315 @@
+"""Checkpoints and state dicts in orders that are unusual, and legitimate."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from resume import SAVED_AT, STEPS, assert_equal, build, make
+from test_dcp import outcome, train, uninterrupted
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import pyzero
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+NUM_RANKS = pytest.mark.parametrize("size", [1, 2])
+
+
+# ---- asynchronous saves ---------------------------------------------------------------------------------------------
+
+
+def after_async(group: Any, path: Path, then: str) -> list[Any]:
+    """What is loaded where a save is under way when the next call comes, earlier on one rank than on the other."""
+    model = nn.ParameterList([nn.Parameter(torch.full((1 << 20,), 1.0))])
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    first = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    with torch.no_grad():
+        model[0].fill_(2.0)
+    time.sleep(0.1 * group.rank())
+    if then == "save":
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=2)
+    elif then == "async":
+        pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=2)
+    extra = pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    return [first.result().name, extra["step"], float(model[0].min()), float(model[0].max())]
+
+
+@NUM_RANKS
+@pytest.mark.parametrize("then", ["save", "async", "load"])
+def test_what_follows_an_asynchronous_save_waits_for_it(ranks, tmp_path, size, then):
+    step = 1 if then == "load" else 2
+    assert ranks.run(size, after_async, tmp_path, then) == [["step_1", step, step, step]] * size
+
+
+def test_an_asynchronous_save_goes_where_it_was_sent(tmp_path, monkeypatch):
+    big, small = nn.Linear(1500, 1500), nn.Linear(2, 2)
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("first", big), ("second", small)):
+        optimizer = pyzero.FusedZeroAdamW(model.parameters())
+        future = pyzero.async_save_checkpoint(name, model=model, optimizer=optimizer, step=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert future.result() == tmp_path / "second" / "step_1"
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """With extra state, of one kind or another."""
+
+    def __init__(self, kind: str, count: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.kind, self.count = kind, count
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.linear(inputs)
+
+    def get_extra_state(self) -> Any:
+        count = torch.tensor(self.count)
+        return {"int": self.count, "tensor": count, "dict": {"a": count}, "list": [count]}[self.kind]
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = int(state["a"] if self.kind == "dict" else state[0] if self.kind == "list" else state)
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity, torch.compile], ids=["plain", "compiled"])
+@pytest.mark.parametrize("kind", ["int", "tensor", "dict", "list"])
+def test_extra_state_of_modules_comes_back(tmp_path, kind, wrap):
+    counts = []
+    for count, call in ((7, "save"), (0, "load")):
+        module = Counting(kind, count)
+        model = nn.ModuleDict({"inner": module})
+        wrapped = torch.compile(model) if wrap is torch.compile else model
+        optimizer = pyzero.FusedZeroAdamW(model.parameters())
+        if call == "save":
+            folder = pyzero.save_checkpoint(tmp_path, model=wrapped, optimizer=optimizer, step=1)
+        else:
+            pyzero.load_checkpoint(tmp_path, model=wrapped, optimizer=optimizer)
+        counts.append(module.count)
+    assert counts == [7, 7]
+    theirs = {"model": nn.ModuleDict({"inner": Counting(kind, 0)}).state_dict()}
+    dcp.load(theirs, checkpoint_id=folder, no_dist=True)
+    assert_equal(theirs["model"]["inner._extra_state"], Counting(kind, 7).get_extra_state())
+
+
+def of_ddp(group: Any, path: Path) -> list[Any]:
+    found = []
+    for count, seed in ((7, 1), (0, 2)):
+        torch.manual_seed(seed)
+        module = Counting("int", count)
+        model = DistributedDataParallel(module, process_group=group)
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, reduce_grads=False)
+        if count:
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+        else:
+            pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+        found.append([module.state_dict(), optimizer.full_state_dict()])
+    return found
+
+
+def test_a_wrapped_model(ranks, tmp_path):
+    for before, after in ranks.run(2, of_ddp, tmp_path):
+        assert_equal(after, before)
+
+
+# ---- parameters that were frozen ------------------------------------------------------------------------------------
+
+
+def unfrozen(group: Any, dtype: torch.dtype, path: Path, how: str, when: int) -> list[Any]:
+    """Train, save after step `when`, resume; parameters are unfrozen after or before the optimizer is built."""
+
+    def make_one(seed: int, frozen: bool) -> tuple[Any, Any]:
+        model = build(dtype, seed)
+        for index in (1, 4):
+            model.weights[index].requires_grad_(not frozen)
+        optimizer = make("adamw", model, group, bucket_cap_mb=4e-4)
+        model.requires_grad_(True)
+        return model, optimizer
+
+    model, optimizer = make_one(0, True)
+    train(optimizer, model, range(when), group)
+    state = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    if how == "checkpoint":
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=when)
+    train(optimizer, model, range(when, STEPS), group)
+    found = [outcome(optimizer, model)[1:]]
+    for frozen in (True, False):
+        model, optimizer = make_one(1, frozen)
+        if how == "checkpoint":
+            pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+        else:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        train(optimizer, model, range(when, STEPS), group)
+        found.append(outcome(optimizer, model)[1:])
+    return found
+
+
+@NUM_RANKS
+@DTYPES
+@pytest.mark.parametrize(("how", "when"), [("checkpoint", 0), ("checkpoint", SAVED_AT), ("state_dict()", SAVED_AT)])
+def test_it_does_not_matter_when_parameters_were_unfrozen(ranks, tmp_path, size, dtype, how, when):
+    for wanted, *resumed in ranks.run(size, unfrozen, dtype, tmp_path, how, when):
+        for got in resumed:
+            assert_equal(got, wanted)
+
+
+# ---- state dicts ----------------------------------------------------------------------------------------------------
+
+
+def in_place(group: Any, dtype: torch.dtype, stage: int, path: Path) -> list[Any]:
+    """torch's state dicts are the state itself: what is read into them before the first step is there."""
+    for seed in (0, 1):
+        model = build(dtype, seed)
+        optimizer = make("adamw", model, group, stage=stage, bucket_cap_mb=4e-4)
+        if seed == 0:
+            train(optimizer, model, range(SAVED_AT), group)
+            state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+            dcp.save(state, checkpoint_id=path, process_group=group)
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    dcp.load(state, checkpoint_id=path, process_group=group)
+    train(optimizer, model, range(SAVED_AT, STEPS), group)
+    return [values for values in outcome(optimizer, model)[1]["state"].values()]
+
+
+@DTYPES
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_is_written_in_place_survives_the_first_step(ranks, tmp_path, stage, dtype):
+    wanted = list(ranks.run(2, uninterrupted, "adamw", dtype)[0][1]["state"].values())
+    for got in ranks.run(2, in_place, dtype, stage, tmp_path):
+        assert_equal(got, wanted)
+
+
+def own_files(group: Any, stage: int, moment: int) -> Any:
+    """Buckets of one small parameter each, whole on rank 0; rank 1 loads what it saved before step `moment`."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([nn.Parameter(torch.randn(60)) for _ in range(4)])
+    states = []
+
+    def run(optimizer: Any, num_steps: int, order: list[int]) -> None:
+        for _ in range(num_steps):
+            states.append(copy.deepcopy((list(model.state_dict().values()), optimizer.state_dict())))
+            values = torch.zeros(())
+            for index in order:  # gradients come in reversed order
+                values = (values + (index + 1) * model[index].sum()).tanh() + model[index].square().sum()
+            values.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def build_one() -> Any:
+        return pyzero.FusedZeroAdamW(model.parameters(), stage=stage, process_group=group, bucket_cap_mb=1e-5, lr=0.1)
+
+    run(build_one(), 3, [2, 0, 3, 1])
+    wanted = [param.detach().clone() for param in model]
+    weights, _ = states[2]
+    _, state = states[2 if group.rank() == 0 else moment]
+    model.load_state_dict(dict(zip("0123", weights, strict=True)))
+    optimizer = build_one()
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+    run(optimizer, 1, [2, 0, 3, 1])
+    return [param.detach().clone() for param in model], wanted
+
+
+def test_a_rank_that_holds_all_takes_over_the_cut(ranks):
+    for got, wanted in ranks.run(2, own_files, 2, 2):
+        assert_equal(got, wanted)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_files_of_different_saves_are_refused(ranks, stage):
+    for text in ranks.run(2, own_files, stage, 0):
+        assert "expected state dicts that all ranks saved at once" in text
+
+
+# ---- names, steps, folders ------------------------------------------------------------------------------------------
+
+
+def test_names_of_parameters_stay_with_the_groups(tmp_path):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    named = list(model.named_parameters())
+    optimizer = pyzero.FusedZeroAdamW([{"params": named[:2]}, {"params": named[2:]}], lr=0.5)
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    optimizer = pyzero.FusedZeroAdamW([{"params": named[:0:-1]}, {"params": named[:1]}])
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    found = [(group["lr"], group["param_names"]) for group in optimizer.param_groups]
+    assert found == [(0.5, ["1.bias", "1.weight", "0.bias"]), (0.5, ["0.weight"])]
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "1"])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    with pytest.raises(ValueError, match="expected step as a whole number from 0 on, got"):
+        pyzero.save_checkpoint(tmp_path / "none", model=model, optimizer=optimizer, step=step)
+    assert not list(tmp_path.iterdir())
+
+
+def steps_differ(group: Any, path: Path) -> str:
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    with pytest.raises(ValueError, match="expected the same step on every rank") as caught:
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1 + dist.get_rank(group))
+    return str(caught.value)
+
+
+def test_ranks_at_different_steps_are_told(ranks, tmp_path):
+    assert all("got [1, 2]" in text for text in ranks.run(2, steps_differ, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def different(group: Any, path: Path, how: str) -> Any:
+    """Rank 1 looks into another folder, or still sees an old `latest`."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    for step in (1, 2):
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=step)
+    weights = model.weight.detach().clone()
+    nn.init.zeros_(model.weight)
+    if how == "folder":
+        with pytest.raises(pyzero.CheckpointError) as caught:
+            pyzero.load_checkpoint(path / f"step_{1 + group.rank()}", model=model, optimizer=optimizer)
+        assert not model.weight.any()
+        return str(caught.value)
+    if group.rank() == 1:
+        stale = path.with_name("stale")
+        stale.mkdir()
+        for step in (1, 2):
+            (stale / f"step_{step}").symlink_to(path / f"step_{step}")
+        (stale / "latest").write_text("step_1")
+        path = stale
+    step = pyzero.load_checkpoint(path, model=model, optimizer=optimizer)["step"]
+    return step, torch.equal(model.weight, weights)
+
+
+def test_ranks_load_one_checkpoint(ranks, tmp_path):
+    said = "got step 1 on rank 0 and another, of step 2, on rank 1"
+    assert all(said in text for text in ranks.run(2, different, tmp_path / "one", "folder"))
+    assert ranks.run(2, different, tmp_path / "two", "latest") == [(2, True)] * 2
+
+
+def test_checkpoints_without_latest_are_not_overlooked(tmp_path):
+    """A run that is told that there is none would begin anew, and remove them with keep=."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    for step in (1, 2):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=step)
+        (tmp_path / "latest").unlink()
+        if step == 1:
+            assert pyzero.latest_checkpoint(tmp_path) == tmp_path / "step_1"
+    with pytest.raises(pyzero.CheckpointError, match="to name one of step_1, step_2, got no such file"):
+        pyzero.latest_checkpoint(tmp_path)
