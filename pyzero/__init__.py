@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adam import FusedZeroAdam as FusedZeroAdam
     from .adam import FusedZeroAdamW as FusedZeroAdamW
-    from .checkpoint import async_save_checkpoint as async_save_checkpoint
-    from .checkpoint import latest_checkpoint as latest_checkpoint
-    from .checkpoint import load_checkpoint as load_checkpoint
-    from .checkpoint import save_checkpoint as save_checkpoint
-    from .checkpoint_files import CheckpointError as CheckpointError
+    from .checkpoint.files import CheckpointError as CheckpointError
+    from .checkpoint.loading import latest_checkpoint as latest_checkpoint
+    from .checkpoint.loading import load_checkpoint as load_checkpoint
+    from .checkpoint.saving import async_save_checkpoint as async_save_checkpoint
+    from .checkpoint.saving import save_checkpoint as save_checkpoint
     from .comm import CollectiveError as CollectiveError
     from .deepspeed.entry import initialize as initialize
     from .lamb import ZeroLamb as ZeroLamb
@@ -39,7 +39,7 @@ __all__ = [
 
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
-    "CheckpointError": "checkpoint_files",
+    "CheckpointError": "checkpoint.files",
     "CollectiveError": "comm",
     "FusedZeroAdam": "adam",
     "FusedZeroAdamW": "adam",
@@ -47,11 +47,11 @@ _MODULES = {
     "LossScale": "scaler",
     "ShardedGrad": "sharded_grad",
     "ZeroLamb": "lamb",
-    "async_save_checkpoint": "checkpoint",
+    "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",
-    "latest_checkpoint": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "checkpoint",
+    "latest_checkpoint": "checkpoint.loading",
+    "load_checkpoint": "checkpoint.loading",
+    "save_checkpoint": "checkpoint.saving",
 }
 
 

@@ -70,7 +70,8 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from . import convert, estimate
+    from . import estimate
+    from .checkpoint import convert
 
     try:
         if args.command == "export":

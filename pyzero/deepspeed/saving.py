@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyzero.checkpoint import load_checkpoint, save_checkpoint
+from pyzero.checkpoint.loading import load_checkpoint
+from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.deepspeed import comm
 from pyzero.optimizer import ZeroOptimizer
 

@@ -8,11 +8,12 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops"},
-    {"checkpoint_files", "deepspeed_files", "export", "futex", "sharded_state", "stats_rows"},
+    {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
+    {"futex", "sharded_state", "stats_rows"},
     {"amp", "arguments", "backward", "host", "layout", "memory", "modules"},
     {"overflow", "report", "scaler", "sharded_grad"},
-    {"checkpoint_storage", "comm", "deepspeed_checkpoint", "update_rule"},
-    {"buckets", "grad_stats", "peer"},
+    {"checkpoint.from_deepspeed", "checkpoint.storage", "comm", "update_rule"},
+    {"buckets", "checkpoint.agreement", "grad_stats", "peer"},
     {"transports"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
     {"access", "accumulation", "rank_state"},
@@ -22,8 +23,10 @@ LAYERS = (
     {"overlap"},
     {"scaled_backward"},
     {"optimizer"},
-    {"adam", "checkpoint", "lamb", "lion"},
-    {"convert", "estimate"},
+    {"adam", "checkpoint.content", "lamb", "lion"},
+    {"checkpoint.writer", "estimate"},
+    {"checkpoint.convert", "checkpoint.saving"},
+    {"checkpoint.loading"},
     {f"deepspeed.{name}" for name in ("accelerator", "checkpointing", "comm", "keys", "ops.recipe", "owners")},
     {f"deepspeed.{name}" for name in ("schedules", "tensors", "timers", "utils", "weights", "zero")},
     {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
@@ -35,7 +38,8 @@ LAYERS = (
     {"deepspeed"},
     {"__main__", "compat"},
 )
-MODULES = {*PYZERO.glob("*.py"), *(PYZERO / "deepspeed").rglob("*.py")} - {PYZERO / "__init__.py"}
+FOLDERS = ("checkpoint", "deepspeed")
+MODULES = {*PYZERO.glob("*.py"), *(p for f in FOLDERS for p in (PYZERO / f).rglob("*.py"))} - {PYZERO / "__init__.py"}
 
 
 def name_of(path: Path) -> str:

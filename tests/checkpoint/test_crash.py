@@ -16,7 +16,7 @@ from crash import Fault, Outcome, armed, strike_each
 from torch import nn
 
 import pyzero
-import pyzero.checkpoint_storage  # noqa: F401  once, in the process that the struck ones are forked from
+import pyzero.checkpoint.storage  # noqa: F401  once, in the process that the struck ones are forked from
 
 
 def make(value: float) -> tuple[nn.Module, Any]:
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_whole_whatever_happens(memory_path, fault):
 
 def test_the_last_step_is_the_name_in_latest(tmp_path, monkeypatch):
     """Between the rename of the folder and that of `latest`, the checkpoint before is the latest."""
-    from pyzero import checkpoint_files
+    from pyzero.checkpoint import files as checkpoint_files
 
     save(tmp_path, 1)
     monkeypatch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(OSError("struck")))

@@ -17,7 +17,7 @@ from test_checkpoint import saved
 from test_dcp import outcome
 
 import pyzero
-from pyzero import checkpoint_files as files
+from pyzero.checkpoint import files
 
 NAMES = ["index.json", "common.pt", "rank_00000.pt", "__0_0.distcp", "__1_0.distcp"]
 

@@ -31,9 +31,10 @@ from deepspeed_case import (
 from tolerances import ADAM
 
 import pyzero
-from pyzero import convert, deepspeed_checkpoint
 from pyzero.__main__ import main
-from pyzero.deepspeed_checkpoint import LossScaleState
+from pyzero.checkpoint import convert
+from pyzero.checkpoint import from_deepspeed as deepspeed_checkpoint
+from pyzero.checkpoint.from_deepspeed import LossScaleState
 from pyzero.ops.loss_scale import loss_scale_state
 
 BY_NAME = {case.name: case for case in CASES}

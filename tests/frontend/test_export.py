@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyzero.export import DTYPES, export_safetensors
+from pyzero.checkpoint.export import DTYPES, export_safetensors
 
 
 def tensors() -> dict[str, Tensor]:

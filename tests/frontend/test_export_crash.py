@@ -11,7 +11,7 @@ import torch
 from crash import Fault, Outcome, strike_each
 from safetensors.torch import load_file, save_file
 
-from pyzero.export import export_safetensors
+from pyzero.checkpoint.export import export_safetensors
 
 OLD, NEW = {"w": torch.zeros(5)}, {"w": torch.ones(7), "b": torch.arange(3)}
 

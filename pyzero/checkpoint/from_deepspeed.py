@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyzero import deepspeed_files as files
+from pyzero.checkpoint import deepspeed_files as files
 
 _T = TypeVar("_T")
 

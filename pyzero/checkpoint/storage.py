@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint writes and reads the files of pyzero/checkpoint_files.py."""
+"""How torch.distributed.checkpoint writes and reads the files of pyzero/checkpoint/files.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 from torch.utils.dlpack import from_dlpack
 
-from pyzero.checkpoint_files import CheckpointError, ChecksummedStream, read_checked, reading
+from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, read_checked, reading
 
 Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
 

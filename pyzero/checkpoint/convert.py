@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero import checkpoint_files as files
-from pyzero import deepspeed_checkpoint
 from pyzero.buckets import MASTER
-from pyzero.checkpoint import Content, Writer
-from pyzero.checkpoint_files import CheckpointError
+from pyzero.checkpoint import files, from_deepspeed
+from pyzero.checkpoint.content import Content
+from pyzero.checkpoint.export import export_safetensors
+from pyzero.checkpoint.files import CheckpointError
+from pyzero.checkpoint.writer import Writer
 from pyzero.comm import Group
-from pyzero.export import export_safetensors
 from pyzero.rank_state import SCALER
 
 
@@ -33,15 +33,15 @@ def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = N
         The folder of the checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: See deepspeed_checkpoint.read.
+        FileNotFoundError, ValueError: See from_deepspeed.read.
         CheckpointError: `out` could not be written.
     """
-    theirs = deepspeed_checkpoint.read(directory, tag)
+    theirs = from_deepspeed.read(directory, tag)
     groups: list[dict[str, Any]] = [{**group.hyper, "params": group.names} for group in theirs.groups]
     for group, of_theirs in zip(groups, theirs.groups, strict=True):
         if of_theirs.decoupled_weight_decay is not None:
             group["decoupled_weight_decay"] = of_theirs.decoupled_weight_decay
-    groups[0][SCALER] = deepspeed_checkpoint.scaler_state(theirs)
+    groups[0][SCALER] = from_deepspeed.scaler_state(theirs)
     is_fp32 = {name for name, weight in theirs.module.items() if weight.dtype == torch.float32}
     state = {
         name: {key: value for key, value in values.items() if key != MASTER or name not in is_fp32}
@@ -80,11 +80,11 @@ def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = 
     like = {n: _empty(saved[place], "meta") for n, place in places.items()}
 
     def load(name: str) -> Tensor:
-        from pyzero import checkpoint_storage  # half a second
+        from pyzero.checkpoint import storage  # half a second
 
         place = places[name]
         tensor = _empty(saved[place], "cpu")
-        checkpoint_storage.read({place: tensor}, folder, index)
+        storage.read({place: tensor}, folder, index)
         return tensor
 
     export_safetensors(like, path, dtype, tied={a: b for a, b in tied.items() if a in like and b in like}, load=load)

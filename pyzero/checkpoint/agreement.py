@@ -1,0 +1,27 @@
+"""What one rank does of a save or a load, all ranks know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from pyzero.checkpoint.files import CheckpointError
+from pyzero.comm import Group
+
+_T = TypeVar("_T")
+
+
+def together(group: Group, what: str, act: Callable[[], _T]) -> _T:
+    """Run it on every rank; where it fails on one, all ranks raise."""
+    problem = None
+    try:
+        result = act()
+    except Exception as error:  # of any kind: the other ranks wait to hear of it
+        problem = error
+    failed = None if problem is None else f"{type(problem).__name__}: {problem}"
+    for rank, text in enumerate(group.gather_objects(failed, f"the agreement on {what}")):
+        if text is not None:
+            if isinstance(problem, (CheckpointError, TypeError, ValueError)):
+                raise problem
+            raise CheckpointError(f"{what} failed on rank {rank} of {group.size}: {text}") from problem
+    return result

@@ -1,0 +1,189 @@
+"""load_checkpoint: on any number of ranks, and nothing changes before all of it is read and checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero.buckets import MASTER, STEP
+from pyzero.checkpoint import files
+from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.content import model_state, names_of, set_extra_state
+from pyzero.checkpoint.files import CheckpointError
+from pyzero.checkpoint.saving import begin
+from pyzero.optimizer import ZeroOptimizer
+from pyzero.rank_state import SCALER
+
+log = logging.getLogger("pyzero")
+
+_MOST_SHOWN = 5  # names in a report
+_OF_ITS_OWN = ("params", "param_names", SCALER)  # of a group: no hyper-parameters
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """The folder that load_checkpoint would take; None where there is no checkpoint yet.
+
+    Raises:
+        CheckpointError: `latest` is damaged.
+    """
+    return files.find(Path(directory))
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """Load what save_checkpoint saved, on any number of ranks, in any stage, with any buckets, groups in any order.
+
+    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it.
+    All of it is read and checked before anything is changed.
+
+    Args:
+        directory: Where it was saved: the latest is taken. Or the folder of one.
+        model: Of the same parameter names. Other dtypes will do: masters are fp32 on both sides.
+        optimizer: With the same update rule, over the same parameters.
+        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks.
+
+    Returns:
+        "step", and what was given as `extra`: this rank's on as many ranks, else the first rank's.
+
+    Raises:
+        CheckpointError: There is none; a file is missing, cut or damaged; or it has other parameters. On all ranks.
+    """
+    return _Load(Path(directory), model, optimizer, strict).run()
+
+
+class _Load:
+    """One load: all is read into host memory and checked, then copied."""
+
+    def __init__(self, directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> None:
+        self._directory = directory
+        self._model = model
+        self._optimizer = optimizer
+        self._strict = strict
+        self._group = begin(optimizer)
+        self._problems: list[str] = []  # how the checkpoint differs from what it is loaded into
+
+    def run(self) -> dict[str, Any]:
+        """Read on every rank, agree, and copy."""
+        what = f"the load of {self._directory}"
+        name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
+        together(self._group, what, lambda: self._read(self._directory / name))
+        self._compare(what)
+        with torch.no_grad():
+            for name, value in self._others.items():
+                self._model_state[name].copy_(value)
+        set_extra_state(self._model, self._common["model"])
+        self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
+        return {"step": self._index["step"], **self._extra}
+
+    def _find(self) -> Path | None:
+        """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
+        if self._group.rank:
+            return None
+        folder = files.find(self._directory)
+        if folder is None:
+            raise CheckpointError(
+                f"expected a checkpoint in {self._directory}, got none; save one with pyzero.save_checkpoint(), or ask "
+                f"pyzero.latest_checkpoint() first"
+            )
+        return folder.relative_to(self._directory)
+
+    def _compare(self, what: str) -> None:
+        """Raise where ranks have read different checkpoints."""
+        found = self._group.gather_objects((self._index["step"], zlib.crc32(json.dumps(self._index).encode())), what)
+        for rank, one in enumerate(found):
+            if one != found[0]:
+                raise CheckpointError(
+                    f"expected one checkpoint on all ranks, got step {found[0][0]} on rank 0 and another, of step "
+                    f"{one[0]}, on rank {rank}; pass the same directory, on a file system that all ranks share"
+                )
+
+    def _read(self, folder: Path) -> None:
+        self._index = files.read_index(folder)
+        self._common = files.load_file(folder, files.COMMON, self._index)
+        is_same = self._index["num_ranks"] == self._group.size
+        self._extra = files.load_file(folder, files.rank_file(self._group.rank if is_same else 0), self._index)
+        wanted = self._plan()
+        if self._problems and self._strict:
+            raise CheckpointError(
+                f"expected the model and the optimizer that {folder} was saved from, got others: "
+                f"{'; '.join(self._problems)}. Build them as they were, or pass strict=False to leave these out"
+            )
+        for problem in self._problems:
+            log.info("loading %s: %s", folder, problem)
+        from pyzero.checkpoint import storage
+
+        storage.read(wanted, folder, self._index)
+
+    def _plan(self) -> dict[str, Tensor]:
+        """Host memory for what is to be read, by its name in the checkpoint; what does not fit, as problems."""
+        saved = self._index["tensors"]
+        state = self._optimizer.state_dict()
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        by_param = names_of(self._model, self._optimizer)
+        names = [by_param[param] for param in params]
+        self._model_state, _ = model_state(self._model)
+        places = {  # where in the checkpoint each value of the state lies
+            number: {key: f"optim.state.{names[number]}.{key}" for key in values}
+            for number, values in state["state"].items()
+            if params[number].numel() or f"optim.state.{names[number]}.{STEP}" in saved
+        }
+        for number, of_param in places.items():
+            if of_param[MASTER] not in saved:
+                of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
+        like = {place: state["state"][n][key] for n, of_param in places.items() for key, place in of_param.items()}
+        trained = {params[number].data_ptr() for number in places if params[number].numel()}
+        others = {n: v for n, v in self._model_state.items() if v.data_ptr() not in trained}
+        like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
+        known = {*like, *(f"model.{name}" for name in self._model_state)}
+        self._report("missing", [name for name in like if name not in saved])
+        self._report("unexpected", [name for name in saved if name not in known])
+        shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
+        self._report(
+            "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
+        )
+        fitting = [name for name, (got, want) in shapes.items() if got == want]
+        wanted = {name: like[name].new_empty(like[name].shape, device="cpu") for name in fitting}
+        self._state = {
+            number: {
+                key: wanted.get(place, state["state"][number][key])
+                for key, place in of_param.items()
+                if key != MASTER or place in wanted
+            }
+            for number, of_param in places.items()
+        }
+        self._others = {name: wanted[f"model.{name}"] for name in others if f"model.{name}" in wanted}
+        self._groups = self._match_groups(state["param_groups"], names)
+        return wanted
+
+    def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+        """The optimizer's groups with the hyper-parameters that their parameters were saved with."""
+        saved = self._common["param_groups"]
+        group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
+        matched = []
+        for index, group in enumerate(groups):
+            found = sorted({group_of[names[i]] for i in group["params"] if names[i] in group_of})
+            options = [{key: value for key, value in saved[i].items() if key not in _OF_ITS_OWN} for i in found]
+            if any(repr(other) != repr(options[0]) for other in options):
+                self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
+            matched.append({**group, **(options[0] if options else {})})
+        matched[0][SCALER] = saved[0][SCALER]
+        return matched
+
+    def _report(self, what: str, names: list[str]) -> None:
+        if names:
+            shown = ", ".join(sorted(names)[:_MOST_SHOWN]) + (
+                f" and {len(names) - _MOST_SHOWN} more" * (len(names) > _MOST_SHOWN)
+            )
+            self._problems.append(f"{what}: {shown}")

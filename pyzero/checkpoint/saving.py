@@ -1,0 +1,124 @@
+"""save_checkpoint and async_save_checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from pyzero.checkpoint.content import Content, collect
+from pyzero.checkpoint.writer import Writer
+from pyzero.comm import Group
+from pyzero.optimizer import ZeroOptimizer
+
+log = logging.getLogger("pyzero")
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    step: int,
+    keep: int | None = None,
+    **extra: Any,
+) -> Path:
+    """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
+
+    The folder is complete, flushed to disk and named by `directory`/latest when this returns; until then `latest` names
+    the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it.
+
+    Args:
+        directory: Seen by all ranks. The checkpoint goes into a folder of its own in there.
+        model: Whose parameters the optimizer has. Weights, buffers and frozen parameters are saved.
+        optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
+        step: Number of the step, from 0 on, which names the folder. One of the same step is replaced.
+        keep: Remove all but this many of the newest; None: remove none.
+        **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: A file could not be written on some rank, on all ranks.
+        CollectiveError: A rank died.
+        TypeError: `extra` holds objects that cannot be loaded without running code.
+        ValueError: `step`, `keep` or the model is none to save, or ranks pass different steps.
+        RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
+            `.grad` is torch's, on one rank or with `reduce_grads=False`.
+    """
+    return _writer(directory, model, optimizer, step, keep, extra, copies=False).run()
+
+
+def async_save_checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    step: int,
+    keep: int | None = None,
+    **extra: Any,
+) -> Future[Path]:
+    """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
+
+    The optimizer's next save or load waits until it is written.
+
+    Returns:
+        `result()` waits, and gives the folder or raises.
+    """
+    future = _thread.submit(_writer(directory, model, optimizer, step, keep, extra, copies=True).run)
+    future.add_done_callback(_log_failure)
+    _in_thread[optimizer] = future
+    return future
+
+
+def _log_failure(future: Future[Path]) -> None:
+    """Whether or not anybody asks for the result."""
+    error = future.exception()
+    if error is not None:
+        log.error("%s", error)
+
+
+_thread = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
+_in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()  # the last save of each
+
+
+def begin(optimizer: ZeroOptimizer) -> Group:
+    """What saves and loads begin with: the save before is over, for they talk in this group too."""
+    if optimizer in _in_thread:
+        _in_thread.pop(optimizer).exception()  # waits; whoever started it hears of a failure
+    optimizer.place_unfrozen()
+    return optimizer.checkpoint_group()
+
+
+def _writer(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: ZeroOptimizer,
+    step: int,
+    keep: int | None,
+    extra: dict[str, Any],
+    copies: bool,
+) -> Writer:
+    """Of a model and its optimizer; copies: of all values, to the host, so that training may go on."""
+
+    def give() -> Content:
+        optimizer.check_between_steps()
+        content = collect(model, optimizer, extra)
+        return replace(content, state=_on_host(content.state)) if copies else content
+
+    return Writer(begin(optimizer), directory, step, keep, give)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory, through dicts."""
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value

@@ -1,0 +1,164 @@
+"""One checkpoint on its way to disk."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyzero.checkpoint import files
+from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.content import Content
+from pyzero.checkpoint.files import CheckpointError
+from pyzero.comm import Group
+
+log = logging.getLogger("pyzero")
+
+_SHOW_PROGRESS_AFTER_S = 5.0
+
+
+class Writer:
+    """One checkpoint, to be written.
+
+    Args:
+        group: The ranks that write it together.
+        directory: See save_checkpoint.
+        step: See save_checkpoint.
+        keep: See save_checkpoint.
+        collect: Gives this rank's content; called at once.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        directory: str | os.PathLike[str],
+        step: int,
+        keep: int | None,
+        collect: Callable[[], Content],
+    ) -> None:
+        self._group = group
+        self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
+        self._step = step
+        self._keep = keep
+        self._what = f"the save to {directory}"
+        together(group, self._what, lambda: self._take(collect))
+        steps = group.gather_objects(self._step, self._what)
+        if len(set(steps)) > 1:
+            raise ValueError(f"expected the same step on every rank, got {steps}; pass how many steps were taken")
+
+    def _take(self, collect: Callable[[], Content]) -> None:
+        if not hasattr(self._step, "__index__") or operator.index(self._step) < 0:
+            raise ValueError(f"expected step as a whole number from 0 on, got {self._step!r}; pass how many were taken")
+        self._step = operator.index(self._step)
+        if self._keep is not None and self._keep < 1:
+            raise ValueError(
+                f"expected keep as 1 or more, or None, got {self._keep}; pass how many checkpoints to leave"
+            )
+        content = collect()
+        self._state = content.state
+        self._in_common = [f"model.{name}" for name in content.common["model"]]
+        self._contents = {files.rank_file(self._group.rank): files.to_bytes(content.extra, "extra")}
+        if self._group.rank == 0:
+            self._contents[files.COMMON] = files.to_bytes(content.common, "the parameter groups and the model")
+
+    def run(self) -> Path:
+        """Write, agree, and give the folder its name."""
+        is_first = self._group.rank == 0
+        began = together(
+            self._group, self._what, lambda: files.begin(self._directory, self._step) if is_first else None
+        )
+        folder: Path = self._group.gather_objects(began, self._what)[0]
+        try:
+            together(self._group, self._what, lambda: self._write(folder))
+            metadata = together(self._group, self._what, lambda: self._write_tensors(folder))
+            rows = self._group.gather_objects((self._sums, self._crcs), self._what)
+            together(
+                self._group,
+                self._what,
+                lambda: files.commit(folder, self._index(metadata, rows), self._keep) if is_first else None,
+            )
+        except CheckpointError:
+            if is_first:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its space back
+            raise
+        complete = folder.with_name(files.name_of(folder))
+        log.info("step %d is saved in %s", self._step, complete)
+        return complete
+
+    def _write(self, folder: Path) -> None:
+        """This rank's .pt files."""
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"expected a directory that all ranks share, got {folder.parent}, in which rank {self._group.rank} "
+                f"does not see what rank 0 has written; pass a path on a shared file system"
+            )
+        for name, content in self._contents.items():
+            files.write_file(folder / name, content)
+        self._sums = {name: files.sum_of(content) for name, content in self._contents.items()}
+
+    def _write_tensors(self, folder: Path) -> Any:
+        from pyzero.checkpoint import storage  # half a second
+
+        self._crcs: storage.Crcs = {}
+        with self._progress() as progress:
+            return storage.write(self._state, folder, self._group.handle, self._crcs, progress)
+
+    def _index(self, metadata: Any, rows: list[tuple[dict[str, Any], dict[tuple[str, int], tuple[int, int]]]]) -> Any:
+        crcs = {place: row for _, of_rank in rows for place, row in of_rank.items()}
+        sizes: dict[str, int] = {}
+        for (name, offset), (length, _) in crcs.items():
+            if not name.startswith("."):
+                sizes[name] = max(sizes.get(name, 0), offset + length)
+        return {
+            "format": files.FORMAT,
+            "step": self._step,
+            "num_ranks": self._group.size,
+            "torch": torch.__version__,
+            "files": {name: row for sums, _ in rows for name, row in sums.items()},
+            "sizes": sizes,
+            "tensors": _describe(metadata, crcs, self._in_common),
+        }
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[int], object]]:
+        """A bar of this rank's bytes, on the first rank of a save that takes long."""
+        hidden = self._group.rank != 0
+        with tqdm(
+            desc=f"step {self._step}", unit="B", unit_scale=True, delay=_SHOW_PROGRESS_AFTER_S, disable=hidden
+        ) as bar:
+            yield bar.update
+
+
+def _describe(
+    metadata: Any, crcs: dict[tuple[str, int], tuple[int, int]], in_common: Collection[str]
+) -> dict[str, Any]:
+    """Every tensor for the index, from torch's metadata: [offsets, sizes, file, offset in it, length, CRC-32].
+
+    in_common: Names of what is for torch's own loaders; ours take it from common.pt. The parameter groups are too.
+    """
+    tensors: dict[str, Any] = {}
+    of_torch = tuple(f"{name}." for name in (*in_common, "optim.param_groups"))
+    places = {
+        (index.fqn, tuple(index.offset)): where
+        for index, where in metadata.storage_data.items()
+        if index.offset is not None
+    }
+    for name, tensor in metadata.state_dict_metadata.items():
+        if not hasattr(tensor, "chunks") or f"{name}.".startswith(of_torch):
+            continue
+        boxes = []
+        for chunk in tensor.chunks:
+            where = places[name, tuple(chunk.offsets)]
+            length, crc = crcs[where.relative_path, where.offset]
+            boxes.append([[*chunk.offsets], [*chunk.sizes], where.relative_path, where.offset, length, crc])
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "shape": [*tensor.size], "boxes": boxes}
+    return tensors
