@@ -138,7 +138,9 @@ def to_bytes(value: Any, what: str) -> bytes:
 
 def begin(directory: Path, step: int) -> Path:
     """An empty folder to write step `step` into, under a name that no reader looks at."""
-    directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
+        flush_folder(directory.parent)
     for left in directory.glob(f"{_UNFINISHED}*"):  # a save, or a removal, that was killed
         shutil.rmtree(left)
     names, number = {path.name for path in directory.iterdir()}, 0

@@ -36,7 +36,8 @@ def save_checkpoint(
     the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it.
 
     Args:
-        directory: Seen by all ranks. The checkpoint goes into a folder of its own in there.
+        directory: Seen by all ranks. The checkpoint goes into a folder of its own in there. One job at a time saves
+            into it.
         model: Whose parameters the optimizer has. Weights, buffers and frozen parameters are saved.
         optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
         step: Number of the step, from 0 on, which names the folder. One of the same step is replaced.
