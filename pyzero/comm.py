@@ -323,6 +323,11 @@ class Group:
             self._mesh = DeviceMesh.from_group(self.handle, device_type)
         return self._mesh
 
+    def any_rank(self, flag: bool, what: str) -> bool:
+        """Whether it is True on some rank: from host to host."""
+        host = torch.tensor([float(flag)], dtype=torch.float64, device="cpu")
+        return any(self.gather_shards(host, what).tolist())
+
     def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights") -> None:
         """Overwrite with the first rank's."""
         if self.size > 1:

@@ -203,7 +203,7 @@ class Placement:
     def _is_fresh(self) -> bool:
         """Whether masters are the weights and the rule's state is zero: nobody has written there. Collective."""
         written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
-        return not any(self._group.gather_objects(written))
+        return not self._group.any_rank(written, "the agreement on state that was written")
 
     def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]], is_fresh: bool) -> None:
         for name in () if is_fresh else old.state_names:
