@@ -24,6 +24,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,7 @@ log = logging.getLogger("pyzero")
 
 INDEX, LATEST, COMMON = "index.json", "latest", "common.pt"
 FORMAT = 1
+_BESIDE_BYTES = 2**16  # from here on a CRC-32 takes longer than to ask another thread for it
 _UNFINISHED = ".unfinished_"
 _FOLDER = re.compile(r"step_\d+(\.\d+)?")
 _FILE = re.compile(r"[\w.]+")
@@ -65,13 +67,19 @@ class ChecksummedStream:
         self._crcs = crcs
         self._progress = progress
         self._begin = self._crc = self._length = 0
+        self._beside = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
         """As a file's."""
-        self._crc = zlib.crc32(data, self._crc)
         num_bytes = memoryview(data).nbytes
         self._length += num_bytes
-        self._raw.write(data)
+        if num_bytes < _BESIDE_BYTES:
+            self._crc = zlib.crc32(data, self._crc)
+            self._raw.write(data)
+        else:
+            crc = self._beside.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
+            self._raw.write(data)
+            self._crc = crc.result()
         self._progress(num_bytes)
         return num_bytes
 
@@ -92,7 +100,8 @@ class ChecksummedStream:
         return self._raw.fileno()
 
     def close(self) -> None:
-        """Nothing: whoever opened the file closes it."""
+        """Whoever opened the file closes it."""
+        self._beside.shutdown()
 
 
 def sum_of(content: bytes) -> tuple[int, int]:
