@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -264,7 +265,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; {_remedy(folder)}") from error
     for name, size in sizes.items():
-        with reading(folder, name) as file:
+        with _reading(folder / name) as file:
             if (got := os.fstat(file.fileno()).st_size) != size:
                 raise CheckpointError(f"{folder / name} is cut: expected {size} bytes, got {got}; {_remedy(folder)}")
     return index
@@ -291,45 +292,61 @@ def _check_boxes(name: str, shape: list[int], boxes: list[tuple[list[int], list[
         raise ValueError(f"{name} has {count} elements, expected {torch.Size(shape).numel()}")
 
 
-@contextmanager
-def reading(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a file of a checkpoint; failures name it.
+@dataclass(frozen=True, order=True)
+class Span:
+    """What torch.save has written to a part of a file."""
 
-    Raises:
-        CheckpointError: It is missing or cannot be read.
-    """
+    name: str
+    offset: int
+    length: int
+    crc: int
+
+    def read(self, folder: Path) -> bytes:
+        """Its bytes, checked; any thread may ask, and lets go of the interpreter meanwhile.
+
+        Raises:
+            CheckpointError: The file is missing or cut, or its bytes are not what was written.
+        """
+        path = folder / self.name
+        with _reading(path) as file:
+            file.seek(self.offset)
+            content = file.read(self.length)
+        if len(content) != self.length:
+            raise CheckpointError(f"{path} is cut: expected {self.length} bytes, got {len(content)}; {_remedy(folder)}")
+        if zlib.crc32(content) != self.crc:
+            raise CheckpointError(f"{path} is damaged: its CRC-32 is not what was written; {_remedy(folder)}")
+        return content
+
+    def value_of(self, content: bytes, folder: Path) -> Any:
+        """What its bytes hold.
+
+        Raises:
+            CheckpointError: More than tensors and plain data.
+        """
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise CheckpointError(
+                f"{folder / self.name} holds more than tensors and plain data, which may run code, and is not loaded: "
+                f"{reason}"
+            ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of a checkpoint; failures name it."""
     try:
-        with open(folder / name, "rb") as file:
+        with open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}; {_remedy(folder)}") from error
-
-
-def read_checked(file: BinaryIO, folder: Path, name: str, length: int, crc: int) -> Any:
-    """What torch.save has written to the next `length` bytes.
-
-    Raises:
-        CheckpointError: The file is cut, or its bytes are not what was written.
-    """
-    content = file.read(length)
-    if len(content) != length:
-        raise CheckpointError(f"{folder / name} is cut: expected {length} bytes, got {len(content)}; {_remedy(folder)}")
-    if zlib.crc32(content) != crc:
-        raise CheckpointError(f"{folder / name} is damaged: its CRC-32 is not what was written; {_remedy(folder)}")
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(
-            f"{folder / name} holds more than tensors and plain data, which may run code, and is not loaded: {reason}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_remedy(path.parent)}") from error
 
 
 def load_file(folder: Path, name: str, index: dict[str, Any]) -> Any:
     """A whole .pt file."""
-    length, crc = index["files"][name]
-    with reading(folder, name) as file:
-        return read_checked(file, folder, name, length, crc)
+    span = Span(name, 0, *index["files"][name])
+    return span.value_of(span.read(folder), folder)
 
 
 def _remedy(folder: Path) -> str:
