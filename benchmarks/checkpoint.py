@@ -47,10 +47,11 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int) -> dict[st
     steps = iter(range(10**6))
 
     def write_raw() -> None:
-        with open(raw, "wb", buffering=0) as file:
+        with open(f"{raw}.new", "wb", buffering=0) as file:
             for _ in range(_BYTES["save"] * numel // _BLOCK):
                 file.write(block)
             os.fsync(file.fileno())
+        os.replace(f"{raw}.new", raw)  # takes the one before away, as keep=1 does
 
     def read_raw() -> None:
         with open(raw, "rb", buffering=0) as file:
@@ -58,10 +59,11 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int) -> dict[st
                 pass
 
     def save_gathered() -> None:
-        with open(gathered, "wb") as file:
+        with open(f"{gathered}.new", "wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.full_state_dict()}, file)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(f"{gathered}.new", gathered)
 
     def load_gathered() -> None:
         state = torch.load(gathered, weights_only=True)
