@@ -1,7 +1,8 @@
-"""save_checkpoint and load_checkpoint beside the disk's own rate and torch.save of the gathered state."""
+"""save_checkpoint and load_checkpoint beside the disk's own rate, torch.save of the gathered state, and DeepSpeed's."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ Call = Callable[[], object]
 
 def run(options: Options) -> list[Row]:
     num_layers = max((options.numel or (_NUMEL // 4 if options.quick else _NUMEL)) // _WIDTH**2, 1)
-    model = nn.Sequential(*[nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(num_layers)]).bfloat16()
+    model = _model(num_layers)
     optimizer = pyzero.FusedZeroAdamW(model.parameters())
     model(torch.randn(2, _WIDTH).bfloat16()).sum().backward()
     optimizer.step()
@@ -83,10 +84,41 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int) -> dict[st
         param.data.zero_()
     load()
     assert all(map(torch.equal, model.parameters(), before)), "load_checkpoint gives other weights than were saved"
-    return {
+    jobs: dict[str, dict[str, Call]] = {
         "save": {"disk: write, fsync": write_raw, "pyzero": save, "torch.save, fsync": save_gathered},
         "load": {"disk cache: read": read_raw, "pyzero": load, "torch.load": load_gathered},
     }
+    if importlib.util.find_spec("deepspeed") is not None:
+        engine = _deepspeed_engine(len(list(model.parameters())))
+        where = str(folder / "deepspeed")
+        jobs["save"]["DeepSpeed ZeRO-2, no fsync"] = lambda: engine.save_checkpoint(where, tag="last")
+        jobs["load"]["DeepSpeed ZeRO-2"] = lambda: engine.load_checkpoint(where, tag="last")
+    return jobs
+
+
+def _model(num_layers: int) -> nn.Module:
+    return nn.Sequential(*[nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(num_layers)]).bfloat16()
+
+
+def _deepspeed_engine(num_layers: int) -> Any:
+    import deepspeed
+    import torch.distributed as dist
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for what its launcher sets
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    model = _model(num_layers)
+    adamw = torch.optim.AdamW(model.parameters(), fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config, dist_init_required=False)
+    engine.backward(engine(torch.randn(2, _WIDTH).bfloat16()).sum())
+    engine.step()
+    return engine
 
 
 def _rows(jobs: dict[str, dict[str, Call]], numel: int) -> list[Row]:
