@@ -156,7 +156,7 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
 
 @contextmanager
 def _without_torchs_crc() -> Iterator[None]:
-    """torch.save takes one of its own, a third of the time, which torch.load does not look at."""
+    """torch.save takes one of its own, which torch.load does not look at: for this process, while boxes are written."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

@@ -102,9 +102,8 @@ def test_swapped_files(copy):
 
 def test_a_file_of_another_checkpoint(copy, ranks, tmp_path):
     ranks.run(2, saved, "adamw", torch.bfloat16, 1, tmp_path / "other")
-    content = bytearray((tmp_path / "other" / "step_3" / "__1_0.distcp").read_bytes())
     shutil.copy(tmp_path / "other" / "step_3" / "rank_00001.pt", copy / "rank_00000.pt")
-    assert len(content) > 0 and "rank_00000.pt is damaged" in refused(copy)
+    assert "rank_00000.pt is damaged" in refused(copy)
 
 
 def test_latest_that_names_nothing_offers_what_there_is(copy):
@@ -153,9 +152,6 @@ def test_no_file_runs_code(copy, tmp_path, name):
 
     (copy / name).write_bytes(pickled)
     rewrite_index(copy, change)
-    for number in (0, 1):  # rank 1 of one rank is never read
-        if name == "rank_00000.pt" and number:
-            (copy / "rank_00001.pt").write_bytes(pickled)
     text = refused(copy)
     assert name in text and "which may run code" in text
     assert not (tmp_path / "ran").exists()

@@ -7,44 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import pyzero
-
-SHAPES = ((17, 9), (70,), (), (0,), (3, 64), (5, 5, 2))
-GROUPS = ({"weight_decay": 0.125}, {"lr": 2.0**-6})
-OPTIMIZERS = {"adamw": pyzero.FusedZeroAdamW, "lion": pyzero.FusedZeroLion}
-SAVED_AT, STEPS, OVERFLOW_AT = 3, 6, 1
-
-
-def build(dtype: torch.dtype, seed: int) -> nn.ParameterList:
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-    values[-1] = values[-1].permute(2, 0, 1)  # another memory order
-    return nn.ParameterList(map(nn.Parameter, values))
-
-
-def make(kind: str, model: nn.ParameterList, group: Any, **options: Any) -> Any:
-    params = list(model)
-    groups = [{"params": params[i::2], **hyper} for i, hyper in enumerate(GROUPS)]
-    scale = pyzero.LossScale(init_scale=16.0, growth_interval=2)
-    return OPTIMIZERS[kind](groups, lr=2.0**-5, process_group=group, loss_scale=scale, max_grad_norm=8.0, **options)
-
-
-def step(optimizer: Any, model: nn.ParameterList, number: int, rank: int, size: int) -> None:
-    """The mean over ranks is the same for any number of them, exactly: rank 0 has size times it, the others nothing."""
-    optimizer.zero_grad()
-    loss = torch.zeros(())
-    for index, param in enumerate(model):
-        if (index + number) % 4 == 0:
-            continue  # unused
-        generator = torch.Generator().manual_seed(100 * number + index)
-        grad = torch.randint(-4, 5, param.shape, generator=generator).float() * (size if rank == 0 else 0)
-        if number == OVERFLOW_AT and index == 1:
-            grad[3] = float("inf")
-        loss = loss + (param.float() * grad).nan_to_num(0.0, float("inf")).sum()
-    optimizer.backward(loss)
-    optimizer.step()
+from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
 
 
 def saved(group: Any, kind: str, dtype: torch.dtype, to: int | None) -> dict[str, Any]:
@@ -63,8 +26,7 @@ def resumed(group: Any, kind: str, dtype: torch.dtype, stage: int, state: dict[s
         optimizer.load_state_dict(state)
     for number in range(SAVED_AT if state is not None else 0, STEPS):
         step(optimizer, model, number, group.rank(), group.size())
-    counters = [optimizer.loss_scale, optimizer.skipped_steps]
-    return [*counters, optimizer.full_state_dict(), [param.detach().clone() for param in model]]
+    return [*counters(optimizer), optimizer.full_state_dict(), [param.detach().clone() for param in model.parameters()]]
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
@@ -73,21 +35,6 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file.seek(0)
     loaded: dict[str, Any] = torch.load(file, weights_only=True)
     return loaded
-
-
-def assert_equal(got: Any, wanted: Any) -> None:
-    if isinstance(wanted, Tensor):
-        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
-    elif isinstance(wanted, dict):
-        assert got.keys() == wanted.keys()
-        for key, value in wanted.items():
-            assert_equal(got[key], value)
-    elif isinstance(wanted, (list, tuple)):
-        assert len(got) == len(wanted)
-        for one, other in zip(got, wanted, strict=True):
-            assert_equal(one, other)
-    else:
-        assert got == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -112,7 +59,7 @@ def test_one_rank_may_have_it_alone(ranks):
 def test_torch_takes_it_and_gives_it_back(ranks):
     state = ranks.run(2, saved, "adamw", torch.float32, None)[0]
     model = build(torch.float32, 1)
-    params = [param for i in range(2) for param in list(model)[i::2]]
+    params = [param for i in range(2) for param in list(model.parameters())[i::2]]
     theirs = torch.optim.AdamW([{"params": params[:3]}, {"params": params[3:]}], lr=1.0)
     theirs.load_state_dict(state)
     for index, param in enumerate(params):
@@ -127,7 +74,8 @@ def test_torch_takes_it_and_gives_it_back(ranks):
 
 def loaded(group: Any, state: dict[str, Any]) -> dict[str, Any]:
     optimizer = make("adamw", build(torch.float32, 1), group)
-    optimizer.load_state_dict(state)
+    optimizer.load_full_state_dict(state)
+    assert (optimizer.consolidate_state_dict() == {}) is (group.rank() > 0)
     return optimizer.full_state_dict()
 
 
