@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import json
 import os
+import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -90,7 +93,6 @@ class _Channel:
 class _Channels:
     """Channels over one parent group: made when wanted, used again when their optimizer is gone."""
 
-    parent: weakref.ref[Any]
     num_made: int = 0
     free: list[_Channel] = field(default_factory=list)
 
@@ -110,14 +112,18 @@ class _Channels:
             self.free.append(channel)
 
 
-_channels: dict[int, _Channels] = {}  # by id of the parent
+# By parent: when that is destroyed its free channels go too, and their threads with them.
+_channels: weakref.WeakKeyDictionary[Any, _Channels] = weakref.WeakKeyDictionary()
 
 
 def _channels_over(parent: Any) -> _Channels:
-    found = _channels.get(id(parent))
-    if found is None or found.parent() is not parent:
-        found = _channels[id(parent)] = _Channels(weakref.ref(parent))
-    return found
+    return _channels.setdefault(parent, _Channels())
+
+
+@functools.cache  # once
+def _let_gloo_finish_at_exit() -> None:
+    """gloo's threads let go of tensors with the interpreter's lock; one that asks for it too late aborts the process."""
+    atexit.register(time.sleep, 0.01)
 
 
 def _num_groups() -> int:
@@ -128,6 +134,7 @@ def _new_group(parent: Any, timeout: timedelta | None, num_groups: int) -> Any:
     """A group over the parent's ranks, with gloo for CPU tensors where the parent has NCCL."""
     ranks = dist.get_process_group_ranks(parent)
     backend = "cpu:gloo,cuda:nccl" if dist.get_backend(parent) == "nccl" else dist.get_backend(parent)
+    _let_gloo_finish_at_exit()
     if len(ranks) == dist.get_world_size():
         return dist.new_group(ranks, timeout=timeout, backend=backend)
     # Only members may be asked for a smaller group. torch then names it after its ranks and the number of groups that
