@@ -122,7 +122,7 @@ def _channels_over(parent: Any) -> _Channels:
 
 @functools.cache  # once
 def _let_gloo_finish_at_exit() -> None:
-    """gloo's threads let go of tensors with the interpreter's lock; one that asks for it too late aborts the process."""
+    """gloo's threads let go of tensors with the interpreter's lock; one that asks for it too late aborts us."""
     atexit.register(time.sleep, 0.01)
 
 
