@@ -279,6 +279,7 @@ class Model(World):
         self.half_edited: set[int] = set()
         self.kinds: set[str] = set()  # of the backwards since gradients were dropped
         self.by_itself = True  # each of them was reduced by itself
+        self.idle: set[int] = set()  # unused in the last step: stage 2 may send these when gradients are read
         self.clipped = False  # on one rank, by the optimizer
         self.edited_after_clip = False
         self.is_leftover = False
@@ -392,6 +393,8 @@ class Model(World):
 
     def after_step(self, applied: bool) -> None:
         """The loss scale moves."""
+        unused = {index for index in self.placed if self.grads[index].value is None}
+        self.idle = unused if unused < self.placed else set()
         self.is_leftover |= (
             self.alone and self.config.loss_scale == "dynamic" and any(grad.value is not None for grad in self.grads)
         )
@@ -522,7 +525,7 @@ class Run:
             return
         is_round = config.stage == 2 and sync and config.size > 1
         model.kinds.add("scaled" if scaled else "plain")
-        model.by_itself &= is_round
+        model.by_itself &= is_round and not used & model.idle
         mine = by_rank[self.rank]
         if mine:
             loss = sum((self.params[index].float() * grad).sum() for index, grad in mine.items())
