@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.host import HostRanks
+from pyzero.host import HostError, HostRanks, find_hosts
 
 # torch 2.13 renames these, and warns of the old names; 2.11 has no new ones.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -176,7 +176,8 @@ class Group:
         self.where = "before the first backward"  # for messages: what the optimizer is at
         self.handle: Any = None
         self._mesh: Any = None
-        self.host: HostRanks | None = None  # where the ranks share memory; small messages go through it then
+        self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
+        self.host: HostRanks | None = None
         if self.size > 1:
             self._timeout = _timeout_of(parent)
             self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
@@ -214,13 +215,17 @@ class Group:
             ) from error
 
     def share_memory(self) -> HostRanks:
-        """Connect the ranks of one host; what gather_rows gathers goes through their memory from then on. Collective.
+        """Connect the ranks of each host; where there is one, gather_rows goes through it from then on. Collective.
 
         Raises:
-            HostError: They cannot share memory.
+            HostError: They cannot share memory, or no two are on one host.
         """
         if self.host is None:
-            self.host = HostRanks(self.rank, self.gather_objects, self._timeout)
+            self.hosts = find_hosts(self.gather_objects)
+            if len(self.hosts) == self.size:
+                raise HostError("each rank runs on another host")
+            mine = next(ranks for ranks in self.hosts if self.rank in ranks)
+            self.host = HostRanks(self.rank, mine, self.gather_objects, self._timeout)
         return self.host
 
     def timeout(self) -> str:
@@ -248,8 +253,8 @@ class Group:
                     handle.wait(timedelta(seconds=_PATIENCE_S))
                     return
                 except RuntimeError:
-                    if handle.is_completed():  # it failed; else it is only slow
-                        raise
+                    if handle.is_completed():  # it failed, or came this moment; else it is only slow
+                        break
                 self._compare(what, number)
             handle.wait()
 
@@ -281,6 +286,14 @@ class Group:
                 f"tensors, equally often and in the same order on every rank; no_sync() in stage 2 needs the same"
             )
 
+    def begin_all_to_all(
+        self, received: Tensor, sent: Tensor, received_numels: Sequence[int], sent_numels: Sequence[int]
+    ) -> Any:
+        """A handle, for `launch`; so many elements from and to each rank."""
+        return dist.all_to_all_single(
+            received, sent, list(received_numels), list(sent_numels), group=self.handle, async_op=True
+        )
+
     def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
         """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
         what = "the all-gather of weights"
@@ -297,7 +310,7 @@ class Group:
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""
         host = self.host
-        if self.size > 1 and host is not None and host.can_send(row):
+        if host is not None and len(self.hosts) == 1 and host.can_send(row):
             self.launch(what, lambda: host.send(row)).wait()
             return host.messages(row).view(self.size, -1)
         return self.gather_shards(row, what).view(self.size, -1)

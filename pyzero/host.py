@@ -13,7 +13,7 @@ import os
 import secrets
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -53,7 +53,6 @@ class Segment:
 class _Offer(NamedTuple):
     """Where the other ranks find a rank's pages, and what they must see there."""
 
-    boot_id: str
     pid: int
     descriptor: int
     token: bytes
@@ -69,18 +68,15 @@ class _Offer(NamedTuple):
         os.pwrite(descriptor, token, num_bytes)
         # Nobody can cut the file short under those who have mapped it.
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        with open(_BOOT_ID) as file:
-            return _Offer(file.read().strip(), os.getpid(), descriptor, token)
+        return _Offer(os.getpid(), descriptor, token)
 
-    def map(self, rank: int, mine: _Offer, num_bytes: int) -> Segment:
+    def map(self, rank: int, num_bytes: int) -> Segment:
         """That rank's pages.
 
         Raises:
-            HostError: It runs on another host, or in a container with processes of its own.
+            HostError: It runs in a container with processes of its own.
             OSError: They cannot be opened or mapped.
         """
-        if self.boot_id != mine.boot_id:
-            raise HostError(f"rank {rank} runs on another host")
         descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.pread(descriptor, _TOKEN_BYTES, num_bytes) != self.token:
@@ -90,24 +86,35 @@ class _Offer(NamedTuple):
             os.close(descriptor)
 
 
-def _share(gather: Gather, num_bytes: int) -> tuple[list[Segment], list[int]]:
-    """So many zeroed bytes of each rank, in rank order, and the ranks' process ids. Collective.
+def find_hosts(gather: Gather) -> list[list[int]]:
+    """The ranks of each host, in rank order. Collective."""
+    boot_id = ""
+    with contextlib.suppress(OSError), open(_BOOT_ID) as file:
+        boot_id = file.read().strip()
+    hosts: dict[str, list[int]] = {}
+    for rank, theirs in enumerate(gather(boot_id)):
+        hosts.setdefault(theirs, []).append(rank)
+    return list(hosts.values())
+
+
+def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[int, Segment], dict[int, int]]:
+    """So many zeroed bytes of each of these ranks, and their process ids. Collective over all hosts.
 
     Raises:
         HostError: Some rank cannot map them.
     """
     offer, problem = None, futex.unsupported_reason()
-    segments: list[Segment] = []
+    segments: dict[int, Segment] = {}
     try:
         if problem is None:
             try:
                 offer = _Offer.make(num_bytes)
             except OSError as error:
                 problem = f"no memory can be shared: {error}"
-        offers = gather(offer)
-        if offer is not None and None not in offers:
+        offers = dict(enumerate(gather(offer)))
+        if all(offers[rank] is not None for rank in ranks):
             try:
-                segments = [other.map(rank, offer, num_bytes) for rank, other in enumerate(offers)]
+                segments = {rank: offers[rank].map(rank, num_bytes) for rank in ranks}
             except (OSError, HostError) as error:
                 problem = str(error)
         problems = gather(problem)  # from here on nobody opens anything
@@ -117,7 +124,7 @@ def _share(gather: Gather, num_bytes: int) -> tuple[list[Segment], list[int]]:
     found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
     if found is not None:
         raise HostError(f"on rank {found[0]}: {found[1]}")
-    return segments, [other.pid for other in offers]
+    return segments, {rank: offers[rank].pid for rank in ranks}
 
 
 class _Word(IntEnum):
@@ -133,22 +140,26 @@ class HostRanks:
     """The ranks of a group that share memory: a ring of bytes for each, and counters of what lies there.
 
     Args:
-        rank: This one.
-        gather: See Gather.
+        rank: This one, in the group.
+        ranks: Those of its host, in order.
+        gather: See Gather; over all hosts, on each of which this is done alike.
         timeout: How long another rank may take; None: any time.
 
     Raises:
         HostError: They cannot.
     """
 
-    def __init__(self, rank: int, gather: Gather, timeout: timedelta | None) -> None:
+    def __init__(self, rank: int, ranks: Sequence[int], gather: Gather, timeout: timedelta | None) -> None:
         self.rank = rank
+        self.ranks = ranks
         self._timeout_s = math.inf if timeout is None else timeout.total_seconds()
-        control, pids = _share(gather, _CONTROL_BYTES)
-        self._words = {word: [Counter(pages.pages, word * _LINE) for pages in control] for word in _Word}
-        self._lives = [_Life(pid) for pid in pids]
+        control, pids = _share(gather, ranks, _CONTROL_BYTES)
+        self._words = {
+            word: {rank: Counter(segment.pages, word * _LINE) for rank, segment in control.items()} for word in _Word
+        }
+        self._lives = {rank: _Life(pid) for rank, pid in pids.items()}
         self._pid = os.getpid()
-        self._segments: list[Segment] = []
+        self._segments: dict[int, Segment] = {}
         self._ring_at = self.ring_bytes = self._message_bytes = 0
         self._num_messages = 0
         self._gave_up_because: str | None = None
@@ -164,7 +175,7 @@ class HostRanks:
         self.ring_bytes = max(ring_bytes, self.ring_bytes)
         self._message_bytes = max(_pages(message_bytes), self._message_bytes)
         self._ring_at = 2 * self._message_bytes
-        self._segments, _ = _share(gather, self._ring_at + _pages(self.ring_bytes))
+        self._segments, _ = _share(gather, self.ranks, self._ring_at + _pages(self.ring_bytes))
         return True
 
     # ---- the ring ---------------------------------------------------------------------------------------------------
@@ -221,8 +232,8 @@ class HostRanks:
         return Arrival(self, self._words[_Word.MESSAGE], self._num_messages, self._timeout_s)
 
     def messages(self, row: Tensor) -> Tensor:
-        """(size * k,): the last message of each rank, in rank order; `row` is this rank's."""
-        return torch.cat([self._message(rank, row) for rank in range(len(self._segments))])
+        """(num_ranks * k,): the last message of each rank, in rank order; `row` is this rank's."""
+        return torch.cat([self._message(rank, row) for rank in self.ranks])
 
     def _message(self, rank: int, row: Tensor) -> Tensor:
         self._check_process()
@@ -245,7 +256,7 @@ class HostRanks:
 
     def who_gave_up(self) -> int | None:
         """A rank that will take no further part."""
-        return next((rank for rank, word in enumerate(self._words[_Word.GAVE_UP]) if word.has_reached(1)), None)
+        return next((rank for rank, word in self._words[_Word.GAVE_UP].items() if word.has_reached(1)), None)
 
     def has_ended(self, rank: int) -> bool:
         """That process has."""
@@ -277,7 +288,7 @@ class _Life:
 class Arrival:
     """Every rank's counter on its way to a number; what torch.distributed calls work."""
 
-    def __init__(self, host: HostRanks, words: Sequence[Counter], number: int, timeout_s: float) -> None:
+    def __init__(self, host: HostRanks, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
         self._host = host
         self._words = words
         self._number = number
@@ -285,7 +296,7 @@ class Arrival:
 
     def is_completed(self) -> bool:
         """All are there, or never will be."""
-        return self._host.has_given_up or all(word.has_reached(self._number) for word in self._words)
+        return self._host.has_given_up or all(word.has_reached(self._number) for word in self._words.values())
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Return when all are there.
@@ -295,7 +306,7 @@ class Arrival:
                 failed itself.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout.total_seconds()
-        for rank, word in enumerate(self._words):
+        for rank, word in self._words.items():
             while not word.has_reached(self._number):
                 self._check()
                 if self._host.has_ended(rank) and not word.has_reached(self._number):

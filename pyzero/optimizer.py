@@ -93,9 +93,9 @@ class ZeroOptimizer(FullAccess, Optimizer):
         init_sync: As DDP's: make parameters, frozen ones too, and the buffers of the modules that hold them, what they
             are on rank 0.
         max_consecutive_skips: This many skipped steps in a row raise RuntimeError; None: any number is fine.
-        transport: "peer" (memory that the ranks of one host share, on CPUs), "exact" (all-to-all), both summed in fp32
-            in rank order, with the same bits; or "collective" (the library's reduce-scatter). "auto" is "peer" where
-            all ranks can share memory, and "exact" elsewhere.
+        transport: "peer" (memory that the ranks of a host share, on CPUs, and all-to-all between hosts), "exact"
+            (all-to-all), both summed in fp32 in rank order, with the same bits; or "collective" (the library's
+            reduce-scatter). "auto" is "peer" where ranks can share memory, and "exact" elsewhere.
         backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:

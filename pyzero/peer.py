@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,12 +75,12 @@ class Ring:
         self._num_pieces = piece.number
 
 
-class _Deferred(NamedTuple):
-    """A piece that there was no room for when it was packed."""
+class Deferred(NamedTuple):
+    """A piece that there was no room for when it was packed, or that has not come from other hosts yet."""
 
     piece: Piece
     data: Tensor
-    room: Arrival
+    awaited: Sequence[Any]  # handles: then it can be copied to the ring
 
 
 class _Gather(NamedTuple):
@@ -95,7 +95,7 @@ class PeerTransport(Transport):
     """Shared memory between the ranks of one host, with the bits of ExactTransport.
 
     Raises:
-        HostError: They are on several hosts, or cannot share memory.
+        HostError: They cannot share memory.
     """
 
     def __init__(self, group: Group) -> None:
@@ -103,8 +103,9 @@ class PeerTransport(Transport):
         self._host = group.share_memory()
         self._ring = Ring()
         self._room: Tensor | None = None  # in the ring, given out by `buffer`
-        self._deferred: deque[_Deferred] = deque()
+        self._deferred: deque[Deferred] = deque()
         self._gathers: deque[_Gather] = deque()
+        self._shards_in = {rank: [rank] for rank in self._host.ranks}  # whose weights lie in each one's ring
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
         """See Transport."""
@@ -146,45 +147,57 @@ class PeerTransport(Transport):
         if send is self._room:
             self._host.post()
         else:
-            self._deferred.append(_Deferred(piece, send, self._host.read(piece.after)))
+            self._deferred.append(Deferred(piece, send, [self._host.read(piece.after)]))
         self._room = None
         return piece
 
     def post_deferred(self, number: int, timeout: timedelta | None) -> None:
-        """Copy pieces up to that number to where the others read them, when they have made room.
+        """Copy pieces up to that number to where the others read them, when that can be done.
 
         Raises:
             RuntimeError: See Arrival.wait.
         """
         while self._deferred and self._deferred[0].piece.number <= number:
-            piece, data, room = self._deferred[0]
-            room.wait(timeout)
+            piece, data, awaited = self._deferred[0]
+            for handle in awaited:
+                handle.wait(*() if timeout is None else (timeout,))
             self._host.tensor(self.group.rank, piece.begin, data.numel(), data.dtype).copy_(data)
             self._deferred.popleft()
             self._host.post()
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
+        piece, slices = self._post_gradients(send)
+        work = self.group.launch(what, lambda: self._posted(piece))
+        return Exchange(work, slices, send, release=self._host.mark_read)
+
+    def _post_gradients(self, send: Tensor) -> tuple[Piece, list[Tensor]]:
+        """And where this rank's slice of each rank's will lie."""
         piece = self._post(send)
         numel = send.numel() // self.group.size
         begin = piece.begin + self.group.rank * numel * send.itemsize
-        slices = [self._host.tensor(rank, begin, numel, send.dtype) for rank in range(self.group.size)]
-        work = self.group.launch(what, lambda: _Pieces(self, piece.number, self._host.posted(piece.number)))
-        return Exchange(work, slices, send, release=self._host.mark_read)
+        return piece, [self._host.tensor(rank, begin, numel, send.dtype) for rank in self._host.ranks]
+
+    def _posted(self, piece: Piece) -> _Pieces:
+        return _Pieces(self, piece.number, self._host.posted(piece.number))
 
     def gather(self, flat: Tensor, shard: Tensor) -> Work:
         """See Transport. The shard is copied at once."""
-        piece = self._ring.next(shard.nbytes)
-        while self._gathers and not self._host.has_read(piece.after):
-            self._gathers[0].work.wait()
+        self._read_gathers_for(shard.nbytes)
         room = self.buffer(shard.numel(), shard.dtype, shard.device)
         room.copy_(shard)
-        self._post(room)
-        work = self.group.launch(
-            "the all-gather of weights",
-            lambda: _Pieces(self, piece.number, self._host.posted(piece.number)),
-            then=lambda: self._copy(piece.number),
-        )
+        return self._gather_when_posted(self._post(room), flat)
+
+    def _read_gathers_for(self, num_bytes: int) -> Piece:
+        """Where the next piece lies; what this rank has not read there it reads."""
+        piece = self._ring.next(num_bytes)
+        while self._gathers and not self._host.has_read(piece.after):
+            self._gathers[0].work.wait()
+        return piece
+
+    def _gather_when_posted(self, piece: Piece, flat: Tensor) -> Work:
+        what = "the all-gather of weights"
+        work = self.group.launch(what, lambda: self._posted(piece), then=lambda: self._copy(piece.number))
         self._gathers.append(_Gather(piece, flat, work))
         return work
 
@@ -193,9 +206,11 @@ class PeerTransport(Transport):
         while self._gathers and self._gathers[0].piece.number <= number:
             piece, flat, _ = self._gathers.popleft()
             shards = flat.view(self.group.size, -1)
-            for rank, shard in enumerate(shards):
-                if rank != self.group.rank:
-                    shard.copy_(self._host.tensor(rank, piece.begin, shard.numel(), shard.dtype))
+            for rank, sources in self._shards_in.items():
+                there = self._host.tensor(rank, piece.begin, len(sources) * shards.shape[1], flat.dtype)
+                for source, shard in zip(sources, there.view(len(sources), -1), strict=True):
+                    if source != self.group.rank:
+                        shards[source].copy_(shard)
             self._host.mark_read()
 
 

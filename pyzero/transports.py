@@ -9,19 +9,26 @@ import torch
 
 from pyzero.comm import CollectiveTransport, ExactTransport, Group, Transport
 from pyzero.host import HostError
+from pyzero.hosts import HostsTransport
 from pyzero.peer import PeerTransport
 
 log = logging.getLogger("pyzero")
 
+
+def _through_memory(group: Group) -> Transport:
+    group.share_memory()
+    return PeerTransport(group) if len(group.hosts) == 1 else HostsTransport(group)
+
+
 _TRANSPORTS: dict[str, Callable[[Group], Transport]] = {
     "exact": ExactTransport,
     "collective": CollectiveTransport,
-    "peer": PeerTransport,
+    "peer": _through_memory,
 }
 
 
 def make_transport(name: str, group: Group, device: torch.device) -> Transport:
-    """The transport of that name; "auto" is peer on CPUs of one host, and exact elsewhere. Collective.
+    """The transport of that name; "auto" is peer on CPUs of which some share a host, and exact elsewhere. Collective.
 
     Raises:
         ValueError: There is none of that name.
@@ -36,11 +43,11 @@ def make_transport(name: str, group: Group, device: torch.device) -> Transport:
     try:
         if device.type != "cpu":
             raise HostError(f"the parameters lie on {device}")
-        return PeerTransport(group)
+        return _through_memory(group)
     except HostError as error:
         if name == "peer":
             raise HostError(
-                f"expected parameters on the CPUs of one host for transport='peer', got none: {error}; pass "
+                f"expected CPUs that share memory for transport='peer', got none: {error}; pass "
                 f"transport='auto', which takes 'exact' here"
             ) from error
         log.info("the exact transport is used, for memory is not shared: %s", error)

@@ -14,6 +14,7 @@ LAYERS = (
     {"overflow", "report", "scaler", "sharded_grad"},
     {"checkpoint.from_deepspeed", "checkpoint.storage", "comm", "update_rule"},
     {"buckets", "checkpoint.agreement", "grad_stats", "peer"},
+    {"hosts"},
     {"transports"},
     {"gather", "nonfinite", "pieces", "placement", "update"},
     {"access", "accumulation", "rank_state"},

@@ -16,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import hosts
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -67,6 +69,9 @@ def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer:
 
 def train(rank: int, folder: Path, transport: str, how: str, where: str, stage: str, then: str = "") -> None:
     torch.set_num_threads(1)
+    if transport == "hosts":  # ranks 0 and 1 on one, rank 2 on another
+        hosts.place(pytest.MonkeyPatch(), rank // 2, folder)
+        transport = "peer"
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -1,0 +1,126 @@
+"""The transport of ranks on several hosts: through memory inside each, by all-to-alls from one to another.
+
+Gradients go as ExactTransport sends them, slice by slice, so their sum has its bits; what stays on a host is read where
+it lies. Weights come to each host once: a rank takes in other hosts' shards for all ranks of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero import memory
+from pyzero.comm import Exchange, Group, Work
+from pyzero.host import HostRanks
+from pyzero.peer import Deferred, PeerTransport
+
+
+class HostsTransport(PeerTransport):
+    """Shared memory inside hosts and all-to-alls between them, with the bits of ExactTransport.
+
+    Raises:
+        HostError: Each rank has a host of its own, or those of one cannot share memory.
+    """
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        mine = self._host.ranks
+        self._elsewhere = [rank for rank in range(group.size) if rank not in mine]
+        sources = [_sources(ranks, group.hosts) for ranks in group.hosts]
+        self._max_shards = 1 + max(len(ranks) for host in sources for ranks in host.values())
+        self._shards_in = {rank: [rank, *ranks] for host in sources for rank, ranks in host.items() if rank in mine}
+        self._takers = [rank for host in sources for rank, ranks in host.items() if group.rank in ranks]
+
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """See Transport."""
+        super().reserve([(sent, shard * self._max_shards) for sent, shard in buckets], num_params)
+
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """See Transport."""
+        parts = send.view(self.group.size, -1)
+        sent = torch.cat([parts[rank] for rank in self._elsewhere])
+        received = memory.empty(sent.numel(), send.dtype, send.device)
+        piece, here = self._post_gradients(send)
+        numels = self._numels(self._elsewhere, parts.shape[1])
+        work = self.group.launch(
+            what, lambda: _Both(self._posted(piece), self._from_others(received, sent, numels, numels))
+        )
+        slices = dict(zip(self._host.ranks, here, strict=True))
+        slices |= zip(self._elsewhere, received.view(len(self._elsewhere), -1), strict=True)
+        return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._host.mark_read)
+
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """See Transport. Other hosts' shards are handed on when their work is waited for."""
+        sources = self._shards_in[self.group.rank]
+        shards = memory.empty(len(sources) * shard.numel(), shard.dtype, shard.device)
+        shards[: shard.numel()] = shard
+        piece = self._read_gathers_for(self._max_shards * shard.nbytes)
+        handle = self._from_others(
+            shards[shard.numel() :],
+            shard.repeat(len(self._takers)),
+            self._numels(sources[1:], shard.numel()),
+            self._numels(self._takers, shard.numel()),
+        )
+        self._ring.take(piece)
+        self._deferred.append(Deferred(piece, shards, [handle, self._host.read(piece.after)]))
+        return self._gather_when_posted(piece, flat)
+
+    def _numels(self, ranks: Sequence[int], numel: int) -> list[int]:
+        return [numel * (rank in ranks) for rank in range(self.group.size)]
+
+    def _from_others(
+        self, received: Tensor, sent: Tensor, received_numels: Sequence[int], sent_numels: Sequence[int]
+    ) -> _FromOthers:
+        return _FromOthers(self._host, self.group.begin_all_to_all(received, sent, received_numels, sent_numels))
+
+
+def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """For each rank of a host, whose weights it takes in: of each other host one rank, or more where that has more."""
+    found: dict[int, list[int]] = {rank: [] for rank in mine}
+    for ranks in hosts:
+        if ranks != mine:
+            for place, rank in enumerate(ranks):
+                found[mine[place % len(mine)]].append(rank)
+    return found
+
+
+class _FromOthers:
+    """A collective between hosts; where it fails, the ranks of this host learn of it."""
+
+    def __init__(self, host: HostRanks, handle: Any) -> None:
+        self._host = host
+        self._handle = handle
+
+    def is_completed(self) -> bool:
+        return bool(self._handle.is_completed())
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        try:
+            self._handle.wait(*() if timeout is None else (timeout,))
+            return
+        except RuntimeError:
+            if not self._handle.is_completed():  # only slow
+                raise
+        try:  # it came this moment, or has failed
+            self._handle.wait()
+        except RuntimeError as error:
+            self._host.give_up(str(error))
+            raise
+
+
+class _Both:
+    """Two handles as one."""
+
+    def __init__(self, *handles: Any) -> None:
+        self._handles = handles
+
+    def is_completed(self) -> bool:
+        return all(handle.is_completed() for handle in self._handles)
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        for handle in self._handles:
+            handle.wait(timeout)

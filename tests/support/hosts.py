@@ -1,0 +1,14 @@
+"""Ranks of one machine that take it for several hosts."""
+
+from pathlib import Path
+
+import pytest
+
+from pyzero import host
+
+
+def place(patch: pytest.MonkeyPatch, number: int, folder: Path) -> None:
+    """Have this process find itself on the host of that number."""
+    path = folder / f"boot_id_of_{number}"
+    path.write_text(f"{number}\n")
+    patch.setattr(host, "_BOOT_ID", str(path))
