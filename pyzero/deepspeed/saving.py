@@ -6,20 +6,27 @@ import copy
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.loading import load_checkpoint
 from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.deepspeed import comm
+from pyzero.deepspeed.config import Batches
 from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")
 
 _LATEST = "latest"
+_THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
 _TAG = re.compile(r"(?!\.)[^/\\\0\n]+")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps")
 
@@ -32,6 +39,7 @@ class EngineCheckpoints:
     lr_scheduler: Any
     rank: int
     global_steps: int
+    batches: Batches
 
     def save_checkpoint(
         self,
@@ -88,7 +96,9 @@ class EngineCheckpoints:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load what `save_checkpoint` saved, on any number of ranks and in any stage.
+        """Load what `save_checkpoint` saved, ours or DeepSpeed's in stage 1 or 2, on any number of ranks.
+
+        What DeepSpeed saved is translated first, into a folder in load_dir that goes again.
 
         Args:
             load_dir: Where it was saved.
@@ -105,7 +115,7 @@ class EngineCheckpoints:
 
         Raises:
             ValueError: The tag is no name of a folder, or there is a custom_load_fn.
-            CheckpointError, CollectiveError: See pyzero.load_checkpoint.
+            CheckpointError, CollectiveError: See pyzero.load_checkpoint; FileNotFoundError too of DeepSpeed's.
         """
         if custom_load_fn is not None:
             raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")
@@ -115,15 +125,34 @@ class EngineCheckpoints:
             return None, None
         folder = Path(load_dir) / name
         own = None if load_optimizer_states and not load_module_only else copy.deepcopy(self.optimizer.state_dict())
-        loaded = load_checkpoint(folder, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
+        with self._as_ours(folder) as ours:
+            loaded = load_checkpoint(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
         if own is not None:
             self._restore(own)
         if not load_module_only:
-            for counter, value in loaded["counters"].items():
+            steps = loaded["step"]
+            micro_steps = steps * self.batches.accumulation
+            theirs = {"global_steps": steps, "global_samples": steps * self.batches.train, "micro_steps": micro_steps}
+            for counter, value in loaded.get("counters", theirs).items():
                 setattr(self, counter, value)
             if load_lr_scheduler_states and self.lr_scheduler is not None and loaded["lr_scheduler"] is not None:
                 self.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
         return str(folder), loaded["client_state"]
+
+    @contextmanager
+    def _as_ours(self, folder: Path) -> Iterator[Path]:
+        """The checkpoint's folder; of DeepSpeed's a translation beside it, for as long."""
+        if not any(folder.glob(_THEIRS)):
+            yield folder
+            return
+        group = self.optimizer.checkpoint_group()
+        ours = folder.with_name(f".translated_{folder.name}")
+        what = f"the translation of DeepSpeed's checkpoint {folder}"
+        try:
+            together(group, what, lambda: group.rank == 0 and import_deepspeed(folder.parent, ours, folder.name))
+            yield ours
+        finally:
+            together(group, f"the removal of {ours}", lambda: group.rank == 0 and shutil.rmtree(ours, True))
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -36,6 +36,14 @@ class _Schedule(LRScheduler):
     def last_batch_iteration(self) -> int:
         """DeepSpeed's count."""
         return int(self.last_epoch) - 1
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Ours, or DeepSpeed's, which is its count alone."""
+        if state_dict.keys() == {"last_batch_iteration"}:
+            self.last_epoch = state_dict["last_batch_iteration"] + 1
+            self._last_lr = self.get_lr()
+        else:
+            super().load_state_dict(state_dict)
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The rate of each group for the coming step."""

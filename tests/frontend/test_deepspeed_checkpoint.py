@@ -140,6 +140,49 @@ def test_the_next_steps_are_deepspeeds(ranks, name, size, tmp_path):
     assert scaler[3] == later.skipped_steps
 
 
+def loaded_by_an_engine(group: Any, folder: Path, tag: str) -> tuple[Any, ...]:
+    model, optimizer = build(BY_NAME["fp16-stage2-2ranks"], group)
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "fp16": {"enabled": True}}
+    schedule = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
+    engine = pyzero.initialize(model=model, optimizer=optimizer, config={**config, "scheduler": schedule})[0]
+    found = engine.load_checkpoint(folder, tag)
+    counters = (engine.global_steps, engine.global_samples / engine.world_size, engine.micro_steps)
+    masters = {n: optimizer.full_master(p) for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    return found, counters, masters, engine.cur_scale, engine.skipped_steps
+
+
+def on_all(ranks: Any, size: int, fn: Any, *args: Any) -> list[Any]:
+    return ranks.run(size, fn, *args) if size > 1 else [fn(None, *args)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_engine_loads_deepspeeds_folder(ranks, size, tmp_path):
+    folder = unpacked("fp16-stage2-2ranks", tmp_path)
+    theirs, before = deepspeed_checkpoint.read(folder, "saved"), sorted(folder.rglob("*"))
+    for found, counters, masters, scale, skipped in on_all(ranks, size, loaded_by_an_engine, folder, "saved"):
+        assert found == (str(folder / "saved"), CLIENT_STATE)
+        assert counters == (SAVED_AT, SAVED_AT * 2 * 3, SAVED_AT * 3)
+        assert masters.keys() == theirs.params.keys()
+        assert all(torch.equal(masters[name], values["master"]) for name, values in theirs.params.items())
+        assert (scale, skipped) == (theirs.loss_scale.scale, theirs.skipped_steps)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_engine_says_what_is_wrong_with_deepspeeds_folder(ranks, size, tmp_path):
+    folder = unpacked("fp16-stage2-2ranks", tmp_path)
+    (folder / OPTIM_FILE).unlink()
+    for error in on_all(ranks, size, not_loaded_by_an_engine, folder):
+        assert "got 1" in error and "copy the files of all ranks" in error
+    assert not list(folder.glob(".translated*"))
+
+
+def not_loaded_by_an_engine(group: Any, folder: Path) -> str:
+    with pytest.raises((ValueError, pyzero.CheckpointError)) as caught:
+        loaded_by_an_engine(group, folder, "saved")
+    return str(caught.value)
+
+
 def test_before_the_first_step_there_are_masters_alone(tmp_path):
     checkpoint = deepspeed_checkpoint.read(unpacked("fp16-stage1", tmp_path), tag="fresh")
     model, optimizer = build(BY_NAME["fp16-stage1"])

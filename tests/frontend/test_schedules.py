@@ -38,6 +38,16 @@ def test_warmup_and_decay():
     assert found == [1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
 
 
+def test_deepspeeds_count_is_loaded():
+    def go_on(optimizer: torch.optim.Adam) -> WarmupDecayLR:
+        schedule = WarmupDecayLR(optimizer, 8, 1.0, 5.0, 4, "linear")
+        schedule.load_state_dict({"last_batch_iteration": 3})
+        assert schedule.get_last_lr() == [4.0]
+        return schedule
+
+    assert rates_of(go_on, 3)[1:] == [5.0, 4.0]
+
+
 def test_warmup_stays_at_each_groups_own_rate():
     found = rates_of(lambda o: WarmupLR(o, warmup_num_steps=2, warmup_type="linear"), 5, (7.0, 3.0))
     assert found == [0.0, 0.0, 1.5, 3.0, 3.0]
