@@ -147,12 +147,18 @@ class EngineCheckpoints:
             return
         group = self.optimizer.checkpoint_group()
         ours = folder.with_name(f".translated_{folder.name}")
-        what = f"the translation of DeepSpeed's checkpoint {folder}"
+
+        def translate() -> None:
+            if group.rank == 0:
+                import_deepspeed(folder.parent, ours, folder.name)
+
         try:
-            together(group, what, lambda: group.rank == 0 and import_deepspeed(folder.parent, ours, folder.name))
+            together(group, f"the translation of DeepSpeed's checkpoint {folder}", translate)
             yield ours
         finally:
-            together(group, f"the removal of {ours}", lambda: group.rank == 0 and shutil.rmtree(ours, True))
+            comm.barrier()  # all have read it
+            if group.rank == 0:
+                shutil.rmtree(ours, ignore_errors=True)
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:

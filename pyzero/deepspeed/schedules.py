@@ -41,7 +41,7 @@ class _Schedule(LRScheduler):
         """Ours, or DeepSpeed's, which is its count alone."""
         if state_dict.keys() == {"last_batch_iteration"}:
             self.last_epoch = state_dict["last_batch_iteration"] + 1
-            self._last_lr = self.get_lr()
+            self._last_lr = [*self.get_lr()]
         else:
             super().load_state_dict(state_dict)
 
