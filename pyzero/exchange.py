@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from pyzero import nonfinite
 from pyzero.accumulation import BucketGrads, ParamGrad
 from pyzero.comm import Exchange, Group, Transport
 from pyzero.gradients import is_set
+from pyzero.profiling import profile_range
 
 _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
 
@@ -65,7 +65,7 @@ class BucketExchange:
         stats: Tensor,
     ) -> None:
         """Pack a bucket without what is left out, and send it; the sum is multiplied by `scale`."""
-        with record_function("pyzero::reduce_scatter"):
+        with profile_range("pyzero::reduce_scatter"):
             accumulate = grads.is_reduced
             grads.apply_factors()
             self._wait_for_writers(grads)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.profiler import record_function
 
 from pyzero import amp, arguments, nonfinite, rank_state, scaler
 from pyzero.access import FullAccess
@@ -22,6 +21,7 @@ from pyzero.layout import BucketLayout, cap_bytes
 from pyzero.overflow import OverflowMonitor
 from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
+from pyzero.profiling import profile_range
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaled_backward import ScaledBackward
 from pyzero.scaler import LossScale, Scaler
@@ -330,7 +330,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
     def _collect(self, purpose: str) -> GlobalGradStats:
         """Finish the reduction and exchange the step's one message. purpose: one of grad_stats.PURPOSES."""
-        with record_function("pyzero::collect"), torch.no_grad():
+        with profile_range("pyzero::collect"), torch.no_grad():
             outer_found = self.__dict__.get("found_inf")  # GradScaler's, of `.grad`
             if outer_found is not None:
                 outer_found = (outer_found != 0).to(torch.float32).reshape(1)
@@ -422,15 +422,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
         used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
         name, gathers = f"pyzero::{self._rule.name}", []
-        if self._group.size == 1:
-            with record_function(name):  # one range: to open and close it costs as much as a bucket's pack_
-                for bucket in used:
-                    self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            return []
         for bucket in used:
-            with record_function(name):
+            with profile_range(name):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            with record_function("pyzero::all_gather"):
+            with profile_range("pyzero::all_gather"):
                 gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
         return gathers
 

@@ -9,7 +9,7 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
-    {"futex", "sharded_state", "stats_rows"},
+    {"futex", "profiling", "sharded_state", "stats_rows"},
     {"amp", "arguments", "backward", "host", "layout", "memory", "modules"},
     {"overflow", "report", "scaler", "sharded_grad"},
     {"checkpoint.from_deepspeed", "checkpoint.storage", "comm", "update_rule"},
