@@ -18,10 +18,10 @@ from typing import Any
 
 import bokeh_sampledata
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import ranks, report
 from gpt.ranks import Place, own_rows
+from sparse_grads import average_sparse_grads
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, SparseAdam
 from tqdm import tqdm
@@ -95,25 +95,6 @@ class Recommender(nn.Module):
 
     def drop(self, pooled: Tensor) -> Tensor:
         return F.dropout(pooled, DROPPED, self.training)
-
-
-def average_sparse_grads(params: list[nn.Parameter]) -> None:
-    """Make sparse gradients their mean over the ranks; a parameter has one on all ranks, as with DDP."""
-    size = dist.get_world_size()
-    for param in params:
-        assert param.grad is not None
-        mine = param.grad.coalesce()
-        count = torch.tensor([mine.values().shape[0]], device=param.device)
-        counts = [torch.empty_like(count) for _ in range(size)]
-        dist.all_gather(counts, count)
-        room = int(max(counts)) - int(count)  # what is gathered has one shape on all ranks
-        parts = []
-        for part in (mine.indices()[0], mine.values()):
-            padded = F.pad(part, (0, 0) * (part.dim() - 1) + (0, room))
-            gathered = [torch.empty_like(padded) for _ in range(size)]
-            dist.all_gather(gathered, padded)
-            parts.append(torch.cat([one[: int(n)] for one, n in zip(gathered, counts, strict=True)]))
-        param.grad = torch.sparse_coo_tensor(parts[0][None], parts[1] / size, param.shape).coalesce()
 
 
 def optimizers_of(model: Recommender, kind: type[Optimizer], sparse: bool) -> list[Optimizer]:

@@ -63,7 +63,7 @@ def batch(step, rank, size):
 
 def train_mixed(group, size):
     """Weights after three steps of both optimizers, and the table's gradient in each."""
-    from recommender import average_sparse_grads
+    from sparse_grads import average_sparse_grads
 
     torch.manual_seed(0)
     model = Mixed()
