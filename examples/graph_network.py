@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/graph_network.py
 
-Those of molecules held out are 13 K off in the mean. The data are the organic compounds of the CRC Handbook, as the package
-chemicals has them; rdkit reads their SMILES.
+Those of molecules held out are 13 K off in the mean. The data are the organic compounds of the CRC Handbook, as the
+package chemicals has them; rdkit reads their SMILES.
 """
 
 from __future__ import annotations

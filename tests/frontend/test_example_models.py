@@ -1,4 +1,4 @@
-"""A recommender, a graph network and a LoRA fine-tune reach the quality that they state, on two ranks; the latter two in shorter runs."""
+"""A recommender, a graph network and a LoRA fine-tune reach a quality on two ranks; the latter two in shorter runs."""
 
 import json
 import sys
