@@ -21,7 +21,7 @@ import torch
 from gpt import data, model, ranks, report
 from gpt.model import Bytewise
 from gpt.progress import Keeper, fail
-from gpt.ranks import Place
+from gpt.ranks import Place, own_rows
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,12 +133,6 @@ class Trainer:
             tensors = [t for state in self.optimizer.state.values() for t in state.values()]
             mine = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return int(self.place.mean(torch.tensor(float(mine), device=self.place.device, dtype=torch.float64)))
-
-
-def own_rows(rows: Tensor, place: Place) -> tuple[Tensor, float]:
-    """This rank's part of a batch that all ranks drew alike, and what its mean counts for in the mean over ranks."""
-    mine = rows.tensor_split(place.size)[place.rank]
-    return mine.to(place.device), len(mine) * place.size / len(rows)
 
 
 @torch.no_grad()

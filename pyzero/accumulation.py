@@ -204,7 +204,8 @@ def sparse_error(param: Tensor) -> TypeError:
     """Of a gradient that no bucket can hold."""
     return TypeError(
         f"expected dense gradients, got a sparse one for the parameter of shape {tuple(param.shape)}; "
-        f"build its embedding with sparse=False"
+        f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "
+        f"torch.optim.SparseAdam"
     )
 
 

@@ -1,1 +1,1 @@
-"""The parts of examples/train_gpt.py."""
+"""The parts of examples/train_gpt.py, of which the other examples borrow some."""

@@ -42,19 +42,25 @@ def _windows(text: Tensor, starts: Tensor, context: int) -> Tensor:
     return text[starts[:, None] + torch.arange(context)].long()
 
 
-def load(path: str | None, context: int) -> Corpus:
-    """The standard library's .py files, every tenth held out; of a single file, the last tenth."""
-    if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = sorted(f for f in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(f.relative_to(root).parts[:-1]))
-        texts = [file.read_bytes() for file in files]
-        train = b"".join(text for i, text in enumerate(texts) if i % _HELD_OUT_ONE_IN)
-        held_out = b"".join(texts[::_HELD_OUT_ONE_IN])
-        name = f"{len(files)} files of {root}"
-    else:
-        text = Path(path).read_bytes()
-        cut = len(text) - len(text) // _HELD_OUT_ONE_IN
-        train, held_out, name = text[:cut], text[cut:], path
+def load(path: str | None, context: int, without: str = "") -> Corpus:
+    """The standard library's .py files, less a folder's, every tenth held out; of a single file, the last tenth."""
+    if path is not None:
+        return from_text(path, Path(path).read_bytes(), context)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = _SKIPPED_FOLDERS | {without}
+    files = sorted(f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts[:-1]))
+    texts = [file.read_bytes() for file in files]
+    train = b"".join(text for i, text in enumerate(texts) if i % _HELD_OUT_ONE_IN)
+    return _corpus(f"{len(files)} files of {root}", train, b"".join(texts[::_HELD_OUT_ONE_IN]), context)
+
+
+def from_text(name: str, text: bytes, context: int) -> Corpus:
+    """The last tenth is held out."""
+    cut = len(text) - len(text) // _HELD_OUT_ONE_IN
+    return _corpus(name, text[:cut], text[cut:], context)
+
+
+def _corpus(name: str, train: bytes, held_out: bytes, context: int) -> Corpus:
     if min(len(train), len(held_out)) < context:
         raise ValueError(
             f"expected at least {context} bytes to train on and to hold out, got {len(train)} and {len(held_out)} from "

@@ -27,6 +27,16 @@ class Place:
             values /= self.size
         return values
 
+    def alone(self) -> Place:
+        """This process as if there were no others."""
+        return Place(0, 1, self.device)
+
+
+def own_rows(rows: Tensor, place: Place) -> tuple[Tensor, float]:
+    """This rank's part of a batch that all ranks drew alike, and what its mean counts for in the mean over ranks."""
+    mine = rows.tensor_split(place.size)[place.rank]
+    return mine.to(place.device), len(mine) * place.size / len(rows)
+
 
 @contextmanager
 def joined() -> Iterator[Place]:

@@ -97,6 +97,23 @@ def plot(results: list[Result], path: Path) -> bool:
     return True
 
 
+def plot_qualities(curves: dict[str, dict[int, float]], quality: str, path: Path) -> None:
+    """A held-out quality by step, of each optimizer, to `path` as PNG where matplotlib is, and to .json beside it."""
+    write_whole(path.with_suffix(".json"), json.dumps(curves).encode())
+    pyplot = _pyplot()
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for number, (label, curve) in enumerate(curves.items()):
+        style = {"linewidth": 1.4} if number == 0 else {"linewidth": 6, "alpha": 0.3, "zorder": 1}
+        axes.plot(list(curve), list(curve.values()), label=f"{label}: {list(curve.values())[-1]:.3f}", **style)
+    axes.set(xlabel="step", ylabel=quality)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _write_figure(figure, path)
+    pyplot.close(figure)
+
+
 def plot_over(resumed: Result, whole: Result, path: Path) -> bool:
     """A run in parts over one in one piece, and below how far each step's loss is off. False without matplotlib."""
     pyplot = _pyplot()
