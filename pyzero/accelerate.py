@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pyzero.checkpoint.loading import load_checkpoint
 from pyzero.checkpoint.saving import save_checkpoint
+from pyzero.deepspeed.comm import get_world_size
 from pyzero.optimizer import ZeroOptimizer
 
 FOLDER = "pyzero"  # in a folder of save_state: the first optimizer's checkpoint; pyzero_1 the second's
@@ -72,7 +73,12 @@ class Accelerator(accelerate.Accelerator):
         """As accelerate's, without a detour of the state through a state dict."""
         if isinstance(optimizer, PreparedOptimizer):
             return super().prepare_optimizer(optimizer)
-        num_ranks = self.num_processes
+        num_ranks = get_world_size()
+        if num_ranks != self.num_processes:
+            raise ValueError(
+                f"expected an Accelerator of all {num_ranks} ranks, got one of {self.num_processes}, which would not "
+                f"share out the data; pass Accelerator(cpu=True) on CPUs"
+            )
         if num_ranks > 1 and not isinstance(optimizer, ZeroOptimizer):
             raise TypeError(
                 f"expected an optimizer of pyzero's, which averages gradients, got {type(optimizer).__name__} on "

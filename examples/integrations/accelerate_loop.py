@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 examples/integrations/accelerate_loop.p
 """
 
 import torch
+from accelerate import DataLoaderConfiguration
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -16,10 +17,10 @@ def build(accelerator):
     torch.manual_seed(0)
     x = torch.randn(256, 16)
     data = TensorDataset(x, x @ torch.randn(16, 4))
-    loader = DataLoader(data, batch_size=16 // accelerator.num_processes)  # on each rank
+    loader = DataLoader(data, batch_size=16)  # over all ranks
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)).to(accelerator.device)
     optimizer = FusedZeroAdamW(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100 * accelerator.num_processes)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     return accelerator.prepare(model, optimizer, loader, schedule)
 
 
@@ -40,9 +41,9 @@ def epoch(accelerator, model, optimizer, loader, schedule):
 
 
 def main(folder="runs/accelerate", epochs=6, resume=False):
-    accelerator = Accelerator(gradient_accumulation_steps=2)
-    parts = build(accelerator)
-    losses = []
+    split = DataLoaderConfiguration(split_batches=True)  # so that neither data nor schedule depends on the ranks
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2, dataloader_config=split)
+    parts, losses = build(accelerator), []
     if resume:
         accelerator.load_state(folder)
     else:
@@ -51,9 +52,8 @@ def main(folder="runs/accelerate", epochs=6, resume=False):
         accelerator.save_state(folder)
     losses += epoch(accelerator, *parts)
     accelerator.print(f"loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
-    accelerator.end_training()
-    return losses
+    return losses, accelerator
 
 
 if __name__ == "__main__":
-    main()
+    main()[1].end_training()

@@ -8,7 +8,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_see
 
 from pyzero.transformers import Trainer  # the line that differs: `from transformers import Trainer`
 
-CONFIG = GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+CONFIG = GPT2Config(
+    vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
 
 
 def counting(num_rows=256):
