@@ -21,7 +21,7 @@ def main(steps=100, backend="inductor"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 4)).bfloat16()
     optimizer = FusedZeroAdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
-    compiled = torch.compile(model, backend=backend)  # before or after the optimizer is built
+    compiled = torch.compile(model, backend=backend)
     target = torch.randn(16, 4)
     losses = []
     for step in tqdm(range(steps), disable=rank > 0):

@@ -19,8 +19,8 @@ LIMIT_S = 300
 pytestmark = pytest.mark.slow
 
 # fp32 sums in another order. Adam's first steps are the gradients' signs, so that where a gradient is near 0 rounding
-# decides, and the losses of some steps later differ by more than it. Measured: 3e-6.
-OTHER_ORDER = 1e-4
+# decides, and the losses of some steps later differ by more than it. Measured: 3e-7.
+OTHER_ORDER = 1e-5
 BF16 = 2.0**-7  # bf16's rounding of weights and gradients, twice
 
 
@@ -88,6 +88,7 @@ def test_trainer_goes_on_from_torchs_checkpoint(results):
 def test_transformers_own_trainer_reduces_for_us(results):
     found = result_of(results, 2, "trainer", "transformers", "accelerate")
     assert column(found["plain"], "loss") == pytest.approx(column(found["torch"], "loss"), rel=OTHER_ORDER)
+    assert "nothing was loaded" in found["plain_resumed"]  # rank 0's part, given to both
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -111,8 +112,8 @@ def test_trainer_saves_adapters_alone(results, size):
 
 
 def test_training_arguments_deepspeed(results):
-    found = result_of(results, 2, "trainer_deepspeed", "transformers", "accelerate")
-    assert found["engine"] == "pyzero.deepspeed.engine"
+    found = result_of(results, 2, "trainer_deepspeed", "transformers", "accelerate", "safetensors")
+    assert found["engine"] == "pyzero.deepspeed.engine" and found["stage3_is_whole"]
     losses = column(found["logs"], "loss")
     assert losses[-1] < 0.9 * losses[0] and column(found["logs"], "grad_norm")[0] > 1.0
     assert without_times(found["resumed"]) == without_times(found["logs"])
@@ -131,8 +132,9 @@ def test_accelerate_loop(results):
 
 
 def test_accelerates_own_reduces_for_us(results):
-    weights = [result_of(results, size, "accelerate_plain", "accelerate")["weights"] for size in (1, 2)]
-    assert weights[0] == pytest.approx(weights[1], rel=OTHER_ORDER, abs=1e-5)
+    one, two = (result_of(results, size, "accelerate_plain", "accelerate") for size in (1, 2))
+    assert one["weights"] == pytest.approx(two["weights"], rel=OTHER_ORDER, abs=1e-5)
+    assert one["loaded"] is None and "nothing was loaded" in two["loaded"]
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
@@ -166,5 +168,7 @@ def test_compiled(results, size):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "integrations").glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_fits_a_page(path):
+def test_an_example_fits_a_page_and_is_told_of(path):
     assert len(path.read_text().splitlines()) < 60
+    command = f"\n    torchrun --standalone --nproc-per-node 2 examples/integrations/{path.name}\n"
+    assert command in (ROOT / "docs" / "recipes.md").read_text()

@@ -85,6 +85,10 @@ def trainer(folder):
         "torch": trained(folder / "torch", trainer_class=transformers.Trainer)[0],
         "from_torch": trained(folder / "torch", resume=str(folder / "torch" / "checkpoint-3"))[0],
         "plain": trained(folder / "plain", trainer_class=plain)[0],
+        "plain_resumed": message_of(
+            ValueError,
+            lambda: trained(folder / "plain", trainer_class=plain, resume=str(folder / "plain" / "checkpoint-3")),
+        ),
     }
 
 
@@ -123,6 +127,7 @@ def trainer_lora(folder):
 
 def trainer_deepspeed(folder):
     """TrainingArguments(deepspeed=...), under compat.install()."""
+    import safetensors.torch
     import transformers
 
     run = functools.partial(trained, trainer_class=transformers.Trainer, deepspeed=DEEPSPEED, bf16=True)
@@ -130,7 +135,17 @@ def trainer_deepspeed(folder):
         return {"resumed": run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0]}
     logs, made = run(folder / "ds")
     resumed = run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0]
-    return {"logs": logs, "resumed": resumed, "engine": f"{type(made.model_wrapped).__module__}"}
+    stage3 = {**DEEPSPEED, "zero_optimization": {"stage": 3}}
+    run(folder / "stage3", deepspeed=stage3, steps=3)
+    saved = safetensors.torch.load_file(folder / "stage3" / "checkpoint-3" / "model.safetensors")
+    shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    own = {name: tuple(param.shape) for name, param in made.model.named_parameters()}
+    return {
+        "logs": logs,
+        "resumed": resumed,
+        "stage3_is_whole": shapes == own,
+        "engine": f"{type(made.model_wrapped).__module__}",
+    }
 
 
 def accelerate_loop(folder):
@@ -173,7 +188,10 @@ def accelerate_plain(folder):
         accelerator.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    return {"weights": sum((p.flatten().tolist() for p in model.parameters()), [])}
+    accelerator.save_state(str(folder / f"state_{SIZE}"))
+    accelerator.wait_for_everyone()
+    refused = message_of(ValueError, lambda: accelerator.load_state(str(folder / f"state_{SIZE}")))
+    return {"loaded": refused, "weights": sum((p.flatten().tolist() for p in model.parameters()), [])}
 
 
 def lightning_module(folder):
@@ -239,7 +257,11 @@ RUNS = {  # the packages that each needs
     lightning_module: ("lightning",),
     peft_lora: ("peft", "transformers"),
     compiled: (),
-    trainer_deepspeed: ("transformers", "accelerate"),  # the last: its state and environment stay with accelerate
+    trainer_deepspeed: (
+        "transformers",
+        "accelerate",
+        "safetensors",
+    ),  # the last: its state and environment stay with accelerate
 }
 
 
