@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "tests" / "support" / "integration_runs.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-LIMIT_S = 300
+LIMIT_S = 600
 pytestmark = pytest.mark.slow
 
 # fp32 sums in another order. Adam's first steps are the gradients' signs, so that where a gradient is near 0 rounding
@@ -135,6 +135,13 @@ def test_accelerates_own_reduces_for_us(results):
     one, two = (result_of(results, size, "accelerate_plain", "accelerate") for size in (1, 2))
     assert one["weights"] == pytest.approx(two["weights"], rel=OTHER_ORDER, abs=1e-5)
     assert one["loaded"] is None and "nothing was loaded" in two["loaded"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accelerate_with_a_grad_scaler(results, size):
+    found = result_of(results, size, "accelerate_grad_scaler", "accelerate")
+    overflow, fits = [[True, 2.0**125, 1.0], [True, 2.0**124, 1.0]], 2.0 ** (126 - size)
+    assert found["steps"] == [*overflow[:size], [False, fits, 0.5], [False, fits, 0.25]][:3]
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])

@@ -194,6 +194,35 @@ def accelerate_plain(folder):
     return {"loaded": refused, "weights": sum((p.flatten().tolist() for p in model.parameters()), [])}
 
 
+def accelerate_grad_scaler(folder):
+    """Of each step: whether it was skipped, the scale, the learning rate. On GPUs it is mixed_precision="fp16"'s."""
+    from accelerate import DataLoaderConfiguration
+    from accelerate.state import AcceleratorState
+
+    from pyzero import FusedZeroAdamW
+    from pyzero.accelerate import Accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    model = torch.nn.Linear(8, 4)
+    model, optimizer = accelerator.prepare(model, FusedZeroAdamW(model.parameters(), lr=1.0))
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    steps = []
+    for _ in range(3):
+        accelerator.backward(
+            model(torch.ones(2, 8)).sum() * 2
+        )  # 4 each: the first overflows, and the second's sum over two ranks
+        accelerator.scaler.unscale_(optimizer.optimizer)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        skipped = accelerator.optimizer_step_was_skipped
+        steps.append([skipped, accelerator.scaler.get_scale(), schedule.get_last_lr()[0]])
+    return {"steps": steps}
+
+
 def lightning_module(folder):
     """The example in both manners, on from its checkpoint, and with a strategy that leaves the module bare."""
     import lightning_module as example
@@ -254,6 +283,7 @@ RUNS = {  # the packages that each needs
     trainer_lora: ("transformers", "accelerate", "peft"),
     accelerate_loop: ("accelerate",),
     accelerate_plain: ("accelerate",),
+    accelerate_grad_scaler: ("accelerate",),
     lightning_module: ("lightning",),
     peft_lora: ("peft", "transformers"),
     compiled: (),
