@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Iterator, Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +20,8 @@ _MODULES = {
     "": _OURS,
     "accelerator": f"{_OURS}.accelerator",
     "accelerator.real_accelerator": f"{_OURS}.accelerator",
+    "checkpoint": "",
+    "checkpoint.utils": f"{_OURS}.utils",
     "checkpointing": f"{_OURS}.checkpointing",
     "comm": f"{_OURS}.comm",
     "comm.comm": f"{_OURS}.comm",
@@ -63,7 +68,28 @@ class _Facade(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Metadata(Distribution):
+    """Of a package deepspeed: transformers and accelerate ask for its version before they import it."""
+
+    def read_text(self, filename: str) -> str | None:
+        """Its name and version."""
+        version = importlib.import_module(_OURS).__version__
+        return {
+            "METADATA": f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\nSummary: pyzero stands in\n",
+            "top_level.txt": "deepspeed\n",
+        }.get(filename)
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
+        """There are no files of its own."""
+        return Path(__file__).parent / path
+
+
+class _Finder(DistributionFinder, Loader):
+    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
+        """Ours, where all are asked for, or DeepSpeed's."""
+        if context is None or context.name in (None, "deepspeed"):
+            yield _Metadata()
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:

@@ -471,6 +471,11 @@ class ZeroOptimizer(FullAccess, Optimizer):
         return self._scaler.enabled
 
     @property
+    def reduces_grads(self) -> bool:
+        """Whether it averages gradients over its ranks; False where there is one rank, or another averages them."""
+        return isinstance(self._gradients, ReducedGradients)
+
+    @property
     def is_scaled_backward(self) -> bool:
         """Whether a backward is running whose gradients carry the loss scale."""
         return self._scaled_backward.is_running

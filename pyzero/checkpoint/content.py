@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from pyzero.buckets import MASTER
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state import ZERO
+
+EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
 
 
 def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
@@ -26,6 +29,14 @@ def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
     from torch.distributed.checkpoint.state_dict import _get_fqns  # no public name gives what get_state_dict uses
 
     return {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
+
+
+def _frozen(model: nn.Module, trained: Collection[str]) -> set[str]:
+    """Names of parameters that are not trained, in the state dict's manner, those of tied ones too."""
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
+    frozen = (name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad)
+    return {fqn for name in frozen for fqn in _get_fqns(model, name)} - set(trained)
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,12 +62,12 @@ class Content:
     """What goes into a checkpoint from this rank."""
 
     state: dict[str, Any]  # {"model": ..., "optim": ...}, as torch.distributed.checkpoint's get_state_dict() gives
-    common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, tied names; rank 0's counts
+    common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, names; rank 0's counts
     extra: dict[str, Any]
 
 
-def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any]) -> Content:
-    """All by name, in the memory where it lies."""
+def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool) -> Content:
+    """All by name, in the memory where it lies. excludes_frozen: but for parameters that are not trained."""
     names = names_of(model, optimizer)
     state = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -69,7 +80,14 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any]) -
         if param.dtype == torch.float32 and name in values:
             del values[name][MASTER]  # the weight itself
     tensors, others = model_state(model)
+    excluded = _frozen(model, values) if excludes_frozen else set()
+    tensors = {name: value for name, value in tensors.items() if name not in excluded}
     first: dict[int, str] = {}
     tied = {n: first.setdefault(value.data_ptr(), n) for n, value in tensors.items() if value.numel()}
-    common = {"param_groups": groups, "model": others, "tied": {a: b for a, b in tied.items() if a != b}}
+    common = {
+        "param_groups": groups,
+        "model": others,
+        "tied": {a: b for a, b in tied.items() if a != b},
+        EXCLUDED: sorted(excluded),
+    }
     return Content({"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}, common, extra)

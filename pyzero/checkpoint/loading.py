@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyzero.buckets import MASTER, STEP
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
-from pyzero.checkpoint.content import model_state, names_of, set_extra_state
+from pyzero.checkpoint.content import EXCLUDED, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
 from pyzero.optimizer import ZeroOptimizer
@@ -147,7 +147,8 @@ class _Load:
         others = {n: v for n, v in self._model_state.items() if v.data_ptr() not in trained}
         like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
         known = {*like, *(f"model.{name}" for name in self._model_state)}
-        self._report("missing", [name for name in like if name not in saved])
+        left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
+        self._report("missing", [name for name in like if name not in saved and name not in left_out])
         self._report("unexpected", [name for name in saved if name not in known])
         shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
         self._report(

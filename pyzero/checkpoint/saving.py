@@ -28,6 +28,7 @@ def save_checkpoint(
     optimizer: ZeroOptimizer,
     step: int,
     keep: int | None = None,
+    exclude_frozen_parameters: bool = False,
     **extra: Any,
 ) -> Path:
     """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
@@ -42,6 +43,8 @@ def save_checkpoint(
         optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
         step: Number of the step, from 0 on, which names the folder. One of the same step is replaced.
         keep: Remove all but this many of the newest; None: remove none.
+        exclude_frozen_parameters: Leave out those that are not trained, as the base under LoRA. A load leaves them as
+            they are.
         **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
 
     Returns:
@@ -55,7 +58,7 @@ def save_checkpoint(
         RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
             `.grad` is torch's, on one rank or with `reduce_grads=False`.
     """
-    return _writer(directory, model, optimizer, step, keep, extra, copies=False).run()
+    return _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=False).run()
 
 
 def async_save_checkpoint(
@@ -65,6 +68,7 @@ def async_save_checkpoint(
     optimizer: ZeroOptimizer,
     step: int,
     keep: int | None = None,
+    exclude_frozen_parameters: bool = False,
     **extra: Any,
 ) -> Future[Path]:
     """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
@@ -74,7 +78,9 @@ def async_save_checkpoint(
     Returns:
         `result()` waits, and gives the folder or raises.
     """
-    future = _thread.submit(_writer(directory, model, optimizer, step, keep, extra, copies=True).run)
+    future = _thread.submit(
+        _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True).run
+    )
     future.add_done_callback(_log_failure)
     _in_thread[optimizer] = future
     return future
@@ -105,6 +111,7 @@ def _writer(
     optimizer: ZeroOptimizer,
     step: int,
     keep: int | None,
+    excludes_frozen: bool,
     extra: dict[str, Any],
     copies: bool,
 ) -> Writer:
@@ -112,7 +119,7 @@ def _writer(
 
     def give() -> Content:
         optimizer.check_between_steps()
-        content = collect(model, optimizer, extra)
+        content = collect(model, optimizer, extra, excludes_frozen)
         return replace(content, state=_on_host(content.state)) if copies else content
 
     return Writer(begin(optimizer), directory, step, keep, give)

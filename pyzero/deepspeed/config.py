@@ -136,6 +136,10 @@ class Config(Section):
             )
         return self
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Of a top-level key, as plain data: DeepSpeed's engine.config is a dict."""
+        return self.model_dump().get(name, default)
+
     @property
     def is_fp16(self) -> bool:
         """Whether the model is converted to fp16."""

@@ -56,17 +56,15 @@ class EngineCheckpoints:
             tag: Name of the checkpoint; default: global_step and its number. The same on every rank.
             client_state: More of this rank, plain data: `load_checkpoint` returns it.
             save_latest: Have `load_checkpoint` find this one without its tag, once it is complete.
-            exclude_frozen_parameters: Not supported.
+            exclude_frozen_parameters: See pyzero.save_checkpoint.
 
         Returns:
             True.
 
         Raises:
-            ValueError: The tag is no name of a folder, or frozen parameters are to be left out.
+            ValueError: The tag is no name of a folder.
             CheckpointError, CollectiveError, TypeError, RuntimeError: See pyzero.save_checkpoint.
         """
-        if exclude_frozen_parameters:
-            raise ValueError("got exclude_frozen_parameters=True, which is not supported; leave it out, they are saved")
         name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
         save_checkpoint(
@@ -75,6 +73,7 @@ class EngineCheckpoints:
             optimizer=self.optimizer,
             step=self.global_steps,
             keep=1,
+            exclude_frozen_parameters=exclude_frozen_parameters,
             counters={counter: getattr(self, counter) for counter in _COUNTERS},
             lr_scheduler=scheduler,
             client_state={} if client_state is None else client_state,

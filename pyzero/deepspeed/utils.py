@@ -6,7 +6,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.owners import owner_of
@@ -49,6 +51,11 @@ def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key:
         safe_set_full_fp32_param(param, value)
     else:
         owner_of(param).set_full_state(param, {optim_state_key: value})
+
+
+def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
+    """A copy of dicts, lists and tuples whose tensors have storages of their own: torch.save writes whole storages."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), item)
 
 
 def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:

@@ -34,6 +34,16 @@ class EngineWeights:
         """The older name of `save_16bit_model`."""
         return self.save_16bit_model(save_dir, save_filename)
 
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """True: accelerate asks in stage 3 whether weights can be had whole."""
+        return True
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """What accelerate and transformers save in stage 3: the module's state dict, weights being whole."""
+        frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
+        left_out = frozen if exclude_frozen_parameters else ()
+        return {name: value for name, value in self.module.state_dict().items() if name not in left_out}
+
     def get_fp32_state_dict(self) -> dict[str, Tensor]:
         """The module's state dict in fp32 on the CPU, with the masters in place of the weights. Collective."""
         held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}

@@ -37,7 +37,8 @@ LAYERS = (
     {"deepspeed.config_view", "deepspeed.engine"},
     {"deepspeed.entry"},
     {"deepspeed"},
-    {"__main__", "compat"},
+    {"__main__", "accelerate", "compat"},
+    {"transformers"},
 )
 FOLDERS = ("checkpoint", "deepspeed")
 MODULES = {*PYZERO.glob("*.py"), *(p for f in FOLDERS for p in (PYZERO / f).rglob("*.py"))} - {PYZERO / "__init__.py"}

@@ -239,6 +239,7 @@ def test_a_script_that_cannot_be_edited():
         import deepspeed.comm as dist
         from deepspeed import get_accelerator
         from deepspeed.accelerator import get_accelerator as again
+        from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
         from deepspeed.ops.adam.cpu_adam import DeepSpeedCPUAdam as the_same
         from deepspeed.runtime.config import DeepSpeedConfig
@@ -248,7 +249,7 @@ def test_a_script_that_cannot_be_edited():
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, GatheredParameters
         from deepspeed.utils import logger, safe_get_full_fp32_param, RepeatingLoader
         import deepspeed.runtime.activation_checkpointing.checkpointing as checkpointing
-        import torch, pyzero
+        import importlib.metadata, torch, pyzero
 
         assert deepspeed.initialize is pyzero.initialize and the_same is DeepSpeedCPUAdam
         assert deepspeed.zero.GatheredParameters is GatheredParameters and deepspeed.runtime.zero.Init
@@ -264,6 +265,17 @@ def test_a_script_that_cannot_be_edited():
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
         assert isinstance(engine, DeepSpeedEngine) and engine.global_steps == 3 and dist.get_rank() == 0
+        assert importlib.metadata.version("deepspeed") == deepspeed.__version__  # transformers and accelerate ask
+        assert "deepspeed" in importlib.metadata.packages_distributions()["deepspeed"]
+        assert importlib.metadata.version("torch").split("+")[0] == torch.__version__.split("+")[0]
+        assert "WarmupLR" in deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES
+        assert engine.config.get("zero_optimization")["stage"] == 0 and engine.config.get("nothing", 1) == 1
+        view = {"a": [torch.arange(9)[2:4]], "b": 1}
+        copied = clone_tensors_for_torch_save(view)
+        assert copied["a"][0].tolist() == [2, 3] and copied["b"] == 1
+        assert copied["a"][0].untyped_storage().nbytes() == 16
+        engine.module.bias.requires_grad_(False)
+        assert list(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)) == ["weight"]
         for name in ("deepspeed.moe", "deepspeed.moe.layer", "deepspeed.pipe"):
             try:
                 __import__(name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.checkpoint import files
 from pyzero.deepspeed import comm
 
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}
@@ -18,9 +19,10 @@ SECTIONS = {
 }
 
 
-def start(stage: int, dtype: str, seed: int = 0) -> Any:
+def start(stage: int, dtype: str, seed: int = 0, trains_first: bool = True) -> Any:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 70), nn.ReLU(), nn.BatchNorm1d(70), nn.Linear(70, 3))
+    model[0].weight.requires_grad_(trains_first)
     config = {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 8 // comm.get_world_size(),
@@ -172,9 +174,22 @@ def test_the_schedule_may_stay(tmp_path):
     assert (other.global_steps, other.lr_scheduler.last_epoch) == (3, 0)
 
 
+def test_frozen_parameters_may_be_left_out(tmp_path):
+    engine = start(2, "bf16", trains_first=False)
+    train(engine, range(3))
+    engine.save_checkpoint(tmp_path / "without", exclude_frozen_parameters=True)
+    engine.save_checkpoint(tmp_path / "with")
+    folders = (pyzero.latest_checkpoint(tmp_path / name / "global_step3") for name in ("with", "without"))
+    whole, part = (files.read_index(folder)["tensors"] for folder in folders)
+    assert whole.keys() - part.keys() == {"model.0.weight"}
+    other = start(2, "bf16", seed=1, trains_first=False)
+    before = other.module[0].weight.detach().clone()
+    other.load_checkpoint(tmp_path / "without")
+    assert torch.equal(other.module[0].weight, before) and torch.equal(other.module[0].bias, engine.module[0].bias)
+    assert torch.equal(other.module[3].weight, engine.module[3].weight)
+
+
 def test_what_is_not_supported_says_so(tmp_path):
     engine = start(2, "fp32")
-    with pytest.raises(ValueError, match="exclude_frozen_parameters"):
-        engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
     with pytest.raises(ValueError, match="custom_load_fn"):
         engine.load_checkpoint(tmp_path, custom_load_fn=print)

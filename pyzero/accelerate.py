@@ -1,0 +1,182 @@
+"""accelerate's Accelerator for ZeRO optimizers: the model stays bare, and a saved state holds every rank's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyzero.checkpoint.loading import load_checkpoint
+from pyzero.checkpoint.saving import save_checkpoint
+from pyzero.deepspeed.comm import get_world_size
+from pyzero.optimizer import ZeroOptimizer
+
+FOLDER = "pyzero"  # in a folder of save_state: the first optimizer's checkpoint; pyzero_1 the second's
+_OF_OTHERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+
+
+class PreparedOptimizer(AcceleratedOptimizer):
+    """accelerate's wrapper, which knows a step that was skipped. Its `optimizer` is the ZeroOptimizer."""
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was skipped, where there is a loss scale. Reads the device then, as GradScaler does."""
+        optimizer: ZeroOptimizer = self.optimizer
+        scales = self.scaler is not None or optimizer.scales_loss
+        return scales and optimizer.grad_norm is not None and not optimizer.was_step_applied
+
+
+class Accelerator(accelerate.Accelerator):
+    """accelerate.Accelerator for optimizers that reduce gradients and shard their state.
+
+    The model is prepared without DistributedDataParallel; `accumulate` and `no_sync` delay the optimizer's reduction;
+    `clip_grad_norm_` and `backward` go by its norm and its loss scale; `save_state` writes a checkpoint of pyzero's in
+    the place of rank 0's optimizer state, and `load_state` reads it on any number of ranks.
+
+    Raises:
+        ValueError: In `prepare`: another one is to partition the model, or the optimizer would reduce nothing.
+        TypeError: In `prepare`: an optimizer of torch's on several ranks, whose gradients nobody would average.
+    """
+
+    _optimizers: list[Any]  # accelerate's: what prepare_optimizer made
+
+    @classmethod
+    def take_over(cls, accelerator: accelerate.Accelerator) -> None:
+        """Make an Accelerator that somebody else has built, as transformers' Trainer does, one of these."""
+        if type(accelerator) is not accelerate.Accelerator:
+            raise TypeError(f"expected an accelerate.Accelerator, got a {type(accelerator).__name__}")
+        accelerator.__class__ = cls
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """As accelerate's."""
+        kind = self.distributed_type.name
+        if kind in _OF_OTHERS:
+            raise ValueError(
+                f"expected ranks that pyzero reduces over, got a launch for {kind}, which partitions the model by "
+                f"itself; leave its plugin out, or use accelerate.Accelerator"
+            )
+        return super().prepare(*args, device_placement=device_placement)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = True
+    ) -> Any:
+        """As accelerate's (autocast, torch.compile, device) without a wrapper that reduces."""
+        return super().prepare_model(model, device_placement, evaluation_mode=True)
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        """As accelerate's, without a detour of the state through a state dict."""
+        if isinstance(optimizer, PreparedOptimizer):
+            return super().prepare_optimizer(optimizer)
+        num_ranks = get_world_size()
+        if num_ranks != self.num_processes:
+            raise ValueError(
+                f"expected an Accelerator of all {num_ranks} ranks, got one of {self.num_processes}, which would not "
+                f"share out the data; pass Accelerator(cpu=True) on CPUs"
+            )
+        if num_ranks > 1 and not isinstance(optimizer, ZeroOptimizer):
+            raise TypeError(
+                f"expected an optimizer of pyzero's, which averages gradients, got {type(optimizer).__name__} on "
+                f"{num_ranks} ranks; build FusedZeroAdamW, or use accelerate.Accelerator"
+            )
+        if not isinstance(optimizer, ZeroOptimizer):
+            return super().prepare_optimizer(optimizer, device_placement)
+        if num_ranks > 1 and not optimizer.reduces_grads:
+            raise ValueError(
+                f"expected an optimizer that averages gradients, got one with reduce_grads=False, or built before the "
+                f"Accelerator, on {num_ranks} ranks; build it after the Accelerator, without reduce_grads"
+            )
+        prepared = PreparedOptimizer(optimizer, device_placement=False, scaler=self.scaler)
+        self._optimizers.append(prepared)
+        return prepared
+
+    def _zero_optimizers(self) -> list[ZeroOptimizer]:
+        return [one.optimizer for one in self._optimizers if isinstance(one, PreparedOptimizer)]
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As accelerate's; fp16 weights get the optimizer's loss scale where there is no GradScaler."""
+        scaling = [one for one in self._zero_optimizers() if one.scales_loss]
+        if self.scaler is not None or not scaling:
+            super().backward(loss, **kwargs)
+        elif len(scaling) == 1:
+            scaling[0].backward(loss / self.gradient_accumulation_steps, **kwargs)
+        else:
+            raise ValueError(
+                f"expected one optimizer with a loss scale, got {len(scaling)}; call the backward of the one that the "
+                f"loss is for: prepared.optimizer.backward(loss)"
+            )
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """As accelerate's; the optimizer clips where these are its parameters."""
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        trained = {param for param in params if param.requires_grad}
+        for optimizer in self._zero_optimizers():
+            if {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad} == trained:
+                self.unscale_gradients()
+                return optimizer.clip_grad_norm_(max_norm, norm_type)
+        clipped: Tensor = super().clip_grad_norm_(params, max_norm, norm_type)
+        return clipped
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """As accelerate's: of the optimizers that train this model."""
+        params = set(model.parameters())
+        with ExitStack() as stack:
+            for optimizer in self._zero_optimizers():
+                if any(param in params for group in optimizer.param_groups for param in group["params"]):
+                    stack.enter_context(optimizer.no_sync())
+            yield
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def save_state(self, output_dir: Any = None, safe_serialization: bool = True, **save_model_func_kwargs: Any) -> Any:
+        """As accelerate's, with a checkpoint for each ZeRO optimizer in the folder. Every rank calls it."""
+        with self._without_zero_optimizers():
+            folder = super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+        self._each(folder, lambda place, **pair: save_checkpoint(place, step=0, **pair))
+        return folder
+
+    def load_state(self, input_dir: Any = None, load_kwargs: Any = None, **load_model_func_kwargs: Any) -> None:
+        """As accelerate's, on any number of ranks. Every rank calls it."""
+        folders: list[str] = []
+        hook = self.register_load_state_pre_hook(lambda models, folder: folders.append(folder))
+        try:
+            with self._without_zero_optimizers():
+                super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+        finally:
+            hook.remove()
+        self._each(folders[0], load_checkpoint)
+
+    @contextmanager
+    def _without_zero_optimizers(self) -> Iterator[None]:
+        """accelerate saves what rank 0 has of an optimizer's state, and would load that on every rank."""
+        prepared = self._optimizers
+        self._optimizers = [one for one in prepared if not isinstance(one, PreparedOptimizer)]
+        try:
+            yield
+        finally:
+            self._optimizers = prepared
+
+    def _each(self, folder: str | Path, act: Callable[..., Any]) -> None:
+        for index, optimizer in enumerate(self._zero_optimizers()):
+            params = {param for group in optimizer.param_groups for param in group["params"]}
+            model = next((m for m in self._models if any(param in params for param in m.parameters())), None)
+            if model is None:
+                raise ValueError(
+                    "expected the model of each optimizer to be prepared, got an optimizer without; pass both to "
+                    "accelerator.prepare(model, optimizer)"
+                )
+            act(Path(folder) / (f"{FOLDER}_{index}" if index else FOLDER), model=model, optimizer=optimizer)
+
+
+def zero_optimizer_of(optimizer: Any) -> ZeroOptimizer | None:
+    """The ZeroOptimizer in what `prepare` returned; None where it is another's."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner if isinstance(inner, ZeroOptimizer) else None

@@ -1,0 +1,93 @@
+"""transformers' Trainer with its optimizer state sharded: `from pyzero.transformers import Trainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer import SCHEDULER_NAME
+
+from pyzero.accelerate import FOLDER, Accelerator, zero_optimizer_of
+from pyzero.adam import FusedZeroAdam, FusedZeroAdamW
+from pyzero.checkpoint.loading import load_checkpoint
+from pyzero.checkpoint.saving import save_checkpoint
+from pyzero.optimizer import ZeroOptimizer
+
+_OURS: dict[Any, type[ZeroOptimizer]] = {torch.optim.AdamW: FusedZeroAdamW, torch.optim.Adam: FusedZeroAdam}
+
+
+class ZeroTrainerMixin:
+    """For a Trainer of any kind: `class ZeroSFTTrainer(ZeroTrainerMixin, SFTTrainer)`.
+
+    TrainingArguments stay as they are. The optimizer is FusedZeroAdamW where `optim` names AdamW (the default), or what
+    `optimizer_cls_and_kwargs` and `optimizers` give. The model is not wrapped in DistributedDataParallel. Logs show
+    `skipped_steps`, and `loss_scale` where there is one. A checkpoint has the folder pyzero in the place of
+    optimizer.pt, and is resumed on any number of ranks; one of torch's AdamW is taken too.
+    """
+
+    args: Any
+    accelerator: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; then the accelerator is pyzero's."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        Accelerator.take_over(self.accelerator)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """pyzero's class for the one that TrainingArguments name.
+
+        Raises:
+            ValueError: There is none.
+        """
+        named, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if named not in _OURS:
+            raise ValueError(
+                f"expected optim='adamw_torch' or 'adamw_torch_fused', got {args.optim!r}; change it, or pass "
+                f"optimizer_cls_and_kwargs=(FusedZeroLion, {{'lr': 1e-4}})"
+            )
+        return _OURS[named], kwargs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with `skipped_steps`, and `loss_scale` where there is one."""
+        optimizer = zero_optimizer_of(self.optimizer)
+        if "grad_norm" in logs and optimizer is not None:
+            if self.accelerator.scaler is not None:
+                logs["loss_scale"] = self.accelerator.scaler.get_scale()
+            elif optimizer.scales_loss:
+                logs["loss_scale"] = optimizer.loss_scale
+            logs["skipped_steps"] = optimizer.skipped_steps
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = zero_optimizer_of(self.optimizer)
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        save_checkpoint(
+            Path(output_dir) / FOLDER,
+            model=self.model,
+            optimizer=optimizer,
+            step=self.state.global_step,
+            exclude_frozen_parameters=True,  # Trainer saves the weights beside it, and of peft the adapters alone
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = zero_optimizer_of(self.optimizer)
+        if optimizer is None or checkpoint is None or not (Path(checkpoint) / FOLDER).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        load_checkpoint(Path(checkpoint) / FOLDER, model=self.model, optimizer=optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+class Trainer(ZeroTrainerMixin, transformers.Trainer):
+    """transformers.Trainer with ZeroTrainerMixin."""

@@ -1,0 +1,321 @@
+"""Runs of other libraries over pyzero, on as many ranks as a launcher starts, in one process: their imports take long.
+
+python integration_runs.py FOLDER: runs each of RUNS whose packages are there, writes FOLDER/results_RANKS.json. On one
+rank it goes on from what two ranks have left in FOLDER.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "integrations"))
+
+RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEEPSPEED = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {
+        "total_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto",
+    }},
+}  # fmt: skip
+
+
+def trained(folder, **options):
+    """The log of each step of the Trainer example; 6 steps, saved at the third, of batches of 8 over all ranks."""
+    import hf_trainer
+
+    trainer = hf_trainer.main(
+        str(folder),
+        **{"dtype": torch.float32, "steps": 6, **options},
+        save_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=8 // SIZE,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return [row for row in trainer.state.log_history if "loss" in row], trainer
+
+
+def mean(losses):
+    """Over ranks, of each."""
+    values = torch.tensor(losses, dtype=torch.float64)
+    if SIZE > 1:
+        dist.all_reduce(values)
+    return (values / SIZE).tolist()
+
+
+def message_of(error, run):
+    """What the run raises."""
+    try:
+        run()
+    except error as raised:
+        return str(raised)
+    return None
+
+
+def trainer(folder):
+    """Ours, resumed on as many ranks, beside transformers' own over DDP and torch's AdamW."""
+    import transformers
+
+    from pyzero import FusedZeroAdamW
+
+    if SIZE == 1:
+        return {"resumed": trained(folder / "ours", resume=str(folder / "ours" / "checkpoint-3"))[0]}
+    logs, ours = trained(folder / "ours")
+    plain = functools.partial(
+        transformers.Trainer, optimizer_cls_and_kwargs=(FusedZeroAdamW, {"lr": 1e-2, "reduce_grads": False})
+    )
+    return {
+        "ours": logs,
+        "is_bare": type(ours.model_wrapped).__name__,
+        "kind": type(ours.optimizer.optimizer).__name__,
+        "resumed": trained(folder / "ours", resume=str(folder / "ours" / "checkpoint-3"))[0],
+        "torch": trained(folder / "torch", trainer_class=transformers.Trainer)[0],
+        "from_torch": trained(folder / "torch", resume=str(folder / "torch" / "checkpoint-3"))[0],
+        "plain": trained(folder / "plain", trainer_class=plain)[0],
+        "plain_resumed": message_of(
+            ValueError,
+            lambda: trained(folder / "plain", trainer_class=plain, resume=str(folder / "plain" / "checkpoint-3")),
+        ),
+    }
+
+
+def trainer_fp16(folder):
+    """A loss scale that is too large at first."""
+    from pyzero import FusedZeroAdamW, LossScale
+    from pyzero.transformers import Trainer
+
+    options = {"lr": 1e-2, "loss_scale": LossScale(init_scale=2.0**18)}
+    kind = functools.partial(Trainer, optimizer_cls_and_kwargs=(FusedZeroAdamW, options))
+    folder = folder / f"fp16_{SIZE}"
+    logs, _ = trained(folder, dtype=torch.float16, trainer_class=kind)
+    resume = str(folder / "checkpoint-3")
+    return {"logs": logs, "resumed": trained(folder, dtype=torch.float16, trainer_class=kind, resume=resume)[0]}
+
+
+def trainer_lora(folder):
+    """The names that are in a checkpoint of adapters, and the losses after it."""
+    from peft import LoraConfig, get_peft_model
+
+    from pyzero import latest_checkpoint
+    from pyzero.checkpoint import files
+    from pyzero.transformers import Trainer
+
+    def kind(model, **options):
+        torch.manual_seed(0)
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+        return Trainer(model=get_peft_model(model, lora), **options)
+
+    folder = folder / f"lora_{SIZE}"
+    logs, _ = trained(folder, trainer_class=kind)
+    names = files.read_index(latest_checkpoint(folder / "checkpoint-3" / "pyzero"))["tensors"]
+    resumed, _ = trained(folder, trainer_class=kind, resume=str(folder / "checkpoint-3"))
+    return {"logs": logs, "resumed": resumed, "names": sorted(names)}
+
+
+def trainer_deepspeed(folder):
+    """TrainingArguments(deepspeed=...), under compat.install()."""
+    import safetensors.torch
+    import transformers
+
+    run = functools.partial(trained, trainer_class=transformers.Trainer, deepspeed=DEEPSPEED, bf16=True)
+    if SIZE == 1:
+        return {"resumed": run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0]}
+    logs, made = run(folder / "ds")
+    resumed = run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0]
+    stage3 = {**DEEPSPEED, "zero_optimization": {"stage": 3}}
+    run(folder / "stage3", deepspeed=stage3, steps=3)
+    saved = safetensors.torch.load_file(folder / "stage3" / "checkpoint-3" / "model.safetensors")
+    shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    own = {name: tuple(param.shape) for name, param in made.model.named_parameters()}
+    return {
+        "logs": logs,
+        "resumed": resumed,
+        "stage3_is_whole": shapes == own,
+        "engine": f"{type(made.model_wrapped).__module__}",
+    }
+
+
+def accelerate_loop(folder):
+    """The example, on from its save, and what the Accelerator refuses."""
+    import accelerate_loop as example
+    from accelerate.state import AcceleratorState
+
+    from pyzero import FusedZeroAdamW
+    from pyzero.accelerate import Accelerator
+
+    def main(**options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return example.main(str(folder / "accelerate"), **options)[0]
+
+    result = {} if SIZE == 1 else {"losses": main(epochs=2)}
+    result["resumed"] = main(resume=True)
+    model, accelerator = torch.nn.Linear(2, 2), Accelerator(cpu=True)
+    refused = {"torch": torch.optim.AdamW(model.parameters())}
+    refused["reduced"] = FusedZeroAdamW(model.parameters(), reduce_grads=False)
+    for name, optimizer in refused.items():
+        result[name] = message_of((TypeError, ValueError), lambda one=optimizer: accelerator.prepare(one))
+    return result
+
+
+def accelerate_plain(folder):
+    """accelerate's own Accelerator over DDP, and an optimizer that leaves reduction to it."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from pyzero import FusedZeroAdamW
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 4).to(accelerator.device)
+    model, optimizer = accelerator.prepare(model, FusedZeroAdamW(model.parameters(), lr=1e-2, reduce_grads=False))
+    rows = torch.randn(8, 8)
+    for _ in range(3):
+        accelerator.backward(model(rows[accelerator.process_index :: SIZE]).square().mean())
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.save_state(str(folder / f"state_{SIZE}"))
+    accelerator.wait_for_everyone()
+    refused = message_of(ValueError, lambda: accelerator.load_state(str(folder / f"state_{SIZE}")))
+    return {"loaded": refused, "weights": sum((p.flatten().tolist() for p in model.parameters()), [])}
+
+
+def accelerate_grad_scaler(folder):
+    """Of each step: whether it was skipped, the scale, the learning rate. On GPUs it is mixed_precision="fp16"'s."""
+    from accelerate import DataLoaderConfiguration
+    from accelerate.state import AcceleratorState
+
+    from pyzero import FusedZeroAdamW
+    from pyzero.accelerate import Accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    model = torch.nn.Linear(8, 4)
+    model, optimizer = accelerator.prepare(model, FusedZeroAdamW(model.parameters(), lr=1.0))
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    steps = []
+    for _ in range(3):
+        accelerator.backward(
+            model(torch.ones(2, 8)).sum() * 2
+        )  # 4 each: the first overflows, and the second's sum over two ranks
+        accelerator.scaler.unscale_(optimizer.optimizer)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        skipped = accelerator.optimizer_step_was_skipped
+        steps.append([skipped, accelerator.scaler.get_scale(), schedule.get_last_lr()[0]])
+    return {"steps": steps}
+
+
+def lightning_module(folder):
+    """The example in both manners, on from its checkpoint, and with a strategy that leaves the module bare."""
+    import lightning_module as example
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from pyzero import FusedZeroAdamW
+
+    class BareStrategy(DDPStrategy):
+        def configure_ddp(self):
+            """No DDP: the optimizer reduces."""
+
+    class BareModule(example.Module):
+        def configure_optimizers(self):
+            return FusedZeroAdamW(self.parameters(), lr=1e-2)
+
+    result = {}
+    for automatic in (True, False):
+        name = "automatic" if automatic else "manual"
+        place = folder / f"lightning_{name}"
+        if SIZE > 1:
+            result[name], first = example.main(str(place), automatic=automatic, epochs=1)
+            first.save_checkpoint(place / "saved.ckpt")
+            straight, _ = example.main(str(place), automatic=automatic, epochs=2)
+            result[f"{name}_straight"] = straight
+        resume = str(place / "saved.ckpt")
+        result[f"{name}_resumed"], _ = example.main(str(place), automatic=automatic, epochs=2, resume=resume)
+    bare, _ = example.main(str(folder / "bare"), epochs=2, module_class=BareModule, strategy=BareStrategy())
+    return {name: mean(losses) for name, losses in {**result, "bare": bare}.items()}
+
+
+def peft_lora(folder):
+    """The example, and its checkpoint in a fresh model."""
+    import peft_lora as example
+
+    import pyzero
+
+    result = {}
+    if SIZE > 1:
+        result["losses"] = mean(example.main(str(folder / "peft"), steps=20)[0])
+    model, optimizer = example.build()
+    pyzero.load_checkpoint(folder / "peft", model=model, optimizer=optimizer)
+    result["next"] = mean([example.step(model, optimizer, 20, RANK, SIZE)])
+    result["state_bytes"] = optimizer.state_bytes()
+    result["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return result
+
+
+def compiled(folder):
+    """The example, compiled and not. Inductor would take a minute; autograd is compiled by aot_eager as by it."""
+    import compiled as example
+
+    return {backend: mean(example.main(steps=20, backend=backend)) for backend in ("aot_eager", "eager")}
+
+
+RUNS = {  # the packages that each needs
+    trainer: ("transformers", "accelerate"),
+    trainer_fp16: ("transformers", "accelerate"),
+    trainer_lora: ("transformers", "accelerate", "peft"),
+    accelerate_loop: ("accelerate",),
+    accelerate_plain: ("accelerate",),
+    accelerate_grad_scaler: ("accelerate",),
+    lightning_module: ("lightning",),
+    peft_lora: ("peft", "transformers"),
+    compiled: (),
+    trainer_deepspeed: (
+        "transformers",
+        "accelerate",
+        "safetensors",
+    ),  # the last: its state and environment stay with accelerate
+}
+
+
+def main():
+    """Run all; what one of them raises is its result."""
+    import pyzero
+
+    torch.set_num_threads(1)
+    pyzero.compat.install()  # before transformers and accelerate look for deepspeed
+    folder, results = Path(sys.argv[1]), {}
+    for run, packages in RUNS.items():
+        if all(importlib.util.find_spec(name) for name in packages):
+            try:
+                results[run.__name__] = run(folder)
+            except Exception:  # told by the test of this run
+                results[run.__name__] = {"error": traceback.format_exc()}
+                print(results[run.__name__]["error"], flush=True)
+                if SIZE > 1:
+                    break  # the other rank may be elsewhere now
+    if RANK == 0:
+        (folder / f"results_{SIZE}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
