@@ -14,6 +14,8 @@ from .rows import Row, is_apart, timed_row
 from .timing import in_turns, make_timer
 
 _COPY = "copy (torch, fp32)"
+_IN_PLACE = "in place (torch mul_, fp32)"  # a CPU's copy may read what it will overwrite; this does not
+MACHINE = (_COPY, _IN_PLACE)
 _COPY_NUMEL = {"cpu": 48 << 20, "cuda": 512 << 20}  # fp32; several times the last-level cache
 _COPY_BYTES = 8  # per element
 
@@ -38,18 +40,19 @@ def compare(
 ) -> list[Row]:
     """Time in turns those that are wanted. The first of ours is what the others are measured against."""
     wanted = [contender for contender in contenders if options.wants(contender.peer)]
-    everyone = [*wanted, _copy(options)] if with_copy else wanted
+    everyone = [*wanted, *_machine(options)] if with_copy else wanted
     timers = {contender.name: make_timer(contender.call, options.device) for contender in everyone}
     times = in_turns({name: timer.sample for name, timer in timers.items()}, options.repeats, f"{bench}, {case}")
     rows = []
     for contender in everyone:
         name, moved = contender.name, contender.bytes_per_element
-        elements = _copy_numel(options) if name == _COPY else numel
+        elements = _copy_numel(options) if name in MACHINE else numel
         timer = timers[name]
         more = dict(peer=contender.peer, bytes_per_element=moved, host_s=timer.host_s, hides_host=timer.hides_host)
         row = timed_row(bench, case, name, times[name], elements, **more)
         rows.append(dataclasses.replace(row, gb_per_s=moved * elements / row.median_s / 1e9) if moved else row)
-    return [*relative(rows[: len(wanted)], rows[-1] if with_copy else None), *rows[len(wanted) :]]
+    machine = rows[len(wanted) :]
+    return [*relative(rows[: len(wanted)], machine[0] if machine else None), *machine]
 
 
 def relative(rows: Sequence[Row], copy: Row | None = None) -> list[Row]:
@@ -79,7 +82,11 @@ def _copy_numel(options: Options) -> int:
     return options.numel or _COPY_NUMEL[options.device]
 
 
-def _copy(options: Options) -> Contender:
+def _machine(options: Options) -> list[Contender]:
+    """How fast memory is."""
     source = torch.randn(_copy_numel(options), device=options.device)  # a GPU moves constants with less power
     target = torch.zeros_like(source)
-    return Contender(_COPY, lambda: target.copy_(source), _COPY_BYTES)
+    return [
+        Contender(_COPY, lambda: target.copy_(source), _COPY_BYTES),
+        Contender(_IN_PLACE, lambda: source.mul_(1.0), _COPY_BYTES),
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import matplotlib
 
 from .cost_model import STRATEGIES, Cluster, best_bucket, simulate
+from .harness import MACHINE
 from .rows import AnyRow, MemoryRow, Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
 
 _OURS_COLOR, _THEIRS_COLOR = "#c0392b", "#7f8c8d"
+_COLORS = ("C0", "C1", "C2", "C4", "C5", "C7", "C8", "C9")  # of peers: no red
 _PHASES = {"forward": "#bdc3c7", "backward": "#5d8aa8", "step": "#c0392b"}
 _WIDTH, _HEIGHT = 7.0, 3.6  # inches; at _DPI each file stays below 100 kB
 _DPI = 110
@@ -48,13 +51,14 @@ def _figure(path: Path, plot: Callable[[Any, Any], None], what: Any) -> Path:
 
 def _roofline(axes: Any, rows: Sequence[Row]) -> None:
     """All lie left of the ridge, so the roof is the memory's: bytes per second against bytes per element."""
-    copies = sorted(row.gb_per_s or 0.0 for row in rows if row.name.startswith("copy"))
-    roof = copies[len(copies) // 2] if copies else None
-    if roof is not None:
-        axes.axhline(roof, color="black", linewidth=1, linestyle="--", label=f"torch's copy, {roof:.0f} GB/s")
+    for name, style in zip(MACHINE, ("--", "-"), strict=True):
+        speeds = [row.gb_per_s or 0.0 for row in rows if row.name == name]
+        if speeds:
+            roof = statistics.median(speeds)
+            axes.axhline(roof, color="black", linewidth=1, linestyle=style, label=f"{name}: {roof:.0f} GB/s")
     shown: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
     for row in rows:
-        if not row.name.startswith("copy") and row.bytes_per_element and row.gb_per_s:
+        if row.name not in MACHINE and row.bytes_per_element and row.gb_per_s:
             xs, ys = shown.setdefault((row.bench, row.peer is None), ([], []))
             xs.append(row.bytes_per_element)
             ys.append(row.gb_per_s)
@@ -63,7 +67,7 @@ def _roofline(axes: Any, rows: Sequence[Row]) -> None:
         label = f"{bench}, {'pyzero' if is_ours else 'peers'}"
         color = _OURS_COLOR if is_ours else _THEIRS_COLOR
         axes.scatter(xs, ys, marker=_MARKERS[benches.index(bench)], color=color, s=28, label=label, alpha=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="bytes per element that the job needs", ylabel="GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="bytes per element that the job needs", ylabel="GB/s of needed bytes")
     axes.set_title("Kernels against the memory's roof", loc="left", fontsize=10)
     axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
@@ -80,14 +84,16 @@ def _train(axes: Any, rows: Sequence[Row]) -> None:
         tick.set_color(_OURS_COLOR if row.name.startswith("FusedZero") else "black")
     axes.set(xlabel="ms per iteration; backward holds the exchange of gradients where it overlaps")
     axes.set_title(rows[0].case, loc="left", fontsize=10)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, loc="upper right")
 
 
 def _memory(axes: Any, rows: Sequence[MemoryRow]) -> None:
     for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
         mine = sorted((row for row in rows if row.name == name), key=lambda row: row.num_ranks)
         ranks = [row.num_ranks for row in mine]
-        style = dict(color=_OURS_COLOR, linewidth=2) if mine[0].peer is None else dict(color=f"C{index}", linewidth=1)
+        style = (
+            dict(color=_OURS_COLOR, linewidth=2) if mine[0].peer is None else dict(color=_COLORS[index], linewidth=1)
+        )
         axes.plot(ranks, [row.rest_bytes / row.numel for row in mine], marker="o", markersize=4, label=name, **style)
         axes.plot(ranks, [row.peak_bytes / row.numel for row in mine], marker="^", markersize=4, linestyle=":", **style)
         if mine[0].estimated_rest_bytes is not None:
@@ -102,7 +108,7 @@ def _memory(axes: Any, rows: Sequence[MemoryRow]) -> None:
 def _parameters(axes: Any, rows: Sequence[Row]) -> None:
     for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
         mine = [(int(row.case.split()[0].replace(",", "")), 1e3 * row.median_s) for row in rows if row.name == name]
-        color = _OURS_COLOR if name.startswith("pyzero") else f"C{index}"
+        color = _OURS_COLOR if name.startswith("pyzero") else _COLORS[index]
         axes.plot(*zip(*sorted(mine), strict=True), marker="o", markersize=4, color=color, label=name)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ms per step")
     axes.set_title(f"One step of {rows[0].numel / 2**20:.0f}M bf16 elements, one rank", loc="left", fontsize=10)
@@ -133,7 +139,7 @@ def simulation(out: Path, cluster: Cluster, num_params: float, tokens: float) ->
         for index, strategy in enumerate(STRATEGIES):
             steps = [simulate(strategy, cluster, ranks, num_params, tokens) for ranks in RANKS]
             is_ours = strategy.name.startswith("pyzero")
-            style = dict(linewidth=2 if is_ours else 1, color=f"C{index}")
+            style = dict(linewidth=2 if is_ours else 1, color=_COLORS[index])
             axes.plot(RANKS, [1e3 * step.exposed_s for step in steps], label=strategy.name, **style)
             if is_ours:
                 best = [best_bucket(strategy, cluster, ranks, num_params, tokens)[1] for ranks in RANKS]

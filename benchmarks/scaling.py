@@ -92,7 +92,7 @@ def _calibrate(found: dict[int, dict[str, list[float]]], spec: dict[str, Any]) -
         for num_ranks, samples in found.items()
     }
     copies = {num_ranks: 8 * spec["copy_numel"] / times[_COPY] for num_ranks, times in medians.items()}
-    alphas = {(ranks, kind): times[_key(kind, _TINY)] for ranks, times in medians.items() for kind in _TRANSPORTS}
+    alphas = {(ranks, kind): times[_key(kind, _TINY)] for ranks, times in medians.items() for kind in _kinds(ranks)}
     largest = max(spec["sizes"])
     alone = medians[1][_key("peer", largest)] - alphas[1, "peer"]
     share = ledger.total(ledger.ALONE).at(1) * largest / alone / copies[1]
@@ -100,6 +100,11 @@ def _calibrate(found: dict[int, dict[str, list[float]]], spec: dict[str, Any]) -
     beyond = medians[_SOCKETS_FROM][_key("exact", largest)] - host.step_s(_SOCKETS_FROM, largest, "exact")
     sent = host.sent_bytes(_SOCKETS_FROM, largest)
     return dataclasses.replace(host, socket_bytes_per_s=sent / beyond if beyond > 0 else float("inf"))
+
+
+def _kinds(num_ranks: int) -> tuple[str, ...]:
+    """One rank sends nothing, whatever its transport."""
+    return _TRANSPORTS if num_ranks > 1 else _TRANSPORTS[:1]
 
 
 def _key(transport: str, numel: int) -> str:
@@ -148,7 +153,7 @@ def _rank() -> None:
     spec, _ = join()
     samplers: dict[str, Callable[[], float]] = {}
     for numel in spec["sizes"]:
-        steps = {_key(transport, numel): _Step(numel, transport) for transport in _TRANSPORTS}
+        steps = {_key(kind, numel): _Step(numel, kind) for kind in _kinds(dist.get_world_size())}
         _check(steps)
         samplers |= {name: CpuTimer(step.step, step.ready).sample for name, step in steps.items()}
     source = torch.randn(spec["copy_numel"])
