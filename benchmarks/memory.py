@@ -22,19 +22,18 @@ from .rows import MemoryRow
 from .train import chosen, inputs
 from .train_loops import COMPUTE, ENTRIES, LAYERS, OURS
 
-_WIDTH = {"cpu": (1024, 2048), "cuda": (4096, 4096)}  # quick, full
+_WIDTH = {"cpu": 2048, "cuda": 4096}
 _TINY = 64
 _MOST_RANKS = 4
-_WARM_UP_STEPS, _STEPS = 3, 2
+_WARM_UP_STEPS, _STEPS = 2, 1
 # malloc gives every large block back at once, as an allocator that keeps none.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 
 def run(options: Options) -> list[MemoryRow]:
-    quick, full = _WIDTH[options.device]
-    width = quick if options.quick else full
+    width = _WIDTH[options.device]
     if options.numel is not None:
-        width = max(64, int((options.numel / LAYERS) ** 0.5))
+        width = max(_TINY, int((options.numel / LAYERS) ** 0.5))
     most = min(_MOST_RANKS, torch.cuda.device_count()) if options.device == "cuda" else _MOST_RANKS
     sizes = range(1, most + 1) if options.numel is None else (1, options.ranks)
     rows = []

@@ -67,7 +67,7 @@ def _roofline(axes: Any, rows: Sequence[Row]) -> None:
         label = f"{bench}, {'pyzero' if is_ours else 'peers'}"
         color = _OURS_COLOR if is_ours else _THEIRS_COLOR
         axes.scatter(xs, ys, marker=_MARKERS[benches.index(bench)], color=color, s=28, label=label, alpha=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="bytes per element that the job needs", ylabel="GB/s of needed bytes")
+    axes.set(yscale="log", xlabel="bytes per element that the job needs", ylabel="GB/s of needed bytes")
     axes.set_title("Kernels against the memory's roof", loc="left", fontsize=10)
     axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
