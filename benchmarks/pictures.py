@@ -11,7 +11,7 @@ import matplotlib
 
 from .cost_model import STRATEGIES, Cluster, best_bucket, simulate
 from .harness import MACHINE
-from .rows import AnyRow, MemoryRow, Row
+from .rows import AnyRow, MemoryRow, Row, verdict
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
@@ -43,6 +43,8 @@ _KERNELS = ("adam", "lion", "unscale", "reduce_scatter", "pack", "step")
 def _figure(path: Path, plot: Callable[[Any, Any], None], what: Any) -> Path:
     figure, axes = plt.subplots(figsize=(_WIDTH, _HEIGHT))
     plot(axes, what)
+    if what is not None and verdict(what) is not None:
+        axes.set_title(f"{axes.get_title(loc='left')} (TOO NOISY TO JUDGE)", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=_DPI, bbox_inches="tight")
     plt.close(figure)
