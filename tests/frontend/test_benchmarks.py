@@ -54,7 +54,8 @@ def test_prints_a_table_and_writes_files(name, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_RANKS)
 def test_on_ranks(name, tmp_path, capsys):
-    assert bench.main([name, *TINY, "--out", str(tmp_path)]) == 0
+    size = ["--numel", "8400000", "--peers", "ddp"] if name == "memory" else TINY
+    assert bench.main([name, *size, "--out", str(tmp_path)]) == 0
     _, found = results.read(tmp_path)
     assert {row.bench for row in found} == {name}
     assert any(row.peer for row in found) and any(row.peer is None for row in found)
@@ -66,20 +67,11 @@ def test_on_ranks(name, tmp_path, capsys):
     if name == "memory":
         ours = [row for row in found if row.peer is None]
         assert [row.num_ranks for row in ours] == [1, 2]
-        assert all(row.estimated_rest_bytes < row.estimated_peak_bytes for row in ours)
+        for row in ours:  # 16 MiB of weights, 96 of state: what the estimate says, but for kept pages and slack
+            assert -(2 << 20) < row.rest_bytes - row.estimated_rest_bytes < 48 << 20, row
+            assert row.peak_bytes >= row.rest_bytes and row.estimated_peak_bytes > row.estimated_rest_bytes
     if name == "scaling":
         assert any(row.predicted_s for row in found)
-
-
-@pytest.mark.slow
-def test_memory_is_measured(tmp_path):
-    """16 MiB of weights, 96 of state: what is measured is what the estimate says, but for kept pages and slack."""
-    assert bench.main(["memory", "--numel", "8400000", "--peers", "none", "--out", str(tmp_path)]) == 0
-    _, found = results.read(tmp_path)
-    for row in (row for row in found if row.peer is None):
-        slack = row.rest_bytes - row.estimated_rest_bytes
-        assert -(2 << 20) < slack < 48 << 20, row
-        assert row.peak_bytes >= row.rest_bytes
 
 
 def _wrong_adam(*args, lr, **kwargs):
