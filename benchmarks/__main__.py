@@ -1,6 +1,8 @@
-"""python -m benchmarks [names] [--quick] [--device cuda] [--json FILE], from the repository's root.
+"""python -m benchmarks [names] [--device cuda] [--ranks W] [--peers NAMES] [--out DIR], from the repository's root.
 
-Each bench first checks its results against the peer's, and fails where they disagree; then it times both in turns.
+Each bench first checks its results against the peers', and fails where they disagree with torch's; then it times all in
+turns. `python -m benchmarks compare OLD NEW` finds regressions between two results; `python -m benchmarks simulate`
+prints what the cost model of docs/scaling.md says of more ranks than there are.
 """
 
 from __future__ import annotations
@@ -12,39 +14,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from . import harness
+from . import environment, peers, regressions, results
+from .options import Options
+from .rows import AnyRow, table, verdict
 
 _MODULES = {
     "adam": "adam",
+    "lion": "lion",
     "unscale": "unscale",
-    "pack": "pack",
     "reduce_scatter": "reduce_scatter",
+    "pack": "pack",
     "loss_scale": "loss_scale",
     "step_scalars": "step_scalars",
     "step": "step",
     "models": "models",
+    "scaling": "scaling",
     "transport": "transport",
     "train": "train",
+    "memory": "memory",
     "checkpoint": "checkpoint",
     "build": "build_time",
     "import": "import_time",
 }
-_CPU_ONLY = ("transport", "train", "checkpoint", "build", "import")
+_CPU_ONLY = ("scaling", "transport", "checkpoint", "build", "import")
+_MANY_GPUS = ("train", "memory")  # on one GPU by name only
+_DEFAULT_RANKS = 2
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all that use the device"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller tensors, fewer repeats: some 2 minutes on 2 cores"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=_DEFAULT_RANKS, metavar="W", help="of train and transport")
+    parser.add_argument(
+        "--peers", default="auto", metavar="NAMES", help=f"auto (all that import), none, or of {','.join(peers.PEERS)}"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md and pictures there")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller tensors, fewer repeats: some 5 minutes on 2 cores"
+    )
     parser.add_argument("--threads", type=int, help="of torch and of pyzero; default: torch's choice")
     parser.add_argument("--numel", type=int, help="elements, in place of each bench's own sizes")
     args = parser.parse_args(argv)
@@ -53,32 +67,75 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"got {', '.join(unknown)}, wanted names of {', '.join(_MODULES)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("got --device cuda, but this torch sees no GPU; leave it out to run on the CPU")
+    args.peers = _peers(parser, args.peers)
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    options = harness.Options(args.device, args.quick, args.numel)
-    print(", ".join(f"{key}: {value}" for key, value in harness.environment(options).items()))
-    if busy := harness.busy_warning():
+def _peers(parser: argparse.ArgumentParser, text: str) -> frozenset[str] | None:
+    if text == "auto":
+        return None
+    names = frozenset(name for name in text.split(",") if name != "none")
+    if unknown := sorted(names - peers.PEERS.keys()):
+        parser.error(f"got --peers {', '.join(unknown)}, wanted auto, none, or of {', '.join(peers.PEERS)}")
+    return names
+
+
+def _default_names(options: Options) -> list[str]:
+    if options.device == "cpu":
+        return list(_MODULES)
+    has_many = torch.cuda.device_count() >= options.ranks
+    return [name for name in _MODULES if name not in _CPU_ONLY and (has_many or name not in _MANY_GPUS)]
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run those that are named; returns the exit status."""
+    options = Options(args.device, args.quick, args.numel, args.ranks, args.peers)
+    found = environment.environment(options)
+    print(environment.in_words(found))
+    if busy := environment.busy_warning():
         print(busy, file=sys.stderr)
-    rows: list[harness.Row] = []
+    rows: list[AnyRow] = []
     failed = []
-    for name in args.names or [name for name in _MODULES if args.device == "cpu" or name not in _CPU_ONLY]:
+    for name in tqdm(args.names or _default_names(options), desc="benchmarks", leave=False, disable=None):
         try:
-            found = importlib.import_module(f".{_MODULES[name]}", __package__).run(options)
+            new = importlib.import_module(f".{_MODULES[name]}", __package__).run(options)
         except (AssertionError, RuntimeError) as error:  # torch's errors, out of memory among them, are RuntimeErrors
             failed.append(name)
             why = "the check failed" if isinstance(error, AssertionError) else type(error).__name__
-            print(f"\n## {name}\n\nNOT TIMED, {why}: {error}", file=sys.stderr)
+            tqdm.write(f"\n## {name}\n\nNOT TIMED, {why}: {error}", file=sys.stderr)
             continue
-        print(f"\n## {name}\n\n{harness.table(found)}", flush=True)
-        rows += found
-        if args.json is not None:  # after each: a run that is cut short leaves what it has
-            harness.write_json(args.json, options, rows)
+        tqdm.write(f"\n## {name}\n\n{table(new)}")
+        rows += new
+        if args.out is not None:
+            results.write(args.out, found, rows, options.notes)
+    for text in filter(None, [*options.notes, verdict(rows)]):
+        print(text)
+    if args.out is not None and rows:
+        _draw(args.out, rows)
     return 1 if failed else 0
+
+
+def _draw(out: Path, rows: Sequence[AnyRow]) -> None:
+    try:
+        from . import pictures
+    except ImportError:
+        print("no pictures: pip install matplotlib", file=sys.stderr)
+        return
+    print("\n".join(str(path) for path in pictures.draw(out, rows)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["compare"]:
+        return regressions.main(argv[1:])
+    if argv[:1] == ["simulate"]:
+        from . import simulate
+
+        return simulate.main(argv[1:])
+    args = parse(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return bench(args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from pyzero import ops
 from pyzero.ops.backend import SEGMENT_GRANULE
 
 from . import peers
-from .harness import Contender, Options, Row, check, compare
+from .harness import Contender, check, compare
+from .options import Options
+from .peers import LR, WEIGHT_DECAY
+from .rows import Row
 
-LR = 1e-3
-HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, decoupled_weight_decay=True)
+HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
 _CHECKED_STEPS = 3
 _NUM_SEGMENTS = 16
 _BYTES = 28  # gradient, master and moments in; master, moments and weights out
@@ -66,17 +69,18 @@ def _fp32(options: Options) -> list[Row]:
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2)
     ours = _contenders("pyzero adam_", State(weights, grad), options)
     theirs = []
-    for name, make in peers.adamw_peers(options).items():
-        param, optimizer = make(weights, grad)
-        for _ in range(_CHECKED_STEPS):
-            optimizer.step()
-        for backend in options.backends.values():
-            fresh = State(weights, grad)
+    for number, (name, (key, make)) in enumerate(peers.adamw_peers(options).items()):
+        with options.trying(name) if number else nullcontext():  # ours must agree with torch's
+            param, optimizer = make(weights, grad)
             for _ in range(_CHECKED_STEPS):
-                fresh.step(backend=backend)
-            check(f"adam_ against {name}: master", fresh.master, param.detach(), **CHECK)
-        theirs.append(Contender(name, optimizer.step, _BYTES))
-    return compare("adam", "fp32", numel, [*ours, *theirs], options, peer=theirs[0].name)
+                optimizer.step()
+            for backend in options.backends.values():
+                fresh = State(weights, grad)
+                for _ in range(_CHECKED_STEPS):
+                    fresh.step(backend=backend)
+                check(f"adam_ against {name}: master", fresh.master, param.detach(), **CHECK)
+            theirs.append(Contender(name, optimizer.step, _BYTES, key))
+    return compare("adam", "fp32", numel, [*ours, *theirs], options)
 
 
 def _mixed(options: Options) -> list[Row]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pyzero.ops import build_spec, env
 
-from .harness import Options, Row, timed_row
+from .options import Options
+from .rows import Row, timed_row
 
 _CUDA_ARCH = "90"
 _PROGRAM = """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import functools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,11 @@ from torch import nn
 
 import pyzero
 
-from .harness import Options, Row, quantile
+from . import peers
+from .harness import relative
+from .options import Options
+from .rows import Row, timed_row
+from .timing import clock, in_turns
 
 _NUMEL = 24 * 2**20
 _WIDTH = 2048
@@ -37,13 +41,13 @@ def run(options: Options) -> list[Row]:
     numel = num_layers * _WIDTH**2
     folder = Path(tempfile.mkdtemp(dir=".", prefix=".benchmark_"))  # not /tmp, which may lie in memory
     try:
-        return _rows(_jobs(model, optimizer, folder, numel), numel)
+        return _rows(_jobs(model, optimizer, folder, numel, options), numel)
     finally:
         shutil.rmtree(folder)
 
 
-def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int) -> dict[str, dict[str, Call]]:
-    """By direction, the disk first: what is timed."""
+def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int, options: Options) -> dict[str, dict[str, Call]]:
+    """By direction, ours first: what is timed."""
     raw, gathered = folder / "raw", folder / "gathered.pt"
     steps = iter(range(10**6))
 
@@ -85,10 +89,10 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int) -> dict[st
     load()
     assert all(map(torch.equal, model.parameters(), before)), "load_checkpoint gives other weights than were saved"
     jobs: dict[str, dict[str, Call]] = {
-        "save": {"disk: write, fsync": write_raw, "pyzero": save, "torch.save, fsync": save_gathered},
-        "load": {"disk cache: read": read_raw, "pyzero": load, "torch.load": load_gathered},
+        "save": {"pyzero": save, "torch.save, fsync": save_gathered, "disk: write, fsync": write_raw},
+        "load": {"pyzero": load, "torch.load": load_gathered, "disk cache: read": read_raw},
     }
-    if importlib.util.find_spec("deepspeed") is not None:
+    if peers.is_there("deepspeed", options):
         engine = _deepspeed_engine(len(list(model.parameters())))
         where = str(folder / "deepspeed")
         jobs["save"]["DeepSpeed ZeRO-2, no fsync"] = lambda: engine.save_checkpoint(where, tag="last")
@@ -122,22 +126,18 @@ def _deepspeed_engine(num_layers: int) -> Any:
 
 
 def _rows(jobs: dict[str, dict[str, Call]], numel: int) -> list[Row]:
+    """Without flushing caches: the disk's own are what is read."""
     rows = []
     for direction, calls in jobs.items():
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(_REPEATS):
-            for name, call in calls.items():
-                began = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - began)
-        medians = {name: quantile(samples, 0.5) for name, samples in times.items()}
-        disk = medians[next(iter(calls))]
+        samplers = {name: functools.partial(clock, call) for name, call in calls.items()}
+        times = in_turns(samplers, _REPEATS, f"checkpoint, {direction}")
+        found = []
         for name, samples in times.items():
             num_bytes = _BYTES[direction] if name == "pyzero" else _BYTES["save"]
-            rate = num_bytes * numel / medians[name] / 1e9
-            low, high = quantile(samples, 0.2), quantile(samples, 0.8)
-            relative = disk / medians[name]
-            rows.append(
-                Row("checkpoint", direction, name, numel, medians[name], low, high, num_bytes, rate, speedup=relative)
+            row = timed_row(
+                "checkpoint", direction, name, samples, numel, peer="deepspeed" if "DeepSpeed" in name else None
             )
+            rate = num_bytes * numel / row.median_s / 1e9
+            found.append(dataclasses.replace(row, bytes_per_element=num_bytes, gb_per_s=rate))
+        rows += relative(found)
     return rows

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from .build_time import fresh_env
-from .harness import Options, Row, timed_row
+from .options import Options
+from .rows import Row, timed_row
 
 _PROGRAM = """
 import sys, time

@@ -9,7 +9,9 @@ import torch
 from pyzero import ops
 from pyzero.ops.loss_scale import loss_scale_state
 
-from .harness import Contender, Options, Row, check, compare
+from .harness import Contender, check, compare
+from .options import Options
+from .rows import Row
 
 _NUM_CALLS = 100  # timed together: one is too short
 _INIT_SCALE = 2.0**16
@@ -21,9 +23,9 @@ def run(options: Options) -> list[Row]:
     for suffix, backend in options.backends.items():
         _check(options.device, backend)
         contenders.append(Contender("pyzero loss_scale_update_" + suffix, _ours(options.device, backend)))
-    contenders.append(Contender(_PEER, _torch(options.device)))
+    contenders.append(Contender(_PEER, _torch(options.device), peer="torch-fused"))
     case = f"{_NUM_CALLS} calls"
-    return compare("loss_scale", case, _NUM_CALLS, contenders, options, peer=_PEER, with_copy=False)
+    return compare("loss_scale", case, _NUM_CALLS, contenders, options, with_copy=False)
 
 
 def _ours(device: str, backend: str) -> Callable[[], None]:

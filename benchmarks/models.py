@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +11,9 @@ from torch.nn import Parameter
 import pyzero
 
 from . import peers
-from .adam import LR
-from .harness import Contender, Options, Row, check, compare
+from .harness import Contender, check, compare, relative
+from .options import Options
+from .rows import Row
 from .step import CHECK, CHECK_BF16, CHECK_NORM, CHECKED_STEPS, MAX_NORM, flat
 
 Shapes = list[int]  # elements of each parameter
@@ -38,7 +38,7 @@ _MODELS = {
 
 def _present(options: Options) -> list[str]:
     names = list(_MODELS)[:3] if options.device == "cpu" else list(_MODELS)[1:]
-    return names[:2] if options.quick else names
+    return ["1,000 x 4,096"] if options.quick else names
 
 
 def run(options: Options) -> list[Row]:
@@ -54,20 +54,24 @@ def run(options: Options) -> list[Row]:
 
 
 def _case(case: str, shapes: Shapes, dtype: torch.dtype, options: Options) -> list[Row]:
-    """One contender at a time: a large model's do not fit beside each other."""
+    """On a GPU one contender at a time: a large model's do not fit beside each other."""
     made = _bf16_makers(options) if dtype == torch.bfloat16 else _fp32_makers(options)
+    contenders = (
+        Contender(name, make(*inputs(shapes, dtype, options)), moved, peer)
+        for name, (make, moved, peer) in made.items()
+        if options.wants(peer)
+    )
+    if options.device == "cpu":
+        return compare("models", case, sum(shapes), list(contenders), options, with_copy=False)
     rows = []
-    for name, (make, moved) in made.items():
-        contender = Contender(name, make(*_inputs(shapes, dtype, options)), moved)
+    for contender in contenders:
         rows += compare("models", case, sum(shapes), [contender], options, with_copy=False)
         del contender
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    peer = rows[-1].median_s  # the last of the makers
-    return [dataclasses.replace(row, speedup=peer / row.median_s) for row in rows]
+        torch.cuda.empty_cache()
+    return relative(rows)
 
 
-def _inputs(shapes: Shapes, dtype: torch.dtype, options: Options) -> tuple[list[Tensor], list[Tensor]]:
+def inputs(shapes: Shapes, dtype: torch.dtype, options: Options) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and gradients of a norm far above the one clipped to."""
     weights = [peers.normal(numel, 2 * index, options).to(dtype) for index, numel in enumerate(shapes)]
     grads = [peers.normal(numel, 2 * index + 1, options, std=0.1).to(dtype) for index, numel in enumerate(shapes)]
@@ -77,24 +81,27 @@ def _inputs(shapes: Shapes, dtype: torch.dtype, options: Options) -> tuple[list[
 Maker = Callable[[list[Tensor], list[Tensor]], Step]
 
 
-def _bf16_makers(options: Options) -> dict[str, tuple[Maker, float]]:
-    """Check, norm, clip, fp32 masters, bf16 weights out; name -> (maker, bytes per element)."""
-    made: dict[str, tuple[Maker, float]] = {
-        "pyzero FusedZeroAdamW" + suffix: (_zero(backend), 2 + 28) for suffix, backend in options.backends.items()
+Made = dict[str, tuple[Maker, float, str | None]]  # by name: maker, bytes per element, key of peers.PEERS
+
+
+def _bf16_makers(options: Options) -> Made:
+    """Check, norm, clip, fp32 masters, bf16 weights out."""
+    made: Made = {
+        "pyzero FusedZeroAdamW" + suffix: (zero(backend), 2 + 28, None) for suffix, backend in options.backends.items()
     }
     if options.device == "cuda":
-        made["same, a CUDA graph"] = (lambda *inputs: _captured(_zero("auto")(*inputs)), 2 + 28)
-    for name, folded in (("torch foreach, fused AdamW, clip folded", True), ("torch foreach, fused AdamW", False)):
-        made[name] = (lambda *inputs, folded=folded: peers.MixedStep(*inputs, MAX_NORM, folded).step, 2 + 28)
+        made["same, a CUDA graph"] = (lambda *inputs: _captured(zero("auto")(*inputs)), 2 + 28, None)
+    for name, (key, make) in peers.mixed_peers(options, MAX_NORM).items():
+        made[name] = (lambda *inputs, make=make: make(*inputs).step, 2 + 28, key)
     return made
 
 
-def _fp32_makers(options: Options) -> dict[str, tuple[Maker, float]]:
-    made: dict[str, tuple[Maker, float]] = {"pyzero FusedZeroAdamW": (_zero("auto"), 28 + _CLIPPED_BYTES)}
-    for kind in ("foreach", "fused"):
+def _fp32_makers(options: Options) -> Made:
+    made: Made = {"pyzero FusedZeroAdamW": (zero("auto"), 28 + _CLIPPED_BYTES, None)}
+    for kind in ("fused", "foreach"):
         for clips in (False, True):
             name = f"torch{' clip,' * clips} AdamW({kind}=True)"
-            made[name] = (_torch(kind, clips), 28 + _CLIPPED_BYTES * clips)
+            made[name] = (_torch(kind, clips), 28 + _CLIPPED_BYTES * clips, f"torch-{kind}")
     return made
 
 
@@ -105,11 +112,13 @@ def _params(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Paramete
     return params
 
 
-def _zero(backend: str) -> Maker:
+def zero(backend: str) -> Maker:
     def make(weights: list[Tensor], grads: list[Tensor]) -> Step:
         params = _params(weights, grads)
         weights.clear()  # the optimizer moves them into its buckets
-        return pyzero.FusedZeroAdamW(params, lr=LR, weight_decay=1e-2, max_grad_norm=MAX_NORM, backend=backend).step
+        return pyzero.FusedZeroAdamW(
+            params, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=MAX_NORM, backend=backend
+        ).step
 
     return make
 
@@ -117,7 +126,7 @@ def _zero(backend: str) -> Maker:
 def _torch(kind: str, clips: bool) -> Maker:
     def make(weights: list[Tensor], grads: list[Tensor]) -> Step:
         params = _params(weights, grads)
-        optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=1e-2, **{kind: True})
+        optimizer = peers.adamw(params, kind)
 
         def step() -> None:
             if clips:
@@ -148,10 +157,12 @@ def _captured(step: Step) -> Step:
 def _check(options: Options) -> None:
     """The contenders agree after some steps, at a small size."""
     shapes = [3, 64, 4096, 1000] * 5
-    weights, grads = _inputs(shapes, torch.bfloat16, options)
+    weights, grads = inputs(shapes, torch.bfloat16, options)
     for backend in options.backends.values():
         ours = _params([weight.clone() for weight in weights], grads)
-        optimizer = pyzero.FusedZeroAdamW(ours, lr=LR, weight_decay=1e-2, max_grad_norm=MAX_NORM, backend=backend)
+        optimizer = pyzero.FusedZeroAdamW(
+            ours, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=MAX_NORM, backend=backend
+        )
         theirs = peers.MixedStep([weight.clone() for weight in weights], grads, MAX_NORM, folded=False)
         for _ in range(CHECKED_STEPS):
             optimizer.step()
@@ -159,9 +170,9 @@ def _check(options: Options) -> None:
         check("FusedZeroAdamW, bf16: norm", optimizer.grad_norm, theirs.norm, **CHECK_NORM)
         check("FusedZeroAdamW, bf16: weights", flat(ours), flat(theirs.weights), **CHECK_BF16)
 
-    weights, grads = _inputs(shapes, torch.float32, options)
+    weights, grads = inputs(shapes, torch.float32, options)
     ours, clipped = (_params([w.clone() for w in weights], [g.clone() for g in grads]) for _ in range(2))
-    optimizer = pyzero.FusedZeroAdamW(ours, lr=LR, weight_decay=1e-2, max_grad_norm=MAX_NORM)
+    optimizer = pyzero.FusedZeroAdamW(ours, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=MAX_NORM)
     peer = peers.adamw(clipped)
     for _ in range(CHECKED_STEPS):
         optimizer.step()

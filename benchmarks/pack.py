@@ -9,7 +9,9 @@ import torch
 from pyzero import ops
 
 from . import peers
-from .harness import Contender, Options, Row, check, compare
+from .harness import Contender, check, compare
+from .options import Options
+from .rows import Row
 
 _NUM_TENSORS = 100
 _FOREACH, _CAT = "torch foreach copy", "torch cat"
@@ -36,8 +38,8 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
         pack()
         check("pack_: bucket", bucket, theirs, rtol=0, atol=0)
         contenders.append(Contender("pyzero pack_" + suffix, pack, size))
-    contenders.append(Contender(_FOREACH, lambda: torch._foreach_copy_(pieces, tensors), size))
+    contenders.append(Contender(_FOREACH, lambda: torch._foreach_copy_(pieces, tensors), size, "torch-foreach"))
     if dtype == bucket.dtype:
-        contenders.append(Contender(_CAT, lambda: torch.cat(tensors, out=theirs), size))
+        contenders.append(Contender(_CAT, lambda: torch.cat(tensors, out=theirs), size, "torch-fused"))
     case = f"{_NUM_TENSORS} x {str(dtype)[6:]} to bf16"
-    return compare("pack", case, numel, contenders, options, peer=contenders[-1].name)
+    return compare("pack", case, numel, contenders, options)

@@ -1,17 +1,73 @@
-"""What a torch user writes today, at its best setting."""
+"""What a torch user picks today, at its best setting."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .harness import Options
+from .options import Options
 
+Optimize = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 Maker = Callable[[Tensor, Tensor], tuple[Parameter, torch.optim.Optimizer]]
+
+LR, WEIGHT_DECAY = 1e-3, 1e-2
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Whom one may ask for by --peers."""
+
+    module: str
+    distribution: str
+    needs_gpu: bool = False
+
+
+PEERS = {
+    "torch-fused": Peer("torch", "torch"),
+    "torch-foreach": Peer("torch", "torch"),
+    "ddp": Peer("torch", "torch"),
+    "fsdp2": Peer("torch", "torch"),
+    "zero-redundancy": Peer("torch", "torch"),
+    "deepspeed": Peer("deepspeed", "deepspeed"),
+    "apex": Peer("apex", "apex", needs_gpu=True),
+    "transformer-engine": Peer("transformer_engine", "transformer-engine", needs_gpu=True),
+    "bitsandbytes": Peer("bitsandbytes", "bitsandbytes", needs_gpu=True),
+}
+
+
+def absent(options: Options) -> dict[str, str]:
+    """Which peers are not timed whatever was asked for, and why."""
+    found = {}
+    for key, peer in PEERS.items():
+        if importlib.util.find_spec(peer.module) is None:
+            found[key] = "(not installed)"
+        elif peer.needs_gpu and options.device != "cuda":
+            found[key] = "(needs a GPU)"
+    return found
+
+
+def is_there(key: str, options: Options) -> bool:
+    return key not in absent(options) and options.wants(key)
+
+
+def versions(options: Options) -> dict[str, str]:
+    """Of the libraries that are timed."""
+    found = {}
+    for key, peer in PEERS.items():
+        if is_there(key, options):
+            try:
+                found[key] = importlib.metadata.version(peer.distribution)
+            except importlib.metadata.PackageNotFoundError:  # apex is often built in place
+                found[key] = "of unknown version"
+    return found
 
 
 def normal(numel: int, seed: int, options: Options, std: float = 1.0) -> Tensor:
@@ -25,19 +81,70 @@ def split(flat: Tensor, num_tensors: int) -> list[Tensor]:
     return [piece.clone() for piece in flat.tensor_split(num_tensors)]
 
 
-def adamw(params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2, fused=True)
+def adamw(params: Any, kind: str = "fused") -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, **{kind: True})
 
 
-def adamw_peers(options: Options) -> dict[str, Maker]:
-    """Name -> maker of (parameter, optimizer); torch first, DeepSpeed's where it is installed."""
-    makers: dict[str, Maker] = {"torch AdamW(fused=True)": _maker(adamw)}
-    if importlib.util.find_spec("deepspeed") is not None:
-        makers["deepspeed"] = _maker(_deepspeed(options))
-    return makers
+# ---- fp32 optimizers ------------------------------------------------------------------------------------------------
 
 
-def _maker(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]) -> Maker:
+def _deepspeed(name: str, device: str) -> Optimize:
+    """Its Adam or Lion, by lower-case name."""
+    suffix, mode = ("adam", {"adam_w_mode": True}) if name == "adam" else ("lion", {})
+    module = importlib.import_module(f"deepspeed.ops.{suffix}")
+    kind = suffix.capitalize()
+    if device == "cpu":
+        kind, mode = f"DeepSpeedCPU{kind}", {"adamw_mode": True} if mode else {}
+    else:
+        kind = f"Fused{kind}"
+    return lambda params: getattr(module, kind)(params, lr=LR, weight_decay=WEIGHT_DECAY, **mode)
+
+
+def _apex(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    module = importlib.import_module("apex.optimizers")
+    return module.FusedAdam(params, lr=LR, weight_decay=WEIGHT_DECAY, adam_w_mode=True)
+
+
+def _transformer_engine(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    module = importlib.import_module("transformer_engine.pytorch.optimizers")
+    return module.FusedAdam(params, lr=LR, weight_decay=WEIGHT_DECAY, adam_w_mode=True)
+
+
+def _bitsandbytes(name: str) -> Optimize:
+    module = importlib.import_module("bitsandbytes.optim")
+    return lambda params: getattr(module, name)(params, lr=LR, weight_decay=WEIGHT_DECAY)
+
+
+def adamw_peers(options: Options) -> dict[str, tuple[str, Maker]]:
+    """Name -> (key, maker of (parameter, optimizer)) of AdamW in fp32; torch's fused one first."""
+    every: dict[str, tuple[str, Optimize]] = {
+        "torch AdamW(fused=True)": ("torch-fused", adamw),
+        "torch AdamW(foreach=True)": ("torch-foreach", lambda params: adamw(params, "foreach")),
+        "DeepSpeed Adam": ("deepspeed", lambda params: _deepspeed("adam", options.device)(params)),
+        "apex FusedAdam": ("apex", _apex),
+        "TransformerEngine FusedAdam": ("transformer-engine", _transformer_engine),
+        "bitsandbytes AdamW32bit": ("bitsandbytes", lambda params: _bitsandbytes("AdamW32bit")(params)),
+    }
+    return _those_there(every, options)
+
+
+def lion_peers(options: Options) -> dict[str, tuple[str, Maker]]:
+    """The same of Lion; torch has none, so by hand first."""
+    every: dict[str, tuple[str, Optimize]] = {
+        "torch foreach, by hand": ("torch-foreach", ForeachLion),
+        "DeepSpeed Lion": ("deepspeed", lambda params: _deepspeed("lion", options.device)(params)),
+        "bitsandbytes Lion32bit": ("bitsandbytes", lambda params: _bitsandbytes("Lion32bit")(params)),
+    }
+    return _those_there(every, options)
+
+
+def _those_there(every: dict[str, tuple[str, Optimize]], options: Options) -> dict[str, tuple[str, Maker]]:
+    """The first stays, for ours is checked against it."""
+    keys = [name for index, (name, (key, _)) in enumerate(every.items()) if not index or is_there(key, options)]
+    return {name: (every[name][0], _maker(every[name][1])) for name in keys}
+
+
+def _maker(make: Optimize) -> Maker:
     def made(weights: Tensor, grad: Tensor) -> tuple[Parameter, torch.optim.Optimizer]:
         param = Parameter(weights.clone())
         param.grad = grad.clone()
@@ -46,23 +153,45 @@ def _maker(make: Callable[[Sequence[Tensor]], torch.optim.Optimizer]) -> Maker:
     return made
 
 
-def _deepspeed(options: Options) -> Callable[[Sequence[Tensor]], torch.optim.Optimizer]:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+class ForeachLion(torch.optim.Optimizer):
+    """Lion (Chen et al. 2023) in torch's foreach calls."""
 
-    if options.device == "cuda":
-        return lambda params: FusedAdam(params, lr=1e-3, weight_decay=1e-2, adam_w_mode=True)
-    return lambda params: DeepSpeedCPUAdam(params, lr=1e-3, weight_decay=1e-2, adamw_mode=True)
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__(params, dict(lr=LR, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY))
+        self._weights = list(params)
+        self._exp_avgs = [torch.zeros_like(param) for param in params]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        grads = [param.grad for param in self._weights]
+        updates = torch._foreach_mul(self._exp_avgs, 0.9)
+        torch._foreach_add_(updates, grads, alpha=0.1)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(self._weights, 1 - LR * WEIGHT_DECAY)
+        torch._foreach_add_(self._weights, updates, alpha=-LR)
+        torch._foreach_mul_(self._exp_avgs, 0.99)
+        torch._foreach_add_(self._exp_avgs, grads, alpha=0.01)
+
+
+# ---- the mixed-precision step ---------------------------------------------------------------------------------------
 
 
 class MixedStep:
     """Mixed precision by hand: 16-bit weights and gradients, fp32 masters.
 
-    Cast the gradients up, unscale and check them, clip, fused AdamW, copy the weights back; every call a foreach one.
+    Cast the gradients up, unscale and check them, clip, AdamW, copy the weights back; every call a foreach one.
     `folded` is the better-informed variant: no unscale pass, the inverse scale and the flag go into fused AdamW as
     GradScaler does it, and the clip coefficient with them.
     """
 
-    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor], max_norm: float, folded: bool) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        max_norm: float,
+        folded: bool,
+        kind: str = "fused",
+    ) -> None:
         self.weights = list(weights)
         self.grads = list(grads)
         self.masters = [Parameter(weight.float()) for weight in weights]
@@ -71,7 +200,7 @@ class MixedStep:
         self.master_grads = [master.grad for master in self.masters]
         self.max_norm = max_norm
         self.folded = folded
-        self.optimizer = adamw(self.masters)
+        self.optimizer = adamw(self.masters, kind)
         device = self.weights[0].device
         self.found_inf = torch.zeros((), device=device)
         self.inv_scale = torch.ones((), device=device)
@@ -90,11 +219,54 @@ class MixedStep:
     def _plain(self) -> None:
         torch._amp_foreach_non_finite_check_and_unscale_(self.master_grads, self.found_inf, self.inv_scale)
         self.norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
-        self.optimizer.found_inf = self.found_inf
-        self.optimizer.step()
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = self.found_inf
+            self.optimizer.step()
+        elif not self.found_inf.item():  # as GradScaler does where the optimizer takes no flag
+            self.optimizer.step()
 
     def _folded(self) -> None:
         self.norm = torch.nn.utils.get_total_norm(self.master_grads, foreach=True)
         self.optimizer.found_inf = (~torch.isfinite(self.norm)).float()
         self.optimizer.grad_scale = (self.norm + 1e-6).div(self.max_norm).clamp(min=1.0)
         self.optimizer.step()
+
+
+class LibraryStep:
+    """apex's or TransformerEngine's fused Adam, which keeps the masters itself; clipping by torch."""
+
+    def __init__(self, module: str, weights: Sequence[Tensor], grads: Sequence[Tensor], max_norm: float) -> None:
+        self.weights = [Parameter(weight) for weight in weights]
+        self.grads = list(grads)
+        self.max_norm = max_norm
+        make = importlib.import_module(module).FusedAdam
+        more = {"capturable": True} if module.startswith("apex") else {}  # it keeps masters only then
+        self.optimizer = make(
+            self.weights, lr=LR, weight_decay=WEIGHT_DECAY, adam_w_mode=True, master_weights=True, **more
+        )
+
+    def step(self) -> None:
+        for weight, grad in zip(self.weights, self.grads, strict=True):
+            weight.grad = grad.clone()  # torch clips in place
+        torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm, foreach=True)
+        self.optimizer.step()
+
+
+_FUSED, _FOLDED, _FOREACH = "torch foreach, fused AdamW", "same, clip folded into AdamW", "torch foreach, AdamW"
+_LIBRARIES = {
+    "apex FusedAdam, masters": ("apex", "apex.optimizers"),
+    "TransformerEngine FusedAdam, masters": ("transformer-engine", "transformer_engine.pytorch.optimizers"),
+}
+
+
+def mixed_peers(options: Options, max_norm: float) -> dict[str, tuple[str, Callable[..., Any]]]:
+    """Name -> (key, maker from lists of weights and gradients of an object with `step` and `weights`)."""
+    made: dict[str, tuple[str, Callable[..., Any]]] = {
+        _FUSED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, False)),
+        _FOLDED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, True)),
+        _FOREACH: ("torch-foreach", lambda weights, grads: MixedStep(weights, grads, max_norm, False, "foreach")),
+    }
+    for name, (key, module) in _LIBRARIES.items():
+        if is_there(key, options):
+            made[name] = (key, lambda w, g, module=module: LibraryStep(module, w, g, max_norm))
+    return made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +14,19 @@ import pyzero
 from pyzero import ops
 
 from . import peers
-from .adam import LR, State
-from .harness import Contender, Options, Row, check, compare
+from .adam import State
+from .harness import Contender, check, compare
+from .options import Options
+from .rows import Row
 
 _NUM_TENSORS = 48
+_TORCH = ("torch-fused", "torch-foreach")
 MAX_NORM = 1.0  # well below the gradients' norm: clipping is at work
 CHECKED_STEPS = 3
 # As adam.CHECK, plus the norm: torch adds up squares in fp32, which moves the clip coefficient by some 2^-20. Adam's
 # ratio hardly sees that, eps aside. A master on the edge between two bf16 values may round either way: one bf16 unit.
-CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=LR * 2**-15 * CHECKED_STEPS)
-CHECK_BF16 = dict(rtol=2**-7, atol=LR)
+CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=peers.LR * 2**-15 * CHECKED_STEPS)
+CHECK_BF16 = dict(rtol=2**-7, atol=peers.LR)
 CHECK_NORM = dict(rtol=2**-14, atol=0.0)
 # What the job needs: bf16 gradients once for the norm and once for Adam, state and weights as in adam_.
 _BYTES = 2 + 28
@@ -53,62 +58,63 @@ def run(options: Options) -> list[Row]:
     return _by_ops(weights, grad, options) + _by_optimizer(weights, grad, options)
 
 
-def _mixed_peers(weights: Tensor, grad: Tensor, options: Options) -> dict[str, peers.MixedStep]:
-    pieces = peers.split(weights, _NUM_TENSORS), peers.split(grad, _NUM_TENSORS)
-    made = {
-        "torch foreach, fused AdamW": peers.MixedStep(*pieces, MAX_NORM, folded=False),
-        "same, clip folded into AdamW": peers.MixedStep(
-            peers.split(weights, _NUM_TENSORS), pieces[1], MAX_NORM, folded=True
-        ),
-    }
-    return made
+class Theirs:
+    """The peers that run here, after the checked steps."""
+
+    def __init__(self, weights: Tensor, grad: Tensor, options: Options) -> None:
+        self.made: dict[str, tuple[str, Any]] = {}
+        for name, (key, make) in peers.mixed_peers(options, MAX_NORM).items():
+            with options.trying(name) if key not in _TORCH else nullcontext():
+                peer = make(peers.split(weights, _NUM_TENSORS), peers.split(grad, _NUM_TENSORS))
+                for _ in range(CHECKED_STEPS):
+                    peer.step()
+                self.made[name] = key, peer
+
+    def check(self, what: str, norm: Tensor, weights: Tensor, master: Tensor | None, options: Options) -> None:
+        """Ours against each; a library that differs is not timed, where torch does ours is wrong."""
+        for name, (key, peer) in list(self.made.items()):
+            if key in _TORCH:
+                check(f"{what} against {name}: norm", norm.squeeze(), peer.norm, **CHECK_NORM)
+                check(f"{what} against {name}: weights", weights, flat(peer.weights), **CHECK_BF16)
+                if master is not None:
+                    check(f"{what} against {name}: masters", master, flat(peer.masters), **CHECK)
+                continue
+            del self.made[name]
+            with options.trying(name):
+                check(f"{what} against {name}: weights", weights, flat(peer.weights), **CHECK_BF16)
+                self.made[name] = key, peer
+
+    def contenders(self) -> list[Contender]:
+        return [Contender(name, peer.step, _BYTES, key) for name, (key, peer) in self.made.items()]
 
 
 def _by_ops(weights: Tensor, grad: Tensor, options: Options) -> list[Row]:
     ours = {suffix: OpsStep(weights, grad, backend) for suffix, backend in options.backends.items()}
-    theirs = _mixed_peers(weights, grad, options)
-    for _ in range(CHECKED_STEPS):
-        for contender in (*ours.values(), *theirs.values()):
-            contender.step()
+    theirs = Theirs(weights, grad, options)
     for step in ours.values():
-        for name, peer in theirs.items():
-            check(f"mixed step against {name}: norm", step.norm.squeeze(), peer.norm, **CHECK_NORM)
-            check(f"mixed step against {name}: masters", step.state.master, flat(peer.masters), **CHECK)
-            check(f"mixed step against {name}: weights", step.state.param_out, flat(peer.weights), **CHECK_BF16)
+        for _ in range(CHECKED_STEPS):
+            step.step()
+        theirs.check("mixed step", step.norm, step.state.param_out, step.state.master, options)
     contenders = [Contender("pyzero unscale_, adam_" + suffix, step.step, _BYTES) for suffix, step in ours.items()]
-    contenders += _contenders(theirs)
-    case = f"ops, bf16, {_NUM_TENSORS} tensors"
-    return compare("step", case, weights.numel(), contenders, options, peer=_first(theirs))
+    contenders += theirs.contenders()
+    return compare("step", f"ops, bf16, {_NUM_TENSORS} tensors", weights.numel(), contenders, options)
 
 
 def _by_optimizer(weights: Tensor, grad: Tensor, options: Options) -> list[Row]:
-    theirs = _mixed_peers(weights, grad, options)
-    for peer in theirs.values():
-        for _ in range(CHECKED_STEPS):
-            peer.step()
+    theirs = Theirs(weights, grad, options)
     contenders = []
     for suffix, backend in options.backends.items():
         params = [Parameter(piece) for piece in peers.split(weights, _NUM_TENSORS)]
         for param, piece in zip(params, peers.split(grad, _NUM_TENSORS), strict=True):
             param.grad = piece
-        optimizer = pyzero.FusedZeroAdamW(params, lr=LR, weight_decay=1e-2, max_grad_norm=MAX_NORM, backend=backend)
+        hyper = dict(lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=MAX_NORM)
+        optimizer = pyzero.FusedZeroAdamW(params, backend=backend, **hyper)
         for _ in range(CHECKED_STEPS):
             optimizer.step()
-        for name, peer in theirs.items():
-            check(f"FusedZeroAdamW against {name}: norm", optimizer.grad_norm, peer.norm, **CHECK_NORM)
-            check(f"FusedZeroAdamW against {name}: weights", flat(params), flat(peer.weights), **CHECK_BF16)
+        theirs.check("FusedZeroAdamW", optimizer.grad_norm, flat(params), None, options)
         contenders.append(Contender("pyzero FusedZeroAdamW" + suffix, optimizer.step, _BYTES))
-    contenders += _contenders(theirs)
-    case = f"optimizer, bf16, {_NUM_TENSORS} tensors"
-    return compare("step", case, weights.numel(), contenders, options, peer=_first(theirs))
-
-
-def _contenders(theirs: dict[str, peers.MixedStep]) -> list[Contender]:
-    return [Contender(name, peer.step, _BYTES) for name, peer in theirs.items()]
-
-
-def _first(theirs: dict[str, peers.MixedStep]) -> str:
-    return next(iter(theirs))
+    contenders += theirs.contenders()
+    return compare("step", f"optimizer, bf16, {_NUM_TENSORS} tensors", weights.numel(), contenders, options)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 from pyzero import ops
 from pyzero.ops.step_scalars import NUM_SCALARS, STATS_COLUMNS
 
-from .harness import Contender, Options, Row, check, compare
+from .harness import Contender, check, compare
+from .options import Options
+from .rows import Row
 
 _NUM_CALLS = 100  # timed together: one is too short
 _NUM_ROWS, _NUM_PARAMS = 8, 1000
@@ -23,9 +25,9 @@ def run(options: Options) -> list[Row]:
     for suffix, backend in options.backends.items():
         _check(options.device, backend)
         contenders.append(Contender("pyzero step_scalars_" + suffix, _calls(_ours(options.device, backend)[0])))
-    contenders.append(Contender(_PEER, _calls(_torch(options.device)[0])))
+    contenders.append(Contender(_PEER, _calls(_torch(options.device)[0]), peer="torch-foreach"))
     case = f"{_NUM_CALLS} calls, {_NUM_ROWS} rows, {_NUM_PARAMS} parameters"
-    return compare("step_scalars", case, _NUM_CALLS, contenders, options, peer=_PEER, with_copy=False)
+    return compare("step_scalars", case, _NUM_CALLS, contenders, options, with_copy=False)
 
 
 def _calls(call: Callable[[], Tensor]) -> Callable[[], None]:

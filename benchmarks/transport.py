@@ -1,10 +1,8 @@
-"""What two ranks of one host send in a step, by transport: a bucket's gradients, its weights, the message."""
+"""What the ranks of one host send in a step, by transport: a bucket's gradients, its weights, the message."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,37 +13,36 @@ from pyzero import ops
 from pyzero.comm import Group, Transport
 from pyzero.transports import make_transport
 
-from .harness import Options, Row, quantile
-from .ranks import NUM_RANKS, launch
+from .harness import relative
+from .options import Options
+from .ranks import join, launch, leave
+from .rows import Row, timed_row
+from .timing import CpuTimer, in_turns
 
-_PEER = "exact"  # gloo's all-to-all, and gloo's all-gather
-_TRANSPORTS = (_PEER, "collective", "peer")
+_NAMES = ("peer", "exact", "collective")  # the first is what the others are measured against
+_GLOO = "gloo reduce_scatter, bf16"
 _BUCKET_NUMEL = 25 * 2**20 // 2  # bf16, as FusedZeroAdam's default
 _NUM_PARAMS = 150
-_GRANULE = 64 * NUM_RANKS
+_REDUCE = "reduce-scatter of a bucket, packed and summed"
 
 Call = Callable[[], object]
 
 
 def run(options: Options) -> list[Row]:
-    numel = -(-(options.numel or _BUCKET_NUMEL) // _GRANULE) * _GRANULE
-    found: dict[str, dict[str, list[float]]] = launch(__name__, numel, options.repeats)
+    granule = 64 * options.ranks
+    numel = -(-(options.numel or _BUCKET_NUMEL) // granule) * granule
+    found: dict[str, dict[str, list[float]]] = launch(
+        __name__, options.ranks, {"numel": numel, "repeats": options.repeats, "gloo": options.wants("ddp")}
+    )
     rows = []
     for job, samples in found.items():
-        medians = {name: quantile(times, 0.5) for name, times in samples.items()}
-        rows += [
-            Row(
-                "transport",
-                f"{NUM_RANKS} ranks, {job}",
-                f"pyzero {name}",
-                numel,
-                medians[name],
-                quantile(times, 0.2),
-                quantile(times, 0.8),
-                speedup=medians[_PEER] / medians[name],
-            )
-            for name, times in samples.items()
-        ]
+        case = f"{options.ranks} ranks, {job}"
+        rows += relative(
+            [
+                timed_row("transport", case, name, times, numel, peer="ddp" if name == _GLOO else None)
+                for name, times in samples.items()
+            ]
+        )
     return rows
 
 
@@ -53,17 +50,21 @@ def _jobs(name: str, group: Group, numel: int) -> dict[str, tuple[Call, Tensor]]
     """By name: a call, and where its result lies."""
     transport = make_transport(name, group, torch.device("cpu"))
     transport.reserve([(2 * numel, 2 * numel // group.size)], _NUM_PARAMS)
-    grad = torch.randn(numel, generator=torch.Generator().manual_seed(group.rank)).bfloat16()
+    grad = _gradient(group.rank, numel)
     shard, flat = torch.zeros(numel // group.size), torch.zeros(numel, dtype=torch.bfloat16)
     mine = flat.view(group.size, -1)[group.rank].fill_(group.rank + 1)
     row = torch.full((3,), float(group.rank), dtype=torch.float64)
     rows = torch.zeros(group.size, 3, dtype=torch.float64)
     return {
-        "reduce-scatter of a bucket, packed and summed": (lambda: _reduce(transport, grad, shard), shard),
+        _REDUCE: (lambda: _reduce(transport, grad, shard), shard),
         "the same, until there is something to sum": (lambda: _send(transport, numel), shard),
         "all-gather of its weights": (lambda: transport.gather(flat, mine).wait(), flat),
         "the step's message": (lambda: rows.copy_(group.gather_with_host([1.0] * _NUM_PARAMS, row)[1]), rows),
     }
+
+
+def _gradient(rank: int, numel: int) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).bfloat16()
 
 
 def _send(transport: Transport, numel: int) -> None:
@@ -81,27 +82,32 @@ def _reduce(transport: Transport, grad: Tensor, shard: Tensor) -> None:
     exchange.release()
 
 
-def _rank(numel: int, repeats: int) -> None:
-    dist.init_process_group("gloo")
-    jobs = {name: _jobs(name, Group(), numel) for name in _TRANSPORTS}
-    for job in jobs[_PEER]:
-        for name in _TRANSPORTS:
-            call, result = jobs[name][job]
+def _gloo(numel: int) -> tuple[Call, Tensor]:
+    """Summed in bf16, not averaged; the bucket is packed already."""
+    bucket = _gradient(dist.get_rank(), numel) / dist.get_world_size()
+    shard = torch.empty(numel // dist.get_world_size(), dtype=torch.bfloat16)
+    return lambda: dist.reduce_scatter_tensor(shard, bucket), shard
+
+
+def _rank() -> None:
+    spec, _ = join()
+    numel = spec["numel"]
+    jobs = {name: _jobs(name, Group(), numel) for name in _NAMES}
+    found = {}
+    for job in jobs["exact"]:
+        calls = {name: jobs[name][job] for name in _NAMES}
+        if job == _REDUCE and spec["gloo"]:
+            calls[_GLOO] = _gloo(numel)
+        for call, _ in calls.values():
             call()
-            rtol = 2**-7 if name == "collective" else 0  # it sums in bf16
-            torch.testing.assert_close(result, jobs[_PEER][job][1], rtol=rtol, atol=rtol)
-    found: dict[str, dict[str, list[float]]] = {job: {name: [] for name in _TRANSPORTS} for job in jobs[_PEER]}
-    for _ in range(repeats):
-        for job in found:
-            for name in _TRANSPORTS:
-                dist.barrier()
-                start = time.perf_counter()
-                jobs[name][job][0]()
-                found[job][name].append(time.perf_counter() - start)
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
+        for name, (_, result) in calls.items():
+            tolerance = 2**-7 if name in ("collective", _GLOO) else 0  # they sum in bf16
+            torch.testing.assert_close(result.float(), calls["exact"][1].float(), rtol=tolerance, atol=tolerance)
+        timers = {name: CpuTimer(call, dist.barrier) for name, (call, _) in calls.items()}
+        found[job] = in_turns({name: timer.sample for name, timer in timers.items()}, spec["repeats"], job)
+    leave(found)
 
 
 if __name__ == "__main__":
-    _rank(int(sys.argv[1]), int(sys.argv[2]))
+    warnings.simplefilter("ignore")  # torch's of its own collectives
+    _rank()

@@ -11,7 +11,9 @@ from torch import Tensor
 from pyzero import ops
 
 from . import peers
-from .harness import Contender, Options, Row, check, compare
+from .harness import Contender, check, compare
+from .options import Options
+from .rows import Row
 
 _NUM_TENSORS = 100
 
@@ -53,13 +55,12 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
         "unscale",
         f"{_NUM_TENSORS} x {str(dtype)[6:]}",
         numel,
-        [*plain, Contender("torch foreach unscale", torch_unscale, 2 * size)],
+        [*plain, Contender("torch foreach unscale", torch_unscale, 2 * size, "torch-foreach")],
         options,
-        peer="torch foreach unscale",
     )
-    with_norm.append(Contender("torch unscale, norm", torch_with_norm, 2 * size))
+    with_norm.append(Contender("torch unscale, norm", torch_with_norm, 2 * size, "torch-foreach"))
     case = f"{_NUM_TENSORS} x {str(dtype)[6:]}, norm"
-    return rows + compare("unscale", case, numel, with_norm, options, peer="torch unscale, norm")
+    return rows + compare("unscale", case, numel, with_norm, options)
 
 
 def _peer(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:

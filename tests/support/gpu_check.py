@@ -163,7 +163,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
         ("PYZERO_CACHE_DIR", os.environ.get("PYZERO_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "pyzero")),
         ("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "triton")),
     )
-    bench = (python, "-m", "benchmarks", "--device", "cuda", "--json", str(out / "benchmarks.json"))
+    bench = (python, "-m", "benchmarks", "--device", "cuda", "--out", str(out / "benchmarks"))
     steps = [
         Step("kernels", (python, smoke, *backends), 180, environ),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),

@@ -1,0 +1,269 @@
+"""What a training step costs on W ranks: bytes over memory and links, latency, overlap. See docs/scaling.md.
+
+N are a model's parameters, n = N / W a shard's. A link is alpha seconds per message and so many bytes per second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from . import ledger
+
+_BF16, _FP32 = 2, 4
+_BLOCKS = 32  # of the model, each wrapped by fully_shard
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one rank to another."""
+
+    alpha_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts of GPUs; assumed, not measured."""
+
+    name: str
+    ranks_per_host: int
+    memory_bytes_per_s: float  # of kernels that stream
+    inside: Link
+    across: Link  # of each rank's own network adapter
+    launch_s: float  # of a kernel
+    message_s: float  # of each further message that is posted at once, as in an all-to-all
+    flops: float  # that forward and backward reach
+
+
+H100 = Cluster(
+    name="8 x H100 per host, NVLink, 400 Gb/s per GPU",
+    ranks_per_host=8,
+    memory_bytes_per_s=3.0e12,
+    inside=Link(2e-6, 360e9),
+    across=Link(6e-6, 42e9),
+    launch_s=5e-6,
+    message_s=0.5e-6,
+    flops=400e12,
+)
+
+
+# ---- collectives: seconds for a buffer of `num_bytes` on each rank ---------------------------------------------------
+
+
+Collective = Callable[[Cluster, int, float], float]
+
+
+def _hosts(cluster: Cluster, num_ranks: int) -> tuple[int, int]:
+    """(ranks in a host, hosts)."""
+    inside = min(num_ranks, cluster.ranks_per_host)
+    return inside, -(-num_ranks // inside)
+
+
+def ring_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
+    """Reduce-scatter or all-gather in rings through all ranks, one per network adapter: a byte enters a host once."""
+    inside, hosts = _hosts(cluster, num_ranks)
+    latency = (num_ranks - hosts) * cluster.inside.alpha_s + (hosts - 1) * cluster.across.alpha_s
+    speed = cluster.inside.bytes_per_s
+    if hosts > 1:
+        speed = min(speed, inside * cluster.across.bytes_per_s)
+    return latency + num_bytes * (num_ranks - 1) / num_ranks / speed
+
+
+def two_level_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
+    """The same inside each host, then between the ranks that hold the same part, in rings."""
+    inside, hosts = _hosts(cluster, num_ranks)
+    first = (inside - 1) * cluster.inside.alpha_s + num_bytes * (inside - 1) / inside / cluster.inside.bytes_per_s
+    part = num_bytes / inside
+    return first + (hosts - 1) * cluster.across.alpha_s + part * (hosts - 1) / hosts / cluster.across.bytes_per_s
+
+
+def all_to_all_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
+    """Each rank sends each its slice: what goes to other hosts passes through its own adapter, whole."""
+    inside, hosts = _hosts(cluster, num_ranks)
+    latency = cluster.inside.alpha_s + (num_ranks - 1) * cluster.message_s + (hosts > 1) * cluster.across.alpha_s
+    near = num_bytes * (inside - 1) / num_ranks / cluster.inside.bytes_per_s
+    return latency + max(near, num_bytes * (num_ranks - inside) / num_ranks / cluster.across.bytes_per_s)
+
+
+def two_level_all_to_all_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
+    """Slices summed inside each host first, then all-to-all between the ranks that hold the same part."""
+    inside, hosts = _hosts(cluster, num_ranks)
+    first = all_to_all_s(cluster, inside, num_bytes)
+    part = num_bytes / inside * (hosts - 1) / hosts / cluster.across.bytes_per_s
+    return first + (cluster.across.alpha_s + (hosts - 1) * cluster.message_s + part if hosts > 1 else 0)
+
+
+def quicker_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
+    """On one level or on two."""
+    return min(made(cluster, num_ranks, num_bytes) for made in (ring_s, two_level_s))
+
+
+def balanced_bytes(collective: Collective, cluster: Cluster, num_ranks: int) -> float:
+    """The buffer whose latency takes as long as its bytes: smaller ones are bound by latency."""
+    latency = collective(cluster, num_ranks, 0)
+    return latency / (collective(cluster, num_ranks, 1e12) - latency) * 1e12
+
+
+def message_s(cluster: Cluster, num_ranks: int) -> float:
+    """A few numbers from all to all, by doubling."""
+    inside, hosts = _hosts(cluster, num_ranks)
+    return math.ceil(math.log2(inside)) * cluster.inside.alpha_s + math.ceil(math.log2(hosts)) * cluster.across.alpha_s
+
+
+# ---- strategies -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How gradients and weights travel."""
+
+    name: str
+    grad_bytes: float  # sent per gradient in one reduction
+    reduce: Collective
+    gather: Collective
+    passes: tuple[ledger.Pass, ...]  # kernels in backward and step
+    bucket_bytes: float | None = 25 * 2**20  # None: the model's blocks
+    doubles_reduce: bool = False  # an all-reduce where a reduce-scatter would do
+    num_gathers: int = 1  # of all weights per step
+    gathers_in_forward: bool = False  # beside the compute of the layer before
+    overlaps_gather: bool = True  # a bucket's weights leave while the next bucket is updated
+
+    def volume(self, num_ranks: int) -> float:
+        """Bytes that each rank sends per parameter and step."""
+        share = (num_ranks - 1) / num_ranks
+        return share * (self.grad_bytes * (1 + self.doubles_reduce) + _BF16 * self.num_gathers)
+
+
+_FSDP_PASSES = (ledger.Pass("copies", "in and out of the flat buffers of a layer", 10), ledger.Pass("adam_", "", 0, 28))
+
+# The library hands over one slice, summed already.
+_ONE_SLICE = (ledger.SHARDED[0], ledger.Pass("reduce_scatter_", "", 0, 6), ledger.SHARDED[2])
+
+STRATEGIES = (
+    Strategy("pyzero, exact (all-to-all)", _BF16, all_to_all_s, ring_s, ledger.SHARDED),
+    Strategy("pyzero, collective (rings)", _BF16, ring_s, ring_s, _ONE_SLICE),
+    Strategy("exact on two levels (not built)", _BF16, two_level_all_to_all_s, quicker_s, ledger.SHARDED),
+    Strategy(
+        "DeepSpeed ZeRO-2",
+        _BF16,
+        ring_s,
+        ring_s,
+        (ledger.DEEPSPEED,),
+        bucket_bytes=1e9,
+        doubles_reduce=True,
+        overlaps_gather=False,
+    ),
+    Strategy("FSDP2, fp32 sums, weights kept", _FP32, ring_s, ring_s, _FSDP_PASSES, None, gathers_in_forward=True),
+    Strategy("FSDP2, fp32 sums", _FP32, ring_s, ring_s, _FSDP_PASSES, None, num_gathers=2, gathers_in_forward=True),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Simulated seconds of one rank."""
+
+    compute_s: float  # forward and backward alone
+    total_s: float
+    latency_s: float  # of all collectives, were their bytes nothing
+
+    @property
+    def exposed_s(self) -> float:
+        return self.total_s - self.compute_s
+
+
+def simulate(strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: float, tokens_per_rank: float) -> Step:
+    """Buckets become ready at even intervals of backward; the link takes them in order, one at a time."""
+    forward_s = 2 * num_params * tokens_per_rank / cluster.flops
+    num_buckets = _BLOCKS
+    if strategy.bucket_bytes is not None:
+        num_buckets = max(round(_BF16 * num_params / strategy.bucket_bytes), 1)
+    part = num_params / num_buckets
+    once = strategy.reduce(cluster, num_ranks, strategy.grad_bytes * part)
+    reduce_s = cluster.launch_s + once * (1 + strategy.doubles_reduce)
+    gather_s = cluster.launch_s + strategy.gather(cluster, num_ranks, _BF16 * part)
+    moved = ledger.total(strategy.passes)
+    update_s = cluster.launch_s + part * moved.shard / num_ranks / cluster.memory_bytes_per_s
+    packing_s = moved.whole * num_params / cluster.memory_bytes_per_s  # in backward's stream
+
+    start = _forward(strategy, forward_s, gather_s, num_buckets)
+    backward_s = 2 * forward_s + packing_s
+    link = start
+    for index in range(num_buckets):
+        ready = start + backward_s * (index + 1) / num_buckets
+        if strategy.num_gathers > 1:  # weights for this layer come before its gradients
+            link += gather_s
+        link = max(link, ready) + reduce_s
+    now = max(link, start + backward_s) + message_s(cluster, num_ranks)
+    now = _update(strategy, now, update_s, gather_s, num_buckets)
+    latency = num_buckets * (
+        strategy.reduce(cluster, num_ranks, 0) * (1 + strategy.doubles_reduce)
+        + strategy.gather(cluster, num_ranks, 0) * strategy.num_gathers
+    )
+    return Step(3 * forward_s, now, latency)
+
+
+def _forward(strategy: Strategy, forward_s: float, gather_s: float, num_buckets: int) -> float:
+    """When forward ends: with weights gathered for it, one layer ahead."""
+    if not strategy.gathers_in_forward:
+        return forward_s
+    now = link = 0.0
+    for _ in range(num_buckets):
+        link += gather_s
+        now = max(now, link) + forward_s / num_buckets
+    return now
+
+
+def _update(strategy: Strategy, now: float, update_s: float, gather_s: float, num_buckets: int) -> float:
+    """When the step ends."""
+    if strategy.gathers_in_forward:
+        return now + num_buckets * update_s
+    if not strategy.overlaps_gather:
+        return now + num_buckets * (update_s + gather_s)
+    link = now
+    for _ in range(num_buckets):
+        now += update_s
+        link = max(link, now) + gather_s
+    return link
+
+
+BUCKET_MIB = (1, 4, 12.5, 25, 50, 100, 200, 400, 800)
+
+
+def best_bucket(
+    strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: float, tokens_per_rank: float
+) -> tuple[float, Step]:
+    """(MiB, its step): the quickest; of equals the smallest, which holds least memory."""
+    steps = {
+        mib: simulate(replace(strategy, bucket_bytes=mib * 2**20), cluster, num_ranks, num_params, tokens_per_rank)
+        for mib in BUCKET_MIB
+    }
+    best = min(step.total_s for step in steps.values())
+    return next((mib, step) for mib, step in steps.items() if step.total_s <= 1.002 * best)
+
+
+# ---- ranks on the cores of one host, to be held against what is measured -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Host:
+    """Measured by `python -m benchmarks scaling`."""
+
+    copy_bytes_per_s: dict[int, float]  # read and written per rank, so many ranks copying at once
+    kernel_share: float  # of that, which the kernels of a step reach on one rank
+    alpha_s: dict[tuple[int, str], float]  # a step without bytes, by ranks and transport
+    socket_bytes_per_s: float  # through the sockets of all ranks together, from the run on two
+
+    def step_s(self, num_ranks: int, num_params: int, transport: str) -> float:
+        """Predicted, of a step that reduces in it."""
+        moved = ledger.total(ledger.kernels(num_ranks)).at(num_ranks) * num_params
+        sent = 0.0 if transport == "peer" else self.sent_bytes(num_ranks, num_params)
+        if num_ranks > 1 and transport == "peer":
+            moved += ledger.COPIES.at(num_ranks) * num_params
+        speed = self.copy_bytes_per_s[num_ranks] * self.kernel_share
+        return self.alpha_s[num_ranks, transport] + moved / speed + sent / self.socket_bytes_per_s
+
+    def sent_bytes(self, num_ranks: int, num_params: int) -> int:
+        """Through sockets, of all ranks together: gradients to all, weights to all."""
+        return 2 * _BF16 * num_params * (num_ranks - 1)

@@ -1,0 +1,69 @@
+"""What figures are measured on: hardware, versions, load."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+import pyzero
+from pyzero.ops import build_spec
+
+from . import peers
+from .options import Options
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(options: Options) -> dict[str, object]:
+    return {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else _cpu_model(),
+        "cpus": build_spec.num_cpus(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "pyzero": pyzero.__version__,
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "python": platform.python_version(),
+        "quick": options.quick,
+        "peers": peers.versions(options),
+        "absent": peers.absent(options),
+    }
+
+
+def in_words(found: dict[str, object]) -> str:
+    def words(value: object) -> object:
+        return ", ".join(f"{k} {v}" for k, v in value.items()) or "none" if isinstance(value, dict) else value
+
+    return "\n".join(f"{key}: {words(value)}" for key, value in found.items() if value is not None)
+
+
+def busy_warning() -> str | None:
+    """What to say where other programs want the same cores."""
+    load = os.getloadavg()[0]
+    if load <= 0.5 * build_spec.num_cpus():
+        return None
+    return (
+        f"warning: load average {load:.1f} on {build_spec.num_cpus()} CPUs. Ratios flatter pyzero then: torch's OpenMP "
+        "threads spin for those that are not running, pyzero's take the work instead. --threads 1 compares fairly."
+    )
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in names if line.startswith("model name")), platform.machine())
+
+
+def _output(*command: str) -> str | None:
+    """The first line of what a program prints, or None without it."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None

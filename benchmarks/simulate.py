@@ -1,0 +1,80 @@
+"""`python -m benchmarks simulate`: the cost model of docs/scaling.md on more ranks than there are here.
+
+Nothing of it is measured; `python -m benchmarks scaling` holds the same model against 1 to 4 ranks of this host.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .cost_model import H100, STRATEGIES, Cluster, Link, Step, Strategy, balanced_bytes, best_bucket, simulate
+
+RANKS = tuple(2**power for power in range(3, 15))  # 8 to 16,384
+_OURS = 3  # strategies whose bucket is ours to choose
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks simulate", description=__doc__)
+    parser.add_argument("--model-params", type=float, default=7e9, metavar="N")
+    parser.add_argument("--tokens-per-rank", type=float, default=8192, metavar="T", help="of one step")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write simulation.md and simulation.png there")
+    args = parser.parse_args(argv)
+    text = report(H100, args.model_params, args.tokens_per_rank)
+    print(text)
+    if args.out is not None:
+        from . import pictures  # wants matplotlib
+
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "simulation.md").write_text(f"# Simulated, not measured\n\n{text}\n")
+        print(pictures.simulation(args.out, H100, args.model_params, args.tokens_per_rank))
+    return 0
+
+
+def report(cluster: Cluster, num_params: float, tokens: float) -> str:
+    def step(strategy: Strategy, ranks: int) -> Step:
+        return simulate(strategy, cluster, ranks, num_params, tokens)
+
+    head = (
+        f"{cluster.name}: {num_params / 1e9:g}B bf16 parameters, {tokens:,.0f} tokens per rank and step, forward and "
+        f"backward {step(STRATEGIES[0], RANKS[0]).compute_s * 1e3:.0f} ms. Assumed: inside a host "
+        f"{_link(cluster.inside)}, across {_link(cluster.across)} per rank; memory "
+        f"{cluster.memory_bytes_per_s / 1e12:g} TB/s, {cluster.flops / 1e12:g} TFLOP/s."
+    )
+    parts = {
+        "Milliseconds of a step beyond forward and backward, at default bucket sizes:": _table(
+            lambda strategy, ranks: f"{step(strategy, ranks).exposed_s * 1e3:.0f}"
+        ),
+        "The bucket whose latency takes as long as its bytes, MiB (smaller ones are bound by latency):": _table(
+            lambda strategy, ranks: f"{balanced_bytes(strategy.reduce, cluster, ranks) / 2**20:,.0f}",
+            STRATEGIES[:_OURS],
+        ),
+        "Latency of all its messages, hidden or not, ms:": _table(
+            lambda strategy, ranks: f"{step(strategy, ranks).latency_s * 1e3:.0f}"
+        ),
+        "The bucket to choose, MiB: ms beyond forward and backward with it:": _table(
+            lambda strategy, ranks: _best(strategy, cluster, ranks, num_params, tokens), STRATEGIES[:_OURS]
+        ),
+        "Bytes that a rank sends per parameter and step:": _table(
+            lambda strategy, ranks: f"{strategy.volume(ranks):.2f}"
+        ),
+    }
+    return "\n\n".join([head, *(f"{title}\n\n{text}" for title, text in parts.items())])
+
+
+def _link(link: Link) -> str:
+    return f"{link.alpha_s * 1e6:g} us and {link.bytes_per_s / 1e9:g} GB/s"
+
+
+def _best(strategy: Strategy, cluster: Cluster, ranks: int, num_params: float, tokens: float) -> str:
+    mib, step = best_bucket(strategy, cluster, ranks, num_params, tokens)
+    return f"{mib:g}: {step.exposed_s * 1e3:.0f}"
+
+
+def _table(cell: Callable[[Strategy, int], str], strategies: Sequence[Strategy] = STRATEGIES) -> str:
+    shown = RANKS[::2] if RANKS[-1] in RANKS[::2] else (*RANKS[::2], RANKS[-1])
+    lines = ["| | " + " | ".join(f"{ranks:,}" for ranks in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for strategy in strategies:
+        lines.append(f"| {strategy.name} | " + " | ".join(cell(strategy, ranks) for ranks in shown) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The one timer: cold caches, contenders in turns, every second round backwards."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .gpu_timer import GpuTimer
+
+# After a parallel loop torch's OpenMP threads spin for a while, on the cores that the next contender wants.
+_SETTLE_S = 0.005
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_CACHE_BYTES = 32 << 20  # where the system does not say
+
+Call = Callable[[], object]
+
+
+class Timer(Protocol):
+    """Samples of one call."""
+
+    host_s: float | None  # on a GPU: until the host may go on
+    hides_host: bool | None  # on a GPU: False where the samples include the host's time
+
+    def sample(self) -> float:
+        """Seconds."""
+
+
+class CpuTimer:
+    """Samples of one call, the last-level cache holding nothing of it; `ready` comes last before it."""
+
+    host_s = hides_host = None
+
+    def __init__(self, call: Call, ready: Call | None = None) -> None:
+        self._call = call
+        self._ready = ready
+
+    def sample(self) -> float:
+        flush_cache()
+        time.sleep(_SETTLE_S)
+        if self._ready is not None:
+            self._ready()
+        return clock(self._call)
+
+
+def clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def make_timer(call: Call, device: str) -> Timer:
+    return GpuTimer(call) if device == "cuda" else CpuTimer(call)
+
+
+def in_turns(samplers: Mapping[str, Callable[[], float]], repeats: int, what: str) -> dict[str, list[float]]:
+    """Samples of each, in rounds, so that drift of the machine hits all alike; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in samplers}
+    with _bar((repeats + 1) * len(samplers), what) as bar:
+        for repeat in range(repeats + 1):
+            for name in list(samplers)[:: -1 if repeat % 2 else 1]:
+                elapsed = samplers[name]()
+                bar.update()
+                if repeat > 0:
+                    times[name].append(elapsed)
+    return times
+
+
+def _bar(total: int, what: str) -> Any:
+    """Of tqdm, on a terminal; a rank's is shown by who started it."""
+    return Ticks(total) if "RANK" in os.environ else tqdm(total=total, desc=what, leave=False, disable=None)
+
+
+class Ticks:
+    """Progress of rank 0 as lines of its output."""
+
+    WORD = "tick"
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+
+    def __enter__(self) -> Ticks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        pass
+
+    def update(self) -> None:
+        self._done += 1
+        if os.environ["RANK"] == "0":
+            print(self.WORD, self._done, self._total, flush=True)
+
+
+_flush: list[Tensor] = []
+
+
+def flush_cache() -> None:
+    """By reading twice as much as the last level holds: what is written would be written back inside the next call."""
+    if not _flush:
+        _flush.append(torch.zeros(2 * _cache_bytes() // 4))
+    _flush[0].sum()
+
+
+def _cache_bytes() -> int:
+    """Of the last level, as in "32768K"."""
+    text = _CACHE.read_text().strip() if _CACHE.exists() else ""
+    return int(text[:-1]) << 10 if text.endswith("K") else _CACHE_BYTES

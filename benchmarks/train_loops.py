@@ -1,0 +1,213 @@
+"""An iteration of training by FusedZeroAdamW and by its peers, on any number of ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import pyzero
+
+_LR, _WEIGHT_DECAY = 1e-4, 1e-2
+LAYERS, ROWS = 16, 16
+
+Mark = Callable[[str], None]
+
+
+class Marks:
+    """When the phases of an iteration end; on a GPU by events, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ends: list[tuple[str, Any]] = [("", self._now())]
+
+    def _now(self) -> Any:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, phase: str) -> None:
+        self._ends.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """By phase."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        pairs = zip(self._ends, self._ends[1:], strict=False)
+        return {
+            name: end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+            for (_, start), (name, end) in pairs
+        }
+
+
+class Loop:
+    """A plain training loop's."""
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self.model = model
+        self.optimizer = optimizer
+
+    def step(self, x: Tensor, mark: Mark = lambda phase: None) -> Tensor:
+        loss: Tensor = self.model(x).float().square().mean()
+        mark("forward")
+        self._backward(loss)
+        mark("backward")
+        self._update()
+        mark("step")
+        return loss.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class _Compute(Loop):
+    """Forward and backward, and nothing else."""
+
+    def _update(self) -> None:
+        self.model.zero_grad()
+
+
+class _Masters:
+    """fp32 masters of bf16 weights, by foreach copies either way."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.weights = weights
+        self.masters = [nn.Parameter(weight.detach().float()) for weight in weights]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=_LR, weight_decay=_WEIGHT_DECAY, fused=True)
+        for master in self.masters:
+            master.grad = torch.empty_like(master)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        grads = [weight.grad for weight in self.weights]
+        torch._foreach_copy_([master.grad for master in self.masters], grads)
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, self.masters)
+
+    def zero_grad(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+
+class _DeepSpeed(Loop):
+    """ZeRO-2 in bf16 with torch's fused AdamW: DeepSpeed's own is to be compiled, and none is on a CPU without it."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": ROWS,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        }
+        model = _model(width, device)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model), config=config)
+        super().__init__(engine, None)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+
+    def _update(self) -> None:
+        self.model.step()
+
+
+def _model(width: int, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(LAYERS)]).to(device, torch.bfloat16)
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=_WEIGHT_DECAY, fused=True)
+
+
+def _zero(width: int, device: torch.device, in_groups: bool = False, **options: object) -> Loop:
+    """in_groups: weights and biases in two groups, as for weight decay (here the same for both, to compare losses)."""
+    model = _model(width, device)
+    groups: Any = [{"params": [p for p in model.parameters() if p.dim() == dim]} for dim in (2, 1)]
+    params = groups if in_groups else model.parameters()
+    return Loop(model, pyzero.FusedZeroAdamW(params, lr=_LR, weight_decay=_WEIGHT_DECAY, **options))
+
+
+def _ddp(width: int, device: torch.device) -> nn.Module:
+    return DistributedDataParallel(_model(width, device), gradient_as_bucket_view=True)
+
+
+def _ddp_plain(width: int, device: torch.device) -> Loop:
+    model = _ddp(width, device)
+    return Loop(model, _adamw(model))
+
+
+def _ddp_masters(width: int, device: torch.device) -> Loop:
+    model = _ddp(width, device)
+    return Loop(model, _Masters(list(model.parameters())))
+
+
+def _zero_redundancy(width: int, device: torch.device) -> Loop:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of what it imports
+
+    model = _ddp(width, device)
+    hyper = dict(lr=_LR, weight_decay=_WEIGHT_DECAY, fused=True)
+    made = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=torch.optim.AdamW, parameters_as_bucket_view=True, **hyper
+    )
+    return Loop(model, made)
+
+
+def _fsdp(width: int, device: torch.device) -> Loop:
+    """Layer by layer, weights kept from forward to backward, summed in fp32: what ZeRO-2 sends."""
+    model = _model(width, device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in (*model, model):
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return Loop(model, _adamw(model))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender."""
+
+    make: Callable[[int, torch.device], Loop]  # from width and device
+    peer: str | None = None  # key of peers.PEERS; None: ours
+    same_as: str | None = None  # whose loss it must reach; None: it is what others are held against
+    cpu_only: bool = False
+
+
+OURS = "FusedZeroAdamW, stage 2"
+MASTERS = "DDP, AdamW(fused), fp32 masters by hand"
+PLAIN = "DDP, AdamW(fused), no masters"
+COMPUTE = "forward and backward alone"
+
+
+def _ours(**options: object) -> Callable[[int, torch.device], Loop]:
+    return lambda width, device: _zero(width, device, **options)
+
+
+ENTRIES = {
+    OURS: Entry(_ours(stage=2), same_as=MASTERS),
+    f"{OURS}, two groups": Entry(_ours(stage=2, in_groups=True), same_as=MASTERS),
+    "FusedZeroAdamW, stage 1": Entry(_ours(stage=1), same_as=MASTERS),
+    f"{OURS}, exact": Entry(_ours(stage=2, transport="exact"), same_as=MASTERS, cpu_only=True),
+    f"{OURS}, collective": Entry(_ours(stage=2, transport="collective"), same_as=MASTERS),
+    MASTERS: Entry(_ddp_masters, "ddp"),
+    PLAIN: Entry(_ddp_plain, "ddp"),
+    "FSDP2, AdamW(fused), no masters, summed in fp32": Entry(_fsdp, "fsdp2", same_as=PLAIN),
+    "DDP, ZeroRedundancyOptimizer, no masters": Entry(_zero_redundancy, "zero-redundancy", same_as=PLAIN),
+    "DeepSpeed ZeRO-2, AdamW(fused)": Entry(_DeepSpeed, "deepspeed", same_as=MASTERS),
+    COMPUTE: Entry(lambda width, device: _Compute(_model(width, device), None)),
+}
