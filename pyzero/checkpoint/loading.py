@@ -77,6 +77,7 @@ class _Load:
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
         what = f"the load of {self._directory}"
+        self._elsewhere = self._on_other_ranks(what)
         name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
         together(self._group, what, lambda: self._read(self._directory / name))
         self._compare(what)
@@ -86,6 +87,16 @@ class _Load:
         set_extra_state(self._model, self._common["model"])
         self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         return {"step": self._index["step"], **self._extra}
+
+    def _on_other_ranks(self, what: str) -> set[str]:
+        """Names in the checkpoint that other model-parallel ranks may load."""
+        if self._optimizer.model_parallel_rank is None:
+            return set()
+        keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
+        names = names_of(self._model, self._optimizer).values()
+        state = [f"optim.state.{name}.{key}" for name in names for key in keys]
+        mine = [*state, *(f"model.{name}" for name in model_state(self._model)[0])]
+        return set().union(*self._group.gather_objects(mine, what))
 
     def _find(self) -> Path | None:
         """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
@@ -148,7 +159,7 @@ class _Load:
         like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
         known = {*like, *(f"model.{name}" for name in self._model_state)}
         self._report("missing", [name for name in like if name not in saved])
-        self._report("unexpected", [name for name in saved if name not in known])
+        self._report("unexpected", [name for name in saved if name not in known and name not in self._elsewhere])
         shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
         self._report(
             "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
