@@ -358,6 +358,11 @@ class Group:
         if self.size > 1:
             self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, 0)).wait()
 
+    def sum(self, tensor: Tensor, what: str) -> None:
+        """Overwrite with the sum over ranks."""
+        if self.size > 1:
+            self.start(what, dist.all_reduce, tensor).wait()
+
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
         """The first rank's numbers from 0 on, of which there are `most` at most."""
         host = torch.full((most,), -1, dtype=torch.int64, device="cpu")
@@ -490,6 +495,15 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     else:
         dist.init_process_group(backend or "gloo", timeout=timeout)
     return True
+
+
+def subgroup(members: Sequence[Sequence[int]]) -> Any:
+    """Of groups that all ranks make alike, the one that this rank is in; None where it is in none."""
+    rank, found = dist.get_rank(), None
+    for ranks in members:
+        handle = dist.new_group(list(ranks))
+        found = handle if rank in ranks else found
+    return found
 
 
 def leave() -> None:

@@ -115,7 +115,9 @@ def join(parts: list[Part]) -> dict[str, Any]:
         joined["tied"] |= part.common["tied"]
         for group in part.common["param_groups"]:
             mine = {key: value for key, value in group.items() if key != "param_names"}
-            _add_group(joined["param_groups"], {**mine, "params": [n for n in group["params"] if owner.get(n) == index]})
+            _add_group(
+                joined["param_groups"], {**mine, "params": [n for n in group["params"] if owner.get(n) == index]}
+            )
     return joined
 
 
