@@ -72,7 +72,7 @@ if args.checkpoint and pyzero.latest_checkpoint(args.checkpoint):
     first = pyzero.load_checkpoint(args.checkpoint, model=layers, optimizer=optimizer)["step"]
 
 stage = PipelineStage(layers, stage_index, STAGES, torch.device("cpu"), group=mesh["pp"].get_group())
-# scale_grads divides .grad by the number of micro-batches; dividing the loss serves schedules called twice per step too.
+# The loss is divided, for scale_grads=True divides all that is in .grad: twice, were there two calls before a step.
 schedule = Schedule1F1B(stage, MICRO_BATCHES, lambda y, t: loss_of(y, t) / MICRO_BATCHES, scale_grads=False)
 text = data.load(args.data, CONTEXT)
 for step in tqdm(range(first, first + args.steps), disable=dist.get_rank() != 0):

@@ -146,6 +146,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
         self._checkpoint_group: Group | None = None
+        self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)

@@ -23,6 +23,17 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors to a device, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
 def hook_outputs(value: Any, hook: Callable[[Tensor], Tensor | None]) -> None:
     """Have a hook called with each gradient that comes back to an output of a graph."""
     seen: set[int] = set()

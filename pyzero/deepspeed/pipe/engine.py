@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pyzero.comm import Group
 from pyzero.deepspeed import tensors
+from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
+from pyzero.optimizer import ZeroOptimizer
 
 
 class PipelineError(RuntimeError):
@@ -24,10 +26,12 @@ class PipelineEngine(Engine):
 
     module: PipelineModule
 
-    def __init__(self, module: PipelineModule, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, module: PipelineModule, optimizer: ZeroOptimizer, lr_scheduler: Any, config: Config, leaves_group: bool
+    ) -> None:
         grid = module.grid
         replica = (grid.data_parallel_id, grid.data_parallel_size)
-        super().__init__(module, *args, **kwargs, replica=replica)
+        super().__init__(module, optimizer, lr_scheduler, config, leaves_group, replica)
         self.grid = grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
         self.data_iterator: Iterator[Any] | None = None
@@ -99,8 +103,10 @@ class PipelineEngine(Engine):
         num_micro = self.batches.accumulation
         micro = self._pull(self.data_iterator, num_micro)
         with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
-            loss = self._loss_of_all(self._train_alone(micro) if self.num_stages == 1 else self._runner(True).train(micro))
-        self._sum_tied_gradients()
+            mean = self._train_alone(micro) if self.num_stages == 1 else self._runner(True).train(micro)
+            loss = self._loss_of_all(mean)
+        if self.module.has_ties:
+            self.optimizer.sum_tied_grads(self.module.tied_params())
         self._stepped = True
         self.micro_steps += num_micro
         self._num_backwards = num_micro
@@ -155,9 +161,10 @@ class PipelineEngine(Engine):
         key = num_micro or self.batches.accumulation, trains
         if key not in self._runners:
             self._runners[key] = Runner(
-                self.module if self._autocast_dtype is None else _Autocast(self.module, self._autocast),
+                self.module,
+                self._layers,
                 self._loss,
-                self.optimizer.scale if trains else _same,
+                self.optimizer.scale if trains else lambda loss: loss,
                 self.stage_id,
                 self.num_stages,
                 key[0],
@@ -188,20 +195,6 @@ class PipelineEngine(Engine):
         self._everyone.sum(mean, "the sum of losses")
         return mean
 
-    @torch.no_grad()
-    def _sum_tied_gradients(self) -> None:
-        """A weight's gradient is the sum over the stages that have a copy; without one anywhere it stays without."""
-        for param, group in self.module.tied_params():
-            if not param.requires_grad:
-                continue
-            grad = self.optimizer.full_grad(param)
-            flat = torch.zeros(param.numel() + 1, device=param.device)
-            if grad is not None:
-                flat[:-1], flat[-1] = grad.reshape(-1), 1.0
-            group.sum(flat, "the sum of tied gradients")
-            if flat[-1]:
-                self.optimizer.set_full_grad(param, flat[:-1].view_as(param))
-
     # ---- what is not there -----------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -210,9 +203,11 @@ class PipelineEngine(Engine):
         Raises:
             PipelineError: Always.
         """
-        raise PipelineError("a pipeline runs forward, backward and step of its micro-batches in turn; call train_batch()")
+        raise PipelineError(
+            "a pipeline runs forward, backward and step of its micro-batches in turn; call train_batch()"
+        )
 
-    backward = step = no_sync = forward  # type: ignore[assignment]
+    backward = step = no_sync = forward
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: a rank has its stage's weights alone.

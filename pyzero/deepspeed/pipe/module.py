@@ -119,6 +119,7 @@ class PipelineModule(nn.Module):
         for index, layer in enumerate(self.layer_specs):
             if isinstance(layer, TiedLayerSpec):
                 ties.setdefault(layer.key, set()).add(self.stage_owner(index))
+        self._has_ties = any(len(stages) > 1 for stages in ties.values())
         for key, stages in sorted(ties.items()):
             if len(stages) == 1:
                 continue
@@ -126,13 +127,18 @@ class PipelineModule(nn.Module):
             columns = range(self.grid.data_parallel_size)
             handle = comm.subgroup([[to_global(stage, column) for stage in sorted(stages)] for column in columns])
             if handle is not None:
-                groups[key] = comm.Group(handle)
+                groups[key] = handle
                 for param in self.tied_modules[key].parameters() if self.stage_id != min(stages) else ():
                     param.model_parallel = False  # type: ignore[attr-defined]
         return groups
 
-    def tied_params(self) -> Iterator[tuple[Tensor, comm.Group]]:
-        """Parameters with copies on other stages, in the same order there."""
+    @property
+    def has_ties(self) -> bool:
+        """Whether any stages, these or others, hold copies of one layer."""
+        return self._has_ties
+
+    def tied_params(self) -> Iterator[tuple[Tensor, Any]]:
+        """Parameters with copies on other stages, in the same order there, each with the group of these."""
         for key, group in self._tied_groups.items():
             for param in self.tied_modules[key].parameters():
                 yield param, group
@@ -140,8 +146,10 @@ class PipelineModule(nn.Module):
     @torch.no_grad()
     def broadcast_tied(self) -> None:
         """Make copies what the first stage that has one holds. Collective."""
-        for param, group in self.tied_params():
-            group.broadcast(param, "the broadcast of tied weights")
+        for key, handle in self._tied_groups.items():
+            group = comm.Group(handle)
+            for param in self.tied_modules[key].parameters():
+                group.broadcast(param, "the broadcast of tied weights")
 
     # ---- what can be asked -----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ class Runner:
 
     Args:
         module: The layers of this stage.
+        run: Calls them.
         loss_fn: Of outputs and labels.
         scale: Turns a mean over micro-batches into what backward starts from.
         stage: Number of this one.
@@ -31,6 +32,7 @@ class Runner:
     def __init__(
         self,
         module: nn.Module,
+        run: Callable[[Any], Any],
         loss_fn: Callable[[Any, Any], Tensor],
         scale: Callable[[Tensor], Tensor],
         stage: int,
@@ -44,7 +46,7 @@ class Runner:
         self._loss_fn, self._scale, self._num_micro = loss_fn, scale, num_micro
         self._micro: Sequence[MicroBatch] = ()
         self._losses: dict[int, Tensor] = {}
-        layers = _StageLayers(module, self._inputs if stage == 0 else None)
+        layers = _StageLayers(module, run, self._inputs if stage == 0 else None)
         self._stage = PipelineStage(layers, stage, num_stages, device, group=group)
         schedule = Schedule1F1B if num_micro >= num_stages else ScheduleGPipe  # 1F1B takes no fewer
         self._schedule = schedule(self._stage, num_micro, loss_fn=self._loss, scale_grads=False)
@@ -84,28 +86,29 @@ class Runner:
 class _StageLayers(nn.Module):
     """What PipelineStage calls. inputs: on the first stage, gives those of a number."""
 
-    def __init__(self, module: nn.Module, inputs: Callable[[Tensor], Any] | None) -> None:
+    def __init__(self, module: nn.Module, run: Callable[[Any], Any], inputs: Callable[[Tensor], Any] | None) -> None:
         super().__init__()
-        self._module = module
+        self._module, self._run_module = module, run
         self._inputs = inputs
-        self._asks_shapes = True  # torch calls it once to learn them, on later stages with uninitialised memory
+        # torch's first call is to learn shapes, on later stages with uninitialised memory, and may run backward.
+        self._asks_shapes = True
+        self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were ahead of it
 
     def forward(self, *received: Tensor) -> Any:
         """The module's."""
-        if not self._asks_shapes:
-            return self._call(received)
+        with torch.no_grad():
+            if self._asks_shapes:
+                self._before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+                for tensor in received if self._inputs is None else ():
+                    tensor.zero_()
+            else:
+                for buffer, before in self._before:
+                    buffer.copy_(before)
+                self._before = []
         self._asks_shapes = False
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
-        with torch.no_grad():
-            for tensor in received if self._inputs is None else ():
-                tensor.zero_()
-        outputs = self._call(received)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        return outputs
+        return self._call(received)
 
     def _call(self, received: tuple[Tensor, ...]) -> Any:
         if self._inputs is not None:
-            return self._module(self._inputs(received[0]))
-        return self._module(received[0] if len(received) == 1 else received)
+            return self._run_module(self._inputs(received[0]))
+        return self._run_module(received[0] if len(received) == 1 else received)

@@ -36,11 +36,10 @@ class ProcessTopology:
 
     def get_coord(self, rank: int) -> Any:
         """A named tuple."""
-        place = []
-        for length in reversed(self.dims):
-            rank, at = divmod(rank, length)
-            place.append(at)
-        return self.ProcessCoord(*reversed(place))
+        place = {}
+        for axis, length in zip(reversed(self.axes), reversed(self.dims), strict=True):
+            rank, place[axis] = divmod(rank, length)
+        return self.ProcessCoord(**place)
 
     def get_rank(self, **coord: int) -> int:
         """The rank at a place, all of whose axes are given."""
@@ -96,7 +95,7 @@ class PipelineParallelGrid:
         if topology.world_size() != size:
             raise ValueError(
                 f"expected a topology of the {size} ranks there are, got {topology.dims} of {topology.axes}; start as "
-                f"many processes, call pyzero.deepspeed.init_distributed() first, or choose num_stages that divides them"
+                f"many processes, call pyzero.deepspeed.init_distributed() first, or let num_stages divide them"
             )
         others = {axis: n for axis, n in zip(topology.axes, topology.dims, strict=True) if axis not in ("pipe", "data")}
         if any(n > 1 for n in others.values()):
