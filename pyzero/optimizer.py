@@ -518,6 +518,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """Which gradient a code of pyzero/nonfinite.py means."""
         number, rank = nonfinite.decode(code, self._group.size)
         if number is None:
+            if self.model_parallel_rank is not None:
+                return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"

@@ -59,6 +59,7 @@ class ScaledBackward:
         self._is_held = True
         try:
             yield
+            self._gradients.check_arrived()
         finally:
             self._is_held = False
             self.end()

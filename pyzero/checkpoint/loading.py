@@ -45,7 +45,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load what save_checkpoint saved, on any number of ranks, in any stage, with any buckets, groups in any order.
 
-    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it.
+    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it,
+    and of its model_parallel_group.
     All of it is read and checked before anything is changed.
 
     Args:

@@ -310,3 +310,36 @@ def test_names_tell_stages_apart(ranks, tmp_path):
     for clash, unexpected in ranks.run(4, save_with_names_that_clash, tmp_path):
         assert "got 0.0.weight on ranks 0 and 1 of model_parallel_group" in clash
         assert "unexpected: " in unexpected and "more.bias" in unexpected and "0.0.weight" not in unexpected
+
+
+# ---- zero-bubble schedules ------------------------------------------------------------------------------------------
+
+
+def split_backward(group: Any, stage: int) -> list[str]:
+    """What torch's split backward does: no hook runs, `.grad` is assigned and added to."""
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    weight = second.weight
+    options = {"lr": 1.0, "stage": stage, "process_group": group}
+    optimizer = pyzero.FusedZeroAdamW([first.weight, weight], loss_scale=8.0, **options)
+    grad = torch.full((3, 3), 1.0 + dist.get_rank(group))
+    weight.grad = grad.clone()
+    weight.grad += grad
+    whole = optimizer.full_grad(weight)
+    assert whole is not None and torch.equal(whole, torch.full((3, 3), 3.0))  # the mean of 2 and 4
+    messages = []
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError) as caught, optimizer.scaled_gradients():
+        weight.grad = grad.clone()
+    messages.append(str(caught.value))
+    optimizer.zero_grad()
+    optimizer.backward(first(torch.ones(1, 3)).sum())
+    with pytest.raises(RuntimeError) as caught:  # a whole backward shows a gradient for all parameters
+        weight.grad += grad
+    return [*messages, str(caught.value)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_split_backward(ranks, stage):
+    """Of all micro-batches it is summed; mixed with whole backwards, or with a loss scale, it is refused."""
+    for scaled, mixed in ranks.run(2, split_backward, stage):
+        assert "zero-bubble schedules" in scaled and "got add_ of a .grad" in mixed

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,10 @@ def refusals(group: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build()
+    bare = [nn.Tanh(), *(nn.Linear(2, 2) for _ in range(3))]
+    stage_0 = pytest.raises(ValueError, match="got none in layers 0 to 0 of stage 0")
+    with stage_0 if dist.get_rank() == 0 else nullcontext():
+        PipelineModule(bare, num_stages=4, partition_method="uniform")
     shared = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"layer 0 on stage 0 and in layer 2 on stage 1; build both as TiedLayerSpec"):
         PipelineModule([shared, nn.Tanh(), shared], num_stages=2, partition_method="type:Linear")

@@ -78,6 +78,12 @@ class PipelineModule(nn.Module):
         self._check_apart()
         self._build(seed_layers, seed_fn or torch.manual_seed, base_seed)
         self._tied_groups = self._connect_tied()
+        if not any(param.requires_grad for param in self.parameters()):
+            first, end = self.parts[self.stage_id : self.stage_id + 2]
+            raise ValueError(
+                f"expected trained parameters on every stage, got none in layers {first} to {end - 1} of stage "
+                f"{self.stage_id}; choose another partition_method, or fewer stages"
+            )
 
     # ---- construction ----------------------------------------------------------------------------------------------
 
