@@ -134,7 +134,8 @@ class FullAccess:
         """Make the gradient of a weight that several pipeline stages hold the sum of those of its copies.
 
         Between backward and clipping or step(), on every rank of process_group and model_parallel_group, on those
-        without such a weight too: it is collective over all. What no stage has a gradient for stays without.
+        without such a weight too: it is collective over all. What no stage has a gradient for stays without. Reads the
+        device.
 
         Args:
             tied: (parameter, process group of the ranks that hold its copies in this pipeline), in the same order on

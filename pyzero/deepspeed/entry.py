@@ -168,10 +168,17 @@ def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, con
         optimizer = optimizer(params)
     if optimizer is not None:
         _check_held(model, [param for group in optimizer.param_groups for param in group["params"]])
+    is_pipeline = isinstance(model, PipelineModule) and model.num_stages > 1
     if isinstance(optimizer, ZeroOptimizer):
+        if is_pipeline and optimizer.model_parallel_rank is None:
+            raise ValueError(
+                "expected an optimizer that knows the other stages, got one without model_parallel_group; build it "
+                "with process_group=model.mpu().get_data_parallel_group() and "
+                "model_parallel_group=model.mpu().get_pipe_parallel_group(), or pass torch's AdamW"
+            )
         return optimizer
     options = _options(config)
-    if isinstance(model, PipelineModule) and model.num_stages > 1:
+    if isinstance(model, PipelineModule) and is_pipeline:
         options["process_group"] = model.grid.get_data_parallel_group()
         options["model_parallel_group"] = model.grid.get_pipe_parallel_group()
     if optimizer is not None:

@@ -264,12 +264,14 @@ def engine_names(group: Any) -> None:
     with pytest.raises(ValueError, match="return_logits"):
         engine.eval_batch(None, return_logits=True)
     engine.set_batch_fn(lambda batch: (batch["x"], batch["y"]))
-    engine.set_dataloader([{"x": x, "y": y} for (x, y), _ in zip(data_of(engine), range(12), strict=False)])
+    engine.set_dataloader([{"x": x, "y": y} for (x, y), _ in zip(data_of(engine), range(9), strict=False)])
     engine.train_batch()
     engine.set_train_batch_size(8)  # two micro-batches: 1F1B still
     engine.train_batch()
     engine.set_train_batch_size(4)  # one, of which there are fewer than stages: GPipe
     assert engine.train_batch() > 0
+    with pytest.raises(StopIteration):
+        engine.train_batch()
     assert engine.global_steps == 3 and engine.global_samples == 24 + 8 + 4 and engine.micro_steps == 9
     assert engine.eval_batch(iter([{"x": x, "y": y} for (x, y), _ in zip(data_of(engine), range(2), strict=False)])) > 0
 
@@ -292,6 +294,10 @@ def refusals(group: Any) -> None:
     stage_0 = pytest.raises(ValueError, match="got none in layers 0 to 0 of stage 0")
     with stage_0 if dist.get_rank() == 0 else nullcontext():
         PipelineModule(bare, num_stages=4, partition_method="uniform")
+    module = PipelineModule(specs(), num_stages=2)
+    lone = pyzero.FusedZeroAdamW(module.parameters(), process_group=module.mpu().get_data_parallel_group())
+    with pytest.raises(ValueError, match="get_pipe_parallel_group"):
+        deepspeed.initialize(model=module, optimizer=lone, config={"train_batch_size": 8})
     shared = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"layer 0 on stage 0 and in layer 2 on stage 1; build both as TiedLayerSpec"):
         PipelineModule([shared, nn.Tanh(), shared], num_stages=2, partition_method="type:Linear")

@@ -72,7 +72,8 @@ class PipelineEngine(Engine):
                 "initialize(training_data=)"
             )
         micro: list[MicroBatch] = []
-        for batch in (next(data_iter) for _ in range(num_micro)):
+        for _ in range(num_micro):
+            batch = next(data_iter)  # StopIteration is the caller's
             batch = batch if self.batch_fn is None else self.batch_fn(batch)
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise ValueError(
@@ -94,6 +95,10 @@ class PipelineEngine(Engine):
 
         Returns:
             0-D fp32 on every rank: the mean of the losses over micro-batches and replicas.
+
+        Raises:
+            ValueError: There is no data, or not in pairs.
+            StopIteration: The data ended; pyzero.deepspeed.utils.RepeatingLoader starts it anew.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("expected gradients to be enabled, got train_batch() in no_grad(); call eval_batch()")
@@ -139,6 +144,9 @@ class PipelineEngine(Engine):
 
         Returns:
             As train_batch.
+
+        Raises:
+            ValueError, StopIteration: As train_batch; ValueError of what is not supported.
         """
         if return_logits or not compute_loss or reduce_output != "avg":
             raise ValueError(
