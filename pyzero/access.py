@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyzero.buckets import MASTER, STEP, Bucket
+from pyzero.comm import Group
 from pyzero.gather import gather_param
 
 if TYPE_CHECKING:
-    from pyzero.comm import Group
     from pyzero.grad_stats import GlobalGradStats
     from pyzero.gradients import Gradients
 
@@ -21,6 +22,7 @@ class FullAccess:
 
     _buckets: list[Bucket]
     _group: Group
+    _tied_groups: dict[Any, Group]
     _gradients: Gradients
 
     def _collect(self, purpose: str) -> GlobalGradStats:
@@ -114,17 +116,50 @@ class FullAccess:
         place = self._find(param)
         if place is None:
             return None
-        bucket, position = place
-        stats = self._collect("full_grad")
+        return self._whole_grad(*place, self._collect("full_grad"))
+
+    def _whole_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
         if not stats.used[bucket.numbers[position]]:
             return None
         flat = self._gradients.whole(bucket, position)
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
                 flat = flat * factor
-        whole = torch.empty_like(param, dtype=torch.float32)
+        whole = torch.empty_like(bucket.params[position], dtype=torch.float32)
         bucket.flat_of(whole, position).copy_(flat)
         return whole
+
+    @torch.no_grad()
+    def sum_tied_grads(self, tied: Iterable[tuple[Tensor, Any]]) -> None:
+        """Make the gradient of a weight that several pipeline stages hold the sum of those of its copies.
+
+        Between backward and clipping or step(), on every rank of process_group and model_parallel_group, on those
+        without such a weight too: it is collective over all. What no stage has a gradient for stays without. Reads the
+        device.
+
+        Args:
+            tied: (parameter, process group of the ranks that hold its copies in this pipeline), in the same order on
+                these. All copies but the first stage's go without `.model_parallel`.
+        """
+        self._place_unfrozen()
+        stats = self._collect("full_grad")
+        sums = []
+        for param, group in tied:
+            if not param.requires_grad:
+                continue
+            bucket, position = self._find_trained(param)
+            grad = self._whole_grad(bucket, position, stats)
+            flat = torch.zeros(param.numel() + 1, device=param.device)  # the last one: whether there is a gradient
+            if grad is not None:
+                flat[:-1].copy_(bucket.flat_of(grad, position))
+                flat[-1] = 1.0
+            if group not in self._tied_groups:
+                self._tied_groups[group] = Group(group)
+            self._tied_groups[group].sum(flat, "the sum of tied gradients")
+            if flat[-1]:
+                sums.append((bucket, position, flat[:-1]))
+        for bucket, position, flat in sums:
+            self._gradients.replace(bucket, position, flat)
 
     def set_full_master(self, param: Tensor, value: Tensor) -> None:
         """Write a master, and the weights with it. value: of the parameter's shape, the same on every rank.

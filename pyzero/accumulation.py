@@ -78,6 +78,13 @@ class ParamGrad:
         """`.grad` was set to None since it was last seen."""
         return self.param.grad is None and self._shown is not None
 
+    @property
+    def is_touched(self) -> bool:
+        """`.grad` holds what was assigned or edited since it was last seen."""
+        grad = self.param.grad
+        is_new = grad is not None and grad is not self._shown
+        return is_new or (self._plain is not None and self._plain._version != self._version)
+
     def restore(self) -> None:
         """Put back what was cleared."""
         self.param.grad = self._shown

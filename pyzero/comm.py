@@ -105,7 +105,8 @@ class _Channels:
             self.free.remove(found)
             return found
         self.num_made = max(num_made for _, num_made, _ in rows) + 1
-        return _Channel(_new_group(handle, timeout, max(groups for _, _, groups in rows)), self.num_made)
+        ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
+        return _Channel(_new_group(ranks, dist.get_backend(handle), timeout, most), self.num_made)
 
     def give_back(self, channel: _Channel) -> None:
         if not channel.is_broken:
@@ -130,10 +131,9 @@ def _num_groups() -> int:
     return len(dist.distributed_c10d._world.pg_names)
 
 
-def _new_group(parent: Any, timeout: timedelta | None, num_groups: int) -> Any:
-    """A group over the parent's ranks, with gloo for CPU tensors where the parent has NCCL."""
-    ranks = dist.get_process_group_ranks(parent)
-    backend = "cpu:gloo,cuda:nccl" if dist.get_backend(parent) == "nccl" else dist.get_backend(parent)
+def _new_group(ranks: list[int], backend: str, timeout: timedelta | None, num_groups: int) -> Any:
+    """A group over these ranks, with gloo for CPU tensors beside NCCL."""
+    backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     _let_gloo_finish_at_exit()
     if len(ranks) == dist.get_world_size():
         return dist.new_group(ranks, timeout=timeout, backend=backend)
@@ -194,6 +194,24 @@ class Group:
         group.size, group.rank, group.where = 1, 0, ""
         group.handle = group._mesh = group.host = None
         return group
+
+    def spread_over(self, other: Group) -> Group:
+        """All ranks of a mesh, of which this is one dimension and `other` another. Collective over both."""
+        if other.size == 1 or self.size == 1:
+            group = self if other.size == 1 else other
+            return Group(group.handle) if group.size > 1 else group
+        what = "the comparison of a mesh's ranks"
+        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), _num_groups()), what)
+        ranks = sorted({rank for row, _ in rows for rank in row})
+        if len(ranks) != self.size * other.size:
+            raise ValueError(
+                f"expected process_group and model_parallel_group as two dimensions of one mesh, got {self.size} x "
+                f"{other.size} ranks that are {ranks} together; take both from one init_device_mesh(...)"
+            )
+        if len(ranks) == dist.get_world_size():
+            return Group()
+        most = max(self.gather_objects(max(num for _, num in rows), what))
+        return Group(_new_group(ranks, dist.get_backend(self.handle), self._timeout, most))
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
@@ -353,6 +371,11 @@ class Group:
         if self.size > 1:
             self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, 0)).wait()
 
+    def sum(self, tensor: Tensor, what: str) -> None:
+        """Overwrite with the sum over ranks."""
+        if self.size > 1:
+            self.start(what, dist.all_reduce, tensor).wait()
+
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
         """The first rank's numbers from 0 on, of which there are `most` at most."""
         host = torch.full((most,), -1, dtype=torch.int64, device="cpu")
@@ -485,6 +508,15 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     else:
         dist.init_process_group(backend or "gloo", timeout=timeout)
     return True
+
+
+def subgroup(members: Sequence[Sequence[int]]) -> Any:
+    """Of groups that all ranks make alike, the one that this rank is in; None where it is in none."""
+    rank, found = dist.get_rank(), None
+    for ranks in members:
+        handle = dist.new_group(list(ranks))
+        found = handle if rank in ranks else found
+    return found
 
 
 def leave() -> None:

@@ -60,6 +60,10 @@ class Gradients(ABC):
         """
 
     @abstractmethod
+    def check_arrived(self) -> None:
+        """Raise RuntimeError where `.grad` was written by others than backward, so that no scale is known of it."""
+
+    @abstractmethod
     def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
         """Finish what is under way, and exchange the step's message. Collective over several ranks.
 
@@ -343,6 +347,9 @@ class LocalGradients(Gradients):
     def await_step(self) -> bool:
         """Unknown: `.grad` is the caller's, who may have kept that of the last step."""
         return False
+
+    def check_arrived(self) -> None:
+        """Nothing: who writes `.grad` here writes what carries the scale of the gradients beside it."""
 
     def finish_broken_round(self) -> None:
         """There are none."""

@@ -138,6 +138,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
         self._group = Group(process_group)
         model_parallel = None if model_parallel_group is None else Group(model_parallel_group)
+        self._model_parallel = model_parallel
         is_replica = model_parallel is not None and model_parallel.rank > 0
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._placement = Placement(rule, self._group, self.state, cap, is_replica, init_sync)
@@ -145,6 +146,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
         self._checkpoint_group: Group | None = None
+        self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
@@ -271,6 +273,19 @@ class ZeroOptimizer(FullAccess, Optimizer):
             return loss
         self._place_unfrozen()
         return self._scaled_backward.scale(loss)
+
+    @contextmanager
+    def scaled_gradients(self) -> Iterator[None]:
+        """Backward in here starts from gradients that carry the loss scale: those that another pipeline stage sends.
+
+        Around `schedule.step(...)` on every stage, whose loss function ends in `scale(loss)`.
+        """
+        if not self._scaler.enabled:
+            yield
+            return
+        self._place_unfrozen()
+        with self._scaled_backward.hold():
+            yield
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -503,6 +518,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         """Which gradient a code of pyzero/nonfinite.py means."""
         number, rank = nonfinite.decode(code, self._group.size)
         if number is None:
+            if self.model_parallel_rank is not None:
+                return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
@@ -559,10 +576,24 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    @property
+    def model_parallel_rank(self) -> int | None:
+        """This rank among those that have other parts of the model; None where it has all of it."""
+        others = self._model_parallel
+        return None if others is None or others.size == 1 else others.rank
+
+    def owns(self, param: Tensor) -> bool:
+        """Whether this model-parallel rank is the one that counts and saves the parameter."""
+        return self._placement.owns(param)
+
     def checkpoint_group(self) -> Group:
-        """The same ranks, over a process group of its own: a save in a thread meets no collective of training."""
+        """All ranks of the model, over a process group of its own: a save in a thread meets no collective of training.
+
+        Collective when it is first asked for.
+        """
         if self._checkpoint_group is None:
-            self._checkpoint_group = Group(self._group.handle) if self._group.size > 1 else self._group
+            alone = Group.alone()
+            self._checkpoint_group = self._group.spread_over(self._model_parallel or alone)
         return self._checkpoint_group
 
     def place_unfrozen(self) -> None:

@@ -106,7 +106,7 @@ class Placement:
                 elif param not in self._places:
                     check_device(param, device)
                     check_dtype(param, f"parameter {first + len(params)}")
-                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._is_in_norm(param))
+                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self.owns(param))
                     specs.append(ParamSpec(first + len(params), param.numel(), param.element_size(), key, run))
                     params.append(param)
         roots = modules.find_roots({*params, *frozen}) if self._group.size > 1 and params and not first else []
@@ -146,8 +146,8 @@ class Placement:
             for param, step in zip(bucket.params, steps, strict=True):
                 self._state[param][STEP] = step
 
-    def _is_in_norm(self, param: Tensor) -> bool:
-        """Whether a parameter counts for the norm on this rank: once over the model-parallel ranks."""
+    def owns(self, param: Tensor) -> bool:
+        """Whether a parameter is this model-parallel rank's to count and to save: once over all of them."""
         if not self._is_replica:
             return True
         return bool(getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False))

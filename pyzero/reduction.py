@@ -131,6 +131,14 @@ class ReducedGradients(Gradients):
         finally:
             self._is_scaled = False
 
+    def check_arrived(self) -> None:
+        """See Gradients."""
+        if any(record.is_touched for record in self._by_number):
+            raise RuntimeError(
+                "expected gradients that backward adds to .grad in scaled_gradients(), got one that was assigned or "
+                "edited, as zero-bubble schedules do; take a schedule of whole backwards (1F1B, GPipe), or one replica"
+            )
+
     def _before_gradient(self, param: Tensor) -> None:
         if not self._checked:
             self._check_unwrapped()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class ScaledBackward:
         self._scaler = scaler
         self._gradients = gradients
         self._running: AbstractContextManager[None] | None = None
+        self._is_held = False  # in scaled_gradients(): it runs until that ends
         self._has_run = False  # since the last step
         self._may_warn = has_fp16
 
@@ -50,11 +52,25 @@ class ScaledBackward:
         scaled.register_hook(self._begin_in_backward)
         return scaled
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """All gradients that arrive in here carry the scale."""
+        self._begin()
+        self._is_held = True
+        try:
+            yield
+            self._gradients.check_arrived()
+        finally:
+            self._is_held = False
+            self.end()
+
     def _begin_in_backward(self, grad: Tensor) -> None:
         self._begin()
         torch.autograd.Variable._execution_engine.queue_callback(self.end)
 
     def _begin(self) -> None:
+        if self._is_held:
+            return
         self.end()  # of one that an exception has ended
         self._running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
         self._running.__enter__()
@@ -62,6 +78,8 @@ class ScaledBackward:
 
     def end(self) -> None:
         """Gradients that arrive from now on carry no scale."""
+        if self._is_held:
+            return
         running, self._running = self._running, None
         if running is not None:
             running.__exit__(None, None, None)

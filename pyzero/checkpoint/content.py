@@ -12,7 +12,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from pyzero.buckets import MASTER
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.rank_state import ZERO
+from pyzero.rank_state import SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
 
@@ -64,6 +64,16 @@ class Content:
     state: dict[str, Any]  # {"model": ..., "optim": ...}, as torch.distributed.checkpoint's get_state_dict() gives
     common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, names; rank 0's counts
     extra: dict[str, Any]
+    part: Part | None = None  # of a model whose other parameters other ranks have
+
+
+@dataclass
+class Part:
+    """What one model-parallel rank has of a model."""
+
+    index: int  # of the rank
+    owned: list[str]  # parameters that it saves, and no other does
+    common: dict[str, Any]  # as Content's, of these alone
 
 
 def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool) -> Content:
@@ -80,6 +90,13 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         if param.dtype == torch.float32 and name in values:
             del values[name][MASTER]  # the weight itself
     tensors, others = model_state(model)
+    index = optimizer.model_parallel_rank
+    owned = list(names.values())
+    if index is not None:
+        owned = [name for param, name in names.items() if optimizer.owns(param)]
+        lent = set(names.values()) - set(owned)
+        values = {name: value for name, value in values.items() if name not in lent}
+        tensors = {name: value for name, value in tensors.items() if name not in lent}
     excluded = _frozen(model, values) if excludes_frozen else set()
     tensors = {name: value for name, value in tensors.items() if name not in excluded}
     first: dict[int, str] = {}
@@ -90,4 +107,47 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         "tied": {a: b for a, b in tied.items() if a != b},
         EXCLUDED: sorted(excluded),
     }
-    return Content({"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}, common, extra)
+    part = None if index is None else Part(index, owned, common)
+    state = {"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}
+    return Content(state, common, extra, part)
+
+
+def join(parts: list[Part]) -> dict[str, Any]:
+    """What is common, of the parts that all ranks have; those of one index are alike.
+
+    Raises:
+        ValueError: Two parts own a parameter of one name.
+    """
+    by_index = {part.index: part for part in reversed(parts)}
+    owner: dict[str, int] = {}
+    joined: dict[str, Any] = {"param_groups": [], "model": {}, "tied": {}, EXCLUDED: []}
+    for index, part in sorted(by_index.items()):
+        for name in part.owned:
+            if owner.setdefault(name, index) != index:
+                raise ValueError(
+                    f"expected names that tell the parameters of the model-parallel ranks apart, got {name} on ranks "
+                    f"{owner[name]} and {index} of model_parallel_group; let a stage's module keep the names of the "
+                    f"whole model, and leave out .model_parallel where both have the same weight"
+                )
+        joined["model"] |= part.common["model"]
+        joined["tied"] |= part.common["tied"]
+        joined[EXCLUDED] = sorted({*joined[EXCLUDED], *part.common[EXCLUDED]})
+        for group in part.common["param_groups"]:
+            mine = {key: value for key, value in group.items() if key != "param_names"}
+            _add_group(
+                joined["param_groups"], {**mine, "params": [n for n in group["params"] if owner.get(n) == index]}
+            )
+    return joined
+
+
+def _add_group(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """To one with the same hyper-parameters, or as another."""
+    for other in groups:
+        if _options(other) == _options(group):
+            other["params"] = other["params"] + group["params"]
+            return
+    groups.append(group)
+
+
+def _options(group: dict[str, Any]) -> str:
+    return repr({key: value for key, value in group.items() if key not in ("params", SCALER)})

@@ -45,7 +45,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Load what save_checkpoint saved, on any number of ranks, in any stage, with any buckets, groups in any order.
 
-    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it.
+    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it,
+    and of its model_parallel_group.
     All of it is read and checked before anything is changed.
 
     Args:
@@ -77,6 +78,7 @@ class _Load:
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
         what = f"the load of {self._directory}"
+        self._elsewhere = self._on_other_ranks(what)
         name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
         together(self._group, what, lambda: self._read(self._directory / name))
         self._compare(what)
@@ -86,6 +88,16 @@ class _Load:
         set_extra_state(self._model, self._common["model"])
         self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         return {"step": self._index["step"], **self._extra}
+
+    def _on_other_ranks(self, what: str) -> set[str]:
+        """Names in the checkpoint that other model-parallel ranks may load."""
+        if self._optimizer.model_parallel_rank is None:
+            return set()
+        keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
+        names = names_of(self._model, self._optimizer).values()
+        state = [f"optim.state.{name}.{key}" for name in names for key in keys]
+        mine = [*state, *(f"model.{name}" for name in model_state(self._model)[0])]
+        return set().union(*self._group.gather_objects(mine, what))
 
     def _find(self) -> Path | None:
         """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
@@ -149,7 +161,7 @@ class _Load:
         known = {*like, *(f"model.{name}" for name in self._model_state)}
         left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
         self._report("missing", [name for name in like if name not in saved and name not in left_out])
-        self._report("unexpected", [name for name in saved if name not in known])
+        self._report("unexpected", [name for name in saved if name not in known and name not in self._elsewhere])
         shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
         self._report(
             "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]

@@ -33,6 +33,8 @@ def save_checkpoint(
 ) -> Path:
     """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
 
+    With a model_parallel_group every rank of both calls it, with its part of the model under the whole model's names.
+
     The folder is complete, flushed to disk and named by `directory`/latest when this returns; until then `latest` names
     the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
-from pyzero.checkpoint.content import Content
+from pyzero.checkpoint.content import Content, join
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.comm import Group
 
@@ -53,6 +53,9 @@ class Writer:
         steps = group.gather_objects(self._step, self._what)
         if len(set(steps)) > 1:
             raise ValueError(f"expected the same step on every rank, got {steps}; pass how many steps were taken")
+        if self._part is not None:
+            parts = group.gather_objects(self._part, self._what)
+            together(group, self._what, lambda: self._keep_common(join(parts)))
 
     def _take(self, collect: Callable[[], Content]) -> None:
         if not hasattr(self._step, "__index__") or operator.index(self._step) < 0:
@@ -63,11 +66,15 @@ class Writer:
                 f"expected keep as 1 or more, or None, got {self._keep}; pass how many checkpoints to leave"
             )
         content = collect()
-        self._state = content.state
-        self._in_common = [f"model.{name}" for name in content.common["model"]]
+        self._state, self._part = content.state, content.part
         self._contents = {files.rank_file(self._group.rank): files.to_bytes(content.extra, "extra")}
+        if self._part is None:
+            self._keep_common(content.common)
+
+    def _keep_common(self, common: dict[str, Any]) -> None:
+        self._in_common = [f"model.{name}" for name in common["model"]]
         if self._group.rank == 0:
-            self._contents[files.COMMON] = files.to_bytes(content.common, "the parameter groups and the model")
+            self._contents[files.COMMON] = files.to_bytes(common, "the parameter groups and the model")
 
     def run(self) -> Path:
         """Write, agree, and give the folder its name."""

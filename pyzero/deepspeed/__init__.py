@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .config_view import DeepSpeedConfig as DeepSpeedConfig
     from .engine import Engine as DeepSpeedEngine
     from .entry import initialize as initialize
+    from .pipe.module import PipelineModule as PipelineModule
     from .utils import log_dist as log_dist
     from .utils import logger as logger
 
@@ -19,6 +20,7 @@ __version__ = "0.19.8"  # the DeepSpeed whose names these are
 __all__ = [
     "DeepSpeedConfig",
     "DeepSpeedEngine",
+    "PipelineModule",
     "add_config_arguments",
     "get_accelerator",
     "init_distributed",
@@ -32,13 +34,14 @@ __all__ = [
 _NAMES = {
     "DeepSpeedConfig": ("config_view", "DeepSpeedConfig"),
     "DeepSpeedEngine": ("engine", "Engine"),
+    "PipelineModule": ("pipe.module", "PipelineModule"),
     "get_accelerator": ("accelerator", "get_accelerator"),
     "init_distributed": ("comm", "init_distributed"),
     "initialize": ("entry", "initialize"),
     "log_dist": ("utils", "log_dist"),
     "logger": ("utils", "logger"),
 }
-_MODULES = ("accelerator", "checkpointing", "comm", "ops", "utils", "zero")
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "utils", "zero")
 
 
 def __getattr__(name: str) -> Any:

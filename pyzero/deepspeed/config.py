@@ -92,7 +92,7 @@ class Config(Section):
     vocabulary_size: Annotated[Any, Moot("a remark on its alignment is all DeepSpeed makes of it", quiet=True)] = None
     cuda_visible_devices: Annotated[Any, Moot("set the environment variable CUDA_VISIBLE_DEVICES")] = None
     sparse_attention: Annotated[Any, Moot("attention is the model's affair, which reads its config by itself")] = None
-    pipeline: Annotated[Any, Moot("see torch.distributed.pipelining")] = None
+    pipeline: Annotated[Any, Moot("PipelineModule's arguments say all of it")] = None
     tensor_parallel: TensorParallelSection = TensorParallelSection()
     sequence_parallel_size: Annotated[int, Refused("remove it; the ranks are all data-parallel")] = 1
     expert_parallel: Annotated[Any, Refused("remove it; the ranks are all data-parallel")] = None

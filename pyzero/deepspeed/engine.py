@@ -35,7 +35,9 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         lr_scheduler: Any,
         config: Config,
         leaves_group: bool = False,
+        replica: tuple[int, int] | None = None,
     ) -> None:
+        """replica: Which of how many this rank belongs to; default: each rank is one."""
         super().__init__()
         self.module = module
         self.optimizer = optimizer
@@ -45,7 +47,8 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.rank, self.world_size = comm.rank_and_size()
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = comm.local_rank()
-        self.batches = config.batches(self.world_size)
+        self.dp_rank, self.dp_world_size = replica or (self.rank, self.world_size)
+        self.batches = config.batches(self.dp_world_size)
         self.micro_steps = 0  # calls of step()
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # that went into them, on all ranks
@@ -202,7 +205,7 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.global_steps += 1
         managed = self.config.managed_gradient_accumulation
         num_micro = self.batches.accumulation if managed else self._num_backwards
-        self.global_samples += num_micro * self.batches.micro * self.world_size
+        self.global_samples += num_micro * self.batches.micro * self.dp_world_size
         self._num_backwards = 0
         if self.lr_scheduler is not None and (not self.is_scaled or self.optimizer.was_step_applied):
             self.lr_scheduler.step(**lr_kwargs)

@@ -21,9 +21,12 @@ from pyzero.deepspeed.keys import remarks
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion
 from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.pipe.engine import PipelineEngine
+from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
+from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
@@ -94,23 +97,32 @@ def initialize(
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
     settings = load(given)
     joined = dist_init_required is not False and comm.join()
-    _check_accumulation(model, settings)
+    num_replicas = comm.rank_and_size()[1]
+    if isinstance(model, PipelineModule):
+        num_replicas = model.grid.data_parallel_size
+    _check_accumulation(model, settings, num_replicas)
     _remark(settings)
     _convert(model, settings)
+    if isinstance(model, PipelineModule):
+        model.broadcast_tied()
     ours = _make_optimizer(model, optimizer, model_parameters, settings)
     schedule = _make_schedule(lr_scheduler, ours, settings)
     owners.register(ours)
-    engine = Engine(model, ours, schedule, settings, leaves_group=joined)
+    if isinstance(model, PipelineModule):
+        engine: Engine = PipelineEngine(model, ours, schedule, settings, joined)
+    else:
+        engine = Engine(model, ours, schedule, settings, leaves_group=joined)
     if training_data is not None:
         engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
+        if isinstance(engine, PipelineEngine):
+            engine.set_dataloader(RepeatingLoader(engine.training_dataloader))
     return engine, ours, engine.training_dataloader, schedule
 
 
-def _check_accumulation(model: nn.Module, config: Config) -> None:
+def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
     """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    size = comm.rank_and_size()[1]
     if wanted in (None, "auto") or dtype is None or size > 1 or config.batches(size).accumulation == 1:
         return
     if DTYPES[wanted].itemsize > dtype.itemsize:
@@ -156,9 +168,19 @@ def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, con
         optimizer = optimizer(params)
     if optimizer is not None:
         _check_held(model, [param for group in optimizer.param_groups for param in group["params"]])
+    is_pipeline = isinstance(model, PipelineModule) and model.num_stages > 1
     if isinstance(optimizer, ZeroOptimizer):
+        if is_pipeline and optimizer.model_parallel_rank is None:
+            raise ValueError(
+                "expected an optimizer that knows the other stages, got one without model_parallel_group; build it "
+                "with process_group=model.mpu().get_data_parallel_group() and "
+                "model_parallel_group=model.mpu().get_pipe_parallel_group(), or pass torch's AdamW"
+            )
         return optimizer
     options = _options(config)
+    if isinstance(model, PipelineModule) and is_pipeline:
+        options["process_group"] = model.grid.get_data_parallel_group()
+        options["model_parallel_group"] = model.grid.get_pipe_parallel_group()
     if optimizer is not None:
         return _ours(optimizer)(groups_of(optimizer), **options)
     if config.optimizer is None:
@@ -263,5 +285,5 @@ def _mark_as_scheduled(optimizer: Optimizer) -> None:
 
 def _make_loader(data: Any, collate_fn: Any, engine: Engine) -> DataLoader[Any]:
     drops = engine.config.dataloader_drop_last
-    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.world_size, engine.rank, drop_last=drops)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, engine.dp_rank, drop_last=drops)
     return DataLoader(data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops)

@@ -12,14 +12,23 @@ from torch import Tensor
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """Floating tensors to dtype, in tuples, lists and dicts too."""
+    return _map(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors to a device, in tuples, lists and dicts too."""
+    return _map(value, lambda tensor: tensor.to(device))
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return function(value)
     if isinstance(value, dict):
-        return {key: cast(item, dtype) for key, item in value.items()}
+        return {key: _map(item, function) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast(item, dtype) for item in value))
+        return type(value)(*(_map(item, function) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(cast(item, dtype) for item in value)
+        return type(value)(_map(item, function) for item in value)
     return value
 
 

@@ -242,9 +242,13 @@ def test_a_script_that_cannot_be_edited():
         from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
         from deepspeed.ops.adam.cpu_adam import DeepSpeedCPUAdam as the_same
+        from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
         from deepspeed.runtime.config import DeepSpeedConfig
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.lr_schedules import WarmupLR, OneCycle
+        from deepspeed.runtime.pipe.engine import PipelineEngine
+        from deepspeed.runtime.pipe.module import PipelineModule as the_same_module
+        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
         from deepspeed.runtime.utils import see_memory_usage
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, GatheredParameters
         from deepspeed.utils import logger, safe_get_full_fp32_param, RepeatingLoader
@@ -276,7 +280,14 @@ def test_a_script_that_cannot_be_edited():
         assert copied["a"][0].untyped_storage().nbytes() == 16
         engine.module.bias.requires_grad_(False)
         assert list(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)) == ["weight"]
-        for name in ("deepspeed.moe", "deepspeed.moe.layer", "deepspeed.pipe"):
+        assert deepspeed.PipelineModule is PipelineModule is the_same_module
+        net = PipelineModule(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), num_stages=1,
+                             loss_fn=torch.nn.MSELoss())
+        engine, *_ = deepspeed.initialize(model=net, training_data=[(torch.ones(4), torch.zeros(4))] * 6, config={
+            "train_batch_size": 4, "gradient_accumulation_steps": 2, "optimizer": {"type": "Adam"}})
+        losses = [float(engine.train_batch()) for _ in range(4)]
+        assert isinstance(engine, PipelineEngine) and losses[3] < losses[0] and engine.micro_steps == 8
+        for name in ("deepspeed.moe", "deepspeed.moe.layer", "deepspeed.runtime.pipe.schedule"):
             try:
                 __import__(name)
             except ModuleNotFoundError as error:

@@ -1,0 +1,229 @@
+"""The engine of a PipelineModule: train_batch() in place of forward, backward and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from pyzero.comm import Group
+from pyzero.deepspeed import tensors
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.pipe.module import PipelineModule
+from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
+from pyzero.optimizer import ZeroOptimizer
+
+
+class PipelineError(RuntimeError):
+    """What a pipeline cannot do."""
+
+
+class PipelineEngine(Engine):
+    """See Engine; gradient_accumulation_steps is the number of micro-batches in the pipeline."""
+
+    module: PipelineModule
+
+    def __init__(
+        self, module: PipelineModule, optimizer: ZeroOptimizer, lr_scheduler: Any, config: Config, leaves_group: bool
+    ) -> None:
+        grid = module.grid
+        replica = (grid.data_parallel_id, grid.data_parallel_size)
+        super().__init__(module, optimizer, lr_scheduler, config, leaves_group, replica)
+        self.grid = grid
+        self.stage_id, self.num_stages = module.stage_id, module.num_stages
+        self.data_iterator: Iterator[Any] | None = None
+        self.batch_fn: Callable[[Any], Any] | None = None
+        self._everyone = Group()
+        self._runners: dict[tuple[int, bool], Runner] = {}
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank reads inputs."""
+        return self.stage_id == 0
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank reads labels."""
+        return self.stage_id == self.num_stages - 1
+
+    def set_dataloader(self, loader: Iterable[Any]) -> None:
+        """Where train_batch() takes micro-batches from; see pyzero.deepspeed.utils.RepeatingLoader."""
+        self.training_dataloader = loader
+        self.data_iterator = iter(loader)
+
+    def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
+        """The same of an iterator."""
+        self.data_iterator = iterator
+
+    def set_batch_fn(self, fn: Callable[[Any], Any] | None) -> None:
+        """Turns what the loader gives into (inputs, labels)."""
+        self.batch_fn = fn
+
+    def _pull(self, data_iter: Iterator[Any] | None, num_micro: int) -> list[MicroBatch]:
+        """Micro-batches on this device, on the first and the last stage."""
+        if not (self.is_first_stage() or self.is_last_stage()):
+            return []
+        if data_iter is None:
+            raise ValueError(
+                "expected data on the first and the last stage, got none; pass data_iter=, or call set_dataloader() or "
+                "initialize(training_data=)"
+            )
+        micro: list[MicroBatch] = []
+        for _ in range(num_micro):
+            batch = next(data_iter)  # StopIteration is the caller's
+            batch = batch if self.batch_fn is None else self.batch_fn(batch)
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise ValueError(
+                    f"expected micro-batches as (inputs, labels), got {type(batch).__name__}; give such pairs, or call "
+                    f"engine.set_batch_fn()"
+                )
+            inputs, labels = (tensors.to_device(part, self.device) for part in batch)
+            micro.append((inputs if self._input_dtype is None else tensors.cast(inputs, self._input_dtype), labels))
+        return micro
+
+    # ---- a batch ---------------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """One optimizer step on gradient_accumulation_steps micro-batches, all of one shape. Every rank calls it.
+
+        Args:
+            data_iter: Gives (inputs, labels) on the first and the last stage, the same on both; default: that of
+                set_dataloader().
+
+        Returns:
+            0-D fp32 on every rank: the mean of the losses over micro-batches and replicas.
+
+        Raises:
+            ValueError: There is no data, or not in pairs.
+            StopIteration: The data ended; pyzero.deepspeed.utils.RepeatingLoader starts it anew.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("expected gradients to be enabled, got train_batch() in no_grad(); call eval_batch()")
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self.module.train()
+        num_micro = self.batches.accumulation
+        micro = self._pull(self.data_iterator, num_micro)
+        with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
+            mean = self._train_alone(micro) if self.num_stages == 1 else self._runner(True).train(micro)
+            loss = self._loss_of_all(mean)
+        if self.module.has_ties:
+            self.optimizer.sum_tied_grads(self.module.tied_params())
+        self._stepped = True
+        self.micro_steps += num_micro
+        self._num_backwards = num_micro
+        with self.timers.phase("step"):
+            self._take_step({})
+        if self.monitor.enabled:
+            self._loss_sum = loss
+        self._report()
+        return loss
+
+    @torch.no_grad()
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Tensor:
+        """Losses without gradients. Every rank calls it.
+
+        Args:
+            data_iter: As train_batch's; that one goes on where it was.
+            return_logits: Not supported.
+            compute_loss: False is not supported.
+            reduce_output: "avg" alone.
+            bcast_loss: Ignored: every rank gets it.
+            num_micro_batches: Default: as many as train_batch takes.
+
+        Returns:
+            As train_batch.
+
+        Raises:
+            ValueError, StopIteration: As train_batch; ValueError of what is not supported.
+        """
+        if return_logits or not compute_loss or reduce_output != "avg":
+            raise ValueError(
+                "got return_logits, compute_loss=False or another reduce_output than 'avg', which are not supported; "
+                "keep what is wanted of the outputs in loss_fn"
+            )
+        was_training = self.module.training
+        self.module.eval()
+        num_micro = self.batches.accumulation if num_micro_batches is None else num_micro_batches
+        micro = self._pull(data_iter, num_micro)
+        try:
+            if self.num_stages > 1:
+                return self._loss_of_all(self._runner(False, num_micro).evaluate(micro))
+            losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
+            return self._loss_of_all(torch.stack(losses).mean())
+        finally:
+            self.module.train(was_training)
+
+    def _runner(self, trains: bool, num_micro: int | None = None) -> Runner:
+        key = num_micro or self.batches.accumulation, trains
+        if key not in self._runners:
+            self._runners[key] = Runner(
+                self.module,
+                self._layers,
+                self._loss,
+                self.optimizer.scale if trains else lambda loss: loss,
+                self.stage_id,
+                self.num_stages,
+                key[0],
+                self.device,
+                self.grid.get_pipe_parallel_group(),
+            )
+        return self._runners[key]
+
+    def _layers(self, inputs: Any) -> Any:
+        with self._autocast():
+            return self.module(inputs)
+
+    def _loss(self, outputs: Any, labels: Any) -> Tensor:
+        loss: Tensor = outputs if self.module.loss_fn is None else self.module.loss_fn(outputs, labels)
+        return loss
+
+    def _train_alone(self, micro: list[MicroBatch]) -> Tensor:
+        losses = []
+        for inputs, labels in micro:
+            loss = self._loss(self._layers(inputs), labels)
+            self.optimizer.backward(loss / len(micro))
+            losses.append(loss.detach().float())
+        return torch.stack(losses).mean()
+
+    def _loss_of_all(self, loss: Tensor | None) -> Tensor:
+        """The mean over the last stages, on every rank."""
+        mean = torch.zeros((), device=self.device) if loss is None else loss / self.dp_world_size
+        self._everyone.sum(mean, "the sum of losses")
+        return mean
+
+    # ---- what is not there -----------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            PipelineError: Always.
+        """
+        raise PipelineError(
+            "a pipeline runs forward, backward and step of its micro-batches in turn; call train_batch()"
+        )
+
+    backward = step = no_sync = forward
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: a rank has its stage's weights alone.
+
+        Raises:
+            PipelineError: Always.
+        """
+        raise PipelineError(
+            "a rank has the weights of its stage alone; call save_checkpoint(), and `python -m pyzero export FOLDER "
+            "model.safetensors` on what it wrote"
+        )

@@ -1,0 +1,216 @@
+"""PipelineModule: a model as a sequence of layers, of which each stage builds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero import comm
+from pyzero.deepspeed.checkpointing import checkpoint
+from pyzero.deepspeed.pipe.layers import LayerSpec, TiedLayerSpec, partition
+from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
+
+
+class PipelineModule(nn.Module):
+    """The layers of this rank's stage, by the names that nn.Sequential would give them.
+
+    Args:
+        layers: LayerSpecs, modules and functions, each of which takes what the one before it returns: a tensor, or a
+            tuple of several. Or an nn.Sequential.
+        num_stages: How many parts; divides the number of ranks.
+        topology: In place of num_stages: PipeDataParallelTopology.
+        loss_fn: Of what the last layer returns and the labels; None: what it returns is the loss.
+        seed_layers: Seed the construction of layer i with base_seed + i, so that it does not depend on the stages.
+        seed_fn: In place of torch.manual_seed.
+        base_seed: See seed_layers.
+        partition_method: See pyzero.deepspeed.pipe.layers.partition.
+        activation_checkpoint_interval: Recompute so many layers at a time in backward; 0: none.
+        activation_checkpoint_func: Called with a function and its inputs.
+        checkpointable_layers: Class names: only runs of these are recomputed; default: what has parameters.
+        dynamic_shape: Not supported.
+
+    Raises:
+        ValueError: An argument that does not fit the ranks or the layers, or two stages that share a parameter.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Any],
+        num_stages: int | None = None,
+        topology: ProcessTopology | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        seed_layers: bool = False,
+        seed_fn: Callable[[int], Any] | None = None,
+        base_seed: int = 1234,
+        partition_method: str = "parameters",
+        activation_checkpoint_interval: int = 0,
+        activation_checkpoint_func: Callable[..., Any] = checkpoint,
+        checkpointable_layers: list[str] | None = None,
+        dynamic_shape: bool = False,
+    ) -> None:
+        super().__init__()
+        if dynamic_shape:
+            raise ValueError("got dynamic_shape=True, which is not supported; pad micro-batches to one shape")
+        self.layer_specs = list(layers)
+        if topology is None:
+            if num_stages is None:
+                raise ValueError("expected num_stages or topology, got neither; pass one")
+            topology = PipeDataParallelTopology(num_stages, max(1, comm.rank_and_size()[1] // num_stages))
+        self.grid = PipelineParallelGrid(topology)
+        self.num_stages = self.grid.pipe_parallel_size
+        self.stage_id = self.grid.stage_id
+        if len(self.layer_specs) < self.num_stages:
+            raise ValueError(
+                f"expected a layer for each stage, got {len(self.layer_specs)} layers and {self.num_stages} stages; "
+                f"take fewer stages"
+            )
+        self.parts = partition(self.layer_specs, self.num_stages, partition_method)
+        self.loss_fn = loss_fn
+        self.activation_checkpoint_interval = activation_checkpoint_interval
+        self.activation_checkpoint_func = activation_checkpoint_func
+        self.checkpointable_layers = checkpointable_layers
+        self.forward_funcs: list[Callable[[Any], Any]] = []
+        self.tied_modules = nn.ModuleDict()
+        self._check_apart()
+        self._build(seed_layers, seed_fn or torch.manual_seed, base_seed)
+        self._tied_groups = self._connect_tied()
+        if not any(param.requires_grad for param in self.parameters()):
+            first, end = self.parts[self.stage_id : self.stage_id + 2]
+            raise ValueError(
+                f"expected trained parameters on every stage, got none in layers {first} to {end - 1} of stage "
+                f"{self.stage_id}; choose another partition_method, or fewer stages"
+            )
+
+    # ---- construction ----------------------------------------------------------------------------------------------
+
+    def _check_apart(self) -> None:
+        """Refuse modules that share a parameter over stages: their copies would part."""
+        stage_of: dict[int, tuple[int, int]] = {}
+        for index, layer in enumerate(self.layer_specs):
+            for param in layer.parameters() if isinstance(layer, nn.Module) else ():
+                first, stage = stage_of.setdefault(id(param), (index, self.stage_owner(index)))
+                if stage != self.stage_owner(index):
+                    raise ValueError(
+                        f"expected stages without parameters in common, got one of shape {tuple(param.shape)} in layer "
+                        f"{first} on stage {stage} and in layer {index} on stage {self.stage_owner(index)}; build "
+                        f"both as TiedLayerSpec(key, ...)"
+                    )
+
+    def _build(self, seed_layers: bool, seed_fn: Callable[[int], Any], base_seed: int) -> None:
+        first, end = self.parts[self.stage_id], self.parts[self.stage_id + 1]
+        for index, layer in enumerate(self.layer_specs[first:end], first):
+            if seed_layers:
+                seed_fn(base_seed + index)
+            if isinstance(layer, TiedLayerSpec):
+                if layer.key not in self.tied_modules:
+                    self.tied_modules[layer.key] = layer.build()
+                module = self.tied_modules[layer.key]
+                self.forward_funcs.append(module if layer.forward_fn is None else partial(layer.forward_fn, module))
+                continue
+            built = layer.build() if isinstance(layer, LayerSpec) else layer
+            if isinstance(built, nn.Module):
+                self.add_module(str(index), built)
+            self.forward_funcs.append(built)
+        for param in self.parameters():
+            param.model_parallel = True  # type: ignore[attr-defined]  # this stage's alone: see ZeroOptimizer
+
+    def _connect_tied(self) -> dict[str, Any]:
+        """By key, the group of the ranks of this pipeline that hold copies. The first of them counts and saves them."""
+        groups = {}
+        ties: dict[str, set[int]] = {}
+        for index, layer in enumerate(self.layer_specs):
+            if isinstance(layer, TiedLayerSpec):
+                ties.setdefault(layer.key, set()).add(self.stage_owner(index))
+        self._has_ties = any(len(stages) > 1 for stages in ties.values())
+        for key, stages in sorted(ties.items()):
+            if len(stages) == 1:
+                continue
+            to_global = self.grid.stage_to_global
+            columns = range(self.grid.data_parallel_size)
+            handle = comm.subgroup([[to_global(stage, column) for stage in sorted(stages)] for column in columns])
+            if handle is not None:
+                groups[key] = handle
+                for param in self.tied_modules[key].parameters() if self.stage_id != min(stages) else ():
+                    param.model_parallel = False  # type: ignore[attr-defined]
+        return groups
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether any stages, these or others, hold copies of one layer."""
+        return self._has_ties
+
+    def tied_params(self) -> Iterator[tuple[Tensor, Any]]:
+        """Parameters with copies on other stages, in the same order there, each with the group of these."""
+        for key, group in self._tied_groups.items():
+            for param in self.tied_modules[key].parameters():
+                yield param, group
+
+    @torch.no_grad()
+    def broadcast_tied(self) -> None:
+        """Make copies what the first stage that has one holds. Collective."""
+        for key, handle in self._tied_groups.items():
+            group = comm.Group(handle)
+            for param in self.tied_modules[key].parameters():
+                group.broadcast(param, "the broadcast of tied weights")
+
+    # ---- what can be asked -----------------------------------------------------------------------------------------
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """The stage of a layer."""
+        return next(stage for stage in range(self.num_stages) if layer_idx < self.parts[stage + 1])
+
+    def partitions(self) -> list[int]:
+        """Bounds of the stages, in layers."""
+        return self.parts
+
+    def num_pipeline_stages(self) -> int:
+        """How many there are."""
+        return self.num_stages
+
+    def topology(self) -> ProcessTopology:
+        """Of all ranks."""
+        return self.grid.topology
+
+    def mpu(self) -> PipelineParallelGrid:
+        """Where this rank is."""
+        return self.grid
+
+    def set_checkpoint_interval(self, interval: int) -> None:
+        """See activation_checkpoint_interval."""
+        self.activation_checkpoint_interval = interval
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, forward_input: Any) -> Any:
+        """This stage's layers, one after the other."""
+        every = self.activation_checkpoint_interval
+        if not every or not torch.is_grad_enabled():
+            return _run(self.forward_funcs, forward_input)
+        value = forward_input
+        for start in range(0, len(self.forward_funcs), every):
+            run = self.forward_funcs[start : start + every]
+            if self._is_checkpointable(run):
+                inputs = value if isinstance(value, tuple) else (value,)
+                value = self.activation_checkpoint_func(partial(_run_on, run), *inputs)
+            else:
+                value = _run(run, value)
+        return value
+
+    def _is_checkpointable(self, functions: list[Callable[[Any], Any]]) -> bool:
+        if self.checkpointable_layers is not None:
+            return all(type(function).__name__ in self.checkpointable_layers for function in functions)
+        return any(isinstance(f, nn.Module) and next(f.parameters(), None) is not None for f in functions)
+
+
+def _run(functions: list[Callable[[Any], Any]], value: Any) -> Any:
+    for function in functions:
+        value = function(value)
+    return value
+
+
+def _run_on(functions: list[Callable[[Any], Any]], *inputs: Any) -> Any:
+    return _run(functions, inputs[0] if len(inputs) == 1 else inputs)

@@ -1,0 +1,157 @@
+"""deepspeed.runtime.pipe.topology: which rank is where, and the process groups of a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+from collections.abc import Sequence
+from typing import Any
+
+from pyzero import comm
+
+
+class ProcessTopology:
+    """Ranks as the points of a grid, the last axis fastest.
+
+    Args:
+        axes: Names.
+        dims: Lengths.
+    """
+
+    def __init__(self, axes: Sequence[str], dims: Sequence[int]) -> None:
+        self.axes, self.dims = list(axes), list(dims)
+        self.ProcessCoord = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]  # DeepSpeed's name
+
+    def get_axis_names(self) -> list[str]:
+        """From the slowest to the fastest."""
+        return self.axes
+
+    def get_dim(self, axis: str) -> int:
+        """Its length; 0 where there is none of that name."""
+        return self.dims[self.axes.index(axis)] if axis in self.axes else 0
+
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return math.prod(self.dims)
+
+    def get_coord(self, rank: int) -> Any:
+        """A named tuple."""
+        place = {}
+        for axis, length in zip(reversed(self.axes), reversed(self.dims), strict=True):
+            rank, place[axis] = divmod(rank, length)
+        return self.ProcessCoord(**place)
+
+    def get_rank(self, **coord: int) -> int:
+        """The rank at a place, all of whose axes are given."""
+        rank = 0
+        for axis, length in zip(self.axes, self.dims, strict=True):
+            rank = rank * length + coord[axis]
+        return rank
+
+    def filter_match(self, **coord: int) -> list[int]:
+        """The ranks that are at these places of these axes."""
+        return [
+            rank
+            for rank in range(self.world_size())
+            if all(getattr(self.get_coord(rank), axis) == at for axis, at in coord.items())
+        ]
+
+    def get_axis_list(self, axis: str, idx: int) -> list[int]:
+        """The ranks at one place of an axis."""
+        return self.filter_match(**{axis: idx})
+
+    def get_axis_comm_lists(self, axis: str) -> list[list[int]]:
+        """The ranks that differ in this axis alone, for each place of the others."""
+        lists: dict[Any, list[int]] = {}
+        for rank in range(self.world_size()):
+            lists.setdefault(self.get_coord(rank)._replace(**{axis: 0}), []).append(rank)
+        return list(lists.values())
+
+
+class PipeDataParallelTopology(ProcessTopology):
+    """Stages, each with its replicas side by side."""
+
+    def __init__(self, num_pp: int, num_dp: int) -> None:
+        super().__init__(["pipe", "data"], [num_pp, num_dp])
+
+
+class PipeModelDataParallelTopology(ProcessTopology):
+    """The same with tensor parallelism, of which PipelineModule takes a degree of 1 alone."""
+
+    def __init__(self, num_pp: int, num_mp: int, num_dp: int) -> None:
+        super().__init__(["pipe", "data", "model"], [num_pp, num_dp, num_mp])
+
+
+class PipelineParallelGrid:
+    """Where this rank is, by the names of DeepSpeed's `mpu`. Collective: all ranks make one alike.
+
+    Raises:
+        ValueError: The topology is of another number of ranks, or has tensor parallelism.
+    """
+
+    def __init__(self, topology: ProcessTopology) -> None:
+        self.topology = topology
+        self.global_rank, size = comm.rank_and_size()
+        if topology.world_size() != size:
+            raise ValueError(
+                f"expected a topology of the {size} ranks there are, got {topology.dims} of {topology.axes}; start as "
+                f"many processes, call pyzero.deepspeed.init_distributed() first, or let num_stages divide them"
+            )
+        others = {axis: n for axis, n in zip(topology.axes, topology.dims, strict=True) if axis not in ("pipe", "data")}
+        if any(n > 1 for n in others.values()):
+            raise ValueError(
+                f"expected a topology of pipe and data, got {others} beside them; split the layers of a stage with "
+                f"torch's parallelize_module and torch.distributed.pipelining, see docs/parallel.md"
+            )
+        place = topology.get_coord(self.global_rank)
+        self.stage_id: int = place.pipe
+        self.data_parallel_id: int = place.data
+        self.pipe_parallel_size, self.data_parallel_size = topology.get_dim("pipe"), topology.get_dim("data")
+        self.model_parallel_size = 1
+        self._dp = comm.subgroup(topology.get_axis_comm_lists("data")) if size > 1 else None
+        self._pp = comm.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
+
+    def stage_to_global(self, stage_id: int, data: int | None = None) -> int:
+        """The rank of another stage, in this pipeline or in that of another replica."""
+        place = self.topology.get_coord(self.global_rank)._asdict() | {"pipe": stage_id}
+        return self.topology.get_rank(**(place if data is None else place | {"data": data}))
+
+    def get_stage_id(self) -> int:
+        """Which stage this rank is, from 0 on."""
+        return self.stage_id
+
+    def get_global_rank(self) -> int:
+        """Of all ranks."""
+        return self.global_rank
+
+    def get_data_parallel_rank(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.data_parallel_id
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many replicas there are."""
+        return self.data_parallel_size
+
+    def get_data_parallel_group(self) -> Any:
+        """The ranks that hold the same stage; None where there is one process."""
+        return self._dp
+
+    def get_pipe_parallel_rank(self) -> int:
+        """The stage."""
+        return self.stage_id
+
+    def get_pipe_parallel_world_size(self) -> int:
+        """How many stages there are."""
+        return self.pipe_parallel_size
+
+    def get_pipe_parallel_group(self) -> Any:
+        """The ranks of this pipeline; None where there is one process."""
+        return self._pp
+
+    def get_model_parallel_rank(self) -> int:
+        """0: there is no tensor parallelism."""
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        """1."""
+        return 1

@@ -1,0 +1,355 @@
+"""pyzero.deepspeed.pipe: DeepSpeed's pipeline scripts on torch's schedule, against the same layers in one process."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from resume import assert_equal
+from tolerances import ADAM, UNIT
+from torch import Tensor, nn
+
+import pyzero
+import pyzero.deepspeed as deepspeed
+from pyzero.deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from pyzero.deepspeed.pipe.engine import PipelineError
+from pyzero.deepspeed.pipe.layers import balance, partition
+from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
+
+WIDTH, WORDS, MICRO_ROWS, ACCUMULATION, STEPS = 12, 11, 2, 3, 50
+RATE, DECAY = 2.0**-7, 0.125
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": MICRO_ROWS,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "gradient_clipping": 0.25,
+    "optimizer": {"type": "AdamW", "params": {"lr": RATE, "weight_decay": DECAY}},
+    "zero_optimization": {"stage": 1},
+}
+
+
+class Blend(nn.Module):
+    """Takes and gives a tuple, of which the mask has no gradient; its buffer counts calls."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs: Any) -> Any:
+        x, mask = inputs
+        self.calls += 1
+        return x + torch.tanh(self.linear(x)) * mask.unsqueeze(-1), mask
+
+
+def embed(module: nn.Module, tokens: Any) -> Any:
+    return module(tokens), (tokens % 3 > 0).to(torch.int64)
+
+
+def logits(module: Any, inputs: Any) -> Tensor:
+    return inputs[0] @ module.weight.T
+
+
+def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.float().flatten(0, 1), labels.flatten())
+
+
+def specs(num_blocks: int = 4) -> list[Any]:
+    """A tied embedding on both ends."""
+    tied = functools.partial(TiedLayerSpec, "embedding", nn.Embedding, WORDS, WIDTH)
+    return [tied(forward_fn=embed), *(LayerSpec(Blend, WIDTH) for _ in range(num_blocks)), tied(forward_fn=logits)]
+
+
+class Alone(nn.Module):
+    """The same layers in one process, by the same names."""
+
+    def __init__(self, num_blocks: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(1234)
+        self.tied_modules = nn.ModuleDict({"embedding": nn.Embedding(WORDS, WIDTH)})
+        for index in range(1, num_blocks + 1):
+            torch.manual_seed(1234 + index)
+            self.add_module(str(index), Blend(WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedding = self.tied_modules["embedding"]
+        value = embed(embedding, tokens)
+        for name, module in self.named_children():
+            value = value if name == "tied_modules" else module(value)
+        return logits(embedding, value)
+
+
+def micro_batches(replica: int, num_replicas: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """One replica's; a step's are the same for any number of replicas, each with its share."""
+    step = first
+    while True:
+        for index in range(ACCUMULATION):
+            for at in range(replica * 4 // num_replicas, (replica + 1) * 4 // num_replicas):
+                number = (step * ACCUMULATION + index) * 4 + at
+                tokens = torch.randint(WORDS, (MICRO_ROWS, 6), generator=torch.Generator().manual_seed(number))
+                yield tokens[:, :-1], tokens[:, 1:]
+        step += 1
+
+
+def initialize(num_stages: int, num_blocks: int = 4, **options: Any) -> Any:
+    """Over all four ranks: 12 micro-batches a step over the replicas there are."""
+    replicas = dist.get_world_size() // num_stages if dist.is_initialized() else 1
+    module = PipelineModule(
+        specs(num_blocks),
+        num_stages=num_stages,
+        loss_fn=loss_of,
+        seed_layers=True,
+        partition_method="uniform",
+        **options.pop("module", {}),
+    )
+    config = {**CONFIG, "gradient_accumulation_steps": ACCUMULATION * 4 // replicas, **options}
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine
+
+
+def data_of(engine: Any, first: int = 0) -> Any:
+    if not (engine.is_first_stage() or engine.is_last_stage()):
+        return None
+    return micro_batches(engine.dp_rank, engine.dp_world_size, first)
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+
+
+def train(group: Any, num_stages: int, **options: Any) -> tuple[dict[str, Tensor], list[float], list[float], list[int]]:
+    engine = initialize(num_stages, **options)
+    data, losses, norms = data_of(engine), [], []
+    for _ in range(STEPS):
+        losses.append(float(engine.train_batch(data)))
+        norms.append(engine.get_global_grad_norm())
+    calls = [int(module.calls) for module in engine.module.modules() if isinstance(module, Blend)]
+    return weights_of(engine), losses, norms, calls
+
+
+@functools.cache
+def alone() -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """torch's AdamW and clip_grad_norm_, one batch a step."""
+    model, data, losses, norms = Alone(), micro_batches(0, 1), [], []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        tokens, labels = (torch.cat(part) for part in zip(*(next(data) for _ in range(12)), strict=True))
+        loss = loss_of(model(tokens), labels)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CONFIG["gradient_clipping"])))
+        optimizer.step()
+    return {name: param.detach() for name, param in model.named_parameters()}, losses, norms
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"zero_optimization": {"stage": 2}}),
+        (2, {"module": {"activation_checkpoint_interval": 2}}),
+        (4, {}),
+    ],
+    ids=str,
+)
+def test_follows_one_process(ranks, num_stages, options):
+    wanted, wanted_losses, wanted_norms = alone()
+    assert max(wanted_norms) > 2 * CONFIG["gradient_clipping"] and wanted_losses[-1] < 0.9 * wanted_losses[0]
+    magnitude = max(float(value.abs().max()) for value in wanted.values())
+    off = 2**0.5 * ADAM[torch.float32].master(STEPS, magnitude, RATE, 0.999, 1 - RATE * DECAY)
+    num_terms = 12 * MICRO_ROWS * 5
+    embeddings = []
+    for found, losses, norms, calls in ranks.run(4, functools.partial(train, **options), num_stages):
+        assert losses[0] == pytest.approx(wanted_losses[0], rel=num_terms * UNIT[torch.float32])
+        assert norms[0] == pytest.approx(wanted_norms[0], rel=num_terms * UNIT[torch.float32])
+        assert losses == pytest.approx(wanted_losses, rel=1e-4)  # a hundredth of what a step changes
+        for name, value in found.items():
+            assert torch.allclose(value, wanted[name], rtol=0, atol=off), name
+        num_micro = STEPS * ACCUMULATION * 4 // (4 // num_stages)
+        assert calls == [num_micro * (2 if "module" in options else 1)] * len(calls)
+        embeddings += [value for name, value in found.items() if "embedding" in name]
+    assert len(embeddings) == (4 if num_stages < 4 else 2) and all(torch.equal(e, embeddings[0]) for e in embeddings)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def state_of(engine: Any) -> dict[str, Tensor]:
+    """Masters and moments by name."""
+    return {
+        f"{name}.{key}": value
+        for name, param in engine.module.named_parameters()
+        for key, value in {"m": engine.optimizer.full_master(param), **engine.optimizer.full_state(param)}.items()
+    }
+
+
+def save(group: Any, folder: Path) -> dict[str, Tensor]:
+    engine = initialize(2, bf16={"enabled": True})
+    data = data_of(engine)
+    for _ in range(3):
+        engine.train_batch(data)
+    engine.save_checkpoint(folder, client_state={"rank": dist.get_rank()})
+    with pytest.raises(PipelineError, match="save_checkpoint"):
+        engine.save_16bit_model(folder)
+    return state_of(engine)
+
+
+def resume(group: Any, folder: Path, num_stages: int) -> tuple[dict[str, Tensor], int, float]:
+    engine = initialize(num_stages, bf16={"enabled": True})
+    _, client = engine.load_checkpoint(folder)
+    found = state_of(engine)
+    assert client is not None and client["rank"] == dist.get_rank()
+    return found, engine.global_steps, float(engine.eval_batch(data_of(engine, first=3)))
+
+
+def test_checkpoints_resume_on_other_stages(ranks, tmp_path):
+    saved: dict[str, Tensor] = functools.reduce(lambda a, b: a | b, ranks.run(4, save, tmp_path), {})
+    losses = []
+    for num_stages in (2, 4, 1):
+        for found, steps, loss in ranks.run(4, resume, tmp_path, num_stages):
+            assert_equal(found, {name: saved[name] for name in found})
+            assert steps == 3
+            losses.append(loss)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=2.0**-8)  # a step of bf16
+    model = Alone().bfloat16()
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    assert pyzero.load_checkpoint(tmp_path / "global_step3", model=model, optimizer=optimizer)["step"] == 3
+    for name, param in model.named_parameters():
+        assert torch.equal(optimizer.full_master(param), saved[f"{name}.m"])
+
+
+# ---- the engine -----------------------------------------------------------------------------------------------------
+
+
+def fp16_overflow(group: Any) -> tuple[list[bool], float, list[float]]:
+    """An inf in the second of three steps, on one rank of the last stage."""
+    scale = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    engine = initialize(2, fp16=scale, scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 10}})
+    data, applied, rates = data_of(engine), [], []
+    for step in range(3):
+        victim = next(engine.module.parameters()) if step == 1 and dist.get_rank() == 3 else None
+        handle = None if victim is None else victim.register_hook(lambda grad: grad * float("inf"))
+        engine.train_batch(data)
+        if handle is not None:
+            handle.remove()
+        applied.append(engine.was_step_applied())
+        rates += engine.get_lr()
+    return applied, engine.cur_scale, rates
+
+
+def test_fp16_skips_on_all_stages(ranks):
+    results = ranks.run(4, fp16_overflow)
+    assert all(result == results[0] for result in results)
+    applied, scale, rates = results[0]
+    assert applied == [True, False, True] and scale == 2.0**7 and rates[0] == rates[1] < rates[2]
+
+
+def engine_names(group: Any) -> None:
+    engine = initialize(2)
+    stage, replica = divmod(dist.get_rank(), 2)  # DeepSpeed's order of ranks
+    assert (engine.stage_id, engine.grid.get_data_parallel_rank(), engine.dp_rank) == (stage, replica, replica)
+    assert (engine.is_first_stage(), engine.is_last_stage()) == (stage == 0, stage == 1)
+    assert engine.train_batch_size() == 24 and engine.gradient_accumulation_steps() == 6
+    assert engine.module.partitions() == [0, 3, 6] and engine.grid.stage_to_global(1) == 2 + replica
+    for name in ("forward", "backward", "step"):
+        with pytest.raises(PipelineError, match=r"train_batch\(\)"):
+            getattr(engine, name)()
+    with pytest.raises(ValueError, match="set_dataloader"):
+        engine.train_batch()
+    with pytest.raises(ValueError, match="return_logits"):
+        engine.eval_batch(None, return_logits=True)
+    engine.set_batch_fn(lambda batch: (batch["x"], batch["y"]))
+    engine.set_dataloader([{"x": x, "y": y} for (x, y), _ in zip(data_of(engine), range(9), strict=False)])
+    engine.train_batch()
+    engine.set_train_batch_size(8)  # two micro-batches: 1F1B still
+    engine.train_batch()
+    engine.set_train_batch_size(4)  # one, of which there are fewer than stages: GPipe
+    assert engine.train_batch() > 0
+    with pytest.raises(StopIteration):
+        engine.train_batch()
+    assert engine.global_steps == 3 and engine.global_samples == 24 + 8 + 4 and engine.micro_steps == 9
+    assert engine.eval_batch(iter([{"x": x, "y": y} for (x, y), _ in zip(data_of(engine), range(2), strict=False)])) > 0
+
+
+def test_engine(ranks):
+    ranks.run(4, engine_names)
+
+
+def refusals(group: Any) -> None:
+    for message, build in (
+        ("num_stages or topology", lambda: PipelineModule(specs())),
+        ("a topology of the 4 ranks", lambda: PipelineModule(specs(), num_stages=3)),
+        ("dynamic_shape", lambda: PipelineModule(specs(), num_stages=2, dynamic_shape=True)),
+        ("{'model': 2}", lambda: PipelineModule(specs(), topology=PipeModelDataParallelTopology(1, 2, 2))),
+        ("a layer for each stage", lambda: PipelineModule([nn.Tanh(), nn.Tanh()], num_stages=4)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    bare = [nn.Tanh(), *(nn.Linear(2, 2) for _ in range(3))]
+    stage_0 = pytest.raises(ValueError, match="got none in layers 0 to 0 of stage 0")
+    with stage_0 if dist.get_rank() == 0 else nullcontext():
+        PipelineModule(bare, num_stages=4, partition_method="uniform")
+    module = PipelineModule(specs(), num_stages=2)
+    lone = pyzero.FusedZeroAdamW(module.parameters(), process_group=module.mpu().get_data_parallel_group())
+    with pytest.raises(ValueError, match="get_pipe_parallel_group"):
+        deepspeed.initialize(model=module, optimizer=lone, config={"train_batch_size": 8})
+    shared = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"layer 0 on stage 0 and in layer 2 on stage 1; build both as TiedLayerSpec"):
+        PipelineModule([shared, nn.Tanh(), shared], num_stages=2, partition_method="type:Linear")
+
+
+def test_refusals(ranks):
+    ranks.run(4, refusals)
+    with pytest.raises(TypeError, match="a class of"):
+        LayerSpec(torch.tanh)  # type: ignore[arg-type]
+
+
+# ---- where layers go ------------------------------------------------------------------------------------------------
+
+
+def test_partition():
+    layers = [
+        LayerSpec(nn.Embedding, 100, 10),
+        nn.Tanh(),
+        nn.Linear(10, 10),
+        torch.tanh,
+        LayerSpec(nn.Linear, 10, 10),
+        nn.Linear(10, 10),
+    ]
+    state = torch.get_rng_state()
+    assert partition(layers, 4, "uniform") == [0, 2, 4, 5, 6]
+    assert partition(layers, 2, "parameters") == [0, 1, 6]
+    assert partition(layers, 3, "type:linear") == [0, 3, 5, 6]
+    assert torch.equal(torch.get_rng_state(), state)
+    for method in ("profile", "type:", "type:Conv"):
+        with pytest.raises(ValueError, match="partition_method"):
+            partition(layers, 2, method)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+def test_balance_is_as_light_as_can_be(num_parts):
+    from itertools import combinations
+
+    weights = [5, 0, 3, 9, 1, 1, 4]
+    bounds = balance(weights, num_parts)
+    assert bounds[0] == 0 and bounds[-1] == len(weights) and len(bounds) == num_parts + 1
+
+    def heaviest(cuts: Any) -> int:
+        return max(sum(weights[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+
+    every = (heaviest([0, *cuts, len(weights)]) for cuts in combinations(range(1, len(weights)), num_parts - 1))
+    assert heaviest(bounds) == min(every)
+
+
+def test_topology():
+    topology = PipeDataParallelTopology(num_pp=2, num_dp=3)
+    assert [topology.get_coord(rank) for rank in (0, 2, 4)] == [(0, 0), (0, 2), (1, 1)]
+    assert topology.get_rank(pipe=1, data=2) == 5
+    assert topology.get_axis_comm_lists("pipe") == [[0, 3], [1, 4], [2, 5]]
+    assert topology.get_axis_list("data", 1) == [1, 4]
+    assert (topology.get_dim("pipe"), topology.get_dim("model"), topology.world_size()) == (2, 0, 6)
