@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.gather import gather_param
+from pyzero.local_param import LocalParam, is_dtensor, outer, part_of
 
 if TYPE_CHECKING:
     from pyzero.comm import Group
@@ -41,7 +42,8 @@ class FullAccess:
         self._place_unfrozen()
         place = self._find(param)
         if place is None:
-            return param.detach().float().clone()
+            whole = param.full_tensor() if is_dtensor(param) else param  # type: ignore[attr-defined]
+            return whole.detach().float().clone()
         self._sync_masters_from_weights()
         return self._gather(MASTER, *place)
 
@@ -81,11 +83,13 @@ class FullAccess:
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.sharded(name), "the all-gather of a full state dict")
-                for position, param in enumerate(bucket.params) if is_wanted else ():
-                    values.setdefault(param, {})[name] = bucket.whole_of(name, flat, position)
+                for position, param in enumerate(bucket.params):
+                    if is_wanted or isinstance(param, LocalParam):
+                        value = _widen(bucket, name, position, bucket.whole_of(name, flat, position))
+                        values.setdefault(outer(param), {})[name] = value
         for bucket in self._buckets if is_wanted else ():
             for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
-                values[param][STEP] = step.clone()
+                values[outer(param)][STEP] = step.clone()
         return self._as_state_dict(values) if is_wanted else {}
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any]:
@@ -122,9 +126,7 @@ class FullAccess:
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
                 flat = flat * factor
-        whole = torch.empty_like(param, dtype=torch.float32)
-        bucket.flat_of(whole, position).copy_(flat)
-        return whole
+        return _widen(bucket, MASTER, position, bucket.shaped(flat, position)).clone()
 
     def set_full_master(self, param: Tensor, value: Tensor) -> None:
         """Write a master, and the weights with it. value: of the parameter's shape, the same on every rank.
@@ -147,11 +149,13 @@ class FullAccess:
             if name not in known:
                 raise ValueError(f"expected names of {', '.join(known)}, got {name!r}; leave it out")
             if name != STEP:
-                _check_shape(name, value, bucket.whole_shape(name, position))
-        flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in state.items()}
+                is_flat = bucket.is_flat(name)
+                _check_shape(name, value, bucket.whole_shape(name, position) if is_flat else param.shape)
+        own = {n: v if n == STEP or bucket.is_flat(n) else part_of(v, param) for n, v in state.items()}
+        flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in own.items()}
         bucket.write_state(position, flat)
         if MASTER in state:
-            param.copy_(state[MASTER])
+            bucket.params[position].data.copy_(own[MASTER])
             bucket.weight_was_written(position)
 
     @torch.no_grad()
@@ -164,13 +168,13 @@ class FullAccess:
         bucket, position = self._find_trained(param)
         _check_shape("the gradient", value, param.shape)
         self._collect("set_full_grad")
-        self._gradients.replace(bucket, position, bucket.flat_of(value.float(), position))
+        self._gradients.replace(bucket, position, bucket.flat_of(part_of(value, param).float(), position))
 
     def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
         """Where a parameter lies; None for one that is frozen."""
         for bucket in self._buckets:
             for position, candidate in enumerate(bucket.params):
-                if candidate is param:
+                if outer(candidate) is param:
                     return bucket, position
         groups = self.param_groups  # type: ignore[attr-defined]
         if any(candidate is param for group in groups for candidate in group["params"]):
@@ -188,7 +192,17 @@ class FullAccess:
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         flat = gather_param(self._group, bucket, position, bucket.sharded(name), bucket.elements_per_value(name))
-        return flat if bucket.is_flat(name) else bucket.shaped(flat, position).clone()
+        if bucket.is_flat(name):
+            return flat
+        return _widen(bucket, name, position, bucket.shaped(flat, position)).clone()
+
+
+def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
+    """The whole tensor, of a DTensor's local one: collective over its mesh. Any other as it is."""
+    param = bucket.params[position]
+    if not isinstance(param, LocalParam) or bucket.is_flat(name):
+        return local
+    return param.wrap(local.to(param.device)).full_tensor().to(local.device)
 
 
 def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
