@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyzero.comm import Group
     from pyzero.grad_stats import GlobalGradStats
     from pyzero.gradients import Gradients
+    from pyzero.topology import Topology
 
 
 class FullAccess:
@@ -22,6 +23,7 @@ class FullAccess:
 
     _buckets: list[Bucket]
     _group: Group
+    _topology: Topology
     _gradients: Gradients
 
     def _collect(self, purpose: str) -> GlobalGradStats:
@@ -69,24 +71,30 @@ class FullAccess:
         Takes as much memory of the device as one bucket's values of one slot.
 
         Args:
-            to: The one rank of the group that wants it; the others get an empty dict. None: all.
+            to: The one rank of the group (with DTensors, of all that hold a part) that wants it; the others get an
+                empty dict. None: all.
 
         Raises:
             ValueError: There is no such rank.
         """
-        if to is not None and not 0 <= to < self._group.size:
-            raise ValueError(f"expected to as a rank from 0 to {self._group.size - 1}, or None, got {to}; pass one")
+        rank, size = self._topology.rank_and_size()
+        if to is not None and not 0 <= to < size:
+            raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
         self._place_unfrozen()
         self._sync_masters_from_weights()
-        is_wanted = to is None or to == self._group.rank
+        is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.sharded(name), "the all-gather of a full state dict")
                 for position, param in enumerate(bucket.params):
                     if is_wanted or isinstance(param, LocalParam):
-                        value = _widen(bucket, name, position, bucket.whole_of(name, flat, position))
-                        values.setdefault(outer(param), {})[name] = value
+                        values.setdefault(outer(param), {})[name] = bucket.whole_of(name, flat, position)
+        places = {n: (bucket, i) for bucket in self._buckets for i, n in enumerate(bucket.numbers)}
+        for _, (bucket, position) in sorted(places.items()):  # by number: parts of other sizes lie in other buckets
+            param = bucket.params[position]
+            for name, local in values[outer(param)].items() if isinstance(param, LocalParam) else ():
+                values[outer(param)][name] = _widen(bucket, name, position, local)
         for bucket in self._buckets if is_wanted else ():
             for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
                 values[outer(param)][STEP] = step.clone()

@@ -41,6 +41,21 @@ def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
     return torch.Size(shape), torch.Size(offsets)
 
 
+def empty_on_host(tensor: Any) -> Tensor:
+    """As torch's empty_like, in host memory; of a DTensor another, of which this rank has the same part."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor.new_empty(tensor.shape, device="cpu")  # type: ignore[no-any-return]
+    return _wrap(torch.empty_like(local_of(tensor), device="cpu"), tensor)
+
+
+def _wrap(local: Tensor, like: Any) -> DTensor:
+    """A tensor of the local shape as this rank's part of a DTensor placed as another is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def part_of(value: Any, param: Any) -> Tensor:
     """This rank's part of a whole tensor, plain or a DTensor, for a parameter; a view where it can be one."""
     if is_dtensor(value):
@@ -145,12 +160,7 @@ class LocalParam(torch.Tensor):
 
     def wrap(self, local: Tensor) -> DTensor:
         """A tensor of the local shape as this rank's part of a DTensor placed as the parameter is."""
-        from torch.distributed.tensor import DTensor
-
-        of = self.dtensor
-        return DTensor.from_local(
-            local, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
-        )
+        return _wrap(local, self.dtensor)
 
     def park(self) -> None:
         """Backward is about to add to `.grad`: to nothing, for a stand-in takes no gradient."""

@@ -79,6 +79,14 @@ def find_fsdp_params() -> dict[Tensor, Any]:
     return found
 
 
+def reshard(model: nn.Module) -> None:
+    """Have modules of fully_shard show their shards: after a forward without a backward some show whole weights."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()
+
+
 def find_roots(params: Collection[Tensor]) -> list[nn.Module]:
     """The outermost modules that hold one of these parameters, in no particular order."""
     living = _living(nn.Module)

@@ -141,7 +141,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._device = next((param.device for param in parameters if param.requires_grad), torch.device("cpu"))
         policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
 
-        topology = make_topology(parameters, process_group, model_parallel_group)
+        topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
         self._group = topology.data
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._placement = Placement(rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync)
@@ -566,9 +566,20 @@ class ZeroOptimizer(FullAccess, Optimizer):
             after(self)
 
     def checkpoint_group(self) -> Group:
-        """The same ranks, over a process group of its own: a save in a thread meets no collective of training."""
+        """All that hold a part, over a process group of its own: a save in a thread meets no collective of training.
+
+        Raises:
+            ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
+        """
+        topology = self._topology
         if self._checkpoint_group is None:
-            self._checkpoint_group = Group(self._group.handle) if self._group.size > 1 else self._group
+            if topology.everyone is None and topology.model and topology.are_alike:
+                raise ValueError(
+                    "expected a process group of all ranks that hold a part of the model, got DTensors on meshes that "
+                    "reach a part of the ranks; slice them from one mesh of all ranks"
+                )
+            handle = self._group.handle if topology.everyone is None else topology.everyone
+            self._checkpoint_group = self._group if handle is None else Group(handle)
         return self._checkpoint_group
 
     def place_unfrozen(self) -> None:

@@ -38,15 +38,23 @@ class Topology:
     Attributes:
         data: Those that hold the same weights, and share state and gradients.
         model: The dimensions along which others hold other parts of the model.
+        everyone: The process group of all that hold a part, where DTensors say what of it; None: those of `data`.
     """
 
     data: Group
     model: tuple[ModelDim, ...]
+    everyone: Any = None
 
     @property
     def are_alike(self) -> bool:
         """All ranks have the same parameters, or parts of them."""
         return all(dim.is_of_mesh for dim in self.model)
+
+    def rank_and_size(self) -> tuple[int, int]:
+        """Of this process among all that hold a part."""
+        if self.everyone is None:
+            return self.data.rank, self.data.size
+        return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
 
     def counts(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""
@@ -64,16 +72,21 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     if not dtensors:
         data = Group(process_group)
         return Topology(data, tuple(ModelDim(Group(handle), (), False) for handle in model_parallel))
-    dims = [dim for param in dtensors for dim in _dims_of(param)]
-    found = {dim.ranks: dim.process_group for dim in dims}
-    split = {dim.ranks for dim in dims if not dim.placement.is_replicate()}
+    of_mesh = [dim for param in dtensors for dim in _dims_of(param)]
+    found = {dim.ranks: dim.process_group for dim in of_mesh}
+    split = {dim.ranks for dim in of_mesh if not dim.placement.is_replicate()}
     beside = {_ranks_of(handle): handle for handle in model_parallel}
-    data_handle = _data_group(dtensors, {**beside, **found}, split, _resolved(process_group))
+    asked = _resolved(process_group)
+    data_handle = _data_group(dtensors, {**beside, **found}, split, asked)
     data = Group.alone() if data_handle is None else Group(data_handle)
     model = {**found, **beside}
     if data_handle is not None:
         model.pop(_ranks_of(data_handle), None)
-    return Topology(data, tuple(ModelDim(Group(h), ranks, ranks in found) for ranks, h in model.items()))
+    shared = [] if data_handle is None else [_ranks_of(data_handle)]
+    wholes = [handle for handle in (asked, dist.group.WORLD) if handle is not None]
+    everyone = next((handle for handle in wholes if _covers([*model, *shared], _ranks_of(handle))), None)
+    dims = tuple(ModelDim(Group(handle), ranks, ranks in found) for ranks, handle in model.items())
+    return Topology(data, dims, everyone if model else None)
 
 
 def _resolved(process_group: Any) -> Any:

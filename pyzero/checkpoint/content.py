@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from pyzero.buckets import MASTER
+from pyzero.local_param import local_of
+from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state import ZERO
 
 
 def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
     """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add."""
+    reshard(model)
     ours = {param for group in optimizer.param_groups for param in group["params"]}
     lacking = len(ours - set(model.parameters()))
     if lacking:
@@ -70,6 +73,6 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any]) -
             del values[name][MASTER]  # the weight itself
     tensors, others = model_state(model)
     first: dict[int, str] = {}
-    tied = {n: first.setdefault(value.data_ptr(), n) for n, value in tensors.items() if value.numel()}
+    tied = {n: first.setdefault(local_of(v).data_ptr(), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {"param_groups": groups, "model": others, "tied": {a: b for a, b in tied.items() if a != b}}
     return Content({"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}, common, extra)
