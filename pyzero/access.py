@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.gather import gather_param
-from pyzero.local_param import LocalParam, is_dtensor, outer, part_of
+from pyzero.local_param import LocalParam, outer, part_of, whole_of
 
 if TYPE_CHECKING:
     from pyzero.comm import Group
@@ -44,8 +44,8 @@ class FullAccess:
         self._place_unfrozen()
         place = self._find(param)
         if place is None:
-            whole = param.full_tensor() if is_dtensor(param) else param  # type: ignore[attr-defined]
-            return whole.detach().float().clone()
+            whole: Tensor = whole_of(param.detach())
+            return whole.float().clone()
         self._sync_masters_from_weights()
         return self._gather(MASTER, *place)
 

@@ -41,6 +41,12 @@ def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
     return torch.Size(shape), torch.Size(offsets)
 
 
+def whole_of(value: Any) -> Any:
+    """All of a DTensor, on every rank: collective over its mesh. Anything else as it is."""
+    is_part = torch.is_tensor(value) and is_dtensor(value)
+    return value.full_tensor() if is_part else value
+
+
 def empty_on_host(tensor: Any) -> Tensor:
     """As torch's empty_like, in host memory; of a DTensor another, of which this rank has the same part."""
     if type(tensor).__name__ != "DTensor":

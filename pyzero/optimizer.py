@@ -582,6 +582,12 @@ class ZeroOptimizer(FullAccess, Optimizer):
             self._checkpoint_group = self._group if handle is None else Group(handle)
         return self._checkpoint_group
 
+    def part_name(self) -> str:
+        """Of this part of a model that `model_parallel_group` has split as no tensor tells; else the empty one."""
+        if self._topology.are_alike:
+            return ""
+        return "_".join(f"mp_rank_{dim.group.rank:02d}" for dim in self._topology.model)
+
     def place_unfrozen(self) -> None:
         """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
         self._place_unfrozen()

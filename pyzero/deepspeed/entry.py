@@ -21,6 +21,7 @@ from pyzero.deepspeed.keys import remarks
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion
 from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.parallel import Parallelism, parallelism_of, shard
 from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
@@ -54,6 +55,7 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    mesh: Any = None,
 ) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
     """DeepSpeed's entry point, with its argument names and order.
 
@@ -70,12 +72,15 @@ def initialize(
         training_data: A dataset, for the data loader that is returned.
         lr_scheduler: A torch scheduler, or a function from optimizer to scheduler. Goes before the config's.
         distributed_port: Ignored; torchrun's is used.
-        mpu: Not supported.
+        mpu: DeepSpeed's: an object with get_data_parallel_group(), and get_model_parallel_group() or
+            get_tensor_model_parallel_group().
         dist_init_required: False: the process group is there already, or not wanted.
         collate_fn: Of the data loader.
         config: A dict, a path or JSON text; see docs/deepspeed.md.
-        mesh_param: Not supported.
+        mesh_param: Not supported; see mesh.
         config_params: Old name of `config`.
+        mesh: A DeviceMesh of one or two dimensions: ZeRO shards over the one named dp or data, or the first; the model
+            is split over the other.
 
     Returns:
         (engine, optimizer, data loader or None, scheduler or None).
@@ -86,31 +91,34 @@ def initialize(
     """
     if model is None:
         raise ValueError("expected a model, got None; pass model=")
-    for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
-        if value is not None:
-            raise ValueError(f"got {name}, which is not supported; leave it out, the ranks are all data-parallel")
+    if mesh_param is not None:
+        raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
     given = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
     if given is None:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
     settings = load(given)
     joined = dist_init_required is not False and comm.join()
-    _check_accumulation(model, settings)
+    parallel = parallelism_of(mesh, mpu)
+    _check_accumulation(model, settings, parallel.size)
     _remark(settings)
     _convert(model, settings)
-    ours = _make_optimizer(model, optimizer, model_parameters, settings)
+    given_params = list(model.parameters() if model_parameters is None else model_parameters)
+    if settings.zero_optimization.stage == 3 and parallel.size > 1:
+        sharded = _shard(model, optimizer, settings, parallel)
+        given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
+    ours = _make_optimizer(model, optimizer, given_params, settings, parallel)
     schedule = _make_schedule(lr_scheduler, ours, settings)
     owners.register(ours)
-    engine = Engine(model, ours, schedule, settings, leaves_group=joined)
+    engine = Engine(model, ours, schedule, settings, parallel, leaves_group=joined)
     if training_data is not None:
         engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
     return engine, ours, engine.training_dataloader, schedule
 
 
-def _check_accumulation(model: nn.Module, config: Config) -> None:
+def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
     """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    size = comm.rank_and_size()[1]
     if wanted in (None, "auto") or dtype is None or size > 1 or config.batches(size).accumulation == 1:
         return
     if DTYPES[wanted].itemsize > dtype.itemsize:
@@ -124,11 +132,6 @@ def _remark(config: Config) -> None:
     """One line for each key that means something else here than its reader may think."""
     if comm.rank_and_size()[0] > 0:
         return
-    if config.zero_optimization.stage == 3:
-        log.warning(
-            "config: zero_optimization.stage=3 runs as stage 2: weights stay whole on each rank; the numbers "
-            "are the same, and the memory is not. Where they do not fit take torch's fully_shard"
-        )
     if config.optimizer is not None and config.optimizer.remark:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
     for line, warns in remarks(config):
@@ -145,8 +148,36 @@ def _convert(model: nn.Module, config: Config) -> None:
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: Config) -> ZeroOptimizer:
-    params = list(model.parameters() if model_parameters is None else model_parameters)
+def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism) -> dict[Tensor, Tensor]:
+    """Stage 3: returns what each parameter has become."""
+    if isinstance(optimizer, ZeroOptimizer):
+        raise ValueError(
+            f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
+            f"whole weights; pass a function from parameters to it, or a torch optimizer"
+        )
+    return shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+
+
+def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:
+    """Parameters, groups or (name, parameter) pairs, with other parameters."""
+    if isinstance(value, Tensor):
+        return new.get(value, value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, new) if key == "params" else item for key, item in value.items()}
+    return type(value)(_replaced(item, new) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _moved(optimizer: Any, new: dict[Tensor, Tensor]) -> Any:
+    """A torch optimizer over other parameters."""
+    if isinstance(optimizer, Optimizer):
+        for group in optimizer.param_groups:
+            group["params"] = _replaced(group["params"], new)
+    return optimizer
+
+
+def _make_optimizer(
+    model: nn.Module, optimizer: Any, params: list[Any], config: Config, parallel: Parallelism
+) -> ZeroOptimizer:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         if not callable(optimizer):
             raise TypeError(
@@ -158,7 +189,7 @@ def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, con
         _check_held(model, [param for group in optimizer.param_groups for param in group["params"]])
     if isinstance(optimizer, ZeroOptimizer):
         return optimizer
-    options = _options(config)
+    options = {**_options(config), **parallel.options()}
     if optimizer is not None:
         return _ours(optimizer)(groups_of(optimizer), **options)
     if config.optimizer is None:
@@ -263,5 +294,5 @@ def _mark_as_scheduled(optimizer: Optimizer) -> None:
 
 def _make_loader(data: Any, collate_fn: Any, engine: Engine) -> DataLoader[Any]:
     drops = engine.config.dataloader_drop_last
-    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.world_size, engine.rank, drop_last=drops)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, engine.dp_rank, drop_last=drops)
     return DataLoader(data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops)

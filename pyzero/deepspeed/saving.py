@@ -62,7 +62,7 @@ class EngineCheckpoints:
         name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
         save_checkpoint(
-            Path(save_dir) / name,
+            Path(save_dir) / name / self.optimizer.part_name(),
             model=self.module,
             optimizer=self.optimizer,
             step=self.global_steps,
@@ -113,7 +113,7 @@ class EngineCheckpoints:
         if name is None:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", _LATEST)
             return None, None
-        folder = Path(load_dir) / name
+        folder = Path(load_dir) / name / self.optimizer.part_name()
         own = None if load_optimizer_states and not load_module_only else _copied(self.optimizer.state_dict())
         loaded = load_checkpoint(folder, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
         if own is not None:
@@ -123,7 +123,7 @@ class EngineCheckpoints:
                 setattr(self, counter, value)
             if load_lr_scheduler_states and self.lr_scheduler is not None and loaded["lr_scheduler"] is not None:
                 self.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
-        return str(folder), loaded["client_state"]
+        return str(Path(load_dir) / name), loaded["client_state"]
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:

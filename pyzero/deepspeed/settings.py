@@ -14,7 +14,7 @@ class EngineSettings:
     config: Config
     batches: Batches
     optimizer: ZeroOptimizer
-    world_size: int
+    dp_world_size: int
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step, over all ranks."""
@@ -34,7 +34,7 @@ class EngineSettings:
         Raises:
             ValueError: The micro-batches of all ranks do not divide it.
         """
-        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.world_size)
+        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.dp_world_size)
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation steps)."""
@@ -70,7 +70,7 @@ class EngineSettings:
         return self.config.zero_optimization.stage > 0
 
     def zero_optimization_stage(self) -> int:
-        """The config's stage; of 3 see docs/deepspeed.md."""
+        """The config's stage."""
         return self.config.zero_optimization.stage
 
     def gradient_clipping(self) -> float:

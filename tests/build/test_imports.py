@@ -29,7 +29,7 @@ LAYERS = (
     {"checkpoint.convert", "checkpoint.saving"},
     {"checkpoint.loading"},
     {f"deepspeed.{name}" for name in ("accelerator", "checkpointing", "comm", "keys", "ops.recipe", "owners")},
-    {f"deepspeed.{name}" for name in ("schedules", "tensors", "timers", "utils", "weights", "zero")},
+    {f"deepspeed.{name}" for name in ("parallel", "schedules", "tensors", "timers", "utils", "weights", "zero")},
     {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "optimizer_section", "scheduler_section")},
     {"deepspeed.ops", "deepspeed.sections"},
     {"deepspeed.config"},
