@@ -11,10 +11,12 @@ from torch import Tensor
 from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.comm import Group
 from pyzero.gather import gather_param
+from pyzero.local_param import LocalParam, outer, part_of, whole_of
 
 if TYPE_CHECKING:
     from pyzero.grad_stats import GlobalGradStats
     from pyzero.gradients import Gradients
+    from pyzero.topology import Topology
 
 
 class FullAccess:
@@ -23,6 +25,7 @@ class FullAccess:
     _buckets: list[Bucket]
     _group: Group
     _tied_groups: dict[Any, Group]
+    _topology: Topology
     _gradients: Gradients
 
     def _collect(self, purpose: str) -> GlobalGradStats:
@@ -43,7 +46,8 @@ class FullAccess:
         self._place_unfrozen()
         place = self._find(param)
         if place is None:
-            return param.detach().float().clone()
+            whole: Tensor = whole_of(param.detach())
+            return whole.float().clone()
         self._sync_masters_from_weights()
         return self._gather(MASTER, *place)
 
@@ -69,25 +73,33 @@ class FullAccess:
         Takes as much memory of the device as one bucket's values of one slot.
 
         Args:
-            to: The one rank of the group that wants it; the others get an empty dict. None: all.
+            to: The one rank of the group (with DTensors, of all that hold a part) that wants it; the others get an
+                empty dict. None: all.
 
         Raises:
             ValueError: There is no such rank.
         """
-        if to is not None and not 0 <= to < self._group.size:
-            raise ValueError(f"expected to as a rank from 0 to {self._group.size - 1}, or None, got {to}; pass one")
+        rank, size = self._topology.rank_and_size()
+        if to is not None and not 0 <= to < size:
+            raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
         self._place_unfrozen()
         self._sync_masters_from_weights()
-        is_wanted = to is None or to == self._group.rank
+        is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.sharded(name), "the all-gather of a full state dict")
-                for position, param in enumerate(bucket.params) if is_wanted else ():
-                    values.setdefault(param, {})[name] = bucket.whole_of(name, flat, position)
+                for position, param in enumerate(bucket.params):
+                    if is_wanted or isinstance(param, LocalParam):
+                        values.setdefault(outer(param), {})[name] = bucket.whole_of(name, flat, position)
+        places = {n: (bucket, i) for bucket in self._buckets for i, n in enumerate(bucket.numbers)}
+        for _, (bucket, position) in sorted(places.items()):  # by number: parts of other sizes lie in other buckets
+            param = bucket.params[position]
+            for name, local in values[outer(param)].items() if isinstance(param, LocalParam) else ():
+                values[outer(param)][name] = _widen(bucket, name, position, local)
         for bucket in self._buckets if is_wanted else ():
             for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
-                values[param][STEP] = step.clone()
+                values[outer(param)][STEP] = step.clone()
         return self._as_state_dict(values) if is_wanted else {}
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any]:
@@ -125,9 +137,7 @@ class FullAccess:
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
                 flat = flat * factor
-        whole = torch.empty_like(bucket.params[position], dtype=torch.float32)
-        bucket.flat_of(whole, position).copy_(flat)
-        return whole
+        return _widen(bucket, MASTER, position, bucket.shaped(flat, position)).clone()
 
     @torch.no_grad()
     def sum_tied_grads(self, tied: Iterable[tuple[Tensor, Any]]) -> None:
@@ -182,11 +192,13 @@ class FullAccess:
             if name not in known:
                 raise ValueError(f"expected names of {', '.join(known)}, got {name!r}; leave it out")
             if name != STEP:
-                _check_shape(name, value, bucket.whole_shape(name, position))
-        flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in state.items()}
+                is_flat = bucket.is_flat(name)
+                _check_shape(name, value, bucket.whole_shape(name, position) if is_flat else param.shape)
+        own = {n: v if n == STEP or bucket.is_flat(n) else part_of(v, param) for n, v in state.items()}
+        flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in own.items()}
         bucket.write_state(position, flat)
         if MASTER in state:
-            param.copy_(state[MASTER])
+            bucket.params[position].data.copy_(own[MASTER])
             bucket.weight_was_written(position)
 
     @torch.no_grad()
@@ -199,13 +211,13 @@ class FullAccess:
         bucket, position = self._find_trained(param)
         _check_shape("the gradient", value, param.shape)
         self._collect("set_full_grad")
-        self._gradients.replace(bucket, position, bucket.flat_of(value.float(), position))
+        self._gradients.replace(bucket, position, bucket.flat_of(part_of(value, param).float(), position))
 
     def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
         """Where a parameter lies; None for one that is frozen."""
         for bucket in self._buckets:
             for position, candidate in enumerate(bucket.params):
-                if candidate is param:
+                if outer(candidate) is param:
                     return bucket, position
         groups = self.param_groups  # type: ignore[attr-defined]
         if any(candidate is param for group in groups for candidate in group["params"]):
@@ -223,7 +235,17 @@ class FullAccess:
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         flat = gather_param(self._group, bucket, position, bucket.sharded(name), bucket.elements_per_value(name))
-        return flat if bucket.is_flat(name) else bucket.shaped(flat, position).clone()
+        if bucket.is_flat(name):
+            return flat
+        return _widen(bucket, name, position, bucket.shaped(flat, position)).clone()
+
+
+def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
+    """The whole tensor, of a DTensor's local one: collective over its mesh. Any other as it is."""
+    param = bucket.params[position]
+    if not isinstance(param, LocalParam) or bucket.is_flat(name):
+        return local
+    return param.wrap(local.to(param.device)).full_tensor().to(local.device)
 
 
 def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:

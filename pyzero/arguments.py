@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyzero.local_param import LocalParam, local_of
 from pyzero.ops.checks import FLOAT_DTYPES
 
 _UNSUPPORTED = ("amsgrad", "differentiable")
@@ -62,10 +63,10 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
             raise ValueError(f"got {name!r} in a parameter group, expected {close[0]!r}; correct the name")
     refuse_unsupported(group)
     for index, param in enumerate(group["params"]):
-        if hasattr(param, "device_mesh"):
+        if any(placement.is_partial() for placement in getattr(param, "placements", ())):
             raise TypeError(
-                f"expected plain tensors, got parameter {index} of the group as a DTensor, which is not supported yet; "
-                f"pass torch.optim.AdamW(fused=True) those"
+                f"expected DTensors that are sharded or replicated, got parameter {index} of the group as partial "
+                f"sums; redistribute it first"
             )
         if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
             raise TypeError(
@@ -84,6 +85,34 @@ def check_dtype(param: Tensor, name: str) -> None:
             f"expected parameters in float32, bfloat16 or float16, got {name} in "
             f"{str(param.dtype).removeprefix('torch.')}; convert it, freeze it or leave it out"
         )
+
+
+def check_fsdp(params: Sequence[Tensor], num_ranks: int) -> None:
+    """Of parameters whose gradients we are to average: fully_shard averages those that it has sharded, and no others.
+
+    num_ranks: That hold the same weights.
+    """
+    sharded = [isinstance(param, LocalParam) and param.is_fsdp for param in params]
+    if any(sharded) and num_ranks > 1:
+        raise ValueError(
+            f"expected gradients that nobody else reduces, got parameters of fully_shard, which averages them over "
+            f"these {num_ranks} ranks too; pass reduce_grads=False"
+        )
+    if any(sharded) and not all(sharded):
+        raise ValueError(
+            f"expected fully_shard to average all gradients, got parameter {sharded.index(False)} beside it, which it "
+            f"does not know; shard it too, give it an optimizer of its own, or pass reduce_grads=False and average it"
+        )
+
+
+def check_whole(params: Sequence[Tensor], rule: str) -> None:
+    """Of an update rule that takes norms of whole parameters."""
+    for index, param in enumerate(params):
+        if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
+            raise ValueError(
+                f"expected whole parameters for the rule {rule}, which takes their norms, got parameter {index} as a "
+                f"DTensor of placements {param.dtensor.placements}; use FusedZeroAdamW or ZeroLion for sharded ones"
+            )
 
 
 def check_no_grad(group: dict[str, Any]) -> None:
@@ -130,7 +159,8 @@ def check_device(param: Tensor, device: torch.device) -> None:
 def check_disjoint(named: dict[Tensor, str]) -> None:
     """Two parameters over one memory would come apart when they move into flat buffers."""
     spans = []
-    for param, name in named.items():
+    for whole, name in named.items():
+        param = local_of(whole)
         if param.numel() and param.device.type != "meta":
             extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
             begin = param.data_ptr()

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
+from pyzero.local_param import LocalParam, outer
+
 _ParamHook = Callable[[Tensor], None]
 
 
@@ -29,18 +31,14 @@ class GradientHooks:
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Watch these too."""
-        after = self._after
-
-        def after_hook(param: Tensor) -> None:
-            _call_eagerly(after, param)
-
         for param in params:
-            is_trained = param.requires_grad
-            node = get_gradient_edge(param.requires_grad_(True)).node
+            leaf = outer(param)
+            is_trained = leaf.requires_grad
+            node = get_gradient_edge(leaf.requires_grad_(True)).node
             self._nodes.append(node)
             self._handles.append(node.register_prehook(_before_hook(self._before, param)))
-            self._handles.append(param.register_post_accumulate_grad_hook(after_hook))
-            param.requires_grad_(is_trained)
+            self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param)))
+            leaf.requires_grad_(is_trained)
 
     def __del__(self) -> None:
         for handle in self._handles:
@@ -54,8 +52,23 @@ def _before_hook(before: weakref.WeakMethod[_ParamHook], param: Tensor) -> Calla
         alive = weak_param()
         if alive is not None:
             _call_eagerly(before, alive)
+            if isinstance(alive, LocalParam):
+                alive.park()
 
     return before_hook
+
+
+def _after_hook(after: weakref.WeakMethod[_ParamHook], param: Tensor) -> _ParamHook:
+    weak_param = weakref.ref(param)
+
+    def after_hook(leaf: Tensor) -> None:
+        alive = weak_param()
+        if alive is not None:
+            if isinstance(alive, LocalParam):
+                alive.unpark()
+            _call_eagerly(after, alive)
+
+    return after_hook
 
 
 def _call_hook(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:

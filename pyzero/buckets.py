@@ -10,6 +10,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyzero import memory
 from pyzero.layout import GRANULE, BucketLayout
+from pyzero.local_param import LocalParam, outer
 from pyzero.update_rule import Part, RunShard, StateSlot
 
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
@@ -71,8 +72,9 @@ class Bucket:
         self._dtypes = [self.dtype] * len(params)
         self._versions = [0] * len(params)
         self._addresses = [0] * len(params)
+        self._has_locals = any(isinstance(param, LocalParam) for param in params)
         for position, param in enumerate(params):  # its own memory is freed one parameter at a time
-            self._take_in(position, param)
+            self._take_in(position, param, param.data)
 
         self.master = self.weight_shard if self.is_master else self._shard_empty()  # (shard_numel,) fp32
         self._exported_version = 0  # of the masters
@@ -94,8 +96,8 @@ class Bucket:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def _take_in(self, position: int, param: Tensor) -> None:
-        param.data = self._view(position).copy_(param.data)
+    def _take_in(self, position: int, param: Tensor, values: Tensor) -> None:
+        param.data = self._view(position).copy_(values)
         self._addresses[position] = param.data_ptr()
         self._versions[position] = param._version
 
@@ -107,7 +109,9 @@ class Bucket:
         slot, shape, strides = self.layout.slots[position], self._shapes[position], self._strides[position]
         if not slot.numel:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
-        return from_dlpack(self.flat[slot.offset : slot.offset + slot.numel]).as_strided(shape, strides)
+        param = self.params[position]
+        room = param.room if isinstance(param, LocalParam) else 0
+        return from_dlpack(self.flat[slot.offset : slot.offset + max(slot.numel, room)]).as_strided(shape, strides)
 
     def masters_from_weights(self) -> None:
         """The first masters."""
@@ -162,8 +166,7 @@ class Bucket:
         for position in positions:
             param = self.params[position]
             if self._has_moved(position, param):
-                param.data = param.data.clone()  # it may be another view of the memory that it goes to
-                self._take_in(position, param)
+                self._take_in(position, param, param.data.clone())  # it may be a view of the memory that it goes to
             self._versions[position] = param._version
             if not self.is_master and param not in keep_masters:
                 in_shard, _ = self.shard_part(position)
@@ -178,6 +181,8 @@ class Bucket:
     def bump_versions(self, used: Sequence[bool] | None = None) -> None:
         """The optimizer has written weights, all or those of `used` by number: graphs that saved them know."""
         written = [p for p, number in zip(self.params, self.numbers, strict=True) if used is None or used[number]]
+        if written and self._has_locals:
+            written = [*map(outer, written), *(param.data for param in written if isinstance(param, LocalParam))]
         if written:
             torch.autograd.graph.increment_version(written)
 

@@ -497,6 +497,17 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def handle_of(process_group: Any) -> Any:
+    """The ProcessGroup of that, of a mesh of one dimension, or the default one of None."""
+    return process_group.get_group() if hasattr(process_group, "get_group") else process_group or dist.group.WORLD
+
+
+def place_in(process_group: Any) -> tuple[int, int]:
+    """(rank, size) of this process in a group."""
+    handle = handle_of(process_group)
+    return dist.get_rank(handle), dist.get_world_size(handle)
+
+
 def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():

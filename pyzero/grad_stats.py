@@ -81,17 +81,15 @@ class GradStatsExchange:
 
     Args:
         group: The ranks that share the optimizer's state.
-        model_parallel: The ranks that hold other parts of the same model: they skip together and share one norm.
+        model_parallel: Ranks that hold other parts of the same model, a group for each dimension of them: they skip
+            together and share one norm.
+        are_alike: They have as many parameters, of which they hold other parts.
     """
 
-    def __init__(self, group: Group, model_parallel: Group | None) -> None:
+    def __init__(self, group: Group, model_parallel: Sequence[Group], are_alike: bool = True) -> None:
+        self.are_alike = are_alike
         self._group = group
         self._model_parallel = model_parallel
-
-    @property
-    def is_model_parallel(self) -> bool:
-        """There are ranks with other parts of the model."""
-        return self._model_parallel is not None
 
     def gather(self, mine: LocalGradStats, unscale: Tensor | None) -> GlobalGradStats:
         """Collective.
@@ -115,9 +113,9 @@ class GradStatsExchange:
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
         everyones = rows
-        if self._model_parallel is not None:
+        for beside in self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
-            rows = self._model_parallel.gather_rows(torch.stack([found.double(), sumsq, sumsq]))
+            rows = beside.gather_rows(torch.stack([found.double(), sumsq, sumsq]))
         return GlobalGradStats(
             rows=rows,
             rows_of_group=everyones,
@@ -159,10 +157,9 @@ class GradStatsExchange:
 
     def norm(self, power: Tensor, norm_type: float, unscale: Tensor | None) -> Tensor:
         """Collective: global p-norms, fp32 (n,), of every rank's (n,) fp64 sums of |g|^p, or largest |g| for inf."""
-        for group in (self._group, self._model_parallel):
-            if group is not None:
-                rows = group.gather_rows(power)
-                power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
+        for group in (self._group, *self._model_parallel):
+            rows = group.gather_rows(power)
+            power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
         norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)
         return (norm if unscale is None else norm * unscale).to(torch.float32)
 

@@ -18,6 +18,7 @@ from pyzero.buckets import Bucket, flatten_like
 from pyzero.comm import Group
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
 from pyzero.layout import GradSpan
+from pyzero.local_param import LocalParam
 from pyzero.pieces import Pieces
 from pyzero.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
 
@@ -175,6 +176,7 @@ class LocalGradients(Gradients):
         self._clean_rows = clean_rows(1, device)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
+        self._fsdp_param: LocalParam | None = None  # one of those that fully_shard has sharded
 
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
@@ -186,6 +188,8 @@ class LocalGradients(Gradients):
             (span, Pieces(bucket, begin + span.low, begin + span.high))
             for span in bucket.layout.grad_spans(self._group.rank, smallest)
         ]
+        fsdp = (param for param in bucket.params if isinstance(param, LocalParam) and param.is_fsdp)
+        self._fsdp_param = next(fsdp, self._fsdp_param)
         self._scales = scales
         if scales or self._watched:
             self._watch()
@@ -216,6 +220,8 @@ class LocalGradients(Gradients):
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
         """See Gradients."""
         self._arriving = (inv_scale.clone(), epoch)
+        if self._fsdp_param is not None:  # its gradient comes without the hook ahead of it
+            self._before_gradient(self._fsdp_param)
         if all(param.grad is None for param in self._params()):
             self._unscale, self._epoch = self._arriving  # another rank may be the only one that gets gradients
         try:

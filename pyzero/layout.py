@@ -56,6 +56,7 @@ class ParamSpec:
     element_bytes: int
     key: Key  # only equal keys share a bucket
     run: RunKey = RunKey(0, True)
+    room: int = 0  # elements from its first one on that are its own, where they are more than it has
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,11 @@ class BucketLayout:
                     is_open = True
         return found
 
+    def counts(self, position: int) -> bool:
+        """Whether a parameter counts for the global norm on this rank."""
+        offset = self.slots[position].offset
+        return next(run.key.in_norm for run in self.runs if run.begin <= offset < run.end)
+
     def overlap(self, slot: Slot, rank: int) -> tuple[int, int]:
         """[begin, end) of the part of a parameter that a rank's shard holds, in elements of the parameter."""
         begin, end = self.shard_bounds(rank)
@@ -162,7 +168,8 @@ def _round_up(value: int, multiple: int) -> int:
 def lay_out(specs: Sequence[ParamSpec], num_ranks: int, cut: Cut = Cut.ANYWHERE) -> BucketLayout:
     """One bucket of these parameters, which share a key; those of one run come to lie side by side."""
     ordered = sorted(specs, key=lambda spec: spec.run)  # stable: the given order inside a run
-    sizes = [max(_round_up(spec.numel, GRANULE), GRANULE) for spec in ordered]  # an empty one has a slot of its own too
+    # An empty one has a slot of its own too.
+    sizes = [max(_round_up(max(spec.numel, spec.room), GRANULE), GRANULE) for spec in ordered]
     shard_numel = _round_up(-(-sum(sizes) // num_ranks), GRANULE)
     if cut is Cut.WHOLE:
         shard_numel = _smallest_shard(sizes, num_ranks, shard_numel)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def _living(kind: type[nn.Module]) -> list[nn.Module]:
+def _living(kind: type) -> list[Any]:
     """Every finished module of this kind."""
     of_kind: dict[int, bool] = {}  # by id of the class: a class with a metaclass of its own may not be hashable
     found = []
@@ -53,6 +55,57 @@ def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
         if _held(wrapper, params):
             return type(wrapper.__dict__["_modules"].get("module")).__name__
     return None
+
+
+class ShardedPlace(NamedTuple):
+    """Where a parameter that fully_shard has sharded is used."""
+
+    owner: Any  # the module that gathers it
+    module: nn.Module
+    name: str  # in that
+
+
+def _fsdp_records() -> Iterator[tuple[Any, Any]]:
+    """(module that gathers, torch's own record) of each parameter that fully_shard has sharded."""
+    from torch.distributed.fsdp import FSDPModule  # half a second
+
+    for module in _living(FSDPModule):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; 2.11 has one
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            for param in group.fsdp_params if group else ():
+                yield module, param
+
+
+def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
+    """Of each parameter that fully_shard has sharded."""
+    return {
+        record.sharded_param: ShardedPlace(owner, record._module_info.module, record._module_info.param_name)
+        for owner, record in _fsdp_records()
+    }
+
+
+def find_fsdp_params() -> dict[Tensor, Any]:
+    """torch's own record of each parameter that fully_shard has sharded.
+
+    Raises:
+        RuntimeError: This torch keeps other records.
+    """
+    found = {record.sharded_param: record for _, record in _fsdp_records()}
+    if not all(hasattr(param, "_sharded_param_data") for param in found.values()):
+        raise RuntimeError(
+            f"expected fully_shard to keep its shards in _sharded_param_data, as torch 2.11 to 2.13 do, got torch "
+            f"{torch.__version__}, which does not; install one of these"
+        )
+    return found
+
+
+def reshard(model: nn.Module) -> None:
+    """Have modules of fully_shard show their shards: after a forward without a backward some show whole weights."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()
 
 
 def find_roots(params: Collection[Tensor]) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from pyzero.comm import Group, Work
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients import Gradients, LocalGradients
 from pyzero.layout import BucketLayout, cap_bytes
+from pyzero.local_param import outer
 from pyzero.overflow import OverflowMonitor
 from pyzero.overlap import OverlappedGradients
 from pyzero.placement import Placement
@@ -25,6 +26,7 @@ from pyzero.profiling import profile_range
 from pyzero.reduction import ReducedGradients, ReductionOptions
 from pyzero.scaled_backward import ScaledBackward
 from pyzero.scaler import LossScale, Scaler
+from pyzero.topology import make_topology
 from pyzero.transports import make_transport
 from pyzero.update import ShardUpdater, StepScalars
 from pyzero.update_rule import UpdateRule
@@ -79,10 +81,12 @@ class ZeroOptimizer(FullAccess, Optimizer):
         stage: 1 partitions masters and state and sends gradients when they are first read, in step() usually; 2
             sends them in every backward, and frees them as it goes.
         process_group: A process group or one dimension of a DeviceMesh; default: the default group, if there is one.
+            With DTensors: the ranks that hold the same local tensors, or all that take part, where the meshes tell the
+            rest: those of fully_shard are one rank's own, and parallelize_module leaves the mesh's other dimension.
         model_parallel_group: The ranks that hold other parts of the same model, a process group or one dimension of a
             DeviceMesh: they skip steps together and share one gradient norm. Parameters with the attribute
             `tensor_model_parallel` (Megatron's) or `model_parallel` set to True are split over it; all others are
-            replicated, and counted once.
+            replicated, and counted once. The dimensions of DTensors' meshes need not be named.
         max_grad_norm: Clip the global 2-norm in every step.
         loss_scale: "auto" (dynamic where there are fp16 parameters), None, a number, "dynamic" or a LossScale. Use
             `opt.backward(loss)` with it.
@@ -99,8 +103,9 @@ class ZeroOptimizer(FullAccess, Optimizer):
         backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices.
-        TypeError: Parameters in a dtype other than these, or DTensors.
+        ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices, or
+            DTensors on meshes that do not tell who holds the same weights.
+        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums.
         RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
@@ -136,12 +141,10 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._device = next((param.device for param in parameters if param.requires_grad), torch.device("cpu"))
         policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
 
-        self._group = Group(process_group)
-        model_parallel = None if model_parallel_group is None else Group(model_parallel_group)
-        self._model_parallel = model_parallel
-        is_replica = model_parallel is not None and model_parallel.rank > 0
+        topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
+        self._group = topology.data
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
-        self._placement = Placement(rule, self._group, self.state, cap, is_replica, init_sync)
+        self._placement = Placement(rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync)
         self._updater = ShardUpdater(rule, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
@@ -150,7 +153,9 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
-        exchange = self._exchange = GradStatsExchange(self._group, model_parallel)
+        exchange = self._exchange = GradStatsExchange(
+            self._group, [dim.group for dim in topology.model], topology.are_alike
+        )
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients: Gradients = LocalGradients(self._group, exchange, self._device, backend)
@@ -523,7 +528,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
-        param, group_index = self._placement.params[number], self._placement.specs[number].run.group_index
+        param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
         where = "" if rank is None else f" on rank {rank}"
@@ -579,21 +584,23 @@ class ZeroOptimizer(FullAccess, Optimizer):
     @property
     def model_parallel_rank(self) -> int | None:
         """This rank among those that have other parts of the model; None where it has all of it."""
-        others = self._model_parallel
-        return None if others is None or others.size == 1 else others.rank
+        others = self._topology.told
+        return None if others is None else others.rank
 
     def owns(self, param: Tensor) -> bool:
         """Whether this model-parallel rank is the one that counts and saves the parameter."""
-        return self._placement.owns(param)
+        return self._topology.owns(param)
 
     def checkpoint_group(self) -> Group:
-        """All ranks of the model, over a process group of its own: a save in a thread meets no collective of training.
+        """All that hold a part, over a process group of its own: a save in a thread meets no collective of training.
 
         Collective when it is first asked for.
+
+        Raises:
+            ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
         """
         if self._checkpoint_group is None:
-            alone = Group.alone()
-            self._checkpoint_group = self._group.spread_over(self._model_parallel or alone)
+            self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
 
     def place_unfrozen(self) -> None:
@@ -644,7 +651,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
-        buckets = [[places[param] for param in bucket.params] for bucket in self._buckets]
+        buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
         return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
 
 

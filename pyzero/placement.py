@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyzero import modules
-from pyzero.arguments import check_device, check_dtype
+from pyzero.arguments import check_device, check_dtype, check_fsdp, check_whole
 from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.comm import Group
 from pyzero.layout import BucketLayout, Key, ParamSpec, RunKey, plan
-from pyzero.update_rule import UpdateRule
+from pyzero.local_param import LocalParam, is_dtensor, local_of, outer
+from pyzero.update_rule import Cut, UpdateRule
 
 
 class Placement:
@@ -24,7 +25,8 @@ class Placement:
         group: The ranks that share the state.
         state: The optimizer's, which shows each parameter's part.
         bucket_cap_bytes: Of weights in a bucket.
-        is_replica: Other ranks count what is not split over model-parallel ranks.
+        counts: Whether a parameter counts for the norm on this rank.
+        reduces: Gradients of the ranks are still to be averaged.
         init_sync: Make weights, frozen parameters and buffers rank 0's.
     """
 
@@ -34,7 +36,8 @@ class Placement:
         group: Group,
         state: MutableMapping[Tensor, Any],
         bucket_cap_bytes: int,
-        is_replica: bool,
+        counts: Callable[[Tensor], bool],
+        reduces: bool,
         init_sync: bool,
     ) -> None:
         self.buckets: list[Bucket] = []  # in launch order
@@ -48,7 +51,8 @@ class Placement:
         self._group = group
         self._state = state
         self._bucket_cap_bytes = bucket_cap_bytes
-        self._is_replica = is_replica
+        self._counts = counts
+        self._reduces = reduces
         self._init_sync = init_sync
 
     def unplaced(self, param_groups: Sequence[dict[str, Any]]) -> list[int]:
@@ -98,7 +102,9 @@ class Placement:
         params: list[Tensor] = []
         specs: list[ParamSpec] = []
         frozen: list[Tensor] = []
-        first = len(self.params)
+        first, indices = len(self.params), list(indices)
+        has_dtensors = any(is_dtensor(param) for index in indices for param in param_groups[index]["params"])
+        fsdp = modules.find_fsdp_params() if has_dtensors else {}
         for index in indices:
             for param in param_groups[index]["params"]:
                 if not param.requires_grad:
@@ -106,16 +112,23 @@ class Placement:
                 elif param not in self._places:
                     check_device(param, device)
                     check_dtype(param, f"parameter {first + len(params)}")
-                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self.owns(param))
-                    specs.append(ParamSpec(first + len(params), param.numel(), param.element_size(), key, run))
-                    params.append(param)
-        roots = modules.find_roots({*params, *frozen}) if self._group.size > 1 and params and not first else []
-        order = self._agree(params, specs, _model_order(params, roots))
+                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
+                    own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
+                    room = own.room if isinstance(own, LocalParam) else 0
+                    specs.append(ParamSpec(first + len(params), own.numel(), own.element_size(), key, run, room))
+                    params.append(own)
+        if self.rule.cut is Cut.WHOLE:
+            check_whole(params, self.rule.name)
+        if self._reduces and fsdp:
+            check_fsdp(params, self._group.size)
+        ours = {outer(param): place for place, param in enumerate(params)}
+        roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and params and not first else []
+        order = self._agree(params, specs, _model_order(ours, roots))
         if not params:
             return []
         self.params += params
         self.specs += specs
-        self._places.update({param: spec.run.group_index for param, spec in zip(params, specs, strict=True)})
+        self._places.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
         layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival, self.rule.cut)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
@@ -126,7 +139,7 @@ class Placement:
         self.buckets += made
         self._join_steps()
         if self._init_sync and self._group.size > 1:
-            _sync_module_states(self._group, roots, frozen, {*params})
+            _sync_module_states(self._group, roots, frozen, {*ours})
         return made
 
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
@@ -134,7 +147,7 @@ class Placement:
         params = [self.params[number] for number in numbers]
         bucket = Bucket(layout, params, numbers, index, self._group.rank, self.rule.slots)
         for position, param in enumerate(bucket.params):
-            self._state[param] = bucket.state_views(position)
+            self._state[outer(param)] = bucket.state_views(position)
         return bucket
 
     def _join_steps(self) -> None:
@@ -144,13 +157,7 @@ class Placement:
         for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
             bucket.keep_steps_in(steps)
             for param, step in zip(bucket.params, steps, strict=True):
-                self._state[param][STEP] = step
-
-    def owns(self, param: Tensor) -> bool:
-        """Whether a parameter is this model-parallel rank's to count and to save: once over all of them."""
-        if not self._is_replica:
-            return True
-        return bool(getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False))
+                self._state[outer(param)][STEP] = step
 
     def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
         """Compare the parameters of all ranks; returns rank 0's order."""
@@ -217,12 +224,11 @@ class Placement:
             bucket.write_state(position, {STEP: steps})
 
 
-def _model_order(params: list[Tensor], roots: list[nn.Module]) -> list[int] | None:
-    """Places in `params` in the order in which one module registers them all, which the groups may have mixed up."""
-    places = {param: place for place, param in enumerate(params)}
+def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int] | None:
+    """Places of parameters in the order in which one module registers them all; the groups may have mixed them up."""
     for root in roots:
         order = [places[param] for param in root.parameters() if param in places]
-        if len(order) == len(params):
+        if len(order) == len(places):
             return order
     return None
 
@@ -244,7 +250,7 @@ def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tenso
     common = set.intersection(*(set(row) for row in rows))
     for key in rows[0]:
         if key in common:
-            group.broadcast(found[key][0].detach())
+            group.broadcast(local_of(found[key][0].detach()))
 
 
 def _spell(row: tuple[tuple[int, ...], str, int]) -> str:

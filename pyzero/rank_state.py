@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from pyzero.buckets import MASTER, STEP, Bucket
 from pyzero.comm import Group
 from pyzero.gather import gather_parts, part_lengths
 from pyzero.layout import BucketLayout, lay_out
+from pyzero.local_param import LocalParam, box_of, local_of, outer
 from pyzero.placement import Placement
 
 ZERO, SCALER = "zero", "scaler"  # in the first group, for torch.distributed.checkpoint's helpers pass on no more
@@ -32,7 +33,7 @@ def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: b
 def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
     """Have a torch state dict hold tensors of the parameters' shapes; sharded ones over several ranks."""
     origin = state_dict["param_groups"][0][ZERO]
-    places = {param: (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
+    places = {outer(param): (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):
             if param in places:
@@ -46,16 +47,22 @@ def _shaped(name: str, local: Tensor, bucket: Bucket, position: int, group: Grou
     """This rank's part of a parameter's state as a part of the whole tensor; the same memory."""
     if name == STEP:
         return local
-    shape = bucket.whole_shape(name, position)
+    shape, param = bucket.whole_shape(name, position), bucket.params[position]
+    is_part = isinstance(param, LocalParam) and not bucket.is_flat(name)
     if group.size == 1 or not shape.numel():
-        return local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
-    from pyzero.sharded_state import Fragment, ShardedState  # half a second
+        own = local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
+        return param.wrap(own) if is_part else own  # type: ignore[attr-defined]
+    from pyzero.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
 
     lengths = part_lengths(group.size, bucket, position, bucket.elements_per_value(name))
     low = sum(lengths[: group.rank])
     gather = partial(gather_parts, group, lengths=lengths)
     stride = bucket.whole_stride(name, position)
     fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather)
+    if is_part:
+        of = outer(param)
+        part = DTensorPart(of.shape, of.stride(), box_of(of)[1], param.wrap)  # type: ignore[attr-defined]
+        fragment = replace(fragment, part=part)
     return ShardedState.wrap(local, fragment, group.mesh(local.device.type))
 
 
@@ -181,10 +188,10 @@ class RankState:
 
         The values are the optimizer's own memory then, in which nothing was written.
         """
-        buckets_of = {param: bucket for bucket in buckets for param in bucket.params}
+        buckets_of = {outer(param): bucket for bucket in buckets for param in bucket.params}
         for saved in self.params:
             view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
-            if MASTER in values and values[MASTER].data_ptr() == view.data_ptr() and view.numel():
+            if MASTER in values and local_of(values[MASTER]).data_ptr() == view.data_ptr() and view.numel():
                 if not buckets_of[saved.param].masters_were_written():
                     saved.whole.pop(MASTER, None)
                     saved.parts.pop(MASTER, None)
@@ -196,8 +203,7 @@ class RankState:
             for name, part in saved.parts.items():
                 views[name].copy_(part)
             if saved.whole:
-                whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in saved.whole.items()}
-                optimizer.set_full_state(saved.param, {name: whole[name] for name in views if name in whole})
+                optimizer.set_full_state(saved.param, {n: saved.whole[n] for n in views if n in saved.whole})
             elif not saved.parts:
                 for name, view in views.items():
                     if name != MASTER:
@@ -233,7 +239,7 @@ def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
 
 def _numbers(optimizer: Optimizer, placement: Placement) -> dict[int, int]:
     """The placement's number of each trained parameter, by its place in the groups."""
-    numbers = {param: number for number, param in enumerate(placement.params)}
+    numbers = {outer(param): number for number, param in enumerate(placement.params)}
     params = (param for group in optimizer.param_groups for param in group["params"])
     return {place: numbers[param] for place, param in enumerate(params) if param in numbers}
 

@@ -22,6 +22,7 @@ from pyzero.exchange import BucketExchange
 from pyzero.gather import gather_param
 from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients import Gradients, power_sum, powers_of
+from pyzero.local_param import outer
 from pyzero.modules import find_ddp_wrapper
 from pyzero.stats_rows import clean_rows, flag_of
 
@@ -171,7 +172,7 @@ class ReducedGradients(Gradients):
         self._end.forget()
 
     def _check_unwrapped(self) -> None:
-        wrapped = find_ddp_wrapper(self._records)
+        wrapped = find_ddp_wrapper({outer(param) for param in self._records})
         if wrapped is not None:
             raise RuntimeError(
                 f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
@@ -282,7 +283,7 @@ class ReducedGradients(Gradients):
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
         """See sharded_grad.GradOwner. The norms of all parameters come in one message, and are kept."""
-        if self._exchange.is_model_parallel:
+        if not self._exchange.are_alike:
             raise RuntimeError(
                 "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
                 "optimizer.clip_grad_norm_(max_norm), which knows them"
@@ -298,7 +299,10 @@ class ReducedGradients(Gradients):
         return known[2][record.number]
 
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
-        return torch.empty(0, device=self._device) if grads.shard is None else grads.part(record)
+        """This rank's, empty where others count it."""
+        if grads.shard is None or not grads.bucket.layout.counts(record.position):
+            return torch.empty(0, device=self._device)
+        return grads.part(record)
 
     # ---- what a step asks ------------------------------------------------------------------------------------------
 

@@ -66,7 +66,9 @@ class ScaledBackward:
 
     def _begin_in_backward(self, grad: Tensor) -> None:
         self._begin()
-        torch.autograd.Variable._execution_engine.queue_callback(self.end)
+        # Behind what is queued in this backward: fully_shard reduces its last gradients there.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self.end))
 
     def _begin(self) -> None:
         if self._is_held:

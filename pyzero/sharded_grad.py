@@ -130,6 +130,8 @@ class ShardedGrad(_Gradient):
     else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)` writes them.
     """
 
+    stands_for: _Gradient | None = None  # in `.grad` of a DTensor: what stands for this rank's part of it
+
     @staticmethod
     def placeholder(param: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> ShardedGrad:
         """With the parameter's shape, strides, dtype and device."""
@@ -140,6 +142,9 @@ class ShardedGrad(_Gradient):
         return made
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.stands_for, LocalGrad) and func not in _UNCHANGING:
+            func(self.stands_for, *args[1:], **kwargs)
+            return self
         owner = self._owner()
         if owner is None:
             raise _refusal(func.__name__, args)
@@ -185,6 +190,8 @@ def _scale_each(func: Callable[..., Any], tensors: Sequence[Tensor], factor: Any
     inverse = func is torch._foreach_div_
     together: dict[tuple[int, int], tuple[Any, list[ParamGrad], Any]] = {}  # by owner and factor
     for tensor, one in zip(tensors, factors, strict=True):
+        if isinstance(tensor, ShardedGrad) and tensor.stands_for is not None:
+            tensor = tensor.stands_for
         current = tensor._record.param.grad if isinstance(tensor, LocalGrad) else tensor
         if not isinstance(current, ShardedGrad):
             current.div_(one) if inverse else current.mul_(one)  # type: ignore[union-attr]

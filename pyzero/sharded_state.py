@@ -58,15 +58,31 @@ def boxes_of(shape: Sequence[int], low: int, high: int) -> Iterator[Box]:
 
 
 @dataclass(frozen=True)
+class DTensorPart:
+    """Where the tensor that a fragment is of lies, if that is the local one of a DTensor."""
+
+    shape: torch.Size  # of the DTensor
+    stride: tuple[int, ...]
+    offsets: torch.Size  # of the local tensor in it
+    wrap: Callable[[Tensor], DTensor]  # local tensor -> DTensor
+
+
+@dataclass(frozen=True)
 class Fragment:
     """Which elements of a tensor a rank holds."""
 
-    shape: torch.Size  # of the whole tensor
-    stride: tuple[int, ...]  # of the whole tensor, dense
+    shape: torch.Size  # of the tensor that ranks share
+    stride: tuple[int, ...]  # of it, dense
     low: int  # first element of it, in memory order
     high: int  # behind the last
     origin: str  # whose state it is, and how that is cut: rank_state.describe()
     gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
+    part: DTensorPart | None = None  # None: it is whole
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.shape if self.part is None else self.part.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fragment:
         """Itself: it is constant, and a process group cannot be copied."""
@@ -80,6 +96,8 @@ class Fragment:
         for box in boxes_of([self.shape[dim] for dim in order], self.low, self.high):
             end = begin + prod(box.sizes)
             offsets, sizes = ([values[place] for place in back] for values in box)
+            if self.part is not None:
+                offsets = [own + base for own, base in zip(offsets, self.part.offsets, strict=True)]
             yield Box(tuple(offsets), tuple(sizes)), local[begin:end].view(box.sizes).permute(back)
             begin = end
 
@@ -101,7 +119,8 @@ class ShardedState(DTensor):
     @staticmethod
     def wrap(local: Tensor, fragment: Fragment, mesh: DeviceMesh) -> ShardedState:
         """local: (high - low,), which is kept, not copied."""
-        meta = TensorMeta(fragment.shape, fragment.stride, local.dtype)
+        stride = fragment.stride if fragment.part is None else fragment.part.stride
+        meta = TensorMeta(fragment.whole_shape, stride, local.dtype)
         spec = DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
         wrapped = ShardedState(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
         wrapped.fragment = fragment
@@ -148,7 +167,10 @@ class ShardedState(DTensor):
         """
         if not all(placement.is_replicate() for placement in placements or ()):
             raise ValueError(f"expected placements of [Replicate()], got {placements}; distribute full_tensor()")
-        whole = self.fragment.gather(self._local_tensor).as_strided(self.shape, self.fragment.stride)
+        fragment = self.fragment
+        whole = fragment.gather(self._local_tensor).as_strided(fragment.shape, fragment.stride)
+        if fragment.part is not None:
+            whole = fragment.part.wrap(whole).full_tensor()
         whole = whole.contiguous()  # torch's broadcast of a full state dict sends memory as it lies
         return DTensor.from_local(whole, self.device_mesh, (Replicate(),), run_check=False)
 
@@ -202,7 +224,7 @@ class _Local(Tensor):
 
     def copy_(self, src: Tensor, non_blocking: bool = False) -> Tensor:
         local = self.as_subclass(Tensor)
-        if src.shape != self.fragment.shape:
+        if src.shape != self.fragment.whole_shape:
             return local.copy_(src, non_blocking)
         for box, view in self.fragment.views(local):
             slices = tuple(slice(low, low + size) for low, size in zip(box.offsets, box.sizes, strict=True))

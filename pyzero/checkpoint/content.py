@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from pyzero.buckets import MASTER
+from pyzero.local_param import local_of
+from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state import SCALER, ZERO
 
@@ -19,6 +21,7 @@ EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left
 
 def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
     """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add."""
+    reshard(model)
     ours = {param for group in optimizer.param_groups for param in group["params"]}
     lacking = len(ours - set(model.parameters()))
     if lacking:
@@ -100,7 +103,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     excluded = _frozen(model, values) if excludes_frozen else set()
     tensors = {name: value for name, value in tensors.items() if name not in excluded}
     first: dict[int, str] = {}
-    tied = {n: first.setdefault(value.data_ptr(), n) for n, value in tensors.items() if value.numel()}
+    tied = {n: first.setdefault(local_of(v).data_ptr(), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {
         "param_groups": groups,
         "model": others,

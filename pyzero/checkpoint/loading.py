@@ -18,6 +18,7 @@ from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.content import EXCLUDED, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
+from pyzero.local_param import empty_on_host, local_of
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.rank_state import SCALER
 
@@ -84,7 +85,7 @@ class _Load:
         self._compare(what)
         with torch.no_grad():
             for name, value in self._others.items():
-                self._model_state[name].copy_(value)
+                local_of(self._model_state[name]).copy_(local_of(value))
         set_extra_state(self._model, self._common["model"])
         self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         return {"step": self._index["step"], **self._extra}
@@ -155,8 +156,13 @@ class _Load:
             if of_param[MASTER] not in saved:
                 of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
         like = {place: state["state"][n][key] for n, of_param in places.items() for key, place in of_param.items()}
-        trained = {params[number].data_ptr() for number in places if params[number].numel()}
-        others = {n: v for n, v in self._model_state.items() if v.data_ptr() not in trained}
+        trained = {names[number] for number in places}
+        places_of = {local_of(params[number]).data_ptr() for number in places if local_of(params[number]).numel()}
+        others = {
+            name: value
+            for name, value in self._model_state.items()
+            if name not in trained and local_of(value).data_ptr() not in places_of
+        }
         like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
         known = {*like, *(f"model.{name}" for name in self._model_state)}
         left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
@@ -167,7 +173,7 @@ class _Load:
             "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
         )
         fitting = [name for name, (got, want) in shapes.items() if got == want]
-        wanted = {name: like[name].new_empty(like[name].shape, device="cpu") for name in fitting}
+        wanted = {name: empty_on_host(like[name]) for name in fitting}
         self._state = {
             number: {
                 key: wanted.get(place, state["state"][number][key])

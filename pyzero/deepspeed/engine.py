@@ -14,10 +14,12 @@ from pyzero import comm
 from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
+from pyzero.deepspeed.parallel import Parallelism
 from pyzero.deepspeed.saving import EngineCheckpoints
 from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
 from pyzero.deepspeed.weights import EngineWeights
+from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")
@@ -34,10 +36,9 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         optimizer: ZeroOptimizer,
         lr_scheduler: Any,
         config: Config,
+        parallel: Parallelism,
         leaves_group: bool = False,
-        replica: tuple[int, int] | None = None,
     ) -> None:
-        """replica: Which of how many this rank belongs to; default: each rank is one."""
         super().__init__()
         self.module = module
         self.optimizer = optimizer
@@ -47,7 +48,7 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.rank, self.world_size = comm.rank_and_size()
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = comm.local_rank()
-        self.dp_rank, self.dp_world_size = replica or (self.rank, self.world_size)
+        self.dp_rank, self.dp_world_size = parallel.rank, parallel.size  # among those that see different data
         self.batches = config.batches(self.dp_world_size)
         self.micro_steps = 0  # calls of step()
         self.global_steps = 0  # optimizer steps, skipped ones too
@@ -141,7 +142,7 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         return self.optimizer.scale(loss)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Backward in here sends nothing; see FusedZeroAdam.no_sync."""
+        """Backward in here sends nothing; see FusedZeroAdam.no_sync. In stage 3 each backward sends."""
         return self.optimizer.no_sync()
 
     @contextmanager
@@ -271,7 +272,8 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.module.compile(*args, **kwargs)
 
     def empty_partition_cache(self) -> None:
-        """Nothing: weights are whole on each rank."""
+        """Have modules of stage 3 let go of whole weights."""
+        reshard(self.module)
 
     def destroy(self) -> None:
         """Leave the process group, if initialize() joined it. The engine is of no use afterwards."""

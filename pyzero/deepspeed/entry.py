@@ -21,6 +21,7 @@ from pyzero.deepspeed.keys import remarks
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion
 from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.parallel import Parallelism, parallelism_of, shard
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.reader import load
@@ -57,6 +58,7 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    mesh: Any = None,
 ) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
     """DeepSpeed's entry point, with its argument names and order.
 
@@ -73,12 +75,15 @@ def initialize(
         training_data: A dataset, for the data loader that is returned.
         lr_scheduler: A torch scheduler, or a function from optimizer to scheduler. Goes before the config's.
         distributed_port: Ignored; torchrun's is used.
-        mpu: Not supported.
+        mpu: DeepSpeed's: an object with get_data_parallel_group(), and get_model_parallel_group() or
+            get_tensor_model_parallel_group().
         dist_init_required: False: the process group is there already, or not wanted.
         collate_fn: Of the data loader.
         config: A dict, a path or JSON text; see docs/deepspeed.md.
-        mesh_param: Not supported.
+        mesh_param: Not supported; see mesh.
         config_params: Old name of `config`.
+        mesh: A DeviceMesh of one or two dimensions: ZeRO shards over the one named dp or data, or the first; the model
+            is split over the other.
 
     Returns:
         (engine, optimizer, data loader or None, scheduler or None).
@@ -89,34 +94,45 @@ def initialize(
     """
     if model is None:
         raise ValueError("expected a model, got None; pass model=")
-    for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
-        if value is not None:
-            raise ValueError(f"got {name}, which is not supported; leave it out, the ranks are all data-parallel")
+    if mesh_param is not None:
+        raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
     given = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
     if given is None:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
     settings = load(given)
     joined = dist_init_required is not False and comm.join()
-    num_replicas = comm.rank_and_size()[1]
-    if isinstance(model, PipelineModule):
-        num_replicas = model.grid.data_parallel_size
-    _check_accumulation(model, settings, num_replicas)
+    is_pipeline = isinstance(model, PipelineModule)
+    parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
+    _check_accumulation(model, settings, parallel.size)
     _remark(settings)
     _convert(model, settings)
     if isinstance(model, PipelineModule):
         model.broadcast_tied()
-    ours = _make_optimizer(model, optimizer, model_parameters, settings)
+    given_params = list(model.parameters() if model_parameters is None else model_parameters)
+    if settings.zero_optimization.stage == 3 and parallel.size > 1:
+        sharded = _shard(model, optimizer, settings, parallel)
+        given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
+    ours = _make_optimizer(model, optimizer, given_params, settings, parallel)
     schedule = _make_schedule(lr_scheduler, ours, settings)
     owners.register(ours)
-    if isinstance(model, PipelineModule):
-        engine: Engine = PipelineEngine(model, ours, schedule, settings, joined)
-    else:
-        engine = Engine(model, ours, schedule, settings, leaves_group=joined)
+    make: Any = PipelineEngine if is_pipeline else Engine
+    engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
     if training_data is not None:
         engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
         if isinstance(engine, PipelineEngine):
             engine.set_dataloader(RepeatingLoader(engine.training_dataloader))
     return engine, ours, engine.training_dataloader, schedule
+
+
+def _of_pipeline(model: PipelineModule, config: Config) -> Parallelism:
+    if config.zero_optimization.stage == 3:
+        raise ValueError(
+            "expected zero_optimization.stage of 0 to 2 with a PipelineModule, got 3; a stage of a pipeline has a part "
+            "of the weights already: set 1"
+        )
+    grid = model.grid
+    others = grid.get_pipe_parallel_group() if model.num_stages > 1 else None
+    return Parallelism(grid.get_data_parallel_group(), others, grid.data_parallel_id, grid.data_parallel_size)
 
 
 def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
@@ -136,11 +152,6 @@ def _remark(config: Config) -> None:
     """One line for each key that means something else here than its reader may think."""
     if comm.rank_and_size()[0] > 0:
         return
-    if config.zero_optimization.stage == 3:
-        log.warning(
-            "config: zero_optimization.stage=3 runs as stage 2: weights stay whole on each rank; the numbers "
-            "are the same, and the memory is not. Where they do not fit take torch's fully_shard"
-        )
     if config.optimizer is not None and config.optimizer.remark:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
     for line, warns in remarks(config):
@@ -157,8 +168,36 @@ def _convert(model: nn.Module, config: Config) -> None:
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, config: Config) -> ZeroOptimizer:
-    params = list(model.parameters() if model_parameters is None else model_parameters)
+def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism) -> dict[Tensor, Tensor]:
+    """Stage 3: returns what each parameter has become."""
+    if isinstance(optimizer, ZeroOptimizer):
+        raise ValueError(
+            f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
+            f"whole weights; pass a function from parameters to it, or a torch optimizer"
+        )
+    return shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+
+
+def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:
+    """Parameters, groups or (name, parameter) pairs, with other parameters."""
+    if isinstance(value, Tensor):
+        return new.get(value, value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, new) if key == "params" else item for key, item in value.items()}
+    return type(value)(_replaced(item, new) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _moved(optimizer: Any, new: dict[Tensor, Tensor]) -> Any:
+    """A torch optimizer over other parameters."""
+    if isinstance(optimizer, Optimizer):
+        for group in optimizer.param_groups:
+            group["params"] = _replaced(group["params"], new)
+    return optimizer
+
+
+def _make_optimizer(
+    model: nn.Module, optimizer: Any, params: list[Any], config: Config, parallel: Parallelism
+) -> ZeroOptimizer:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         if not callable(optimizer):
             raise TypeError(
@@ -177,10 +216,7 @@ def _make_optimizer(model: nn.Module, optimizer: Any, model_parameters: Any, con
                 "model_parallel_group=model.mpu().get_pipe_parallel_group(), or pass torch's AdamW"
             )
         return optimizer
-    options = _options(config)
-    if isinstance(model, PipelineModule) and is_pipeline:
-        options["process_group"] = model.grid.get_data_parallel_group()
-        options["model_parallel_group"] = model.grid.get_pipe_parallel_group()
+    options = {**_options(config), **parallel.options()}
     if optimizer is not None:
         return _ours(optimizer)(groups_of(optimizer), **options)
     if config.optimizer is None:

@@ -123,7 +123,7 @@ class EngineCheckpoints:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", _LATEST)
             return None, None
         folder = Path(load_dir) / name
-        own = None if load_optimizer_states and not load_module_only else copy.deepcopy(self.optimizer.state_dict())
+        own = None if load_optimizer_states and not load_module_only else _copied(self.optimizer.state_dict())
         with self._as_ours(folder) as ours:
             loaded = load_checkpoint(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
         if own is not None:
@@ -167,6 +167,13 @@ class EngineCheckpoints:
         self.optimizer.load_state_dict(state)
         for param, weight in zip(params, weights, strict=True):
             param.copy_(weight)  # noticed at the next step, as every write that torch counts
+
+
+def _copied(value: Any) -> Any:
+    """Of a state dict, in memory of its own: torch cannot deep-copy a DTensor."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)
 
 
 def _checked(tag: str) -> str:

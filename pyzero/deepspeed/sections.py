@@ -14,7 +14,7 @@ _DEFAULT_BUCKET = 500_000_000
 
 _LAYOUT = Moot("the optimizer lays out its buckets by itself; the numbers stay")
 _QUIET_LAYOUT = Moot(_LAYOUT.text, quiet=True)
-_STAGE_3 = Moot("weights are whole on each rank: see stage", quiet=True)
+_STAGE_3 = Moot("fully_shard gathers block by block, the next one ahead: see stage", quiet=True)
 _OFFLOAD = Moot("see device", quiet=True)
 _MASTERS = "masters and moments are fp32 all the same: more exact, and 12 bytes per parameter over all ranks"
 
@@ -141,13 +141,16 @@ class OffloadParamSection(Section):
 class ZeroSection(Section):
     """`zero_optimization`.
 
-    Stage 0 (DeepSpeed's default, nothing sharded) runs as stage 1: same numbers, less memory. Stage 3 runs as stage 2:
-    same numbers, more memory.
+    Stage 0 (DeepSpeed's default, nothing sharded) runs as stage 1: same numbers, less memory. Stage 3 is torch's
+    fully_shard, on the repeated blocks of the model and on the rest.
     """
 
     stage: Annotated[
         Literal[0, 1, 2, 3],
-        Done("0 runs as 1, with the same numbers; 3 runs as 2, with a warning: the weights stay whole on each rank"),
+        Done(
+            "0 runs as 1, with the same numbers; 3 is torch's fully_shard, on the modules that the model's largest "
+            "lists repeat and on the rest; with fp16 and bf16 its shards are fp32, and gathered in 16 bits"
+        ),
     ] = 0
     reduce_bucket_size: Annotated[
         Size | Auto, Done("elements of a bucket, where fewer than the default; else buckets are of 25 MiB")
@@ -180,7 +183,7 @@ class ZeroSection(Section):
     stage3_model_persistence_threshold: Annotated[Size | Auto | None, _STAGE_3] = None
     stage3_max_live_parameters: Annotated[Size | Auto, _STAGE_3] = 1_000_000_000
     stage3_max_reuse_distance: Annotated[Size | Auto, _STAGE_3] = 1_000_000_000
-    stage3_gather_16bit_weights_on_model_save: Annotated[Flag | Auto, Done("weights are whole on each rank")] = False
+    stage3_gather_16bit_weights_on_model_save: Annotated[Flag | Auto, Done("save_16bit_model always gathers")] = False
     stage3_gather_fp16_weights_on_model_save: Annotated[Flag | Auto, Done("the older name")] = False
     gather_16bit_weights_on_model_save: Annotated[Flag | Auto, Done("the newer name")] = False
     stage3_module_granularity_threshold: Annotated[Size | Auto, _STAGE_3] = 0
@@ -209,13 +212,10 @@ class ZeroSection(Section):
     save_muon_momentum_buffer_in_memory: Annotated[Flag, Moot("there is no Muon", quiet=True)] = False
     zenflow: Annotated[Any, Refused("it leaves out updates, which changes the result; remove it")] = None
 
-    def sharded_stage(self) -> int:
-        """FusedZeroAdam's."""
-        return min(max(self.stage, 1), 2)
-
     def arguments(self, element_size: int) -> dict[str, Any]:
         """For FusedZeroAdam. Its own bucket size unless the config asks for a smaller one."""
-        chosen: dict[str, Any] = {"stage": self.sharded_stage(), "overlap": self.overlap_comm is not False}
+        stage = min(max(self.stage, 1), 2)  # shards of stage 3 are one rank's own: the optimizer sends nothing
+        chosen: dict[str, Any] = {"stage": stage, "overlap": self.overlap_comm is not False}
         if self.reduce_bucket_size != "auto" and 0 < self.reduce_bucket_size < _DEFAULT_BUCKET:
             chosen["bucket_cap_mb"] = self.reduce_bucket_size * element_size / 2**20
         return chosen

@@ -70,7 +70,7 @@ class EngineSettings:
         return self.config.zero_optimization.stage > 0
 
     def zero_optimization_stage(self) -> int:
-        """The config's stage; of 3 see docs/deepspeed.md."""
+        """The config's stage."""
         return self.config.zero_optimization.stage
 
     def gradient_clipping(self) -> float:

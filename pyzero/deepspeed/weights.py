@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pyzero.local_param import whole_of
+from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
+
+if TYPE_CHECKING:
+    from pyzero.deepspeed.config import Config
 
 
 class EngineWeights:
@@ -16,6 +21,7 @@ class EngineWeights:
 
     module: nn.Module
     optimizer: ZeroOptimizer
+    config: Config
     rank: int
 
     def module_state_dict(self) -> dict[str, Any]:
@@ -23,12 +29,22 @@ class EngineWeights:
         return self.module.state_dict()
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
-        """Write the module's state dict, as it is on each rank, to one file; rank 0 does. Returns True."""
+        """Write the module's state dict, whole and in the dtype that it computes in, to one file; rank 0 does.
+
+        Returns:
+            True.
+        """
+        state = {name: self._in_16_bits(whole_of(value)) for name, value in self.module.state_dict().items()}
         if self.rank == 0:
             folder = Path(save_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.module.state_dict(), folder / save_filename)
+            torch.save(state, folder / save_filename)
         return True
+
+    def _in_16_bits(self, value: Any) -> Any:
+        """Of weights of stage 3, which are fp32."""
+        dtype = self.config.weights_dtype()
+        return value.to(dtype) if dtype is not None and torch.is_tensor(value) and value.is_floating_point() else value
 
     def save_fp16_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         """The older name of `save_16bit_model`."""
@@ -46,6 +62,7 @@ class EngineWeights:
 
     def get_fp32_state_dict(self) -> dict[str, Tensor]:
         """The module's state dict in fp32 on the CPU, with the masters in place of the weights. Collective."""
+        reshard(self.module)
         held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
         masters = {
             id(param): self.optimizer.full_master(param).cpu()
@@ -56,6 +73,6 @@ class EngineWeights:
         result: dict[str, Tensor] = {}
         for name, value in self.module.state_dict().items():
             master = masters.get(of_name.get(name, 0))
-            own = value.detach().cpu()
+            own = whole_of(value).detach().cpu()
             result[name] = master if master is not None else own.float() if own.is_floating_point() else own
         return result

@@ -1,4 +1,4 @@
-"""deepspeed.zero: contexts that scripts build and edit models in. Weights are whole on each rank, so they do little."""
+"""deepspeed.zero: contexts that scripts build and edit models in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyzero import modules
 from pyzero.deepspeed import comm
+from pyzero.local_param import is_dtensor, local_of, part_of
+from pyzero.modules import ShardedPlace
 
 log = logging.getLogger("pyzero")
 
@@ -24,7 +27,7 @@ class ZeroParamStatus(Enum):
 
 
 class Init:
-    """A context to build a model in. DeepSpeed partitions its weights there in stage 3; here they stay whole.
+    """A context to build a model in. It is built whole; initialize() shards it in stage 3.
 
     Args:
         module: Ignored, as are all but `enabled`.
@@ -35,7 +38,7 @@ class Init:
 
     def __init__(self, module: nn.Module | None = None, *args: Any, enabled: bool = True, **kwargs: Any) -> None:
         if enabled:
-            log.info("zero.Init: weights stay whole on each rank; the model is built as it would be without it")
+            log.info("zero.Init: the model is built whole, as without it; initialize() shards it in stage 3")
 
     def __enter__(self) -> Init:
         return self
@@ -46,6 +49,8 @@ class Init:
 
 class GatheredParameters:
     """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
+
+    In stage 3 modules show whole weights in here (`layer.weight`), and the parameters themselves stay DTensors.
 
     Args:
         params: A parameter, several, or a module's.
@@ -62,23 +67,34 @@ class GatheredParameters:
         enabled: bool = True,
     ) -> None:
         self._params = [params] if isinstance(params, Tensor) else list(params)
-        self._source = modifier_rank if enabled else None
+        self._enabled = enabled
+        self._source = modifier_rank
+        self._places: dict[Tensor, ShardedPlace] = {}
 
     def __enter__(self) -> GatheredParameters:
+        if self._enabled and any(is_dtensor(param) for param in self._params):
+            known = modules.find_fsdp_places()
+            self._places = {param: known[param] for param in self._params if param in known}
+            for owner in dict.fromkeys(place.owner for place in self._places.values()):
+                owner.unshard()
         return self
 
     @torch.no_grad()
     def __exit__(self, *error: object) -> None:
-        if self._source is None or error[0] is not None or comm.get_world_size() == 1:
-            return
-        for param in self._params:
-            value = param.detach().clone(memory_format=torch.contiguous_format)
-            comm.broadcast(value, src=self._source)
-            param.copy_(value)  # not by the collective: the optimizer notices what torch counts as a write
+        source = self._source if self._enabled and error[0] is None and comm.get_world_size() > 1 else None
+        wholes = {param: getattr(place.module, place.name) for param, place in self._places.items()}
+        changed = [] if source is None else self._params
+        values = [wholes.get(p, p).detach().clone(memory_format=torch.contiguous_format) for p in changed]
+        for owner in dict.fromkeys(place.owner for place in self._places.values()):
+            owner.reshard()
+        for param, value in zip(changed, values, strict=True):
+            comm.broadcast(local_of(value), src=source or 0)
+            # Not by the collective: the optimizer notices what torch counts as a write.
+            local_of(param).copy_(local_of(value) if is_dtensor(value) else part_of(value, param))
 
 
 def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Nothing: weights are whole on each rank."""
+    """Nothing: fully_shard gathers what a module holds."""
 
 
 def unregister_external_parameter(module: nn.Module, parameter: Tensor) -> None:

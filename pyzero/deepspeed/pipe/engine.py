@@ -12,6 +12,7 @@ from pyzero.comm import Group
 from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.parallel import Parallelism
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
 from pyzero.optimizer import ZeroOptimizer
@@ -27,12 +28,16 @@ class PipelineEngine(Engine):
     module: PipelineModule
 
     def __init__(
-        self, module: PipelineModule, optimizer: ZeroOptimizer, lr_scheduler: Any, config: Config, leaves_group: bool
+        self,
+        module: PipelineModule,
+        optimizer: ZeroOptimizer,
+        lr_scheduler: Any,
+        config: Config,
+        parallel: Parallelism,
+        leaves_group: bool,
     ) -> None:
-        grid = module.grid
-        replica = (grid.data_parallel_id, grid.data_parallel_size)
-        super().__init__(module, optimizer, lr_scheduler, config, leaves_group, replica)
-        self.grid = grid
+        super().__init__(module, optimizer, lr_scheduler, config, parallel, leaves_group)
+        self.grid = module.grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn: Callable[[Any], Any] | None = None

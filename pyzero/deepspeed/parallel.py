@@ -1,0 +1,155 @@
+"""Who computes what: the ranks that see different data, those that hold other parts of the model, and stage 3."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero import comm
+from pyzero.comm import Group
+from pyzero.local_param import local_of
+
+log = logging.getLogger("pyzero")
+
+_DATA_NAMES = ("dp", "data", "data_parallel", "dp_shard", "fsdp", "zero")
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """The groups of an engine; None is the default group, or no other parts."""
+
+    data: Any  # process group, or one dimension of a mesh
+    model: Any
+    rank: int  # among those that see different data
+    size: int
+    mesh: Any = None  # of one dimension over them, where the caller has one
+
+    def options(self) -> dict[str, Any]:
+        """Of the optimizer."""
+        return {"process_group": self.data, "model_parallel_group": self.model}
+
+
+def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
+    """From a mesh of one or two dimensions, from DeepSpeed's mpu, or all ranks.
+
+    Raises:
+        ValueError: Both are given, or the mesh has more dimensions, or mpu is none.
+    """
+    if mesh is not None and mpu is not None:
+        raise ValueError("got mesh and mpu, wanted one of them: each says which ranks see different data")
+    if mesh is not None:
+        return _of_mesh(mesh)
+    if mpu is None:
+        rank, size = comm.rank_and_size()
+        return Parallelism(None, None, rank, size)
+    if not hasattr(mpu, "get_data_parallel_group"):
+        raise ValueError(
+            f"expected mpu with get_data_parallel_group() and get_model_parallel_group(), got {type(mpu).__name__}; "
+            f"pass such an object, or a DeviceMesh as mesh="
+        )
+    names = ("get_model_parallel_group", "get_tensor_model_parallel_group")
+    model = next((getattr(mpu, name)() for name in names if hasattr(mpu, name)), None)
+    data = mpu.get_data_parallel_group()
+    is_alone = model is None or comm.place_in(model)[1] == 1
+    return Parallelism(data, None if is_alone else model, *comm.place_in(data))
+
+
+def _of_mesh(mesh: Any) -> Parallelism:
+    if mesh.ndim > 2:
+        raise ValueError(
+            f"expected a mesh of one or two dimensions, got {mesh.ndim}; pass the data and the tensor dimension, as in "
+            f"mesh['dp', 'tp']"
+        )
+    names = mesh.mesh_dim_names or ()
+    place = next((i for i, name in enumerate(names) if name in _DATA_NAMES), 0)
+    others = [i for i in range(mesh.ndim) if i != place and mesh.size(i) > 1]
+    if mesh.ndim == 2 and not names:
+        raise ValueError("expected names of a mesh's two dimensions, got none; pass mesh_dim_names=('dp', 'tp')")
+    model = mesh.get_group(others[0]) if others else None
+    data = mesh[names[place]] if mesh.ndim == 2 else mesh
+    return Parallelism(mesh.get_group(place), model, mesh.get_local_rank(place), mesh.size(place), data)
+
+
+# ---- stage 3 ---------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated modules of the largest lists: what fully_shard gathers one at a time.
+
+    Of lists inside each other the larger is taken, which is the outer one. A block that shares a parameter with what
+    lies outside it is left to the root.
+    """
+    found: list[tuple[int, str, list[nn.Module]]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            kinds = Counter(type(child) for child in module)
+            repeated = [child for child in module if kinds[type(child)] > 1 and any(True for _ in child.parameters())]
+            found.append((sum(p.numel() for child in repeated for p in child.parameters()), path, repeated))
+    chosen: list[str] = []
+    blocks: list[nn.Module] = []
+    for _, path, repeated in sorted(found, key=lambda row: -row[0]):
+        if not any(_is_inside(path, other) or _is_inside(other, path) for other in chosen):
+            chosen.append(path)
+            blocks += repeated
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return [block for block in dict.fromkeys(blocks) if not _shares(block, users)]
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return other == "" or path.startswith(f"{other}.")
+
+
+def _shares(block: nn.Module, users: Counter[int]) -> bool:
+    own = Counter(id(p) for module in block.modules() for p in module._parameters.values() if p is not None)
+    return any(users[key] > num for key, num in own.items())
+
+
+def shard(
+    model: nn.Module, parallel: Parallelism, dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+) -> dict[Tensor, Tensor]:
+    """fully_shard a model over the data-parallel ranks; returns what each parameter has become.
+
+    With a 16-bit dtype the shards are fp32, their own masters, and gathered in 16 bits: a shard holds 4 bytes per
+    parameter where weights and masters would be 6. Gradients are averaged, and accumulated, in fp32.
+
+    Args:
+        model: On its device, with rank 0's weights after this.
+        parallel: Whose ranks.
+        dtype: That the model computes in; None: its own.
+        reduce_dtype: That gradients are sent in; None: fp32.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    group = Group(parallel.data)
+    for tensor in (*model.parameters(), *model.buffers()):
+        group.broadcast(local_of(tensor.detach()))
+    before = dict(model.named_parameters(remove_duplicate=False))
+    whole = {param for param in model.parameters() if not param.is_floating_point()}
+    if dtype is not None:
+        _widen(model, dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=reduce_dtype or (torch.float32 if dtype else None), output_dtype=dtype
+    )
+    mesh = parallel.mesh or DeviceMesh.from_group(comm.handle_of(parallel.data), comm.device().type)
+    blocks = blocks_of(model)
+    for block in (*blocks, model):
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    if group.rank == 0:
+        log.info("config: stage 3: fully_shard on %d blocks and the rest, over %d ranks", len(blocks), group.size)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    return {before[name]: after[name] for name in before}
+
+
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights to fp32, which hold what they held; buffers stay in 16 bits."""
+    model.float()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)

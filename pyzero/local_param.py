@@ -1,0 +1,183 @@
+"""A DTensor parameter as this rank's plain tensor: memory, gradient and hooks are those of its local part.
+
+Buckets and gradients know plain tensors only. A LocalParam stands for a DTensor among them: what is read of it is read
+of the DTensor's local tensor, which FSDP or the caller may replace; what is put in its `.grad` goes to the DTensor's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyzero.sharded_grad import LocalGrad, ShardedGrad
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Without importing DTensor, which takes half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def outer(param: Tensor) -> Tensor:
+    """What the caller knows: the DTensor that a LocalParam stands for, or the parameter itself."""
+    return param.dtensor if isinstance(param, LocalParam) else param
+
+
+def local_of(tensor: Any) -> Tensor:
+    """This rank's plain memory of a DTensor, waited for; any other tensor as it is."""
+    local = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]  # an AsyncCollectiveTensor
+
+
+def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
+    """(shape, offsets) of this rank's part of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
+    return torch.Size(shape), torch.Size(offsets)
+
+
+def whole_of(value: Any) -> Any:
+    """All of a DTensor, on every rank: collective over its mesh. Anything else as it is."""
+    is_part = torch.is_tensor(value) and is_dtensor(value)
+    return value.full_tensor() if is_part else value
+
+
+def empty_on_host(tensor: Any) -> Tensor:
+    """As torch's empty_like, in host memory; of a DTensor another, of which this rank has the same part."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor.new_empty(tensor.shape, device="cpu")  # type: ignore[no-any-return]
+    return _wrap(torch.empty_like(local_of(tensor), device="cpu"), tensor)
+
+
+def _wrap(local: Tensor, like: Any) -> DTensor:
+    """A tensor of the local shape as this rank's part of a DTensor placed as another is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def part_of(value: Any, param: Any) -> Tensor:
+    """This rank's part of a whole tensor, plain or a DTensor, for a parameter; a view where it can be one."""
+    if is_dtensor(value):
+        if is_dtensor(param) and value.device_mesh == param.device_mesh:
+            return local_of(value.redistribute(placements=param.placements))
+        value = value.full_tensor()
+    if not is_dtensor(param):
+        return value  # type: ignore[no-any-return]
+    shape, offsets = box_of(param)
+    part: Tensor = value[tuple(slice(low, low + size) for low, size in zip(offsets, shape, strict=True))]
+    return part
+
+
+class LocalParam(torch.Tensor):
+    """Stands for a DTensor parameter.
+
+    Attributes:
+        dtensor: It.
+        room: Elements from the first one on that must lie in its memory: FSDP sends shards of equal size, padded.
+    """
+
+    dtensor: DTensor
+    room: int
+    _fsdp: Any  # torch's record of a parameter that fully_shard has sharded
+    _shown: Tensor | None  # what was put in the DTensor's `.grad`
+    _inner: Tensor | None  # and what it stands for
+    _parked: Tensor | None  # the sum so far, while backward adds to it
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(dtensor: Any, fsdp: Any = None) -> LocalParam:
+        """fsdp: What modules.find_fsdp_params() has of it."""
+        made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
+        made.dtensor, made._fsdp = dtensor, fsdp
+        made.room = 0 if fsdp is None else fsdp._sharded_param_data.numel()
+        made._shown = made._inner = made._parked = None
+        return made
+
+    @property
+    def is_fsdp(self) -> bool:
+        """fully_shard moves its weights, and reduces its gradients."""
+        return self._fsdp is not None
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Tensor:
+        """The local tensor."""
+        return local_of(self.dtensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Another one, which is followed in memory by what `room` asks for; FSDP reads weights there from now on."""
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.dtensor._local_tensor = value
+        if self._fsdp is not None and value.numel():
+            self._fsdp._sharded_param_data = value.as_strided((self.room,), (1,))
+
+    # What torch's own attributes say is of the memory that it had at first.
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    device = property(lambda self: self.data.device)
+    _version = property(lambda self: self.data._version)
+    requires_grad = property(lambda self: self.dtensor.requires_grad)
+
+    def stride(self, *args: Any) -> Any:
+        """Of the local tensor, as the others."""
+        return self.data.stride(*args)
+
+    def data_ptr(self) -> int:
+        """Of the local tensor."""
+        return self.data.data_ptr()
+
+    # ---- gradient --------------------------------------------------------------------------------------------------
+
+    @property
+    def grad(self) -> Tensor | None:
+        """This rank's part of the DTensor's gradient, placed as the parameter is; or what was put there."""
+        shown: Any = self.dtensor.grad
+        if shown is None:
+            self._shown = self._inner = None
+        elif isinstance(shown, ShardedGrad) or not is_dtensor(shown):
+            if shown is not self._shown:
+                self._shown = self._inner = shown
+        else:
+            if shown.placements != self.dtensor.placements:
+                shown = self.dtensor.grad = shown.redistribute(placements=self.dtensor.placements)
+            self._shown, self._inner = shown, local_of(shown)
+        return self._inner
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        shown: Any = value
+        if isinstance(value, (LocalGrad, ShardedGrad)):
+            shown = ShardedGrad.placeholder(self.dtensor, value._record, value._owner)
+            shown.stands_for = value
+        elif value is not None:
+            shown = self.wrap(value)
+        self.dtensor.grad = shown
+        self._shown, self._inner = shown, value
+
+    def wrap(self, local: Tensor) -> DTensor:
+        """A tensor of the local shape as this rank's part of a DTensor placed as the parameter is."""
+        return _wrap(local, self.dtensor)
+
+    def park(self) -> None:
+        """Backward is about to add to `.grad`: to nothing, for a stand-in takes no gradient."""
+        if isinstance(self.dtensor.grad, ShardedGrad):
+            self._parked, self.grad = self.grad, None
+
+    def unpark(self) -> None:
+        """It has added."""
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            arrived = self.grad
+            assert arrived is not None
+            parked.as_subclass(torch.Tensor).add_(arrived)
+            self.grad = parked

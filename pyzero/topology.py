@@ -1,0 +1,208 @@
+"""Which ranks share an optimizer's state, and which hold other parts of the model: told, or read off DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pyzero.comm import Group
+from pyzero.local_param import is_dtensor, outer
+
+_Ranks = tuple[int, ...]
+
+
+class _Dim(NamedTuple):
+    """One dimension of a mesh, as this rank sees it."""
+
+    ranks: _Ranks
+    process_group: Any
+    placement: Any
+
+
+class ModelDim(NamedTuple):
+    """Ranks along which a model is cut: each has other elements of what is split over them, the same of the rest."""
+
+    group: Group
+    ranks: _Ranks
+    is_of_mesh: bool  # DTensors say what is split over it; else an attribute of the parameter does
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of one optimizer.
+
+    Attributes:
+        data: Those that hold the same weights, and share state and gradients.
+        model: The dimensions along which others hold other parts of the model.
+        everyone: The process group of all that hold a part, where DTensors say what of it; None: those of `data`.
+    """
+
+    data: Group
+    model: tuple[ModelDim, ...]
+    everyone: Any = None
+
+    @property
+    def are_alike(self) -> bool:
+        """All ranks have the same parameters, or parts of them."""
+        return all(dim.is_of_mesh for dim in self.model)
+
+    def rank_and_size(self) -> tuple[int, int]:
+        """Of this process among all that hold a part."""
+        if self.everyone is None:
+            return self.data.rank, self.data.size
+        return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
+
+    @property
+    def told(self) -> Group | None:
+        """The ranks of model_parallel_group, where they hold parts of the model that no DTensor tells of."""
+        return next((dim.group for dim in self.model if not dim.is_of_mesh and dim.group.size > 1), None)
+
+    def owns(self, param: Tensor) -> bool:
+        """Whether of the ranks of `told` this is the one that saves the parameter, or a part of it."""
+        return all(dim.is_of_mesh or dim.group.rank == 0 or _is_split(param, dim) for dim in self.model)
+
+    def make_group_of_all(self) -> Group:
+        """All that hold a part, over a process group of its own. Collective.
+
+        Raises:
+            ValueError: No group that is known has all ranks that DTensors' meshes reach.
+        """
+        if self.everyone is not None:
+            return Group(self.everyone)
+        group = self.data
+        if self.told is not None:
+            for dim in self.model:
+                group = group.spread_over(dim.group)
+        elif any(dim.is_of_mesh for dim in self.model):
+            raise ValueError(
+                "expected a process group of all ranks that hold a part of the model, got DTensors on meshes that "
+                "reach a part of the ranks; slice them from one mesh of all ranks"
+            )
+        return group if group.handle is None or group is not self.data else Group(group.handle)
+
+    def counts(self, param: Tensor) -> bool:
+        """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""
+        return all(dim.group.rank == 0 or _is_split(outer(param), dim) for dim in self.model)
+
+
+def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_group: Any) -> Topology:
+    """Collective.
+
+    Raises:
+        ValueError: The DTensors' meshes do not tell which ranks hold the same weights.
+    """
+    dtensors = [param for param in params if is_dtensor(param)]
+    model_parallel = [] if model_parallel_group is None else [_resolved(model_parallel_group)]
+    if not dtensors:
+        data = Group(process_group)
+        return Topology(data, tuple(ModelDim(Group(handle), (), False) for handle in model_parallel))
+    of_mesh = [dim for param in dtensors for dim in _dims_of(param)]
+    found = {dim.ranks: dim.process_group for dim in of_mesh}
+    split = {dim.ranks for dim in of_mesh if not dim.placement.is_replicate()}
+    beside = {_ranks_of(handle): handle for handle in model_parallel}
+    asked = _resolved(process_group)
+    data_handle = _data_group(dtensors, {**beside, **found}, split, asked)
+    data = Group.alone() if data_handle is None else Group(data_handle)
+    model = {**found, **beside}
+    if data_handle is not None:
+        model.pop(_ranks_of(data_handle), None)
+    shared = [] if data_handle is None else [_ranks_of(data_handle)]
+    wholes = [handle for handle in (asked, dist.group.WORLD) if handle is not None]
+    everyone = next((handle for handle in wholes if _covers([*model, *shared], _ranks_of(handle))), None)
+    dims = tuple(ModelDim(Group(handle), ranks, ranks in found) for ranks, handle in model.items())
+    return Topology(data, dims, everyone if model else None)
+
+
+def _resolved(process_group: Any) -> Any:
+    """A ProcessGroup of that, of a mesh of one dimension, or of nothing."""
+    if hasattr(process_group, "get_group"):
+        return process_group.get_group()
+    return process_group
+
+
+def _ranks_of(process_group: Any) -> _Ranks:
+    return tuple(dist.get_process_group_ranks(process_group))
+
+
+def _dims_of(dtensor: Any) -> Iterator[_Dim]:
+    """Those of more than one rank."""
+    mesh = dtensor.device_mesh
+    for index, placement in enumerate(dtensor.placements):
+        if mesh.size(index) > 1:
+            handle = mesh.get_group(index)
+            yield _Dim(_ranks_of(handle), handle, placement)
+
+
+def _is_split(param: Any, dim: ModelDim) -> bool:
+    if not dim.is_of_mesh:
+        return bool(getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False))
+    return is_dtensor(param) and any(
+        own.ranks == dim.ranks and not own.placement.is_replicate() for own in _dims_of(param)
+    )
+
+
+def _data_group(dtensors: list[Any], model: dict[_Ranks, Any], split: set[_Ranks], asked: Any) -> Any:
+    """The ranks that hold the same local tensors as this one; None: it alone.
+
+    They are what was asked for where nothing is split over that and it crosses the meshes. Else all ranks that take
+    part are asked for: the meshes cover them, or the mesh that they were sliced from has one more dimension that does.
+    """
+    everyone = _ranks_of(dist.group.WORLD if asked is None else asked)
+    if asked is not None and everyone not in split:
+        if _are_orthogonal([*(ranks for ranks in model if ranks != everyone), everyone]):
+            return asked
+    if asked is not None and everyone in split and not _covers(model, everyone):  # one dimension of several
+        everyone = _ranks_of(dist.group.WORLD)
+    if not _are_orthogonal(model):
+        raise ValueError(
+            f"expected DTensors on meshes whose dimensions cross each other, got dimensions of ranks "
+            f"{_spell(model)}; slice all meshes from one (mesh['dp'], mesh['tp']), or build an optimizer for each"
+        )
+    if _covers(model, everyone):
+        return None
+    crossing = {ranks: handle for ranks, handle in _root_dims(dtensors) if _covers([*model, ranks], everyone)}
+    if len(crossing) != 1:
+        raise ValueError(
+            f"expected DTensors whose meshes tell which ranks hold the same weights, got dimensions of ranks "
+            f"{_spell(model)} among {len(everyone)} ranks; pass those ranks as process_group (mesh['dp']), or slice "
+            f"the mesh from one that has all ranks"
+        )
+    return next(iter(crossing.values()))
+
+
+def _root_dims(dtensors: list[Any]) -> Iterator[tuple[_Ranks, Any]]:
+    """Dimensions of the meshes that the DTensors' were sliced from."""
+    for root in dict.fromkeys(param.device_mesh._get_root_mesh() for param in dtensors):
+        for index in range(root.ndim):
+            if root.size(index) > 1:
+                handle = root.get_group(index)
+                yield _ranks_of(handle), handle
+
+
+def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:
+    """Each two have this rank in common, and no other."""
+    seen: set[int] = set()
+    rank = dist.get_rank()
+    for ranks in dims:
+        others = set(ranks) - {rank}
+        if seen & others:
+            return False
+        seen |= others
+    return True
+
+
+def _covers(dims: Iterable[_Ranks], everyone: _Ranks) -> bool:
+    """The ranks that one gets to along the dimensions are all of them."""
+    dims = list(dims)
+    num_reached = 1
+    for ranks in dims:
+        num_reached *= len(ranks)
+    return num_reached == len(everyone) and _are_orthogonal(dims) and all(set(ranks) <= set(everyone) for ranks in dims)
+
+
+def _spell(dims: Iterable[_Ranks]) -> str:
+    return " and ".join(str(list(ranks)) for ranks in dims) or "[]"

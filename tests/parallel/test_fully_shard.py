@@ -1,0 +1,217 @@
+"""Optimizers over DTensor parameters of fully_shard: masters and moments of local shards, norms over all ranks."""
+
+from typing import Any
+
+import parallel_case as case
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import pyzero
+
+
+def solo() -> Any:
+    """A group of this rank."""
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def fsdp_run(group: Any, max_norm: float | None) -> tuple[case.Run, bool]:
+    model = case.fsdp(case.Model(), group)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, max_grad_norm=max_norm)
+    run = case.train(model, optimizer, group)
+    masters_are_weights = all(
+        torch.equal(optimizer.full_master(param), weight)
+        for param, weight in zip(model.parameters(), run.weights, strict=True)
+    )
+    return run, masters_are_weights
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_follows_adamw_on_one_process(ranks, size):
+    for max_norm in (None, 0.2):
+        for run, masters_are_weights in ranks.run(size, fsdp_run, max_norm):
+            case.assert_follows(run, max_norm)
+            assert masters_are_weights
+
+
+def memory_of(group: Any) -> tuple[int, int, bool]:
+    model = case.fsdp(case.Model(), group)
+    case.loss_of(model, case.batch(0)).backward()  # fully_shard has seen its parameters where it put them
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.1, process_group=group)
+    local = sum(param.to_local().numel() for param in model.parameters())
+    before = case.loss_of(model, case.batch(0))
+    optimizer.step()
+    after = case.loss_of(model, case.batch(0))
+    return optimizer.state_bytes(), local, bool(after < before)
+
+
+def test_fp32_shards_are_their_own_masters_and_fsdp_reads_them(ranks):
+    for state_bytes, local, has_learned in ranks.run(4, memory_of):
+        assert has_learned  # FSDP's all-gather reads what the step wrote
+        padding = 20 * 2 * 64  # parameters, slots of 64 elements, twice where FSDP pads
+        assert 8 * local <= state_bytes <= 8 * (local + padding)  # two moments, and no masters beside the weights
+
+
+def bf16_run(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    model, plain = case.fsdp(case.Model(torch.bfloat16), group), case.Model(torch.bfloat16)
+    ours = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    alone = pyzero.FusedZeroAdamW(plain.parameters(), lr=case.LR, process_group=solo())
+    case.train(model, ours, group)
+    case.train(plain, alone, group)
+    return [ours.full_master(p) for p in model.parameters()], [alone.full_master(p) for p in plain.parameters()]
+
+
+def test_bf16_shards_have_fp32_masters(ranks):
+    masters, wanted = ranks.run(1, bf16_run)[0]
+    for ours, theirs in zip(masters, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)  # one rank's shards are whole: bit for bit
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in masters)
+
+
+def mixed_precision(group: Any) -> tuple[list[torch.Tensor], float]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = case.fsdp(case.Model(), group, mp_policy=policy)
+    theirs = case.fsdp(case.Model(), group, mp_policy=policy)
+    ours = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    torchs = torch.optim.AdamW(theirs.parameters(), lr=case.LR)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for step in range(case.NUM_STEPS):
+        x = case.batch(step).chunk(size)[rank]
+        for net, optimizer in ((model, ours), (theirs, torchs)):
+            optimizer.zero_grad()
+            case.loss_of(net, x).backward()
+            optimizer.step()
+    pairs = zip(model.parameters(), theirs.parameters(), strict=True)
+    differences = [(case.whole(a) - case.whole(b)).abs().max() for a, b in pairs]
+    return [p.grad.to_local() for p in model.parameters()], float(torch.stack(differences).max())
+
+
+def test_mixed_precision_policy_keeps_fp32_weights(ranks):
+    """Adam's own rounding apart, fully_shard's bf16 forward makes of both runs the same; a weight is about 1."""
+    for grads, difference in ranks.run(2, mixed_precision):
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        assert difference < case.NUM_STEPS * case.LR * 2**-8  # bf16 weights differ in their last bit at times
+
+
+def fp16_overflow(group: Any, way: str) -> dict[str, Any]:
+    """Rank 1 overflows in the second of four steps of two micro-batches each, in one parameter of its own shard."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    model = case.fsdp(case.Model(torch.float16), group)
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=case.LR, process_group=group, loss_scale=pyzero.LossScale(init_scale=2.0**10)
+    )
+    applied, scales, weights = [], [], []
+    for step in range(4):
+        optimizer.zero_grad(set_to_none=way != "zeros")
+        for micro in range(2):
+            if way == "no_sync":
+                model.set_requires_gradient_sync(micro == 1)
+            loss = case.loss_of(model, case.batch(2 * step + micro, torch.float16).chunk(size)[rank])
+            if way == "scale":
+                optimizer.scale(loss / 2).backward()
+            else:
+                optimizer.backward(loss / 2)
+        if step == 1 and rank == size - 1:
+            param = next(p for p in model.parameters() if p.to_local().numel())
+            param.grad.to_local().view(-1)[0] = float("inf")
+        optimizer.step()
+        applied.append(optimizer.was_step_applied)
+        scales.append(optimizer.loss_scale)
+        weights.append([case.whole(p) for p in model.parameters()])
+    return {"applied": applied, "scales": scales, "weights": weights, "norm": float(optimizer.grad_norm)}
+
+
+@pytest.mark.parametrize("way", ["backward", "no_sync", "scale", "zeros"])
+def test_an_overflow_on_one_rank_skips_on_all(ranks, way):
+    results = ranks.run(2, fp16_overflow, way)
+    for result in results:
+        assert result["applied"] == [True, False, True, True]
+        assert result["scales"] == [1024.0, 512.0, 512.0, 512.0]
+        assert result["norm"] == results[0]["norm"] < 100  # of unscaled gradients
+        before, skipped, after = result["weights"][:3]
+        assert all(torch.equal(a, b) for a, b in zip(before, skipped, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(skipped, after, strict=True))
+        for step in range(4):
+            for a, b in zip(result["weights"][step], results[0]["weights"][step], strict=True):
+                assert torch.equal(a, b)
+
+
+def written_outside(group: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    model = case.fsdp(case.Model(torch.bfloat16), group)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(2)
+    first, second = list(model.parameters())[:2]
+    first._local_tensor = first.to_local().clone() + 1  # as torch's own loads move it
+    optimizer.set_full_master(second, torch.full(second.shape, 1.5))
+    case.loss_of(model, case.batch(0, torch.bfloat16)).backward()
+    optimizer.set_full_grad(first, torch.ones(first.shape))
+    optimizer.step()
+    optimizer.zero_grad()
+    return [(case.whole(param).float(), optimizer.full_master(param)) for param in model.parameters()]
+
+
+def test_writes_from_outside_reach_masters(ranks):
+    model = case.Model(torch.bfloat16)
+    first = (2 * model.first.weight.detach() + 1).float()
+    for pairs in ranks.run(2, written_outside):
+        for weight, master in pairs:
+            assert torch.equal(weight, master.bfloat16().float())
+        moved = first * (1 - case.LR * 1e-2) - case.LR  # a gradient of 1 moves by lr, beside the decay
+        torch.testing.assert_close(pairs[0][1], moved, rtol=0, atol=1e-6)
+        assert (pairs[1][1] - 1.5).abs().max() < 2 * case.LR
+
+
+def refused(group: Any) -> dict[str, str]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    found = {}
+
+    def attempt(name: str, build: Any) -> None:
+        try:
+            build()
+        except (TypeError, ValueError) as error:
+            found[name] = str(error)
+
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = case.fsdp(case.Model(), group)
+    extra = nn.Parameter(torch.ones(3))
+    attempt("plain", lambda: pyzero.FusedZeroAdamW([*model.parameters(), extra]))
+    attempt("lamb", lambda: pyzero.ZeroLamb(model.parameters()))
+    both = [*model.parameters(), *case.fsdp(case.Model(), square["dp"]).parameters()]
+    attempt("meshes", lambda: pyzero.FusedZeroAdamW(both))
+    hybrid = case.fsdp(case.Model(), square)  # replicated over dp, sharded over tp
+    attempt("hybrid", lambda: pyzero.FusedZeroAdamW(hybrid.parameters(), process_group=square["dp"]))
+    ours = pyzero.FusedZeroAdamW(hybrid.parameters(), process_group=square["dp"], reduce_grads=False, lr=case.LR)
+    found["hybrid run"] = case.train(hybrid, ours, group)
+    return found
+
+
+def test_what_cannot_be_right_is_refused(ranks):
+    for found in ranks.run(4, refused):
+        assert "reduce_grads=False and average it" in found["plain"]
+        assert "which takes their norms" in found["lamb"]
+        assert "slice all meshes from one" in found["meshes"]
+        assert "pass reduce_grads=False" in found["hybrid"]
+        case.assert_follows(found["hybrid run"], None)
+
+
+def lion(group: Any) -> list[torch.Tensor]:
+    model, plain = case.fsdp(case.Model(), group), case.Model()
+    optimizer = pyzero.FusedZeroLion(model.parameters(), lr=1e-3, process_group=group)
+    alone = pyzero.FusedZeroLion(plain.parameters(), lr=1e-3, process_group=solo())
+    case.train(model, optimizer, group)
+    case.train(plain, alone, group, share=(0, 1))
+    return [case.whole(a) - case.whole(b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+
+
+def test_lion_over_shards(ranks):
+    """Lion moves by the sign: where rounding does not flip one, weights agree to their last bits."""
+    for differences in ranks.run(2, lion):
+        far = torch.cat([d.view(-1) for d in differences]).abs() > 1e-5
+        assert far.float().mean() < 0.01

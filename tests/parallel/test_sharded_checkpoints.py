@@ -1,0 +1,103 @@
+"""State of DTensor parameters in state dicts and checkpoints: whole tensors by name, on any mesh, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import parallel_case as case
+import pytest
+import torch
+import torch.distributed as dist
+from test_tensor_parallel import split, square
+
+import pyzero
+
+STEPS = 3
+
+
+def build(group: Any, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model on a mesh, and its optimizer."""
+    model = case.Model(dtype)
+    model.first.weight.requires_grad_(False)
+    options: dict[str, Any] = {"process_group": group}
+    if kind == "fully_shard":
+        case.fsdp(model, group)
+    elif kind in ("tensor", "both"):
+        mesh = square()
+        split(model, mesh["tp"])
+        if kind == "both":
+            case.fsdp(model, mesh["dp"])
+        options = {}
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, bucket_cap_mb=1e-3, **options)
+    return model, optimizer
+
+
+def contents(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """All, whole and by name."""
+    found = {}
+    for name, param in model.named_parameters():
+        found[name] = case.whole(param)
+        found.update({f"{name}.{key}": value for key, value in optimizer.full_state(param).items()})
+        if param.requires_grad:
+            found[f"{name}.full_master"] = optimizer.full_master(param)
+    return found
+
+
+def save(group: Any, kind: str, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
+    model, optimizer = build(group, kind, dtype)
+    half = dist.get_world_size(group) // (2 if kind in ("tensor", "both") else 1)
+    rank = dist.get_rank(group)
+    share = (rank // 2, half) if kind in ("tensor", "both") else (rank, half)
+    case.train(model, optimizer, group, range(STEPS), share)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model(case.batch(0, dtype))  # fully_shard shows whole weights of the root behind it
+    pyzero.save_checkpoint(folder, model=model, optimizer=optimizer, step=STEPS, more=kind)
+    return contents(model, optimizer)
+
+
+def load(group: Any, kind: str, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
+    model, optimizer = build(group, kind, dtype)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(3)
+    loaded = pyzero.load_checkpoint(folder, model=model, optimizer=optimizer)
+    assert loaded["step"] == STEPS
+    found = contents(model, optimizer)
+    whole = optimizer.full_state_dict()
+    case.loss_of(model, case.batch(9, dtype)).backward()
+    optimizer.step()  # away from it
+    optimizer.load_state_dict(whole)
+    again = contents(model, optimizer)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    own = optimizer.state_dict()
+    own["state"] = {n: {key: value.clone() for key, value in row.items()} for n, row in own["state"].items()}
+    optimizer.zero_grad()
+    case.loss_of(model, case.batch(9, dtype)).backward()
+    optimizer.step()
+    optimizer.load_state_dict(own)
+    again = contents(model, optimizer)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+PAIRS = {
+    ("plain", 2): [("fully_shard", 4), ("both", 4)],
+    ("fully_shard", 2): [("plain", 1)],
+    ("fully_shard", 4): [("plain", 1), ("fully_shard", 2), ("tensor", 4)],
+    ("tensor", 4): [("both", 4), ("plain", 2)],
+    ("both", 4): [("fully_shard", 2), ("tensor", 4)],
+}
+
+
+@pytest.mark.parametrize(("kind", "size"), PAIRS)
+def test_a_checkpoint_loads_on_another_mesh(ranks, tmp_path, kind, size):
+    dtype = torch.float32 if kind in ("tensor", "fully_shard") else torch.bfloat16
+    saved = ranks.run(size, save, kind, dtype, tmp_path)
+    assert all(same(one, saved[0]) for one in saved)
+    for other, other_size in PAIRS[kind, size]:
+        for loaded in ranks.run(other_size, load, other, dtype, tmp_path):
+            assert same(loaded, saved[0]), (other, other_size)

@@ -1,0 +1,259 @@
+"""initialize() with stage 3: torch's fully_shard on the model's blocks, and all that the engine does, on shards."""
+
+from pathlib import Path
+from typing import Any
+
+import parallel_case as case
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import pyzero
+from pyzero.deepspeed import comm, parallel, utils, zero
+
+SECTIONS = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 10}},
+}
+WORLD = 4  # of the pool's default group
+
+
+def start(stage: int, dtype: str, seed: int = 0, **options: Any) -> Any:
+    model = case.Model()
+    with torch.no_grad():
+        for param in model.parameters() if seed or dist.get_rank() else ():
+            param.mul_(2)  # rank 0's count
+    size = options.pop("size", WORLD)
+    config = {
+        "train_batch_size": 2 * case.BATCH,
+        "train_micro_batch_size_per_gpu": case.BATCH // size,
+        "optimizer": {"type": "AdamW", "params": {"lr": case.LR, "weight_decay": 1e-2}},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.2,
+        **SECTIONS[dtype],
+    }
+    return pyzero.initialize(model=model, config=config, **options)[0]
+
+
+def train(engine: Any, steps: range) -> case.Run:
+    """Two micro-batches a step, each shared by the ranks."""
+    losses, norms = [], []
+    for step in steps:
+        total = torch.zeros(())
+        for micro in range(2):
+            x = case.batch(2 * step + micro).chunk(engine.dp_world_size)[engine.dp_rank]
+            loss = engine(x).float().sub(1).square().mean()
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / 2 / WORLD
+        dist.all_reduce(total)
+        losses.append(total)
+        norms.append(torch.tensor(engine.get_global_grad_norm()))
+    return case.Run(torch.stack(losses), torch.stack(norms), list(engine.get_fp32_state_dict().values()))
+
+
+def whole_run(group: Any, stage: int, dtype: str) -> dict[str, Any]:
+    engine = start(stage, dtype)
+    run = train(engine, range(case.NUM_STEPS))
+    local = sum(p.to_local().numel() if stage == 3 else p.numel() for p in engine.module.parameters())
+    return {"run": run, "local": local, "bytes": engine.optimizer.state_bytes(), "scale": engine.cur_scale}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stage_3_has_the_numbers_of_stage_2(ranks, dtype):
+    stages = {stage: ranks.run(WORLD, whole_run, stage, dtype) for stage in (2, 3)}
+    for result in stages[3]:
+        assert all(torch.equal(a, b) for a, b in zip(result["run"].weights, stages[3][0]["run"].weights, strict=True))
+    ours, theirs = stages[3][0]["run"], stages[2][0]["run"]
+    # bf16: the gradients of a rank are the same, but for where a sum of two is rounded; fp32: another order of sums
+    unit = {"fp32": 2.0**-23, "bf16": 2.0**-8}[dtype]
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=16 * unit, atol=0)
+    for a, b in zip(ours.weights, theirs.weights, strict=True):
+        assert (a - b).abs().max() < 16 * unit * case.NUM_STEPS * case.LR + 2 * unit
+    total = sum(p.numel() for p in case.Model().parameters())
+    assert sum(result["local"] for result in stages[3]) == total
+
+
+def overflow(group: Any) -> list[Any]:
+    engine = start(3, "fp16")
+    applied = []
+    for step in range(3):
+        for micro in range(2):
+            x = case.batch(2 * step + micro).chunk(WORLD)[engine.dp_rank]
+            if step == 1 and micro == 0 and dist.get_rank() == 2:
+                x = x * 1e4
+            engine.backward((engine(x).float() * (1e4 if x.abs().max() > 1e3 else 1)).square().mean())
+            engine.step()
+        applied.append(engine.was_step_applied())
+    return [applied, engine.cur_scale, engine.skipped_steps, list(engine.get_fp32_state_dict().values())]
+
+
+def test_an_overflow_on_one_rank_skips_on_all(ranks):
+    results = ranks.run(WORLD, overflow)
+    for applied, scale, skipped, weights in results:
+        assert applied == [True, False, True] and skipped == 1 and scale == results[0][1]
+        assert all(torch.equal(a, b) for a, b in zip(weights, results[0][3], strict=True))
+        assert all(torch.isfinite(weight).all() for weight in weights)
+
+
+def save(group: Any, folder: Path, stage: int) -> list[torch.Tensor]:
+    engine = start(stage, "bf16")
+    train(engine, range(2))
+    with torch.no_grad():
+        engine(case.batch(0))
+    engine.save_checkpoint(folder, client_state={"epoch": 3})
+    engine.save_16bit_model(folder)
+    return list(engine.get_fp32_state_dict().values())
+
+
+def load(group: Any, folder: Path, stage: int) -> tuple[list[torch.Tensor], Any]:
+    engine = start(stage, "bf16", seed=1)
+    _, client = engine.load_checkpoint(folder, load_optimizer_states=False)
+    weights = list(engine.get_fp32_state_dict().values())
+    engine.load_checkpoint(folder)
+    assert engine.global_steps == 2 and client == {"epoch": 3}
+    saved = torch.load(folder / "pytorch_model.bin")
+    masters = engine.get_fp32_state_dict()
+    assert saved.keys() == masters.keys()
+    assert all(saved[name].dtype == torch.bfloat16 for name in saved)
+    assert all(torch.equal(saved[name], masters[name].bfloat16()) for name in saved)
+    return list(masters.values()), weights
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (3, 3)])
+def test_checkpoints_go_between_stages(ranks, tmp_path, before, after):
+    saved = ranks.run(WORLD, save, tmp_path, before)
+    for masters, weights in ranks.run(WORLD, load, tmp_path, after):
+        assert all(torch.equal(a, b) for a, b in zip(masters, saved[0], strict=True))
+        close = [torch.allclose(a, b, rtol=2**-8) for a, b in zip(weights, saved[0], strict=True)]
+        assert all(close)
+
+
+def gathered(group: Any) -> dict[str, Any]:
+    with zero.Init():
+        engine = start(3, "fp32")
+    layer = engine.module.first
+    param = layer.weight
+    with zero.GatheredParameters(param):
+        read = layer.weight.detach().clone()
+    with zero.GatheredParameters([param, layer.bias], modifier_rank=1):
+        with torch.no_grad():
+            layer.weight.fill_(float(dist.get_rank()))
+    train(engine, range(1))
+    after = utils.safe_get_full_fp32_param(param)
+    utils.safe_set_full_fp32_param(param, torch.full(param.shape, 7.0))
+    engine.empty_partition_cache()
+    return {"read": read, "after": after, "set": case.whole(param), "blocks": type(engine.module.blocks[0]).__name__}
+
+
+def test_gathered_parameters_read_and_write_shards(ranks):
+    for found in ranks.run(WORLD, gathered):
+        assert torch.equal(found["read"], case.Model().first.weight)
+        assert (found["after"] - 1).abs().max() < 2 * case.LR  # rank 1's, and a step away
+        assert (found["set"] == 7).all() and "FSDP" in found["blocks"]
+
+
+def given(group: Any, how: str) -> tuple[str, bool]:
+    model = case.Model()
+    groups = [{"params": list(model.blocks.parameters())}, {"params": list(model.first.parameters()), "lr": 0.5}]
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    if how == "config":
+        config["optimizer"] = {"type": "Adam", "params": {"lr": 0.1}}
+        engine = pyzero.initialize(model=model, config=config, model_parameters=groups)[0]
+    else:
+        maker = lambda params: torch.optim.AdamW(params, lr=0.1)  # noqa: E731
+        optimizer = {
+            "torch": lambda: maker(groups),
+            "function": lambda: maker,
+            "ours": lambda: pyzero.FusedZeroAdam(groups),
+        }
+        try:
+            engine = pyzero.initialize(model=model, config=config, optimizer=optimizer[how](), model_parameters=groups)[
+                0
+            ]
+        except ValueError as error:
+            return str(error), True
+    rates = engine.get_lr()
+    held = {id(p) for g in engine.optimizer.param_groups for p in g["params"]}
+    return str(rates), held <= {id(p) for p in model.parameters()}
+
+
+def test_optimizers_that_are_given_get_the_shards(ranks):
+    for how in ("config", "torch", "function"):
+        assert ranks.run(WORLD, given, how) == [("[0.1, 0.5]", True)] * WORLD
+    assert all("pass a function" in message for message, _ in ranks.run(WORLD, given, "ours"))
+
+
+class Mpu:
+    """DeepSpeed's object, for 2 x 2 ranks."""
+
+    def __init__(self) -> None:
+        self.data = [dist.new_group(members) for members in ([0, 2], [1, 3])][dist.get_rank() % 2]
+        self.model = [dist.new_group(members) for members in ([0, 1], [2, 3])][dist.get_rank() // 2]
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self.model
+
+
+def told_groups(group: Any, how: str, stage: int, folder: Path) -> tuple[Any, Any]:
+    from test_tensor_parallel import split, square
+
+    mesh = square()
+    options = {"mesh": mesh} if how == "mesh" else {"mpu": Mpu()}
+    model = split(case.Model(), mesh["tp"])
+    config = {
+        "train_batch_size": 2 * case.BATCH,
+        "train_micro_batch_size_per_gpu": case.BATCH // 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": case.LR, "weight_decay": 1e-2}},
+        "zero_optimization": {"stage": stage},
+    }
+    engine = pyzero.initialize(model=model, config=config, **options)[0]
+    run = train(engine, range(3))
+    engine.save_checkpoint(folder)
+    weights = engine.get_fp32_state_dict()
+    train(engine, range(3, 4))
+    engine.load_checkpoint(folder)
+    again = engine.get_fp32_state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    return run, (engine.dp_world_size, engine.dp_rank, engine.batches.accumulation, engine.global_samples)
+
+
+@pytest.mark.parametrize(("how", "stage"), [("mesh", 2), ("mesh", 3), ("mpu", 2)])
+def test_mesh_and_mpu_say_who_sees_other_data(ranks, tmp_path, how, stage):
+    results = ranks.run(4, told_groups, how, stage, tmp_path)
+    plain = case.alone(torch.float32, None, 1)
+    for rank, (run, told) in enumerate(results):
+        assert told == (2, rank // 2, 2, 3 * 2 * case.BATCH)
+        assert all(torch.equal(a, b) for a, b in zip(run.weights, results[0][0].weights, strict=True))
+        assert run.norms[0] > 0 and plain.norms[0] > 0
+
+
+def test_blocks_are_the_repeated_modules_of_the_largest_list():
+    model = case.Model()
+    assert parallel.blocks_of(model) == list(model.blocks)
+    tied = case.Model()
+    tied.last.weight = nn.Parameter(torch.zeros(1, 6))
+    tied.blocks[0].norm.weight = tied.blocks[1].norm.weight
+    assert parallel.blocks_of(tied) == []  # a weight of two blocks is the root's
+    flat = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert parallel.blocks_of(flat) == [flat[0], flat[2]]
+    nested = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
+    assert parallel.blocks_of(nested) == [nested[0], nested[1]]
+    assert parallel.blocks_of(nn.Linear(2, 2)) == []
+
+
+def test_alone_nothing_is_sharded():
+    engine = pyzero.initialize(
+        model=case.Model(),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "Adam"},
+            "zero_optimization": {"stage": 3},
+        },
+    )[0]
+    assert comm.get_world_size() == 1 and not hasattr(engine.module.first.weight, "device_mesh")

@@ -1,0 +1,133 @@
+"""A small model, its batches, and how it trains on one process: what ranks that share it are held against."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LR = 0.01
+NUM_STEPS = 12
+BATCH = 8
+
+
+class Block(nn.Module):
+    """Its 9 rows are uneven over 2 and 4 ranks; over 4 the last has none of 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 12)
+        self.mid = nn.Linear(12, 9)
+        self.down = nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.mid(torch.tanh(self.up(self.norm(x))))))
+
+
+class Model(nn.Module):
+    """Two blocks between two layers."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.last = nn.Linear(6, 1)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x).float() if x.dtype.itemsize < 4 else model(x)).sub(1).square().mean()
+
+
+class Run(NamedTuple):
+    """What came of a training."""
+
+    losses: Tensor
+    norms: Tensor  # of gradients, before clipping
+    weights: list[Tensor]
+
+
+@cache
+def alone(dtype: torch.dtype, max_norm: float | None, num_steps: int = NUM_STEPS) -> Run:
+    """torch.optim.AdamW on one process."""
+    model = Model(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    losses, norms = [], []
+    for step in range(num_steps):
+        loss = loss_of(model, batch(step, dtype))
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
+        optimizer.step()
+        losses.append(loss.detach())
+    return Run(torch.stack(losses), torch.stack(norms), [p.detach() for p in model.parameters()])
+
+
+def assert_follows(run: Run, max_norm: float | None, num_steps: int = NUM_STEPS) -> None:
+    """It lies as near to the run in fp64 as torch's in fp32 does.
+
+    Adam divides small gradients by small moments, so that how far rounding carries is a matter of the problem: torch's
+    own error is the measure of it. Another order of sums is another draw of the same errors, and the largest of some
+    hundred of them differs between two draws by less than the factor of 4. An error that torch's run happens not to
+    make is a few units of the largest value.
+    """
+    exact, torchs = alone(torch.float64, max_norm, num_steps), alone(torch.float32, max_norm, num_steps)
+    for ours, theirs, wanted in zip(_parts(run), _parts(torchs), _parts(exact), strict=True):
+        unit = 2.0**-24 * float(wanted.abs().max())
+        limit = 4 * float((theirs.double() - wanted).abs().max()) + 8 * unit
+        error = float((ours.double() - wanted).abs().max())
+        assert error <= limit, f"{error:.3g} above {limit:.3g}"
+
+
+def _parts(run: Run) -> list[Tensor]:
+    return [run.losses, run.norms, torch.cat([weight.reshape(-1) for weight in run.weights])]
+
+
+def fsdp(model: Any, group: Any, **options: Any) -> Any:
+    """fully_shard on the blocks and the rest."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = DeviceMesh.from_group(group, "cpu") if not isinstance(group, DeviceMesh) else group
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of a DTensor, or of a plain tensor."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def train(
+    model: Any, optimizer: Any, group: Any, steps: range = range(NUM_STEPS), share: tuple[int, int] = (0, 0)
+) -> Run:
+    """share: (which part of a batch, of how many); default: this rank's of the group's."""
+    import torch.distributed as dist
+
+    index, count = share if share[1] else (dist.get_rank(group), dist.get_world_size(group))
+    dtype = next(model.parameters()).dtype
+    losses, norms = [], []
+    for step in steps:
+        loss = loss_of(model, batch(step, dtype).chunk(count)[index])
+        optimizer.zero_grad()
+        optimizer.backward(loss)
+        optimizer.step()
+        mean = loss.detach() / dist.get_world_size(group)
+        dist.all_reduce(mean, group=group)
+        losses.append(mean)
+        norms.append(optimizer.grad_norm)
+    return Run(torch.stack(losses), torch.stack(norms), [whole(p) for p in model.parameters()])
