@@ -34,12 +34,27 @@ class EngineWeights:
         Returns:
             True.
         """
-        state = {name: self._in_16_bits(whole_of(value)) for name, value in self.module.state_dict().items()}
+        state = self._whole_weights()
         if self.rank == 0:
             folder = Path(save_dir)
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(state, folder / save_filename)
         return True
+
+    def _whole_weights(self) -> dict[str, Any]:
+        """The module's state dict on rank 0, shards gathered to its CPU one by one, tied ones once; none elsewhere."""
+        reshard(self.module)
+        params = {name: id(param) for name, param in self.module.named_parameters(remove_duplicate=False)}
+        state: dict[str, Any] = {}
+        gathered: dict[int, Any] = {}
+        for name, value in self.module.state_dict().items():
+            key = params.get(name, id(value))
+            if key not in gathered:
+                whole = whole_of(value)
+                gathered[key] = None if self.rank else self._in_16_bits(whole if whole is value else whole.cpu())
+            if self.rank == 0:
+                state[name] = gathered[key]
+        return state
 
     def _in_16_bits(self, value: Any) -> Any:
         """Of weights of stage 3, which are fp32."""
@@ -55,10 +70,10 @@ class EngineWeights:
         return True
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """What accelerate and transformers save in stage 3: the module's state dict, weights being whole."""
+        """What accelerate and transformers save in stage 3. Collective; empty but on rank 0, as DeepSpeed's."""
         frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
         left_out = frozen if exclude_frozen_parameters else ()
-        return {name: value for name, value in self.module.state_dict().items() if name not in left_out}
+        return {name: value for name, value in self._whole_weights().items() if name not in left_out}
 
     def get_fp32_state_dict(self) -> dict[str, Tensor]:
         """The module's state dict in fp32 on the CPU, with the masters in place of the weights. Collective."""
