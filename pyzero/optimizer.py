@@ -582,6 +582,11 @@ class ZeroOptimizer(FullAccess, Optimizer):
             self._checkpoint_group = self._group if handle is None else Group(handle)
         return self._checkpoint_group
 
+    @property
+    def are_alike(self) -> bool:
+        """All ranks have the same parameters, or parts of them that tensors know of."""
+        return self._topology.are_alike
+
     def part_name(self) -> str:
         """Of this part of a model that `model_parallel_group` has split as no tensor tells; else the empty one."""
         if self._topology.are_alike:
