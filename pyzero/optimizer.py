@@ -603,6 +603,11 @@ class ZeroOptimizer(FullAccess, Optimizer):
             self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
 
+    @property
+    def are_alike(self) -> bool:
+        """All ranks have the same parameters, or parts of them that tensors know of."""
+        return self._topology.are_alike
+
     def place_unfrozen(self) -> None:
         """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
         self._place_unfrozen()

@@ -32,18 +32,22 @@ def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: b
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
     """Have a torch state dict hold tensors of the parameters' shapes; sharded ones over several ranks."""
-    origin = state_dict["param_groups"][0][ZERO]
+    origin, alike = state_dict["param_groups"][0][ZERO], optimizer.are_alike
     places = {outer(param): (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):
             if param in places:
                 values = state_dict["state"][number].items()
-                state_dict["state"][number] = {n: _shaped(n, v, *places[param], group, origin) for n, v in values}
+                state_dict["state"][number] = {
+                    n: _shaped(n, v, *places[param], group, origin, alike) for n, v in values
+                }
     for bucket in buckets:
         bucket.masters_were_exported()
 
 
-def _shaped(name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str) -> Tensor:
+def _shaped(
+    name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str, are_alike: bool
+) -> Tensor:
     """This rank's part of a parameter's state as a part of the whole tensor; the same memory."""
     if name == STEP:
         return local
@@ -58,7 +62,8 @@ def _shaped(name: str, local: Tensor, bucket: Bucket, position: int, group: Grou
     low = sum(lengths[: group.rank])
     gather = partial(gather_parts, group, lengths=lengths)
     stride = bucket.whole_stride(name, position)
-    fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather)
+    is_copy = are_alike and not bucket.layout.counts(position)
+    fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather, is_copy=is_copy)
     if is_part:
         of = outer(param)
         part = DTensorPart(of.shape, of.stride(), box_of(of)[1], param.wrap)  # type: ignore[attr-defined]

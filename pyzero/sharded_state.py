@@ -78,6 +78,7 @@ class Fragment:
     origin: str  # whose state it is, and how that is cut: rank_state.describe()
     gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
     part: DTensorPart | None = None  # None: it is whole
+    is_copy: bool = False  # model-parallel ranks hold the same tensor, cut elsewhere: the first one's is saved
 
     @property
     def whole_shape(self) -> torch.Size:
@@ -194,6 +195,8 @@ class ShardedState(DTensor):
     # ---- what torch.distributed.checkpoint calls ------------------------------------------------------------------
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        if self.fragment.is_copy:
+            return []
         properties = TensorProperties.create_from_tensor(self._local_tensor)
         return [
             WriteItem(

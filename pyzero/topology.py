@@ -114,7 +114,7 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     wholes = [handle for handle in (asked, dist.group.WORLD) if handle is not None]
     everyone = next((handle for handle in wholes if _covers([*model, *shared], _ranks_of(handle))), None)
     dims = tuple(ModelDim(Group(handle), ranks, ranks in found) for ranks, handle in model.items())
-    return Topology(data, dims, everyone if model else None)
+    return Topology(data, dims, everyone if model and model.keys() == found.keys() - set(shared) else None)
 
 
 def _resolved(process_group: Any) -> Any:

@@ -76,6 +76,11 @@ def alone(dtype: torch.dtype, max_norm: float | None, num_steps: int = NUM_STEPS
 
 
 def assert_follows(run: Run, max_norm: float | None, num_steps: int = NUM_STEPS) -> None:
+    """It is near to the run on one process."""
+    assert_near(run, alone(torch.float64, max_norm, num_steps), alone(torch.float32, max_norm, num_steps))
+
+
+def assert_near(run: Run, exact: Run, torchs: Run) -> None:
     """It lies as near to the run in fp64 as torch's in fp32 does.
 
     Adam divides small gradients by small moments, so that how far rounding carries is a matter of the problem: torch's
@@ -83,7 +88,6 @@ def assert_follows(run: Run, max_norm: float | None, num_steps: int = NUM_STEPS)
     hundred of them differs between two draws by less than the factor of 4. An error that torch's run happens not to
     make is a few units of the largest value.
     """
-    exact, torchs = alone(torch.float64, max_norm, num_steps), alone(torch.float32, max_norm, num_steps)
     for ours, theirs, wanted in zip(_parts(run), _parts(torchs), _parts(exact), strict=True):
         unit = 2.0**-24 * float(wanted.abs().max())
         limit = 4 * float((theirs.double() - wanted).abs().max()) + 8 * unit
