@@ -1,7 +1,7 @@
 """In place of DeepSpeed's tests/unit/common.py, whose own starts a process for every rank of every test.
 
-DistributedTest here runs a test on gloo ranks that stay, one pool of each size, each test with a process group of its own.
-A pool is thrown away after a test that failed, for its ranks may hang.
+DistributedTest here runs a test on gloo ranks that stay, one pool of each size; each test has a group of its own.
+After a test of several ranks that failed its pool is thrown away, for one may hang.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Pool:
             for _ in range(self.size):
                 answers.append(self._outbox.get(timeout=TIMEOUT_S)[1:])
         except queue.Empty:
-            answers.append(("failed", f"E   TimeoutError: a rank did not answer in {TIMEOUT_S} s"))
+            answers.append(("failed", f"TimeoutError: no answer in {TIMEOUT_S} s"))
         return answers
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""pytest plugin in the process of torch's suites: this package's optimizers where they take torch's Adam, AdamW and SGD.
+"""pytest plugin in the process of torch's suites: this package's optimizers for torch's Adam, AdamW and SGD.
 
 SGD stands for any optimizer in the suites of schedulers and of GradScaler, which look at groups and flags.
 """
