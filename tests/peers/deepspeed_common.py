@@ -40,6 +40,10 @@ def preferred_dtype() -> torch.dtype:
     return torch.bfloat16
 
 
+def get_start_method_for_platform() -> str:
+    return torch.multiprocessing.get_all_start_methods()[-1]
+
+
 def get_test_path(filename: str) -> str:
     return str(Path(os.environ["PEER_ROOT"]) / "unit" / filename)
 

@@ -101,7 +101,7 @@ SUITES = (
             Difference("test_error_when_backward_without_scale", _WORDS),
             Difference("test_scale_validates_scalar_loss", "scale() takes any tensor that backward can start at"),
         ),
-        not_yet=_STAGE_3,
+        not_yet=f"{_STAGE_3}|NoGradInputAccumulation",
     ),
     Suite(
         "overflow",
@@ -118,12 +118,8 @@ SUITES = (
         "fp16",
         "deepspeed",
         "unit/runtime/half_precision/test_fp16.py",
-        (
-            Difference("TestZeroAllowUntestedOptimizer", _WORDS),
-            Difference("TestFP16OptimizerForMoE", "mixtures of experts are not there"),
-            Difference("TestAmp", "apex amp is refused by name"),
-        ),
-        not_yet=_STAGE_3,
+        (Difference("TestZeroAllowUntestedOptimizer", _WORDS),),
+        not_yet=f"{_STAGE_3}|TestFP16OptimizerForMoE",
     ),
     Suite(
         "dynamic loss scale",
@@ -149,6 +145,9 @@ SUITES = (
         "unit/runtime/test_ds_config_dict.py",
         (
             Difference(r"TestBatchConfig|test_gather_16bit|test_get_bfloat16", _INSIDES),
+            Difference(
+                "test_compression_training|test_quantized_eigenvalue", "quantising while training is refused by name"
+            ),
             Difference("test_check_version", "there is no git hash of a DeepSpeed"),
             Difference(
                 "TestDeprecatedDeepScaleConfig", "args.deepscale_config, its name before DeepSpeed, is not read"
