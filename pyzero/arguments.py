@@ -75,7 +75,22 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
                 f"optimizer over the bare model, which it shards by itself"
             )
         if param.requires_grad:
+            _check_memory(param, f"parameter {index} of the group")
             check_dtype(param, f"parameter {index} of the group")
+
+
+def _check_memory(param: Tensor, name: str) -> None:
+    """Flat buffers take what lies in memory, element by element."""
+    if param.is_meta:
+        raise TypeError(
+            f"expected parameters with values, got {name} on the meta device; call model.to_empty(device=...) and load "
+            f"or initialise the weights before the optimizer is built"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(
+            f"expected dense parameters, got {name} in layout {str(param.layout).removeprefix('torch.')}; pass "
+            f"torch.optim.SparseAdam those"
+        )
 
 
 def check_dtype(param: Tensor, name: str) -> None:

@@ -46,6 +46,7 @@ _MODULES = {
     "runtime.utils": f"{_OURS}.utils",
     "runtime.zero": f"{_OURS}.zero",
     "runtime.zero.partition_parameters": f"{_OURS}.zero",
+    "runtime.zero.tensor_fragment": f"{_OURS}.utils",
     "utils": f"{_OURS}.utils",
     "utils.logging": f"{_OURS}.utils",
     "zero": f"{_OURS}.zero",

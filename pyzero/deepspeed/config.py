@@ -44,7 +44,10 @@ class Config(Section):
     bfloat16: Annotated[Bf16Section | None, Done("the older name of bf16")] = None
     torch_autocast: AutocastSection = AutocastSection()
     amp: Annotated[Any, Refused("apex amp is not supported; enable bf16, fp16 or torch_autocast")] = None
-    gradient_clipping: Annotated[NotNegative | Auto, Done("the largest global norm; 0: none")] = 0.0
+    gradient_clipping: Annotated[
+        NotNegative | Auto,
+        Done("the largest global norm; 0: none. Nothing is clipped unless asked for: DeepSpeed's is 1"),
+    ] = 0.0
     zero_optimization: ZeroSection = ZeroSection()
     zero_allow_untested_optimizer: Annotated[Flag, Moot("there are only tested ones", quiet=True)] = False
     zero_force_ds_cpu_optimizer: Annotated[Flag, Moot("the optimizer runs where the weights are", quiet=True)] = True

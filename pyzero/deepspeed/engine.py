@@ -137,8 +137,13 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
             self._loss_sum = divided.detach() + (0 if self._loss_sum is None else self._loss_sum)
         return divided
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, for a backward of your own: `engine.scale(loss).backward()`."""
+    def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+        """The loss times the loss scale, for a backward of your own: `engine.scale(loss).backward()`.
+
+        Args:
+            loss: Any tensor that backward starts at.
+            retain_graph: Nothing here: what backward() is called with counts.
+        """
         return self.optimizer.scale(loss)
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -154,6 +154,8 @@ def _remark(config: Config) -> None:
         return
     if config.optimizer is not None and config.optimizer.remark:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
+    if config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
+        log.info("config: gradient_clipping is not given: nothing is clipped, where DeepSpeed clips to a norm of 1.0")
     for line, warns in remarks(config):
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
 

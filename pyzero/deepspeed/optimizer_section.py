@@ -84,6 +84,7 @@ class OptimizerSection(Section):
         ),
     ]
     params: OptimizerParams = Field(default=OptimizerParams())
+    torch_adam: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None  # also one of params
     legacy_fusion: Annotated[Flag, Moot("the fused kernels run", quiet=True)] = False
 
     @field_validator("type", mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -60,10 +61,22 @@ def _read(config: Any) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_no_twins)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not JSON: {error}; correct it") from None
+        values = _read_hjson(text, source, error)
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}; wrap it in braces")
     return values
+
+
+def _read_hjson(text: str, source: str, error: json.JSONDecodeError) -> Any:
+    """JSON with comments, as DeepSpeed reads it, where the package is installed."""
+    try:
+        hjson = importlib.import_module("hjson")
+    except ImportError:
+        raise ValueError(f"{source}: not JSON: {error}; correct it, or install hjson, which reads comments") from None
+    try:
+        return hjson.loads(text, object_pairs_hook=_no_twins)
+    except hjson.HjsonDecodeError:
+        raise ValueError(f"{source}: neither JSON nor Hjson: {error}; correct it") from None
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -49,9 +49,29 @@ class _Schedule(LRScheduler):
         """The rate of each group for the coming step."""
         return self.rates(self.last_batch_iteration)
 
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """To the next iteration, or to the one given, in DeepSpeed's count: the first call goes to 0."""
+        if last_batch_iteration is None:
+            super().step()
+            return
+        self.last_epoch = last_batch_iteration  # torch's step adds one
+        super().step()
+
     def rates(self, iteration: int) -> list[float]:
         """Of each group; iteration: DeepSpeed's, -1 for the first step."""
         raise NotImplementedError
+
+
+def _check_steps(name: str, num_steps: int) -> int:
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"expected {name} as a whole number from 1, got {num_steps!r}; correct it")
+    return num_steps
+
+
+def _check_type(kind: WarmupType) -> WarmupType:
+    if kind not in get_args(WarmupType):
+        raise ValueError(f'expected warmup_type as "log" or "linear", got {kind!r}; pass one of these')
+    return kind
 
 
 def _warmup(iteration: int, num_steps: int, kind: WarmupType) -> float:
@@ -85,8 +105,8 @@ class WarmupLR(_Schedule):
         own = [float(group["lr"]) for group in optimizer.param_groups]
         self.min_lrs = _per_group(optimizer, "warmup_min_lr", warmup_min_lr)
         self.max_lrs = _per_group(optimizer, "warmup_max_lr", own if warmup_max_lr is None else warmup_max_lr)
-        self.warmup_num_steps = max(2, warmup_num_steps)
-        self.warmup_type = warmup_type
+        self.warmup_num_steps = max(2, _check_steps("warmup_num_steps", warmup_num_steps))
+        self.warmup_type = _check_type(warmup_type)
         super().__init__(optimizer, last_batch_iteration)
 
     def rates(self, iteration: int) -> list[float]:
@@ -147,17 +167,23 @@ class WarmupCosineLR(_Schedule):
         self.own_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.total_num_steps = total_num_steps
         self.warmup_min_ratio = warmup_min_ratio
-        self.warmup_num_steps = max(2, warmup_num_steps)
+        self.warmup_num_steps = max(2, _check_steps("warmup_num_steps", warmup_num_steps))
         self.cos_min_ratio = cos_min_ratio
-        self.warmup_type = warmup_type
+        self.warmup_type = _check_type(warmup_type)
         super().__init__(optimizer, last_batch_iteration)
 
     def rates(self, iteration: int) -> list[float]:
         """See _Schedule."""
-        ratio = 0.0 if iteration < 0 else self._ratio(iteration)
+        ratio = self._ratio(iteration)
         return [rate * ratio for rate in self.own_lrs]
 
+    def get_lr_ratio(self) -> float:
+        """By what the groups' own rates are multiplied in the coming step."""
+        return self._ratio(self.last_batch_iteration)
+
     def _ratio(self, iteration: int) -> float:
+        if iteration < 0:
+            return 0.0
         if iteration < self.warmup_num_steps:
             up = _warmup(iteration, self.warmup_num_steps, self.warmup_type)
             return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * up
@@ -189,7 +215,7 @@ class LRRangeTest(_Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         self.min_lrs = _per_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
-        self.step_size = lr_range_test_step_size
+        self.step_size = _check_steps("lr_range_test_step_size", lr_range_test_step_size)
         self.step_rate = lr_range_test_step_rate
         self.staircase = lr_range_test_staircase
         super().__init__(optimizer, last_batch_iteration)
@@ -256,9 +282,9 @@ class OneCycle(_Schedule):
         self.cycle_momentum = cycle_momentum and "betas" in optimizer.defaults
         super().__init__(optimizer, last_batch_iteration)
 
-    def step(self, epoch: int | None = None) -> None:
-        """As torch's; the first betas are set too."""
-        super().step(epoch)
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """See _Schedule; the first betas are set too."""
+        super().step(last_batch_iteration)
         if self.cycle_momentum:
             for group, momentum in zip(
                 self.optimizer.param_groups, self.momenta(self.last_batch_iteration), strict=True
@@ -272,6 +298,13 @@ class OneCycle(_Schedule):
             up = self._height(iteration + 1)
             return [low + (high - low) * up for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
         return [rate / (1 + self.decay_lr_rate * after) for rate in self.min_lrs]
+
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """The betas of each group; None where they are left alone. As DeepSpeed's it says the maximum at the start."""
+        if not self.cycle_momentum:
+            return None
+        iteration = self.last_batch_iteration
+        return [(mom, self._SECOND_BETA) for mom in (self.max_moms if iteration < 0 else self.momenta(iteration))]
 
     def momenta(self, iteration: int) -> list[float]:
         """The first beta of each group.

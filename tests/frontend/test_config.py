@@ -1,6 +1,7 @@
 """The DeepSpeed config: arithmetic of batch sizes, what is refused and with which words, what it means in our terms."""
 
 import json
+import sys
 from pathlib import Path
 
 import ds_configs
@@ -117,7 +118,7 @@ def test_every_error_is_told_at_once():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{'a': 1}", "not JSON"),
+        ("{'a': ", "J[Ss][Oo][Nn]"),
         ('{"fp16": {}, "fp16": {}}', "twice"),
         ("no_such_file.json", "no file"),
     ],
@@ -125,6 +126,28 @@ def test_every_error_is_told_at_once():
 def test_unreadable(text, words):
     with pytest.raises(ValueError, match=words):
         load(text)
+
+
+def test_torch_adam_beside_the_params():
+    """DeepSpeed's own tests put it there, where DeepSpeed reads over it."""
+    config = load({"train_batch_size": 8, "optimizer": {"type": "AdamW", "torch_adam": True}})
+    assert config.optimizer is not None and config.optimizer.torch_adam is True
+
+
+def test_comments_are_read_where_hjson_is_installed():
+    pytest.importorskip("hjson", reason="hjson is not installed")
+    text = '{\n  // samples\n  "train_batch_size": 8,\n  "fp16": {"enabled": true}  # weights\n}'
+    assert load(text).train_batch_size == 8
+    with pytest.raises(ValueError, match="twice"):
+        load('{"train_batch_size": 8, // one\n "train_batch_size": 8}')
+    with pytest.raises(ValueError, match="neither JSON nor Hjson"):
+        load('{"fp16": ')
+
+
+def test_comments_without_hjson(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hjson", None)
+    with pytest.raises(ValueError, match="not JSON.*install hjson, which reads comments"):
+        load('{"train_batch_size": 8} // eight')
 
 
 def test_of_no_known_kind():

@@ -54,7 +54,7 @@ def moments(group: Any, how: str, section: dict[str, Any], stage: int) -> tuple[
         {
             "engine": lambda: engine.backward(loss),  # noqa: B023
             "loss": loss.backward,
-            "scale": lambda: engine.scale(loss).backward(),  # noqa: B023
+            "scale": lambda: engine.scale(loss, retain_graph=True).backward(retain_graph=True),  # noqa: B023
             "unscaled by steps": lambda: engine.backward(loss / 2, scale_wrt_gas=False),  # noqa: B023
         }[how]()
         engine.step()
@@ -305,11 +305,16 @@ def test_a_line_of_phases(caplog):
 def test_what_means_something_else_here_is_told(caplog):
     with caplog.at_level(logging.INFO, logger="pyzero"):
         start(optimizer={"type": "OneBitAdam", "params": {"freeze_step": 9}}, zero_optimization={"stage": 3})
+        start(gradient_clipping=0.0)
     told = {
         record.getMessage(): record.levelname for record in caplog.records if record.getMessage().startswith("config:")
     }
-    assert len(told) == 1
-    for (line, level), (words, wanted) in zip(told.items(), [("OneBitAdam: gradients are not", "INFO")], strict=True):
+    assert len(told) == 2
+    wanted_lines = [
+        ("OneBitAdam: gradients are not", "INFO"),
+        ("nothing is clipped, where DeepSpeed clips to a norm of 1.0", "INFO"),
+    ]
+    for (line, level), (words, wanted) in zip(told.items(), wanted_lines, strict=True):
         assert words in line and level == wanted
 
 

@@ -84,6 +84,47 @@ def test_one_cycle():
     assert [betas for _, betas in found] == [(pytest.approx(beta), 0.99) for beta in first]
 
 
+def test_a_step_to_an_iteration():
+    """In DeepSpeed's count: 0 is the second optimizer step."""
+    schedule = WarmupLR(optimizer_of(), 0.0, 4.0, 4, "linear")
+    for iteration, wanted in ((1, 1.0), (3, 3.0), (0, 0.0)):
+        schedule.step(iteration)
+        assert schedule.last_batch_iteration == iteration and schedule.get_lr() == [wanted]
+        assert schedule.optimizer.param_groups[0]["lr"] == wanted
+    schedule.step()
+    assert schedule.last_batch_iteration == 1
+
+
+def test_readouts_of_ratio_and_momentum():
+    cosine = WarmupCosineLR(optimizer_of((10.0,)), 6, 0.25, 2, 0.2, "linear")
+    assert cosine.get_lr_ratio() == 0.0
+    cosine.step(1)
+    assert cosine.get_lr_ratio() == 0.625
+    cycle = OneCycle(optimizer_of(), 1.0, 5.0, cycle_first_step_size=4, cycle_min_mom=0.5, cycle_max_mom=0.7)
+    assert cycle.get_mom() == [(0.7, 0.99)]
+    cycle.step(3)
+    assert cycle.get_mom() == [(pytest.approx(0.5), 0.99)] == [cycle.optimizer.param_groups[0]["betas"]]
+    assert OneCycle(optimizer_of(), 1.0, 5.0, cycle_momentum=False).get_mom() is None
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda o: WarmupLR(o, warmup_num_steps=-5), "warmup_num_steps as a whole number from 1, got -5"),
+        (lambda o: WarmupDecayLR(o, 9, warmup_num_steps=None), "warmup_num_steps as a whole number from 1, got None"),
+        (lambda o: WarmupCosineLR(o, 9, warmup_num_steps=0), "warmup_num_steps as a whole number from 1, got 0"),
+        (
+            lambda o: LRRangeTest(o, lr_range_test_step_size=0),
+            "lr_range_test_step_size as a whole number from 1, got 0",
+        ),
+        (lambda o: WarmupLR(o, warmup_type="cosine"), 'warmup_type as "log" or "linear", got \'cosine\''),
+    ],
+)
+def test_schedules_refuse(make, words):
+    with pytest.raises(ValueError, match=words):
+        make(optimizer_of())
+
+
 def test_one_cycle_leaves_the_betas_alone():
     found = follow(lambda o: OneCycle(o, 1.0, 5.0, cycle_first_step_size=2, cycle_momentum=False), 6)
     assert [betas for _, betas in found] == [(0.9, 0.999)] * 6

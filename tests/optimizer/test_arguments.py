@@ -94,6 +94,25 @@ def test_arguments_are_refused_at_construction(options, words):
 
 
 @pytest.mark.parametrize(
+    ("param", "words"),
+    [
+        (
+            nn.Parameter(torch.empty(3, device="meta")),
+            "parameter 0 of the group on the meta device; call model.to_empty",
+        ),
+        (
+            nn.Parameter(torch.eye(3).to_sparse()),
+            "parameter 0 of the group in layout sparse_coo; pass torch.optim.Sparse",
+        ),
+    ],
+    ids=["meta", "sparse"],
+)
+def test_parameters_without_memory_are_refused(param, words):
+    with pytest.raises(TypeError, match=words):
+        pyzero.FusedZeroAdamW([param])
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"amsgrad": True}, "amsgrad=True"),
