@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 from torch.utils.dlpack import from_dlpack
@@ -77,6 +78,11 @@ class ChecksummedWriter(FileSystemWriter):
     def __init__(self, folder: Path, crcs: Crcs, progress: Callable[[int], object]) -> None:
         super().__init__(folder, sync_files=True)
         self.fs = _ChecksummedFiles(crcs, progress)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """torch's own, on the first rank; tells `save`'s caller where everything lies, as torch 2.11 does not."""
+        super().finish(metadata, results)
+        metadata.storage_data = {row.index: row.storage_data for rows in results for row in rows}
 
 
 class IndexedReader(FileSystemReader):
