@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: groups, and the transports that go by its collectives."""
+"""The only caller of collectives of torch.distributed: groups, and the transports that go by its collectives."""
 
 from __future__ import annotations
 
