@@ -17,6 +17,7 @@ from pyzero.adam import FusedZeroAdam
 from pyzero.deepspeed import owners
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.eval_engine import EvalEngine
 from pyzero.deepspeed.keys import remarks
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion
@@ -86,7 +87,8 @@ def initialize(
             is split over the other.
 
     Returns:
-        (engine, optimizer, data loader or None, scheduler or None).
+        (engine, optimizer, data loader or None, scheduler or None). Without an optimizer, given or in the config, the
+        engine is one of a model that is not trained, and the optimizer None.
 
     Raises:
         ValueError: In the config, or in what the optimizer asks for.
@@ -104,7 +106,8 @@ def initialize(
     is_pipeline = isinstance(model, PipelineModule)
     parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
     _check_accumulation(model, settings, parallel.size)
-    _remark(settings)
+    trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
+    _remark(settings, trains)
     _convert(model, settings)
     if isinstance(model, PipelineModule):
         model.broadcast_tied()
@@ -112,16 +115,26 @@ def initialize(
     if settings.zero_optimization.stage == 3 and parallel.size > 1:
         sharded = _shard(model, optimizer, settings, parallel)
         given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
-    ours = _make_optimizer(model, optimizer, given_params, settings, parallel)
-    schedule = _make_schedule(lr_scheduler, ours, settings)
-    owners.register(ours)
-    make: Any = PipelineEngine if is_pipeline else Engine
-    engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
+    ours: Any = None
+    schedule: Any = None
+    if trains:
+        ours = _make_optimizer(model, optimizer, given_params, settings, parallel)
+        schedule = _make_schedule(lr_scheduler, ours, settings)
+        owners.register(ours)
+        make: Any = PipelineEngine if is_pipeline else Engine
+        engine: Engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
+    else:
+        engine = EvalEngine(model, settings, parallel, leaves_group=joined)
     if training_data is not None:
         engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
         if isinstance(engine, PipelineEngine):
             engine.set_dataloader(RepeatingLoader(engine.training_dataloader))
     return engine, ours, engine.training_dataloader, schedule
+
+
+def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
+    """Whether there is an optimizer, or what asks for one."""
+    return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
 def _of_pipeline(model: PipelineModule, config: Config) -> Parallelism:
@@ -148,13 +161,13 @@ def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
         )
 
 
-def _remark(config: Config) -> None:
+def _remark(config: Config, trains: bool) -> None:
     """One line for each key that means something else here than its reader may think."""
     if comm.rank_and_size()[0] > 0:
         return
     if config.optimizer is not None and config.optimizer.remark:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
-    if config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
+    if trains and config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
         log.info("config: gradient_clipping is not given: nothing is clipped, where DeepSpeed clips to a norm of 1.0")
     for line, warns in remarks(config):
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)

@@ -36,7 +36,7 @@ LAYERS = (
     {"deepspeed.config"},
     {f"deepspeed.{name}" for name in ("monitor", "pipe.layers", "pipe.topology", "reader", "saving", "settings")},
     {"deepspeed.config_view", "deepspeed.engine", "deepspeed.pipe.module", "deepspeed.pipe.runner"},
-    {"deepspeed.pipe", "deepspeed.pipe.engine"},
+    {"deepspeed.eval_engine", "deepspeed.pipe", "deepspeed.pipe.engine"},
     {"deepspeed.entry"},
     {"deepspeed"},
     {"__main__", "accelerate", "compat"},

@@ -259,9 +259,8 @@ def test_a_torch_scheduler_follows_the_new_optimizer():
         (lambda m: torch.optim.SGD(m.parameters(), lr=1), TypeError, "got SGD"),
         (lambda m: torch.optim.Adam(m.parameters(), amsgrad=True), ValueError, "amsgrad=True"),
         (lambda m: torch.optim.Adam(make_model().parameters()), ValueError, "of the same model"),
-        (lambda m: None, ValueError, "expected an optimizer"),
     ],
-    ids=["sgd", "amsgrad", "other model", "none"],
+    ids=["sgd", "amsgrad", "other model"],
 )
 def test_optimizers_refused(make, error, words):
     model = make_model()
@@ -282,3 +281,27 @@ def test_optimizer_with_state_is_refused():
 def test_arguments_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         pyzero.initialize(model=make_model(), **{"config": FP32, **kwargs})
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_model_that_is_not_trained(ranks, stage):
+    for outputs, wanted, dtype, errors in ranks.run(4, evaluated, stage):
+        assert outputs.dtype == dtype == torch.bfloat16 and torch.equal(outputs, wanted)
+        assert all('pass optimizer= to initialize(), or set "optimizer" in the config' in error for error in errors)
+
+
+def evaluated(group, stage):
+    model = make_model()
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    inputs = torch.ones(2, 4)
+    wanted = copy.deepcopy(model).bfloat16()(inputs.bfloat16())
+    engine, optimizer, loader, schedule = pyzero.initialize(model=model, config=config)
+    assert (optimizer, loader, schedule, engine.optimizer) == (None, None, None, None)
+    with torch.no_grad():
+        outputs = engine.eval()(inputs)
+    errors = []
+    for act in (engine.step, engine.no_sync, lambda: engine.backward(outputs.sum()), lambda: engine.skipped_steps):
+        with pytest.raises(RuntimeError) as caught:
+            act()
+        errors.append(str(caught.value))
+    return outputs.detach(), wanted.detach(), outputs.dtype, errors

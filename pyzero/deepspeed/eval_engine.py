@@ -1,0 +1,44 @@
+"""The engine of a model that is not trained: a reference model, a reward model."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.parallel import Parallelism
+
+
+class EvalEngine(Engine):
+    """What `initialize` gives where there is neither an optimizer nor one in the config: `optimizer` is None."""
+
+    is_scaled = False
+
+    def __init__(self, module: nn.Module, config: Config, parallel: Parallelism, leaves_group: bool) -> None:
+        nothing: Any = None
+        super().__init__(module, nothing, None, config, parallel, leaves_group)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """What trains, and what is saved of training.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "expected an engine with an optimizer, got one without; pass optimizer= to initialize(), or set "
+            '"optimizer" in the config'
+        )
+
+    backward = scale = step = no_sync = coalesce_grad_reduction = zero_grad = _refuse
+    save_checkpoint = load_checkpoint = get_fp32_state_dict = was_step_applied = get_global_grad_norm = _refuse
+    skipped_steps = cur_scale = property(_refuse)
+
+    def get_lr(self) -> list[float]:
+        """None."""
+        return []
+
+    def get_mom(self) -> list[Any]:
+        """None."""
+        return []
