@@ -471,8 +471,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def refresh_fp32_params(self) -> None:
         """Make all masters follow the weights, also where torch's version counters do not show that they were written.
 
-        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and torch._foreach
-        ops on DTensors.
+        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
+        torch._foreach ops on DTensors.
         """
         self._sync_masters_from_weights(every=True)
 
