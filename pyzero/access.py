@@ -161,13 +161,14 @@ class FullAccess:
             grad = self._whole_grad(bucket, position, stats)
             flat = torch.zeros(param.numel() + 1, device=param.device)  # the last one: whether there is a gradient
             if grad is not None:
-                flat[:-1].copy_(bucket.flat_of(grad, position))
+                flat[:-1].view(param.shape).copy_(grad)
                 flat[-1] = 1.0
             if group not in self._tied_groups:
                 self._tied_groups[group] = Group(group)
             self._tied_groups[group].sum(flat, "the sum of tied gradients")
             if flat[-1]:
-                sums.append((bucket, position, flat[:-1]))
+                part = part_of(flat[:-1].view(param.shape), param)
+                sums.append((bucket, position, bucket.flat_of(part, position)))
         for bucket, position, flat in sums:
             self._gradients.replace(bucket, position, flat)
 

@@ -168,7 +168,7 @@ class Bucket:
             if self._has_moved(position, param):
                 self._take_in(position, param, param.data.clone())  # it may be a view of the memory that it goes to
             self._versions[position] = param._version
-            if not self.is_master and param not in keep_masters:
+            if not self.is_master and outer(param) not in keep_masters:
                 in_shard, _ = self.shard_part(position)
                 master, weights = self.master[in_shard], self.weight_shard[in_shard]
                 # Nothing changes where the master rounds to the weight: a checkpoint's weights may follow its masters.

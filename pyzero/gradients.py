@@ -349,6 +349,8 @@ class LocalGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """`.grad` is the caller's; the loss scale that it carries may change from now on."""
         self._pieces.clear()
+        if self._factor is not None and self._fsdp_param is not None:
+            self._apply_factor()  # fully_shard adds to `.grad` without the hook ahead of it
 
     def await_step(self) -> bool:
         """Unknown: `.grad` is the caller's, who may have kept that of the last step."""

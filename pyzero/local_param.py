@@ -93,8 +93,9 @@ class LocalParam(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(dtensor: Any, fsdp: Any = None) -> LocalParam:
-        """fsdp: What modules.find_fsdp_params() has of it."""
+    def of(dtensor: Any, place: Any = None) -> LocalParam:
+        """place: What modules.find_fsdp_places() has of it."""
+        fsdp = None if place is None else place.record
         made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
         made.dtensor, made._fsdp = dtensor, fsdp
         made.room = 0 if fsdp is None else fsdp._sharded_param_data.numel()
@@ -125,7 +126,7 @@ class LocalParam(torch.Tensor):
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
     device = property(lambda self: self.data.device)
-    _version = property(lambda self: self.data._version)
+    _version = property(lambda self: self.data._version + self.dtensor._version)  # ops on it count there
     requires_grad = property(lambda self: self.dtensor.requires_grad)
 
     def stride(self, *args: Any) -> Any:

@@ -63,6 +63,7 @@ class ShardedPlace(NamedTuple):
     owner: Any  # the module that gathers it
     module: nn.Module
     name: str  # in that
+    record: Any  # torch's own
 
 
 def _fsdp_records() -> Iterator[tuple[Any, Any]]:
@@ -78,21 +79,16 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
 
 
 def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
-    """Of each parameter that fully_shard has sharded."""
-    return {
-        record.sharded_param: ShardedPlace(owner, record._module_info.module, record._module_info.param_name)
-        for owner, record in _fsdp_records()
-    }
-
-
-def find_fsdp_params() -> dict[Tensor, Any]:
-    """torch's own record of each parameter that fully_shard has sharded.
+    """Of each parameter that fully_shard has sharded.
 
     Raises:
         RuntimeError: This torch keeps other records.
     """
-    found = {record.sharded_param: record for _, record in _fsdp_records()}
-    if not all(hasattr(param, "_sharded_param_data") for param in found.values()):
+    found = {
+        record.sharded_param: ShardedPlace(owner, record._module_info.module, record._module_info.param_name, record)
+        for owner, record in _fsdp_records()
+    }
+    if not all(hasattr(place.record, "_sharded_param_data") for place in found.values()):
         raise RuntimeError(
             f"expected fully_shard to keep its shards in _sharded_param_data, as torch 2.11 to 2.13 do, got torch "
             f"{torch.__version__}, which does not; install one of these"

@@ -197,6 +197,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
                 if self._scaler.enabled:
                     arguments.check_no_grad(group)
                 arguments.check_disjoint(self._named_params())
+                self._topology.check_meshes(group["params"])
                 self._place([len(self.param_groups) - 1])
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -465,11 +466,13 @@ class ZeroOptimizer(FullAccess, Optimizer):
             bucket.bump_versions(used)
         for bucket in self._buckets:
             bucket.masters_are_in_sync()
+        self._placement.reshard()
 
     def refresh_fp32_params(self) -> None:
         """Make all masters follow the weights, also where torch's version counters do not show that they were written.
 
-        So it is after writes through `param.data`, collectives on a parameter, and numpy or DLPack views.
+        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
+        torch._foreach ops on DTensors.
         """
         self._sync_masters_from_weights(every=True)
 

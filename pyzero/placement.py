@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class Placement:
         self.specs: list[ParamSpec] = []  # by number
         self.steps = torch.empty(0)  # (num_params,) fp32: applied steps, bucket by bucket
         self._places: dict[Tensor, int] = {}  # the group of each parameter
+        self._fsdp_modules: list[weakref.ref[Any]] = []  # that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
         self.has_stepped = False
         self.rule = rule
@@ -87,6 +89,13 @@ class Placement:
         self._placed_ids = ids if is_all else None
         return sorted(found)
 
+    def reshard(self) -> None:
+        """Weights were written: what fully_shard has gathered before, as a forward without a backward does, is old."""
+        for ref in self._fsdp_modules:
+            module = ref()
+            if module is not None:
+                module.reshard()
+
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
         """Of the master and the rule's slots of a parameter, whole."""
         flat = {slot.name: torch.Size([-(-param.numel() // slot.elements_per_value)]) for slot in self.rule.slots}
@@ -104,7 +113,7 @@ class Placement:
         frozen: list[Tensor] = []
         first, indices = len(self.params), list(indices)
         has_dtensors = any(is_dtensor(param) for index in indices for param in param_groups[index]["params"])
-        fsdp = modules.find_fsdp_params() if has_dtensors else {}
+        fsdp = modules.find_fsdp_places() if has_dtensors else {}
         for index in indices:
             for param in param_groups[index]["params"]:
                 if not param.requires_grad:
@@ -119,8 +128,8 @@ class Placement:
                     params.append(own)
         if self.rule.cut is Cut.WHOLE:
             check_whole(params, self.rule.name)
-        if self._reduces and fsdp:
-            check_fsdp(params, self._group.size)
+        if self._reduces:
+            check_fsdp([*self.params, *params], self._group.size)
         ours = {outer(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and params and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))
@@ -128,6 +137,8 @@ class Placement:
             return []
         self.params += params
         self.specs += specs
+        owners = dict.fromkeys(fsdp[outer(param)].owner for param in params if outer(param) in fsdp)
+        self._fsdp_modules += map(weakref.ref, owners)
         self._places.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
         layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival, self.rule.cut)

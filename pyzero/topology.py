@@ -65,6 +65,22 @@ class Topology:
         """Whether of the ranks of `told` this is the one that saves the parameter, or a part of it."""
         return all(dim.is_of_mesh or dim.group.rank == 0 or _is_split(param, dim) for dim in self.model)
 
+    def check_meshes(self, params: Iterable[Tensor]) -> None:
+        """Of parameters that join later.
+
+        Raises:
+            ValueError: A DTensor's mesh has a dimension that no parameter had so far: it may hold other parts there.
+        """
+        known = {dim.ranks for dim in self.model if dim.is_of_mesh}
+        for own in (dim for param in params if is_dtensor(param) for dim in _dims_of(param)):
+            is_shared = own.placement.is_replicate() and self.data.size > 1 and own.ranks == _ranks_of(self.data.handle)
+            if own.ranks not in known and not is_shared:
+                raise ValueError(
+                    f"expected DTensors on mesh dimensions that the optimizer was built over, got one over ranks "
+                    f"{list(own.ranks)}, along which it takes all weights for the same; pass those parameters when it "
+                    f"is built, or build an optimizer for each mesh"
+                )
+
     def make_group_of_all(self) -> Group:
         """All that hold a part, over a process group of its own. Collective.
 

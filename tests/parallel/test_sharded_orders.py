@@ -1,0 +1,162 @@
+"""DTensor parameters in unusual orders of ordinary calls, held against torch.optim.AdamW on one process."""
+
+from typing import Any
+
+import parallel_case as case
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import pyzero
+
+
+def join_late(group: Any) -> dict[str, Any]:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, found = DeviceMesh.from_group(group, "cpu"), {}
+    sharded = pyzero.FusedZeroAdamW(case.fsdp(case.Model(), group).parameters(), process_group=group)
+    plain = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=group)
+    whole = torch.arange(16.0).view(4, 4)
+    split = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    for name, optimizer, param in (("plain", sharded, nn.Parameter(torch.ones(3))), ("split", plain, split)):
+        try:
+            optimizer.add_param_group({"params": [param]})
+        except ValueError as error:
+            found[name] = str(error)
+    plain.add_param_group({"params": [nn.Parameter(distribute_tensor(whole, mesh, [Replicate()]))]})
+    found["as it was"] = torch.equal(split.full_tensor(), whole)
+    found["groups"] = [len(sharded.param_groups), len(plain.param_groups)]
+    return found
+
+
+def test_a_group_that_joins_late_and_cannot_be_right_is_refused(ranks):
+    for found in ranks.run(2, join_late):
+        assert "reduce_grads=False and average it" in found["plain"]
+        assert "pass those parameters when it is built" in found["split"]
+        assert found["as it was"]
+        assert found["groups"] == [1, 2]
+
+
+def read_in_place(group: Any) -> torch.Tensor:
+    """A checkpoint is read into the optimizer's own memory, and other weights are written before it is loaded."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = torch.ones(4, 4, dtype=torch.bfloat16)
+    param = nn.Parameter(distribute_tensor(weight, DeviceMesh.from_group(group, "cpu"), [Shard(0)]))
+    optimizer = pyzero.FusedZeroAdamW([param], process_group=group)
+    state = optimizer.state_dict()
+    with torch.no_grad():
+        state["state"][0]["master"].to_local().fill_(7.001)
+        param.fill_(3.0)
+    optimizer.load_state_dict(state)
+    return optimizer.full_master(param)
+
+
+def test_loaded_masters_outlive_weights_that_were_written(ranks):
+    for master in ranks.run(2, read_in_place):
+        assert torch.equal(master, torch.full((4, 4), 7.001))
+
+
+def written_whole(group: Any) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """A step of no effect behind each way to write a bf16 DTensor: (way, weight, master)."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    other = distribute_tensor(torch.full((4, 4), 3.0, dtype=torch.bfloat16), mesh, [Shard(0)])
+    ways = {
+        "fill_": lambda net: net.weight.fill_(3.0),
+        "copy_": lambda net: net.weight.copy_(other),
+        "detach": lambda net: net.weight.detach().mul_(3.0),
+        "init": lambda net: nn.init.constant_(net.weight, 3.0),
+        "load_state_dict": lambda net: net.load_state_dict({"weight": other}),
+        "to_local": lambda net: net.weight.to_local().fill_(3.0),
+    }
+    found = []
+    for name, write in ways.items():
+        net = nn.Linear(4, 4, bias=False)
+        net.weight = nn.Parameter(distribute_tensor(torch.ones(4, 4, dtype=torch.bfloat16), mesh, [Shard(0)]))
+        optimizer = pyzero.FusedZeroAdamW(net.parameters(), lr=0.0, process_group=group)
+        with torch.no_grad():
+            write(net)
+        net.weight.grad = torch.ones_like(net.weight)
+        optimizer.step()
+        found.append((name, case.whole(net.weight), optimizer.full_master(net.weight)))
+    return found
+
+
+def test_whatever_writes_a_sharded_weight_reaches_its_master(ranks):
+    for found in ranks.run(2, written_whole):
+        assert len(found) == 6
+        for name, weight, master in found:
+            assert torch.equal(master, torch.full((4, 4), 3.0)), name
+            assert torch.equal(weight.float(), master), name
+
+
+def tied(group: Any, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    solo = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    whole = torch.arange(32.0).view(8, 4)
+    param = nn.Parameter(distribute_tensor(whole, mesh["tp"], [Shard(0)]))
+    optimizer = pyzero.FusedZeroAdamW([param], process_group=mesh["dp"], stage=stage)
+    (param * distribute_tensor(whole, mesh["tp"], [Shard(0)])).sum().backward()
+    optimizer.sum_tied_grads([(param, solo)])
+    grad = optimizer.full_grad(param)
+    assert grad is not None
+    return grad, whole
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_tied_gradients_of_a_split_weight(ranks, stage):
+    for grad, whole in ranks.run(4, tied, stage):
+        assert torch.equal(grad, whole)
+
+
+def evaluate_before_step(group: Any, reshards: bool | None) -> case.Run:
+    model = case.fsdp(case.Model(), group, reshard_after_forward=reshards)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    step = optimizer.step
+
+    def evaluate_and_step() -> None:
+        with torch.no_grad():
+            model(case.batch(99))  # leaves weights gathered: nothing but a backward or a write gives them up
+        step()
+
+    optimizer.step = evaluate_and_step  # type: ignore[method-assign]
+    return case.train(model, optimizer, group)
+
+
+@pytest.mark.parametrize("reshards", [None, False])
+def test_a_forward_before_step_leaves_no_old_weights_behind(ranks, reshards):
+    for run in ranks.run(2, evaluate_before_step, reshards):
+        case.assert_follows(run, None)
+
+
+def clip_and_fill(group: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    model, alone = case.fsdp(case.Model(), group), case.Model()
+    ours = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    torchs = torch.optim.AdamW(alone.parameters(), lr=case.LR)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    norms = []
+    for step in range(4):
+        x = case.batch(step)
+        for net, part in ((model, x.chunk(size)[rank]), (alone, x)):
+            if step != 2:  # in the third the gradients of the second stay, clipped
+                net.zero_grad(set_to_none=False)
+            case.loss_of(net, part).backward()
+        norms.append((ours.clip_grad_norm_(0.05), nn.utils.clip_grad_norm_(alone.parameters(), 0.05)))
+        ours.step()
+        torchs.step()
+    return norms
+
+
+def test_gradients_that_stay_behind_a_clipped_step_are_clipped(ranks):
+    for norms in ranks.run(2, clip_and_fill):
+        for ours, theirs in norms:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
