@@ -176,6 +176,7 @@ class LocalGradients(Gradients):
         self._clean_rows = clean_rows(1, device)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
+        self._multiplied: Tensor | None = None  # since the last step, into gradients of DTensors
         self._fsdp_param: LocalParam | None = None  # one of those that fully_shard has sharded
 
     def add(self, bucket: Bucket, scales: bool) -> None:
@@ -285,6 +286,10 @@ class LocalGradients(Gradients):
         factor = self.factor()
         self._factor = coefficient if factor is None else factor * coefficient
         self._clipped = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+        if any(isinstance(param, LocalParam) for param in self._clipped):  # not every edit of a DTensor can be seen
+            self._multiplied = coefficient if self._multiplied is None else self._multiplied * coefficient
+            self._apply_factor()
+            return
         self._watch()  # the next backward must not add to a gradient that is still to be multiplied
 
     def factor(self) -> Tensor | None:
@@ -307,8 +312,8 @@ class LocalGradients(Gradients):
         return self._factor
 
     def clipped_by(self) -> Tensor | None:
-        """All of the factor."""
-        return self._factor
+        """All of the factor, or what `.grad` has been multiplied by."""
+        return self._factor if self._multiplied is None else self._multiplied
 
     @torch.no_grad()
     def _apply_factor(self) -> None:
@@ -349,8 +354,7 @@ class LocalGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """`.grad` is the caller's; the loss scale that it carries may change from now on."""
         self._pieces.clear()
-        if self._factor is not None and self._fsdp_param is not None:
-            self._apply_factor()  # fully_shard adds to `.grad` without the hook ahead of it
+        self._multiplied = None
 
     def await_step(self) -> bool:
         """Unknown: `.grad` is the caller's, who may have kept that of the last step."""

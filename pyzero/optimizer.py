@@ -446,8 +446,9 @@ class ZeroOptimizer(FullAccess, Optimizer):
         for bucket in used:
             with profile_range(name):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            with profile_range("pyzero::all_gather"):
-                gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
+            if self._group.size > 1:
+                with profile_range("pyzero::all_gather"):
+                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
         return gathers
 
     @torch.no_grad()

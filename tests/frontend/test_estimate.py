@@ -56,7 +56,7 @@ class Meter(TorchDispatchMode):
             return
         self.now += host.ring_bytes - self._shared
         self._shared = host.ring_bytes
-        for rank, segment in enumerate(host._segments):
+        for rank, segment in host._segments.items():
             begin = segment.tensor(0, 1, torch.uint8).data_ptr()
             self._known[-1 - rank] = begin, begin + len(segment.pages)
 

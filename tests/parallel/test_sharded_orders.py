@@ -160,3 +160,39 @@ def test_gradients_that_stay_behind_a_clipped_step_are_clipped(ranks):
     for norms in ranks.run(2, clip_and_fill):
         for ours, theirs in norms:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def edited_after_a_clip(group: Any, how: str) -> tuple[list[torch.Tensor], float, float]:
+    """The weights of a step, and its norms before and after our clip."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    if group is not None:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    make = torch.optim.AdamW if group is None else pyzero.FusedZeroAdamW
+    optimizer = make(model.parameters(), lr=0.1, **({} if group is None else {"process_group": group}))
+    model(torch.ones(2, 4)).square().sum().backward()
+    clip = torch.nn.utils.clip_grad_norm_
+    norm = clip(model.parameters(), 1.0) if group is None else optimizer.clip_grad_norm_(1.0)
+    if how == "clip":
+        clip(model.parameters(), 0.5)
+    elif how == "add":
+        for param in model.parameters():
+            param.grad.add_(1.0)
+    optimizer.step()
+    weights = [p.detach() if group is None else p.detach().full_tensor() for p in model.parameters()]
+    told = norm if group is None else optimizer.grad_norm
+    return weights, float(norm), float(told)
+
+
+@pytest.mark.parametrize("how", ["nothing", "clip", "add"])
+def test_edits_between_clip_and_step_are_as_torchs(ranks, how):
+    wanted, norm, _ = edited_after_a_clip(None, how)
+    for weights, got, told in ranks.run(2, edited_after_a_clip, how):
+        assert got == pytest.approx(norm, rel=1e-6)
+        if how == "nothing":
+            assert told == pytest.approx(norm, rel=1e-5)  # of before the clip
+        for one, other in zip(weights, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
