@@ -160,7 +160,6 @@ SUITES = (
         "deepspeed",
         "unit/runtime/test_ds_initialize.py",
         (
-            Difference(r"TestNoOptim", "not there yet: an engine without an optimizer, for evaluation"),
             Difference(
                 r"TestClientOptimizer|TestConfigOptimizer|TestBf16ZeRO0",
                 "asks for the class of the optimizer, which is ours",
