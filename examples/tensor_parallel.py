@@ -1,7 +1,7 @@
 """A small GPT whose layers are split over two ranks, and trained on as many pairs of them as there are:
 
-    torchrun --nproc-per-node 4 examples/tensor_parallel.py --tensor 2 --save /tmp/gpt
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py --tensor 1 --load /tmp/gpt
+    torchrun --nproc-per-node 4 examples/tensor_parallel.py --tensor 2 --save runs/gpt
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py --tensor 1 --load runs/gpt
 
 torch splits the weights (parallelize_module); FusedZeroAdamW sees it in them, and shards its state over the data ranks.
 """
