@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -12,10 +9,11 @@ from pyzero import ops
 from pyzero.ops.backend import SEGMENT_GRANULE
 
 from . import peers
-from .harness import Contender, check, compare
+from .harness import check, compare
 from .options import Options
 from .peers import LR, WEIGHT_DECAY
 from .rows import Row
+from .rules import checked_peers, per_backend
 
 HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
 _CHECKED_STEPS = 3
@@ -67,19 +65,9 @@ def run(options: Options) -> list[Row]:
 def _fp32(options: Options) -> list[Row]:
     numel = options.size
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2)
-    ours = _contenders("pyzero adam_", State(weights, grad), options)
-    theirs = []
-    for number, (name, (key, make)) in enumerate(peers.adamw_peers(options).items()):
-        with options.trying(name) if number else nullcontext():  # ours must agree with torch's
-            param, optimizer = make(weights, grad)
-            for _ in range(_CHECKED_STEPS):
-                optimizer.step()
-            for backend in options.backends.values():
-                fresh = State(weights, grad)
-                for _ in range(_CHECKED_STEPS):
-                    fresh.step(backend=backend)
-                check(f"adam_ against {name}: master", fresh.master, param.detach(), **CHECK)
-            theirs.append(Contender(name, optimizer.step, _BYTES, key))
+    ours = per_backend("pyzero adam_", State(weights, grad), _BYTES, options)
+    made = peers.adamw_peers(options)
+    theirs = checked_peers("adam_", made, weights, grad, State, _CHECKED_STEPS, CHECK, _BYTES, options)
     return compare("adam", "fp32", numel, [*ours, *theirs], options)
 
 
@@ -100,13 +88,5 @@ def _mixed(options: Options) -> list[Row]:
         check(f"{name} with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)
         check(f"{name}: param_out", state.param_out, wide.master.bfloat16(), rtol=0, atol=0)
     del wide
-    contenders = [contender for name, state in made.items() for contender in _contenders(name, state, options)]
+    contenders = [contender for name, state in made.items() for contender in per_backend(name, state, _BYTES, options)]
     return compare("adam", "bf16 grad, bf16 weights out", numel, contenders, options)
-
-
-def _contenders(name: str, state: State, options: Options) -> list[Contender]:
-    """One per backend, over the same tensors."""
-    return [
-        Contender(name + suffix, functools.partial(state.step, backend=backend), _BYTES)
-        for suffix, backend in options.backends.items()
-    ]

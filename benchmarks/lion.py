@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from pyzero import ops
 
 from . import peers
-from .harness import Contender, check, compare
+from .harness import check, compare
 from .options import Options
 from .rows import Row
+from .rules import checked_peers, per_backend
 
 _HYPER = dict(lr=peers.LR, beta1=0.9, beta2=0.99, weight_decay=peers.WEIGHT_DECAY)
 _CHECKED_STEPS = 3
@@ -42,19 +40,11 @@ def run(options: Options) -> list[Row]:
 def _fp32(options: Options) -> list[Row]:
     numel = options.size
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2)
-    contenders = _ours(State(weights, grad), options)
-    for number, (name, (key, make)) in enumerate(peers.lion_peers(options).items()):
-        with options.trying(name) if number else nullcontext():
-            param, optimizer = make(weights, grad)
-            for _ in range(_CHECKED_STEPS):
-                optimizer.step()
-            for backend in options.backends.values():
-                fresh = State(weights, grad)
-                for _ in range(_CHECKED_STEPS):
-                    fresh.step(backend=backend)
-                check(f"lion_ against {name}: master", fresh.master, param.detach(), **_CHECK)
-            contenders.append(Contender(name, optimizer.step, _BYTES, key))
-    return compare("lion", "fp32", numel, contenders, options)
+    made = peers.lion_peers(options)
+    theirs = checked_peers("lion_", made, weights, grad, State, _CHECKED_STEPS, _CHECK, _BYTES, options)
+    return compare(
+        "lion", "fp32", numel, [*per_backend("pyzero lion_", State(weights, grad), _BYTES, options), *theirs], options
+    )
 
 
 def _mixed(options: Options) -> list[Row]:
@@ -66,12 +56,6 @@ def _mixed(options: Options) -> list[Row]:
     state.step()
     check("lion_ with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)
     check("lion_: param_out", state.param_out, wide.master.bfloat16(), rtol=0, atol=0)
-    return compare("lion", "bf16 grad, bf16 weights out", numel, _ours(state, options), options)
-
-
-def _ours(state: State, options: Options) -> list[Contender]:
-    """One per backend, over the same tensors."""
-    return [
-        Contender("pyzero lion_" + suffix, functools.partial(state.step, backend=backend), _BYTES)
-        for suffix, backend in options.backends.items()
-    ]
+    return compare(
+        "lion", "bf16 grad, bf16 weights out", numel, per_backend("pyzero lion_", state, _BYTES, options), options
+    )
