@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.comm import Group, Transport
-from pyzero.transports import make_transport
+from pyzero.comm.choice import make_transport
+from pyzero.comm.group import Group
+from pyzero.comm.transport import Transport
 
 from .harness import relative
 from .options import Options

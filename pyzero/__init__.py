@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .checkpoint.loading import load_checkpoint as load_checkpoint
     from .checkpoint.saving import async_save_checkpoint as async_save_checkpoint
     from .checkpoint.saving import save_checkpoint as save_checkpoint
-    from .comm import CollectiveError as CollectiveError
+    from .comm.group import CollectiveError as CollectiveError
     from .deepspeed.entry import initialize as initialize
     from .lamb import ZeroLamb as ZeroLamb
     from .lion import FusedZeroLion as FusedZeroLion
-    from .scaler import LossScale as LossScale
-    from .sharded_grad import ShardedGrad as ShardedGrad
+    from .loss_scale.scaler import LossScale as LossScale
+    from .sharding.sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,12 +40,12 @@ __all__ = [
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
     "CheckpointError": "checkpoint.files",
-    "CollectiveError": "comm",
+    "CollectiveError": "comm.group",
     "FusedZeroAdam": "adam",
     "FusedZeroAdamW": "adam",
     "FusedZeroLion": "lion",
-    "LossScale": "scaler",
-    "ShardedGrad": "sharded_grad",
+    "LossScale": "loss_scale.scaler",
+    "ShardedGrad": "sharding.sharded_grad",
     "ZeroLamb": "lamb",
     "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",

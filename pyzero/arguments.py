@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.local_param import LocalParam, local_of
 from pyzero.ops.checks import FLOAT_DTYPES
+from pyzero.sharding.local_param import LocalParam, local_of
 
 _UNSUPPORTED = ("amsgrad", "differentiable")
 _MOOT = ("foreach", "capturable", "fused")  # any value gives the same result here

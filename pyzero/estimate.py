@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
-from pyzero.gradients import IN_PLACE_NUMEL
-from pyzero.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
+from pyzero.gradients.local import IN_PLACE_NUMEL
+from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

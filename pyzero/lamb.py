@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyzero.arguments import check_betas, check_lr, check_not_negative
-from pyzero.layout import GRANULE
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.layout import GRANULE
 from pyzero.update_rule import Cut, RunShard, StateSlot
 
 if TYPE_CHECKING:

@@ -11,23 +11,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyzero import amp, arguments, nonfinite, rank_state, scaler
-from pyzero.access import FullAccess
-from pyzero.buckets import MASTER, Bucket
-from pyzero.comm import Group, Work
-from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
-from pyzero.gradients import Gradients, LocalGradients
-from pyzero.layout import BucketLayout, cap_bytes
-from pyzero.local_param import outer
-from pyzero.overflow import OverflowMonitor
-from pyzero.overlap import OverlappedGradients
-from pyzero.placement import Placement
+from pyzero import arguments
+from pyzero.comm.choice import make_transport
+from pyzero.comm.group import Group, Work
+from pyzero.gradients import amp, nonfinite
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
+from pyzero.gradients.local import LocalGradients
+from pyzero.gradients.overlap import OverlappedGradients
+from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
+from pyzero.gradients.source import Gradients
+from pyzero.loss_scale import scaler
+from pyzero.loss_scale.overflow import OverflowMonitor
+from pyzero.loss_scale.scaled_backward import ScaledBackward
+from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import profile_range
-from pyzero.reduction import ReducedGradients, ReductionOptions
-from pyzero.scaled_backward import ScaledBackward
-from pyzero.scaler import LossScale, Scaler
-from pyzero.topology import make_topology
-from pyzero.transports import make_transport
+from pyzero.sharding import rank_state
+from pyzero.sharding.access import FullAccess
+from pyzero.sharding.buckets import MASTER, Bucket
+from pyzero.sharding.layout import BucketLayout, cap_bytes
+from pyzero.sharding.local_param import outer
+from pyzero.sharding.placement import Placement
+from pyzero.sharding.topology import make_topology
 from pyzero.update import ShardUpdater, StepScalars
 from pyzero.update_rule import UpdateRule
 
@@ -176,7 +180,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are being reduced; see pyzero/amp.py."""
+        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
         if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
             return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
         return self._param_groups
@@ -524,7 +528,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         return sum(bucket.num_state_bytes() for bucket in self._buckets)
 
     def _describe(self, code: float) -> str:
-        """Which gradient a code of pyzero/nonfinite.py means."""
+        """Which gradient a code of pyzero/gradients/nonfinite.py means."""
         number, rank = nonfinite.decode(code, self._group.size)
         if number is None:
             if self.model_parallel_rank is not None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.buckets import Bucket
-from pyzero.grad_stats import GlobalGradStats
+from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.ops.step_scalars import NUM_SCALARS
+from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import UpdateRule
 
 

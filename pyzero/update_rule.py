@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyzero.layout import GRANULE, Cut
+from pyzero.sharding.layout import GRANULE, Cut
 
 __all__ = ["Cut", "Part", "RunShard", "StateSlot", "UpdateRule"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pyzero.checkpoint.files import CheckpointError
-from pyzero.comm import Group
+from pyzero.comm.group import Group
 
 _T = TypeVar("_T")
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from pyzero.buckets import MASTER
-from pyzero.local_param import local_of
-from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.rank_state import SCALER, ZERO
+from pyzero.sharding.buckets import MASTER
+from pyzero.sharding.local_param import local_of
+from pyzero.sharding.modules import reshard
+from pyzero.sharding.rank_state import SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
 

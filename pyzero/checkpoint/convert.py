@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.buckets import MASTER
 from pyzero.checkpoint import files, from_deepspeed
 from pyzero.checkpoint.content import Content
 from pyzero.checkpoint.export import export_safetensors
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.writer import Writer
-from pyzero.comm import Group
-from pyzero.rank_state import SCALER
+from pyzero.comm.group import Group
+from pyzero.sharding.buckets import MASTER
+from pyzero.sharding.rank_state import SCALER
 
 
 def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = None) -> Path:

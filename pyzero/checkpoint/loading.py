@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.buckets import MASTER, STEP
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.content import EXCLUDED, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
-from pyzero.local_param import empty_on_host, local_of
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.rank_state import SCALER
+from pyzero.sharding.buckets import MASTER, STEP
+from pyzero.sharding.local_param import empty_on_host, local_of
+from pyzero.sharding.rank_state import SCALER
 
 log = logging.getLogger("pyzero")
 

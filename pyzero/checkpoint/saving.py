@@ -15,7 +15,7 @@ from torch import nn
 
 from pyzero.checkpoint.content import Content, collect
 from pyzero.checkpoint.writer import Writer
-from pyzero.comm import Group
+from pyzero.comm.group import Group
 from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")

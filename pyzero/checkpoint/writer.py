@@ -18,7 +18,7 @@ from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.content import Content, join
 from pyzero.checkpoint.files import CheckpointError
-from pyzero.comm import Group
+from pyzero.comm.group import Group
 
 log = logging.getLogger("pyzero")
 

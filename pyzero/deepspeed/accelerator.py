@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero import comm
+from pyzero.comm import process
 
 # Of torch.cuda, by DeepSpeed's names; on a CPU they count nothing and do nothing.
 _COUNTS = (
@@ -100,7 +100,7 @@ class Accelerator:
 
     def local_device(self) -> torch.device:
         """Of this process, by LOCAL_RANK."""
-        return comm.device()
+        return process.device()
 
 
 @functools.cache

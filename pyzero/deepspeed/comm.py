@@ -1,6 +1,6 @@
 """deepspeed.comm: torch.distributed by DeepSpeed's names, which also answer where there is no process group.
 
-Scripts alone call it; the optimizer's own communication is pyzero/comm.py.
+Scripts alone call it; the optimizer's own communication is pyzero/comm/group.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.distributed import (
     send,
 )
 
-from pyzero import comm
+from pyzero.comm import process
 
 __all__ = [
     "ReduceOp",
@@ -105,9 +105,9 @@ def init_distributed(
     if dist_init_required is False or is_initialized():
         return
     if init_method is None:
-        comm.join(dist_backend, timeout)
+        process.join(dist_backend, timeout)
         return
-    backend = dist_backend or ("nccl" if comm.device().type == "cuda" else "gloo")
+    backend = dist_backend or ("nccl" if process.device().type == "cuda" else "gloo")
     dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
 
 
@@ -123,7 +123,7 @@ def get_world_size(group: Any = None) -> int:
 
 def get_local_rank() -> int:
     """Of this process on its host."""
-    return comm.local_rank()
+    return process.local_rank()
 
 
 def get_global_rank(group: Any = None, group_rank: int = 0) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero import comm
+from pyzero.comm import process
 from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
@@ -19,8 +19,8 @@ from pyzero.deepspeed.saving import EngineCheckpoints
 from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
 from pyzero.deepspeed.weights import EngineWeights
-from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.modules import reshard
 
 log = logging.getLogger("pyzero")
 
@@ -44,10 +44,10 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.config = config
-        self.device = comm.device()
-        self.rank, self.world_size = comm.rank_and_size()
+        self.device = process.device()
+        self.rank, self.world_size = process.rank_and_size()
         self.global_rank = self.rank  # DeepSpeed's name
-        self.local_rank = comm.local_rank()
+        self.local_rank = process.local_rank()
         self.dp_rank, self.dp_world_size = parallel.rank, parallel.size  # among those that see different data
         self.batches = config.batches(self.dp_world_size)
         self.micro_steps = 0  # calls of step()
@@ -283,5 +283,5 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
     def destroy(self) -> None:
         """Leave the process group, if initialize() joined it. The engine is of no use afterwards."""
         if self._leaves_group:
-            comm.leave()
+            process.leave()
             self._leaves_group = False

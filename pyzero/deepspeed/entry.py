@@ -12,8 +12,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pyzero import comm
 from pyzero.adam import FusedZeroAdam
+from pyzero.comm import process
 from pyzero.deepspeed import owners
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
@@ -102,7 +102,7 @@ def initialize(
     if given is None:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
     settings = load(given)
-    joined = dist_init_required is not False and comm.join()
+    joined = dist_init_required is not False and process.join()
     is_pipeline = isinstance(model, PipelineModule)
     parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
     _check_accumulation(model, settings, parallel.size)
@@ -163,7 +163,7 @@ def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
 
 def _remark(config: Config, trains: bool) -> None:
     """One line for each key that means something else here than its reader may think."""
-    if comm.rank_and_size()[0] > 0:
+    if process.rank_and_size()[0] > 0:
         return
     if config.optimizer is not None and config.optimizer.remark:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
@@ -176,7 +176,7 @@ def _remark(config: Config, trains: bool) -> None:
 def _convert(model: nn.Module, config: Config) -> None:
     """To this rank's device and the wanted dtype, in place: an optimizer goes on holding the model's parameters."""
     before = [id(param) for param in model.parameters()]
-    model.to(device=comm.device(), dtype=config.weights_dtype())
+    model.to(device=process.device(), dtype=config.weights_dtype())
     assert before == [id(param) for param in model.parameters()]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero import comm
-from pyzero.comm import Group
-from pyzero.local_param import local_of
+from pyzero.comm import process
+from pyzero.comm.group import Group
+from pyzero.sharding.local_param import local_of
 
 log = logging.getLogger("pyzero")
 
@@ -45,7 +45,7 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     if mesh is not None:
         return _of_mesh(mesh)
     if mpu is None:
-        rank, size = comm.rank_and_size()
+        rank, size = process.rank_and_size()
         return Parallelism(None, None, rank, size)
     if not hasattr(mpu, "get_data_parallel_group"):
         raise ValueError(
@@ -55,8 +55,8 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     names = ("get_model_parallel_group", "get_tensor_model_parallel_group")
     model = next((getattr(mpu, name)() for name in names if hasattr(mpu, name)), None)
     data = mpu.get_data_parallel_group()
-    is_alone = model is None or comm.place_in(model)[1] == 1
-    return Parallelism(data, None if is_alone else model, *comm.place_in(data))
+    is_alone = model is None or process.place_in(model)[1] == 1
+    return Parallelism(data, None if is_alone else model, *process.place_in(data))
 
 
 def _of_mesh(mesh: Any) -> Parallelism:
@@ -136,7 +136,7 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=reduce_dtype or (torch.float32 if dtype else None), output_dtype=dtype
     )
-    mesh = parallel.mesh or DeviceMesh.from_group(comm.handle_of(parallel.data), comm.device().type)
+    mesh = parallel.mesh or DeviceMesh.from_group(process.handle_of(parallel.data), process.device().type)
     blocks = blocks_of(model)
     for block in (*blocks, model):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, field_validator
 
 from pyzero.deepspeed.keys import Auto, Count, Done, Flag, Moot, Positive, Refused, Section, Size
-from pyzero.scaler import LossScale, static
+from pyzero.loss_scale.scaler import LossScale, static
 
 _DEFAULT_BUCKET = 500_000_000
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.local_param import whole_of
-from pyzero.modules import reshard
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.local_param import whole_of
+from pyzero.sharding.modules import reshard
 
 if TYPE_CHECKING:
     from pyzero.deepspeed.config import Config

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero import modules
 from pyzero.deepspeed import comm
-from pyzero.local_param import is_dtensor, local_of, part_of
-from pyzero.modules import ShardedPlace
+from pyzero.sharding import modules
+from pyzero.sharding.local_param import is_dtensor, local_of, part_of
+from pyzero.sharding.modules import ShardedPlace
 
 log = logging.getLogger("pyzero")
 

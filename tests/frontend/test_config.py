@@ -11,7 +11,7 @@ import torch
 from pyzero.deepspeed import keys
 from pyzero.deepspeed.config import Batches, Config
 from pyzero.deepspeed.reader import load
-from pyzero.scaler import LossScale
+from pyzero.loss_scale.scaler import LossScale
 
 ISSUE = {
     "train_batch_size": 16,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyzero
-from pyzero import comm
 from pyzero.__main__ import _count, main
+from pyzero.comm.group import Work
 from pyzero.estimate import estimate, estimate_numel
 
 WITHIN = 0.03
@@ -79,21 +79,21 @@ class Ones(torch.autograd.Function):
         return grad, torch.ones(shape, dtype=dtype)
 
 
-def wait_and_let_go(work: comm.Work) -> None:
+def wait_and_let_go(work: Work) -> None:
     """gloo's thread lets go of the buffers a moment after it has told that it is done."""
     _wait(work)
     time.sleep(0.002)
 
 
-_wait = comm.Work.wait
+_wait = Work.wait
 
 
 def measure(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
-    comm.Work.wait = wait_and_let_go
+    Work.wait = wait_and_let_go
     try:
         return measured(group, dtype, options)
     finally:
-        comm.Work.wait = _wait
+        Work.wait = _wait
 
 
 def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:

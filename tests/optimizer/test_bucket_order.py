@@ -8,7 +8,7 @@ from models import assert_same, params_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero.layout import GRANULE, Key, ParamSpec, RunKey, plan
+from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, plan
 
 WIDTH = 32
 NUM_LAYERS = 24
@@ -179,19 +179,19 @@ def test_launch_order_is_that_of_the_last_arrival():
 
 def moved_bytes(group: Any) -> tuple[int, int]:
     """Elements that ranks receive for one parameter's whole state, and the parameter's."""
-    from pyzero import comm
+    from pyzero.comm.group import Group
 
     small, large = nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(100_000))
     optimizer = pyzero.FusedZeroAdamW([small, large], process_group=group)
     moved = [0]
-    gather = comm.Group.gather_shards
+    gather = Group.gather_shards
 
     def counting(self: Any, shard: Tensor, *args: Any) -> Tensor:
         moved[0] += shard.numel() * self.size
         return gather(self, shard, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.Group, "gather_shards", counting)
+        patch.setattr(Group, "gather_shards", counting)
         optimizer.full_state(small)
     return moved[0], small.numel()
 

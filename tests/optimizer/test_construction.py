@@ -9,7 +9,8 @@ from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero import comm, ops
+from pyzero import ops
+from pyzero.comm.group import Group
 
 DIFFERENCES = {  # shapes and dtypes on rank 0 and on the others; the parameter that differs, and how it is spelt
     "number": ([(3,), (4,)], [(3,)], 1, "(4,) float32 in group 0", "nothing"),
@@ -138,7 +139,7 @@ def count_launches(group: Any, num_params: int, options: dict[str, Any]) -> tupl
     with pytest.MonkeyPatch.context() as patch:
         for name in ops.__all__:
             patch.setattr(ops, name, counted(counts, name, getattr(ops, name)))
-        patch.setattr(comm.Group, "gather_rows", counted(counts, "gather_rows", comm.Group.gather_rows))
+        patch.setattr(Group, "gather_rows", counted(counts, "gather_rows", Group.gather_rows))
         for name in ("start", "gather"):
             patch.setattr(optimizer._transport, name, counted(counts, name, getattr(optimizer._transport, name)))
         sum(param.sum() for param in params).backward()

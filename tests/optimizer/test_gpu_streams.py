@@ -15,9 +15,9 @@ from models import assert_same
 from torch import Tensor, nn
 
 import pyzero
-from pyzero import comm
-from pyzero.exchange import BucketExchange
-from pyzero.reduction import ReducedGradients
+from pyzero.comm import group
+from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.reduction import ReducedGradients
 
 LATE_CYCLES = 30_000_000  # some 15 ms
 WIDTH, DEPTH, STEPS = 256, 6, 3
@@ -52,7 +52,7 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(autouse=True)
 def many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     world_size = dist.get_world_size
-    monkeypatch.setattr(comm.dist, "get_world_size", lambda group=None: Many(world_size(group)))
+    monkeypatch.setattr(group.dist, "get_world_size", lambda group=None: Many(world_size(group)))
 
 
 def waited_for(method):

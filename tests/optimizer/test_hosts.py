@@ -13,7 +13,7 @@ from test_peer import SMALL_BUCKETS, averaged_elsewhere, program, rank_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero import comm
+from pyzero.comm.group import Group
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="ranks of a host share memory by futexes of Linux"),
@@ -54,7 +54,7 @@ def test_bits_of_weights_where_gradients_are_not_reduced(ranks, tmp_path, hosts)
 def sent_between_hosts(group: Any, stage: int) -> tuple[str, list[int], int]:
     """The transport of "auto"; elements that each all-to-all of a step sends; those of a bucket."""
     sent: list[int] = []
-    begin = comm.Group.begin_all_to_all
+    begin = Group.begin_all_to_all
 
     def watch(self: Any, received: Tensor, out: Tensor, *numels: Any) -> Any:
         sent.append(out.numel())
@@ -63,7 +63,7 @@ def sent_between_hosts(group: Any, stage: int) -> tuple[str, list[int], int]:
     model = nn.Linear(64, 64, bias=False)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, stage=stage)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.Group, "begin_all_to_all", watch)
+        patch.setattr(Group, "begin_all_to_all", watch)
         model(torch.ones(3, 64)).sum().backward()
         optimizer.step()
     return type(optimizer._transport).__name__, sent, 64 * 64

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyzero
-from pyzero import comm
+from pyzero.comm.group import Work
+from pyzero.comm.transport import ExactTransport, Exchange
 
 LONGEST_DELAY_S = 5e-3
 WIDTH = 24
 NUM_BRANCHES = 5
-START = comm.ExactTransport.start
+START = ExactTransport.start
 
 
 def rank_of(group: Any) -> int:
@@ -47,7 +48,7 @@ class LateExchanges:
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def start(self, transport: comm.ExactTransport, send: Tensor, what: str) -> comm.Exchange:
+    def start(self, transport: ExactTransport, send: Tensor, what: str) -> Exchange:
         received, to_read = torch.full_like(send, float("nan")), weakref.ref(send)
         slices = list(received.view(transport.group.size, -1).unbind(0))
         done, delay_s = threading.Event(), self._random.uniform(0, LONGEST_DELAY_S)
@@ -66,7 +67,7 @@ class LateExchanges:
         self._jobs.put(run)
         handle = None if self._mistake == "result is not waited for" else Done(done)
         kept = torch.empty(0) if self._mistake == "buffer is not kept" else send
-        return comm.Exchange(comm.Work(handle, transport.group, what), slices, kept)
+        return Exchange(Work(handle, transport.group, what), slices, kept)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -83,7 +84,7 @@ class LateExchanges:
 
 
 class Done:
-    """What comm.Work takes for a handle."""
+    """What Work takes for a handle."""
 
     def __init__(self, event: threading.Event) -> None:
         self._event = event
@@ -118,7 +119,7 @@ def in_any_order(
 
     with pytest.MonkeyPatch.context() as patch:
         if disturbed:
-            patch.setattr(comm.ExactTransport, "start", lambda *args: late.start(*args))
+            patch.setattr(ExactTransport, "start", lambda *args: late.start(*args))
             for index, param in enumerate(model.parameters()):
                 param.register_hook(lambda grad, index=index: arrive(index))
         for step in range(2):
@@ -208,7 +209,7 @@ def rounds(group: Any, dtype: torch.dtype, how: str) -> dict[str, Any]:
 
     start = optimizer._transport.start
 
-    def counting(*args: Any) -> comm.Exchange:
+    def counting(*args: Any) -> Exchange:
         sent[-1] += 1
         return start(*args)
 
@@ -294,7 +295,7 @@ def broken_off(group: Any, dtype: torch.dtype, places: tuple[int | None, ...], t
 
     start = optimizer._transport.start
 
-    def counting(*args: Any) -> comm.Exchange:
+    def counting(*args: Any) -> Exchange:
         sent[0] += 1
         return start(*args)
 
@@ -347,7 +348,7 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
 
     start = optimizer._transport.start
 
-    def counting(*args: Any) -> comm.Exchange:
+    def counting(*args: Any) -> Exchange:
         sent[0] += 1
         return start(*args)
 
@@ -381,7 +382,7 @@ def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
 
     start = optimizer._transport.start
 
-    def counting(*args: Any) -> comm.Exchange:
+    def counting(*args: Any) -> Exchange:
         sent[0] += 1
         return start(*args)
 

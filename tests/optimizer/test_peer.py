@@ -20,7 +20,10 @@ from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero import comm, exchange, futex, host, peer, transports
+from pyzero.comm import choice, futex, host, peer
+from pyzero.comm.group import Group
+from pyzero.comm.transport import ExactTransport, Exchange
+from pyzero.gradients import exchange
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the peer transport goes by futexes of Linux"),
@@ -172,11 +175,11 @@ def slow_reader(group: Any) -> list[bool]:
     import torch.distributed as dist
 
     numel, rank = 128, rank_of(group)
-    transport = peer.PeerTransport(comm.Group(group))
+    transport = peer.PeerTransport(Group(group))
     transport.reserve([(4 * numel, 2 * numel)], 1)
     found = []
 
-    def send(value: float) -> comm.Exchange:
+    def send(value: float) -> Exchange:
         buffer = transport.buffer(numel, torch.float32, torch.device("cpu"))
         found.append(buffer is transport._room)
         return transport.start(buffer.fill_(value + rank), f"a bucket of {value}")
@@ -345,13 +348,13 @@ def test_auto_takes_peer_on_one_host(ranks, tmp_path):
 
 def test_one_rank_needs_no_transport():
     for name in ("auto", "peer"):
-        assert type(transports.make_transport(name, comm.Group(), torch.device("cpu"))) is comm.ExactTransport
+        assert type(choice.make_transport(name, Group(), torch.device("cpu"))) is ExactTransport
 
 
 def on_a_gpu(group: Any) -> list[str]:
-    found = [type(transports.make_transport("auto", comm.Group(group), torch.device("cuda"))).__name__]
+    found = [type(choice.make_transport("auto", Group(group), torch.device("cuda"))).__name__]
     with pytest.raises(host.HostError, match="lie on cuda") as caught:
-        transports.make_transport("peer", comm.Group(group), torch.device("cuda"))
+        choice.make_transport("peer", Group(group), torch.device("cuda"))
     return [*found, str(caught.value)]
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.estimate import estimate
-from pyzero.layout import GRANULE, Key, ParamSpec, RunKey, lay_out
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, lay_out
 from pyzero.update_rule import Cut, RunShard, StateSlot, Values
 
 SHAPES = ((12, 11), (70,), (3, 5), (40, 2), (), (130,))

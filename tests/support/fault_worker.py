@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 import pyzero
-from pyzero.comm import CollectiveError
+from pyzero.comm.group import CollectiveError
 
 NUM_RANKS = 3
 BAD_RANK = 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pyzero import host
+from pyzero.comm import host
 
 
 def place(patch: pytest.MonkeyPatch, number: int, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pyzero import comm
+from pyzero.comm.group import Group
 from pyzero.ops import registry
 
 # They allocate, or hand over memory that the host has filled: nothing runs.
@@ -54,7 +54,7 @@ def counted_launches() -> Iterator[Counter[str]]:
     pick = registry.pick
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "pick", lambda *args: _CountingBackend(pick(*args), counts))
-        patch.setattr(comm.Group, "gather_with_host", _uncounted(comm.Group.gather_with_host))
+        patch.setattr(Group, "gather_with_host", _uncounted(Group.gather_with_host))
         with _TorchLaunches(counts):
             yield counts
     for name in [name for name, count in counts.items() if not count]:

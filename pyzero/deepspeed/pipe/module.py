@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero import comm
+from pyzero.comm import process
+from pyzero.comm.group import Group
 from pyzero.deepspeed.checkpointing import checkpoint
 from pyzero.deepspeed.pipe.layers import LayerSpec, TiedLayerSpec, partition
 from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
@@ -59,7 +60,7 @@ class PipelineModule(nn.Module):
         if topology is None:
             if num_stages is None:
                 raise ValueError("expected num_stages or topology, got neither; pass one")
-            topology = PipeDataParallelTopology(num_stages, max(1, comm.rank_and_size()[1] // num_stages))
+            topology = PipeDataParallelTopology(num_stages, max(1, process.rank_and_size()[1] // num_stages))
         self.grid = PipelineParallelGrid(topology)
         self.num_stages = self.grid.pipe_parallel_size
         self.stage_id = self.grid.stage_id
@@ -131,7 +132,7 @@ class PipelineModule(nn.Module):
                 continue
             to_global = self.grid.stage_to_global
             columns = range(self.grid.data_parallel_size)
-            handle = comm.subgroup([[to_global(stage, column) for stage in sorted(stages)] for column in columns])
+            handle = process.subgroup([[to_global(stage, column) for stage in sorted(stages)] for column in columns])
             if handle is not None:
                 groups[key] = handle
                 for param in self.tied_modules[key].parameters() if self.stage_id != min(stages) else ():
@@ -153,7 +154,7 @@ class PipelineModule(nn.Module):
     def broadcast_tied(self) -> None:
         """Make copies what the first stage that has one holds. Collective."""
         for key, handle in self._tied_groups.items():
-            group = comm.Group(handle)
+            group = Group(handle)
             for param in self.tied_modules[key].parameters():
                 group.broadcast(param, "the broadcast of tied weights")
 

@@ -7,7 +7,7 @@ from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any
 
-from pyzero import comm
+from pyzero.comm import process
 
 
 class ProcessTopology:
@@ -91,7 +91,7 @@ class PipelineParallelGrid:
 
     def __init__(self, topology: ProcessTopology) -> None:
         self.topology = topology
-        self.global_rank, size = comm.rank_and_size()
+        self.global_rank, size = process.rank_and_size()
         if topology.world_size() != size:
             raise ValueError(
                 f"expected a topology of the {size} ranks there are, got {topology.dims} of {topology.axes}; start as "
@@ -108,8 +108,8 @@ class PipelineParallelGrid:
         self.data_parallel_id: int = place.data
         self.pipe_parallel_size, self.data_parallel_size = topology.get_dim("pipe"), topology.get_dim("data")
         self.model_parallel_size = 1
-        self._dp = comm.subgroup(topology.get_axis_comm_lists("data")) if size > 1 else None
-        self._pp = comm.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
+        self._dp = process.subgroup(topology.get_axis_comm_lists("data")) if size > 1 else None
+        self._pp = process.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
 
     def stage_to_global(self, stage_id: int, data: int | None = None) -> int:
         """The rank of another stage, in this pipeline or in that of another replica."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pyzero import memory
-from pyzero.layout import GRANULE, BucketLayout
-from pyzero.local_param import LocalParam, outer
+from pyzero.sharding.layout import GRANULE, BucketLayout
+from pyzero.sharding.local_param import LocalParam, outer
 from pyzero.update_rule import Part, RunShard, StateSlot
 
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyzero.accumulation import BucketGrads, ParamGrad
-from pyzero.amp import GradScalerProxy
-from pyzero.backward import BackwardEnd, GradientHooks
-from pyzero.buckets import Bucket
-from pyzero.comm import Group, Transport
-from pyzero.exchange import BucketExchange
-from pyzero.gather import gather_param
-from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
-from pyzero.gradients import Gradients, power_sum, powers_of
-from pyzero.local_param import outer
-from pyzero.modules import find_ddp_wrapper
-from pyzero.stats_rows import clean_rows, flag_of
+from pyzero.comm.group import Group
+from pyzero.comm.transport import Transport
+from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.amp import GradScalerProxy
+from pyzero.gradients.backward import BackwardEnd, GradientHooks
+from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
+from pyzero.gradients.source import Gradients, power_sum, powers_of
+from pyzero.gradients.stats_rows import clean_rows, flag_of
+from pyzero.sharding.buckets import Bucket
+from pyzero.sharding.gather import gather_param
+from pyzero.sharding.local_param import outer
+from pyzero.sharding.modules import find_ddp_wrapper
 
 
 @dataclass(frozen=True)

@@ -1,149 +1,31 @@
-"""Where a step's gradients come from, and those that are in `.grad` as it is. pyzero/reduction.py has the others."""
+"""Gradients that are in `.grad` as it is: of one rank, or averaged over ranks by others."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyzero import memory, nonfinite, ops
-from pyzero.accumulation import sparse_error
-from pyzero.backward import GradientHooks
-from pyzero.buckets import Bucket, flatten_like
-from pyzero.comm import Group
-from pyzero.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
-from pyzero.layout import GradSpan
-from pyzero.local_param import LocalParam
-from pyzero.pieces import Pieces
-from pyzero.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero import memory, ops
+from pyzero.comm.group import Group
+from pyzero.gradients import nonfinite
+from pyzero.gradients.accumulation import sparse_error
+from pyzero.gradients.backward import GradientHooks
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.gradients.pieces import Pieces
+from pyzero.gradients.source import Gradients, is_set, power_sum
+from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.sharding.buckets import Bucket, flatten_like
+from pyzero.sharding.layout import GradSpan
+from pyzero.sharding.local_param import LocalParam
 
 _ALIGNMENT_BYTES = 16
 # Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
 # what packing so many would cost.
 IN_PLACE_NUMEL = (1 << 16, 1 << 22)
-
-
-def is_set(flag: Tensor) -> bool:
-    """Whether a flag that lies in the host's own memory is set; False on a GPU, where to look would be to wait."""
-    return flag.device.type == "cpu" and bool(flag.numpy().any())
-
-
-class Gradients(ABC):
-    """The gradients of one step, bucket by bucket.
-
-    `collect()` finishes what is under way; after it `spans(bucket)` are this rank's gradients of a bucket, to be
-    multiplied by `unscale` of the stats and by `factor()`.
-    """
-
-    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
-        self.sync = True  # False inside no_sync
-        self.num_skips_in_a_row = 0  # as far as this rank's host knows
-        self._group = group
-        self._exchange = exchange
-        self._device = device
-        self._backend = backend
-        self._buckets: list[Bucket] = []
-
-    @abstractmethod
-    def add(self, bucket: Bucket, scales: bool) -> None:
-        """Append a bucket; `scales`: the optimizer has a loss scale."""
-
-    @abstractmethod
-    def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:
-        """A context in which gradients arrive that carry the loss scale whose inverse this is.
-
-        epoch: The same number as long as the scale cannot have changed.
-        """
-
-    @abstractmethod
-    def check_arrived(self) -> None:
-        """Raise RuntimeError where `.grad` was written by others than backward, so that no scale is known of it."""
-
-    @abstractmethod
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
-        """Finish what is under way, and exchange the step's message. Collective over several ranks.
-
-        Args:
-            outer_found: (1,) fp32, what another scaler has found in `.grad`.
-            purpose: One of grad_stats.PURPOSES, the same on all ranks.
-        """
-
-    @abstractmethod
-    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
-        """This rank's gradients of a bucket, after collect(): where each piece begins in the shard, and (n,) values.
-
-        What no rank has a gradient for is left out, or undefined. A piece is freed before the next one is made.
-        """
-
-    @abstractmethod
-    def factor(self) -> Tensor | None:
-        """0-D: what clipping has left to be multiplied by. After collect().
-
-        Raises:
-            RuntimeError: `.grad` has been edited since it was clipped.
-        """
-
-    @abstractmethod
-    def clipped_by(self) -> Tensor | None:
-        """0-D: what `clip` has multiplied by since the last gradient came; a part of `factor()`, or done."""
-
-    @abstractmethod
-    def clip(self, coefficient: Tensor) -> None:
-        """Multiply all gradients by a 0-D tensor, now or when they are used. After collect()."""
-
-    @abstractmethod
-    def whole(self, bucket: Bucket, position: int) -> Tensor:
-        """(numel,) fp32: one parameter's gradient, in memory order, without factors. Collective where reduced."""
-
-    @abstractmethod
-    def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Take (numel,) `value` for one parameter's gradient, in its memory order, whatever there is of it."""
-
-    @abstractmethod
-    def norm_power(self, norm_type: float) -> Tensor:
-        """(1,) fp64: the sum of |g|^p over this rank's part, or the largest |g| for inf. After collect()."""
-
-    @abstractmethod
-    def locate_nonfinite(self, always: bool) -> None:
-        """Look for the first bad parameter in every step, not only where the host knows that there is one."""
-
-    @abstractmethod
-    def after_step(self, used: Sequence[bool]) -> None:
-        """A step has used the gradients, which stay. used: by parameter number, some rank had a gradient."""
-
-    @abstractmethod
-    def await_step(self) -> bool:
-        """Whether this rank knows of gradients that no step has taken."""
-
-    @abstractmethod
-    def finish_broken_round(self) -> None:
-        """Send what a backward that an exception ended has not sent, where gradients are reduced."""
-
-    @abstractmethod
-    def reset(self) -> None:
-        """The optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
-
-
-def power_sum(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """(1,) fp64: the sum of |g|^p over tensors, or the largest |g| for inf."""
-    powers = powers_of(parts, norm_type, device)
-    return (powers.amax() if math.isinf(norm_type) and powers.numel() else powers.sum()).reshape(1)
-
-
-def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """(len(parts),) fp64: the sum of |g|^p of each, or its largest |g| for inf."""
-    result = torch.zeros(len(parts), dtype=torch.float64, device=device)
-    filled = [(index, part.float()) for index, part in enumerate(parts) if part.numel()]
-    if filled:
-        norms = torch.stack(torch._foreach_norm([part for _, part in filled], norm_type)).double()
-        places = torch.tensor([index for index, _ in filled], device=device)
-        result[places] = norms if math.isinf(norm_type) else norms.pow(norm_type)
-    return result
 
 
 def _can_be_read(grad: Tensor, bucket: Bucket) -> bool:

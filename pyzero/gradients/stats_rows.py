@@ -1,7 +1,7 @@
 """Rows of statistics of gradients: one per run of a bucket, or one in all; sent to other ranks as they are.
 
-A row is three fp64 numbers: overflow flag, sum of squares, code of the first bad parameter (pyzero/nonfinite.py). The
-ops set a flag in fp32: in the half of the first number that makes it not zero.
+A row is three fp64 numbers: overflow flag, sum of squares, code of the first bad parameter, see nonfinite.py.
+The ops set a flag in fp32: in the half of the first number that makes it not zero.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pyzero.accumulation import ParamGrad
+    from pyzero.gradients.accumulation import ParamGrad
 
 
 class GradOwner(Protocol):

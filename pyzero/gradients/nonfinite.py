@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyzero.buckets import Bucket
-from pyzero.layout import GRANULE
+from pyzero.sharding.buckets import Bucket
+from pyzero.sharding.layout import GRANULE
 
 NOT_FOUND = math.inf
 

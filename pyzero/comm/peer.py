@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.comm import Exchange, Group, Transport, Work
-from pyzero.host import Arrival, HostError
+from pyzero.comm.group import Group, Work
+from pyzero.comm.host import Arrival, HostError
+from pyzero.comm.transport import Exchange, Transport
 
 _PATIENCE_S = 2.0  # for room in the ring; a bucket is packed elsewhere then, and copied when there is some
 _MESSAGE_BYTES = 64  # of the step's message, beside one number for each parameter

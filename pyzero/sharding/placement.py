@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero import modules
 from pyzero.arguments import check_device, check_dtype, check_fsdp, check_whole
-from pyzero.buckets import MASTER, STEP, Bucket
-from pyzero.comm import Group
-from pyzero.layout import BucketLayout, Key, ParamSpec, RunKey, plan
-from pyzero.local_param import LocalParam, is_dtensor, local_of, outer
+from pyzero.comm.group import Group
+from pyzero.sharding import modules
+from pyzero.sharding.buckets import MASTER, STEP, Bucket
+from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
+from pyzero.sharding.local_param import LocalParam, is_dtensor, local_of, outer
 from pyzero.update_rule import Cut, UpdateRule
 
 

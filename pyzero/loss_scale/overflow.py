@@ -48,7 +48,7 @@ class OverflowMonitor:
         Args:
             state: (5,) fp32, see pyzero.ops.loss_scale.
             first_bad: (1,) fp64, of GlobalGradStats.
-            describe: Says which parameter and rank a code of pyzero/nonfinite.py means.
+            describe: Says which parameter and rank a code of pyzero/gradients/nonfinite.py means.
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return

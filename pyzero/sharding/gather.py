@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyzero.buckets import Bucket
-from pyzero.comm import Group
+from pyzero.comm.group import Group
+from pyzero.sharding.buckets import Bucket
 
 
 def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, elements_per_value: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from pyzero.local_param import LocalParam, outer
+from pyzero.sharding.local_param import LocalParam, outer
 
 _ParamHook = Callable[[Tensor], None]
 

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero import memory, nonfinite, ops
-from pyzero.buckets import Bucket, conversion_error, flatten_like
-from pyzero.pieces import Pieces
-from pyzero.sharded_grad import LocalGrad, ShardedGrad
-from pyzero.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero import memory, ops
+from pyzero.gradients import nonfinite
+from pyzero.gradients.pieces import Pieces
+from pyzero.gradients.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.sharding.buckets import Bucket, conversion_error, flatten_like
+from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 
 class ParamGrad:

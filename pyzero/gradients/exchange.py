@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero import nonfinite
-from pyzero.accumulation import BucketGrads, ParamGrad
-from pyzero.comm import Exchange, Group, Transport
-from pyzero.gradients import is_set
+from pyzero.comm.group import Group
+from pyzero.comm.transport import Exchange, Transport
+from pyzero.gradients import nonfinite
+from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.source import is_set
 from pyzero.profiling import profile_range
 
 _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all

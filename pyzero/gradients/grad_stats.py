@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.comm import CollectiveError, Group
-from pyzero.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
+from pyzero.comm.group import CollectiveError, Group
+from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
 
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
@@ -35,7 +35,7 @@ class Unsent(IntEnum):
 class LocalGradStats:
     """What one rank knows."""
 
-    rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/stats_rows.py
+    rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/gradients/stats_rows.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since

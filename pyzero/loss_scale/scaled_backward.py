@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.gradients import Gradients
-from pyzero.scaler import Scaler
+from pyzero.gradients.source import Gradients
+from pyzero.loss_scale.scaler import Scaler
 
 log = logging.getLogger("pyzero")
 

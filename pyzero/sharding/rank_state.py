@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyzero.buckets import MASTER, STEP, Bucket
-from pyzero.comm import Group
-from pyzero.gather import gather_parts, part_lengths
-from pyzero.layout import BucketLayout, lay_out
-from pyzero.local_param import LocalParam, box_of, local_of, outer
-from pyzero.placement import Placement
+from pyzero.comm.group import Group
+from pyzero.sharding.buckets import MASTER, STEP, Bucket
+from pyzero.sharding.gather import gather_parts, part_lengths
+from pyzero.sharding.layout import BucketLayout, lay_out
+from pyzero.sharding.local_param import LocalParam, box_of, local_of, outer
+from pyzero.sharding.placement import Placement
 
 ZERO, SCALER = "zero", "scaler"  # in the first group, for torch.distributed.checkpoint's helpers pass on no more
 
@@ -56,7 +56,7 @@ def _shaped(
     if group.size == 1 or not shape.numel():
         own = local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
         return param.wrap(own) if is_part else own  # type: ignore[attr-defined]
-    from pyzero.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
+    from pyzero.sharding.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
 
     lengths = part_lengths(group.size, bucket, position, bucket.elements_per_value(name))
     low = sum(lengths[: group.rank])

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero import futex
-from pyzero.futex import Counter
+from pyzero.comm import futex
+from pyzero.comm.futex import Counter
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _LINE = 64  # bytes of a cache line, which a counter has for itself

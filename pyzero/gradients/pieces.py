@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero.buckets import Bucket, flatten_like
+from pyzero.sharding.buckets import Bucket, flatten_like
 
 
 class _Piece(NamedTuple):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.comm import Exchange, Group, Work
-from pyzero.host import HostRanks
-from pyzero.peer import Deferred, PeerTransport
+from pyzero.comm.group import Group, Work
+from pyzero.comm.host import HostRanks
+from pyzero.comm.peer import Deferred, PeerTransport
+from pyzero.comm.transport import Exchange
 
 
 class HostsTransport(PeerTransport):

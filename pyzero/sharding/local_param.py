@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.sharded_grad import LocalGrad, ShardedGrad
+from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

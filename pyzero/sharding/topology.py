@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from pyzero.comm import Group
-from pyzero.local_param import is_dtensor, outer
+from pyzero.comm.group import Group
+from pyzero.sharding.local_param import is_dtensor, outer
 
 _Ranks = tuple[int, ...]
 

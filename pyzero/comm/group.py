@@ -1,4 +1,4 @@
-"""The only caller of collectives of torch.distributed: groups, and the transports that go by its collectives."""
+"""The ranks that share an optimizer's state, and what they say to each other by collectives of torch.distributed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import atexit
 import ctypes
 import functools
 import json
-import os
 import time
 import warnings
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyzero import memory
-from pyzero.host import HostError, HostRanks, find_hosts
+from pyzero.comm import process
+from pyzero.comm.host import HostError, HostRanks, find_hosts
 
-# torch 2.13 renames these, and warns of the old names; 2.11 has no new ones.
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _PATIENCE_S = 5.0  # a rank that waits longer compares with the others what each is waiting for
@@ -63,17 +60,6 @@ class Work:
     def is_done(self, patience_s: float) -> bool:
         """Whether `wait` would return at once; waits so long for it."""
         return self._handle is None or self._group.is_done(self._handle, patience_s)
-
-
-@dataclass
-class Exchange:
-    """A reduce-scatter under way: after `work.wait()` the slices are there to be summed, in rank order."""
-
-    work: Work
-    slices: list[Tensor]  # (shard_numel,) each, in the dtype that was sent
-    send: Tensor  # kept until read by all
-    by_rank: bool = True  # slices[r] is rank r's; otherwise the one slice is a sum over ranks
-    release: Callable[[], None] = lambda: None  # called once the slices have been read
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
@@ -164,7 +150,7 @@ class Group:
             process_group = process_group.get_group()
         initialized = dist.is_available() and dist.is_initialized()
         if not initialized:
-            _check_alone(process_group)
+            process.check_alone(process_group)
         parent = (process_group or dist.group.WORLD) if initialized else None
         if parent is not None and dist.get_rank(parent) < 0:
             raise ValueError(
@@ -250,6 +236,10 @@ class Group:
         """How long a collective may take, in words."""
         return "its timeout" if self._timeout is None else f"{self._timeout.total_seconds():g} s"
 
+    def timeout_ms(self) -> int:
+        """The same for a device; 0: it may take any time."""
+        return 0 if self._timeout is None else int(self._timeout.total_seconds() * 1000)
+
     def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
         """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank."""
         return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs))
@@ -278,7 +268,7 @@ class Group:
 
     def is_done(self, handle: Any, patience_s: float) -> bool:
         """Whether a collective is done within so many seconds; see Work."""
-        if not self._blocks:
+        if not self._blocks or handle.is_completed():
             return True
         try:
             handle.wait(timedelta(seconds=patience_s))
@@ -389,148 +379,7 @@ def _keep_for_ever(handle: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
 
 
-def _check_alone(process_group: Any) -> None:
-    """Refuse to run alone where a process group is given, or a launcher has started other ranks."""
-    if process_group is not None:
-        raise ValueError(
-            "expected an initialised process group, got a process_group with none; "
-            "call torch.distributed.init_process_group first, or leave it out"
-        )
-    num_ranks = os.environ.get("WORLD_SIZE", "1")
-    if num_ranks.isdigit() and int(num_ranks) > 1 and "RANK" in os.environ:
-        raise ValueError(
-            f"expected an initialised process group, for a launcher has started WORLD_SIZE={num_ranks} processes, got "
-            f"none: they would train {num_ranks} models apart; call torch.distributed.init_process_group() before the "
-            f"optimizer is built, or unset WORLD_SIZE to train apart"
-        )
-
-
 def _timeout_of(group: Any) -> timedelta | None:
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     options = getattr(group._get_backend(device), "options", None)
     return None if options is None else options._timeout
-
-
-# ---- transports -----------------------------------------------------------------------------------------------------
-
-
-class Transport(ABC):
-    """How a bucket's gradients come to the ranks that hold its shards, and their weights to all."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    @abstractmethod
-    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """Have room for all that one step sends. Collective, the same on all ranks; nothing may be under way.
-
-        Args:
-            buckets: Bytes of gradients to send, and of weights in a shard.
-            num_params: Of the optimizer.
-        """
-
-    @abstractmethod
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(numel,) to pack what the next `start` will send."""
-
-    @abstractmethod
-    def start(self, send: Tensor, what: str) -> Exchange:
-        """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
-
-    @abstractmethod
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
-        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which is this rank's part of it."""
-
-
-class _LibraryTransport(Transport):
-    """Buffers made when they are needed, and collectives of torch.distributed."""
-
-    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """See Transport. Nothing."""
-
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See Transport."""
-        return memory.empty(numel, dtype, device)
-
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
-        """See Transport."""
-        return self.group.all_gather_into(flat, shard)
-
-
-class ExactTransport(_LibraryTransport):
-    """All-to-all of the slices; the sum is ours: fp32, in rank order, the same whatever the bucket holds beside it."""
-
-    def start(self, send: Tensor, what: str) -> Exchange:
-        """See Transport."""
-        received = memory.empty(send.numel(), send.dtype, send.device)
-        work = self.group.start(what, dist.all_to_all_single, received, send)
-        return Exchange(work, list(received.view(self.group.size, -1).unbind(0)), send)
-
-
-class CollectiveTransport(_LibraryTransport):
-    """The library's own reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
-
-    def start(self, send: Tensor, what: str) -> Exchange:
-        """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
-        received = memory.empty(send.numel() // self.group.size, send.dtype, send.device)
-        work = self.group.start(what, _reduce_scatter, received, send, op=dist.ReduceOp.SUM)
-        return Exchange(work, [received], send, by_rank=False)
-
-
-# ---- the default group ----------------------------------------------------------------------------------------------
-
-
-def device() -> torch.device:
-    """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank())
-
-
-def local_rank() -> int:
-    """Of this process on its host: the launcher's LOCAL_RANK, or 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Of the default group; (0, 1) without one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def handle_of(process_group: Any) -> Any:
-    """The ProcessGroup of that, of a mesh of one dimension, or the default one of None."""
-    return process_group.get_group() if hasattr(process_group, "get_group") else process_group or dist.group.WORLD
-
-
-def place_in(process_group: Any) -> tuple[int, int]:
-    """(rank, size) of this process in a group."""
-    handle = handle_of(process_group)
-    return dist.get_rank(handle), dist.get_world_size(handle)
-
-
-def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
-    """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
-    if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return False
-    mine = device()
-    if mine.type == "cuda":
-        torch.cuda.set_device(mine)
-        dist.init_process_group(backend or "nccl", device_id=mine, timeout=timeout)
-    else:
-        dist.init_process_group(backend or "gloo", timeout=timeout)
-    return True
-
-
-def subgroup(members: Sequence[Sequence[int]]) -> Any:
-    """Of groups that all ranks make alike, the one that this rank is in; None where it is in none."""
-    rank, found = dist.get_rank(), None
-    for ranks in members:
-        handle = dist.new_group(list(ranks))
-        found = handle if rank in ranks else found
-    return found
-
-
-def leave() -> None:
-    """End the default process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.buckets import MASTER, STEP, Bucket
-from pyzero.comm import Group
-from pyzero.gather import gather_param
-from pyzero.local_param import LocalParam, outer, part_of, whole_of
+from pyzero.comm.group import Group
+from pyzero.sharding.buckets import MASTER, STEP, Bucket
+from pyzero.sharding.gather import gather_param
+from pyzero.sharding.local_param import LocalParam, outer, part_of, whole_of
 
 if TYPE_CHECKING:
-    from pyzero.grad_stats import GlobalGradStats
-    from pyzero.gradients import Gradients
-    from pyzero.topology import Topology
+    from pyzero.gradients.grad_stats import GlobalGradStats
+    from pyzero.gradients.source import Gradients
+    from pyzero.sharding.topology import Topology
 
 
 class FullAccess:

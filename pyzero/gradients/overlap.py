@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pyzero.accumulation import BucketGrads, ParamGrad
-from pyzero.buckets import Bucket
-from pyzero.reduction import ReducedGradients
+from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.reduction import ReducedGradients
+from pyzero.sharding.buckets import Bucket
 
 
 class OverlappedGradients(ReducedGradients):

@@ -1,0 +1,60 @@
+"""Which transport a group of ranks uses, by name or by what its ranks share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from pyzero.comm.device_peer import DevicePeerTransport
+from pyzero.comm.group import Group
+from pyzero.comm.host import HostError
+from pyzero.comm.hosts import HostsTransport
+from pyzero.comm.peer import PeerTransport
+from pyzero.comm.transport import CollectiveTransport, ExactTransport, Transport
+
+log = logging.getLogger("pyzero")
+
+
+def _through_memory(group: Group, device: torch.device) -> Transport:
+    if device.type == "cuda":
+        return DevicePeerTransport(group, device)
+    if device.type != "cpu":
+        raise HostError(f"the parameters lie on {device}")
+    group.share_memory()
+    return PeerTransport(group) if len(group.hosts) == 1 else HostsTransport(group)
+
+
+_BY_COLLECTIVES: dict[str, Callable[[Group], Transport]] = {
+    "exact": ExactTransport,
+    "collective": CollectiveTransport,
+}
+_NAMES = ("auto", *_BY_COLLECTIVES, "peer")
+
+
+def make_transport(name: str, group: Group, device: torch.device) -> Transport:
+    """The transport of that name; "auto" is peer on CPUs of which some share a host, and exact elsewhere. Collective.
+
+    On GPUs peer is taken where it is asked for: it has run with two ranks on one GPU, and not over NVLink yet.
+
+    Raises:
+        ValueError: There is none of that name.
+        HostError: "peer", and the ranks cannot share memory.
+    """
+    if name not in _NAMES:
+        raise ValueError(f"expected transport to be one of {', '.join(_NAMES)}, got {name!r}; choose one of these")
+    if group.size == 1 or name in _BY_COLLECTIVES:
+        return _BY_COLLECTIVES.get(name, ExactTransport)(group)
+    try:
+        if name == "auto" and device.type != "cpu":
+            raise HostError(f"the parameters lie on {device}; transport='peer' asks for memory of GPUs")
+        return _through_memory(group, device)
+    except HostError as error:
+        if name == "peer":
+            raise HostError(
+                f"expected ranks that share memory for transport='peer', got none: {error}; pass "
+                f"transport='auto', which takes 'exact' here"
+            ) from error
+        log.info("the exact transport is used, for memory is not shared: %s", error)
+        return ExactTransport(group)

@@ -1,0 +1,207 @@
+"""The transport of ranks whose GPUs share a host: each reads the others' memory, over NVLink where there is some.
+
+The memory is torch's symmetric memory. Each rank has two slots, which take turns. What is sent is written to one; a
+barrier on the device, and every rank's is there; it is read where it lies, gradients by the kernel that sums them,
+weights by copies into the flat buffers; another barrier, and the slot may be written over. The host waits for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero.comm.group import Group, Work
+from pyzero.comm.host import HostError, find_hosts
+from pyzero.comm.transport import Exchange, Transport
+
+_NUM_SLOTS = 2
+_SLOT_ALIGNMENT = 512  # bytes
+
+
+@dataclass(frozen=True)
+class SymmetricBytes:
+    """As many bytes of each rank, which all of them have mapped.
+
+    Attributes:
+        by_rank: (num_bytes,) uint8 each, on this rank's device.
+        barrier: Every rank's current stream waits here for those of the others.
+        owner: Keeps the memory.
+    """
+
+    by_rank: list[Tensor]
+    barrier: Callable[[], None]
+    owner: Any = None
+
+
+Allocate = Callable[[int], SymmetricBytes]  # collective; raises RuntimeError alike on all ranks
+
+
+def symmetric_memory(group: Group, device: torch.device) -> Allocate:
+    """By torch.distributed._symmetric_memory, over the ranks of a group."""
+
+    def allocate(num_bytes: int) -> SymmetricBytes:
+        import torch.distributed._symmetric_memory as symm_mem  # imports what most programs do not need
+
+        own = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
+        handle = symm_mem.rendezvous(own, group.handle)
+        by_rank = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size)]
+        timeout_ms = group.timeout_ms()
+        return SymmetricBytes(by_rank, lambda: handle.barrier(channel=0, timeout_ms=timeout_ms), (own, handle))
+
+    return allocate
+
+
+class DevicePeerTransport(Transport):
+    """Peer memory between the GPUs of one host, with the bits of ExactTransport.
+
+    A rank that dies or stalls is an error of the device on the others, within the group's timeout.
+
+    Args:
+        group: The ranks.
+        device: This one's.
+        allocate: See Allocate; default: torch's symmetric memory.
+
+    Raises:
+        HostError: The ranks run on several hosts, or cannot read each other's memory.
+    """
+
+    def __init__(self, group: Group, device: torch.device, allocate: Allocate | None = None) -> None:
+        super().__init__(group)
+        self._device = device
+        self._allocate = allocate or symmetric_memory(group, device)
+        self._slot_bytes = 0
+        self._memory: SymmetricBytes | None = None
+        self._num_sent = 0
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # weights travel beside the next bucket's update
+        self._last = torch.cuda.Event() if on_gpu else None  # of all that any stream has done here
+        self._read = [torch.cuda.Event() for _ in range(_NUM_SLOTS)] if on_gpu else []  # by slot, by all ranks
+        if len(find_hosts(group.gather_objects)) > 1:
+            raise HostError("the ranks run on several hosts")
+        self._grow(_SLOT_ALIGNMENT)
+
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """See Transport."""
+        self._grow(max((max(pair) for pair in buckets), default=0))
+
+    def _grow(self, slot_bytes: int) -> None:
+        if slot_bytes <= self._slot_bytes:
+            return
+        if self._num_sent and self._last is not None:
+            torch.cuda.synchronize(self._device)  # a barrier behind: all have read what lies in the old memory
+        self._slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        problem = None
+        try:
+            self._memory = self._allocate(_NUM_SLOTS * self._slot_bytes)
+        except (ImportError, RuntimeError) as error:
+            problem = str(error).strip().splitlines()[0]
+        problems = self.group.gather_objects(problem)
+        found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
+        if found is not None:
+            raise HostError(f"on rank {found[0]}: no symmetric memory of {self._slot_bytes:,} bytes twice: {found[1]}")
+
+    def _slot(self, rank: int, number: int, begin_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """(numel,) of what a rank sends under that number."""
+        assert self._memory is not None
+        begin = number % _NUM_SLOTS * self._slot_bytes + begin_bytes
+        return self._memory.by_rank[rank][begin : begin + numel * dtype.itemsize].view(dtype)
+
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See Transport. A slot, which the current stream waits for."""
+        number = self._num_sent
+        if number >= _NUM_SLOTS and self._read:
+            torch.cuda.current_stream(self._device).wait_event(self._read[number % _NUM_SLOTS])
+        return self._slot(self.group.rank, number, 0, numel, dtype)
+
+    @contextlib.contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """What the current stream does in here comes after all that was done before: barriers meet in order."""
+        if self._last is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._last)
+        yield
+        self._last.record(current)
+
+    def _post(self) -> int:
+        """What lies in the slot has been written: every rank's is there after this."""
+        assert self._memory is not None
+        number = self._num_sent
+        self._num_sent += 1
+        with self._in_order():
+            self._memory.barrier()
+        return number
+
+    def _mark_read(self, number: int) -> None:
+        assert self._memory is not None
+        with self._in_order():
+            self._memory.barrier()
+        if self._read:
+            self._read[number % _NUM_SLOTS].record(torch.cuda.current_stream(self._device))
+
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """See Transport. `send` is what `buffer` gave."""
+        number = -1
+
+        def post() -> _Done:
+            nonlocal number
+            number = self._post()
+            return _Done(self._device)
+
+        work = self.group.launch(what, post)
+        numel = send.numel() // self.group.size
+        begin_bytes = self.group.rank * numel * send.itemsize
+        slices = [self._slot(rank, number, begin_bytes, numel, send.dtype) for rank in range(self.group.size)]
+        return Exchange(work, slices, send, release=lambda: self._mark_read(number))
+
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """See Transport. The shard is copied to a slot, and the others' from theirs, on a stream of its own."""
+        return self.group.launch("the all-gather of weights", lambda: self._gather(flat, shard))
+
+    def _gather(self, flat: Tensor, shard: Tensor) -> _Done:
+        with self._on_own_stream(flat):
+            room = self.buffer(shard.numel(), shard.dtype, shard.device)
+            room.copy_(shard)
+            number = self._post()
+            for rank, there in enumerate(flat.view(self.group.size, -1)):
+                if rank != self.group.rank:
+                    there.copy_(self._slot(rank, number, 0, shard.numel(), shard.dtype))
+            self._mark_read(number)
+            return _Done(self._device)
+
+    @contextlib.contextmanager
+    def _on_own_stream(self, *used: Tensor) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        for tensor in used:
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+class _Done:
+    """All that the current stream has been given; what torch.distributed calls work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """The current stream waits; the host does not."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)

@@ -1,0 +1,83 @@
+"""This process among those that a launcher started: its device, its rank, and the default process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def device() -> torch.device:
+    """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
+
+
+def local_rank() -> int:
+    """Of this process on its host: the launcher's LOCAL_RANK, or 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Of the default group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def handle_of(process_group: Any) -> Any:
+    """The ProcessGroup of that, of a mesh of one dimension, or the default one of None."""
+    return process_group.get_group() if hasattr(process_group, "get_group") else process_group or dist.group.WORLD
+
+
+def place_in(process_group: Any) -> tuple[int, int]:
+    """(rank, size) of this process in a group."""
+    handle = handle_of(process_group)
+    return dist.get_rank(handle), dist.get_world_size(handle)
+
+
+def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
+    """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
+    if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return False
+    mine = device()
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)
+        dist.init_process_group(backend or "nccl", device_id=mine, timeout=timeout)
+    else:
+        dist.init_process_group(backend or "gloo", timeout=timeout)
+    return True
+
+
+def subgroup(members: Sequence[Sequence[int]]) -> Any:
+    """Of groups that all ranks make alike, the one that this rank is in; None where it is in none."""
+    rank, found = dist.get_rank(), None
+    for ranks in members:
+        handle = dist.new_group(list(ranks))
+        found = handle if rank in ranks else found
+    return found
+
+
+def leave() -> None:
+    """End the default process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_alone(process_group: Any) -> None:
+    """Refuse to run alone where a process group is given, or a launcher has started other ranks."""
+    if process_group is not None:
+        raise ValueError(
+            "expected an initialised process group, got a process_group with none; "
+            "call torch.distributed.init_process_group first, or leave it out"
+        )
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    if num_ranks.isdigit() and int(num_ranks) > 1 and "RANK" in os.environ:
+        raise ValueError(
+            f"expected an initialised process group, for a launcher has started WORLD_SIZE={num_ranks} processes, got "
+            f"none: they would train {num_ranks} models apart; call torch.distributed.init_process_group() before the "
+            f"optimizer is built, or unset WORLD_SIZE to train apart"
+        )

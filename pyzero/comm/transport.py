@@ -1,0 +1,92 @@
+"""Transports of gradients and weights, and those of them that go by collectives of torch.distributed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyzero import memory
+from pyzero.comm.group import Group, Work
+
+# torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Exchange:
+    """A reduce-scatter under way: after `work.wait()` the slices are there to be summed, in rank order."""
+
+    work: Work
+    slices: list[Tensor]  # (shard_numel,) each, in the dtype that was sent
+    send: Tensor  # kept until read by all
+    by_rank: bool = True  # slices[r] is rank r's; otherwise the one slice is a sum over ranks
+    release: Callable[[], None] = lambda: None  # called once the slices have been read
+
+
+class Transport(ABC):
+    """How a bucket's gradients come to the ranks that hold its shards, and their weights to all."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    @abstractmethod
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """Have room for all that one step sends. Collective, the same on all ranks; nothing may be under way.
+
+        Args:
+            buckets: Bytes of gradients to send, and of weights in a shard.
+            num_params: Of the optimizer.
+        """
+
+    @abstractmethod
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(numel,) to pack what the next `start` will send."""
+
+    @abstractmethod
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
+
+    @abstractmethod
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which is this rank's part of it."""
+
+
+class _LibraryTransport(Transport):
+    """Buffers made when they are needed, and collectives of torch.distributed."""
+
+    def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
+        """See Transport. Nothing."""
+
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See Transport."""
+        return memory.empty(numel, dtype, device)
+
+    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+        """See Transport."""
+        return self.group.all_gather_into(flat, shard)
+
+
+class ExactTransport(_LibraryTransport):
+    """All-to-all of the slices; the sum is ours: fp32, in rank order, the same whatever the bucket holds beside it."""
+
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """See Transport."""
+        received = memory.empty(send.numel(), send.dtype, send.device)
+        work = self.group.start(what, dist.all_to_all_single, received, send)
+        return Exchange(work, list(received.view(self.group.size, -1).unbind(0)), send)
+
+
+class CollectiveTransport(_LibraryTransport):
+    """The library's own reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
+
+    def start(self, send: Tensor, what: str) -> Exchange:
+        """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""
+        received = memory.empty(send.numel() // self.group.size, send.dtype, send.device)
+        work = self.group.start(what, _reduce_scatter, received, send, op=dist.ReduceOp.SUM)
+        return Exchange(work, [received], send, by_rank=False)

@@ -1,0 +1,1 @@
+"""From `.grad` to this rank's shards: hooks, buckets on their way, statistics."""

@@ -1,0 +1,1 @@
+"""The loss scale: its policy, scaled backward passes, skipped steps."""

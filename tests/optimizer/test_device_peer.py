@@ -1,0 +1,122 @@
+"""The peer transport of GPUs: the bits of "exact". On CPUs its memory is that of the host, and there are no streams."""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+from models import DTYPES, assert_same
+from test_peer import SMALL_BUCKETS, program, rank_of
+from torch import nn
+
+import pyzero
+from pyzero.comm import choice, device_peer
+from pyzero.comm.device_peer import Allocate, DevicePeerTransport, SymmetricBytes
+from pyzero.comm.group import Group
+from pyzero.comm.host import HostRanks
+
+ON_GPU = "PYZERO_TEST_DEVICE" in os.environ
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks of a host share memory by futexes of Linux")
+OPTIONS: list[dict[str, Any]] = [
+    {"stage": 1, **SMALL_BUCKETS},
+    {"stage": 2, **SMALL_BUCKETS},
+    {"stage": 2, "max_grad_norm": 0.5, "grad_reduce_dtype": torch.float32, "bucket_cap_mb": 1e-4},
+]
+
+
+def host_memory(group: Group) -> Allocate:
+    """What symmetric memory is on GPUs: the ranks' rings, and a barrier of their counters."""
+
+    def allocate(num_bytes: int) -> SymmetricBytes:
+        host = HostRanks(group.rank, range(group.size), group.gather_objects, None)
+        host.reserve(num_bytes, 1, group.gather_objects)
+        num_barriers = 0
+
+        def barrier() -> None:
+            nonlocal num_barriers
+            num_barriers += 1
+            host.post()
+            host.posted(num_barriers).wait()
+
+        return SymmetricBytes([host.tensor(rank, 0, num_bytes, torch.uint8) for rank in range(group.size)], barrier)
+
+    return allocate
+
+
+def through_peers(group: Any, job: Any, *args: Any) -> Any:
+    """A job whose transport="peer" is that of GPUs, wherever it runs."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # for ranks that share a GPU
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setattr(choice, "_through_memory", lambda ranks, device: made(ranks, device))
+        return job(group, *args)
+
+
+def made(group: Group, device: torch.device) -> DevicePeerTransport:
+    return DevicePeerTransport(group, device, host_memory(group))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_exact(ranks, dtype, options):
+    for size in (2,) if ON_GPU else (2, 4):
+        exact = ranks.run(size, program, dtype, "exact", options)
+        ours = ranks.run(size, through_peers, program, dtype, "peer", options)
+        for one, other in zip(exact, ours, strict=True):
+            assert_same(one, other)
+
+
+def slots_used(group: Any) -> tuple[str, list[int], list[bool]]:
+    """The transport, the slots in the order in which they were written, and whether each was free then."""
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    options = {"process_group": group, "transport": "peer", "bucket_cap_mb": 2e-3}
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), **options)
+    transport = optimizer._transport
+    slots, frees, unread = [], [], set()
+    post, mark = transport._post, transport._mark_read
+
+    def posting() -> int:
+        number = post()
+        slots.append(number % device_peer._NUM_SLOTS)
+        frees.append(number - device_peer._NUM_SLOTS not in unread)
+        unread.add(number)
+        return number
+
+    def marking(number: int) -> None:
+        unread.discard(number)
+        mark(number)
+
+    transport._post, transport._mark_read = posting, marking
+    for _ in range(2):
+        model(torch.ones(2, 16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return type(transport).__name__, slots, frees
+
+
+def test_two_slots_take_turns_and_are_read_before_they_are_written_again(ranks):
+    for name, slots, frees in ranks.run(2, through_peers, slots_used):
+        assert name == "DevicePeerTransport"
+        assert slots == [place % 2 for place in range(len(slots))] and len(slots) > 8
+        assert all(frees)
+
+
+def refused(group: Any, fails_on: int) -> str:
+    def allocate(num_bytes: int) -> SymmetricBytes:
+        if rank_of(group) == fails_on:
+            raise RuntimeError("no link between these devices\nand a trace")
+        return SymmetricBytes([torch.empty(num_bytes, dtype=torch.uint8)] * 2, lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "_through_memory", lambda ranks, device: DevicePeerTransport(ranks, device, allocate))
+        with pytest.raises(RuntimeError) as caught:
+            pyzero.FusedZeroAdamW(nn.Linear(3, 3).parameters(), process_group=group, transport="peer")
+    return str(caught.value)
+
+
+def test_ranks_that_share_no_memory_are_told_alike(ranks):
+    first, second = ranks.run(2, refused, 1)
+    assert first == second
+    assert "on rank 1" in first and "no link between these devices" in first and "a trace" not in first
+    assert "transport='auto'" in first
