@@ -1,4 +1,4 @@
-"""Flat buffers. Large ones on a CPU lie in huge pages where the system has them.
+"""Flat buffers: on their device, or in pinned memory of the host. Large ones on a CPU lie in huge pages.
 
 A buffer that is made anew in every step costs a page fault for every 4 KiB that is first written, some 10 ms for 48 MB;
 with pages of 2 MiB it is a fifth of that, and nothing where the pages of one that has gone are taken again
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,45 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if _is_small(numel, dtype, device):
         return torch.zeros(numel, dtype=dtype, device=device)
     return torch.frombuffer(_map(_whole_pages(numel * dtype.itemsize)), dtype=dtype, count=numel)
+
+
+def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(numel,) zeros in pinned memory of the host, as a tensor of a GPU, whose kernels read and write it over the bus.
+
+    Raises:
+        RuntimeError: The host has no memory left that can be pinned.
+    """
+    if not numel:
+        return torch.zeros(0, dtype=dtype, device=device)
+    pages = _PinnedPages(_whole_pages(numel * dtype.itemsize), device)
+    return torch.as_tensor(pages, device=device)[: numel * dtype.itemsize].view(dtype)
+
+
+class _PinnedPages:
+    """Whole pages, pinned as long as a tensor lies on them; torch's own are rounded up to a power of two."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._pages = _map(num_bytes)
+        self._address = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
+        with torch.cuda.device(device):
+            error = torch.cuda.cudart().cudaHostRegister(self._address, num_bytes, 0)
+            if int(error) != 0:
+                raise RuntimeError(
+                    f"expected {num_bytes:,} bytes of the host's memory to pin, got error {error} of the driver; "
+                    f"free memory, raise the container's limit, or pass cpu_offload=False"
+                )
+        weakref.finalize(self, _unpin, self._pages, self._address, device).atexit = False
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Read by torch.as_tensor, which keeps this object."""
+        shape, place = (len(self._pages),), (self._address, False)
+        return {"shape": shape, "typestr": "|u1", "data": place, "strides": None, "version": 2}
+
+
+def _unpin(pages: mmap.mmap, address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a kernel may be at it
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:

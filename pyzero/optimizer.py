@@ -59,6 +59,7 @@ class ZeroOptions(TypedDict, total=False):
     grad_reduce_dtype: torch.dtype | None
     reduce_grads: bool
     init_sync: bool
+    cpu_offload: bool
     max_consecutive_skips: int | None
     transport: str
     backend: str
@@ -100,10 +101,12 @@ class ZeroOptimizer(FullAccess, Optimizer):
         reduce_grads: False where gradients are already averaged over ranks (DDP, a trainer).
         init_sync: As DDP's: make parameters, frozen ones too, and the buffers of the modules that hold them, what they
             are on rank 0.
+        cpu_offload: Keep masters and state of parameters on a GPU in pinned memory of the host, where the GPU's kernels
+            read and write them over the bus: the same bits, nothing waits, each step moves them once in each direction.
         max_consecutive_skips: This many skipped steps in a row raise RuntimeError; None: any number is fine.
-        transport: "peer" (memory that the ranks of a host share, on CPUs, and all-to-all between hosts), "exact"
+        transport: "peer" (memory that the ranks of a host share, and, on CPUs, all-to-all between hosts), "exact"
             (all-to-all), both summed in fp32 in rank order, with the same bits; or "collective" (the library's
-            reduce-scatter). "auto" is "peer" where ranks can share memory, and "exact" elsewhere.
+            reduce-scatter). "auto" is "peer" where CPUs share memory, and "exact" elsewhere.
         backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
@@ -130,6 +133,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         grad_reduce_dtype: torch.dtype | None = None,
         reduce_grads: bool = True,
         init_sync: bool = True,
+        cpu_offload: bool = False,
         max_consecutive_skips: int | None = 50,
         transport: str = "auto",
         backend: str = "auto",
@@ -147,8 +151,12 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
         topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
         self._group = topology.data
+        if cpu_offload and self._device.type == "cpu":
+            log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
-        self._placement = Placement(rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync)
+        self._placement = Placement(
+            rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
+        )
         self._updater = ShardUpdater(rule, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None

@@ -112,9 +112,9 @@ class OffloadOptimizerSection(Section):
 
     device: Annotated[
         Literal["none", "cpu", "nvme"],
-        Moot("masters and moments stay on the device of the weights, sharded over the ranks", warns=True),
+        Done("masters and moments lie in pinned memory of the host; nvme as cpu, nothing to do for weights on a CPU"),
     ] = "none"
-    nvme_path: Annotated[Any, _OFFLOAD] = None
+    nvme_path: Annotated[Any, Moot("masters and moments lie in memory, not on a disk", warns=True)] = None
     buffer_count: Annotated[Any, _OFFLOAD] = 4
     buffer_size: Annotated[Any, _OFFLOAD] = None
     pin_memory: Annotated[Flag | None, _OFFLOAD] = True
@@ -173,7 +173,7 @@ class ZeroSection(Section):
     elastic_checkpoint: Annotated[Flag, Moot("checkpoints load on any number of ranks")] = False
     offload_optimizer: OffloadOptimizerSection | None = None
     offload_param: OffloadParamSection | None = None
-    cpu_offload: Annotated[Flag | None, Moot("as offload_optimizer.device: cpu", warns=True)] = False
+    cpu_offload: Annotated[Flag | None, Done("as offload_optimizer.device: cpu")] = False
     cpu_offload_params: Annotated[Flag | None, Moot("as offload_param.device: cpu", warns=True)] = False
     cpu_offload_param: Annotated[Flag | None, Moot("as offload_param.device: cpu", warns=True)] = False
     cpu_offload_use_pin_memory: Annotated[Flag | None, _OFFLOAD] = False
@@ -218,6 +218,9 @@ class ZeroSection(Section):
         chosen: dict[str, Any] = {"stage": stage, "overlap": self.overlap_comm is not False}
         if self.reduce_bucket_size != "auto" and 0 < self.reduce_bucket_size < _DEFAULT_BUCKET:
             chosen["bucket_cap_mb"] = self.reduce_bucket_size * element_size / 2**20
+        offloads = self.offload_optimizer is not None and self.offload_optimizer.device != "none"
+        if offloads or self.cpu_offload:
+            chosen["cpu_offload"] = True
         return chosen
 
 

@@ -88,7 +88,7 @@ class FullAccess:
         values: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self._buckets:
             for name in bucket.state_names:
-                flat = self._group.gather_shards(bucket.sharded(name), "the all-gather of a full state dict")
+                flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
                 for position, param in enumerate(bucket.params):
                     if is_wanted or isinstance(param, LocalParam):
                         values.setdefault(outer(param), {})[name] = bucket.whole_of(name, flat, position)

@@ -46,6 +46,7 @@ class Bucket:
         index: Of the bucket, among the optimizer's.
         rank: Whose shard this is.
         slots: Of the update rule.
+        cpu_offload: Masters and state of a GPU lie in pinned memory of the host.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Bucket:
         index: int,
         rank: int,
         slots: Sequence[StateSlot],
+        cpu_offload: bool = False,
     ) -> None:
         self.layout = layout
         self.index = index
@@ -64,6 +66,7 @@ class Bucket:
         self.rank = rank
         self.dtype, self.device = params[0].dtype, params[0].device
         self.is_master = self.dtype == torch.float32  # fp32 weights are their own masters
+        self._on_host = cpu_offload and self.device.type == "cuda"
         self.flat = memory.zeros(layout.numel, self.dtype, self.device)  # the weights of all ranks
         begin, end = layout.shard_bounds(rank)
         self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
@@ -76,12 +79,11 @@ class Bucket:
         for position, param in enumerate(params):  # its own memory is freed one parameter at a time
             self._take_in(position, param, param.data)
 
-        self.master = self.weight_shard if self.is_master else self._shard_empty()  # (shard_numel,) fp32
+        self.master = self.weight_shard if self.is_master else self._empty(torch.float32)  # (shard_numel,) fp32
         self._exported_version = 0  # of the masters
         self.slots = {slot.name: slot for slot in slots}
         self.state = {  # by slot: (shard_numel,), or one value per granule
-            slot.name: memory.zeros(layout.shard_numel // slot.elements_per_value, slot.dtype, self.device)
-            for slot in slots
+            slot.name: self._zeros(layout.shard_numel // slot.elements_per_value, slot.dtype) for slot in slots
         }
         self.steps = torch.zeros(len(params), device=self.device)  # (num_params,) applied steps of each parameter
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
@@ -101,8 +103,12 @@ class Bucket:
         self._addresses[position] = param.data_ptr()
         self._versions[position] = param._version
 
-    def _shard_empty(self) -> Tensor:
-        return memory.empty(self.layout.shard_numel, torch.float32, self.device)
+    def _empty(self, dtype: torch.dtype) -> Tensor:
+        numel = self.layout.shard_numel
+        return self._zeros(numel, dtype) if self._on_host else memory.empty(numel, dtype, self.device)
+
+    def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return (memory.pinned if self._on_host else memory.zeros)(numel, dtype, self.device)
 
     def _view(self, position: int) -> Tensor:
         """A tensor with a storage of its own over a parameter's slot: whoever saves it saves nothing beside it."""
@@ -273,6 +279,10 @@ class Bucket:
     def sharded(self, name: str) -> Tensor:
         """This rank's shard of masters, or of a slot."""
         return self.master if name == MASTER else self.state[name]
+
+    def to_send(self, name: str) -> Tensor:
+        """`sharded`, on the device: a library's collectives may not read pinned memory."""
+        return self.sharded(name).clone() if self._on_host else self.sharded(name)
 
     def elements_per_value(self, name: str) -> int:
         """Of masters, or of a slot: how many elements share one value."""

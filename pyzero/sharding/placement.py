@@ -29,6 +29,7 @@ class Placement:
         counts: Whether a parameter counts for the norm on this rank.
         reduces: Gradients of the ranks are still to be averaged.
         init_sync: Make weights, frozen parameters and buffers rank 0's.
+        cpu_offload: See Bucket.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Placement:
         counts: Callable[[Tensor], bool],
         reduces: bool,
         init_sync: bool,
+        cpu_offload: bool,
     ) -> None:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
@@ -56,6 +58,7 @@ class Placement:
         self._counts = counts
         self._reduces = reduces
         self._init_sync = init_sync
+        self._cpu_offload = cpu_offload
 
     def unplaced(self, param_groups: Sequence[dict[str, Any]]) -> list[int]:
         """Groups with trained parameters that lie in no bucket: they were frozen.
@@ -156,7 +159,7 @@ class Placement:
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
         numbers = [slot.index for slot in layout.slots]
         params = [self.params[number] for number in numbers]
-        bucket = Bucket(layout, params, numbers, index, self._group.rank, self.rule.slots)
+        bucket = Bucket(layout, params, numbers, index, self._group.rank, self.rule.slots, self._cpu_offload)
         for position, param in enumerate(bucket.params):
             self._state[outer(param)] = bucket.state_views(position)
         return bucket
@@ -225,7 +228,7 @@ class Placement:
 
     def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]], is_fresh: bool) -> None:
         for name in () if is_fresh else old.state_names:
-            flat, per_value = self._group.gather_shards(old.sharded(name)), old.elements_per_value(name)
+            flat, per_value = self._group.gather_shards(old.to_send(name)), old.elements_per_value(name)
             for slot in old.layout.slots:
                 bucket, position = places[slot.index]
                 begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)

@@ -261,15 +261,16 @@ def test_defaults_and_disabled_sections_are_told_nothing_of():
     assert lines_of({**config, "tensorboard": {"enabled": False}}) == []
 
 
-def test_offload_is_a_warning():
-    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True, "fast_init": True}}
-    assert list(keys.remarks(load({"zero_optimization": zero}))) == [
-        (
-            "zero_optimization.offload_optimizer.device=cpu: masters and moments stay on the device of the weights, "
-            "sharded over the ranks",
-            True,
-        )
-    ]
+def test_offload_is_of_masters_and_state():
+    for zero in ({"offload_optimizer": {"device": "cpu", "pin_memory": True, "fast_init": True}}, {"cpu_offload": True}):
+        config = load({"zero_optimization": {"stage": 2, **zero}})
+        assert list(keys.remarks(config)) == []
+        assert config.zero_optimization.arguments(2)["cpu_offload"]
+    for zero in ({}, {"offload_optimizer": {"device": "none"}}, {"cpu_offload": False}):
+        assert "cpu_offload" not in load({"zero_optimization": {"stage": 2, **zero}}).zero_optimization.arguments(2)
+    nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}
+    ((line, warns),) = keys.remarks(load({"zero_optimization": nvme}))
+    assert warns and line.endswith("masters and moments lie in memory, not on a disk")
 
 
 def test_auto_is_told_in_one_line():
