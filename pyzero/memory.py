@@ -68,7 +68,7 @@ class _PinnedPages:
 
 def _unpin(pages: mmap.mmap, address: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a kernel may be at it
-    torch.cuda.cudart().cudaHostUnregister(address)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:

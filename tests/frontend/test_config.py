@@ -262,7 +262,10 @@ def test_defaults_and_disabled_sections_are_told_nothing_of():
 
 
 def test_offload_is_of_masters_and_state():
-    for zero in ({"offload_optimizer": {"device": "cpu", "pin_memory": True, "fast_init": True}}, {"cpu_offload": True}):
+    for zero in (
+        {"offload_optimizer": {"device": "cpu", "pin_memory": True, "fast_init": True}},
+        {"cpu_offload": True},
+    ):
         config = load({"zero_optimization": {"stage": 2, **zero}})
         assert list(keys.remarks(config)) == []
         assert config.zero_optimization.arguments(2)["cpu_offload"]

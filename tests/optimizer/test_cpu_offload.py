@@ -68,15 +68,17 @@ def test_masters_and_state_take_none_of_the_device():
 
 
 @on_gpu
-def test_pages_are_unpinned_with_the_last_tensor_on_them():
+def test_pages_are_unpinned_with_the_last_tensor_on_them(monkeypatch: pytest.MonkeyPatch):
+    unpinned = []
+    unpin = memory._unpin
+    monkeypatch.setattr(memory, "_unpin", lambda *pages: unpinned.append(unpin(*pages)))
     tensor = memory.pinned(100, torch.float32, torch.device("cuda", 0))
     view = tensor[3:7].fill_(2.0)
-    address = tensor.data_ptr()
-    assert tensor.device == torch.device("cuda", 0) and view.sum().item() == 8.0
+    assert tensor.device == torch.device("cuda", 0)
     del tensor
-    assert view.sum().item() == 8.0
+    assert view.sum().item() == 8.0 and not unpinned
     del view
-    assert int(torch.cuda.cudart().cudaHostUnregister(address)) != 0  # it is no more
+    assert unpinned == [None]
 
 
 @on_gpu
@@ -105,10 +107,10 @@ def test_it_waits_for_nothing_and_can_be_captured():
 def test_it_loads_wherever_state_lies(tmp_path: Path, loads_offloaded: bool):
     model, optimizer = made("cuda", torch.bfloat16, True)
     trained(model, optimizer, range(2))
-    pyzero.save_checkpoint(tmp_path / "saved", model, optimizer)
+    pyzero.save_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer, step=2)
     wanted = trained(model, optimizer, range(2, 5))
     other, resumed = made("cuda", torch.bfloat16, loads_offloaded)
-    pyzero.load_checkpoint(tmp_path / "saved", other, resumed)
+    pyzero.load_checkpoint(tmp_path / "saved", model=other, optimizer=resumed)
     assert_same(trained(other, resumed, range(2, 5)), wanted)
 
 

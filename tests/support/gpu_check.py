@@ -167,7 +167,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
     steps = [
         Step("kernels", (python, smoke, *backends), 180, environ),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
-        Step("ranks", _pytest_ranks(), 60 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
+        Step("ranks", _pytest_ranks(), 90 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
         Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),
         _sanitizer("memcheck", (python, smoke, "cuda"), is_amd, environ),
         _sanitizer("racecheck", (python, smoke, "cuda"), is_amd, environ),
@@ -177,7 +177,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
 
 def _pytest_ranks() -> tuple[str, ...]:
     """Several gloo ranks whose tensors all lie on the one GPU."""
-    files = ("test_bucket_order.py", "test_zero_lion.py", "test_update_rule.py")
+    files = ("test_device_peer.py", "test_bucket_order.py", "test_zero_lion.py", "test_update_rule.py")
     paths = [str(ROOT / "tests" / "optimizer" / name) for name in files]
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
 
