@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -71,6 +73,24 @@ def test_timers(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="pyzero"):
         clock.log(["forward", "backward"], normalizer=2.0)
     assert caplog.messages == ["time (ms) | forward: 375.00"] and clock("forward").elapsed() == 0.0
+
+
+def store_on_nodes(group: Any, num_hosts: int) -> str:
+    real, platform.node = platform.node, lambda: f"host{comm.get_rank() % num_hosts}"
+    config = {"train_batch_size": 8, "optimizer": ADAM, "checkpoint": {"use_node_local_storage": True}}
+    try:
+        deepspeed.initialize(model=nn.Linear(1, 1), config=config)
+    except ValueError as error:
+        return str(error)
+    finally:
+        platform.node = real
+    return ""
+
+
+@pytest.mark.parametrize(("num_hosts", "words"), [(1, ""), (2, "one folder that all ranks see.*ranks on 2 hosts")])
+def test_storage_of_a_node(ranks, num_hosts, words):
+    for told in ranks.run(4, store_on_nodes, num_hosts):
+        assert re.search(words, told) and bool(told) is (num_hosts > 1)
 
 
 def test_the_config_before_anything_is_built(tmp_path):
