@@ -32,8 +32,10 @@ def _run(argv: list[str] | None) -> int:
     commands.add_parser("report", help="what is there, what is not, and why")
     estimate = commands.add_parser("estimate", help="bytes per rank of a model under FusedZeroAdam")
     estimate.add_argument("--model-params", type=_count, required=True, metavar="N", help="parameters: 7B, 350M or 7e9")
-    estimate.add_argument("--ranks", type=int, default=1, metavar="W")
-    estimate.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    estimate.add_argument("--ranks", type=int, default=1, metavar="W", help="that hold the same weights")
+    estimate.add_argument("--stage", type=int, choices=(1, 2, 3), default=2)
+    estimate.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="ranks that split the weights")
+    estimate.add_argument("--blocks", type=int, default=32, metavar="N", help="that stage 3 gathers one by one")
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, default=25.0, metavar="MB")
     commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
@@ -62,7 +64,9 @@ def _run(argv: list[str] | None) -> int:
 
     dtype = estimates.DTYPES[args.dtype]
     try:
-        found = estimates.estimate_numel(args.model_params, dtype, args.ranks, args.stage, args.bucket_cap_mb)
+        found = estimates.estimate_numel(
+            args.model_params, dtype, args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, args.blocks
+        )
     except ValueError as error:
         parser.error(str(error))
     print(estimates.table(found))

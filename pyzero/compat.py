@@ -25,6 +25,8 @@ _MODULES = {
     "checkpointing": f"{_OURS}.checkpointing",
     "comm": f"{_OURS}.comm",
     "comm.comm": f"{_OURS}.comm",
+    "monitor": "",
+    "monitor.monitor": f"{_OURS}.monitor",
     "ops": f"{_OURS}.ops",
     "ops.adam": f"{_OURS}.ops.adam",
     "ops.adam.cpu_adam": f"{_OURS}.ops.adam",
@@ -49,6 +51,9 @@ _MODULES = {
     "runtime.zero.tensor_fragment": f"{_OURS}.utils",
     "utils": f"{_OURS}.utils",
     "utils.logging": f"{_OURS}.utils",
+    "utils.timer": f"{_OURS}.timers",
+    "utils.torch": f"{_OURS}.utils",
+    "utils.zero_to_fp32": f"{_OURS}.zero_to_fp32",
     "zero": f"{_OURS}.zero",
 }
 _OTHER_NAMES = {"runtime.engine": {"DeepSpeedEngine": "Engine"}}

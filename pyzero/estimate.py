@@ -7,7 +7,7 @@ ranks that share a host. Activations, the allocator's slack and whatever else th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Estimate:
     state: int  # masters (none of their own for fp32 weights), moments, step counts
     gradients: int  # held from the end of backward to zero_grad()
     shared: int  # held for gradients and weights on their way, where ranks share memory
-    buckets: int  # more for a while at the worst moment: gradients on their way
+    buckets: int  # more for a while at the worst moment: gradients on their way, and in stage 3 whole blocks
     num_params: int
 
     @property
@@ -97,13 +97,54 @@ def estimate(
     return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule(), on_gpu, transport)
 
 
-def estimate_numel(num_params: int, dtype: torch.dtype, num_ranks: int, stage: int, bucket_cap_mb: float) -> Estimate:
-    """The same for so many parameters of one dtype in tensors that fill the buckets evenly."""
-    element_bytes = dtype.itemsize
+def estimate_numel(
+    num_params: int,
+    dtype: torch.dtype,
+    num_ranks: int,
+    stage: int,
+    bucket_cap_mb: float,
+    tensor_parallel: int = 1,
+    num_blocks: int = 32,
+) -> Estimate:
+    """The same for so many parameters of one dtype in tensors that fill the buckets evenly.
+
+    Args:
+        num_params: Of the whole model.
+        dtype: That the model computes in.
+        num_ranks: That hold the same part of the model.
+        stage: 1 to 3. In 3, which is fully_shard, shards of weights are fp32, and their own masters.
+        bucket_cap_mb: As FusedZeroAdam's.
+        tensor_parallel: Ranks over which all weights are split before.
+        num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
+
+    Raises:
+        ValueError: An argument out of range.
+    """
+    if min(tensor_parallel, num_blocks) < 1:
+        raise ValueError(
+            f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
+        )
+    own, on_gpu = -(-num_params // tensor_parallel), torch.cuda.is_available()
+    if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
+        shapes, stage = _evenly(own, dtype.itemsize, bucket_cap_mb), 2 if stage == 3 else stage
+        found = _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), on_gpu, "auto")
+        return replace(found, num_params=num_params)
+    shapes = _evenly(-(-own // num_ranks), _FP32, bucket_cap_mb)
+    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, "auto")
+    return replace(found, buckets=max(found.buckets, _whole_blocks(own, dtype, num_blocks)), num_params=num_params)
+
+
+def _evenly(num_params: int, element_bytes: int, bucket_cap_mb: float) -> list[tuple[int, int, bool]]:
+    """Shapes of parameters that fill the buckets."""
     whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
-    shapes = [(size, element_bytes, True) for size in sizes]
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), torch.cuda.is_available(), "auto")
+    return [(size, element_bytes, True) for size in sizes]
+
+
+def _whole_blocks(num_params: int, dtype: torch.dtype, num_blocks: int) -> int:
+    """Bytes in a backward: the weights of the block at work and of the next, its gradient, and that in fp32 to send."""
+    block = -(-num_params // num_blocks)
+    return block * ((min(num_blocks, 2) + 1) * dtype.itemsize + _FP32)
 
 
 def _estimate(
@@ -117,7 +158,10 @@ def _estimate(
     transport: str,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
-        raise ValueError(f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them")
+        raise ValueError(
+            f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them, or call "
+            f"estimate_numel for stage 3"
+        )
     keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
@@ -183,7 +227,7 @@ def table(found: Estimate) -> str:
         "memory shared with other ranks": found.shared,
         "after step and zero_grad": found.idle,
         "gradients, after backward": found.gradients,
-        "buckets on their way, at most": found.buckets,
+        "buckets or blocks on their way, at most": found.buckets,
         "peak, without activations": found.peak,
     }
     lines = [f"{'bytes per rank':<40}{'MiB':>12}{'per parameter':>16}"]

@@ -146,7 +146,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         named = self._named_params()
         arguments.check_disjoint(named)
         parameters = list(named)
-        self._device = next((param.device for param in parameters if param.requires_grad), torch.device("cpu"))
+        trained_first = sorted(parameters, key=lambda param: not param.requires_grad)
+        self._device = next((param.device for param in trained_first), torch.device("cpu"))
         policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
 
         topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
@@ -394,7 +395,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
             self._rule.check(group)
         self._check_capture()
         self._place_unfrozen()
-        if not self._buckets:
+        if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
             return loss
         self._sync_masters_from_weights()
         stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))

@@ -59,7 +59,7 @@ class ShardUpdater:
         Raises:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
-        self._remember(tuple(buckets), stats.used)
+        self._remember(tuple(buckets), stats.used, stats.rows.device)
         out = torch.empty(NUM_SCALARS, device=steps.device)
         ops.step_scalars_(
             out,
@@ -73,17 +73,17 @@ class ShardUpdater:
         )
         return StepScalars(out[:1], *out[1:].unbind())
 
-    def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...]) -> None:
+    def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
         if self._pattern == (buckets, used):
             return
-        if buckets[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "expected gradients for the same parameters as in the step before the capture of a CUDA graph, got "
                 "others; run one step eagerly with these gradients, then capture"
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
         self._pattern = buckets, used
-        self._everyones = torch.tensor(rows, dtype=torch.float32, device=buckets[0].device)
+        self._everyones = torch.tensor(rows, dtype=torch.float32, device=device)
         self._used = list(self._everyones.split([len(bucket.numbers) for bucket in buckets]))
 
     def update(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,27 +69,56 @@ def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = 
         ValueError: See export_safetensors.
         OSError: The file could not be written.
     """
-    folder = files.find(Path(directory))
-    if folder is None:
-        raise CheckpointError(f"expected a checkpoint in {directory}, got none; pass where save_checkpoint() saved")
-    index = files.read_index(folder)
-    tied = files.load_file(folder, files.COMMON, index)["tied"]
-    saved = index["tensors"]
-    names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
-    masters = {name: f"optim.state.{name}.{MASTER}" for name in names}
-    places = {n: masters[n] if dtype == torch.float32 and masters[n] in saved else f"model.{n}" for n in names}
-    like = {n: _empty(saved[place], "meta") for n, place in places.items()}
+    weights = _Weights.find(directory, dtype)
+    like = {name: weights.empty(name, "meta") for name in weights.places}
+    export_safetensors(like, path, dtype, tied=weights.tied, load=weights.read)
 
-    def load(name: str) -> Tensor:
+
+def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:
+    """A checkpoint's weights, fp32 where they are floating-point, and buffers by name, on the CPU. Tied ones are one.
+
+    Args:
+        directory: As for `export`.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is damaged.
+    """
+    weights = _Weights.find(directory, torch.float32)
+    found = {name: weights.read(name) for name in weights.places if name not in weights.tied}
+    found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    return {name: found[weights.tied.get(name, name)] for name in weights.places}
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Those in a checkpoint."""
+
+    folder: Path
+    index: dict[str, Any]
+    places: dict[str, str]  # by name, the tensor among those saved
+    tied: dict[str, str]  # the name that is in place of each
+
+    @classmethod
+    def find(cls, directory: str | Path, dtype: torch.dtype | None) -> _Weights:
+        """dtype: fp32 takes the masters."""
+        folder = files.find(Path(directory))
+        if folder is None:
+            raise CheckpointError(f"expected a checkpoint in {directory}, got none; pass where save_checkpoint() saved")
+        index = files.read_index(folder)
+        tied = files.load_file(folder, files.COMMON, index)["tied"]
+        saved = index["tensors"]
+        names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
+        masters = {name: f"optim.state.{name}.{MASTER}" for name in names}
+        places = {n: masters[n] if dtype == torch.float32 and masters[n] in saved else f"model.{n}" for n in names}
+        return cls(folder, index, places, {a: b for a, b in tied.items() if a in places and b in places})
+
+    def empty(self, name: str, device: str) -> Tensor:
+        saved = self.index["tensors"][self.places[name]]
+        return torch.empty(saved["shape"], dtype=getattr(torch, saved["dtype"]), device=device)
+
+    def read(self, name: str) -> Tensor:
         from pyzero.checkpoint import storage  # half a second
 
-        place = places[name]
-        tensor = _empty(saved[place], "cpu")
-        storage.read({place: tensor}, folder, index)
+        tensor = self.empty(name, "cpu")
+        storage.read({self.places[name]: tensor}, self.folder, self.index)
         return tensor
-
-    export_safetensors(like, path, dtype, tied={a: b for a, b in tied.items() if a in like and b in like}, load=load)
-
-
-def _empty(saved: dict[str, Any], device: str) -> Tensor:
-    return torch.empty(saved["shape"], dtype=getattr(torch, saved["dtype"]), device=device)

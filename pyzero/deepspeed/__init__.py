@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from .accelerator import get_accelerator as get_accelerator
+    from .arguments import add_config_arguments as add_config_arguments
+    from .arguments import add_tuning_arguments as add_tuning_arguments
     from .comm import init_distributed as init_distributed
     from .config_view import DeepSpeedConfig as DeepSpeedConfig
     from .engine import Engine as DeepSpeedEngine
@@ -22,6 +23,7 @@ __all__ = [
     "DeepSpeedEngine",
     "PipelineModule",
     "add_config_arguments",
+    "add_tuning_arguments",
     "get_accelerator",
     "init_distributed",
     "init_inference",
@@ -35,6 +37,8 @@ _NAMES = {
     "DeepSpeedConfig": ("config_view", "DeepSpeedConfig"),
     "DeepSpeedEngine": ("engine", "Engine"),
     "PipelineModule": ("pipe.module", "PipelineModule"),
+    "add_config_arguments": ("arguments", "add_config_arguments"),
+    "add_tuning_arguments": ("arguments", "add_tuning_arguments"),
     "get_accelerator": ("accelerator", "get_accelerator"),
     "init_distributed": ("comm", "init_distributed"),
     "initialize": ("entry", "initialize"),
@@ -57,14 +61,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--deepspeed` and `--deepspeed_config` to a parser, and return it."""
-    group = parser.add_argument_group("DeepSpeed")
-    group.add_argument("--deepspeed", action="store_true", help="for the script to read")
-    group.add_argument("--deepspeed_config", metavar="PATH", help="a JSON config")
-    return parser
 
 
 def init_inference(*args: Any, **kwargs: Any) -> NoReturn:

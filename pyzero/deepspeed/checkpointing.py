@@ -24,3 +24,6 @@ def reset() -> None:
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), computed again in backward: torch.utils.checkpoint without a reentrant backward."""
     return torch_checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+non_reentrant_checkpoint = checkpoint

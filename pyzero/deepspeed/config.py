@@ -27,6 +27,7 @@ from pyzero.deepspeed.sections import (
     ZeroSection,
 )
 
+_ACCELERATE = Moot("a key of accelerate's own file, and none of DeepSpeed's")
 _AVERAGE = Moot("gradients are summed in fp32 and then divided, which cannot overflow")
 
 
@@ -106,6 +107,14 @@ class Config(Section):
     compression_training: Annotated[Any, Refused("quantise or prune the model with torch.ao or torchao")] = None
     quantize_training: Annotated[Any, Refused("quantise the model with torch.ao or torchao")] = None
     weight_quantization: Annotated[Any, Refused("quantise the model with torch.ao or torchao")] = None
+    zero3_init_flag: Annotated[Any, _ACCELERATE] = False
+    zero3_save_16bit_model: Annotated[Any, _ACCELERATE] = False
+    num_processes: Annotated[Any, _ACCELERATE] = None
+    gradient_checkpointing: Annotated[
+        Any, Moot("no key of DeepSpeed's; call the model's gradient_checkpointing_enable()", warns=True)
+    ] = False
+    dtype: Annotated[Any, Moot("no key of DeepSpeed's training; fp16 and bf16 say it", warns=True)] = None
+    logging: Annotated[Any, Moot('no key of DeepSpeed\'s; set logging.getLogger("pyzero")')] = None
     eigenvalue: Annotated[Any, Refused("it steers quantize_training, which is not supported; remove it")] = None
 
     @field_validator("steps_per_print", mode="before")

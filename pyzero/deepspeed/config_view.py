@@ -23,7 +23,7 @@ class DeepSpeedConfig:
     def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
         if mpu is not None or mesh_device is not None:
             raise ValueError("got mpu or mesh_device, which are not supported; leave them out")
-        self.settings = load(config)
+        self.settings = self.monitor_config = load(config)
         batches = self.settings.batches(comm.get_world_size())
         self.train_batch_size = batches.train
         self.train_micro_batch_size_per_gpu = batches.micro

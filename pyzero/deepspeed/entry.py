@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero.adam import FusedZeroAdam
 from pyzero.comm import process
-from pyzero.deepspeed import owners
+from pyzero.deepspeed import comm, owners
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
 from pyzero.deepspeed.eval_engine import EvalEngine
@@ -66,7 +67,8 @@ def initialize(
     Joins the ranks that a launcher started (RANK and WORLD_SIZE are set); without one it runs alone.
 
     Args:
-        args: An object with `deepspeed_config`, a path; used where `config` is not given.
+        args: An object with `deepspeed_config` (or `deepscale_config`, its older name), a path; used where `config` is
+            not given.
         model: Any module. With fp16 or bf16 enabled its weights are converted; its parameters stay the same objects.
         optimizer: A torch Adam or AdamW, or one of pyzero.deepspeed.ops, which becomes an optimizer of ours with its
             groups and hyper-parameters; a function that makes one of the parameters; or one of ours, which is used as
@@ -98,14 +100,12 @@ def initialize(
         raise ValueError("expected a model, got None; pass model=")
     if mesh_param is not None:
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
-    given = next((c for c in (config, config_params, getattr(args, "deepspeed_config", None)) if c is not None), None)
-    if given is None:
-        raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
-    settings = load(given)
+    settings = load(_given(args, config, config_params))
     joined = dist_init_required is not False and process.join()
     is_pipeline = isinstance(model, PipelineModule)
     parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
     _check_accumulation(model, settings, parallel.size)
+    _check_storage(settings)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
     _remark(settings, trains)
     _convert(model, settings)
@@ -130,6 +130,15 @@ def initialize(
         if isinstance(engine, PipelineEngine):
             engine.set_dataloader(RepeatingLoader(engine.training_dataloader))
     return engine, ours, engine.training_dataloader, schedule
+
+
+def _given(args: Any, config: Any, config_params: Any) -> Any:
+    """The config, wherever it was passed."""
+    of_args = [getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")]
+    given = next((c for c in (config, config_params, *of_args) if c is not None), None)
+    if given is None:
+        raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
+    return given
 
 
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
@@ -158,6 +167,19 @@ def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
         raise ValueError(
             f"data_types.grad_accum_dtype is {wanted}, and one rank adds micro-batches in .grad, in {dtype}; run two "
             f"ranks, which sum in fp32, take larger micro-batches, or remove the key"
+        )
+
+
+def _check_storage(config: Config) -> None:
+    """checkpoint.use_node_local_storage against the hosts that there are. Collective where it is set."""
+    if not config.checkpoint.use_node_local_storage or comm.get_world_size() == 1:
+        return
+    hosts = [""] * comm.get_world_size()
+    comm.all_gather_object(hosts, platform.node())
+    if len(set(hosts)) > 1:
+        raise ValueError(
+            f"expected checkpoints in one folder that all ranks see, got checkpoint.use_node_local_storage and ranks "
+            f"on {len(set(hosts))} hosts; save to a shared folder, and remove the key"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
 
@@ -76,10 +76,22 @@ def _enabled_flags(value: dict[str, Any]) -> Iterator[bool]:
             yield from _enabled_flags(item)
 
 
+def is_comment(name: Any) -> bool:
+    """Whether a key is one of those that say something to the reader, for JSON has no comments."""
+    return str(name).startswith(("_", "#", "//")) or name in ("comment", "comments")
+
+
 class Section(BaseModel):
-    """Some keys. Unknown ones are errors, and so are quoted numbers."""
+    """Some keys. Unknown ones are errors, and so are quoted numbers; comments are none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_comments(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if not is_comment(name)}
 
     @field_validator("*", mode="before")
     @classmethod

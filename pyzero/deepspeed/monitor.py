@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pyzero.deepspeed import comm
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.sections import CsvSection, TensorBoardSection, WandbSection
 
@@ -45,6 +46,13 @@ class Monitor:
         """Write (name, value, sample) rows."""
         for writer in self._writers:
             writer.write(events)
+
+
+class MonitorMaster(Monitor):
+    """The same for a script of its own: `MonitorMaster(DeepSpeedConfig(config).monitor_config)`."""
+
+    def __init__(self, monitor_config: Config) -> None:
+        super().__init__(monitor_config, comm.get_rank() == 0)
 
 
 class _Csv:

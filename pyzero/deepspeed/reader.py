@@ -6,15 +6,21 @@ import difflib
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.keys import Section, section_of
+from pyzero.deepspeed.keys import Section, rows, section_of
 
 _LONGEST_VALUE = 60  # characters
+_LONGEST_LIST = 12  # keys
+_STRING = r'("(?:\\.|[^"\\\n])*")'
+_COMMENT = re.compile(rf"{_STRING}|(?://|#)[^\n]*|/\*.*?\*/", re.DOTALL)
+_LAST_COMMA = re.compile(rf"{_STRING}|,(?=\s*[}}\]])")
+_NO_NUMBER = ("int_type", "float_type", "bool_type", "literal_error")  # pydantic's names
 
 
 def load(config: Any) -> Config:
@@ -59,7 +65,7 @@ def _read(config: Any) -> dict[str, Any]:
             )
         text = path.read_text()
     try:
-        values = json.loads(text, object_pairs_hook=_no_twins)
+        values = json.loads(_plain(text), object_pairs_hook=_no_twins)
     except json.JSONDecodeError as error:
         values = _read_hjson(text, source, error)
     if not isinstance(values, dict):
@@ -67,12 +73,19 @@ def _read(config: Any) -> dict[str, Any]:
     return values
 
 
+def _plain(text: str) -> str:
+    """Without comments, and commas behind last items."""
+    for pattern in (_COMMENT, _LAST_COMMA):
+        text = pattern.sub(lambda found: found[1] or " ", text)
+    return text
+
+
 def _read_hjson(text: str, source: str, error: json.JSONDecodeError) -> Any:
-    """JSON with comments, as DeepSpeed reads it, where the package is installed."""
+    """What else DeepSpeed reads, where the package is installed: keys without quotes, items without commas."""
     try:
         hjson = importlib.import_module("hjson")
     except ImportError:
-        raise ValueError(f"{source}: not JSON: {error}; correct it, or install hjson, which reads comments") from None
+        raise ValueError(f"{source}: not JSON: {error}; correct it, or install hjson, as DeepSpeed does") from None
     try:
         return hjson.loads(text, object_pairs_hook=_no_twins)
     except hjson.HjsonDecodeError:
@@ -95,6 +108,8 @@ def _explain(item: Any) -> tuple[str, str]:
         return ".".join([*names, name]), f"unknown key{_did_you_mean(section, name)}"
     message = item["msg"].removeprefix("Value error, ")
     message = f"i{message[1:]}" if message.startswith("Input") else message
+    if isinstance(item["input"], list) and item["type"] in _NO_NUMBER and not _takes_lists(section, names):
+        message = "wanted one value: a list is for autotuning to choose from, which is not done; set the one to use"
     got = repr(item["input"])
     got = got if len(got) <= _LONGEST_VALUE else f"{got[:_LONGEST_VALUE]}..."
     return ".".join(names) or "config", f"got {got}; {message}"
@@ -115,8 +130,22 @@ def _place(loc: tuple[Any, ...]) -> tuple[type[Section], list[str]]:
     return section, names
 
 
+def _takes_lists(section: type[Section], names: list[str]) -> bool:
+    field = section.model_fields.get(names[-1]) if names else None
+    return field is not None and any(kind in str(field.annotation) for kind in ("list[", "tuple["))
+
+
 def _did_you_mean(section: type[Section], name: str) -> str:
-    """The nearest known key, or the list of them."""
+    """The nearest known key, one of this name elsewhere, or the list of them."""
     names = list(section.model_fields)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    elsewhere = [path for path, *_ in rows(Config) if path.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f"; did you mean {elsewhere[0]!r}?"
+    if len(names) <= _LONGEST_LIST:
+        return f"; known here: {', '.join(names)}"
+    return (
+        ", nor one of DeepSpeed's; remove it, or begin it with _ for a comment; `python -m pyzero config-keys` has all"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pyzero.deepspeed.keys import Auto, Count, Done, Flag, Moot, Positive, Refused, Section, Size
 from pyzero.loss_scale.scaler import LossScale, static
@@ -40,7 +40,7 @@ class Fp16Section(Section):
     loss_scale: Annotated[Size | float, Field(ge=0), Done("0: dynamic; otherwise the fixed scale")] = 0.0
     initial_scale_power: Annotated[Size, Field(le=126), Done("the first scale is 2 to this power")] = 16
     loss_scale_window: Annotated[Count, Done("clean steps until the scale doubles, one more at first")] = 1000
-    hysteresis: Annotated[Count, Done("overflows until the scale is halved")] = 2
+    hysteresis: Annotated[Size, Done("overflows until the scale is halved; 0, with which it never is, is refused")] = 2
     consecutive_hysteresis: Annotated[Flag, Done("a clean step gives the hysteresis back")] = False
     min_loss_scale: Annotated[
         Positive, Done("the scale never falls below it; an overflow there skips the step and does not end the run")
@@ -51,6 +51,15 @@ class Fp16Section(Section):
     @classmethod
     def _no_floor(cls, value: Any) -> Any:
         return 2.0**-24 if value == 0 else value
+
+    @model_validator(mode="after")
+    def _can_fall(self) -> Fp16Section:
+        if self.enabled is True and self.loss_scale == 0 and self.hysteresis == 0:
+            raise ValueError(
+                "wanted a hysteresis from 1 with a dynamic loss scale, which DeepSpeed never lowers at 0; set 1 to "
+                "halve it at every overflow"
+            )
+        return self
 
     def policy(self) -> LossScale:
         """DeepSpeed's rule as a LossScale.
@@ -203,6 +212,8 @@ class ZeroSection(Section):
     log_trace_cache_warnings: Annotated[Flag, _STAGE_3] = False
     enable_sanity_checks: Annotated[Flag, _STAGE_3] = False
     leaf_module: Annotated[Any, _STAGE_3] = None
+    sdma_allgather: Annotated[Flag, _STAGE_3] = False
+    sdma_allgather_max_numel: Annotated[Size | Auto | None, _STAGE_3] = None
     zero_hpz_partition_size: Annotated[Size, _STAGE_3] = 1
     zero_quantized_weights: Annotated[Flag, Moot("weights travel as they are: more exact")] = False
     zero_quantized_nontrainable_weights: Annotated[Flag, Moot("weights travel as they are: more exact")] = False
@@ -244,7 +255,8 @@ class CheckpointSection(Section):
     tag_validation: Annotated[Any, Moot("save_checkpoint writes rank 0's tag")] = "Warn"
     load_universal: Annotated[Flag, Moot("every checkpoint loads on any number of ranks")] = False
     use_node_local_storage: Annotated[
-        Flag, Refused("a checkpoint is one folder that all ranks see; save to a shared one")
+        Flag,
+        Done("nothing on one host; refused on several, for a checkpoint is one folder that all ranks see"),
     ] = False
     parallel_write: Annotated[Any, Moot("every rank writes its own part")] = None
     writer: Annotated[Any, Moot("torch.distributed.checkpoint writes")] = None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from pyzero.deepspeed import comm
+
+log = logging.getLogger("pyzero")
 
 
 class PhaseTimers:
@@ -48,3 +53,75 @@ class PhaseTimers:
         parts = [f"{name} {ms / self._calls[name]:.2f} ms x {self._calls[name]}" for name, ms in self._ms.items()]
         self._ms, self._calls, self._events = {}, {}, []
         return "time (ms): " + ", ".join(parts) if parts else "time (ms): nothing yet"
+
+
+class Timer:
+    """A stopwatch, which waits for the GPU at both ends."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self._begin = self._seconds = 0.0
+
+    def start(self) -> None:
+        """From now on."""
+        _wait_for_gpu()
+        self.started, self._begin = True, time.perf_counter()
+
+    def stop(self, reset: bool = False, record: bool = False) -> None:
+        """Add what has passed since `start`; reset: to nothing."""
+        _wait_for_gpu()
+        passed = time.perf_counter() - self._begin
+        self.started, self._seconds = False, passed if reset else self._seconds + passed
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.started, self._seconds = False, 0.0
+
+    def elapsed(self, reset: bool = True) -> float:
+        """Milliseconds."""
+        was_started = self.started
+        if was_started:
+            self.stop()
+        found = 1e3 * self._seconds
+        if reset:
+            self.reset()
+        if was_started:
+            self.start()
+        return found
+
+
+class SynchronizedWallClockTimer:
+    """Stopwatches by name: `timers("forward").start()`."""
+
+    def __init__(self) -> None:
+        self.timers: dict[str, Timer] = {}
+
+    def __call__(self, name: str) -> Timer:
+        """The one of that name, new where there is none."""
+        return self.timers.setdefault(name, Timer())
+
+    def has_timer(self, name: str) -> bool:
+        """Whether there is one."""
+        return name in self.timers
+
+    def get_timers(self) -> dict[str, Timer]:
+        """All."""
+        return self.timers
+
+    def log(
+        self,
+        names: Iterable[str],
+        normalizer: float = 1.0,
+        reset: bool = True,
+        memory_breakdown: bool = False,
+        ranks: Iterable[int] | None = None,
+    ) -> None:
+        """One line with milliseconds / normalizer of each, on these ranks; default: rank 0."""
+        parts = [f"{n}: {self(n).elapsed(reset) / normalizer:.2f}" for n in names if n in self.timers]
+        if comm.get_rank() in (ranks or (0,)):
+            log.info("time (ms) | %s", " | ".join(parts))
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

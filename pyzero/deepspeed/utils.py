@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
+from pyzero.deepspeed.comm import init_distributed as init_distributed  # its older place
 from pyzero.deepspeed.owners import owner_of
 
 logger = logging.getLogger("pyzero")
@@ -71,6 +72,18 @@ def see_memory_usage(message: str, force: bool = False, ranks: Iterable[int] | N
         from pyzero.deepspeed.accelerator import get_accelerator
 
         log_dist(f"{message}: {get_accelerator().memory_allocated() / 2**20:.1f} MiB allocated", ranks)
+
+
+def required_torch_version(min_version: float | None = None, max_version: float | None = None) -> bool:
+    """Whether torch's version, major.minor, lies between these; 2.13 means minor version 13."""
+    mine = _major_minor(torch.__version__)
+    return (min_version is None or mine >= _major_minor(str(min_version))) and (
+        max_version is None or mine <= _major_minor(str(max_version))
+    )
+
+
+def _major_minor(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
 
 
 def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[Any]) -> list[nn.Module]:

@@ -51,7 +51,7 @@ class GlobalGradStats:
     rows: Tensor  # (n, 3) fp64, of all ranks
     rows_of_group: Tensor  # (n, 3) fp64, of those that hold the same parameters
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
-    has_unsent: bool  # some rank has gradients that no round has reduced
+    has_unsent: bool  # some rank has gradients that no round has reduced: to be gathered again after one
     unsent_is_scaled: bool  # which carry the loss scale
     num_skips_in_a_row: int  # as far as any host knows
     unscale: Tensor | None  # 0-D fp32 that Adam is still to multiply by
@@ -113,14 +113,16 @@ class GradStatsExchange:
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
         everyones = rows
-        for beside in self._model_parallel:
+        has_unsent = bool(unsent - {Unsent.NONE})
+        # Others of the model may have nothing to send, and come here once: they hear of what has been reduced.
+        for beside in () if has_unsent else self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
             rows = beside.gather_rows(torch.stack([found.double(), sumsq, sumsq]))
         return GlobalGradStats(
             rows=rows,
             rows_of_group=everyones,
             used=used,
-            has_unsent=bool(unsent - {Unsent.NONE}),
+            has_unsent=has_unsent,
             unsent_is_scaled=Unsent.SCALED in unsent,
             num_skips_in_a_row=num_skips,
             unscale=unscale,

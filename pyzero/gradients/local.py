@@ -131,7 +131,7 @@ class LocalGradients(Gradients):
                 (counted if span.run.key.in_norm else others).extend(tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq_of(rows[0]), backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
-        if self._locates or is_set(found):
+        if self._buckets and (self._locates or is_set(found)):
             first_bad_of(rows[0]).copy_(self._locate())
         if outer_found is not None:
             torch.maximum(found, outer_found, out=found)

@@ -328,7 +328,7 @@ class ReducedGradients(Gradients):
                 grads.apply_factors()
         for grads in self._grads:
             grads.check()
-        rows = torch.cat([grads.stats for grads in self._grads])
+        rows = torch.cat([grads.stats for grads in self._grads] or [clean_rows(1, self._device)])
         if outer_found is not None:
             found = flag_of(rows[0])
             torch.maximum(found, outer_found, out=found)

@@ -90,7 +90,11 @@ def test_forms(form, tmp_path):
         ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op: got 'sum'", "multiply the loss"]),
         ({"tensor_parallel": {"autotp_size": 4}}, ["tensor_parallel.autotp_size: got 4", "parallelize_module"]),
         ({"elasticity": {"enabled": True, "micro_batch_sizes": [2]}}, ["elasticity: got", "set the batch sizes"]),
-        ({"stage": 2}, ["stage: unknown key; known here: train_batch_size"]),
+        ({"stage": 2}, ["stage: unknown key; did you mean 'zero_optimization.stage'?"]),
+        ({"launcher": "x"}, ["launcher: unknown key, nor one of DeepSpeed's; remove it, or begin it with _"]),
+        ({"fp16": {"enabled": True, "hysteresis": 0}}, ["wanted a hysteresis from 1", "never lowers at 0; set 1"]),
+        ({"gradient_accumulation_steps": [1, 2]}, ["gradient_accumulation_steps: got [1, 2]", "autotuning to choose"]),
+        ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, ["betas: got [0.9]; Field required"]),
         ({"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}, ["optimizer.params.amsgrad: got True"]),
         ({"scheduler": {"type": "StepLR"}}, ["scheduler.type: got 'StepLR'", "WarmupLR", "lr_scheduler="]),
         ({"scheduler": {"type": "OneCycle"}}, ["OneCycle wants params.cycle_min_lr and params.cycle_max_lr"]),
@@ -134,20 +138,53 @@ def test_torch_adam_beside_the_params():
     assert config.optimizer is not None and config.optimizer.torch_adam is True
 
 
-def test_comments_are_read_where_hjson_is_installed():
-    pytest.importorskip("hjson", reason="hjson is not installed")
-    text = '{\n  // samples\n  "train_batch_size": 8,\n  "fp16": {"enabled": true}  # weights\n}'
-    assert load(text).train_batch_size == 8
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"train_batch_size": 8, // samples\n "fp16": {"enabled": true,},}',
+        '{"train_batch_size": 8, /* {"fp16":\n 1 */ "fp16": {"enabled": true}}  # weights',
+        '{"_comment": "of // # /* \\", } */", "train_batch_size": 8, "fp16": {"//": 1, "enabled": true, "comment": 2}}',
+    ],
+    ids=("lines", "block", "keys"),
+)
+def test_comments(text):
+    config = load(text)
+    assert (config.train_batch_size, config.fp16.enabled) == (8, True) and list(keys.remarks(config)) == []
     with pytest.raises(ValueError, match="twice"):
         load('{"train_batch_size": 8, // one\n "train_batch_size": 8}')
+
+
+def test_keys_without_quotes_where_hjson_is_installed():
+    pytest.importorskip("hjson", reason="hjson is not installed")
+    assert load("{train_batch_size: 8\n fp16: {enabled: true}}").train_batch_size == 8
     with pytest.raises(ValueError, match="neither JSON nor Hjson"):
         load('{"fp16": ')
 
 
-def test_comments_without_hjson(monkeypatch):
+def test_no_json_without_hjson(monkeypatch):
     monkeypatch.setitem(sys.modules, "hjson", None)
-    with pytest.raises(ValueError, match="not JSON.*install hjson, which reads comments"):
-        load('{"train_batch_size": 8} // eight')
+    with pytest.raises(ValueError, match="not JSON.*install hjson, as DeepSpeed does"):
+        load("{train_batch_size: 8}")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"gradient_checkpointing": True}, "gradient_checkpointing_enable"),
+        ({"num_processes": 7}, "accelerate's own file"),
+        ({"zero3_init_flag": True}, "accelerate's own file"),
+        ({"logging": {"level": "info"}}, "logging.getLogger"),
+        ({"dtype": "float16"}, "fp16 and bf16 say it"),
+        ({"zero_optimization": {"stage": 3, "sdma_allgather": True}}, None),
+        ({"fp16": {"enabled": True, "hysteresis": 0, "loss_scale": 1024}}, None),
+        ({"fp16": {"enabled": False, "hysteresis": 0}}, None),
+        ({"checkpoint": {"use_node_local_storage": True}}, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_public_configs_have_besides(values, words):
+    lines = [line for line, _ in keys.remarks(load({"train_batch_size": 8, **values}))]
+    assert len(lines) == (words is not None) and all(words in line for line in lines)
 
 
 def test_of_no_known_kind():

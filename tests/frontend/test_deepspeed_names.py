@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import pyzero.deepspeed as deepspeed
-from pyzero.deepspeed import comm, utils, zero
+from pyzero.deepspeed import comm, timers, utils, zero
+from pyzero.deepspeed.scheduler_section import SchedulerParams
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
 
@@ -28,9 +31,66 @@ def test_every_name_is_there():
 
 def test_arguments():
     parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
-    assert vars(parser.parse_args([])) == {"deepspeed": False, "deepspeed_config": None}
+    older = {"deepscale": False, "deepscale_config": None}
+    assert vars(parser.parse_args([])) == {"deepspeed": False, "deepspeed_config": None, **older}
     args = parser.parse_args(["--deepspeed", "--deepspeed_config", "ds.json"])
     assert (args.deepspeed, args.deepspeed_config) == (True, "ds.json")
+
+
+def test_arguments_of_schedules():
+    args = deepspeed.add_tuning_arguments(argparse.ArgumentParser()).parse_args(["--warmup_num_steps", "7"])
+    assert (args.lr_schedule, args.warmup_num_steps, args.warmup_type) == (None, 7, "log")
+    of_configs = set(SchedulerParams.model_fields) - vars(args).keys()
+    assert of_configs == {"total_num_steps", "warmup_min_ratio", "cos_min_ratio", "last_batch_iteration"}
+
+
+@pytest.mark.parametrize("name", ["deepspeed_config", "deepscale_config"])
+def test_a_config_among_the_arguments(name):
+    args = argparse.Namespace(**{"deepspeed_config": None, name: {"train_batch_size": 8, "optimizer": ADAM}})
+    engine, optimizer, _, _ = deepspeed.initialize(args=args, model=nn.Linear(1, 1))
+    assert engine.train_batch_size() == 8 and optimizer.param_groups[0]["lr"] == 0.25
+    with pytest.raises(ValueError, match="expected a config, got none"):
+        deepspeed.initialize(args=argparse.Namespace(deepspeed_config=None), model=nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("mine", "least", "most", "wanted"),
+    [("2.13.0+cpu", 2.2, None, True), ("2.2.1", 2.13, None, False), ("2.9.0", None, 2.10, False),
+     ("2.1.0a0", 2.1, 2.1, True)],
+)  # fmt: skip
+def test_versions_of_torch(monkeypatch, mine, least, most, wanted):
+    monkeypatch.setattr(torch, "__version__", mine)
+    assert utils.required_torch_version(least, most) is wanted
+
+
+def test_timers(caplog, monkeypatch):
+    now = iter([0.0, 0.5, 2.0, 2.25])
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: next(now))
+    clock = timers.SynchronizedWallClockTimer()
+    for _ in range(2):
+        clock("forward").start()
+        clock("forward").stop()
+    with caplog.at_level(logging.INFO, logger="pyzero"):
+        clock.log(["forward", "backward"], normalizer=2.0)
+    assert caplog.messages == ["time (ms) | forward: 375.00"] and clock("forward").elapsed() == 0.0
+
+
+def store_on_nodes(group: Any, num_hosts: int) -> str:
+    real, platform.node = platform.node, lambda: f"host{comm.get_rank() % num_hosts}"
+    config = {"train_batch_size": 8, "optimizer": ADAM, "checkpoint": {"use_node_local_storage": True}}
+    try:
+        deepspeed.initialize(model=nn.Linear(1, 1), config=config)
+    except ValueError as error:
+        return str(error)
+    finally:
+        platform.node = real
+    return ""
+
+
+@pytest.mark.parametrize(("num_hosts", "words"), [(1, ""), (2, "one folder that all ranks see.*ranks on 2 hosts")])
+def test_storage_of_a_node(ranks, num_hosts, words):
+    for told in ranks.run(4, store_on_nodes, num_hosts):
+        assert re.search(words, told) and bool(told) is (num_hosts > 1)
 
 
 def test_the_config_before_anything_is_built(tmp_path):

@@ -149,6 +149,27 @@ def test_zero_papers_numbers():
             assert found.gradients / 7e9 == pytest.approx(4 / num_ranks, rel=0.01)
 
 
+@pytest.mark.parametrize(("dtype", "block_bytes"), [(torch.bfloat16, 3 * 2 + 4), (torch.float32, 3 * 4 + 4)], ids=str)
+def test_stage_3_by_hand(dtype, block_bytes):
+    """fp32 shards that are their own masters: 4 + 8 bytes over all ranks, 4 of gradients; two blocks at work."""
+    found = estimate_numel(8_000_000_000, dtype, 8, 3, 25.0, num_blocks=40)
+    assert found.weights / 1e9 == pytest.approx(4, rel=0.01) and found.state / 1e9 == pytest.approx(8, rel=0.01)
+    assert found.gradients / 1e9 == pytest.approx(4, rel=0.01) and found.shared == 0
+    assert found.buckets == 200_000_000 * block_bytes
+    assert found.peak == found.idle + found.gradients + found.buckets
+
+
+def test_tensor_parallel_by_hand():
+    """Each rank has a quarter, of which the rest is as for a model of that size."""
+    whole, quarter = (estimate_numel(n, torch.bfloat16, 8, 2, 25.0, t) for n, t in ((2 * 10**9, 1), (8 * 10**9, 4)))
+    assert (quarter.peak, quarter.idle, quarter.num_params) == (whole.peak, whole.idle, 8 * 10**9)
+    assert estimate_numel(10**6, torch.bfloat16, 1, 3, 25.0) == estimate_numel(10**6, torch.bfloat16, 1, 2, 25.0)
+    with pytest.raises(ValueError, match="tensor_parallel and num_blocks from 1, got 0 and 32"):
+        estimate_numel(10**6, torch.bfloat16, 1, 3, 25.0, 0)
+    with pytest.raises(ValueError, match="estimate_numel for stage 3"):
+        estimate(nn.Linear(2, 2), stage=3)
+
+
 def test_frozen_parameters_are_weights_alone():
     model = nn.Linear(640, 640, bias=False).requires_grad_(False)
     assert estimate(model).peak == 640 * 640 * 4
@@ -177,6 +198,10 @@ def test_the_command(capsys):
     assert lines["weights"] == "2.00"
     shared = 0 if torch.cuda.is_available() else 2 * 25 * 2**20 / 1e9
     assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, rel=0.01)
+    args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
+    assert main([*args, "--blocks", "10"]) == 0
+    lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
+    assert (lines["weights"], lines["buckets or blocks on their way, at most"]) == ("0.25 B", "0.50 B")
     with pytest.raises(SystemExit):
         main(["estimate", "--model-params", "1e9", "--ranks", "0"])
     done = subprocess.run([sys.executable, "-m", "pyzero", "estimate", "--help"], capture_output=True, text=True)

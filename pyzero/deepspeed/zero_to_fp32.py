@@ -1,0 +1,76 @@
+"""deepspeed.utils.zero_to_fp32: whole fp32 weights of a checkpoint of the engine, or of DeepSpeed's, without ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyzero.checkpoint import files, from_deepspeed
+from pyzero.checkpoint.convert import fp32_state_dict
+from pyzero.checkpoint.export import export_safetensors
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
+) -> dict[str, Tensor]:
+    """Weights by name, on the CPU. Tied ones are one tensor.
+
+    Args:
+        checkpoint_dir: Where engine.save_checkpoint saved, or DeepSpeed's in stage 1 or 2.
+        tag: Which one; default: the one that `latest` names.
+        exclude_frozen_parameters: Not supported: leave them out when saving.
+        lazy_mode: Ignored: the tensors are read.
+
+    Raises:
+        ValueError: exclude_frozen_parameters is set, or the checkpoint has no name.
+        CheckpointError, FileNotFoundError: There is no checkpoint, or it is damaged.
+    """
+    if exclude_frozen_parameters:
+        raise ValueError(
+            "got exclude_frozen_parameters=True, which is not supported; pass it to engine.save_checkpoint"
+        )
+    folder = Path(checkpoint_dir)
+    latest = folder / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    if tag is not None and files.find(folder / tag) is not None:
+        return fp32_state_dict(folder / tag)
+    theirs = from_deepspeed.read(folder, tag)
+    masters = {name: values["master"] for name, values in theirs.params.items()}
+    found = {name: masters.get(name, value) for name, value in theirs.module.items()}
+    found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    return {name: found[theirs.shared.get(name, name)] for name in found}
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
+) -> nn.Module:
+    """Load them into a model on the CPU, not strictly, as DeepSpeed does; returns it."""
+    model = model.cpu()
+    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag), strict=False)
+    return model
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    max_shard_size: Any = "5GB",
+    safe_serialization: bool = False,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> None:
+    """Write them to output_dir, as pytorch_model.bin or model.safetensors: one file, whatever `max_shard_size` is."""
+    weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag, exclude_frozen_parameters)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if safe_serialization:
+        export_safetensors(weights, folder / "model.safetensors")
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")

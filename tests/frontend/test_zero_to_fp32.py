@@ -1,0 +1,74 @@
+"""deepspeed.utils.zero_to_fp32: whole fp32 weights of the engine's checkpoints, and of DeepSpeed's."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_case import FOLDER
+from torch import Tensor, nn
+
+import pyzero
+from pyzero.checkpoint import from_deepspeed
+from pyzero.deepspeed import zero_to_fp32
+
+
+def build() -> nn.Module:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+def save(group: Any, path: str, stage: int) -> dict[str, Tensor]:
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "Adam", "params": {"lr": 2.0**-6}},
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True},
+    }
+    engine = pyzero.initialize(model=build(), config=config)[0]
+    for tag in ("first", None):
+        engine.backward(engine(torch.arange(8.0).view(2, 4)).float().square().sum())
+        engine.step()
+        engine.save_checkpoint(path, tag)
+    masters = engine.get_fp32_state_dict()
+    return {name: value.clone() for name, value in masters.items()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_of_the_engine(ranks, tmp_path, stage):
+    wanted = ranks.run(4, save, str(tmp_path), stage)[0]
+    found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert found["0.weight"] is found["1.weight"] and found["2.num_batches_tracked"].dtype == torch.int64
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    assert not torch.equal(wanted["0.weight"], wanted["0.weight"].bfloat16().float())  # masters, not weights
+    first = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path, tag="first")
+    assert first.keys() == found.keys() and not torch.equal(first["0.weight"], found["0.weight"])
+    model = zero_to_fp32.load_state_dict_from_zero_checkpoint(build(), tmp_path)
+    assert torch.equal(model[1].weight, wanted["0.weight"])
+    for is_safe, name in ((False, "pytorch_model.bin"), (True, "model.safetensors")):
+        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "out", safe_serialization=is_safe)
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    written = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert all(torch.equal(written[name], value) for name, value in found.items())
+
+
+def test_of_deepspeed(tmp_path: Path):
+    with zipfile.ZipFile(FOLDER / "bf16-stage2.zip") as archive:
+        archive.extractall(tmp_path)
+    found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path, tag="saved")
+    theirs = from_deepspeed.read(tmp_path, "saved")
+    assert found.keys() == theirs.module.keys()
+    for name, values in theirs.params.items():
+        assert torch.equal(found[name], values["master"])
+
+
+def test_what_there_is_not(tmp_path):
+    with pytest.raises(FileNotFoundError, match="latest"):
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="pass it to engine.save_checkpoint"):
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path, exclude_frozen_parameters=True)
