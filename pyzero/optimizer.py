@@ -149,7 +149,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._group = topology.data
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._placement = Placement(rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync)
-        self._updater = ShardUpdater(rule, backend)
+        self._updater = ShardUpdater(rule, self._device, backend)
         self._max_grad_norm = max_grad_norm
         self._last: _LastStep | None = None
         self._checkpoint_group: Group | None = None
@@ -182,7 +182,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
         if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
-            return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
+            with torch.no_grad():
+                return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
         return self._param_groups
 
     @param_groups.setter
@@ -354,8 +355,8 @@ class ZeroOptimizer(FullAccess, Optimizer):
         return norm
 
     def _collect(self, purpose: str) -> GlobalGradStats:
-        """Finish the reduction and exchange the step's one message. purpose: one of grad_stats.PURPOSES."""
-        with profile_range("pyzero::collect"), torch.no_grad():
+        """Finish the reduction and exchange the step's one message, under no_grad. purpose: of grad_stats.PURPOSES."""
+        with profile_range("pyzero::collect"):
             outer_found = self.__dict__.get("found_inf")  # GradScaler's, of `.grad`
             if outer_found is not None:
                 outer_found = (outer_found != 0).to(torch.float32).reshape(1)
@@ -415,7 +416,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
         self._last = _LastStep(scalars.found_inf, norm, clip)
-        self._overflow.after_step(self._scaler.state, stats.first_bad, self._describe)
+        self._overflow.after_step(self._scaler.state, stats, self._describe)
         skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
@@ -455,14 +456,14 @@ class ZeroOptimizer(FullAccess, Optimizer):
                     gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
         return gathers
 
-    @torch.no_grad()
     def _sync_masters_from_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
         """Follow what others have written to the weights, or refuse all of it. keep_masters: see Bucket.follow."""
         written = [bucket.written(every) for bucket in self._buckets]
         num_written = sum(map(len, written))
         if num_written:
-            for bucket, positions in zip(self._buckets, written, strict=True):
-                bucket.follow(positions, keep_masters)
+            with torch.no_grad():
+                for bucket, positions in zip(self._buckets, written, strict=True):
+                    bucket.follow(positions, keep_masters)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
     def _weights_were_written(self, used: Sequence[bool] | None = None) -> None:
@@ -486,7 +487,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
     @property
     def grad_norm(self) -> Tensor | None:
         """0-D tensor: the global 2-norm in the last step, before clipping; None before the first."""
-        return None if self._last is None else self._last.norm
+        return None if self._last is None else self._last.norm.clone()  # the next step writes there
 
     @property
     def clipped_grad_norm(self) -> Tensor | None:

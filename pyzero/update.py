@@ -16,7 +16,7 @@ from pyzero.update_rule import UpdateRule
 
 
 class StepScalars(NamedTuple):
-    """What all elements of one step share; see pyzero.ops.step_scalars_."""
+    """What all elements of one step share, until the next step; see pyzero.ops.step_scalars_."""
 
     found_inf: Tensor  # (1,) fp32; where it is not zero nothing is written
     norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
@@ -29,15 +29,18 @@ class ShardUpdater:
 
     Args:
         rule: It.
+        device: Of the buckets.
         backend: Of the ops.
     """
 
-    def __init__(self, rule: UpdateRule, backend: str) -> None:
+    def __init__(self, rule: UpdateRule, device: torch.device, backend: str) -> None:
         self._rule = rule
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
         self._everyones = torch.empty(0)  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
         self._used: list[Tensor] = []  # the same by bucket
+        self._out = torch.zeros(NUM_SCALARS, device=device)  # written by each step
+        self._scalars = StepScalars(self._out[:1], *self._out[1:].unbind())
 
     def begin(
         self,
@@ -60,9 +63,8 @@ class ShardUpdater:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
         self._remember(tuple(buckets), stats.used)
-        out = torch.empty(NUM_SCALARS, device=steps.device)
         ops.step_scalars_(
-            out,
+            self._out,
             stats.rows,
             steps=steps,
             used=self._everyones,
@@ -71,7 +73,7 @@ class ShardUpdater:
             factor=1.0 if factor is None else factor,
             backend=self._backend,
         )
-        return StepScalars(out[:1], *out[1:].unbind())
+        return self._scalars
 
     def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...]) -> None:
         if self._pattern == (buckets, used):
