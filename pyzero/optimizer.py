@@ -24,7 +24,7 @@ from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
-from pyzero.profiling import profile_range
+from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding import rank_state
 from pyzero.sharding.access import FullAccess
 from pyzero.sharding.buckets import MASTER, Bucket
@@ -364,6 +364,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
+    profile_hook_step = staticmethod(hook_step)  # type: ignore[assignment]  # torch wraps step() by it
     _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
 
     @torch.no_grad()
