@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.ops.step_scalars import NUM_SCALARS
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import UpdateRule
+
+log = logging.getLogger("pyzero")
 
 
 class StepScalars(NamedTuple):
@@ -116,6 +119,26 @@ class ShardUpdater:
                     backend=self._backend,
                 )
             del grad
+
+
+def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse, before anything is recorded, what a CUDA graph would replay wrongly."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return
+    wanted = "expected a step that a CUDA graph can replay"
+    if num_ranks > 1:
+        raise RuntimeError(f"{wanted}, got {num_ranks} ranks, whose hosts talk in each; capture backward alone")
+    if is_first:
+        raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
+    for group in param_groups:
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            log.warning("lr=%g is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
+        elif lr.device != device:
+            raise RuntimeError(
+                f"{wanted}, got lr as a tensor on {lr.device}; pass torch.tensor({float(lr)}, device='cuda'), and "
+                f"change it with fill_()"
+            )
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
