@@ -137,24 +137,14 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._placement = Placement(rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync)
         self._updater = ShardUpdater(rule, self._device, backend)
         self._max_grad_norm = max_grad_norm
-        self._last = None
-        self._checkpoint_group = None
         self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
-        exchange = self._exchange = GradStatsExchange(
-            self._group, [dim.group for dim in topology.model], topology.are_alike
-        )
+        self._exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
-        self._gradients: Gradients = LocalGradients(self._group, exchange, self._device, backend)
-        if reduce_grads and self._group.size > 1:
-            options = ReductionOptions(overlap, grad_reduce_dtype)
-            inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
-            reduced = OverlappedGradients if stage == 2 else ReducedGradients
-            self._gradients = reduced(self._group, exchange, self._transport, self._device, options, inv_scale, backend)
-            self._gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
         self._hook_state_dict()
@@ -162,6 +152,16 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._ready = True
 
     # ---- construction ---------------------------------------------------------------------------------------------
+
+    def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
+        if not reduces:
+            return LocalGradients(self._group, self._exchange, self._device, backend)
+        options = ReductionOptions(overlap, self._grad_reduce_dtype)
+        inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
+        kind = OverlappedGradients if stage == 2 else ReducedGradients
+        gradients = kind(self._group, self._exchange, self._transport, self._device, options, inv_scale, backend)
+        gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        return gradients
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

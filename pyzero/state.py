@@ -40,8 +40,8 @@ class StateAccess(FullAccess, Optimizer):
     _overflow: OverflowMonitor
     _param_groups: list[dict[str, Any]]
     _device: torch.device
-    _last: LastStep | None
-    _checkpoint_group: Group | None
+    _last: LastStep | None = None
+    _checkpoint_group: Group | None = None
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
         raise NotImplementedError
