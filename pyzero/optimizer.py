@@ -151,93 +151,87 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._place(range(len(self.param_groups)))
         self._ready = True
 
-    # ---- construction ---------------------------------------------------------------------------------------------
+    # ---- the step -------------------------------------------------------------------------------------------------
 
-    def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
-        if not reduces:
-            return LocalGradients(self._group, self._exchange, self._device, backend)
-        options = ReductionOptions(overlap, self._grad_reduce_dtype)
-        inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
-        kind = OverlappedGradients if stage == 2 else ReducedGradients
-        gradients = kind(self._group, self._exchange, self._transport, self._device, options, inv_scale, backend)
-        gradients.grad_scaler_proxy = self._grad_scaler_proxy
-        return gradients
+    profile_hook_step = staticmethod(hook_step)  # type: ignore[assignment]  # torch wraps step() by it
+    _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
-        if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
-            with torch.no_grad():
-                return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
-        return self._param_groups
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on all ranks, skipped on all where any gradient on any rank was inf or NaN.
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._param_groups = groups
+        Args:
+            closure: Reevaluates the model and returns the loss, as torch's.
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group gets buckets of its own. Collective over several ranks."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
-        try:
-            arguments.check_group(group, self.defaults)
+        Raises:
+            RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
+                only; nothing is changed.
+            TypeError: The model was converted or moved to another device after the optimizer was built.
+            ValueError: A group's hyper-parameters were set to values out of range.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self._param_groups:
             self._rule.check(group)
-            if self._ready:
-                if self._scaler.enabled:
-                    arguments.check_no_grad(group)
-                arguments.check_disjoint(self._named_params())
-                self._topology.check_meshes(group["params"])
-                self._place([len(self.param_groups) - 1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        check_capture(self._device, self._group.size, self._last is None, self._param_groups)
+        self._place_unfrozen()
+        if not self._buckets:
+            return loss
+        self._placement.follow_weights()
+        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
+        if outer is not None and isinstance(self._gradients, ReducedGradients):
+            self._gradients.unscale(outer)
+            outer = None
+        self._overflow.check(stats.num_skips_in_a_row, self._describe)
+        self._learn_arrival()
+        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
+        scalars = self._updater.begin(
+            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
+        )
+        norm, clip = scalars.norm, scalars.clip
+        if clipped_by is not None:  # grad_norm is of before clipping
+            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
+            clip = clip * clipped_by
+        gathers = self._update_and_gather(stats, scalars)
+        has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
+        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
+        if self._scaler.enabled:
+            self._scaled_backward.after_step(has_grad_scaler)
+        for gather in gathers:
+            gather.wait()
+        self._placement.weights_were_written(stats.used)
+        self._placement.has_stepped = True
+        self._gradients.after_step(stats.used)
+        self._grad_scaler_proxy.clear()
+        self._last = LastStep(scalars.found_inf, norm, clip)
+        self._overflow.after_step(self._scaler.state, stats, self._describe)
+        skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
+        self._gradients.locate_nonfinite(always=skips > 0)
+        if self._device.type == "cpu":  # all hosts know as much
+            self._overflow.check(skips, self._describe)
+        return loss
 
-    def _named_params(self) -> dict[Tensor, str]:
-        """All parameters, and what to call them in messages."""
-        groups = enumerate(self._param_groups)
-        return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
+    def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
+        """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
+        used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
+        name, gathers = f"pyzero::{self._rule.name}", []
+        for bucket in used:
+            with profile_range(name):
+                self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
+            if self._group.size > 1:
+                with profile_range("pyzero::all_gather"):
+                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
+        return gathers
 
-    def _name(self, group_index: int, place: int) -> str:
-        """The name that the caller gave, or numbers."""
-        names = self.param_groups[group_index].get("param_names")
-        return str(names[place]) if names else f"parameter {place} of group {group_index}"
+    def refresh_fp32_params(self) -> None:
+        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
 
-    def _place(self, group_indices: Iterable[int]) -> None:
-        """Move the trained parameters of these groups into buckets."""
-        for bucket in self._placement.add(self._param_groups, group_indices, self._device):
-            self._gradients.add(bucket, scales=self._scaler.enabled)
-        self._reserve()
-
-    def _reserve(self) -> None:
-        """Have room for all buckets on their way. Collective."""
-        sizes = []
-        for bucket in self._buckets:
-            dtype = self._grad_reduce_dtype or bucket.dtype
-            sends = isinstance(self._gradients, ReducedGradients)
-            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
-        self._transport.reserve(sizes, len(self._placement.params))
-
-    def _place_unfrozen(self) -> None:
-        """Parameters that were frozen so far, and are no longer, get buckets now."""
-        unplaced = self._placement.unplaced(self._param_groups)
-        if unplaced:
-            self._place(unplaced)
-
-    def _learn_arrival(self) -> None:
-        """Once, in the first step: other buckets, in the order in which gradients have come."""
-        gradients = self._gradients
-        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
-            layouts = self._placement.plan_by_arrival(gradients.arrival)
-            if layouts is not None:
-                gradients.learns_arrival = False
-                self._move_to(layouts)
-
-    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        if self._placement.move_to(layouts, keeps_state):
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.move_to(self._buckets)
-            self._reserve()
+        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
+        torch._foreach ops on DTensors.
+        """
+        self._placement.follow_weights(every=True)
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
@@ -343,87 +337,93 @@ class ZeroOptimizer(StateAccess, Optimizer):
                 outer_found = (outer_found != 0).to(torch.float32).reshape(1)
             return self._gradients.collect(outer_found, purpose)
 
-    # ---- the step -------------------------------------------------------------------------------------------------
+    # ---- construction ---------------------------------------------------------------------------------------------
 
-    profile_hook_step = staticmethod(hook_step)  # type: ignore[assignment]  # torch wraps step() by it
-    _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
+    def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
+        if not reduces:
+            return LocalGradients(self._group, self._exchange, self._device, backend)
+        options = ReductionOptions(overlap, self._grad_reduce_dtype)
+        inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
+        kind = OverlappedGradients if stage == 2 else ReducedGradients
+        gradients = kind(self._group, self._exchange, self._transport, self._device, options, inv_scale, backend)
+        gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        return gradients
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on all ranks, skipped on all where any gradient on any rank was inf or NaN.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
+        if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
+            with torch.no_grad():
+                return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
+        return self._param_groups
 
-        Args:
-            closure: Reevaluates the model and returns the loss, as torch's.
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._param_groups = groups
 
-        Raises:
-            RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
-                only; nothing is changed.
-            TypeError: The model was converted or moved to another device after the optimizer was built.
-            ValueError: A group's hyper-parameters were set to values out of range.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self._param_groups:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group gets buckets of its own. Collective over several ranks."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
+        try:
+            arguments.check_group(group, self.defaults)
             self._rule.check(group)
-        check_capture(self._device, self._group.size, self._last is None, self._param_groups)
-        self._place_unfrozen()
-        if not self._buckets:
-            return loss
-        self._placement.follow_weights()
-        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
-        if outer is not None and isinstance(self._gradients, ReducedGradients):
-            self._gradients.unscale(outer)
-            outer = None
-        self._overflow.check(stats.num_skips_in_a_row, self._describe)
-        self._learn_arrival()
-        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
-        scalars = self._updater.begin(
-            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
-        )
-        norm, clip = scalars.norm, scalars.clip
-        if clipped_by is not None:  # grad_norm is of before clipping
-            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
-            clip = clip * clipped_by
-        gathers = self._update_and_gather(stats, scalars)
-        has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
-        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
-        if self._scaler.enabled:
-            self._scaled_backward.after_step(has_grad_scaler)
-        for gather in gathers:
-            gather.wait()
-        self._placement.weights_were_written(stats.used)
-        self._placement.has_stepped = True
-        self._gradients.after_step(stats.used)
-        self._grad_scaler_proxy.clear()
-        self._last = LastStep(scalars.found_inf, norm, clip)
-        self._overflow.after_step(self._scaler.state, stats, self._describe)
-        skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
-        self._gradients.locate_nonfinite(always=skips > 0)
-        if self._device.type == "cpu":  # all hosts know as much
-            self._overflow.check(skips, self._describe)
-        return loss
+            if self._ready:
+                if self._scaler.enabled:
+                    arguments.check_no_grad(group)
+                arguments.check_disjoint(self._named_params())
+                self._topology.check_meshes(group["params"])
+                self._place([len(self.param_groups) - 1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
-    def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
-        """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
-        used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
-        name, gathers = f"pyzero::{self._rule.name}", []
-        for bucket in used:
-            with profile_range(name):
-                self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            if self._group.size > 1:
-                with profile_range("pyzero::all_gather"):
-                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
-        return gathers
+    def _named_params(self) -> dict[Tensor, str]:
+        """All parameters, and what to call them in messages."""
+        groups = enumerate(self._param_groups)
+        return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
 
-    def refresh_fp32_params(self) -> None:
-        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
+    def _name(self, group_index: int, place: int) -> str:
+        """The name that the caller gave, or numbers."""
+        names = self.param_groups[group_index].get("param_names")
+        return str(names[place]) if names else f"parameter {place} of group {group_index}"
 
-        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
-        torch._foreach ops on DTensors.
-        """
-        self._placement.follow_weights(every=True)
+    def _place(self, group_indices: Iterable[int]) -> None:
+        """Move the trained parameters of these groups into buckets."""
+        for bucket in self._placement.add(self._param_groups, group_indices, self._device):
+            self._gradients.add(bucket, scales=self._scaler.enabled)
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Have room for all buckets on their way. Collective."""
+        sizes = []
+        for bucket in self._buckets:
+            dtype = self._grad_reduce_dtype or bucket.dtype
+            sends = isinstance(self._gradients, ReducedGradients)
+            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
+        self._transport.reserve(sizes, len(self._placement.params))
+
+    def _place_unfrozen(self) -> None:
+        """Parameters that were frozen so far, and are no longer, get buckets now."""
+        unplaced = self._placement.unplaced(self._param_groups)
+        if unplaced:
+            self._place(unplaced)
+
+    def _learn_arrival(self) -> None:
+        """Once, in the first step: other buckets, in the order in which gradients have come."""
+        gradients = self._gradients
+        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
+            layouts = self._placement.plan_by_arrival(gradients.arrival)
+            if layouts is not None:
+                gradients.learns_arrival = False
+                self._move_to(layouts)
+
+    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
+        if self._placement.move_to(layouts, keeps_state):
+            if isinstance(self._gradients, ReducedGradients):
+                self._gradients.move_to(self._buckets)
+            self._reserve()
 
 
 def _product(*factors: Any) -> Any:
