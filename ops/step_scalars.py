@@ -1,11 +1,11 @@
 """step_scalars_: what every element of a step shares, and the step counts, in one launch."""
 
+import torch
 from torch import Tensor
-from torch import float64 as _float64
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, StepScalarsArgs
-from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_device, check_dtype, check_flat
+from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_device, check_dtype, check_flat, is_vector
 
 STATS_COLUMNS = 3  # overflow flag, sum of squares, code of the first bad parameter
 NUM_SCALARS = 4
@@ -44,16 +44,18 @@ def step_scalars_(
         BackendUnavailableError: The backend asked for cannot run here.
     """
     device = rows.device
-    check_dtype("rows", rows, (_float64,), "make it with dtype=torch.float64")
-    if rows.dim() != 2 or rows.shape[1] != STATS_COLUMNS or not len(rows) or not rows.is_contiguous():
+    check_dtype("rows", rows, (torch.float64,), "make it with dtype=torch.float64")
+    if rows.dim() != 2 or rows.shape[1] != STATS_COLUMNS or not rows.shape[0] or not rows.is_contiguous():
         raise ValueError(
             f"expected contiguous rows of shape (n, {STATS_COLUMNS}), got shape {tuple(rows.shape)} with strides "
             f"{rows.stride()}; stack one row per rank"
         )
-    for name, tensor, numel in (("out", out, NUM_SCALARS), ("steps", steps, None), ("used", used, steps.numel())):
-        check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
-        check_flat(name, tensor, numel=numel)
-        check_device(name, tensor, device)
+    num_params = steps.numel()
+    for name, tensor, numel in (("out", out, NUM_SCALARS), ("steps", steps, num_params), ("used", used, num_params)):
+        if not is_vector(tensor, torch.float32, numel, device):
+            check_dtype(name, tensor, FLAG_DTYPES, "make it with dtype=torch.float32")
+            check_flat(name, tensor, numel=numel)
+            check_device(name, tensor, device)
     args = StepScalarsArgs(
         out=out,
         rows=rows,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from pyzero import arguments
 from pyzero.comm.choice import make_transport
-from pyzero.comm.group import Group, Work
-from pyzero.gradients import amp, nonfinite
+from pyzero.comm.group import Work
+from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients.local import LocalGradients
 from pyzero.gradients.overlap import OverlappedGradients
@@ -24,26 +24,15 @@ from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
-from pyzero.profiling import profile_range
-from pyzero.sharding import rank_state
-from pyzero.sharding.access import FullAccess
-from pyzero.sharding.buckets import MASTER, Bucket
+from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.local_param import outer
 from pyzero.sharding.placement import Placement
 from pyzero.sharding.topology import make_topology
-from pyzero.update import ShardUpdater, StepScalars
+from pyzero.state import LastStep, StateAccess
+from pyzero.update import ShardUpdater, StepScalars, check_capture
 from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
-
-
-class _LastStep(NamedTuple):
-    """What can be asked of the last step."""
-
-    found_inf: Tensor  # (1,) fp32
-    norm: Tensor  # 0-D fp32, before clipping
-    clip: Tensor  # 0-D fp32, 1 where nothing is clipped
 
 
 class ZeroOptions(TypedDict, total=False):
@@ -65,7 +54,7 @@ class ZeroOptions(TypedDict, total=False):
     backend: str
 
 
-class ZeroOptimizer(FullAccess, Optimizer):
+class ZeroOptimizer(StateAccess, Optimizer):
     """An update rule over fp32 masters, whose state is partitioned over the ranks of a process group.
 
     The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
@@ -158,113 +147,103 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._placement = Placement(
             rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
         )
-        self._updater = ShardUpdater(rule, backend)
+        self._updater = ShardUpdater(rule, self._device, backend)
         self._max_grad_norm = max_grad_norm
-        self._last: _LastStep | None = None
-        self._checkpoint_group: Group | None = None
         self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
-        exchange = self._exchange = GradStatsExchange(
-            self._group, [dim.group for dim in topology.model], topology.are_alike
-        )
+        self._exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
-        self._gradients: Gradients = LocalGradients(self._group, exchange, self._device, backend)
-        if reduce_grads and self._group.size > 1:
-            options = ReductionOptions(overlap, grad_reduce_dtype)
-            inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
-            reduced = OverlappedGradients if stage == 2 else ReducedGradients
-            self._gradients = reduced(self._group, exchange, self._transport, self._device, options, inv_scale, backend)
-            self._gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
-        self.register_state_dict_pre_hook(_sync_masters_from_weights)
-        self.register_state_dict_post_hook(_export_state, prepend=True)
+        self._hook_state_dict()
         self._place(range(len(self.param_groups)))
         self._ready = True
 
-    # ---- construction ---------------------------------------------------------------------------------------------
+    # ---- the step -------------------------------------------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
-        if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
-            return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
-        return self._param_groups
+    profile_hook_step = staticmethod(hook_step)  # type: ignore[assignment]  # torch wraps step() by it
+    _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
 
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._param_groups = groups
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on all ranks, skipped on all where any gradient on any rank was inf or NaN.
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group gets buckets of its own. Collective over several ranks."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
-        try:
-            arguments.check_group(group, self.defaults)
+        Args:
+            closure: Reevaluates the model and returns the loss, as torch's.
+
+        Raises:
+            RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
+                only; nothing is changed.
+            TypeError: The model was converted or moved to another device after the optimizer was built.
+            ValueError: A group's hyper-parameters were set to values out of range.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self._param_groups:
             self._rule.check(group)
-            if self._ready:
-                if self._scaler.enabled:
-                    arguments.check_no_grad(group)
-                arguments.check_disjoint(self._named_params())
-                self._topology.check_meshes(group["params"])
-                self._place([len(self.param_groups) - 1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        check_capture(self._device, self._group.size, self._last is None, self._param_groups)
+        self._place_unfrozen()
+        if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
+            return loss
+        self._placement.follow_weights()
+        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
+        if outer is not None and isinstance(self._gradients, ReducedGradients):
+            self._gradients.unscale(outer)
+            outer = None
+        self._overflow.check(stats.num_skips_in_a_row, self._describe)
+        self._learn_arrival()
+        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
+        scalars = self._updater.begin(
+            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
+        )
+        norm, clip = scalars.norm, scalars.clip
+        if clipped_by is not None:  # grad_norm is of before clipping
+            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
+            clip = clip * clipped_by
+        gathers = self._update_and_gather(stats, scalars)
+        has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
+        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
+        if self._scaler.enabled:
+            self._scaled_backward.after_step(has_grad_scaler)
+        for gather in gathers:
+            gather.wait()
+        self._placement.weights_were_written(stats.used)
+        self._placement.has_stepped = True
+        self._gradients.after_step(stats.used)
+        self._grad_scaler_proxy.clear()
+        self._last = LastStep(scalars.found_inf, norm, clip)
+        self._overflow.after_step(self._scaler.state, stats, self._describe)
+        skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
+        self._gradients.locate_nonfinite(always=skips > 0)
+        if self._device.type == "cpu":  # all hosts know as much
+            self._overflow.check(skips, self._describe)
+        return loss
 
-    def _named_params(self) -> dict[Tensor, str]:
-        """All parameters, and what to call them in messages."""
-        groups = enumerate(self._param_groups)
-        return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
+    def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
+        """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
+        used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
+        name, gathers = f"pyzero::{self._rule.name}", []
+        for bucket in used:
+            with profile_range(name):
+                self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
+            if self._group.size > 1:
+                with profile_range("pyzero::all_gather"):
+                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
+        return gathers
 
-    def _name(self, group_index: int, place: int) -> str:
-        """The name that the caller gave, or numbers."""
-        names = self.param_groups[group_index].get("param_names")
-        return str(names[place]) if names else f"parameter {place} of group {group_index}"
+    def refresh_fp32_params(self) -> None:
+        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
 
-    @property
-    def _buckets(self) -> list[Bucket]:  # type: ignore[override]
-        return self._placement.buckets
-
-    def _place(self, group_indices: Iterable[int]) -> None:
-        """Move the trained parameters of these groups into buckets."""
-        for bucket in self._placement.add(self._param_groups, group_indices, self._device):
-            self._gradients.add(bucket, scales=self._scaler.enabled)
-        self._reserve()
-
-    def _reserve(self) -> None:
-        """Have room for all buckets on their way. Collective."""
-        sizes = []
-        for bucket in self._buckets:
-            dtype = self._grad_reduce_dtype or bucket.dtype
-            sends = isinstance(self._gradients, ReducedGradients)
-            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
-        self._transport.reserve(sizes, len(self._placement.params))
-
-    def _place_unfrozen(self) -> None:
-        """Parameters that were frozen so far, and are no longer, get buckets now."""
-        unplaced = self._placement.unplaced(self._param_groups)
-        if unplaced:
-            self._place(unplaced)
-
-    def _learn_arrival(self) -> None:
-        """Once, in the first step: other buckets, in the order in which gradients have come."""
-        gradients = self._gradients
-        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
-            layouts = self._placement.plan_by_arrival(gradients.arrival)
-            if layouts is not None:
-                gradients.learns_arrival = False
-                self._move_to(layouts)
-
-    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        if self._placement.move_to(layouts, keeps_state):
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.move_to(self._buckets)
-            self._reserve()
+        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
+        torch._foreach ops on DTensors.
+        """
+        self._placement.follow_weights(every=True)
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
@@ -363,335 +342,100 @@ class ZeroOptimizer(FullAccess, Optimizer):
         return norm
 
     def _collect(self, purpose: str) -> GlobalGradStats:
-        """Finish the reduction and exchange the step's one message. purpose: one of grad_stats.PURPOSES."""
-        with profile_range("pyzero::collect"), torch.no_grad():
+        """Finish the reduction and exchange the step's one message, under no_grad. purpose: of grad_stats.PURPOSES."""
+        with profile_range("pyzero::collect"):
             outer_found = self.__dict__.get("found_inf")  # GradScaler's, of `.grad`
             if outer_found is not None:
                 outer_found = (outer_found != 0).to(torch.float32).reshape(1)
             return self._gradients.collect(outer_found, purpose)
 
-    # ---- the step -------------------------------------------------------------------------------------------------
+    # ---- construction ---------------------------------------------------------------------------------------------
 
-    _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on all ranks, skipped on all where any gradient on any rank was inf or NaN.
-
-        Args:
-            closure: Reevaluates the model and returns the loss, as torch's.
-
-        Raises:
-            RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
-                only; nothing is changed.
-            TypeError: The model was converted or moved to another device after the optimizer was built.
-            ValueError: A group's hyper-parameters were set to values out of range.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self._param_groups:
-            self._rule.check(group)
-        self._check_capture()
-        self._place_unfrozen()
-        if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
-            return loss
-        self._sync_masters_from_weights()
-        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
-        if outer is not None and isinstance(self._gradients, ReducedGradients):
-            self._gradients.unscale(outer)
-            outer = None
-        self._overflow.check(stats.num_skips_in_a_row, self._describe)
-        self._learn_arrival()
-        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
-        scalars = self._updater.begin(
-            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
-        )
-        norm, clip = scalars.norm, scalars.clip
-        if clipped_by is not None:  # grad_norm is of before clipping
-            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
-            clip = clip * clipped_by
-        gathers = self._update_and_gather(stats, scalars)
-        has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
-        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
-        if self._scaler.enabled:
-            self._scaled_backward.after_step(has_grad_scaler)
-        for gather in gathers:
-            gather.wait()
-        self._weights_were_written(stats.used)
-        self._placement.has_stepped = True
-        self._gradients.after_step(stats.used)
-        self._grad_scaler_proxy.clear()
-        self._last = _LastStep(scalars.found_inf, norm, clip)
-        self._overflow.after_step(self._scaler.state, stats.first_bad, self._describe)
-        skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
-        self._gradients.locate_nonfinite(always=skips > 0)
-        if self._device.type == "cpu":  # all hosts know as much
-            self._overflow.check(skips, self._describe)
-        return loss
-
-    def _check_capture(self) -> None:
-        """Refuse, before anything is recorded, what a CUDA graph would replay wrongly."""
-        if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            return
-        wanted = "expected a step that a CUDA graph can replay"
-        if self._group.size > 1:
-            raise RuntimeError(
-                f"{wanted}, got {self._group.size} ranks, whose hosts talk in each; capture backward alone"
-            )
-        if self._last is None:
-            raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
-        for group in self._param_groups:
-            lr = group["lr"]
-            if not isinstance(lr, Tensor):
-                log.warning("lr=%g is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
-            elif lr.device != self._device:
-                raise RuntimeError(
-                    f"{wanted}, got lr as a tensor on {lr.device}; pass torch.tensor({float(lr)}, device='cuda'), and "
-                    f"change it with fill_()"
-                )
-
-    def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
-        """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
-        used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
-        name, gathers = f"pyzero::{self._rule.name}", []
-        for bucket in used:
-            with profile_range(name):
-                self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            if self._group.size > 1:
-                with profile_range("pyzero::all_gather"):
-                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
-        return gathers
-
-    @torch.no_grad()
-    def _sync_masters_from_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
-        """Follow what others have written to the weights, or refuse all of it. keep_masters: see Bucket.follow."""
-        written = [bucket.written(every) for bucket in self._buckets]
-        num_written = sum(map(len, written))
-        if num_written:
-            for bucket, positions in zip(self._buckets, written, strict=True):
-                bucket.follow(positions, keep_masters)
-            log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
-
-    def _weights_were_written(self, used: Sequence[bool] | None = None) -> None:
-        """By the optimizer. In two passes: parameters that were views of one tensor share their version counter."""
-        for bucket in self._buckets:
-            bucket.bump_versions(used)
-        for bucket in self._buckets:
-            bucket.masters_are_in_sync()
-        self._placement.reshard()
-
-    def refresh_fp32_params(self) -> None:
-        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
-
-        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
-        torch._foreach ops on DTensors.
-        """
-        self._sync_masters_from_weights(every=True)
-
-    # ---- what can be read -----------------------------------------------------------------------------------------
+    def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
+        if not reduces:
+            return LocalGradients(self._group, self._exchange, self._device, backend)
+        options = ReductionOptions(overlap, self._grad_reduce_dtype)
+        inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
+        kind = OverlappedGradients if stage == 2 else ReducedGradients
+        gradients = kind(self._group, self._exchange, self._transport, self._device, options, inv_scale, backend)
+        gradients.grad_scaler_proxy = self._grad_scaler_proxy
+        return gradients
 
     @property
-    def grad_norm(self) -> Tensor | None:
-        """0-D tensor: the global 2-norm in the last step, before clipping; None before the first."""
-        return None if self._last is None else self._last.norm
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
+        if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
+            with torch.no_grad():
+                return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
+        return self._param_groups
 
-    @property
-    def clipped_grad_norm(self) -> Tensor | None:
-        """0-D tensor: the same after clipping."""
-        return None if self._last is None else self._last.norm * self._last.clip
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._param_groups = groups
 
-    @property
-    def scales_loss(self) -> bool:
-        """Whether there is a loss scale, and `backward` applies it."""
-        return self._scaler.enabled
-
-    @property
-    def reduces_grads(self) -> bool:
-        """Whether it averages gradients over its ranks; False where there is one rank, or another averages them."""
-        return isinstance(self._gradients, ReducedGradients)
-
-    @property
-    def is_scaled_backward(self) -> bool:
-        """Whether a backward is running whose gradients carry the loss scale."""
-        return self._scaled_backward.is_running
-
-    @property
-    def loss_scale(self) -> float:
-        """The loss scale; 1.0 without scaling. Reads the device."""
-        return float(self._scaler.state[0])
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps skipped so far. Reads the device."""
-        return int(self._scaler.state[3])
-
-    @property
-    def was_step_applied(self) -> bool:
-        """Whether the last step() changed anything. Reads the device."""
-        return self._last is not None and not bool(self._last.found_inf)
-
-    def state_bytes(self) -> int:
-        """Bytes of masters and the rule's state on this rank."""
-        return sum(bucket.num_state_bytes() for bucket in self._buckets)
-
-    def _describe(self, code: float) -> str:
-        """Which gradient a code of pyzero/gradients/nonfinite.py means."""
-        number, rank = nonfinite.decode(code, self._group.size)
-        if number is None:
-            if self.model_parallel_rank is not None:
-                return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
-            if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
-                return "the sum of the gradients over ranks"
-            return "a gradient, whose parameter is looked for from the next step on"
-        param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
-        members = self._param_groups[group_index]["params"]
-        name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
-        where = "" if rank is None else f" on rank {rank}"
-        return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
-
-    # ---- state ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
-
-        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit
-        on one rank.
-
-        Raises:
-            ValueError: Another rank's, another number of ranks', or other parameters.
-        """
-        state_dict = state_dict.copy()
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        self._place_unfrozen()
-        for bucket in self._buckets:
-            bucket.written()  # or refuse
-        saved, problem = None, None
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group gets buckets of its own. Collective over several ranks."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
         try:
-            saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
-        except ValueError as error:
-            problem = error
-        answers = self._group.gather_objects(str(problem) if saved is None else saved.summary())
-        if problem is not None:
-            raise problem
-        for rank, answer in enumerate(answers):
-            if isinstance(answer, str):
-                raise ValueError(f"nothing was loaded, for rank {rank} could not: {answer}")
-        assert saved is not None
-        cut = rank_state.agreed_cut(answers)
-        saved.forget_unloaded_masters(self, self._buckets)
-        self._sync_masters_from_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
-        if cut is not None:
-            self._move_to(cut.layouts(self, self._placement, self._group.size), keeps_state=False)
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.learns_arrival &= not cut.has_learned
-        saved.copy_into(self)
-        if saved.scaler is not None:
-            self._scaler.load(saved.scaler)
-            self._overflow.start_from(self.skipped_steps)
-        elif self._scaler.enabled:
-            log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
-        self._publish_masters()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+            arguments.check_group(group, self.defaults)
+            self._rule.check(group)
+            if self._ready:
+                if self._scaler.enabled:
+                    arguments.check_no_grad(group)
+                arguments.check_disjoint(self._named_params())
+                self._topology.check_meshes(group["params"])
+                self._place([len(self.param_groups) - 1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
-    @property
-    def model_parallel_rank(self) -> int | None:
-        """This rank among those that have other parts of the model; None where it has all of it."""
-        others = self._topology.told
-        return None if others is None else others.rank
+    def _named_params(self) -> dict[Tensor, str]:
+        """All parameters, and what to call them in messages."""
+        groups = enumerate(self._param_groups)
+        return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
 
-    def owns(self, param: Tensor) -> bool:
-        """Whether this model-parallel rank is the one that counts and saves the parameter."""
-        return self._topology.owns(param)
+    def _name(self, group_index: int, place: int) -> str:
+        """The name that the caller gave, or numbers."""
+        names = self.param_groups[group_index].get("param_names")
+        return str(names[place]) if names else f"parameter {place} of group {group_index}"
 
-    def checkpoint_group(self) -> Group:
-        """All that hold a part, over a process group of its own: a save in a thread meets no collective of training.
+    def _place(self, group_indices: Iterable[int]) -> None:
+        """Move the trained parameters of these groups into buckets."""
+        for bucket in self._placement.add(self._param_groups, group_indices, self._device):
+            self._gradients.add(bucket, scales=self._scaler.enabled)
+        self._reserve()
 
-        Collective when it is first asked for.
-
-        Raises:
-            ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
-        """
-        if self._checkpoint_group is None:
-            self._checkpoint_group = self._topology.make_group_of_all()
-        return self._checkpoint_group
-
-    @property
-    def are_alike(self) -> bool:
-        """All ranks have the same parameters, or parts of them that tensors know of."""
-        return self._topology.are_alike
-
-    def place_unfrozen(self) -> None:
-        """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
-        self._place_unfrozen()
-
-    def check_between_steps(self) -> None:
-        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
-        if self._gradients.await_step():
-            raise RuntimeError(
-                "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
-                "save after the step that they belong to"
-            )
-
-    def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
-        """Whole values by parameter, in torch's layout."""
-        state: dict[int, dict[str, Tensor]] = {}
-        groups, first = [], 0
-        for group in self._param_groups:
-            params = group["params"]
-            state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
-            others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
-            groups.append({**others, "params": list(range(first, first + len(params)))})
-            first += len(params)
-        groups[0][rank_state.SCALER] = self._scaler.state.cpu()
-        return {"state": state, "param_groups": groups}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refused: a copy would lose its hooks and its process group."""
-        raise TypeError(
-            f"expected {type(self).__name__} not to be pickled or deep-copied, which would lose its hooks and its "
-            f"process group; save state_dict(), build another over the copied model, and load it"
-        )
-
-    def _publish_masters(self) -> None:
-        """Make the weights on all ranks what the masters say."""
-        gathers = []
+    def _reserve(self) -> None:
+        """Have room for all buckets on their way. Collective."""
+        sizes = []
         for bucket in self._buckets:
-            if not bucket.is_master:
-                bucket.weight_shard.copy_(bucket.master)
-            gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
-        for gather in gathers:
-            gather.wait()
-        self._weights_were_written()
+            dtype = self._grad_reduce_dtype or bucket.dtype
+            sends = isinstance(self._gradients, ReducedGradients)
+            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
+        self._transport.reserve(sizes, len(self._placement.params))
 
-    def _zero_state(self) -> str:
-        """What a state dict says of itself: whose it is, and how it is cut."""
-        learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
-        params = (param for group in self._param_groups for param in group["params"])
-        places = {param: place for place, param in enumerate(params)}
-        buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
-        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
+    def _place_unfrozen(self) -> None:
+        """Parameters that were frozen so far, and are no longer, get buckets now."""
+        unplaced = self._placement.unplaced(self._param_groups)
+        if unplaced:
+            self._place(unplaced)
 
+    def _learn_arrival(self) -> None:
+        """Once, in the first step: other buckets, in the order in which gradients have come."""
+        gradients = self._gradients
+        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
+            layouts = self._placement.plan_by_arrival(gradients.arrival)
+            if layouts is not None:
+                gradients.learns_arrival = False
+                self._move_to(layouts)
 
-def _sync_masters_from_weights(optimizer: Optimizer) -> None:
-    """A state_dict hook: masters that are saved are of the weights as they are."""
-    assert isinstance(optimizer, ZeroOptimizer)
-    optimizer._sync_masters_from_weights()
-
-
-def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes.
-
-    The five are a copy: a checkpoint that is read into them counts once it is loaded, for more depends on them.
-    """
-    assert isinstance(optimizer, ZeroOptimizer)
-    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
-    state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
-    rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
+    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
+        if self._placement.move_to(layouts, keeps_state):
+            if isinstance(self._gradients, ReducedGradients):
+                self._gradients.move_to(self._buckets)
+            self._reserve()
 
 
 def _product(*factors: Any) -> Any:

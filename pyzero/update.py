@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from pyzero.ops.step_scalars import NUM_SCALARS
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import UpdateRule
 
+log = logging.getLogger("pyzero")
+
 
 class StepScalars(NamedTuple):
-    """What all elements of one step share; see pyzero.ops.step_scalars_."""
+    """What all elements of one step share, until the next step; see pyzero.ops.step_scalars_."""
 
     found_inf: Tensor  # (1,) fp32; where it is not zero nothing is written
     norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
@@ -29,15 +32,18 @@ class ShardUpdater:
 
     Args:
         rule: It.
+        device: Of the buckets.
         backend: Of the ops.
     """
 
-    def __init__(self, rule: UpdateRule, backend: str) -> None:
+    def __init__(self, rule: UpdateRule, device: torch.device, backend: str) -> None:
         self._rule = rule
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
         self._everyones = torch.empty(0)  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
         self._used: list[Tensor] = []  # the same by bucket
+        self._out = torch.zeros(NUM_SCALARS, device=device)  # written by each step
+        self._scalars = StepScalars(self._out[:1], *self._out[1:].unbind())
 
     def begin(
         self,
@@ -60,9 +66,8 @@ class ShardUpdater:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
         self._remember(tuple(buckets), stats.used, stats.rows.device)
-        out = torch.empty(NUM_SCALARS, device=steps.device)
         ops.step_scalars_(
-            out,
+            self._out,
             stats.rows,
             steps=steps,
             used=self._everyones,
@@ -71,7 +76,7 @@ class ShardUpdater:
             factor=1.0 if factor is None else factor,
             backend=self._backend,
         )
-        return StepScalars(out[:1], *out[1:].unbind())
+        return self._scalars
 
     def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
         if self._pattern == (buckets, used):
@@ -114,6 +119,26 @@ class ShardUpdater:
                     backend=self._backend,
                 )
             del grad
+
+
+def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse, before anything is recorded, what a CUDA graph would replay wrongly."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return
+    wanted = "expected a step that a CUDA graph can replay"
+    if num_ranks > 1:
+        raise RuntimeError(f"{wanted}, got {num_ranks} ranks, whose hosts talk in each; capture backward alone")
+    if is_first:
+        raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
+    for group in param_groups:
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            log.warning("lr=%g is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
+        elif lr.device != device:
+            raise RuntimeError(
+                f"{wanted}, got lr as a tensor on {lr.device}; pass torch.tensor({float(lr)}, device='cuda'), and "
+                f"change it with fill_()"
+            )
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def initialize(
         raise ValueError("expected a model, got None; pass model=")
     if mesh_param is not None:
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
-    settings = load(_given(args, config, config_params))
+    of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
+    settings = _settings_of(config, config_params, *of_args)
     joined = dist_init_required is not False and process.join()
     is_pipeline = isinstance(model, PipelineModule)
     parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
@@ -126,19 +127,16 @@ def initialize(
     else:
         engine = EvalEngine(model, settings, parallel, leaves_group=joined)
     if training_data is not None:
-        engine.training_dataloader = _make_loader(training_data, collate_fn, engine)
-        if isinstance(engine, PipelineEngine):
-            engine.set_dataloader(RepeatingLoader(engine.training_dataloader))
+        _give_data(engine, training_data, collate_fn)
     return engine, ours, engine.training_dataloader, schedule
 
 
-def _given(args: Any, config: Any, config_params: Any) -> Any:
-    """The config, wherever it was passed."""
-    of_args = [getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")]
-    given = next((c for c in (config, config_params, *of_args) if c is not None), None)
-    if given is None:
+def _settings_of(*given: Any) -> Config:
+    """The first that there is."""
+    config = next((one for one in given if one is not None), None)
+    if config is None:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
-    return given
+    return load(config)
 
 
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
@@ -356,7 +354,11 @@ def _mark_as_scheduled(optimizer: Optimizer) -> None:
         group["lr"] = rate
 
 
-def _make_loader(data: Any, collate_fn: Any, engine: Engine) -> DataLoader[Any]:
+def _give_data(engine: Engine, data: Any, collate_fn: Any) -> None:
     drops = engine.config.dataloader_drop_last
     sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, engine.dp_rank, drop_last=drops)
-    return DataLoader(data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops)
+    engine.training_dataloader = DataLoader(
+        data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops
+    )
+    if isinstance(engine, PipelineEngine):
+        engine.set_dataloader(RepeatingLoader(engine.training_dataloader))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ class Unsent(IntEnum):
     ZEROS = 3  # which carry any
 
 
-@dataclass(frozen=True)
-class LocalGradStats:
+class LocalGradStats(NamedTuple):
     """What one rank knows."""
 
     rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/gradients/stats_rows.py

@@ -56,6 +56,9 @@ class LocalGradients(Gradients):
         self._scales = False
         self._locates = False
         self._clean_rows = clean_rows(1, device)
+        self._rows = self._clean_rows.clone()  # of the last collect()
+        row = self._rows[0]
+        self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
         self._multiplied: Tensor | None = None  # since the last step, into gradients of DTensors
@@ -114,8 +117,8 @@ class LocalGradients(Gradients):
 
     def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
         """One pass that only reads, and the message."""
-        rows = self._clean_rows.clone()
-        found = flag_of(rows[0])
+        self._rows.copy_(self._clean_rows)
+        found = self._found_inf
         counted: list[Tensor] = []
         others: list[Tensor] = []
         used = [False] * sum(len(bucket.params) for bucket in self._buckets)
@@ -129,14 +132,14 @@ class LocalGradients(Gradients):
             self._pieces[bucket] = found_pieces
             for (span, _), (tensors, _) in zip(self._maps[bucket], found_pieces, strict=True):
                 (counted if span.run.key.in_norm else others).extend(tensors)
-        ops.unscale_(counted, 1.0, found_inf=found, sumsq=sumsq_of(rows[0]), backend=self._backend)
+        ops.unscale_(counted, 1.0, found_inf=found, sumsq=self._sumsq, backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         if self._buckets and (self._locates or is_set(found)):
-            first_bad_of(rows[0]).copy_(self._locate())
+            self._first_bad.copy_(self._locate())
         if outer_found is not None:
             torch.maximum(found, outer_found, out=found)
         skips = self.num_skips_in_a_row
-        return self._exchange.gather(LocalGradStats(rows, used, purpose, num_skips_in_a_row=skips), self._unscale)
+        return self._exchange.gather(LocalGradStats(self._rows, used, purpose, num_skips_in_a_row=skips), self._unscale)
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""

@@ -17,7 +17,7 @@ from pyzero.sharding.buckets import Bucket
 
 def is_set(flag: Tensor) -> bool:
     """Whether a flag that lies in the host's own memory is set; False on a GPU, where to look would be to wait."""
-    return flag.device.type == "cpu" and bool(flag.numpy().any())
+    return flag.is_cpu and bool(flag.numpy()[0])
 
 
 class Gradients(ABC):

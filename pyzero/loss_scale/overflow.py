@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.ops.loss_scale import STATE_SLOTS
 
 log = logging.getLogger("pyzero")
@@ -34,6 +35,7 @@ class OverflowMonitor:
         self._on_gpu = device.type == "cuda"
         self._state = torch.zeros(len(STATE_SLOTS), device="cpu", pin_memory=self._on_gpu)
         self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
+        self._values = self._state.numpy()
         self._arrived = torch.cuda.Event() if self._on_gpu else None
         self._under_way = False
         self.num_in_a_row = 0  # skips, as far as this host knows
@@ -42,36 +44,34 @@ class OverflowMonitor:
         """Do not warn of steps that were skipped before this run."""
         self._num_warned_of = num_skipped
 
-    def after_step(self, state: Tensor, first_bad: Tensor, describe: Callable[[float], str]) -> None:
+    def after_step(self, state: Tensor, stats: GlobalGradStats, describe: Callable[[float], str]) -> None:
         """Copy, look at what has arrived, warn.
 
         Args:
             state: (5,) fp32, see pyzero.ops.loss_scale.
-            first_bad: (1,) fp64, of GlobalGradStats.
+            stats: Of the step's gradients.
             describe: Says which parameter and rank a code of pyzero/gradients/nonfinite.py means.
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
         if self._arrived is None:
-            self._copy(state, first_bad)
+            self._state.copy_(state)
+            if self._values[_SKIPPED] > self._num_warned_of:
+                self._first_bad.copy_(stats.first_bad)
             self._warn(describe)
             return
         if self._under_way and self._arrived.query():
             self._under_way = False
             self._warn(describe)
         if not self._under_way:
-            self._copy(state, first_bad)
+            self._state.copy_(state, non_blocking=True)
+            self._first_bad.copy_(stats.first_bad, non_blocking=True)
             self._arrived.record()
             self._under_way = True
 
-    def _copy(self, state: Tensor, first_bad: Tensor) -> None:
-        self._state.copy_(state, non_blocking=True)
-        self._first_bad.copy_(first_bad, non_blocking=True)
-
     def _warn(self, describe: Callable[[float], str]) -> None:
-        values = self._state.numpy()
-        num_skipped, scale = float(values[_SKIPPED]), float(values[_SCALE])
-        self.num_in_a_row = int(values[_IN_A_ROW])
+        num_skipped, scale = float(self._values[_SKIPPED]), float(self._values[_SCALE])
+        self.num_in_a_row = int(self._values[_IN_A_ROW])
         if num_skipped > self._num_warned_of and self._warns:
             counts = f"{num_skipped:.0f} skipped so far, {self.num_in_a_row} in a row, loss scale now {scale:g}"
             where = describe(float(self._first_bad.numpy()[0]))
@@ -85,7 +85,7 @@ class OverflowMonitor:
             RuntimeError: Too many. The steps changed nothing.
         """
         if self._limit is not None and num_in_a_row >= self._limit:
-            scale, where = float(self._state.numpy()[_SCALE]), describe(float(self._first_bad.numpy()[0]))
+            scale, where = float(self._values[_SCALE]), describe(float(self._first_bad.numpy()[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
                 f"{where}, with the loss scale now at {scale:g}; look at "

@@ -87,8 +87,8 @@ class Scaler:
         self.enabled = policy is not None
         self._backend = backend
         policy = policy or static(1.0)
-        self._rule = policy.rule()
-        self._no_rule = self._rule._replace(growth_factor=1.0, backoff_factor=1.0)
+        self._rule = policy.rule()._asdict()
+        self._no_rule = {**self._rule, "growth_factor": 1.0, "backoff_factor": 1.0}
         self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
         self.epoch = 0  # the scale is the same as long as this is
         self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
@@ -114,7 +114,7 @@ class Scaler:
         only_count: Another scaler made these gradients: steps and skips count, the scale stays.
         """
         rule = self._no_rule if only_count else self._rule
-        ops.loss_scale_update_(self.state, found_inf, **rule._asdict(), backend=self._backend)
-        if (rule.growth_factor, rule.backoff_factor) != (1.0, 1.0):
+        ops.loss_scale_update_(self.state, found_inf, **rule, backend=self._backend)
+        if (rule["growth_factor"], rule["backoff_factor"]) != (1.0, 1.0):
             self.epoch += 1
             self._refresh()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, local_of, outer
 from pyzero.update_rule import Cut, UpdateRule
+
+log = logging.getLogger("pyzero")
 
 
 class Placement:
@@ -92,12 +95,45 @@ class Placement:
         self._placed_ids = ids if is_all else None
         return sorted(found)
 
-    def reshard(self) -> None:
-        """Weights were written: what fully_shard has gathered before, as a forward without a backward does, is old."""
+    # ---- weights and masters ----------------------------------------------------------------------------------------
+
+    def follow_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
+        """Follow what others have written to the weights, or refuse all of it. keep_masters: see Bucket.follow."""
+        written = [bucket.written(every) for bucket in self.buckets]
+        num_written = sum(map(len, written))
+        if num_written:
+            with torch.no_grad():
+                for bucket, positions in zip(self.buckets, written, strict=True):
+                    bucket.follow(positions, keep_masters)
+            log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
+
+    def weights_were_written(self, used: Sequence[bool] | None = None) -> None:
+        """By the optimizer. In two passes: parameters that were views of one tensor share their version counter."""
+        for bucket in self.buckets:
+            bucket.bump_versions(used)
+        for bucket in self.buckets:
+            bucket.masters_are_in_sync()
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """What fully_shard has gathered before, as a forward without a backward does, is old."""
         for ref in self._fsdp_modules:
             module = ref()
             if module is not None:
                 module.reshard()
+
+    def publish_masters(self) -> None:
+        """Make the weights on all ranks what the masters say. Collective."""
+        gathers = []
+        for bucket in self.buckets:
+            if not bucket.is_master:
+                bucket.weight_shard.copy_(bucket.master)
+            gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
+        for gather in gathers:
+            gather.wait()
+        self.weights_were_written()
+
+    # ---- places -----------------------------------------------------------------------------------------------------
 
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
         """Of the master and the rule's slots of a parameter, whole."""

@@ -30,6 +30,7 @@ LAYERS = (
     {"gradients.overlap"},
     {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
     {"loss_scale.scaled_backward"},
+    {"state"},
     {"optimizer"},
     {"adam", "lamb", "lion"},
     {"checkpoint.agreement", "checkpoint.content", "checkpoint.from_deepspeed", "checkpoint.storage", "estimate"},

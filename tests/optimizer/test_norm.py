@@ -80,6 +80,10 @@ def test_norm_before_and_after_clipping():
     assert optimizer.grad_norm == 20.0
     torch.testing.assert_close(optimizer.clipped_grad_norm, torch.tensor(5.0), rtol=1e-6, atol=0)
     assert torch.equal(param.grad, torch.full((100,), 2.0))  # the coefficient went into Adam
+    before = optimizer.grad_norm
+    param.grad.mul_(2)
+    optimizer.step()
+    assert (before, optimizer.grad_norm) == (20.0, 40.0)
 
 
 def test_tied_parameters_count_once():

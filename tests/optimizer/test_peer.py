@@ -351,16 +351,13 @@ def test_one_rank_needs_no_transport():
         assert type(choice.make_transport(name, Group(), torch.device("cpu"))) is ExactTransport
 
 
-def on_a_gpu(group: Any) -> list[str]:
-    found = [type(choice.make_transport("auto", Group(group), torch.device("cuda"))).__name__]
-    with pytest.raises(host.HostError, match="lie on cuda") as caught:
-        choice.make_transport("peer", Group(group), torch.device("cuda"))
-    return [*found, str(caught.value)]
+def on_another_device(group: Any, name: str) -> str:
+    return type(choice.make_transport("auto", Group(group), torch.device(name))).__name__
 
 
-def test_a_gpus_ranks_do_not_share_memory_yet(ranks):
-    for name, _ in ranks.run(2, on_a_gpu):
-        assert name == "ExactTransport"
+@pytest.mark.parametrize("name", ["cuda", "meta"])
+def test_memory_of_gpus_is_shared_where_it_is_asked_for(ranks, name):
+    assert ranks.run(2, on_another_device, name) == ["ExactTransport"] * 2
 
 
 # ---- waiting --------------------------------------------------------------------------------------------------------

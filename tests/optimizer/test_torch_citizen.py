@@ -11,6 +11,7 @@ from tolerances import ADAM
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import pyzero
 
@@ -123,6 +124,21 @@ def test_hooks_are_called_in_order():
         "before load",
         "after load",
     ]
+
+
+def test_hooks_of_all_optimizers_are_called():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    optimizer.step()
+    calls: list[str] = []
+    before = register_optimizer_step_pre_hook(lambda *_: calls.append("before step"))
+    optimizer.step()
+    before.remove()
+    after = register_optimizer_step_post_hook(lambda *_: calls.append("after step"))
+    optimizer.step()
+    after.remove()
+    optimizer.step()
+    assert calls == ["before step", "after step"]
 
 
 def test_a_load_hook_may_replace_what_is_loaded():

@@ -1,0 +1,255 @@
+"""What can be read of a ZeroOptimizer, and its state dicts, out of it and into it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyzero.comm.group import Group
+from pyzero.gradients import nonfinite
+from pyzero.gradients.reduction import ReducedGradients
+from pyzero.loss_scale.overflow import OverflowMonitor
+from pyzero.loss_scale.scaled_backward import ScaledBackward
+from pyzero.loss_scale.scaler import Scaler
+from pyzero.sharding import rank_state
+from pyzero.sharding.access import FullAccess
+from pyzero.sharding.buckets import MASTER
+from pyzero.sharding.layout import BucketLayout
+from pyzero.sharding.local_param import outer
+
+log = logging.getLogger("pyzero")
+
+
+class LastStep(NamedTuple):
+    """What can be asked of the last step."""
+
+    found_inf: Tensor  # (1,) fp32
+    norm: Tensor  # 0-D fp32, before clipping
+    clip: Tensor  # 0-D fp32, 1 where nothing is clipped
+
+
+class StateAccess(FullAccess, Optimizer):
+    """The part of ZeroOptimizer that takes no part in a step. Reading works between any two; loading is collective."""
+
+    _scaler: Scaler
+    _scaled_backward: ScaledBackward
+    _overflow: OverflowMonitor
+    _param_groups: list[dict[str, Any]]
+    _device: torch.device
+    _last: LastStep | None = None
+    _checkpoint_group: Group | None = None
+
+    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
+        raise NotImplementedError
+
+    def _name(self, group_index: int, place: int) -> str:
+        raise NotImplementedError
+
+    # ---- the last step ----------------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """0-D tensor: the global 2-norm in the last step, before clipping; None before the first."""
+        return None if self._last is None else self._last.norm.clone()  # the next step writes there
+
+    @property
+    def clipped_grad_norm(self) -> Tensor | None:
+        """0-D tensor: the same after clipping."""
+        return None if self._last is None else self._last.norm * self._last.clip
+
+    @property
+    def was_step_applied(self) -> bool:
+        """Whether the last step() changed anything. Reads the device."""
+        return self._last is not None and not bool(self._last.found_inf)
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale; 1.0 without scaling. Reads the device."""
+        return float(self._scaler.state[0])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far. Reads the device."""
+        return int(self._scaler.state[3])
+
+    def _describe(self, code: float) -> str:
+        """Which gradient a code of pyzero/gradients/nonfinite.py means."""
+        number, rank = nonfinite.decode(code, self._group.size)
+        if number is None:
+            if self.model_parallel_rank is not None:
+                return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
+            if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
+                return "the sum of the gradients over ranks"
+            return "a gradient, whose parameter is looked for from the next step on"
+        param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
+        members = self._param_groups[group_index]["params"]
+        name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
+        where = "" if rank is None else f" on rank {rank}"
+        return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
+
+    # ---- how it was built -------------------------------------------------------------------------------------------
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether there is a loss scale, and `backward` applies it."""
+        return self._scaler.enabled
+
+    @property
+    def is_scaled_backward(self) -> bool:
+        """Whether a backward is running whose gradients carry the loss scale."""
+        return self._scaled_backward.is_running
+
+    @property
+    def reduces_grads(self) -> bool:
+        """Whether it averages gradients over its ranks; False where there is one rank, or another averages them."""
+        return isinstance(self._gradients, ReducedGradients)
+
+    @property
+    def model_parallel_rank(self) -> int | None:
+        """This rank among those that have other parts of the model; None where it has all of it."""
+        others = self._topology.told
+        return None if others is None else others.rank
+
+    @property
+    def are_alike(self) -> bool:
+        """All ranks have the same parameters, or parts of them that tensors know of."""
+        return self._topology.are_alike
+
+    def owns(self, param: Tensor) -> bool:
+        """Whether this model-parallel rank is the one that counts and saves the parameter."""
+        return self._topology.owns(param)
+
+    def state_bytes(self) -> int:
+        """Bytes of masters and the rule's state on this rank."""
+        return sum(bucket.num_state_bytes() for bucket in self._buckets)
+
+    # ---- for checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint_group(self) -> Group:
+        """All that hold a part, over a process group of its own: a save in a thread meets no collective of training.
+
+        Collective when it is first asked for.
+
+        Raises:
+            ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
+        """
+        if self._checkpoint_group is None:
+            self._checkpoint_group = self._topology.make_group_of_all()
+        return self._checkpoint_group
+
+    def place_unfrozen(self) -> None:
+        """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
+        self._place_unfrozen()
+
+    def check_between_steps(self) -> None:
+        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
+        if self._gradients.await_step():
+            raise RuntimeError(
+                "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
+                "save after the step that they belong to"
+            )
+
+    # ---- state dicts ------------------------------------------------------------------------------------------------
+
+    def _hook_state_dict(self) -> None:
+        """torch's `state_dict()` makes the dict; what is ours is added before and behind."""
+        self.register_state_dict_pre_hook(_follow_weights)
+        self.register_state_dict_post_hook(_export_state, prepend=True)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
+
+        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit
+        on one rank.
+
+        Raises:
+            ValueError: Another rank's, another number of ranks', or other parameters.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        self._place_unfrozen()
+        for bucket in self._buckets:
+            bucket.written()  # or refuse
+        saved, cut = self._parse(state_dict)
+        saved.forget_unloaded_masters(self, self._buckets)
+        self._placement.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
+        if cut is not None:
+            self._move_to(cut.layouts(self, self._placement, self._group.size), keeps_state=False)
+            if isinstance(self._gradients, ReducedGradients):
+                self._gradients.learns_arrival &= not cut.has_learned
+        saved.copy_into(self)
+        if saved.scaler is not None:
+            self._scaler.load(saved.scaler)
+            self._overflow.start_from(self.skipped_steps)
+        elif self._scaler.enabled:
+            log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
+        self._placement.publish_masters()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _parse(self, state_dict: dict[str, Any]) -> tuple[rank_state.RankState, rank_state.SavedCut | None]:
+        """What fits here, once all ranks have found the same. Collective."""
+        saved, problem = None, None
+        try:
+            saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
+        except ValueError as error:
+            problem = error
+        answers = self._group.gather_objects(str(problem) if saved is None else saved.summary())
+        if problem is not None:
+            raise problem
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, str):
+                raise ValueError(f"nothing was loaded, for rank {rank} could not: {answer}")
+        assert saved is not None
+        return saved, rank_state.agreed_cut(answers)
+
+    def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
+        """Whole values by parameter, in torch's layout."""
+        state: dict[int, dict[str, Tensor]] = {}
+        groups, first = [], 0
+        for group in self._param_groups:
+            params = group["params"]
+            state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
+            others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
+            groups.append({**others, "params": list(range(first, first + len(params)))})
+            first += len(params)
+        groups[0][rank_state.SCALER] = self._scaler.state.cpu()
+        return {"state": state, "param_groups": groups}
+
+    def _zero_state(self) -> str:
+        """What a state dict says of itself: whose it is, and how it is cut."""
+        learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
+        params = (param for group in self._param_groups for param in group["params"])
+        places = {param: place for place, param in enumerate(params)}
+        buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
+        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would lose its hooks and its process group."""
+        raise TypeError(
+            f"expected {type(self).__name__} not to be pickled or deep-copied, which would lose its hooks and its "
+            f"process group; save state_dict(), build another over the copied model, and load it"
+        )
+
+
+def _follow_weights(optimizer: Optimizer) -> None:
+    """A state_dict hook: masters that are saved are of the weights as they are."""
+    assert isinstance(optimizer, StateAccess)
+    optimizer._placement.follow_weights()
+
+
+def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes.
+
+    The five are a copy: a checkpoint that is read into them counts once it is loaded, for more depends on them.
+    """
+    assert isinstance(optimizer, StateAccess)
+    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
+    state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
+    rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
