@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pyzero.sharding.layout import cap_bytes
+
 from . import ledger
 
 _BF16, _FP32 = 2, 4
@@ -124,7 +126,7 @@ class Strategy:
     reduce: Collective
     gather: Collective
     passes: tuple[ledger.Pass, ...]  # kernels in backward and step
-    bucket_bytes: float | None = 25 * 2**20  # None: the model's blocks
+    bucket_bytes: Callable[[int], float] | None = None  # of so many ranks; None: the model's blocks
     doubles_reduce: bool = False  # an all-reduce where a reduce-scatter would do
     num_gathers: int = 1  # of all weights per step
     gathers_in_forward: bool = False  # beside the compute of the layer before
@@ -141,17 +143,24 @@ _FSDP_PASSES = (ledger.Pass("copies", "in and out of the flat buffers of a layer
 # The library hands over one slice, summed already.
 _ONE_SLICE = (ledger.SHARDED[0], ledger.Pass("reduce_scatter_", "", 0, 6), ledger.SHARDED[2])
 
+
+def _our_bucket_bytes(num_ranks: int) -> float:
+    return cap_bytes(None, num_ranks, on_gpu=True)
+
+
 STRATEGIES = (
-    Strategy("pyzero, exact (all-to-all)", _BF16, all_to_all_s, ring_s, ledger.SHARDED),
-    Strategy("pyzero, collective (rings)", _BF16, ring_s, ring_s, _ONE_SLICE),
-    Strategy("exact on two levels (not built)", _BF16, two_level_all_to_all_s, quicker_s, ledger.SHARDED),
+    Strategy("pyzero, exact (all-to-all)", _BF16, all_to_all_s, ring_s, ledger.SHARDED, _our_bucket_bytes),
+    Strategy("pyzero, collective (rings)", _BF16, ring_s, ring_s, _ONE_SLICE, _our_bucket_bytes),
+    Strategy(
+        "exact on two levels (not built)", _BF16, two_level_all_to_all_s, quicker_s, ledger.SHARDED, _our_bucket_bytes
+    ),
     Strategy(
         "DeepSpeed ZeRO-2",
         _BF16,
         ring_s,
         ring_s,
         (ledger.DEEPSPEED,),
-        bucket_bytes=1e9,
+        bucket_bytes=lambda num_ranks: 1e9,
         doubles_reduce=True,
         overlaps_gather=False,
     ),
@@ -178,7 +187,7 @@ def simulate(strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: f
     forward_s = 2 * num_params * tokens_per_rank / cluster.flops
     num_buckets = _BLOCKS
     if strategy.bucket_bytes is not None:
-        num_buckets = max(round(_BF16 * num_params / strategy.bucket_bytes), 1)
+        num_buckets = max(round(_BF16 * num_params / strategy.bucket_bytes(num_ranks)), 1)
     part = num_params / num_buckets
     once = strategy.reduce(cluster, num_ranks, strategy.grad_bytes * part)
     reduce_s = cluster.launch_s + once * (1 + strategy.doubles_reduce)
@@ -235,10 +244,12 @@ def best_bucket(
     strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: float, tokens_per_rank: float
 ) -> tuple[float, Step]:
     """(MiB, its step): the quickest; of equals the smallest, which holds least memory."""
-    steps = {
-        mib: simulate(replace(strategy, bucket_bytes=mib * 2**20), cluster, num_ranks, num_params, tokens_per_rank)
-        for mib in BUCKET_MIB
-    }
+
+    def step(mib: float) -> Step:
+        sized = replace(strategy, bucket_bytes=lambda _: mib * 2**20)
+        return simulate(sized, cluster, num_ranks, num_params, tokens_per_rank)
+
+    steps = {mib: step(mib) for mib in BUCKET_MIB}
     best = min(step.total_s for step in steps.values())
     return next((mib, step) for mib, step in steps.items() if step.total_s <= 1.002 * best)
 

@@ -37,7 +37,7 @@ def _run(argv: list[str] | None) -> int:
     estimate.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="ranks that split the weights")
     estimate.add_argument("--blocks", type=int, default=32, metavar="N", help="that stage 3 gathers one by one")
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
-    estimate.add_argument("--bucket-cap-mb", type=float, default=25.0, metavar="MB")
+    estimate.add_argument("--bucket-cap-mb", type=float, metavar="MB", help="default: the optimizer's")
     commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
     imports = commands.add_parser("import-deepspeed", help="turn a ZeRO-1 or -2 checkpoint of DeepSpeed into ours")
     imports.add_argument("directory", metavar="DIR", help="where DeepSpeed saved")

@@ -30,7 +30,7 @@ def refuse_unsupported(options: dict[str, Any]) -> None:
 def check_arguments(
     stage: int,
     max_grad_norm: float | None,
-    bucket_cap_mb: float,
+    bucket_cap_mb: float | None,
     grad_reduce_dtype: torch.dtype | None,
     max_consecutive_skips: int | None,
 ) -> None:
@@ -39,8 +39,8 @@ def check_arguments(
         raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
-    if not bucket_cap_mb > 0 or math.isinf(bucket_cap_mb):
-        raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; 25.0 is the default")
+    if bucket_cap_mb is not None and (not bucket_cap_mb > 0 or math.isinf(bucket_cap_mb)):
+        raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; pass None for the default, 25 on CPUs")
     if grad_reduce_dtype is not None and grad_reduce_dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"expected grad_reduce_dtype as torch.float32, torch.bfloat16 or torch.float16, got {grad_reduce_dtype!r}; "

@@ -72,7 +72,7 @@ def estimate(
     *,
     num_ranks: int = 1,
     stage: int = 2,
-    bucket_cap_mb: float = 25.0,
+    bucket_cap_mb: float | None = None,
     reduce_grads: bool = True,
     rule: UpdateRule | None = None,
     transport: str = "auto",
@@ -102,7 +102,7 @@ def estimate_numel(
     dtype: torch.dtype,
     num_ranks: int,
     stage: int,
-    bucket_cap_mb: float,
+    bucket_cap_mb: float | None,
     tensor_parallel: int = 1,
     num_blocks: int = 32,
 ) -> Estimate:
@@ -126,17 +126,18 @@ def estimate_numel(
         )
     own, on_gpu = -(-num_params // tensor_parallel), torch.cuda.is_available()
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
-        shapes, stage = _evenly(own, dtype.itemsize, bucket_cap_mb), 2 if stage == 3 else stage
+        cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
+        shapes, stage = _evenly(own, dtype.itemsize, cap), 2 if stage == 3 else stage
         found = _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), on_gpu, "auto")
         return replace(found, num_params=num_params)
-    shapes = _evenly(-(-own // num_ranks), _FP32, bucket_cap_mb)
+    shapes = _evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu))
     found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, "auto")
     return replace(found, buckets=max(found.buckets, _whole_blocks(own, dtype, num_blocks)), num_params=num_params)
 
 
-def _evenly(num_params: int, element_bytes: int, bucket_cap_mb: float) -> list[tuple[int, int, bool]]:
+def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tuple[int, int, bool]]:
     """Shapes of parameters that fill the buckets."""
-    whole = max(int(bucket_cap_mb * _MEBIBYTE) // element_bytes // GRANULE * GRANULE, GRANULE)
+    whole = max(bucket_bytes // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     return [(size, element_bytes, True) for size in sizes]
 
@@ -151,7 +152,7 @@ def _estimate(
     shapes: Sequence[tuple[int, int, bool]],
     num_ranks: int,
     stage: int,
-    bucket_cap_mb: float,
+    bucket_cap_mb: float | None,
     reduces: bool,
     rule: UpdateRule,
     on_gpu: bool,

@@ -43,7 +43,7 @@ class ZeroOptions(TypedDict, total=False):
     model_parallel_group: Any
     max_grad_norm: float | None
     loss_scale: str | float | LossScale | None
-    bucket_cap_mb: float
+    bucket_cap_mb: float | None
     overlap: bool
     grad_reduce_dtype: torch.dtype | None
     reduce_grads: bool
@@ -84,7 +84,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         max_grad_norm: Clip the global 2-norm in every step.
         loss_scale: "auto" (dynamic where there are fp16 parameters), None, a number, "dynamic" or a LossScale. Use
             `opt.backward(loss)` with it.
-        bucket_cap_mb: Size of a bucket, in MiB of weights; 256 at least on a GPU alone, which sends none.
+        bucket_cap_mb: Size of a bucket, in MiB of weights; default: 25, and on GPUs 25 * sqrt(2 * ranks), at most 800.
+            256 at least on a GPU alone, which sends none.
         overlap: Send a bucket while backward goes on (stage 2).
         grad_reduce_dtype: dtype in which gradients are sent; default: the parameter's.
         reduce_grads: False where gradients are already averaged over ranks (DDP, a trainer).
@@ -117,7 +118,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         model_parallel_group: Any = None,
         max_grad_norm: float | None = None,
         loss_scale: str | float | LossScale | None = "auto",
-        bucket_cap_mb: float = 25.0,
+        bucket_cap_mb: float | None = None,
         overlap: bool = True,
         grad_reduce_dtype: torch.dtype | None = None,
         reduce_grads: bool = True,

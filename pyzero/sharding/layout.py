@@ -7,6 +7,7 @@ is a multiple of it too. Only this file decides where a shard is cut: at equal l
 parameters for an update rule that needs them whole.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -24,12 +25,21 @@ class Cut(Enum):
     WHOLE = auto()  # each parameter lies on one rank
 
 
+_CAP_MB, _MOST_CAP_MB = 25.0, 800.0
 _ONE_RANK_CAP_BYTES = 256 << 20
 
 
-def cap_bytes(bucket_cap_mb: float, num_ranks: int, on_gpu: bool) -> int:
+def default_cap_mb(num_ranks: int, on_gpu: bool) -> float:
+    """MiB of weights in a bucket: 25; on GPUs 50 for 2 ranks, 100 for 8, 200 for 32, up to 800.
+
+    A message is a bucket's part for one rank: its latency would outgrow its bytes (docs/scaling.md).
+    """
+    return min(_CAP_MB * math.sqrt(2 * num_ranks), _MOST_CAP_MB) if on_gpu and num_ranks > 1 else _CAP_MB
+
+
+def cap_bytes(bucket_cap_mb: float | None, num_ranks: int, on_gpu: bool) -> int:
     """Bytes of weights in a bucket. One rank sends nothing, and on a GPU fewer buckets mean fewer launches."""
-    asked = max(int(bucket_cap_mb * 2**20), 1)
+    asked = max(int((bucket_cap_mb or default_cap_mb(num_ranks, on_gpu)) * 2**20), 1)
     return max(asked, _ONE_RANK_CAP_BYTES) if num_ranks == 1 and on_gpu else asked
 
 

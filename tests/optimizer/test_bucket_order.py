@@ -8,7 +8,7 @@ from models import assert_same, params_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, plan
+from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, cap_bytes, plan
 
 WIDTH = 32
 NUM_LAYERS = 24
@@ -168,6 +168,12 @@ def test_runs_lie_side_by_side_and_fill_the_bucket():
             for slot in layout.slots:
                 (owner,) = [run for run in layout.runs if run.begin <= slot.offset < run.end]
                 assert owner.key == specs[slot.index].run and slot.offset + slot.numel <= owner.end
+
+
+def test_buckets_grow_with_the_ranks_that_share_one_on_gpus():
+    caps = {num_ranks: cap_bytes(None, num_ranks, on_gpu=True) >> 20 for num_ranks in (1, 2, 8, 32, 128, 512, 16384)}
+    assert caps == {1: 256, 2: 50, 8: 100, 32: 200, 128: 400, 512: 800, 16384: 800}
+    assert cap_bytes(None, 512, on_gpu=False) == cap_bytes(25.0, 8, on_gpu=True) == 25 << 20
 
 
 def test_launch_order_is_that_of_the_last_arrival():
