@@ -38,6 +38,7 @@ def _run(argv: list[str] | None) -> int:
     estimate.add_argument("--blocks", type=int, default=32, metavar="N", help="that stage 3 gathers one by one")
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, metavar="MB", help="default: the optimizer's")
+    estimate.add_argument("--cpu-offload", action="store_true", help="masters and moments in memory of the host")
     commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
     imports = commands.add_parser("import-deepspeed", help="turn a ZeRO-1 or -2 checkpoint of DeepSpeed into ours")
     imports.add_argument("directory", metavar="DIR", help="where DeepSpeed saved")
@@ -65,7 +66,14 @@ def _run(argv: list[str] | None) -> int:
     dtype = estimates.DTYPES[args.dtype]
     try:
         found = estimates.estimate_numel(
-            args.model_params, dtype, args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, args.blocks
+            args.model_params,
+            dtype,
+            args.ranks,
+            args.stage,
+            args.bucket_cap_mb,
+            args.tensor_parallel,
+            args.blocks,
+            args.cpu_offload,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -32,6 +32,7 @@ class Estimate:
     shared: int  # held for gradients and weights on their way, where ranks share memory
     buckets: int  # more for a while at the worst moment: gradients on their way, and in stage 3 whole blocks
     num_params: int
+    host: int = 0  # masters and moments in memory of the host, by cpu_offload
 
     @property
     def idle(self) -> int:
@@ -75,6 +76,7 @@ def estimate(
     bucket_cap_mb: float | None = None,
     reduce_grads: bool = True,
     rule: UpdateRule | None = None,
+    cpu_offload: bool = False,
     transport: str = "auto",
 ) -> Estimate:
     """Bytes per rank of a model or its parameters under FusedZeroAdam, or another rule's optimizer.
@@ -86,6 +88,7 @@ def estimate(
         bucket_cap_mb: As FusedZeroAdam's.
         reduce_grads: As FusedZeroAdam's.
         rule: The update rule; default: Adam's.
+        cpu_offload: As FusedZeroAdam's, counted as of GPUs.
         transport: As FusedZeroAdam's; "auto" counts as "peer" on CPUs.
 
     Raises:
@@ -93,8 +96,9 @@ def estimate(
     """
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
-    on_gpu = any(param.device.type == "cuda" for param in params)
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule or AdamRule(), on_gpu, transport)
+    on_gpu = cpu_offload or any(param.device.type == "cuda" for param in params)
+    rule = rule or AdamRule()
+    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule, on_gpu, cpu_offload, transport)
 
 
 def estimate_numel(
@@ -105,6 +109,7 @@ def estimate_numel(
     bucket_cap_mb: float | None,
     tensor_parallel: int = 1,
     num_blocks: int = 32,
+    cpu_offload: bool = False,
 ) -> Estimate:
     """The same for so many parameters of one dtype in tensors that fill the buckets evenly.
 
@@ -116,6 +121,7 @@ def estimate_numel(
         bucket_cap_mb: As FusedZeroAdam's.
         tensor_parallel: Ranks over which all weights are split before.
         num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
+        cpu_offload: As FusedZeroAdam's, counted as of GPUs.
 
     Raises:
         ValueError: An argument out of range.
@@ -124,14 +130,14 @@ def estimate_numel(
         raise ValueError(
             f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
         )
-    own, on_gpu = -(-num_params // tensor_parallel), torch.cuda.is_available()
+    own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or torch.cuda.is_available()
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
         shapes, stage = _evenly(own, dtype.itemsize, cap), 2 if stage == 3 else stage
-        found = _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), on_gpu, "auto")
+        found = _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), on_gpu, cpu_offload, "auto")
         return replace(found, num_params=num_params)
     shapes = _evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu))
-    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, "auto")
+    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, cpu_offload, "auto")
     return replace(found, buckets=max(found.buckets, _whole_blocks(own, dtype, num_blocks)), num_params=num_params)
 
 
@@ -156,6 +162,7 @@ def _estimate(
     reduces: bool,
     rule: UpdateRule,
     on_gpu: bool,
+    cpu_offload: bool,
     transport: str,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
@@ -172,23 +179,29 @@ def _estimate(
     chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, on_gpu, shares_memory)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
+    sharded = sum(_sharded(layout, sizes[layout.key], rule.slots) for layout in layouts)
     return Estimate(
         weights=frozen + sum(chosen.weights(layout) for layout in layouts),
-        state=sum(_state(layout, sizes[layout.key], rule.slots) for layout in layouts),
+        state=(0 if cpu_offload else sharded) + sum(map(_counters, layouts)),
         gradients=held,
         shared=chosen.shared(),
         buckets=max(worst - held, 0),
         num_params=sum(numel for numel, _, _ in shapes),
+        host=sharded if cpu_offload else 0,
     )
 
 
-def _state(layout: BucketLayout, element_bytes: int, slots: Sequence[StateSlot]) -> int:
-    """Masters, the rule's slots, the map from granules to parameters, step counts."""
+def _sharded(layout: BucketLayout, element_bytes: int, slots: Sequence[StateSlot]) -> int:
+    """Masters and the rule's slots."""
     masters = 0 if element_bytes == _FP32 else _FP32 * layout.shard_numel
     values = sum(slot.dtype.itemsize * layout.shard_numel // slot.elements_per_value for slot in slots)
+    return masters + values
+
+
+def _counters(layout: BucketLayout) -> int:
+    """The map from granules to parameters, and step counts."""
     per_granule, per_param = 4, 4
-    granules = layout.shard_numel // GRANULE
-    return masters + values + per_granule * granules + per_param * len(layout.slots)
+    return per_granule * (layout.shard_numel // GRANULE) + per_param * len(layout.slots)
 
 
 def _gradients(chosen: _Plan) -> tuple[int, int]:
@@ -230,6 +243,7 @@ def table(found: Estimate) -> str:
         "gradients, after backward": found.gradients,
         "buckets or blocks on their way, at most": found.buckets,
         "peak, without activations": found.peak,
+        "masters and moments on the host": found.host,
     }
     lines = [f"{'bytes per rank':<40}{'MiB':>12}{'per parameter':>16}"]
     for name, num_bytes in rows.items():

@@ -170,6 +170,17 @@ def test_tensor_parallel_by_hand():
         estimate(nn.Linear(2, 2), stage=3)
 
 
+def test_cpu_offload_by_hand():
+    """Masters and moments lie on the host; 2 bytes of weights stay, and 4 for each 64 elements of the shard."""
+    for found in (
+        estimate_numel(8_000_000_000, torch.bfloat16, 8, 2, 25.0, cpu_offload=True),
+        estimate(nn.Linear(8192, 8192, bias=False, dtype=torch.bfloat16, device="meta"), cpu_offload=True),
+    ):
+        n = found.num_params // (8 if found.num_params > 1e9 else 1)
+        assert found.host / n == pytest.approx(12, rel=1e-3)
+        assert (found.idle - found.weights) / n == pytest.approx(4 / 64, rel=1e-3)
+
+
 def test_frozen_parameters_are_weights_alone():
     model = nn.Linear(640, 640, bias=False).requires_grad_(False)
     assert estimate(model).peak == 640 * 640 * 4
