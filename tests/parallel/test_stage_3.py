@@ -247,6 +247,51 @@ def test_blocks_are_the_repeated_modules_of_the_largest_list():
     assert parallel.blocks_of(nn.Linear(2, 2)) == []
 
 
+class Rows(nn.Module):
+    """Blocks that are dicts and lists of modules, which the model calls one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(5), "two": self.pair()}) for _ in range(2))
+
+    @staticmethod
+    def pair() -> nn.ModuleList:
+        return nn.ModuleList([nn.Linear(5, 9), nn.Linear(9, 5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for row in self.rows:
+            up, down = row["two"]
+            x = x + down(torch.tanh(up(row["norm"](x))))
+        return x
+
+
+def test_blocks_in_containers_are_what_is_called():
+    model = Rows()
+    first, second = ([row["norm"], *row["two"]] for row in model.rows)
+    assert parallel.blocks_of(model) == first + second
+
+
+def containers(group: Any, stage: int) -> tuple[torch.Tensor, list[str]]:
+    config = {
+        "train_batch_size": case.BATCH,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": stage},
+    }
+    engine = pyzero.initialize(model=Rows(), config=config)[0]
+    for step in range(3):
+        engine.backward(engine(case.batch(step).chunk(WORLD)[engine.dp_rank]).square().mean())
+        engine.step()
+    kinds = [type(module).__name__ for module in engine.module.rows[0]["two"]]
+    return torch.cat([weight.reshape(-1) for weight in engine.get_fp32_state_dict().values()]), kinds
+
+
+def test_blocks_in_containers_train_as_in_stage_2(ranks):
+    (wanted, _), (found, kinds) = (ranks.run(WORLD, containers, stage)[0] for stage in (2, 3))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert kinds == ["FSDPLinear", "FSDPLinear"]
+
+
 def test_alone_nothing_is_sharded():
     engine = pyzero.initialize(
         model=case.Model(),
