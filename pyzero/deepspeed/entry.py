@@ -29,9 +29,11 @@ from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
 from pyzero.deepspeed.utils import RepeatingLoader
+from pyzero.deepspeed.zero import mark_sharded
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.local_param import is_dtensor
 
 log = logging.getLogger("pyzero")
 
@@ -190,7 +192,9 @@ def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Paralleli
             f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
             f"whole weights; pass a function from parameters to it, or a torch optimizer"
         )
-    return shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+    mark_sharded(param for param in dict.fromkeys(sharded.values()) if is_dtensor(param))
+    return sharded
 
 
 def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:

@@ -155,6 +155,77 @@ def test_gathered_parameters_read_and_write_shards(ranks):
         assert (found["set"] == 7).all() and "FSDP" in found["blocks"]
 
 
+def read_as_scripts_do(group: Any) -> dict[str, Any]:
+    """By the parameter that named_parameters() gave, which is not what the module shows in the context."""
+    engine = start(3, "bf16")
+    param = engine.module.blocks[1].up.weight
+    found = {"shape": (param.ds_shape, param.ds_numel), "before": param.ds_status}
+    with zero.GatheredParameters([param, engine.module.first.bias]):
+        found["within"] = param.ds_status
+        found["read"] = param.data.cpu().clone()
+        found["used"] = torch.cat([param, param]).shape, (param.detach() + 1).sum()
+        with zero.GatheredParameters(param):
+            found["nested"] = param.detach().clone()
+        found["after nested"] = param.detach().clone()
+        param.requires_grad_(False)
+    found["after"] = param.ds_status
+    found["is"] = engine.module.blocks[1].up.weight is param, type(param).__name__, param.requires_grad
+    with zero.GatheredParameters(list(engine.module.parameters())):
+        with torch.no_grad():
+            found["forward"] = engine(case.batch(0))
+        found["resharded"] = case.whole(engine.module.last.weight)
+    ids = [p.ds_id for p in engine.module.parameters()]
+    assert len(set(ids)) == len(ids)
+    return found
+
+
+def test_gathered_parameters_are_whole_by_themselves(ranks):
+    wanted = case.Model().blocks[1].up.weight.detach().bfloat16()
+    for found in ranks.run(WORLD, read_as_scripts_do):
+        assert found["shape"] == (wanted.shape, wanted.numel())
+        stages = [found[when].name for when in ("before", "within", "after")]
+        assert stages == ["NOT_AVAILABLE", "AVAILABLE", "NOT_AVAILABLE"]
+        for when in ("read", "nested", "after nested"):
+            assert type(found[when]) is torch.Tensor and torch.equal(found[when], wanted)
+        assert found["used"] == (torch.Size([24, 6]), (wanted + 1).sum())
+        assert found["is"] == (True, "DTensor", False)
+        assert found["forward"].shape == (case.BATCH, 1)
+
+
+def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
+    from test_tensor_parallel import split, square
+
+    model, options = case.Model(), {}
+    if how == "tensor parallel":
+        options["mesh"] = square()
+        model = split(model, options["mesh"]["tp"])
+    config = {
+        "train_micro_batch_size_per_gpu": case.BATCH // 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": case.LR}},
+        "zero_optimization": {"stage": stage},
+        **SECTIONS["fp32" if options else "bf16"],
+    }
+    engine = pyzero.initialize(model=model, config=config, **options)[0]
+    engine.backward(engine(case.batch(0).chunk(4)[engine.dp_rank]).float().square().mean())
+    engine.step()
+    before = engine.get_fp32_state_dict()
+    params = list(engine.module.parameters())
+    with zero.GatheredParameters(params, modifier_rank=1), torch.no_grad():
+        if dist.get_rank() == 1:
+            params[0].add_(1)
+    after = engine.get_fp32_state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["first.weight"], changed
+    return list(after.values())
+
+
+@pytest.mark.parametrize(("how", "stage"), [("plain", 2), ("plain", 3), ("tensor parallel", 2), ("tensor parallel", 3)])
+def test_gathered_parameters_keep_what_nobody_edits(ranks, how, stage):
+    results = ranks.run(WORLD, edit, how, stage)
+    for masters in results:
+        assert all(torch.equal(a, b) for a, b in zip(masters, results[0], strict=True))
+
+
 def given(group: Any, how: str) -> tuple[str, bool]:
     model = case.Model()
     groups = [{"params": list(model.blocks.parameters())}, {"params": list(model.first.parameters()), "lr": 0.5}]
