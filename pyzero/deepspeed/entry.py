@@ -106,7 +106,10 @@ def initialize(
     settings = load(given)
     joined = dist_init_required is not False and process.join()
     is_pipeline = isinstance(model, PipelineModule)
-    parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
+    if isinstance(model, PipelineModule):
+        parallel = _of_pipeline(model, settings, mesh, mpu)
+    else:
+        parallel = parallelism_of(mesh, mpu)
     _check_accumulation(model, settings, parallel.size)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
     _remark(settings, trains)
@@ -139,7 +142,13 @@ def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
-def _of_pipeline(model: PipelineModule, config: Config) -> Parallelism:
+def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any) -> Parallelism:
+    if mesh is not None or mpu not in (None, model.mpu()):
+        raise ValueError(
+            f"got {'mpu' if mesh is None else 'mesh'} with a PipelineModule, wanted neither: its topology says which "
+            f"ranks see different data, and its layers are whole; leave it out, or split layers without a pipeline, by "
+            f"torch's parallelize_module and initialize(mesh=)"
+        )
     if config.zero_optimization.stage == 3:
         raise ValueError(
             "expected zero_optimization.stage of 0 to 2 with a PipelineModule, got 3; a stage of a pipeline has a part "

@@ -83,7 +83,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The repeated modules of the largest lists: what fully_shard gathers one at a time.
 
     Of lists inside each other the larger is taken, which is the outer one. A container in it is not called, but what it
-    holds is. A block that shares a parameter with what lies outside it is left to the root.
+    holds is. A block that shares a parameter with what lies outside it, or has one of register_external_parameter(), is
+    left to the root.
     """
     found: list[tuple[int, str, list[nn.Module]]] = []
     for path, module in model.named_modules():
@@ -117,7 +118,8 @@ def _is_inside(path: str, other: str) -> bool:
 
 def _shares(block: nn.Module, users: Counter[int]) -> bool:
     own = Counter(id(p) for module in block.modules() for p in module._parameters.values() if p is not None)
-    return any(users[key] > num for key, num in own.items())
+    is_external = any(getattr(param, "is_external", False) for param in block.parameters())
+    return is_external or any(users[key] > num for key, num in own.items())
 
 
 def shard(

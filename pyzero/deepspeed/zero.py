@@ -81,7 +81,8 @@ class GatheredParameters:
     """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
 
     In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
-    model computes in.
+    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` and `load_state_dict()` of a
+    module are of shards in here too, for torch reshards it first.
 
     Args:
         params: A parameter, several, or a module's.
@@ -145,8 +146,10 @@ def _write(local: Tensor, value: Tensor) -> None:
 
 
 def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Nothing: fully_shard gathers what a module holds."""
+    """Say, before initialize(), that a module uses a parameter of another: stage 3 then gathers it with the root's."""
+    parameter.is_external = True  # type: ignore[attr-defined]
 
 
 def unregister_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Nothing."""
+    """Take that back."""
+    parameter.is_external = False  # type: ignore[attr-defined]

@@ -363,6 +363,33 @@ def test_blocks_in_containers_train_as_in_stage_2(ranks):
     assert kinds == ["FSDPLinear", "FSDPLinear"]
 
 
+class Borrows(case.Model):
+    """Uses a weight of a block outside it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.blocks[0].norm.weight.sum()
+
+
+def borrow(group: Any, is_told: bool) -> str:
+    model = Borrows()
+    if is_told:
+        zero.register_external_parameter(model, model.blocks[0].norm.weight)
+        assert parallel.blocks_of(model) == [model.blocks[1]]
+    config = {"train_batch_size": case.BATCH, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
+    engine = pyzero.initialize(model=model, config=config)[0]
+    try:
+        engine.backward(engine(case.batch(0).chunk(WORLD)[engine.dp_rank]).mean())
+    except RuntimeError as error:
+        return str(error)
+    engine.step()
+    return ""
+
+
+def test_a_weight_used_outside_its_block_is_registered_or_an_error(ranks):
+    assert ranks.run(WORLD, borrow, True) == [""] * WORLD
+    assert all("register_external_parameter(" in message for message in ranks.run(WORLD, borrow, False))
+
+
 def test_alone_nothing_is_sharded():
     engine = pyzero.initialize(
         model=case.Model(),
