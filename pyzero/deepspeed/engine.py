@@ -82,14 +82,29 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
 
         The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
         `backward` is.
+
+        Raises:
+            RuntimeError: Of the module; where it uses a weight of stage 3 outside its block, with what to do about it.
         """
         if self._input_dtype is not None:
             args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
         with self.timers.phase("forward"), self._autocast():
-            outputs = self.module(*args, **kwargs)
+            outputs = self._call(args, kwargs)
         if torch.is_grad_enabled() and (self.batches.accumulation > 1 or self.is_scaled):
             tensors.hook_outputs(outputs, self._on_plain_backward)
         return outputs
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self.module(*args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error) or self.zero_optimization_stage() != 3:
+                raise
+            raise RuntimeError(
+                f"got a weight that is used outside the block that gathers it ({error}), wanted it inside alone, in "
+                "stage 3; call deepspeed.zero.register_external_parameter(module, parameter) before initialize(), call "
+                "the block and not a module in it, or set stage 2"
+            ) from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self.config.torch_autocast.chosen()

@@ -30,9 +30,11 @@ from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
 from pyzero.deepspeed.utils import RepeatingLoader
+from pyzero.deepspeed.zero import mark_sharded
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.local_param import is_dtensor
 
 log = logging.getLogger("pyzero")
 
@@ -104,7 +106,10 @@ def initialize(
     settings = _settings_of(config, config_params, *of_args)
     joined = dist_init_required is not False and process.join()
     is_pipeline = isinstance(model, PipelineModule)
-    parallel = _of_pipeline(model, settings) if isinstance(model, PipelineModule) else parallelism_of(mesh, mpu)
+    if isinstance(model, PipelineModule):
+        parallel = _of_pipeline(model, settings, mesh, mpu)
+    else:
+        parallel = parallelism_of(mesh, mpu)
     _check_accumulation(model, settings, parallel.size)
     _check_storage(settings)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
@@ -144,7 +149,13 @@ def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
-def _of_pipeline(model: PipelineModule, config: Config) -> Parallelism:
+def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any) -> Parallelism:
+    if mesh is not None or mpu not in (None, model.mpu()):
+        raise ValueError(
+            f"got {'mpu' if mesh is None else 'mesh'} with a PipelineModule, wanted neither: its topology says which "
+            f"ranks see different data, and its layers are whole; leave it out, or split layers without a pipeline, by "
+            f"torch's parallelize_module and initialize(mesh=)"
+        )
     if config.zero_optimization.stage == 3:
         raise ValueError(
             "expected zero_optimization.stage of 0 to 2 with a PipelineModule, got 3; a stage of a pipeline has a part "
@@ -210,7 +221,9 @@ def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Paralleli
             f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
             f"whole weights; pass a function from parameters to it, or a torch optimizer"
         )
-    return shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+    mark_sharded(param for param in dict.fromkeys(sharded.values()) if is_dtensor(param))
+    return sharded
 
 
 def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:

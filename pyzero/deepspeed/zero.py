@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.sharding import modules
-from pyzero.sharding.local_param import is_dtensor, local_of, part_of
+from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
 from pyzero.sharding.modules import ShardedPlace
 
 log = logging.getLogger("pyzero")
 
+_ids = itertools.count()
+
 
 class ZeroParamStatus(Enum):
-    """Of a parameter's weights: here they are always AVAILABLE."""
+    """Of a parameter's `ds_status`, where initialize() has sharded it."""
 
     AVAILABLE = 1
     NOT_AVAILABLE = 2
@@ -47,10 +52,37 @@ class Init:
         pass
 
 
+def mark_sharded(params: Iterable[Any]) -> None:
+    """Give parameters of stage 3 what scripts ask to tell them: `ds_id`, `ds_status`, `ds_shape` and `ds_numel`."""
+    for param in params:
+        param.ds_id, param.ds_status = next(_ids), ZeroParamStatus.NOT_AVAILABLE
+        param.ds_shape, param.ds_numel = param.shape, param.numel()
+
+
+@cache
+def _gathered(kind: type) -> type:
+    """The class of a parameter that fully_shard has sharded, while ops on it are to act on the whole one."""
+
+    def on_whole(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(made, _shown, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    made = type(f"Gathered{kind.__name__}", (kind,), {"__slots__": (), "__torch_function__": classmethod(on_whole)})
+    return made
+
+
+def _shown(param: Any) -> Any:
+    """What the module shows: the parameter itself, if a forward has resharded it."""
+    return getattr(param.gathered_in.module, param.gathered_in.name)
+
+
 class GatheredParameters:
     """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
 
-    In stage 3 modules show whole weights in here (`layer.weight`), and the parameters themselves stay DTensors.
+    In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
+    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` and `load_state_dict()` of a
+    module are of shards in here too, for torch reshards it first.
 
     Args:
         params: A parameter, several, or a module's.
@@ -69,33 +101,55 @@ class GatheredParameters:
         self._params = [params] if isinstance(params, Tensor) else list(params)
         self._enabled = enabled
         self._source = modifier_rank
-        self._places: dict[Tensor, ShardedPlace] = {}
+        self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
 
     def __enter__(self) -> GatheredParameters:
         if self._enabled and any(is_dtensor(param) for param in self._params):
             known = modules.find_fsdp_places()
-            self._places = {param: known[param] for param in self._params if param in known}
-            for owner in dict.fromkeys(place.owner for place in self._places.values()):
+            fresh = [param for param in self._params if not hasattr(param, "gathered_in")]
+            self._places = {param: known[param] for param in fresh if param in known}
+            for owner in self._owners():
                 owner.unshard()
+            for param, place in self._places.items():
+                param.gathered_in = place
+                param.ds_status = ZeroParamStatus.AVAILABLE
+                param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
         return self
+
+    def _owners(self) -> Iterable[Any]:
+        return dict.fromkeys(place.owner for place in self._places.values())
 
     @torch.no_grad()
     def __exit__(self, *error: object) -> None:
         source = self._source if self._enabled and error[0] is None and comm.get_world_size() > 1 else None
-        wholes = {param: getattr(place.module, place.name) for param, place in self._places.items()}
         changed = [] if source is None else self._params
-        values = [wholes.get(p, p).detach().clone(memory_format=torch.contiguous_format) for p in changed]
-        for owner in dict.fromkeys(place.owner for place in self._places.values()):
+        values = [whole_of(param.detach()).clone(memory_format=torch.contiguous_format) for param in changed]
+        for param in self._places:
+            requires_grad = param.requires_grad
+            param.__class__ = type(param).__base__
+            param.requires_grad_(requires_grad)
+            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            del param.gathered_in
+        for owner in self._owners():
             owner.reshard()
         for param, value in zip(changed, values, strict=True):
-            comm.broadcast(local_of(value), src=source or 0)
-            # Not by the collective: the optimizer notices what torch counts as a write.
-            local_of(param).copy_(local_of(value) if is_dtensor(value) else part_of(value, param))
+            comm.broadcast(value, src=source or 0)
+            _write(local_of(param), part_of(value, param))
+
+
+def _write(local: Tensor, value: Tensor) -> None:
+    """Where it is new: an fp32 shard whose 16-bit value nobody has changed keeps what 16 bits do not hold.
+
+    Not by the collective: the optimizer notices what torch counts as a write.
+    """
+    local.copy_(torch.where(local.to(value.dtype) == value, local, value.to(local.dtype)))
 
 
 def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Nothing: fully_shard gathers what a module holds."""
+    """Say, before initialize(), that a module uses a parameter of another: stage 3 then gathers it with the root's."""
+    parameter.is_external = True  # type: ignore[attr-defined]
 
 
 def unregister_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Nothing."""
+    """Take that back."""
+    parameter.is_external = False  # type: ignore[attr-defined]

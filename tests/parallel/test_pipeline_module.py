@@ -296,6 +296,11 @@ def refusals(group: Any) -> None:
         PipelineModule(bare, num_stages=4, partition_method="uniform")
     module = PipelineModule(specs(), num_stages=2)
     lone = pyzero.FusedZeroAdamW(module.parameters(), process_group=module.mpu().get_data_parallel_group())
+    model = PipelineModule(specs(), num_stages=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for options, name in (({"mesh": mesh}, "mesh"), ({"mpu": object()}, "mpu")):
+        with pytest.raises(ValueError, match=f"got {name} with a PipelineModule.*leave it out"):
+            pyzero.initialize(model=model, config=CONFIG, **options)
     with pytest.raises(ValueError, match="get_pipe_parallel_group"):
         deepspeed.initialize(model=module, optimizer=lone, config={"train_batch_size": 8})
     shared = nn.Linear(2, 2)

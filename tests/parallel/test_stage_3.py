@@ -155,6 +155,77 @@ def test_gathered_parameters_read_and_write_shards(ranks):
         assert (found["set"] == 7).all() and "FSDP" in found["blocks"]
 
 
+def read_as_scripts_do(group: Any) -> dict[str, Any]:
+    """By the parameter that named_parameters() gave, which is not what the module shows in the context."""
+    engine = start(3, "bf16")
+    param = engine.module.blocks[1].up.weight
+    found = {"shape": (param.ds_shape, param.ds_numel), "before": param.ds_status}
+    with zero.GatheredParameters([param, engine.module.first.bias]):
+        found["within"] = param.ds_status
+        found["read"] = param.data.cpu().clone()
+        found["used"] = torch.cat([param, param]).shape, (param.detach() + 1).sum()
+        with zero.GatheredParameters(param):
+            found["nested"] = param.detach().clone()
+        found["after nested"] = param.detach().clone()
+        param.requires_grad_(False)
+    found["after"] = param.ds_status
+    found["is"] = engine.module.blocks[1].up.weight is param, type(param).__name__, param.requires_grad
+    with zero.GatheredParameters(list(engine.module.parameters())):
+        with torch.no_grad():
+            found["forward"] = engine(case.batch(0))
+        found["resharded"] = case.whole(engine.module.last.weight)
+    ids = [p.ds_id for p in engine.module.parameters()]
+    assert len(set(ids)) == len(ids)
+    return found
+
+
+def test_gathered_parameters_are_whole_by_themselves(ranks):
+    wanted = case.Model().blocks[1].up.weight.detach().bfloat16()
+    for found in ranks.run(WORLD, read_as_scripts_do):
+        assert found["shape"] == (wanted.shape, wanted.numel())
+        stages = [found[when].name for when in ("before", "within", "after")]
+        assert stages == ["NOT_AVAILABLE", "AVAILABLE", "NOT_AVAILABLE"]
+        for when in ("read", "nested", "after nested"):
+            assert type(found[when]) is torch.Tensor and torch.equal(found[when], wanted)
+        assert found["used"] == (torch.Size([24, 6]), (wanted + 1).sum())
+        assert found["is"] == (True, "DTensor", False)
+        assert found["forward"].shape == (case.BATCH, 1)
+
+
+def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
+    from test_tensor_parallel import split, square
+
+    model, options = case.Model(), {}
+    if how == "tensor parallel":
+        options["mesh"] = square()
+        model = split(model, options["mesh"]["tp"])
+    config = {
+        "train_micro_batch_size_per_gpu": case.BATCH // 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": case.LR}},
+        "zero_optimization": {"stage": stage},
+        **SECTIONS["fp32" if options else "bf16"],
+    }
+    engine = pyzero.initialize(model=model, config=config, **options)[0]
+    engine.backward(engine(case.batch(0).chunk(4)[engine.dp_rank]).float().square().mean())
+    engine.step()
+    before = engine.get_fp32_state_dict()
+    params = list(engine.module.parameters())
+    with zero.GatheredParameters(params, modifier_rank=1), torch.no_grad():
+        if dist.get_rank() == 1:
+            params[0].add_(1)
+    after = engine.get_fp32_state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["first.weight"], changed
+    return list(after.values())
+
+
+@pytest.mark.parametrize(("how", "stage"), [("plain", 2), ("plain", 3), ("tensor parallel", 2), ("tensor parallel", 3)])
+def test_gathered_parameters_keep_what_nobody_edits(ranks, how, stage):
+    results = ranks.run(WORLD, edit, how, stage)
+    for masters in results:
+        assert all(torch.equal(a, b) for a, b in zip(masters, results[0], strict=True))
+
+
 def given(group: Any, how: str) -> tuple[str, bool]:
     model = case.Model()
     groups = [{"params": list(model.blocks.parameters())}, {"params": list(model.first.parameters()), "lr": 0.5}]
@@ -245,6 +316,78 @@ def test_blocks_are_the_repeated_modules_of_the_largest_list():
     nested = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
     assert parallel.blocks_of(nested) == [nested[0], nested[1]]
     assert parallel.blocks_of(nn.Linear(2, 2)) == []
+
+
+class Rows(nn.Module):
+    """Blocks that are dicts and lists of modules, which the model calls one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(5), "two": self.pair()}) for _ in range(2))
+
+    @staticmethod
+    def pair() -> nn.ModuleList:
+        return nn.ModuleList([nn.Linear(5, 9), nn.Linear(9, 5)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for row in self.rows:
+            up, down = row["two"]
+            x = x + down(torch.tanh(up(row["norm"](x))))
+        return x
+
+
+def test_blocks_in_containers_are_what_is_called():
+    model = Rows()
+    first, second = ([row["norm"], *row["two"]] for row in model.rows)
+    assert parallel.blocks_of(model) == first + second
+
+
+def containers(group: Any, stage: int) -> tuple[torch.Tensor, list[str]]:
+    config = {
+        "train_batch_size": case.BATCH,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": stage},
+    }
+    engine = pyzero.initialize(model=Rows(), config=config)[0]
+    for step in range(3):
+        engine.backward(engine(case.batch(step).chunk(WORLD)[engine.dp_rank]).square().mean())
+        engine.step()
+    kinds = [type(module).__name__ for module in engine.module.rows[0]["two"]]
+    return torch.cat([weight.reshape(-1) for weight in engine.get_fp32_state_dict().values()]), kinds
+
+
+def test_blocks_in_containers_train_as_in_stage_2(ranks):
+    (wanted, _), (found, kinds) = (ranks.run(WORLD, containers, stage)[0] for stage in (2, 3))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert kinds == ["FSDPLinear", "FSDPLinear"]
+
+
+class Borrows(case.Model):
+    """Uses a weight of a block outside it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.blocks[0].norm.weight.sum()
+
+
+def borrow(group: Any, is_told: bool) -> str:
+    model = Borrows()
+    if is_told:
+        zero.register_external_parameter(model, model.blocks[0].norm.weight)
+        assert parallel.blocks_of(model) == [model.blocks[1]]
+    config = {"train_batch_size": case.BATCH, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
+    engine = pyzero.initialize(model=model, config=config)[0]
+    try:
+        engine.backward(engine(case.batch(0).chunk(WORLD)[engine.dp_rank]).mean())
+    except RuntimeError as error:
+        return str(error)
+    engine.step()
+    return ""
+
+
+def test_a_weight_used_outside_its_block_is_registered_or_an_error(ranks):
+    assert ranks.run(WORLD, borrow, True) == [""] * WORLD
+    assert all("register_external_parameter(" in message for message in ranks.run(WORLD, borrow, False))
 
 
 def test_alone_nothing_is_sharded():

@@ -120,6 +120,7 @@ _NAMES = {
     "runtime.base_optimizer": {"ZeROOptimizer": ZeroOptimizer},
     "runtime.fp16.fused_optimizer": {"FP16_Optimizer": ZeroOptimizer},
     "ops": {"__compatible_ops__": defaultdict(lambda: True)},
+    "utils.torch": {"required_torch_version": lambda **versions: True},
 }
 
 
@@ -134,6 +135,7 @@ def _install() -> None:
     ZeroOptimizer.loss_scaler = ZeroOptimizer.loss_scale_config = property(_LossScaler)  # type: ignore[attr-defined]
     ZeroOptimizer.dynamic_loss_scale = property(lambda self: self.loss_scaler.dynamic_loss_scale)  # type: ignore[attr-defined]
     ZeroOptimizer.needs_scaler = lambda self: self._scaler.enabled  # type: ignore[attr-defined]
+    torch.Tensor.ds_persist = False  # type: ignore[attr-defined]  # of stage 3: none stays whole for being small
     register_optimizer_step_post_hook(_count_steps)
     torch.nn.parallel.DistributedDataParallel = _OnCpu  # type: ignore[misc]
 
