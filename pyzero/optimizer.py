@@ -595,6 +595,12 @@ class ZeroOptimizer(FullAccess, Optimizer):
         others = self._topology.told
         return None if others is None else others.rank
 
+    @property
+    def model_parallel_size(self) -> int:
+        """How many they are; 1 where each has all of it."""
+        others = self._topology.told
+        return 1 if others is None else others.size
+
     def owns(self, param: Tensor) -> bool:
         """Whether this model-parallel rank is the one that counts and saves the parameter."""
         return self._topology.owns(param)
