@@ -689,6 +689,7 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
+    optimizer._exchange.num_exports += 1
 
 
 def _product(*factors: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from torch import Tensor
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
 
+log = logging.getLogger("pyzero")
+
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _STATES on, one per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _STATES = range(5)
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _STATES = range(6)
 
 
 class Unsent(IntEnum):
@@ -88,6 +91,8 @@ class GradStatsExchange:
 
     def __init__(self, group: Group, model_parallel: Sequence[Group], are_alike: bool = True) -> None:
         self.are_alike = are_alike
+        self.num_exports = 0  # calls of state_dict() on this rank since the last message
+        self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
 
@@ -104,11 +109,13 @@ class GradStatsExchange:
         if self._group.size > 1:
             edits = mine.edits or [0] * len(used)
             states = [2 * num + use for num, use in zip(edits, used, strict=True)]
-            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips]
+            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips, self.num_exports]
+            self.num_exports = 0
             told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             self._check(hosts)
+            self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
             used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
@@ -127,7 +134,7 @@ class GradStatsExchange:
         )
 
     def _check(self, hosts: Any) -> None:
-        """hosts: numpy array (size, 4 + num_params) of fp64."""
+        """hosts: numpy array (size, _STATES + num_params) of fp64."""
         purposes = [PURPOSES[int(purpose)] for purpose in hosts[:, _PURPOSE].tolist()]
         if len(set(purposes)) > 1:
             called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(purposes))
@@ -153,6 +160,19 @@ class GradStatsExchange:
                 f"expected the reduced gradient of parameter {number} edited alike on every rank, got .grad assigned, "
                 f"cleared or scaled on ranks {ranks} of {len(hosts)} only; do the same on each, or call zero_grad() on "
                 f"all of them"
+            )
+
+    def _warn_of_lost_shards(self, num_exports: list[float]) -> None:
+        """Once, where a rank called state_dict() and another did not: what the latter holds is in no file."""
+        without = [rank for rank, num in enumerate(num_exports) if not num]
+        if self._may_warn and 0 < len(without) < len(num_exports):
+            self._may_warn = False
+            log.warning(
+                "state_dict() was called on some ranks only, and not on ranks %s of %d: each holds a part, and theirs "
+                "is not saved, so that what was saved cannot be resumed from; call pyzero.save_checkpoint() or "
+                "full_state_dict() on all ranks (transformers: from pyzero.transformers import Trainer)",
+                without,
+                len(num_exports),
             )
 
     def norm(self, power: Tensor, norm_type: float, unscale: Tensor | None) -> Tensor:
