@@ -29,7 +29,7 @@ from pyzero.sharding import rank_state
 from pyzero.sharding.access import FullAccess
 from pyzero.sharding.buckets import MASTER, Bucket
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.local_param import outer
+from pyzero.sharding.local_param import is_dtensor, outer
 from pyzero.sharding.placement import Placement
 from pyzero.sharding.topology import make_topology
 from pyzero.update import ShardUpdater, StepScalars
@@ -156,7 +156,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
-        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
+        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
         exchange = self._exchange = GradStatsExchange(
             self._group, [dim.group for dim in topology.model], topology.are_alike
         )
@@ -529,7 +529,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
 
     def _describe(self, code: float) -> str:
         """Which gradient a code of pyzero/gradients/nonfinite.py means."""
-        number, rank = nonfinite.decode(code, self._group.size)
+        number, rank = nonfinite.decode(code, self._exchange.names.num_ranks)
         if number is None:
             if self.model_parallel_rank is not None:
                 return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
@@ -539,7 +539,7 @@ class ZeroOptimizer(FullAccess, Optimizer):
         param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
-        where = "" if rank is None else f" on rank {rank}"
+        where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
         return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
 
     # ---- state ----------------------------------------------------------------------------------------------------

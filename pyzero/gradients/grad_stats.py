@@ -11,9 +11,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
+from pyzero.gradients.nonfinite import RankNames
 from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
 
 log = logging.getLogger("pyzero")
@@ -52,7 +54,7 @@ class GlobalGradStats:
     """What all ranks know: the same on each. The tensors have not been read on the host."""
 
     rows: Tensor  # (n, 3) fp64, of all ranks
-    rows_of_group: Tensor  # (n, 3) fp64, of those that hold the same parameters
+    rows_of_alike: Tensor  # (n, 3) fp64, of those that hold the same parameters, or parts of them
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
     has_unsent: bool  # some rank has gradients that no round has reduced
     unsent_is_scaled: bool  # which carry the loss scale
@@ -62,7 +64,7 @@ class GlobalGradStats:
     @cached_property
     def first_bad(self) -> Tensor:
         """(1,) fp64, code of the first bad parameter."""
-        rows = self.rows_of_group
+        rows = self.rows_of_alike
         return first_bad_of(rows[0]) if len(rows) == 1 else rows[:, FIRST_BAD].amin().reshape(1)
 
     # step() has these of ops.step_scalars_; in separate launches for who asks before it.
@@ -91,6 +93,7 @@ class GradStatsExchange:
 
     def __init__(self, group: Group, model_parallel: Sequence[Group], are_alike: bool = True) -> None:
         self.are_alike = are_alike
+        self.names = _names(group, is_one_of_many=are_alike and bool(model_parallel))
         self.num_exports = 0  # calls of state_dict() on this rank since the last message
         self._may_warn = group.rank == 0
         self._group = group
@@ -122,10 +125,10 @@ class GradStatsExchange:
         everyones = rows
         for beside in self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
-            rows = beside.gather_rows(torch.stack([found.double(), sumsq, sumsq]))
+            rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
         return GlobalGradStats(
             rows=rows,
-            rows_of_group=everyones,
+            rows_of_alike=rows if self.are_alike else everyones,
             used=used,
             has_unsent=bool(unsent - {Unsent.NONE}),
             unsent_is_scaled=Unsent.SCALED in unsent,
@@ -182,6 +185,14 @@ class GradStatsExchange:
             power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
         norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)
         return (norm if unscale is None else norm * unscale).to(torch.float32)
+
+
+def _names(group: Group, is_one_of_many: bool) -> RankNames:
+    """is_one_of_many: others have other parts of the same parameters."""
+    if not is_one_of_many:
+        return RankNames(tuple(range(group.size)), group.size)
+    ranks = [dist.get_rank()] if group.handle is None else dist.get_process_group_ranks(group.handle)
+    return RankNames(tuple(ranks), dist.get_world_size())
 
 
 def mixed_scale_error() -> RuntimeError:

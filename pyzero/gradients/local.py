@@ -140,8 +140,10 @@ class LocalGradients(Gradients):
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""
+        names = self._exchange.names
+        rank = names.of_group[self._group.rank]
         codes = [
-            nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], self._group.rank, self._group.size)
+            nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], rank, names.num_ranks)
             for bucket, numbers in self._numbers.items()
         ]
         return torch.stack(codes).min()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from logs import Log
 from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
-from test_skips import Log
 
 
 def saved(group: Any, kind: str, dtype: torch.dtype, to: int | None) -> dict[str, Any]:
