@@ -254,3 +254,48 @@ def test_the_first_rank_names_the_rank_whose_own_gradient_is_bad(ranks):
     (line,), *others = ranks.run(4, bad_of_four)
     assert "the gradient of blocks.1.up.weight, shape (12, 6), in the part of rank 3 (" in line
     assert others == [[], [], []]
+
+
+def mix_scales(group: Any, first: str, between: str, then: str) -> str:
+    """A backward in each manner, the second over one block alone where it says so; the message, if there is one."""
+    model = case.fsdp(case.Model(), group)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, loss_scale=8.0)
+
+    def run(how: str) -> None:
+        loss = case.loss_of(model, case.batch(0))
+        if how == "scaled":
+            optimizer.backward(loss)
+        else:
+            loss.backward()
+
+    run(first)
+    if between == "zero_grad":
+        model.zero_grad()
+    elif between == "zeros":
+        model.zero_grad(set_to_none=False)
+    elif between == "freeze":  # what has a gradient gets no more, and the rest its first
+        for param in model.blocks[0].parameters():
+            param.requires_grad_(False)
+        for name, param in model.named_parameters():
+            if not name.startswith("blocks.0"):
+                param.grad = None
+    try:
+        run(then)
+    except RuntimeError as error:
+        return str(error)
+    optimizer.step()
+    return f"{float(optimizer.grad_norm):.5f}"
+
+
+@pytest.mark.parametrize("between", ["", "freeze"])
+def test_a_plain_backward_on_scaled_gradients_is_refused(ranks, between):
+    for first, then in (("scaled", "plain"), ("plain", "scaled")):
+        for message in ranks.run(2, mix_scales, first, between, then):
+            assert "expected all gradients of one sum to carry the same loss scale" in message, (first, then)
+
+
+@pytest.mark.parametrize("between", ["zero_grad", "zeros"])
+def test_cleared_gradients_take_any_scale(ranks, between):
+    plain = ranks.run(2, mix_scales, "plain", between, "plain")
+    for first, then in (("scaled", "plain"), ("plain", "scaled"), ("scaled", "scaled")):
+        assert ranks.run(2, mix_scales, first, between, then) == plain, (first, then)
