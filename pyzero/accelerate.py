@@ -26,10 +26,9 @@ class PreparedOptimizer(AcceleratedOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step was skipped, where there is a loss scale. Reads the device then, as GradScaler does."""
+        """Whether the last step was skipped, with a loss scale or without. Reads the device, as GradScaler does."""
         optimizer: ZeroOptimizer = self.optimizer
-        scales = self.scaler is not None or optimizer.scales_loss
-        return scales and optimizer.grad_norm is not None and not optimizer.was_step_applied
+        return optimizer.grad_norm is not None and not optimizer.was_step_applied
 
 
 class Accelerator(accelerate.Accelerator):

@@ -153,7 +153,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
-        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=self._group.rank == 0)
+        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
         self._exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype

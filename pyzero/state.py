@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
+from pyzero.gradients.grad_stats import GradStatsExchange
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
@@ -19,7 +20,7 @@ from pyzero.sharding import rank_state
 from pyzero.sharding.access import FullAccess
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.layout import BucketLayout
-from pyzero.sharding.local_param import outer
+from pyzero.sharding.local_param import is_dtensor, outer
 
 log = logging.getLogger("pyzero")
 
@@ -37,6 +38,7 @@ class StateAccess(FullAccess, Optimizer):
 
     _scaler: Scaler
     _scaled_backward: ScaledBackward
+    _exchange: GradStatsExchange
     _overflow: OverflowMonitor
     _param_groups: list[dict[str, Any]]
     _device: torch.device
@@ -78,7 +80,7 @@ class StateAccess(FullAccess, Optimizer):
 
     def _describe(self, code: float) -> str:
         """Which gradient a code of pyzero/gradients/nonfinite.py means."""
-        number, rank = nonfinite.decode(code, self._group.size)
+        number, rank = nonfinite.decode(code, self._exchange.names.num_ranks)
         if number is None:
             if self.model_parallel_rank is not None:
                 return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
@@ -88,7 +90,7 @@ class StateAccess(FullAccess, Optimizer):
         param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
-        where = "" if rank is None else f" on rank {rank}"
+        where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
         return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
 
     # ---- how it was built -------------------------------------------------------------------------------------------
@@ -113,6 +115,12 @@ class StateAccess(FullAccess, Optimizer):
         """This rank among those that have other parts of the model; None where it has all of it."""
         others = self._topology.told
         return None if others is None else others.rank
+
+    @property
+    def model_parallel_size(self) -> int:
+        """How many they are; 1 where each has all of it."""
+        others = self._topology.told
+        return 1 if others is None else others.size
 
     @property
     def are_alike(self) -> bool:
@@ -253,3 +261,4 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
+    optimizer._exchange.num_exports += 1

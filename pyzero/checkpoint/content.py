@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from pyzero.checkpoint.files import CheckpointError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.local_param import local_of
@@ -17,10 +19,14 @@ from pyzero.sharding.modules import reshard
 from pyzero.sharding.rank_state import SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
+PARTS = "parts"  # in common.pt: how many model-parallel ranks have a part of one weight each; 0: weights are whole
 
 
 def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
-    """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add."""
+    """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add.
+
+    Of what is split in parts, with the rank that has this one: `up.weight@1`.
+    """
     reshard(model)
     ours = {param for group in optimizer.param_groups for param in group["params"]}
     lacking = len(ours - set(model.parameters()))
@@ -31,25 +37,64 @@ def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
         )
     from torch.distributed.checkpoint.state_dict import _get_fqns  # no public name gives what get_state_dict uses
 
-    return {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
+    parts = _parts(model, optimizer)
+    found = {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
+    return {param: parts.get(name, name) for param, name in found.items()}
 
 
-def _frozen(model: nn.Module, trained: Collection[str]) -> set[str]:
+def _parts(model: nn.Module, optimizer: ZeroOptimizer) -> dict[str, str]:
+    """By name, what to call this rank's parts of weights that layers split over model-parallel ranks by hand.
+
+    Megatron's mark tells them from `model_parallel`, which a pipeline stage's own parameters have too.
+    """
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
+    rank = optimizer.model_parallel_rank
+    if rank is None:
+        return {}
+    params = model.named_parameters(remove_duplicate=False)
+    marked = (name for name, param in params if getattr(param, "tensor_model_parallel", False))
+    return {fqn: f"{fqn}@{rank}" for name in marked for fqn in _get_fqns(model, name)}
+
+
+def check_parts(model: nn.Module, optimizer: ZeroOptimizer, num_saved: int, folder: Path) -> None:
+    """Of a checkpoint in which weights are in as many parts, or whole.
+
+    Raises:
+        CheckpointError: The model's are not.
+    """
+    size = optimizer.model_parallel_size
+    if num_saved and num_saved != size:
+        raise CheckpointError(
+            f"expected a model_parallel_group of {num_saved} ranks, as when {folder} was saved, got {size}: parts that "
+            f"layers split by hand are not split anew; load it on {num_saved}, or split the model with torch's "
+            f"parallelize_module, whose checkpoints load on any number"
+        )
+    if not num_saved and _parts(model, optimizer):
+        raise CheckpointError(
+            f"expected a checkpoint of weights in {size} parts, got one of whole weights in {folder}; load it without "
+            f"model parallelism, or split the model with torch's parallelize_module"
+        )
+
+
+def _frozen(model: nn.Module, optimizer: ZeroOptimizer, trained: Collection[str]) -> set[str]:
     """Names of parameters that are not trained, in the state dict's manner, those of tied ones too."""
     from torch.distributed.checkpoint.state_dict import _get_fqns
 
     frozen = (name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad)
-    return {fqn for name in frozen for fqn in _get_fqns(model, name)} - set(trained)
+    parts = _parts(model, optimizer)
+    return {parts.get(fqn, fqn) for name in frozen for fqn in _get_fqns(model, name)} - set(trained)
 
 
-def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """By name: parameters and buffers, whose memory is the model's; and what get_extra_state() of modules returns."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(model)
     suffix = _EXTRA_STATE_KEY_SUFFIX
     extra = {n: v for n, v in state.items() if not torch.is_tensor(v) or n.split(".")[-1] == suffix}
-    return {name: value for name, value in state.items() if name not in extra}, extra
+    parts = _parts(model, optimizer)
+    return {parts.get(name, name): value for name, value in state.items() if name not in extra}, extra
 
 
 def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -92,7 +137,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     for param, name in names.items():
         if param.dtype == torch.float32 and name in values:
             del values[name][MASTER]  # the weight itself
-    tensors, others = model_state(model)
+    tensors, others = model_state(model, optimizer)
     index = optimizer.model_parallel_rank
     owned = list(names.values())
     if index is not None:
@@ -100,7 +145,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         lent = set(names.values()) - set(owned)
         values = {name: value for name, value in values.items() if name not in lent}
         tensors = {name: value for name, value in tensors.items() if name not in lent}
-    excluded = _frozen(model, values) if excludes_frozen else set()
+    excluded = _frozen(model, optimizer, values) if excludes_frozen else set()
     tensors = {name: value for name, value in tensors.items() if name not in excluded}
     first: dict[int, str] = {}
     tied = {n: first.setdefault(local_of(v).data_ptr(), n) for n, v in tensors.items() if local_of(v).numel()}
@@ -109,6 +154,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         "model": others,
         "tied": {a: b for a, b in tied.items() if a != b},
         EXCLUDED: sorted(excluded),
+        PARTS: optimizer.model_parallel_size if _parts(model, optimizer) else 0,
     }
     part = None if index is None else Part(index, owned, common)
     state = {"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}
@@ -123,18 +169,20 @@ def join(parts: list[Part]) -> dict[str, Any]:
     """
     by_index = {part.index: part for part in reversed(parts)}
     owner: dict[str, int] = {}
-    joined: dict[str, Any] = {"param_groups": [], "model": {}, "tied": {}, EXCLUDED: []}
+    joined: dict[str, Any] = {"param_groups": [], "model": {}, "tied": {}, EXCLUDED: [], PARTS: 0}
     for index, part in sorted(by_index.items()):
         for name in part.owned:
             if owner.setdefault(name, index) != index:
                 raise ValueError(
                     f"expected names that tell the parameters of the model-parallel ranks apart, got {name} on ranks "
                     f"{owner[name]} and {index} of model_parallel_group; let a stage's module keep the names of the "
-                    f"whole model, and leave out .model_parallel where both have the same weight"
+                    f"whole model, leave out .model_parallel where both have the same weight, and set "
+                    f".tensor_model_parallel where each has a part of one"
                 )
         joined["model"] |= part.common["model"]
         joined["tied"] |= part.common["tied"]
         joined[EXCLUDED] = sorted({*joined[EXCLUDED], *part.common[EXCLUDED]})
+        joined[PARTS] = max(joined[PARTS], part.common[PARTS])
         for group in part.common["param_groups"]:
             mine = {key: value for key, value in group.items() if key != "param_names"}
             _add_group(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyzero.checkpoint import files, from_deepspeed
-from pyzero.checkpoint.content import Content
+from pyzero.checkpoint.content import PARTS, Content
 from pyzero.checkpoint.export import export_safetensors
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.writer import Writer
@@ -66,7 +66,7 @@ def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = 
 
     Raises:
         CheckpointError: There is no checkpoint, or it is damaged.
-        ValueError: See export_safetensors.
+        ValueError: See export_safetensors; or weights are saved in parts.
         OSError: The file could not be written.
     """
     weights = _Weights.find(directory, dtype)
@@ -82,6 +82,7 @@ def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: There is no checkpoint, or it is damaged.
+        ValueError: Weights are saved in parts.
     """
     weights = _Weights.find(directory, torch.float32)
     found = {name: weights.read(name) for name in weights.places if name not in weights.tied}
@@ -105,8 +106,14 @@ class _Weights:
         if folder is None:
             raise CheckpointError(f"expected a checkpoint in {directory}, got none; pass where save_checkpoint() saved")
         index = files.read_index(folder)
-        tied = files.load_file(folder, files.COMMON, index)["tied"]
-        saved = index["tensors"]
+        common, saved = files.load_file(folder, files.COMMON, index), index["tensors"]
+        if common.get(PARTS, 0):
+            raise ValueError(
+                f"expected whole weights, got parts of {common[PARTS]} model-parallel ranks, and how layers split them "
+                f"is not saved; join them in the script, and write the file with pyzero.checkpoint.export's "
+                f"export_safetensors()"
+            )
+        tied = common["tied"]
         names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
         masters = {name: f"optim.state.{name}.{MASTER}" for name in names}
         places = {n: masters[n] if dtype == torch.float32 and masters[n] in saved else f"model.{n}" for n in names}

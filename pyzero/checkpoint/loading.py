@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
-from pyzero.checkpoint.content import EXCLUDED, model_state, names_of, set_extra_state
+from pyzero.checkpoint.content import EXCLUDED, PARTS, check_parts, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
 from pyzero.optimizer import ZeroOptimizer
@@ -60,7 +60,8 @@ def load_checkpoint(
         "step", and what was given as `extra`: this rank's on as many ranks, else the first rank's.
 
     Raises:
-        CheckpointError: There is none; a file is missing, cut or damaged; or it has other parameters. On all ranks.
+        CheckpointError: There is none; a file is missing, cut or damaged; it has other parameters; or parts of weights
+            of another number of model-parallel ranks. On all ranks.
     """
     return _Load(Path(directory), model, optimizer, strict).run()
 
@@ -97,7 +98,7 @@ class _Load:
         keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
         names = names_of(self._model, self._optimizer).values()
         state = [f"optim.state.{name}.{key}" for name in names for key in keys]
-        mine = [*state, *(f"model.{name}" for name in model_state(self._model)[0])]
+        mine = [*state, *(f"model.{name}" for name in model_state(self._model, self._optimizer)[0])]
         return set().union(*self._group.gather_objects(mine, what))
 
     def _find(self) -> Path | None:
@@ -125,6 +126,7 @@ class _Load:
     def _read(self, folder: Path) -> None:
         self._index = files.read_index(folder)
         self._common = files.load_file(folder, files.COMMON, self._index)
+        check_parts(self._model, self._optimizer, self._common.get(PARTS, 0), folder)
         is_same = self._index["num_ranks"] == self._group.size
         self._extra = files.load_file(folder, files.rank_file(self._group.rank if is_same else 0), self._index)
         wanted = self._plan()
@@ -146,7 +148,7 @@ class _Load:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         by_param = names_of(self._model, self._optimizer)
         names = [by_param[param] for param in params]
-        self._model_state, _ = model_state(self._model)
+        self._model_state, _ = model_state(self._model, self._optimizer)
         places = {  # where in the checkpoint each value of the state lies
             number: {key: f"optim.state.{names[number]}.{key}" for key in values}
             for number, values in state["state"].items()

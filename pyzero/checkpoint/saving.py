@@ -34,6 +34,7 @@ def save_checkpoint(
     """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
 
     With a model_parallel_group every rank of both calls it, with its part of the model under the whole model's names.
+    Of a weight marked `tensor_model_parallel`, as Megatron's layers do, each saves its part, for as many ranks.
 
     The folder is complete, flushed to disk and named by `directory`/latest when this returns; until then `latest` names
     the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it.

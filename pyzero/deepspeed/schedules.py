@@ -7,11 +7,12 @@ A schedule of DeepSpeed counts from -1, which is what the first optimizer step r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 Numbers = float | Sequence[float]  # one for all groups, or one for each
 WarmupType = Literal["log", "linear"]
@@ -24,6 +25,19 @@ def _per_group(optimizer: Optimizer, name: str, value: Numbers) -> list[float]:
     if len(value) != num_groups:
         raise ValueError(f"expected {num_groups} numbers for {name}, one for each group, got {len(value)}; correct it")
     return list(value)
+
+
+def _own_rates(optimizer: Optimizer) -> list[float]:
+    """Of each group, before another schedule drove it."""
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def _is_sequential_asking() -> bool:
+    """Whether SequentialLR has called into this file: an older torch's goes to a schedule's start by step(0)."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals is globals():
+        frame = frame.f_back
+    return frame.f_code is SequentialLR.step.__code__
 
 
 class _Schedule(LRScheduler):
@@ -54,7 +68,8 @@ class _Schedule(LRScheduler):
         if last_batch_iteration is None:
             super().step()
             return
-        self.last_epoch = last_batch_iteration  # torch's step adds one
+        # torch's step adds one, and its own count is one more than DeepSpeed's.
+        self.last_epoch = last_batch_iteration - 1 if _is_sequential_asking() else last_batch_iteration
         super().step()
 
     def rates(self, iteration: int) -> list[float]:
@@ -102,7 +117,7 @@ class WarmupLR(_Schedule):
         warmup_type: WarmupType = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        own = [float(group["lr"]) for group in optimizer.param_groups]
+        own = _own_rates(optimizer)
         self.min_lrs = _per_group(optimizer, "warmup_min_lr", warmup_min_lr)
         self.max_lrs = _per_group(optimizer, "warmup_max_lr", own if warmup_max_lr is None else warmup_max_lr)
         self.warmup_num_steps = max(2, _check_steps("warmup_num_steps", warmup_num_steps))
@@ -164,7 +179,7 @@ class WarmupCosineLR(_Schedule):
         warmup_type: WarmupType = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.own_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.own_lrs = _own_rates(optimizer)
         self.total_num_steps = total_num_steps
         self.warmup_min_ratio = warmup_min_ratio
         self.warmup_num_steps = max(2, _check_steps("warmup_num_steps", warmup_num_steps))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import Group
 from pyzero.comm.transport import Exchange, Transport
 from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import BucketGrads, ParamGrad
@@ -42,9 +41,9 @@ class BucketExchange:
     backward, and only the packed buffer crosses from one to the other.
     """
 
-    def __init__(self, group: Group, transport: Transport, device: torch.device) -> None:
+    def __init__(self, names: nonfinite.RankNames, transport: Transport, device: torch.device) -> None:
         self.locates = False  # look for the first bad parameter in every bucket: the last step was skipped
-        self._group = group
+        self._names = names  # of the transport's ranks
         self._transport = transport
         self._device = device
         self._in_flight: deque[_InFlight] = deque()
@@ -97,7 +96,7 @@ class BucketExchange:
             was_set = is_set(grads.found_inf)
             grads.add(exchange.slices, scale, accumulate, stats)
             if self.locates or (is_set(grads.found_inf) and not was_set):
-                code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._group.size, exchange.by_rank)
+                code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._names, exchange.by_rank)
                 torch.minimum(grads.first_bad, code, out=grads.first_bad)
             exchange.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +11,20 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
+from pyzero.gradients.nonfinite import RankNames
 from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
+
+log = logging.getLogger("pyzero")
 
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _STATES on, one per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _STATES = range(5)
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _STATES = range(6)
 
 
 class Unsent(IntEnum):
@@ -48,7 +53,7 @@ class GlobalGradStats:
     """What all ranks know: the same on each. The tensors have not been read on the host."""
 
     rows: Tensor  # (n, 3) fp64, of all ranks
-    rows_of_group: Tensor  # (n, 3) fp64, of those that hold the same parameters
+    rows_of_alike: Tensor  # (n, 3) fp64, of those that hold the same parameters, or parts of them
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
     has_unsent: bool  # some rank has gradients that no round has reduced: to be gathered again after one
     unsent_is_scaled: bool  # which carry the loss scale
@@ -58,7 +63,7 @@ class GlobalGradStats:
     @cached_property
     def first_bad(self) -> Tensor:
         """(1,) fp64, code of the first bad parameter."""
-        rows = self.rows_of_group
+        rows = self.rows_of_alike
         return first_bad_of(rows[0]) if len(rows) == 1 else rows[:, FIRST_BAD].amin().reshape(1)
 
     # step() has these of ops.step_scalars_; in separate launches for who asks before it.
@@ -87,6 +92,9 @@ class GradStatsExchange:
 
     def __init__(self, group: Group, model_parallel: Sequence[Group], are_alike: bool = True) -> None:
         self.are_alike = are_alike
+        self.names = _names(group, is_one_of_many=are_alike and bool(model_parallel))
+        self.num_exports = 0  # calls of state_dict() on this rank since the last message
+        self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
 
@@ -103,11 +111,13 @@ class GradStatsExchange:
         if self._group.size > 1:
             edits = mine.edits or [0] * len(used)
             states = [2 * num + use for num, use in zip(edits, used, strict=True)]
-            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips]
+            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips, self.num_exports]
+            self.num_exports = 0
             told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             self._check(hosts)
+            self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
             used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
@@ -116,10 +126,10 @@ class GradStatsExchange:
         # Others of the model may have nothing to send, and come here once: they hear of what has been reduced.
         for beside in () if has_unsent else self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
-            rows = beside.gather_rows(torch.stack([found.double(), sumsq, sumsq]))
+            rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
         return GlobalGradStats(
             rows=rows,
-            rows_of_group=everyones,
+            rows_of_alike=rows if self.are_alike else everyones,
             used=used,
             has_unsent=has_unsent,
             unsent_is_scaled=Unsent.SCALED in unsent,
@@ -128,7 +138,7 @@ class GradStatsExchange:
         )
 
     def _check(self, hosts: Any) -> None:
-        """hosts: numpy array (size, 4 + num_params) of fp64."""
+        """hosts: numpy array (size, _STATES + num_params) of fp64."""
         purposes = [PURPOSES[int(purpose)] for purpose in hosts[:, _PURPOSE].tolist()]
         if len(set(purposes)) > 1:
             called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(purposes))
@@ -156,6 +166,19 @@ class GradStatsExchange:
                 f"all of them"
             )
 
+    def _warn_of_lost_shards(self, num_exports: list[float]) -> None:
+        """Once, where a rank called state_dict() and another did not: what the latter holds is in no file."""
+        without = [rank for rank, num in enumerate(num_exports) if not num]
+        if self._may_warn and 0 < len(without) < len(num_exports):
+            self._may_warn = False
+            log.warning(
+                "state_dict() was called on some ranks only, and not on ranks %s of %d: each holds a part, and theirs "
+                "is not saved, so that what was saved cannot be resumed from; call pyzero.save_checkpoint() or "
+                "full_state_dict() on all ranks (transformers: from pyzero.transformers import Trainer)",
+                without,
+                len(num_exports),
+            )
+
     def norm(self, power: Tensor, norm_type: float, unscale: Tensor | None) -> Tensor:
         """Collective: global p-norms, fp32 (n,), of every rank's (n,) fp64 sums of |g|^p, or largest |g| for inf."""
         for group in (self._group, *self._model_parallel):
@@ -163,6 +186,14 @@ class GradStatsExchange:
             power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
         norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)
         return (norm if unscale is None else norm * unscale).to(torch.float32)
+
+
+def _names(group: Group, is_one_of_many: bool) -> RankNames:
+    """is_one_of_many: others have other parts of the same parameters."""
+    if not is_one_of_many:
+        return RankNames(tuple(range(group.size)), group.size)
+    ranks = [dist.get_rank()] if group.handle is None else dist.get_process_group_ranks(group.handle)
+    return RankNames(tuple(ranks), dist.get_world_size())
 
 
 def mixed_scale_error() -> RuntimeError:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from pyzero.gradients.source import Gradients, is_set, power_sum
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket, flatten_like
 from pyzero.sharding.layout import GradSpan
-from pyzero.sharding.local_param import LocalParam
+from pyzero.sharding.local_param import LocalParam, local_of
 
 _ALIGNMENT_BYTES = 16
 # Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
@@ -38,6 +40,14 @@ def _have_values(grads: list[Tensor]) -> bool:
     """Some of them is more than zeros. Waits for a GPU."""
     filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
     return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
+
+
+_GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it has been written
+
+
+def _state_of(grad: Any) -> _GradState:
+    """Of a DTensor; both it and its local tensor count."""
+    return weakref.ref(grad), grad._version + local_of(grad)._version
 
 
 class LocalGradients(Gradients):
@@ -63,6 +73,7 @@ class LocalGradients(Gradients):
         self._watched = 0  # buckets whose parameters have hooks
         self._multiplied: Tensor | None = None  # since the last step, into gradients of DTensors
         self._fsdp_param: LocalParam | None = None  # one of those that fully_shard has sharded
+        self._arrived: dict[LocalParam, _GradState] = {}  # of them: the gradient behind the last backward
 
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
@@ -100,7 +111,25 @@ class LocalGradients(Gradients):
         self._epoch = epoch  # zeros carry any scale
 
     def _after_gradient(self, param: Tensor) -> None:
+        epoch = None if self._arriving is None else self._arriving[1]
+        if epoch != self._epoch and self._fsdp_param is not None:
+            self._check_kept_gradients()
         self._unscale, self._epoch = self._arriving or (None, None)
+        if isinstance(param, LocalParam) and param.is_fsdp:
+            self._arrived[param] = _state_of(param.dtensor.grad)
+
+    def _check_kept_gradients(self) -> None:
+        """fully_shard has added a gradient of another scale to `.grad`, without a hook ahead of it, or is about to.
+
+        One that is as it arrived, or one in-place op later, has not been cleared since.
+        """
+        kept = []
+        for param, (grad, version) in self._arrived.items():
+            now = param.dtensor.grad
+            if now is not None and now is grad() and _state_of(now)[1] - version <= 1:
+                kept.append(local_of(now))
+        if _have_values(kept):
+            raise mixed_scale_error()
 
     @contextmanager
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
@@ -143,8 +172,10 @@ class LocalGradients(Gradients):
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""
+        names = self._exchange.names
+        rank = names.of_group[self._group.rank]
         codes = [
-            nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], self._group.rank, self._group.size)
+            nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], rank, names.num_ranks)
             for bucket, numbers in self._numbers.items()
         ]
         return torch.stack(codes).min()
@@ -256,3 +287,4 @@ class LocalGradients(Gradients):
         self._pieces.clear()
         self._unscale = self._epoch = self._factor = None
         self._clipped = {}
+        self._arrived = {}

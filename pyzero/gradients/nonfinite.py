@@ -1,13 +1,15 @@
 """The first parameter with an inf or a NaN in its gradient, and the rank that had it: found and sent as one number.
 
 The number is parameter * (num_ranks + 1) + rank, so that the smallest of all ranks' is the first; the rank is num_ranks
-where it is not known, and the number is inf where nothing was found.
+where it is not known, and the number is inf where nothing was found. Ranks are those of the group that shares state, or
+of all processes, where DTensors say that others hold other parts of the same parameters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,13 @@ from pyzero.sharding.layout import GRANULE
 NOT_FOUND = math.inf
 
 
+class RankNames(NamedTuple):
+    """By what numbers codes tell the ranks of a group."""
+
+    of_group: tuple[int, ...]
+    num_ranks: int  # above all of them
+
+
 def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
     """The parameter's number and the rank; None for what is not known."""
     if math.isinf(code):
@@ -26,20 +35,21 @@ def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
     return number, rank if rank < num_ranks else None
 
 
-def locate_in_slices(bucket: Bucket, slices: list[Tensor], num_ranks: int, by_rank: bool) -> Tensor:
+def locate_in_slices(bucket: Bucket, slices: list[Tensor], names: RankNames, by_rank: bool) -> Tensor:
     """(1,) fp64, of what was received for this rank's shard of a bucket.
 
     Args:
         bucket: Theirs.
         slices: (shard_numel,) each.
-        num_ranks: Of the group.
+        names: Of the ranks.
         by_rank: slices[r] is rank r's; else the one slice is a sum over ranks.
     """
     numbers = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)[bucket.segment_ids.long()]
     codes = []
-    for rank, piece in enumerate(slices):
+    for place, piece in enumerate(slices):
+        rank = names.of_group[place] if by_rank else names.num_ranks
         is_bad = ~torch.isfinite(piece).view(-1, GRANULE).all(1)
-        code = numbers * (num_ranks + 1) + (rank if by_rank else num_ranks)
+        code = numbers * (names.num_ranks + 1) + rank
         codes.append(code.masked_fill_(~is_bad, NOT_FOUND).min())
     return torch.stack(codes).min().reshape(1)
 

@@ -62,7 +62,7 @@ class ReducedGradients(Gradients):
         self._options = options
         self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
         self.grad_scaler_proxy = GradScalerProxy(device)
-        self._in_flight = BucketExchange(group, transport, device)
+        self._in_flight = BucketExchange(exchange.names, transport, device)
         self._grads: list[BucketGrads] = []
         self._records: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
         self._by_number: list[ParamGrad] = []

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.dlpack import from_dlpack
 
 from pyzero.comm.group import Group
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
@@ -55,7 +56,11 @@ def _shaped(
     is_part = isinstance(param, LocalParam) and not bucket.is_flat(name)
     if group.size == 1 or not shape.numel():
         own = local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
-        return param.wrap(own) if is_part else own  # type: ignore[attr-defined]
+        if not is_part:
+            return own
+        # In a storage of its own: a DTensor says its offset in one as data_ptr(), which torch's staging takes for one.
+        own = from_dlpack(own) if own.storage_offset() else own
+        return param.wrap(own)  # type: ignore[attr-defined,no-any-return]
     from pyzero.sharding.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
 
     lengths = part_lengths(group.size, bucket, position, bucket.elements_per_value(name))

@@ -2,11 +2,13 @@
 
 import math
 import os
+from bisect import bisect_right
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 
 from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES, LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
@@ -228,3 +230,42 @@ def test_auto_is_the_default_and_the_end_has_none():
         load(config).scheduler.arguments()
     params["total_num_steps"] = 9
     assert load(config).scheduler.arguments() == {"warmup_max_lr": None, "total_num_steps": 9}
+
+
+IN_TURN = {
+    "WarmupLR": lambda o: WarmupLR(o, warmup_num_steps=4),
+    "WarmupDecayLR": lambda o: WarmupDecayLR(o, 8, 1.0, 5.0, 4, "linear"),
+    "WarmupCosineLR": lambda o: WarmupCosineLR(o, 8, 0.1, 3),
+    "LRRangeTest": lambda o: LRRangeTest(o, 1.0, 2),
+    "OneCycle": lambda o: OneCycle(o, 1.0, 2.0, cycle_first_step_size=3),
+}
+
+
+def older_step(self: SequentialLR) -> None:
+    """As SequentialLR's of torch 2.6: a schedule whose turn it is goes to its start by step(0)."""
+    self.last_epoch += 1
+    index = bisect_right(self._milestones, self.last_epoch)
+    at_start = (0,) if self.last_epoch in self._milestones else ()
+    self._schedulers[index].step(*at_start)
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("is_older", [False, True], ids=["step", "step(0)"])
+@pytest.mark.parametrize("name", IN_TURN)
+def test_in_turn_after_another(monkeypatch, name, is_older):
+    """torch's SequentialLR: each begins as it does alone, from the rates that the groups were built with."""
+    if is_older:
+        monkeypatch.setattr(SequentialLR, "step", older_step)
+    alone = follow(IN_TURN[name], 9)
+    last = follow(lambda o: SequentialLR(o, [ConstantLR(o, 0.5), IN_TURN[name](o)], [3]), 12)
+    assert last[3:] == alone
+    first = follow(lambda o: SequentialLR(o, [IN_TURN[name](o), ConstantLR(o, 1.0)], [5]), 9)
+    assert first[:5] == alone[:5] and [rate for rate, _ in first[5:]] == [7.0] * 4
+
+
+def test_a_step_to_0_of_the_callers_is_deepspeeds():
+    optimizer = optimizer_of()
+    schedule = LRRangeTest(optimizer, 1.0, 2)
+    optimizer.step()
+    schedule.step(0)
+    assert schedule.last_batch_iteration == 0 and schedule.get_last_lr() == [1.5]

@@ -89,6 +89,8 @@ def test_transformers_own_trainer_reduces_for_us(results):
     found = result_of(results, 2, "trainer", "transformers", "accelerate")
     assert column(found["plain"], "loss") == pytest.approx(column(found["torch"], "loss"), rel=OTHER_ORDER)
     assert "nothing was loaded" in found["plain_resumed"]  # rank 0's part, given to both
+    (line,) = found["plain_warned"]  # at the first step behind the first save
+    assert "state_dict() was called on some ranks only, and not on ranks [1] of 2" in line
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -101,6 +103,14 @@ def test_trainer_scales_fp16(results, size):
     assert rates[1] == rates[2] and rates[0] > rates[1] > rates[3]  # a skipped step is none of the schedule's
     assert without_times(found["resumed"]) == without_times(logs) or size == 1
     assert column(found["resumed"], "loss") == column(logs, "loss")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_skipped_step_of_bf16_does_not_move_the_schedule(results, size):
+    logs = result_of(results, size, "trainer_bf16", "transformers", "accelerate")["logs"]
+    assert column(logs, "skipped_steps") == [0] + [1] * 5
+    rates = column(logs, "learning_rate")
+    assert rates[1] == rates[2] and rates[0] > rates[1] > rates[3]
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 from typing import Any
 
 import pytest
 import torch
+from logs import Log
 from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
 
 
@@ -90,3 +92,29 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"expected master of parameter 0 with shape \(17, 9\), got \(5,\)"):
         optimizer.load_state_dict(state)
     assert_equal(optimizer.full_state_dict(), before)
+
+
+def partly_saved(group: Any, options: dict[str, Any], savers: list[int]) -> list[str]:
+    """Warnings of three steps, behind the first two of which some ranks call state_dict()."""
+    log = Log()
+    logging.getLogger("pyzero").addHandler(log)
+    try:
+        model = build(torch.float32, 0)
+        optimizer = make("adamw", model, group, **options)
+        for number in range(3):
+            step(optimizer, model, number, 0, 1)
+            optimizer.full_state_dict(to=0)
+            if group.rank() in savers:
+                optimizer.state_dict()
+        return [line for line in log.lines if "state_dict" in line]
+    finally:
+        logging.getLogger("pyzero").removeHandler(log)
+
+
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"reduce_grads": False}], ids=str)
+def test_a_state_dict_of_some_ranks_is_warned_of_once(ranks, options):
+    first, *others = ranks.run(3, partly_saved, options, [0])
+    (line,) = first
+    assert "on some ranks only, and not on ranks [1, 2] of 3" in line and "pyzero.save_checkpoint()" in line
+    assert others == [[], []]
+    assert ranks.run(3, partly_saved, options, [0, 1, 2]) == [[], [], []]

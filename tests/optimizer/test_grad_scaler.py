@@ -238,3 +238,22 @@ def test_what_comes_between_unscale_and_step_is_of_unscaled_gradients(ranks, sta
             assert found["exp_avg"] == pytest.approx(grad * (0.75 if what == "twice" else 0.5), rel=1e-6), what
             if total is not None:
                 assert found["norm"] == pytest.approx(total, rel=1e-6), what
+
+
+def behind_a_step(group: Any, unscales: bool) -> float:
+    param, scaler = nn.Parameter(torch.ones(3)), gradscaler()
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group)
+    scaler.scale((param * 2).sum()).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    grad = optimizer.full_grad(param)
+    assert grad is not None and optimizer.grad_norm == pytest.approx(2 * 3**0.5)
+    return float(grad[0])
+
+
+def test_grad_behind_a_step_is_as_the_docs_say(ranks):
+    """On one rank `.grad` keeps the scale that nobody asked to be taken out: that would be a pass over all of them."""
+    assert ranks.run(1, behind_a_step, False) == [2 * SCALE]
+    assert ranks.run(1, behind_a_step, True) == [2.0]
+    assert ranks.run(2, behind_a_step, False) == ranks.run(2, behind_a_step, True) == [2.0, 2.0]

@@ -5,18 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from logs import Log
 from torch import nn
 
 import pyzero
-
-
-class Log(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname}: {record.getMessage()}")
 
 
 def bad_on_one_rank(group: Any, stage: int, dtype: torch.dtype, transport: str, bad_rank: int) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """DTensor parameters in unusual orders of ordinary calls, held against torch.optim.AdamW on one process."""
 
+import logging
 from typing import Any
 
 import parallel_case as case
 import pytest
 import torch
 import torch.distributed as dist
+from logs import Log
+from test_tensor_parallel import split, square
 from torch import nn
 
 import pyzero
+from pyzero.sharding.local_param import local_of
 
 
 def join_late(group: Any) -> dict[str, Any]:
@@ -196,3 +200,102 @@ def test_edits_between_clip_and_step_are_as_torchs(ranks, how):
             assert told == pytest.approx(norm, rel=1e-5)  # of before the clip
         for one, other in zip(weights, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def lines_of_skips(group: Any, kind: str, bad_rank: int) -> list[str]:
+    """Warnings of a step for which one rank's part of "blocks.1.up.weight" is NaN."""
+    log, model = Log(), case.Model()
+    if kind == "fully_shard":
+        case.fsdp(model, group)
+    else:
+        mesh = square()
+        split(model, mesh["tp"])
+        if kind == "both":
+            case.fsdp(model, mesh["dp"])
+    optimizer = pyzero.FusedZeroAdamW(model.named_parameters(), lr=case.LR, stage=1)
+    logging.getLogger("pyzero").addHandler(log)
+    try:
+        for is_bad in (False, True):
+            optimizer.zero_grad()
+            case.loss_of(model, case.batch(0)).backward()
+            if is_bad and dist.get_rank() == bad_rank:
+                local_of(model.blocks[1].up.weight.grad).view(-1)[0] = float("nan")
+            optimizer.step()
+        return log.lines
+    finally:
+        logging.getLogger("pyzero").removeHandler(log)
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["fully_shard", "both"])
+def test_the_first_rank_names_the_rank_whose_part_is_bad(ranks, kind, bad_rank):
+    (line,), *others = ranks.run(4, lines_of_skips, kind, bad_rank)
+    assert f"the gradient of blocks.1.up.weight, shape (12, 6), in the part of rank {bad_rank} (" in line
+    assert others == [[], [], []]
+
+
+def bad_of_four(group: Any) -> list[str]:
+    """Two ranks hold each part: rank 3's own gradient of its part is NaN."""
+    log, mesh = Log(), square()
+    model = split(case.Model(), mesh["tp"])
+    optimizer = pyzero.FusedZeroAdamW(model.named_parameters(), lr=case.LR)
+    if dist.get_rank() == 3:
+        model.blocks[1].up.weight.register_hook(lambda grad: grad * float("nan"))
+    logging.getLogger("pyzero").addHandler(log)
+    try:
+        case.loss_of(model, case.batch(0)).backward()
+        optimizer.step()
+        return log.lines
+    finally:
+        logging.getLogger("pyzero").removeHandler(log)
+
+
+def test_the_first_rank_names_the_rank_whose_own_gradient_is_bad(ranks):
+    (line,), *others = ranks.run(4, bad_of_four)
+    assert "the gradient of blocks.1.up.weight, shape (12, 6), in the part of rank 3 (" in line
+    assert others == [[], [], []]
+
+
+def mix_scales(group: Any, first: str, between: str, then: str) -> str:
+    """A backward in each manner, the second over one block alone where it says so; the message, if there is one."""
+    model = case.fsdp(case.Model(), group)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, loss_scale=8.0)
+
+    def run(how: str) -> None:
+        loss = case.loss_of(model, case.batch(0))
+        if how == "scaled":
+            optimizer.backward(loss)
+        else:
+            loss.backward()
+
+    run(first)
+    if between == "zero_grad":
+        model.zero_grad()
+    elif between == "zeros":
+        model.zero_grad(set_to_none=False)
+    elif between == "freeze":  # what has a gradient gets no more, and the rest its first
+        for param in model.blocks[0].parameters():
+            param.requires_grad_(False)
+        for name, param in model.named_parameters():
+            if not name.startswith("blocks.0"):
+                param.grad = None
+    try:
+        run(then)
+    except RuntimeError as error:
+        return str(error)
+    optimizer.step()
+    return f"{float(optimizer.grad_norm):.5f}"
+
+
+@pytest.mark.parametrize("between", ["", "freeze"])
+def test_a_plain_backward_on_scaled_gradients_is_refused(ranks, between):
+    for first, then in (("scaled", "plain"), ("plain", "scaled")):
+        for message in ranks.run(2, mix_scales, first, between, then):
+            assert "expected all gradients of one sum to carry the same loss scale" in message, (first, then)
+
+
+@pytest.mark.parametrize("between", ["zero_grad", "zeros"])
+def test_cleared_gradients_take_any_scale(ranks, between):
+    plain = ranks.run(2, mix_scales, "plain", between, "plain")
+    for first, then in (("scaled", "plain"), ("plain", "scaled"), ("scaled", "scaled")):
+        assert ranks.run(2, mix_scales, first, between, then) == plain, (first, then)

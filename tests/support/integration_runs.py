@@ -7,6 +7,7 @@ rank it goes on from what two ranks have left in FOLDER.
 import functools
 import importlib.util
 import json
+import logging
 import os
 import sys
 import traceback
@@ -65,6 +66,17 @@ def message_of(error, run):
     return None
 
 
+def warned(run, lines):
+    """What the run gives; adds pyzero's warnings to `lines`."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("pyzero").addHandler(handler)
+    try:
+        return run()
+    finally:
+        logging.getLogger("pyzero").removeHandler(handler)
+
+
 def trainer(folder):
     """Ours, resumed on as many ranks, beside transformers' own over DDP and torch's AdamW."""
     import transformers
@@ -84,7 +96,8 @@ def trainer(folder):
         "resumed": trained(folder / "ours", resume=str(folder / "ours" / "checkpoint-3"))[0],
         "torch": trained(folder / "torch", trainer_class=transformers.Trainer)[0],
         "from_torch": trained(folder / "torch", resume=str(folder / "torch" / "checkpoint-3"))[0],
-        "plain": trained(folder / "plain", trainer_class=plain)[0],
+        "plain": warned(lambda: trained(folder / "plain", trainer_class=plain)[0], lines := []),
+        "plain_warned": lines,
         "plain_resumed": message_of(
             ValueError,
             lambda: trained(folder / "plain", trainer_class=plain, resume=str(folder / "plain" / "checkpoint-3")),
@@ -103,6 +116,25 @@ def trainer_fp16(folder):
     logs, _ = trained(folder, dtype=torch.float16, trainer_class=kind)
     resume = str(folder / "checkpoint-3")
     return {"logs": logs, "resumed": trained(folder, dtype=torch.float16, trainer_class=kind, resume=resume)[0]}
+
+
+def trainer_bf16(folder):
+    """An inf in the second step's gradients, without a loss scale."""
+    import transformers
+
+    from pyzero.transformers import Trainer
+
+    class Spoil(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **others):
+            if state.global_step == 1:
+                self.hook = next(model.parameters()).register_hook(lambda grad: grad * float("inf"))
+
+        def on_step_end(self, args, state, control, **others):
+            if state.global_step == 2:
+                self.hook.remove()
+
+    kind = functools.partial(Trainer, callbacks=[Spoil()])
+    return {"logs": trained(folder / f"bf16_{SIZE}", dtype=torch.bfloat16, trainer_class=kind)[0]}
 
 
 def trainer_lora(folder):
@@ -280,6 +312,7 @@ def compiled(folder):
 RUNS = {  # the packages that each needs
     trainer: ("transformers", "accelerate"),
     trainer_fp16: ("transformers", "accelerate"),
+    trainer_bf16: ("transformers", "accelerate"),
     trainer_lora: ("transformers", "accelerate", "peft"),
     accelerate_loop: ("accelerate",),
     accelerate_plain: ("accelerate",),
