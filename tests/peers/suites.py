@@ -97,7 +97,9 @@ SUITES = (
                 r"test_grad_accumulation|test_scale_with_gradient_accumulation",
                 "bf16 micro-batches are summed in fp32, exactly so; the reference sums in bf16, and is 2.3 % off",
             ),
-            Difference("test_error_when_backward_without_scale|test_set_gradient_accumulation_boundary_rejected", _WORDS),
+            Difference(
+                "test_error_when_backward_without_scale|test_set_gradient_accumulation_boundary_rejected", _WORDS
+            ),
             Difference("test_scale_validates_scalar_loss", "scale() takes any tensor that backward can start at"),
         ),
     ),
