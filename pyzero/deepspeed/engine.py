@@ -20,7 +20,7 @@ from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
 from pyzero.deepspeed.weights import EngineWeights
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.modules import reshard
+from pyzero.sharding.modules import drop_unsent_gradients, has_unsent_gradients, reshard, without_gradient_sync
 
 log = logging.getLogger("pyzero")
 
@@ -62,6 +62,7 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self._stepped = False
         self._divides = False  # backward() divides the loss, which the hooks on outputs then leave alone
         self._in_step = False
+        self._has_been_quiet = False  # no_sync() since the last step
         self._num_backwards = 0  # since the last step
         self._loss_sum: Tensor | None = None  # of the divided losses since the last step
 
@@ -161,9 +162,15 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         """
         return self.optimizer.scale(loss)
 
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Backward in here sends nothing; see FusedZeroAdam.no_sync. In stage 3 each backward sends."""
-        return self.optimizer.no_sync()
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward in here sends nothing; see FusedZeroAdam.no_sync.
+
+        In stage 3 each rank keeps whole gradients meanwhile, and the last backward before step() must be outside.
+        """
+        self._has_been_quiet = True
+        with self.optimizer.no_sync(), without_gradient_sync(self.module):
+            yield
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
@@ -221,6 +228,12 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.micro_steps += 1
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
+        if self._has_been_quiet and has_unsent_gradients(self.module):
+            raise RuntimeError(
+                "expected a backward outside no_sync() before step() in stage 3, got gradients that no_sync() has kept "
+                "on each rank; run the last micro-batch's backward outside, or call zero_grad() to drop them"
+            )
+        self._has_been_quiet = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.global_steps += 1
@@ -252,6 +265,8 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's."""
+        if self._has_been_quiet:
+            drop_unsent_gradients(self.module)
         self.optimizer.zero_grad(set_to_none)
 
     # ---- what can be asked -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,11 +72,18 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
     from torch.distributed.fsdp import FSDPModule  # half a second
 
     for module in _living(FSDPModule):
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; 2.11 has one
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            for param in group.fsdp_params if group else ():
+        for group in _fsdp_groups(module):
+            for param in group.fsdp_params:
                 yield module, param
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """torch's own records of what one module of fully_shard gathers at once; none of another module."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; 2.11 has one
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group]
 
 
 def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
@@ -102,6 +110,40 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "_get_fsdp_state"):
             module.reshard()
+
+
+@contextmanager
+def without_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """Backward in here has modules of fully_shard keep whole gradients; the next one outside sends all."""
+    quieted: list[Any] = [  # not what a context around this one has
+        module for module in model.modules() if any(group.reduce_grads for group in _fsdp_groups(module))
+    ]
+    for module in quieted:
+        module.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in quieted:
+            module.set_requires_gradient_sync(True, recurse=False)
+
+
+def has_unsent_gradients(model: nn.Module) -> bool:
+    """Whether modules of fully_shard keep whole gradients."""
+    return any(_kept_gradients(model))
+
+
+def drop_unsent_gradients(model: nn.Module) -> None:
+    """Those that modules of fully_shard keep."""
+    for record in _kept_gradients(model):
+        record.unsharded_accumulated_grad = record.unsharded_param.grad = None
+
+
+def _kept_gradients(model: nn.Module) -> Iterator[Any]:
+    groups = (group for module in model.modules() for group in _fsdp_groups(module))
+    for record in (record for group in groups for record in group.fsdp_params):
+        if hasattr(record, "_unsharded_param"):  # gathered once
+            if record.unsharded_accumulated_grad is not None or record.unsharded_param.grad is not None:
+                yield record
 
 
 def find_roots(params: Collection[Tensor]) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """initialize() with stage 3: torch's fully_shard on the model's blocks, and all that the engine does, on shards."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +401,62 @@ def test_alone_nothing_is_sharded():
         },
     )[0]
     assert comm.get_world_size() == 1 and not hasattr(engine.module.first.weight, "device_mesh")
+
+
+def accumulate(group: Any, dtype: str, quiet: bool) -> tuple[list[torch.Tensor], list[float], int]:
+    """Two steps of three micro-batches, all but the last of each in no_sync() or none; and how often it reduces."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+
+    engine, norms, calls = start(3, dtype), [], []
+    reduce = fsdp.foreach_reduce
+    fsdp.foreach_reduce = lambda *args, **kwargs: (calls.append(1), reduce(*args, **kwargs))[1]
+    try:
+        for step in range(2):
+            for micro in range(3):
+                engine.set_gradient_accumulation_boundary(micro == 2)
+                x = case.batch(3 * step + micro).chunk(WORLD)[engine.dp_rank]
+                with engine.no_sync() if quiet and micro < 2 else contextlib.nullcontext():
+                    with engine.no_sync() if quiet and micro == 1 else contextlib.nullcontext():  # nested
+                        pass
+                    engine.backward(engine(x).float().sub(1).square().mean())
+                    engine.step()
+            norms.append(engine.get_global_grad_norm())
+    finally:
+        fsdp.foreach_reduce = reduce
+    return list(engine.get_fp32_state_dict().values()), norms, len(calls)
+
+
+@pytest.mark.parametrize("dtype", list(SECTIONS))
+def test_no_sync_reduces_once_a_step(ranks, dtype):
+    plain, plain_norms, often = ranks.run(WORLD, accumulate, dtype, False)[0]
+    assert often == 2 * 3 * 3  # two blocks and the rest
+    for weights, norms, num_calls in ranks.run(WORLD, accumulate, dtype, True):
+        assert num_calls == often // 3
+        assert norms == pytest.approx(plain_norms, rel=1e-5)  # fp32 sums in another order
+        for ours, wanted in zip(weights, plain, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-2 * case.LR)
+
+
+def left_unsent(group: Any) -> tuple[str, list[float]]:
+    """A step on gradients that no_sync() has kept, and one after they were cleared."""
+    message, found = "", []
+    for spoils in (True, False):
+        engine = start(3, "fp32")
+        engine.set_gradient_accumulation_boundary(True)
+        if spoils:
+            with engine.no_sync():
+                engine.backward(engine(case.batch(0)).sum())
+            with pytest.raises(RuntimeError) as caught:
+                engine.step()
+            message = str(caught.value)
+            engine.zero_grad()
+        engine.backward(engine(case.batch(1)).sum())
+        engine.step()
+        found.append(engine.get_global_grad_norm())
+    return message, found
+
+
+def test_a_step_on_what_no_sync_has_kept_is_refused(ranks):
+    for message, (after, alone) in ranks.run(WORLD, left_unsent):
+        assert "expected a backward outside no_sync() before step() in stage 3" in message
+        assert after == alone
