@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -90,3 +91,12 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"expected master of parameter 0 with shape \(17, 9\), got \(5,\)"):
         optimizer.load_state_dict(state)
     assert_equal(optimizer.full_state_dict(), before)
+
+
+def test_later_steps_leave_it_alone():
+    model = build(torch.float32, 0)
+    optimizer = make("adamw", model, None, stage=2)
+    whole = optimizer.full_state_dict()
+    before = copy.deepcopy(whole)
+    step(optimizer, model, 0, 0, 1)
+    assert_equal([whole], [before])
