@@ -146,7 +146,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._placement = Placement(
-            rule, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
+            rule, self._device, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
         )
         self._updater = ShardUpdater(rule, self._device, backend)
         self._max_grad_norm = max_grad_norm
@@ -193,6 +193,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
             return loss
         self._placement.follow_weights()
+        self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
         stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
         if outer is not None and isinstance(self._gradients, ReducedGradients):
             self._gradients.unscale(outer)
@@ -220,7 +221,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._grad_scaler_proxy.clear()
         self._last = LastStep(scalars.found_inf, norm, clip)
         self._overflow.after_step(self._scaler.state, stats, self._describe)
-        skips = self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
+        skips = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
@@ -404,7 +405,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _place(self, group_indices: Iterable[int]) -> None:
         """Move the trained parameters of these groups into buckets."""
-        for bucket in self._placement.add(self._param_groups, group_indices, self._device):
+        for bucket in self._placement.add(self._param_groups, group_indices):
             self._gradients.add(bucket, scales=self._scaler.enabled)
         self._reserve()
 

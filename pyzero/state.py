@@ -227,7 +227,7 @@ class StateAccess(FullAccess, Optimizer):
             others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        groups[0][rank_state.SCALER] = self._scaler.state.cpu()
+        groups[0][rank_state.SCALER] = self._scaler.state.to("cpu", copy=True)
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:

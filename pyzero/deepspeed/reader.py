@@ -57,13 +57,13 @@ def _read(config: Any) -> dict[str, Any]:
         )
     text = str(config)
     source = "config"
-    if not text.lstrip().startswith("{"):
+    if not _plain(text).lstrip().startswith("{"):
         source, path = text, Path(text)
         if not path.is_file():
             raise ValueError(
                 f"expected config as a dict, a path or JSON text, got {text!r}, which is no file; correct it"
             )
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark of the byte order
     try:
         values = json.loads(_plain(text), object_pairs_hook=_no_twins)
     except json.JSONDecodeError as error:

@@ -63,12 +63,24 @@ class Timer:
         self._begin = self._seconds = 0.0
 
     def start(self) -> None:
-        """From now on."""
+        """From now on.
+
+        Raises:
+            RuntimeError: It runs already.
+        """
+        if self.started:
+            raise RuntimeError("expected a timer that is stopped, got start() of one that runs; call stop() before")
         _wait_for_gpu()
         self.started, self._begin = True, time.perf_counter()
 
     def stop(self, reset: bool = False, record: bool = False) -> None:
-        """Add what has passed since `start`; reset: to nothing."""
+        """Add what has passed since `start`; reset: to nothing.
+
+        Raises:
+            RuntimeError: It does not run.
+        """
+        if not self.started:
+            raise RuntimeError("expected a timer that runs, got stop() of one that is stopped; call start() before")
         _wait_for_gpu()
         passed = time.perf_counter() - self._begin
         self.started, self._seconds = False, passed if reset else self._seconds + passed

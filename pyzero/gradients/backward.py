@@ -31,14 +31,15 @@ class GradientHooks:
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Watch these too."""
-        for param in params:
-            leaf = outer(param)
-            is_trained = leaf.requires_grad
-            node = get_gradient_edge(leaf.requires_grad_(True)).node
-            self._nodes.append(node)
-            self._handles.append(node.register_prehook(_before_hook(self._before, param)))
-            self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param)))
-            leaf.requires_grad_(is_trained)
+        with torch.inference_mode(False):  # which knows no nodes
+            for param in params:
+                leaf = outer(param)
+                is_trained = leaf.requires_grad
+                node = get_gradient_edge(leaf.requires_grad_(True)).node
+                self._nodes.append(node)
+                self._handles.append(node.register_prehook(_before_hook(self._before, param)))
+                self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param)))
+                leaf.requires_grad_(is_trained)
 
     def __del__(self) -> None:
         for handle in self._handles:

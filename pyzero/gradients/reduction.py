@@ -83,7 +83,7 @@ class ReducedGradients(Gradients):
         self._unsent_is_scaled = False
         self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
         self._clip: Tensor | None = None  # 0-D, of clip()
-        self._known_factor: tuple[tuple[Tensor, int, bool], Tensor] | None = None  # of the last call of scale
+        self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # of the last call of scale
 
         self._checked = False  # that no DistributedDataParallel reduces these gradients too
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
@@ -275,11 +275,12 @@ class ReducedGradients(Gradients):
         """0-D fp32; one object for calls with one tensor, as clip_grad_norm_ makes them, gradient by gradient."""
         if not isinstance(value, Tensor):
             return torch.tensor(1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
-        key = (value, value._version, inverse)
-        if self._known_factor is None or self._known_factor[0][0] is not value or self._known_factor[0][1:] != key[1:]:
+        key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
+        known = self._known_factor
+        if known is None or key is None or known[0] is not value or known[1] != key:
             factor = value.detach().reshape(()).to(self._device, torch.float32, copy=True)
-            self._known_factor = (key, factor.reciprocal() if inverse else factor)
-        return self._known_factor[1]
+            known = self._known_factor = (value, key, factor.reciprocal() if inverse else factor)
+        return known[2]
 
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
@@ -297,7 +298,7 @@ class ReducedGradients(Gradients):
             parts = [self._part(*self._records[record.param]) for record in self._by_number]
             norms = self._exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
             known = self._param_norms = (self._generation, norm_type, norms)
-        return known[2][record.number]
+        return known[2][record.number].clone()  # the caller may add to it
 
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
         """This rank's, empty where others count it."""
@@ -309,6 +310,9 @@ class ReducedGradients(Gradients):
 
     def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients."""
+        if torch.is_inference_mode_enabled():  # shards are written outside it too
+            with torch.inference_mode(False), torch.no_grad():
+                return self.collect(outer_found, purpose)
         self._take_outer_factor()
         self.finish_broken_round()
         self._observe_all()

@@ -41,8 +41,10 @@ class OverflowMonitor:
         self.num_in_a_row = 0  # skips, as far as this host knows
 
     def start_from(self, num_skipped: int) -> None:
-        """Do not warn of steps that were skipped before this run."""
+        """Do not warn of steps that were skipped before this run, and count those in a row anew."""
         self._num_warned_of = num_skipped
+        self.num_in_a_row = 0
+        self._under_way = False
 
     def after_step(self, state: Tensor, stats: GlobalGradStats, describe: Callable[[float], str]) -> None:
         """Copy, look at what has arrived, warn.
@@ -85,6 +87,7 @@ class OverflowMonitor:
             RuntimeError: Too many. The steps changed nothing.
         """
         if self._limit is not None and num_in_a_row >= self._limit:
+            self.num_in_a_row = 0  # who goes on in spite of it is told again after the next skip
             scale, where = float(self._values[_SCALE]), describe(float(self._first_bad.numpy()[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "

@@ -26,6 +26,7 @@ class Placement:
 
     Args:
         rule: Whose state it is.
+        device: Where parameters must lie.
         group: The ranks that share the state.
         state: The optimizer's, which shows each parameter's part.
         bucket_cap_bytes: Of weights in a bucket.
@@ -38,6 +39,7 @@ class Placement:
     def __init__(
         self,
         rule: UpdateRule,
+        device: torch.device,
         group: Group,
         state: MutableMapping[Tensor, Any],
         bucket_cap_bytes: int,
@@ -49,12 +51,13 @@ class Placement:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
-        self.steps = torch.empty(0)  # (num_params,) fp32: applied steps, bucket by bucket
+        self.steps = torch.empty(0, device=device)  # (num_params,) fp32: applied steps, bucket by bucket
         self._places: dict[Tensor, int] = {}  # the group of each parameter
         self._fsdp_modules: list[weakref.ref[Any]] = []  # that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
         self.has_stepped = False
         self.rule = rule
+        self._device = device
         self._group = group
         self._state = state
         self._bucket_cap_bytes = bucket_cap_bytes
@@ -141,7 +144,7 @@ class Placement:
         per_element = {slot.name: param.shape for slot in self.rule.slots if slot.elements_per_value == 1}
         return {MASTER: param.shape, **flat, **per_element}
 
-    def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], device: torch.device) -> list[Bucket]:
+    def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int]) -> list[Bucket]:
         """New buckets for these groups' trained parameters, which move in. Collective.
 
         Raises:
@@ -158,7 +161,7 @@ class Placement:
                 if not param.requires_grad:
                     frozen.append(param)
                 elif param not in self._places:
-                    check_device(param, device)
+                    check_device(param, self._device)
                     check_dtype(param, f"parameter {first + len(params)}")
                     key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
                     own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param

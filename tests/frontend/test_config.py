@@ -144,14 +144,21 @@ def test_torch_adam_beside_the_params():
         '{"train_batch_size": 8, // samples\n "fp16": {"enabled": true,},}',
         '{"train_batch_size": 8, /* {"fp16":\n 1 */ "fp16": {"enabled": true}}  # weights',
         '{"_comment": "of // # /* \\", } */", "train_batch_size": 8, "fp16": {"//": 1, "enabled": true, "comment": 2}}',
+        '// ours\n# ours\n/* ours */ {"train_batch_size": 8, "fp16": {"enabled": true}}',
     ],
-    ids=("lines", "block", "keys"),
+    ids=("lines", "block", "keys", "first"),
 )
 def test_comments(text):
     config = load(text)
     assert (config.train_batch_size, config.fp16.enabled) == (8, True) and list(keys.remarks(config)) == []
     with pytest.raises(ValueError, match="twice"):
         load('{"train_batch_size": 8, // one\n "train_batch_size": 8}')
+
+
+def test_a_file_of_an_editor_on_windows(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes('\ufeff{"train_batch_size": 8, // é\r\n}'.encode())
+    assert load(path).train_batch_size == 8
 
 
 def test_keys_without_quotes_where_hjson_is_installed():

@@ -73,6 +73,11 @@ def test_timers(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="pyzero"):
         clock.log(["forward", "backward"], normalizer=2.0)
     assert caplog.messages == ["time (ms) | forward: 375.00"] and clock("forward").elapsed() == 0.0
+    with pytest.raises(RuntimeError, match=r"got stop\(\) of one that is stopped; call start"):
+        clock("forward").stop()
+    clock("backward").started = True
+    with pytest.raises(RuntimeError, match=r"got start\(\) of one that runs; call stop"):
+        clock("backward").start()
 
 
 def store_on_nodes(group: Any, num_hosts: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 from typing import Any
@@ -118,3 +119,12 @@ def test_a_state_dict_of_some_ranks_is_warned_of_once(ranks, options):
     assert "on some ranks only, and not on ranks [1, 2] of 3" in line and "pyzero.save_checkpoint()" in line
     assert others == [[], []]
     assert ranks.run(3, partly_saved, options, [0, 1, 2]) == [[], [], []]
+
+
+def test_later_steps_leave_it_alone():
+    model = build(torch.float32, 0)
+    optimizer = make("adamw", model, None, stage=2)
+    whole = optimizer.full_state_dict()
+    before = copy.deepcopy(whole)
+    step(optimizer, model, 0, 0, 1)
+    assert_equal([whole], [before])

@@ -1,5 +1,6 @@
 """Skipped steps: who is told what, and when the run ends."""
 
+import copy
 import logging
 from typing import Any
 
@@ -107,6 +108,32 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(ranks, size):
         for words in ("3 steps in a row", "weight", "look at the loss", "max_consecutive_skips"):
             assert words in message
     assert ranks.run(size, until_it_ends, None, 10)[0][0] == 10
+
+
+def steps_after_the_end(group: Any, loads: bool) -> list[Any]:
+    """The limit is two skips; whoever goes on has good gradients, then a bad one."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, max_consecutive_skips=2)
+    good = copy.deepcopy(optimizer.state_dict())
+    applied: list[Any] = []
+    for factor in (float("nan"), float("nan"), 1.0, float("nan"), float("nan")):
+        optimizer.zero_grad()
+        (param * factor).sum().backward()
+        try:
+            optimizer.step()
+            applied.append(optimizer.was_step_applied)
+        except RuntimeError as error:
+            applied.append("2 steps in a row" in str(error))
+            if loads:
+                optimizer.load_state_dict(good)
+    return applied
+
+
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_goes_on_after_its_end(ranks, size, loads):
+    for applied in ranks.run(size, steps_after_the_end, loads):
+        assert applied == [False, True, True, False, True]  # the second and the last say what was wrong
 
 
 def test_skips_before_a_resume_are_no_news(caplog):

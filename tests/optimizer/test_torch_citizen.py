@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 from typing import Any
 
 import pytest
@@ -141,6 +142,13 @@ def test_hooks_of_all_optimizers_are_called():
     assert calls == ["before step", "after step"]
 
 
+def test_a_hook_that_a_closure_registers_is_called():
+    _, optimizer = lone(pyzero.FusedZeroAdam)
+    calls: list[str] = []
+    optimizer.step(lambda: optimizer.register_step_post_hook(lambda *_: calls.append("after step")))
+    assert calls == ["after step"]
+
+
 def test_a_load_hook_may_replace_what_is_loaded():
     params, optimizer = lone(pyzero.FusedZeroAdam)
     give_gradients(params, 0)
@@ -263,6 +271,35 @@ def test_compiled_models(ranks, stage):
         assert_same(eager, by_compiler)
 
 
+def test_a_step_that_is_called_from_compiled_code():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert optimizer.was_step_applied and optimizer.grad_norm > 0
+
+
+def in_inference_mode(group: Any, stage: int, enabled: bool) -> list[Tensor]:
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group, stage=stage, bucket_cap_mb=1e-3)
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=step == 1)
+        loss_of(model, micro_batch(step, 0)).backward()
+        with torch.inference_mode(enabled):
+            if step == 1:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5, foreach=False)
+            if step == 2:
+                optimizer.clip_grad_norm_(0.25)
+            optimizer.step()
+    return params_of(model)
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 1), (2, 1), (2, 2)])
+def test_steps_and_clipping_in_inference_mode(ranks, size, stage):
+    wanted = ranks.run(size, in_inference_mode, stage, False)[0]
+    for got in ranks.run(size, in_inference_mode, stage, True):
+        assert_same(got, wanted)
+
+
 def test_autocast():
     ours, theirs = build(torch.float32), build(torch.float32)
     left = pyzero.FusedZeroAdamW(ours.parameters(), lr=LR)
@@ -290,6 +327,20 @@ def test_profiler_ranges(ranks):
     wanted = {"Optimizer.step#FusedZeroAdamW.step", "pyzero::reduce_scatter", "pyzero::adam", "pyzero::all_gather"}
     for seen in ranks.run(2, ranges):
         assert wanted <= seen
+
+
+def test_profiler_of_all_threads():
+    from torch._C._profiler import _ExperimentalConfig
+
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    everyones = _ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=everyones) as profile:
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+    seen = {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#FusedZeroAdam.step", "pyzero::adam"} <= seen
 
 
 def test_weights_tied_after_construction():

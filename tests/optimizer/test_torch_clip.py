@@ -309,6 +309,21 @@ def test_norms_in_a_logger_are_of_the_mean_and_change_nothing(run, size, stage, 
         assert gradients == [2 * mean, None]
 
 
+def added_up_in_place(group: Any, stage: int) -> tuple[float, float]:
+    lines = Lines(group, stage)
+    lines.loss(lines.first, 1.0).backward()
+    total = lines.first.grad.norm()
+    before = float(total)
+    total += lines.first.grad.norm()
+    return before, float(lines.first.grad.norm())
+
+
+@STAGES
+def test_a_norm_is_the_callers_to_write(run, stage):
+    for before, after in run(2, added_up_in_place, stage):
+        assert before == after
+
+
 def asked_whether_finite(group: Any, stage: int, value: float) -> list[bool]:
     lines = Lines(group, stage)
     ours = value if lines.rank == lines.size - 1 else 1.0
