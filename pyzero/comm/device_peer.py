@@ -19,6 +19,7 @@ from torch import Tensor
 from pyzero.comm.group import Group, Work
 from pyzero.comm.host import HostError, find_hosts
 from pyzero.comm.transport import Exchange, Transport
+from pyzero.streams import on_stream
 
 _NUM_SLOTS = 2
 _SLOT_ALIGNMENT = 512  # bytes
@@ -166,7 +167,7 @@ class DevicePeerTransport(Transport):
         return self.group.launch("the all-gather of weights", lambda: self._gather(flat, shard))
 
     def _gather(self, flat: Tensor, shard: Tensor) -> _Done:
-        with self._on_own_stream(flat):
+        with on_stream(self._stream, flat):
             room = self.buffer(shard.numel(), shard.dtype, shard.device)
             room.copy_(shard)
             number = self._post()
@@ -175,17 +176,6 @@ class DevicePeerTransport(Transport):
                     there.copy_(self._slot(rank, number, 0, shard.numel(), shard.dtype))
             self._mark_read(number)
             return _Done(self._device)
-
-    @contextlib.contextmanager
-    def _on_own_stream(self, *used: Tensor) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        for tensor in used:
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
 
 
 class _Done:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import BucketGrads, ParamGrad
 from pyzero.gradients.source import is_set
 from pyzero.profiling import profile_range
+from pyzero.streams import on_stream
 
 _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
 
@@ -70,7 +70,7 @@ class BucketExchange:
             grads.apply_factors()
             self._wait_for_writers(grads)
             packed = grads.pack(self._transport.buffer(grads.bucket.layout.numel, dtype, self._device), left_out)
-            with self._on_side_stream(packed):
+            with on_stream(self._stream, packed):
                 exchange = self._transport.start(packed, what)
             self._in_flight.append(_InFlight(grads, exchange, scale, accumulate, stats))
             while len(self._in_flight) > _MAX_IN_FLIGHT and self._in_flight[0].exchange.work.is_done(_PATIENCE_S):
@@ -91,7 +91,7 @@ class BucketExchange:
 
     def _receive(self) -> None:
         grads, exchange, scale, accumulate, stats = self._in_flight.popleft()
-        with self._on_side_stream(stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
+        with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()
             was_set = is_set(grads.found_inf)
             grads.add(exchange.slices, scale, accumulate, stats)
@@ -111,15 +111,3 @@ class BucketExchange:
         for local in [record.local() for record in grads.records] if others else []:
             if local is not None:
                 local.record_stream(current)
-
-    @contextmanager
-    def _on_side_stream(self, *used: Tensor) -> Iterator[None]:
-        """After what the current stream has done."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        for tensor in used:
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield

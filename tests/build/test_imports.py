@@ -7,7 +7,7 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
-    {"ops", "memory", "profiling"},
+    {"ops", "memory", "profiling", "streams"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
     {"comm", "comm.futex", "comm.process"},
     {"comm.host"},
