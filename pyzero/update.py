@@ -40,9 +40,11 @@ class ShardUpdater:
         self._rule = rule
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
-        self._everyones = torch.empty(0)  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
+        self._everyones = torch.empty(
+            0, dtype=torch.float32
+        )  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
         self._used: list[Tensor] = []  # the same by bucket
-        self._out = torch.zeros(NUM_SCALARS, device=device)  # written by each step
+        self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
         self._scalars = StepScalars(self._out[:1], *self._out[1:].unbind())
 
     def begin(

@@ -196,7 +196,7 @@ def _flat_state(state: dict[str, Any], index: int, folder: Path) -> dict[str, Te
             f"optimizers cannot be taken over"
         )
     moments = {slot: saved[slot] if saved else torch.zeros_like(master) for slot in _SLOTS}  # no step taken yet: none
-    return {"master": master, **moments, "step": torch.tensor(float(step))}
+    return {"master": master, **moments, "step": torch.tensor(float(step), dtype=torch.float32)}
 
 
 def _groups(state: dict[str, Any], shapes: Sequence[Any], config: dict[str, Any]) -> list[ParamGroup]:

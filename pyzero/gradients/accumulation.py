@@ -267,7 +267,7 @@ class BucketGrads:
     def write(self, record: ParamGrad, value: Tensor) -> None:
         """(numel,) `value`, in memory order, for what is reduced of one gradient."""
         if self.shard is None:
-            self.shard = torch.zeros(self.bucket.layout.shard_numel, device=self.bucket.device)
+            self.shard = torch.zeros(self.bucket.layout.shard_numel, dtype=torch.float32, device=self.bucket.device)
         _, in_param = self.bucket.shard_part(record.position)
         self._fill(record, 0.0)
         self.part(record).copy_(value[in_param])

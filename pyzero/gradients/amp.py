@@ -26,7 +26,7 @@ class GradScalerProxy:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._param = Parameter(torch.zeros(2, device=device))
+        self._param = Parameter(torch.zeros(2, dtype=torch.float32, device=device))
         self.was_asked = False  # since the last step
 
     def groups(self, found_inf: Tensor) -> list[dict[str, Any]]:

@@ -303,7 +303,7 @@ class ReducedGradients(Gradients):
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
         """This rank's, empty where others count it."""
         if grads.shard is None or not grads.bucket.layout.counts(record.position):
-            return torch.empty(0, device=self._device)
+            return torch.empty(0, dtype=torch.float32, device=self._device)
         return grads.part(record)
 
     # ---- what a step asks ------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class OverflowMonitor:
         self._warns = warns
         self._num_warned_of = 0  # skipped steps
         self._on_gpu = device.type == "cuda"
-        self._state = torch.zeros(len(STATE_SLOTS), device="cpu", pin_memory=self._on_gpu)
+        self._state = torch.zeros(len(STATE_SLOTS), dtype=torch.float32, device="cpu", pin_memory=self._on_gpu)
         self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
         self._values = self._state.numpy()
         self._arrived = torch.cuda.Event() if self._on_gpu else None

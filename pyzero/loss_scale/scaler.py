@@ -91,7 +91,7 @@ class Scaler:
         self._no_rule = {**self._rule, "growth_factor": 1.0, "backoff_factor": 1.0}
         self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
         self.epoch = 0  # the scale is the same as long as this is
-        self.inv_scale = torch.empty((), device=device)  # 1 / scale; fixed between two updates
+        self.inv_scale = torch.empty((), dtype=torch.float32, device=device)  # 1 / scale; fixed between two updates
         self._refresh()
 
     def load(self, state: Tensor) -> None:

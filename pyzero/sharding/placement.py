@@ -51,7 +51,9 @@ class Placement:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
-        self.steps = torch.empty(0, device=device)  # (num_params,) fp32: applied steps, bucket by bucket
+        self.steps = torch.empty(
+            0, dtype=torch.float32, device=device
+        )  # (num_params,) fp32: applied steps, bucket by bucket
         self._places: dict[Tensor, int] = {}  # the group of each parameter
         self._fsdp_modules: list[weakref.ref[Any]] = []  # that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
@@ -206,7 +208,7 @@ class Placement:
     def _join_steps(self) -> None:
         """One tensor for the step counts of all buckets: a step counts them in one launch."""
         counts = [len(bucket.numbers) for bucket in self.buckets]
-        self.steps = torch.empty(sum(counts), device=self.buckets[0].device)
+        self.steps = torch.empty(sum(counts), dtype=torch.float32, device=self.buckets[0].device)
         for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
             bucket.keep_steps_in(steps)
             for param, step in zip(bucket.params, steps, strict=True):

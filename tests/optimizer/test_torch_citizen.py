@@ -413,17 +413,45 @@ def under_a_default_device(group: Any, stage: int) -> tuple[list[Tensor], list[T
     results = []
     for device in ("meta", "cpu"):
         model = build(torch.bfloat16)
-        losses = [loss_of(model, micro_batch(step, 0)) for step in range(1)]
+        loss = loss_of(model, micro_batch(0, 0))
         with torch.device(device):
-            optimizer = pyzero.FusedZeroAdamW(
-                model.parameters(), lr=1e-2, process_group=group, stage=stage, max_grad_norm=0.1, loss_scale=8.0
-            )
-            for loss in losses:
-                optimizer.backward(loss)
-                optimizer.clip_grad_norm_(1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            optimizer.load_state_dict(optimizer.state_dict())
-            optimizer.full_state(next(model.parameters()))
+            everything(model, loss, group, stage)
+        results.append(params_of(model))
+    return results[0], results[1]
+
+
+def everything(model: nn.Module, loss: Tensor, group: Any, stage: int) -> None:
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=1e-2, process_group=group, stage=stage, max_grad_norm=0.1, loss_scale=8.0
+    )
+    optimizer.backward(loss)
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = optimizer.full_state(param := next(model.parameters()))
+    optimizer.set_full_grad(param, state["exp_avg"])
+    assert optimizer.full_grad(param).dtype == torch.float32
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("size", "stage"), [(1, 1), (2, 1), (2, 2)])
+def test_a_default_dtype_does_not_matter(ranks, size, stage, dtype):
+    """Whoever calls torch.set_default_dtype means tensors of the model, not ours."""
+    for weights, plain in ranks.run(size, under_a_default_dtype, stage, dtype):
+        assert_same(weights, plain)
+
+
+def under_a_default_dtype(group: Any, stage: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    results = []
+    for chosen in (dtype, torch.float32):
+        model = build(torch.bfloat16)
+        loss = loss_of(model, micro_batch(0, 0))
+        torch.set_default_dtype(chosen)
+        try:
+            everything(model, loss, group, stage)
+        finally:
+            torch.set_default_dtype(torch.float32)
         results.append(params_of(model))
     return results[0], results[1]

@@ -204,7 +204,7 @@ class PipelineEngine(Engine):
 
     def _loss_of_all(self, loss: Tensor | None) -> Tensor:
         """The mean over the last stages, on every rank."""
-        mean = torch.zeros((), device=self.device) if loss is None else loss / self.dp_world_size
+        mean = torch.zeros((), dtype=torch.float32, device=self.device) if loss is None else loss / self.dp_world_size
         self._everyone.sum(mean, "the sum of losses")
         return mean
 
