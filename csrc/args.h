@@ -25,13 +25,22 @@ struct Buffer {
   int64_t numel = 0;
 };
 
+// The gradients of a shard: one over all of it, or several that lie apart; what none covers is left alone.
+struct ShardGrads {
+  std::vector<Buffer> tensors;   // of one dtype
+  std::vector<int64_t> offsets;  // into the shard, ascending, multiples of kSegmentGranule
+
+  DType dtype() const { return tensors.front().dtype; }
+  bool is_whole() const { return tensors.size() == 1 && offsets[0] == 0; }  // or the shard's beginning
+};
+
 struct AdamArgs {
   float* master;      // (numel,)
   float* exp_avg;     // (numel,)
   float* exp_avg_sq;  // (numel,)
-  Buffer grad;        // (numel,)
   Buffer param_out;   // (numel,), or no data
   int64_t numel;
+  ShardGrads grads;
   AdamHyper hyper;
   Scalar lr;
   Scalar step;  // device: (num_segments,)
@@ -46,9 +55,9 @@ struct AdamArgs {
 struct LionArgs {
   float* master;     // (numel,)
   float* exp_avg;    // (numel,)
-  Buffer grad;       // (numel,)
   Buffer param_out;  // (numel,), or no data
   int64_t numel;
+  ShardGrads grads;
   LionHyper hyper;
   Scalar lr;
   Scalar grad_scale;

@@ -59,17 +59,28 @@ inline void bind_rows(pybind11::module_& module) {
   });
 }
 
-// rows: master, exp_avg, exp_avg_sq, grad, and param_out where there is one.
-inline AdamArgs adam_args(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar step, PyScalar grad_scale,
-                          Address found_inf, Address segment_ids, Address active, int64_t num_segments) {
+// The last rows are the gradients, one per offset.
+inline ShardGrads shard_grads(const std::vector<Buffer>& tensors, const std::vector<int64_t>& offsets) {
+  return ShardGrads{std::vector<Buffer>(tensors.end() - int64_t(offsets.size()), tensors.end()), offsets};
+}
+
+// What lies between the states and the gradients.
+inline Buffer param_out(const std::vector<Buffer>& tensors, size_t num_states, size_t num_grads) {
+  return tensors.size() > num_states + num_grads ? tensors[num_states] : Buffer{};
+}
+
+// rows: master, exp_avg, exp_avg_sq, param_out where there is one, and the gradients.
+inline AdamArgs adam_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PyAdamHyper& hyper,
+                          PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf, Address segment_ids,
+                          Address active, int64_t num_segments) {
   const std::vector<Buffer> tensors = buffers(rows);
   AdamArgs args;
   args.master = static_cast<float*>(tensors.at(0).data);
   args.exp_avg = static_cast<float*>(tensors.at(1).data);
   args.exp_avg_sq = static_cast<float*>(tensors.at(2).data);
-  args.grad = tensors.at(3);
-  args.param_out = tensors.size() > 4 ? tensors[4] : Buffer{};
-  args.numel = args.grad.numel;
+  args.param_out = param_out(tensors, 3, offsets.size());
+  args.numel = tensors[0].numel;
+  args.grads = shard_grads(tensors, offsets);
   args.hyper = AdamHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper),
                          std::get<3>(hyper), std::get<4>(hyper), std::get<5>(hyper)};
   args.lr = scalar(lr);
@@ -82,16 +93,16 @@ inline AdamArgs adam_args(const PyRows& rows, const PyAdamHyper& hyper, PyScalar
   return args;
 }
 
-// rows: master, exp_avg, grad, and param_out where there is one.
-inline LionArgs lion_args(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale,
-                          Address found_inf, Address segment_ids, Address active) {
+// rows: master, exp_avg, param_out where there is one, and the gradients.
+inline LionArgs lion_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLionHyper& hyper,
+                          PyScalar lr, PyScalar grad_scale, Address found_inf, Address segment_ids, Address active) {
   const std::vector<Buffer> tensors = buffers(rows);
   LionArgs args;
   args.master = static_cast<float*>(tensors.at(0).data);
   args.exp_avg = static_cast<float*>(tensors.at(1).data);
-  args.grad = tensors.at(2);
-  args.param_out = tensors.size() > 3 ? tensors[3] : Buffer{};
-  args.numel = args.grad.numel;
+  args.param_out = param_out(tensors, 2, offsets.size());
+  args.numel = tensors[0].numel;
+  args.grads = shard_grads(tensors, offsets);
   args.hyper = LionHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper)};
   args.lr = scalar(lr);
   args.grad_scale = scalar(grad_scale);

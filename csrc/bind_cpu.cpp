@@ -15,16 +15,18 @@ using namespace pyzero;
 
 namespace {
 
-void adam(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar step, PyScalar grad_scale,
-          Address found_inf, Address segment_ids, Address active, int64_t num_segments, int num_threads) {
-  const AdamArgs args = adam_args(rows, hyper, lr, step, grad_scale, found_inf, segment_ids, active, num_segments);
+void adam(const PyRows& rows, const std::vector<int64_t>& offsets, const PyAdamHyper& hyper, PyScalar lr, PyScalar step,
+          PyScalar grad_scale, Address found_inf, Address segment_ids, Address active, int64_t num_segments,
+          int num_threads) {
+  const AdamArgs args =
+      adam_args(rows, offsets, hyper, lr, step, grad_scale, found_inf, segment_ids, active, num_segments);
   const py::gil_scoped_release release;
   cpu::adam(args, num_threads);
 }
 
-void lion(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale, Address found_inf,
-          Address segment_ids, Address active, int num_threads) {
-  const LionArgs args = lion_args(rows, hyper, lr, grad_scale, found_inf, segment_ids, active);
+void lion(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLionHyper& hyper, PyScalar lr,
+          PyScalar grad_scale, Address found_inf, Address segment_ids, Address active, int num_threads) {
+  const LionArgs args = lion_args(rows, offsets, hyper, lr, grad_scale, found_inf, segment_ids, active);
   const py::gil_scoped_release release;
   cpu::lion(args, num_threads);
 }

@@ -41,18 +41,18 @@ class DeviceGuard {
 
 cudaStream_t stream_of(Address handle) { return pointer<CUstream_st>(handle); }
 
-void adam_(const PyRows& rows, const PyAdamHyper& hyper, PyScalar lr, PyScalar step, PyScalar grad_scale,
-           Address found_inf, Address segment_ids, Address active, int64_t num_segments, Address workspace, int device,
-           Address stream) {
+void adam_(const PyRows& rows, const std::vector<int64_t>& offsets, const PyAdamHyper& hyper, PyScalar lr,
+           PyScalar step, PyScalar grad_scale, Address found_inf, Address segment_ids, Address active,
+           int64_t num_segments, Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::adam(adam_args(rows, hyper, lr, step, grad_scale, found_inf, segment_ids, active, num_segments),
+  cuda::adam(adam_args(rows, offsets, hyper, lr, step, grad_scale, found_inf, segment_ids, active, num_segments),
              pointer<AdamConstants>(workspace), stream_of(stream));
 }
 
-void lion_(const PyRows& rows, const PyLionHyper& hyper, PyScalar lr, PyScalar grad_scale, Address found_inf,
-           Address segment_ids, Address active, int device, Address stream) {
+void lion_(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLionHyper& hyper, PyScalar lr,
+           PyScalar grad_scale, Address found_inf, Address segment_ids, Address active, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::lion(lion_args(rows, hyper, lr, grad_scale, found_inf, segment_ids, active), stream_of(stream));
+  cuda::lion(lion_args(rows, offsets, hyper, lr, grad_scale, found_inf, segment_ids, active), stream_of(stream));
 }
 
 void unscale_(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,

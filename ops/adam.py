@@ -1,20 +1,22 @@
 """adam_: one fused pass of Adam or AdamW over a flat shard."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import check_per_segment, shard_rows
+from pyzero.ops.shard import check_per_segment, read_shard
 
-_NAMES = ("master", "exp_avg", "exp_avg_sq", "grad", "param_out")
+_NAMES = ("master", "exp_avg", "exp_avg_sq", "param_out")
 
 
 def adam_(
     master: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    grad: Tensor,
+    grad: Tensor | Sequence[Tensor],
     *,
     lr: Scalar,
     beta1: float,
@@ -29,6 +31,7 @@ def adam_(
     param_out: Tensor | None = None,
     segment_ids: Tensor | None = None,
     active: Tensor | None = None,
+    grad_offsets: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """Update `master`, `exp_avg` and `exp_avg_sq` in place by one step of Adam, in fp32.
@@ -40,7 +43,8 @@ def adam_(
         master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
         exp_avg: (numel,) fp32 first moment.
         exp_avg_sq: (numel,) fp32 second moment.
-        grad: (numel,) fp32, bf16 or fp16; read only.
+        grad: (numel,) fp32, bf16 or fp16; read only. Or a list of contiguous tensors of one of these dtypes and any
+            shape, each read where it is; elements that none of them covers are left alone.
         lr: Learning rate, a number or a 0-D tensor on the same device.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
@@ -55,6 +59,8 @@ def adam_(
         segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
             that start at a multiple of 16 bytes.
         active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
+        grad_offsets: Where each tensor of a list begins in `master`, in elements: ascending multiples of 64. Goes with
+            a list, and needs the other tensors to start at a multiple of 16 bytes.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
@@ -62,10 +68,9 @@ def adam_(
         ValueError: Shapes, devices, overlap or alignment that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
-    tensors = (
-        (master, exp_avg, exp_avg_sq, grad) if param_out is None else (master, exp_avg, exp_avg_sq, grad, param_out)
-    )
-    rows = shard_rows(_NAMES, tensors, 3, segment_ids, backend)
+    states = (master, exp_avg, exp_avg_sq)
+    shard = states if param_out is None else (*states, param_out)
+    grads, offsets, rows = read_shard(_NAMES, shard, 3, grad, grad_offsets, segment_ids, backend)
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
@@ -89,8 +94,9 @@ def adam_(
         master=master,
         exp_avg=exp_avg,
         exp_avg_sq=exp_avg_sq,
-        grad=grad,
         param_out=param_out,
+        grads=grads,
+        offsets=offsets,
         rows=rows,
         hyper=AdamHyper(beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize),
         lr=as_scalar("lr", lr, device),

@@ -34,9 +34,10 @@ class AdamArgs(NamedTuple):
     master: Tensor  # (numel,) fp32
     exp_avg: Tensor  # (numel,) fp32
     exp_avg_sq: Tensor  # (numel,) fp32
-    grad: Tensor  # (numel,) fp32, bf16 or fp16
     param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
-    rows: bytes  # of the five above, or four; none for the fp64 oracle
+    grads: Sequence[Tensor]  # contiguous, of one dtype, fp32, bf16 or fp16; what none of them covers is left alone
+    offsets: Sequence[int]  # element of the shard at which each begins, a multiple of SEGMENT_GRANULE
+    rows: bytes  # of all of the above, in this order; none for the fp64 oracle
     hyper: AdamHyper
     lr: Scalar
     step: Scalar  # counts from 1; (num_segments,) with segment_ids
@@ -60,9 +61,10 @@ class LionArgs(NamedTuple):
 
     master: Tensor  # (numel,) fp32
     exp_avg: Tensor  # (numel,) fp32
-    grad: Tensor  # (numel,) fp32, bf16 or fp16
     param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
-    rows: bytes  # of the four above, or three; none for the fp64 oracle
+    grads: Sequence[Tensor]  # contiguous, of one dtype, fp32, bf16 or fp16; what none of them covers is left alone
+    offsets: Sequence[int]  # element of the shard at which each begins, a multiple of SEGMENT_GRANULE
+    rows: bytes  # of all of the above, in this order; none for the fp64 oracle
     hyper: LionHyper
     lr: Scalar
     grad_scale: Scalar

@@ -1,6 +1,7 @@
 """What every op checks at the door: got, wanted, remedy, before anything is written."""
 
 from collections.abc import Iterable, Sequence
+from operator import add, gt
 
 import torch
 from torch import Tensor
@@ -69,6 +70,21 @@ def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
             f"pass one value for all elements"
         )
     return value.detach().reshape(()).to(torch.float32)
+
+
+def check_offsets(name: str, numel: int, counts: Sequence[int], offsets: Sequence[int]) -> None:
+    """Where tensors of `counts` elements go in a flat one of `numel`: side by side or apart, in order."""
+    if len(offsets) != len(counts):
+        raise ValueError(f"expected {len(counts)} offsets, one per tensor, got {len(offsets)}; pass one each")
+    ends = [0, *map(add, offsets, counts)]
+    if any(map(gt, ends, offsets)):
+        index = list(map(gt, ends, offsets)).index(True)
+        raise ValueError(
+            f"expected ascending offsets that do not overlap, got offsets[{index}]={offsets[index]} below "
+            f"{ends[index]}, where the tensor before ends; sort the tensors by offset"
+        )
+    if ends[-1] > numel:
+        raise ValueError(f"expected {name} of at least {ends[-1]} elements, got {numel}; make it larger")
 
 
 def is_vector(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> bool:

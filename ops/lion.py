@@ -1,19 +1,21 @@
 """lion_: one fused pass of Lion over a flat shard."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import LionArgs, LionHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import check_per_segment, shard_rows
+from pyzero.ops.shard import check_per_segment, read_shard
 
-_NAMES = ("master", "exp_avg", "grad", "param_out")
+_NAMES = ("master", "exp_avg", "param_out")
 
 
 def lion_(
     master: Tensor,
     exp_avg: Tensor,
-    grad: Tensor,
+    grad: Tensor | Sequence[Tensor],
     *,
     lr: Scalar,
     beta1: float,
@@ -25,6 +27,7 @@ def lion_(
     param_out: Tensor | None = None,
     segment_ids: Tensor | None = None,
     active: Tensor | None = None,
+    grad_offsets: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """Update `master` and `exp_avg` in place by one step of Lion, in fp32.
@@ -36,7 +39,7 @@ def lion_(
     Args:
         master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
         exp_avg: (numel,) fp32 moment.
-        grad: (numel,) fp32, bf16 or fp16; read only.
+        grad: (numel,) fp32, bf16 or fp16; read only. Or a list, as in adam_.
         lr: Learning rate, a number or a 0-D tensor on the same device.
         beta1: Weight of the moment in the update.
         beta2: Decay of the moment.
@@ -48,6 +51,7 @@ def lion_(
         segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
             that start at a multiple of 16 bytes. Matters where some segment is not active.
         active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
+        grad_offsets: Where each tensor of a list begins, as in adam_.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
@@ -55,8 +59,8 @@ def lion_(
         ValueError: Shapes, devices, overlap or alignment that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
-    tensors = (master, exp_avg, grad) if param_out is None else (master, exp_avg, grad, param_out)
-    rows = shard_rows(_NAMES, tensors, 2, segment_ids, backend)
+    shard = (master, exp_avg) if param_out is None else (master, exp_avg, param_out)
+    grads, offsets, rows = read_shard(_NAMES, shard, 2, grad, grad_offsets, segment_ids, backend)
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
@@ -68,8 +72,9 @@ def lion_(
     args = LionArgs(
         master=master,
         exp_avg=exp_avg,
-        grad=grad,
         param_out=param_out,
+        grads=grads,
+        offsets=offsets,
         rows=rows,
         hyper=LionHyper(beta1, beta2, weight_decay, maximize),
         lr=as_scalar("lr", lr, device),

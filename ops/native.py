@@ -143,6 +143,7 @@ class NativeBackend:
             workspace = self._adam_workspace(device, num_segments)
         self.module.adam_(
             args.rows,
+            args.offsets,
             args.hyper,
             _scalar(args.lr),
             _scalar(step),
@@ -158,6 +159,7 @@ class NativeBackend:
         """See `pyzero.ops.lion_`."""
         self.module.lion_(
             args.rows,
+            args.offsets,
             args.hyper,
             _scalar(args.lr),
             _scalar(args.grad_scale),

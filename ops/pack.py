@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from operator import add, gt
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from pyzero.ops.checks import (
     check_dtype,
     check_flat,
     check_gradients,
+    check_offsets,
 )
 from pyzero.ops.rows import FIRST_APART, FLOAT_DTYPES, checked_rows, numels, rows_of
 
@@ -47,7 +47,7 @@ def pack_(
     _, *counts = numels(rows)
     if offsets is None:
         offsets = list(accumulate(counts, initial=0))[:-1]
-    _check_offsets(bucket.numel(), counts, offsets)
+    check_offsets("a bucket", bucket.numel(), counts, offsets)
     if not tensors:
         return
     args = PackArgs(
@@ -67,17 +67,3 @@ def _explain(bucket: Tensor, tensors: Sequence[Tensor]) -> bytes:
     for index, tensor in enumerate(tensors):
         check_disjoint([("bucket", bucket), (f"tensors[{index}]", tensor)])
     return rows_of([bucket, *tensors])
-
-
-def _check_offsets(bucket_numel: int, counts: Sequence[int], offsets: Sequence[int]) -> None:
-    if len(offsets) != len(counts):
-        raise ValueError(f"expected {len(counts)} offsets, one per tensor, got {len(offsets)}; pass one each")
-    ends = [0, *map(add, offsets, counts)]
-    if any(map(gt, ends, offsets)):
-        index = list(map(gt, ends, offsets)).index(True)
-        raise ValueError(
-            f"expected ascending offsets that do not overlap, got offsets[{index}]={offsets[index]} below "
-            f"{ends[index]}, where the tensor before ends; sort the tensors by offset"
-        )
-    if ends[-1] > bucket_numel:
-        raise ValueError(f"expected a bucket of at least {ends[-1]} elements, got {bucket_numel}; make it larger")

@@ -1,30 +1,102 @@
-"""What adam_ and lion_ check of a flat shard: the tensors side by side, and the segments that they are cut into."""
+"""What adam_ and lion_ check of a flat shard: the tensors side by side, its gradients, its segments."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyzero.ops.backend import SEGMENT_GRANULE
-from pyzero.ops.checks import check_device, check_disjoint, check_dtype, check_flat, is_vector
-from pyzero.ops.rows import ALIGNED, ALIGNMENT_BYTES, APART, FLAT, FLOAT_DTYPES, checked_rows, rows_of
+from pyzero.ops.checks import (
+    check_device,
+    check_disjoint,
+    check_dtype,
+    check_flat,
+    check_gradients,
+    check_offsets,
+    is_vector,
+)
+from pyzero.ops.rows import (
+    ALIGNED,
+    ALIGNMENT_BYTES,
+    APART,
+    FLAT,
+    FLOAT_DTYPES,
+    checked_rows,
+    dtypes,
+    numels,
+    rows_of,
+)
+
+Read: TypeAlias = tuple[Sequence[Tensor], Sequence[int], bytes]  # gradients, their offsets, rows of shard and gradients
 
 
-def shard_rows(
-    names: Sequence[str], tensors: Sequence[Tensor], num_states: int, segment_ids: Tensor | None, backend: str
-) -> bytes:
-    """Rows of the checked tensors: `num_states` fp32 ones, the master first, then the gradient, then param_out or none.
+def read_shard(
+    names: Sequence[str],
+    shard: Sequence[Tensor],
+    num_states: int,
+    grad: Tensor | Sequence[Tensor],
+    grad_offsets: Sequence[int] | None,
+    segment_ids: Tensor | None,
+    backend: str,
+) -> Read:
+    """A checked shard: `num_states` fp32 tensors, the master first, then param_out or none; and its gradients.
 
-    With `segment_ids` they must start where a vector may, so that none straddles two segments. The reference also
-    computes in fp64, as an oracle: no rows then.
+    With `segment_ids` or a list of gradients all but these must start where a vector may, so that none straddles two
+    segments. The reference also computes in fp64, as an oracle: no rows then.
     """
-    rules = FLAT | APART if segment_ids is None else FLAT | APART | ALIGNED
-    rows = checked_rows(tensors, num_states, rules)
-    if rows is None:
-        rows = _explain(names, tensors, num_states, segment_ids, backend)
+    if isinstance(grad, Tensor):
+        if grad_offsets is not None:
+            raise ValueError("expected a list of gradients with grad_offsets, got a tensor; pass [grad], or no offsets")
+        grads: Sequence[Tensor] = (grad,)
+        offsets: Sequence[int] = (0,)
+        tensors = (*shard, grad)
+        rows = checked_rows(tensors, num_states, FLAT | APART if segment_ids is None else FLAT | APART | ALIGNED)
+        if rows is None:
+            rows = _explain((*names[: len(shard)], "grad"), tensors, num_states, segment_ids is not None, backend)
+    else:
+        grads = grad
+        offsets, rows = _read_list(names, shard, num_states, grads, grad_offsets, backend)
     if segment_ids is not None:
-        _check_segment_ids(segment_ids, tensors[0])
-    return rows
+        _check_segment_ids(segment_ids, shard[0])
+    return grads, offsets, rows
+
+
+def _read_list(
+    names: Sequence[str],
+    shard: Sequence[Tensor],
+    num_states: int,
+    grads: Sequence[Tensor],
+    offsets: Sequence[int] | None,
+    backend: str,
+) -> tuple[Sequence[int], bytes]:
+    if offsets is None:
+        raise ValueError(
+            "expected grad_offsets with a list of gradients, got none; pass the element at which each begins"
+        )
+    if checked_rows(shard, num_states, FLAT | APART | ALIGNED) is None:
+        _explain(names, shard, num_states, True, backend)
+    rows = checked_rows((*shard, *grads), num_states, APART)
+    if rows is None:
+        rows = _explain_grads(names, shard, grads)
+    kinds = set(dtypes(rows)[len(shard) :])
+    if len(kinds) > 1:
+        raise TypeError(f"expected gradients of one dtype, got {sorted(map(str, kinds))}; convert them, or pack_ them")
+    check_offsets("a shard", shard[0].numel(), numels(rows)[len(shard) :], offsets)
+    if any([offset % SEGMENT_GRANULE for offset in offsets]):
+        raise ValueError(
+            f"expected grad_offsets that are multiples of {SEGMENT_GRANULE}, got {list(offsets)[:10]}; lay the shard "
+            f"out so, or pack_ the gradients"
+        )
+    return offsets, rows
+
+
+def _explain_grads(names: Sequence[str], shard: Sequence[Tensor], grads: Sequence[Tensor]) -> bytes:
+    """Gradients may share memory with each other."""
+    check_gradients("grad", grads, shard[0].device)
+    for index, grad in enumerate(grads):
+        check_disjoint([*zip(names, shard, strict=False), (f"grad[{index}]", grad)])
+    return rows_of((*shard, *grads))
 
 
 def check_per_segment(name: str, tensor: Tensor, num_segments: int, device: torch.device) -> None:
@@ -49,9 +121,7 @@ def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:
     )
 
 
-def _explain(
-    names: Sequence[str], tensors: Sequence[Tensor], num_states: int, segment_ids: Tensor | None, backend: str
-) -> bytes:
+def _explain(names: Sequence[str], tensors: Sequence[Tensor], num_states: int, is_aligned: bool, backend: str) -> bytes:
     master = tensors[0]
     oracle = backend == "reference" and master.dtype == torch.float64
     state_dtypes = (torch.float64,) if oracle else (torch.float32,)
@@ -64,9 +134,9 @@ def _explain(
         check_flat(name, tensor, numel=master.numel())
         check_device(name, tensor, master.device)
     check_disjoint(named)
-    if segment_ids is not None and any(tensor.data_ptr() % ALIGNMENT_BYTES for tensor in tensors):
+    if is_aligned and any(tensor.data_ptr() % ALIGNMENT_BYTES for tensor in tensors):
         raise ValueError(
-            f"expected tensors that start at a multiple of {ALIGNMENT_BYTES} bytes with segment_ids, got one that "
-            f"does not; start each shard at a multiple of {SEGMENT_GRANULE} elements"
+            f"expected tensors that start at a multiple of {ALIGNMENT_BYTES} bytes with segment_ids or a list of "
+            f"gradients, got one that does not; start each shard at a multiple of {SEGMENT_GRANULE} elements"
         )
     return b"" if oracle else rows_of(tensors)

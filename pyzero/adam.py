@@ -10,7 +10,7 @@ from torch import Tensor
 from pyzero import ops
 from pyzero.arguments import check_betas, check_lr, check_not_negative, refuse_unsupported
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.update_rule import Cut, RunShard, StateSlot
+from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +30,7 @@ class AdamRule:
     name = "adam"
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
     cut = Cut.ANYWHERE
+    reads_lists = True
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
@@ -45,7 +46,7 @@ class AdamRule:
     def update(
         self,
         shard: RunShard,
-        grad: Tensor,
+        grad: Tensor | GradList,
         group: dict[str, Any],
         *,
         grad_scale: float | Tensor,
@@ -58,7 +59,7 @@ class AdamRule:
             shard.master,
             shard.state["exp_avg"],
             shard.state["exp_avg_sq"],
-            grad,
+            grad.tensors if isinstance(grad, GradList) else grad,
             lr=group["lr"],
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
@@ -72,6 +73,7 @@ class AdamRule:
             param_out=shard.weights,
             segment_ids=shard.segment_ids,
             active=used,
+            grad_offsets=grad.offsets if isinstance(grad, GradList) else None,
             backend=backend,
         )
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
-from pyzero.gradients.local import IN_PLACE_NUMEL
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
@@ -53,7 +52,7 @@ class _Plan:
     element_bytes: dict[Key, int]
     stage: int
     reduces: bool
-    on_gpu: bool
+    reads_lists: bool  # the rule
     shares_memory: bool
 
     def shared(self) -> int:
@@ -176,7 +175,7 @@ def _estimate(
     layouts = plan(specs, cap_bytes(bucket_cap_mb, num_ranks, on_gpu), num_ranks, cut=rule.cut)
     sizes = {key: size for size, key in keys.items()}
     shares_memory = num_ranks > 1 and not on_gpu and transport in ("auto", "peer")
-    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, on_gpu, shares_memory)
+    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, rule.reads_lists, shares_memory)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     sharded = sum(_sharded(layout, sizes[layout.key], rule.slots) for layout in layouts)
@@ -208,14 +207,10 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
     """(held after backward, the most at any moment), by walking through a round of buckets."""
     layouts = chosen.layouts
     all_grads = sum(chosen.grads(layout) for layout in layouts)
-    if not chosen.reduces:  # neighbours that are small are packed for the update, one span of a shard at a time
-        packed = [
-            (span.high - span.low) * chosen.element_bytes[layout.key]
-            for layout in layouts
-            for span in layout.grad_spans(0, IN_PLACE_NUMEL[chosen.on_gpu])
-            if span.position is None
-        ]
-        return all_grads, all_grads + max(packed, default=0)
+    if not chosen.reduces:  # a rule that reads no lists has them packed, one run of a shard at a time
+        bounds = [(layout, *layout.run_bounds(run, 0)) for layout in layouts for run in layout.runs]
+        packed = [(high - low) * chosen.element_bytes[layout.key] for layout, low, high in bounds]
+        return all_grads, all_grads + (0 if chosen.reads_lists else max(packed, default=0))
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]
     # Sent and received; in memory that is shared anyway nothing more.

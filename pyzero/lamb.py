@@ -28,6 +28,7 @@ class LambRule:
     name = "lamb"
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
     cut = Cut.WHOLE  # the norms are of whole parameters
+    reads_lists = False
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyzero import ops
 from pyzero.arguments import check_betas, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.update_rule import Cut, RunShard, StateSlot
+from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,6 +23,7 @@ class LionRule:
     name = "lion"
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"),)
     cut = Cut.ANYWHERE
+    reads_lists = True
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
@@ -33,7 +34,7 @@ class LionRule:
     def update(
         self,
         shard: RunShard,
-        grad: Tensor,
+        grad: Tensor | GradList,
         group: dict[str, Any],
         *,
         grad_scale: float | Tensor,
@@ -45,7 +46,7 @@ class LionRule:
         ops.lion_(
             shard.master,
             shard.state["exp_avg"],
-            grad,
+            grad.tensors if isinstance(grad, GradList) else grad,
             lr=group["lr"],
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
@@ -56,6 +57,7 @@ class LionRule:
             param_out=shard.weights,
             segment_ids=shard.segment_ids,
             active=used,
+            grad_offsets=grad.offsets if isinstance(grad, GradList) else None,
             backend=backend,
         )
 

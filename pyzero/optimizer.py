@@ -355,7 +355,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(self._group, self._exchange, self._device, backend)
+            return LocalGradients(self._group, self._exchange, self._device, backend, self._rule.reads_lists)
         options = ReductionOptions(overlap, self._grad_reduce_dtype)
         inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
         kind = OverlappedGradients if stage == 2 else ReducedGradients

@@ -13,7 +13,7 @@ from pyzero import ops
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.ops.step_scalars import NUM_SCALARS
 from pyzero.sharding.buckets import Bucket
-from pyzero.update_rule import UpdateRule
+from pyzero.update_rule import GradList, UpdateRule
 
 log = logging.getLogger("pyzero")
 
@@ -96,7 +96,7 @@ class ShardUpdater:
     def update(
         self,
         bucket: Bucket,
-        grads: Iterator[tuple[int, Tensor]],
+        grads: Iterator[tuple[int, Tensor | GradList]],
         param_groups: Sequence[dict[str, Any]],
         scalars: StepScalars,
     ) -> None:
@@ -104,13 +104,13 @@ class ShardUpdater:
 
         Args:
             bucket: Its shard is written: masters, weights, state.
-            grads: Pieces of its gradient: where each begins in the shard, and (n,) values.
+            grads: Its gradients: where each begins in the shard, and (n,) values, or those of one run as a list.
             param_groups: The optimizer's.
             scalars: What `begin` gave.
         """
         for begin, grad in grads:
             for shard in bucket.run_shards(begin, begin + grad.numel()):
-                is_all = shard.high - shard.low == grad.numel()
+                is_all = isinstance(grad, GradList) or shard.high - shard.low == grad.numel()
                 self._rule.update(
                     shard,
                     grad if is_all else grad[shard.low - begin : shard.high - begin],

@@ -5,16 +5,17 @@ Buckets, whole-tensor access, checkpoints, the estimate and step() go by a rule'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyzero.sharding.layout import GRANULE, Cut
 
-__all__ = ["Cut", "Part", "RunShard", "StateSlot", "UpdateRule"]
+__all__ = ["Cut", "GradList", "Part", "RunShard", "StateSlot", "UpdateRule"]
 
 
 class Values(Enum):
@@ -68,12 +69,25 @@ class RunShard:
     parts: tuple[Part, ...]
 
 
+class GradList(NamedTuple):
+    """The gradients of a RunShard, each where it is; what none of them covers is to be left alone."""
+
+    tensors: Sequence[Tensor]  # contiguous, in the parameters' dtype
+    offsets: Sequence[int]  # where each begins, in elements of the RunShard: ascending multiples of GRANULE
+    size: int  # elements of the RunShard
+
+    def numel(self) -> int:
+        """As a tensor's over all of it."""
+        return self.size
+
+
 class UpdateRule(Protocol):
     """One way of updating weights from gradients."""
 
     name: str  # of the range in a profile: pyzero::name
     slots: tuple[StateSlot, ...]
     cut: Cut
+    reads_lists: bool  # `update` takes a GradList too. Otherwise gradients are packed for it, where they lie apart
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a group's hyper-parameters are out of range. Called before each step: reads no GPU."""
@@ -81,7 +95,7 @@ class UpdateRule(Protocol):
     def update(
         self,
         shard: RunShard,
-        grad: Tensor,
+        grad: Any,
         group: dict[str, Any],
         *,
         grad_scale: float | Tensor,
@@ -93,7 +107,7 @@ class UpdateRule(Protocol):
 
         Args:
             shard: What to update.
-            grad: (high - low,) averaged over ranks, fp32 or in the parameters' dtype.
+            grad: (high - low,) averaged over ranks, fp32 or in the parameters' dtype; or a GradList.
             group: The hyper-parameters.
             grad_scale: Multiplies the gradient: loss scale and clipping. A number or a 0-D fp32 tensor.
             found_inf: (1,) fp32; where it is not zero nothing may be written.

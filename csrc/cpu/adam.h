@@ -11,7 +11,8 @@ namespace {
 // Traffic per element: master, exp_avg, exp_avg_sq read and written (24 B), grad read, param_out written: 28 B in fp32,
 // 28 B in 16 bits with 16-bit weights out.
 template <bool kCoupled>
-void adam_loop(const AdamArgs& args, const AdamConstants& constants, float grad_scale, int64_t begin, int64_t end) {
+void adam_loop(const AdamArgs& args, const GradSpan& span, const AdamConstants& constants, float grad_scale,
+               int64_t begin, int64_t end) {
   const AdamCoefficients c = adam_coefficients(args.hyper);
   const AdamConstants k = constants;
   float staged[kTile];
@@ -20,7 +21,7 @@ void adam_loop(const AdamArgs& args, const AdamConstants& constants, float grad_
     float* __restrict master = args.master + at;
     float* __restrict exp_avg = args.exp_avg + at;
     float* __restrict exp_avg_sq = args.exp_avg_sq + at;
-    const float* __restrict grad = fp32_span(args.grad, at, staged, count);
+    const float* __restrict grad = fp32_span(span.values, at - span.offset, staged, count);
 
     for (int64_t i = 0; i < count; ++i) {
       const AdamState before{master[i], exp_avg[i], exp_avg_sq[i]};
@@ -36,11 +37,12 @@ void adam_loop(const AdamArgs& args, const AdamConstants& constants, float grad_
   }
 }
 
-void adam(const AdamArgs& args, const AdamConstants& k, float grad_scale, int64_t begin, int64_t end) {
+void adam(const AdamArgs& args, const GradSpan& span, const AdamConstants& k, float grad_scale, int64_t begin,
+          int64_t end) {
   if (adam_is_coupled(args.hyper)) {
-    adam_loop<true>(args, k, grad_scale, begin, end);
+    adam_loop<true>(args, span, k, grad_scale, begin, end);
   } else {
-    adam_loop<false>(args, k, grad_scale, begin, end);
+    adam_loop<false>(args, span, k, grad_scale, begin, end);
   }
 }
 

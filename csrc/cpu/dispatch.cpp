@@ -109,12 +109,17 @@ void for_each_run(const Args& args, int64_t begin, int64_t end, const Body& body
   }
 }
 
-// body(segment, from, to) over a whole shard, on several threads; nothing where the overflow flag is set.
+// body(grad, segment, from, to) over all gradients of a shard, on several threads; nothing where the overflow flag is
+// set.
 template <typename Args, typename Body>
 void update_shard(const Args& args, int num_threads, const Body& body) {
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
-  parallel_for(num_chunks(args.numel), num_threads, [&](int64_t chunk) {
-    for_each_run(args, chunk * kChunk, std::min((chunk + 1) * kChunk, args.numel), body);
+  const ShardGrads& grads = args.grads;
+  for_each_chunk(grads.tensors, num_threads, GradStats{}, [&](int64_t which, int64_t begin, int64_t end) {
+    const GradSpan grad{grads.tensors[which], grads.offsets[which]};
+    for_each_run(args, grad.offset + begin, grad.offset + end,
+                 [&](int32_t segment, int64_t from, int64_t to) { body(grad, segment, from, to); });
+    return 0.0;
   });
 }
 
@@ -133,16 +138,17 @@ void adam(const AdamArgs& args, int num_threads) {
     constants.push_back(adam_constants(args.hyper, read(args.lr), static_cast<long long>(step)));
   }
   const float grad_scale = signed_grad_scale(args);
-  update_shard(args, num_threads, [&](int32_t segment, int64_t begin, int64_t end) {
-    kernels().adam(args, constants[segment], grad_scale, begin, end);
+  update_shard(args, num_threads, [&](const GradSpan& grad, int32_t segment, int64_t begin, int64_t end) {
+    kernels().adam(args, grad, constants[segment], grad_scale, begin, end);
   });
 }
 
 void lion(const LionArgs& args, int num_threads) {
   const LionConstants constants = lion_constants(args.hyper, read(args.lr));
   const float grad_scale = signed_grad_scale(args);
-  update_shard(args, num_threads,
-               [&](int32_t, int64_t begin, int64_t end) { kernels().lion(args, constants, grad_scale, begin, end); });
+  update_shard(args, num_threads, [&](const GradSpan& grad, int32_t, int64_t begin, int64_t end) {
+    kernels().lion(args, grad, constants, grad_scale, begin, end);
+  });
 }
 
 void unscale(const UnscaleArgs& args, int num_threads) {

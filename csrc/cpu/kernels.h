@@ -19,13 +19,20 @@ struct ReduceSpan {
   bool non_temporal;  // stores past the caches; never where the shard is read, too
 };
 
+struct GradSpan {
+  const Buffer& values;
+  int64_t offset;  // of the first in the shard
+};
+
 enum class Wanted { kNothing, kFlag, kSumsq };  // statistics of the values that a pass has stored
 
 struct KernelTable {
   const char* name;
-  // The elements [begin, end), which share the constants.
-  void (*adam)(const AdamArgs& args, const AdamConstants& constants, float grad_scale, int64_t begin, int64_t end);
-  void (*lion)(const LionArgs& args, const LionConstants& constants, float grad_scale, int64_t begin, int64_t end);
+  // The elements [begin, end), which share the constants and lie in one gradient.
+  void (*adam)(const AdamArgs& args, const GradSpan& grad, const AdamConstants& constants, float grad_scale,
+               int64_t begin, int64_t end);
+  void (*lion)(const LionArgs& args, const GradSpan& grad, const LionConstants& constants, float grad_scale,
+               int64_t begin, int64_t end);
   // dst[begin, end) = round(factor * src[begin, end)); dst may be src, or have no data: then the pass only reads.
   // Returns the sum of squares of what was stored where asked for, NaN or 0 where only the flag is: either is not
   // finite exactly where some value was not.

@@ -10,7 +10,8 @@ namespace {
 
 // Traffic per element: master and exp_avg read and written (16 B), grad read, param_out written: 20 B in 16 bits with
 // 16-bit weights out.
-void lion(const LionArgs& args, const LionConstants& constants, float grad_scale, int64_t begin, int64_t end) {
+void lion(const LionArgs& args, const GradSpan& span, const LionConstants& constants, float grad_scale, int64_t begin,
+          int64_t end) {
   const LionCoefficients c = lion_coefficients(args.hyper);
   const LionConstants k = constants;
   float staged[kTile];
@@ -18,7 +19,7 @@ void lion(const LionArgs& args, const LionConstants& constants, float grad_scale
     const int64_t count = end - at < kTile ? end - at : kTile;
     float* __restrict master = args.master + at;
     float* __restrict exp_avg = args.exp_avg + at;
-    const float* __restrict grad = fp32_span(args.grad, at, staged, count);
+    const float* __restrict grad = fp32_span(span.values, at - span.offset, staged, count);
 
     for (int64_t i = 0; i < count; ++i) {
       const LionState after = lion_element(LionState{master[i], exp_avg[i]}, grad[i], grad_scale, c, k);

@@ -2,8 +2,7 @@
 #include <type_traits>
 
 #include "../math/adam.h"
-#include "launch.cuh"
-#include "vector_io.cuh"
+#include "shard_grads.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -30,13 +29,12 @@ __global__ void __launch_bounds__(kThreads) adam_constants_kernel(const __grid_c
   params.table[i] = adam_constants(params.hyper, lr, static_cast<long long>(step));
 }
 
+template <int kCapacity>
 struct AdamParams {
   float* master;
   float* exp_avg;
   float* exp_avg_sq;
-  const void* grad;
   void* param_out;
-  Span span;
   AdamCoefficients coefficients;
   AdamConstants constants;
   const AdamConstants* table;  // (num_segments,), or null: `constants` are everyone's
@@ -45,13 +43,17 @@ struct AdamParams {
   const float* found_inf;
   const int32_t* segment_ids;
   const float* active;
+  ShardGradList<kCapacity> grads;
 };
 
-template <typename Grad, typename Out, bool kCoupled>
+// Elements are those of one gradient, numbered from its first.
+template <typename Grad, typename Out, bool kCoupled, typename Params>
 struct AdamBody {
   static constexpr bool kHasOut = !std::is_same<Out, NoOutput>::value;
 
-  const AdamParams& params;
+  const Params& params;
+  const Grad* grad;
+  int64_t offset;    // of the first in the shard
   float grad_scale;  // without the sign: nothing waits for it before the loads are under way
   float found_inf;
 
@@ -64,7 +66,7 @@ struct AdamBody {
   };
 
   __device__ __forceinline__ int segment_of(int64_t i) const {
-    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(i) / kSegmentGranule) : 0;
+    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(offset + i) / kSegmentGranule) : 0;
   }
 
   __device__ __forceinline__ bool is_active(int segment) const {
@@ -76,8 +78,9 @@ struct AdamBody {
   }
 
   __device__ __forceinline__ Inputs load(int64_t i) const {
-    return Inputs{segment_of(i), load_vector(params.master + i), load_vector(params.exp_avg + i),
-                  load_vector(params.exp_avg_sq + i), load_vector(static_cast<const Grad*>(params.grad) + i)};
+    const int64_t at = offset + i;
+    return Inputs{segment_of(i), load_vector(params.master + at), load_vector(params.exp_avg + at),
+                  load_vector(params.exp_avg_sq + at), load_vector(grad + i)};
   }
 
   // A vector never straddles two segments: kSegmentGranule is a multiple of its size, and with segments there is no
@@ -98,25 +101,26 @@ struct AdamBody {
       if constexpr (kHasOut) out.x[k] = from_float<Out>(now.master);
     }
 
-    store_vector(params.master + i, in.master);
-    store_vector(params.exp_avg + i, in.exp_avg);
-    store_vector(params.exp_avg_sq + i, in.exp_avg_sq);
-    if constexpr (kHasOut) store_vector(static_cast<Out*>(params.param_out) + i, out);
+    const int64_t at = offset + i;
+    store_vector(params.master + at, in.master);
+    store_vector(params.exp_avg + at, in.exp_avg);
+    store_vector(params.exp_avg_sq + at, in.exp_avg_sq);
+    if constexpr (kHasOut) store_vector(static_cast<Out*>(params.param_out) + at, out);
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
     const int segment = segment_of(i);
     if (!is_active(segment)) return;
-    const AdamState before{params.master[i], params.exp_avg[i], params.exp_avg_sq[i]};
-    const float grad = to_float(static_cast<const Grad*>(params.grad)[i]);
+    const int64_t at = offset + i;
+    const AdamState before{params.master[at], params.exp_avg[at], params.exp_avg_sq[at]};
 
-    const AdamState now =
-        adam_element<kCoupled>(before, grad, grad_scale * params.sign, params.coefficients, constants_of(segment));
+    const AdamState now = adam_element<kCoupled>(before, to_float(grad[i]), grad_scale * params.sign,
+                                                 params.coefficients, constants_of(segment));
 
-    params.master[i] = now.master;
-    params.exp_avg[i] = now.exp_avg;
-    params.exp_avg_sq[i] = now.exp_avg_sq;
-    if constexpr (kHasOut) static_cast<Out*>(params.param_out)[i] = from_float<Out>(now.master);
+    params.master[at] = now.master;
+    params.exp_avg[at] = now.exp_avg;
+    params.exp_avg_sq[at] = now.exp_avg_sq;
+    if constexpr (kHasOut) static_cast<Out*>(params.param_out)[at] = from_float<Out>(now.master);
   }
 };
 
@@ -124,50 +128,57 @@ constexpr int kAdamUnroll = 2;  // six loads of 16 bytes under way, and two of t
 
 // Bytes per element: 12 read + 12 written of state, gradient read, param_out written: 28 with bf16 in and out. Where
 // found_inf is set, what was read is dropped: to wait for it first would cost every other step.
-template <typename Grad, typename Out, bool kCoupled>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) adam_kernel(const __grid_constant__ AdamParams params) {
+template <typename Grad, typename Out, bool kCoupled, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    adam_kernel(const __grid_constant__ AdamParams<kCapacity> params) {
   const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
-  const AdamBody<Grad, Out, kCoupled> body{params, read(params.grad_scale), found_inf};
-  visit_chunk<kAdamUnroll>(params.span, blockIdx.x, body);
+  unsigned chunk;
+  const ShardGrad& grad = find_grad(params.grads, chunk);
+  const AdamBody<Grad, Out, kCoupled, AdamParams<kCapacity>> body{params, static_cast<const Grad*>(grad.data),
+                                                                  kCapacity == 1 ? 0 : grad.offset,
+                                                                  read(params.grad_scale), found_inf};
+  visit_chunk<kAdamUnroll>(grad.span, chunk, body);
 }
 
-using Kernel = void (*)(AdamParams);
+template <int kCapacity>
+using Kernel = void (*)(AdamParams<kCapacity>);
 
-template <typename Grad, typename Out>
-Kernel pick(bool coupled) {
-  return coupled ? Kernel(adam_kernel<Grad, Out, true>) : Kernel(adam_kernel<Grad, Out, false>);
+template <typename Grad, typename Out, int kCapacity>
+Kernel<kCapacity> pick(bool coupled) {
+  return coupled ? adam_kernel<Grad, Out, true, kCapacity> : adam_kernel<Grad, Out, false, kCapacity>;
 }
 
-template <typename Grad>
-Kernel pick(const Buffer& param_out, bool coupled) {
-  if (param_out.data == nullptr) return pick<Grad, NoOutput>(coupled);
+template <typename Grad, int kCapacity>
+Kernel<kCapacity> pick(const Buffer& param_out, bool coupled) {
+  if (param_out.data == nullptr) return pick<Grad, NoOutput, kCapacity>(coupled);
   switch (param_out.dtype) {
     case DType::kFloat32:
-      return pick<Grad, float>(coupled);
+      return pick<Grad, float, kCapacity>(coupled);
     case DType::kBFloat16:
-      return pick<Grad, BFloat16>(coupled);
+      return pick<Grad, BFloat16, kCapacity>(coupled);
     default:
-      return pick<Grad, Float16>(coupled);
+      return pick<Grad, Float16, kCapacity>(coupled);
   }
 }
 
-Kernel pick(const AdamArgs& args) {
+template <int kCapacity>
+Kernel<kCapacity> pick(const AdamArgs& args) {
   const bool coupled = adam_is_coupled(args.hyper);
-  switch (args.grad.dtype) {
+  switch (args.grads.dtype()) {
     case DType::kFloat32:
-      return pick<float>(args.param_out, coupled);
+      return pick<float, kCapacity>(args.param_out, coupled);
     case DType::kBFloat16:
-      return pick<BFloat16>(args.param_out, coupled);
+      return pick<BFloat16, kCapacity>(args.param_out, coupled);
     default:
-      return pick<Float16>(args.param_out, coupled);
+      return pick<Float16, kCapacity>(args.param_out, coupled);
   }
 }
 
-Span adam_span(const AdamArgs& args) {
-  const Operand master{args.master, DType::kFloat32};
-  const Operand out = args.param_out.data != nullptr ? Operand{args.param_out.data, args.param_out.dtype} : master;
-  return span_of(args.numel, {master, Operand{args.exp_avg, DType::kFloat32}, Operand{args.exp_avg_sq, DType::kFloat32},
-                              Operand{args.grad.data, args.grad.dtype}, out});
+std::vector<Operand> operands_of(const AdamArgs& args) {
+  std::vector<Operand> operands{Operand{args.master, DType::kFloat32}, Operand{args.exp_avg, DType::kFloat32},
+                                Operand{args.exp_avg_sq, DType::kFloat32}};
+  if (args.param_out.data != nullptr) operands.push_back(Operand{args.param_out.data, args.param_out.dtype});
+  return operands;
 }
 
 void fill_constants(const AdamArgs& args, AdamConstants* table, cudaStream_t stream) {
@@ -176,29 +187,38 @@ void fill_constants(const AdamArgs& args, AdamConstants* table, cudaStream_t str
   launch(adam_constants_kernel, params, int((args.num_segments + kThreads - 1) / kThreads), stream);
 }
 
-}  // namespace
-
-void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream) {
-  if (args.numel == 0) return;
-  const bool on_device = args.lr.device != nullptr || args.step.device != nullptr;
-  if (on_device) fill_constants(args, constants, stream);
-
-  AdamParams params{};
+template <int kCapacity>
+void launch_adam(const AdamArgs& args, const AdamConstants* table, cudaStream_t stream) {
+  AdamParams<kCapacity> params;
   params.master = args.master;
   params.exp_avg = args.exp_avg;
   params.exp_avg_sq = args.exp_avg_sq;
-  params.grad = args.grad.data;
   params.param_out = args.param_out.data;
-  params.span = adam_span(args);
   params.coefficients = adam_coefficients(args.hyper);
-  if (!on_device) params.constants = adam_constants(args.hyper, args.lr.value, static_cast<long long>(args.step.value));
-  params.table = on_device ? constants : nullptr;
+  params.constants = AdamConstants{};
+  if (!table) params.constants = adam_constants(args.hyper, args.lr.value, static_cast<long long>(args.step.value));
+  params.table = table;
   params.grad_scale = device_scalar(args.grad_scale);
   params.sign = args.hyper.maximize ? -1.0f : 1.0f;
   params.found_inf = args.found_inf;
   params.segment_ids = args.segment_ids;
   params.active = args.active;
-  launch(pick(args), params, int(num_chunks(params.span, kChunk<kAdamUnroll>)), stream);
+  for_each_launch(args.grads, operands_of(args), kChunk<kAdamUnroll>, params.grads,
+                  [&](int num_blocks) { launch(pick<kCapacity>(args), params, num_blocks, stream); });
+}
+
+}  // namespace
+
+void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream) {
+  if (args.numel == 0 || args.grads.tensors.empty()) return;
+  const bool on_device = args.lr.device != nullptr || args.step.device != nullptr;
+  if (on_device) fill_constants(args, constants, stream);
+  const AdamConstants* table = on_device ? constants : nullptr;
+  if (args.grads.is_whole()) {
+    launch_adam<1>(args, table, stream);
+  } else {
+    launch_adam<kManyGrads>(args, table, stream);
+  }
 }
 
 }  // namespace cuda

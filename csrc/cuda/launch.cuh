@@ -24,6 +24,22 @@ void launch(void (*kernel)(Params), const Params& params, int num_blocks, cudaSt
   check(cudaLaunchKernelEx(&config, kernel, params), "launching a kernel");
 }
 
+// Of a list among a kernel's parameters, the item that a chunk belongs to: the last one that starts at or before it.
+template <typename List>
+__device__ __forceinline__ int find_item(const List& list, unsigned chunk) {
+  int low = 0;
+  int high = list.num_items;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (list.first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // A number known at launch, or an fp32 value on the device.
 struct DeviceScalar {
   float value;

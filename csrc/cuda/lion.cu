@@ -2,8 +2,7 @@
 #include <type_traits>
 
 #include "../math/lion.h"
-#include "launch.cuh"
-#include "vector_io.cuh"
+#include "shard_grads.cuh"
 
 namespace pyzero {
 namespace cuda {
@@ -11,12 +10,11 @@ namespace {
 
 struct NoOutput {};  // instead of param_out's type
 
+template <int kCapacity>
 struct LionParams {
   float* master;
   float* exp_avg;
-  const void* grad;
   void* param_out;
-  Span span;
   LionHyper hyper;
   LionCoefficients coefficients;
   LionConstants constants;  // where lr is a number
@@ -26,13 +24,17 @@ struct LionParams {
   const float* found_inf;
   const int32_t* segment_ids;
   const float* active;
+  ShardGradList<kCapacity> grads;
 };
 
-template <typename Grad, typename Out>
+// Elements are those of one gradient, numbered from its first.
+template <typename Grad, typename Out, typename Params>
 struct LionBody {
   static constexpr bool kHasOut = !std::is_same<Out, NoOutput>::value;
 
-  const LionParams& params;
+  const Params& params;
+  const Grad* grad;
+  int64_t offset;    // of the first in the shard
   float grad_scale;  // without the sign: nothing waits for it before the loads are under way
   float found_inf;
   LionConstants constants;
@@ -45,7 +47,7 @@ struct LionBody {
   };
 
   __device__ __forceinline__ int segment_of(int64_t i) const {
-    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(i) / kSegmentGranule) : 0;
+    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(offset + i) / kSegmentGranule) : 0;
   }
 
   __device__ __forceinline__ bool is_active(int segment) const {
@@ -53,8 +55,9 @@ struct LionBody {
   }
 
   __device__ __forceinline__ Inputs load(int64_t i) const {
-    return Inputs{segment_of(i), load_vector(params.master + i), load_vector(params.exp_avg + i),
-                  load_vector(static_cast<const Grad*>(params.grad) + i)};
+    const int64_t at = offset + i;
+    return Inputs{segment_of(i), load_vector(params.master + at), load_vector(params.exp_avg + at),
+                  load_vector(grad + i)};
   }
 
   // A vector never straddles two segments: kSegmentGranule is a multiple of its size, and with segments there is no
@@ -72,21 +75,23 @@ struct LionBody {
       if constexpr (kHasOut) out.x[k] = from_float<Out>(now.master);
     }
 
-    store_vector(params.master + i, in.master);
-    store_vector(params.exp_avg + i, in.exp_avg);
-    if constexpr (kHasOut) store_vector(static_cast<Out*>(params.param_out) + i, out);
+    const int64_t at = offset + i;
+    store_vector(params.master + at, in.master);
+    store_vector(params.exp_avg + at, in.exp_avg);
+    if constexpr (kHasOut) store_vector(static_cast<Out*>(params.param_out) + at, out);
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
     if (!is_active(segment_of(i))) return;
-    const LionState before{params.master[i], params.exp_avg[i]};
-    const float grad = to_float(static_cast<const Grad*>(params.grad)[i]);
+    const int64_t at = offset + i;
+    const LionState before{params.master[at], params.exp_avg[at]};
 
-    const LionState now = lion_element(before, grad, grad_scale * params.sign, params.coefficients, constants);
+    const LionState now =
+        lion_element(before, to_float(grad[i]), grad_scale * params.sign, params.coefficients, constants);
 
-    params.master[i] = now.master;
-    params.exp_avg[i] = now.exp_avg;
-    if constexpr (kHasOut) static_cast<Out*>(params.param_out)[i] = from_float<Out>(now.master);
+    params.master[at] = now.master;
+    params.exp_avg[at] = now.exp_avg;
+    if constexpr (kHasOut) static_cast<Out*>(params.param_out)[at] = from_float<Out>(now.master);
   }
 };
 
@@ -94,58 +99,63 @@ constexpr int kLionUnroll = 2;  // four loads of 16 bytes under way, and two of 
 
 // Bytes per element: 8 read + 8 written of state, gradient read, param_out written: 20 with bf16 in and out. Where
 // found_inf is set, what was read is dropped, as in adam.cu.
-template <typename Grad, typename Out>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) lion_kernel(const __grid_constant__ LionParams params) {
+template <typename Grad, typename Out, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    lion_kernel(const __grid_constant__ LionParams<kCapacity> params) {
   const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
   const LionConstants constants =
       params.lr_device != nullptr ? lion_constants(params.hyper, double(*params.lr_device)) : params.constants;
-  const LionBody<Grad, Out> body{params, read(params.grad_scale), found_inf, constants};
-  visit_chunk<kLionUnroll>(params.span, blockIdx.x, body);
+  unsigned chunk;
+  const ShardGrad& grad = find_grad(params.grads, chunk);
+  const LionBody<Grad, Out, LionParams<kCapacity>> body{params,
+                                                        static_cast<const Grad*>(grad.data),
+                                                        kCapacity == 1 ? 0 : grad.offset,
+                                                        read(params.grad_scale),
+                                                        found_inf,
+                                                        constants};
+  visit_chunk<kLionUnroll>(grad.span, chunk, body);
 }
 
-using Kernel = void (*)(LionParams);
+template <int kCapacity>
+using Kernel = void (*)(LionParams<kCapacity>);
 
-template <typename Grad>
-Kernel pick(const Buffer& param_out) {
-  if (param_out.data == nullptr) return lion_kernel<Grad, NoOutput>;
+template <typename Grad, int kCapacity>
+Kernel<kCapacity> pick(const Buffer& param_out) {
+  if (param_out.data == nullptr) return lion_kernel<Grad, NoOutput, kCapacity>;
   switch (param_out.dtype) {
     case DType::kFloat32:
-      return lion_kernel<Grad, float>;
+      return lion_kernel<Grad, float, kCapacity>;
     case DType::kBFloat16:
-      return lion_kernel<Grad, BFloat16>;
+      return lion_kernel<Grad, BFloat16, kCapacity>;
     default:
-      return lion_kernel<Grad, Float16>;
+      return lion_kernel<Grad, Float16, kCapacity>;
   }
 }
 
-Kernel pick(const LionArgs& args) {
-  switch (args.grad.dtype) {
+template <int kCapacity>
+Kernel<kCapacity> pick(const LionArgs& args) {
+  switch (args.grads.dtype()) {
     case DType::kFloat32:
-      return pick<float>(args.param_out);
+      return pick<float, kCapacity>(args.param_out);
     case DType::kBFloat16:
-      return pick<BFloat16>(args.param_out);
+      return pick<BFloat16, kCapacity>(args.param_out);
     default:
-      return pick<Float16>(args.param_out);
+      return pick<Float16, kCapacity>(args.param_out);
   }
 }
 
-Span lion_span(const LionArgs& args) {
-  const Operand master{args.master, DType::kFloat32};
-  const Operand out = args.param_out.data != nullptr ? Operand{args.param_out.data, args.param_out.dtype} : master;
-  return span_of(args.numel,
-                 {master, Operand{args.exp_avg, DType::kFloat32}, Operand{args.grad.data, args.grad.dtype}, out});
+std::vector<Operand> operands_of(const LionArgs& args) {
+  std::vector<Operand> operands{Operand{args.master, DType::kFloat32}, Operand{args.exp_avg, DType::kFloat32}};
+  if (args.param_out.data != nullptr) operands.push_back(Operand{args.param_out.data, args.param_out.dtype});
+  return operands;
 }
 
-}  // namespace
-
-void lion(const LionArgs& args, cudaStream_t stream) {
-  if (args.numel == 0) return;
-  LionParams params{};
+template <int kCapacity>
+void launch_lion(const LionArgs& args, cudaStream_t stream) {
+  LionParams<kCapacity> params;
   params.master = args.master;
   params.exp_avg = args.exp_avg;
-  params.grad = args.grad.data;
   params.param_out = args.param_out.data;
-  params.span = lion_span(args);
   params.hyper = args.hyper;
   params.coefficients = lion_coefficients(args.hyper);
   params.constants = lion_constants(args.hyper, args.lr.value);
@@ -155,7 +165,19 @@ void lion(const LionArgs& args, cudaStream_t stream) {
   params.found_inf = args.found_inf;
   params.segment_ids = args.segment_ids;
   params.active = args.active;
-  launch(pick(args), params, int(num_chunks(params.span, kChunk<kLionUnroll>)), stream);
+  for_each_launch(args.grads, operands_of(args), kChunk<kLionUnroll>, params.grads,
+                  [&](int num_blocks) { launch(pick<kCapacity>(args), params, num_blocks, stream); });
+}
+
+}  // namespace
+
+void lion(const LionArgs& args, cudaStream_t stream) {
+  if (args.numel == 0 || args.grads.tensors.empty()) return;
+  if (args.grads.is_whole()) {
+    launch_lion<1>(args, stream);
+  } else {
+    launch_lion<kManyGrads>(args, stream);
+  }
 }
 
 }  // namespace cuda

@@ -30,21 +30,6 @@ struct ListParams {
   ListItem items[kListCapacity];
 };
 
-// The item that a chunk belongs to: the last one that starts at or before it.
-__device__ __forceinline__ int find_item(const ListParams& params, unsigned chunk) {
-  int low = 0;
-  int high = params.num_items;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (params.first_chunk[middle] <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // visit(item, chunk within the item) for each chunk of the block's run.
 template <typename Visit>
 __device__ __forceinline__ void for_each_chunk(const ListParams& params, const Visit& visit) {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, AdamHyper
+from pyzero.ops.reference.parts import each_grad
 from pyzero.ops.reference.scalars import round_to, scalar
 
 _MAX_STEP_BITS = 31
@@ -13,6 +14,11 @@ _MAX_STEP_BITS = 31
 
 def adam_(args: AdamArgs) -> None:
     """See `pyzero.ops.adam_`."""
+    for grad, part in each_grad(args):
+        _update(part, grad)
+
+
+def _update(args: AdamArgs, grad: Tensor) -> None:
     master, hyper, dtype = args.master, args.hyper, args.master.dtype
     step_size, inv_sqrt_bc2, decay = _constants(hyper, args.lr, args.step, dtype)
     keep = torch.zeros((), dtype=torch.bool, device=master.device)
@@ -24,7 +30,7 @@ def adam_(args: AdamArgs) -> None:
         if args.active is not None:
             keep = keep | (args.active[of_element] == 0)
 
-    g = args.grad.to(dtype) * scalar(args.grad_scale, dtype)
+    g = grad.to(dtype) * scalar(args.grad_scale, dtype)
     if hyper.maximize:
         g = -g
     p = master

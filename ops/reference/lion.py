@@ -4,11 +4,17 @@ import torch
 from torch import Tensor
 
 from pyzero.ops.backend import SEGMENT_GRANULE, LionArgs
+from pyzero.ops.reference.parts import each_grad
 from pyzero.ops.reference.scalars import round_to, scalar
 
 
 def lion_(args: LionArgs) -> None:
     """See `pyzero.ops.lion_`."""
+    for grad, part in each_grad(args):
+        _update(part, grad)
+
+
+def _update(args: LionArgs, grad: Tensor) -> None:
     master, hyper, dtype = args.master, args.hyper, args.master.dtype
     keep = torch.zeros((), dtype=torch.bool, device=master.device)
     if args.found_inf is not None:
@@ -18,7 +24,7 @@ def lion_(args: LionArgs) -> None:
         keep = keep | idle[args.segment_ids.long()].repeat_interleave(SEGMENT_GRANULE)[: master.numel()]
 
     lr = args.lr.double() if isinstance(args.lr, Tensor) else args.lr
-    g = args.grad.to(dtype) * scalar(args.grad_scale, dtype)
+    g = grad.to(dtype) * scalar(args.grad_scale, dtype)
     if hyper.maximize:
         g = -g
     blend = round_to(hyper.beta1, dtype) * args.exp_avg + round_to(1.0 - hyper.beta1, dtype) * g

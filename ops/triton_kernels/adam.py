@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backend import SEGMENT_GRANULE, AdamArgs, AdamHyper, Scalar
 from .common import as_f32, as_f64, launch, load_f32, load_scalar, round_to, store_rounded
+from .shard_grads import launch_over_grads, read_row
 
 BLOCK = 1024  # elements; four fp32 streams of 8 per thread are 8 16-byte loads in flight, and 62 registers
 NUM_CONSTANTS = 3  # step_size, inv_sqrt_bc2, decay
@@ -96,33 +97,16 @@ def _adam_block(
         store_rounded(param_out + offsets, round_to(p, param_out.dtype.element_ty), store_mask)
 
 
-@triton.jit(do_not_specialize=["n"])
-def adam_kernel(
-    master, exp_avg, exp_avg_sq,  # fp32 (n,), read and written
-    grad,  # fp32, bf16 or fp16 (n,)
-    param_out,  # fp32, bf16 or fp16 (n,), written, or None
-    n,
-    grad_scale, negate,
-    constants,  # fp32 (num_segments, NUM_CONSTANTS), or None: then the next three are the constants
-    step_size, inv_sqrt_bc2, decay,
-    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
-    found_inf,  # fp32 (1,) or None
-    segment_ids,  # int32 (ceil(n/64),) or None
-    active,  # fp32 (num_segments,) or None
+@triton.jit
+def _update(
+    master, exp_avg, exp_avg_sq, param_out, grad,  # grad: advanced to the block's first element
+    base, left,  # the block's first element in the shard, and how many there are from it on
+    grad_scale, negate, constants, step_size, inv_sqrt_bc2, decay,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids, active,
     COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """One program updates BLOCK elements, as rows of one segment entry each.
-
-    Bytes per element: read 12 + grad, write 12 + param_out; 28 in fp32 alone, 28 with both in 16 bits.
-    """
-    if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
-
-    base = tl.program_id(0).to(tl.int64) * BLOCK
     rows = tl.arange(0, BLOCK // SEGMENT)[:, None]
     offsets = rows * SEGMENT + tl.arange(0, SEGMENT)[None, :]
-    left = n - base
     # The same for a whole row, so that a masked store is still 16 bytes wide.
     keep = rows >= 0
     segment = tl.zeros((BLOCK // SEGMENT, 1), tl.int32)
@@ -150,7 +134,6 @@ def adam_kernel(
     master += base
     exp_avg += base
     exp_avg_sq += base
-    grad += base
     if param_out is not None:
         param_out += base
     if left < BLOCK:
@@ -162,6 +145,57 @@ def adam_kernel(
         _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, None, None if active is None else keep,
                     scale, step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
                     COUPLED)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n"])
+def adam_kernel(
+    master, exp_avg, exp_avg_sq,  # fp32 (n,), read and written
+    param_out,  # fp32, bf16 or fp16 (n,), written, or None
+    grad,  # fp32, bf16 or fp16 (n,)
+    n,
+    found_inf,  # fp32 (1,) or None
+    grad_scale, negate,
+    constants,  # fp32 (num_segments, NUM_CONSTANTS), or None: then the next three are the constants
+    step_size, inv_sqrt_bc2, decay,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    segment_ids,  # int32 (ceil(n/64),) or None
+    active,  # fp32 (num_segments,) or None
+    COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """One program updates BLOCK elements, as rows of one segment entry each.
+
+    Bytes per element: read 12 + grad, write 12 + param_out; 28 in fp32 alone, 28 with both in 16 bits.
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    _update(master, exp_avg, exp_avg_sq, param_out, grad + base, base, n - base, grad_scale, negate, constants,
+            step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids,
+            active, COUPLED, SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+
+
+@triton.jit
+def adam_list_kernel(
+    master, exp_avg, exp_avg_sq, param_out,
+    table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
+    found_inf, grad_scale, negate, constants, step_size, inv_sqrt_bc2, decay,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids, active,
+    COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr,  # element type; all addresses are multiples of 16 bytes
+):  # fmt: skip
+    """The same where gradients lie apart: one program per row."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
+    grad, base, left = read_row(table, GRAD, ALIGNED, SEGMENT)
+    while left > 0:
+        _update(master, exp_avg, exp_avg_sq, param_out, grad, base, left, grad_scale, negate, constants,
+                step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids,
+                active, COUPLED, SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+        grad += BLOCK
+        base += BLOCK
+        left -= BLOCK
 
 
 def _pow(base: float, exponent: int) -> float:
@@ -200,8 +234,7 @@ def _device_constants(
 def adam_(args: AdamArgs) -> None:
     """Update a flat shard in place."""
     master, hyper, grad_scale = args.master, args.hyper, args.grad_scale
-    n = master.numel()
-    if n == 0:
+    if master.numel() == 0 or not args.grads:
         return
     coupled = hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay
     decays = hyper.weight_decay != 0.0 and hyper.decoupled_weight_decay
@@ -211,12 +244,10 @@ def adam_(args: AdamArgs) -> None:
         constants = _device_constants(master, hyper, args.lr, args.step, decays)
     else:
         host = _host_constants(hyper, float(args.lr), int(args.step), decays)
-    launch(
-        adam_kernel, -(-n // BLOCK), master,
-        master, args.exp_avg, args.exp_avg_sq, args.grad, args.param_out, n,
-        grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale), -1.0 if hyper.maximize else 1.0,
-        constants, *host,
-        1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps, hyper.weight_decay,
-        args.found_inf, args.segment_ids, args.active,
+    launch_over_grads(
+        adam_kernel, adam_list_kernel, args, (master, args.exp_avg, args.exp_avg_sq, args.param_out),
+        args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
+        -1.0 if hyper.maximize else 1.0, constants, *host,
+        1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps, hyper.weight_decay, args.segment_ids, args.active,
         COUPLED=coupled, SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
     )  # fmt: skip

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import SEGMENT_GRANULE, LionArgs
-from .common import as_f32, as_f64, launch, load_f32, load_scalar, round_to, store_rounded
+from .common import as_f32, as_f64, load_f32, load_scalar, round_to, store_rounded
+from .shard_grads import launch_over_grads, read_row
 
 BLOCK = 1024  # elements; two fp32 streams of 8 per thread and the gradients are 5 or 6 16-byte loads in flight
 
@@ -37,34 +38,16 @@ def _lion_block(
         store_rounded(param_out + offsets, round_to(p, param_out.dtype.element_ty), store_mask)
 
 
-@triton.jit(do_not_specialize=["n"])
-def lion_kernel(
-    master, exp_avg,  # fp32 (n,), read and written
-    grad,  # fp32, bf16 or fp16 (n,)
-    param_out,  # fp32, bf16 or fp16 (n,), written, or None
-    n,
-    grad_scale, negate,
-    lr: tl.float64,
-    lr_tensor,  # fp32 0-D or None; used instead of lr
-    weight_decay: tl.float64,
-    beta1, one_minus_beta1, beta2, one_minus_beta2,
-    found_inf,  # fp32 (1,) or None
-    segment_ids,  # int32 (ceil(n/64),) or None
-    active,  # fp32 (num_segments,) or None
+@triton.jit
+def _update(
+    master, exp_avg, param_out, grad,  # grad: advanced to the block's first element
+    base, left,  # the block's first element in the shard, and how many there are from it on
+    grad_scale, negate, lr, lr_tensor, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+    segment_ids, active,
     SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """One program updates BLOCK elements, as rows of one segment entry each.
-
-    Bytes per element: read 8 + grad, write 8 + param_out; 20 in fp32 alone, 20 with both in 16 bits.
-    """
-    if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
-
-    base = tl.program_id(0).to(tl.int64) * BLOCK
     rows = tl.arange(0, BLOCK // SEGMENT)[:, None]
     offsets = rows * SEGMENT + tl.arange(0, SEGMENT)[None, :]
-    left = n - base
     # The same for a whole row, so that a masked store is still 16 bytes wide.
     keep = rows >= 0
     if active is not None:
@@ -84,7 +67,6 @@ def lion_kernel(
 
     master += base
     exp_avg += base
-    grad += base
     if param_out is not None:
         param_out += base
     if left < BLOCK:
@@ -96,19 +78,68 @@ def lion_kernel(
                     decay, beta1, one_minus_beta1, beta2, one_minus_beta2)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["n"])
+def lion_kernel(
+    master, exp_avg,  # fp32 (n,), read and written
+    param_out,  # fp32, bf16 or fp16 (n,), written, or None
+    grad,  # fp32, bf16 or fp16 (n,)
+    n,
+    found_inf,  # fp32 (1,) or None
+    grad_scale, negate,
+    lr: tl.float64,
+    lr_tensor,  # fp32 0-D or None; used instead of lr
+    weight_decay: tl.float64,
+    beta1, one_minus_beta1, beta2, one_minus_beta2,
+    segment_ids,  # int32 (ceil(n/64),) or None
+    active,  # fp32 (num_segments,) or None
+    SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """One program updates BLOCK elements, as rows of one segment entry each.
+
+    Bytes per element: read 8 + grad, write 8 + param_out; 20 in fp32 alone, 20 with both in 16 bits.
+    """
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
+    base = tl.program_id(0).to(tl.int64) * BLOCK
+    _update(master, exp_avg, param_out, grad + base, base, n - base, grad_scale, negate, lr, lr_tensor, weight_decay,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
+            SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+
+
+@triton.jit
+def lion_list_kernel(
+    master, exp_avg, param_out,
+    table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
+    found_inf, grad_scale, negate, lr: tl.float64, lr_tensor, weight_decay: tl.float64,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
+    SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr,  # element type; all addresses are multiples of 16 bytes
+):  # fmt: skip
+    """The same where gradients lie apart: one program per row."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0.0:
+            return
+    grad, base, left = read_row(table, GRAD, ALIGNED, SEGMENT)
+    while left > 0:
+        _update(master, exp_avg, param_out, grad, base, left, grad_scale, negate, lr, lr_tensor, weight_decay,
+                beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
+                SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+        grad += BLOCK
+        base += BLOCK
+        left -= BLOCK
+
+
 def lion_(args: LionArgs) -> None:
     """Update a flat shard in place."""
     master, hyper, lr, grad_scale = args.master, args.hyper, args.lr, args.grad_scale
-    n = master.numel()
-    if n == 0:
+    if master.numel() == 0 or not args.grads:
         return
     number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (float(lr), None)
-    launch(
-        lion_kernel, -(-n // BLOCK), master,
-        master, args.exp_avg, args.grad, args.param_out, n,
-        grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale), -1.0 if hyper.maximize else 1.0,
-        number, tensor, float(hyper.weight_decay),
-        hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2,
-        args.found_inf, args.segment_ids, args.active,
+    launch_over_grads(
+        lion_kernel, lion_list_kernel, args, (master, args.exp_avg, args.param_out),
+        args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
+        -1.0 if hyper.maximize else 1.0, number, tensor, float(hyper.weight_decay),
+        hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, args.segment_ids, args.active,
         SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
     )  # fmt: skip

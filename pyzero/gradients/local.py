@@ -6,7 +6,8 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,29 @@ from pyzero.gradients.pieces import Pieces
 from pyzero.gradients.source import Gradients, is_set, power_sum
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket, flatten_like
-from pyzero.sharding.layout import GradSpan
+from pyzero.sharding.layout import GRANULE
 from pyzero.sharding.local_param import LocalParam, local_of
+from pyzero.update_rule import GradList
 
 _ALIGNMENT_BYTES = 16
-# Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
-# what packing so many would cost.
-IN_PLACE_NUMEL = (1 << 16, 1 << 22)
 
 
-def _can_be_read(grad: Tensor, bucket: Bucket) -> bool:
-    """Where it is: at an address that vector instructions take, and not among the weights that are written."""
-    begin, weights = grad.data_ptr(), bucket.flat.data_ptr()
-    return begin % _ALIGNMENT_BYTES == 0 and not weights <= begin < weights + bucket.flat.nbytes
+def _readable(grads: Sequence[Tensor], bucket: Bucket, backend: str) -> Sequence[Tensor]:
+    """Each where it is, or a copy of one that no vector instruction reads there, that is a weight, of another dtype."""
+    begin = bucket.flat.data_ptr()
+    end = begin + bucket.flat.nbytes
+    starts = [grad.data_ptr() for grad in grads]
+    is_bad = [start % _ALIGNMENT_BYTES != 0 or begin <= start < end for start in starts]
+    if any([grad.dtype is not bucket.dtype for grad in grads]):
+        is_bad = [bad or grad.dtype is not bucket.dtype for bad, grad in zip(is_bad, grads, strict=True)]
+    if not any(is_bad):
+        return grads
+    bad = [grad for grad, is_so in zip(grads, is_bad, strict=True) if is_so]
+    offsets = list(accumulate((-(-grad.numel() // GRANULE) * GRANULE for grad in bad), initial=0))
+    packed = memory.empty(offsets.pop(), bucket.dtype, bucket.device)
+    ops.pack_(packed, bad, offsets=offsets, backend=backend)
+    copies = iter([packed[at : at + grad.numel()] for at, grad in zip(offsets, bad, strict=True)])
+    return [next(copies) if is_so else grad for grad, is_so in zip(grads, is_bad, strict=True)]
 
 
 def _have_values(grads: list[Tensor]) -> bool:
@@ -50,13 +61,25 @@ def _state_of(grad: Any) -> _GradState:
     return weakref.ref(grad), grad._version + local_of(grad)._version
 
 
+class _RunGrads(NamedTuple):
+    """A run of a bucket in this rank's shard, of whose elements it has [low, high)."""
+
+    in_norm: bool
+    low: int
+    high: int
+    pieces: Pieces
+
+
 class LocalGradients(Gradients):
     """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
 
-    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
+    def __init__(
+        self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str, reads_lists: bool
+    ) -> None:
         super().__init__(group, exchange, device, backend)
-        self._maps: dict[Bucket, list[tuple[GradSpan, Pieces]]] = {}  # of this rank's shards
-        self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by span, from collect() on
+        self._reads_lists = reads_lists  # the update rule
+        self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
+        self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by run, from collect() on
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
@@ -80,10 +103,11 @@ class LocalGradients(Gradients):
         self._buckets.append(bucket)
         self._numbers[bucket] = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
-        smallest = IN_PLACE_NUMEL[bucket.device.type == "cuda"]
-        self._maps[bucket] = [
-            (span, Pieces(bucket, begin + span.low, begin + span.high))
-            for span in bucket.layout.grad_spans(self._group.rank, smallest)
+        bounds = [(run, *bucket.layout.run_bounds(run, self._group.rank)) for run in bucket.layout.runs]
+        self._runs[bucket] = [
+            _RunGrads(run.key.in_norm, low, high, Pieces(bucket, begin + low, begin + high, not self._reads_lists))
+            for run, low, high in bounds
+            if low < high
         ]
         fsdp = (param for param in bucket.params if isinstance(param, LocalParam) and param.is_fsdp)
         self._fsdp_param = next(fsdp, self._fsdp_param)
@@ -157,10 +181,11 @@ class LocalGradients(Gradients):
                 used[number] = grad is not None
                 if grad is not None and grad.layout != torch.strided:
                     raise sparse_error(param)
-            found_pieces = [p.of(grads) if p.has_any(grads) else ([], []) for _, p in self._maps[bucket]]
+            maps = [run.pieces for run in self._runs[bucket]]
+            found_pieces = [pieces.of(grads) if pieces.has_any(grads) else ([], []) for pieces in maps]
             self._pieces[bucket] = found_pieces
-            for (span, _), (tensors, _) in zip(self._maps[bucket], found_pieces, strict=True):
-                (counted if span.run.key.in_norm else others).extend(tensors)
+            for run, (tensors, _) in zip(self._runs[bucket], found_pieces, strict=True):
+                (counted if run.in_norm else others).extend(tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=self._sumsq, backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         if self._buckets and (self._locates or is_set(found)):
@@ -180,16 +205,18 @@ class LocalGradients(Gradients):
         ]
         return torch.stack(codes).min()
 
-    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
-        """See Gradients. Large gradients are read where they are, the others packed in the dtype of the weights."""
-        for (span, pieces), (tensors, offsets) in zip(self._maps[bucket], self._pieces[bucket], strict=True):
-            if span.position is not None and tensors and offsets[0] == 0 and _can_be_read(tensors[0], bucket):
-                yield span.low, tensors[0].view(-1)
-            elif tensors or self._group.size > 1:
-                packed = memory.empty(span.high - span.low, bucket.dtype, bucket.device)
-                if self._group.size > 1 and len(tensors) < pieces.num_pieces:
+    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
+        """See Gradients. A list for a rule that reads one; packed in the weights' dtype otherwise."""
+        for run, (tensors, offsets) in zip(self._runs[bucket], self._pieces[bucket], strict=True):
+            size = run.high - run.low
+            needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
+            if self._reads_lists and tensors and not needs_zeros:
+                yield run.low, GradList(_readable(tensors, bucket, self._backend), offsets, size)
+            elif tensors or needs_zeros:
+                packed = memory.empty(size, bucket.dtype, bucket.device)
+                if needs_zeros:
                     packed.zero_()  # a parameter may have a gradient on another rank alone
-                yield span.low, self._packed(packed, tensors, offsets)
+                yield run.low, self._packed(packed, tensors, offsets)
 
     def _packed(self, packed: Tensor, tensors: list[Tensor], offsets: list[int]) -> Tensor:
         ops.pack_(packed, tensors, offsets=offsets, backend=self._backend)
@@ -259,8 +286,8 @@ class LocalGradients(Gradients):
         """See Gradients."""
         counted: list[Tensor] = []
         for bucket, found in self._pieces.items():
-            for (span, _), (tensors, _) in zip(self._maps[bucket], found, strict=True):
-                counted += tensors if span.run.key.in_norm else []
+            for run, (tensors, _) in zip(self._runs[bucket], found, strict=True):
+                counted += tensors if run.in_norm else []
         return power_sum(counted, norm_type, self._device)
 
     def locate_nonfinite(self, always: bool) -> None:

@@ -22,11 +22,11 @@ class _Piece(NamedTuple):
 
 
 class Pieces:
-    """The map of elements [low, high) of a bucket."""
+    """The map of elements [low, high) of a bucket, with or without its gaps."""
 
-    def __init__(self, bucket: Bucket, low: int, high: int) -> None:
+    def __init__(self, bucket: Bucket, low: int, high: int, fills_gaps: bool = True) -> None:
         self._params = bucket.params
-        self._pieces = _cut(bucket, low, high)
+        self._pieces = _cut(bucket, low, high, fills_gaps)
         self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]
         self._gaps = [piece.zeros for piece in self._pieces]
@@ -80,7 +80,7 @@ class Pieces:
         return filled
 
 
-def _cut(bucket: Bucket, low: int, high: int) -> list[_Piece]:
+def _cut(bucket: Bucket, low: int, high: int, fills_gaps: bool) -> list[_Piece]:
     pieces = []
     slots = bucket.layout.slots
     stops = [slot.offset for slot in slots[1:]] + [bucket.layout.numel]
@@ -90,7 +90,7 @@ def _cut(bucket: Bucket, low: int, high: int) -> list[_Piece]:
         if begin < end:
             pieces.append(_Piece(begin - low, position, begin - slot.offset, end - slot.offset, None))
         begin, end = max(low, gap_at), min(high, stop)
-        if begin < end:
+        if begin < end and fills_gaps:
             zeros = torch.zeros(end - begin, dtype=bucket.dtype, device=bucket.device)
             pieces.append(_Piece(begin - low, position, 0, 0, zeros))
     return pieces

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyzero.comm.group import Group
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange
 from pyzero.sharding.buckets import Bucket
+from pyzero.update_rule import GradList
 
 
 def is_set(flag: Tensor) -> bool:
@@ -61,10 +62,11 @@ class Gradients(ABC):
         """
 
     @abstractmethod
-    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
-        """This rank's gradients of a bucket, after collect(): where each piece begins in the shard, and (n,) values.
+    def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
+        """This rank's gradients of a bucket, after collect(): where each span begins in the shard, and (n,) values.
 
-        What no rank has a gradient for is left out, or undefined. A piece is freed before the next one is made.
+        Those of one run may come as a list. What no rank has a gradient for is left out, or undefined. A span is freed
+        before the next one is made.
         """
 
     @abstractmethod

@@ -87,15 +87,6 @@ class Run:
     end: int
 
 
-class GradSpan(NamedTuple):
-    """A part of a shard, in its elements, whose gradients are handed to the update rule at once."""
-
-    low: int
-    high: int
-    position: int | None  # of the one parameter in it, if it is large
-    run: Run
-
-
 @dataclass(frozen=True)
 class BucketLayout:
     """One bucket: its parameters, and how it is cut."""
@@ -120,32 +111,6 @@ class BucketLayout:
         begin, end = self.shard_bounds(rank)
         low, high = max(run.begin, begin), min(run.end, end)
         return (low - begin, high - begin) if low < high else (0, 0)
-
-    def grad_spans(self, rank: int, in_place_numel: int) -> list["GradSpan"]:
-        """How a shard's gradients are read where each parameter has its own: in pieces that never cross a run.
-
-        A part of `in_place_numel` elements and more stands alone, and is read where it is; neighbours that are smaller
-        make one span, which is packed.
-        """
-        begin, end = self.shard_bounds(rank)
-        found: list[GradSpan] = []
-        for run in self.runs:
-            is_open = False
-            for position, slot in enumerate(self.slots):
-                stop = self.slots[position + 1].offset if position + 1 < len(self.slots) else self.numel
-                low, high = max(slot.offset, begin), min(stop, end)
-                if low >= high or not run.begin <= slot.offset < run.end:
-                    continue
-                part_low, part_high = self.overlap(slot, rank)
-                if part_high - part_low >= in_place_numel:
-                    found.append(GradSpan(low - begin, high - begin, position, run))
-                    is_open = False
-                elif is_open:
-                    found[-1] = GradSpan(found[-1].low, high - begin, None, run)
-                else:
-                    found.append(GradSpan(low - begin, high - begin, None, run))
-                    is_open = True
-        return found
 
     def counts(self, position: int) -> bool:
         """Whether a parameter counts for the global norm on this rank."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
 from bits import DTYPES, assert_same, name
-from shard_case import SIZES, ShardCase, assert_all_same, check, run, run_shifted
+from shard_case import SIZES, ShardCase, assert_all_same, check, check_list, run, run_shifted
 from torch import Tensor
 
 from pyzero import ops
@@ -139,6 +139,17 @@ def test_segments(target: Target, numel: int, idle: bool) -> None:
             wanted = run(alone, REFERENCE, wanted)
         alone_here = {each: value[mine] for each, value in got.items()}
         assert_all_same(alone_here, wanted, f"segment {segment} of {case}", nan_is_nan=False)
+
+
+@pytest.mark.parametrize("numel", (1, 300, 5000, 64 * 400 + 3))
+@pytest.mark.parametrize("target", params((*FUSED, REFERENCE)))
+def test_gradients_that_lie_apart(target: Target, numel: int) -> None:
+    with target.ready():
+        for grad, out in ((torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float16, torch.float32)):
+            for shift, segments, on_device in ((0, 5, True), (3, 0, False)):
+                case = Case(numel, grad, out, 0.01, shift=shift, segments=segments, idle=segments > 0, is_wild=False)
+                check_list(dataclasses.replace(case, on_device=on_device), target)
+        check_list(Case(numel, torch.bfloat16, torch.bfloat16, found_inf=1.0), target)
 
 
 @pytest.mark.parametrize("target", params((*FUSED, REFERENCE)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
 from bits import DTYPES, assert_same, name, tame
-from shard_case import SIZES, ShardCase, assert_all_same, check, run, run_shifted
+from shard_case import SIZES, ShardCase, assert_all_same, check, check_list, run, run_shifted
 from tolerances import UNIT
 from torch import Tensor
 
@@ -107,6 +107,17 @@ def test_param_out_is_the_rounded_master(target: Target) -> None:
         for out in DTYPES:
             got = run(Case(900, out=out), target)
             assert_same(got["param_out"], got["master"].to(out), name(out))
+
+
+@pytest.mark.parametrize("numel", (1, 300, 5000, 64 * 400 + 3))
+@pytest.mark.parametrize("target", params((*FUSED, REFERENCE)))
+def test_gradients_that_lie_apart(target: Target, numel: int) -> None:
+    with target.ready():
+        for grad, out in ((torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float16, torch.float32)):
+            for shift, segments, on_device in ((0, 5, True), (3, 0, False)):
+                case = Case(numel, grad, out, 0.01, shift=shift, segments=segments, idle=segments > 0, is_wild=False)
+                check_list(dataclasses.replace(case, on_device=on_device), target)
+        check_list(Case(numel, torch.bfloat16, torch.bfloat16, found_inf=1.0), target)
 
 
 def test_every_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,17 @@ Facts = dict[str, dict[str, list[dict[str, Any]]]]
 WORKER = Path(__file__).parents[1] / "support" / "triton_compile.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WITH_COUNTEREXAMPLES = ("sm_90", "gfx942")
-STREAMING = ("adam_kernel", "lion_kernel", "scaled_copy_kernel", "reduce_scatter_kernel")
+ADAM, LION = ("adam_kernel", "adam_list_kernel"), ("lion_kernel", "lion_list_kernel")
+STREAMING = (*ADAM, *LION, "scaled_copy_kernel", "reduce_scatter_kernel")
 THREADS = 128  # per program, on every target
 # Bytes that one element of the main loop reads and writes.
 CASES = {
     "adam-bf16-bf16": (14, 14),
     "adam-f32": (16, 12),
     "adam-f16-f16-segments": (14, 14),
+    "adam-bf16-bf16-list": (14, 14),
     "lion-bf16-bf16": (10, 10),
+    "lion-bf16-bf16-list": (10, 10),
     "lion-f16-f16-segments": (10, 10),
     "unscale-bf16": (2, 2),
     "unscale-f32": (4, 4),
@@ -65,9 +68,9 @@ def test_exact_arithmetic(compiled: Facts, target: str, case: str) -> None:
         assert kernel["flushes"] == 0, kernel
         assert kernel["approximations"] == 0, kernel
         assert kernel["contractions"] == 0, kernel
-        if kernel["kernel"] in ("adam_constants_kernel", "lion_kernel"):
+        if kernel["kernel"] in ("adam_constants_kernel", *LION):
             assert kernel["double_contractions"] == 0, kernel
-        if kernel["kernel"] == "adam_kernel":  # 8 elements per thread, in the main path and in the tail's
+        if kernel["kernel"] in ADAM:  # 8 elements per thread, in the main path and in the tail's
             assert kernel["divisions"] == kernel["square_roots"] == 16, kernel
 
 

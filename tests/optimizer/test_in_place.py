@@ -1,4 +1,4 @@
-"""One rank reads large gradients where they are: the same bits as when all are packed."""
+"""One rank reads gradients where they are: the same bits as when they are packed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero import ops
-from pyzero.gradients import local as gradients
-
-PACKED, IN_PLACE = 1 << 62, 1
+from pyzero.adam import AdamRule
 
 
 def trained(
-    smallest: int, dtype: torch.dtype, group: Any = None, rank: int = 0, **options: Any
+    reads_lists: bool, dtype: torch.dtype, group: Any = None, rank: int = 0, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    before, gradients.IN_PLACE_NUMEL = gradients.IN_PLACE_NUMEL, (smallest, smallest)
+    AdamRule.reads_lists = reads_lists
     try:
         model = build(dtype)
         params = list(model.parameters())
@@ -34,7 +32,7 @@ def trained(
             optimizer.zero_grad()
         return params_of(model), [optimizer.full_state(param)["exp_avg_sq"] for param in params]
     finally:
-        gradients.IN_PLACE_NUMEL = before
+        AdamRule.reads_lists = True
 
 
 def change(params: list[Tensor], step: int, rank: int) -> None:
@@ -51,16 +49,16 @@ def change(params: list[Tensor], step: int, rank: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_same_bits_as_packed(dtype):
-    packed, in_place = (trained(smallest, dtype, loss_scale=64.0) for smallest in (PACKED, IN_PLACE))
+    packed, in_place = (trained(reads_lists, dtype, loss_scale=64.0) for reads_lists in (False, True))
     assert_same(packed[0], in_place[0])
     assert_same(packed[1], in_place[1])
 
 
-def on_two(group: Any, smallest: int) -> tuple[list[Tensor], list[Tensor]]:
+def on_two(group: Any, reads_lists: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients that somebody else has averaged: the same on both ranks, of which one may have none."""
     rank = group.rank()
     torch.manual_seed(0)
-    before, gradients.IN_PLACE_NUMEL = gradients.IN_PLACE_NUMEL, (smallest, smallest)
+    AdamRule.reads_lists = reads_lists
     try:
         params = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((200,), (64, 3), (7,), (130,))]
         optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group, reduce_grads=False, max_grad_norm=1.0)
@@ -72,19 +70,18 @@ def on_two(group: Any, smallest: int) -> tuple[list[Tensor], list[Tensor]]:
             optimizer.step()
         return params_of(nn.ParameterList(params)), [optimizer.full_master(param) for param in params]
     finally:
-        gradients.IN_PLACE_NUMEL = before
+        AdamRule.reads_lists = True
 
 
 def test_shards_of_averaged_gradients(ranks):
-    packed, in_place = ranks.run(2, on_two, PACKED), ranks.run(2, on_two, IN_PLACE)
+    packed, in_place = ranks.run(2, on_two, False), ranks.run(2, on_two, True)
     for one, other in zip(packed, in_place, strict=True):
         assert_same(one[0], other[0])
         assert_same(one[1], other[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_may_be_the_weight_itself(monkeypatch, dtype):
-    monkeypatch.setattr(gradients, "IN_PLACE_NUMEL", (IN_PLACE, IN_PLACE))
+def test_a_gradient_may_be_the_weight_itself(dtype):
     results = []
     for is_copied in (False, True):
         torch.manual_seed(0)
@@ -97,15 +94,20 @@ def test_a_gradient_may_be_the_weight_itself(monkeypatch, dtype):
     assert_same(*results)
 
 
-def test_large_gradients_are_not_copied(monkeypatch):
-    packed: list[int] = []
+@pytest.mark.parametrize(
+    ("optimizer", "is_copied"), [("FusedZeroAdamW", False), ("FusedZeroLion", False), ("ZeroLamb", True)]
+)
+def test_gradients_are_not_copied(monkeypatch, optimizer, is_copied):
+    numels: list[int] = []
     pack = ops.pack_
-    monkeypatch.setattr(ops, "pack_", lambda bucket, *args, **kwargs: packed.append(1) or pack(bucket, *args, **kwargs))
-    large, small = nn.Parameter(torch.zeros(gradients.IN_PLACE_NUMEL[0])), nn.Parameter(torch.zeros(10))
-    optimizer = pyzero.FusedZeroAdamW([large, small], lr=1e-2)
-    large.grad = torch.ones_like(large)
-    optimizer.step()
-    assert not packed
+    monkeypatch.setattr(ops, "pack_", lambda b, ts, **kw: numels.extend(t.numel() for t in ts) or pack(b, ts, **kw))
+    large, small = nn.Parameter(torch.zeros(100_000)), nn.Parameter(torch.zeros(10))
+    zero = getattr(pyzero, optimizer)([small, large], lr=1e-2)
+    small.grad, large.grad = torch.ones_like(small), torch.ones_like(large)
+    zero.step()
+    assert sum(numels) >= 100_010 if is_copied else not numels
+    numels.clear()
+    large.grad = torch.ones(100_001)[1:]  # at an address that no vector instruction takes
     small.grad = torch.ones_like(small)
-    optimizer.step()
-    assert len(packed) == 1
+    zero.step()
+    assert is_copied or numels == [100_000]

@@ -50,7 +50,7 @@ def test_launches_of_a_step(ranks, size, stage, num_params, case):
     for num_buckets, counts in ranks.run(size, launches, num_params, dtype, optimizer, {"stage": stage, **options}):
         assert num_buckets >= num_params // 210  # that many of 16 bits in one, and half as many of fp32
         runs = num_buckets + 1  # the bucket with two groups updates each
-        limit = STEP + runs + (runs if size == 1 else 0)
+        limit = STEP + runs
         if (size, stage) == (2, 1):  # the round of stage 2 is in backward
             assert counts.pop("pyzero pack_") == num_buckets  # into the buffer that is sent
             limit += ROUND + runs

@@ -26,6 +26,7 @@ class NormalizedRule:
         StateSlot("size", values=Values.PER_GRANULE),
     )
     cut = Cut.WHOLE
+    reads_lists = False
 
     def check(self, group: dict[str, Any]) -> None:
         if not group["lr"] > 0:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import ClassVar
 
 import torch
@@ -83,6 +84,37 @@ def run_shifted(
         guard.check(f"{each} of {case} at {shifts}")
     assert_same(tensors["grad"], values["grad"], f"grad of {case}", nan_is_nan=False)
     return {each: tensor.cpu() for each, tensor in tensors.items()}
+
+
+def _cut(numel: int) -> list[tuple[int, int]]:
+    """[begin, end) of gradients that lie apart: of many sizes, with and without a granule between them."""
+    spans, begin = [], 0
+    for size, gap in cycle(((700, 0), (64, 64), (1, 0), (0, 0), (2049, 128), (63, 0), (5, 0))):
+        if begin >= numel:
+            return spans
+        spans.append((begin, min(begin + size, numel)))
+        begin = -(-spans[-1][1] // 64) * 64 + gap
+    raise AssertionError
+
+
+def check_list(case: ShardCase, target: Target) -> None:
+    """Gradients that lie apart: the bits of one that holds them all; what none covers stays as it was."""
+    values = case.inputs()
+    wanted = run(case, REFERENCE)
+    grad, spans = values.pop("grad"), _cut(case.numel)
+    held = {each: Guarded(value, target.device, 0) for each, value in values.items()}
+    shifts = [index % 2 * case.shift for index in range(len(spans))]
+    grads = [Guarded(grad[begin:end], target.device, shift) for (begin, end), shift in zip(spans, shifts, strict=True)]
+    tensors = {each: guard.tensor for each, guard in held.items()}
+    options: dict[str, object] = {"grad": [guard.tensor for guard in grads], "grad_offsets": [b for b, _ in spans]}
+    type(case).op(**tensors, **options, **case.options(target.device), backend=target.backend)
+    for each, guard in held.items():
+        guard.check(f"{each} of {case} with a list")
+    is_covered = torch.zeros(case.numel, dtype=torch.bool)
+    for begin, end in spans:
+        is_covered[begin:end] = True
+    for each, value in values.items():
+        assert_same(tensors[each].cpu(), torch.where(is_covered, wanted[each], value), f"{each} of {case} with a list")
 
 
 def check(case: ShardCase, target: Target) -> None:

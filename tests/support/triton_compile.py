@@ -37,7 +37,7 @@ from pyzero.ops.backend import (
     UnscaleArgs,
 )
 from pyzero.ops.rows import rows_of
-from pyzero.ops.triton_kernels import adam, common, lion, loss_scale, reduce_scatter, scaled_copy, step_scalars
+from pyzero.ops.triton_kernels import adam, common, loss_scale, reduce_scatter, scaled_copy, shard_grads, step_scalars
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,9 +70,18 @@ def flat(dtype: torch.dtype, shift: int = 0, n: int = N) -> torch.Tensor:
     return torch.zeros(n + shift, dtype=dtype)[shift:]
 
 
-def run_adam(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, shift: int = 0) -> None:
-    tensors = [flat(F32, shift), flat(F32, shift), flat(F32, shift), flat(grad, shift)]
-    tensors.append(None if out is None else flat(out, shift))
+def grads_of(dtype: torch.dtype, shift: int, as_list: bool) -> tuple[list[torch.Tensor], list[int]]:
+    """One over all of the shard, or two of half its size."""
+    if not as_list:
+        return [flat(dtype, shift)], [0]
+    return [flat(dtype, shift, N // 2), flat(dtype, shift, N // 2)], [0, N // 2]
+
+
+def run_adam(
+    grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, shift: int = 0, as_list: bool = False
+) -> None:
+    tensors = [flat(F32, shift), flat(F32, shift), flat(F32, shift)]
+    tensors += [None if out is None else flat(out, shift), *grads_of(grad, shift, as_list)]
     hyper = AdamHyper(0.9, 0.999, 1e-8, 0.1, segments, False)
     if not segments:
         triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, 1e-3, 1, 1.0, None, None, None))
@@ -82,8 +91,8 @@ def run_adam(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = Fal
     triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, *numbers, flat(F32, n=1), ids, flat(F32, n=8)))
 
 
-def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False) -> None:
-    tensors = [flat(F32), flat(F32), flat(grad), None if out is None else flat(out)]
+def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, as_list: bool = False) -> None:
+    tensors = [flat(F32), flat(F32), None if out is None else flat(out), *grads_of(grad, 0, as_list)]
     hyper = LionHyper(0.9, 0.99, 0.1, False)
     if not segments:
         triton_kernels.lion_(LionArgs(*tensors, b"", hyper, 1e-3, 1.0, None, None, None))
@@ -123,7 +132,9 @@ CASES: dict[str, Callable[[], None]] = {
     "adam-bf16-bf16": partial(run_adam, BF16, BF16),
     "adam-f32": partial(run_adam, F32, None),
     "adam-f16-f16-segments": partial(run_adam, F16, F16, segments=True),
+    "adam-bf16-bf16-list": partial(run_adam, BF16, BF16, segments=True, as_list=True),
     "lion-bf16-bf16": partial(run_lion, BF16, BF16),
+    "lion-bf16-bf16-list": partial(run_lion, BF16, BF16, segments=True, as_list=True),
     "lion-f16-f16-segments": partial(run_lion, F16, F16, segments=True),
     "unscale-bf16": partial(run_unscale, BF16, 0.5),
     "unscale-f32": partial(run_unscale, F32, torch.ones(())),
@@ -197,7 +208,7 @@ def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool =
         found = nvidia_facts(compiled) if target.backend == "cuda" else amd_facts(compiled)
         facts.append({"kernel": kernel.fn.__name__, "block": constants.get("BLOCK", 0), **found})
 
-    for module in (adam, common, lion, loss_scale, reduce_scatter, scaled_copy, step_scalars):
+    for module in (adam, common, loss_scale, reduce_scatter, scaled_copy, shard_grads, step_scalars):
         module.launch = warm_up  # type: ignore[attr-defined]
     run()
     return facts

@@ -17,13 +17,14 @@ from pyzero.ops import build_spec
 CSRC = build_spec.CSRC
 SHIM = Path(__file__).resolve().parent
 MODULE = "_native_cuda_shim"
-# The product's own flags; few threads per block, for they are real ones, and few blocks, so that each gets a run of
-# chunks; and nvcc's leniency about types behind a cast.
+# The product's own flags; few threads per block, for they are real ones; few blocks, so that each gets a run of
+# chunks; few gradients in a launch, so that a list takes several; and nvcc's leniency about types behind a cast.
 FLAGS = (
     *build_spec._HOST_FLAGS,
     "-std=c++17",
     "-DPYZERO_THREADS_PER_BLOCK=16",
     "-DPYZERO_MAX_PARTIALS=8",
+    "-DPYZERO_MANY_GRADS=3",
     "-fno-strict-aliasing",
 )
 

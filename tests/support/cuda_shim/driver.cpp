@@ -1,5 +1,6 @@
 // Runs every CUDA kernel on the host shim over sizes, alignments and types, and holds each result against a plain loop
 // over csrc/math, bit for bit. No Python, so that a sanitizer can watch all of it.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -112,6 +113,33 @@ class Array {
   std::unique_ptr<char, Free> all_;
 };
 
+// Of a shard: one, or many that lie apart, with gaps.
+class Gradients {
+ public:
+  Gradients(DType dtype, int64_t numel, int head, bool apart) {
+    int64_t begin = 0;
+    do {
+      const int64_t size = apart ? std::min<int64_t>(numel - begin, int64_t(generator() % 5) * 37) : numel;
+      arrays_.emplace_back(dtype, size, apart ? int(generator() % 2) : head);
+      args.offsets.push_back(begin);
+      args.tensors.push_back(arrays_.back().buffer());
+      begin += (size / kSegmentGranule + 1) * kSegmentGranule;
+    } while (begin < numel);
+  }
+
+  bool covers(int64_t i) const { return i - args.offsets[at(i)] < arrays_[at(i)].numel; }
+  float get(int64_t i) const { return arrays_[at(i)].get(i - args.offsets[at(i)]); }
+
+  ShardGrads args;
+
+ private:
+  size_t at(int64_t i) const {
+    return size_t(std::upper_bound(args.offsets.begin(), args.offsets.end(), i) - args.offsets.begin()) - 1;
+  }
+
+  std::vector<Array> arrays_;
+};
+
 unsigned num_expected = 0;
 
 // Where an op reports, and what the plain loop says it should have. In turn: an fp32 sum, one in fp64, and none.
@@ -165,7 +193,8 @@ struct AdamCase {
 
 void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
   Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head), v(DType::kFloat32, numel, head);
-  Array grad(c.grad, numel, other_head), out(c.out, c.has_out ? numel : 0, other_head);
+  const Gradients grads(c.grad, numel, other_head, c.segments && !c.on_device);
+  Array out(c.out, c.has_out ? numel : 0, other_head);
   for (int64_t i = 0; i < numel; ++i) v.set(i, fabsf(v.get(i)));
   Array want_master = master.copy(), want_m = m.copy(), want_v = v.copy(), want_out = out.copy();
 
@@ -178,7 +207,7 @@ void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
   args.master = master.floats();
   args.exp_avg = m.floats();
   args.exp_avg_sq = v.floats();
-  args.grad = grad.buffer();
+  args.grads = grads.args;
   if (c.has_out) args.param_out = out.buffer();
   args.numel = numel;
   args.hyper = c.hyper;
@@ -193,13 +222,14 @@ void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
 
   const float scale = c.hyper.maximize ? -grad_scale : grad_scale;
   for (int64_t i = 0; i < numel && c.found_inf == 0.0f; ++i) {
+    if (!grads.covers(i)) continue;
     const int segment = c.segments ? ids[size_t(i / kSegmentGranule)] : 0;
     if (c.segments && active[segment] == 0.0f) continue;
     const AdamConstants k = adam_constants(c.hyper, lr, c.on_device ? int64_t(steps[segment]) : 3);
     const AdamState before{want_master.get(i), want_m.get(i), want_v.get(i)};
     const AdamCoefficients shared = adam_coefficients(c.hyper);
-    const AdamState now = adam_is_coupled(c.hyper) ? adam_element<true>(before, grad.get(i), scale, shared, k)
-                                                   : adam_element<false>(before, grad.get(i), scale, shared, k);
+    const AdamState now = adam_is_coupled(c.hyper) ? adam_element<true>(before, grads.get(i), scale, shared, k)
+                                                   : adam_element<false>(before, grads.get(i), scale, shared, k);
     want_master.set(i, now.master);
     want_m.set(i, now.exp_avg);
     want_v.set(i, now.exp_avg_sq);
@@ -237,7 +267,8 @@ struct LionCase {
 
 void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
   Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head);
-  Array grad(c.grad, numel, other_head), out(c.out, c.has_out ? numel : 0, other_head);
+  const Gradients grads(c.grad, numel, other_head, c.segments && !c.on_device);
+  Array out(c.out, c.has_out ? numel : 0, other_head);
   Array want_master = master.copy(), want_m = m.copy(), want_out = out.copy();
 
   const float lr = 1e-2f, active[] = {1.0f, 0.0f, 1.0f}, grad_scale = 0.37f;
@@ -247,7 +278,7 @@ void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
   LionArgs args{};
   args.master = master.floats();
   args.exp_avg = m.floats();
-  args.grad = grad.buffer();
+  args.grads = grads.args;
   if (c.has_out) args.param_out = out.buffer();
   args.numel = numel;
   args.hyper = c.hyper;
@@ -261,9 +292,10 @@ void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
   const LionConstants k = lion_constants(c.hyper, lr);
   const float scale = c.hyper.maximize ? -grad_scale : grad_scale;
   for (int64_t i = 0; i < numel && c.found_inf == 0.0f; ++i) {
+    if (!grads.covers(i)) continue;
     if (c.segments && active[ids[size_t(i / kSegmentGranule)]] == 0.0f) continue;
     const LionState before{want_master.get(i), want_m.get(i)};
-    const LionState now = lion_element(before, grad.get(i), scale, lion_coefficients(c.hyper), k);
+    const LionState now = lion_element(before, grads.get(i), scale, lion_coefficients(c.hyper), k);
     want_master.set(i, now.master);
     want_m.set(i, now.exp_avg);
     if (c.has_out) want_out.set(i, now.master);

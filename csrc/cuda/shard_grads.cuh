@@ -1,0 +1,64 @@
+// The gradients of a shard as kernel parameters: one, or as many as a launch can carry, each cut into chunks of its
+// own.
+#pragma once
+
+#include "launch.cuh"
+
+namespace pyzero {
+namespace cuda {
+
+struct ShardGrad {
+  const void* data;
+  int64_t offset;  // of its first element in the shard
+  Span span;
+};
+
+template <int kCapacity>
+struct ShardGradList {
+  int num_items;
+  unsigned first_chunk[kCapacity];  // of the item, in the whole launch; apart from the rest, for the search's sake
+  ShardGrad items[kCapacity];
+};
+
+#ifndef PYZERO_MANY_GRADS  // the host shim takes fewer
+#define PYZERO_MANY_GRADS (kParameterBytes > 16384 ? 256 : 64)
+#endif
+
+// Of one launch; a longer list takes several. Each kernel carries that much in the module, too.
+constexpr int kManyGrads = PYZERO_MANY_GRADS;
+
+// Of a block: its gradient, and which chunk of it.
+template <int kCapacity>
+__device__ __forceinline__ const ShardGrad& find_grad(const ShardGradList<kCapacity>& list, unsigned& chunk) {
+  const int item = kCapacity == 1 ? 0 : find_item(list, blockIdx.x);
+  chunk = blockIdx.x - (kCapacity == 1 ? 0 : list.first_chunk[item]);
+  return list.items[item];
+}
+
+// Fills the list and calls run(number of chunks), as often as it takes. The operands beside the gradient are aligned at
+// its offset as they are at the shard's start: both are at multiples of kSegmentGranule elements.
+template <int kCapacity, typename Run>
+void for_each_launch(const ShardGrads& grads, std::vector<Operand> operands, int64_t chunk,
+                     ShardGradList<kCapacity>& list, const Run& run) {
+  int64_t chunks = 0;
+  list.num_items = 0;
+  for (size_t i = 0; i < grads.tensors.size(); ++i) {
+    const Buffer& grad = grads.tensors[i];
+    if (grad.numel == 0) continue;
+    operands.push_back(Operand{grad.data, grad.dtype});
+    const Span span = span_of(grad.numel, operands);
+    operands.pop_back();
+    list.first_chunk[list.num_items] = unsigned(chunks);
+    list.items[list.num_items++] = ShardGrad{grad.data, grads.offsets[i], span};
+    chunks += num_chunks(span, chunk);
+    if (list.num_items == kCapacity) {
+      run(int(chunks));
+      list.num_items = 0;
+      chunks = 0;
+    }
+  }
+  if (list.num_items > 0) run(int(chunks));
+}
+
+}  // namespace cuda
+}  // namespace pyzero

@@ -1,0 +1,25 @@
+"""A shard cut by its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import Tensor
+
+from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, LionArgs
+
+Args = TypeVar("Args", AdamArgs, LionArgs)
+
+_PER_ELEMENT = ("master", "exp_avg", "exp_avg_sq", "param_out")
+
+
+def each_grad(args: Args) -> Iterator[tuple[Tensor, Args]]:
+    """Each gradient, flat, and views of what it updates."""
+    for grad, begin in zip(args.grads, args.offsets, strict=True):
+        end = begin + grad.numel()
+        cut = {name: getattr(args, name, None) for name in _PER_ELEMENT}
+        part = {name: tensor[begin:end] for name, tensor in cut.items() if tensor is not None}
+        if args.segment_ids is not None:
+            part["segment_ids"] = args.segment_ids[begin // SEGMENT_GRANULE : -(-end // SEGMENT_GRANULE)]
+        yield grad.reshape(-1), args._replace(**part)
