@@ -18,6 +18,7 @@ from .rules import checked_peers, per_backend
 HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
 _CHECKED_STEPS = 3
 _NUM_SEGMENTS = 16
+_NUM_GRADS = 100  # each where it is
 _BYTES = 28  # gradient, master and moments in; master, moments and weights out
 # Per step some 8 roundings of the update, each 2^-24 of at most lr (the bias-corrected ratio is at most about 1 here),
 # and one of the weight itself.
@@ -28,18 +29,28 @@ class State:
     """Flat tensors for adam_: all (numel,)."""
 
     def __init__(
-        self, weights: Tensor, grad: Tensor, param_out: Tensor | None = None, segment_ids: Tensor | None = None
+        self,
+        weights: Tensor,
+        grad: Tensor,
+        param_out: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        num_grads: int = 0,
     ) -> None:
         self.master = weights.float().clone()
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
-        self.grad = grad
+        self.grad: Tensor | list[Tensor] = grad
+        self.offsets: list[int] | None = None
         self.param_out = param_out
         self.num_steps = 0
         self.segments: dict[str, Tensor] = {}
         if segment_ids is not None:
             self.counts = torch.zeros(_NUM_SEGMENTS, device=weights.device)
             self.segments = {"segment_ids": segment_ids, "active": torch.ones_like(self.counts)}
+        if num_grads:
+            size = -(-grad.numel() // num_grads // SEGMENT_GRANULE) * SEGMENT_GRANULE
+            self.grad = [part.clone() for part in grad.split(size)]
+            self.offsets = list(range(0, grad.numel(), size))
 
     def step(self, **kwargs: object) -> None:
         self.num_steps += 1
@@ -51,6 +62,7 @@ class State:
             self.exp_avg_sq,
             self.grad,
             param_out=self.param_out,
+            grad_offsets=self.offsets,
             step=self.counts if self.segments else self.num_steps,
             **self.segments,
             **HYPER,
@@ -82,6 +94,7 @@ def _mixed(options: Options) -> list[Row]:
     made = {
         "pyzero adam_": State(weights, grad, weights.bfloat16()),
         f"same, {_NUM_SEGMENTS} segments": State(weights, grad, weights.bfloat16(), segment_ids),
+        f"same, {_NUM_GRADS} gradients": State(weights, grad, weights.bfloat16(), num_grads=_NUM_GRADS),
     }
     for name, state in made.items():
         state.step()

@@ -201,6 +201,7 @@ def strike_each(
     *,
     prepare: Callable[[], None],
     check: Callable[[Outcome], None],
+    stride: int = 1,
 ) -> list[str]:
     """Strike each operation of write(*args), one per run; check after each. Of many writes in a row the first and last.
 
@@ -211,6 +212,7 @@ def strike_each(
         args: Its arguments, which are pickled.
         prepare: Makes the folder what it is before each run.
         check: Asserts what must hold after each.
+        stride: 3 strikes every third operation.
 
     Returns:
         The names of all operations.
@@ -219,7 +221,7 @@ def strike_each(
     untouched = strike(fault, LIMIT, root, write, args)
     assert untouched.error is None and not untouched.was_struck, f"it fails by itself: {untouched.error!r}"
     names = untouched.operations
-    for number in range(1, len(names) + 2):  # the last one comes through
+    for number in (*range(1, len(names) + 1, stride), len(names) + 1):  # the last one comes through
         if names[number - 2 : number + 1] == ["write"] * 3:
             continue  # in the middle of many
         prepare()
