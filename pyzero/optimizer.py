@@ -414,8 +414,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         sizes = []
         for bucket in self._buckets:
             dtype = self._grad_reduce_dtype or bucket.dtype
-            sends = isinstance(self._gradients, ReducedGradients)
-            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
+            num_sent_bytes = bucket.layout.numel * dtype.itemsize if self.reduces_grads else 0
+            sizes.append((num_sent_bytes, bucket.weight_shard.nbytes))
         self._transport.reserve(sizes, len(self._placement.params))
 
     def _place_unfrozen(self) -> None:
@@ -426,17 +426,15 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: other buckets, in the order in which gradients have come."""
-        gradients = self._gradients
-        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
-            layouts = self._placement.plan_by_arrival(gradients.arrival)
+        if self._gradients.learns_arrival:
+            layouts = self._placement.plan_by_arrival(self._gradients.arrival)
             if layouts is not None:
-                gradients.learns_arrival = False
+                self._gradients.learns_arrival = False
                 self._move_to(layouts)
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
         if self._placement.move_to(layouts, keeps_state):
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.move_to(self._buckets)
+            self._gradients.move_to(self._buckets)
             self._reserve()
 
 

@@ -189,8 +189,7 @@ class StateAccess(FullAccess, Optimizer):
         self._placement.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
             self._move_to(cut.layouts(self, self._placement, self._group.size), keeps_state=False)
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.learns_arrival &= not cut.has_learned
+            self._gradients.learns_arrival &= not cut.has_learned
         saved.copy_into(self)
         if saved.scaler is not None:
             self._scaler.load(saved.scaler)
@@ -232,7 +231,7 @@ class StateAccess(FullAccess, Optimizer):
 
     def _zero_state(self) -> str:
         """What a state dict says of itself: whose it is, and how it is cut."""
-        learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
+        learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
         buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]

@@ -77,6 +77,12 @@ class LocalGradients(Gradients):
 
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
+        self._place(bucket)
+        self._scales = scales
+        if scales or self._watched:
+            self._watch()
+
+    def _place(self, bucket: Bucket) -> None:
         self._buckets.append(bucket)
         self._numbers[bucket] = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
@@ -87,9 +93,13 @@ class LocalGradients(Gradients):
         ]
         fsdp = (param for param in bucket.params if isinstance(param, LocalParam) and param.is_fsdp)
         self._fsdp_param = next(fsdp, self._fsdp_param)
-        self._scales = scales
-        if scales or self._watched:
-            self._watch()
+
+    def move_to(self, buckets: list[Bucket]) -> None:
+        """See Gradients. `.grad` stays where it is, and so do the hooks on its parameter."""
+        self._buckets, self._maps, self._pieces, self._numbers = [], {}, {}, {}
+        for bucket in buckets:
+            self._place(bucket)
+        self._watched = len(buckets) if self._watched else 0
 
     def _watch(self) -> None:
         for bucket in self._buckets[self._watched :]:

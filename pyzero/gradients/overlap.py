@@ -38,7 +38,7 @@ class OverlappedGradients(ReducedGradients):
         return grads
 
     def move_to(self, buckets: list[Bucket]) -> None:
-        """See ReducedGradients."""
+        """See Gradients."""
         waiting = {record for grads in self._grads if grads.waits_for_end for record in grads.records}
         super().move_to(buckets)
         for grads in self._grads:

@@ -45,9 +45,6 @@ class ReducedGradients(Gradients):
     the step's message that it holds gradients that have not been sent.
     """
 
-    learns_arrival = False  # the order in which gradients come, for buckets in that order
-    arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
-
     def __init__(
         self,
         group: Group,
@@ -108,7 +105,7 @@ class ReducedGradients(Gradients):
         return grads
 
     def move_to(self, buckets: list[Bucket]) -> None:
-        """Take other buckets of the same parameters. Collective."""
+        """See Gradients."""
         self._in_flight.receive_all()
         old, records = self._grads, {param: record for param, (_, record) in self._records.items()}
         self._buckets, self._grads = [], []

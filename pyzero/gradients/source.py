@@ -27,6 +27,9 @@ class Gradients(ABC):
     multiplied by `unscale` of the stats and by `factor()`.
     """
 
+    learns_arrival = False  # records the order in which gradients come, for buckets in that order
+    arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
+
     def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
         self.num_skips_in_a_row = 0  # as far as this rank's host knows
@@ -39,6 +42,10 @@ class Gradients(ABC):
     @abstractmethod
     def add(self, bucket: Bucket, scales: bool) -> None:
         """Append a bucket; `scales`: the optimizer has a loss scale."""
+
+    @abstractmethod
+    def move_to(self, buckets: list[Bucket]) -> None:
+        """Take other buckets of the same parameters. Collective over several ranks."""
 
     @abstractmethod
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:

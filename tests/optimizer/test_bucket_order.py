@@ -207,13 +207,13 @@ def test_whole_tensors_move_no_more_than_the_parameter(ranks):
         assert moved <= 3 * 2 * numel
 
 
-def saved_and_loaded(group: Any, cap_mb: float) -> None:
+def saved_and_loaded(group: Any, cap_mb: float, reduce_grads: bool) -> None:
     """Fragments are of the buckets that they were saved in; another bucket size takes those over."""
     import torch.distributed as dist
 
     def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         for step in steps:
-            seed = 10 * step + dist.get_rank(group)
+            seed = 10 * step + (dist.get_rank(group) if reduce_grads else 0)
             tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(seed), device="cpu").to(
                 torch.get_default_device()
             )
@@ -222,17 +222,18 @@ def saved_and_loaded(group: Any, cap_mb: float) -> None:
             optimizer.zero_grad()
 
     model, other = make("encoder-decoder"), make("encoder-decoder")
-    optimizer = pyzero.FusedZeroAdamW(groups_of(model, "decay"), lr=1e-2, process_group=group, bucket_cap_mb=CAP_MB)
+    options = {"process_group": group, "reduce_grads": reduce_grads}
+    optimizer = pyzero.FusedZeroAdamW(groups_of(model, "decay"), lr=1e-2, bucket_cap_mb=CAP_MB, **options)
     train(model, optimizer, range(2))
     saved = {key: value for key, value in optimizer.state_dict().items()}
     saved["state"] = {i: {k: v.clone() for k, v in state.items()} for i, state in saved["state"].items()}
     train(model, optimizer, range(2, 4))
-    resumed = pyzero.FusedZeroAdamW(groups_of(other, "decay"), lr=1.0, process_group=group, bucket_cap_mb=cap_mb)
+    resumed = pyzero.FusedZeroAdamW(groups_of(other, "decay"), lr=1.0, bucket_cap_mb=cap_mb, **options)
     resumed.load_state_dict(saved)
     train(other, resumed, range(2, 4))
     assert_same(params_of(other), params_of(model))
 
 
-@pytest.mark.parametrize("cap_mb", [CAP_MB, 25.0])
-def test_a_state_dict_brings_its_buckets(ranks, cap_mb):
-    ranks.run(2, saved_and_loaded, cap_mb)
+@pytest.mark.parametrize(("cap_mb", "reduce_grads"), [(CAP_MB, True), (25.0, True), (25.0, False)])
+def test_a_state_dict_brings_its_buckets(ranks, cap_mb, reduce_grads):
+    ranks.run(2, saved_and_loaded, cap_mb, reduce_grads)
