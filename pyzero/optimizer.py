@@ -193,20 +193,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
             return loss
         self._placement.follow_weights()
-        self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
-        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
-        if outer is not None and isinstance(self._gradients, ReducedGradients):
-            self._gradients.unscale(outer)
-            outer = None
+        self._exchange.num_skips_in_a_row = self._overflow.num_in_a_row
+        stats, unscale = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
+        if unscale is not None and isinstance(self._gradients, ReducedGradients):
+            self._gradients.unscale(unscale)
+            unscale = None
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
         scalars = self._updater.begin(
-            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
+            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, unscale)
         )
         norm, clip = scalars.norm, scalars.clip
         if clipped_by is not None:  # grad_norm is of before clipping
-            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
+            norm = _product(stats.norm, unscale) if clipped_by is factor else norm / clipped_by
             clip = clip * clipped_by
         gathers = self._update_and_gather(stats, scalars)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
@@ -346,22 +346,27 @@ class ZeroOptimizer(StateAccess, Optimizer):
     def _collect(self, purpose: str) -> GlobalGradStats:
         """Finish the reduction and exchange the step's one message, under no_grad. purpose: of grad_stats.PURPOSES."""
         with profile_range("pyzero::collect"):
-            outer_found = self.__dict__.get("found_inf")  # GradScaler's, of `.grad`
-            if outer_found is not None:
-                outer_found = (outer_found != 0).to(torch.float32).reshape(1)
-            return self._gradients.collect(outer_found, purpose)
+            found_inf = self.__dict__.get("found_inf")  # set by torch's GradScaler, which has checked `.grad`
+            if found_inf is not None:
+                found_inf = (found_inf != 0).to(torch.float32).reshape(1)
+            return self._gradients.collect(found_inf, purpose)
 
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(self._group, self._exchange, self._device, backend)
-        options = ReductionOptions(overlap, self._grad_reduce_dtype)
-        inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
+            return LocalGradients(self._group, self._exchange, self._device, self._scaler.enabled, backend)
         kind = OverlappedGradients if stage == 2 else ReducedGradients
-        gradients = kind(self._group, self._exchange, self._transport, self._device, options, inv_scale, backend)
-        gradients.grad_scaler_proxy = self._grad_scaler_proxy
-        return gradients
+        return kind(
+            self._group,
+            self._exchange,
+            self._transport,
+            self._device,
+            ReductionOptions(overlap, self._grad_reduce_dtype),
+            self._scaler.inv_scale if self._scaler.enabled else None,
+            self._grad_scaler_proxy,
+            backend,
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -406,7 +411,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
     def _place(self, group_indices: Iterable[int]) -> None:
         """Move the trained parameters of these groups into buckets."""
         for bucket in self._placement.add(self._param_groups, group_indices):
-            self._gradients.add(bucket, scales=self._scaler.enabled)
+            self._gradients.add(bucket)
         self._reserve()
 
     def _reserve(self) -> None:

@@ -45,7 +45,6 @@ class LocalGradStats(NamedTuple):
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
-    num_skips_in_a_row: int = 0  # as far as this rank's host knows
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,7 @@ class GradStatsExchange:
         self.are_alike = are_alike
         self.names = _names(group, is_one_of_many=are_alike and bool(model_parallel))
         self.num_exports = 0  # calls of state_dict() on this rank since the last message
+        self.num_skips_in_a_row = 0  # as far as this rank's host knows
         self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
@@ -105,7 +105,7 @@ class GradStatsExchange:
             CollectiveError: The ranks ran backward a different number of times.
             RuntimeError: A gradient that had been reduced was edited on some ranks only.
         """
-        used, num_skips = tuple(mine.used), mine.num_skips_in_a_row
+        used, num_skips = tuple(mine.used), self.num_skips_in_a_row
         unsent = {int(mine.unsent)}
         rows = mine.rows
         if self._group.size > 1:

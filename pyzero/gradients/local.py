@@ -53,8 +53,11 @@ def _state_of(grad: Any) -> _GradState:
 class LocalGradients(Gradients):
     """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
 
-    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
+    def __init__(
+        self, group: Group, exchange: GradStatsExchange, device: torch.device, scales: bool, backend: str
+    ) -> None:
         super().__init__(group, exchange, device, backend)
+        self._scales = scales  # the optimizer has a loss scale
         self._maps: dict[Bucket, list[tuple[GradSpan, Pieces]]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by span, from collect() on
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
@@ -63,7 +66,6 @@ class LocalGradients(Gradients):
         self._factor: Tensor | None = None  # 0-D, of clipping
         self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to, and their versions
         self._numbers: dict[Bucket, Tensor] = {}  # (num_params,) fp64, of the parameters
-        self._scales = False
         self._locates = False
         self._clean_rows = clean_rows(1, device)
         self._rows = self._clean_rows.clone()  # of the last collect()
@@ -75,11 +77,10 @@ class LocalGradients(Gradients):
         self._fsdp_param: LocalParam | None = None  # one of those that fully_shard has sharded
         self._arrived: dict[LocalParam, _GradState] = {}  # of them: the gradient behind the last backward
 
-    def add(self, bucket: Bucket, scales: bool) -> None:
+    def add(self, bucket: Bucket) -> None:
         """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
         self._place(bucket)
-        self._scales = scales
-        if scales or self._watched:
+        if self._scales or self._watched:
             self._watch()
 
     def _place(self, bucket: Bucket) -> None:
@@ -154,7 +155,7 @@ class LocalGradients(Gradients):
         finally:
             self._arriving = None
 
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """One pass that only reads, and the message."""
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
@@ -175,10 +176,9 @@ class LocalGradients(Gradients):
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         if self._buckets and (self._locates or is_set(found)):
             self._first_bad.copy_(self._locate())
-        if outer_found is not None:
-            torch.maximum(found, outer_found, out=found)
-        skips = self.num_skips_in_a_row
-        return self._exchange.gather(LocalGradStats(self._rows, used, purpose, num_skips_in_a_row=skips), self._unscale)
+        if scaler_found_inf is not None:
+            torch.maximum(found, scaler_found_inf, out=found)
+        return self._exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""

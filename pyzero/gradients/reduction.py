@@ -53,12 +53,13 @@ class ReducedGradients(Gradients):
         device: torch.device,
         options: ReductionOptions,
         inv_scale: Tensor | None,
+        grad_scaler_proxy: GradScalerProxy,
         backend: str,
     ) -> None:
         super().__init__(group, exchange, device, backend)
         self._options = options
         self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
-        self.grad_scaler_proxy = GradScalerProxy(device)
+        self._grad_scaler_proxy = grad_scaler_proxy
         self._in_flight = BucketExchange(exchange.names, transport, device)
         self._grads: list[BucketGrads] = []
         self._records: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
@@ -86,7 +87,7 @@ class ReducedGradients(Gradients):
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
-    def add(self, bucket: Bucket, scales: bool) -> None:
+    def add(self, bucket: Bucket) -> None:
         """Append a bucket and watch its parameters; what is in `.grad` already has not been sent."""
         self._in_flight.receive_all()  # the transport may make room anew
         new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
@@ -144,7 +145,7 @@ class ReducedGradients(Gradients):
         grads, record = self._records[param]
         self._end.begin()
         self._awaits_step = True
-        self._take_outer_factor()
+        self._take_grad_scaler_factor()
         self._generation += 1
         self._clip = None
         self._observe(grads, record)
@@ -236,9 +237,9 @@ class ReducedGradients(Gradients):
         for grads, record in self._records.values():
             self._observe(grads, record)
 
-    def _take_outer_factor(self) -> None:
+    def _take_grad_scaler_factor(self) -> None:
         """What GradScaler's unscale_ has done to its proxy is owed to the gradients that are reduced."""
-        factor = self.grad_scaler_proxy.take_factor()
+        factor = self._grad_scaler_proxy.take_factor()
         if factor is not None:
             self.unscale(factor)
 
@@ -305,24 +306,24 @@ class ReducedGradients(Gradients):
 
     # ---- what a step asks ------------------------------------------------------------------------------------------
 
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients."""
         if torch.is_inference_mode_enabled():  # shards are written outside it too
             with torch.inference_mode(False), torch.no_grad():
-                return self.collect(outer_found, purpose)
-        self._take_outer_factor()
+                return self.collect(scaler_found_inf, purpose)
+        self._take_grad_scaler_factor()
         self.finish_broken_round()
         self._observe_all()
         if self._num_rounds == self._num_rounds_used and self._inv_scale is None:
             self._round(_nothing)
-        stats = self._gather(outer_found, purpose)
+        stats = self._gather(scaler_found_inf, purpose)
         if stats.has_unsent:
             self._unsent_is_scaled = stats.unsent_is_scaled
             self._round(_nothing)
-            stats = self._gather(outer_found, purpose)
+            stats = self._gather(scaler_found_inf, purpose)
         return stats
 
-    def _gather(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+    def _gather(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         self._in_flight.receive_all()
         if len({id(record.factor) for record in self._by_number}) > 1:  # no one factor can be left to Adam
             for grads in self._grads:
@@ -330,9 +331,9 @@ class ReducedGradients(Gradients):
         for grads in self._grads:
             grads.check()
         rows = torch.cat([grads.stats for grads in self._grads] or [clean_rows(1, self._device)])
-        if outer_found is not None:
+        if scaler_found_inf is not None:
             found = flag_of(rows[0])
-            torch.maximum(found, outer_found, out=found)
+            torch.maximum(found, scaler_found_inf, out=found)
         records = self._by_number
         stats = LocalGradStats(
             rows,
@@ -341,7 +342,6 @@ class ReducedGradients(Gradients):
             edits=[record.num_edits for record in records],
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
-            num_skips_in_a_row=self.num_skips_in_a_row,
         )
         known = self._exchange.gather(stats, None)
         for record in records:

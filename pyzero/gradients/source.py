@@ -32,7 +32,6 @@ class Gradients(ABC):
 
     def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
-        self.num_skips_in_a_row = 0  # as far as this rank's host knows
         self._group = group
         self._exchange = exchange
         self._device = device
@@ -40,8 +39,8 @@ class Gradients(ABC):
         self._buckets: list[Bucket] = []
 
     @abstractmethod
-    def add(self, bucket: Bucket, scales: bool) -> None:
-        """Append a bucket; `scales`: the optimizer has a loss scale."""
+    def add(self, bucket: Bucket) -> None:
+        """Append a bucket."""
 
     @abstractmethod
     def move_to(self, buckets: list[Bucket]) -> None:
@@ -59,11 +58,11 @@ class Gradients(ABC):
         """Raise RuntimeError where `.grad` was written by others than backward, so that no scale is known of it."""
 
     @abstractmethod
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """Finish what is under way, and exchange the step's message. Collective over several ranks.
 
         Args:
-            outer_found: (1,) fp32, what another scaler has found in `.grad`.
+            scaler_found_inf: (1,) fp32, the flag of torch's GradScaler, which has checked `.grad`; or None.
             purpose: One of grad_stats.PURPOSES, the same on all ranks.
         """
 
