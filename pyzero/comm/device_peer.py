@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group, Work
-from pyzero.comm.host import HostError, find_hosts
+from pyzero.comm.host import HostError, find_hosts, raise_first
 from pyzero.comm.transport import Exchange, Transport
 from pyzero.streams import on_stream
 
@@ -101,11 +101,9 @@ class DevicePeerTransport(Transport):
         try:
             self._memory = self._allocate(_NUM_SLOTS * self._slot_bytes)
         except (ImportError, RuntimeError) as error:
-            problem = str(error).strip().splitlines()[0]
-        problems = self.group.gather_objects(problem)
-        found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
-        if found is not None:
-            raise HostError(f"on rank {found[0]}: no symmetric memory of {self._slot_bytes:,} bytes twice: {found[1]}")
+            reason = str(error).strip().splitlines()[0]
+            problem = f"no symmetric memory of {self._slot_bytes:,} bytes twice: {reason}"
+        raise_first(self.group.gather_objects(problem))
 
     def _slot(self, rank: int, number: int, begin_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) of what a rank sends under that number."""
@@ -179,7 +177,7 @@ class DevicePeerTransport(Transport):
 
 
 class _Done:
-    """All that the current stream has been given; what torch.distributed calls work."""
+    """A Handle: all that the current stream has been given."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

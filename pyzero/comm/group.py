@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import functools
 import json
-import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyzero.comm import process
+from pyzero.comm import channels, process
 from pyzero.comm.host import HostError, HostRanks, find_hosts
 
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
@@ -32,11 +26,21 @@ class CollectiveError(RuntimeError):
     """A collective did not complete: another rank died, stalled, or took part in something else."""
 
 
+class Handle(Protocol):
+    """What a Work waits for: torch.distributed's own, or one of a transport."""
+
+    def is_completed(self) -> bool:
+        """Whether it is over, in failure too. Does not wait."""
+
+    def wait(self, timeout: timedelta = ..., /) -> object:
+        """Return when it is done; raises RuntimeError where it has failed, or is not done in time."""
+
+
 class Work:
     """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
     def __init__(
-        self, handle: Any, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
+        self, handle: Handle | None, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
     ) -> None:
         self._handle = handle
         self._group = group
@@ -62,82 +66,6 @@ class Work:
         return self._handle is None or self._group.is_done(self._handle, patience_s)
 
 
-# ---- groups ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Channel:
-    """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
-
-    handle: Any
-    serial: int  # among those over the same parent; the same on all ranks
-    num_collectives: int = 0
-    is_broken: bool = False  # a collective failed: it is never used again
-
-
-@dataclass
-class _Channels:
-    """Channels over one parent group: made when wanted, used again when their optimizer is gone."""
-
-    num_made: int = 0
-    free: list[_Channel] = field(default_factory=list)
-
-    def lease(self, handle: Any, timeout: timedelta | None) -> _Channel:
-        """Collective: the free channel of the lowest serial number on all ranks, or a new one."""
-        rows = _gather_objects(handle, ([channel.serial for channel in self.free], self.num_made, _num_groups()))
-        common = set.intersection(*(set(serials) for serials, _, _ in rows))
-        if common:
-            found = next(channel for channel in self.free if channel.serial == min(common))
-            self.free.remove(found)
-            return found
-        self.num_made = max(num_made for _, num_made, _ in rows) + 1
-        ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
-        return _Channel(_new_group(ranks, dist.get_backend(handle), timeout, most), self.num_made)
-
-    def give_back(self, channel: _Channel) -> None:
-        if not channel.is_broken:
-            self.free.append(channel)
-
-
-# By parent: when that is destroyed its free channels go too, and their threads with them.
-_channels: weakref.WeakKeyDictionary[Any, _Channels] = weakref.WeakKeyDictionary()
-
-
-def _channels_over(parent: Any) -> _Channels:
-    return _channels.setdefault(parent, _Channels())
-
-
-@functools.cache  # once
-def _let_gloo_finish_at_exit() -> None:
-    """gloo's threads let go of tensors with the interpreter's lock; one that asks for it too late aborts us."""
-    atexit.register(time.sleep, 0.01)
-
-
-def _num_groups() -> int:
-    return len(dist.distributed_c10d._world.pg_names)
-
-
-def _new_group(ranks: list[int], backend: str, timeout: timedelta | None, num_groups: int) -> Any:
-    """A group over these ranks, with gloo for CPU tensors beside NCCL."""
-    backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
-    _let_gloo_finish_at_exit()
-    if len(ranks) == dist.get_world_size():
-        return dist.new_group(ranks, timeout=timeout, backend=backend)
-    # Only members may be asked for a smaller group. torch then names it after its ranks and the number of groups that
-    # this process has, so bring that to one number on all of them.
-    while _num_groups() < num_groups:
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-
-
-def _gather_objects(handle: Any, value: object) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(handle)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        dist.all_gather_object(values, value, group=handle)
-    return values
-
-
 class Group:
     """The ranks that share one optimizer's state. Without a process group it is one rank and nothing is sent.
 
@@ -146,8 +74,7 @@ class Group:
     """
 
     def __init__(self, process_group: Any = None) -> None:
-        if hasattr(process_group, "get_group"):  # a DeviceMesh of one dimension
-            process_group = process_group.get_group()
+        process_group = process.unwrapped(process_group)
         initialized = dist.is_available() and dist.is_initialized()
         if not initialized:
             process.check_alone(process_group)
@@ -165,13 +92,13 @@ class Group:
         self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
         self.host: HostRanks | None = None
         if self.size > 1:
-            self._timeout = _timeout_of(parent)
+            self._timeout = channels.timeout_of(parent)
             self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
-            channels = _channels_over(parent)
+            leased_from = channels.channels_over(parent)
             with self.error_context("the lease of a process group"):
-                self._channel = channels.lease(parent, self._timeout)
+                self._channel = leased_from.lease(parent, self._timeout)
             self.handle = self._channel.handle
-            weakref.finalize(self, channels.give_back, self._channel)
+            weakref.finalize(self, leased_from.give_back, self._channel)
 
     @classmethod
     def alone(cls) -> Group:
@@ -187,7 +114,7 @@ class Group:
             group = self if other.size == 1 else other
             return Group(group.handle) if group.size > 1 else group
         what = "the comparison of a mesh's ranks"
-        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), _num_groups()), what)
+        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), channels.num_groups()), what)
         ranks = sorted({rank for row, _ in rows for rank in row})
         if len(ranks) != self.size * other.size:
             raise ValueError(
@@ -197,7 +124,7 @@ class Group:
         if len(ranks) == dist.get_world_size():
             return Group()
         most = max(self.gather_objects(max(num for _, num in rows), what))
-        return Group(_new_group(ranks, dist.get_backend(self.handle), self._timeout, most))
+        return Group(channels.new_group(ranks, dist.get_backend(self.handle), self._timeout, most))
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
@@ -244,8 +171,8 @@ class Group:
         """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank."""
         return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs))
 
-    def launch(self, what: str, begin: Callable[[], Any], then: Callable[[], None] | None = None) -> Work:
-        """Launch what `begin` begins, which returns a handle to wait for; `then` is called when it has come."""
+    def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:
+        """Launch what `begin` begins; `then` is called once, when its handle has been waited for."""
         with self.error_context(what):
             if self._channel.is_broken:
                 raise RuntimeError("another collective of this optimizer has failed before")
@@ -253,7 +180,7 @@ class Group:
             handle = begin()
         return Work(handle, self, what, self._channel.num_collectives, then)
 
-    def wait(self, handle: Any, what: str, number: int) -> None:
+    def wait(self, handle: Handle, what: str, number: int) -> None:
         """Wait for a collective; see Work."""
         with self.error_context(what):
             while self._blocks:
@@ -266,7 +193,7 @@ class Group:
                 self._compare(what, number)
             handle.wait()
 
-    def is_done(self, handle: Any, patience_s: float) -> bool:
+    def is_done(self, handle: Handle, patience_s: float) -> bool:
         """Whether a collective is done within so many seconds; see Work."""
         if not self._blocks or handle.is_completed():
             return True
@@ -287,7 +214,7 @@ class Group:
                 seen[rank] = json.loads(store.get(str(rank)))
         if any(theirs[0] == number and theirs[1] != what for theirs in seen.values()):
             self._channel.is_broken = True
-            _keep_for_ever(self.handle)
+            channels.keep_forever(self.handle)
             places = "; ".join(f"rank {rank}, {place}, waits for {it}" for rank, (_, it, place) in sorted(seen.items()))
             raise CollectiveError(
                 f"the ranks wait for different collectives: {places}. Run backward and step, and read norms and whole "
@@ -296,11 +223,12 @@ class Group:
 
     def begin_all_to_all(
         self, received: Tensor, sent: Tensor, received_numels: Sequence[int], sent_numels: Sequence[int]
-    ) -> Any:
-        """A handle, for `launch`; so many elements from and to each rank."""
-        return dist.all_to_all_single(
+    ) -> Handle:
+        """For `launch`: so many elements from and to each rank."""
+        handle: Handle = dist.all_to_all_single(
             received, sent, list(received_numels), list(sent_numels), group=self.handle, async_op=True
         )
+        return handle
 
     def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
         """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
@@ -341,7 +269,7 @@ class Group:
         if self.size == 1:
             return [value]
         with self.error_context(what):
-            return _gather_objects(self.handle, value)
+            return channels.gather_objects(self.handle, value)
 
     def mesh(self, device_type: str) -> Any:
         """A DeviceMesh of one dimension over the same ranks, which DTensors want."""
@@ -372,14 +300,3 @@ class Group:
         host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)
         return [value for value in host.tolist() if value >= 0]
-
-
-def _keep_for_ever(handle: Any) -> None:
-    """Never destroy a group with a collective that will not complete: to do so waits for it, up to the timeout."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
-
-
-def _timeout_of(group: Any) -> timedelta | None:
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options = getattr(group._get_backend(device), "options", None)
-    return None if options is None else options._timeout

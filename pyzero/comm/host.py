@@ -97,6 +97,13 @@ def find_hosts(gather: Gather) -> list[list[int]]:
     return list(hosts.values())
 
 
+def raise_first(problems: Sequence[str | None]) -> None:
+    """Raise HostError for the first rank that has a problem: alike on all, which have gathered them."""
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise HostError(f"on rank {rank}: {problem}")
+
+
 def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[int, Segment], dict[int, int]]:
     """So many zeroed bytes of each of these ranks, and their process ids. Collective over all hosts.
 
@@ -121,9 +128,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
     finally:
         if offer is not None:
             os.close(offer.descriptor)
-    found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
-    if found is not None:
-        raise HostError(f"on rank {found[0]}: {found[1]}")
+    raise_first(problems)
     return segments, {rank: offers[rank].pid for rank in ranks}
 
 
@@ -286,7 +291,7 @@ class _Life:
 
 
 class Arrival:
-    """Every rank's counter on its way to a number; what torch.distributed calls work."""
+    """Every rank's counter on its way to a number; a Handle of comm/group.py."""
 
     def __init__(self, host: HostRanks, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
         self._host = host

@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.comm.group import Group, Work
+from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.host import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
 
@@ -81,7 +81,7 @@ class Deferred(NamedTuple):
 
     piece: Piece
     data: Tensor
-    awaited: Sequence[Any]  # handles: then it can be copied to the ring
+    awaited: Sequence[Handle]  # after which it can be copied to the ring
 
 
 class _Gather(NamedTuple):
@@ -216,7 +216,7 @@ class PeerTransport(Transport):
 
 
 class _Pieces:
-    """What a Work waits for: this rank's pieces up to a number posted, and every rank's."""
+    """A Handle: this rank's pieces up to a number posted, and every rank's."""
 
     def __init__(self, transport: PeerTransport, number: int, posted: Arrival) -> None:
         self._transport = transport

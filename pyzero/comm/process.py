@@ -28,9 +28,14 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def unwrapped(process_group: Any) -> Any:
+    """A ProcessGroup: itself, or that of a DeviceMesh of one dimension; None stays None."""
+    return process_group.get_group() if hasattr(process_group, "get_group") else process_group
+
+
 def handle_of(process_group: Any) -> Any:
-    """The ProcessGroup of that, of a mesh of one dimension, or the default one of None."""
-    return process_group.get_group() if hasattr(process_group, "get_group") else process_group or dist.group.WORLD
+    """The same, with the default group for None."""
+    return unwrapped(process_group) or dist.group.WORLD
 
 
 def place_in(process_group: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero.comm.group import Group
+from pyzero.comm.process import unwrapped
 from pyzero.sharding.local_param import is_dtensor, outer
 
 _Ranks = tuple[int, ...]
@@ -112,7 +113,7 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
         ValueError: The DTensors' meshes do not tell which ranks hold the same weights.
     """
     dtensors = [param for param in params if is_dtensor(param)]
-    model_parallel = [] if model_parallel_group is None else [_resolved(model_parallel_group)]
+    model_parallel = [] if model_parallel_group is None else [unwrapped(model_parallel_group)]
     if not dtensors:
         data = Group(process_group)
         return Topology(data, tuple(ModelDim(Group(handle), (), False) for handle in model_parallel))
@@ -120,7 +121,7 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     found = {dim.ranks: dim.process_group for dim in of_mesh}
     split = {dim.ranks for dim in of_mesh if not dim.placement.is_replicate()}
     beside = {_ranks_of(handle): handle for handle in model_parallel}
-    asked = _resolved(process_group)
+    asked = unwrapped(process_group)
     data_handle = _data_group(dtensors, {**beside, **found}, split, asked)
     data = Group.alone() if data_handle is None else Group(data_handle)
     model = {**found, **beside}
@@ -131,13 +132,6 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     everyone = next((handle for handle in wholes if _covers([*model, *shared], _ranks_of(handle))), None)
     dims = tuple(ModelDim(Group(handle), ranks, ranks in found) for ranks, handle in model.items())
     return Topology(data, dims, everyone if model and model.keys() == found.keys() - set(shared) else None)
-
-
-def _resolved(process_group: Any) -> Any:
-    """A ProcessGroup of that, of a mesh of one dimension, or of nothing."""
-    if hasattr(process_group, "get_group"):
-        return process_group.get_group()
-    return process_group
 
 
 def _ranks_of(process_group: Any) -> _Ranks:
