@@ -154,7 +154,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
-        self._exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
+        self._stats_exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
@@ -193,7 +193,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
             return loss
         self._placement.follow_weights()
-        self._exchange.num_skips_in_a_row = self._overflow.num_in_a_row
+        self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
         stats, unscale = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
         if unscale is not None and isinstance(self._gradients, ReducedGradients):
             self._gradients.unscale(unscale)
@@ -331,7 +331,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
             stats = self._collect("clip_grad_norm_")
             norm = stats.norm
             if norm_type != 2.0:
-                norm = self._exchange.norm(self._gradients.norm_power(norm_type), norm_type, stats.unscale).reshape(())
+                norm = self._stats_exchange.norm(
+                    self._gradients.norm_power(norm_type), norm_type, stats.unscale
+                ).reshape(())
             factor = self._gradients.factor()
             norm = norm if factor is None else norm * factor
             if error_if_nonfinite and not bool(torch.isfinite(norm)):
@@ -355,11 +357,11 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(self._group, self._exchange, self._device, self._scaler.enabled, backend)
+            return LocalGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
         kind = OverlappedGradients if stage == 2 else ReducedGradients
         return kind(
             self._group,
-            self._exchange,
+            self._stats_exchange,
             self._transport,
             self._device,
             ReductionOptions(overlap, self._grad_reduce_dtype),

@@ -38,7 +38,7 @@ class StateAccess(FullAccess, Optimizer):
 
     _scaler: Scaler
     _scaled_backward: ScaledBackward
-    _exchange: GradStatsExchange
+    _stats_exchange: GradStatsExchange
     _overflow: OverflowMonitor
     _param_groups: list[dict[str, Any]]
     _device: torch.device
@@ -80,7 +80,7 @@ class StateAccess(FullAccess, Optimizer):
 
     def _describe(self, code: float) -> str:
         """Which gradient a code of pyzero/gradients/nonfinite.py means."""
-        number, rank = nonfinite.decode(code, self._exchange.names.num_ranks)
+        number, rank = nonfinite.decode(code, self._stats_exchange.names.num_ranks)
         if number is None:
             if self.model_parallel_rank is not None:
                 return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
@@ -260,4 +260,4 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
-    optimizer._exchange.num_exports += 1
+    optimizer._stats_exchange.num_exports += 1

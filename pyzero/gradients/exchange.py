@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyzero.comm.transport import Exchange, Transport
 from pyzero.gradients import nonfinite
-from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.source import is_set
 from pyzero.profiling import profile_range
 from pyzero.streams import on_stream
@@ -108,6 +109,6 @@ class BucketExchange:
         others = self._writers - {current}
         for stream in others:
             current.wait_stream(stream)
-        for local in [record.local() for record in grads.records] if others else []:
+        for local in [record.local_sum() for record in grads.records] if others else []:
             if local is not None:
                 local.record_stream(current)

@@ -54,9 +54,9 @@ class LocalGradients(Gradients):
     """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
 
     def __init__(
-        self, group: Group, exchange: GradStatsExchange, device: torch.device, scales: bool, backend: str
+        self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, scales: bool, backend: str
     ) -> None:
-        super().__init__(group, exchange, device, backend)
+        super().__init__(group, stats_exchange, device, backend)
         self._scales = scales  # the optimizer has a loss scale
         self._maps: dict[Bucket, list[tuple[GradSpan, Pieces]]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by span, from collect() on
@@ -178,11 +178,11 @@ class LocalGradients(Gradients):
             self._first_bad.copy_(self._locate())
         if scaler_found_inf is not None:
             torch.maximum(found, scaler_found_inf, out=found)
-        return self._exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
+        return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""
-        names = self._exchange.names
+        names = self._stats_exchange.names
         rank = names.of_group[self._group.rank]
         codes = [
             nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], rank, names.num_ranks)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
 
@@ -53,7 +54,7 @@ class OverlappedGradients(ReducedGradients):
         if not self.sync:
             return
         self._is_sending = True
-        self._in_flight.gradient_was_written()
+        self._bucket_exchange.gradient_was_written()
         if record in self._deferred:
             return
         if grads.bucket.index < self._next:  # a weight in two reentrant checkpoints: it goes with the next round,
@@ -73,7 +74,7 @@ class OverlappedGradients(ReducedGradients):
     def _end_of_backward(self) -> None:
         if self._is_sending:
             self._round(self._is_deferred)
-            self._in_flight.receive_at_end()
+            self._bucket_exchange.receive_at_end()
         super()._end_of_backward()
 
     def finish_broken_round(self) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
-from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.backward import BackwardEnd, GradientHooks
+from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.source import Gradients, power_sum, powers_of
@@ -48,7 +49,7 @@ class ReducedGradients(Gradients):
     def __init__(
         self,
         group: Group,
-        exchange: GradStatsExchange,
+        stats_exchange: GradStatsExchange,
         transport: Transport,
         device: torch.device,
         options: ReductionOptions,
@@ -56,11 +57,11 @@ class ReducedGradients(Gradients):
         grad_scaler_proxy: GradScalerProxy,
         backend: str,
     ) -> None:
-        super().__init__(group, exchange, device, backend)
+        super().__init__(group, stats_exchange, device, backend)
         self._options = options
         self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
         self._grad_scaler_proxy = grad_scaler_proxy
-        self._in_flight = BucketExchange(exchange.names, transport, device)
+        self._bucket_exchange = BucketExchange(stats_exchange.names, transport, device)
         self._grads: list[BucketGrads] = []
         self._records: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
         self._by_number: list[ParamGrad] = []
@@ -89,7 +90,7 @@ class ReducedGradients(Gradients):
 
     def add(self, bucket: Bucket) -> None:
         """Append a bucket and watch its parameters; what is in `.grad` already has not been sent."""
-        self._in_flight.receive_all()  # the transport may make room anew
+        self._bucket_exchange.receive_all()  # the transport may make room anew
         new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
         records = {param: ParamGrad(param, number, self._self) for param, number in new}
         self._place(bucket, [records[param] for param in bucket.params])
@@ -107,7 +108,7 @@ class ReducedGradients(Gradients):
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients."""
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
         old, records = self._grads, {param: record for param, (_, record) in self._records.items()}
         self._buckets, self._grads = [], []
         for bucket in buckets:
@@ -205,7 +206,7 @@ class ReducedGradients(Gradients):
             grads.pass_over(left_out)
             return
         dtype = self._options.dtype or grads.bucket.dtype
-        self._in_flight.send(grads, dtype, self._mean_factor(), left_out, what, stats)
+        self._bucket_exchange.send(grads, dtype, self._mean_factor(), left_out, what, stats)
 
     def _new_stats(self) -> Sequence[Tensor]:
         """Clean rows of statistics for all buckets of a round, in one launch."""
@@ -228,7 +229,7 @@ class ReducedGradients(Gradients):
 
     def _observe(self, grads: BucketGrads, record: ParamGrad) -> None:
         if record.observe():
-            self._in_flight.receive_all()
+            self._bucket_exchange.receive_all()
             self._generation += 1
             self._clip = None
             grads.drop_forgotten()
@@ -249,14 +250,14 @@ class ReducedGradients(Gradients):
 
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
         self._generation += 1
         self._records[record.param][0].zero(record)
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
         """See sharded_grad.GradOwner. Kept beside the shards; the next step or round multiplies."""
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
         self._generation += 1
         factor = self._as_factor(factor, inverse)
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
@@ -283,7 +284,7 @@ class ReducedGradients(Gradients):
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
         """See sharded_grad.GradOwner. The norms of all parameters come in one message, and are kept."""
-        if not self._exchange.are_alike:
+        if not self._stats_exchange.are_alike:
             raise RuntimeError(
                 "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
                 "optimizer.clip_grad_norm_(max_norm), which knows them"
@@ -294,7 +295,7 @@ class ReducedGradients(Gradients):
             for grads in self._grads:
                 grads.apply_factors()
             parts = [self._part(*self._records[record.param]) for record in self._by_number]
-            norms = self._exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
+            norms = self._stats_exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
             known = self._param_norms = (self._generation, norm_type, norms)
         return known[2][record.number].clone()  # the caller may add to it
 
@@ -324,7 +325,7 @@ class ReducedGradients(Gradients):
         return stats
 
     def _gather(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
         if len({id(record.factor) for record in self._by_number}) > 1:  # no one factor can be left to Adam
             for grads in self._grads:
                 grads.apply_factors()
@@ -343,7 +344,7 @@ class ReducedGradients(Gradients):
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
         )
-        known = self._exchange.gather(stats, None)
+        known = self._stats_exchange.gather(stats, None)
         for record in records:
             record.is_zero |= not known.used[record.number]
         return known
@@ -389,7 +390,7 @@ class ReducedGradients(Gradients):
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """Into the shards. Not collective; every rank does the same."""
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
         self._generation += 1
         grads = self._grads[bucket.index]
         record = grads.records[position]
@@ -408,7 +409,7 @@ class ReducedGradients(Gradients):
 
     def locate_nonfinite(self, always: bool) -> None:
         """See Gradients."""
-        self._in_flight.locates = always
+        self._bucket_exchange.locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
@@ -424,7 +425,7 @@ class ReducedGradients(Gradients):
     def reset(self) -> None:
         """See Gradients."""
         self._observe_all()
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
 
 
 def _nothing(record: ParamGrad) -> bool:

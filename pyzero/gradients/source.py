@@ -30,10 +30,10 @@ class Gradients(ABC):
     learns_arrival = False  # records the order in which gradients come, for buckets in that order
     arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
 
-    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
+    def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
         self._group = group
-        self._exchange = exchange
+        self._stats_exchange = stats_exchange
         self._device = device
         self._backend = backend
         self._buckets: list[Bucket] = []

@@ -24,7 +24,7 @@ LAYERS = (
     {"sharding.access", "sharding.rank_state"},
     {"gradients", "gradients.backward", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
     {"gradients.accumulation", "gradients.amp", "gradients.grad_stats"},
-    {"gradients.source", "update"},
+    {"gradients.bucket_grads", "gradients.source", "update"},
     {"gradients.exchange", "gradients.local"},
     {"gradients.reduction"},
     {"gradients.overlap"},
