@@ -40,10 +40,9 @@ class ShardUpdater:
         self._rule = rule
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
-        self._everyones = torch.empty(
-            0, dtype=torch.float32
-        )  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
-        self._used: list[Tensor] = []  # the same by bucket
+        # (num_params,) fp32 on the device, 1 for a parameter with a gradient on any rank; and the same by bucket.
+        self._used = torch.empty(0, dtype=torch.float32)
+        self._used_by_bucket: list[Tensor] = []
         self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
         self._scalars = StepScalars(self._out[:1], *self._out[1:].unbind())
 
@@ -67,12 +66,12 @@ class ShardUpdater:
         Raises:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
-        self._remember(tuple(buckets), stats.used, stats.rows.device)
+        self._take_pattern(tuple(buckets), stats.used, stats.rows.device)
         ops.step_scalars_(
             self._out,
             stats.rows,
             steps=steps,
-            used=self._everyones,
+            used=self._used,
             max_norm=max_norm,
             unscale=1.0 if stats.unscale is None else stats.unscale,
             factor=1.0 if factor is None else factor,
@@ -80,7 +79,8 @@ class ShardUpdater:
         )
         return self._scalars
 
-    def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
+    def _take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
+        """Copy which parameters have a gradient to the device, where that differs from the last step."""
         if self._pattern == (buckets, used):
             return
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -90,8 +90,8 @@ class ShardUpdater:
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
         self._pattern = buckets, used
-        self._everyones = torch.tensor(rows, dtype=torch.float32, device=device)
-        self._used = list(self._everyones.split([len(bucket.numbers) for bucket in buckets]))
+        self._used = torch.tensor(rows, dtype=torch.float32, device=device)
+        self._used_by_bucket = list(self._used.split([len(bucket.numbers) for bucket in buckets]))
 
     def update(
         self,
@@ -117,7 +117,7 @@ class ShardUpdater:
                     _on(bucket.device, param_groups[shard.group_index]),
                     grad_scale=scalars.grad_scale,
                     found_inf=scalars.found_inf,
-                    used=self._used[bucket.index],
+                    used=self._used_by_bucket[bucket.index],
                     backend=self._backend,
                 )
             del grad

@@ -72,18 +72,18 @@ def _after_hook(after: weakref.WeakMethod[_ParamHook], param: Tensor) -> _ParamH
     return after_hook
 
 
-def _call_hook(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
+def _call(weak_method: weakref.WeakMethod[Callable[..., None]], *args: Tensor) -> None:
     method = weak_method()
     if method is not None:
-        method(param)
+        method(*args)
 
 
-_call_from_compiled = torch._disable_dynamo(_call_hook)  # type: ignore[attr-defined]
+_call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
 
 
 def _call_eagerly(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
     """Compiled autograd traces hooks; ours communicate."""
-    (_call_from_compiled if torch.compiler.is_compiling() else _call_hook)(weak_method, param)
+    (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, param)
 
 
 class BackwardEnd:
@@ -133,12 +133,6 @@ class BackwardEnd:
         self._outermost = None
         while self._prehooks:
             self._prehooks.pop().remove()
-
-
-def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    alive = method()
-    if alive is not None:
-        alive()
 
 
 _PYTHON_BACKWARD = BackwardCFunction.apply.__code__

@@ -161,9 +161,8 @@ class FullAccess:
                 continue
             bucket, position = self._find_trained(param)
             grad = self._whole_grad(bucket, position, stats)
-            flat = torch.zeros(
-                param.numel() + 1, dtype=torch.float32, device=param.device
-            )  # the last one: whether there is a gradient
+            # The last element says whether there is a gradient.
+            flat = torch.zeros(param.numel() + 1, dtype=torch.float32, device=param.device)
             if grad is not None:
                 flat[:-1].view(param.shape).copy_(grad)
                 flat[-1] = 1.0

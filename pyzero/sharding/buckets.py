@@ -85,9 +85,8 @@ class Bucket:
         self.state = {  # by slot: (shard_numel,), or one value per granule
             slot.name: self._zeros(layout.shard_numel // slot.elements_per_value, slot.dtype) for slot in slots
         }
-        self.steps = torch.zeros(
-            len(params), dtype=torch.float32, device=self.device
-        )  # (num_params,) applied steps of each parameter
+        # (num_params,) applied steps of each parameter
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
         runs = [(run.key.group_index, *layout.run_bounds(run, rank)) for run in layout.runs]
         self._runs = [(group_index, low, high) for group_index, low, high in runs if low < high]

@@ -51,10 +51,9 @@ class Placement:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
-        self.steps = torch.empty(
-            0, dtype=torch.float32, device=device
-        )  # (num_params,) fp32: applied steps, bucket by bucket
-        self._places: dict[Tensor, int] = {}  # the group of each parameter
+        # (num_params,) fp32: applied steps, bucket by bucket
+        self.steps = torch.empty(0, dtype=torch.float32, device=device)
+        self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
         self._fsdp_modules: list[weakref.ref[Any]] = []  # that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
         self.has_stepped = False
@@ -80,9 +79,9 @@ class Placement:
         found, num_seen = set(), 0
         for index, group in enumerate(param_groups):
             for param in group["params"]:
-                place = self._places.get(param)
-                num_seen += place == index
-                if place is None and param.requires_grad:
+                placed_in = self._group_of.get(param)
+                num_seen += placed_in == index
+                if placed_in is None and param.requires_grad:
                     found.add(index)
         if num_seen != len(self.params):
             raise ValueError(
@@ -162,7 +161,7 @@ class Placement:
             for param in param_groups[index]["params"]:
                 if not param.requires_grad:
                     frozen.append(param)
-                elif param not in self._places:
+                elif param not in self._group_of:
                     check_device(param, self._device)
                     check_dtype(param, f"parameter {first + len(params)}")
                     key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
@@ -183,7 +182,7 @@ class Placement:
         self.specs += specs
         owners = dict.fromkeys(fsdp[outer(param)].owner for param in params if outer(param) in fsdp)
         self._fsdp_modules += map(weakref.ref, owners)
-        self._places.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
+        self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
         layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival, self.rule.cut)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
