@@ -190,24 +190,21 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._rule.check(group)
         check_capture(self._device, self._group.size, self._last is None, self._param_groups)
         self._place_unfrozen()
-        if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
-            return loss
+        if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self._placement.follow_weights()
         self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
-        stats, unscale = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
-        if unscale is not None and isinstance(self._gradients, ReducedGradients):
-            self._gradients.unscale(unscale)
-            unscale = None
+        stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
-        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
+        factor = self._gradients.factor()
         scalars = self._updater.begin(
             self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, unscale)
         )
-        norm, clip = scalars.norm, scalars.clip
-        if clipped_by is not None:  # grad_norm is of before clipping
-            norm = _product(stats.norm, unscale) if clipped_by is factor else norm / clipped_by
-            clip = clip * clipped_by
+        last = self._before_clipping(stats, scalars, factor, unscale)
         gathers = self._update_and_gather(stats, scalars)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
         self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
@@ -219,13 +216,30 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._placement.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
-        self._last = LastStep(scalars.found_inf, norm, clip)
+        self._last = last
         self._overflow.after_step(self._scaler.state, stats, self._describe)
         skips = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
-        return loss
+
+    def _take_grad_scale(self) -> Tensor | None:
+        """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
+        unscale = amp.inverse_of(self.__dict__.get("grad_scale"))
+        if unscale is not None and isinstance(self._gradients, ReducedGradients):
+            self._gradients.unscale(unscale)
+            return None
+        return unscale
+
+    def _before_clipping(
+        self, stats: GlobalGradStats, scalars: StepScalars, factor: Tensor | None, unscale: Tensor | None
+    ) -> LastStep:
+        """What can be asked of this step: its norm is of before clipping, whoever clipped."""
+        clipped_by = self._gradients.clipped_by()
+        if clipped_by is None:
+            return LastStep(scalars.found_inf, scalars.norm, scalars.clip)
+        norm = _product(stats.norm, unscale) if clipped_by is factor else scalars.norm / clipped_by
+        return LastStep(scalars.found_inf, norm, scalars.clip * clipped_by)
 
     def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
