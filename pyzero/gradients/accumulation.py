@@ -32,19 +32,24 @@ class ParamGrad:
         self.number = number  # among the optimizer's parameters
         self.position = 0  # in its bucket
         self.has_arrived = False  # in the present round
-        self.is_reduced = False  # the shards hold a part of it, zeros maybe
-        self.is_zero = False  # and it is known to be zeros, on all ranks
-        self.is_used = False  # this rank has had a part in it
-        self.is_forgotten = False  # the shards still hold a part of a gradient that is gone
-        self.num_edits = 0  # of what is in the shards, by the caller: the same on all ranks
-        self.factor: Tensor | None = None  # 0-D: what the part in the shards is still to be multiplied by
-        self.main_grad: Tensor | None = None  # (numel,) fp32: the sum behind a 16-bit local gradient
+        self.is_used = False  # this rank has contributed to it
+
+        # The part in the shards:
+        self.is_reduced = False  # there is one, maybe zeros
+        self.is_zero = False  # it is known to be zeros, on all ranks
+        self.is_forgotten = False  # the shards still hold a part of a gradient that has been cleared
+        self.num_edits = 0  # by the caller; the same on all ranks
+        self.factor: Tensor | None = None  # 0-D: what it is still to be multiplied by
+
+        # This rank's own sum, not sent yet:
+        self.main_grad: Tensor | None = None  # (numel,) fp32: the sum behind a 16-bit `_local`
+        self._local: Tensor | None = None  # the plain tensor behind a LocalGrad, in the parameter's dtype
+        self._version = 0  # of `_local` when it was last seen
+        self._zeroed_version = -1  # of `_local` when it was filled with zeros
+
+        self._shown: Tensor | None = None  # what was put in `.grad` last
         self._owner = owner
         self._dtype, self._device, self._shape = param.dtype, param.device, param.shape
-        self._shown: Tensor | None = None  # what was put in `.grad` last
-        self._local: Tensor | None = None  # the memory of a LocalGrad, without its class
-        self._version = 0  # of that memory when it was last seen
-        self._zeroed_version = -1  # and when it was filled with zeros
 
     @property
     def has_local(self) -> bool:
@@ -53,17 +58,17 @@ class ParamGrad:
 
     @property
     def has_values(self) -> bool:
-        """And they are more than zeros, which carry any loss scale."""
+        """This rank holds unsent gradients that are not all zeros. Zeros carry any loss scale."""
         return self._local is not None and self._local._version != self._zeroed_version
 
     def local_was_zeroed(self) -> None:
-        """`.grad` was filled with zeros, by its own zero_."""
+        """Called when `.grad.zero_()` has filled the local sum with zeros."""
         if self._local is not None:
             self.main_grad = None
             self._version = self._zeroed_version = self._local._version
 
     def local_is_zeros(self) -> bool:
-        """`.grad` is zeros, however it came to be. Reads the values, so it waits for a GPU."""
+        """Whether the local sum is all zeros. Reads the values, so it waits for a GPU."""
         if self._local is None or self._local.any():
             return False
         self.local_was_zeroed()
@@ -76,20 +81,21 @@ class ParamGrad:
 
     @property
     def is_touched(self) -> bool:
-        """`.grad` holds what was assigned or edited since it was last seen."""
+        """`.grad` was assigned or edited since it was last seen."""
         grad = self.param.grad
         is_new = grad is not None and grad is not self._shown
         return is_new or (self._local is not None and self._local._version != self._version)
 
     def restore(self) -> None:
-        """Put back what was cleared."""
+        """Put back into `.grad` what the caller has cleared."""
         self.param.grad = self._shown
 
     def observe(self) -> bool:
-        """Follow what the caller has done to `.grad`; True where that drops what is in the shards.
+        """Follow what the caller has done to `.grad`; returns whether that drops the part in the shards.
 
         Raises:
-            RuntimeError: It was edited where only a part of it is here, or is another gradient's ShardedGrad.
+            RuntimeError: `.grad` was edited while another part of it is in the shards, or is the ShardedGrad of another
+                gradient.
         """
         grad = self.param.grad
         if grad is self._shown:
@@ -120,7 +126,7 @@ class ParamGrad:
         self._version = self._local._version
 
     def forget(self) -> bool:
-        """There is no gradient any more; returns whether the shards hold a part of it."""
+        """Drop the gradient; returns whether the shards still hold a part of it."""
         was_reduced = self.is_reduced
         self.num_edits += was_reduced
         self.is_forgotten |= was_reduced
@@ -134,7 +140,7 @@ class ParamGrad:
         self.is_used = True
 
     def show(self) -> None:
-        """`.grad` is for the caller to read: a LocalGrad, or where there is none a stand-in for other ranks' part."""
+        """Put into `.grad` what the caller may read: a LocalGrad, or a ShardedGrad where only others have a part."""
         if self._local is not None:
             if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
                 self._shown = LocalGrad.wrap(self._local, self, self._owner)
@@ -144,7 +150,7 @@ class ParamGrad:
             self.param.grad = self._shown
 
     def before_arrival(self) -> None:
-        """Backward is about to add to `.grad`: what must not be rounded or cannot be added to moves aside."""
+        """Called before backward adds to `.grad`: a ShardedGrad, and a 16-bit sum, move out of its way."""
         if self._local is None:
             self.param.grad = None
         elif self._dtype != torch.float32:
@@ -154,7 +160,7 @@ class ParamGrad:
             self.param.grad = None
 
     def after_arrival(self) -> None:
-        """Backward has added to `.grad`.
+        """Called when backward has added to `.grad`: takes it for the local sum.
 
         Raises:
             TypeError: The gradient is sparse, or the parameter was converted after the optimizer was built.
@@ -181,7 +187,7 @@ class ParamGrad:
         return self._local if self.main_grad is None else self.main_grad
 
     def sent(self) -> None:
-        """The local sum, if any, is on its way into the shards, and `.grad` stands for what they hold."""
+        """Called when the local sum, if any, has been sent: `.grad` becomes a ShardedGrad."""
         if not isinstance(self._shown, ShardedGrad):
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
         self.main_grad = self._local = None
@@ -189,14 +195,14 @@ class ParamGrad:
         self.param.grad = self._shown
 
     def passed_over(self) -> None:
-        """A round has sent zeros in place of the local sum, which a later one will send."""
+        """Called when a round has sent zeros for this parameter: a later one will send the local sum."""
         was_zero = self.is_zero or not self.is_reduced
         if self._local is None:
             self.sent()
         self.is_reduced, self.is_zero = True, was_zero
 
     def replaced(self) -> None:
-        """The shards hold another gradient now, which every rank has had a part in."""
+        """Called when the caller's own value has been written into the shards, on every rank."""
         self._shown = self.factor = None
         self.sent()
         self.is_used = True
@@ -204,7 +210,7 @@ class ParamGrad:
 
 
 def sparse_error(param: Tensor) -> TypeError:
-    """Of a gradient that no bucket can hold."""
+    """The error for a sparse gradient, which no bucket can hold."""
     return TypeError(
         f"expected dense gradients, got a sparse one for the parameter of shape {tuple(param.shape)}; "
         f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "

@@ -26,11 +26,11 @@ class BucketGrads:
         self.bucket = bucket
         self.records = records  # by position in the bucket
         self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, but for `factor`
-        # (num_runs, 3): flag and first bad parameter of the shard in the first row, squares of what counts by run.
+        # (num_runs, 3): the shard's overflow flag and first bad parameter in the first row; sums of squares by run.
         self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
         self.num_awaited = 0  # parameters whose gradients have not come in this round
-        self.waits_for_end = False  # it is sent at the end of backward: a gradient came after it was
-        self._is_stale = False  # flag and squares are of a shard that has changed since
+        self.waits_for_end = False  # sent at the end of backward: in an earlier round a gradient came after it was sent
+        self._is_stale = False  # the shard has changed since flag and squares were computed
         self._pieces = Pieces(bucket, 0, bucket.layout.numel)
         self._backend = backend
 
@@ -41,7 +41,7 @@ class BucketGrads:
 
     @property
     def first_bad(self) -> Tensor:
-        """(1,) fp64: code of the first bad parameter of all that was received."""
+        """(1,) fp64: code of the first bad parameter in all that was received."""
         return first_bad_of(self.stats[0])
 
     @property
@@ -50,7 +50,7 @@ class BucketGrads:
         return any(record.is_reduced for record in self.records)
 
     def drop_forgotten(self) -> None:
-        """Have the shard follow records that have just forgotten their part, this one's bucket-mates included."""
+        """Zero the parts of gradients that were cleared, whichever of the bucket's; drop the shard if none is left."""
         forgotten = [record for record in self.records if record.observe() or record.is_forgotten]
         if self.is_reduced:
             for record in forgotten:
@@ -64,7 +64,7 @@ class BucketGrads:
             record.is_forgotten = False
 
     def write(self, record: ParamGrad, value: Tensor) -> None:
-        """(numel,) `value`, in memory order, for what is reduced of one gradient."""
+        """Write this rank's part of (numel,) `value`, in memory order, into the shard."""
         if self.shard is None:
             self.shard = torch.zeros(self.bucket.layout.shard_numel, dtype=torch.float32, device=self.bucket.device)
         _, in_param = self.bucket.shard_part(record.position)
@@ -78,13 +78,13 @@ class BucketGrads:
         return self.shard[in_shard]
 
     def _fill(self, record: ParamGrad, value: float) -> None:
-        """The gap behind it too: a factor that is NaN has made that NaN."""
+        """Fill this rank's part and the gap behind it: a factor that is NaN has made the gap NaN."""
         if self.shard is not None:
             self.shard[self.bucket.shard_slot(record.position)].fill_(value)
             self._is_stale = True
 
     def zero(self, record: ParamGrad) -> None:
-        """Zeros in place of one reduced gradient."""
+        """Make one reduced gradient zeros."""
         if record.is_reduced:
             record.factor = None
             record.num_edits += 1
@@ -92,12 +92,12 @@ class BucketGrads:
             self._fill(record, 0.0)
 
     def replace(self, record: ParamGrad, value: Tensor) -> None:
-        """(numel,) `value`, in memory order, in place of one gradient, whatever there is of it."""
+        """Replace one gradient, local and reduced, by (numel,) `value`, in memory order."""
         self.write(record, value)
         record.replaced()
 
     def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
-        """Local gradients into (numel,) `send`, zero where a parameter has none; `.grad` then stands for the mean."""
+        """Pack local gradients into (numel,) `send`, zeros where there is none; each `.grad` becomes a ShardedGrad."""
         grads = [None if left_out(record) else record.local_sum() for record in self.records]
         layout = self.bucket.layout
         missing = [slot for slot, grad in zip(layout.slots, grads, strict=True) if grad is None]
@@ -109,18 +109,18 @@ class BucketGrads:
         return send
 
     def pass_over(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        """A round is through with this bucket."""
+        """Mark each record as sent, or as left out of this round."""
         for record in self.records:
             record.passed_over() if left_out(record) else record.sent()
 
     def add(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor) -> None:
-        """Sum what all ranks sent into the shard.
+        """Sum what all ranks have sent into the shard.
 
         Args:
-            slices: (shard_numel,) each, see comm.Exchange.
-            scale: Of the sum.
-            accumulate: Onto the shard.
-            stats: (num_runs, 3) clean rows for the shard's.
+            slices: (shard_numel,) each, see comm/transport.py's Exchange.
+            scale: Multiplies the sum.
+            accumulate: Add to the shard, if there is one, instead of replacing it.
+            stats: (num_runs, 3) clean rows, which become the shard's statistics.
         """
         layout = self.bucket.layout
         accumulate &= self.shard is not None
@@ -145,9 +145,9 @@ class BucketGrads:
         self._is_stale = False
 
     def apply_factors(self) -> None:
-        """Multiply the shard by the factors that its parameters' gradients are still to be multiplied by.
+        """Multiply the factors that clipping and GradScaler have left into the shard.
 
-        Neighbours with one factor are multiplied at once. What is known to be zeros stays so: the factor may be NaN.
+        Neighbours with the same factor take one launch. What is known to be zeros stays so: the factor may be NaN.
         """
         factors = [None if record.is_zero else record.factor for record in self.records]
         for _, neighbours in groupby(range(len(factors)), key=lambda position: id(factors[position])):
@@ -161,7 +161,7 @@ class BucketGrads:
             record.factor = None
 
     def check(self) -> None:
-        """Have flag and squares be of the shard as it is."""
+        """Recompute flag and squares where the shard has changed since."""
         if not self._is_stale or self.shard is None:
             return
         layout, found_inf = self.bucket.layout, self.found_inf

@@ -1,4 +1,4 @@
-"""Gradients that are in `.grad` as it is: of one rank, or averaged over ranks by others."""
+"""Gradients that are used as they lie in `.grad`: on one rank, or where DDP or a trainer has averaged them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from pyzero.sharding.layout import GradSpan
 from pyzero.sharding.local_param import LocalParam, local_of
 
 _ALIGNMENT_BYTES = 16
-# Elements from which on a gradient is read where it is, on a CPU and on a GPU: a call of an update rule costs the host
-# what packing so many would cost.
+# A gradient of so many elements or more, on a CPU and on a GPU, is read where it is: below, packing it costs less than
+# another call of the update rule.
 IN_PLACE_NUMEL = (1 << 16, 1 << 22)
 
 
 def _can_be_read(grad: Tensor, bucket: Bucket) -> bool:
-    """Where it is: at an address that vector instructions take, and not among the weights that are written."""
+    """Whether it can be read where it is: it is aligned for vector instructions, and not among the weights."""
     begin, weights = grad.data_ptr(), bucket.flat.data_ptr()
     return begin % _ALIGNMENT_BYTES == 0 and not weights <= begin < weights + bucket.flat.nbytes
 
 
 def _have_values(grads: list[Tensor]) -> bool:
-    """Some of them is more than zeros. Waits for a GPU."""
+    """Whether any of them is not all zeros. Waits for a GPU."""
     filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
     return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
 
@@ -46,25 +46,25 @@ _GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it
 
 
 def _state_of(grad: Any) -> _GradState:
-    """Of a DTensor; both it and its local tensor count."""
+    """Of a DTensor gradient; writes to it and to its local tensor both count."""
     return weakref.ref(grad), grad._version + local_of(grad)._version
 
 
 class LocalGradients(Gradients):
-    """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
+    """Takes `.grad` as it is at step(): on one rank, or where DDP or a trainer has averaged it."""
 
     def __init__(
         self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, scales: bool, backend: str
     ) -> None:
         super().__init__(group, stats_exchange, device, backend)
         self._scales = scales  # the optimizer has a loss scale
-        self._maps: dict[Bucket, list[tuple[GradSpan, Pieces]]] = {}  # of this rank's shards
+        self._maps: dict[Bucket, list[tuple[GradSpan, Pieces]]] = {}  # the spans of this rank's shards
         self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by span, from collect() on
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._factor: Tensor | None = None  # 0-D, of clipping
-        self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to, and their versions
+        self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that `_factor` applies to: (grad, version)
         self._numbers: dict[Bucket, Tensor] = {}  # (num_params,) fp64, of the parameters
         self._locates = False
         self._clean_rows = clean_rows(1, device)
@@ -73,12 +73,12 @@ class LocalGradients(Gradients):
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
-        self._multiplied: Tensor | None = None  # since the last step, into gradients of DTensors
-        self._fsdp_param: LocalParam | None = None  # one of those that fully_shard has sharded
-        self._arrived: dict[LocalParam, _GradState] = {}  # of them: the gradient behind the last backward
+        self._multiplied: Tensor | None = None  # clip coefficients that DTensors' `.grad` holds, since the last step
+        self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
+        self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
 
     def add(self, bucket: Bucket) -> None:
-        """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
+        """See Gradients. Parameters get hooks only where they are needed: with a loss scale, or once clipped."""
         self._place(bucket)
         if self._scales or self._watched:
             self._watch()
@@ -130,9 +130,9 @@ class LocalGradients(Gradients):
             self._arrived[param] = _state_of(param.dtensor.grad)
 
     def _check_kept_gradients(self) -> None:
-        """fully_shard has added a gradient of another scale to `.grad`, without a hook ahead of it, or is about to.
+        """Raise where fully_shard, before which no hook runs, adds a gradient of another scale to one that is kept.
 
-        One that is as it arrived, or one in-place op later, has not been cleared since.
+        A gradient that is as it arrived, or one in-place op later, has not been cleared since.
         """
         kept = []
         for param, (grad, version) in self._arrived.items():
@@ -156,7 +156,7 @@ class LocalGradients(Gradients):
             self._arriving = None
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
-        """One pass that only reads, and the message."""
+        """See Gradients. One pass over the gradients, which only reads."""
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -208,7 +208,7 @@ class LocalGradients(Gradients):
     # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
 
     def clip(self, coefficient: Tensor) -> None:
-        """Keep the coefficient, until `.grad` is used, added to, or replaced."""
+        """See Gradients. The coefficient is kept until `.grad` is used, added to, or replaced."""
         factor = self.factor()
         self._factor = coefficient if factor is None else factor * coefficient
         self._clipped = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
@@ -238,12 +238,12 @@ class LocalGradients(Gradients):
         return self._factor
 
     def clipped_by(self) -> Tensor | None:
-        """All of the factor, or what `.grad` has been multiplied by."""
+        """See Gradients."""
         return self._factor if self._multiplied is None else self._multiplied
 
     @torch.no_grad()
     def _apply_factor(self) -> None:
-        """Into the gradients that are still those that were clipped."""
+        """Multiply the factor into those gradients that are still the ones that were clipped."""
         factor, self._factor = self._factor, None
         same = [p.grad for p, (g, v) in self._clipped.items() if p.grad is g and g._version == v]
         if same and factor is not None:
@@ -257,7 +257,7 @@ class LocalGradients(Gradients):
         return flatten_like(grad, bucket.params[position]).float()
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Into `.grad`, carrying the loss scale that it carries."""
+        """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
         param = bucket.params[position]
         if self._unscale is not None:
             value = value / self._unscale
@@ -278,19 +278,19 @@ class LocalGradients(Gradients):
         self._locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
-        """`.grad` is the caller's; the loss scale that it carries may change from now on."""
+        """See Gradients."""
         self._pieces.clear()
         self._multiplied = None
 
     def await_step(self) -> bool:
-        """Unknown: `.grad` is the caller's, who may have kept that of the last step."""
+        """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
         return False
 
     def check_arrived(self) -> None:
-        """Nothing: who writes `.grad` here writes what carries the scale of the gradients beside it."""
+        """See Gradients. Nothing to check: what others write to `.grad` is taken to carry its scale."""
 
     def finish_broken_round(self) -> None:
-        """There are none."""
+        """See Gradients. There are no rounds."""
 
     def reset(self) -> None:
         """See Gradients."""

@@ -1,7 +1,4 @@
-"""Gradients of all ranks, reduced into this rank's shards when they are first read (stage 1).
-
-What stage 2 does in backward is in overlap.py.
-"""
+"""Stage 1: gradients of all ranks reduced into this rank's shards when they are first read. Stage 2: overlap.py."""
 
 from __future__ import annotations
 
@@ -38,12 +35,11 @@ class ReductionOptions:
 
 
 class ReducedGradients(Gradients):
-    """Turns the gradients of all ranks into this rank's shards.
+    """Reduces the gradients of all ranks into this rank's shards, in rounds.
 
-    A round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it, and
-    is sent with zeros for parameters without a gradient. Whether there is a round never depends on what this rank alone
-    has seen: whoever reads gradients makes one where none has been made since the last step, or where any rank says in
-    the step's message that it holds gradients that have not been sent.
+    A round sends every bucket once, in the same order on all ranks, with zeros for parameters without a gradient.
+    Whether there is a round never depends on what this rank alone has seen: a read of gradients makes one where none
+    has been made since the last step, or where any rank says in the step's message that it holds unsent gradients.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class ReducedGradients(Gradients):
         self._by_number: list[ParamGrad] = []
         self._self = weakref.ref(self)
 
-        # The accumulation: what is where in it, ParamGrad and BucketGrads know.
+        # Rounds; where each gradient is, ParamGrad and BucketGrads know.
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
         self._num_rounds_used = 0  # by the last step
         self._num_steps = 0
@@ -82,14 +78,14 @@ class ReducedGradients(Gradients):
         self._unsent_is_scaled = False
         self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
         self._clip: Tensor | None = None  # 0-D, of clip()
-        self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # of the last call of scale
+        self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
-        self._checked = False  # that no DistributedDataParallel reduces these gradients too
+        self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
     def add(self, bucket: Bucket) -> None:
-        """Append a bucket and watch its parameters; what is in `.grad` already has not been sent."""
+        """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
         self._bucket_exchange.receive_all()  # the transport may make room anew
         new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
         records = {param: ParamGrad(param, number, self._self) for param, number in new}
@@ -141,7 +137,7 @@ class ReducedGradients(Gradients):
             )
 
     def _before_gradient(self, param: Tensor) -> None:
-        if not self._checked:
+        if not self._is_checked:
             self._check_unwrapped()
         grads, record = self._records[param]
         self._end.begin()
@@ -151,7 +147,7 @@ class ReducedGradients(Gradients):
         self._clip = None
         self._observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
-            self._observe_all()  # what was cleared since is gone
+            self._observe_all()  # the caller may have cleared what carries the other scale
             if self._has_unsent_values():
                 raise mixed_scale_error()
             self._unsent_is_scaled = self._is_scaled
@@ -178,12 +174,12 @@ class ReducedGradients(Gradients):
                 f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
                 f"DistributedDataParallel; pass reduce_grads=False to the optimizer, or the bare model to the loop"
             )
-        self._checked = True
+        self._is_checked = True
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        """Send what this round has not sent yet."""
+        """Send the buckets that this round has not sent yet."""
         self._end.forget()
         while self._next < len(self._grads):
             self._send_next(left_out)
@@ -217,7 +213,7 @@ class ReducedGradients(Gradients):
         return rows
 
     def _mean_factor(self) -> float | Tensor:
-        """What makes the unscaled mean of a sum over ranks; computed once for one loss scale."""
+        """The factor from a sum over ranks to the unscaled mean; computed once per loss scale."""
         if not self._unsent_is_scaled or self._inv_scale is None:
             return 1.0 / self._group.size
         version = self._inv_scale._version
@@ -239,13 +235,13 @@ class ReducedGradients(Gradients):
             self._observe(grads, record)
 
     def _take_grad_scaler_factor(self) -> None:
-        """What GradScaler's unscale_ has done to its proxy is owed to the gradients that are reduced."""
+        """Multiply reduced gradients by the factor that GradScaler's unscale_ has applied to its proxy."""
         factor = self._grad_scaler_proxy.take_factor()
         if factor is not None:
             self.unscale(factor)
 
     def unscale(self, factor: Tensor) -> None:
-        """Multiply all that has been reduced by a 0-D tensor, as part of the gradients themselves."""
+        """Multiply all reduced gradients by a 0-D tensor; unlike `clip` it does not show in `clipped_by`."""
         self.scale(self._by_number, factor)
 
     def zero(self, record: ParamGrad) -> None:
@@ -256,7 +252,7 @@ class ReducedGradients(Gradients):
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
-        """See sharded_grad.GradOwner. Kept beside the shards; the next step or round multiplies."""
+        """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
         self._bucket_exchange.receive_all()
         self._generation += 1
         factor = self._as_factor(factor, inverse)
@@ -271,7 +267,7 @@ class ReducedGradients(Gradients):
             record.num_edits += 1
 
     def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
-        """0-D fp32; one object for calls with one tensor, as clip_grad_norm_ makes them, gradient by gradient."""
+        """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
         if not isinstance(value, Tensor):
             return torch.tensor(1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
         key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
@@ -284,7 +280,7 @@ class ReducedGradients(Gradients):
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
         """See sharded_grad.GradOwner. The norms of all parameters come in one message, and are kept."""
-        if not self._stats_exchange.are_alike:
+        if not self._stats_exchange.same_params:
             raise RuntimeError(
                 "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
                 "optimizer.clip_grad_norm_(max_norm), which knows them"
@@ -300,7 +296,7 @@ class ReducedGradients(Gradients):
         return known[2][record.number].clone()  # the caller may add to it
 
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
-        """This rank's, empty where others count it."""
+        """This rank's part of a reduced gradient; empty where another rank counts it for the norm."""
         if grads.shard is None or not grads.bucket.layout.counts(record.position):
             return torch.empty(0, dtype=torch.float32, device=self._device)
         return grads.part(record)
@@ -369,7 +365,7 @@ class ReducedGradients(Gradients):
         return shard
 
     def factor(self) -> Tensor | None:
-        """One for all parameters, or none."""
+        """See Gradients. All parameters have the same one, or none."""
         return self._by_number[0].factor if self._by_number else None
 
     def clip(self, coefficient: Tensor) -> None:
@@ -389,7 +385,7 @@ class ReducedGradients(Gradients):
         return gather_param(self._group, bucket, position, self._shard(bucket))
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Into the shards. Not collective; every rank does the same."""
+        """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
         self._bucket_exchange.receive_all()
         self._generation += 1
         grads = self._grads[bucket.index]
@@ -429,5 +425,5 @@ class ReducedGradients(Gradients):
 
 
 def _nothing(record: ParamGrad) -> bool:
-    """No record is left out of a round that somebody asked for."""
+    """Which records to leave out of a round that was asked for: none."""
     return False
