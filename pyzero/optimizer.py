@@ -154,7 +154,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
-        self._stats_exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
+        beside = [dim.group for dim in topology.model]
+        self._stats_exchange = GradStatsExchange(self._group, beside, topology.same_params)
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)

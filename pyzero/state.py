@@ -34,7 +34,7 @@ class LastStep(NamedTuple):
 
 
 class StateAccess(FullAccess, Optimizer):
-    """The part of ZeroOptimizer that takes no part in a step. Reading works between any two; loading is collective."""
+    """The part of ZeroOptimizer outside the step: what can be read between steps, and state dicts."""
 
     _scaler: Scaler
     _scaled_backward: ScaledBackward
@@ -60,7 +60,7 @@ class StateAccess(FullAccess, Optimizer):
 
     @property
     def clipped_grad_norm(self) -> Tensor | None:
-        """0-D tensor: the same after clipping."""
+        """0-D tensor: the global 2-norm in the last step, after clipping; None before the first."""
         return None if self._last is None else self._last.norm * self._last.clip
 
     @property
@@ -79,7 +79,7 @@ class StateAccess(FullAccess, Optimizer):
         return int(self._scaler.state[3])
 
     def _describe(self, code: float) -> str:
-        """Which gradient a code of pyzero/gradients/nonfinite.py means."""
+        """The gradient that a code of pyzero/gradients/nonfinite.py means, in words."""
         number, rank = nonfinite.decode(code, self._stats_exchange.names.num_ranks)
         if number is None:
             if self.model_parallel_rank is not None:
@@ -113,19 +113,19 @@ class StateAccess(FullAccess, Optimizer):
     @property
     def model_parallel_rank(self) -> int | None:
         """This rank among those that have other parts of the model; None where it has all of it."""
-        others = self._topology.told
+        others = self._topology.unmeshed
         return None if others is None else others.rank
 
     @property
     def model_parallel_size(self) -> int:
-        """How many they are; 1 where each has all of it."""
-        others = self._topology.told
+        """How many ranks have other parts of the model, this one included; 1 where it has all of it."""
+        others = self._topology.unmeshed
         return 1 if others is None else others.size
 
     @property
     def are_alike(self) -> bool:
-        """All ranks have the same parameters, or parts of them that tensors know of."""
-        return self._topology.are_alike
+        """Whether all ranks have the same parameters, whole or parts of them that DTensors describe."""
+        return self._topology.same_params
 
     def owns(self, param: Tensor) -> bool:
         """Whether this model-parallel rank is the one that counts and saves the parameter."""
@@ -138,9 +138,9 @@ class StateAccess(FullAccess, Optimizer):
     # ---- for checkpoints --------------------------------------------------------------------------------------------
 
     def checkpoint_group(self) -> Group:
-        """All that hold a part, over a process group of its own: a save in a thread meets no collective of training.
+        """All ranks that hold a part of the model, over a process group that training does not use.
 
-        Collective when it is first asked for.
+        So a save in a thread meets no collective of a step. Collective when it is first called.
 
         Raises:
             ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
@@ -164,7 +164,7 @@ class StateAccess(FullAccess, Optimizer):
     # ---- state dicts ------------------------------------------------------------------------------------------------
 
     def _hook_state_dict(self) -> None:
-        """torch's `state_dict()` makes the dict; what is ours is added before and behind."""
+        """Extend torch's own `state_dict()` by hooks that run before and after it."""
         self.register_state_dict_pre_hook(_follow_weights)
         self.register_state_dict_post_hook(_export_state, prepend=True)
 
@@ -172,8 +172,8 @@ class StateAccess(FullAccess, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
 
-        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit
-        on one rank.
+        Every rank calls it; the latter two are given whole to each. Where it does not fit on one rank, nothing is
+        changed on any.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters.
@@ -201,7 +201,7 @@ class StateAccess(FullAccess, Optimizer):
             after(self)
 
     def _parse(self, state_dict: dict[str, Any]) -> tuple[rank_state.RankState, rank_state.SavedCut | None]:
-        """What fits here, once all ranks have found the same. Collective."""
+        """The state, once all ranks have found that theirs fits, and the buckets that its parts are of. Collective."""
         saved, problem = None, None
         try:
             saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
@@ -230,7 +230,7 @@ class StateAccess(FullAccess, Optimizer):
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:
-        """What a state dict says of itself: whose it is, and how it is cut."""
+        """Which rank's a state dict is, and from which buckets its parts are cut."""
         learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
@@ -246,15 +246,15 @@ class StateAccess(FullAccess, Optimizer):
 
 
 def _follow_weights(optimizer: Optimizer) -> None:
-    """A state_dict hook: masters that are saved are of the weights as they are."""
+    """A state_dict hook: have masters follow weights that were written since the last step."""
     assert isinstance(optimizer, StateAccess)
     optimizer._placement.follow_weights()
 
 
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes.
+    """A state_dict hook: add the loss scale's five numbers, and give tensors the parameters' shapes.
 
-    The five are a copy: a checkpoint that is read into them counts once it is loaded, for more depends on them.
+    The five are a copy: what is read into them counts only once it is loaded, for other values depend on them.
     """
     assert isinstance(optimizer, StateAccess)
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()

@@ -61,12 +61,12 @@ class RunKey(NamedTuple):
 class ParamSpec:
     """What the layout must know of a parameter."""
 
-    index: int  # its place in the order of registration
+    index: int  # its number, in the order of registration
     numel: int
     element_bytes: int
     key: Key  # only equal keys share a bucket
     run: RunKey = RunKey(0, True)
-    room: int = 0  # elements from its first one on that are its own, where they are more than it has
+    room: int = 0  # elements of memory that it needs, where they are more than `numel`
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ class BucketLayout:
         return (low - begin, high - begin) if low < high else (0, 0)
 
     def grad_spans(self, rank: int, in_place_numel: int) -> list["GradSpan"]:
-        """How a shard's gradients are read where each parameter has its own: in pieces that never cross a run.
+        """A rank's shard, cut for gradients that lie in `.grad`; a span never crosses a run.
 
-        A part of `in_place_numel` elements and more stands alone, and is read where it is; neighbours that are smaller
-        make one span, which is packed.
+        A part of `in_place_numel` elements or more is a span of its own, which can be read where it is; smaller
+        neighbours make one span, which is packed.
         """
         begin, end = self.shard_bounds(rank)
         found: list[GradSpan] = []
