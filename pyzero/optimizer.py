@@ -255,9 +255,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return gathers
 
     def refresh_fp32_params(self) -> None:
-        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
+        """Make all masters follow the weights, also where torch's version counters do not show a write.
 
-        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
+        They do not after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
         torch._foreach ops on DTensors.
         """
         self._placement.follow_weights(every=True)
@@ -291,7 +291,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     @contextmanager
     def scaled_gradients(self) -> Iterator[None]:
-        """Backward in here starts from gradients that carry the loss scale: those that another pipeline stage sends.
+        """A context for backwards that start from scaled gradients, as another pipeline stage sends them.
 
         Around `schedule.step(...)` on every stage, whose loss function ends in `scale(loss)`.
         """
@@ -304,7 +304,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward in here sends nothing: gradients stay with this rank until the next backward outside, or a read."""
+        """A context in which backward sends nothing: gradients stay local until a backward outside, or a read."""
         before, self._gradients.sync = self._gradients.sync, False
         try:
             yield
@@ -361,7 +361,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return norm
 
     def _collect(self, purpose: str) -> GlobalGradStats:
-        """Finish the reduction and exchange the step's one message, under no_grad. purpose: of grad_stats.PURPOSES."""
+        """Finish the reduction, and exchange the step's message. Under no_grad. purpose: One of grad_stats.PURPOSES."""
         with profile_range("pyzero::collect"):
             found_inf = self.__dict__.get("found_inf")  # set by torch's GradScaler, which has checked `.grad`
             if found_inf is not None:
@@ -416,12 +416,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
             raise
 
     def _named_params(self) -> dict[Tensor, str]:
-        """All parameters, and what to call them in messages."""
+        """All parameters, and their names for messages."""
         groups = enumerate(self._param_groups)
         return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
 
     def _name(self, group_index: int, place: int) -> str:
-        """The name that the caller gave, or numbers."""
+        """A parameter's name for messages: the caller's, or its place in its group."""
         names = self.param_groups[group_index].get("param_names")
         return str(names[place]) if names else f"parameter {place} of group {group_index}"
 
@@ -432,7 +432,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._reserve()
 
     def _reserve(self) -> None:
-        """Have room for all buckets on their way. Collective."""
+        """Have the transport make room for all buckets. Collective."""
         sizes = []
         for bucket in self._buckets:
             dtype = self._grad_reduce_dtype or bucket.dtype
@@ -441,13 +441,13 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._transport.reserve(sizes, len(self._placement.params))
 
     def _place_unfrozen(self) -> None:
-        """Parameters that were frozen so far, and are no longer, get buckets now."""
+        """Give buckets to parameters that are no longer frozen. Collective where there are any."""
         unplaced = self._placement.unplaced(self._param_groups)
         if unplaced:
             self._place(unplaced)
 
     def _learn_arrival(self) -> None:
-        """Once, in the first step: other buckets, in the order in which gradients have come."""
+        """Once, in the first step: move to buckets in the order in which gradients have arrived."""
         if self._gradients.learns_arrival:
             layouts = self._placement.plan_by_arrival(self._gradients.arrival)
             if layouts is not None:
@@ -461,7 +461,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
 
 def _product(*factors: Any) -> Any:
-    """Of those that are not None; None of none."""
+    """The product of those that are not None; None where all are."""
     result = None
     for factor in factors:
         if factor is not None:

@@ -19,7 +19,7 @@ log = logging.getLogger("pyzero")
 
 
 class StepScalars(NamedTuple):
-    """What all elements of one step share, until the next step; see pyzero.ops.step_scalars_."""
+    """The numbers that all elements of one step share, valid until the next; see pyzero.ops.step_scalars_."""
 
     found_inf: Tensor  # (1,) fp32; where it is not zero nothing is written
     norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
@@ -31,9 +31,9 @@ class ShardUpdater:
     """Runs an update rule over buckets.
 
     Args:
-        rule: It.
-        device: Of the buckets.
-        backend: Of the ops.
+        rule: The update rule.
+        device: Where the buckets lie.
+        backend: The ops'.
     """
 
     def __init__(self, rule: UpdateRule, device: torch.device, backend: str) -> None:
@@ -54,14 +54,14 @@ class ShardUpdater:
         max_norm: float | None,
         factor: Tensor | None,
     ) -> StepScalars:
-        """What the step needs beside gradients; counts it for the parameters that have one, unless it is skipped.
+        """Compute the step's scalars, and count the step for parameters with a gradient, unless it is skipped.
 
         Args:
-            buckets: All.
-            steps: (num_params,) fp32, theirs side by side.
-            stats: Of the gradients.
-            max_norm: To clip to, or None.
-            factor: 0-D: what the gradients are to be multiplied by beside `stats.unscale`, or None.
+            buckets: All buckets.
+            steps: (num_params,) fp32, their step counts side by side.
+            stats: The gradients'.
+            max_norm: The norm to clip to, or None.
+            factor: 0-D: multiplies the gradients beside `stats.unscale`, or None.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
@@ -100,13 +100,13 @@ class ShardUpdater:
         param_groups: Sequence[dict[str, Any]],
         scalars: StepScalars,
     ) -> None:
-        """One bucket's.
+        """Update this rank's shard of one bucket.
 
         Args:
-            bucket: Its shard is written: masters, weights, state.
+            bucket: Masters, weights and state of its shard are written.
             grads: Pieces of its gradient: where each begins in the shard, and (n,) values.
             param_groups: The optimizer's.
-            scalars: What `begin` gave.
+            scalars: From `begin`.
         """
         for begin, grad in grads:
             for shard in bucket.run_shards(begin, begin + grad.numel()):
@@ -124,7 +124,7 @@ class ShardUpdater:
 
 
 def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse, before anything is recorded, what a CUDA graph would replay wrongly."""
+    """Raise where a CUDA graph being captured would replay this step wrongly, before anything is recorded."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return
     wanted = "expected a step that a CUDA graph can replay"
@@ -144,7 +144,7 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """A group whose learning rate, if it is a tensor, is 0-D on the device."""
+    """The group, with a learning rate that is a tensor made 0-D on the device."""
     lr = group["lr"]
     if not isinstance(lr, Tensor):
         return group

@@ -62,7 +62,7 @@ def channels_over(parent: Any) -> Channels:
 
 @functools.cache  # once
 def _let_gloo_finish_at_exit() -> None:
-    """gloo's threads let go of tensors with the interpreter's lock; one that asks for it too late aborts us."""
+    """Sleep at exit: gloo's threads take the interpreter's lock to free tensors, and one that is too late aborts it."""
     atexit.register(time.sleep, 0.01)
 
 
@@ -97,7 +97,7 @@ def gather_objects(handle: Any, value: object) -> list[Any]:
 
 
 def keep_forever(handle: Any) -> None:
-    """Never destroy a group with a collective that will not complete: to do so waits for it, up to the timeout."""
+    """Never destroy a group with a collective that will not complete: that would wait for it, up to the timeout."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
 
 

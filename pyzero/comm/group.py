@@ -19,7 +19,7 @@ from pyzero.comm.host import HostError, HostRanks, find_hosts
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_PATIENCE_S = 5.0  # a rank that waits longer compares with the others what each is waiting for
+_PATIENCE_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
 
 
 class CollectiveError(RuntimeError):
@@ -37,7 +37,7 @@ class Handle(Protocol):
 
 
 class Work:
-    """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
+    """A collective or a copy under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
     def __init__(
         self, handle: Handle | None, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
@@ -62,7 +62,7 @@ class Work:
                 self._then()
 
     def is_done(self, patience_s: float) -> bool:
-        """Whether `wait` would return at once; waits so long for it."""
+        """Whether `wait` would return at once; waits for at most `patience_s`."""
         return self._handle is None or self._group.is_done(self._handle, patience_s)
 
 
@@ -109,7 +109,7 @@ class Group:
         return group
 
     def spread_over(self, other: Group) -> Group:
-        """All ranks of a mesh, of which this is one dimension and `other` another. Collective over both."""
+        """All ranks of the mesh that this group and `other` are two dimensions of. Collective over both."""
         if other.size == 1 or self.size == 1:
             group = self if other.size == 1 else other
             return Group(group.handle) if group.size > 1 else group
@@ -146,7 +146,7 @@ class Group:
             ) from error
 
     def share_memory(self) -> HostRanks:
-        """Connect the ranks of each host; where there is one, gather_rows goes through it from then on. Collective.
+        """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
 
         Raises:
             HostError: They cannot share memory, or no two are on one host.
@@ -160,11 +160,11 @@ class Group:
         return self.host
 
     def timeout(self) -> str:
-        """How long a collective may take, in words."""
+        """How long a collective may take, for messages."""
         return "its timeout" if self._timeout is None else f"{self._timeout.total_seconds():g} s"
 
     def timeout_ms(self) -> int:
-        """The same for a device; 0: it may take any time."""
+        """How long a collective may take, in milliseconds; 0: any time."""
         return 0 if self._timeout is None else int(self._timeout.total_seconds() * 1000)
 
     def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
@@ -204,7 +204,7 @@ class Group:
         return True
 
     def _compare(self, what: str, number: int) -> None:
-        """Tell the others what this rank waits for, and raise where another waits for something else in its place."""
+        """Tell the others what this rank waits for; raise where another waits for something else in its place."""
         everyones = dist.distributed_c10d._get_default_store()
         store = dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}", everyones)
         store.set(str(self.rank), json.dumps([number, what, self.where]))
@@ -272,7 +272,7 @@ class Group:
             return channels.gather_objects(self.handle, value)
 
     def mesh(self, device_type: str) -> Any:
-        """A DeviceMesh of one dimension over the same ranks, which DTensors want."""
+        """A one-dimensional DeviceMesh over the same ranks, for DTensors."""
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh  # half a second
 
@@ -280,7 +280,7 @@ class Group:
         return self._mesh
 
     def any_rank(self, flag: bool, what: str) -> bool:
-        """Whether it is True on some rank: from host to host."""
+        """Whether the flag is True on any rank. Host tensors alone are sent."""
         host = torch.tensor([float(flag)], dtype=torch.float64, device="cpu")
         return any(self.gather_shards(host, what).tolist())
 
@@ -295,7 +295,7 @@ class Group:
             self.start(what, dist.all_reduce, tensor).wait()
 
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
-        """The first rank's numbers from 0 on, of which there are `most` at most."""
+        """The first rank's list of at most `most` numbers, each 0 or more."""
         host = torch.full((most,), -1, dtype=torch.int64, device="cpu")
         host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)

@@ -80,7 +80,7 @@ class HostsTransport(PeerTransport):
 
 
 def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-    """For each rank of a host, whose weights it takes in: of each other host one rank, or more where that has more."""
+    """For each rank of a host, whose weights it receives for its host: other hosts' ranks, dealt out in turn."""
     found: dict[int, list[int]] = {rank: [] for rank in mine}
     for ranks in hosts:
         if ranks != mine:

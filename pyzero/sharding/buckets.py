@@ -187,7 +187,7 @@ class Bucket:
         self._versions[position] = self.params[position]._version
 
     def bump_versions(self, used: Sequence[bool] | None = None) -> None:
-        """Called when ops have written weights, all or those `used` by number: autograd graphs that saved them notice."""
+        """Called when ops have written weights, all or those `used` by number: graphs that saved them notice."""
         written = [p for p, number in zip(self.params, self.numbers, strict=True) if used is None or used[number]]
         if written and self._has_locals:
             written = [*map(outer, written), *(param.data for param in written if isinstance(param, LocalParam))]

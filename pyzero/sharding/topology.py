@@ -25,7 +25,7 @@ class _Dim(NamedTuple):
 
 
 class ModelDim(NamedTuple):
-    """A dimension along which the model is split: its ranks hold different parts of what is split, and the same rest."""
+    """A dimension along which the model is split: its ranks hold other parts of what is split, and the same rest."""
 
     group: Group
     ranks: _Ranks
