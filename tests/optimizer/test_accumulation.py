@@ -4,70 +4,28 @@ A gradient is a small integer times a power of two, and so are its sums and mean
 Adam halves: exp_avg is half of the first gradient, in which any other gradient would show.
 """
 
-import itertools
 import math
 import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-from ranks import NUM_WORKERS, Ranks
+from own_groups import OwnGroups, is_refused
 from torch import Tensor, nn
 
 import pyzero
 
 ADAM = {"lr": 0.125, "betas": (0.5, 0.5), "eps": 1.0}
 SHAPES = ((64,), (3, 67), (5,))
-TIMEOUT_S = 15  # of a test that hangs; the pool's is longer
 LATEST_S = 20  # for an error that is found by counting, not by a timeout
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
 SIZES = pytest.mark.parametrize("size", [1, 2, 3])
 SEVERAL = pytest.mark.parametrize("size", [2, 3])
 ONE_AND_TWO = pytest.mark.parametrize("size", [1, 2])
-
-_groups: dict[int, list[Any]] = {}  # of this worker: by generation, groups of 1, 2, 3 ranks
-
-
-def make_groups(group: Any, generation: int, timeout_s: float) -> None:
-    import torch.distributed as dist
-
-    limit = timedelta(seconds=timeout_s)
-    _groups[generation] = [dist.new_group(list(range(size)), timeout=limit) for size in (1, 2, 3)]
-
-
-def on_own_group(group: Any, generation: int, fn: Callable[..., Any], *args: Any) -> Any:
-    return fn(_groups[generation][group.size() - 1], *args)
-
-
-class OwnGroups:
-    """The pool, on groups of their own that give up soon, and are made anew where a test has failed."""
-
-    _generations = itertools.count()
-
-    def __init__(self, ranks: Ranks, timeout_s: float = TIMEOUT_S) -> None:
-        self._ranks = ranks
-        self._timeout_s = timeout_s
-        self._generation = -1
-
-    def __call__(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        if self._generation < 0:
-            self._generation = next(self._generations)
-            self._ranks.run(NUM_WORKERS, make_groups, self._generation, self._timeout_s)
-        try:
-            return self._ranks.run(size, on_own_group, self._generation, fn, *args)
-        except AssertionError:
-            self._generation = -1
-            raise
-
-
-@pytest.fixture(scope="module")
-def run(ranks):
-    return OwnGroups(ranks)
 
 
 class Twins:
@@ -131,17 +89,6 @@ READS: dict[str, Callable[[Twins], Any]] = {
     "clip": lambda t: t.optimizer.clip_grad_norm_(1e9),
     "full_grad": lambda t: t.optimizer.full_grad(t.first),
 }
-
-
-def is_refused(action: Callable[[], Any]) -> bool:
-    """Whether it raises RuntimeError, not by a collective that failed."""
-    try:
-        action()
-    except pyzero.CollectiveError:
-        raise
-    except RuntimeError:
-        return True
-    return False
 
 
 # ---- reads between two backwards ----------------------------------------------------------------------------------

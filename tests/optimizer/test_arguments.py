@@ -232,7 +232,7 @@ def rank_0s_state(group: Any, what: str) -> str:
     """All ranks load rank 0's; or one rank's file does not fit."""
     import torch.distributed as dist
 
-    rank = dist.get_rank(group)
+    rank = group.rank()
     model = build(torch.bfloat16)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group)
     trained(None, model, optimizer, range(2))
@@ -278,7 +278,6 @@ def test_a_state_dict_says_whose_it_is():
 
 def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tensor]:
     import torch._dynamo.compiled_autograd as compiled_autograd
-    import torch.distributed as dist
 
     enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
     torch.manual_seed(0)
@@ -287,7 +286,7 @@ def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tenso
         model.parameters(), lr=1e-2, process_group=group, stage=stage, loss_scale=8.0, bucket_cap_mb=1e-3
     )
     for step in range(3):
-        loss = model(torch.full((2, 16), 1.0 + dist.get_rank(group) + step)).square().mean()
+        loss = model(torch.full((2, 16), 1.0 + group.rank() + step)).square().mean()
         if compiled:
             with enable(torch.compile(backend="eager")):
                 optimizer.backward(loss)

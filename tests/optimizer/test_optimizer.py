@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DTYPES, NUM_MICRO_BATCHES, Net, assert_same, build, loss_of, micro_batch, params_of
+from models import DTYPES, NUM_MICRO_BATCHES, Net, assert_same, build, loss_of, micro_batch, params_of, randn
 from torch import Tensor, nn
 
 import pyzero
@@ -14,9 +14,7 @@ import pyzero
 
 def train(group: Any, dtype: torch.dtype, num_steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """Each rank takes its share of the micro-batches, one backward each; the gradients are means over all of them."""
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = group.rank(), group.size()
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, **{"lr": 1e-2, **options})
     norms = []
@@ -108,9 +106,7 @@ def test_sharded_equals_unsharded_bit_for_bit(ranks, dtype):
 
 
 def with_no_sync(group: Any, dtype: torch.dtype, stage: int, leave_last: bool) -> list[Tensor]:
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = group.rank(), group.size()
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
     share = NUM_MICRO_BATCHES // size
@@ -135,8 +131,6 @@ def test_no_sync_only_moves_communication(ranks, stage, leave_last):
 
 
 def overflow_on_one_rank(group: Any, dtype: torch.dtype, stage: int, bad_rank: int) -> dict[str, Any]:
-    import torch.distributed as dist
-
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
     optimizer.backward(loss_of(model, micro_batch(0, 0)))
@@ -145,7 +139,7 @@ def overflow_on_one_rank(group: Any, dtype: torch.dtype, stage: int, bad_rank: i
     scale = optimizer.loss_scale
     optimizer.zero_grad()
     loss = loss_of(model, micro_batch(1, 0))
-    optimizer.backward(loss * float("inf") if dist.get_rank(group) == bad_rank else loss)
+    optimizer.backward(loss * float("inf") if group.rank() == bad_rank else loss)
     optimizer.step()
     same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
     return {"same": same, "ratio": optimizer.loss_scale / scale, "applied": optimizer.was_step_applied}
@@ -164,20 +158,16 @@ def test_overflow_on_one_rank_of_four_changes_nothing_anywhere(ranks, dtype, sta
 
 def used_on_one_rank(group: Any, stage: int) -> list[Tensor]:
     """Layer 0 is used by rank 0 only, layer 1 by both, layer 2 by none."""
-    import torch.distributed as dist
-
     torch.manual_seed(5)
     layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
     optimizer = pyzero.FusedZeroAdamW(
         layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4
     )
     for step in range(5):
-        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step), device="cpu").to(
-            torch.get_default_device()
-        )
+        x = randn(4, 9, seed=step)
         optimizer.zero_grad()
         y = layers[1](x)
-        if dist.get_rank(group) == 0 and step != 2:
+        if group.rank() == 0 and step != 2:
             y = layers[0](y)
         y.square().mean().backward()
         optimizer.step()
@@ -190,9 +180,7 @@ def test_parameters_used_on_some_ranks_or_none(ranks, stage):
     layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
     reference = torch.optim.AdamW(layers.parameters(), lr=1e-2)
     for step in range(5):
-        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step), device="cpu").to(
-            torch.get_default_device()
-        )
+        x = randn(4, 9, seed=step)
         reference.zero_grad()
         y = layers[1](x)
         first = layers[0](y) if step != 2 else y
@@ -294,9 +282,7 @@ def test_channels_last_parameters_keep_their_strides():
     left, right = pyzero.FusedZeroAdamW(ours.parameters(), lr=1e-2), torch.optim.AdamW(theirs.parameters(), lr=1e-2)
     assert ours.weight.stride() == strides
     for step in range(3):
-        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step), device="cpu").to(
-            torch.get_default_device()
-        )
+        x = randn(2, 3, 8, 8, seed=step)
         for model, optimizer in ((ours, left), (theirs, right)):
             optimizer.zero_grad()
             model(x).square().mean().backward()
@@ -362,8 +348,6 @@ def test_a_model_in_ddp_is_refused_at_the_first_backward(ranks):
 
 
 def already_reduced_by_ddp(group: Any) -> list[list[Tensor]]:
-    import torch.distributed as dist
-
     results = []
     for make in (
         lambda params: pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group, reduce_grads=False),
@@ -373,7 +357,7 @@ def already_reduced_by_ddp(group: Any) -> list[list[Tensor]]:
         optimizer = make(ddp.parameters())
         for step in range(5):
             optimizer.zero_grad()
-            loss_of(ddp, micro_batch(step, dist.get_rank(group))).backward()
+            loss_of(ddp, micro_batch(step, group.rank())).backward()
             torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.5)
             optimizer.step()
         results.append(params_of(ddp.module))
@@ -525,7 +509,6 @@ def test_micro_batches_are_summed_in_fp32(ranks, stage, synced):
 
 def with_checkpoints(group: Any, stage: int, reentrant: bool | None) -> list[Tensor]:
     """Layer 1 is in two checkpoints of one backward."""
-    import torch.distributed as dist
     from torch.utils.checkpoint import checkpoint
 
     torch.manual_seed(0)
@@ -534,7 +517,7 @@ def with_checkpoints(group: Any, stage: int, reentrant: bool | None) -> list[Ten
         layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4
     )
     for step in range(4):
-        torch.manual_seed(step * 10 + dist.get_rank(group))
+        torch.manual_seed(step * 10 + group.rank())
         x = torch.randn(4, 16, requires_grad=True)
         optimizer.zero_grad()
         for index in (0, 1, 1, 2):
@@ -555,13 +538,11 @@ def test_activation_checkpoints(ranks, stage, reentrant):
 
 
 def zeroed_by(group: Any, stage: int, whose: str) -> list[Tensor]:
-    import torch.distributed as dist
-
     model = build(torch.float32)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
     for step in range(4):
         (model if whose == "model" else optimizer).zero_grad()
-        loss_of(model, micro_batch(step, dist.get_rank(group))).backward()
+        loss_of(model, micro_batch(step, group.rank())).backward()
         optimizer.step()
     return params_of(model)
 

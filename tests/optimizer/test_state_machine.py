@@ -425,10 +425,8 @@ class Run:
     """One program on this rank. `quiet`: reads and checks are left out, but for those at the end."""
 
     def __init__(self, group: Any, config: Config, quiet: bool) -> None:
-        import torch.distributed as dist
-
         self.group, self.config, self.quiet = group, config, quiet
-        self.rank = dist.get_rank(group)
+        self.rank = group.rank()
         self.model = Model(config)
         offsets = [0.0 if frozen else float(self.rank) for _, _, frozen in config.specs]  # rank 0's values count
         values = [start(config, index) + offset for index, offset in enumerate(offsets)]

@@ -250,8 +250,6 @@ def test_distributed_checkpoints_state_dict(ranks, size):
 
 
 def compiled(group: Any, stage: int) -> list[list[Tensor]]:
-    import torch.distributed as dist
-
     results = []
     for backend in (None, "aot_eager"):
         model = build(torch.float32)
@@ -259,7 +257,7 @@ def compiled(group: Any, stage: int) -> list[list[Tensor]]:
         optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group, stage=stage)
         for step in range(3):
             optimizer.zero_grad()
-            loss_of(call, micro_batch(step, dist.get_rank(group))).backward()
+            loss_of(call, micro_batch(step, group.rank())).backward()
             optimizer.step()
         results.append(params_of(model))
     return results

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import build, loss_of, micro_batch
-from test_accumulation import OwnGroups, is_refused
+from own_groups import is_refused
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
@@ -28,11 +28,6 @@ MIXED = pytest.mark.parametrize(
 )
 FOREACH = pytest.mark.parametrize("foreach", [None, True, False])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(scope="module")
-def run(ranks):
-    return OwnGroups(ranks)
 
 
 class Nets:
@@ -480,13 +475,11 @@ def test_a_sharded_gradient_is_like_its_parameter_and_takes_no_storage(run, size
 
 def read_on_one_rank(group: Any, stage: int) -> str:
     """A norm that rank 0 alone logs."""
-    import torch.distributed as dist
-
     param = nn.Parameter(torch.ones(70))
     optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
     param.sum().backward()
     try:
-        if dist.get_rank(group) == 0:
+        if group.rank() == 0:
             param.grad.norm()
         optimizer.step()
     except pyzero.CollectiveError as error:

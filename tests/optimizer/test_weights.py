@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same, build, loss_of, micro_batch, params_of
+from models import assert_same, build, loss_of, micro_batch, params_of, randn
 from torch import Tensor, nn
 
 import pyzero
-
-
-def rank_of(group: Any) -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank(group)
-
 
 # ---- memory of their own --------------------------------------------------------------------------------------------
 
@@ -113,10 +106,7 @@ def test_channels_last_after_construction_keeps_state_and_weights_together():
             if late and step == 2:
                 conv.to(memory_format=torch.channels_last)
             optimizer.zero_grad()
-            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step), device="cpu").to(
-                torch.get_default_device()
-            )
-            conv(x).square().mean().backward()
+            conv(randn(2, 3, 6, 6, seed=step)).square().mean().backward()
             optimizer.step()
         return params_of(conv)
 
@@ -199,10 +189,10 @@ def backward_in_another_order(group: Any, stage: int, crossed: bool) -> list[Ten
             for param in model.parameters():
                 param.fill_(1.0 + index)
     optimizers = [pyzero.FusedZeroAdam(m.parameters(), lr=0.1, process_group=group, stage=stage) for m in models]
-    order = (1, 0) if crossed and rank_of(group) == 1 else (0, 1)
+    order = (1, 0) if crossed and group.rank() == 1 else (0, 1)
     for _ in range(2):
         for index in order:
-            models[index](torch.full((2, 8), 1.0 + index + rank_of(group))).square().mean().backward()
+            models[index](torch.full((2, 8), 1.0 + index + group.rank())).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -227,7 +217,7 @@ class WithBuffers(nn.Module):
 
 
 def synchronised(group: Any, init_sync: bool, filtered: bool) -> list[Tensor]:
-    model = WithBuffers(1.0 + rank_of(group))
+    model = WithBuffers(1.0 + group.rank())
     params = [p for p in model.parameters() if p.requires_grad] if filtered else model.parameters()
     optimizer = pyzero.FusedZeroAdamW(params, process_group=group, init_sync=init_sync)
     del optimizer
@@ -298,7 +288,7 @@ def test_process_groups_are_used_again(ranks):
 def trained_once(group: Any, dtype: torch.dtype) -> list[Any]:
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
-    optimizer.backward(loss_of(model, micro_batch(0, rank_of(group))))
+    optimizer.backward(loss_of(model, micro_batch(0, group.rank())))
     optimizer.step()
     sizes = [param.untyped_storage().nbytes() == param.nbytes for param in model.parameters()]
     return [all(sizes), params_of(model)]
