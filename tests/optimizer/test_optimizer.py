@@ -1,6 +1,7 @@
 """FusedZeroAdam over one to four ranks, against one process of torch."""
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -28,49 +29,42 @@ def train(group: Any, dtype: torch.dtype, num_steps: int, options: dict[str, Any
     return {"params": params_of(model), "norms": norms, "skipped": optimizer.skipped_steps}
 
 
-def train_torch(dtype: torch.dtype, num_steps: int, max_norm: float | None = None) -> list[Tensor]:
-    model = build(dtype)
+@functools.cache
+def train_torch(num_steps: int, max_norm: float) -> list[Tensor]:
+    model = build(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(num_steps):
         optimizer.zero_grad()
         for index in range(NUM_MICRO_BATCHES):
             (loss_of(model, micro_batch(step, index)) / NUM_MICRO_BATCHES).backward()
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     return params_of(model)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), *[(size, stage) for size in (2, 3, 4) for stage in (1, 2)]])
 def test_fp32_follows_torch_adamw_for_100_steps(ranks, size, stage):
     results = ranks.run(size, train, torch.float32, 100, {"stage": stage, "max_grad_norm": 0.5})
     for result in results[1:]:
         assert_same(results[0]["params"], result["params"])
-    for ours, theirs in zip(results[0]["params"], train_torch(torch.float32, 100, max_norm=0.5), strict=True):
-        torch.testing.assert_close(
-            ours, theirs, rtol=0, atol=2e-4
-        )  # 100 steps of 1e-2, gradients summed in another order
+    for ours, theirs in zip(results[0]["params"], train_torch(100, 0.5), strict=True):
+        # 100 steps of 1e-2, gradients summed in another order
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_bits_do_not_depend_on_buckets_or_overlap(ranks, dtype):
+    plain = ranks.run(3, train, dtype, 6, {})
+    for options in (
         {"overlap": False},
         {"bucket_cap_mb": 1e-4},
         {"bucket_cap_mb": 1e-3, "overlap": False},
         {"bucket_cap_mb": 1e-3},
         {"transport": "exact"},
         {"bucket_cap_mb": 1e-3, "transport": "exact"},
-    ],
-    ids=str,
-)
-def test_bits_do_not_depend_on_buckets_or_overlap(ranks, dtype, options):
-    plain = ranks.run(3, train, dtype, 6, {})
-    other = ranks.run(3, train, dtype, 6, options)
-    for one, two in zip(plain, other, strict=True):
-        assert_same(one["params"], two["params"])
+    ):
+        for one, two in zip(plain, ranks.run(3, train, dtype, 6, options), strict=True):
+            assert_same(one["params"], two["params"])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -309,24 +303,6 @@ def test_memory_and_hooks_go_with_the_optimizer():
     loss_of(model, micro_batch(0, 0)).backward()  # a hook left behind would fail or do something
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"amsgrad": True}, ValueError, "amsgrad"),
-        ({"stage": 3}, ValueError, "fully_shard"),
-        ({"lr": -1.0}, ValueError, "lr >= 0"),
-        ({"transport": "pigeon"}, ValueError, "auto, exact, collective, peer"),
-        ({"loss_scale": "often"}, ValueError, "dynamic"),
-        ({"learning_rate": 1.0}, TypeError, "learning_rate"),
-        ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused_by_name(options, error, words):
-    with pytest.raises(error, match=words):
-        pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], **options)
-
-
 def wrapped_in_ddp(group: Any) -> list[str]:
     ddp = nn.parallel.DistributedDataParallel(build(torch.float32), process_group=group)
     bare = build(torch.float32)
@@ -338,7 +314,7 @@ def wrapped_in_ddp(group: Any) -> list[str]:
         loss_of(ddp, micro_batch(0, 0)).backward()
     except RuntimeError as error:
         return [str(error)]
-    return ["no error"] + [str(optimizer.stage)]
+    return [f"no error of {type(optimizer).__name__}"]
 
 
 def test_a_model_in_ddp_is_refused_at_the_first_backward(ranks):
@@ -375,7 +351,7 @@ class NoHostRead(torch.utils._python_dispatch.TorchDispatchMode):
 
     READERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
     # They ask for the device first, or read what the host has of its own.
-    ALLOWED = ("is_set", "_warn", "check", "gather", "_check", "first_ranks", "any_rank", "check_hyper_parameters")
+    ALLOWED = ("is_set", "_warn", "check", "gather", "_check", "first_ranks", "any_rank")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
@@ -414,8 +390,7 @@ def without_host_reads(group: Any, stage: int) -> None:
             optimizer.clip_grad_norm_(1.0, norm_type=1.0)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_backward_and_step_read_nothing_on_the_host(ranks, size, stage):
     ranks.run(size, without_host_reads, stage)
 
@@ -535,25 +510,6 @@ def test_activation_checkpoints(ranks, stage, reentrant):
     for ours, theirs in zip(plain, ranks.run(2, with_checkpoints, stage, reentrant), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-7)  # partial sums in another order
-
-
-def zeroed_by(group: Any, stage: int, whose: str) -> list[Tensor]:
-    model = build(torch.float32)
-    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
-    for step in range(4):
-        (model if whose == "model" else optimizer).zero_grad()
-        loss_of(model, micro_batch(step, group.rank())).backward()
-        optimizer.step()
-    return params_of(model)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_models_zero_grad_does_too(ranks, size, stage):
-    for ours, theirs in zip(
-        *(ranks.run(size, zeroed_by, stage, whose) for whose in ("model", "optimizer")), strict=True
-    ):
-        assert_same(ours, theirs)
 
 
 def clipped_then_grown(group: Any) -> bool:

@@ -316,7 +316,7 @@ class Model(World):
     def all_finite(self) -> bool:
         return all(bool(grad.value.isfinite().all()) for grad in self.grads if grad.value is not None)
 
-    def add(self, index: int, mean: Tensor, factor: float = 1.0) -> None:
+    def add(self, index: int, mean: Tensor) -> None:
         """A backward's."""
         self.multiply_clipped()
         grad, dtype = self.grads[index], self.config.dtype(index)

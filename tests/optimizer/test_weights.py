@@ -181,31 +181,6 @@ def test_parameters_over_one_memory_are_refused_by_name():
 # ---- other ranks ----------------------------------------------------------------------------------------------------
 
 
-def backward_in_another_order(group: Any, stage: int, crossed: bool) -> list[Tensor]:
-    """Two optimizers, whose backwards rank 1 runs in the other order."""
-    models = [nn.Linear(8, 8), nn.Linear(8, 8)]
-    for index, model in enumerate(models):
-        with torch.no_grad():
-            for param in model.parameters():
-                param.fill_(1.0 + index)
-    optimizers = [pyzero.FusedZeroAdam(m.parameters(), lr=0.1, process_group=group, stage=stage) for m in models]
-    order = (1, 0) if crossed and group.rank() == 1 else (0, 1)
-    for _ in range(2):
-        for index in order:
-            models[index](torch.full((2, 8), 1.0 + index + group.rank())).square().mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return [*params_of(models[0]), *params_of(models[1])]
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_optimizers_used_in_another_order_on_one_rank(ranks, stage):
-    wanted = ranks.run(2, backward_in_another_order, stage, False)[0]
-    for got in ranks.run(2, backward_in_another_order, stage, True):
-        assert_same(got, wanted)
-
-
 class WithBuffers(nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()
