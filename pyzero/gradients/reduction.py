@@ -240,21 +240,24 @@ class ReducedGradients(Gradients):
         if factor is not None:
             self.unscale(factor)
 
+    def _begin_edit(self) -> None:
+        """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
+        self._bucket_exchange.receive_all()
+        self._generation += 1
+
     def unscale(self, factor: Tensor) -> None:
         """Multiply all reduced gradients by a 0-D tensor; unlike `clip` it does not show in `clipped_by`."""
         self.scale(self._by_number, factor)
 
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
-        self._bucket_exchange.receive_all()
-        self._generation += 1
+        self._begin_edit()
         self._records[record.param][0].zero(record)
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
         """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
-        self._bucket_exchange.receive_all()
-        self._generation += 1
+        self._begin_edit()
         factor = self._as_factor(factor, inverse)
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
         for record in records:
@@ -386,8 +389,7 @@ class ReducedGradients(Gradients):
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
-        self._bucket_exchange.receive_all()
-        self._generation += 1
+        self._begin_edit()
         grads = self._grads[bucket.index]
         record = grads.records[position]
         self._observe(grads, record)
