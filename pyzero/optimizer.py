@@ -26,7 +26,7 @@ from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.placement import Placement
+from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.topology import make_topology
 from pyzero.state import LastStep, StateAccess
 from pyzero.update import ShardUpdater, StepScalars, check_capture
@@ -145,7 +145,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
-        self._placement = Placement(
+        self._param_buckets = ParamBuckets(
             rule, self._device, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
         )
         self._updater = ShardUpdater(rule, self._device, backend)
@@ -196,14 +196,14 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return loss
 
     def _take_step(self) -> None:
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
         stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor = self._gradients.factor()
         scalars = self._updater.begin(
-            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, unscale)
+            self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
         )
         last = self._before_clipping(stats, scalars, factor, unscale)
         gathers = self._update_and_gather(stats, scalars)
@@ -213,8 +213,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._scaled_backward.after_step(has_grad_scaler)
         for gather in gathers:
             gather.wait()
-        self._placement.weights_were_written(stats.used)
-        self._placement.has_stepped = True
+        self._param_buckets.weights_were_written(stats.used)
+        self._param_buckets.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
         self._last = last
@@ -260,7 +260,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         They do not after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
         torch._foreach ops on DTensors.
         """
-        self._placement.follow_weights(every=True)
+        self._param_buckets.follow_weights(every=True)
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _place(self, group_indices: Iterable[int]) -> None:
         """Move the trained parameters of these groups into buckets."""
-        for bucket in self._placement.add(self._param_groups, group_indices):
+        for bucket in self._param_buckets.add(self._param_groups, group_indices):
             self._gradients.add(bucket)
         self._reserve()
 
@@ -438,24 +438,24 @@ class ZeroOptimizer(StateAccess, Optimizer):
             dtype = self._grad_reduce_dtype or bucket.dtype
             num_sent_bytes = bucket.layout.numel * dtype.itemsize if self.reduces_grads else 0
             sizes.append((num_sent_bytes, bucket.weight_shard.nbytes))
-        self._transport.reserve(sizes, len(self._placement.params))
+        self._transport.reserve(sizes, len(self._param_buckets.params))
 
     def _place_unfrozen(self) -> None:
         """Give buckets to parameters that are no longer frozen. Collective where there are any."""
-        unplaced = self._placement.unplaced(self._param_groups)
+        unplaced = self._param_buckets.unplaced(self._param_groups)
         if unplaced:
             self._place(unplaced)
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""
         if self._gradients.learns_arrival:
-            layouts = self._placement.plan_by_arrival(self._gradients.arrival)
+            layouts = self._param_buckets.plan_by_arrival(self._gradients.arrival)
             if layouts is not None:
                 self._gradients.learns_arrival = False
                 self._move_to(layouts)
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        if self._placement.move_to(layouts, keeps_state):
+        if self._param_buckets.move_to(layouts, keeps_state):
             self._gradients.move_to(self._buckets)
             self._reserve()
 

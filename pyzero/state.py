@@ -87,7 +87,10 @@ class StateAccess(FullAccess, Optimizer):
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
-        param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
+        param, group_index = (
+            outer(self._param_buckets.params[number]),
+            self._param_buckets.specs[number].run.group_index,
+        )
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
         where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
@@ -186,9 +189,9 @@ class StateAccess(FullAccess, Optimizer):
             bucket.written()  # or refuse
         saved, cut = self._parse(state_dict)
         saved.forget_unloaded_masters(self, self._buckets)
-        self._placement.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
+        self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
-            self._move_to(cut.layouts(self, self._placement, self._group.size), keeps_state=False)
+            self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
             self._gradients.learns_arrival &= not cut.has_learned
         saved.copy_into(self)
         if saved.scaler is not None:
@@ -196,7 +199,7 @@ class StateAccess(FullAccess, Optimizer):
             self._overflow.start_from(self.skipped_steps)
         elif self._scaler.enabled:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
-        self._placement.publish_masters()
+        self._param_buckets.publish_masters()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -204,7 +207,9 @@ class StateAccess(FullAccess, Optimizer):
         """The state, once all ranks have found that theirs fits, and the buckets that its parts are of. Collective."""
         saved, problem = None, None
         try:
-            saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
+            saved = rank_state.RankState.parse(
+                self, state_dict, self._param_buckets, self._group.rank, self._group.size
+            )
         except ValueError as error:
             problem = error
         answers = self._group.gather_objects(str(problem) if saved is None else saved.summary())
@@ -248,7 +253,7 @@ class StateAccess(FullAccess, Optimizer):
 def _follow_weights(optimizer: Optimizer) -> None:
     """A state_dict hook: have masters follow weights that were written since the last step."""
     assert isinstance(optimizer, StateAccess)
-    optimizer._placement.follow_weights()
+    optimizer._param_buckets.follow_weights()
 
 
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

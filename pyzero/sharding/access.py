@@ -16,14 +16,14 @@ from pyzero.sharding.local_param import LocalParam, outer, part_of, whole_of
 if TYPE_CHECKING:
     from pyzero.gradients.grad_stats import GlobalGradStats
     from pyzero.gradients.source import Gradients
-    from pyzero.sharding.placement import Placement
+    from pyzero.sharding.param_buckets import ParamBuckets
     from pyzero.sharding.topology import Topology
 
 
 class FullAccess:
     """`full_*` and `set_full_*` of ZeroOptimizer. All ranks call them alike; reading is collective."""
 
-    _placement: Placement
+    _param_buckets: ParamBuckets
     _group: Group
     _tied_groups: dict[Any, Group]
     _topology: Topology
@@ -31,7 +31,7 @@ class FullAccess:
 
     @property
     def _buckets(self) -> list[Bucket]:
-        return self._placement.buckets
+        return self._param_buckets.buckets
 
     def _collect(self, purpose: str) -> GlobalGradStats:
         raise NotImplementedError
@@ -50,7 +50,7 @@ class FullAccess:
         if place is None:
             whole: Tensor = whole_of(param.detach())
             return whole.float().clone()
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         return self._gather(MASTER, *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class FullAccess:
         place = self._find(param)
         if place is None:
             return {}
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         bucket, position = place
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
@@ -85,7 +85,7 @@ class FullAccess:
         if to is not None and not 0 <= to < size:
             raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
         self._place_unfrozen()
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self._buckets:

@@ -21,7 +21,7 @@ from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
 from pyzero.sharding.local_param import LocalParam, box_of, local_of, outer
-from pyzero.sharding.placement import Placement
+from pyzero.sharding.param_buckets import ParamBuckets
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
 ZERO, SCALER = "zero", "scaler"
@@ -99,13 +99,13 @@ class SavedCut(NamedTuple):
     buckets: list[list[int]]  # of parameters, by their place in the groups
     has_learned: bool  # in the order of arrival
 
-    def layouts(self, optimizer: Optimizer, placement: Placement, num_ranks: int) -> list[BucketLayout]:
+    def layouts(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> list[BucketLayout]:
         """The buckets' layouts on so many ranks.
 
         Raises:
             ValueError: Other parameters are trained now, or in other dtypes.
         """
-        numbers, specs = _numbers(optimizer, placement), placement.specs
+        numbers, specs = _numbers(optimizer, param_buckets), param_buckets.specs
         found = [place for bucket in self.buckets for place in bucket]
         if sorted(found) != sorted(numbers):
             raise ValueError(
@@ -118,7 +118,7 @@ class SavedCut(NamedTuple):
                 "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
                 "optimizer is built"
             )
-        return [lay_out(bucket, num_ranks, placement.rule.cut) for bucket in members]
+        return [lay_out(bucket, num_ranks, param_buckets.rule.cut) for bucket in members]
 
 
 class Summary(NamedTuple):
@@ -158,7 +158,7 @@ class RankState:
 
     @staticmethod
     def parse(
-        optimizer: Optimizer, state_dict: dict[str, Any], placement: Placement, rank: int, num_ranks: int
+        optimizer: Optimizer, state_dict: dict[str, Any], param_buckets: ParamBuckets, rank: int, num_ranks: int
     ) -> RankState:
         """Check a state dict against the optimizer, and change nothing.
 
@@ -174,12 +174,12 @@ class RankState:
             )
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
-        numbers = _numbers(optimizer, placement)
+        numbers = _numbers(optimizer, param_buckets)
         origin: str | None = saved_groups[0].get(ZERO)
         found, places, lengths = [], [], {}
         for place, (i, param) in enumerate(zip(ids, params, strict=True)):
             if place in numbers:
-                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), placement.shapes_of(param))
+                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), param_buckets.shapes_of(param))
                 origin = its_origin or origin
                 found.append(saved)
                 places.append(place)
@@ -188,9 +188,9 @@ class RankState:
         if described and any(saved.parts for saved in found):
             _check_origin(described, rank, num_ranks)
             cut = SavedCut(described["buckets"], described["has_learned"])
-            lengths = _lengths(cut.layouts(optimizer, placement, num_ranks), rank)
+            lengths = _lengths(cut.layouts(optimizer, param_buckets, num_ranks), rank)
         for place, saved in zip(places, found, strict=True):
-            _check(saved, placement, lengths.get(numbers[place]), place)
+            _check(saved, param_buckets, lengths.get(numbers[place]), place)
         return RankState(cut, ZERO in saved_groups[0], found, saved_groups, saved_groups[0].get(SCALER))
 
     def summary(self) -> Summary:
@@ -251,9 +251,9 @@ def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
         )
 
 
-def _numbers(optimizer: Optimizer, placement: Placement) -> dict[int, int]:
-    """The placement's number of each trained parameter, by its place in the groups."""
-    numbers = {outer(param): number for number, param in enumerate(placement.params)}
+def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int]:
+    """The number of each trained parameter, by its place in the groups."""
+    numbers = {outer(param): number for number, param in enumerate(param_buckets.params)}
     params = (param for group in optimizer.param_groups for param in group["params"])
     return {place: numbers[param] for place, param in enumerate(params) if param in numbers}
 
@@ -263,17 +263,17 @@ def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
     return {index: high - low for index, (low, high) in bounds.items()}
 
 
-def _check(saved: SavedParam, placement: Placement, length: int | None, place: int) -> None:
+def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, place: int) -> None:
     """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
     if not saved.whole and not saved.parts:
         return  # never updated, as in a torch optimizer
-    shapes = placement.shapes_of(saved.param)
-    for slot in placement.rule.slots:
+    shapes = param_buckets.shapes_of(saved.param)
+    for slot in param_buckets.rule.slots:
         if not saved.has(slot.name):
             raise ValueError(
                 f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
             )
-    per_value = {slot.name: slot.elements_per_value for slot in placement.rule.slots}
+    per_value = {slot.name: slot.elements_per_value for slot in param_buckets.rule.slots}
     for name, part in saved.parts.items():
         wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
         if tuple(part.shape) != (wanted,):

@@ -20,7 +20,7 @@ LAYERS = (
     {"sharding.local_param"},
     {"arguments", "report", "sharding.topology", "update_rule"},
     {"sharding.buckets"},
-    {"sharding.gather", "sharding.placement"},
+    {"sharding.gather", "sharding.param_buckets"},
     {"sharding.access", "sharding.rank_state"},
     {"gradients", "gradients.backward", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
     {"gradients.accumulation", "gradients.amp", "gradients.grad_stats"},

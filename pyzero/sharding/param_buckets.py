@@ -21,7 +21,7 @@ from pyzero.update_rule import Cut, UpdateRule
 log = logging.getLogger("pyzero")
 
 
-class Placement:
+class ParamBuckets:
     """The buckets of an optimizer, and the parameters in them. A parameter keeps its number whatever bucket it lies in.
 
     Args:
