@@ -87,10 +87,8 @@ class StateAccess(FullAccess, Optimizer):
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
-        param, group_index = (
-            outer(self._param_buckets.params[number]),
-            self._param_buckets.specs[number].run.group_index,
-        )
+        param = outer(self._param_buckets.params[number])
+        group_index = self._param_buckets.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
         where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
