@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -65,24 +66,22 @@ class GpuTimer:
         return elapsed
 
 
-_flush: list[Tensor] = []
-_rate: list[float] = []
-
-
 def _flush_l2() -> None:
     """By reading: what is written stays in the L2 and is written back when the next call wants the room."""
-    if not _flush:
-        _flush.append(torch.zeros(_FLUSH_NUMEL, device="cuda"))
-    _flush[0].sum()
+    _more_than_l2().sum()
 
 
+@functools.cache
+def _more_than_l2() -> Tensor:
+    return torch.zeros(_FLUSH_NUMEL, device="cuda")
+
+
+@functools.cache
 def _cycles_per_s() -> float:
-    if not _rate:
-        torch.cuda._sleep(_CALIBRATION_CYCLES)  # the clock rises
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        torch.cuda._sleep(_CALIBRATION_CYCLES)
-        end.record()
-        end.synchronize()
-        _rate.append(_CALIBRATION_CYCLES / start.elapsed_time(end) * 1e3)
-    return _rate[0]
+    torch.cuda._sleep(_CALIBRATION_CYCLES)  # the clock rises
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda._sleep(_CALIBRATION_CYCLES)
+    end.record()
+    end.synchronize()
+    return _CALIBRATION_CYCLES / start.elapsed_time(end) * 1e3

@@ -55,7 +55,7 @@ def run(options: Options) -> list[Row]:
 
 def _case(case: str, shapes: Shapes, dtype: torch.dtype, options: Options) -> list[Row]:
     """On a GPU one contender at a time: a large model's do not fit beside each other."""
-    made = _bf16_makers(options) if dtype == torch.bfloat16 else _fp32_makers(options)
+    made = _bf16_makers(options) if dtype == torch.bfloat16 else _fp32_makers()
     contenders = (
         Contender(name, make(*inputs(shapes, dtype, options)), moved, peer)
         for name, (make, moved, peer) in made.items()
@@ -79,8 +79,6 @@ def inputs(shapes: Shapes, dtype: torch.dtype, options: Options) -> tuple[list[T
 
 
 Maker = Callable[[list[Tensor], list[Tensor]], Step]
-
-
 Made = dict[str, tuple[Maker, float, str | None]]  # by name: maker, bytes per element, key of peers.PEERS
 
 
@@ -96,7 +94,7 @@ def _bf16_makers(options: Options) -> Made:
     return made
 
 
-def _fp32_makers(options: Options) -> Made:
+def _fp32_makers() -> Made:
     made: Made = {"pyzero FusedZeroAdamW": (zero("auto"), 28 + _CLIPPED_BYTES, None)}
     for kind in ("fused", "foreach"):
         for clips in (False, True):

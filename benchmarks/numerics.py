@@ -7,10 +7,8 @@ oracle averages them in fp64 and steps in fp64.
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from torch.nn import Parameter
 
 import pyzero
 from pyzero import ops
+
+from .ranks import join, launch, leave
 
 NUMEL = 2048
 NUM_RANKS = 2
@@ -116,31 +116,19 @@ PYZERO = {
 }
 
 
-def on_rank(rank: int, store: str, outbox: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS)
+def _rank() -> None:
+    join()
     rows = [
         (dtype, f"FusedZeroAdamW, {name}", by_pyzero(DTYPES[dtype], options))
         for dtype in DTYPES
         for name, options in PYZERO.items()
         if dtype != "fp32" or "fp32" not in name
     ]
-    if rank == 0:
-        outbox.put(rows)
-    dist.destroy_process_group()
+    leave({"rows": rows})
 
 
 def measure() -> list[tuple[str, str, Errors]]:
-    context = multiprocessing.get_context("spawn")
-    outbox = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder, "store"))
-        processes = [context.Process(target=on_rank, args=(rank, store, outbox)) for rank in range(NUM_RANKS)]
-        for process in processes:
-            process.start()
-        rows: list[tuple[str, str, Errors]] = outbox.get()
-        for process in processes:
-            process.join()
+    rows: list[tuple[str, str, Errors]] = launch("benchmarks.numerics", NUM_RANKS, {})["rows"]
     for dtype in DTYPES:
         rows.append((dtype, "AdamW(fused), fp32 masters", by_torch(DTYPES[dtype], has_masters=True)))
         if dtype == "bf16":
@@ -156,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _rank() if "RANK" in os.environ else main()

@@ -7,8 +7,7 @@ one GPU where there is one. Beside torch's own events are pyzero::collect, ::red
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import tempfile
+import os
 from pathlib import Path
 
 import torch
@@ -19,10 +18,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import pyzero
 
+from .ranks import join, launch, leave
+
 _NUM_RANKS = 2
 _LAYERS, _WIDTH, _HEADS, _CONTEXT, _BATCH, _VOCABULARY = 4, 256, 4, 64, 4, 512
 _WARM_UP_STEPS = 3  # builds, plans the buckets anew, fills the allocator
-_TIMEOUT_S = 300
 
 
 class SmallGPT(nn.Module):
@@ -76,26 +76,10 @@ def trace(out: Path, device: torch.device, rank: int) -> None:
         profiled.export_chrome_trace(str(out))
 
 
-def on_rank(rank: int, store: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=_NUM_RANKS)
-    trace(out, torch.device("cpu"), rank)
-    dist.destroy_process_group()
-
-
-def on_ranks(out: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (str(Path(folder, "store")), out)
-        processes = [context.Process(target=on_rank, args=(rank, *arguments)) for rank in range(_NUM_RANKS)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(_TIMEOUT_S)
-        for process in processes:
-            process.kill()
-        if any(process.exitcode != 0 for process in processes):
-            raise SystemExit("a rank failed; its output is above")
+def _rank() -> None:
+    spec, device = join()
+    trace(Path(spec["out"]), device, dist.get_rank())
+    leave({})
 
 
 def main() -> None:
@@ -105,9 +89,9 @@ def main() -> None:
     if torch.cuda.is_available():
         trace(out, torch.device("cuda"), rank=0)
     else:
-        on_ranks(out)
+        launch("benchmarks.profile_step", _NUM_RANKS, {"out": str(out)})
     print(f"{out}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
 if __name__ == "__main__":
-    main()
+    _rank() if "RANK" in os.environ else main()

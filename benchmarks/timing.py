@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -99,14 +100,14 @@ class Ticks:
             print(self.WORD, self._done, self._total, flush=True)
 
 
-_flush: list[Tensor] = []
-
-
 def flush_cache() -> None:
     """By reading twice as much as the last level holds: what is written would be written back inside the next call."""
-    if not _flush:
-        _flush.append(torch.zeros(2 * _cache_bytes() // 4))
-    _flush[0].sum()
+    _more_than_cache().sum()
+
+
+@functools.cache
+def _more_than_cache() -> Tensor:
+    return torch.zeros(2 * _cache_bytes() // 4)
 
 
 def _cache_bytes() -> int:

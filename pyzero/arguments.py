@@ -1,4 +1,4 @@
-"""What the optimizers say to arguments that they cannot take."""
+"""Checks of the optimizers' arguments, parameter groups and parameters; errors say got, wanted, remedy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pyzero.sharding.local_param import LocalParam, local_of
 
 _UNSUPPORTED = ("amsgrad", "differentiable")
 _MOOT = ("foreach", "capturable", "fused")  # any value gives the same result here
-_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+_SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
-_OF_OPTIMIZER = ("stage", "process_group", "max_grad_norm", "loss_scale", "bucket_cap_mb", "overlap", "reduce_grads")
+_OPTIMIZERS_OWN = ("stage", "process_group", "max_grad_norm", "loss_scale", "bucket_cap_mb", "overlap", "reduce_grads")
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
-    """Options of torch.optim.Adam that would change the result, by name."""
+    """Raise for options of torch.optim.Adam that would change the result and are not supported."""
     for name in _UNSUPPORTED:
         if options.get(name):
             raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")
@@ -34,7 +34,7 @@ def check_arguments(
     grad_reduce_dtype: torch.dtype | None,
     max_consecutive_skips: int | None,
 ) -> None:
-    """Arguments of the optimizer itself."""
+    """Check ZeroOptimizer's own arguments."""
     if stage not in (1, 2):
         raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
     if max_grad_norm is not None and not max_grad_norm > 0:
@@ -53,13 +53,13 @@ def check_arguments(
 
 
 def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
-    """The names of a group's options, and parameters in dtypes that the ops know."""
+    """Check the names of a group's options, and that its parameters are ones that buckets can hold."""
     known = {*options, *_UNSUPPORTED, *_MOOT, "params", "param_names"}
     for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
-        if name in _OF_OPTIMIZER:
+        if name in _OPTIMIZERS_OWN:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
         close = difflib.get_close_matches(name, known, 1, _MISSPELT)
-        if close and name not in _OF_SCHEDULERS:
+        if close and name not in _SCHEDULERS_KEYS:
             raise ValueError(f"got {name!r} in a parameter group, expected {close[0]!r}; correct the name")
     refuse_unsupported(group)
     for index, param in enumerate(group["params"]):
@@ -80,7 +80,7 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
 
 
 def _check_memory(param: Tensor, name: str) -> None:
-    """Flat buffers take what lies in memory, element by element."""
+    """Raise for a parameter without dense memory."""
     if param.is_meta:
         raise TypeError(
             f"expected parameters with values, got {name} on the meta device; call model.to_empty(device=...) and load "
@@ -94,7 +94,7 @@ def _check_memory(param: Tensor, name: str) -> None:
 
 
 def check_dtype(param: Tensor, name: str) -> None:
-    """Of a parameter that is to be trained; a frozen one may have any."""
+    """Check the dtype of a parameter that is to be trained; a frozen one may have any."""
     if param.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"expected parameters in float32, bfloat16 or float16, got {name} in "
@@ -103,9 +103,9 @@ def check_dtype(param: Tensor, name: str) -> None:
 
 
 def check_fsdp(params: Sequence[Tensor], num_ranks: int) -> None:
-    """Of parameters whose gradients we are to average: fully_shard averages those that it has sharded, and no others.
+    """Check parameters whose gradients the optimizer is to average: fully_shard averages those that it has sharded.
 
-    num_ranks: That hold the same weights.
+    num_ranks: How many ranks hold the same weights.
     """
     sharded = [isinstance(param, LocalParam) and param.is_fsdp for param in params]
     if any(sharded) and num_ranks > 1:
@@ -121,7 +121,7 @@ def check_fsdp(params: Sequence[Tensor], num_ranks: int) -> None:
 
 
 def check_whole(params: Sequence[Tensor], rule: str) -> None:
-    """Of an update rule that takes norms of whole parameters."""
+    """Check parameters of an update rule that takes norms of whole parameters."""
     for index, param in enumerate(params):
         if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
             raise ValueError(
@@ -131,7 +131,7 @@ def check_whole(params: Sequence[Tensor], rule: str) -> None:
 
 
 def check_no_grad(group: dict[str, Any]) -> None:
-    """Of a group that joins an optimizer with a loss scale, which gradients from before may carry or not."""
+    """Check a group that joins an optimizer with a loss scale: no one knows whether its gradients carry that."""
     for index, param in enumerate(group["params"]):
         if param.grad is not None:
             raise ValueError(
@@ -141,7 +141,7 @@ def check_no_grad(group: dict[str, Any]) -> None:
 
 
 def check_lr(group: dict[str, Any]) -> None:
-    """In torch's words, as the next two. A tensor on a GPU is not read."""
+    """lr is at least 0; the message is torch's, as in the next two. A tensor on a GPU is not read."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements; pass a number or a 0-D tensor")
@@ -150,14 +150,14 @@ def check_lr(group: dict[str, Any]) -> None:
 
 
 def check_betas(group: dict[str, Any]) -> None:
-    """Each at least 0, and below 1."""
+    """Each beta is at least 0, and below 1."""
     for index, beta in enumerate(group["betas"]):
         if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
 
 
 def check_not_negative(what: str, name: str, group: dict[str, Any]) -> None:
-    """A number of at least 0."""
+    """group[name] is at least 0."""
     if not group[name] >= 0.0:
         raise ValueError(f"Invalid {what} value: {group[name]}; expected {name} >= 0")
 

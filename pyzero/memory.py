@@ -1,8 +1,8 @@
 """Flat buffers: on their device, or in pinned memory of the host. Large ones on a CPU lie in huge pages.
 
-A buffer that is made anew in every step costs a page fault for every 4 KiB that is first written, some 10 ms for 48 MB;
-with pages of 2 MiB it is a fifth of that, and nothing where the pages of one that has gone are taken again
-(docs/experiments.md). 64 MiB of these are kept at most, about what malloc keeps.
+A buffer that is made in every step costs a page fault for every 4 KiB that is first written, some 10 ms for 48 MB;
+with pages of 2 MiB it is a fifth of that, and nothing where the pages of a freed buffer are used again
+(docs/experiments.md). At most 64 MiB of freed pages are kept, about what malloc keeps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(numel,) zeros in pinned memory of the host, as a tensor of a GPU, whose kernels read and write it over the bus.
+    """(numel,) zeros in pinned host memory, as a CUDA tensor: kernels read and write it over the bus.
 
     Raises:
         RuntimeError: The host has no memory left that can be pinned.
@@ -67,7 +67,7 @@ class _PinnedPages:
 
 
 def _unpin(pages: mmap.mmap, address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a kernel may be at it
+    torch.cuda.synchronize(device)  # a kernel may still use them
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
@@ -77,7 +77,7 @@ def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _reuse(numel: int, dtype: torch.dtype) -> Tensor:
-    """Pages of any contents, which are kept for the next buffer of that size when the last tensor on them has gone."""
+    """(numel,) of any contents; when its last tensor is freed, the pages are kept for the next buffer of that size."""
     num_bytes = _whole_pages(numel * dtype.itemsize)
     pages = _kept.take(num_bytes) or _map(num_bytes)
     view = memoryview(pages)
@@ -92,13 +92,13 @@ def _whole_pages(num_bytes: int) -> int:
 def _map(num_bytes: int) -> mmap.mmap:
     """Fresh pages, which the system has zeroed."""
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a wish: EINVAL from a kernel without huge pages, and small ones will do
+    with contextlib.suppress(OSError):  # EINVAL from a kernel without huge pages: small ones will do
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
 class _Kept:
-    """Pages that nothing lies on, the latest first; a few, as malloc keeps of what it frees."""
+    """A few freed pages, the latest last."""
 
     def __init__(self) -> None:
         self._pages: list[mmap.mmap] = []

@@ -26,7 +26,7 @@ from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.placement import Placement
+from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.topology import make_topology
 from pyzero.state import LastStep, StateAccess
 from pyzero.update import ShardUpdater, StepScalars, check_capture
@@ -145,7 +145,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
-        self._placement = Placement(
+        self._param_buckets = ParamBuckets(
             rule, self._device, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
         )
         self._updater = ShardUpdater(rule, self._device, backend)
@@ -154,7 +154,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
-        self._exchange = GradStatsExchange(self._group, [dim.group for dim in topology.model], topology.are_alike)
+        beside = [dim.group for dim in topology.model]
+        self._stats_exchange = GradStatsExchange(self._group, beside, topology.same_params)
         self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
@@ -190,24 +191,21 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._rule.check(group)
         check_capture(self._device, self._group.size, self._last is None, self._param_groups)
         self._place_unfrozen()
-        if not self._buckets and not self._topology.model:  # else others of the model wait for this rank's message
-            return loss
-        self._placement.follow_weights()
-        self._gradients.num_skips_in_a_row = self._overflow.num_in_a_row
-        stats, outer = self._collect("step"), amp.inverse_of(self.__dict__.get("grad_scale"))
-        if outer is not None and isinstance(self._gradients, ReducedGradients):
-            self._gradients.unscale(outer)
-            outer = None
+        if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
+        self._param_buckets.follow_weights()
+        self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
+        stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
-        factor, clipped_by = self._gradients.factor(), self._gradients.clipped_by()
+        factor = self._gradients.factor()
         scalars = self._updater.begin(
-            self._buckets, self._placement.steps, stats, self._max_grad_norm, _product(factor, outer)
+            self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
         )
-        norm, clip = scalars.norm, scalars.clip
-        if clipped_by is not None:  # grad_norm is of before clipping
-            norm = _product(stats.norm, outer) if clipped_by is factor else norm / clipped_by
-            clip = clip * clipped_by
+        last = self._before_clipping(stats, scalars, factor, unscale)
         gathers = self._update_and_gather(stats, scalars)
         has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
         self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
@@ -215,17 +213,34 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._scaled_backward.after_step(has_grad_scaler)
         for gather in gathers:
             gather.wait()
-        self._placement.weights_were_written(stats.used)
-        self._placement.has_stepped = True
+        self._param_buckets.weights_were_written(stats.used)
+        self._param_buckets.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
-        self._last = LastStep(scalars.found_inf, norm, clip)
+        self._last = last
         self._overflow.after_step(self._scaler.state, stats, self._describe)
         skips = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
-        return loss
+
+    def _take_grad_scale(self) -> Tensor | None:
+        """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
+        unscale = amp.inverse_of(self.__dict__.get("grad_scale"))
+        if unscale is not None and isinstance(self._gradients, ReducedGradients):
+            self._gradients.unscale(unscale)
+            return None
+        return unscale
+
+    def _before_clipping(
+        self, stats: GlobalGradStats, scalars: StepScalars, factor: Tensor | None, unscale: Tensor | None
+    ) -> LastStep:
+        """What can be asked of this step: its norm is of before clipping, whoever clipped."""
+        clipped_by = self._gradients.clipped_by()
+        if clipped_by is None:
+            return LastStep(scalars.found_inf, scalars.norm, scalars.clip)
+        norm = _product(stats.norm, unscale) if clipped_by is factor else scalars.norm / clipped_by
+        return LastStep(scalars.found_inf, norm, scalars.clip * clipped_by)
 
     def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
@@ -240,12 +255,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return gathers
 
     def refresh_fp32_params(self) -> None:
-        """Make all masters follow the weights, also where torch's version counters do not show that they were written.
+        """Make all masters follow the weights, also where torch's version counters do not show a write.
 
-        So it is after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
+        They do not after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
         torch._foreach ops on DTensors.
         """
-        self._placement.follow_weights(every=True)
+        self._param_buckets.follow_weights(every=True)
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
@@ -276,7 +291,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     @contextmanager
     def scaled_gradients(self) -> Iterator[None]:
-        """Backward in here starts from gradients that carry the loss scale: those that another pipeline stage sends.
+        """A context for backwards that start from scaled gradients, as another pipeline stage sends them.
 
         Around `schedule.step(...)` on every stage, whose loss function ends in `scale(loss)`.
         """
@@ -289,7 +304,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward in here sends nothing: gradients stay with this rank until the next backward outside, or a read."""
+        """A context in which backward sends nothing: gradients stay local until a backward outside, or a read."""
         before, self._gradients.sync = self._gradients.sync, False
         try:
             yield
@@ -331,7 +346,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
             stats = self._collect("clip_grad_norm_")
             norm = stats.norm
             if norm_type != 2.0:
-                norm = self._exchange.norm(self._gradients.norm_power(norm_type), norm_type, stats.unscale).reshape(())
+                norm = self._stats_exchange.norm(
+                    self._gradients.norm_power(norm_type), norm_type, stats.unscale
+                ).reshape(())
             factor = self._gradients.factor()
             norm = norm if factor is None else norm * factor
             if error_if_nonfinite and not bool(torch.isfinite(norm)):
@@ -344,24 +361,36 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return norm
 
     def _collect(self, purpose: str) -> GlobalGradStats:
-        """Finish the reduction and exchange the step's one message, under no_grad. purpose: of grad_stats.PURPOSES."""
+        """Finish the reduction, and exchange the step's message. Under no_grad. purpose: One of grad_stats.PURPOSES."""
         with profile_range("pyzero::collect"):
-            outer_found = self.__dict__.get("found_inf")  # GradScaler's, of `.grad`
-            if outer_found is not None:
-                outer_found = (outer_found != 0).to(torch.float32).reshape(1)
-            return self._gradients.collect(outer_found, purpose)
+            found_inf = self.__dict__.get("found_inf")  # set by torch's GradScaler, which has checked `.grad`
+            if found_inf is not None:
+                found_inf = (found_inf != 0).to(torch.float32).reshape(1)
+            return self._gradients.collect(found_inf, purpose)
 
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(self._group, self._exchange, self._device, backend, self._rule.reads_lists)
-        options = ReductionOptions(overlap, self._grad_reduce_dtype)
-        inv_scale = self._scaler.inv_scale if self._scaler.enabled else None
+            return LocalGradients(
+                self._group,
+                self._stats_exchange,
+                self._device,
+                self._scaler.enabled,
+                self._rule.reads_lists,
+                backend,
+            )
         kind = OverlappedGradients if stage == 2 else ReducedGradients
-        gradients = kind(self._group, self._exchange, self._transport, self._device, options, inv_scale, backend)
-        gradients.grad_scaler_proxy = self._grad_scaler_proxy
-        return gradients
+        return kind(
+            self._group,
+            self._stats_exchange,
+            self._transport,
+            self._device,
+            ReductionOptions(overlap, self._grad_reduce_dtype),
+            self._scaler.inv_scale if self._scaler.enabled else None,
+            self._grad_scaler_proxy,
+            backend,
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -394,54 +423,52 @@ class ZeroOptimizer(StateAccess, Optimizer):
             raise
 
     def _named_params(self) -> dict[Tensor, str]:
-        """All parameters, and what to call them in messages."""
+        """All parameters, and their names for messages."""
         groups = enumerate(self._param_groups)
         return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
 
     def _name(self, group_index: int, place: int) -> str:
-        """The name that the caller gave, or numbers."""
+        """A parameter's name for messages: the caller's, or its place in its group."""
         names = self.param_groups[group_index].get("param_names")
         return str(names[place]) if names else f"parameter {place} of group {group_index}"
 
     def _place(self, group_indices: Iterable[int]) -> None:
         """Move the trained parameters of these groups into buckets."""
-        for bucket in self._placement.add(self._param_groups, group_indices):
-            self._gradients.add(bucket, scales=self._scaler.enabled)
+        for bucket in self._param_buckets.add(self._param_groups, group_indices):
+            self._gradients.add(bucket)
         self._reserve()
 
     def _reserve(self) -> None:
-        """Have room for all buckets on their way. Collective."""
+        """Have the transport make room for all buckets. Collective."""
         sizes = []
         for bucket in self._buckets:
             dtype = self._grad_reduce_dtype or bucket.dtype
-            sends = isinstance(self._gradients, ReducedGradients)
-            sizes.append((bucket.layout.numel * dtype.itemsize if sends else 0, bucket.weight_shard.nbytes))
-        self._transport.reserve(sizes, len(self._placement.params))
+            num_sent_bytes = bucket.layout.numel * dtype.itemsize if self.reduces_grads else 0
+            sizes.append((num_sent_bytes, bucket.weight_shard.nbytes))
+        self._transport.reserve(sizes, len(self._param_buckets.params))
 
     def _place_unfrozen(self) -> None:
-        """Parameters that were frozen so far, and are no longer, get buckets now."""
-        unplaced = self._placement.unplaced(self._param_groups)
+        """Give buckets to parameters that are no longer frozen. Collective where there are any."""
+        unplaced = self._param_buckets.unplaced(self._param_groups)
         if unplaced:
             self._place(unplaced)
 
     def _learn_arrival(self) -> None:
-        """Once, in the first step: other buckets, in the order in which gradients have come."""
-        gradients = self._gradients
-        if isinstance(gradients, ReducedGradients) and gradients.learns_arrival:
-            layouts = self._placement.plan_by_arrival(gradients.arrival)
+        """Once, in the first step: move to buckets in the order in which gradients have arrived."""
+        if self._gradients.learns_arrival:
+            layouts = self._param_buckets.plan_by_arrival(self._gradients.arrival)
             if layouts is not None:
-                gradients.learns_arrival = False
+                self._gradients.learns_arrival = False
                 self._move_to(layouts)
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        if self._placement.move_to(layouts, keeps_state):
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.move_to(self._buckets)
+        if self._param_buckets.move_to(layouts, keeps_state):
+            self._gradients.move_to(self._buckets)
             self._reserve()
 
 
 def _product(*factors: Any) -> Any:
-    """Of those that are not None; None of none."""
+    """The product of those that are not None; None where all are."""
     result = None
     for factor in factors:
         if factor is not None:

@@ -34,11 +34,11 @@ class LastStep(NamedTuple):
 
 
 class StateAccess(FullAccess, Optimizer):
-    """The part of ZeroOptimizer that takes no part in a step. Reading works between any two; loading is collective."""
+    """The part of ZeroOptimizer outside the step: what can be read between steps, and state dicts."""
 
     _scaler: Scaler
     _scaled_backward: ScaledBackward
-    _exchange: GradStatsExchange
+    _stats_exchange: GradStatsExchange
     _overflow: OverflowMonitor
     _param_groups: list[dict[str, Any]]
     _device: torch.device
@@ -60,7 +60,7 @@ class StateAccess(FullAccess, Optimizer):
 
     @property
     def clipped_grad_norm(self) -> Tensor | None:
-        """0-D tensor: the same after clipping."""
+        """0-D tensor: the global 2-norm in the last step, after clipping; None before the first."""
         return None if self._last is None else self._last.norm * self._last.clip
 
     @property
@@ -79,15 +79,16 @@ class StateAccess(FullAccess, Optimizer):
         return int(self._scaler.state[3])
 
     def _describe(self, code: float) -> str:
-        """Which gradient a code of pyzero/gradients/nonfinite.py means."""
-        number, rank = nonfinite.decode(code, self._exchange.names.num_ranks)
+        """The gradient that a code of pyzero/gradients/nonfinite.py means, in words."""
+        number, rank = nonfinite.decode(code, self._stats_exchange.names.num_ranks)
         if number is None:
             if self.model_parallel_rank is not None:
                 return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
-        param, group_index = outer(self._placement.params[number]), self._placement.specs[number].run.group_index
+        param = outer(self._param_buckets.params[number])
+        group_index = self._param_buckets.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
         where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
@@ -113,19 +114,19 @@ class StateAccess(FullAccess, Optimizer):
     @property
     def model_parallel_rank(self) -> int | None:
         """This rank among those that have other parts of the model; None where it has all of it."""
-        others = self._topology.told
+        others = self._topology.unmeshed
         return None if others is None else others.rank
 
     @property
     def model_parallel_size(self) -> int:
-        """How many they are; 1 where each has all of it."""
-        others = self._topology.told
+        """How many ranks have other parts of the model, this one included; 1 where it has all of it."""
+        others = self._topology.unmeshed
         return 1 if others is None else others.size
 
     @property
     def are_alike(self) -> bool:
-        """All ranks have the same parameters, or parts of them that tensors know of."""
-        return self._topology.are_alike
+        """Whether all ranks have the same parameters, whole or parts of them that DTensors describe."""
+        return self._topology.same_params
 
     def owns(self, param: Tensor) -> bool:
         """Whether this model-parallel rank is the one that counts and saves the parameter."""
@@ -138,9 +139,9 @@ class StateAccess(FullAccess, Optimizer):
     # ---- for checkpoints --------------------------------------------------------------------------------------------
 
     def checkpoint_group(self) -> Group:
-        """All that hold a part, over a process group of its own: a save in a thread meets no collective of training.
+        """All ranks that hold a part of the model, over a process group that training does not use.
 
-        Collective when it is first asked for.
+        So a save in a thread meets no collective of a step. Collective when it is first called.
 
         Raises:
             ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
@@ -164,7 +165,7 @@ class StateAccess(FullAccess, Optimizer):
     # ---- state dicts ------------------------------------------------------------------------------------------------
 
     def _hook_state_dict(self) -> None:
-        """torch's `state_dict()` makes the dict; what is ours is added before and behind."""
+        """Extend torch's own `state_dict()` by hooks that run before and after it."""
         self.register_state_dict_pre_hook(_follow_weights)
         self.register_state_dict_post_hook(_export_state, prepend=True)
 
@@ -172,8 +173,8 @@ class StateAccess(FullAccess, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
 
-        Every rank calls it; the latter two are given whole to each. Nothing is changed anywhere where it does not fit
-        on one rank.
+        Every rank calls it; the latter two are given whole to each. Where it does not fit on one rank, nothing is
+        changed on any.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters.
@@ -186,26 +187,27 @@ class StateAccess(FullAccess, Optimizer):
             bucket.written()  # or refuse
         saved, cut = self._parse(state_dict)
         saved.forget_unloaded_masters(self, self._buckets)
-        self._placement.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
+        self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
-            self._move_to(cut.layouts(self, self._placement, self._group.size), keeps_state=False)
-            if isinstance(self._gradients, ReducedGradients):
-                self._gradients.learns_arrival &= not cut.has_learned
+            self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
+            self._gradients.learns_arrival &= not cut.has_learned
         saved.copy_into(self)
         if saved.scaler is not None:
             self._scaler.load(saved.scaler)
             self._overflow.start_from(self.skipped_steps)
         elif self._scaler.enabled:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
-        self._placement.publish_masters()
+        self._param_buckets.publish_masters()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def _parse(self, state_dict: dict[str, Any]) -> tuple[rank_state.RankState, rank_state.SavedCut | None]:
-        """What fits here, once all ranks have found the same. Collective."""
+        """The state, once all ranks have found that theirs fits, and the buckets that its parts are of. Collective."""
         saved, problem = None, None
         try:
-            saved = rank_state.RankState.parse(self, state_dict, self._placement, self._group.rank, self._group.size)
+            saved = rank_state.RankState.parse(
+                self, state_dict, self._param_buckets, self._group.rank, self._group.size
+            )
         except ValueError as error:
             problem = error
         answers = self._group.gather_objects(str(problem) if saved is None else saved.summary())
@@ -231,8 +233,8 @@ class StateAccess(FullAccess, Optimizer):
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:
-        """What a state dict says of itself: whose it is, and how it is cut."""
-        learned = isinstance(self._gradients, ReducedGradients) and not self._gradients.learns_arrival
+        """Which rank's a state dict is, and from which buckets its parts are cut."""
+        learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
         buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
@@ -247,18 +249,18 @@ class StateAccess(FullAccess, Optimizer):
 
 
 def _follow_weights(optimizer: Optimizer) -> None:
-    """A state_dict hook: masters that are saved are of the weights as they are."""
+    """A state_dict hook: have masters follow weights that were written since the last step."""
     assert isinstance(optimizer, StateAccess)
-    optimizer._placement.follow_weights()
+    optimizer._param_buckets.follow_weights()
 
 
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: the loss scale's five numbers are state too; tensors have the parameters' shapes.
+    """A state_dict hook: add the loss scale's five numbers, and give tensors the parameters' shapes.
 
-    The five are a copy: a checkpoint that is read into them counts once it is loaded, for more depends on them.
+    The five are a copy: what is read into them counts only once it is loaded, for other values depend on them.
     """
     assert isinstance(optimizer, StateAccess)
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
-    optimizer._exchange.num_exports += 1
+    optimizer._stats_exchange.num_exports += 1

@@ -1,4 +1,4 @@
-"""Work on another stream of a GPU than the current one."""
+"""Running work on a side stream of a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None, *used: Tensor) -> Iterator[None]:
-    """Behind what the current stream has done; what is `used` there is not freed under it. None: on a CPU, as it is."""
+    """Run on `stream`, after what the current stream has queued; `used` tensors stay allocated for it. None: no-op."""
     if stream is None:
         yield
         return

@@ -19,7 +19,7 @@ log = logging.getLogger("pyzero")
 
 
 class StepScalars(NamedTuple):
-    """What all elements of one step share, until the next step; see pyzero.ops.step_scalars_."""
+    """The numbers that all elements of one step share, valid until the next; see pyzero.ops.step_scalars_."""
 
     found_inf: Tensor  # (1,) fp32; where it is not zero nothing is written
     norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
@@ -31,19 +31,18 @@ class ShardUpdater:
     """Runs an update rule over buckets.
 
     Args:
-        rule: It.
-        device: Of the buckets.
-        backend: Of the ops.
+        rule: The update rule.
+        device: Where the buckets lie.
+        backend: The ops'.
     """
 
     def __init__(self, rule: UpdateRule, device: torch.device, backend: str) -> None:
         self._rule = rule
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
-        self._everyones = torch.empty(
-            0, dtype=torch.float32
-        )  # (num_params,) fp32 on the device, 1 for a parameter with a gradient
-        self._used: list[Tensor] = []  # the same by bucket
+        # (num_params,) fp32 on the device, 1 for a parameter with a gradient on any rank; and the same by bucket.
+        self._used = torch.empty(0, dtype=torch.float32)
+        self._used_by_bucket: list[Tensor] = []
         self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
         self._scalars = StepScalars(self._out[:1], *self._out[1:].unbind())
 
@@ -55,24 +54,24 @@ class ShardUpdater:
         max_norm: float | None,
         factor: Tensor | None,
     ) -> StepScalars:
-        """What the step needs beside gradients; counts it for the parameters that have one, unless it is skipped.
+        """Compute the step's scalars, and count the step for parameters with a gradient, unless it is skipped.
 
         Args:
-            buckets: All.
-            steps: (num_params,) fp32, theirs side by side.
-            stats: Of the gradients.
-            max_norm: To clip to, or None.
-            factor: 0-D: what the gradients are to be multiplied by beside `stats.unscale`, or None.
+            buckets: All buckets.
+            steps: (num_params,) fp32, their step counts side by side.
+            stats: The gradients'.
+            max_norm: The norm to clip to, or None.
+            factor: 0-D: multiplies the gradients beside `stats.unscale`, or None.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
-        self._remember(tuple(buckets), stats.used, stats.rows.device)
+        self._take_pattern(tuple(buckets), stats.used, stats.rows.device)
         ops.step_scalars_(
             self._out,
             stats.rows,
             steps=steps,
-            used=self._everyones,
+            used=self._used,
             max_norm=max_norm,
             unscale=1.0 if stats.unscale is None else stats.unscale,
             factor=1.0 if factor is None else factor,
@@ -80,7 +79,8 @@ class ShardUpdater:
         )
         return self._scalars
 
-    def _remember(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
+    def _take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
+        """Copy which parameters have a gradient to the device, where that differs from the last step."""
         if self._pattern == (buckets, used):
             return
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -90,8 +90,8 @@ class ShardUpdater:
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
         self._pattern = buckets, used
-        self._everyones = torch.tensor(rows, dtype=torch.float32, device=device)
-        self._used = list(self._everyones.split([len(bucket.numbers) for bucket in buckets]))
+        self._used = torch.tensor(rows, dtype=torch.float32, device=device)
+        self._used_by_bucket = list(self._used.split([len(bucket.numbers) for bucket in buckets]))
 
     def update(
         self,
@@ -100,13 +100,13 @@ class ShardUpdater:
         param_groups: Sequence[dict[str, Any]],
         scalars: StepScalars,
     ) -> None:
-        """One bucket's.
+        """Update this rank's shard of one bucket.
 
         Args:
-            bucket: Its shard is written: masters, weights, state.
+            bucket: Masters, weights and state of its shard are written.
             grads: Its gradients: where each begins in the shard, and (n,) values, or those of one run as a list.
             param_groups: The optimizer's.
-            scalars: What `begin` gave.
+            scalars: From `begin`.
         """
         for begin, grad in grads:
             for shard in bucket.run_shards(begin, begin + grad.numel()):
@@ -117,14 +117,14 @@ class ShardUpdater:
                     _on(bucket.device, param_groups[shard.group_index]),
                     grad_scale=scalars.grad_scale,
                     found_inf=scalars.found_inf,
-                    used=self._used[bucket.index],
+                    used=self._used_by_bucket[bucket.index],
                     backend=self._backend,
                 )
             del grad
 
 
 def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse, before anything is recorded, what a CUDA graph would replay wrongly."""
+    """Raise where a CUDA graph being captured would replay this step wrongly, before anything is recorded."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return
     wanted = "expected a step that a CUDA graph can replay"
@@ -144,7 +144,7 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """A group whose learning rate, if it is a tensor, is 0-D on the device."""
+    """The group, with a learning rate that is a tensor made 0-D on the device."""
     lr = group["lr"]
     if not isinstance(lr, Tensor):
         return group

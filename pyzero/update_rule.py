@@ -1,6 +1,6 @@
-"""What an update rule is to the optimizer: its state, where its shards may be cut, and one update of a slice of them.
+"""The interface of an update rule: its state, where its shards may be cut, and the update of one slice of a shard.
 
-Buckets, whole-tensor access, checkpoints, the estimate and step() go by a rule's slots, and know no rule.
+Buckets, whole-tensor access, checkpoints, the estimate and step() go by a rule's slots, and know no rule by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Values(Enum):
 
 @dataclass(frozen=True)
 class StateSlot:
-    """A tensor of state beside each shard, zero at first. The optimizer keeps masters and step counts by itself."""
+    """A tensor of state for each shard, zero at first. The optimizer itself keeps masters and step counts."""
 
     name: str  # in optimizer.state and in state dicts; torch's name where torch has the rule
     dtype: torch.dtype = torch.float32
@@ -50,13 +50,13 @@ class Part:
     strides: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
-        """A whole parameter, in its shape, of a tensor over the RunShard: for rules that cut nowhere inside one."""
+        """The parameter, in its shape, of a tensor over the RunShard: for rules with Cut.WHOLE."""
         return flat[self.begin : self.end].as_strided(self.shape, self.strides)
 
 
 @dataclass(frozen=True)
 class RunShard:
-    """This rank's slice of parameters that lie side by side in a bucket and share hyper-parameters: views of it."""
+    """Views of this rank's slice of neighbouring parameters in a bucket that share hyper-parameters."""
 
     group_index: int  # in optimizer.param_groups
     low: int  # elements of the rank's shard of the bucket

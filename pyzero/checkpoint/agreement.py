@@ -1,4 +1,4 @@
-"""What one rank does of a save or a load, all ranks know."""
+"""Steps of a save or a load that fail on all ranks where they fail on one."""
 
 from __future__ import annotations
 

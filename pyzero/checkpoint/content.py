@@ -35,30 +35,33 @@ def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
             f"expected a model that holds the optimizer's parameters, got one without {lacking} of {len(ours)}; pass "
             f"the model that the optimizer was built over"
         )
-    from torch.distributed.checkpoint.state_dict import _get_fqns  # no public name gives what get_state_dict uses
-
     parts = _parts(model, optimizer)
-    found = {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
+    found = {p: next(iter(_fqns(model, name))) for name, p in model.named_parameters() if p in ours}
     return {param: parts.get(name, name) for param, name in found.items()}
 
 
+def _fqns(model: nn.Module, name: str) -> set[str]:
+    """torch.distributed.checkpoint's names of a parameter, without what DDP and torch.compile add."""
+    from torch.distributed.checkpoint.state_dict import _get_fqns  # no public name gives what get_state_dict uses
+
+    return _get_fqns(model, name)
+
+
 def _parts(model: nn.Module, optimizer: ZeroOptimizer) -> dict[str, str]:
-    """By name, what to call this rank's parts of weights that layers split over model-parallel ranks by hand.
+    """Names of weights that layers split over model-parallel ranks by hand, and what to call this rank's parts of them.
 
     Megatron's mark tells them from `model_parallel`, which a pipeline stage's own parameters have too.
     """
-    from torch.distributed.checkpoint.state_dict import _get_fqns
-
     rank = optimizer.model_parallel_rank
     if rank is None:
         return {}
     params = model.named_parameters(remove_duplicate=False)
     marked = (name for name, param in params if getattr(param, "tensor_model_parallel", False))
-    return {fqn: f"{fqn}@{rank}" for name in marked for fqn in _get_fqns(model, name)}
+    return {fqn: f"{fqn}@{rank}" for name in marked for fqn in _fqns(model, name)}
 
 
 def check_parts(model: nn.Module, optimizer: ZeroOptimizer, num_saved: int, folder: Path) -> None:
-    """Of a checkpoint in which weights are in as many parts, or whole.
+    """Check the model against a checkpoint whose weights are in `num_saved` parts; 0: they are whole.
 
     Raises:
         CheckpointError: The model's are not.
@@ -78,16 +81,14 @@ def check_parts(model: nn.Module, optimizer: ZeroOptimizer, num_saved: int, fold
 
 
 def _frozen(model: nn.Module, optimizer: ZeroOptimizer, trained: Collection[str]) -> set[str]:
-    """Names of parameters that are not trained, in the state dict's manner, those of tied ones too."""
-    from torch.distributed.checkpoint.state_dict import _get_fqns
-
+    """Names of parameters that are not trained, all names of tied ones."""
     frozen = (name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad)
     parts = _parts(model, optimizer)
-    return {parts.get(fqn, fqn) for name in frozen for fqn in _get_fqns(model, name)} - set(trained)
+    return {parts.get(fqn, fqn) for name in frozen for fqn in _fqns(model, name)} - set(trained)
 
 
 def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """By name: parameters and buffers, whose memory is the model's; and what get_extra_state() of modules returns."""
+    """Parameters and buffers by name, in the model's own memory; and what get_extra_state() of modules returns."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(model)
@@ -98,7 +99,7 @@ def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, T
 
 
 def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """By torch.distributed.checkpoint's names, to the modules that the model has."""
+    """Hand extra state, by torch.distributed.checkpoint's names, to those modules that the model has."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     if state:
@@ -112,20 +113,20 @@ class Content:
     state: dict[str, Any]  # {"model": ..., "optim": ...}, as torch.distributed.checkpoint's get_state_dict() gives
     common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, names; rank 0's counts
     extra: dict[str, Any]
-    part: Part | None = None  # of a model whose other parameters other ranks have
+    part: Part | None = None  # this rank's, where other ranks have other parameters of the model
 
 
 @dataclass
 class Part:
     """What one model-parallel rank has of a model."""
 
-    index: int  # of the rank
-    owned: list[str]  # parameters that it saves, and no other does
-    common: dict[str, Any]  # as Content's, of these alone
+    index: int  # the rank's among them
+    owned: list[str]  # names of the parameters that this rank alone saves
+    common: dict[str, Any]  # Content's, of this rank's parameters
 
 
 def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool) -> Content:
-    """All by name, in the memory where it lies. excludes_frozen: but for parameters that are not trained."""
+    """All that this rank saves, by name, not copied. excludes_frozen: without parameters that are not trained."""
     names = names_of(model, optimizer)
     state = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -162,7 +163,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
 
 
 def join(parts: list[Part]) -> dict[str, Any]:
-    """What is common, of the parts that all ranks have; those of one index are alike.
+    """Content's `common` of the whole model, from every rank's part; parts of one index are the same.
 
     Raises:
         ValueError: Two parts own a parameter of one name.
@@ -192,7 +193,7 @@ def join(parts: list[Part]) -> dict[str, Any]:
 
 
 def _add_group(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """To one with the same hyper-parameters, or as another."""
+    """Merge it into a group with the same hyper-parameters, or append it."""
     for other in groups:
         if _options(other) == _options(group):
             other["params"] = other["params"] + group["params"]

@@ -47,7 +47,7 @@ class CheckpointError(RuntimeError):
 
 
 def rank_file(rank: int) -> str:
-    """Of what a rank handed in."""
+    """The name of the file with what a rank handed in."""
     return f"rank_{rank:05d}.pt"
 
 
@@ -55,12 +55,12 @@ def rank_file(rank: int) -> str:
 
 
 class ChecksummedStream:
-    """A binary stream that takes the CRC-32 of what is written between two calls of tell(): the items of a checkpoint.
+    """A binary stream that takes the CRC-32 of each item of a checkpoint: of what is written between two tell() calls.
 
     Args:
-        raw: Where it goes.
-        crcs: By offset of the item in the file: (length, CRC-32), filled.
-        progress: Is told numbers of bytes.
+        raw: The file to write to.
+        crcs: Filled: (length, CRC-32) by the item's offset in the file.
+        progress: Called with numbers of bytes written.
     """
 
     def __init__(self, raw: BinaryIO, crcs: dict[int, tuple[int, int]], progress: Callable[[int], object]) -> None:
@@ -85,7 +85,7 @@ class ChecksummedStream:
         return num_bytes
 
     def tell(self) -> int:
-        """As a file's; an item ends here, and the next begins."""
+        """As a file's; ends an item, and begins the next."""
         if self._length:
             self._crcs[self._begin] = (self._length, self._crc)
         self._begin, self._crc, self._length = self._begin + self._length, 0, 0
@@ -106,7 +106,7 @@ class ChecksummedStream:
 
 
 def sum_of(content: bytes) -> tuple[int, int]:
-    """Its length and its CRC-32."""
+    """The content's length and CRC-32."""
     return len(content), zlib.crc32(content)
 
 
@@ -119,7 +119,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Have the names in a folder on disk."""
+    """Flush the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -128,10 +128,10 @@ def flush_folder(path: Path) -> None:
 
 
 def to_bytes(value: Any, what: str) -> bytes:
-    """Pickled by torch.save, and sure to be read by torch.load(weights_only=True).
+    """Pickle by torch.save, and check that torch.load(weights_only=True) reads it.
 
     Raises:
-        TypeError: It holds objects that only running code would bring back.
+        TypeError: It holds objects that cannot be loaded without running code.
     """
     file = io.BytesIO()
     torch.save(value, file)
@@ -164,7 +164,7 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """That an unfinished folder will have."""
+    """The name that an unfinished folder will have."""
     return folder.name.removeprefix(_UNFINISHED)
 
 
@@ -195,7 +195,7 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Take a checkpoint away: its name first, so that what a crash leaves of it is not taken for one."""
+    """Remove a checkpoint; renamed first, so that what a crash leaves of it is not taken for one."""
     doomed = folder.parent / f"{_UNFINISHED}{folder.name}"
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -240,7 +240,7 @@ def find(directory: Path) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Of a checkpoint, checked: its own CRC-32, names that stay in the folder, tensors without gaps, sizes of files.
+    """Read a checkpoint's index and check it: CRC-32, names inside the folder, tensors without gaps, sizes of files.
 
     Raises:
         CheckpointError: It is damaged, or of another format.
@@ -272,14 +272,14 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _inside(name: str) -> str:
-    """A file's name, which must not lead out of the folder."""
+    """The name, or ValueError where it leads out of the folder."""
     if not _FILE.fullmatch(name) or name.startswith(".."):
         raise ValueError(f"it names {name!r}, which is no file beside it")
     return name
 
 
 def _check_boxes(name: str, shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> None:
-    """As many elements as the tensor has, all inside it."""
+    """Check that the boxes lie inside the tensor, and have as many elements as it has."""
     count = 0
     for offsets, sizes in boxes:
         inside = all(
@@ -302,7 +302,7 @@ class Span:
     crc: int
 
     def read(self, folder: Path) -> bytes:
-        """Its bytes, checked; any thread may ask, and lets go of the interpreter meanwhile.
+        """Read and check its bytes, in any thread; the interpreter's lock is released meanwhile.
 
         Raises:
             CheckpointError: The file is missing or cut, or its bytes are not what was written.
@@ -318,10 +318,10 @@ class Span:
         return content
 
     def value_of(self, content: bytes, folder: Path) -> Any:
-        """What its bytes hold.
+        """Unpickle its bytes.
 
         Raises:
-            CheckpointError: More than tensors and plain data.
+            CheckpointError: They hold more than tensors and plain data.
         """
         try:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -344,12 +344,16 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_file(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """A whole .pt file."""
+    """Read and unpickle a whole .pt file.
+
+    Raises:
+        CheckpointError: See Span.
+    """
     span = Span(name, 0, *index["files"][name])
     return span.value_of(span.read(folder), folder)
 
 
 def _remedy(folder: Path) -> str:
-    """What to type."""
+    """The end of an error message: which other checkpoint to load."""
     others = [path.name for path in _complete(folder.parent) if path != folder] if folder.parent.is_dir() else []
     return f"load another by its path: {', '.join(others)}" if others else "there is no other checkpoint beside it"

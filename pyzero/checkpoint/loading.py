@@ -25,7 +25,7 @@ from pyzero.sharding.rank_state import SCALER
 log = logging.getLogger("pyzero")
 
 _MOST_SHOWN = 5  # names in a report
-_OF_ITS_OWN = ("params", "param_names", SCALER)  # of a group: no hyper-parameters
+_NO_OPTIONS = ("params", "param_names", SCALER)  # keys of a group that are no hyper-parameters
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -92,7 +92,7 @@ class _Load:
         return {"step": self._index["step"], **self._extra}
 
     def _on_other_ranks(self, what: str) -> set[str]:
-        """Names in the checkpoint that other model-parallel ranks may load."""
+        """Names in the checkpoint that some model-parallel rank loads."""
         if self._optimizer.model_parallel_rank is None:
             return set()
         keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
@@ -142,40 +142,17 @@ class _Load:
         storage.read(wanted, folder, self._index)
 
     def _plan(self) -> dict[str, Tensor]:
-        """Host memory for what is to be read, by its name in the checkpoint; what does not fit, as problems."""
-        saved = self._index["tensors"]
+        """Host memory for what is to be read, by its name in the checkpoint; what does not fit goes to `_problems`."""
         state = self._optimizer.state_dict()
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         by_param = names_of(self._model, self._optimizer)
         names = [by_param[param] for param in params]
         self._model_state, _ = model_state(self._model, self._optimizer)
-        places = {  # where in the checkpoint each value of the state lies
-            number: {key: f"optim.state.{names[number]}.{key}" for key in values}
-            for number, values in state["state"].items()
-            if params[number].numel() or f"optim.state.{names[number]}.{STEP}" in saved
-        }
-        for number, of_param in places.items():
-            if of_param[MASTER] not in saved:
-                of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
+        places = self._places(state["state"], params, names)
+        others = self._untrained({names[number]: params[number] for number in places})
         like = {place: state["state"][n][key] for n, of_param in places.items() for key, place in of_param.items()}
-        trained = {names[number] for number in places}
-        places_of = {local_of(params[number]).data_ptr() for number in places if local_of(params[number]).numel()}
-        others = {
-            name: value
-            for name, value in self._model_state.items()
-            if name not in trained and local_of(value).data_ptr() not in places_of
-        }
         like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
-        known = {*like, *(f"model.{name}" for name in self._model_state)}
-        left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
-        self._report("missing", [name for name in like if name not in saved and name not in left_out])
-        self._report("unexpected", [name for name in saved if name not in known and name not in self._elsewhere])
-        shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
-        self._report(
-            "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
-        )
-        fitting = [name for name, (got, want) in shapes.items() if got == want]
-        wanted = {name: empty_on_host(like[name]) for name in fitting}
+        wanted = self._fitting(like, others)
         self._state = {
             number: {
                 key: wanted.get(place, state["state"][number][key])
@@ -188,6 +165,43 @@ class _Load:
         self._groups = self._match_groups(state["param_groups"], names)
         return wanted
 
+    def _places(
+        self, state: dict[int, dict[str, Tensor]], params: list[Tensor], names: list[str]
+    ) -> dict[int, dict[str, str]]:
+        """The name in the checkpoint of each value of a parameter's state, by the parameter's number."""
+        saved = self._index["tensors"]
+        places = {
+            number: {key: f"optim.state.{names[number]}.{key}" for key in values}
+            for number, values in state.items()
+            if params[number].numel() or f"optim.state.{names[number]}.{STEP}" in saved
+        }
+        for number, of_param in places.items():
+            if of_param[MASTER] not in saved:
+                of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
+        return places
+
+    def _untrained(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors, by name, that are neither trained parameters nor tied to one."""
+        addresses = {local_of(param).data_ptr() for param in trained.values() if local_of(param).numel()}
+        return {
+            name: value
+            for name, value in self._model_state.items()
+            if name not in trained and local_of(value).data_ptr() not in addresses
+        }
+
+    def _fitting(self, like: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Host memory for those of `like` that the checkpoint has in the same shape; reports what differs."""
+        saved = self._index["tensors"]
+        known = {*like, *(f"model.{name}" for name in self._model_state)}
+        left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
+        shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
+        self._report("missing", [name for name in like if name not in saved and name not in left_out])
+        self._report("unexpected", [name for name in saved if name not in known and name not in self._elsewhere])
+        self._report(
+            "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
+        )
+        return {name: empty_on_host(like[name]) for name, (got, want) in shapes.items() if got == want}
+
     def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
         """The optimizer's groups with the hyper-parameters that their parameters were saved with."""
         saved = self._common["param_groups"]
@@ -195,7 +209,7 @@ class _Load:
         matched = []
         for index, group in enumerate(groups):
             found = sorted({group_of[names[i]] for i in group["params"] if names[i] in group_of})
-            options = [{key: value for key, value in saved[i].items() if key not in _OF_ITS_OWN} for i in found]
+            options = [{key: value for key, value in saved[i].items() if key not in _NO_OPTIONS} for i in found]
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})

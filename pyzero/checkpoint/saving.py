@@ -90,7 +90,7 @@ def async_save_checkpoint(
 
 
 def _log_failure(future: Future[Path]) -> None:
-    """Whether or not anybody asks for the result."""
+    """Log a failed save, even if nobody asks for the result."""
     error = future.exception()
     if error is not None:
         log.error("%s", error)
@@ -101,7 +101,7 @@ _in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()
 
 
 def begin(optimizer: ZeroOptimizer) -> Group:
-    """What saves and loads begin with: the save before is over, for they talk in this group too."""
+    """Begin a save or a load: wait for the save before, which uses the same process group; returns that group."""
     if optimizer in _in_thread:
         _in_thread.pop(optimizer).exception()  # waits; whoever started it hears of a failure
     optimizer.place_unfrozen()
@@ -118,7 +118,7 @@ def _writer(
     extra: dict[str, Any],
     copies: bool,
 ) -> Writer:
-    """Of a model and its optimizer; copies: of all values, to the host, so that training may go on."""
+    """A Writer of a model and its optimizer. copies: Copy all values to the host, so that training may go on."""
 
     def give() -> Content:
         optimizer.check_between_steps()

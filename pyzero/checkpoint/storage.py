@@ -70,9 +70,9 @@ class ChecksummedWriter(FileSystemWriter):
     """torch's own writer, flushing each file, that also takes the CRC-32 of each item.
 
     Args:
-        folder: Where.
-        crcs: Of this rank's items, filled.
-        progress: Is told numbers of bytes.
+        folder: The checkpoint's.
+        crcs: Filled with those of this rank's items.
+        progress: Called with numbers of bytes written.
     """
 
     def __init__(self, folder: Path, crcs: Crcs, progress: Callable[[int], object]) -> None:
@@ -80,7 +80,7 @@ class ChecksummedWriter(FileSystemWriter):
         self.fs = _ChecksummedFiles(crcs, progress)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """torch's own, on the first rank; tells `save`'s caller where everything lies, as torch 2.11 does not."""
+        """torch's own, on the first rank; tells the caller of `save` where items lie, which torch 2.11 does not."""
         super().finish(metadata, results)
         metadata.storage_data = {row.index: row.storage_data for rows in results for row in rows}
 
@@ -89,8 +89,8 @@ class IndexedReader(FileSystemReader):
     """Reads by index.json instead of torch's pickled index, and checks every item before it is used.
 
     Args:
-        folder: Of the checkpoint.
-        index: Of it, as read_index() gives.
+        folder: The checkpoint's.
+        index: From read_index().
     """
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
@@ -136,8 +136,8 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
     """Write every rank's part of a state dict; returns torch's metadata.
 
     Args:
-        state: Of values as get_state_dict() gives.
-        folder: Where.
+        state: As from get_state_dict().
+        folder: The checkpoint's.
         group: The process group of the ranks; None: alone.
         crcs: See ChecksummedWriter.
         progress: See ChecksummedWriter.
@@ -162,7 +162,7 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
 
 @contextmanager
 def _without_torchs_crc() -> Iterator[None]:
-    """torch.save takes one of its own, which torch.load does not look at: for this process, while boxes are written."""
+    """Switch off the CRC-32 that torch.save takes and torch.load ignores, in this process, while boxes are written."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -173,7 +173,7 @@ def _without_torchs_crc() -> Iterator[None]:
 
 @contextmanager
 def _as_ours() -> Iterator[None]:
-    """Without torch's warning of a rank alone, and with its failures as CheckpointError."""
+    """Raise torch's failures as CheckpointError, and silence its warning for a rank alone."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

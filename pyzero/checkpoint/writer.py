@@ -26,7 +26,7 @@ _SHOW_PROGRESS_AFTER_S = 5.0
 
 
 class Writer:
-    """One checkpoint, to be written.
+    """One checkpoint to be written. Constructing it collects the content; `run` writes it.
 
     Args:
         group: The ranks that write it together.

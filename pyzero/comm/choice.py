@@ -1,4 +1,4 @@
-"""Which transport a group of ranks uses, by name or by what its ranks share."""
+"""Chooses the transport of a group of ranks, by name or by what memory the ranks share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAMES = ("auto", *_BY_COLLECTIVES, "peer")
 def make_transport(name: str, group: Group, device: torch.device) -> Transport:
     """The transport of that name; "auto" is peer on CPUs of which some share a host, and exact elsewhere. Collective.
 
-    On GPUs peer is taken where it is asked for: it has run with two ranks on one GPU, and not over NVLink yet.
+    On GPUs peer must be asked for: it has run with two ranks on one GPU, and not over NVLink yet.
 
     Raises:
         ValueError: There is none of that name.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group, Work
-from pyzero.comm.host import HostError, find_hosts
+from pyzero.comm.host import HostError, find_hosts, raise_first
 from pyzero.comm.transport import Exchange, Transport
 from pyzero.streams import on_stream
 
@@ -27,12 +27,12 @@ _SLOT_ALIGNMENT = 512  # bytes
 
 @dataclass(frozen=True)
 class SymmetricBytes:
-    """As many bytes of each rank, which all of them have mapped.
+    """Equally many bytes of each rank, mapped by all of them.
 
     Attributes:
         by_rank: (num_bytes,) uint8 each, on this rank's device.
-        barrier: Every rank's current stream waits here for those of the others.
-        owner: Keeps the memory.
+        barrier: Makes every rank's current stream wait for those of the others.
+        owner: Keeps the memory alive.
     """
 
     by_rank: list[Tensor]
@@ -44,7 +44,7 @@ Allocate = Callable[[int], SymmetricBytes]  # collective; raises RuntimeError al
 
 
 def symmetric_memory(group: Group, device: torch.device) -> Allocate:
-    """By torch.distributed._symmetric_memory, over the ranks of a group."""
+    """An Allocate over torch.distributed._symmetric_memory."""
 
     def allocate(num_bytes: int) -> SymmetricBytes:
         import torch.distributed._symmetric_memory as symm_mem  # imports what most programs do not need
@@ -61,12 +61,12 @@ def symmetric_memory(group: Group, device: torch.device) -> Allocate:
 class DevicePeerTransport(Transport):
     """Peer memory between the GPUs of one host, with the bits of ExactTransport.
 
-    A rank that dies or stalls is an error of the device on the others, within the group's timeout.
+    Where a rank dies or stalls, the others' barriers fail on the device within the group's timeout.
 
     Args:
         group: The ranks.
-        device: This one's.
-        allocate: See Allocate; default: torch's symmetric memory.
+        device: This rank's.
+        allocate: Makes the memory; default: torch's symmetric memory.
 
     Raises:
         HostError: The ranks run on several hosts, or cannot read each other's memory.
@@ -81,8 +81,8 @@ class DevicePeerTransport(Transport):
         self._num_sent = 0
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # weights travel beside the next bucket's update
-        self._last = torch.cuda.Event() if on_gpu else None  # of all that any stream has done here
-        self._read = [torch.cuda.Event() for _ in range(_NUM_SLOTS)] if on_gpu else []  # by slot, by all ranks
+        self._last = torch.cuda.Event() if on_gpu else None  # the last barrier on any stream
+        self._read = [torch.cuda.Event() for _ in range(_NUM_SLOTS)] if on_gpu else []  # by slot: read by all ranks
         if len(find_hosts(group.gather_objects)) > 1:
             raise HostError("the ranks run on several hosts")
         self._grow(_SLOT_ALIGNMENT)
@@ -101,14 +101,12 @@ class DevicePeerTransport(Transport):
         try:
             self._memory = self._allocate(_NUM_SLOTS * self._slot_bytes)
         except (ImportError, RuntimeError) as error:
-            problem = str(error).strip().splitlines()[0]
-        problems = self.group.gather_objects(problem)
-        found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
-        if found is not None:
-            raise HostError(f"on rank {found[0]}: no symmetric memory of {self._slot_bytes:,} bytes twice: {found[1]}")
+            reason = str(error).strip().splitlines()[0]
+            problem = f"no symmetric memory of {self._slot_bytes:,} bytes twice: {reason}"
+        raise_first(self.group.gather_objects(problem))
 
     def _slot(self, rank: int, number: int, begin_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """(numel,) of what a rank sends under that number."""
+        """(numel,) elements of the slot that a rank's message of that number lies in."""
         assert self._memory is not None
         begin = number % _NUM_SLOTS * self._slot_bytes + begin_bytes
         return self._memory.by_rank[rank][begin : begin + numel * dtype.itemsize].view(dtype)
@@ -122,7 +120,7 @@ class DevicePeerTransport(Transport):
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """What the current stream does in here comes after all that was done before: barriers meet in order."""
+        """Order the current stream after the barrier before, whatever stream that ran on: barriers pair up in order."""
         if self._last is None:
             yield
             return
@@ -132,7 +130,7 @@ class DevicePeerTransport(Transport):
         self._last.record(current)
 
     def _post(self) -> int:
-        """What lies in the slot has been written: every rank's is there after this."""
+        """Called when the slot is written: after the barrier every rank's is. Returns the message's number."""
         assert self._memory is not None
         number = self._num_sent
         self._num_sent += 1
@@ -179,7 +177,7 @@ class DevicePeerTransport(Transport):
 
 
 class _Done:
-    """All that the current stream has been given; what torch.distributed calls work."""
+    """A Handle: all that the current stream has been given."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -52,14 +52,14 @@ def _futex(address: int, operation: int, value: int, fourth: Any, other: int, si
 
 
 class Counter:
-    """Four bytes of shared memory, which one process counts up and all may wait for. It wraps around."""
+    """A 32-bit counter in shared memory that one process advances and all may wait for. It wraps around."""
 
     def __init__(self, pages: mmap.mmap, offset: int) -> None:
         self._word = ctypes.c_uint32.from_buffer(pages, offset)
         self._address = ctypes.addressof(self._word)
 
     def advance(self, by: int = 1) -> None:
-        """Add up to 2047 and wake who waits. What this process wrote before is seen by who sees the sum."""
+        """Add up to 2047, and wake the waiting. Who sees the sum sees what this process wrote before."""
         # The kernel adds, atomically: Python could not order its own store behind those to the data on every CPU.
         code = _OP_ADD << 28 | by << 12
         failed = _futex(self._address, _WAKE_OP, _ALL, ctypes.c_long(0), self._address, code)
@@ -67,7 +67,7 @@ class Counter:
             raise OSError(failed, os.strerror(failed))
 
     def has_reached(self, number: int) -> bool:
-        """Whether it has been counted up to a number, less than 2^31 away."""
+        """Whether the count has reached a number that is less than 2^31 away."""
         if (self._word.value - number) % _NUM_VALUES >= _NUM_VALUES // 2:
             return False
         if not _LOADS_IN_ORDER:  # pragma: no cover
@@ -75,7 +75,7 @@ class Counter:
         return True
 
     def wait(self, number: int, timeout_s: float) -> bool:
-        """Sleep until it has reached a number, until the time is up, or for no reason; returns whether it has."""
+        """Sleep until the count has reached a number or the time is up, or less; returns whether it has."""
         seen = self._word.value
         if self.has_reached(number):
             return True

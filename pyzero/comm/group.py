@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import functools
 import json
-import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyzero.comm import process
+from pyzero.comm import channels, process
 from pyzero.comm.host import HostError, HostRanks, find_hosts
 
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_PATIENCE_S = 5.0  # a rank that waits longer compares with the others what each is waiting for
+_PATIENCE_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
 
 
 class CollectiveError(RuntimeError):
     """A collective did not complete: another rank died, stalled, or took part in something else."""
 
 
+class Handle(Protocol):
+    """What a Work waits for: torch.distributed's own, or one of a transport."""
+
+    def is_completed(self) -> bool:
+        """Whether it is over, in failure too. Does not wait."""
+
+    def wait(self, timeout: timedelta = ..., /) -> object:
+        """Return when it is done; raises RuntimeError where it has failed, or is not done in time."""
+
+
 class Work:
-    """Something under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
+    """A collective or a copy under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
     def __init__(
-        self, handle: Any, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
+        self, handle: Handle | None, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
     ) -> None:
         self._handle = handle
         self._group = group
@@ -58,84 +62,8 @@ class Work:
                 self._then()
 
     def is_done(self, patience_s: float) -> bool:
-        """Whether `wait` would return at once; waits so long for it."""
+        """Whether `wait` would return at once; waits for at most `patience_s`."""
         return self._handle is None or self._group.is_done(self._handle, patience_s)
-
-
-# ---- groups ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Channel:
-    """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
-
-    handle: Any
-    serial: int  # among those over the same parent; the same on all ranks
-    num_collectives: int = 0
-    is_broken: bool = False  # a collective failed: it is never used again
-
-
-@dataclass
-class _Channels:
-    """Channels over one parent group: made when wanted, used again when their optimizer is gone."""
-
-    num_made: int = 0
-    free: list[_Channel] = field(default_factory=list)
-
-    def lease(self, handle: Any, timeout: timedelta | None) -> _Channel:
-        """Collective: the free channel of the lowest serial number on all ranks, or a new one."""
-        rows = _gather_objects(handle, ([channel.serial for channel in self.free], self.num_made, _num_groups()))
-        common = set.intersection(*(set(serials) for serials, _, _ in rows))
-        if common:
-            found = next(channel for channel in self.free if channel.serial == min(common))
-            self.free.remove(found)
-            return found
-        self.num_made = max(num_made for _, num_made, _ in rows) + 1
-        ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
-        return _Channel(_new_group(ranks, dist.get_backend(handle), timeout, most), self.num_made)
-
-    def give_back(self, channel: _Channel) -> None:
-        if not channel.is_broken:
-            self.free.append(channel)
-
-
-# By parent: when that is destroyed its free channels go too, and their threads with them.
-_channels: weakref.WeakKeyDictionary[Any, _Channels] = weakref.WeakKeyDictionary()
-
-
-def _channels_over(parent: Any) -> _Channels:
-    return _channels.setdefault(parent, _Channels())
-
-
-@functools.cache  # once
-def _let_gloo_finish_at_exit() -> None:
-    """gloo's threads let go of tensors with the interpreter's lock; one that asks for it too late aborts us."""
-    atexit.register(time.sleep, 0.01)
-
-
-def _num_groups() -> int:
-    return len(dist.distributed_c10d._world.pg_names)
-
-
-def _new_group(ranks: list[int], backend: str, timeout: timedelta | None, num_groups: int) -> Any:
-    """A group over these ranks, with gloo for CPU tensors beside NCCL."""
-    backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
-    _let_gloo_finish_at_exit()
-    if len(ranks) == dist.get_world_size():
-        return dist.new_group(ranks, timeout=timeout, backend=backend)
-    # Only members may be asked for a smaller group. torch then names it after its ranks and the number of groups that
-    # this process has, so bring that to one number on all of them.
-    while _num_groups() < num_groups:
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-
-
-def _gather_objects(handle: Any, value: object) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(handle)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        dist.all_gather_object(values, value, group=handle)
-    return values
 
 
 class Group:
@@ -146,8 +74,7 @@ class Group:
     """
 
     def __init__(self, process_group: Any = None) -> None:
-        if hasattr(process_group, "get_group"):  # a DeviceMesh of one dimension
-            process_group = process_group.get_group()
+        process_group = process.unwrapped(process_group)
         initialized = dist.is_available() and dist.is_initialized()
         if not initialized:
             process.check_alone(process_group)
@@ -165,13 +92,13 @@ class Group:
         self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
         self.host: HostRanks | None = None
         if self.size > 1:
-            self._timeout = _timeout_of(parent)
+            self._timeout = channels.timeout_of(parent)
             self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
-            channels = _channels_over(parent)
+            leased_from = channels.channels_over(parent)
             with self.error_context("the lease of a process group"):
-                self._channel = channels.lease(parent, self._timeout)
+                self._channel = leased_from.lease(parent, self._timeout)
             self.handle = self._channel.handle
-            weakref.finalize(self, channels.give_back, self._channel)
+            weakref.finalize(self, leased_from.give_back, self._channel)
 
     @classmethod
     def alone(cls) -> Group:
@@ -182,12 +109,12 @@ class Group:
         return group
 
     def spread_over(self, other: Group) -> Group:
-        """All ranks of a mesh, of which this is one dimension and `other` another. Collective over both."""
+        """All ranks of the mesh that this group and `other` are two dimensions of. Collective over both."""
         if other.size == 1 or self.size == 1:
             group = self if other.size == 1 else other
             return Group(group.handle) if group.size > 1 else group
         what = "the comparison of a mesh's ranks"
-        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), _num_groups()), what)
+        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), channels.num_groups()), what)
         ranks = sorted({rank for row, _ in rows for rank in row})
         if len(ranks) != self.size * other.size:
             raise ValueError(
@@ -197,7 +124,7 @@ class Group:
         if len(ranks) == dist.get_world_size():
             return Group()
         most = max(self.gather_objects(max(num for _, num in rows), what))
-        return Group(_new_group(ranks, dist.get_backend(self.handle), self._timeout, most))
+        return Group(channels.new_group(ranks, dist.get_backend(self.handle), self._timeout, most))
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
@@ -219,7 +146,7 @@ class Group:
             ) from error
 
     def share_memory(self) -> HostRanks:
-        """Connect the ranks of each host; where there is one, gather_rows goes through it from then on. Collective.
+        """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
 
         Raises:
             HostError: They cannot share memory, or no two are on one host.
@@ -233,19 +160,19 @@ class Group:
         return self.host
 
     def timeout(self) -> str:
-        """How long a collective may take, in words."""
+        """How long a collective may take, for messages."""
         return "its timeout" if self._timeout is None else f"{self._timeout.total_seconds():g} s"
 
     def timeout_ms(self) -> int:
-        """The same for a device; 0: it may take any time."""
+        """How long a collective may take, in milliseconds; 0: any time."""
         return 0 if self._timeout is None else int(self._timeout.total_seconds() * 1000)
 
     def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
         """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank."""
         return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs))
 
-    def launch(self, what: str, begin: Callable[[], Any], then: Callable[[], None] | None = None) -> Work:
-        """Launch what `begin` begins, which returns a handle to wait for; `then` is called when it has come."""
+    def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:
+        """Launch what `begin` begins; `then` is called once, when its handle has been waited for."""
         with self.error_context(what):
             if self._channel.is_broken:
                 raise RuntimeError("another collective of this optimizer has failed before")
@@ -253,7 +180,7 @@ class Group:
             handle = begin()
         return Work(handle, self, what, self._channel.num_collectives, then)
 
-    def wait(self, handle: Any, what: str, number: int) -> None:
+    def wait(self, handle: Handle, what: str, number: int) -> None:
         """Wait for a collective; see Work."""
         with self.error_context(what):
             while self._blocks:
@@ -266,7 +193,7 @@ class Group:
                 self._compare(what, number)
             handle.wait()
 
-    def is_done(self, handle: Any, patience_s: float) -> bool:
+    def is_done(self, handle: Handle, patience_s: float) -> bool:
         """Whether a collective is done within so many seconds; see Work."""
         if not self._blocks or handle.is_completed():
             return True
@@ -277,7 +204,7 @@ class Group:
         return True
 
     def _compare(self, what: str, number: int) -> None:
-        """Tell the others what this rank waits for, and raise where another waits for something else in its place."""
+        """Tell the others what this rank waits for; raise where another waits for something else in its place."""
         everyones = dist.distributed_c10d._get_default_store()
         store = dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}", everyones)
         store.set(str(self.rank), json.dumps([number, what, self.where]))
@@ -287,7 +214,7 @@ class Group:
                 seen[rank] = json.loads(store.get(str(rank)))
         if any(theirs[0] == number and theirs[1] != what for theirs in seen.values()):
             self._channel.is_broken = True
-            _keep_for_ever(self.handle)
+            channels.keep_forever(self.handle)
             places = "; ".join(f"rank {rank}, {place}, waits for {it}" for rank, (_, it, place) in sorted(seen.items()))
             raise CollectiveError(
                 f"the ranks wait for different collectives: {places}. Run backward and step, and read norms and whole "
@@ -296,11 +223,12 @@ class Group:
 
     def begin_all_to_all(
         self, received: Tensor, sent: Tensor, received_numels: Sequence[int], sent_numels: Sequence[int]
-    ) -> Any:
-        """A handle, for `launch`; so many elements from and to each rank."""
-        return dist.all_to_all_single(
+    ) -> Handle:
+        """For `launch`: so many elements from and to each rank."""
+        handle: Handle = dist.all_to_all_single(
             received, sent, list(received_numels), list(sent_numels), group=self.handle, async_op=True
         )
+        return handle
 
     def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
         """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
@@ -341,10 +269,10 @@ class Group:
         if self.size == 1:
             return [value]
         with self.error_context(what):
-            return _gather_objects(self.handle, value)
+            return channels.gather_objects(self.handle, value)
 
     def mesh(self, device_type: str) -> Any:
-        """A DeviceMesh of one dimension over the same ranks, which DTensors want."""
+        """A one-dimensional DeviceMesh over the same ranks, for DTensors."""
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh  # half a second
 
@@ -352,7 +280,7 @@ class Group:
         return self._mesh
 
     def any_rank(self, flag: bool, what: str) -> bool:
-        """Whether it is True on some rank: from host to host."""
+        """Whether the flag is True on any rank. Host tensors alone are sent."""
         host = torch.tensor([float(flag)], dtype=torch.float64, device="cpu")
         return any(self.gather_shards(host, what).tolist())
 
@@ -367,19 +295,8 @@ class Group:
             self.start(what, dist.all_reduce, tensor).wait()
 
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
-        """The first rank's numbers from 0 on, of which there are `most` at most."""
+        """The first rank's list of at most `most` numbers, each 0 or more."""
         host = torch.full((most,), -1, dtype=torch.int64, device="cpu")
         host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)
         return [value for value in host.tolist() if value >= 0]
-
-
-def _keep_for_ever(handle: Any) -> None:
-    """Never destroy a group with a collective that will not complete: to do so waits for it, up to the timeout."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
-
-
-def _timeout_of(group: Any) -> timedelta | None:
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options = getattr(group._get_backend(device), "options", None)
-    return None if options is None else options._timeout

@@ -42,7 +42,7 @@ class Segment:
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
         self.pages = mmap.mmap(descriptor, num_bytes)
-        with contextlib.suppress(OSError):  # a wish
+        with contextlib.suppress(OSError):  # huge pages are asked for; small ones will do
             self.pages.madvise(mmap.MADV_HUGEPAGE)
 
     def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -59,7 +59,7 @@ class _Offer(NamedTuple):
 
     @staticmethod
     def make(num_bytes: int) -> _Offer:
-        """Of zeroed pages, but for the token at their end."""
+        """Make zeroed pages, with a token after their end."""
         import fcntl  # not where there are no futexes
 
         descriptor = os.memfd_create("pyzero", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -97,8 +97,15 @@ def find_hosts(gather: Gather) -> list[list[int]]:
     return list(hosts.values())
 
 
+def raise_first(problems: Sequence[str | None]) -> None:
+    """Raise HostError for the first rank that has a problem: alike on all, which have gathered them."""
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise HostError(f"on rank {rank}: {problem}")
+
+
 def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[int, Segment], dict[int, int]]:
-    """So many zeroed bytes of each of these ranks, and their process ids. Collective over all hosts.
+    """Map `num_bytes` zeroed bytes of each of these ranks; returns them, and process ids. Collective over all hosts.
 
     Raises:
         HostError: Some rank cannot map them.
@@ -121,9 +128,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
     finally:
         if offer is not None:
             os.close(offer.descriptor)
-    found = next(((rank, text) for rank, text in enumerate(problems) if text is not None), None)
-    if found is not None:
-        raise HostError(f"on rank {found[0]}: {found[1]}")
+    raise_first(problems)
     return segments, {rank: offers[rank].pid for rank in ranks}
 
 
@@ -165,7 +170,7 @@ class HostRanks:
         self._gave_up_because: str | None = None
 
     def reserve(self, ring_bytes: int, message_bytes: int, gather: Gather) -> bool:
-        """Have so many bytes at least; returns whether they are new ones. Collective; nothing may be under way.
+        """Have at least so many bytes; returns whether they were made anew. Collective; nothing may be under way.
 
         Raises:
             HostError: Some rank cannot map them.
@@ -198,11 +203,11 @@ class HostRanks:
         return self._words[_Word.READ][self.rank].has_reached(number)
 
     def posted(self, number: int) -> Arrival:
-        """Of a piece in all rings."""
+        """When every rank has posted the piece of that number."""
         return Arrival(self, self._words[_Word.POSTED], number, self._timeout_s)
 
     def read(self, number: int) -> Arrival:
-        """Of all ranks at the end of a piece, whose bytes may be written over then."""
+        """When every rank has read the piece of that number, whose bytes may then be written over."""
         return Arrival(self, self._words[_Word.READ], number, self._timeout_s)
 
     def _advance(self, word: _Word) -> None:
@@ -218,13 +223,13 @@ class HostRanks:
     # ---- messages ---------------------------------------------------------------------------------------------------
 
     def can_send(self, row: Tensor) -> bool:
-        """A message of that size."""
+        """Whether a message of that size fits."""
         return row.device.type == "cpu" and row.nbytes <= self._message_bytes
 
     def send(self, row: Tensor) -> Arrival:
-        """A message to all, of one size and dtype on each rank; arrives when every rank's is there.
+        """Send a message to all, of one size and dtype on each rank; returns the arrival of every rank's.
 
-        Two places take turns: who sends the next message but one has read this one.
+        Two places take turns: a rank that sends the next message but one has read this one.
         """
         self._num_messages += 1
         self._message(self.rank, row).copy_(row)
@@ -232,7 +237,7 @@ class HostRanks:
         return Arrival(self, self._words[_Word.MESSAGE], self._num_messages, self._timeout_s)
 
     def messages(self, row: Tensor) -> Tensor:
-        """(num_ranks * k,): the last message of each rank, in rank order; `row` is this rank's."""
+        """(num_ranks * k,): each rank's last message, in rank order; `row` is this rank's."""
         return torch.cat([self._message(rank, row) for rank in self.ranks])
 
     def _message(self, rank: int, row: Tensor) -> Tensor:
@@ -242,7 +247,7 @@ class HostRanks:
     # ---- failure ----------------------------------------------------------------------------------------------------
 
     def give_up(self, why: str) -> str:
-        """Have every rank that waits for this one fail, now and later; returns why it did so first."""
+        """Make every rank fail that waits for this one, now or later; returns the first reason given."""
         if self._gave_up_because is None:
             self._gave_up_because = why
             if os.getpid() == self._pid:  # a fork's failure is none of this rank's
@@ -251,15 +256,15 @@ class HostRanks:
 
     @property
     def has_given_up(self) -> bool:
-        """This rank has."""
+        """Whether this rank has given up."""
         return self._gave_up_because is not None
 
     def who_gave_up(self) -> int | None:
-        """A rank that will take no further part."""
+        """A rank that has given up, or None."""
         return next((rank for rank, word in self._words[_Word.GAVE_UP].items() if word.has_reached(1)), None)
 
     def has_ended(self, rank: int) -> bool:
-        """That process has."""
+        """Whether the process of that rank has ended."""
         return self._lives[rank].has_ended()
 
 
@@ -286,7 +291,7 @@ class _Life:
 
 
 class Arrival:
-    """Every rank's counter on its way to a number; what torch.distributed calls work."""
+    """Every rank's counter on its way to a number; a Handle of comm/group.py."""
 
     def __init__(self, host: HostRanks, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
         self._host = host
@@ -295,7 +300,7 @@ class Arrival:
         self._give_up_at = time.monotonic() + timeout_s
 
     def is_completed(self) -> bool:
-        """All are there, or never will be."""
+        """Whether all counters are there, or never will be."""
         return self._host.has_given_up or all(word.has_reached(self._number) for word in self._words.values())
 
     def wait(self, timeout: timedelta | None = None) -> None:

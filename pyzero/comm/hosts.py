@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.comm.group import Group, Work
+from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.host import HostRanks
 from pyzero.comm.peer import Deferred, PeerTransport
 from pyzero.comm.transport import Exchange
@@ -80,7 +80,7 @@ class HostsTransport(PeerTransport):
 
 
 def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-    """For each rank of a host, whose weights it takes in: of each other host one rank, or more where that has more."""
+    """For each rank of a host, whose weights it receives for its host: other hosts' ranks, dealt out in turn."""
     found: dict[int, list[int]] = {rank: [] for rank in mine}
     for ranks in hosts:
         if ranks != mine:
@@ -90,14 +90,14 @@ def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, l
 
 
 class _FromOthers:
-    """A collective between hosts; where it fails, the ranks of this host learn of it."""
+    """A Handle: a collective between hosts; where it fails, the ranks of this host learn of it."""
 
-    def __init__(self, host: HostRanks, handle: Any) -> None:
+    def __init__(self, host: HostRanks, handle: Handle) -> None:
         self._host = host
         self._handle = handle
 
     def is_completed(self) -> bool:
-        return bool(self._handle.is_completed())
+        return self._handle.is_completed()
 
     def wait(self, timeout: timedelta | None = None) -> None:
         try:
@@ -114,7 +114,7 @@ class _FromOthers:
 
 
 class _Both:
-    """Two handles as one."""
+    """A Handle: two as one."""
 
     def __init__(self, *handles: Any) -> None:
         self._handles = handles

@@ -12,29 +12,29 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.comm.group import Group, Work
+from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.host import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
 
-_PATIENCE_S = 2.0  # for room in the ring; a bucket is packed elsewhere then, and copied when there is some
-_MESSAGE_BYTES = 64  # of the step's message, beside one number for each parameter
+_PATIENCE_S = 2.0  # to wait for room in the ring; then a bucket is packed elsewhere, and copied when there is room
+_MESSAGE_BYTES = 64  # of the step's message, besides one number for each parameter
 _NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [begin, end) of the ring: what is sent at one time. They lie alike on all ranks."""
+    """Bytes [begin, end) of the ring that are sent at one time. They lie at the same place on all ranks."""
 
     number: int  # from 1 on
     begin: int
     end: int
-    after: int  # all must have read up to that piece: it was the last in these bytes
+    after: int  # number of the last piece that lay in these bytes: all ranks must have read it
 
 
 class Ring:
@@ -46,10 +46,10 @@ class Ring:
     def __init__(self) -> None:
         self._half = 0
         self._num_pieces = 0
-        self._pieces: deque[Piece] = deque()  # whose bytes have not been given away
+        self._pieces: deque[Piece] = deque()  # those whose bytes no later piece has taken
 
     def resize(self, num_bytes: int) -> None:
-        """Begin anew in so many bytes; nothing of the old ones is in use."""
+        """Start over in a ring of so many bytes; no piece of the old one may be in use."""
         self._half = num_bytes // 2
         self._pieces.clear()
 
@@ -69,7 +69,7 @@ class Ring:
         return Piece(self._num_pieces + 1, begin, end, after)
 
     def take(self, piece: Piece) -> None:
-        """It lies there now."""
+        """Place the piece that `next` gave."""
         while self._pieces and self._pieces[0].number <= piece.after:
             self._pieces.popleft()
         self._pieces.append(piece)
@@ -77,11 +77,11 @@ class Ring:
 
 
 class Deferred(NamedTuple):
-    """A piece that there was no room for when it was packed, or that has not come from other hosts yet."""
+    """A piece whose data is not in the ring yet: there was no room, or other hosts' part has not arrived."""
 
     piece: Piece
     data: Tensor
-    awaited: Sequence[Any]  # handles: then it can be copied to the ring
+    awaited: Sequence[Handle]  # after which it can be copied to the ring
 
 
 class _Gather(NamedTuple):
@@ -132,7 +132,7 @@ class PeerTransport(Transport):
         return self._room
 
     def _is_free(self, piece: Piece) -> bool:
-        """Whether all have read what lay there, or do so in time."""
+        """Whether all ranks have read what lay there, or do so within the patience."""
         if not self._host.has_read(piece.after):
             return False  # it is this rank that is late
         try:
@@ -142,7 +142,7 @@ class PeerTransport(Transport):
         return True
 
     def _post(self, send: Tensor) -> Piece:
-        """Have the others read `send`, now or when there is room."""
+        """Let the others read `send`, now or when there is room."""
         piece = self._ring.next(send.nbytes)
         self._ring.take(piece)
         if send is self._room:
@@ -173,7 +173,7 @@ class PeerTransport(Transport):
         return Exchange(work, slices, send, release=self._host.mark_read)
 
     def _post_gradients(self, send: Tensor) -> tuple[Piece, list[Tensor]]:
-        """And where this rank's slice of each rank's will lie."""
+        """Post `send`; returns its piece, and this rank's slice of every rank's."""
         piece = self._post(send)
         numel = send.numel() // self.group.size
         begin = piece.begin + self.group.rank * numel * send.itemsize
@@ -190,7 +190,7 @@ class PeerTransport(Transport):
         return self._gather_when_posted(self._post(room), flat)
 
     def _read_gathers_for(self, num_bytes: int) -> Piece:
-        """Where the next piece lies; what this rank has not read there it reads."""
+        """The next piece; waits for gathers whose weights, not copied by this rank yet, lie in its bytes."""
         piece = self._ring.next(num_bytes)
         while self._gathers and not self._host.has_read(piece.after):
             self._gathers[0].work.wait()
@@ -203,7 +203,7 @@ class PeerTransport(Transport):
         return work
 
     def _copy(self, number: int) -> None:
-        """The other ranks' weights, of pieces up to that number, into the flat buffers."""
+        """Copy other ranks' weights, of pieces up to that number, into the flat buffers."""
         while self._gathers and self._gathers[0].piece.number <= number:
             piece, flat, _ = self._gathers.popleft()
             shards = flat.view(self.group.size, -1)
@@ -216,7 +216,7 @@ class PeerTransport(Transport):
 
 
 class _Pieces:
-    """What a Work waits for: this rank's pieces up to a number posted, and every rank's."""
+    """A Handle: this rank's pieces up to a number posted, and every rank's."""
 
     def __init__(self, transport: PeerTransport, number: int, posted: Arrival) -> None:
         self._transport = transport

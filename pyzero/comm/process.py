@@ -19,18 +19,23 @@ def device() -> torch.device:
 
 
 def local_rank() -> int:
-    """Of this process on its host: the launcher's LOCAL_RANK, or 0."""
+    """This process's on its host: the launcher's LOCAL_RANK, or 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Of the default group; (0, 1) without one."""
+    """This process's in the default group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def unwrapped(process_group: Any) -> Any:
+    """A ProcessGroup: itself, or that of a DeviceMesh of one dimension; None stays None."""
+    return process_group.get_group() if hasattr(process_group, "get_group") else process_group
+
+
 def handle_of(process_group: Any) -> Any:
-    """The ProcessGroup of that, of a mesh of one dimension, or the default one of None."""
-    return process_group.get_group() if hasattr(process_group, "get_group") else process_group or dist.group.WORLD
+    """The same, with the default group for None."""
+    return unwrapped(process_group) or dist.group.WORLD
 
 
 def place_in(process_group: Any) -> tuple[int, int]:
@@ -53,7 +58,7 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
 
 
 def subgroup(members: Sequence[Sequence[int]]) -> Any:
-    """Of groups that all ranks make alike, the one that this rank is in; None where it is in none."""
+    """Make groups of these ranks, on all ranks alike; returns the one that this rank is in, or None."""
     rank, found = dist.get_rank(), None
     for ranks in members:
         handle = dist.new_group(list(ranks))

@@ -1,4 +1,4 @@
-"""Transports of gradients and weights, and those of them that go by collectives of torch.distributed."""
+"""What a transport of gradients and weights is, and the two that use collectives of torch.distributed."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Exchange:
 
 
 class Transport(ABC):
-    """How a bucket's gradients come to the ranks that hold its shards, and their weights to all."""
+    """Brings a bucket's gradients to the ranks that hold its shards, and their weights back to all."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     @abstractmethod
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """Have room for all that one step sends. Collective, the same on all ranks; nothing may be under way.
+        """Make room for what one step sends. Collective, the same on all ranks; nothing may be under way.
 
         Args:
-            buckets: Bytes of gradients to send, and of weights in a shard.
-            num_params: Of the optimizer.
+            buckets: For each bucket, bytes of gradients to send, and of weights in a shard.
+            num_params: How many parameters the optimizer has.
         """
 
     @abstractmethod
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(numel,) to pack what the next `start` will send."""
+        """(numel,) memory to pack what the next `start` sends into."""
 
     @abstractmethod
     def start(self, send: Tensor, what: str) -> Exchange:
@@ -58,10 +58,10 @@ class Transport(ABC):
 
 
 class _LibraryTransport(Transport):
-    """Buffers made when they are needed, and collectives of torch.distributed."""
+    """Allocates buffers when they are needed, and gathers by torch.distributed."""
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """See Transport. Nothing."""
+        """See Transport. Nothing is needed."""
 
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See Transport."""
@@ -73,7 +73,7 @@ class _LibraryTransport(Transport):
 
 
 class ExactTransport(_LibraryTransport):
-    """All-to-all of the slices; the sum is ours: fp32, in rank order, the same whatever the bucket holds beside it."""
+    """Sends slices by all-to-all; the sum is ours: in fp32 and rank order, the same whatever else the bucket holds."""
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
@@ -83,7 +83,7 @@ class ExactTransport(_LibraryTransport):
 
 
 class CollectiveTransport(_LibraryTransport):
-    """The library's own reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
+    """Uses the library's reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""

@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler over gradients that are reduced, sharded and freed, which it therefore cannot see."""
+"""torch.amp.GradScaler over sharded gradients, which it cannot see: one stand-in parameter answers for all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_READER = "_unscale_grads_"  # GradScaler's method, and its subclasses', that reads param_groups for the gradients
+_READER = "_unscale_grads_"  # the method of GradScaler and its subclasses that reads the gradients of param_groups
 
 
 def grad_scaler_is_asking() -> bool:
@@ -19,10 +19,10 @@ def grad_scaler_is_asking() -> bool:
 
 
 class GradScalerProxy:
-    """One parameter, the proxy, whose gradient is 1, or inf where any rank's gradients overflowed.
+    """The parameter that GradScaler finds in place of all: its gradient is 1, or inf where any rank's has overflowed.
 
-    GradScaler multiplies it by what it would multiply all gradients by, and checks it in place of all. So its overflow
-    flag is the same on every rank, and what the proxy was multiplied by is owed to the gradients.
+    GradScaler unscales and checks it. So the overflow flag is the same on every rank, and the factor by which the
+    proxy's gradient was multiplied is to be applied to the real gradients: `take_factor()`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,16 +37,16 @@ class GradScalerProxy:
         return [{"params": [self._param]}]
 
     def take_factor(self) -> Tensor | None:
-        """0-D: what GradScaler has multiplied by since `groups()`, once; None where it has not asked."""
+        """0-D: the factor that GradScaler applied since `groups()`, handed out once; None where it did not ask."""
         grad, self._param.grad = self._param.grad, None
         return None if grad is None else grad[1]
 
     def clear(self) -> None:
-        """The step is over, or the gradients are gone."""
+        """Called after a step, and when gradients are cleared."""
         self._param.grad = None
         self.was_asked = False
 
 
 def inverse_of(grad_scale: Tensor | None) -> Tensor | None:
-    """0-D: 1 / the scale that GradScaler set on the optimizer for this step, where it did not unscale; or None."""
+    """0-D: 1 / `grad_scale`, which GradScaler sets on the optimizer for a step that it did not unscale; or None."""
     return None if grad_scale is None else grad_scale.double().reciprocal().to(torch.float32).reshape(())

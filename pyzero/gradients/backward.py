@@ -1,4 +1,4 @@
-"""Hooks on parameters, and where the outermost backward ends."""
+"""Autograd hooks: before and after each parameter's gradient, and at the end of the outermost backward."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _ParamHook = Callable[[Tensor], None]
 
 
 class GradientHooks:
-    """Calls `before(param)` ahead of each gradient that backward adds to `.grad`, `after(param)` behind it.
+    """Calls `before(param)` before backward adds a gradient to `.grad`, and `after(param)` after it.
 
-    torch.autograd.grad adds to no `.grad` and calls neither. The hooks keep nothing alive but the parameters.
+    torch.autograd.grad adds to no `.grad` and calls neither. The hooks keep nothing but the parameters alive.
     """
 
     def __init__(self, before: _ParamHook, after: _ParamHook) -> None:
@@ -30,8 +30,8 @@ class GradientHooks:
         self._nodes: list[Any] = []  # AccumulateGrad nodes; a parameter holds its own only weakly
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Watch these too."""
-        with torch.inference_mode(False):  # which knows no nodes
+        """Hook these parameters too."""
+        with torch.inference_mode(False):  # in inference mode there are no autograd nodes
             for param in params:
                 leaf = outer(param)
                 is_trained = leaf.requires_grad
@@ -72,26 +72,27 @@ def _after_hook(after: weakref.WeakMethod[_ParamHook], param: Tensor) -> _ParamH
     return after_hook
 
 
-def _call_hook(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
+def _call(weak_method: weakref.WeakMethod[Callable[..., None]], *args: Tensor) -> None:
     method = weak_method()
     if method is not None:
-        method(param)
+        method(*args)
 
 
-_call_from_compiled = torch._disable_dynamo(_call_hook)  # type: ignore[attr-defined]
+_call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
 
 
 def _call_eagerly(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
     """Compiled autograd traces hooks; ours communicate."""
-    (_call_from_compiled if torch.compiler.is_compiling() else _call_hook)(weak_method, param)
+    (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, param)
 
 
 class BackwardEnd:
-    """Calls `ended()` once behind each outermost backward in which `await_end()` was called.
+    """Calls `ended()` once at the end of each outermost backward in which `await_end()` was called.
 
-    A reentrant checkpoint runs a backward of its own inside the outer one, whose end is not the end. The node that runs
-    it is seen on the Python stack; the nodes behind it run in the outer backward, and wait for its end. (torch runs the
-    callbacks of an inner backward with the inner one as current, so that they cannot reach the outer.)
+    A reentrant checkpoint runs a backward of its own inside the outer one, and its end is not the outer one's. The node
+    that runs it is found on the Python stack; the nodes behind that node run in the outer backward, and there a prehook
+    queues the callback. (torch runs the callbacks of an inner backward with the inner one as current, so they cannot
+    reach the outer.)
     """
 
     def __init__(self, ended: Callable[[], None], broken_off: Callable[[], None]) -> None:
@@ -102,14 +103,14 @@ class BackwardEnd:
         self._prehooks: list[Any] = []  # on the nodes of an outer backward
 
     def begin(self) -> None:
-        """A gradient is about to arrive; calls `broken_off` where an error has ended the backward that was awaited."""
+        """Called before a gradient arrives; calls `broken_off` where an error has ended the awaited backward."""
         if self._outermost is None or torch._C._current_graph_task_id() in self._tasks:
             return
         if _outermost_python_node() is None:
             _call(self._broken_off)
 
     def await_end(self) -> None:
-        """Have `ended` called where the outermost backward that is running ends."""
+        """Have `ended` called at the end of the outermost backward that is running."""
         task = torch._C._current_graph_task_id()
         if task in self._tasks:
             return
@@ -128,17 +129,11 @@ class BackwardEnd:
             _call(self._ended)
 
     def forget(self) -> None:
-        """Wait for nothing any more."""
+        """Stop waiting."""
         self._tasks.clear()
         self._outermost = None
         while self._prehooks:
             self._prehooks.pop().remove()
-
-
-def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    alive = method()
-    if alive is not None:
-        alive()
 
 
 _PYTHON_BACKWARD = BackwardCFunction.apply.__code__

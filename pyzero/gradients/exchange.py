@@ -1,4 +1,4 @@
-"""Buckets of gradients on their way: packed, sent, and summed into the shards when they have come."""
+"""Buckets of gradients in flight: packed, sent, and summed into the shards when they have arrived."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor
 
 from pyzero.comm.transport import Exchange, Transport
 from pyzero.gradients import nonfinite
-from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.source import is_set
 from pyzero.profiling import profile_range
 from pyzero.streams import on_stream
 
 _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
 
-# A backward does not wait for ever: another rank may run the backward of another optimizer first, and wait for this one
-# there. What is left in flight is waited for by whoever reads gradients.
+# A backward does not wait for ever: another rank may be in the backward of another optimizer, waiting there for this
+# rank. Whoever reads gradients waits for what is still in flight.
 _PATIENCE_S = 2.0  # for one of many buckets
 _PATIENCE_AT_END_S = 0.2
 
 
 class _InFlight(NamedTuple):
-    """A bucket that has been sent."""
+    """A bucket that has been sent and not summed yet."""
 
     grads: BucketGrads
     exchange: Exchange
@@ -51,7 +52,7 @@ class BucketExchange:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def gradient_was_written(self) -> None:
-        """On the current stream."""
+        """Called on the stream that has written a gradient."""
         if self._stream is not None:
             self._writers.add(torch.cuda.current_stream(self._device))
 
@@ -64,7 +65,7 @@ class BucketExchange:
         what: str,
         stats: Tensor,
     ) -> None:
-        """Pack a bucket without what is left out, and send it; the sum is multiplied by `scale`."""
+        """Pack a bucket, zeros for what is left out, and send it; the sum is multiplied by `scale`."""
         with profile_range("pyzero::reduce_scatter"):
             accumulate = grads.is_reduced
             grads.apply_factors()
@@ -77,12 +78,12 @@ class BucketExchange:
                 self._receive()
 
     def receive_at_end(self) -> None:
-        """At the end of a backward: what the other ranks have sent by now, or soon."""
+        """At the end of a backward: receive what the other ranks have sent by now, or do soon."""
         while self._in_flight and self._in_flight[0].exchange.work.is_done(_PATIENCE_AT_END_S):
             self._receive()
 
     def receive_all(self) -> None:
-        """Have the shards complete, for the current stream too."""
+        """Receive everything in flight; the current stream waits for it."""
         while self._in_flight:
             self._receive()
         if self._stream is not None:
@@ -101,13 +102,13 @@ class BucketExchange:
             exchange.release()
 
     def _wait_for_writers(self, grads: BucketGrads) -> None:
-        """Gradients are packed, and freed, on the current stream, after every stream that wrote one."""
+        """Have the current stream, which packs gradients and frees them, wait for every stream that wrote one."""
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self._device)
         others = self._writers - {current}
         for stream in others:
             current.wait_stream(stream)
-        for local in [record.local() for record in grads.records] if others else []:
+        for local in [record.local_sum() for record in grads.records] if others else []:
             if local is not None:
                 local.record_stream(current)

@@ -45,7 +45,6 @@ class LocalGradStats(NamedTuple):
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
-    num_skips_in_a_row: int = 0  # as far as this rank's host knows
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class GlobalGradStats:
     """What all ranks know: the same on each. The tensors have not been read on the host."""
 
     rows: Tensor  # (n, 3) fp64, of all ranks
-    rows_of_alike: Tensor  # (n, 3) fp64, of those that hold the same parameters, or parts of them
+    rows_of_same_params: Tensor  # (n, 3) fp64, of the ranks that have the same parameters, or parts of them
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
     has_unsent: bool  # some rank has gradients that no round has reduced: to be gathered again after one
     unsent_is_scaled: bool  # which carry the loss scale
@@ -63,7 +62,7 @@ class GlobalGradStats:
     @cached_property
     def first_bad(self) -> Tensor:
         """(1,) fp64, code of the first bad parameter."""
-        rows = self.rows_of_alike
+        rows = self.rows_of_same_params
         return first_bad_of(rows[0]) if len(rows) == 1 else rows[:, FIRST_BAD].amin().reshape(1)
 
     # step() has these of ops.step_scalars_; in separate launches for who asks before it.
@@ -87,13 +86,14 @@ class GradStatsExchange:
         group: The ranks that share the optimizer's state.
         model_parallel: Ranks that hold other parts of the same model, a group for each dimension of them: they skip
             together and share one norm.
-        are_alike: They have as many parameters, of which they hold other parts.
+        same_params: Those ranks have the same parameters by number, of which they hold other parts.
     """
 
-    def __init__(self, group: Group, model_parallel: Sequence[Group], are_alike: bool = True) -> None:
-        self.are_alike = are_alike
-        self.names = _names(group, is_one_of_many=are_alike and bool(model_parallel))
+    def __init__(self, group: Group, model_parallel: Sequence[Group], same_params: bool) -> None:
+        self.same_params = same_params
+        self.names = _names(group, shares_params=same_params and bool(model_parallel))
         self.num_exports = 0  # calls of state_dict() on this rank since the last message
+        self.num_skips_in_a_row = 0  # as far as this rank's host knows
         self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
@@ -105,7 +105,7 @@ class GradStatsExchange:
             CollectiveError: The ranks ran backward a different number of times.
             RuntimeError: A gradient that had been reduced was edited on some ranks only.
         """
-        used, num_skips = tuple(mine.used), mine.num_skips_in_a_row
+        used, num_skips = tuple(mine.used), self.num_skips_in_a_row
         unsent = {int(mine.unsent)}
         rows = mine.rows
         if self._group.size > 1:
@@ -121,15 +121,15 @@ class GradStatsExchange:
             used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
-        everyones = rows
+        own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})
-        # Others of the model may have nothing to send, and come here once: they hear of what has been reduced.
+        # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
         for beside in () if has_unsent else self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
             rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
         return GlobalGradStats(
             rows=rows,
-            rows_of_alike=rows if self.are_alike else everyones,
+            rows_of_same_params=rows if self.same_params else own_rows,
             used=used,
             has_unsent=has_unsent,
             unsent_is_scaled=Unsent.SCALED in unsent,
@@ -188,16 +188,16 @@ class GradStatsExchange:
         return (norm if unscale is None else norm * unscale).to(torch.float32)
 
 
-def _names(group: Group, is_one_of_many: bool) -> RankNames:
-    """is_one_of_many: others have other parts of the same parameters."""
-    if not is_one_of_many:
+def _names(group: Group, shares_params: bool) -> RankNames:
+    """shares_params: other ranks hold other parts of the same parameters."""
+    if not shares_params:
         return RankNames(tuple(range(group.size)), group.size)
     ranks = [dist.get_rank()] if group.handle is None else dist.get_process_group_ranks(group.handle)
     return RankNames(tuple(ranks), dist.get_world_size())
 
 
 def mixed_scale_error() -> RuntimeError:
-    """Of gradients with and without the loss scale, or with two of them, in one sum."""
+    """The error for a sum of gradients with different loss scales, or with and without one."""
     return RuntimeError(
         "expected all gradients of one sum to carry the same loss scale, got one from another backward on top of those "
         "in .grad; call optimizer.backward(loss) for every loss, and optimizer.zero_grad() after optimizer.step()"

@@ -1,4 +1,4 @@
-"""Gradients that are in `.grad` as it is: of one rank, or averaged over ranks by others."""
+"""Gradients that are used as they lie in `.grad`: on one rank, or where DDP or a trainer has averaged them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _readable(grads: Sequence[Tensor], bucket: Bucket, backend: str) -> Sequence
 
 
 def _have_values(grads: list[Tensor]) -> bool:
-    """Some of them is more than zeros. Waits for a GPU."""
+    """Whether any of them is not all zeros. Waits for a GPU."""
     filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
     return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
 
@@ -57,7 +57,7 @@ _GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it
 
 
 def _state_of(grad: Any) -> _GradState:
-    """Of a DTensor; both it and its local tensor count."""
+    """Of a DTensor gradient; writes to it and to its local tensor both count."""
     return weakref.ref(grad), grad._version + local_of(grad)._version
 
 
@@ -71,22 +71,28 @@ class _RunGrads(NamedTuple):
 
 
 class LocalGradients(Gradients):
-    """`.grad` as it is at step(): one rank, or gradients that somebody else has averaged."""
+    """Takes `.grad` as it is at step(): on one rank, or where DDP or a trainer has averaged it."""
 
     def __init__(
-        self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str, reads_lists: bool
+        self,
+        group: Group,
+        stats_exchange: GradStatsExchange,
+        device: torch.device,
+        scales: bool,
+        reads_lists: bool,
+        backend: str,
     ) -> None:
-        super().__init__(group, exchange, device, backend)
-        self._reads_lists = reads_lists  # the update rule
+        super().__init__(group, stats_exchange, device, backend)
+        self._scales = scales  # the optimizer has a loss scale
+        self._reads_lists = reads_lists  # the update rule does
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by run, from collect() on
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._factor: Tensor | None = None  # 0-D, of clipping
-        self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to, and their versions
+        self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that `_factor` applies to: (grad, version)
         self._numbers: dict[Bucket, Tensor] = {}  # (num_params,) fp64, of the parameters
-        self._scales = False
         self._locates = False
         self._clean_rows = clean_rows(1, device)
         self._rows = self._clean_rows.clone()  # of the last collect()
@@ -94,12 +100,17 @@ class LocalGradients(Gradients):
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
-        self._multiplied: Tensor | None = None  # since the last step, into gradients of DTensors
-        self._fsdp_param: LocalParam | None = None  # one of those that fully_shard has sharded
-        self._arrived: dict[LocalParam, _GradState] = {}  # of them: the gradient behind the last backward
+        self._multiplied: Tensor | None = None  # clip coefficients that DTensors' `.grad` holds, since the last step
+        self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
+        self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
 
-    def add(self, bucket: Bucket, scales: bool) -> None:
-        """Its parameters are watched only where it matters who called backward: with a loss scale, or once clipped."""
+    def add(self, bucket: Bucket) -> None:
+        """See Gradients. Parameters get hooks only where they are needed: with a loss scale, or once clipped."""
+        self._place(bucket)
+        if self._scales or self._watched:
+            self._watch()
+
+    def _place(self, bucket: Bucket) -> None:
         self._buckets.append(bucket)
         self._numbers[bucket] = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
@@ -111,9 +122,13 @@ class LocalGradients(Gradients):
         ]
         fsdp = (param for param in bucket.params if isinstance(param, LocalParam) and param.is_fsdp)
         self._fsdp_param = next(fsdp, self._fsdp_param)
-        self._scales = scales
-        if scales or self._watched:
-            self._watch()
+
+    def move_to(self, buckets: list[Bucket]) -> None:
+        """See Gradients. `.grad` stays where it is, and so do the hooks on its parameter."""
+        self._buckets, self._runs, self._pieces, self._numbers = [], {}, {}, {}
+        for bucket in buckets:
+            self._place(bucket)
+        self._watched = len(buckets) if self._watched else 0
 
     def _watch(self) -> None:
         for bucket in self._buckets[self._watched :]:
@@ -143,9 +158,9 @@ class LocalGradients(Gradients):
             self._arrived[param] = _state_of(param.dtensor.grad)
 
     def _check_kept_gradients(self) -> None:
-        """fully_shard has added a gradient of another scale to `.grad`, without a hook ahead of it, or is about to.
+        """Raise where fully_shard, before which no hook runs, adds a gradient of another scale to one that is kept.
 
-        One that is as it arrived, or one in-place op later, has not been cleared since.
+        A gradient that is as it arrived, or one in-place op later, has not been cleared since.
         """
         kept = []
         for param, (grad, version) in self._arrived.items():
@@ -168,8 +183,8 @@ class LocalGradients(Gradients):
         finally:
             self._arriving = None
 
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
-        """One pass that only reads, and the message."""
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
+        """See Gradients. One pass over the gradients, which only reads."""
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -190,14 +205,13 @@ class LocalGradients(Gradients):
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         if self._buckets and (self._locates or is_set(found)):
             self._first_bad.copy_(self._locate())
-        if outer_found is not None:
-            torch.maximum(found, outer_found, out=found)
-        skips = self.num_skips_in_a_row
-        return self._exchange.gather(LocalGradStats(self._rows, used, purpose, num_skips_in_a_row=skips), self._unscale)
+        if scaler_found_inf is not None:
+            torch.maximum(found, scaler_found_inf, out=found)
+        return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""
-        names = self._exchange.names
+        names = self._stats_exchange.names
         rank = names.of_group[self._group.rank]
         codes = [
             nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], rank, names.num_ranks)
@@ -225,7 +239,7 @@ class LocalGradients(Gradients):
     # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
 
     def clip(self, coefficient: Tensor) -> None:
-        """Keep the coefficient, until `.grad` is used, added to, or replaced."""
+        """See Gradients. The coefficient is kept until `.grad` is used, added to, or replaced."""
         factor = self.factor()
         self._factor = coefficient if factor is None else factor * coefficient
         self._clipped = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
@@ -255,12 +269,12 @@ class LocalGradients(Gradients):
         return self._factor
 
     def clipped_by(self) -> Tensor | None:
-        """All of the factor, or what `.grad` has been multiplied by."""
+        """See Gradients."""
         return self._factor if self._multiplied is None else self._multiplied
 
     @torch.no_grad()
     def _apply_factor(self) -> None:
-        """Into the gradients that are still those that were clipped."""
+        """Multiply the factor into those gradients that are still the ones that were clipped."""
         factor, self._factor = self._factor, None
         same = [p.grad for p, (g, v) in self._clipped.items() if p.grad is g and g._version == v]
         if same and factor is not None:
@@ -274,7 +288,7 @@ class LocalGradients(Gradients):
         return flatten_like(grad, bucket.params[position]).float()
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Into `.grad`, carrying the loss scale that it carries."""
+        """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
         param = bucket.params[position]
         if self._unscale is not None:
             value = value / self._unscale
@@ -295,19 +309,19 @@ class LocalGradients(Gradients):
         self._locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
-        """`.grad` is the caller's; the loss scale that it carries may change from now on."""
+        """See Gradients."""
         self._pieces.clear()
         self._multiplied = None
 
     def await_step(self) -> bool:
-        """Unknown: `.grad` is the caller's, who may have kept that of the last step."""
+        """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
         return False
 
     def check_arrived(self) -> None:
-        """Nothing: who writes `.grad` here writes what carries the scale of the gradients beside it."""
+        """See Gradients. Nothing to check: what others write to `.grad` is taken to carry its scale."""
 
     def finish_broken_round(self) -> None:
-        """There are none."""
+        """See Gradients. There are no rounds."""
 
     def reset(self) -> None:
         """See Gradients."""

@@ -21,7 +21,7 @@ NOT_FOUND = math.inf
 
 
 class RankNames(NamedTuple):
-    """By what numbers codes tell the ranks of a group."""
+    """The numbers by which codes name the ranks of a group."""
 
     of_group: tuple[int, ...]
     num_ranks: int  # above all of them
@@ -36,10 +36,10 @@ def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
 
 
 def locate_in_slices(bucket: Bucket, slices: list[Tensor], names: RankNames, by_rank: bool) -> Tensor:
-    """(1,) fp64, of what was received for this rank's shard of a bucket.
+    """(1,) fp64: the code of the first bad parameter in what was received for this rank's shard of a bucket.
 
     Args:
-        bucket: Theirs.
+        bucket: The bucket.
         slices: (shard_numel,) each.
         names: Of the ranks.
         by_rank: slices[r] is rank r's; else the one slice is a sum over ranks.
@@ -55,7 +55,7 @@ def locate_in_slices(bucket: Bucket, slices: list[Tensor], names: RankNames, by_
 
 
 def locate_in_grads(numbers: Tensor, grads: Sequence[Tensor | None], rank: int, num_ranks: int) -> Tensor:
-    """0-D fp64, of this rank's own gradients of a bucket.
+    """0-D fp64: the code of the first bad parameter among this rank's own gradients of a bucket.
 
     Args:
         numbers: (num_params,) fp64, of the parameters.

@@ -1,4 +1,4 @@
-"""Gradients of all ranks, reduced in every backward, bucket by bucket while it goes on (stage 2)."""
+"""Stage 2: gradients of all ranks reduced in every backward, bucket by bucket while it runs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 from torch import Tensor
 
-from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
 
 
 class OverlappedGradients(ReducedGradients):
-    """A round in every backward, so every rank must run backward equally often between two steps.
+    """Makes a round in every backward, so every rank must run backward equally often between two steps.
 
-    What no rank used in the last step is left out of backward's rounds, and sent when gradients are read: no bucket
-    waits for it.
+    Parameters that no rank used in the last step are deferred: no bucket waits for them in backward, and what gradients
+    they get are sent when gradients are read.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.learns_arrival = self._options.overlap
         self._is_sending = False  # a round has begun in a backward
-        self._deferred: set[ParamGrad] = set()  # unused in the last step by all ranks
-        self._undeferrable: set[ParamGrad] = set()  # were used when deferred
+        self._deferred: set[ParamGrad] = set()  # unused in the last step on all ranks
+        self._undeferrable: set[ParamGrad] = set()  # got a gradient once while they were deferred
         self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
 
     @property
@@ -38,7 +39,7 @@ class OverlappedGradients(ReducedGradients):
         return grads
 
     def move_to(self, buckets: list[Bucket]) -> None:
-        """See ReducedGradients."""
+        """See Gradients."""
         waiting = {record for grads in self._grads if grads.waits_for_end for record in grads.records}
         super().move_to(buckets)
         for grads in self._grads:
@@ -53,11 +54,13 @@ class OverlappedGradients(ReducedGradients):
         if not self.sync:
             return
         self._is_sending = True
-        self._in_flight.gradient_was_written()
+        self._bucket_exchange.gradient_was_written()
         if record in self._deferred:
             return
-        if grads.bucket.index < self._next:  # a weight in two reentrant checkpoints: it goes with the next round,
-            grads.waits_for_end = True  # and waits from now on
+        if grads.bucket.index < self._next:
+            # A weight in two reentrant checkpoints, after its bucket was sent: this gradient goes with the next round,
+            # and from then on the bucket waits for the end of backward.
+            grads.waits_for_end = True
             return
         grads.num_awaited -= not record.has_arrived
         record.has_arrived = True
@@ -73,13 +76,14 @@ class OverlappedGradients(ReducedGradients):
     def _end_of_backward(self) -> None:
         if self._is_sending:
             self._round(self._is_deferred)
-            self._in_flight.receive_at_end()
+            self._bucket_exchange.receive_at_end()
         super()._end_of_backward()
 
     def finish_broken_round(self) -> None:
-        """See Gradients. The backward may have ended elsewhere on the other ranks.
+        """See Gradients. On the other ranks the backward may have got further, or less far.
 
-        What was cleared since is sent all the same, and cleared behind it: on the other ranks it may have been sent.
+        Gradients that were cleared since are sent all the same, for other ranks may have sent theirs; then they are
+        cleared.
         """
         super().finish_broken_round()
         if not self._is_sending:
@@ -99,7 +103,7 @@ class OverlappedGradients(ReducedGradients):
         self._await_gradients()
 
     def _await_gradients(self) -> None:
-        """A new round begins: nothing has arrived."""
+        """Begin a round: no gradient has arrived."""
         for grads in self._grads:
             grads.num_awaited = 0
             for record in grads.records:
@@ -107,7 +111,7 @@ class OverlappedGradients(ReducedGradients):
                 grads.num_awaited += record not in self._deferred
 
     def after_step(self, used: Sequence[bool]) -> None:
-        """See Gradients. What no rank used is not waited for in the next backwards."""
+        """See Gradients. Defers what no rank used."""
         super().after_step(used)
         self._undeferrable |= {record for record in self._deferred if used[record.number]}
         unused = {record for record in self._by_number if not used[record.number]}

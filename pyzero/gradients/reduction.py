@@ -1,7 +1,4 @@
-"""Gradients of all ranks, reduced into this rank's shards when they are first read (stage 1).
-
-What stage 2 does in backward is in overlap.py.
-"""
+"""Stage 1: gradients of all ranks reduced into this rank's shards when they are first read. Stage 2: overlap.py."""
 
 from __future__ import annotations
 
@@ -15,9 +12,10 @@ from torch import Tensor
 
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
-from pyzero.gradients.accumulation import BucketGrads, ParamGrad
+from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.backward import BackwardEnd, GradientHooks
+from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.source import Gradients, power_sum, powers_of
@@ -37,38 +35,35 @@ class ReductionOptions:
 
 
 class ReducedGradients(Gradients):
-    """Turns the gradients of all ranks into this rank's shards.
+    """Reduces the gradients of all ranks into this rank's shards, in rounds.
 
-    A round sends every bucket once, in an order that is the same on all ranks; a bucket waits for those before it, and
-    is sent with zeros for parameters without a gradient. Whether there is a round never depends on what this rank alone
-    has seen: whoever reads gradients makes one where none has been made since the last step, or where any rank says in
-    the step's message that it holds gradients that have not been sent.
+    A round sends every bucket once, in the same order on all ranks, with zeros for parameters without a gradient.
+    Whether there is a round never depends on what this rank alone has seen: a read of gradients makes one where none
+    has been made since the last step, or where any rank says in the step's message that it holds unsent gradients.
     """
-
-    learns_arrival = False  # the order in which gradients come, for buckets in that order
-    arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
 
     def __init__(
         self,
         group: Group,
-        exchange: GradStatsExchange,
+        stats_exchange: GradStatsExchange,
         transport: Transport,
         device: torch.device,
         options: ReductionOptions,
         inv_scale: Tensor | None,
+        grad_scaler_proxy: GradScalerProxy,
         backend: str,
     ) -> None:
-        super().__init__(group, exchange, device, backend)
+        super().__init__(group, stats_exchange, device, backend)
         self._options = options
         self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
-        self.grad_scaler_proxy = GradScalerProxy(device)
-        self._in_flight = BucketExchange(exchange.names, transport, device)
+        self._grad_scaler_proxy = grad_scaler_proxy
+        self._bucket_exchange = BucketExchange(stats_exchange.names, transport, device)
         self._grads: list[BucketGrads] = []
         self._records: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
         self._by_number: list[ParamGrad] = []
         self._self = weakref.ref(self)
 
-        # The accumulation: what is where in it, ParamGrad and BucketGrads know.
+        # Rounds; where each gradient is, ParamGrad and BucketGrads know.
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
         self._num_rounds_used = 0  # by the last step
         self._num_steps = 0
@@ -83,15 +78,15 @@ class ReducedGradients(Gradients):
         self._unsent_is_scaled = False
         self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
         self._clip: Tensor | None = None  # 0-D, of clip()
-        self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # of the last call of scale
+        self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
-        self._checked = False  # that no DistributedDataParallel reduces these gradients too
+        self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
-    def add(self, bucket: Bucket, scales: bool) -> None:
-        """Append a bucket and watch its parameters; what is in `.grad` already has not been sent."""
-        self._in_flight.receive_all()  # the transport may make room anew
+    def add(self, bucket: Bucket) -> None:
+        """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
+        self._bucket_exchange.receive_all()  # the transport may make room anew
         new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
         records = {param: ParamGrad(param, number, self._self) for param, number in new}
         self._place(bucket, [records[param] for param in bucket.params])
@@ -108,8 +103,8 @@ class ReducedGradients(Gradients):
         return grads
 
     def move_to(self, buckets: list[Bucket]) -> None:
-        """Take other buckets of the same parameters. Collective."""
-        self._in_flight.receive_all()
+        """See Gradients."""
+        self._bucket_exchange.receive_all()
         old, records = self._grads, {param: record for param, (_, record) in self._records.items()}
         self._buckets, self._grads = [], []
         for bucket in buckets:
@@ -142,17 +137,17 @@ class ReducedGradients(Gradients):
             )
 
     def _before_gradient(self, param: Tensor) -> None:
-        if not self._checked:
+        if not self._is_checked:
             self._check_unwrapped()
         grads, record = self._records[param]
         self._end.begin()
         self._awaits_step = True
-        self._take_outer_factor()
+        self._take_grad_scaler_factor()
         self._generation += 1
         self._clip = None
         self._observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
-            self._observe_all()  # what was cleared since is gone
+            self._observe_all()  # the caller may have cleared what carries the other scale
             if self._has_unsent_values():
                 raise mixed_scale_error()
             self._unsent_is_scaled = self._is_scaled
@@ -179,12 +174,12 @@ class ReducedGradients(Gradients):
                 f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
                 f"DistributedDataParallel; pass reduce_grads=False to the optimizer, or the bare model to the loop"
             )
-        self._checked = True
+        self._is_checked = True
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        """Send what this round has not sent yet."""
+        """Send the buckets that this round has not sent yet."""
         self._end.forget()
         while self._next < len(self._grads):
             self._send_next(left_out)
@@ -207,7 +202,7 @@ class ReducedGradients(Gradients):
             grads.pass_over(left_out)
             return
         dtype = self._options.dtype or grads.bucket.dtype
-        self._in_flight.send(grads, dtype, self._mean_factor(), left_out, what, stats)
+        self._bucket_exchange.send(grads, dtype, self._mean_factor(), left_out, what, stats)
 
     def _new_stats(self) -> Sequence[Tensor]:
         """Clean rows of statistics for all buckets of a round, in one launch."""
@@ -218,7 +213,7 @@ class ReducedGradients(Gradients):
         return rows
 
     def _mean_factor(self) -> float | Tensor:
-        """What makes the unscaled mean of a sum over ranks; computed once for one loss scale."""
+        """The factor from a sum over ranks to the unscaled mean; computed once per loss scale."""
         if not self._unsent_is_scaled or self._inv_scale is None:
             return 1.0 / self._group.size
         version = self._inv_scale._version
@@ -230,7 +225,7 @@ class ReducedGradients(Gradients):
 
     def _observe(self, grads: BucketGrads, record: ParamGrad) -> None:
         if record.observe():
-            self._in_flight.receive_all()
+            self._bucket_exchange.receive_all()
             self._generation += 1
             self._clip = None
             grads.drop_forgotten()
@@ -239,27 +234,30 @@ class ReducedGradients(Gradients):
         for grads, record in self._records.values():
             self._observe(grads, record)
 
-    def _take_outer_factor(self) -> None:
-        """What GradScaler's unscale_ has done to its proxy is owed to the gradients that are reduced."""
-        factor = self.grad_scaler_proxy.take_factor()
+    def _take_grad_scaler_factor(self) -> None:
+        """Multiply reduced gradients by the factor that GradScaler's unscale_ has applied to its proxy."""
+        factor = self._grad_scaler_proxy.take_factor()
         if factor is not None:
             self.unscale(factor)
 
+    def _begin_edit(self) -> None:
+        """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
+        self._bucket_exchange.receive_all()
+        self._generation += 1
+
     def unscale(self, factor: Tensor) -> None:
-        """Multiply all that has been reduced by a 0-D tensor, as part of the gradients themselves."""
+        """Multiply all reduced gradients by a 0-D tensor; unlike `clip` it does not show in `clipped_by`."""
         self.scale(self._by_number, factor)
 
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
-        self._in_flight.receive_all()
-        self._generation += 1
+        self._begin_edit()
         self._records[record.param][0].zero(record)
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
-        """See sharded_grad.GradOwner. Kept beside the shards; the next step or round multiplies."""
-        self._in_flight.receive_all()
-        self._generation += 1
+        """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
+        self._begin_edit()
         factor = self._as_factor(factor, inverse)
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
         for record in records:
@@ -272,7 +270,7 @@ class ReducedGradients(Gradients):
             record.num_edits += 1
 
     def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
-        """0-D fp32; one object for calls with one tensor, as clip_grad_norm_ makes them, gradient by gradient."""
+        """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
         if not isinstance(value, Tensor):
             return torch.tensor(1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
         key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
@@ -285,7 +283,7 @@ class ReducedGradients(Gradients):
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
         """See sharded_grad.GradOwner. The norms of all parameters come in one message, and are kept."""
-        if not self._exchange.are_alike:
+        if not self._stats_exchange.same_params:
             raise RuntimeError(
                 "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
                 "optimizer.clip_grad_norm_(max_norm), which knows them"
@@ -296,46 +294,46 @@ class ReducedGradients(Gradients):
             for grads in self._grads:
                 grads.apply_factors()
             parts = [self._part(*self._records[record.param]) for record in self._by_number]
-            norms = self._exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
+            norms = self._stats_exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
             known = self._param_norms = (self._generation, norm_type, norms)
         return known[2][record.number].clone()  # the caller may add to it
 
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
-        """This rank's, empty where others count it."""
+        """This rank's part of a reduced gradient; empty where another rank counts it for the norm."""
         if grads.shard is None or not grads.bucket.layout.counts(record.position):
             return torch.empty(0, dtype=torch.float32, device=self._device)
         return grads.part(record)
 
     # ---- what a step asks ------------------------------------------------------------------------------------------
 
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients."""
         if torch.is_inference_mode_enabled():  # shards are written outside it too
             with torch.inference_mode(False), torch.no_grad():
-                return self.collect(outer_found, purpose)
-        self._take_outer_factor()
+                return self.collect(scaler_found_inf, purpose)
+        self._take_grad_scaler_factor()
         self.finish_broken_round()
         self._observe_all()
         if self._num_rounds == self._num_rounds_used and self._inv_scale is None:
             self._round(_nothing)
-        stats = self._gather(outer_found, purpose)
+        stats = self._gather(scaler_found_inf, purpose)
         if stats.has_unsent:
             self._unsent_is_scaled = stats.unsent_is_scaled
             self._round(_nothing)
-            stats = self._gather(outer_found, purpose)
+            stats = self._gather(scaler_found_inf, purpose)
         return stats
 
-    def _gather(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
-        self._in_flight.receive_all()
+    def _gather(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
+        self._bucket_exchange.receive_all()
         if len({id(record.factor) for record in self._by_number}) > 1:  # no one factor can be left to Adam
             for grads in self._grads:
                 grads.apply_factors()
         for grads in self._grads:
             grads.check()
         rows = torch.cat([grads.stats for grads in self._grads] or [clean_rows(1, self._device)])
-        if outer_found is not None:
+        if scaler_found_inf is not None:
             found = flag_of(rows[0])
-            torch.maximum(found, outer_found, out=found)
+            torch.maximum(found, scaler_found_inf, out=found)
         records = self._by_number
         stats = LocalGradStats(
             rows,
@@ -344,9 +342,8 @@ class ReducedGradients(Gradients):
             edits=[record.num_edits for record in records],
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
-            num_skips_in_a_row=self.num_skips_in_a_row,
         )
-        known = self._exchange.gather(stats, None)
+        known = self._stats_exchange.gather(stats, None)
         for record in records:
             record.is_zero |= not known.used[record.number]
         return known
@@ -371,7 +368,7 @@ class ReducedGradients(Gradients):
         return shard
 
     def factor(self) -> Tensor | None:
-        """One for all parameters, or none."""
+        """See Gradients. All parameters have the same one, or none."""
         return self._by_number[0].factor if self._by_number else None
 
     def clip(self, coefficient: Tensor) -> None:
@@ -391,9 +388,8 @@ class ReducedGradients(Gradients):
         return gather_param(self._group, bucket, position, self._shard(bucket))
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Into the shards. Not collective; every rank does the same."""
-        self._in_flight.receive_all()
-        self._generation += 1
+        """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
+        self._begin_edit()
         grads = self._grads[bucket.index]
         record = grads.records[position]
         self._observe(grads, record)
@@ -411,7 +407,7 @@ class ReducedGradients(Gradients):
 
     def locate_nonfinite(self, always: bool) -> None:
         """See Gradients."""
-        self._in_flight.locates = always
+        self._bucket_exchange.locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
@@ -427,9 +423,9 @@ class ReducedGradients(Gradients):
     def reset(self) -> None:
         """See Gradients."""
         self._observe_all()
-        self._in_flight.receive_all()
+        self._bucket_exchange.receive_all()
 
 
 def _nothing(record: ParamGrad) -> bool:
-    """No record is left out of a round that somebody asked for."""
+    """Which records to leave out of a round that was asked for: none."""
     return False

@@ -1,4 +1,4 @@
-"""Where a step's gradients come from: the interface of local.py and reduction.py."""
+"""Where a step's gradients come from: the interface that local.py, reduction.py and overlap.py implement."""
 
 from __future__ import annotations
 
@@ -28,18 +28,24 @@ class Gradients(ABC):
     multiplied by `unscale` of the stats and by `factor()`.
     """
 
-    def __init__(self, group: Group, exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
+    learns_arrival = False  # records the order in which gradients come, for buckets in that order
+    arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
+
+    def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
-        self.num_skips_in_a_row = 0  # as far as this rank's host knows
         self._group = group
-        self._exchange = exchange
+        self._stats_exchange = stats_exchange
         self._device = device
         self._backend = backend
         self._buckets: list[Bucket] = []
 
     @abstractmethod
-    def add(self, bucket: Bucket, scales: bool) -> None:
-        """Append a bucket; `scales`: the optimizer has a loss scale."""
+    def add(self, bucket: Bucket) -> None:
+        """Append a bucket."""
+
+    @abstractmethod
+    def move_to(self, buckets: list[Bucket]) -> None:
+        """Take other buckets of the same parameters. Collective over several ranks."""
 
     @abstractmethod
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:
@@ -50,14 +56,14 @@ class Gradients(ABC):
 
     @abstractmethod
     def check_arrived(self) -> None:
-        """Raise RuntimeError where `.grad` was written by others than backward, so that no scale is known of it."""
+        """Raise RuntimeError where someone other than backward wrote `.grad`, so that its loss scale is not known."""
 
     @abstractmethod
-    def collect(self, outer_found: Tensor | None, purpose: str) -> GlobalGradStats:
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """Finish what is under way, and exchange the step's message. Collective over several ranks.
 
         Args:
-            outer_found: (1,) fp32, what another scaler has found in `.grad`.
+            scaler_found_inf: (1,) fp32, the flag of torch's GradScaler, which has checked `.grad`; or None.
             purpose: One of grad_stats.PURPOSES, the same on all ranks.
         """
 
@@ -71,7 +77,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def factor(self) -> Tensor | None:
-        """0-D: what clipping has left to be multiplied by. After collect().
+        """0-D: the factor that the gradients are still to be multiplied by, or None. After collect().
 
         Raises:
             RuntimeError: `.grad` has been edited since it was clipped.
@@ -79,7 +85,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def clipped_by(self) -> Tensor | None:
-        """0-D: what `clip` has multiplied by since the last gradient came; a part of `factor()`, or done."""
+        """0-D: the product of clip coefficients since the last gradient came, in `factor()` or multiplied already."""
 
     @abstractmethod
     def clip(self, coefficient: Tensor) -> None:
@@ -91,7 +97,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """Take (numel,) `value` for one parameter's gradient, in its memory order, whatever there is of it."""
+        """Replace one parameter's gradient by (numel,) `value`, in memory order."""
 
     @abstractmethod
     def norm_power(self, norm_type: float) -> Tensor:
@@ -99,11 +105,11 @@ class Gradients(ABC):
 
     @abstractmethod
     def locate_nonfinite(self, always: bool) -> None:
-        """Look for the first bad parameter in every step, not only where the host knows that there is one."""
+        """always: Look for the first bad parameter in every step, not only where the host knows that there is one."""
 
     @abstractmethod
     def after_step(self, used: Sequence[bool]) -> None:
-        """A step has used the gradients, which stay. used: by parameter number, some rank had a gradient."""
+        """Called after a step; the gradients stay. used: by parameter number, whether some rank had a gradient."""
 
     @abstractmethod
     def await_step(self) -> bool:
@@ -111,11 +117,11 @@ class Gradients(ABC):
 
     @abstractmethod
     def finish_broken_round(self) -> None:
-        """Send what a backward that an exception ended has not sent, where gradients are reduced."""
+        """Finish the round of a backward that an exception has ended, where gradients are reduced."""
 
     @abstractmethod
     def reset(self) -> None:
-        """The optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
+        """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
 
 
 def power_sum(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:

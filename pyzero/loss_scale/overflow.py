@@ -1,4 +1,4 @@
-"""Skipped steps, told to the user without waiting for the device."""
+"""Reports skipped steps to the user without waiting for the device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_
 
 
 class OverflowMonitor:
-    """Warns of each skipped step, and ends the run after too many in a row.
+    """Warns of each skipped step, and raises after too many in a row.
 
-    What it needs is copied to the host behind the step. On a CPU it is there at once; on a GPU it is looked at in a
-    later step, when it has arrived. A captured CUDA graph is replayed without it.
+    What it needs is copied to the host after the step. On a CPU it is there at once; on a GPU a later step looks at it,
+    once it has arrived. Replays of a captured CUDA graph are not monitored.
 
     Args:
         device: Where the loss scale lives.
-        limit: Skips in a row that are an error; None for any number.
-        warns: Whether this rank does.
+        limit: So many skips in a row are an error; None: any number is fine.
+        warns: Whether this rank logs the warnings.
     """
 
     def __init__(self, device: torch.device, limit: int | None, warns: bool) -> None:
@@ -37,11 +37,11 @@ class OverflowMonitor:
         self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
         self._values = self._state.numpy()
         self._arrived = torch.cuda.Event() if self._on_gpu else None
-        self._under_way = False
+        self._under_way = False  # a copy to the host has been started, and not looked at
         self.num_in_a_row = 0  # skips, as far as this host knows
 
     def start_from(self, num_skipped: int) -> None:
-        """Do not warn of steps that were skipped before this run, and count those in a row anew."""
+        """Do not warn of steps that were skipped before this run; count skips in a row from 0."""
         self._num_warned_of = num_skipped
         self.num_in_a_row = 0
         self._under_way = False
@@ -52,7 +52,7 @@ class OverflowMonitor:
         Args:
             state: (5,) fp32, see pyzero.ops.loss_scale.
             stats: Of the step's gradients.
-            describe: Says which parameter and rank a code of pyzero/gradients/nonfinite.py means.
+            describe: Puts a code of pyzero/gradients/nonfinite.py, a parameter and a rank, into words.
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
@@ -87,7 +87,7 @@ class OverflowMonitor:
             RuntimeError: Too many. The steps changed nothing.
         """
         if self._limit is not None and num_in_a_row >= self._limit:
-            self.num_in_a_row = 0  # who goes on in spite of it is told again after the next skip
+            self.num_in_a_row = 0  # a caller who goes on gets the next error after as many skips again
             scale, where = float(self._values[_SCALE]), describe(float(self._first_bad.numpy()[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "

@@ -17,11 +17,11 @@ log = logging.getLogger("pyzero")
 
 
 class ScaledBackward:
-    """Runs them, and tells the gradients that they do.
+    """Runs backward passes of scaled losses, and lets the Gradients know that what arrives is scaled.
 
     Args:
-        scaler: An enabled one.
-        gradients: What the gradients come to.
+        scaler: The loss scale, enabled.
+        gradients: Where the gradients arrive.
         has_fp16: Whether there are fp16 weights, whose gradients underflow without a scale.
     """
 
@@ -29,7 +29,7 @@ class ScaledBackward:
         self._scaler = scaler
         self._gradients = gradients
         self._running: AbstractContextManager[None] | None = None
-        self._is_held = False  # in scaled_gradients(): it runs until that ends
+        self._is_held = False  # in scaled_gradients(): what arrives is scaled until that ends
         self._has_run = False  # since the last step
         self._may_warn = has_fp16
 
@@ -66,7 +66,7 @@ class ScaledBackward:
 
     def _begin_in_backward(self, grad: Tensor) -> None:
         self._begin()
-        # Behind what is queued in this backward: fully_shard reduces its last gradients there.
+        # Twice, to come after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
 

@@ -23,9 +23,9 @@ class LossScale:
         growth_interval: Steps.
         min_scale: The scale never falls below it.
         max_scale: The scale never grows above it.
-        hysteresis: Overflows it takes before the scale falls; they count since the scale last grew.
-        consecutive_hysteresis: They count since the last clean step instead.
-        growth_delay: Clean steps more that the first growth takes, at the start and after an overflow; DeepSpeed's
+        hysteresis: Overflows before the scale falls, counted since the scale last grew.
+        consecutive_hysteresis: Count them since the last clean step instead.
+        growth_delay: Additional clean steps before the first growth, at the start and after an overflow; DeepSpeed's
             is 1.
     """
 
@@ -65,7 +65,7 @@ def static(scale: float) -> LossScale:
 
 
 def choose(loss_scale: "str | float | LossScale | None", dtypes: set[torch.dtype]) -> LossScale | None:
-    """What the argument `loss_scale` of FusedZeroAdam means: a policy, or None for no scaling."""
+    """The policy that ZeroOptimizer's argument `loss_scale` asks for, or None for no scaling."""
     if isinstance(loss_scale, LossScale) or loss_scale is None:
         return loss_scale
     if loss_scale == "auto":

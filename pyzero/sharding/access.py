@@ -1,4 +1,4 @@
-"""Whole tensors of a parameter whose state lies in shards: gathered to read, cut to write."""
+"""Reading and writing whole tensors of a parameter whose state lies in shards."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pyzero.sharding.local_param import LocalParam, outer, part_of, whole_of
 if TYPE_CHECKING:
     from pyzero.gradients.grad_stats import GlobalGradStats
     from pyzero.gradients.source import Gradients
-    from pyzero.sharding.placement import Placement
+    from pyzero.sharding.param_buckets import ParamBuckets
     from pyzero.sharding.topology import Topology
 
 
 class FullAccess:
     """`full_*` and `set_full_*` of ZeroOptimizer. All ranks call them alike; reading is collective."""
 
-    _placement: Placement
+    _param_buckets: ParamBuckets
     _group: Group
     _tied_groups: dict[Any, Group]
     _topology: Topology
@@ -31,7 +31,7 @@ class FullAccess:
 
     @property
     def _buckets(self) -> list[Bucket]:
-        return self._placement.buckets
+        return self._param_buckets.buckets
 
     def _collect(self, purpose: str) -> GlobalGradStats:
         raise NotImplementedError
@@ -50,7 +50,7 @@ class FullAccess:
         if place is None:
             whole: Tensor = whole_of(param.detach())
             return whole.float().clone()
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         return self._gather(MASTER, *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class FullAccess:
         place = self._find(param)
         if place is None:
             return {}
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         bucket, position = place
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
@@ -71,12 +71,12 @@ class FullAccess:
         """All state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
 
         `load_state_dict` takes it on any number of ranks, in any stage and with any buckets, and training goes on bit
-        for bit. So does that of torch.optim.Adam and AdamW, which has no use for the masters and the loss scale in it.
-        Takes as much memory of the device as one bucket's values of one slot.
+        for bit. torch.optim.Adam and AdamW load it too, without the masters and the loss scale. On the device it needs
+        memory for one bucket's values of one slot.
 
         Args:
-            to: The one rank of the group (with DTensors, of all that hold a part) that wants it; the others get an
-                empty dict. None: all.
+            to: The one rank of the group (with DTensors, of all that hold a part) that gets it; the others get an
+                empty dict. None: all ranks get it.
 
         Raises:
             ValueError: There is no such rank.
@@ -85,7 +85,7 @@ class FullAccess:
         if to is not None and not 0 <= to < size:
             raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
         self._place_unfrozen()
-        self._placement.follow_weights()
+        self._param_buckets.follow_weights()
         is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
         for bucket in self._buckets:
@@ -121,10 +121,10 @@ class FullAccess:
 
     @torch.no_grad()
     def full_grad(self, param: Tensor) -> Tensor | None:
-        """The gradient that the next step() takes: averaged over ranks and unscaled, fp32.
+        """The gradient that the next step() takes: averaged over ranks and unscaled, fp32; None where no rank has one.
 
-        None where no rank has one. What clip_grad_norm_ has done to it shows; `max_grad_norm` acts in step() only.
-        Finishes the reduction. Raises ValueError as `full_master`.
+        It is clipped where clip_grad_norm_ has been called; `max_grad_norm` acts in step() only. Finishes the
+        reduction. Raises ValueError as `full_master`.
         """
         self._place_unfrozen()
         place = self._find(param)
@@ -143,11 +143,11 @@ class FullAccess:
 
     @torch.no_grad()
     def sum_tied_grads(self, tied: Iterable[tuple[Tensor, Any]]) -> None:
-        """Make the gradient of a weight that several pipeline stages hold the sum of those of its copies.
+        """Sum the gradients of a weight over its copies on several pipeline stages, into each copy's gradient.
 
-        Between backward and clipping or step(), on every rank of process_group and model_parallel_group, on those
-        without such a weight too: it is collective over all. What no stage has a gradient for stays without. Reads the
-        device.
+        To be called between backward and clipping or step(), on every rank of process_group and model_parallel_group,
+        with or without such a weight: it is collective over all. A weight without a gradient on any stage stays without
+        one. Reads the device.
 
         Args:
             tied: (parameter, process group of the ranks that hold its copies in this pipeline), in the same order on
@@ -161,9 +161,8 @@ class FullAccess:
                 continue
             bucket, position = self._find_trained(param)
             grad = self._whole_grad(bucket, position, stats)
-            flat = torch.zeros(
-                param.numel() + 1, dtype=torch.float32, device=param.device
-            )  # the last one: whether there is a gradient
+            # The last element says whether there is a gradient.
+            flat = torch.zeros(param.numel() + 1, dtype=torch.float32, device=param.device)
             if grad is not None:
                 flat[:-1].view(param.shape).copy_(grad)
                 flat[-1] = 1.0
@@ -186,7 +185,7 @@ class FullAccess:
 
     @torch.no_grad()
     def set_full_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Write what is given of what `full_state` gives.
+        """Write some or all of what `full_state` returns.
 
         Raises:
             ValueError: Not a parameter of this optimizer, an unknown name, or another shape; nothing is written then.
@@ -219,7 +218,7 @@ class FullAccess:
         self._gradients.replace(bucket, position, bucket.flat_of(part_of(value, param).float(), position))
 
     def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
-        """Where a parameter lies; None for one that is frozen."""
+        """The bucket and the position that a parameter lies at; None for a frozen one."""
         for bucket in self._buckets:
             for position, candidate in enumerate(bucket.params):
                 if outer(candidate) is param:
@@ -246,7 +245,7 @@ class FullAccess:
 
 
 def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
-    """The whole tensor, of a DTensor's local one: collective over its mesh. Any other as it is."""
+    """The whole tensor of a DTensor parameter, from its local one: collective over its mesh. Otherwise as it is."""
     param = bucket.params[position]
     if not isinstance(param, LocalParam) or bucket.is_flat(name):
         return local

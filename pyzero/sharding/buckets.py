@@ -24,7 +24,7 @@ def flatten_like(tensor: Tensor, param: Tensor) -> Tensor:
 
 
 def conversion_error(param: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> TypeError:
-    """Of a parameter that is not what it was when the optimizer was built."""
+    """The error for a parameter that was converted or moved after the optimizer was built."""
 
     def spell(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> str:
         return f"{str(dtype).removeprefix('torch.')} on {device} of shape {tuple(shape)}"
@@ -40,12 +40,12 @@ class Bucket:
     """The memory of one bucket on this rank.
 
     Args:
-        layout: Its map.
-        params: In the order of layout.slots.
-        numbers: Of the parameters, among the optimizer's; the same whatever bucket they lie in.
-        index: Of the bucket, among the optimizer's.
-        rank: Whose shard this is.
-        slots: Of the update rule.
+        layout: Where parameters lie, and how it is cut into shards.
+        params: The parameters, in the order of layout.slots.
+        numbers: Their numbers among the optimizer's, which stay whatever bucket they lie in.
+        index: The bucket's place among the optimizer's.
+        rank: This rank in the group that shares the bucket.
+        slots: The update rule's.
         cpu_offload: Masters and state of a GPU lie in pinned memory of the host.
     """
 
@@ -70,7 +70,8 @@ class Bucket:
         self.flat = memory.zeros(layout.numel, self.dtype, self.device)  # the weights of all ranks
         begin, end = layout.shard_bounds(rank)
         self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
-        self._strides = [torch.empty_like(param.data, device="meta").stride() for param in params]  # own where dense
+        # Each parameter's own strides where it is dense, contiguous ones otherwise.
+        self._strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
         self._shapes = [param.shape for param in params]
         self._dtypes = [self.dtype] * len(params)
         self._versions = [0] * len(params)
@@ -80,21 +81,20 @@ class Bucket:
             self._take_in(position, param, param.data)
 
         self.master = self.weight_shard if self.is_master else self._empty(torch.float32)  # (shard_numel,) fp32
-        self._exported_version = 0  # of the masters
+        self._exported_version = 0  # version of the masters when a state dict last showed them
         self.slots = {slot.name: slot for slot in slots}
         self.state = {  # by slot: (shard_numel,), or one value per granule
             slot.name: self._zeros(layout.shard_numel // slot.elements_per_value, slot.dtype) for slot in slots
         }
-        self.steps = torch.zeros(
-            len(params), dtype=torch.float32, device=self.device
-        )  # (num_params,) applied steps of each parameter
+        # (num_params,) applied steps of each parameter
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
         runs = [(run.key.group_index, *layout.run_bounds(run, rank)) for run in layout.runs]
         self._runs = [(group_index, low, high) for group_index, low, high in runs if low < high]
         self._run_shards: dict[tuple[int, int], list[RunShard]] = {}
 
     def keep_steps_in(self, steps: Tensor) -> None:
-        """Move the step counts there: (num_params,) fp32, a part of all buckets'."""
+        """Move the step counts to (num_params,) fp32 `steps`, a slice of the tensor for all buckets."""
         self.steps = steps.copy_(self.steps)
         self._run_shards.clear()
 
@@ -113,7 +113,7 @@ class Bucket:
         return (memory.pinned if self._on_host else memory.zeros)(numel, dtype, self.device)
 
     def _view(self, position: int) -> Tensor:
-        """A tensor with a storage of its own over a parameter's slot: whoever saves it saves nothing beside it."""
+        """A parameter's slot as a tensor with a storage of its own: saving it saves nothing else of the bucket."""
         slot, shape, strides = self.layout.slots[position], self._shapes[position], self._strides[position]
         if not slot.numel:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -122,7 +122,7 @@ class Bucket:
         return from_dlpack(self.flat[slot.offset : slot.offset + max(slot.numel, room)]).as_strided(shape, strides)
 
     def masters_from_weights(self) -> None:
-        """The first masters."""
+        """Fill the masters for the first time."""
         if not self.is_master:
             self.master.copy_(self.weight_shard)
         self._first_versions = self._state_versions()
@@ -132,11 +132,11 @@ class Bucket:
         return [tensor._version for tensor in (*own, *self.state.values())]
 
     def state_was_written(self) -> bool:
-        """By anybody but an op, since the first masters."""
+        """Whether anybody but an op has written masters or state since `masters_from_weights`."""
         return self._state_versions() != self._first_versions
 
     def written(self, every: bool = False) -> list[int]:
-        """Positions of parameters that someone else wrote, or moved elsewhere, or of all.
+        """Positions of parameters that others have written, or moved elsewhere; every: of all.
 
         Raises:
             TypeError: One has another shape, dtype or device than when the optimizer was built.
@@ -153,7 +153,7 @@ class Bucket:
         return found
 
     def _are_as_left(self) -> bool:
-        """No parameter differs from what the optimizer left: the check of every step, attribute by attribute."""
+        """Whether all parameters are as the optimizer left them; each step asks, so it compares lists of attributes."""
         params = self.params
         return (
             [param._version for param in params] == self._versions
@@ -167,9 +167,9 @@ class Bucket:
         return param.data_ptr() != self._addresses[position] or param.stride() != self._strides[position]
 
     def follow(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
-        """Have flat memory and masters follow these parameters, which `written` gave.
+        """Have flat memory and masters follow these parameters, which `written` returned.
 
-        keep_masters: Parameters whose masters do not follow, for they are being loaded.
+        keep_masters: Parameters whose masters do not follow, as they are about to be loaded.
         """
         for position in positions:
             param = self.params[position]
@@ -179,15 +179,15 @@ class Bucket:
             if not self.is_master and outer(param) not in keep_masters:
                 in_shard, _ = self.shard_part(position)
                 master, weights = self.master[in_shard], self.weight_shard[in_shard]
-                # Nothing changes where the master rounds to the weight: a checkpoint's weights may follow its masters.
+                # A master that rounds to the weight stays: weights may have been loaded after their masters.
                 master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
     def weight_was_written(self, position: int) -> None:
-        """By the optimizer, its master with it."""
+        """Called when the optimizer has written one weight and its master."""
         self._versions[position] = self.params[position]._version
 
     def bump_versions(self, used: Sequence[bool] | None = None) -> None:
-        """The optimizer has written weights, all or those of `used` by number: graphs that saved them know."""
+        """Called when ops have written weights, all or those `used` by number: graphs that saved them notice."""
         written = [p for p, number in zip(self.params, self.numbers, strict=True) if used is None or used[number]]
         if written and self._has_locals:
             written = [*map(outer, written), *(param.data for param in written if isinstance(param, LocalParam))]
@@ -195,15 +195,15 @@ class Bucket:
             torch.autograd.graph.increment_version(written)
 
     def masters_are_in_sync(self) -> None:
-        """What was written so far, the masters need not follow."""
+        """Take the weights as they are now for what the masters say."""
         self._versions = [param._version for param in self.params]
 
     def masters_were_exported(self) -> None:
-        """A state dict shows them, into which a checkpoint may be read."""
+        """Called when a state dict shows the masters: a checkpoint may be read into it."""
         self._exported_version = self.master._version
 
     def masters_were_written(self) -> bool:
-        """By anybody but an op, since they were exported."""
+        """Whether anybody but an op has written the masters since they were exported."""
         return self.master._version != self._exported_version
 
     # ---- shards and whole tensors ---------------------------------------------------------------------------------
@@ -215,14 +215,14 @@ class Bucket:
         return positions.repeat_interleave(counts).to(self.device)
 
     def shard_part(self, position: int) -> tuple[slice, slice]:
-        """Where one parameter's part on this rank lies: in the shard, and in the parameter."""
+        """This rank's part of one parameter: as a slice of the shard, and of the flat parameter."""
         slot = self.layout.slots[position]
         low, high = self.layout.overlap(slot, self.rank)
         at = slot.offset - self.rank * self.layout.shard_numel if high > low else -low
         return slice(at + low, at + high), slice(low, high)
 
     def shard_slot(self, position: int) -> slice:
-        """Where one parameter and the gap behind it lie in this rank's shard."""
+        """This rank's part of one parameter and of the gap after it, as a slice of the shard."""
         slots, (begin, end) = self.layout.slots, self.layout.shard_bounds(self.rank)
         stop = slots[position + 1].offset if position + 1 < len(slots) else self.layout.numel
         low = min(max(slots[position].offset, begin), end)
@@ -275,43 +275,43 @@ class Bucket:
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """Of what lies in shards: the master and the slots."""
+        """Names of the state that lies in shards: the master and the rule's slots."""
         return (MASTER, *self.slots)
 
     def sharded(self, name: str) -> Tensor:
-        """This rank's shard of masters, or of a slot."""
+        """This rank's shard of the masters, or of a slot."""
         return self.master if name == MASTER else self.state[name]
 
     def to_send(self, name: str) -> Tensor:
-        """`sharded`, on the device: a library's collectives may not read pinned memory."""
+        """`sharded(name)` in memory of the device, as collective libraries may not read pinned host memory."""
         return self.sharded(name).clone() if self._on_host else self.sharded(name)
 
     def elements_per_value(self, name: str) -> int:
-        """Of masters, or of a slot: how many elements share one value."""
+        """How many elements share one value of the masters, or of a slot."""
         return 1 if name == MASTER else self.slots[name].elements_per_value
 
     def is_flat(self, name: str) -> bool:
-        """Whole values have no shape of the parameter's."""
+        """Whether whole values of that name are flat, without the parameter's shape."""
         return self.elements_per_value(name) > 1
 
     def whole_shape(self, name: str, position: int) -> torch.Size:
-        """Of one parameter's masters, or values of a slot."""
+        """The shape of one parameter's masters, or values of a slot, as a whole tensor."""
         shape = self._shapes[position]
         return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
 
     def whole_stride(self, name: str, position: int) -> tuple[int, ...]:
-        """As `whole_shape`."""
+        """The strides that go with `whole_shape`."""
         return (1,) if self.is_flat(name) else tuple(self._strides[position])
 
     def whole_of(self, name: str, flat: Tensor, position: int) -> Tensor:
-        """One parameter's values, on the CPU and in its shape, of a slot's values or masters of the whole bucket."""
+        """One parameter's values on the CPU, in its shape. flat: Masters, or a slot's values, of the whole bucket."""
         slot, per_value = self.layout.slots[position], self.elements_per_value(name)
         begin = slot.offset // per_value
         own = flat[begin : begin + -(-slot.numel // per_value)].to("cpu", copy=True)
         return own if self.is_flat(name) else self.shaped(own, position)
 
     def shard_values(self, name: str, position: int) -> tuple[slice, slice]:
-        """As `shard_part`, in values of a slot."""
+        """`shard_part` in values of a slot instead of elements."""
         in_shard, in_param = self.shard_part(position)
         return self._values(name, in_shard.start, in_shard.stop), self._values(name, in_param.start, in_param.stop)
 
@@ -324,7 +324,7 @@ class Bucket:
         return views
 
     def write_state(self, position: int, state: dict[str, Tensor]) -> None:
-        """The step count, and whole flat values of what else is given, in the parameter's memory order."""
+        """Write one parameter's state. state: The step count, and whole flat values in the parameter's memory order."""
         for name, value in state.items():
             if name == STEP:
                 self.steps[position] = value

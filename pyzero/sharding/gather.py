@@ -1,4 +1,4 @@
-"""One parameter's values from every rank's part of them."""
+"""One parameter's values, gathered from every rank's part."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pyzero.sharding.buckets import Bucket
 
 
 def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, elements_per_value: int = 1) -> Tensor:
-    """(numel / elements_per_value,), rounded up, of the parameter at `position`. Collective.
+    """The whole values of the parameter at `position`: (numel / elements_per_value,), rounded up. Collective.
 
     Every rank sends as much as the largest part.
 
     Args:
         group: The ranks that hold the bucket.
-        bucket: It.
-        position: Of the parameter.
-        shard: (shard_numel / elements_per_value,) this rank's.
+        bucket: The bucket.
+        position: The parameter's in the bucket.
+        shard: (shard_numel / elements_per_value,) this rank's shard of the values.
         elements_per_value: 1, or GRANULE.
     """
     lengths = part_lengths(group.size, bucket, position, elements_per_value)

@@ -61,12 +61,12 @@ class RunKey(NamedTuple):
 class ParamSpec:
     """What the layout must know of a parameter."""
 
-    index: int  # its place in the order of registration
+    index: int  # its number, in the order of registration
     numel: int
     element_bytes: int
     key: Key  # only equal keys share a bucket
     run: RunKey = RunKey(0, True)
-    room: int = 0  # elements from its first one on that are its own, where they are more than it has
+    room: int = 0  # elements of memory that it needs, where they are more than `numel`
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Without importing DTensor, which takes half a second."""
+    """Whether it is a DTensor; asked without importing that, which takes half a second."""
     return hasattr(tensor, "device_mesh")
 
 
 def outer(param: Tensor) -> Tensor:
-    """What the caller knows: the DTensor that a LocalParam stands for, or the parameter itself."""
+    """The parameter that the caller knows: the DTensor that a LocalParam stands for, or the parameter itself."""
     return param.dtensor if isinstance(param, LocalParam) else param
 
 
 def local_of(tensor: Any) -> Tensor:
-    """This rank's plain memory of a DTensor, waited for; any other tensor as it is."""
+    """A DTensor's local tensor, after pending collectives; any other tensor as it is."""
     local = tensor._local_tensor if is_dtensor(tensor) else tensor
     return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]  # an AsyncCollectiveTensor
 
@@ -42,13 +42,13 @@ def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
 
 
 def whole_of(value: Any) -> Any:
-    """All of a DTensor, on every rank: collective over its mesh. Anything else as it is."""
+    """The whole tensor of a DTensor: collective over its mesh. Anything else as it is."""
     is_part = torch.is_tensor(value) and is_dtensor(value)
     return value.full_tensor() if is_part else value
 
 
 def empty_on_host(tensor: Any) -> Tensor:
-    """As torch's empty_like, in host memory; of a DTensor another, of which this rank has the same part."""
+    """torch.empty_like in host memory; for a DTensor, a DTensor of which this rank has the same part."""
     if type(tensor).__name__ != "DTensor":
         return tensor.new_empty(tensor.shape, device="cpu")  # type: ignore[no-any-return]
     return _wrap(torch.empty_like(local_of(tensor), device="cpu"), tensor)
@@ -79,8 +79,8 @@ class LocalParam(torch.Tensor):
     """Stands for a DTensor parameter.
 
     Attributes:
-        dtensor: It.
-        room: Elements from the first one on that must lie in its memory: FSDP sends shards of equal size, padded.
+        dtensor: The DTensor.
+        room: Elements that its memory must hold, from its first on: FSDP sends shards of equal size, padded.
     """
 
     dtensor: DTensor
@@ -94,7 +94,7 @@ class LocalParam(torch.Tensor):
 
     @staticmethod
     def of(dtensor: Any, place: Any = None) -> LocalParam:
-        """place: What modules.find_fsdp_places() has of it."""
+        """Made for a DTensor. place: Its entry in modules.find_fsdp_places(), if it has one."""
         fsdp = None if place is None else place.record
         made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
         made.dtensor, made._fsdp = dtensor, fsdp
@@ -104,7 +104,7 @@ class LocalParam(torch.Tensor):
 
     @property
     def is_fsdp(self) -> bool:
-        """fully_shard moves its weights, and reduces its gradients."""
+        """Whether fully_shard moves its weights, and reduces its gradients."""
         return self._fsdp is not None
 
     # ---- memory ----------------------------------------------------------------------------------------------------
@@ -116,13 +116,13 @@ class LocalParam(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        """Another one, which is followed in memory by what `room` asks for; FSDP reads weights there from now on."""
+        """Replace the local tensor by one with `room` elements of memory; FSDP reads weights there from now on."""
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.dtensor._local_tensor = value
         if self._fsdp is not None and value.numel():
             self._fsdp._sharded_param_data = value.as_strided((self.room,), (1,))
 
-    # What torch's own attributes say is of the memory that it had at first.
+    # torch's own attributes would describe the memory that the tensor was made over.
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
     device = property(lambda self: self.data.device)
@@ -130,11 +130,11 @@ class LocalParam(torch.Tensor):
     requires_grad = property(lambda self: self.dtensor.requires_grad)
 
     def stride(self, *args: Any) -> Any:
-        """Of the local tensor, as the others."""
+        """Strides of the local tensor."""
         return self.data.stride(*args)
 
     def data_ptr(self) -> int:
-        """Of the local tensor."""
+        """Address of the local tensor."""
         return self.data.data_ptr()
 
     # ---- gradient --------------------------------------------------------------------------------------------------
@@ -170,12 +170,12 @@ class LocalParam(torch.Tensor):
         return _wrap(local, self.dtensor)
 
     def park(self) -> None:
-        """Backward is about to add to `.grad`: to nothing, for a stand-in takes no gradient."""
+        """Called before backward adds to `.grad`: a ShardedGrad, to which nothing can be added, moves aside."""
         if isinstance(self.dtensor.grad, ShardedGrad):
             self._parked, self.grad = self.grad, None
 
     def unpark(self) -> None:
-        """It has added."""
+        """Called after backward has added: put the gradient back, and add the new one to it."""
         parked, self._parked = self._parked, None
         if parked is not None:
             arrived = self.grad

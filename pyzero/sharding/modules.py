@@ -1,6 +1,6 @@
-"""Modules that hold an optimizer's parameters: found among all living objects, since a parameter does not know them.
+"""Modules that hold an optimizer's parameters: found among all living objects, as a parameter does not know them.
 
-A search looks at every object of the process (some 0.1 s for a million): once at construction, not in a step.
+A search looks at every object of the process, some 0.1 s for a million: at construction, never in a step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def _living(kind: type) -> list[Any]:
-    """Every finished module of this kind."""
+    """Every living module of this class or a subclass, once its constructor has run."""
     of_kind: dict[int, bool] = {}  # by id of the class: a class with a metaclass of its own may not be hashable
     found = []
     for candidate in gc.get_objects():
@@ -87,7 +87,7 @@ def _fsdp_groups(module: Any) -> list[Any]:
 
 
 def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
-    """Of each parameter that fully_shard has sharded.
+    """Where each parameter that fully_shard has sharded is used.
 
     Raises:
         RuntimeError: This torch keeps other records.
@@ -105,7 +105,7 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have modules of fully_shard show their shards: after a forward without a backward some show whole weights."""
+    """Have fully_shard's modules hold shards again: after a forward without a backward some hold whole weights."""
     module: Any
     for module in model.modules():
         if hasattr(module, "_get_fsdp_state"):
@@ -114,8 +114,8 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def without_gradient_sync(model: nn.Module) -> Iterator[None]:
-    """Backward in here has modules of fully_shard keep whole gradients; the next one outside sends all."""
-    quieted: list[Any] = [  # not what a context around this one has
+    """A context in which fully_shard's modules keep whole gradients in backward; the next one outside sends all."""
+    quieted: list[Any] = [  # without those that an enclosing context has quieted
         module for module in model.modules() if any(group.reduce_grads for group in _fsdp_groups(module))
     ]
     for module in quieted:
@@ -128,12 +128,12 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
 
 
 def has_unsent_gradients(model: nn.Module) -> bool:
-    """Whether modules of fully_shard keep whole gradients."""
+    """Whether fully_shard's modules keep whole gradients that have not been sent."""
     return any(_kept_gradients(model))
 
 
 def drop_unsent_gradients(model: nn.Module) -> None:
-    """Those that modules of fully_shard keep."""
+    """Drop the whole gradients that fully_shard's modules keep."""
     for record in _kept_gradients(model):
         record.unsharded_accumulated_grad = record.unsharded_param.grad = None
 
@@ -174,5 +174,5 @@ def _holds_directly(module: nn.Module, params: Collection[Tensor]) -> bool:
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, of a module by name, in the order of registration; each once."""
+    """A module's parameters, then its buffers, by name in the order of registration; each once."""
     return {**dict(root.named_parameters()), **dict(root.named_buffers())}

@@ -1,4 +1,7 @@
-"""State dicts: this rank's state, for as many ranks; whole state, ours or a torch optimizer's, for any number."""
+"""State dicts, out of the buckets and into them.
+
+`state_dict()` gives this rank's parts, for as many ranks; whole state, ours or a torch optimizer's, fits any number.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +21,37 @@ from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
 from pyzero.sharding.local_param import LocalParam, box_of, local_of, outer
-from pyzero.sharding.placement import Placement
+from pyzero.sharding.param_buckets import ParamBuckets
 
-ZERO, SCALER = "zero", "scaler"  # in the first group, for torch.distributed.checkpoint's helpers pass on no more
+# Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
+ZERO, SCALER = "zero", "scaler"
 
 
 def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
-    """Whose a state dict is, and where its fragments are cut: one string, which nobody takes apart on the way.
+    """Which rank's a state dict is, and which buckets its parts are cut from; a string, which helpers leave whole.
 
-    buckets: Of parameters by their place in the groups, which does not tell when they were unfrozen.
+    buckets: Parameters by their place in the groups, which does not depend on when they were unfrozen.
     """
     return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
 
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
-    """Have a torch state dict hold tensors of the parameters' shapes; sharded ones over several ranks."""
-    origin, alike = state_dict["param_groups"][0][ZERO], optimizer.are_alike
+    """Give the tensors of a torch state dict the parameters' shapes: over several ranks they become ShardedStates."""
+    origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.are_alike
     places = {outer(param): (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):
             if param in places:
                 values = state_dict["state"][number].items()
                 state_dict["state"][number] = {
-                    n: _shaped(n, v, *places[param], group, origin, alike) for n, v in values
+                    n: _shaped(n, v, *places[param], group, origin, same_params) for n, v in values
                 }
     for bucket in buckets:
         bucket.masters_were_exported()
 
 
 def _shaped(
-    name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str, are_alike: bool
+    name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str, same_params: bool
 ) -> Tensor:
     """This rank's part of a parameter's state as a part of the whole tensor; the same memory."""
     if name == STEP:
@@ -67,7 +71,7 @@ def _shaped(
     low = sum(lengths[: group.rank])
     gather = partial(gather_parts, group, lengths=lengths)
     stride = bucket.whole_stride(name, position)
-    is_copy = are_alike and not bucket.layout.counts(position)
+    is_copy = same_params and not bucket.layout.counts(position)
     fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather, is_copy=is_copy)
     if is_part:
         of = outer(param)
@@ -78,30 +82,30 @@ def _shaped(
 
 @dataclass
 class SavedParam:
-    """What a state dict holds of one parameter: of each value the whole, or this rank's part."""
+    """What a state dict holds of one parameter: each value whole, or this rank's part of it."""
 
     param: Tensor
     whole: dict[str, Any] = field(default_factory=dict)  # the step too
     parts: dict[str, Tensor] = field(default_factory=dict)  # flat
 
     def has(self, name: str) -> bool:
-        """Whether there is such a value."""
+        """Whether it holds a value of that name."""
         return name in self.whole or name in self.parts
 
 
 class SavedCut(NamedTuple):
-    """Which buckets the parts of all ranks were cut from."""
+    """The buckets that the parts of all ranks were cut from."""
 
     buckets: list[list[int]]  # of parameters, by their place in the groups
     has_learned: bool  # in the order of arrival
 
-    def layouts(self, optimizer: Optimizer, placement: Placement, num_ranks: int) -> list[BucketLayout]:
-        """Of the buckets.
+    def layouts(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> list[BucketLayout]:
+        """The buckets' layouts on so many ranks.
 
         Raises:
             ValueError: Other parameters are trained now, or in other dtypes.
         """
-        numbers, specs = _numbers(optimizer, placement), placement.specs
+        numbers, specs = _numbers(optimizer, param_buckets), param_buckets.specs
         found = [place for bucket in self.buckets for place in bucket]
         if sorted(found) != sorted(numbers):
             raise ValueError(
@@ -114,7 +118,7 @@ class SavedCut(NamedTuple):
                 "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
                 "optimizer is built"
             )
-        return [lay_out(bucket, num_ranks, placement.rule.cut) for bucket in members]
+        return [lay_out(bucket, num_ranks, param_buckets.rule.cut) for bucket in members]
 
 
 class Summary(NamedTuple):
@@ -125,7 +129,7 @@ class Summary(NamedTuple):
 
 
 def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
-    """That of all ranks' state dicts.
+    """The cut that all ranks' state dicts have in common; None where they hold whole tensors alone.
 
     Raises:
         ValueError: They were saved at different times, or cut in different ways.
@@ -154,9 +158,9 @@ class RankState:
 
     @staticmethod
     def parse(
-        optimizer: Optimizer, state_dict: dict[str, Any], placement: Placement, rank: int, num_ranks: int
+        optimizer: Optimizer, state_dict: dict[str, Any], param_buckets: ParamBuckets, rank: int, num_ranks: int
     ) -> RankState:
-        """Hold a state dict against the optimizer, and change nothing.
+        """Check a state dict against the optimizer, and change nothing.
 
         Raises:
             ValueError: It does not fit.
@@ -170,12 +174,12 @@ class RankState:
             )
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
-        numbers = _numbers(optimizer, placement)
+        numbers = _numbers(optimizer, param_buckets)
         origin: str | None = saved_groups[0].get(ZERO)
         found, places, lengths = [], [], {}
         for place, (i, param) in enumerate(zip(ids, params, strict=True)):
             if place in numbers:
-                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), placement.shapes_of(param))
+                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), param_buckets.shapes_of(param))
                 origin = its_origin or origin
                 found.append(saved)
                 places.append(place)
@@ -184,9 +188,9 @@ class RankState:
         if described and any(saved.parts for saved in found):
             _check_origin(described, rank, num_ranks)
             cut = SavedCut(described["buckets"], described["has_learned"])
-            lengths = _lengths(cut.layouts(optimizer, placement, num_ranks), rank)
+            lengths = _lengths(cut.layouts(optimizer, param_buckets, num_ranks), rank)
         for place, saved in zip(places, found, strict=True):
-            _check(saved, placement, lengths.get(numbers[place]), place)
+            _check(saved, param_buckets, lengths.get(numbers[place]), place)
         return RankState(cut, ZERO in saved_groups[0], found, saved_groups, saved_groups[0].get(SCALER))
 
     def summary(self) -> Summary:
@@ -194,9 +198,9 @@ class RankState:
         return Summary([float(saved.whole.get(STEP, 0.0)) for saved in self.params], self.cut)
 
     def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
-        """Of a state dict that a checkpoint was read into, but none of its masters: they shall follow the weights.
+        """Drop masters that a checkpoint was not read into, so that they follow the weights.
 
-        The values are the optimizer's own memory then, in which nothing was written.
+        Those values are the optimizer's own memory, as `state_dict()` gave it, in which nothing was written since.
         """
         buckets_of = {outer(param): bucket for bucket in buckets for param in bucket.params}
         for saved in self.params:
@@ -207,7 +211,7 @@ class RankState:
                     saved.parts.pop(MASTER, None)
 
     def copy_into(self, optimizer: Any) -> None:
-        """Into the optimizer's state and groups, whose layout is that of the saved one by now."""
+        """Write it to the optimizer's state and groups, whose buckets are those of the saved state by now."""
         for saved in self.params:
             views = optimizer.state[saved.param]
             for name, part in saved.parts.items():
@@ -225,7 +229,7 @@ class RankState:
 
 
 def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) -> tuple[SavedParam, Any]:
-    """Tell parts from whole tensors; returns whose parts they are where they know."""
+    """Sort one parameter's values into whole ones and parts; returns the parts' origin too, where they have one."""
     saved, origin = SavedParam(param), None
     for name, value in values.items():
         fragment = getattr(value, "fragment", None)
@@ -247,9 +251,9 @@ def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
         )
 
 
-def _numbers(optimizer: Optimizer, placement: Placement) -> dict[int, int]:
-    """The placement's number of each trained parameter, by its place in the groups."""
-    numbers = {outer(param): number for number, param in enumerate(placement.params)}
+def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int]:
+    """The number of each trained parameter, by its place in the groups."""
+    numbers = {outer(param): number for number, param in enumerate(param_buckets.params)}
     params = (param for group in optimizer.param_groups for param in group["params"])
     return {place: numbers[param] for place, param in enumerate(params) if param in numbers}
 
@@ -259,17 +263,17 @@ def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
     return {index: high - low for index, (low, high) in bounds.items()}
 
 
-def _check(saved: SavedParam, placement: Placement, length: int | None, place: int) -> None:
+def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, place: int) -> None:
     """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
     if not saved.whole and not saved.parts:
         return  # never updated, as in a torch optimizer
-    shapes = placement.shapes_of(saved.param)
-    for slot in placement.rule.slots:
+    shapes = param_buckets.shapes_of(saved.param)
+    for slot in param_buckets.rule.slots:
         if not saved.has(slot.name):
             raise ValueError(
                 f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
             )
-    per_value = {slot.name: slot.elements_per_value for slot in placement.rule.slots}
+    per_value = {slot.name: slot.elements_per_value for slot in param_buckets.rule.slots}
     for name, part in saved.parts.items():
         wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
         if tuple(part.shape) != (wanted,):

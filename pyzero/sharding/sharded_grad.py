@@ -1,7 +1,7 @@
-"""What stands in `.grad` where several ranks reduce: it knows the averaged gradient's norm, and shows no rank's part.
+"""The tensors in `.grad` where several ranks reduce: they answer for the averaged gradient, not for this rank's part.
 
-Code that reads gradients was written for whole ones: torch.nn.utils.clip_grad_norm_, a logger of norms, a check for
-NaN. On one rank's part each of them would be wrong in silence. Here they are right, or an error that says what to call.
+Code that reads gradients is written for whole ones: torch.nn.utils.clip_grad_norm_, a logger of norms, a check for NaN.
+On one rank's part each would be silently wrong. On these tensors it is right, or an error that says what to call.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class GradOwner(Protocol):
-    """What the tensors here ask of the optimizer's gradients. All but `zero` and `scale` are collective."""
+    """What these tensors ask of the optimizer's gradients. `param_norm` is collective."""
 
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
         """0-D fp32: the p-norm of one parameter's averaged gradient."""
 
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
-        """Multiply what has been reduced of these gradients by one number, or divide it."""
+        """Multiply the reduced parts of these gradients by one number, or divide them by it."""
 
     def zero(self, record: ParamGrad) -> None:
-        """Make what has been reduced of this gradient zeros."""
+        """Make the reduced part of this gradient zeros."""
 
 
 _NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
@@ -80,7 +80,7 @@ class _Gradient(torch.Tensor):
             return func(*args, **kwargs)
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """One of _IN_PLACE; NotImplemented where the tensor's own memory is all that is to be done."""
+        """Run one of _IN_PLACE; NotImplemented where it is to be run on the tensor's own memory alone."""
         raise NotImplementedError
 
     def _norm(self, norm_type: float, is_plain: bool = True) -> Tensor:
@@ -100,11 +100,11 @@ class _Gradient(torch.Tensor):
 
 
 class LocalGrad(_Gradient):
-    """This rank's own sum of gradients, not reduced yet: a tensor as any other, but for its norm and for scaling."""
+    """This rank's own sum of gradients, not reduced yet: an ordinary tensor, except for norms and scaling."""
 
     @staticmethod
     def wrap(grad: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> LocalGrad:
-        """The same memory."""
+        """Made over the same memory."""
         wrapped = grad.detach().as_subclass(LocalGrad)
         wrapped._attach(record, owner)
         return wrapped
@@ -134,7 +134,7 @@ class ShardedGrad(_Gradient):
 
     @staticmethod
     def placeholder(param: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> ShardedGrad:
-        """With the parameter's shape, strides, dtype and device."""
+        """Made with the parameter's shape, strides, dtype and device."""
         made: ShardedGrad = torch.Tensor._make_wrapper_subclass(
             ShardedGrad, param.shape, param.stride(), dtype=param.dtype, device=param.device, storage_size=0
         )

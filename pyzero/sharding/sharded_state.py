@@ -4,8 +4,8 @@ A flat fragment of a tensor is a few boxes of its shape: the end of a row, whole
 dimensions as it has. The checkpoint stores boxes, so it reads them back into any other fragments, into DTensors and
 into plain tensors, and nothing is gathered.
 
-Imported where a state dict is made, for it needs torch.distributed.tensor. What it relies on that torch calls private
-is held by tests/checkpoint/test_sharded_state.py.
+Imported only where a state dict is made, as it needs torch.distributed.tensor. It relies on private names of torch's,
+which tests/checkpoint/test_sharded_state.py checks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def boxes_of(shape: Sequence[int], low: int, high: int) -> Iterator[Box]:
 
 @dataclass(frozen=True)
 class DTensorPart:
-    """Where the tensor that a fragment is of lies, if that is the local one of a DTensor."""
+    """The DTensor whose local tensor a fragment is a part of, and where the local tensor lies in it."""
 
     shape: torch.Size  # of the DTensor
     stride: tuple[int, ...]
@@ -72,21 +72,21 @@ class Fragment:
     """Which elements of a tensor a rank holds."""
 
     shape: torch.Size  # of the tensor that ranks share
-    stride: tuple[int, ...]  # of it, dense
-    low: int  # first element of it, in memory order
-    high: int  # behind the last
-    origin: str  # whose state it is, and how that is cut: rank_state.describe()
+    stride: tuple[int, ...]  # of that tensor, dense
+    low: int  # first element, in memory order
+    high: int  # one past the last
+    origin: str  # which rank's state it is, and how that is cut: rank_state.describe()
     gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
-    part: DTensorPart | None = None  # None: it is whole
-    is_copy: bool = False  # model-parallel ranks hold the same tensor, cut elsewhere: the first one's is saved
+    part: DTensorPart | None = None  # None: the tensor that ranks share is the whole one
+    is_copy: bool = False  # another model-parallel rank saves the same tensor
 
     @property
     def whole_shape(self) -> torch.Size:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.shape if self.part is None else self.part.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fragment:
-        """Itself: it is constant, and a process group cannot be copied."""
+        """Returns itself: it is constant, and a process group cannot be copied."""
         return self
 
     def views(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
@@ -134,7 +134,7 @@ class ShardedState(DTensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """What needs no other rank: questions about the tensor, and copies of it."""
+        """Allows what needs no other rank: questions about the tensor, and copies of it."""
         name, kwargs = func.__name__, kwargs or {}
         if name == "__get__" or name in _READS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -147,11 +147,11 @@ class ShardedState(DTensor):
         )
 
     def data_ptr(self) -> int:
-        """0: no memory of its own, so that staging copies the fragment. torch would say the fragment's offset."""
+        """0, no memory of its own, so that staging copies the fragment; torch would return the fragment's offset."""
         return 0
 
     def new_empty(self, size: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """As torch's; of its own shape it is sharded alike, which is what staging for an asynchronous save asks for."""
+        """torch's; of its own shape the result is sharded alike, as staging for an asynchronous save needs."""
         if torch.Size(size) == self.shape:
             return self._like(self._local_tensor.new_empty(self._local_tensor.shape, **kwargs))
         return self._local_tensor.new_empty(size, **kwargs)
@@ -180,15 +180,15 @@ class ShardedState(DTensor):
         return self.redistribute().to_local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedState:
-        """With a fragment of its own."""
+        """A copy with a local tensor of its own."""
         return self._like(self._local_tensor.__deepcopy__(memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The fragment, plain, so that torch.load(weights_only=True) takes it without this package."""
+        """Pickles as the plain fragment, so that torch.load(weights_only=True) takes it without this package."""
         return self._local_tensor.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Shape, and what of it is here."""
+        """The shape, and which elements this rank holds."""
         held = f"elements {self.fragment.low} to {self.fragment.high} of {self.numel()}"
         return f"ShardedState(shape={tuple(self.shape)}, {self.dtype}, {self.device}, {held} in memory order)"
 
@@ -217,7 +217,7 @@ class ShardedState(DTensor):
 
 
 class _Local(Tensor):
-    """A fragment that takes its part of a whole tensor too: torch copies one into to_local() of a DTensor."""
+    """A fragment into which a whole tensor can be copied too, as torch copies one into to_local() of a DTensor."""
 
     fragment: Fragment
 

@@ -1,4 +1,4 @@
-"""Which ranks share an optimizer's state, and which hold other parts of the model: told, or read off DTensors."""
+"""Which ranks share an optimizer's state, and which hold other parts of the model: from the arguments and DTensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero.comm.group import Group
+from pyzero.comm.process import unwrapped
 from pyzero.sharding.local_param import is_dtensor, outer
 
 _Ranks = tuple[int, ...]
@@ -24,11 +25,11 @@ class _Dim(NamedTuple):
 
 
 class ModelDim(NamedTuple):
-    """Ranks along which a model is cut: each has other elements of what is split over them, the same of the rest."""
+    """A dimension along which the model is split: its ranks hold other parts of what is split, and the same rest."""
 
     group: Group
     ranks: _Ranks
-    is_of_mesh: bool  # DTensors say what is split over it; else an attribute of the parameter does
+    is_of_mesh: bool  # DTensors say what is split over it; otherwise an attribute of the parameter does
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Topology:
     """The ranks of one optimizer.
 
     Attributes:
-        data: Those that hold the same weights, and share state and gradients.
-        model: The dimensions along which others hold other parts of the model.
-        everyone: The process group of all that hold a part, where DTensors say what of it; None: those of `data`.
+        data: The ranks that hold the same weights, and share state and gradients.
+        model: The dimensions along which other ranks hold other parts of the model.
+        everyone: The process group of all ranks that hold a part of the DTensors; None: those of `data`.
     """
 
     data: Group
@@ -46,27 +47,27 @@ class Topology:
     everyone: Any = None
 
     @property
-    def are_alike(self) -> bool:
-        """All ranks have the same parameters, or parts of them."""
+    def same_params(self) -> bool:
+        """All ranks have the same parameters by number, whole or parts of them: DTensors say which."""
         return all(dim.is_of_mesh for dim in self.model)
 
     def rank_and_size(self) -> tuple[int, int]:
-        """Of this process among all that hold a part."""
+        """This process's among all ranks that hold a part of the model."""
         if self.everyone is None:
             return self.data.rank, self.data.size
         return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
 
     @property
-    def told(self) -> Group | None:
-        """The ranks of model_parallel_group, where they hold parts of the model that no DTensor tells of."""
+    def unmeshed(self) -> Group | None:
+        """The ranks of model_parallel_group, where they hold parts of the model that are not DTensors."""
         return next((dim.group for dim in self.model if not dim.is_of_mesh and dim.group.size > 1), None)
 
     def owns(self, param: Tensor) -> bool:
-        """Whether of the ranks of `told` this is the one that saves the parameter, or a part of it."""
+        """Whether this is the one rank of `unmeshed` that saves the parameter, or saves a part of its own."""
         return all(dim.is_of_mesh or dim.group.rank == 0 or _is_split(param, dim) for dim in self.model)
 
     def check_meshes(self, params: Iterable[Tensor]) -> None:
-        """Of parameters that join later.
+        """Check parameters that join later.
 
         Raises:
             ValueError: A DTensor's mesh has a dimension that no parameter had so far: it may hold other parts there.
@@ -82,15 +83,15 @@ class Topology:
                 )
 
     def make_group_of_all(self) -> Group:
-        """All that hold a part, over a process group of its own. Collective.
+        """All ranks that hold a part of the model, over a process group of their own. Collective.
 
         Raises:
-            ValueError: No group that is known has all ranks that DTensors' meshes reach.
+            ValueError: No known group has all ranks that DTensors' meshes reach.
         """
         if self.everyone is not None:
             return Group(self.everyone)
         group = self.data
-        if self.told is not None:
+        if self.unmeshed is not None:
             for dim in self.model:
                 group = group.spread_over(dim.group)
         elif any(dim.is_of_mesh for dim in self.model):
@@ -106,13 +107,13 @@ class Topology:
 
 
 def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_group: Any) -> Topology:
-    """Collective.
+    """The topology that the optimizer's arguments and the meshes of its DTensors describe. Collective.
 
     Raises:
         ValueError: The DTensors' meshes do not tell which ranks hold the same weights.
     """
     dtensors = [param for param in params if is_dtensor(param)]
-    model_parallel = [] if model_parallel_group is None else [_resolved(model_parallel_group)]
+    model_parallel = [] if model_parallel_group is None else [unwrapped(model_parallel_group)]
     if not dtensors:
         data = Group(process_group)
         return Topology(data, tuple(ModelDim(Group(handle), (), False) for handle in model_parallel))
@@ -120,7 +121,7 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     found = {dim.ranks: dim.process_group for dim in of_mesh}
     split = {dim.ranks for dim in of_mesh if not dim.placement.is_replicate()}
     beside = {_ranks_of(handle): handle for handle in model_parallel}
-    asked = _resolved(process_group)
+    asked = unwrapped(process_group)
     data_handle = _data_group(dtensors, {**beside, **found}, split, asked)
     data = Group.alone() if data_handle is None else Group(data_handle)
     model = {**found, **beside}
@@ -133,19 +134,12 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     return Topology(data, dims, everyone if model and model.keys() == found.keys() - set(shared) else None)
 
 
-def _resolved(process_group: Any) -> Any:
-    """A ProcessGroup of that, of a mesh of one dimension, or of nothing."""
-    if hasattr(process_group, "get_group"):
-        return process_group.get_group()
-    return process_group
-
-
 def _ranks_of(process_group: Any) -> _Ranks:
     return tuple(dist.get_process_group_ranks(process_group))
 
 
 def _dims_of(dtensor: Any) -> Iterator[_Dim]:
-    """Those of more than one rank."""
+    """The dimensions of its mesh that have more than one rank."""
     mesh = dtensor.device_mesh
     for index, placement in enumerate(dtensor.placements):
         if mesh.size(index) > 1:
@@ -162,10 +156,11 @@ def _is_split(param: Any, dim: ModelDim) -> bool:
 
 
 def _data_group(dtensors: list[Any], model: dict[_Ranks, Any], split: set[_Ranks], asked: Any) -> Any:
-    """The ranks that hold the same local tensors as this one; None: it alone.
+    """The process group of the ranks that hold the same local tensors as this one; None: this one alone.
 
-    They are what was asked for where nothing is split over that and it crosses the meshes. Else all ranks that take
-    part are asked for: the meshes cover them, or the mesh that they were sliced from has one more dimension that does.
+    asked: The process_group argument. It is the answer where nothing is split over it and it crosses the meshes.
+    Otherwise it names all ranks that take part: the meshes cover them, or the mesh that they were sliced from has one
+    more dimension that does, and that dimension is the answer.
     """
     everyone = _ranks_of(dist.group.WORLD if asked is None else asked)
     if asked is not None and everyone not in split:
@@ -200,7 +195,7 @@ def _root_dims(dtensors: list[Any]) -> Iterator[tuple[_Ranks, Any]]:
 
 
 def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:
-    """Each two have this rank in common, and no other."""
+    """Any two of the dimensions have this rank in common, and no other."""
     seen: set[int] = set()
     rank = dist.get_rank()
     for ranks in dims:
@@ -212,7 +207,7 @@ def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:
 
 
 def _covers(dims: Iterable[_Ranks], everyone: _Ranks) -> bool:
-    """The ranks that one gets to along the dimensions are all of them."""
+    """Moving along the dimensions reaches exactly these ranks."""
     dims = list(dims)
     num_reached = 1
     for ranks in dims:

@@ -4,70 +4,30 @@ A gradient is a small integer times a power of two, and so are its sums and mean
 Adam halves: exp_avg is half of the first gradient, in which any other gradient would show.
 """
 
-import itertools
 import math
 import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-from ranks import NUM_WORKERS, Ranks
+from own_groups import OwnGroups, is_refused
 from torch import Tensor, nn
 
 import pyzero
 
 ADAM = {"lr": 0.125, "betas": (0.5, 0.5), "eps": 1.0}
 SHAPES = ((64,), (3, 67), (5,))
-TIMEOUT_S = 15  # of a test that hangs; the pool's is longer
 LATEST_S = 20  # for an error that is found by counting, not by a timeout
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
 SIZES = pytest.mark.parametrize("size", [1, 2, 3])
 SEVERAL = pytest.mark.parametrize("size", [2, 3])
-ONE_AND_TWO = pytest.mark.parametrize("size", [1, 2])
-
-_groups: dict[int, list[Any]] = {}  # of this worker: by generation, groups of 1, 2, 3 ranks
-
-
-def make_groups(group: Any, generation: int, timeout_s: float) -> None:
-    import torch.distributed as dist
-
-    limit = timedelta(seconds=timeout_s)
-    _groups[generation] = [dist.new_group(list(range(size)), timeout=limit) for size in (1, 2, 3)]
-
-
-def on_own_group(group: Any, generation: int, fn: Callable[..., Any], *args: Any) -> Any:
-    return fn(_groups[generation][group.size() - 1], *args)
-
-
-class OwnGroups:
-    """The pool, on groups of their own that give up soon, and are made anew where a test has failed."""
-
-    _generations = itertools.count()
-
-    def __init__(self, ranks: Ranks, timeout_s: float = TIMEOUT_S) -> None:
-        self._ranks = ranks
-        self._timeout_s = timeout_s
-        self._generation = -1
-
-    def __call__(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        if self._generation < 0:
-            self._generation = next(self._generations)
-            self._ranks.run(NUM_WORKERS, make_groups, self._generation, self._timeout_s)
-        try:
-            return self._ranks.run(size, on_own_group, self._generation, fn, *args)
-        except AssertionError:
-            self._generation = -1
-            raise
-
-
-@pytest.fixture(scope="module")
-def run(ranks):
-    return OwnGroups(ranks)
+# One rank has no stages.
+UP_TO_TWO = pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+UP_TO_THREE = pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
 
 
 class Twins:
@@ -133,17 +93,6 @@ READS: dict[str, Callable[[Twins], Any]] = {
 }
 
 
-def is_refused(action: Callable[[], Any]) -> bool:
-    """Whether it raises RuntimeError, not by a collective that failed."""
-    try:
-        action()
-    except pyzero.CollectiveError:
-        raise
-    except RuntimeError:
-        return True
-    return False
-
-
 # ---- reads between two backwards ----------------------------------------------------------------------------------
 
 
@@ -157,8 +106,7 @@ def overflow_after_a_read(group: Any, stage: int, read: str) -> tuple[bool, bool
 
 
 @pytest.mark.parametrize("read", READS)
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_an_overflow_after_a_read_skips_the_step(run, size, stage, read):
     for applied, unchanged in run(size, overflow_after_a_read, stage, read):
         assert not applied and unchanged
@@ -173,8 +121,7 @@ def norm_after_a_read(group: Any, stage: int) -> tuple[float, Tensor]:
     return float(twins.optimizer.grad_norm), twins.optimizer.full_state(twins.first)["exp_avg"]
 
 
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_max_grad_norm_clips_by_the_norm_at_the_step(run, size, stage):
     for norm, exp_avg in run(size, norm_after_a_read, stage):
         assert norm == 8008.0
@@ -191,8 +138,7 @@ def used_after_a_read(group: Any, stage: int, read: str) -> None:
 
 
 @pytest.mark.parametrize("read", READS)
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_parameter_first_used_after_a_read_is_updated(run, size, stage, read):
     run(size, used_after_a_read, stage, read)
 
@@ -210,8 +156,7 @@ def norm_of_each_micro_batch(group: Any, stage: int, sync: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("sync", [True, False])
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_the_norm_grows_with_each_micro_batch(run, size, stage, sync):
     assert run(size, norm_of_each_micro_batch, stage, sync) == [[8.0, 16.0, 24.0]] * size
 
@@ -232,8 +177,7 @@ def clipped_before_more(group: Any, stage: int) -> tuple[list[float], Tensor]:
     return norms, grad
 
 
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_clip_grad_norm_scales_the_gradient_as_it_is_then(run, size, stage):
     for norms, grad in run(size, clipped_before_more, stage):
         assert norms == pytest.approx([8.0, 8.5, 8.5], rel=1e-6)  # torch divides by the norm and 1e-6
@@ -255,8 +199,7 @@ def read_after_each_step(group: Any, stage: int) -> tuple[list[bool], list[float
     return applied, grads
 
 
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_read_between_step_and_zero_grad_spoils_no_step(run, size, stage):
     for applied, grads in run(size, read_after_each_step, stage):
         assert applied == [True] * 4
@@ -318,8 +261,7 @@ def dropped_batch(group: Any, stage: int, dtype: torch.dtype, sync: bool) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sync", [True, False])
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_dropped_batch_leaves_nothing(run, size, stage, sync, dtype):
     run(size, dropped_batch, stage, dtype, sync)
 
@@ -342,8 +284,7 @@ def dropped_overflow(group: Any, stage: int, how: str, sync: bool) -> bool:
 
 @pytest.mark.parametrize("how", ["model", "p.grad = None"])
 @pytest.mark.parametrize("sync", [True, False])
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_a_dropped_overflow_skips_no_step(run, size, stage, sync, how):
     assert run(size, dropped_overflow, stage, how, sync) == [True] * size
 
@@ -366,8 +307,7 @@ def zeroed(group: Any, stage: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["optimizer, zeros", "model, zeros"])
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_zeroed_gradient_goes_on_by_momentum(run, size, stage, how):
     run(size, zeroed, stage, how)
 
@@ -420,8 +360,7 @@ def stepped_twice(group: Any, stage: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_second_step_applies_the_same_gradient(run, size, stage, dtype):
     run(size, stepped_twice, stage, dtype)
 
@@ -437,8 +376,7 @@ def never_zeroed(group: Any, stage: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_without_zero_grad_gradients_add_up_over_steps(run, size, stage, dtype):
     run(size, never_zeroed, stage, dtype)
 
@@ -474,8 +412,7 @@ def mixed_backwards(group: Any, stage: int, where: str, scaled_first: bool) -> l
 
 @pytest.mark.parametrize("scaled_first", [True, False])
 @pytest.mark.parametrize("where", ["outside", "inside", "first inside"])
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_scaled_and_plain_backwards_mix_rightly_or_not_at_all(run, size, stage, where, scaled_first):
     results = run(size, mixed_backwards, stage, where, scaled_first)
     assert all(refusals == results[0] for refusals in results)
@@ -505,8 +442,7 @@ def assigned(group: Any, stage: int, sync: bool) -> None:
 
 
 @pytest.mark.parametrize("sync", [True, False])
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_an_assigned_gradient_counts_once(run, size, stage, sync):
     run(size, assigned, stage, sync)
 
@@ -523,8 +459,7 @@ def assigned_and_added_to(group: Any, stage: int) -> None:
         twins.check()
 
 
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_backward_adds_to_an_assigned_gradient(run, size, stage):
     run(size, assigned_and_added_to, stage)
 
@@ -572,8 +507,7 @@ def edited_after_a_read(group: Any, stage: int, read: str, how: str) -> list[boo
 
 @pytest.mark.parametrize("how", [*EDITS, "assign"])
 @pytest.mark.parametrize("read", READS)
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_an_edit_after_a_read_counts_or_is_refused(run, size, stage, read, how):
     results = run(size, edited_after_a_read, stage, read, how)
     assert all(refusals == results[0] for refusals in results)
@@ -596,8 +530,7 @@ def set_and_added_to(group: Any, stage: int) -> None:
         twins.check()
 
 
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_backward_adds_to_a_gradient_that_was_set(run, size, stage):
     run(size, set_and_added_to, stage)
 
@@ -627,8 +560,7 @@ def asked_autograd(group: Any, stage: int, sync: bool, on_all_ranks: bool) -> li
 
 @pytest.mark.parametrize("on_all_ranks", [True, False])
 @pytest.mark.parametrize("sync", [True, False])
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_autograd_grad_leaves_gradients_alone(run, size, stage, sync, on_all_ranks):
     for right in run(size, asked_autograd, stage, sync, on_all_ranks):
         assert right == [True, True]
@@ -697,8 +629,7 @@ def thawed_under_a_scale(group: Any, stage: int) -> None:
     twins.optimizer.add_param_group({"params": [late]})
 
 
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_a_thawed_parameter_under_a_loss_scale(run, size, stage):
     run(size, thawed_under_a_scale, stage)
 

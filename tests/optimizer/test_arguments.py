@@ -83,6 +83,10 @@ def test_values_out_of_range_in_torchs_words(options, words):
         ({"bucket_cap_mb": -1.0}, "bucket_cap_mb above 0"),
         ({"bucket_cap_mb": 0}, "bucket_cap_mb above 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm above 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm above 0"),
+        ({"stage": 3}, "fully_shard"),
+        ({"transport": "pigeon"}, "auto, exact, collective, peer"),
+        ({"loss_scale": "often"}, "dynamic"),
         ({"amsgrad": True}, "amsgrad"),
         ({"differentiable": True}, "differentiable"),
     ],
@@ -197,7 +201,7 @@ def test_a_rate_that_is_a_tensor_is_copied_on_load():
     assert optimizer.param_groups[0]["lr"] == torch.tensor(0.1)
 
 
-def trained(cls: Any, model: nn.Module, optimizer: Any, steps: range) -> list[Tensor]:
+def trained(model: nn.Module, optimizer: Any, steps: range) -> list[Tensor]:
     for step in steps:
         optimizer.zero_grad()
         loss_of(model, micro_batch(step, 0)).backward()
@@ -208,7 +212,7 @@ def trained(cls: Any, model: nn.Module, optimizer: Any, steps: range) -> list[Te
 def from_torch(group: Any, as_number: bool) -> None:
     ours, theirs = build(torch.float32), build(torch.float32)
     right = torch.optim.AdamW(theirs.parameters(), lr=1e-2, fused=True)
-    trained(None, theirs, right, range(3))
+    trained(theirs, right, range(3))
     saved = copy.deepcopy(right.state_dict())
     if as_number:
         for state in saved["state"].values():
@@ -217,7 +221,7 @@ def from_torch(group: Any, as_number: bool) -> None:
     left = pyzero.FusedZeroAdamW(ours.parameters(), lr=1.0, process_group=group)
     left.load_state_dict(saved)
     assert left.param_groups[0]["lr"] == 1e-2
-    wanted, got = trained(None, theirs, right, range(3, 6)), trained(None, ours, left, range(3, 6))
+    wanted, got = trained(theirs, right, range(3, 6)), trained(ours, left, range(3, 6))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
@@ -232,16 +236,16 @@ def rank_0s_state(group: Any, what: str) -> str:
     """All ranks load rank 0's; or one rank's file does not fit."""
     import torch.distributed as dist
 
-    rank = dist.get_rank(group)
+    rank = group.rank()
     model = build(torch.bfloat16)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group)
-    trained(None, model, optimizer, range(2))
+    trained(model, optimizer, range(2))
     saved = [copy.deepcopy(optimizer.state_dict())]
     if what == "rank 0's":
         dist.broadcast_object_list(saved, src=0, group=group)
     elif rank == 1:
         saved[0]["state"][0]["exp_avg"] = torch.zeros(1)
-    trained(None, model, optimizer, range(2, 3))
+    trained(model, optimizer, range(2, 3))
     before = [t.clone() for state in optimizer.state.values() for t in state.values()] + params_of(model)
     try:
         optimizer.load_state_dict(saved[0])
@@ -278,7 +282,6 @@ def test_a_state_dict_says_whose_it_is():
 
 def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tensor]:
     import torch._dynamo.compiled_autograd as compiled_autograd
-    import torch.distributed as dist
 
     enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
     torch.manual_seed(0)
@@ -287,7 +290,7 @@ def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tenso
         model.parameters(), lr=1e-2, process_group=group, stage=stage, loss_scale=8.0, bucket_cap_mb=1e-3
     )
     for step in range(3):
-        loss = model(torch.full((2, 16), 1.0 + dist.get_rank(group) + step)).square().mean()
+        loss = model(torch.full((2, 16), 1.0 + group.rank() + step)).square().mean()
         if compiled:
             with enable(torch.compile(backend="eager")):
                 optimizer.backward(loss)

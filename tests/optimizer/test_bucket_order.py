@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same, params_of
+from models import assert_same, params_of, randint
 from torch import Tensor, nn
 
 import pyzero
@@ -73,8 +73,6 @@ def groups_of(model: nn.Module, how: str) -> Any:
 
 def live(group: Any, kind: str, how: str) -> tuple[list[float], int, list[Tensor]]:
     """Peaks of live gradients over all of them, by step; the largest bucket over all gradients, too."""
-    import torch.distributed as dist
-
     model = make(kind)
     params = list(model.parameters())
     optimizer = pyzero.FusedZeroAdamW(groups_of(model, how), lr=1e-2, process_group=group, bucket_cap_mb=CAP_MB)
@@ -89,9 +87,7 @@ def live(group: Any, kind: str, how: str) -> tuple[list[float], int, list[Tensor
             peak[0] = max(peak[0], live_bytes)
 
         handles = [param.register_post_accumulate_grad_hook(seen) for param in watch]
-        tokens = torch.randint(
-            0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)), device="cpu"
-        ).to(torch.get_default_device())
+        tokens = randint(16, (2, 5), seed=10 * step + group.rank())
         model(tokens).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -123,14 +119,10 @@ def test_the_order_of_buckets_changes_no_bit(ranks):
 
 
 def trained(group: Any, how: str, options: dict[str, Any]) -> list[Tensor]:
-    import torch.distributed as dist
-
     model = make("encoder-decoder")
     optimizer = pyzero.FusedZeroAdamW(groups_of(model, how), lr=1e-2, process_group=group, **options)
     for step in range(3):
-        tokens = torch.randint(
-            0, 16, (2, 5), generator=torch.Generator().manual_seed(10 * step + dist.get_rank(group)), device="cpu"
-        ).to(torch.get_default_device())
+        tokens = randint(16, (2, 5), seed=10 * step + group.rank())
         model(tokens).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -207,32 +199,29 @@ def test_whole_tensors_move_no_more_than_the_parameter(ranks):
         assert moved <= 3 * 2 * numel
 
 
-def saved_and_loaded(group: Any, cap_mb: float) -> None:
+def saved_and_loaded(group: Any, cap_mb: float, reduce_grads: bool) -> None:
     """Fragments are of the buckets that they were saved in; another bucket size takes those over."""
-    import torch.distributed as dist
 
     def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         for step in steps:
-            seed = 10 * step + dist.get_rank(group)
-            tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(seed), device="cpu").to(
-                torch.get_default_device()
-            )
+            tokens = randint(16, (2, 5), seed=10 * step + (group.rank() if reduce_grads else 0))
             model(tokens).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
     model, other = make("encoder-decoder"), make("encoder-decoder")
-    optimizer = pyzero.FusedZeroAdamW(groups_of(model, "decay"), lr=1e-2, process_group=group, bucket_cap_mb=CAP_MB)
+    options = {"process_group": group, "reduce_grads": reduce_grads}
+    optimizer = pyzero.FusedZeroAdamW(groups_of(model, "decay"), lr=1e-2, bucket_cap_mb=CAP_MB, **options)
     train(model, optimizer, range(2))
     saved = {key: value for key, value in optimizer.state_dict().items()}
     saved["state"] = {i: {k: v.clone() for k, v in state.items()} for i, state in saved["state"].items()}
     train(model, optimizer, range(2, 4))
-    resumed = pyzero.FusedZeroAdamW(groups_of(other, "decay"), lr=1.0, process_group=group, bucket_cap_mb=cap_mb)
+    resumed = pyzero.FusedZeroAdamW(groups_of(other, "decay"), lr=1.0, bucket_cap_mb=cap_mb, **options)
     resumed.load_state_dict(saved)
     train(other, resumed, range(2, 4))
     assert_same(params_of(other), params_of(model))
 
 
-@pytest.mark.parametrize("cap_mb", [CAP_MB, 25.0])
-def test_a_state_dict_brings_its_buckets(ranks, cap_mb):
-    ranks.run(2, saved_and_loaded, cap_mb)
+@pytest.mark.parametrize(("cap_mb", "reduce_grads"), [(CAP_MB, True), (25.0, True), (25.0, False)])
+def test_a_state_dict_brings_its_buckets(ranks, cap_mb, reduce_grads):
+    ranks.run(2, saved_and_loaded, cap_mb, reduce_grads)

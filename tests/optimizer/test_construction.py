@@ -20,9 +20,7 @@ DIFFERENCES = {  # shapes and dtypes on rank 0 and on the others; the parameter 
 
 
 def disagreeing(group: Any, case: str) -> str:
-    import torch.distributed as dist
-
-    shapes = DIFFERENCES[case][min(dist.get_rank(group), 1)]
+    shapes = DIFFERENCES[case][min(group.rank(), 1)]
     try:
         pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(shape)) for shape in shapes], process_group=group)
     except ValueError as error:
@@ -38,9 +36,7 @@ def test_ranks_that_disagree_are_told_where(ranks, case):
 
 
 def disagreeing_otherwise(group: Any, what: str) -> str:
-    import torch.distributed as dist
-
-    odd = dist.get_rank(group) == 1
+    odd = group.rank() == 1
     params = [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16 if odd and what == "dtype" else None)) for _ in range(2)]
     if what == "frozen" and odd:
         params[0].requires_grad_(False)
@@ -61,13 +57,11 @@ def test_dtypes_groups_and_what_is_frozen_must_agree(ranks, what, words):
 
 
 def tiny(group: Any, stage: int, dtype: torch.dtype) -> list[Any]:
-    import torch.distributed as dist
-
     param = nn.Parameter(torch.ones(3, dtype=dtype))
     optimizer = pyzero.FusedZeroAdam([param], lr=0.1, process_group=group, stage=stage, loss_scale=None)
     for _ in range(2):
         optimizer.zero_grad()
-        (param.float() * (1.0 + dist.get_rank(group))).sum().backward()
+        (param.float() * (1.0 + group.rank())).sum().backward()
         optimizer.step()
     return [param.detach().float(), optimizer.state[param]["master"].numel(), float(optimizer.grad_norm)]
 
@@ -83,8 +77,6 @@ def test_shards_that_are_all_padding(ranks, stage, dtype):
 
 
 def two_over_one_model(group: Any, stage: int) -> list[Tensor]:
-    import torch.distributed as dist
-
     found = []
     for split in (False, True):
         model = build(torch.float32)
@@ -92,7 +84,7 @@ def two_over_one_model(group: Any, stage: int) -> list[Tensor]:
         parts = [params[:4], params[4:]] if split else [params]
         optimizers = [pyzero.FusedZeroAdamW(part, lr=1e-2, process_group=group, stage=stage) for part in parts]
         for step in range(4):
-            loss_of(model, micro_batch(step, dist.get_rank(group))).backward()
+            loss_of(model, micro_batch(step, group.rank())).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -101,8 +93,7 @@ def two_over_one_model(group: Any, stage: int) -> list[Tensor]:
     return found[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_two_optimizers_over_one_model(ranks, size, stage):
     ranks.run(size, two_over_one_model, stage)
 
@@ -155,11 +146,10 @@ def counted(counts: Counter[str], name: str, call: Any) -> Any:
     return counting
 
 
-@pytest.mark.parametrize("num_params", [20, 1000])
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
-def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage, num_params):
-    for num_buckets, counts in ranks.run(size, count_launches, num_params, {"stage": stage}):
-        assert num_buckets == -(-num_params // 104)  # 4,194 bytes hold 104 parameters of 40
+def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage):
+    for num_buckets, counts in ranks.run(size, count_launches, 1000, {"stage": stage}):
+        assert num_buckets == 10  # 4,194 bytes hold 104 parameters of 40
         assert counts["adam_"] == num_buckets
         assert counts.get("gather", 0) == (num_buckets if size > 1 else 0)
         assert counts["loss_scale_update_"] == 1 and counts.get("gather_rows", 0) == (size > 1)

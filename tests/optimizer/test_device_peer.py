@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from models import DTYPES, assert_same
-from test_peer import SMALL_BUCKETS, program, rank_of
 from torch import nn
+from transport_program import SMALL_BUCKETS, program
 
 import pyzero
 from pyzero.comm import choice, device_peer
@@ -104,7 +104,7 @@ def test_two_slots_take_turns_and_are_read_before_they_are_written_again(ranks):
 
 def refused(group: Any, fails_on: int) -> str:
     def allocate(num_bytes: int) -> SymmetricBytes:
-        if rank_of(group) == fails_on:
+        if group.rank() == fails_on:
             raise RuntimeError("no link between these devices\nand a trace")
         return SymmetricBytes([torch.empty(num_bytes, dtype=torch.uint8)] * 2, lambda: None)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 from typing import Any
 
 import pytest
 import torch
-from logs import Log
+from logs import logged
 from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
 
 
@@ -97,9 +96,7 @@ def test_what_does_not_fit_is_refused():
 
 def partly_saved(group: Any, options: dict[str, Any], savers: list[int]) -> list[str]:
     """Warnings of three steps, behind the first two of which some ranks call state_dict()."""
-    log = Log()
-    logging.getLogger("pyzero").addHandler(log)
-    try:
+    with logged() as lines:
         model = build(torch.float32, 0)
         optimizer = make("adamw", model, group, **options)
         for number in range(3):
@@ -107,9 +104,7 @@ def partly_saved(group: Any, options: dict[str, Any], savers: list[int]) -> list
             optimizer.full_state_dict(to=0)
             if group.rank() in savers:
                 optimizer.state_dict()
-        return [line for line in log.lines if "state_dict" in line]
-    finally:
-        logging.getLogger("pyzero").removeHandler(log)
+        return [line for line in lines if "state_dict" in line]
 
 
 @pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"reduce_grads": False}], ids=str)

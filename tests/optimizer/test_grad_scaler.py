@@ -1,5 +1,6 @@
 """torch.amp.GradScaler over FusedZeroAdam: its orders of calls, on one rank and on several, against torch's AdamW."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -74,9 +75,7 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 def on_rank(group: Any, order: str, options: dict[str, Any], bad_rank: int | None) -> dict[str, Any]:
-    import torch.distributed as dist
-
-    rank = dist.get_rank(group)
+    rank = group.rank()
     model = build(torch.float32)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group, **options)
     scales = run(model, optimizer, order, lambda step: [micro_batch(step, rank)], bad=rank == bad_rank)
@@ -84,12 +83,11 @@ def on_rank(group: Any, order: str, options: dict[str, Any], bad_rank: int | Non
 
 
 @pytest.mark.parametrize("order", ["step", "unscale, clip"])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("bad_rank", [None, 0, 1])
-def test_agrees_with_torch_on_every_rank(ranks, order, stage, size, bad_rank):
-    if bad_rank is not None and bad_rank >= size:
-        bad_rank = 0
+@pytest.mark.parametrize(
+    ("size", "stage", "bad_rank"),
+    [(1, 2, None), (1, 2, 0), *itertools.product((2, 3), (1, 2), (None, 0, 1))],
+)
+def test_agrees_with_torch_on_every_rank(ranks, order, size, stage, bad_rank):
     wanted, wanted_scales = by_torch(order, size, bad_rank is not None)
     results = ranks.run(size, on_rank, order, {"stage": stage}, bad_rank)
     for result in results:
@@ -100,9 +98,7 @@ def test_agrees_with_torch_on_every_rank(ranks, order, stage, size, bad_rank):
 
 
 def clipped_on_rank(group: Any, dtype: torch.dtype) -> dict[str, Any]:
-    import torch.distributed as dist
-
-    rank = dist.get_rank(group)
+    rank = group.rank()
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, process_group=group)
     scales = run(model, optimizer, "unscale, clip", lambda step: [micro_batch(step, rank)], bad=rank == 1)
@@ -120,9 +116,7 @@ def test_fp16_weights(ranks):
 
 def two_optimizers(group: Any) -> list[list[float]]:
     """One scaler over two optimizers, one of them with an overflow on rank 1: that one skips, the scale falls."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank(group)
+    rank = group.rank()
     params = [nn.Parameter(torch.ones(5)) for _ in range(2)]
     optimizers = [pyzero.FusedZeroAdam([p], lr=0.1, process_group=group) for p in params]
     scaler = gradscaler()
@@ -142,9 +136,7 @@ def test_two_optimizers_and_one_scaler(ranks):
 
 def by_ddp(group: Any, order: str) -> list[Any]:
     """reduce_grads=False under DDP, with torch's own clip_grad_norm_, beside torch's AdamW."""
-    import torch.distributed as dist
-
-    rank, results = dist.get_rank(group), []
+    rank, results = group.rank(), []
     for ours in (True, False):
         ddp = nn.parallel.DistributedDataParallel(build(torch.float32), process_group=group)
         if ours:
@@ -182,9 +174,7 @@ def test_others_see_the_parameters():
 
 def clipped_after_unscale(group: Any, stage: int, what: str) -> dict[str, Any]:
     """The recipe of torch's documentation, and what else may come between unscale_ and step."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank(group)
+    rank = group.rank()
     params = [nn.Parameter(torch.zeros(70)), nn.Parameter(torch.zeros(3, 5))]
     optimizer = pyzero.FusedZeroAdam(params, lr=0.5, betas=(0.5, 0.5), process_group=group, stage=stage)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hosts import place
 from models import assert_same
-from test_peer import SMALL_BUCKETS, averaged_elsewhere, program, rank_of
 from torch import Tensor, nn
+from transport_program import SMALL_BUCKETS, averaged_elsewhere, program
 
 import pyzero
 from pyzero.comm.group import Group
@@ -29,7 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 def on_hosts(group: Any, hosts: tuple[int, ...], folder: Path, job: Any, *args: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        place(patch, hosts[rank_of(group)], folder)
+        place(patch, hosts[group.rank()], folder)
         return job(group, *args)
 
 

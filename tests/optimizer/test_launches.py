@@ -43,7 +43,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("num_params", [10, 100, 1000])
+@pytest.mark.parametrize("num_params", [10, 1000])
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_launches_of_a_step(ranks, size, stage, num_params, case):
     dtype, optimizer, options = CASES[case]

@@ -32,8 +32,7 @@ def traffic(group: Any, stage: int, transport: str) -> tuple[dict[str, int], dic
 
 
 @pytest.mark.parametrize("transport", ["peer", "exact"])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_bytes_per_parameter(ranks, size, stage, transport):
     for ops, torchs in ranks.run(size, traffic, stage, transport):
         for item in ledger.kernels(size):

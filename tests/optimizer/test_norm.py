@@ -20,11 +20,9 @@ def gathered(optimizer: Any, params: Any) -> list[Tensor]:
 
 def norms_on_rank(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[tuple[float, float]]:
     """(ours, torch's of the gathered gradients in fp64) for each p."""
-    import torch.distributed as dist
-
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, loss_scale=8.0, **options)
-    optimizer.backward(loss_of(model, micro_batch(0, dist.get_rank(group) if "reduce_grads" not in options else 0)))
+    optimizer.backward(loss_of(model, micro_batch(0, group.rank() if "reduce_grads" not in options else 0)))
     grads = [grad.double() for grad in gathered(optimizer, model.parameters())]
     found = []
     for p in NORMS:
@@ -112,7 +110,7 @@ def model_parallel(group: Any) -> dict[str, Any]:
     """Four ranks, 2 x 2: ranks 0 and 2 hold one half of a split weight, 1 and 3 the other; the rest is replicated."""
     import torch.distributed as dist
 
-    rank = dist.get_rank(group)
+    rank = group.rank()
     data_groups, model_groups = [[0, 2], [1, 3]], [[0, 1], [2, 3]]
     data = [dist.new_group(members) for members in data_groups][rank % 2]
     beside = [dist.new_group(members) for members in model_groups][rank // 2]

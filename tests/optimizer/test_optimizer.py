@@ -1,12 +1,13 @@
 """FusedZeroAdam over one to four ranks, against one process of torch."""
 
 import copy
+import functools
 import sys
 from typing import Any
 
 import pytest
 import torch
-from models import DTYPES, NUM_MICRO_BATCHES, Net, assert_same, build, loss_of, micro_batch, params_of
+from models import DTYPES, NUM_MICRO_BATCHES, Net, assert_same, build, loss_of, micro_batch, params_of, randn
 from torch import Tensor, nn
 
 import pyzero
@@ -14,9 +15,7 @@ import pyzero
 
 def train(group: Any, dtype: torch.dtype, num_steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """Each rank takes its share of the micro-batches, one backward each; the gradients are means over all of them."""
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = group.rank(), group.size()
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, **{"lr": 1e-2, **options})
     norms = []
@@ -30,49 +29,42 @@ def train(group: Any, dtype: torch.dtype, num_steps: int, options: dict[str, Any
     return {"params": params_of(model), "norms": norms, "skipped": optimizer.skipped_steps}
 
 
-def train_torch(dtype: torch.dtype, num_steps: int, max_norm: float | None = None) -> list[Tensor]:
-    model = build(dtype)
+@functools.cache
+def train_torch(num_steps: int, max_norm: float) -> list[Tensor]:
+    model = build(torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(num_steps):
         optimizer.zero_grad()
         for index in range(NUM_MICRO_BATCHES):
             (loss_of(model, micro_batch(step, index)) / NUM_MICRO_BATCHES).backward()
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     return params_of(model)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), *[(size, stage) for size in (2, 3, 4) for stage in (1, 2)]])
 def test_fp32_follows_torch_adamw_for_100_steps(ranks, size, stage):
     results = ranks.run(size, train, torch.float32, 100, {"stage": stage, "max_grad_norm": 0.5})
     for result in results[1:]:
         assert_same(results[0]["params"], result["params"])
-    for ours, theirs in zip(results[0]["params"], train_torch(torch.float32, 100, max_norm=0.5), strict=True):
-        torch.testing.assert_close(
-            ours, theirs, rtol=0, atol=2e-4
-        )  # 100 steps of 1e-2, gradients summed in another order
+    for ours, theirs in zip(results[0]["params"], train_torch(100, 0.5), strict=True):
+        # 100 steps of 1e-2, gradients summed in another order
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_bits_do_not_depend_on_buckets_or_overlap(ranks, dtype):
+    plain = ranks.run(3, train, dtype, 6, {})
+    for options in (
         {"overlap": False},
         {"bucket_cap_mb": 1e-4},
         {"bucket_cap_mb": 1e-3, "overlap": False},
         {"bucket_cap_mb": 1e-3},
         {"transport": "exact"},
         {"bucket_cap_mb": 1e-3, "transport": "exact"},
-    ],
-    ids=str,
-)
-def test_bits_do_not_depend_on_buckets_or_overlap(ranks, dtype, options):
-    plain = ranks.run(3, train, dtype, 6, {})
-    other = ranks.run(3, train, dtype, 6, options)
-    for one, two in zip(plain, other, strict=True):
-        assert_same(one["params"], two["params"])
+    ):
+        for one, two in zip(plain, ranks.run(3, train, dtype, 6, options), strict=True):
+            assert_same(one["params"], two["params"])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -108,9 +100,7 @@ def test_sharded_equals_unsharded_bit_for_bit(ranks, dtype):
 
 
 def with_no_sync(group: Any, dtype: torch.dtype, stage: int, leave_last: bool) -> list[Tensor]:
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = group.rank(), group.size()
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
     share = NUM_MICRO_BATCHES // size
@@ -135,8 +125,6 @@ def test_no_sync_only_moves_communication(ranks, stage, leave_last):
 
 
 def overflow_on_one_rank(group: Any, dtype: torch.dtype, stage: int, bad_rank: int) -> dict[str, Any]:
-    import torch.distributed as dist
-
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
     optimizer.backward(loss_of(model, micro_batch(0, 0)))
@@ -145,7 +133,7 @@ def overflow_on_one_rank(group: Any, dtype: torch.dtype, stage: int, bad_rank: i
     scale = optimizer.loss_scale
     optimizer.zero_grad()
     loss = loss_of(model, micro_batch(1, 0))
-    optimizer.backward(loss * float("inf") if dist.get_rank(group) == bad_rank else loss)
+    optimizer.backward(loss * float("inf") if group.rank() == bad_rank else loss)
     optimizer.step()
     same = all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
     return {"same": same, "ratio": optimizer.loss_scale / scale, "applied": optimizer.was_step_applied}
@@ -164,20 +152,16 @@ def test_overflow_on_one_rank_of_four_changes_nothing_anywhere(ranks, dtype, sta
 
 def used_on_one_rank(group: Any, stage: int) -> list[Tensor]:
     """Layer 0 is used by rank 0 only, layer 1 by both, layer 2 by none."""
-    import torch.distributed as dist
-
     torch.manual_seed(5)
     layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
     optimizer = pyzero.FusedZeroAdamW(
         layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4
     )
     for step in range(5):
-        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step), device="cpu").to(
-            torch.get_default_device()
-        )
+        x = randn(4, 9, seed=step)
         optimizer.zero_grad()
         y = layers[1](x)
-        if dist.get_rank(group) == 0 and step != 2:
+        if group.rank() == 0 and step != 2:
             y = layers[0](y)
         y.square().mean().backward()
         optimizer.step()
@@ -190,9 +174,7 @@ def test_parameters_used_on_some_ranks_or_none(ranks, stage):
     layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(3))
     reference = torch.optim.AdamW(layers.parameters(), lr=1e-2)
     for step in range(5):
-        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step), device="cpu").to(
-            torch.get_default_device()
-        )
+        x = randn(4, 9, seed=step)
         reference.zero_grad()
         y = layers[1](x)
         first = layers[0](y) if step != 2 else y
@@ -294,9 +276,7 @@ def test_channels_last_parameters_keep_their_strides():
     left, right = pyzero.FusedZeroAdamW(ours.parameters(), lr=1e-2), torch.optim.AdamW(theirs.parameters(), lr=1e-2)
     assert ours.weight.stride() == strides
     for step in range(3):
-        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step), device="cpu").to(
-            torch.get_default_device()
-        )
+        x = randn(2, 3, 8, 8, seed=step)
         for model, optimizer in ((ours, left), (theirs, right)):
             optimizer.zero_grad()
             model(x).square().mean().backward()
@@ -323,24 +303,6 @@ def test_memory_and_hooks_go_with_the_optimizer():
     loss_of(model, micro_batch(0, 0)).backward()  # a hook left behind would fail or do something
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"amsgrad": True}, ValueError, "amsgrad"),
-        ({"stage": 3}, ValueError, "fully_shard"),
-        ({"lr": -1.0}, ValueError, "lr >= 0"),
-        ({"transport": "pigeon"}, ValueError, "auto, exact, collective, peer"),
-        ({"loss_scale": "often"}, ValueError, "dynamic"),
-        ({"learning_rate": 1.0}, TypeError, "learning_rate"),
-        ({"max_grad_norm": 0}, ValueError, "max_grad_norm"),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_refused_by_name(options, error, words):
-    with pytest.raises(error, match=words):
-        pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], **options)
-
-
 def wrapped_in_ddp(group: Any) -> list[str]:
     ddp = nn.parallel.DistributedDataParallel(build(torch.float32), process_group=group)
     bare = build(torch.float32)
@@ -352,7 +314,7 @@ def wrapped_in_ddp(group: Any) -> list[str]:
         loss_of(ddp, micro_batch(0, 0)).backward()
     except RuntimeError as error:
         return [str(error)]
-    return ["no error"] + [str(optimizer.stage)]
+    return [f"no error of {type(optimizer).__name__}"]
 
 
 def test_a_model_in_ddp_is_refused_at_the_first_backward(ranks):
@@ -362,8 +324,6 @@ def test_a_model_in_ddp_is_refused_at_the_first_backward(ranks):
 
 
 def already_reduced_by_ddp(group: Any) -> list[list[Tensor]]:
-    import torch.distributed as dist
-
     results = []
     for make in (
         lambda params: pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group, reduce_grads=False),
@@ -373,7 +333,7 @@ def already_reduced_by_ddp(group: Any) -> list[list[Tensor]]:
         optimizer = make(ddp.parameters())
         for step in range(5):
             optimizer.zero_grad()
-            loss_of(ddp, micro_batch(step, dist.get_rank(group))).backward()
+            loss_of(ddp, micro_batch(step, group.rank())).backward()
             torch.nn.utils.clip_grad_norm_(ddp.parameters(), 0.5)
             optimizer.step()
         results.append(params_of(ddp.module))
@@ -391,7 +351,7 @@ class NoHostRead(torch.utils._python_dispatch.TorchDispatchMode):
 
     READERS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
     # They ask for the device first, or read what the host has of its own.
-    ALLOWED = ("is_set", "_warn", "check", "gather", "_check", "first_ranks", "any_rank", "check_hyper_parameters")
+    ALLOWED = ("is_set", "_warn", "check", "gather", "_check", "first_ranks", "any_rank")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
@@ -430,8 +390,7 @@ def without_host_reads(group: Any, stage: int) -> None:
             optimizer.clip_grad_norm_(1.0, norm_type=1.0)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_backward_and_step_read_nothing_on_the_host(ranks, size, stage):
     ranks.run(size, without_host_reads, stage)
 
@@ -525,7 +484,6 @@ def test_micro_batches_are_summed_in_fp32(ranks, stage, synced):
 
 def with_checkpoints(group: Any, stage: int, reentrant: bool | None) -> list[Tensor]:
     """Layer 1 is in two checkpoints of one backward."""
-    import torch.distributed as dist
     from torch.utils.checkpoint import checkpoint
 
     torch.manual_seed(0)
@@ -534,7 +492,7 @@ def with_checkpoints(group: Any, stage: int, reentrant: bool | None) -> list[Ten
         layers.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-4
     )
     for step in range(4):
-        torch.manual_seed(step * 10 + dist.get_rank(group))
+        torch.manual_seed(step * 10 + group.rank())
         x = torch.randn(4, 16, requires_grad=True)
         optimizer.zero_grad()
         for index in (0, 1, 1, 2):
@@ -552,27 +510,6 @@ def test_activation_checkpoints(ranks, stage, reentrant):
     for ours, theirs in zip(plain, ranks.run(2, with_checkpoints, stage, reentrant), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-7)  # partial sums in another order
-
-
-def zeroed_by(group: Any, stage: int, whose: str) -> list[Tensor]:
-    import torch.distributed as dist
-
-    model = build(torch.float32)
-    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, stage=stage)
-    for step in range(4):
-        (model if whose == "model" else optimizer).zero_grad()
-        loss_of(model, micro_batch(step, dist.get_rank(group))).backward()
-        optimizer.step()
-    return params_of(model)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_models_zero_grad_does_too(ranks, size, stage):
-    for ours, theirs in zip(
-        *(ranks.run(size, zeroed_by, stage, whose) for whose in ("model", "optimizer")), strict=True
-    ):
-        assert_same(ours, theirs)
 
 
 def clipped_then_grown(group: Any) -> bool:

@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -28,10 +28,18 @@ NUM_BRANCHES = 5
 START = ExactTransport.start
 
 
-def rank_of(group: Any) -> int:
-    import torch.distributed as dist
+@contextmanager
+def counted_starts(optimizer: pyzero.FusedZeroAdam) -> Iterator[list[int]]:
+    """How many exchanges its transport starts, counted in the last entry of the list."""
+    sent, start = [0], optimizer._transport.start
 
-    return dist.get_rank(group)
+    def counting(*args: Any) -> Exchange:
+        sent[-1] += 1
+        return start(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer._transport, "start", counting)
+        yield sent
 
 
 # ---- any order, any delay ------------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ def in_any_order(
     group: Any, dtype: torch.dtype, options: dict[str, Any], disturbed: bool, mistake: str = ""
 ) -> dict[str, Any]:
     """Branches whose gradients arrive in another order on each rank and in each backward, at random times."""
-    rank = rank_of(group)
+    rank = group.rank()
     model, draw, late = branches(dtype), random.Random(rank), LateExchanges(100 + rank, mistake)
     options = {"transport": "exact", **options}  # the one that can be late by itself
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, **options)
@@ -204,22 +212,15 @@ def rounds(group: Any, dtype: torch.dtype, how: str) -> dict[str, Any]:
     optimizer = pyzero.FusedZeroAdamW(
         model.parameters(), lr=1e-2, process_group=group, loss_scale=None, bucket_cap_mb=5e-4
     )
-    sent: list[int] = []
     grads: list[Tensor] = []
 
-    start = optimizer._transport.start
-
-    def counting(*args: Any) -> Exchange:
-        sent[-1] += 1
-        return start(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer._transport, "start", counting)
+    with counted_starts(optimizer) as sent:
+        sent.clear()
         for step in range(3):
             optimizer.zero_grad()
             for micro in range(2):
                 sent.append(0)
-                x = torch.full((2, WIDTH), 1.0 + rank_of(group) + step + micro / 4, dtype=dtype, requires_grad=True)
+                x = torch.full((2, WIDTH), 1.0 + group.rank() + step + micro / 4, dtype=dtype, requires_grad=True)
                 model(x, how).float().square().mean().backward()
             if step == 0:
                 grads = [optimizer.full_grad(param) for param in model.parameters()]
@@ -259,7 +260,7 @@ def two_models(group: Any, together: bool) -> list[Tensor]:
         pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, bucket_cap_mb=3e-3) for model in models
     ]
     for step in range(3):
-        x = torch.full((2, WIDTH), 1.0 + rank_of(group) + step)
+        x = torch.full((2, WIDTH), 1.0 + group.rank() + step)
         losses = [sum(branch(x / (1 + i)).square().mean() for branch in model) for i, model in enumerate(models)]
         for loss in [losses[0] + losses[1]] if together else losses:
             loss.backward()
@@ -291,18 +292,11 @@ def broken_off(group: Any, dtype: torch.dtype, places: tuple[int | None, ...], t
     optimizer = pyzero.FusedZeroAdamW(
         model.parameters(), lr=1e-2, process_group=group, loss_scale=None, bucket_cap_mb=cap
     )
-    place, sent, sent_for_nothing = places[rank_of(group)], [0], 0
+    place, sent_for_nothing = places[group.rank()], 0
 
-    start = optimizer._transport.start
-
-    def counting(*args: Any) -> Exchange:
-        sent[0] += 1
-        return start(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer._transport, "start", counting)
+    with counted_starts(optimizer) as sent:
         for step in range(3):
-            x = torch.full((2, WIDTH), 1.0 + step + rank_of(group), dtype=dtype)
+            x = torch.full((2, WIDTH), 1.0 + step + group.rank(), dtype=dtype)
             if step == 1:
                 y = x
                 for index, layer in enumerate(model):
@@ -344,13 +338,6 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
     """A backward that raises between the two parameters of a bucket, then one in which the other comes first."""
     params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(70))]
     optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2, process_group=group)
-    sent = [0]
-
-    start = optimizer._transport.start
-
-    def counting(*args: Any) -> Exchange:
-        sent[0] += 1
-        return start(*args)
 
     if breaks:
         first, second = params[0] * 2, params[1] * 3  # backward takes the later one first
@@ -358,8 +345,7 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
         with pytest.raises(ArithmeticError):
             (first + second).sum().backward()
     optimizer.zero_grad()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer._transport, "start", counting)
+    with counted_starts(optimizer) as sent:
         second, first = params[1] * 3, params[0] * 2
         (first + second).sum().backward()
     optimizer.step()
@@ -378,16 +364,9 @@ def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
     optimizer = pyzero.FusedZeroAdamW(layers.parameters(), lr=1e-2, process_group=group, bucket_cap_mb=1e-4)
-    sent = [0]
-
-    start = optimizer._transport.start
-
-    def counting(*args: Any) -> Exchange:
-        sent[0] += 1
-        return start(*args)
 
     def backward(fails: bool) -> None:
-        x = torch.full((2, WIDTH), 1.0 + rank_of(group), requires_grad=True)
+        x = torch.full((2, WIDTH), 1.0 + group.rank(), requires_grad=True)
         y = x * 1
         if fails:
             y.register_hook(raising)
@@ -400,8 +379,7 @@ def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
             backward(True)
         assert any(record.has_local for record in optimizer._gradients._by_number)
     optimizer.zero_grad()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer._transport, "start", counting)
+    with counted_starts(optimizer) as sent:
         backward(False)
     optimizer.step()
     return sent[0] // len(optimizer._buckets), params_of(layers)
@@ -423,7 +401,7 @@ def joined_between(group: Any, stage: int, how: str) -> list[Tensor]:
     second = nn.Parameter(torch.ones(70, dtype=torch.bfloat16), requires_grad=how != "unfrozen")
     params = [first] if how == "added" else [first, second]
     optimizer = pyzero.FusedZeroAdamW(params, lr=0.1, process_group=group, stage=stage)
-    (first.float() * (1 + rank_of(group))).sum().backward()
+    (first.float() * (1 + group.rank())).sum().backward()
     if how == "added":
         optimizer.add_param_group({"params": [second]})
     second.requires_grad_(True)
@@ -470,7 +448,7 @@ def made_anew(group: Any, stage: int) -> None:
             model.parameters(), lr=1e-2, process_group=group, stage=stage, bucket_cap_mb=1e-3
         )
         for step in range(2):
-            y = torch.full((2, WIDTH), 1.0 + step + rank_of(group), requires_grad=True)
+            y = torch.full((2, WIDTH), 1.0 + step + group.rank(), requires_grad=True)
             for layer in model:
                 y = checkpoint(layer, y, use_reentrant=True)
             optimizer.zero_grad()

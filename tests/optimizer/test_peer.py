@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from logs import logged
 from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
+from transport_program import SMALL_BUCKETS, averaged_elsewhere, program
 
 import pyzero
 from pyzero.comm import choice, futex, host, peer
@@ -31,65 +32,9 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 TRANSPORTS = ("exact", "peer")
-SMALL_BUCKETS = {"bucket_cap_mb": 2e-3}
-
-
-def rank_of(group: Any) -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank(group)
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
-
-
-class Mixed(nn.Module):
-    """Two dtypes, a layer that some backwards leave out, and one that none uses."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.net = build(dtype)
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 65))  # fp32, whatever the rest is
-        self.sometimes = nn.Linear(65, 65, dtype=dtype)
-        self.never = nn.Linear(3, 3, dtype=dtype)
-
-    def loss(self, batch: Tensor, uses_all: bool) -> Tensor:
-        x = self.scale.to(self.sometimes.weight.dtype)
-        extra = self.sometimes(x) if uses_all else x
-        return loss_of(self.net, batch) + extra.float().square().mean()
-
-
-def program(group: Any, dtype: torch.dtype, transport: str, options: dict[str, Any]) -> list[Tensor]:
-    """Every manner of backward, a group that joins, an overflow, a clip, a read, a checkpoint."""
-    torch.manual_seed(0)
-    model, late, rank = Mixed(dtype), nn.Linear(65, 7, dtype=dtype), rank_of(group)
-    optimizer = pyzero.FusedZeroAdamW(
-        model.parameters(), lr=1e-2, process_group=group, transport=transport, loss_scale=4.0, **options
-    )
-    for step in range(6):
-        optimizer.zero_grad()
-        for micro in range(3):
-            with optimizer.no_sync() if micro == 0 else nullcontext():
-                loss = model.loss(micro_batch(step, 3 * rank + micro), uses_all=(step + micro + rank) % 2 == 0)
-                if step > 2:
-                    loss = loss + late(model.scale.to(dtype)).float().square().mean()
-                if step == 1 and micro == 2 and rank == 0:
-                    loss = loss * float("inf")
-                optimizer.backward(loss)
-        if step == 2:
-            optimizer.zero_grad()
-            optimizer.add_param_group({"params": late.parameters(), "lr": 1e-3})
-            continue
-        if step == 3:
-            optimizer.clip_grad_norm_(0.25)
-        if step == 4:
-            optimizer.full_grad(model.scale)
-        optimizer.step()
-        if step == 4:
-            optimizer.load_state_dict(optimizer.full_state_dict())
-    assert optimizer.skipped_steps == 1
-    masters = [optimizer.full_master(param) for param in model.parameters()]
-    return [*params_of(model), *params_of(late), *masters, optimizer.grad_norm]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -109,18 +54,6 @@ def test_bits_of_exact(ranks, dtype, options):
         exact, ours = (ranks.run(size, program, dtype, transport, options) for transport in TRANSPORTS)
         for one, other in zip(exact, ours, strict=True):
             assert_same(one, other)
-
-
-def averaged_elsewhere(group: Any, transport: str) -> list[Tensor]:
-    model = build(torch.bfloat16)
-    optimizer = pyzero.FusedZeroAdamW(
-        model.parameters(), lr=1e-2, process_group=group, transport=transport, reduce_grads=False, **SMALL_BUCKETS
-    )
-    for step in range(3):
-        optimizer.zero_grad()
-        loss_of(model, micro_batch(step, 0)).backward()
-        optimizer.step()
-    return params_of(model)
 
 
 def test_bits_of_weights_where_gradients_are_not_reduced(ranks):
@@ -153,9 +86,9 @@ def in_another_order(group: Any, transport: str, crossed: bool) -> tuple[list[Te
         for module in (peer, exchange) if crossed else ():
             patch.setattr(module, "_PATIENCE_S", 0.05)
         for step in range(3):
-            for index in (0, 1) if not crossed or rank_of(group) == 0 else (1, 0):
+            for index in (0, 1) if not crossed or group.rank() == 0 else (1, 0):
                 optimizers[index].zero_grad()
-                x = torch.full((4, 32), 1.0 + step + rank_of(group) + index)
+                x = torch.full((4, 32), 1.0 + step + group.rank() + index)
                 models[index](x).square().mean().backward()
             for optimizer in optimizers:
                 optimizer.step()
@@ -174,7 +107,7 @@ def slow_reader(group: Any) -> list[bool]:
     """Rank 0 has not read the first of two buckets when rank 1 packs the third, and again once it has."""
     import torch.distributed as dist
 
-    numel, rank = 128, rank_of(group)
+    numel, rank = 128, group.rank()
     transport = peer.PeerTransport(Group(group))
     transport.reserve([(4 * numel, 2 * numel)], 1)
     found = []
@@ -295,16 +228,9 @@ def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, st
         "container": says_another_process,
         "system": has_no_futex,
     }
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("pyzero")
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            if rank_of(group) == 1:
+        with logged(logging.INFO) as lines, pytest.MonkeyPatch.context() as patch:
+            if group.rank() == 1:
                 faults.get(fault, lambda patch: None)(patch)
             model = nn.Linear(3, 3)
             optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport=transport)
@@ -313,9 +239,6 @@ def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, st
             return type(optimizer._transport).__name__, " ".join(lines)
     except RuntimeError as error:
         return type(error).__name__, str(error)
-    finally:
-        log.setLevel(before)
-        log.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +252,8 @@ def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, st
 )
 def test_auto_takes_exact_and_peer_is_refused_where_memory_cannot_be_shared(ranks, tmp_path, fault, words):
     for size in (2,) if fault == "host" else (2, 3):
-        for name, logged in ranks.run(size, chosen, "auto", fault, str(tmp_path)):
-            assert name == "ExactTransport" and "exact transport is used" in logged and words in logged
+        for name, said in ranks.run(size, chosen, "auto", fault, str(tmp_path)):
+            assert name == "ExactTransport" and "exact transport is used" in said and words in said
         for name, message in ranks.run(size, chosen, "peer", fault, str(tmp_path)):
             assert name == "HostError" and words in message and "transport='auto'" in message
 
@@ -493,7 +416,7 @@ def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Te
     optimizer.step()
     if after_backward:
         backward()
-    shared = optimizer._group.host._segments[rank_of(group)].pages
+    shared = optimizer._group.host._segments[group.rank()].pages
     before, bytes_before = params_of(model), shared[:]
     pid = os.fork()
     if pid == 0:

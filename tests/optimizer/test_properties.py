@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import randn
 from tolerances import ADAM, UNIT
 from torch import Tensor, nn
 
@@ -270,9 +271,7 @@ def shuffled(grads: dict[int, Tensor], order: tuple[int, ...]) -> list[tuple[int
 
 def train(group: Any, case: Case, route: Route, already_reduced: bool = False) -> tuple[State, list[bool]]:
     """Everything about every parameter at the end, and which steps were applied."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank(group)
+    rank = group.rank()
     params = build(case, rank)
     optimizer = make(group, case, route, params)
     applied = []
@@ -431,9 +430,7 @@ class Layers:
         return nn.Sequential(*layers)
 
     def batch(self, step: int, rank: int) -> Tensor:
-        return torch.randn(
-            3, self.widths[0], generator=torch.Generator().manual_seed(self.seed + 10 * step + rank), device="cpu"
-        ).to(torch.get_default_device())
+        return randn(3, self.widths[0], seed=self.seed + 10 * step + rank)
 
 
 LAYERS = st.builds(
@@ -480,9 +477,7 @@ def ddp_limits(steps: int, size: int, largest: float, magnitude: float) -> dict[
 
 
 def beside_ddp(group: Any, layers: Layers, route: Route) -> None:
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = group.rank(), group.size()
     ours, ddp = layers.build(), nn.parallel.DistributedDataParallel(layers.build(), process_group=group)
     cap = dict(bucket_cap_mb=route.bucket_cap_mb, stage=route.stage, overlap=route.overlap)
     left = pyzero.FusedZeroAdamW(ours.parameters(), process_group=group, **DDP_HYPER, **cap)

@@ -14,9 +14,7 @@ SCALE = pyzero.LossScale(init_scale=2.0**12)
 
 
 def train(group: Any, stage: int, by_hand: bool, num_micro: int) -> list[Tensor]:
-    import torch.distributed as dist
-
-    rank = 0 if group is None else dist.get_rank(group)
+    rank = group.rank()
     model = build(torch.float16)
     optimizer = pyzero.FusedZeroAdam(model.parameters(), process_group=group, stage=stage, loss_scale=SCALE)
     for step in range(3):

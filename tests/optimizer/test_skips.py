@@ -1,12 +1,11 @@
 """Skipped steps: who is told what, and when the run ends."""
 
 import copy
-import logging
 from typing import Any
 
 import pytest
 import torch
-from logs import Log
+from logs import logged
 from torch import nn
 
 import pyzero
@@ -14,11 +13,7 @@ import pyzero
 
 def bad_on_one_rank(group: Any, stage: int, dtype: torch.dtype, transport: str, bad_rank: int) -> dict[str, Any]:
     """Parameter "middle" overflows on one rank in the second of three steps."""
-    import torch.distributed as dist
-
-    log = Log()
-    logging.getLogger("pyzero").addHandler(log)
-    try:
+    with logged() as lines:
         names = ("first", "middle", "last")
         params = {name: nn.Parameter(torch.ones(40 + 40 * i, dtype=dtype)) for i, name in enumerate(names)}
         optimizer = pyzero.FusedZeroAdam(
@@ -31,15 +26,13 @@ def bad_on_one_rank(group: Any, stage: int, dtype: torch.dtype, transport: str, 
         )
         for step in range(3):
             optimizer.zero_grad()
-            is_bad = step == 1 and dist.get_rank(group) == bad_rank
+            is_bad = step == 1 and group.rank() == bad_rank
             factors = {name: torch.ones_like(param) for name, param in params.items()}
             if is_bad:
                 factors["middle"][7] = float("inf")
             optimizer.backward(sum((params[name] * factors[name]).float().sum() for name in names))
             optimizer.step()
-        return {"lines": log.lines, "skipped": optimizer.skipped_steps}
-    finally:
-        logging.getLogger("pyzero").removeHandler(log)
+        return {"lines": lines, "skipped": optimizer.skipped_steps}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -62,16 +55,12 @@ def test_a_librarys_sum_does_not_tell_the_rank(ranks):
 
 
 def overflowing_sum(group: Any) -> list[str]:
-    log = Log()
-    logging.getLogger("pyzero").addHandler(log)
-    try:
+    with logged() as lines:
         param = nn.Parameter(torch.ones(3))
         optimizer = pyzero.FusedZeroAdam([param], process_group=group)
         (param * 3e38).sum().backward()
         optimizer.step()
-        return log.lines
-    finally:
-        logging.getLogger("pyzero").removeHandler(log)
+        return lines
 
 
 def test_a_sum_that_overflows_is_called_that(ranks):

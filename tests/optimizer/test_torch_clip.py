@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import build, loss_of, micro_batch
-from test_accumulation import OwnGroups, is_refused
+from own_groups import is_refused
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
@@ -21,18 +21,20 @@ NORMS = (1.0, 2.0, 3.5, math.inf)
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
-SIZES = pytest.mark.parametrize("size", [1, 2, 3])
-ONE_AND_TWO = pytest.mark.parametrize("size", [1, 2])
+# One rank has no stages.
+UP_TO_TWO = pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+UP_TO_THREE = pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
 MIXED = pytest.mark.parametrize(
-    ("size", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (3, torch.bfloat16)], ids=str
+    ("size", "stage", "dtype"),
+    [
+        (1, 2, torch.float32),
+        *[(2, stage, dtype) for stage in (1, 2) for dtype in (torch.float32, torch.bfloat16)],
+        *[(3, stage, torch.bfloat16) for stage in (1, 2)],
+    ],
+    ids=str,
 )
 FOREACH = pytest.mark.parametrize("foreach", [None, True, False])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(scope="module")
-def run(ranks):
-    return OwnGroups(ranks)
 
 
 class Nets:
@@ -130,7 +132,6 @@ def every_norm(group: Any, stage: int, dtype: torch.dtype, foreach: bool | None)
 
 
 @FOREACH
-@STAGES
 @MIXED
 def test_every_norm(run, size, stage, dtype, foreach):
     run(size, every_norm, stage, dtype, foreach)
@@ -166,7 +167,6 @@ def a_subset(group: Any, stage: int, dtype: torch.dtype) -> None:
     nets.check_weights()
 
 
-@STAGES
 @MIXED
 def test_a_subset_of_the_parameters(run, size, stage, dtype):
     run(size, a_subset, stage, dtype)
@@ -186,7 +186,6 @@ def norm_then_scale(group: Any, stage: int, dtype: torch.dtype) -> None:
     nets.check_weights()
 
 
-@STAGES
 @MIXED
 def test_get_total_norm(run, size, stage, dtype):
     run(size, norm_then_scale, stage, dtype)
@@ -208,8 +207,7 @@ def not_finite(group: Any, stage: int, value: float, foreach: bool | None) -> tu
 
 @FOREACH
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_a_norm_that_is_not_finite_raises_on_every_rank(run, size, stage, value, foreach):
     for message, norm, applied in run(size, not_finite, stage, value, foreach):
         assert "non-finite" in message
@@ -229,7 +227,6 @@ def different_use(group: Any, stage: int, dtype: torch.dtype, foreach: bool | No
 
 
 @FOREACH
-@STAGES
 @MIXED
 def test_a_parameter_used_on_rank_0_alone(run, size, stage, dtype, foreach):
     mean = (1 + size) / 2
@@ -251,8 +248,7 @@ def unused(group: Any, stage: int, foreach: bool | None) -> tuple[list[float], A
 
 
 @FOREACH
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_an_unused_parameter_stays(run, size, stage, foreach):
     for norms, gradients, still in run(size, unused, stage, foreach):
         assert norms == pytest.approx([8.0 * (1 + size) / 2, 1.0], rel=1e-5)
@@ -271,8 +267,7 @@ def values_clipped(group: Any, stage: int, foreach: bool | None, after_a_read: b
 
 @pytest.mark.parametrize("after_a_read", [False, True])
 @FOREACH
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_clip_grad_value_is_refused_on_several_ranks(run, size, stage, foreach, after_a_read):
     """A mean of clipped values is not the clipped mean. What is refused has changed nothing."""
     mean = (1 + size) / 2
@@ -299,8 +294,7 @@ def logged(group: Any, stage: int, dtype: torch.dtype) -> tuple[list[float], Any
 
 
 @DTYPES
-@STAGES
-@SIZES
+@UP_TO_THREE
 def test_norms_in_a_logger_are_of_the_mean_and_change_nothing(run, size, stage, dtype):
     mean = (1 + size) / 2
     once = [8 * mean, 64 * mean, mean, *[8 * mean] * 4]
@@ -333,8 +327,7 @@ def asked_whether_finite(group: Any, stage: int, value: float) -> list[bool]:
 
 
 @pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_isfinite_is_of_all_ranks(run, size, stage, value):
     assert run(size, asked_whether_finite, stage, value) == [[math.isfinite(value), True]] * size
 
@@ -369,8 +362,7 @@ def multiplied(group: Any, stage: int, how: str) -> Any:
 @pytest.mark.parametrize(
     "how", ["mul_", "mul_ by a tensor", "div_", "div_ by a tensor", "*=", "/=", "foreach", "foreach by a tensor"]
 )
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_a_reduced_gradient_can_be_multiplied(run, size, stage, how):
     mean = (1 + size) / 2
     for norm, grads, gradients in run(size, multiplied, stage, how):
@@ -395,8 +387,7 @@ def zeroed(group: Any, stage: int, how: str) -> Any:
 
 
 @pytest.mark.parametrize("how", ["one", "foreach"])
-@STAGES
-@ONE_AND_TWO
+@UP_TO_TWO
 def test_a_reduced_gradient_can_be_zeroed(run, size, stage, how):
     mean = (1 + size) / 2
     for norms, gradient in run(size, zeroed, stage, how):
@@ -480,13 +471,11 @@ def test_a_sharded_gradient_is_like_its_parameter_and_takes_no_storage(run, size
 
 def read_on_one_rank(group: Any, stage: int) -> str:
     """A norm that rank 0 alone logs."""
-    import torch.distributed as dist
-
     param = nn.Parameter(torch.ones(70))
     optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
     param.sum().backward()
     try:
-        if dist.get_rank(group) == 0:
+        if group.rank() == 0:
             param.grad.norm()
         optimizer.step()
     except pyzero.CollectiveError as error:

@@ -62,7 +62,7 @@ def sizes(flat: Tensor) -> Tensor:
     return padded.view(-1, GRANULE).abs().sum(1)
 
 
-def optimizer_over(model: nn.Module, group: Any, dtype: torch.dtype, **options: Any) -> ZeroOptimizer:
+def optimizer_over(model: nn.Module, group: Any, **options: Any) -> ZeroOptimizer:
     params = list(model.parameters())
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.5}]
     return ZeroOptimizer(groups, NormalizedRule(), {"lr": 0.25}, process_group=group, loss_scale=None, **options)
@@ -92,12 +92,12 @@ def step(optimizer: ZeroOptimizer, model: nn.ParameterList, number: int, rank: i
 
 def trained(group: Any, dtype: torch.dtype, stage: int) -> list[dict[str, Tensor]]:
     model = build(dtype)
-    optimizer = optimizer_over(model, group, dtype, stage=stage, bucket_cap_mb=1e-3)
+    optimizer = optimizer_over(model, group, stage=stage, bucket_cap_mb=1e-3)
     for number in range(STEPS):
         step(optimizer, model, number, group.rank(), group.size())
         if number == 1:  # out and in again
             saved = optimizer.state_dict()
-            optimizer = optimizer_over(model, group, dtype, stage=stage, bucket_cap_mb=1e-3)
+            optimizer = optimizer_over(model, group, stage=stage, bucket_cap_mb=1e-3)
             optimizer.load_state_dict(saved)
     states = [optimizer.full_state(param) for param in model]
     for param, state in zip(model, states, strict=True):

@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same, build, loss_of, micro_batch, params_of
+from models import assert_same, build, loss_of, micro_batch, params_of, randn
 from torch import Tensor, nn
 
 import pyzero
-
-
-def rank_of(group: Any) -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank(group)
-
 
 # ---- memory of their own --------------------------------------------------------------------------------------------
 
@@ -113,10 +106,7 @@ def test_channels_last_after_construction_keeps_state_and_weights_together():
             if late and step == 2:
                 conv.to(memory_format=torch.channels_last)
             optimizer.zero_grad()
-            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step), device="cpu").to(
-                torch.get_default_device()
-            )
-            conv(x).square().mean().backward()
+            conv(randn(2, 3, 6, 6, seed=step)).square().mean().backward()
             optimizer.step()
         return params_of(conv)
 
@@ -191,31 +181,6 @@ def test_parameters_over_one_memory_are_refused_by_name():
 # ---- other ranks ----------------------------------------------------------------------------------------------------
 
 
-def backward_in_another_order(group: Any, stage: int, crossed: bool) -> list[Tensor]:
-    """Two optimizers, whose backwards rank 1 runs in the other order."""
-    models = [nn.Linear(8, 8), nn.Linear(8, 8)]
-    for index, model in enumerate(models):
-        with torch.no_grad():
-            for param in model.parameters():
-                param.fill_(1.0 + index)
-    optimizers = [pyzero.FusedZeroAdam(m.parameters(), lr=0.1, process_group=group, stage=stage) for m in models]
-    order = (1, 0) if crossed and rank_of(group) == 1 else (0, 1)
-    for _ in range(2):
-        for index in order:
-            models[index](torch.full((2, 8), 1.0 + index + rank_of(group))).square().mean().backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return [*params_of(models[0]), *params_of(models[1])]
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_optimizers_used_in_another_order_on_one_rank(ranks, stage):
-    wanted = ranks.run(2, backward_in_another_order, stage, False)[0]
-    for got in ranks.run(2, backward_in_another_order, stage, True):
-        assert_same(got, wanted)
-
-
 class WithBuffers(nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -227,7 +192,7 @@ class WithBuffers(nn.Module):
 
 
 def synchronised(group: Any, init_sync: bool, filtered: bool) -> list[Tensor]:
-    model = WithBuffers(1.0 + rank_of(group))
+    model = WithBuffers(1.0 + group.rank())
     params = [p for p in model.parameters() if p.requires_grad] if filtered else model.parameters()
     optimizer = pyzero.FusedZeroAdamW(params, process_group=group, init_sync=init_sync)
     del optimizer
@@ -298,7 +263,7 @@ def test_process_groups_are_used_again(ranks):
 def trained_once(group: Any, dtype: torch.dtype) -> list[Any]:
     model = build(dtype)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
-    optimizer.backward(loss_of(model, micro_batch(0, rank_of(group))))
+    optimizer.backward(loss_of(model, micro_batch(0, group.rank())))
     optimizer.step()
     sizes = [param.untyped_storage().nbytes() == param.nbytes for param in model.parameters()]
     return [all(sizes), params_of(model)]

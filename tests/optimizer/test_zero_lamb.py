@@ -58,9 +58,7 @@ def train(
     group: Any, dtype: torch.dtype, stage: int, bias_correction: bool
 ) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
     """(weights at first, gradients of each step, masters after them); micro-batches are shared out over the ranks."""
-    import torch.distributed as dist
-
-    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    rank, size = group.rank(), group.size()
     model = build(dtype)
     before = params_of(model)
     optimizer = pyzero.ZeroLamb(

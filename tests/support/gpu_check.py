@@ -28,7 +28,6 @@ LIMIT_S, QUICK_LIMIT_S = 1450.0, 460.0
 LEAST_S = 15.0
 GRACE_S = 10.0  # for an interrupted step to say what it knows: pytest then prints its failures
 TAIL_LINES, MAX_COLUMNS = 15, 160  # of a log, for the report
-STUCK_S = 100.0  # a test that takes longer shows where it is
 MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 

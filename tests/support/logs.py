@@ -1,6 +1,8 @@
 """What is logged, line by line."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Log(logging.Handler):
@@ -10,3 +12,17 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(f"{record.levelname}: {record.getMessage()}")
+
+
+@contextmanager
+def logged(level: int = logging.NOTSET) -> Iterator[list[str]]:
+    """Lines that pyzero logs inside. level: Of its logger; NOTSET is as it is."""
+    log, logger = Log(), logging.getLogger("pyzero")
+    before = logger.level
+    logger.addHandler(log)
+    logger.setLevel(level or before)
+    try:
+        yield log.lines
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(log)

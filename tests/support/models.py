@@ -33,10 +33,20 @@ def build(dtype: torch.dtype) -> Net:
     return Net().to(dtype)
 
 
+def randint(high: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Whole numbers from 0 on, the same on every device."""
+    drawn = torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    """Normal values, the same on every device."""
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
 def micro_batch(step: int, index: int) -> Tensor:
-    return torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(1000 * step + index), device="cpu").to(
-        torch.get_default_device()
-    )
+    return randint(13, (2, 5), seed=1000 * step + index)
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:

@@ -83,5 +83,12 @@ def build_driver(sanitizer: str, planted: Path | None = None) -> Path:
     sources = [(root / name, root) for name, root in roots.items()]
     # Optimised little: the compiler must not remove the very access that a sanitizer is to report. The address
     # sanitizer's checks make -O1 take three times as long to compile.
-    flags = ("-O0" if "address" in sanitizer else "-O1", "-g1", *FLAGS, f"-fsanitize={sanitizer}", "-fno-sanitize-recover", "-fno-omit-frame-pointer")
+    flags = (
+        "-O0" if "address" in sanitizer else "-O1",
+        "-g1",
+        *FLAGS,
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover",
+        "-fno-omit-frame-pointer",
+    )
     return _link([*sources, (SHIM / "driver.cpp", CSRC)], flags, "-driver")

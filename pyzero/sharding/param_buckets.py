@@ -1,4 +1,4 @@
-"""Which bucket each parameter lies in: planned alike on all ranks, and planned anew once the order is known."""
+"""Which bucket each parameter lies in: the same on all ranks, planned again once the order of gradients is known."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pyzero.update_rule import Cut, UpdateRule
 log = logging.getLogger("pyzero")
 
 
-class Placement:
-    """The buckets of an optimizer and the parameters in them, which have numbers that stay whatever bucket they lie in.
+class ParamBuckets:
+    """The buckets of an optimizer, and the parameters in them. A parameter keeps its number whatever bucket it lies in.
 
     Args:
-        rule: Whose state it is.
+        rule: The update rule.
         device: Where parameters must lie.
         group: The ranks that share the state.
-        state: The optimizer's, which shows each parameter's part.
-        bucket_cap_bytes: Of weights in a bucket.
+        state: The optimizer's `state`, which shows this rank's part of each parameter's.
+        bucket_cap_bytes: Largest bytes of weights in a bucket.
         counts: Whether a parameter counts for the norm on this rank.
-        reduces: Gradients of the ranks are still to be averaged.
-        init_sync: Make weights, frozen parameters and buffers rank 0's.
+        reduces: The optimizer averages gradients over ranks.
+        init_sync: Make weights, frozen parameters and buffers what they are on rank 0.
         cpu_offload: See Bucket.
     """
 
@@ -51,12 +51,11 @@ class Placement:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
-        self.steps = torch.empty(
-            0, dtype=torch.float32, device=device
-        )  # (num_params,) fp32: applied steps, bucket by bucket
-        self._places: dict[Tensor, int] = {}  # the group of each parameter
-        self._fsdp_modules: list[weakref.ref[Any]] = []  # that gather these parameters
-        self._placed_ids: list[list[int]] | None = None  # of all parameters, once they have been found in place
+        # (num_params,) fp32: applied steps, bucket by bucket
+        self.steps = torch.empty(0, dtype=torch.float32, device=device)
+        self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
+        self._fsdp_modules: list[weakref.ref[Any]] = []  # the fully_shard modules that gather these parameters
+        self._placed_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were found in place
         self.has_stepped = False
         self.rule = rule
         self._device = device
@@ -69,7 +68,7 @@ class Placement:
         self._cpu_offload = cpu_offload
 
     def unplaced(self, param_groups: Sequence[dict[str, Any]]) -> list[int]:
-        """Groups with trained parameters that lie in no bucket: they were frozen.
+        """Indices of groups with trained parameters that lie in no bucket, as they were frozen so far.
 
         Raises:
             ValueError: Parameters were taken out of their groups, or their state was, by hand.
@@ -80,9 +79,9 @@ class Placement:
         found, num_seen = set(), 0
         for index, group in enumerate(param_groups):
             for param in group["params"]:
-                place = self._places.get(param)
-                num_seen += place == index
-                if place is None and param.requires_grad:
+                placed_in = self._group_of.get(param)
+                num_seen += placed_in == index
+                if placed_in is None and param.requires_grad:
                     found.add(index)
         if num_seen != len(self.params):
             raise ValueError(
@@ -103,7 +102,7 @@ class Placement:
     # ---- weights and masters ----------------------------------------------------------------------------------------
 
     def follow_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
-        """Follow what others have written to the weights, or refuse all of it. keep_masters: see Bucket.follow."""
+        """Have masters follow weights that others have written, or raise for all. keep_masters: see Bucket.follow."""
         written = [bucket.written(every) for bucket in self.buckets]
         num_written = sum(map(len, written))
         if num_written:
@@ -113,7 +112,7 @@ class Placement:
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
     def weights_were_written(self, used: Sequence[bool] | None = None) -> None:
-        """By the optimizer. In two passes: parameters that were views of one tensor share their version counter."""
+        """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
         for bucket in self.buckets:
             bucket.bump_versions(used)
         for bucket in self.buckets:
@@ -121,7 +120,7 @@ class Placement:
         self._reshard()
 
     def _reshard(self) -> None:
-        """What fully_shard has gathered before, as a forward without a backward does, is old."""
+        """Drop what fully_shard has gathered before, as a forward without a backward leaves it: it is out of date."""
         for ref in self._fsdp_modules:
             module = ref()
             if module is not None:
@@ -141,7 +140,7 @@ class Placement:
     # ---- places -----------------------------------------------------------------------------------------------------
 
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
-        """Of the master and the rule's slots of a parameter, whole."""
+        """Whole shapes of a parameter's master and of the rule's slots."""
         flat = {slot.name: torch.Size([-(-param.numel() // slot.elements_per_value)]) for slot in self.rule.slots}
         per_element = {slot.name: param.shape for slot in self.rule.slots if slot.elements_per_value == 1}
         return {MASTER: param.shape, **flat, **per_element}
@@ -162,7 +161,7 @@ class Placement:
             for param in param_groups[index]["params"]:
                 if not param.requires_grad:
                     frozen.append(param)
-                elif param not in self._places:
+                elif param not in self._group_of:
                     check_device(param, self._device)
                     check_dtype(param, f"parameter {first + len(params)}")
                     key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
@@ -183,7 +182,7 @@ class Placement:
         self.specs += specs
         owners = dict.fromkeys(fsdp[outer(param)].owner for param in params if outer(param) in fsdp)
         self._fsdp_modules += map(weakref.ref, owners)
-        self._places.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
+        self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
         layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival, self.rule.cut)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
@@ -206,7 +205,7 @@ class Placement:
         return bucket
 
     def _join_steps(self) -> None:
-        """One tensor for the step counts of all buckets: a step counts them in one launch."""
+        """Have the step counts of all buckets lie in one tensor: a step counts them in one launch."""
         counts = [len(bucket.numbers) for bucket in self.buckets]
         self.steps = torch.empty(sum(counts), dtype=torch.float32, device=self.buckets[0].device)
         for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
@@ -215,7 +214,7 @@ class Placement:
                 self._state[outer(param)][STEP] = step
 
     def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
-        """Compare the parameters of all ranks; returns rank 0's order."""
+        """Raise where ranks have other parameters; returns rank 0's `order`."""
         mine = [(tuple(p.shape), str(p.dtype), spec.run.group_index) for p, spec in zip(params, specs, strict=True)]
         answers = self._group.gather_objects((mine, order))
         rows = [row for row, _ in answers]
@@ -246,9 +245,9 @@ class Placement:
         return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest], self.rule.cut)
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
-        """Other buckets for the same parameters: weights and state move. Returns whether any did. Collective.
+        """Move weights and state into other buckets of the same parameters; returns whether any moved. Collective.
 
-        keeps_state: False where all state will be written.
+        keeps_state: False where the caller writes all state afterwards.
         """
         if [layout.slots for layout in layouts] == [bucket.layout.slots for bucket in self.buckets]:
             return False
@@ -263,7 +262,7 @@ class Placement:
         return True
 
     def _is_fresh(self) -> bool:
-        """Whether masters are the weights and the rule's state is zero: nobody has written there. Collective."""
+        """Whether nobody has written state yet: masters are the weights, the rule's slots zero. Collective."""
         written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
         return not self._group.any_rank(written, "the agreement on state that was written")
 
@@ -280,7 +279,7 @@ class Placement:
 
 
 def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int] | None:
-    """Places of parameters in the order in which one module registers them all; the groups may have mixed them up."""
+    """The order in which one module registers all parameters, which their groups may have mixed up, or None."""
     for root in roots:
         order = [places[param] for param in root.parameters() if param in places]
         if len(order) == len(places):
@@ -289,7 +288,7 @@ def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int]
 
 
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
-    """Make frozen parameters, and the buffers of modules that hold the optimizer's parameters, rank 0's.
+    """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
     Modules that only some ranks have, or have twice, are left alone.
     """

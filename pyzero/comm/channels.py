@@ -1,0 +1,108 @@
+"""Process groups that optimizers have for themselves: made when wanted, and used again when their optimizer is gone."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import time
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Channel:
+    """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
+
+    handle: Any
+    serial: int  # among those over the same parent; the same on all ranks
+    num_collectives: int = 0
+    is_broken: bool = False  # a collective failed: it is never used again
+
+
+@dataclass
+class Channels:
+    """Those over one parent group."""
+
+    num_made: int = 0
+    free: list[Channel] = field(default_factory=list)
+
+    def lease(self, handle: Any, timeout: timedelta | None) -> Channel:
+        """Collective: the free channel of the lowest serial number on all ranks, or a new one."""
+        rows = gather_objects(handle, ([channel.serial for channel in self.free], self.num_made, num_groups()))
+        common = set.intersection(*(set(serials) for serials, _, _ in rows))
+        if common:
+            found = next(channel for channel in self.free if channel.serial == min(common))
+            self.free.remove(found)
+            return found
+        self.num_made = max(num_made for _, num_made, _ in rows) + 1
+        ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
+        return Channel(new_group(ranks, dist.get_backend(handle), timeout, most), self.num_made)
+
+    def give_back(self, channel: Channel) -> None:
+        """Its optimizer is gone."""
+        if not channel.is_broken:
+            self.free.append(channel)
+
+
+# By parent: when that is destroyed its free channels go too, and their threads with them.
+_channels: weakref.WeakKeyDictionary[Any, Channels] = weakref.WeakKeyDictionary()
+
+
+def channels_over(parent: Any) -> Channels:
+    """The one record of a parent group."""
+    return _channels.setdefault(parent, Channels())
+
+
+@functools.cache  # once
+def _let_gloo_finish_at_exit() -> None:
+    """Sleep at exit: gloo's threads take the interpreter's lock to free tensors, and one that is too late aborts it."""
+    atexit.register(time.sleep, 0.01)
+
+
+def num_groups() -> int:
+    """How many process groups this process has."""
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def new_group(ranks: list[int], backend: str, timeout: timedelta | None, most_groups: int) -> Any:
+    """A group over these ranks, with gloo for CPU tensors beside NCCL. Collective over them.
+
+    most_groups: The largest of these ranks' `num_groups()`.
+    """
+    backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+    _let_gloo_finish_at_exit()
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(ranks, timeout=timeout, backend=backend)
+    # Only members may be asked for a smaller group. torch then names it after its ranks and the number of groups that
+    # this process has, so bring that to one number on all of them.
+    while num_groups() < most_groups:
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+def gather_objects(handle: Any, value: object) -> list[Any]:
+    """Every rank's small python object, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size(handle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dist.all_gather_object(values, value, group=handle)
+    return values
+
+
+def keep_forever(handle: Any) -> None:
+    """Never destroy a group with a collective that will not complete: that would wait for it, up to the timeout."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long a collective of a process group may take."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return None if options is None else options._timeout

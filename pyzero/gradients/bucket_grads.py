@@ -1,0 +1,177 @@
+"""The gradients of one bucket: a record of each parameter's, and this rank's shard of their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pyzero import memory, ops
+from pyzero.gradients import nonfinite
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.pieces import Pieces
+from pyzero.gradients.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.sharding.buckets import Bucket
+
+
+class BucketGrads:
+    """The gradients of one bucket: a record for each parameter, and this rank's shard of their mean.
+
+    While there is a shard, the parts of parameters without a reduced gradient are zero; without one, all are.
+    """
+
+    def __init__(self, bucket: Bucket, records: list[ParamGrad], backend: str) -> None:
+        self.bucket = bucket
+        self.records = records  # by position in the bucket
+        self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, but for `factor`
+        # (num_runs, 3): the shard's overflow flag and first bad parameter in the first row; sums of squares by run.
+        self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
+        self.num_awaited = 0  # parameters whose gradients have not come in this round
+        self.waits_for_end = False  # sent at the end of backward: in an earlier round a gradient came after it was sent
+        self._is_stale = False  # the shard has changed since flag and squares were computed
+        self._pieces = Pieces(bucket, 0, bucket.layout.numel)
+        self._backend = backend
+
+    @property
+    def found_inf(self) -> Tensor:
+        """(1,) fp32, of the shard."""
+        return flag_of(self.stats[0])
+
+    @property
+    def first_bad(self) -> Tensor:
+        """(1,) fp64: code of the first bad parameter in all that was received."""
+        return first_bad_of(self.stats[0])
+
+    @property
+    def is_reduced(self) -> bool:
+        """The shard holds a part of some gradient."""
+        return any(record.is_reduced for record in self.records)
+
+    def drop_forgotten(self) -> None:
+        """Zero the parts of gradients that were cleared, whichever of the bucket's; drop the shard if none is left."""
+        forgotten = [record for record in self.records if record.observe() or record.is_forgotten]
+        if self.is_reduced:
+            for record in forgotten:
+                self._fill(record, 0.0)
+        else:
+            self.shard = None
+            self.first_bad.fill_(nonfinite.NOT_FOUND)
+            self._clear_flag_and_squares()
+            self._is_stale = False
+        for record in forgotten:
+            record.is_forgotten = False
+
+    def write(self, record: ParamGrad, value: Tensor) -> None:
+        """Write this rank's part of (numel,) `value`, in memory order, into the shard."""
+        if self.shard is None:
+            self.shard = torch.zeros(self.bucket.layout.shard_numel, dtype=torch.float32, device=self.bucket.device)
+        _, in_param = self.bucket.shard_part(record.position)
+        self._fill(record, 0.0)
+        self.part(record).copy_(value[in_param])
+
+    def part(self, record: ParamGrad) -> Tensor:
+        """This rank's part of one parameter's reduced gradient, a view of the shard."""
+        assert self.shard is not None
+        in_shard, _ = self.bucket.shard_part(record.position)
+        return self.shard[in_shard]
+
+    def _fill(self, record: ParamGrad, value: float) -> None:
+        """Fill this rank's part and the gap behind it: a factor that is NaN has made the gap NaN."""
+        if self.shard is not None:
+            self.shard[self.bucket.shard_slot(record.position)].fill_(value)
+            self._is_stale = True
+
+    def zero(self, record: ParamGrad) -> None:
+        """Make one reduced gradient zeros."""
+        if record.is_reduced:
+            record.factor = None
+            record.num_edits += 1
+            record.is_zero = True
+            self._fill(record, 0.0)
+
+    def replace(self, record: ParamGrad, value: Tensor) -> None:
+        """Replace one gradient, local and reduced, by (numel,) `value`, in memory order."""
+        self.write(record, value)
+        record.replaced()
+
+    def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
+        """Pack local gradients into (numel,) `send`, zeros where there is none; each `.grad` becomes a ShardedGrad."""
+        grads = [None if left_out(record) else record.local_sum() for record in self.records]
+        layout = self.bucket.layout
+        missing = [slot for slot, grad in zip(layout.slots, grads, strict=True) if grad is None]
+        if missing:
+            torch._foreach_zero_([send[slot.offset : slot.offset + slot.numel] for slot in missing])
+        pieces, offsets = self._pieces.of(grads)
+        ops.pack_(send, pieces, offsets=offsets, backend=self._backend)
+        self.pass_over(left_out)
+        return send
+
+    def pass_over(self, left_out: Callable[[ParamGrad], bool]) -> None:
+        """Mark each record as sent, or as left out of this round."""
+        for record in self.records:
+            record.passed_over() if left_out(record) else record.sent()
+
+    def add(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor) -> None:
+        """Sum what all ranks have sent into the shard.
+
+        Args:
+            slices: (shard_numel,) each, see comm/transport.py's Exchange.
+            scale: Multiplies the sum.
+            accumulate: Add to the shard, if there is one, instead of replacing it.
+            stats: (num_runs, 3) clean rows, which become the shard's statistics.
+        """
+        layout = self.bucket.layout
+        accumulate &= self.shard is not None
+        before, self.stats = self.first_bad, stats
+        if accumulate:
+            self.first_bad.copy_(before)
+        if self.shard is None:
+            self.shard = memory.empty(layout.shard_numel, torch.float32, self.bucket.device)
+        found_inf = self.found_inf
+        for index, run in enumerate(layout.runs):
+            low, high = layout.run_bounds(run, self.bucket.rank)
+            if low < high:
+                ops.reduce_scatter_(
+                    self.shard[low:high],
+                    [piece[low:high] for piece in slices],
+                    scale=scale,
+                    accumulate=accumulate,
+                    found_inf=found_inf,
+                    sumsq=sumsq_of(stats[index]) if run.key.in_norm else None,
+                    backend=self._backend,
+                )
+        self._is_stale = False
+
+    def apply_factors(self) -> None:
+        """Multiply the factors that clipping and GradScaler have left into the shard.
+
+        Neighbours with the same factor take one launch. What is known to be zeros stays so: the factor may be NaN.
+        """
+        factors = [None if record.is_zero else record.factor for record in self.records]
+        for _, neighbours in groupby(range(len(factors)), key=lambda position: id(factors[position])):
+            first, *rest = neighbours
+            factor, last = factors[first], (rest or [first])[-1]
+            if factor is not None and self.shard is not None:
+                begin, end = self.bucket.shard_slot(first).start, self.bucket.shard_slot(last).stop
+                self.shard[begin:end].mul_(factor)
+                self._is_stale = True
+        for record in self.records:
+            record.factor = None
+
+    def check(self) -> None:
+        """Recompute flag and squares where the shard has changed since."""
+        if not self._is_stale or self.shard is None:
+            return
+        layout, found_inf = self.bucket.layout, self.found_inf
+        self._clear_flag_and_squares()
+        for index, run in enumerate(layout.runs):
+            low, high = layout.run_bounds(run, self.bucket.rank)
+            if low < high:
+                squares = sumsq_of(self.stats[index]) if run.key.in_norm else None
+                ops.unscale_([self.shard[low:high]], 1.0, found_inf=found_inf, sumsq=squares, backend=self._backend)
+        self._is_stale = False
+
+    def _clear_flag_and_squares(self) -> None:
+        self.stats[:, :FIRST_BAD].zero_()

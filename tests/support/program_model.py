@@ -1,0 +1,374 @@
+"""Programs over FusedZeroAdam, as data, and a model of what torch owes for each: the oracle of test_state_machine.py.
+
+For each parameter the model has one gradient, the mean over ranks, in fp64, or None; and Adam in fp64.
+
+Gradients are exact, as in test_properties.py, until something clips them. From then on a gradient has a bound of its
+error, and once a step has found it within that bound, the model goes on with the optimizer's. So it does with masters
+and moments after each step, so that all tolerances are those of one step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tolerances import UNIT
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FP32 = UNIT[torch.float32]
+TINIEST = 2.0**-25  # half of fp16's smallest number
+LARGEST = 30000.0  # in fp16, loss scale included, with room for a norm
+DYNAMIC = dict(init_scale=16.0, growth_interval=2, min_scale=2.0, max_scale=256.0)
+GROUPS = (  # of even parameters, of odd ones, of those added later
+    dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1),
+    dict(lr=3e-3, betas=(0.8, 0.95), weight_decay=0.0),
+    dict(lr=2e-2, betas=(0.9, 0.99), weight_decay=0.01),
+)
+EPS = 1e-8
+
+Op = tuple[Any, ...]
+Program = list[Op]
+
+
+# ---- a program, and what it runs on ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Plain data. A parameter is (shape, dtype, frozen); spares are added later."""
+
+    params: tuple[tuple[tuple[int, ...], str, bool], ...]
+    spares: tuple[tuple[tuple[int, ...], str, bool], ...] = ()
+    size: int = 2
+    stage: int = 2
+    cap_mb: float = 25.0
+    overlap: bool = True
+    transport: str = "auto"
+    other_cap_mb: float = 1e-3  # of the second run
+    other_overlap: bool = False
+    other_transport: str = "exact"
+    loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
+    max_grad_norm: float | None = None
+    decoupled: bool = True
+    seed: int = 0
+
+    @property
+    def specs(self) -> tuple[tuple[tuple[int, ...], str, bool], ...]:
+        return self.params + self.spares
+
+    def dtype(self, index: int) -> torch.dtype:
+        return DTYPES[self.specs[index][1]]
+
+    def group(self, index: int) -> dict[str, Any]:
+        return GROUPS[2 if index >= len(self.params) else index % 2]
+
+
+class World:
+    """What makes an op legal, known without running it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.added = set(range(len(config.params)))
+        self.trained = {index for index, spec in enumerate(config.specs) if not spec[2]}
+        self.placed = self.added & self.trained  # the optimizer has state of them
+        self.ever_scaled = False
+        self.can_load = False
+
+    def used(self, mask: int) -> set[int]:
+        """The parameters that a mask means in a backward."""
+        return {index for index in self.added & self.trained if mask >> index & 1}
+
+    def chosen(self, mask: int) -> list[int]:
+        """And elsewhere."""
+        return [index for index in sorted(self.added) if mask >> index & 1]
+
+    def legal(self, op: Op) -> bool:
+        """Ops that promise nothing are left out; so are those whose arguments mean nothing."""
+        name, args, config = op[0], op[1:], self.config
+        index = args[-1] if name in ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read") else None
+        if index is not None and index not in self.added:
+            return False
+        if name == "backward":
+            used = [self.used(mask) for mask in args[3][: config.size]]
+            if config.stage == 2 and config.size > 1:  # a round on every rank, or on none
+                return all(one & self.placed for one in used)
+            return any(used)
+        if name == "assign":  # whether v carries the loss scale, nobody says
+            return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
+        if name == "set_full_grad":
+            return index in self.trained & self.placed
+        if name == "torch_clip":  # one rank: `.grad` carries the loss scale
+            return config.size > 1 or config.loss_scale is None
+        if name == "freeze":
+            return index in self.trained & self.placed and len(self.trained & self.placed) > 1
+        if name == "thaw":
+            return index not in self.trained
+        if name == "add_group":
+            return len(self.added) < len(config.specs)
+        return name != "load" or self.can_load
+
+    def follow(self, op: Op) -> None:
+        """An op that is legal has been done."""
+        name, index = op[0], op[-1]
+        if name == "backward":
+            self.ever_scaled |= op[2]
+        elif name == "freeze":
+            self.trained.discard(index)
+        elif name == "thaw":
+            self.trained.add(index)
+            self.can_load &= index in self.placed
+        elif name == "add_group":
+            new = len(self.added)
+            self.added.add(new)
+            self.placed |= {new} & self.trained
+            self.can_load = False
+        elif name == "step":
+            self.placed |= self.added & self.trained
+        elif name == "save":
+            self.can_load = self.added & self.trained <= self.placed  # what is placed in between would not fit
+
+
+# ---- values -------------------------------------------------------------------------------------------------------
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    seed = 17
+    for number in numbers:
+        seed = seed * 31 + number
+    return torch.Generator().manual_seed(seed)
+
+
+def start(config: Config, index: int) -> Tensor:
+    shape, _, _ = config.specs[index]
+    size = 0.5 + 1.5 * torch.rand(shape, generator=seeded(config.seed, index, 1))
+    sign = torch.randint(0, 2, shape, generator=seeded(config.seed, index, 2)) * 2.0 - 1.0
+    return (sign * size).to(config.dtype(index))
+
+
+def unit_of(index: int) -> float:
+    return 2.0 ** -(index % 5)
+
+
+def coefficient(config: Config, index: int, number: int, rank: int) -> Tensor:
+    """fp32: +-3 * {1, 2, 3, 4} units, so that a third of any sum is exact too."""
+    shape, generator = config.specs[index][0], seeded(config.seed, index, number, rank)
+    sign = torch.randint(0, 8, shape, generator=generator).clamp(max=1) * 2.0 - 1.0
+    return sign * 3.0 * torch.randint(1, 5, shape, generator=generator) * unit_of(index)
+
+
+def written(config: Config, index: int, count: int) -> Tensor:
+    """Of the count-th write: in a range of its own, so that it is news in every element."""
+    shape, generator = config.specs[index][0], seeded(config.seed, index, count, 5)
+    sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+    size = 4.0 + count + torch.randint(0, 3, shape, generator=generator) / 4
+    return (sign * size).to(config.dtype(index))
+
+
+# ---- the model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Grad:
+    """The mean over ranks of a parameter's gradient, as torch has it after a reduction."""
+
+    value: Tensor | None = None  # fp64
+    error: float = 0.0  # the optimizer's may be off by that
+    rough: bool = False  # it rounds
+    unit: float = math.inf  # all ranks' sums are multiples of it,
+    bound: float = 0.0  # and not above that
+
+    @property
+    def largest(self) -> float:
+        if self.value is None or not self.value.numel():
+            return 0.0
+        return float(self.value.abs().nan_to_num(0.0, 0.0, 0.0).max())
+
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        return not self.bound or self.bound / self.unit <= 1 / ROUNDING[dtype]
+
+    def round(self, unit: float) -> None:
+        self.error += unit * self.largest + TINIEST
+        self.rough = True
+
+
+@dataclass
+class Slot:
+    """A parameter's state in the model; masters and moments as the optimizer's were after the last step."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int = 0
+
+
+def adam(slot: Slot, grad: Tensor, group: dict[str, Any], decoupled: bool) -> Slot:
+    """torch.optim.Adam's or AdamW's step in fp64."""
+    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    master, step = slot.master.double(), slot.step + 1
+    if decoupled:
+        master = master * (1 - lr * decay)
+    else:
+        grad = grad + decay * master
+    exp_avg = slot.exp_avg.double() * beta1 + grad * (1 - beta1)
+    exp_avg_sq = slot.exp_avg_sq.double() * beta2 + grad * grad * (1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + EPS
+    return Slot(master - lr / (1 - beta1**step) * exp_avg / denominator, exp_avg, exp_avg_sq, step)
+
+
+def top(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+class Model(World):
+    """What torch owes, and which refusals are in order."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.grads = [Grad() for _ in config.specs]
+        self.slots = []
+        for index in range(len(config.specs)):
+            zeros = torch.zeros(config.specs[index][0])
+            self.slots.append(Slot(start(config, index).float(), zeros, zeros))
+        self.saved: tuple[dict[int, Slot], float, int] | None = None
+        self.scale = DYNAMIC["init_scale"] if config.loss_scale == "dynamic" else config.loss_scale or 1.0
+        self.clean_steps = 0
+        self.num_writes = 0
+        self.last_norm: tuple[float, float] | None = None
+        # Where gradients lie, as far as it matters for what may be refused or asked:
+        self.reduced: set[int] = set()  # some of it in shards
+        self.local: set[int] = set()  # some of it not yet
+        self.carried: set[int] = set()  # every rank has a `.grad` that answers for all
+        self.half_edited: set[int] = set()
+        self.kinds: set[str] = set()  # of the backwards since gradients were dropped
+        self.by_itself = True  # each of them was reduced by itself
+        self.idle: set[int] = set()  # unused in the last step: stage 2 may send these when gradients are read
+        self.clipped = False  # on one rank, by the optimizer
+        self.edited_after_clip = False
+        self.is_leftover = False
+        self.before_clip = False  # clipped by the optimizer: grad_norm may be that before it, or after it
+        self.is_norm_known = True
+        self.order_matters = False  # sums round: a read in between may change bits
+
+    @property
+    def alone(self) -> bool:
+        return self.config.size == 1
+
+    def excuses(self) -> list[str]:
+        """The refusals of promises that may come now."""
+        found = []
+        if self.config.loss_scale is not None and len(self.kinds) > 1 and not self.by_itself:
+            found.append("scaled and plain are mixed")
+        if self.half_edited:
+            found.append("a gradient was edited that is half reduced")
+        if self.edited_after_clip:
+            found.append("a gradient was edited after a clip on one rank")
+        if self.is_leftover:
+            found.append("a dynamic scale, and a gradient from before the step")
+        return found
+
+    def norm(self, indices: Iterable[int], norm_type: float = 2.0) -> tuple[float, float]:
+        """And how far the optimizer's may be off."""
+        grads = [self.grads[index] for index in indices]
+        values = [grad.value.reshape(-1) for grad in grads if grad.value is not None]
+        norm = float(torch.linalg.vector_norm(torch.cat([torch.zeros(1, dtype=torch.float64), *values]), norm_type))
+        numels = [0 if grad.value is None else grad.value.numel() for grad in grads]
+        off = sum(grad.error * numel ** (1 / norm_type) for grad, numel in zip(grads, numels, strict=True))
+        return norm, off + norm * (4 * FP32 if norm_type == 2.0 else 1e-5)
+
+    def all_finite(self) -> bool:
+        return all(bool(grad.value.isfinite().all()) for grad in self.grads if grad.value is not None)
+
+    def add(self, index: int, mean: Tensor) -> None:
+        """A backward's."""
+        self.multiply_clipped()
+        grad, dtype = self.grads[index], self.config.dtype(index)
+        grad.value = mean if grad.value is None else grad.value + mean
+        grad.unit = min(grad.unit, unit_of(index))
+        grad.bound += 12 * unit_of(index)
+        exact = grad.is_exact_in(dtype)
+        if grad.rough or not exact:
+            grad.round(2 * ROUNDING[dtype] if self.alone or not exact else 4 * FP32)
+            self.order_matters = True
+
+    def multiply_clipped(self) -> None:
+        """On one rank the clip coefficient is multiplied into `.grad` before it changes, and rounds as torch's does."""
+        if self.clipped:
+            for index, grad in enumerate(self.grads):
+                if grad.value is not None:
+                    grad.round(2 * ROUNDING[self.config.dtype(index)])
+
+    def put(self, index: int, value: Tensor | None) -> None:
+        """A gradient is replaced, or dropped."""
+        self.multiply_clipped()
+        self.grads[index] = Grad(value)
+        if value is not None and value.any():
+            self.grads[index].unit, self.grads[index].bound = unit_of(index), 12 * unit_of(index)
+        for names in (self.reduced, self.local, self.half_edited, self.carried):
+            names.discard(index)
+        if all(grad.value is None for grad in self.grads):
+            self.forget()
+
+    def forget(self) -> None:
+        """Nothing is left of any gradient."""
+        self.kinds.clear()
+        self.by_itself = True
+        self.is_leftover = self.clipped = self.edited_after_clip = self.before_clip = False
+
+    def scale_by(self, index: int, factor: float, unit: float) -> None:
+        """An edit or a clip; `unit`: it rounds."""
+        grad = self.grads[index]
+        if grad.value is None:
+            return
+        grad.value, grad.error = grad.value * factor, grad.error * factor
+        if not math.isfinite(grad.error):
+            grad.error = 0.0
+        if math.frexp(factor)[0] == 0.5 and not unit:
+            grad.unit, grad.bound = grad.unit * factor, grad.bound * factor
+        else:
+            grad.round(unit)
+
+    def reduce(self) -> None:
+        """A read, a step or a round: everything that the optimizer knows of is in shards."""
+        known = self.local & self.placed
+        if known and not self.alone:  # a round: each trained parameter carries a gradient after it, if an empty one
+            self.reduced |= known
+            self.local -= known
+            self.carried |= known | (self.placed & self.trained)
+
+    def edit(self, indices: Iterable[int]) -> None:
+        """In place."""
+        self.multiply_clipped()
+        # Carried: a round has been through, and this rank alone cannot tell that no other has sent a part.
+        self.half_edited |= {index for index in indices if index in (self.reduced | self.carried) & self.local}
+        self.edited_after_clip |= self.alone and self.clipped
+
+    def clip(self, indices: Iterable[int], max_norm: float, norm_type: float = 2.0, unit: float = 0.0) -> None:
+        """torch's rule; `unit`: the gradients and the norm round by that."""
+        indices = list(indices)
+        norm, off = self.norm(indices, norm_type)
+        factor = min(1.0, max_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
+        sure = factor == 1.0 and max_norm > (norm + off) * (1 + 8 * unit) + 1e-3
+        for index in indices:
+            if not sure:
+                relative = off / norm if math.isfinite(norm) and norm else 0.0
+                self.scale_by(index, factor, 8 * unit + 8 * FP32 + relative)
+
+    def after_step(self, applied: bool) -> None:
+        """The loss scale moves."""
+        unused = {index for index in self.placed if self.grads[index].value is None}
+        self.idle = unused if unused < self.placed else set()
+        self.is_leftover |= (
+            self.alone and self.config.loss_scale == "dynamic" and any(grad.value is not None for grad in self.grads)
+        )
+        if self.config.loss_scale != "dynamic":
+            return
+        self.clean_steps = self.clean_steps + 1 if applied else 0
+        if not applied:
+            self.scale = max(self.scale / 2, DYNAMIC["min_scale"])
+        elif self.clean_steps == DYNAMIC["growth_interval"]:
+            self.scale, self.clean_steps = min(self.scale * 2, DYNAMIC["max_scale"]), 0
