@@ -50,6 +50,7 @@ _MODULES = {
     "runtime.zero.partition_parameters": f"{_OURS}.zero",
     "runtime.zero.tensor_fragment": f"{_OURS}.utils",
     "utils": f"{_OURS}.utils",
+    "utils.groups": f"{_OURS}.groups",
     "utils.logging": f"{_OURS}.utils",
     "utils.timer": f"{_OURS}.timers",
     "utils.torch": f"{_OURS}.utils",

@@ -82,6 +82,7 @@ class Config(Section):
     load_universal_checkpoint: Annotated[Flag, Moot("every checkpoint loads on any number of ranks")] = False
     nebula: Annotated[Any, Moot("checkpoints go to their folder")] = None
     datastates_ckpt: Annotated[Any, Moot("checkpoints go to their folder")] = None
+    veloc_config: Annotated[Any, Moot("checkpoints go to their folder")] = None
     dataloader_drop_last: Annotated[Flag, Done("of the data loader that initialize() returns")] = False
     flops_profiler: Annotated[Any, Moot("use torch.profiler")] = None
     comms_logger: Annotated[Any, Moot("use torch.profiler, which shows each collective")] = None

@@ -15,6 +15,7 @@ from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.ranks import EngineRanks
 from pyzero.deepspeed.saving import EngineCheckpoints
 from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
@@ -27,7 +28,7 @@ log = logging.getLogger("pyzero")
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
-class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
+class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
 
     def __init__(
@@ -48,6 +49,7 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.rank, self.world_size = process.rank_and_size()
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = process.local_rank()
+        self.parallel = parallel
         self.dp_rank, self.dp_world_size = parallel.rank, parallel.size  # among those that see different data
         self.batches = config.batches(self.dp_world_size)
         self.micro_steps = 0  # calls of step()
