@@ -48,7 +48,7 @@ _NAMES = {
     "logger": ("utils", "logger"),
     "tp_model_init": ("tensor_parallel", "tp_model_init"),
 }
-_MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "utils", "zero")
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "profiling", "utils", "zero")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from pyzero.deepspeed.sections import (
     CsvSection,
     DataTypesSection,
     DType,
+    FlopsProfilerSection,
     Fp16Section,
     TensorBoardSection,
     TensorParallelSection,
@@ -84,7 +85,7 @@ class Config(Section):
     datastates_ckpt: Annotated[Any, Moot("checkpoints go to their folder")] = None
     veloc_config: Annotated[Any, Moot("checkpoints go to their folder")] = None
     dataloader_drop_last: Annotated[Flag, Done("of the data loader that initialize() returns")] = False
-    flops_profiler: Annotated[Any, Moot("use torch.profiler")] = None
+    flops_profiler: FlopsProfilerSection = FlopsProfilerSection()
     comms_logger: Annotated[Any, Moot("use torch.profiler, which shows each collective")] = None
     comms_config: Annotated[Any, Moot("see comms_logger", quiet=True)] = None
     timers: Annotated[Any, Moot("see wall_clock_breakdown", quiet=True)] = None

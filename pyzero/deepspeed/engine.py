@@ -15,6 +15,7 @@ from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.profiling.flops_profiler import StepProfile
 from pyzero.deepspeed.ranks import EngineRanks
 from pyzero.deepspeed.saving import EngineCheckpoints
 from pyzero.deepspeed.settings import EngineSettings
@@ -58,6 +59,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.training_dataloader: Any = None
         self.timers = PhaseTimers(config.wall_clock_breakdown, self.device)
         self.monitor = Monitor(config, is_first=self.rank == 0)
+        self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = config.weights_dtype()  # None: inputs are left alone
         self._leaves_group = leaves_group
         self._boundary: bool | None = None  # what the caller says of the coming step()
@@ -91,7 +93,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         """
         if self._input_dtype is not None:
             args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
-        with self.timers.phase("forward"), self._autocast():
+        with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
             outputs = self._call(args, kwargs)
         if torch.is_grad_enabled() and (self.batches.accumulation > 1 or self.is_scaled):
             tensors.hook_outputs(outputs, self._on_plain_backward)

@@ -307,6 +307,20 @@ class WandbSection(Section):
     project: Annotated[str | None, Done("wandb's")] = "deepspeed"
 
 
+class FlopsProfilerSection(Section):
+    """`flops_profiler`."""
+
+    enabled: Annotated[Flag, Done("one forward is counted, by torch's FlopCounterMode, and rank 0 logs the table")] = (
+        False
+    )
+    profile_step: Annotated[Size, Done("the first forward behind so many steps")] = 1
+    module_depth: Annotated[int, Done("of modules in the table; -1: all")] = -1
+    top_modules: Annotated[Size, Moot("all modules of a depth are shown", quiet=True)] = 1
+    detailed: Annotated[Flag, Done("false: totals alone")] = True
+    output_file: Annotated[str | None, Done("where the table goes; default: the log")] = None
+    recompute_fwd_factor: Annotated[float, Moot("the forward alone is counted", quiet=True)] = 0.0
+
+
 _SEE_SIZE = Moot("see autotp_size", quiet=True)
 
 
