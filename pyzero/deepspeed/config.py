@@ -35,7 +35,10 @@ _AVERAGE = Moot("gradients are summed in fp32 and then divided, which cannot ove
 class Config(Section):
     """A DeepSpeed config. `pyzero.deepspeed.reader.load` makes one of a dict, a path or JSON text."""
 
-    train_batch_size: Annotated[Count | Auto | None, Done("samples per step, over all ranks")] = None
+    train_batch_size: Annotated[
+        Count | Auto | None,
+        Done("samples per step, over all ranks; of tensor_parallel.autotp_size see docs/parallel.md"),
+    ] = None
     train_micro_batch_size_per_gpu: Annotated[Count | Auto | None, Done("samples per backward on a rank")] = None
     gradient_accumulation_steps: Annotated[Count | Auto | None, Done("backwards per step")] = None
     managed_gradient_accumulation: Annotated[Flag, Done("false: every step() of the engine is a step")] = True

@@ -118,7 +118,7 @@ def initialize(
     else:
         parallel = parallelism_of(mesh, mpu)
     groups.set_current(parallel)
-    _check_accumulation(model, settings, parallel.size)
+    _check_accumulation(model, settings, parallel)
     _check_storage(settings)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
     _remark(settings, trains)
@@ -182,11 +182,13 @@ def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_
     return Parallelism(data, others, grid.data_parallel_id, grid.data_parallel_size, is_pipeline=True)
 
 
-def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
+def _check_accumulation(model: nn.Module, config: Config, parallel: Parallelism) -> None:
     """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if wanted in (None, "auto") or dtype is None or size > 1 or config.batches(size).accumulation == 1:
+    if wanted in (None, "auto") or dtype is None or parallel.size > 1:
+        return
+    if config.batches(parallel.num_counted).accumulation == 1:
         return
     if DTYPES[wanted].itemsize > dtype.itemsize:
         raise ValueError(

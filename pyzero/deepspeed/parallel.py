@@ -31,6 +31,12 @@ class Parallelism:
     mesh: Any = None  # of one dimension over them, where the caller has one
     tensor: Any = None  # and over `model`
     is_pipeline: bool = False  # the parts in `model` are stages, of whole layers
+    counts_parts: bool = False  # train_batch_size does, where the config alone splits the model, as DeepSpeed's
+
+    @property
+    def num_counted(self) -> int:
+        """Ranks that train_batch_size is divided by."""
+        return self.size * process.place_in(self.model)[1] if self.counts_parts else self.size
 
     @property
     def parts(self) -> Any:

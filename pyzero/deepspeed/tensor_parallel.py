@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -84,10 +85,8 @@ def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
                 f"expected {'mesh' if mpu is None else 'mpu'} with {size} tensor-parallel ranks, as "
                 f"tensor_parallel.autotp_size says, got {found}; make them agree"
             )
-        mesh = _mesh_of(parallel) if mesh is None else mesh
-    else:
-        mesh = _mesh_over(size)
-    return parallelism_of(mesh, None)
+        return parallelism_of(_mesh_of(parallel) if mesh is None else mesh, None)
+    return replace(parallelism_of(_mesh_over(size), None), counts_parts=True)
 
 
 def _mesh_over(size: int) -> Any:
@@ -151,7 +150,8 @@ def split(
     _share_random_numbers(parallel.model)
     _check_first_inputs(model, group)
     if comm.get_rank() == 0:
-        log.info("config: tensor_parallel: %d layers split over %d ranks each", len(cuts), mesh.size())
+        counted = "; train_batch_size counts all of them" if parallel.counts_parts else ""
+        log.info("config: tensor_parallel: %d layers split over %d ranks each%s", len(cuts), mesh.size(), counted)
 
 
 def _apply(model: nn.Module, cuts: list[Cut], mesh: Any) -> None:

@@ -262,6 +262,11 @@ def refusals_and_more(group: Any) -> dict[str, str]:
     evaluated = pyzero.initialize(model=case.Model(), config={**two, "optimizer": None}, tp_plan=PLAN)[0]
     with torch.no_grad():
         said["eval"] = str(torch.allclose(evaluated(case.batch(0)), case.Model()(case.batch(0)), atol=1e-6))
+    sizes = {"optimizer": {"type": "Adam"}, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
+    sizes["tensor_parallel"] = {"autotp_size": 2}
+    for mpu in (None, Grid()):
+        engine = pyzero.initialize(model=case.Model(), config=sizes, tp_plan=PLAN, mpu=mpu)[0]
+        said[f"batches {mpu is None}"] = str(engine.get_batch_info())
     return said
 
 
@@ -280,6 +285,7 @@ def test_refusals_skips_and_first_inputs(ranks):
         assert said["random"] == results[rank // 2 * 2]["random"] != results[(rank + 2) % 4]["random"]
         assert said["inputs"] == "torch.Size([4, 1])" and said["eval"] == "True"
         assert "the same inputs on the 2 tensor-parallel ranks" in said["other inputs"]
+        assert said["batches True"] == "(16, 4, 1)" and said["batches False"] == "(16, 4, 2)"
         assert said["applied"] == "[False, True], 128.0, 1"
 
 
