@@ -1,7 +1,7 @@
 """deepspeed.profiling.flops_profiler: floating-point operations of a model by module, by torch's FlopCounterMode.
 
-Counted are matrix products, convolutions and attention, on this rank; what goes element by element is not, where
-DeepSpeed counts some of it.
+Counted are matrix products, convolutions and attention of this rank, and of layers that several ranks split all ranks';
+what goes element by element is not, where DeepSpeed counts some of it.
 """
 
 from __future__ import annotations
