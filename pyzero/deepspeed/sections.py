@@ -313,7 +313,9 @@ class FlopsProfilerSection(Section):
     enabled: Annotated[Flag, Done("one forward is counted, by torch's FlopCounterMode, and rank 0 logs the table")] = (
         False
     )
-    profile_step: Annotated[Size, Done("the first forward behind so many steps")] = 1
+    profile_step: Annotated[int, Done("the first forward behind so many steps; -1: none")] = 1
+    start_profile_step: Annotated[Any, Moot("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
+    end_profile_step: Annotated[Any, Moot("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
     module_depth: Annotated[int, Done("of modules in the table; -1: all")] = -1
     top_modules: Annotated[Size, Moot("all modules of a depth are shown", quiet=True)] = 1
     detailed: Annotated[Flag, Done("false: totals alone")] = True

@@ -347,16 +347,17 @@ def test_operations_are_counted(capsys, tmp_path, caplog):
         profiler.start_profile([nn.Linear])
 
 
-def test_a_step_of_the_engine_is_profiled(caplog):
-    config = {"train_batch_size": 3, "optimizer": ADAM, "flops_profiler": {"enabled": True, "profile_step": 2}}
+@pytest.mark.parametrize("at", [2, -1])
+def test_a_step_of_the_engine_is_profiled(caplog, at):
+    config = {"train_batch_size": 3, "optimizer": ADAM, "flops_profiler": {"enabled": True, "profile_step": at}}
     engine, *_ = deepspeed.initialize(model=Two(), config=config)
     for step in range(4):
         with caplog.at_level(logging.INFO, logger="pyzero"):
             caplog.clear()
             engine.backward(engine(torch.ones(3, 4)).sum())
             engine.step()
-        assert ("flops profile of Two at step 2" in caplog.text) is (step == 2)
-        assert (re.search(r"up +120.00 FLOPS", caplog.text) is not None) is (step == 2)
+        assert ("flops profile of Two at step 2" in caplog.text) is (step == at)
+        assert (re.search(r"up +120.00 FLOPS", caplog.text) is not None) is (step == at)
 
 
 def test_builders_of_ops_answer_for_ours():

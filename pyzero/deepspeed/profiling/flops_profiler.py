@@ -213,7 +213,7 @@ class StepProfile:
     def __init__(self, section: FlopsProfilerSection, model: nn.Module, is_first: bool) -> None:
         self._section = section
         self._model = model
-        self._waits = section.enabled and is_first
+        self._waits = section.enabled and section.profile_step >= 0 and is_first
 
     @contextmanager
     def around(self, steps: int) -> Iterator[None]:
