@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .engine import Engine as DeepSpeedEngine
     from .entry import initialize as initialize
     from .pipe.module import PipelineModule as PipelineModule
+    from .tensor_parallel import tp_model_init as tp_model_init
     from .utils import log_dist as log_dist
     from .utils import logger as logger
 
@@ -30,6 +31,7 @@ __all__ = [
     "initialize",
     "log_dist",
     "logger",
+    "tp_model_init",
 ]
 
 # Imported on first use: a name of a module, or a module.
@@ -44,8 +46,9 @@ _NAMES = {
     "initialize": ("entry", "initialize"),
     "log_dist": ("utils", "log_dist"),
     "logger": ("utils", "logger"),
+    "tp_model_init": ("tensor_parallel", "tp_model_init"),
 }
-_MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "utils", "zero")
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "profiling", "utils", "zero")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from pyzero.deepspeed.sections import (
     CsvSection,
     DataTypesSection,
     DType,
+    FlopsProfilerSection,
     Fp16Section,
     TensorBoardSection,
     TensorParallelSection,
@@ -34,7 +35,10 @@ _AVERAGE = Moot("gradients are summed in fp32 and then divided, which cannot ove
 class Config(Section):
     """A DeepSpeed config. `pyzero.deepspeed.reader.load` makes one of a dict, a path or JSON text."""
 
-    train_batch_size: Annotated[Count | Auto | None, Done("samples per step, over all ranks")] = None
+    train_batch_size: Annotated[
+        Count | Auto | None,
+        Done("samples per step, over all ranks; of tensor_parallel.autotp_size see docs/parallel.md"),
+    ] = None
     train_micro_batch_size_per_gpu: Annotated[Count | Auto | None, Done("samples per backward on a rank")] = None
     gradient_accumulation_steps: Annotated[Count | Auto | None, Done("backwards per step")] = None
     managed_gradient_accumulation: Annotated[Flag, Done("false: every step() of the engine is a step")] = True
@@ -82,8 +86,9 @@ class Config(Section):
     load_universal_checkpoint: Annotated[Flag, Moot("every checkpoint loads on any number of ranks")] = False
     nebula: Annotated[Any, Moot("checkpoints go to their folder")] = None
     datastates_ckpt: Annotated[Any, Moot("checkpoints go to their folder")] = None
+    veloc_config: Annotated[Any, Moot("checkpoints go to their folder")] = None
     dataloader_drop_last: Annotated[Flag, Done("of the data loader that initialize() returns")] = False
-    flops_profiler: Annotated[Any, Moot("use torch.profiler")] = None
+    flops_profiler: FlopsProfilerSection = FlopsProfilerSection()
     comms_logger: Annotated[Any, Moot("use torch.profiler, which shows each collective")] = None
     comms_config: Annotated[Any, Moot("see comms_logger", quiet=True)] = None
     timers: Annotated[Any, Moot("see wall_clock_breakdown", quiet=True)] = None

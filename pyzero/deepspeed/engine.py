@@ -15,6 +15,8 @@ from pyzero.deepspeed import tensors
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.profiling.flops_profiler import StepProfile
+from pyzero.deepspeed.ranks import EngineRanks
 from pyzero.deepspeed.saving import EngineCheckpoints
 from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
@@ -27,7 +29,7 @@ log = logging.getLogger("pyzero")
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
-class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
+class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
 
     def __init__(
@@ -48,14 +50,16 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         self.rank, self.world_size = process.rank_and_size()
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = process.local_rank()
+        self.parallel = parallel
         self.dp_rank, self.dp_world_size = parallel.rank, parallel.size  # among those that see different data
-        self.batches = config.batches(self.dp_world_size)
+        self.batches = config.batches(parallel.num_counted)
         self.micro_steps = 0  # calls of step()
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # that went into them, on all ranks
         self.training_dataloader: Any = None
         self.timers = PhaseTimers(config.wall_clock_breakdown, self.device)
         self.monitor = Monitor(config, is_first=self.rank == 0)
+        self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = config.weights_dtype()  # None: inputs are left alone
         self._leaves_group = leaves_group
         self._boundary: bool | None = None  # what the caller says of the coming step()
@@ -89,7 +93,7 @@ class Engine(EngineSettings, EngineCheckpoints, EngineWeights, nn.Module):
         """
         if self._input_dtype is not None:
             args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
-        with self.timers.phase("forward"), self._autocast():
+        with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
             outputs = self._call(args, kwargs)
         if torch.is_grad_enabled() and (self.batches.accumulation > 1 or self.is_scaled):
             tensors.hook_outputs(outputs, self._on_plain_backward)

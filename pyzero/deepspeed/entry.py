@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero.adam import FusedZeroAdam
 from pyzero.comm import process
-from pyzero.deepspeed import comm, owners
+from pyzero.deepspeed import comm, groups, owners, tensor_parallel
 from pyzero.deepspeed.config import Config
 from pyzero.deepspeed.engine import Engine
 from pyzero.deepspeed.eval_engine import EvalEngine
@@ -63,6 +63,7 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
     mesh: Any = None,
+    tp_plan: Mapping[str, Any] | None = None,
 ) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
     """DeepSpeed's entry point, with its argument names and order.
 
@@ -89,6 +90,9 @@ def initialize(
         config_params: Old name of `config`.
         mesh: A DeviceMesh of one or two dimensions: ZeRO shards over the one named dp or data, or the first; the model
             is split over the other.
+        tp_plan: For `tensor_parallel.autotp_size`, how to split the model: from names of modules, in which * stands for
+            one part, to styles, by transformers' names ("colwise", "rowwise") or torch's ParallelStyle. Default: the
+            config's partition_config, or the plan that transformers has of the model.
 
     Returns:
         (engine, optimizer, data loader or None, scheduler or None). Without an optimizer, given or in the config, the
@@ -106,18 +110,25 @@ def initialize(
     settings = _settings_of(config, config_params, *of_args)
     joined = dist_init_required is not False and process.join()
     is_pipeline = isinstance(model, PipelineModule)
+    tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
     if isinstance(model, PipelineModule):
-        parallel = _of_pipeline(model, settings, mesh, mpu)
+        parallel = _of_pipeline(model, settings, mesh, mpu, tp_size)
+    elif tp_size > 1:
+        parallel = tensor_parallel.parallelism_with(tp_size, mesh, mpu)
     else:
         parallel = parallelism_of(mesh, mpu)
-    _check_accumulation(model, settings, parallel.size)
+    groups.set_current(parallel)
+    _check_accumulation(model, settings, parallel)
     _check_storage(settings)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
     _remark(settings, trains)
-    _convert(model, settings)
+    _convert(model, settings, moves=tp_size == 1)
     if isinstance(model, PipelineModule):
         model.broadcast_tied()
     given_params = list(model.parameters() if model_parameters is None else model_parameters)
+    if tp_size > 1:
+        cut = _split(model, optimizer, settings, parallel, tp_plan)
+        given_params, optimizer = _replaced(given_params, cut), _moved(optimizer, cut)
     if settings.zero_optimization.stage == 3 and parallel.size > 1:
         sharded = _shard(model, optimizer, settings, parallel)
         given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
@@ -149,7 +160,11 @@ def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
-def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any) -> Parallelism:
+def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
+    if tp_size > 1:
+        raise ValueError(
+            f"got tensor_parallel.autotp_size {tp_size} with a PipelineModule, whose layers are whole; remove the key"
+        )
     if mesh is not None or mpu not in (None, model.mpu()):
         raise ValueError(
             f"got {'mpu' if mesh is None else 'mesh'} with a PipelineModule, wanted neither: its topology says which "
@@ -163,14 +178,17 @@ def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any) -> 
         )
     grid = model.grid
     others = grid.get_pipe_parallel_group() if model.num_stages > 1 else None
-    return Parallelism(grid.get_data_parallel_group(), others, grid.data_parallel_id, grid.data_parallel_size)
+    data = grid.get_data_parallel_group()
+    return Parallelism(data, others, grid.data_parallel_id, grid.data_parallel_size, is_pipeline=True)
 
 
-def _check_accumulation(model: nn.Module, config: Config, size: int) -> None:
+def _check_accumulation(model: nn.Module, config: Config, parallel: Parallelism) -> None:
     """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if wanted in (None, "auto") or dtype is None or size > 1 or config.batches(size).accumulation == 1:
+    if wanted in (None, "auto") or dtype is None or parallel.size > 1:
+        return
+    if config.batches(parallel.num_counted).accumulation == 1:
         return
     if DTYPES[wanted].itemsize > dtype.itemsize:
         raise ValueError(
@@ -204,14 +222,32 @@ def _remark(config: Config, trains: bool) -> None:
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
 
 
-def _convert(model: nn.Module, config: Config) -> None:
-    """To this rank's device and the wanted dtype, in place: an optimizer goes on holding the model's parameters."""
+def _convert(model: nn.Module, config: Config, moves: bool) -> None:
+    """To the wanted dtype and this rank's device, in place: an optimizer goes on holding the model's parameters.
+
+    moves: False leaves it where it is, for it is split before it has to lie on one device.
+    """
     before = [id(param) for param in model.parameters()]
-    model.to(device=process.device(), dtype=config.weights_dtype())
+    model.to(device=process.device() if moves else None, dtype=config.weights_dtype())
     assert before == [id(param) for param in model.parameters()]
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def _split(
+    model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism, plan: Mapping[str, Any] | None
+) -> dict[Tensor, Tensor]:
+    """Tensor parallelism: returns what each parameter has become."""
+    if isinstance(optimizer, ZeroOptimizer):
+        raise ValueError(
+            f"expected an optimizer that is built over the parts of tensor_parallel, got {type(optimizer).__name__} "
+            f"over whole weights; pass a function from parameters to it, or a torch optimizer"
+        )
+    before = dict(model.named_parameters(remove_duplicate=False))
+    tensor_parallel.split(model, parallel, config.tensor_parallel, plan)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    return {before[name]: after[name] for name in before}
 
 
 def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism) -> dict[Tensor, Tensor]:

@@ -29,6 +29,19 @@ class Parallelism:
     rank: int  # among those that see different data
     size: int
     mesh: Any = None  # of one dimension over them, where the caller has one
+    tensor: Any = None  # and over `model`
+    is_pipeline: bool = False  # the parts in `model` are stages, of whole layers
+    counts_parts: bool = False  # train_batch_size does, where the config alone splits the model, as DeepSpeed's
+
+    @property
+    def num_counted(self) -> int:
+        """Ranks that train_batch_size is divided by."""
+        return self.size * process.place_in(self.model)[1] if self.counts_parts else self.size
+
+    @property
+    def parts(self) -> Any:
+        """The process group that splits layers; None: they are whole."""
+        return None if self.is_pipeline else self.model
 
     def options(self) -> dict[str, Any]:
         """Of the optimizer."""
@@ -73,7 +86,8 @@ def _of_mesh(mesh: Any) -> Parallelism:
         raise ValueError("expected names of a mesh's two dimensions, got none; pass mesh_dim_names=('dp', 'tp')")
     model = mesh.get_group(others[0]) if others else None
     data = mesh[names[place]] if mesh.ndim == 2 else mesh
-    return Parallelism(mesh.get_group(place), model, mesh.get_local_rank(place), mesh.size(place), data)
+    tensor = mesh[names[others[0]]] if others else None
+    return Parallelism(mesh.get_group(place), model, mesh.get_local_rank(place), mesh.size(place), data, tensor)
 
 
 # ---- stage 3 ---------------------------------------------------------------------------------------------------------

@@ -307,15 +307,93 @@ class WandbSection(Section):
     project: Annotated[str | None, Done("wandb's")] = "deepspeed"
 
 
+class FlopsProfilerSection(Section):
+    """`flops_profiler`."""
+
+    enabled: Annotated[Flag, Done("one forward is counted, by torch's FlopCounterMode, and rank 0 logs the table")] = (
+        False
+    )
+    profile_step: Annotated[int, Done("the first forward behind so many steps; -1: none")] = 1
+    start_profile_step: Annotated[Any, Moot("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
+    end_profile_step: Annotated[Any, Moot("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
+    module_depth: Annotated[int, Done("of modules in the table; -1: all")] = -1
+    top_modules: Annotated[Size, Moot("all modules of a depth are shown", quiet=True)] = 1
+    detailed: Annotated[Flag, Done("false: totals alone")] = True
+    output_file: Annotated[str | None, Done("where the table goes; default: the log")] = None
+    recompute_fwd_factor: Annotated[float, Moot("the forward alone is counted", quiet=True)] = 0.0
+
+
+_SEE_SIZE = Moot("see autotp_size", quiet=True)
+
+
+class LayerSpecSection(Section):
+    """`tensor_parallel.partition_config.layer_specs[]`."""
+
+    patterns: Annotated[list[str], Done("regular expressions of parameters' names, matched from their beginning")]
+    partition_type: Annotated[
+        Literal["row", "column", "skip"], Done("which dimension of the weight is split, as Megatron calls it")
+    ] = "column"
+    gather_output: Annotated[Flag, Done("a column-split layer's output is whole on every rank")] = False
+    model_types: Annotated[list[str] | None, Done("of model.config.model_type; null: all")] = None
+    grad_allreduce: Annotated[Flag, Refused("use initialize(tp_plan=), style replicated_with_grad_allreduce")] = False
+    shape: Annotated[Any, Refused("a fused weight is not split; split its layer in several, or skip it")] = None
+    partition_dim: Annotated[Any, Moot("see partition_type", quiet=True)] = None
+
+
+class PartitionSection(Section):
+    """`tensor_parallel.partition_config`."""
+
+    layer_specs: Annotated[list[LayerSpecSection], Done("which layers are split; the first that matches counts")] = []
+    use_default_specs: Annotated[
+        Flag, Done("true, and preset_model set: the model's own plan, for layers that no spec matches")
+    ] = True
+    strict_mode: Annotated[Flag, Moot("a plan without any layer of the model is an error", quiet=True)] = False
+    tp_size: Annotated[Any, _SEE_SIZE] = None
+    embedding_partition_dim: Annotated[Any, Moot("embeddings are split where a spec or the plan says so")] = None
+    lm_head_patterns: Annotated[Any, Moot("see layer_specs", quiet=True)] = None
+
+
+class TpSection(Section):
+    """`tensor_parallel.tp`."""
+
+    tp_size: Annotated[Count, Done("as autotp_size")] = 1
+    tp_grain_size: Annotated[Any, _SEE_SIZE] = 1
+    mpu: Annotated[Any, Refused("pass it as initialize(mpu=)")] = None
+    tp_group: Annotated[Any, Refused("pass initialize(mpu=) or a DeviceMesh as initialize(mesh=)")] = None
+
+
 class TensorParallelSection(Section):
     """`tensor_parallel`."""
 
     autotp_size: Annotated[
-        int, Refused("split the model with torch's parallelize_module, and pass its group as model_parallel_group")
+        Size,
+        Done(
+            "ranks that share each layer, side by side; 0: none. torch's parallelize_module splits the model, by the "
+            "plan that transformers has of it, partition_config or initialize(tp_plan=); ZeRO over the others"
+        ),
     ] = 0
-    tp: Annotated[Any, Refused("see autotp_size")] = None
-    tp_size: Annotated[int, Refused("see autotp_size")] = 1
-    tp_grain_size: Annotated[Any, Moot("see autotp_size", quiet=True)] = 1
-    tp_overlap_comm: Annotated[Flag, Moot("see autotp_size", quiet=True)] = False
-    preset_model: Annotated[Any, Moot("see autotp_size", quiet=True)] = None
-    partition_config: Annotated[Any, Moot("see autotp_size", quiet=True)] = None
+    tp: TpSection = TpSection()
+    tp_size: Annotated[Size, Done("as autotp_size")] = 1
+    tp_grain_size: Annotated[Any, _SEE_SIZE] = 1
+    tp_overlap_comm: Annotated[Flag, Moot("torch decides what overlaps", quiet=True)] = False
+    preset_model: Annotated[Any, Moot("the model's own plan is used", quiet=True)] = None
+    partition_config: PartitionSection | None = None
+    injection_policy_tuple: Annotated[Any, Refused("set partition_config, or pass initialize(tp_plan=)")] = None
+    vocab_parallel_lm_head: Annotated[
+        Flag | None, Moot("logits are gathered, and the loss is taken of whole ones", warns=True)
+    ] = None
+    vocab_parallel_ce_backend: Annotated[Any, Moot("see vocab_parallel_lm_head", quiet=True)] = "torch"
+    dtype: Annotated[Any, Moot("weights are what fp16 and bf16 say", quiet=True)] = None
+    keep_module_on_host: Annotated[Flag, Moot("the model is split where it is, layer by layer", quiet=True)] = False
+    replace_with_kernel_inject: Annotated[Flag, Moot("the model's own layers run", quiet=True)] = False
+
+    def size(self) -> int:
+        """Ranks that share a layer."""
+        return max(self.autotp_size, self.tp.tp_size, self.tp_size, 1)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> TensorParallelSection:
+        sizes = {self.autotp_size, self.tp.tp_size, self.tp_size} - {0, 1}
+        if len(sizes) > 1:
+            raise ValueError("got several sizes, wanted one; remove tp.tp_size and tp_size")
+        return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyzero.deepspeed.config import Batches, Config
+from pyzero.deepspeed.parallel import Parallelism
 from pyzero.optimizer import ZeroOptimizer
 
 
@@ -14,7 +15,7 @@ class EngineSettings:
     config: Config
     batches: Batches
     optimizer: ZeroOptimizer
-    dp_world_size: int
+    parallel: Parallelism
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step, over all ranks."""
@@ -34,7 +35,7 @@ class EngineSettings:
         Raises:
             ValueError: The micro-batches of all ranks do not divide it.
         """
-        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.dp_world_size)
+        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_counted)
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation steps)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
+from pyzero.deepspeed import groups as groups
 from pyzero.deepspeed.comm import init_distributed as init_distributed  # its older place
 from pyzero.deepspeed.owners import owner_of
 

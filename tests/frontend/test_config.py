@@ -88,7 +88,11 @@ def test_forms(form, tmp_path):
         ),
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1]}}}, ["optimizer.params.betas: got 1; input"]),
         ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op: got 'sum'", "multiply the loss"]),
-        ({"tensor_parallel": {"autotp_size": 4}}, ["tensor_parallel.autotp_size: got 4", "parallelize_module"]),
+        ({"tensor_parallel": {"autotp_size": 4, "tp": {"tp_size": 2}}}, ["tensor_parallel: got", "wanted one"]),
+        (
+            {"tensor_parallel": {"partition_config": {"layer_specs": [{"patterns": ["a"], "shape": [2, -1]}]}}},
+            ["partition_config.layer_specs", "a fused weight is not split"],
+        ),
         ({"elasticity": {"enabled": True, "micro_batch_sizes": [2]}}, ["elasticity: got", "set the batch sizes"]),
         ({"stage": 2}, ["stage: unknown key; did you mean 'zero_optimization.stage'?"]),
         ({"launcher": "x"}, ["launcher: unknown key, nor one of DeepSpeed's; remove it, or begin it with _"]),
@@ -246,7 +250,7 @@ def test_configs_that_would_mean_something_else_are_refused(name):
 
 
 def test_the_number_of_configs():
-    assert (len(ds_configs.ACCEPTED), len(ds_configs.REFUSED)) == (82, 21)
+    assert (len(ds_configs.ACCEPTED), len(ds_configs.REFUSED)) == (84, 20)
 
 
 def test_the_docs_have_every_key():

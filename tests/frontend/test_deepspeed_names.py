@@ -277,6 +277,98 @@ def test_activation_checkpoints_are_torchs():
     assert x.grad.tolist() == [6.0, 6.0] and len(calls) == 2 and deepspeed.checkpointing.is_configured()
 
 
+def test_streams_of_random_numbers():
+    tracker, checkpointing = deepspeed.checkpointing.get_cuda_rng_tracker(), deepspeed.checkpointing
+    checkpointing.model_parallel_cuda_manual_seed(7)
+    with tracker.fork():
+        inside = torch.rand(3)
+    outside = torch.rand(3)
+    checkpointing.model_parallel_cuda_manual_seed(7)
+    assert torch.equal(torch.rand(3), outside) and not torch.equal(inside, outside)
+    before = tracker.get_states()
+    x = torch.ones(64, requires_grad=True)
+
+    def drop(x: Tensor) -> Tensor:
+        with tracker.fork():
+            return nn.functional.dropout(x, 0.5) * x
+
+    y = checkpointing.checkpoint(drop, x)
+    after = tracker.get_states()
+    y.sum().backward()
+    assert torch.equal(x.grad, 2 * y) and 0 < (y == 0).sum() < 64  # the second forward dropped the same
+    assert torch.equal(after["model-parallel-rng"], tracker.get_states()["model-parallel-rng"])
+    tracker.set_states(before)
+    with tracker.fork():
+        assert torch.equal(torch.rand(3), inside)
+    with pytest.raises(ValueError, match="a second time"):
+        tracker.add("model-parallel-rng", 1)
+    tracker.reset()
+    with pytest.raises(ValueError, match="expected a stream that was added"), tracker.fork():
+        pass
+
+
+# ---- profiles and estimates -----------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """2 * 3 * 4 * 5 and 2 * 3 * 5 * 1 operations on 3 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def test_operations_are_counted(capsys, tmp_path, caplog):
+    flops_profiler = deepspeed.profiling.flops_profiler
+    model = Two()
+    found = flops_profiler.get_model_profile(model, input_shape=(3, 4), as_string=False, detailed=True)
+    assert found == (150, 75, 31)
+    table = capsys.readouterr().out
+    assert re.search(r"up +120.00 FLOPS\n.*down +30.00 FLOPS", table) and "multiply-adds" in table
+    told = flops_profiler.get_model_profile(model, args=[torch.ones(3000, 4)], print_profile=False)
+    assert told == ("150.00 KFLOPS", "75.00 KMACs", "31.00") and not capsys.readouterr().out
+    profiler = flops_profiler.FlopsProfiler(model)
+    profiler.start_profile()
+    model(torch.ones(3, 4)).sum().backward()
+    profiler.stop_profile()
+    profiler.print_model_profile(output_file=str(tmp_path / "table"), detailed=False)
+    assert "up" not in (tmp_path / "table").read_text()
+    assert profiler.get_total_flops() == 150 + 120 + 30 + 30  # of weights, and of what the last layer sends back
+    assert profiler.get_total_duration() > 0 and profiler.get_total_params() == 31
+    profiler.end_profile()
+    assert profiler.get_total_flops() == 0
+    assert flops_profiler.duration_to_string(0.0125) == "12.50 ms"
+    with pytest.raises(ValueError, match="expected input_shape, args or kwargs"):
+        flops_profiler.get_model_profile(model)
+    with pytest.raises(ValueError, match="got modules to ignore"):
+        profiler.start_profile([nn.Linear])
+
+
+@pytest.mark.parametrize("at", [2, -1])
+def test_a_step_of_the_engine_is_profiled(caplog, at):
+    config = {"train_batch_size": 3, "optimizer": ADAM, "flops_profiler": {"enabled": True, "profile_step": at}}
+    engine, *_ = deepspeed.initialize(model=Two(), config=config)
+    for step in range(4):
+        with caplog.at_level(logging.INFO, logger="pyzero"):
+            caplog.clear()
+            engine.backward(engine(torch.ones(3, 4)).sum())
+            engine.step()
+        assert ("flops profile of Two at step 2" in caplog.text) is (step == at)
+        assert (re.search(r"up +120.00 FLOPS", caplog.text) is not None) is (step == at)
+
+
+def test_builders_of_ops_answer_for_ours():
+    op_builder = deepspeed.ops.op_builder
+    assert op_builder.CPUAdamBuilder().is_compatible() and op_builder.CPUAdamBuilder().load().adam_
+    assert op_builder.FusedAdamBuilder().is_compatible() is torch.cuda.is_available()
+    assert op_builder.ALL_OPS["cpu_lion"].is_compatible() and not op_builder.AsyncIOBuilder().is_compatible()
+    with pytest.raises(NotImplementedError, match="nothing in the place of DeepSpeed's AsyncIO"):
+        op_builder.AsyncIOBuilder().load()
+
+
 # ---- import deepspeed -----------------------------------------------------------------------------------------------
 
 
@@ -318,8 +410,26 @@ def test_a_script_that_cannot_be_edited():
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, GatheredParameters
         from deepspeed.utils import logger, safe_get_full_fp32_param, RepeatingLoader
         import deepspeed.runtime.activation_checkpointing.checkpointing as checkpointing
-        import importlib.metadata, torch, pyzero
+        from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+        from deepspeed.module_inject.layers import set_autotp_mode
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+        from deepspeed.profiling.flops_profiler.profiler import FlopsProfiler, get_model_profile
+        from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs_all_live as estimate_3
+        from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_cold as estimate_2
+        from deepspeed.utils import groups
+        import contextlib, importlib.metadata, io, torch, pyzero
 
+        set_autotp_mode(training=True)
+        assert groups._get_data_parallel_world_size() == 1 and groups.get_data_parallel_group() is None
+        assert deepspeed.utils.groups.get_model_parallel_rank() == groups.get_tensor_model_parallel_src_rank() == 0
+        assert deepspeed.tp_model_init(torch.nn.Linear(1, 1), 1, torch.bfloat16).weight.dtype is torch.bfloat16
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            estimate_3(torch.nn.Linear(1000, 1000), num_gpus_per_node=8, num_nodes=2)
+            estimate_2(2_000_000_000, 4, additional_buffer_factor=1.5)
+        lines = printed.getvalue().splitlines()
+        assert len(lines) == 12 and "2 node(s), 8 GPU(s)" in lines[1] and "2,000M total params" in lines[8]
+        host, gpu = (float(part.split("GB")[0]) for part in lines[10].split("|")[:2])
+        assert 22.3 < host < 22.6 and 3.7 < gpu < 6  # 12 bytes of each parameter on the host, 2 and buffers on the GPU
         assert deepspeed.initialize is pyzero.initialize and the_same is DeepSpeedCPUAdam
         assert deepspeed.zero.GatheredParameters is GatheredParameters and deepspeed.runtime.zero.Init
         assert DeepSpeedEngine is deepspeed.DeepSpeedEngine and get_accelerator is again

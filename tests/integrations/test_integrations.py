@@ -127,6 +127,11 @@ def test_training_arguments_deepspeed(results):
     losses = column(found["logs"], "loss")
     assert losses[-1] < 0.9 * losses[0] and column(found["logs"], "grad_norm")[0] > 1.0
     assert without_times(found["resumed"]) == without_times(found["logs"])
+    for a, b in zip(found["split"], result_of(results, 1, "trainer_deepspeed")["split"], strict=True):
+        assert (a["loss"], a["grad_norm"]) == (
+            pytest.approx(b["loss"], rel=1e-5),
+            pytest.approx(b["grad_norm"], rel=1e-4),
+        )
     one = result_of(results, 1, "trainer_deepspeed")["resumed"]
     assert column(one, "loss") == pytest.approx(losses, rel=BF16)
 

@@ -197,6 +197,20 @@ ACCEPTED: dict[str, Json] = {
     },
     "docs activation checkpointing": {"train_batch_size": 8, "activation_checkpointing": ACTIVATIONS},
     "docs flops profiler": {"train_batch_size": 8, "flops_profiler": PROFILER},
+    "tensor parallel": trainer(ZERO_2, tensor_parallel={"autotp_size": 4}),
+    "docs tensor parallel": {
+        "train_micro_batch_size_per_gpu": 1,
+        "tensor_parallel": {
+            "autotp_size": 4,
+            "preset_model": "llama",
+            "partition_config": {
+                "use_default_specs": True,
+                "layer_specs": [
+                    {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row", "model_types": ["llama"]}
+                ],
+            },
+        },
+    },
     "docs autotuning": {"train_batch_size": 8, "autotuning": {"enabled": True, "fast": True, "metric": "throughput"}},
     "docs 1-bit adam": {
         "train_batch_size": 8,
@@ -513,7 +527,6 @@ REFUSED: dict[str, Json] = {
     "layer drop": {"train_batch_size": 4, "progressive_layer_drop": {"enabled": True, "theta": 0.5, "gamma": 0.001}},
     "elastic": {"elasticity": {"enabled": True, "max_train_batch_size": 2000, "micro_batch_sizes": [2, 4, 6]}},
     "apex amp": {"train_batch_size": 8, "amp": {"enabled": True, "opt_level": "O1"}},
-    "tensor parallel": trainer(ZERO_2, tensor_parallel={"autotp_size": 4}),
     "sequence parallel": tutorial({"stage": 0}, sequence_parallel_size=2),
     "expert parallel": tutorial({"stage": 1}, expert_parallel={"enabled": True, "autoep_size": 8}),
     "zenflow": tutorial({**ZERO_2, "zenflow": {"topk_ratio": 0.1, "update_interval": 4}}),

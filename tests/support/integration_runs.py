@@ -163,8 +163,9 @@ def trainer_deepspeed(folder):
     import transformers
 
     run = functools.partial(trained, trainer_class=transformers.Trainer, deepspeed=DEEPSPEED, bf16=True)
+    split = split_by_a_trainer(folder / f"split_{SIZE}")
     if SIZE == 1:
-        return {"resumed": run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0]}
+        return {"resumed": run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0], "split": split}
     logs, made = run(folder / "ds")
     resumed = run(folder / "ds", resume=str(folder / "ds" / "checkpoint-3"))[0]
     stage3 = {**DEEPSPEED, "zero_optimization": {"stage": 3}}
@@ -176,8 +177,28 @@ def trainer_deepspeed(folder):
         "logs": logs,
         "resumed": resumed,
         "stage3_is_whole": shapes == own,
+        "split": split,
         "engine": f"{type(made.model_wrapped).__module__}",
     }
+
+
+def split_by_a_trainer(folder):
+    """Logs of a Llama of which the ranks share each layer; 16 rows go into a step on one rank and on two."""
+    import transformers
+
+    def kind(model, **options):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+        )
+        return transformers.Trainer(model=transformers.LlamaForCausalLM(config), **options)
+
+    config = {**DEEPSPEED, "tensor_parallel": {"autotp_size": SIZE}}
+    config["zero_optimization"] = {"stage": 2, "gather_16bit_weights_on_model_save": True}
+    logs, _ = trained(
+        folder, trainer_class=kind, deepspeed=config, bf16=False, gradient_accumulation_steps=2 * SIZE, steps=3
+    )
+    return logs
 
 
 def accelerate_loop(folder):

@@ -1,5 +1,5 @@
 """DeepSpeed's optimizers by name, for scripts that build one and hand it to initialize()."""
 
-from pyzero.deepspeed.ops import adam, lamb, lion
+from pyzero.deepspeed.ops import adam, lamb, lion, op_builder
 
-__all__ = ["adam", "lamb", "lion"]
+__all__ = ["adam", "lamb", "lion", "op_builder"]

@@ -1,0 +1,77 @@
+"""deepspeed.utils.groups: the ranks of initialize() or tp_model_init(); all ranks before that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyzero.comm import process
+from pyzero.deepspeed import comm
+from pyzero.deepspeed.parallel import Parallelism
+
+_split: list[tuple[Any, Parallelism]] = []  # one or none: the default group, and those of a model that is split in it
+
+
+def set_current(parallel: Parallelism) -> None:
+    """What is asked for below. A whole model changes nothing: a script may have one beside a split one."""
+    if parallel.parts is not None:
+        _split[:] = [(comm.get_world_group(), parallel)]
+
+
+def _current() -> Parallelism:
+    if _split and _split[0][0] is comm.get_world_group():
+        return _split[0][1]
+    return Parallelism(None, None, comm.get_rank(), comm.get_world_size())
+
+
+def get_data_parallel_group() -> Any:
+    """Ranks that see different data; None without a process group."""
+    return process.handle_of(_current().data) if comm.is_initialized() else None
+
+
+def get_data_parallel_rank() -> int:
+    """Among them."""
+    return _current().rank
+
+
+def get_data_parallel_world_size() -> int:
+    """How many."""
+    return _current().size
+
+
+def get_model_parallel_group() -> Any:
+    """Ranks that split the layers of one model among them; None where they are whole."""
+    return _current().parts
+
+
+def get_model_parallel_rank() -> int:
+    """Among them."""
+    group = get_model_parallel_group()
+    return 0 if group is None else process.place_in(group)[0]
+
+
+def get_model_parallel_world_size() -> int:
+    """How many."""
+    group = get_model_parallel_group()
+    return 1 if group is None else process.place_in(group)[1]
+
+
+def get_tensor_model_parallel_src_rank() -> int:
+    """The first of them, by its rank among all."""
+    group = get_model_parallel_group()
+    return comm.get_rank() if group is None else comm.get_global_rank(group, 0)
+
+
+get_tensor_model_parallel_group = get_model_parallel_group
+get_tensor_model_parallel_rank = get_model_parallel_rank
+get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def __getattr__(name: str) -> Any:
+    """DeepSpeed has each with an underscore in front, too."""
+    plain = name.removeprefix("_")
+    if plain != name and plain.startswith("get_") and plain in globals():
+        return globals()[plain]
+    raise AttributeError(
+        f"deepspeed.utils.groups has no {name!r} here: ranks see different data, or split layers; there are no expert "
+        f"and no sequence groups"
+    )

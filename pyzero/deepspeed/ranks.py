@@ -1,0 +1,55 @@
+"""Who holds what, by DeepSpeed's names: of the engine, as deepspeed.utils.groups has it of a whole script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyzero.comm import process
+from pyzero.deepspeed import comm
+from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.parallel import Parallelism
+
+
+class EngineRanks:
+    """A part of Engine."""
+
+    config: Config
+    parallel: Parallelism
+
+    @property
+    def mp_world_size(self) -> int:
+        """Ranks that split the layers of one model among them."""
+        return 1 if self.parallel.parts is None else process.place_in(self.parallel.parts)[1]
+
+    def autotp_size(self) -> int:
+        """The config's tensor_parallel.autotp_size; 0: none."""
+        return self.config.tensor_parallel.autotp_size
+
+    def get_data_parallel_group(self) -> Any:
+        """Ranks that see different data; None without a process group."""
+        return process.handle_of(self.parallel.data) if comm.is_initialized() else None
+
+    def get_data_parallel_rank(self) -> int:
+        """Among them."""
+        return self.parallel.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many."""
+        return self.parallel.size
+
+    def get_model_parallel_group(self) -> Any:
+        """Ranks that split the layers of one model among them; None where they are whole."""
+        return self.parallel.parts
+
+    def get_model_parallel_rank(self) -> int:
+        """Among them."""
+        return 0 if self.parallel.parts is None else process.place_in(self.parallel.parts)[0]
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many."""
+        return self.mp_world_size
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """What accelerate saves of split layers. Collective; empty but on rank 0, as DeepSpeed's."""
+        state: dict[str, Any] = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)  # type: ignore[attr-defined]
+        return state

@@ -1,0 +1,219 @@
+"""config.tensor_parallel: a mesh of data and tensor dimension, and the model split over the latter by torch."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyzero.comm import process
+from pyzero.comm.group import Group
+from pyzero.deepspeed import comm, groups
+from pyzero.deepspeed.parallel import Parallelism, parallelism_of
+from pyzero.deepspeed.sections import TensorParallelSection
+from pyzero.deepspeed.tp_plan import Cut, check_sizes, plan_of, shared_by
+from pyzero.sharding.local_param import is_dtensor, local_of
+
+log = logging.getLogger("pyzero")
+
+_asked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by tp_model_init
+_meshes: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # of a default group, by size
+
+
+def tp_model_init(
+    model: nn.Module, tp_size: int, dtype: torch.dtype | None = None, config: Any = None, **kwargs: Any
+) -> nn.Module:
+    """Have initialize() split this model over that many ranks, as `tensor_parallel.autotp_size` does. Collective.
+
+    Args:
+        model: Or a part of the one that initialize() gets.
+        tp_size: Ranks that share a layer.
+        dtype: Of its weights from now on; None: they stay.
+        config: Ignored, as is what follows; initialize() gets it.
+        **kwargs: Ignored.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The ranks are no multiple of tp_size.
+    """
+    process.join()
+    if tp_size > 1:
+        groups.set_current(parallelism_of(_mesh_over(tp_size), None))
+        _asked[model] = tp_size
+    return model.to(dtype=dtype)
+
+
+def set_autotp_mode(training: bool = False, **kwargs: Any) -> None:
+    """Nothing: initialize() splits, and models are built as ever."""
+
+
+def size_for(model: nn.Module, section: TensorParallelSection) -> int:
+    """Ranks that are to share a layer: the config's, or what tp_model_init() was told of the model or a part of it.
+
+    Raises:
+        ValueError: Two sizes.
+    """
+    sizes = {_asked[module] for module in model.modules() if module in _asked} | {section.size()} - {1}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"got {' and '.join(map(str, sorted(sizes)))} tensor-parallel ranks from tp_model_init() and "
+            f"tensor_parallel.autotp_size, wanted one size; give both the same"
+        )
+    return next(iter(sizes), 1)
+
+
+def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
+    """Data and tensor dimension over all ranks, or those that the caller has.
+
+    Raises:
+        ValueError: The ranks are no multiple of size, or the caller's groups are of another.
+    """
+    if mesh is not None or mpu is not None:
+        parallel = parallelism_of(mesh, mpu)
+        found = 1 if parallel.model is None else process.place_in(parallel.model)[1]
+        if found != size:
+            raise ValueError(
+                f"expected {'mesh' if mpu is None else 'mpu'} with {size} tensor-parallel ranks, as "
+                f"tensor_parallel.autotp_size says, got {found}; make them agree"
+            )
+        return parallelism_of(_mesh_of(parallel) if mesh is None else mesh, None)
+    return replace(parallelism_of(_mesh_over(size), None), counts_parts=True)
+
+
+def _mesh_over(size: int) -> Any:
+    """Of all ranks: neighbours share a layer. One for each size, for its groups are never given back."""
+    from torch.distributed.device_mesh import init_device_mesh  # half a second
+
+    num_ranks = comm.get_world_size()
+    if num_ranks % size:
+        raise ValueError(
+            f"expected a multiple of {size} ranks, as tensor_parallel.autotp_size says, got {num_ranks}; start the "
+            f"script by torchrun --nproc-per-node {size}, or change it"
+        )
+    made = _meshes.setdefault(comm.get_world_group(), {})
+    if size not in made:
+        made[size] = init_device_mesh(process.device().type, (num_ranks // size, size), mesh_dim_names=("dp", "tp"))
+    return made[size]
+
+
+def _mesh_of(parallel: Parallelism) -> Any:
+    """Of an mpu's groups, which have all ranks together. Collective."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    places: list[Any] = [None] * comm.get_world_size()
+    comm.all_gather_object(places, (parallel.rank, process.place_in(parallel.model)[0]))
+    ranks = [rank for _, rank in sorted((place, rank) for rank, place in enumerate(places))]
+    if len(set(places)) < len(places) or len(ranks) % parallel.size:
+        raise ValueError(
+            "expected mpu with data and tensor-parallel groups that have all ranks together, got others; split the "
+            "model by yourself, and leave out tensor_parallel"
+        )
+    table = torch.tensor(ranks, device="cpu").reshape(parallel.size, -1)
+    handles = [process.handle_of(parallel.data), parallel.model]
+    return DeviceMesh.from_group(handles, process.device().type, table, mesh_dim_names=("dp", "tp"))
+
+
+# ---- the split -------------------------------------------------------------------------------------------------------
+
+
+def split(
+    model: nn.Module, parallel: Parallelism, section: TensorParallelSection, given: Mapping[str, Any] | None
+) -> None:
+    """Split a model over its tensor-parallel ranks, with the first one's weights, and bring it to their devices.
+
+    Parameters become DTensors, others stay. The first forward checks that the ranks have the same inputs, and random
+    numbers are the first one's from now on, for dropout. Nothing is done to a model that has DTensors.
+
+    Raises:
+        ValueError, TypeError: See tp_plan.
+    """
+    if any(is_dtensor(param) for param in model.parameters()):
+        return
+    cuts = plan_of(model, section, given)
+    mesh = parallel.tensor
+    check_sizes(model, cuts, mesh.size())
+    _apply(model, cuts, mesh)
+    model.to(process.device())
+    group = Group(parallel.model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_dtensor(tensor) or all(p.is_replicate() for p in tensor.placements):  # type: ignore[attr-defined]
+            group.broadcast(local_of(tensor.detach()))
+    _share_random_numbers(parallel.model)
+    _check_first_inputs(model, group)
+    if comm.get_rank() == 0:
+        counted = "; train_batch_size counts all of them" if parallel.counts_parts else ""
+        log.info("config: tensor_parallel: %d layers split over %d ranks each%s", len(cuts), mesh.size(), counted)
+
+
+def _apply(model: nn.Module, cuts: list[Cut], mesh: Any) -> None:
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    shared = shared_by(model)
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    for cut in cuts:
+        parallelize_module(cut.module, mesh, _style_of(cut.style) if isinstance(cut.style, str) else cut.style)
+    for places in shared.values():
+        (first, name), *others = places
+        for module, other in others:
+            module._parameters[other] = first._parameters[name]
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in frozen)
+
+
+def _style_of(name: str) -> Any:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+
+    if name == "colwise":
+        return ColwiseParallel()
+    if name == "rowwise":
+        return RowwiseParallel()
+    if name in ("colwise_rep", "colwise_gather_output", "embedding_colwise"):
+        return ColwiseParallel(output_layouts=Replicate())
+    if name in ("rowwise_rep", "rowwise_split_input", "embedding_rowwise"):
+        return RowwiseParallel(input_layouts=Replicate())
+    # A norm of each head, on this rank's heads: of the dimensions (..., heads, width) the heads are split, and the
+    # gradient of the weight, which all have, is a partial sum.
+    return SequenceParallel(sequence_dim=-2, use_local_output=True)
+
+
+def _share_random_numbers(handle: Any) -> None:
+    """What all ranks of a layer compute alike must drop the same elements."""
+    on_gpu = process.device().type == "cuda"
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
+    comm.broadcast_object_list(states, comm.get_global_rank(handle, 0), handle)
+    torch.set_rng_state(states[0])
+    if on_gpu:
+        torch.cuda.set_rng_state(states[1])
+
+
+def _check_first_inputs(model: nn.Module, group: Group) -> None:
+    """A loader over all ranks gives each another sample, of which the ranks of a layer would mix up parts."""
+
+    def compare(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        hook.remove()
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and not is_dtensor(leaf)]
+        mine = [(tuple(tensor.shape), _digest(tensor)) for tensor in tensors]
+        if any(other != mine for other in group.gather_objects(mine, "the comparison of first inputs")):
+            raise ValueError(
+                f"expected the same inputs on the {group.size} tensor-parallel ranks of a model, got different ones; "
+                f"take the data loader of initialize(training_data=), or DistributedSampler(dataset, "
+                f"engine.dp_world_size, engine.dp_rank)"
+            )
+
+    hook = model.register_forward_pre_hook(compare, with_kwargs=True)
+
+
+def _digest(tensor: Tensor) -> int:
+    return zlib.crc32(bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))

@@ -1,0 +1,202 @@
+"""Which layers of a model are split over tensor-parallel ranks, and how: its own plan, the config's or the caller's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyzero.deepspeed.sections import PartitionSection, TensorParallelSection
+
+# transformers' names of what torch.distributed.tensor.parallel has, by what is cut of the weight.
+_ROWS = ("colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise")  # dimension 0
+_COLUMNS = ("rowwise", "rowwise_rep", "rowwise_split_input", "embedding_colwise")  # dimension 1
+_GRADS = "replicated_with_grad_allreduce"
+_WHOLE = "replicate"
+STYLES = (*_ROWS, *_COLUMNS, _GRADS, _WHOLE)
+
+_OF_SPECS = {"column": "colwise", "row": "rowwise", "skip": _WHOLE}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One layer and its style: one of STYLES, or a ParallelStyle of torch."""
+
+    name: str
+    module: nn.Module
+    style: Any
+
+    @property
+    def dim(self) -> int | None:
+        """Of its weight, that is cut; None: not one of STYLES, or it is left whole."""
+        if not isinstance(self.style, str):
+            return None
+        return 0 if self.style in _ROWS else 1 if self.style in _COLUMNS else None
+
+
+def plan_of(model: nn.Module, section: TensorParallelSection, given: Mapping[str, Any] | None) -> list[Cut]:
+    """The layers to cut: as given, else as the config's partition_config says, else as the model does.
+
+    A layer whose weight is another's too is cut where the other is alike, and left whole otherwise.
+
+    Raises:
+        ValueError: There is no plan, or none of its layers, or a style that is not one of STYLES.
+    """
+    if given is not None:
+        cuts = _matched(model, ((_as_pattern(name), style) for name, style in given.items()))
+        _check_all_used(model, given)
+    elif section.partition_config is not None:
+        cuts = _of_specs(model, section.partition_config, section.preset_model is not None)
+    else:
+        cuts = _of_model(model)
+    cuts = [cut for cut in cuts if cut.style != _WHOLE]
+    for cut in cuts:
+        if isinstance(cut.style, str) and cut.style not in STYLES:
+            raise ValueError(
+                f"expected a style of {', '.join(STYLES)}, got {cut.style!r} for {cut.name}; pass "
+                f"initialize(tp_plan=) without it, whose values may also be torch's ParallelStyle"
+            )
+    if not cuts:
+        raise ValueError(
+            f"expected a plan of how to split {type(model).__name__}, got none from the model, as transformers' "
+            f"base_model_tp_plan is one; pass initialize(tp_plan={{'layers.*.up': 'colwise', 'layers.*.down': "
+            f"'rowwise'}}), or set tensor_parallel.partition_config"
+        )
+    return _without_half_tied(model, cuts)
+
+
+def check_sizes(model: nn.Module, cuts: list[Cut], size: int) -> None:
+    """Whether that many ranks get alike parts.
+
+    Raises:
+        ValueError: A layer, or the heads of attention, that they do not divide.
+        TypeError: A layer that torch does not split.
+    """
+    for cut in cuts:
+        if cut.dim is not None and not isinstance(cut.module, (nn.Linear, nn.Embedding)):
+            raise TypeError(
+                f"expected nn.Linear or nn.Embedding to split, got {type(cut.module).__name__} at {cut.name}; pass "
+                f"initialize(tp_plan=) without it"
+            )
+        width = {"colwise": "out_features", "rowwise": "in_features"}.get(str(cut.style))
+        found = getattr(cut.module, width, size) if width else size
+        if found % size:
+            raise ValueError(
+                f"expected {width} of {cut.name} that {size} tensor-parallel ranks divide, got {found}; change "
+                f"tensor_parallel.autotp_size"
+            )
+    for owner in _with_plans(model):
+        config: Any = getattr(owner, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for heads in ("num_attention_heads", "num_key_value_heads"):
+            found = getattr(config, heads, None)
+            if isinstance(found, int) and found % size:
+                raise ValueError(
+                    f"expected {heads} that {size} tensor-parallel ranks divide, got {found} of "
+                    f"{type(owner).__name__}; change tensor_parallel.autotp_size"
+                )
+
+
+def _matched(model: nn.Module, rules: Any) -> list[Cut]:
+    """The first rule counts."""
+    known = list(rules)
+    found = []
+    for name, module in model.named_modules():
+        style = next((style for pattern, style in known if pattern(name)), None)
+        if style is not None:
+            found.append(Cut(name, module, style))
+    return found
+
+
+def _as_pattern(name: str) -> Callable[[str], Any]:
+    """Of a dotted name, in which * stands for one part."""
+    return re.compile(re.escape(name).replace(r"\*", r"[^.]+")).fullmatch
+
+
+def _check_all_used(model: nn.Module, given: Mapping[str, Any]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for name in given:
+        if not any(map(_as_pattern(name), names)):
+            raise ValueError(f"got {name!r} in tp_plan, which is no module of the model; see model.named_modules()")
+
+
+def _of_specs(model: nn.Module, partition: PartitionSection, has_preset: bool) -> list[Cut]:
+    """DeepSpeed's, whose patterns are of parameters' names."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", "")).lower()
+    rules = []
+    for spec in partition.layer_specs:
+        style = _OF_SPECS[spec.partition_type]
+        style = "colwise_gather_output" if spec.gather_output and style == "colwise" else style
+        if spec.model_types is None or kind in [name.lower() for name in spec.model_types]:
+            rules += [(_of_weight(pattern), style) for pattern in spec.patterns]
+    cuts = _matched(model, rules)
+    cuts = [cut for cut in cuts if isinstance(getattr(cut.module, "weight", None), Tensor)]
+    own = _of_model(model) if has_preset and partition.use_default_specs else []
+    return [*cuts, *(cut for cut in own if cut.name not in {other.name for other in cuts})]
+
+
+def _of_weight(pattern: str) -> Callable[[str], Any]:
+    compiled = re.compile(pattern)
+    return lambda name: compiled.match(f"{name}.weight")
+
+
+def _of_model(model: nn.Module) -> list[Cut]:
+    """transformers', of the model or of those in it: a wrapper has none of its own."""
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for owner in _with_plans(model):
+        prefix = f"{names[owner]}." if names[owner] else ""
+        plan = [(_as_pattern(f"{prefix}{name}"), style) for name, style in _plan_in(owner).items()]
+        found += _matched(model, plan)
+        _check_experts(owner)
+    return found
+
+
+def _check_experts(owner: nn.Module) -> None:
+    """A plan names stacked weights of experts, too, which are no layers."""
+    params = dict(owner.named_parameters())
+    for name, style in _plan_in(owner).items():
+        experts = next(filter(_as_pattern(name), params), None)
+        if experts is not None and style != _WHOLE:
+            raise ValueError(
+                f"expected layers to split, got the stacked weights {experts} ({style}) in the plan of "
+                f"{type(owner).__name__}: experts are not split here; pass initialize(tp_plan=) of its other layers"
+            )
+
+
+def _plan_in(module: nn.Module) -> dict[str, str]:
+    plan = getattr(module, "tp_plan", None) or getattr(module, "_tp_plan", None)
+    return plan if isinstance(plan, dict) else {}
+
+
+def _with_plans(model: nn.Module) -> Iterator[Any]:
+    """The outermost modules that have a plan: it holds for those below."""
+    if _plan_in(model):
+        yield model
+    else:
+        for child in model.children():
+            yield from _with_plans(child)
+
+
+def _without_half_tied(model: nn.Module, cuts: list[Cut]) -> list[Cut]:
+    """Of those that share a weight all, or none: a weight lies in one way."""
+    of_module = {cut.module: cut for cut in cuts}
+    whole: set[nn.Module] = set()
+    for sharing in shared_by(model).values():
+        dims = {None if of_module.get(module) is None else of_module[module].dim for module, _ in sharing}
+        if dims == {None} or len(dims) > 1:
+            whole.update(module for module, _ in sharing)
+    return [cut for cut in cuts if cut.module not in whole]
+
+
+def shared_by(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
+    """The places of each parameter that has several."""
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                places.setdefault(param, []).append((module, name))
+    return {param: found for param, found in places.items() if len(found) > 1}
