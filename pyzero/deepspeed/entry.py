@@ -30,7 +30,7 @@ from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
 from pyzero.deepspeed.utils import RepeatingLoader
-from pyzero.deepspeed.zero import mark_sharded
+from pyzero.deepspeed.sharded_param import ShardedParam, gather_, mark_sharded
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
@@ -121,6 +121,8 @@ def initialize(
     if settings.zero_optimization.stage == 3 and parallel.size > 1:
         sharded = _shard(model, optimizer, settings, parallel)
         given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
+    else:
+        _gather(model)
     ours: Any = None
     schedule: Any = None
     if trains:
@@ -222,8 +224,22 @@ def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Paralleli
             f"whole weights; pass a function from parameters to it, or a torch optimizer"
         )
     sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype())
-    mark_sharded(param for param in dict.fromkeys(sharded.values()) if is_dtensor(param))
+    for param in dict.fromkeys(sharded.values()):
+        if is_dtensor(param):
+            mark_sharded(param)
     return sharded
+
+
+def _gather(model: nn.Module) -> None:
+    """What zero.Init has sharded, and stage 3 will not."""
+    sharded = [param for param in model.parameters() if isinstance(param, ShardedParam)]
+    if sharded:
+        log.warning(
+            "zero.Init has sharded %d weights, which are put together again: pass it the config, whose stage is below 3",
+            len(sharded),
+        )
+    for param in sharded:
+        gather_(param)
 
 
 def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:

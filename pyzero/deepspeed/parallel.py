@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
+from pyzero.deepspeed.sharded_param import ShardedParam
 from pyzero.sharding.local_param import local_of
+from pyzero.sharding.modules import put_shards
 
 log = logging.getLogger("pyzero")
 
@@ -131,17 +133,26 @@ def shard(
     parameter where weights and masters would be 6. Gradients are averaged, and accumulated, in fp32.
 
     Args:
-        model: On its device, with rank 0's weights after this.
+        model: On its device, with rank 0's weights after this. What zero.Init has sharded is not put together.
         parallel: Whose ranks.
         dtype: That the model computes in; None: its own.
         reduce_dtype: That gradients are sent in; None: fp32.
+
+    Raises:
+        ValueError: zero.Init has sharded over other ranks.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     group = Group(parallel.data)
     for tensor in (*model.parameters(), *model.buffers()):
-        group.broadcast(local_of(tensor.detach()))
+        if not isinstance(tensor, ShardedParam):
+            group.broadcast(local_of(tensor.detach()))
+        elif tensor.rows.group.members() != group.members():
+            raise ValueError(
+                f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got ranks "
+                f"{tensor.rows.group.members()}; pass it the same group as data_parallel_group=, or mpu="
+            )
     before = dict(model.named_parameters(remove_duplicate=False))
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
@@ -151,12 +162,29 @@ def shard(
     )
     mesh = parallel.mesh or DeviceMesh.from_group(process.handle_of(parallel.data), process.device().type)
     blocks = blocks_of(model)
+    rows = _take_rows(model)
     for block in (*blocks, model):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    put_shards(model, {name: rows[id(param)] for name, param in before.items() if id(param) in rows})
     if group.rank == 0:
         log.info("config: stage 3: fully_shard on %d blocks and the rest, over %d ranks", len(blocks), group.size)
     after = dict(model.named_parameters(remove_duplicate=False))
     return {before[name]: after[name] for name in before}
+
+
+def _take_rows(model: nn.Module) -> dict[int, Tensor]:
+    """Of parameters that zero.Init has sharded, by id, which give place to others without memory."""
+    rows: dict[int, Tensor] = {}
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if isinstance(param, ShardedParam):
+                if id(param) not in rows:
+                    meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
+                    empty[id(param)] = nn.Parameter(meta, requires_grad=param.requires_grad)
+                    rows[id(param)] = param.take_rows()
+                setattr(module, name, empty[id(param)])
+    return rows
 
 
 def _widen(model: nn.Module, dtype: torch.dtype) -> None:

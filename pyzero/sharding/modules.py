@@ -104,6 +104,20 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
     return found
 
 
+@torch.no_grad()
+def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
+    """This rank's rows of parameters that fully_shard has made of meta tensors. shards: by name, unpadded."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    of_param = {params[name]: local for name, local in shards.items()}
+    for module in model.modules():
+        for record in (record for group in _fsdp_groups(module) for record in group.fsdp_params):
+            old = record.sharded_param
+            if old in of_param:
+                local = record.to_sharded_dtensor(of_param[old].to(record.device))
+                record._setattr_on_modules(nn.Parameter(local, requires_grad=old.requires_grad))
+                record.reset_sharded_param()  # torch's own, which pads
+
+
 def reshard(model: nn.Module) -> None:
     """Have modules of fully_shard show their shards: after a forward without a backward some show whole weights."""
     module: Any

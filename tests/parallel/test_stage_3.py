@@ -133,8 +133,7 @@ def test_checkpoints_go_between_stages(ranks, tmp_path, before, after):
 
 
 def gathered(group: Any) -> dict[str, Any]:
-    with zero.Init():
-        engine = start(3, "fp32")
+    engine = start(3, "fp32")
     layer = engine.module.first
     param = layer.weight
     with zero.GatheredParameters(param):
