@@ -29,8 +29,8 @@ from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
-from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.deepspeed.sharded_param import ShardedParam, gather_, mark_sharded
+from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
@@ -235,7 +235,7 @@ def _gather(model: nn.Module) -> None:
     sharded = [param for param in model.parameters() if isinstance(param, ShardedParam)]
     if sharded:
         log.warning(
-            "zero.Init has sharded %d weights, which are put together again: pass it the config, whose stage is below 3",
+            "zero.Init has sharded %d weights, put together again below stage 3: pass it this config",
             len(sharded),
         )
     for param in sharded:

@@ -150,7 +150,7 @@ def shard(
             group.broadcast(local_of(tensor.detach()))
         elif tensor.rows.group.members() != group.members():
             raise ValueError(
-                f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got ranks "
+                f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got "
                 f"{tensor.rows.group.members()}; pass it the same group as data_parallel_group=, or mpu="
             )
     before = dict(model.named_parameters(remove_duplicate=False))

@@ -2,8 +2,8 @@
 
 A parameter stays the same object. While it is sharded its class is another, whose torch functions come here, and its
 memory is one element. Writes (`normal_`, `copy_`, `w[0] = 0`, through views too) act on the whole weight, put together
-for as long, and all ranks take what rank 0's has become. So do reads, of `w.data` or under no_grad(): both are collective.
-Anything else is taken for a forward, and is an error.
+for as long, and all ranks take what rank 0's has become. So do reads, of `w.data` or under no_grad(): both are
+collective. Anything else is taken for a forward, and is an error.
 """
 
 from __future__ import annotations
@@ -151,7 +151,16 @@ _VIEWS = {
 _CONVERSIONS = {"to", "half", "float", "double", "bfloat16", "cuda", "cpu", "contiguous"}
 _SHAPES = {  # what looks at shape, dtype and device alone
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
-    *("is_floating_point", "is_complex", "is_contiguous", "is_signed", "is_same_size", "get_device", "type", "__hash__"),
+    *(
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_signed",
+        "is_same_size",
+        "get_device",
+        "type",
+        "__hash__",
+    ),
     *("requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook", "is_pinned", "is_shared"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like"),
     *("full_like", "rand_like", "randn_like", "_has_compatible_shallow_copy_type", "data_ptr", "untyped_storage"),

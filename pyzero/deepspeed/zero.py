@@ -18,6 +18,7 @@ from pyzero.sharding import modules
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
 from pyzero.sharding.modules import ShardedPlace
 
+
 def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: Any) -> Any:
     """The function itself. transformers puts another in its place, so that DeepSpeed leaves torch.arange alone."""
     return function
@@ -48,8 +49,8 @@ class GatheredParameters:
     """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
 
     In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
-    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` and `load_state_dict()` of a
-    module are of shards in here too, for torch reshards it first.
+    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` of a module has copies, and is
+    sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for torch reshards it first.
 
     Args:
         params: A parameter, several, or a module's.
@@ -66,7 +67,7 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        self._params = [params] if isinstance(params, Tensor) else list(params)
+        self._params = [params] if isinstance(params, Tensor) else [param for param in params if param is not None]
         self._enabled = enabled
         self._source = modifier_rank
         self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
@@ -83,6 +84,7 @@ class GatheredParameters:
             self._places = {param: known[param] for param in fresh if param in known}
             for owner in self._owners():
                 owner.unshard()
+            self._stack.enter_context(modules.whole_state_dicts(self._owners()))
             for param, place in self._places.items():
                 param.gathered_in = place
                 param.ds_status = ZeroParamStatus.AVAILABLE

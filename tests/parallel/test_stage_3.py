@@ -132,6 +132,43 @@ def test_checkpoints_go_between_stages(ranks, tmp_path, before, after):
         assert all(close)
 
 
+def local_access(engine: Any) -> None:
+    """This rank's rows of what the other functions give whole."""
+    model, param = engine.module, engine.module.blocks[0].mid.weight  # 9 rows on 4 ranks
+    rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    assert utils.safe_get_local_grad(param) is None
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(engine(case.batch(3)).sum())
+    whole = utils.safe_get_full_grad(param)
+    local = utils.safe_get_local_grad(param)
+    assert torch.equal(local, whole[rows]) and local.shape == param.to_local().shape
+    utils.safe_set_local_grad(param, local + dist.get_rank())
+    changed = utils.safe_get_full_grad(param)
+    assert torch.equal(changed, whole + torch.arange(9)[:, None] // 3)
+    for name in ("fp32_param", "exp_avg", "exp_avg_sq"):
+        whole = utils.safe_get_full_optimizer_state(param, name)
+        assert torch.equal(utils.safe_get_local_optimizer_state(param, name), whole[rows])
+        utils.safe_set_local_optimizer_state(param, whole[rows] + 1, name)
+        assert torch.equal(utils.safe_get_full_optimizer_state(param, name), whole + 1)
+    assert torch.equal(utils.safe_get_local_fp32_param(param), param.to_local()) and torch.equal(
+        case.whole(param)[:1], utils.safe_get_full_fp32_param(param)[:1]
+    )
+    utils.safe_set_local_fp32_param(param, param.to_local() * 0)
+    assert not case.whole(param).any() and utils.safe_get_local_optimizer_state(param, "other") is None
+    with pytest.raises(ValueError, match="expected master of shape"):
+        utils.safe_set_local_fp32_param(param, torch.zeros(1))
+    engine.zero_grad()
+    with zero.GatheredParameters(list(model.parameters())):
+        saved = model.state_dict() if dist.get_rank() == 1 else {}  # one rank, as scripts save
+    assert set(saved) in (set(), set(dict(model.named_parameters())))
+    shards = model.state_dict()
+    for name, value in saved.items():
+        assert type(value) is torch.Tensor and "DTensor" in type(shards[name]).__name__
+    everyones: list[Any] = [saved]
+    dist.broadcast_object_list(everyones, src=1)
+    assert all(torch.equal(value, case.whole(shards[name])) for name, value in everyones[0].items())
+
+
 def gathered(group: Any) -> dict[str, Any]:
     engine = start(3, "fp32")
     layer = engine.module.first
@@ -145,6 +182,7 @@ def gathered(group: Any) -> dict[str, Any]:
     after = utils.safe_get_full_fp32_param(param)
     utils.safe_set_full_fp32_param(param, torch.full(param.shape, 7.0))
     engine.empty_partition_cache()
+    local_access(engine)
     return {"read": read, "after": after, "set": case.whole(param), "blocks": type(engine.module.blocks[0]).__name__}
 
 

@@ -165,7 +165,11 @@ def edges(group: Any) -> None:
     assert inner.weight.dtype == inner.weight.rows.local.dtype == torch.bfloat16 and outer.weight.dtype == torch.float32
     assert "Sharded" in repr(outer.weight) + f"{outer.weight}" and nn.Linear(3, 3).weight.shape == outer.weight.shape
 
-    for use in (lambda: layer(torch.ones(3)), lambda: layer.weight * 2, lambda: torch.save(layer.state_dict(), io.BytesIO())):
+    for use in (
+        lambda: layer(torch.ones(3)),
+        lambda: layer.weight * 2,
+        lambda: torch.save(layer.state_dict(), io.BytesIO()),
+    ):
         with pytest.raises(RuntimeError, match="that zero.Init has sharded, wanted .* whole"):
             use()
     read = layer.weight.data.clone()
