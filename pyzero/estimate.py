@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
 from pyzero.gradients.local import IN_PLACE_NUMEL
+from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
@@ -84,7 +85,8 @@ def estimate(
     Args:
         model: A module or its parameters; on the meta device too. Frozen ones count as weights alone.
         num_ranks: Of the process group.
-        stage: 1 or 2.
+        stage: 1 to 3. In 3, of a module, counted is what initialize() makes of it: shards of weights are fp32, and their
+            own masters; dtypes are those that the model computes in.
         bucket_cap_mb: As FusedZeroAdam's.
         reduce_grads: As FusedZeroAdam's.
         rule: The update rule; default: Adam's.
@@ -94,6 +96,9 @@ def estimate(
     Raises:
         ValueError: An argument out of range.
     """
+    if stage == 3 and num_ranks > 1:
+        return _of_blocks(model, num_ranks, bucket_cap_mb, rule or AdamRule(), cpu_offload)
+    stage = 2 if stage == 3 else stage
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
     on_gpu = cpu_offload or any(param.device.type == "cuda" for param in params)
@@ -141,6 +146,70 @@ def estimate_numel(
     return replace(found, buckets=max(found.buckets, _whole_blocks(own, dtype, num_blocks)), num_params=num_params)
 
 
+def _of_blocks(
+    model: nn.Module | Iterable[Tensor], num_ranks: int, bucket_cap_mb: float | None, rule: UpdateRule, offload: bool
+) -> Estimate:
+    """Stage 3: shards of one rank, and what a backward gathers beside them."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("expected a module for stage 3, whose blocks count, got parameters; pass the module")
+    params = list(model.parameters())
+    on_gpu = offload or any(param.device.type == "cuda" for param in params)
+    shapes = [(_rows(param, num_ranks), _FP32, param.requires_grad) for param in params]
+    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, rule, on_gpu, offload, "auto")
+    worst = _gathered_at_most(model, num_ranks)
+    held = found.gradients
+    return replace(found, buckets=max(found.buckets, worst - held), num_params=sum(param.numel() for param in params))
+
+
+def _rows(param: Tensor, num_ranks: int) -> int:
+    """Elements of a shard, with padding."""
+    return -(-param.shape[0] // num_ranks) * (param.numel() // param.shape[0])
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of what fully_shard gathers at once."""
+
+    weights: int  # whole
+    grads: int  # whole, in the same dtype
+    sent: int  # the same in fp32, padded
+    shards: int  # of gradients
+
+    @staticmethod
+    def of(params: Iterable[Tensor], num_ranks: int) -> _Gathered:
+        held = list(params)
+        trained = [param for param in held if param.requires_grad]
+        return _Gathered(
+            weights=sum(param.numel() * param.element_size() for param in held),
+            grads=sum(param.numel() * param.element_size() for param in trained),
+            sent=_FP32 * num_ranks * sum(_rows(param, num_ranks) for param in trained),
+            shards=_FP32 * sum(_rows(param, num_ranks) for param in trained),
+        )
+
+
+def _gathered_at_most(model: nn.Module, num_ranks: int) -> int:
+    """The most bytes in a backward, of gradients too, block by block from the last one.
+
+    The rest of the model is whole from its forward on. A block is at work with its gradient, the next is gathered
+    ahead, and the gradient of the one before lies in fp32 where it was sent from.
+    """
+    blocks = blocks_of(model)
+    in_blocks = {param for block in blocks for param in block.parameters()}
+    names = [param for param in model.parameters()]
+    first = next((place for place, param in enumerate(names) if param in in_blocks), len(names))
+    rest = _Gathered.of((param for param in names if param not in in_blocks), num_ranks)
+    early = _Gathered.of((param for param in names[first:] if param not in in_blocks), num_ranks).grads
+    groups = [_Gathered.of(block.parameters(), num_ranks) for block in reversed(blocks)]
+    worst, shards, sent = 0, 0, 0
+    for place, group in enumerate(groups):
+        ahead = groups[place + 1].weights if place + 1 < len(groups) else 0
+        worst = max(worst, rest.weights + early + shards + sent + group.weights + group.grads + ahead)
+        worst = max(worst, rest.weights + early + shards + group.grads + group.sent + ahead + group.shards)
+        shards, sent = shards + group.shards, group.sent
+    worst = max(worst, shards + sent + rest.weights + rest.grads)
+    return max(worst, shards + rest.grads + rest.sent + rest.shards)
+
+
 def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tuple[int, int, bool]]:
     """Shapes of parameters that fill the buckets."""
     whole = max(bucket_bytes // element_bytes // GRANULE * GRANULE, GRANULE)
@@ -166,10 +235,7 @@ def _estimate(
     transport: str,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
-        raise ValueError(
-            f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them, or call "
-            f"estimate_numel for stage 3"
-        )
+        raise ValueError(f"expected num_ranks from 1 and stage 1 to 3, got {num_ranks} and {stage}; correct them")
     keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]

@@ -104,7 +104,8 @@ def initialize(
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
     settings = _settings_of(config, config_params, *of_args)
-    joined = dist_init_required is not False and process.join()
+    backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
+    joined = dist_init_required is not False and process.join(backend)
     is_pipeline = isinstance(model, PipelineModule)
     if isinstance(model, PipelineModule):
         parallel = _of_pipeline(model, settings, mesh, mpu)
@@ -202,6 +203,11 @@ def _remark(config: Config, trains: bool) -> None:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
     if trains and config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
         log.info("config: gradient_clipping is not given: nothing is clipped, where DeepSpeed clips to a norm of 1.0")
+    if config.zero_optimization.offloads_params():
+        if config.zero_optimization.stage < 3:
+            log.warning("config: zero_optimization.offload_param: weights stay on their device below stage 3")
+        elif process.device().type == "cpu":
+            log.info("config: zero_optimization.offload_param: nothing to do, for weights lie in memory of the host")
     for line, warns in remarks(config):
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
 
@@ -223,7 +229,8 @@ def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Paralleli
             f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
             f"whole weights; pass a function from parameters to it, or a torch optimizer"
         )
-    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype())
+    offload = config.zero_optimization.offloads_params() and process.device().type != "cpu"
+    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype(), offload)
     for param in dict.fromkeys(sharded.values()):
         if is_dtensor(param):
             mark_sharded(param)

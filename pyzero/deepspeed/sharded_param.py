@@ -96,7 +96,8 @@ def shard_(param: Any, group: Group, dtype: torch.dtype | None = None, device: t
 def _hide(param: Any, rows: Rows, whole: Tensor) -> None:
     param.data = _placeholder(whole)
     param.rows = rows
-    param.__class__ = _sharded(type(param))
+    kind: Any = type(param)
+    param.__class__ = _sharded(kind)
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ class ShardedParam(_Watched, nn.Parameter):
             memo[id(self)] = _copied(self, lambda tensor: tensor.clone(), self.requires_grad)
         return memo[id(self)]
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={_shape(self)}, dtype={self.dtype}, {len(self.rows.local)} rows here)"
 
 
@@ -265,7 +266,7 @@ class ShardedView(_Watched, torch.Tensor):
             view.origin, view.make = tensor, make
         return view
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={_shape(self)}, dtype={self.dtype})"
 
 

@@ -69,8 +69,9 @@ class Init:
         given = config if config_dict_or_path is None else config_dict_or_path
         if not enabled:
             return
-        process.join()
-        if given is not None and load(given).zero_optimization.stage < 3:
+        zero = None if given is None else load(given).zero_optimization
+        process.join(process.backend_to_join(from_host=zero is not None and zero.offloads_params()))
+        if zero is not None and zero.stage < 3:
             log.info("zero.Init: the model is built whole, as without it, for the config's stage is below 3")
         elif process.rank_and_size()[1] == 1:
             log.info("zero.Init: the model is built whole, as without it, for there is one rank")
@@ -129,7 +130,8 @@ def _unwrap_all() -> None:
 
 
 def _below(cls: type) -> Iterator[type]:
-    for child in type.__subclasses__(cls):
+    children: list[type] = type.__subclasses__(cls)
+    for child in children:
         yield child
         yield from _below(child)
 
@@ -166,7 +168,7 @@ def _wrap(cls: type) -> None:
     _replace(cls, "__init__", init)
 
 
-def _init_subclass(cls: type, **kwargs: Any) -> None:
+def _init_subclass(cls: Any, /, **kwargs: Any) -> None:
     """A class that is defined in the context."""
     super(nn.Module, cls).__init_subclass__(**kwargs)
     _wrap(cls)

@@ -140,7 +140,8 @@ def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
         for record in (record for group in _fsdp_groups(module) for record in group.fsdp_params):
             old = record.sharded_param
             if old in of_param:
-                local = record.to_sharded_dtensor(of_param[old].to(record.device))
+                device = torch.device("cpu") if record.offload_to_cpu else record.device
+                local = record.to_sharded_dtensor(of_param[old].to(device))
                 record._setattr_on_modules(nn.Parameter(local, requires_grad=old.requires_grad))
                 record.reset_sharded_param()  # torch's own, which pads
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import pyzero
 from pyzero.deepspeed import comm, parallel, utils, zero
+from pyzero.sharding import modules
 
 SECTIONS = {
     "fp32": {},
@@ -473,6 +474,44 @@ def test_no_sync_reduces_once_a_step(ranks, dtype):
         assert norms == pytest.approx(plain_norms, rel=1e-5)
         for ours, wanted in zip(weights, plain, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=2**-20, atol=1e-4 * case.LR)
+
+
+def offloaded(group: Any) -> None:
+    """What GPUs do with offload_param, on CPUs: fully_shard's policy, whose shards and gradients are on the host."""
+    from pyzero.deepspeed import entry
+
+    for dtype in ("fp32", "fp16"):
+        plain = train(start(3, dtype), range(3))
+        entry.shard = lambda *args: parallel.shard(*args[:4], offload=True)
+        try:
+            engine = start(3, dtype)
+        finally:
+            entry.shard = parallel.shard
+        assert all(record.offload_to_cpu for g in modules._fsdp_groups(engine.module) for record in g.fsdp_params)
+        run = train(engine, range(3))
+        assert torch.equal(run.losses, plain.losses) and torch.equal(run.norms, plain.norms)
+        assert all(torch.equal(a, b) for a, b in zip(run.weights, plain.weights, strict=True))
+    engine.module.zero_grad()
+    parallel.process.backends_of, backends_of = lambda group: {"cuda": "nccl"}, parallel.process.backends_of
+    try:
+        with pytest.raises(ValueError, match="backends {'cuda': 'nccl'}; call init_process_group"):
+            parallel.shard(case.Model(), parallel.parallelism_of(None, None), None, None, offload=True)
+    finally:
+        parallel.process.backends_of = backends_of
+
+
+def test_offloaded_shards_train_to_the_same_bits(ranks):
+    ranks.run(WORLD, offloaded)
+
+
+def test_offload_param_says_what_it_does(caplog):
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
+    for stage, line in ((3, "nothing to do, for weights lie in memory of the host"), (2, "below stage 3")):
+        with caplog.at_level("INFO", logger="pyzero"):
+            zero_section = {"stage": stage, "offload_param": {"device": "cpu"}}
+            pyzero.initialize(model=nn.Linear(2, 2), config={**config, "zero_optimization": zero_section})
+        assert line in caplog.text
+        caplog.clear()
 
 
 def left_unsent(group: Any) -> tuple[str, list[float]]:
