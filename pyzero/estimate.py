@@ -85,8 +85,8 @@ def estimate(
     Args:
         model: A module or its parameters; on the meta device too. Frozen ones count as weights alone.
         num_ranks: Of the process group.
-        stage: 1 to 3. In 3, of a module, counted is what initialize() makes of it: shards of weights are fp32, and their
-            own masters; dtypes are those that the model computes in.
+        stage: 1 to 3. In 3, of a module, counted is what initialize() makes of it: fp32 shards, their own
+            masters; dtypes are those that the model computes in.
         bucket_cap_mb: As FusedZeroAdam's.
         reduce_grads: As FusedZeroAdam's.
         rule: The update rule; default: Adam's.
@@ -143,7 +143,11 @@ def estimate_numel(
         return replace(found, num_params=num_params)
     shapes = _evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu))
     found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, cpu_offload, "auto")
-    return replace(found, buckets=max(found.buckets, _whole_blocks(own, dtype, num_blocks)), num_params=num_params)
+    numel = -(-own // num_blocks)
+    whole = numel * dtype.itemsize
+    block = _Gathered(whole, whole, numel * _FP32, -(-numel // num_ranks) * _FP32)
+    worst = _walk([block] * num_blocks, _Gathered(0, 0, 0, 0), 0)
+    return replace(found, buckets=max(found.buckets, worst - found.gradients), num_params=num_params)
 
 
 def _of_blocks(
@@ -188,26 +192,35 @@ class _Gathered:
 
 
 def _gathered_at_most(model: nn.Module, num_ranks: int) -> int:
-    """The most bytes in a backward, of gradients too, block by block from the last one.
-
-    The rest of the model is whole from its forward on. A block is at work with its gradient, the next is gathered
-    ahead, and the gradient of the one before lies in fp32 where it was sent from.
-    """
+    """The most bytes in a backward, of gradients too. The rest of the model is whole from its forward on."""
     blocks = blocks_of(model)
     in_blocks = {param for block in blocks for param in block.parameters()}
-    names = [param for param in model.parameters()]
-    first = next((place for place, param in enumerate(names) if param in in_blocks), len(names))
-    rest = _Gathered.of((param for param in names if param not in in_blocks), num_ranks)
-    early = _Gathered.of((param for param in names[first:] if param not in in_blocks), num_ranks).grads
-    groups = [_Gathered.of(block.parameters(), num_ranks) for block in reversed(blocks)]
-    worst, shards, sent = 0, 0, 0
-    for place, group in enumerate(groups):
-        ahead = groups[place + 1].weights if place + 1 < len(groups) else 0
-        worst = max(worst, rest.weights + early + shards + sent + group.weights + group.grads + ahead)
-        worst = max(worst, rest.weights + early + shards + group.grads + group.sent + ahead + group.shards)
-        shards, sent = shards + group.shards, group.sent
-    worst = max(worst, shards + sent + rest.weights + rest.grads)
-    return max(worst, shards + rest.grads + rest.sent + rest.shards)
+    params = list(model.parameters())
+    first = next((place for place, param in enumerate(params) if param in in_blocks), len(params))
+    rest = _Gathered.of((param for param in params if param not in in_blocks), num_ranks)
+    behind = _Gathered.of((param for param in params[first:] if param not in in_blocks), num_ranks)
+    return _walk([_Gathered.of(block.parameters(), num_ranks) for block in reversed(blocks)], rest, behind.grads)
+
+
+def _walk(blocks: Sequence[_Gathered], rest: _Gathered, early: int) -> int:
+    """The most bytes in a backward, block by block from the last one.
+
+    A block is at work with its gradient, and the next is gathered ahead; or its gradient lies beside the fp32 copy that
+    is sent, while fully_shard still keeps that of the block before.
+
+    Args:
+        blocks: In the order of backward.
+        rest: What the root gathers.
+        early: Of the gradients of the rest, bytes that come before those of the blocks.
+    """
+    worst = shards = sent = 0
+    for place, block in enumerate(blocks):
+        ahead = blocks[place + 1].weights if place + 1 < len(blocks) else 0
+        always = rest.weights + early + shards + block.grads + ahead
+        worst = max(worst, always + sent + max(block.weights, block.sent), always + block.sent + block.shards)
+        shards, sent = shards + block.shards, block.sent
+    sending = rest.grads + rest.sent + max(sent, rest.shards)
+    return max(worst, shards + max(rest.weights + rest.grads + sent, sending))
 
 
 def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tuple[int, int, bool]]:
@@ -215,12 +228,6 @@ def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tupl
     whole = max(bucket_bytes // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     return [(size, element_bytes, True) for size in sizes]
-
-
-def _whole_blocks(num_params: int, dtype: torch.dtype, num_blocks: int) -> int:
-    """Bytes in a backward: the weights of the block at work and of the next, its gradient, and that in fp32 to send."""
-    block = -(-num_params // num_blocks)
-    return block * ((min(num_blocks, 2) + 1) * dtype.itemsize + _FP32)
 
 
 def _estimate(

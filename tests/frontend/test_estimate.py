@@ -156,7 +156,6 @@ def measure_stage_3(group: Any, dtype: torch.dtype) -> dict[str, int]:
 def test_stage_3_within_three_percent_of_what_is_measured(ranks, dtype):
     predicted = estimate(Net().to(dtype), num_ranks=2, stage=3)
     found = ranks.run(2, measure_stage_3, dtype)
-    print(found, predicted, predicted.idle, predicted.peak)
     for one in found:
         assert one["idle"] == pytest.approx(predicted.idle, rel=WITHIN)
         assert one["after backward"] == pytest.approx(predicted.idle + predicted.gradients, rel=WITHIN)
@@ -172,13 +171,17 @@ def test_zero_papers_numbers():
             assert found.gradients / 7e9 == pytest.approx(4 / num_ranks, rel=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "block_bytes"), [(torch.bfloat16, 3 * 2 + 4), (torch.float32, 3 * 4 + 4)], ids=str)
+# Beside the shards of gradients, of which those of the last two blocks are not there yet: 4 bytes over 8 ranks each.
+# bf16: a gradient and the block gathered ahead, two fp32 copies to send; fp32: two blocks, a gradient, one copy.
+@pytest.mark.parametrize(
+    ("dtype", "block_bytes"), [(torch.bfloat16, 2 * 2 + 2 * 4 - 1), (torch.float32, 3 * 4 + 4 - 1)], ids=str
+)
 def test_stage_3_by_hand(dtype, block_bytes):
     """fp32 shards that are their own masters: 4 + 8 bytes over all ranks, 4 of gradients; two blocks at work."""
     found = estimate_numel(8_000_000_000, dtype, 8, 3, 25.0, num_blocks=40)
     assert found.weights / 1e9 == pytest.approx(4, rel=0.01) and found.state / 1e9 == pytest.approx(8, rel=0.01)
     assert found.gradients / 1e9 == pytest.approx(4, rel=0.01) and found.shared == 0
-    assert found.buckets == 200_000_000 * block_bytes
+    assert found.buckets == pytest.approx(200_000_000 * block_bytes, rel=1e-4)
     assert found.peak == found.idle + found.gradients + found.buckets
 
 
@@ -236,7 +239,7 @@ def test_the_command(capsys):
     args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
     assert main([*args, "--blocks", "10"]) == 0
     lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
-    assert (lines["weights"], lines["buckets or blocks on their way, at most"]) == ("0.25 B", "0.50 B")
+    assert (lines["weights"], lines["buckets or blocks on their way, at most"]) == ("0.25 B", "0.55 B")
     with pytest.raises(SystemExit):
         main(["estimate", "--model-params", "1e9", "--ranks", "0"])
     done = subprocess.run([sys.executable, "-m", "pyzero", "estimate", "--help"], capture_output=True, text=True)
