@@ -1,6 +1,9 @@
 """What living tensors take."""
 
+import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +11,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyzero
+from pyzero.comm.group import Work
 from pyzero.sharding.local_param import local_of
+
+
+@contextmanager
+def gloo_lets_go() -> Iterator[None]:
+    """Waits a little longer: gloo's thread lets go of the buffers a moment after it has told that it is done."""
+    wait = Work.wait
+
+    def longer(work: Work) -> None:
+        wait(work)
+        time.sleep(0.002)
+
+    Work.wait = longer
+    try:
+        yield
+    finally:
+        Work.wait = wait
 
 
 class Meter(TorchDispatchMode):
