@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
+from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
 
@@ -83,7 +84,8 @@ def estimate(
     Args:
         model: A module or its parameters; on the meta device too. Frozen ones count as weights alone.
         num_ranks: Of the process group.
-        stage: 1 or 2.
+        stage: 1 to 3. In 3, of a module, counted is what initialize() makes of it: fp32 shards, their own
+            masters; dtypes are those that the model computes in.
         bucket_cap_mb: As FusedZeroAdam's.
         reduce_grads: As FusedZeroAdam's.
         rule: The update rule; default: Adam's.
@@ -93,6 +95,9 @@ def estimate(
     Raises:
         ValueError: An argument out of range.
     """
+    if stage == 3 and num_ranks > 1:
+        return _of_blocks(model, num_ranks, bucket_cap_mb, rule or AdamRule(), cpu_offload)
+    stage = 2 if stage == 3 else stage
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
     on_gpu = cpu_offload or any(param.device.type == "cuda" for param in params)
@@ -137,7 +142,84 @@ def estimate_numel(
         return replace(found, num_params=num_params)
     shapes = _evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu))
     found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, cpu_offload, "auto")
-    return replace(found, buckets=max(found.buckets, _whole_blocks(own, dtype, num_blocks)), num_params=num_params)
+    numel = -(-own // num_blocks)
+    whole = numel * dtype.itemsize
+    block = _Gathered(whole, whole, numel * _FP32, -(-numel // num_ranks) * _FP32)
+    worst = _walk([block] * num_blocks, _Gathered(0, 0, 0, 0), 0)
+    return replace(found, buckets=max(found.buckets, worst - found.gradients), num_params=num_params)
+
+
+def _of_blocks(
+    model: nn.Module | Iterable[Tensor], num_ranks: int, bucket_cap_mb: float | None, rule: UpdateRule, offload: bool
+) -> Estimate:
+    """Stage 3: shards of one rank, and what a backward gathers beside them."""
+    if not isinstance(model, nn.Module):
+        raise ValueError("expected a module for stage 3, whose blocks count, got parameters; pass the module")
+    params = list(model.parameters())
+    on_gpu = offload or any(param.device.type == "cuda" for param in params)
+    shapes = [(_rows(param, num_ranks), _FP32, param.requires_grad) for param in params]
+    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, rule, on_gpu, offload, "auto")
+    worst = _gathered_at_most(model, num_ranks)
+    held = found.gradients
+    return replace(found, buckets=max(found.buckets, worst - held), num_params=sum(param.numel() for param in params))
+
+
+def _rows(param: Tensor, num_ranks: int) -> int:
+    """Elements of a shard, with padding."""
+    return -(-param.shape[0] // num_ranks) * (param.numel() // param.shape[0])
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of what fully_shard gathers at once."""
+
+    weights: int  # whole
+    grads: int  # whole, in the same dtype
+    sent: int  # the same in fp32, padded
+    shards: int  # of gradients
+
+    @staticmethod
+    def of(params: Iterable[Tensor], num_ranks: int) -> _Gathered:
+        held = list(params)
+        trained = [param for param in held if param.requires_grad]
+        return _Gathered(
+            weights=sum(param.numel() * param.element_size() for param in held),
+            grads=sum(param.numel() * param.element_size() for param in trained),
+            sent=_FP32 * num_ranks * sum(_rows(param, num_ranks) for param in trained),
+            shards=_FP32 * sum(_rows(param, num_ranks) for param in trained),
+        )
+
+
+def _gathered_at_most(model: nn.Module, num_ranks: int) -> int:
+    """The most bytes in a backward, of gradients too. The rest of the model is whole from its forward on."""
+    blocks = blocks_of(model)
+    in_blocks = {param for block in blocks for param in block.parameters()}
+    params = list(model.parameters())
+    first = next((place for place, param in enumerate(params) if param in in_blocks), len(params))
+    rest = _Gathered.of((param for param in params if param not in in_blocks), num_ranks)
+    behind = _Gathered.of((param for param in params[first:] if param not in in_blocks), num_ranks)
+    return _walk([_Gathered.of(block.parameters(), num_ranks) for block in reversed(blocks)], rest, behind.grads)
+
+
+def _walk(blocks: Sequence[_Gathered], rest: _Gathered, early: int) -> int:
+    """The most bytes in a backward, block by block from the last one.
+
+    A block is at work with its gradient, and the next is gathered ahead; or its gradient lies beside the fp32 copy that
+    is sent, while fully_shard still keeps that of the block before.
+
+    Args:
+        blocks: In the order of backward.
+        rest: What the root gathers.
+        early: Of the gradients of the rest, bytes that come before those of the blocks.
+    """
+    worst = shards = sent = 0
+    for place, block in enumerate(blocks):
+        ahead = blocks[place + 1].weights if place + 1 < len(blocks) else 0
+        always = rest.weights + early + shards + block.grads + ahead
+        worst = max(worst, always + sent + max(block.weights, block.sent), always + block.sent + block.shards)
+        shards, sent = shards + block.shards, block.sent
+    sending = rest.grads + rest.sent + max(sent, rest.shards)
+    return max(worst, shards + max(rest.weights + rest.grads + sent, sending))
 
 
 def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tuple[int, int, bool]]:
@@ -145,12 +227,6 @@ def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tupl
     whole = max(bucket_bytes // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     return [(size, element_bytes, True) for size in sizes]
-
-
-def _whole_blocks(num_params: int, dtype: torch.dtype, num_blocks: int) -> int:
-    """Bytes in a backward: the weights of the block at work and of the next, its gradient, and that in fp32 to send."""
-    block = -(-num_params // num_blocks)
-    return block * ((min(num_blocks, 2) + 1) * dtype.itemsize + _FP32)
 
 
 def _estimate(
@@ -165,10 +241,7 @@ def _estimate(
     transport: str,
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
-        raise ValueError(
-            f"expected num_ranks from 1 and stage 1 or 2, got {num_ranks} and {stage}; correct them, or call "
-            f"estimate_numel for stage 3"
-        )
+        raise ValueError(f"expected num_ranks from 1 and stage 1 to 3, got {num_ranks} and {stage}; correct them")
     keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]

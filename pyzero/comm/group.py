@@ -108,6 +108,10 @@ class Group:
         group.handle = group._mesh = group.host = None
         return group
 
+    def members(self) -> list[int]:
+        """Its ranks, as the default group numbers them."""
+        return dist.get_process_group_ranks(self.handle) if self.size > 1 else [process.rank_and_size()[0]]
+
     def spread_over(self, other: Group) -> Group:
         """All ranks of the mesh that this group and `other` are two dimensions of. Collective over both."""
         if other.size == 1 or self.size == 1:
@@ -284,10 +288,10 @@ class Group:
         host = torch.tensor([float(flag)], dtype=torch.float64, device="cpu")
         return any(self.gather_shards(host, what).tolist())
 
-    def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights") -> None:
-        """Overwrite with the first rank's."""
+    def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights", source: int = 0) -> None:
+        """Overwrite with one rank's of the group."""
         if self.size > 1:
-            self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, 0)).wait()
+            self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, source)).wait()
 
     def sum(self, tensor: Tensor, what: str) -> None:
         """Overwrite with the sum over ranks."""

@@ -44,6 +44,16 @@ def place_in(process_group: Any) -> tuple[int, int]:
     return dist.get_rank(handle), dist.get_world_size(handle)
 
 
+def backend_to_join(from_host: bool) -> str | None:
+    """For `join`. from_host: whether GPUs' ranks send tensors from memory of the host, too."""
+    return "cpu:gloo,cuda:nccl" if from_host and device().type == "cuda" else None
+
+
+def backends_of(process_group: Any) -> dict[str, str]:
+    """Of each type of device."""
+    return dict(dist.BackendConfig(dist.Backend(dist.get_backend_config(process_group))).get_device_backend_map())
+
+
 def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():

@@ -29,8 +29,8 @@ from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.sections import DTYPES
+from pyzero.deepspeed.sharded_param import ShardedParam, gather_, mark_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
-from pyzero.deepspeed.zero import mark_sharded
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
@@ -108,7 +108,8 @@ def initialize(
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
     settings = _settings_of(config, config_params, *of_args)
-    joined = dist_init_required is not False and process.join()
+    backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
+    joined = dist_init_required is not False and process.join(backend)
     is_pipeline = isinstance(model, PipelineModule)
     tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
     if isinstance(model, PipelineModule):
@@ -132,6 +133,8 @@ def initialize(
     if settings.zero_optimization.stage == 3 and parallel.size > 1:
         sharded = _shard(model, optimizer, settings, parallel)
         given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
+    else:
+        _gather(model)
     ours: Any = None
     schedule: Any = None
     if trains:
@@ -218,6 +221,11 @@ def _remark(config: Config, trains: bool) -> None:
         log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
     if trains and config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
         log.info("config: gradient_clipping is not given: nothing is clipped, where DeepSpeed clips to a norm of 1.0")
+    if config.zero_optimization.offloads_params():
+        if config.zero_optimization.stage < 3:
+            log.warning("config: zero_optimization.offload_param: weights stay on their device below stage 3")
+        elif process.device().type == "cpu":
+            log.info("config: zero_optimization.offload_param: nothing to do, for weights lie in memory of the host")
     for line, warns in remarks(config):
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
 
@@ -257,9 +265,24 @@ def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Paralleli
             f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
             f"whole weights; pass a function from parameters to it, or a torch optimizer"
         )
-    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype())
-    mark_sharded(param for param in dict.fromkeys(sharded.values()) if is_dtensor(param))
+    offload = config.zero_optimization.offloads_params() and process.device().type != "cpu"
+    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype(), offload)
+    for param in dict.fromkeys(sharded.values()):
+        if is_dtensor(param):
+            mark_sharded(param)
     return sharded
+
+
+def _gather(model: nn.Module) -> None:
+    """What zero.Init has sharded, and stage 3 will not."""
+    sharded = [param for param in model.parameters() if isinstance(param, ShardedParam)]
+    if sharded:
+        log.warning(
+            "zero.Init has sharded %d weights, put together again below stage 3: pass it this config",
+            len(sharded),
+        )
+    for param in sharded:
+        gather_(param)
 
 
 def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pyzero.deepspeed.parallel import blocks_of
 from pyzero.estimate import estimate_numel
+from pyzero.sharding.blocks import blocks_of
 
 _GIB = 2**30
 
@@ -50,7 +50,7 @@ def estimate_zero3_model_states_mem_needs(
         num_nodes: Hosts.
         cpu_offload: Masters and moments on the host.
         cpu_offload_params: Ignored: weights stay on their device.
-        zero_init: False, or True: the model is built whole on each rank's host, which is not counted.
+        zero_init: Ignored: memory while the model is built is not counted.
         additional_buffer_factor: Ignored: buffers are counted.
     """
     found = estimate_numel(

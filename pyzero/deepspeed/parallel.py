@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,10 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
+from pyzero.deepspeed.sharded_param import ShardedParam
+from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.local_param import local_of
+from pyzero.sharding.modules import put_shards
 
 log = logging.getLogger("pyzero")
 
@@ -93,51 +94,12 @@ def _of_mesh(mesh: Any) -> Parallelism:
 # ---- stage 3 ---------------------------------------------------------------------------------------------------------
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated modules of the largest lists: what fully_shard gathers one at a time.
-
-    Of lists inside each other the larger is taken, which is the outer one. A container in it is not called, but what it
-    holds is. A block that shares a parameter with what lies outside it, or has one of register_external_parameter(), is
-    left to the root.
-    """
-    found: list[tuple[int, str, list[nn.Module]]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            kinds = Counter(type(child) for child in module)
-            called = (block for child in module if kinds[type(child)] > 1 for block in _called(child))
-            repeated = [block for block in called if any(True for _ in block.parameters())]
-            found.append((sum(p.numel() for child in repeated for p in child.parameters()), path, repeated))
-    chosen: list[str] = []
-    blocks: list[nn.Module] = []
-    for _, path, repeated in sorted(found, key=lambda row: -row[0]):
-        if not any(_is_inside(path, other) or _is_inside(other, path) for other in chosen):
-            chosen.append(path)
-            blocks += repeated
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return [block for block in dict.fromkeys(blocks) if not _shares(block, users)]
-
-
-def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, or of one without a forward, whose hooks never run, those in it that have one."""
-    if type(module).forward is not nn.Module.forward:
-        yield module
-    else:
-        for child in module.children():
-            yield from _called(child)
-
-
-def _is_inside(path: str, other: str) -> bool:
-    return other == "" or path.startswith(f"{other}.")
-
-
-def _shares(block: nn.Module, users: Counter[int]) -> bool:
-    own = Counter(id(p) for module in block.modules() for p in module._parameters.values() if p is not None)
-    is_external = any(getattr(param, "is_external", False) for param in block.parameters())
-    return is_external or any(users[key] > num for key, num in own.items())
-
-
 def shard(
-    model: nn.Module, parallel: Parallelism, dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+    model: nn.Module,
+    parallel: Parallelism,
+    dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    offload: bool = False,
 ) -> dict[Tensor, Tensor]:
     """fully_shard a model over the data-parallel ranks; returns what each parameter has become.
 
@@ -145,17 +107,27 @@ def shard(
     parameter where weights and masters would be 6. Gradients are averaged, and accumulated, in fp32.
 
     Args:
-        model: On its device, with rank 0's weights after this.
+        model: On its device, with rank 0's weights after this. What zero.Init has sharded is not put together.
         parallel: Whose ranks.
         dtype: That the model computes in; None: its own.
         reduce_dtype: That gradients are sent in; None: fp32.
+        offload: Keep shards, and the optimizer with them, in memory of the host.
+
+    Raises:
+        ValueError: zero.Init has sharded over other ranks, or the ranks' group cannot send from memory of the host.
     """
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     group = Group(parallel.data)
     for tensor in (*model.parameters(), *model.buffers()):
-        group.broadcast(local_of(tensor.detach()))
+        if not isinstance(tensor, ShardedParam):
+            group.broadcast(local_of(tensor.detach()))
+        elif tensor.rows.group.members() != group.members():
+            raise ValueError(
+                f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got "
+                f"{tensor.rows.group.members()}; pass it the same group as data_parallel_group=, or mpu="
+            )
     before = dict(model.named_parameters(remove_duplicate=False))
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
@@ -165,12 +137,42 @@ def shard(
     )
     mesh = parallel.mesh or DeviceMesh.from_group(process.handle_of(parallel.data), process.device().type)
     blocks = blocks_of(model)
+    if offload:
+        _check_sends_from_host(mesh)
+    # Not pinned: fully_shard would pin anew, in a place that the optimizer does not know, what lies in its buckets.
+    place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    rows = _take_rows(model)
     for block in (*blocks, model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=whole)
+    put_shards(model, {name: rows[id(param)] for name, param in before.items() if id(param) in rows})
     if group.rank == 0:
         log.info("config: stage 3: fully_shard on %d blocks and the rest, over %d ranks", len(blocks), group.size)
     after = dict(model.named_parameters(remove_duplicate=False))
     return {before[name]: after[name] for name in before}
+
+
+def _check_sends_from_host(mesh: Any) -> None:
+    config = process.backends_of(mesh.get_group())
+    if "cpu" not in config:
+        raise ValueError(
+            f"expected a process group that sends from memory of the host, for zero_optimization.offload_param, got "
+            f"backends {config}; call init_process_group('cpu:gloo,cuda:nccl') before initialize()"
+        )
+
+
+def _take_rows(model: nn.Module) -> dict[int, Tensor]:
+    """Of parameters that zero.Init has sharded, by id, which give place to others without memory."""
+    rows: dict[int, Tensor] = {}
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if isinstance(param, ShardedParam):
+                if id(param) not in rows:
+                    meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
+                    empty[id(param)] = nn.Parameter(meta, requires_grad=param.requires_grad)
+                    rows[id(param)] = param.take_rows()
+                setattr(module, name, empty[id(param)])
+    return rows
 
 
 def _widen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -139,7 +139,10 @@ class OffloadOptimizerSection(Section):
 class OffloadParamSection(Section):
     """`zero_optimization.offload_param`."""
 
-    device: Annotated[Literal["none", "cpu", "nvme"], Moot("weights stay on their device", warns=True)] = "none"
+    device: Annotated[
+        Literal["none", "cpu", "nvme"],
+        Done("in stage 3 shards of weights lie in memory of the host; nvme as cpu; nothing to do on a CPU"),
+    ] = "none"
     nvme_path: Annotated[Any, _OFFLOAD] = None
     buffer_count: Annotated[Any, _OFFLOAD] = 5
     buffer_size: Annotated[Any, _OFFLOAD] = 100_000_000
@@ -183,8 +186,8 @@ class ZeroSection(Section):
     offload_optimizer: OffloadOptimizerSection | None = None
     offload_param: OffloadParamSection | None = None
     cpu_offload: Annotated[Flag | None, Done("as offload_optimizer.device: cpu")] = False
-    cpu_offload_params: Annotated[Flag | None, Moot("as offload_param.device: cpu", warns=True)] = False
-    cpu_offload_param: Annotated[Flag | None, Moot("as offload_param.device: cpu", warns=True)] = False
+    cpu_offload_params: Annotated[Flag | None, Done("as offload_param.device: cpu")] = False
+    cpu_offload_param: Annotated[Flag | None, Done("as offload_param.device: cpu")] = False
     cpu_offload_use_pin_memory: Annotated[Flag | None, _OFFLOAD] = False
     sub_group_size: Annotated[Size | Auto, _STAGE_3] = 1_000_000_000
     stage3_prefetch_bucket_size: Annotated[Size | Auto, _STAGE_3] = 50_000_000
@@ -222,6 +225,11 @@ class ZeroSection(Section):
     mics_hierarchical_params_gather: Annotated[Flag, Moot("state is sharded over all ranks")] = False
     save_muon_momentum_buffer_in_memory: Annotated[Flag, Moot("there is no Muon", quiet=True)] = False
     zenflow: Annotated[Any, Refused("it leaves out updates, which changes the result; remove it")] = None
+
+    def offloads_params(self) -> bool:
+        """Whether weights are to lie on the host."""
+        section = self.offload_param is not None and self.offload_param.device != "none"
+        return bool(section or self.cpu_offload_params or self.cpu_offload_param)
 
     def arguments(self, element_size: int) -> dict[str, Any]:
         """For FusedZeroAdam. Its own bucket size unless the config asks for a smaller one."""

@@ -14,6 +14,9 @@ from pyzero.deepspeed import comm
 from pyzero.deepspeed import groups as groups
 from pyzero.deepspeed.comm import init_distributed as init_distributed  # its older place
 from pyzero.deepspeed.owners import owner_of
+from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.buckets import MASTER
+from pyzero.sharding.local_param import is_dtensor
 
 logger = logging.getLogger("pyzero")
 
@@ -53,6 +56,57 @@ def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key:
         safe_set_full_fp32_param(param, value)
     else:
         owner_of(param).set_full_state(param, {optim_state_key: value})
+
+
+# ---- this rank's part, in stage 3 -----------------------------------------------------------------------------------
+
+
+def _owner_of_shard(param: Tensor) -> ZeroOptimizer:
+    owner = owner_of(param)
+    if not is_dtensor(param):
+        raise ValueError(
+            f"expected a parameter of stage 3 on several ranks, of which this rank holds a part, got a whole one of "
+            f"shape {tuple(param.shape)}; call the function with safe_get_full or safe_set_full in its name"
+        )
+    return owner
+
+
+def safe_get_local_fp32_param(param: Tensor) -> Tensor:
+    """The fp32 master of this rank's part of a parameter of stage 3, in the shape of `param.to_local()`.
+
+    As the others here it is called on all ranks, and below stage 3 it raises ValueError.
+    """
+    return _owner_of_shard(param).local_state(param)[MASTER]
+
+
+def safe_get_local_grad(param: Tensor) -> Tensor | None:
+    """This rank's part of the gradient that the next step takes, averaged and unscaled; None without one."""
+    return _owner_of_shard(param).local_grad(param)
+
+
+def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
+    """This rank's part of a state: "exp_avg", "exp_avg_sq"; None where there is none of that name."""
+    name = MASTER if optim_state_key == _MASTER else optim_state_key
+    return _owner_of_shard(param).local_state(param).get(name)
+
+
+def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
+    """Write this rank's part of a master, and the weights with it. value: in the shape of `param.to_local()`."""
+    _owner_of_shard(param).set_local_state(param, {MASTER: value})
+
+
+def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
+    """Write this rank's part of the gradient that the next step takes."""
+    _owner_of_shard(param).set_local_grad(param, value)
+
+
+def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
+    """Write this rank's part of a state."""
+    name = MASTER if optim_state_key == _MASTER else optim_state_key
+    _owner_of_shard(param).set_local_state(param, {name: value})
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections.abc import Iterable
-from enum import Enum
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -14,49 +12,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
+from pyzero.deepspeed.sharded_param import ShardedParam, ZeroParamStatus, gathered
+from pyzero.deepspeed.zero_init import Init as Init
 from pyzero.sharding import modules
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
 from pyzero.sharding.modules import ShardedPlace
 
-log = logging.getLogger("pyzero")
 
-_ids = itertools.count()
-
-
-class ZeroParamStatus(Enum):
-    """Of a parameter's `ds_status`, where initialize() has sharded it."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
+def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function itself. transformers puts another in its place, so that DeepSpeed leaves torch.arange alone."""
+    return function
 
 
-class Init:
-    """A context to build a model in. It is built whole; initialize() shards it in stage 3.
-
-    Args:
-        module: Ignored, as are all but `enabled`.
-        *args: Ignored.
-        enabled: Whether to say so.
-        **kwargs: Ignored.
-    """
-
-    def __init__(self, module: nn.Module | None = None, *args: Any, enabled: bool = True, **kwargs: Any) -> None:
-        if enabled:
-            log.info("zero.Init: the model is built whole, as without it; initialize() shards it in stage 3")
-
-    def __enter__(self) -> Init:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-def mark_sharded(params: Iterable[Any]) -> None:
-    """Give parameters of stage 3 what scripts ask to tell them: `ds_id`, `ds_status`, `ds_shape` and `ds_numel`."""
-    for param in params:
-        param.ds_id, param.ds_status = next(_ids), ZeroParamStatus.NOT_AVAILABLE
-        param.ds_shape, param.ds_numel = param.shape, param.numel()
+# ---- whole weights ---------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -81,12 +49,13 @@ class GatheredParameters:
     """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
 
     In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
-    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` and `load_state_dict()` of a
-    module are of shards in here too, for torch reshards it first.
+    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` of a module has copies, and is
+    sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for torch reshards it first.
 
     Args:
         params: A parameter, several, or a module's.
-        modifier_rank: Of the default group; None: they are only read, and nothing is sent.
+        modifier_rank: Of the default group, or of that which zero.Init was given; None: they are only read, and
+            nothing is sent.
         fwd_module: Ignored.
         enabled: False does nothing.
     """
@@ -98,18 +67,24 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        self._params = [params] if isinstance(params, Tensor) else list(params)
+        self._params = [params] if isinstance(params, Tensor) else [param for param in params if param is not None]
         self._enabled = enabled
         self._source = modifier_rank
         self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
+        self._built: list[Any] = []  # those of zero.Init, before initialize()
+        self._stack = ExitStack()
 
     def __enter__(self) -> GatheredParameters:
+        if self._enabled:
+            self._built = [param for param in self._params if isinstance(param, ShardedParam)]
+            self._stack.enter_context(gathered(self._built, self._source))
         if self._enabled and any(is_dtensor(param) for param in self._params):
             known = modules.find_fsdp_places()
             fresh = [param for param in self._params if not hasattr(param, "gathered_in")]
             self._places = {param: known[param] for param in fresh if param in known}
             for owner in self._owners():
                 owner.unshard()
+            self._stack.enter_context(modules.whole_state_dicts(self._owners()))
             for param, place in self._places.items():
                 param.gathered_in = place
                 param.ds_status = ZeroParamStatus.AVAILABLE
@@ -120,9 +95,11 @@ class GatheredParameters:
         return dict.fromkeys(place.owner for place in self._places.values())
 
     @torch.no_grad()
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        built = {id(param) for param in self._built}
+        self._stack.__exit__(*error)
         source = self._source if self._enabled and error[0] is None and comm.get_world_size() > 1 else None
-        changed = [] if source is None else self._params
+        changed = [param for param in self._params if source is not None and id(param) not in built]
         values = [whole_of(param.detach()).clone(memory_format=torch.contiguous_format) for param in changed]
         for param in self._places:
             requires_grad = param.requires_grad
@@ -133,8 +110,15 @@ class GatheredParameters:
         for owner in self._owners():
             owner.reshard()
         for param, value in zip(changed, values, strict=True):
-            comm.broadcast(value, src=source or 0)
+            _broadcast(value, source or 0, param)
             _write(local_of(param), part_of(value, param))
+
+
+def _broadcast(value: Tensor, source: int, param: Any) -> None:
+    if hasattr(param, "rows"):  # of zero.Init, and whole in a context around this one
+        param.rows.group.broadcast(value, "zero: the broadcast of a gathered weight", source)
+    else:
+        comm.broadcast(value, src=source)
 
 
 def _write(local: Tensor, value: Tensor) -> None:

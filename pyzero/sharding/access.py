@@ -11,7 +11,7 @@ from torch import Tensor
 from pyzero.comm.group import Group
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param
-from pyzero.sharding.local_param import LocalParam, outer, part_of, whole_of
+from pyzero.sharding.local_param import LocalParam, local_of, outer, part_of, whole_of
 
 if TYPE_CHECKING:
     from pyzero.gradients.grad_stats import GlobalGradStats
@@ -133,13 +133,17 @@ class FullAccess:
         return self._whole_grad(*place, self._collect("full_grad"))
 
     def _whole_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
+        local = self._local_grad(bucket, position, stats)
+        return None if local is None else _widen(bucket, MASTER, position, local).clone()
+
+    def _local_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
         if not stats.used[bucket.numbers[position]]:
             return None
         flat = self._gradients.whole(bucket, position)
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
                 flat = flat * factor
-        return _widen(bucket, MASTER, position, bucket.shaped(flat, position)).clone()
+        return bucket.shaped(flat, position)
 
     @torch.no_grad()
     def sum_tied_grads(self, tied: Iterable[tuple[Tensor, Any]]) -> None:
@@ -191,17 +195,23 @@ class FullAccess:
             ValueError: Not a parameter of this optimizer, an unknown name, or another shape; nothing is written then.
         """
         bucket, position = self._find_trained(param)
+        self._check_state(bucket, position, state, param.shape)
+        own = {n: v if n == STEP or bucket.is_flat(n) else part_of(v, param) for n, v in state.items()}
+        self._write_state(bucket, position, own)
+
+    def _check_state(self, bucket: Bucket, position: int, state: dict[str, Any], shape: torch.Size) -> None:
         known = (STEP, *bucket.state_names)
         for name, value in state.items():
             if name not in known:
                 raise ValueError(f"expected names of {', '.join(known)}, got {name!r}; leave it out")
             if name != STEP:
-                is_flat = bucket.is_flat(name)
-                _check_shape(name, value, bucket.whole_shape(name, position) if is_flat else param.shape)
-        own = {n: v if n == STEP or bucket.is_flat(n) else part_of(v, param) for n, v in state.items()}
+                _check_shape(name, value, bucket.whole_shape(name, position) if bucket.is_flat(name) else shape)
+
+    def _write_state(self, bucket: Bucket, position: int, own: dict[str, Any]) -> None:
+        """own: of the local tensor's shape, where it has one."""
         flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in own.items()}
         bucket.write_state(position, flat)
-        if MASTER in state:
+        if MASTER in own:
             bucket.params[position].data.copy_(own[MASTER])
             bucket.weight_was_written(position)
 
@@ -216,6 +226,45 @@ class FullAccess:
         _check_shape("the gradient", value, param.shape)
         self._collect("set_full_grad")
         self._gradients.replace(bucket, position, bucket.flat_of(part_of(value, param).float(), position))
+
+    # ---- this rank's part of a DTensor ------------------------------------------------------------------------------
+
+    def local_state(self, param: Tensor) -> dict[str, Tensor]:
+        """What `full_state` gives, of this rank's part of a DTensor: copies in the shape of `param.to_local()`.
+
+        All ranks that hold the same part call it alike; those of fully_shard hold one each. A frozen parameter has
+        its master alone. Raises ValueError as `full_master`.
+        """
+        self._place_unfrozen()
+        place = self._find(param)
+        if place is None:
+            return {MASTER: local_of(param.detach()).float().clone()}
+        self._param_buckets.follow_weights()
+        return {name: self._gather_local(name, *place).clone() for name in place[0].state_names}
+
+    @torch.no_grad()
+    def local_grad(self, param: Tensor) -> Tensor | None:
+        """What `full_grad` gives, of this rank's part of a DTensor. Collective."""
+        self._place_unfrozen()
+        place = self._find(param)
+        return None if place is None else self._local_grad(*place, self._collect("full_grad"))
+
+    @torch.no_grad()
+    def set_local_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Write what is given of what `local_state` gives. Raises ValueError as `set_full_state`."""
+        bucket, position = self._find_trained(param)
+        self._check_state(bucket, position, state, bucket.params[position].shape)
+        self._write_state(bucket, position, state)
+
+    @torch.no_grad()
+    def set_local_grad(self, param: Tensor, value: Tensor) -> None:
+        """Write this rank's part of the gradient that the next step() takes. As `set_full_grad`."""
+        bucket, position = self._find_trained(param)
+        _check_shape("the gradient", value, bucket.params[position].shape)
+        self._collect("set_full_grad")
+        self._gradients.replace(bucket, position, bucket.flat_of(value.float(), position))
+
+    # ---- where it lies ----------------------------------------------------------------------------------------------
 
     def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
         """The bucket and the position that a parameter lies at; None for a frozen one."""
@@ -238,10 +287,12 @@ class FullAccess:
         return place
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
+        local = self._gather_local(name, bucket, position)
+        return local if bucket.is_flat(name) else _widen(bucket, name, position, local).clone()
+
+    def _gather_local(self, name: str, bucket: Bucket, position: int) -> Tensor:
         flat = gather_param(self._group, bucket, position, bucket.sharded(name), bucket.elements_per_value(name))
-        if bucket.is_flat(name):
-            return flat
-        return _widen(bucket, name, position, bucket.shaped(flat, position)).clone()
+        return flat if bucket.is_flat(name) else bucket.shaped(flat, position)
 
 
 def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class LocalParam(torch.Tensor):
     dtensor: DTensor
     room: int
     _fsdp: Any  # torch's record of a parameter that fully_shard has sharded
-    _shown: Tensor | None  # what was put in the DTensor's `.grad`
+    _shown: Tensor | None  # a stand-in that was put in the DTensor's `.grad`
     _inner: Tensor | None  # and what it stands for
     _parked: Tensor | None  # the sum so far, while backward adds to it
 
@@ -151,7 +151,8 @@ class LocalParam(torch.Tensor):
         else:
             if shown.placements != self.dtensor.placements:
                 shown = self.dtensor.grad = shown.redistribute(placements=self.dtensor.placements)
-            self._shown, self._inner = shown, local_of(shown)
+            self._shown = self._inner = None  # kept here, it would outlive zero_grad()
+            return local_of(shown)
         return self._inner
 
     @grad.setter
@@ -160,10 +161,11 @@ class LocalParam(torch.Tensor):
         if isinstance(value, (LocalGrad, ShardedGrad)):
             shown = ShardedGrad.placeholder(self.dtensor, value._record, value._owner)
             shown.stands_for = value
-        elif value is not None:
-            shown = self.wrap(value)
+            self._shown, self._inner = shown, value
+        else:
+            shown = None if value is None else self.wrap(value)
+            self._shown = self._inner = None
         self.dtensor.grad = shown
-        self._shown, self._inner = shown, value
 
     def wrap(self, local: Tensor) -> DTensor:
         """A tensor of the local shape as this rank's part of a DTensor placed as the parameter is."""

@@ -6,7 +6,7 @@ A search looks at every object of the process, some 0.1 s for a million: at cons
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -102,6 +102,48 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
             f"{torch.__version__}, which does not; install one of these"
         )
     return found
+
+
+@contextmanager
+def whole_state_dicts(owners: Iterable[Any]) -> Iterator[None]:
+    """What these modules of fully_shard have gathered is in their state dicts, too: copies, for its memory is freed.
+
+    torch's hook, which reshards first, is taken out for as long. Nothing is sent: one rank may ask alone.
+    """
+    handles: dict[Any, Any] = {}
+    for owner in owners:
+        for group in _fsdp_groups(owner):
+            handles.update(group._module_to_pre_save_state_dict_hook_handle)
+    taken = {module: module._state_dict_pre_hooks.pop(handle.id) for module, handle in handles.items()}
+    copies = [module.register_state_dict_post_hook(_copy_own) for module in taken]
+    try:
+        yield
+    finally:
+        for copy in copies:
+            copy.remove()
+        for module, hook in taken.items():
+            module._state_dict_pre_hooks[handles[module].id] = hook
+
+
+def _copy_own(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in module._parameters:
+        if isinstance(state.get(prefix + name), Tensor):
+            state[prefix + name] = state[prefix + name].clone()
+
+
+@torch.no_grad()
+def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
+    """This rank's rows of parameters that fully_shard has made of meta tensors. shards: by name, unpadded."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    of_param = {params[name]: local for name, local in shards.items()}
+    for module in model.modules():
+        for record in (record for group in _fsdp_groups(module) for record in group.fsdp_params):
+            old = record.sharded_param
+            if old in of_param:
+                device = torch.device("cpu") if record.offload_to_cpu else record.device
+                local = record.to_sharded_dtensor(of_param[old].to(device))
+                record._setattr_on_modules(nn.Parameter(local, requires_grad=old.requires_grad))
+                record.reset_sharded_param()  # torch's own, which pads
 
 
 def reshard(model: nn.Module) -> None:

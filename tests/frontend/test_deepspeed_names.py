@@ -177,6 +177,8 @@ def whole_tensors(group: Any, stage: int) -> None:
     assert utils.safe_get_full_optimizer_state(weight, "exp_avg").tolist() == [1.0] * 5
     assert utils.safe_get_full_optimizer_state(weight, "no_such_state") is None
     assert utils.safe_get_full_fp32_param(weight).dtype == torch.float32
+    with pytest.raises(ValueError, match="expected a parameter of stage 3 .* safe_get_full or safe_set_full"):
+        utils.safe_get_local_fp32_param(weight)
     utils.safe_set_full_optimizer_state(weight, torch.full((5,), 3.0), "exp_avg_sq")
     utils.safe_set_full_optimizer_state(weight, torch.full((5,), 1.25), "fp32_param")
     assert utils.safe_get_full_optimizer_state(weight, "exp_avg_sq").tolist() == [3.0] * 5

@@ -9,60 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from meter import Meter, gloo_lets_go
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyzero
 from pyzero.__main__ import _count, main
-from pyzero.comm.group import Work
 from pyzero.estimate import estimate, estimate_numel
 
 WITHIN = 0.03
 SHAPES = [(700, 300), (300,), (300, 400), (400,), (17,), (400, 500), (1000, 333), (5, 5, 5)]
-
-
-class Meter(TorchDispatchMode):
-    """Follows every storage that is made in it, and keeps the largest sum of those that live at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._shared = 0
-        self._known: dict[int, tuple[int, int]] = {}  # where each lies
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known or storage.device.type == "meta":
-            return
-        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        if any(low <= begin and end <= high for low, high in self._known.values()):
-            return  # a parameter's, inside its bucket's
-        self._known[key] = begin, end
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
-
-    def know_shared(self, optimizer: pyzero.FusedZeroAdam) -> None:
-        """Memory that ranks share counts once for each: the others' is theirs."""
-        host = optimizer._group.host
-        if host is None:
-            return
-        self.now += host.ring_bytes - self._shared
-        self._shared = host.ring_bytes
-        for rank, segment in host._segments.items():
-            begin = segment.tensor(0, 1, torch.uint8).data_ptr()
-            self._known[-1 - rank] = begin, begin + len(segment.pages)
-
-    def _gone(self, key: int, num_bytes: int) -> None:
-        del self._known[key]
-        self.now -= num_bytes
 
 
 class Ones(torch.autograd.Function):
@@ -79,21 +34,9 @@ class Ones(torch.autograd.Function):
         return grad, torch.ones(shape, dtype=dtype)
 
 
-def wait_and_let_go(work: Work) -> None:
-    """gloo's thread lets go of the buffers a moment after it has told that it is done."""
-    _wait(work)
-    time.sleep(0.002)
-
-
-_wait = Work.wait
-
-
 def measure(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
-    Work.wait = wait_and_let_go
-    try:
+    with gloo_lets_go():
         return measured(group, dtype, options)
-    finally:
-        Work.wait = _wait
 
 
 def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
@@ -140,6 +83,84 @@ def test_within_three_percent_of_what_is_measured(ranks, dtype, size, options, c
     assert max(one["peak"] for one in found) == pytest.approx(predicted.peak, rel=WITHIN)
 
 
+class GatheringMeter(Meter):
+    """Counts storages as large as they are: fully_shard frees by resizing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: Any = weakref.WeakValueDictionary()
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        ranges = [(other.data_ptr(), other.nbytes()) for other in self._storages.values()]
+        if storage.device.type != "meta" and storage._cdata not in self._storages:
+            if not any(low <= begin and end <= low + size for low, size in ranges):
+                self._storages[storage._cdata] = storage
+        self.now = sum(other.nbytes() for other in self._storages.values())
+        self.most = max(self.most, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace == "c10d":
+            time.sleep(0.003)  # for gloo's threads to let go of it
+        return result
+
+    def settled(self) -> int:
+        time.sleep(0.02)
+        torch.zeros(1)
+        return self.now
+
+
+class Net(nn.Module):
+    """Blocks between what the root gathers, which computes before and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(200, 256)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(256, 600), nn.Linear(600, 256)) for _ in range(4))
+        self.norm = nn.LayerNorm(256)
+        self.head = nn.Linear(256, 301)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def measure_stage_3(group: Any, dtype: torch.dtype) -> dict[str, int]:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    with GatheringMeter() as meter:
+        model = Net()
+        engine = pyzero.initialize(model=model, config=config, mesh=DeviceMesh.from_group(group, "cpu"))[0]
+        steps = []
+        for _ in range(5):
+            idle, meter.most = meter.settled(), 0
+            engine.optimizer.backward(engine(torch.tensor([[3]])).sum())
+            steps.append((idle, meter.settled(), meter.most))
+            engine.step()
+        # The least of some steps: what gloo's threads have not let go of comes on top. The first step is another.
+        idle, after_backward, peak = (min(values) for values in zip(*steps[1:], strict=True))
+        return {"idle": idle, "after backward": after_backward, "peak": peak}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stage_3_within_three_percent_of_what_is_measured(ranks, dtype):
+    predicted = estimate(Net().to(dtype), num_ranks=2, stage=3)
+    found = ranks.run(2, measure_stage_3, dtype)
+    for one in found:
+        assert one["idle"] == pytest.approx(predicted.idle, rel=WITHIN)
+        assert one["after backward"] == pytest.approx(predicted.idle + predicted.gradients, rel=WITHIN)
+    assert max(one["peak"] for one in found) == pytest.approx(predicted.peak, rel=WITHIN)
+
+
 def test_zero_papers_numbers():
     """2 + 12/W bytes of state and weights (arXiv 1910.02054), and 4/W of gradients, here in fp32."""
     for num_ranks in (1, 8, 64):
@@ -149,13 +170,17 @@ def test_zero_papers_numbers():
             assert found.gradients / 7e9 == pytest.approx(4 / num_ranks, rel=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "block_bytes"), [(torch.bfloat16, 3 * 2 + 4), (torch.float32, 3 * 4 + 4)], ids=str)
+# Beside the shards of gradients, of which those of the last two blocks are not there yet: 4 bytes over 8 ranks each.
+# bf16: a gradient and the block gathered ahead, two fp32 copies to send; fp32: two blocks, a gradient, one copy.
+@pytest.mark.parametrize(
+    ("dtype", "block_bytes"), [(torch.bfloat16, 2 * 2 + 2 * 4 - 1), (torch.float32, 3 * 4 + 4 - 1)], ids=str
+)
 def test_stage_3_by_hand(dtype, block_bytes):
     """fp32 shards that are their own masters: 4 + 8 bytes over all ranks, 4 of gradients; two blocks at work."""
     found = estimate_numel(8_000_000_000, dtype, 8, 3, 25.0, num_blocks=40)
     assert found.weights / 1e9 == pytest.approx(4, rel=0.01) and found.state / 1e9 == pytest.approx(8, rel=0.01)
     assert found.gradients / 1e9 == pytest.approx(4, rel=0.01) and found.shared == 0
-    assert found.buckets == 200_000_000 * block_bytes
+    assert found.buckets == pytest.approx(200_000_000 * block_bytes, rel=1e-4)
     assert found.peak == found.idle + found.gradients + found.buckets
 
 
@@ -166,8 +191,9 @@ def test_tensor_parallel_by_hand():
     assert estimate_numel(10**6, torch.bfloat16, 1, 3, 25.0) == estimate_numel(10**6, torch.bfloat16, 1, 2, 25.0)
     with pytest.raises(ValueError, match="tensor_parallel and num_blocks from 1, got 0 and 32"):
         estimate_numel(10**6, torch.bfloat16, 1, 3, 25.0, 0)
-    with pytest.raises(ValueError, match="estimate_numel for stage 3"):
-        estimate(nn.Linear(2, 2), stage=3)
+    assert estimate(nn.Linear(2, 2), stage=3) == estimate(nn.Linear(2, 2), stage=2)
+    with pytest.raises(ValueError, match="expected a module for stage 3"):
+        estimate([nn.Parameter(torch.zeros(2))], stage=3, num_ranks=2)
 
 
 def test_cpu_offload_by_hand():
@@ -212,7 +238,7 @@ def test_the_command(capsys):
     args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
     assert main([*args, "--blocks", "10"]) == 0
     lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
-    assert (lines["weights"], lines["buckets or blocks on their way, at most"]) == ("0.25 B", "0.50 B")
+    assert (lines["weights"], lines["buckets or blocks on their way, at most"]) == ("0.25 B", "0.55 B")
     with pytest.raises(SystemExit):
         main(["estimate", "--model-params", "1e9", "--ranks", "0"])
     done = subprocess.run([sys.executable, "-m", "pyzero", "estimate", "--help"], capture_output=True, text=True)

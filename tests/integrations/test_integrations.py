@@ -136,6 +136,11 @@ def test_training_arguments_deepspeed(results):
     assert column(one, "loss") == pytest.approx(losses, rel=BF16)
 
 
+def test_models_of_transformers_are_sharded_while_they_are_built(results):
+    found = result_of(results, 2, "zero3_models", "transformers", "accelerate", "safetensors")
+    assert found == {"init": True, "from_pretrained": True, "from_config": True, "resized": 110}
+
+
 def test_accelerate_loop(results):
     two = result_of(results, 2, "accelerate_loop", "accelerate")
     assert two["losses"][-16:] == two["resumed"] and len(two["losses"]) == 48

@@ -12,6 +12,7 @@ from torch import nn
 
 import pyzero
 from pyzero.deepspeed import comm, parallel, utils, zero
+from pyzero.sharding import modules
 
 SECTIONS = {
     "fp32": {},
@@ -132,9 +133,45 @@ def test_checkpoints_go_between_stages(ranks, tmp_path, before, after):
         assert all(close)
 
 
+def local_access(engine: Any) -> None:
+    """This rank's rows of what the other functions give whole."""
+    model, param = engine.module, engine.module.blocks[0].mid.weight  # 9 rows on 4 ranks
+    rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    assert utils.safe_get_local_grad(param) is None
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(engine(case.batch(3)).sum())
+    whole = utils.safe_get_full_grad(param)
+    local = utils.safe_get_local_grad(param)
+    assert torch.equal(local, whole[rows]) and local.shape == param.to_local().shape
+    utils.safe_set_local_grad(param, local + dist.get_rank())
+    changed = utils.safe_get_full_grad(param)
+    assert torch.equal(changed, whole + torch.arange(9)[:, None] // 3)
+    for name in ("fp32_param", "exp_avg", "exp_avg_sq"):
+        whole = utils.safe_get_full_optimizer_state(param, name)
+        assert torch.equal(utils.safe_get_local_optimizer_state(param, name), whole[rows])
+        utils.safe_set_local_optimizer_state(param, whole[rows] + 1, name)
+        assert torch.equal(utils.safe_get_full_optimizer_state(param, name), whole + 1)
+    assert torch.equal(utils.safe_get_local_fp32_param(param), param.to_local()) and torch.equal(
+        case.whole(param)[:1], utils.safe_get_full_fp32_param(param)[:1]
+    )
+    utils.safe_set_local_fp32_param(param, param.to_local() * 0)
+    assert not case.whole(param).any() and utils.safe_get_local_optimizer_state(param, "other") is None
+    with pytest.raises(ValueError, match="expected master of shape"):
+        utils.safe_set_local_fp32_param(param, torch.zeros(1))
+    engine.zero_grad()
+    with zero.GatheredParameters(list(model.parameters())):
+        saved = model.state_dict() if dist.get_rank() == 1 else {}  # one rank, as scripts save
+    assert set(saved) in (set(), set(dict(model.named_parameters())))
+    shards = model.state_dict()
+    for name, value in saved.items():
+        assert type(value) is torch.Tensor and "DTensor" in type(shards[name]).__name__
+    everyones: list[Any] = [saved]
+    dist.broadcast_object_list(everyones, src=1)
+    assert all(torch.equal(value, case.whole(shards[name])) for name, value in everyones[0].items())
+
+
 def gathered(group: Any) -> dict[str, Any]:
-    with zero.Init():
-        engine = start(3, "fp32")
+    engine = start(3, "fp32")
     layer = engine.module.first
     param = layer.weight
     with zero.GatheredParameters(param):
@@ -146,6 +183,7 @@ def gathered(group: Any) -> dict[str, Any]:
     after = utils.safe_get_full_fp32_param(param)
     utils.safe_set_full_fp32_param(param, torch.full(param.shape, 7.0))
     engine.empty_partition_cache()
+    local_access(engine)
     return {"read": read, "after": after, "set": case.whole(param), "blocks": type(engine.module.blocks[0]).__name__}
 
 
@@ -436,6 +474,44 @@ def test_no_sync_reduces_once_a_step(ranks, dtype):
         assert norms == pytest.approx(plain_norms, rel=1e-5)
         for ours, wanted in zip(weights, plain, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=2**-20, atol=1e-4 * case.LR)
+
+
+def offloaded(group: Any) -> None:
+    """What GPUs do with offload_param, on CPUs: fully_shard's policy, whose shards and gradients are on the host."""
+    from pyzero.deepspeed import entry
+
+    for dtype in ("fp32", "fp16"):
+        plain = train(start(3, dtype), range(3))
+        entry.shard = lambda *args: parallel.shard(*args[:4], offload=True)
+        try:
+            engine = start(3, dtype)
+        finally:
+            entry.shard = parallel.shard
+        assert all(record.offload_to_cpu for g in modules._fsdp_groups(engine.module) for record in g.fsdp_params)
+        run = train(engine, range(3))
+        assert torch.equal(run.losses, plain.losses) and torch.equal(run.norms, plain.norms)
+        assert all(torch.equal(a, b) for a, b in zip(run.weights, plain.weights, strict=True))
+    engine.module.zero_grad()
+    parallel.process.backends_of, backends_of = lambda group: {"cuda": "nccl"}, parallel.process.backends_of
+    try:
+        with pytest.raises(ValueError, match="backends {'cuda': 'nccl'}; call init_process_group"):
+            parallel.shard(case.Model(), parallel.parallelism_of(None, None), None, None, offload=True)
+    finally:
+        parallel.process.backends_of = backends_of
+
+
+def test_offloaded_shards_train_to_the_same_bits(ranks):
+    ranks.run(WORLD, offloaded)
+
+
+def test_offload_param_says_what_it_does(caplog):
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
+    for stage, line in ((3, "nothing to do, for weights lie in memory of the host"), (2, "below stage 3")):
+        with caplog.at_level("INFO", logger="pyzero"):
+            zero_section = {"stage": stage, "offload_param": {"device": "cpu"}}
+            pyzero.initialize(model=nn.Linear(2, 2), config={**config, "zero_optimization": zero_section})
+        assert line in caplog.text
+        caplog.clear()
 
 
 def left_unsent(group: Any) -> tuple[str, list[float]]:

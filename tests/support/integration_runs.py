@@ -201,6 +201,57 @@ def split_by_a_trainer(folder):
     return logs
 
 
+def zero3_models(folder):
+    """transformers' models in zero.Init, and by its own integration of stage 3, train as those built whole."""
+    if SIZE == 1:
+        return {}
+    import transformers
+    from transformers.integrations import HfDeepSpeedConfig
+
+    import pyzero
+
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+
+    def masters(model):
+        engine = pyzero.initialize(model=model, config=settings)[0]
+        ids = torch.arange(1, 9)[None] + RANK
+        for _ in range(2):
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
+        return engine.get_fp32_state_dict()
+
+    def sharded(model):
+        return all(hasattr(param, "rows") for param in model.parameters())
+
+    def same(ours, wanted):
+        return all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+    torch.manual_seed(RANK)  # rank 0's count
+    whole = masters(transformers.LlamaForCausalLM(config))
+    torch.manual_seed(RANK)
+    with pyzero.deepspeed.zero.Init():
+        model = transformers.LlamaForCausalLM(config)
+    result = {"init": sharded(model) and same(masters(model), whole)}
+    if RANK == 0:
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    dist.barrier()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    whole = masters(load(folder / "llama"))
+    stage_3 = HfDeepSpeedConfig(settings)  # counts while it lives
+    model = load(folder / "llama")
+    result["from_pretrained"] = sharded(model) and same(masters(model), whole)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    result["from_config"] = sharded(model) and not model.model.embed_tokens.weight.data[0].any().item()
+    model.resize_token_embeddings(110)
+    result["resized"] = len(masters(model)["lm_head.weight"])
+    del stage_3
+    return result
+
+
 def accelerate_loop(folder):
     """The example, on from its save, and what the Accelerator refuses."""
     import accelerate_loop as example
@@ -345,7 +396,8 @@ RUNS = {  # the packages that each needs
         "transformers",
         "accelerate",
         "safetensors",
-    ),  # the last: its state and environment stay with accelerate
+    ),  # its state and environment stay with accelerate
+    zero3_models: ("transformers", "accelerate", "safetensors"),
 }
 
 

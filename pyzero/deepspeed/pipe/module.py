@@ -38,6 +38,8 @@ class PipelineModule(nn.Module):
         ValueError: An argument that does not fit the ranks or the layers, or two stages that share a parameter.
     """
 
+    builds_own_layers = True  # other ranks build others: not in zero.Init
+
     def __init__(
         self,
         layers: Iterable[Any],
