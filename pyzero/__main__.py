@@ -57,9 +57,9 @@ def _run(argv: list[str] | None) -> int:
 
         return report.main()
     if args.command == "config-keys":
-        from .deepspeed import config, keys
+        from .deepspeed.config import keys, schema
 
-        print(keys.table(config.Config), end="")
+        print(keys.table(schema.Config), end="")
         return 0
     from . import estimate as estimates
 

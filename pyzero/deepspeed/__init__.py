@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from .arguments import add_config_arguments as add_config_arguments
     from .arguments import add_tuning_arguments as add_tuning_arguments
     from .comm import init_distributed as init_distributed
-    from .config_view import DeepSpeedConfig as DeepSpeedConfig
-    from .engine import Engine as DeepSpeedEngine
+    from .config.view import DeepSpeedConfig as DeepSpeedConfig
+    from .engine.engine import Engine as DeepSpeedEngine
     from .entry import initialize as initialize
+    from .parallel.tensor_parallel import tp_model_init as tp_model_init
     from .pipe.module import PipelineModule as PipelineModule
-    from .tensor_parallel import tp_model_init as tp_model_init
     from .utils import log_dist as log_dist
     from .utils import logger as logger
 
@@ -36,8 +36,8 @@ __all__ = [
 
 # Imported on first use: a name of a module, or a module.
 _NAMES = {
-    "DeepSpeedConfig": ("config_view", "DeepSpeedConfig"),
-    "DeepSpeedEngine": ("engine", "Engine"),
+    "DeepSpeedConfig": ("config.view", "DeepSpeedConfig"),
+    "DeepSpeedEngine": ("engine.engine", "Engine"),
     "PipelineModule": ("pipe.module", "PipelineModule"),
     "add_config_arguments": ("arguments", "add_config_arguments"),
     "add_tuning_arguments": ("arguments", "add_tuning_arguments"),
@@ -46,7 +46,7 @@ _NAMES = {
     "initialize": ("entry", "initialize"),
     "log_dist": ("utils", "log_dist"),
     "logger": ("utils", "logger"),
-    "tp_model_init": ("tensor_parallel", "tp_model_init"),
+    "tp_model_init": ("parallel.tensor_parallel", "tp_model_init"),
 }
 _MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "profiling", "utils", "zero")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import checkpoint as torch_checkpoint
 
 from pyzero.comm import process
-from pyzero.deepspeed import groups
+from pyzero.deepspeed.parallel import groups
 
 _PARTS = "model-parallel-rng"
 _PARTS_OFFSET = 2718  # Megatron's

@@ -4,48 +4,34 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pyzero.adam import FusedZeroAdam
 from pyzero.comm import process
-from pyzero.deepspeed import comm, groups, owners, tensor_parallel
-from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.engine import Engine
-from pyzero.deepspeed.eval_engine import EvalEngine
-from pyzero.deepspeed.keys import remarks
-from pyzero.deepspeed.ops.lamb import FusedLamb
-from pyzero.deepspeed.ops.lion import FusedLion
-from pyzero.deepspeed.ops.recipe import Recipe
-from pyzero.deepspeed.parallel import Parallelism, parallelism_of, shard
+from pyzero.deepspeed import comm
+from pyzero.deepspeed.config.keys import remarks
+from pyzero.deepspeed.config.reader import load
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.config.sections import DTYPES
+from pyzero.deepspeed.engine import owners
+from pyzero.deepspeed.engine.engine import Engine
+from pyzero.deepspeed.engine.eval_engine import EvalEngine
+from pyzero.deepspeed.optimizers import make_optimizer
+from pyzero.deepspeed.parallel import groups, tensor_parallel
+from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
+from pyzero.deepspeed.partition import Partition
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
-from pyzero.deepspeed.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES
-from pyzero.deepspeed.sections import DTYPES
-from pyzero.deepspeed.sharded_param import ShardedParam, gather_, mark_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
-from pyzero.lamb import ZeroLamb
-from pyzero.lion import FusedZeroLion
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.local_param import is_dtensor
 
 log = logging.getLogger("pyzero")
-
-_RULES: dict[str, Callable[..., ZeroOptimizer]] = {
-    "Adam": FusedZeroAdam,
-    "AdamW": FusedZeroAdam,
-    "Lion": FusedZeroLion,
-    "Lamb": ZeroLamb,
-}
-_REFUSED = ("amsgrad", "differentiable")
-_MOOT = ("foreach", "capturable", "fused")
 
 
 def initialize(
@@ -127,18 +113,18 @@ def initialize(
     if isinstance(model, PipelineModule):
         model.broadcast_tied()
     given_params = list(model.parameters() if model_parameters is None else model_parameters)
+    partition = Partition(model, optimizer, settings, parallel)
     if tp_size > 1:
-        cut = _split(model, optimizer, settings, parallel, tp_plan)
-        given_params, optimizer = _replaced(given_params, cut), _moved(optimizer, cut)
+        partition.split(tp_plan)
     if settings.zero_optimization.stage == 3 and parallel.size > 1:
-        sharded = _shard(model, optimizer, settings, parallel)
-        given_params, optimizer = _replaced(given_params, sharded), _moved(optimizer, sharded)
+        partition.shard()
     else:
-        _gather(model)
+        partition.gather()
+    given_params, optimizer = partition.replaced(given_params), partition.moved_optimizer()
     ours: Any = None
     schedule: Any = None
     if trains:
-        ours = _make_optimizer(model, optimizer, given_params, settings, parallel)
+        ours = make_optimizer(model, optimizer, given_params, settings, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)
         owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
@@ -238,167 +224,6 @@ def _convert(model: nn.Module, config: Config, moves: bool) -> None:
     before = [id(param) for param in model.parameters()]
     model.to(device=process.device() if moves else None, dtype=config.weights_dtype())
     assert before == [id(param) for param in model.parameters()]
-
-
-# ---- the optimizer ---------------------------------------------------------------------------------------------------
-
-
-def _split(
-    model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism, plan: Mapping[str, Any] | None
-) -> dict[Tensor, Tensor]:
-    """Tensor parallelism: returns what each parameter has become."""
-    if isinstance(optimizer, ZeroOptimizer):
-        raise ValueError(
-            f"expected an optimizer that is built over the parts of tensor_parallel, got {type(optimizer).__name__} "
-            f"over whole weights; pass a function from parameters to it, or a torch optimizer"
-        )
-    before = dict(model.named_parameters(remove_duplicate=False))
-    tensor_parallel.split(model, parallel, config.tensor_parallel, plan)
-    after = dict(model.named_parameters(remove_duplicate=False))
-    return {before[name]: after[name] for name in before}
-
-
-def _shard(model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism) -> dict[Tensor, Tensor]:
-    """Stage 3: returns what each parameter has become."""
-    if isinstance(optimizer, ZeroOptimizer):
-        raise ValueError(
-            f"expected an optimizer that is built over the shards of stage 3, got {type(optimizer).__name__} over "
-            f"whole weights; pass a function from parameters to it, or a torch optimizer"
-        )
-    offload = config.zero_optimization.offloads_params() and process.device().type != "cpu"
-    sharded = shard(model, parallel, config.weights_dtype(), config.sent_dtype(), offload)
-    for param in dict.fromkeys(sharded.values()):
-        if is_dtensor(param):
-            mark_sharded(param)
-    return sharded
-
-
-def _gather(model: nn.Module) -> None:
-    """What zero.Init has sharded, and stage 3 will not."""
-    sharded = [param for param in model.parameters() if isinstance(param, ShardedParam)]
-    if sharded:
-        log.warning(
-            "zero.Init has sharded %d weights, put together again below stage 3: pass it this config",
-            len(sharded),
-        )
-    for param in sharded:
-        gather_(param)
-
-
-def _replaced(value: Any, new: dict[Tensor, Tensor]) -> Any:
-    """Parameters, groups or (name, parameter) pairs, with other parameters."""
-    if isinstance(value, Tensor):
-        return new.get(value, value)
-    if isinstance(value, dict):
-        return {key: _replaced(item, new) if key == "params" else item for key, item in value.items()}
-    return type(value)(_replaced(item, new) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _moved(optimizer: Any, new: dict[Tensor, Tensor]) -> Any:
-    """A torch optimizer over other parameters."""
-    if isinstance(optimizer, Optimizer):
-        for group in optimizer.param_groups:
-            group["params"] = _replaced(group["params"], new)
-    return optimizer
-
-
-def _make_optimizer(
-    model: nn.Module, optimizer: Any, params: list[Any], config: Config, parallel: Parallelism
-) -> ZeroOptimizer:
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        if not callable(optimizer):
-            raise TypeError(
-                f"expected an optimizer, or a function that makes one of parameters, got {type(optimizer).__name__}; "
-                f"pass one of these"
-            )
-        optimizer = optimizer(params)
-    if optimizer is not None:
-        _check_held(model, [param for group in optimizer.param_groups for param in group["params"]])
-    is_pipeline = isinstance(model, PipelineModule) and model.num_stages > 1
-    if isinstance(optimizer, ZeroOptimizer):
-        if is_pipeline and optimizer.model_parallel_rank is None:
-            raise ValueError(
-                "expected an optimizer that knows the other stages, got one without model_parallel_group; build it "
-                "with process_group=model.mpu().get_data_parallel_group() and "
-                "model_parallel_group=model.mpu().get_pipe_parallel_group(), or pass torch's AdamW"
-            )
-        return optimizer
-    options = {**_options(config), **parallel.options()}
-    if optimizer is not None:
-        return _ours(optimizer)(groups_of(optimizer), **options)
-    if config.optimizer is None:
-        raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
-    _check_held(model, _tensors_of(params))
-    return _RULES[config.optimizer.rule](params, **config.optimizer.arguments(), **options)
-
-
-def _options(config: Config) -> dict[str, Any]:
-    """Of every optimizer of ours."""
-    options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
-    options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
-    if config.torch_autocast.chosen() == torch.float16:
-        options["loss_scale"] = "dynamic"
-    options["max_grad_norm"] = config.max_grad_norm()
-    options["grad_reduce_dtype"] = config.sent_dtype()
-    return options
-
-
-def _ours(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
-    if isinstance(optimizer, FusedLion):
-        return FusedZeroLion
-    return ZeroLamb if isinstance(optimizer, FusedLamb) else FusedZeroAdam
-
-
-def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The groups of an optimizer that initialize() knows, for one of ours.
-
-    Raises:
-        TypeError: Another optimizer.
-        ValueError: An option that ours lack, or state that would be lost.
-    """
-    name = type(optimizer).__name__
-    if type(optimizer) not in (Adam, AdamW) and not isinstance(optimizer, Recipe):
-        raise TypeError(
-            f"expected torch.optim.Adam or AdamW, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
-            f"pyzero.deepspeed.ops, or one of pyzero's own, got {name}; pass one of these"
-        )
-    if optimizer.state:
-        raise ValueError(
-            f"expected a fresh {name}, got one that has taken steps; pass it to initialize() before training"
-        )
-    for option in _REFUSED:
-        if any(group.get(option) for group in optimizer.param_groups):
-            raise ValueError(f"got {name}({option}=True), which FusedZeroAdam does not support; leave it out")
-    groups = []
-    for group in optimizer.param_groups:
-        copy = {key: value for key, value in group.items() if key not in (*_REFUSED, *_MOOT)}
-        if isinstance(optimizer, Adam):  # AdamW is one only in newer torch
-            copy["decoupled_weight_decay"] = isinstance(optimizer, AdamW)
-        elif isinstance(optimizer, AdamW):
-            copy["decoupled_weight_decay"] = True
-        groups.append(copy)
-    return groups
-
-
-def _tensors_of(params: Iterable[Any]) -> list[Tensor]:
-    """Of parameters, (name, parameter) pairs or groups."""
-    found: list[Tensor] = []
-    for item in params:
-        if isinstance(item, dict):
-            found += _tensors_of([item["params"]] if isinstance(item["params"], Tensor) else item["params"])
-        else:
-            found.append(item[1] if isinstance(item, tuple) else item)
-    return found
-
-
-def _check_held(model: nn.Module, params: list[Tensor]) -> None:
-    held = {id(param) for param in model.parameters()}
-    strangers = sum(id(param) not in held for param in params)
-    if strangers:
-        raise ValueError(
-            f"expected parameters of the model, got {strangers} of others among {len(params)}; pass those of "
-            f"model.parameters() of the same model to the optimizer, or as model_parameters="
-        )
 
 
 # ---- the schedule and the data ---------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.sections import CsvSection, TensorBoardSection, WandbSection
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.config.sections import CsvSection, TensorBoardSection, WandbSection
 
 Event = tuple[str, float, int]  # (name, value, sample)
 

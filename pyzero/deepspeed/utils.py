@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
-from pyzero.deepspeed import groups as groups
 from pyzero.deepspeed.comm import init_distributed as init_distributed  # its older place
-from pyzero.deepspeed.owners import owner_of
+from pyzero.deepspeed.engine.owners import owner_of
+from pyzero.deepspeed.parallel import groups as groups
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.local_param import is_dtensor

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.sharded_param import ShardedParam, ZeroParamStatus, gathered
-from pyzero.deepspeed.zero_init import Init as Init
+from pyzero.deepspeed.stage_3.init import Init as Init
+from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus, gathered
 from pyzero.sharding import modules
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
 from pyzero.sharding.modules import ShardedPlace

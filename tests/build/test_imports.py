@@ -38,22 +38,21 @@ LAYERS = (
     {"checkpoint.writer"},
     {"checkpoint.convert", "checkpoint.saving"},
     {"checkpoint.loading"},
-    {f"deepspeed.{n}" for n in ("accelerator", "arguments", "checkpoint_constants", "comm", "keys", "owners")},
-    {"deepspeed.ops.recipe", "deepspeed.sharded_param"},
-    {f"deepspeed.{name}" for name in ("parallel", "schedules", "tensors", "timers", "weights")},
-    {"deepspeed.estimates", "deepspeed.groups", "deepspeed.zero_to_fp32"},
-    {"deepspeed.checkpointing", "deepspeed.utils"},
-    {f"deepspeed.{name}" for name in ("ops.adam", "ops.lamb", "ops.lion", "ops.op_builder")},
-    {"deepspeed.optimizer_section", "deepspeed.scheduler_section"},
-    {"deepspeed.ops", "deepspeed.sections"},
-    {"deepspeed.config", "deepspeed.profiling.flops_profiler", "deepspeed.tp_plan"},
-    {"deepspeed.profiling"},
-    {f"deepspeed.{name}" for name in ("monitor", "pipe.layers", "pipe.topology", "ranks", "reader")},
-    {"deepspeed.saving", "deepspeed.settings"},
-    {"deepspeed.tensor_parallel"},
-    {f"deepspeed.{n}" for n in ("config_view", "engine", "pipe.module", "pipe.runner", "zero_init")},
-    {"deepspeed.eval_engine", "deepspeed.pipe", "deepspeed.pipe.engine", "deepspeed.zero"},
-    {"deepspeed.entry"},
+    *(
+        {f"deepspeed.{name}" for name in row.split()}
+        for row in (
+            "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners engine.tensors engine.weights",
+            "estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers pipe.runner pipe.topology schedules stage_3",
+            "stage_3.sharded_param zero_to_fp32",
+            "config.optimizer_section config.scheduler_section config.sections ops.adam ops.lamb ops.lion parallel.groups",
+            "stage_3.shard timers",
+            "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
+            "config.reader engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel pipe.module profiling",
+            "config.view engine.engine optimizers partition pipe stage_3.init",
+            "engine.eval_engine pipe.engine zero",
+            "entry",
+        )
+    ),
     {"deepspeed"},
     {"__main__", "accelerate", "compat"},
     {"transformers"},
@@ -119,10 +118,14 @@ def test_imports_are_found(tmp_path: Path):
     path = tmp_path / "module.py"
     path.write_text(
         "from pyzero import ops\ndef f():\n    from . import estimate\n    from .comm import Group\n"
-        "    from pyzero.deepspeed import config, entry\n    from pyzero.deepspeed.reader import load\n"
+        "    from pyzero.deepspeed import comm, entry\n    from pyzero.deepspeed.config.reader import load\n"
         "    from pyzero.ops.checks import FLOAT_DTYPES\n"
     )
-    wanted = {"ops", "estimate", "comm", "deepspeed.config", "deepspeed.entry", "deepspeed.reader"}
+    wanted = {"ops", "estimate", "comm", "deepspeed.comm", "deepspeed.entry", "deepspeed.config.reader"}
     assert imported(path) == wanted
-    path.write_text("from .keys import Section\nfrom . import tensors\nfrom .. import comm\n")
-    assert imported(path, "pyzero.deepspeed") == {"deepspeed.keys", "deepspeed.tensors", "comm"}
+    path.write_text("from .keys import Section\nfrom . import sections\nfrom .. import comm\n")
+    assert imported(path, "pyzero.deepspeed.config") == {
+        "deepspeed.config.keys",
+        "deepspeed.config.sections",
+        "deepspeed.comm",
+    }

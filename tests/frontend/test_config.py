@@ -8,9 +8,9 @@ import ds_configs
 import pytest
 import torch
 
-from pyzero.deepspeed import keys
-from pyzero.deepspeed.config import Batches, Config
-from pyzero.deepspeed.reader import load
+from pyzero.deepspeed.config import keys
+from pyzero.deepspeed.config.reader import load
+from pyzero.deepspeed.config.schema import Batches, Config
 from pyzero.loss_scale.scaler import LossScale
 
 ISSUE = {

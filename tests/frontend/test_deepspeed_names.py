@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyzero.deepspeed as deepspeed
 from pyzero.deepspeed import comm, timers, utils, zero
-from pyzero.deepspeed.scheduler_section import SchedulerParams
+from pyzero.deepspeed.config.scheduler_section import SchedulerParams
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
 

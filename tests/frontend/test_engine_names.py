@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pyzero
-from pyzero.deepspeed.engine import Engine
+from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion

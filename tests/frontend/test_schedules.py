@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 
-from pyzero.deepspeed.reader import load
+from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.schedules import SCHEDULES, LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 

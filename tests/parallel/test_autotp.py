@@ -12,7 +12,8 @@ from torch import nn
 
 import pyzero
 import pyzero.deepspeed as deepspeed
-from pyzero.deepspeed import comm, groups, utils
+from pyzero.deepspeed import comm, utils
+from pyzero.deepspeed.parallel import groups
 
 STEPS = 10
 EXTRA = 3  # on another number of ranks

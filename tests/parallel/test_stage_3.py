@@ -11,8 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 import pyzero
-from pyzero.deepspeed import comm, parallel, utils, zero
+from pyzero.comm import process
+from pyzero.deepspeed import comm, partition, utils, zero
+from pyzero.deepspeed.parallel.mesh import parallelism_of
+from pyzero.deepspeed.stage_3.shard import shard
 from pyzero.sharding import modules
+from pyzero.sharding.blocks import blocks_of
 
 SECTIONS = {
     "fp32": {},
@@ -345,16 +349,16 @@ def test_mesh_and_mpu_say_who_sees_other_data(ranks, tmp_path, how, stage):
 
 def test_blocks_are_the_repeated_modules_of_the_largest_list():
     model = case.Model()
-    assert parallel.blocks_of(model) == list(model.blocks)
+    assert blocks_of(model) == list(model.blocks)
     tied = case.Model()
     tied.last.weight = nn.Parameter(torch.zeros(1, 6))
     tied.blocks[0].norm.weight = tied.blocks[1].norm.weight
-    assert parallel.blocks_of(tied) == []  # a weight of two blocks is the root's
+    assert blocks_of(tied) == []  # a weight of two blocks is the root's
     flat = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    assert parallel.blocks_of(flat) == [flat[0], flat[2]]
+    assert blocks_of(flat) == [flat[0], flat[2]]
     nested = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
-    assert parallel.blocks_of(nested) == [nested[0], nested[1]]
-    assert parallel.blocks_of(nn.Linear(2, 2)) == []
+    assert blocks_of(nested) == [nested[0], nested[1]]
+    assert blocks_of(nn.Linear(2, 2)) == []
 
 
 class Rows(nn.Module):
@@ -379,7 +383,7 @@ class Rows(nn.Module):
 def test_blocks_in_containers_are_what_is_called():
     model = Rows()
     first, second = ([row["norm"], *row["two"]] for row in model.rows)
-    assert parallel.blocks_of(model) == first + second
+    assert blocks_of(model) == first + second
 
 
 def containers(group: Any, stage: int) -> tuple[torch.Tensor, list[str]]:
@@ -413,7 +417,7 @@ def borrow(group: Any, is_told: bool) -> str:
     model = Borrows()
     if is_told:
         zero.register_external_parameter(model, model.blocks[0].norm.weight)
-        assert parallel.blocks_of(model) == [model.blocks[1]]
+        assert blocks_of(model) == [model.blocks[1]]
     config = {"train_batch_size": case.BATCH, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
     engine = pyzero.initialize(model=model, config=config)[0]
     try:
@@ -478,26 +482,24 @@ def test_no_sync_reduces_once_a_step(ranks, dtype):
 
 def offloaded(group: Any) -> None:
     """What GPUs do with offload_param, on CPUs: fully_shard's policy, whose shards and gradients are on the host."""
-    from pyzero.deepspeed import entry
-
     for dtype in ("fp32", "fp16"):
         plain = train(start(3, dtype), range(3))
-        entry.shard = lambda *args: parallel.shard(*args[:4], offload=True)
+        partition.shard = lambda *args: shard(*args[:4], offload=True)
         try:
             engine = start(3, dtype)
         finally:
-            entry.shard = parallel.shard
+            partition.shard = shard
         assert all(record.offload_to_cpu for g in modules._fsdp_groups(engine.module) for record in g.fsdp_params)
         run = train(engine, range(3))
         assert torch.equal(run.losses, plain.losses) and torch.equal(run.norms, plain.norms)
         assert all(torch.equal(a, b) for a, b in zip(run.weights, plain.weights, strict=True))
     engine.module.zero_grad()
-    parallel.process.backends_of, backends_of = lambda group: {"cuda": "nccl"}, parallel.process.backends_of
+    process.backends_of, backends_of = lambda group: {"cuda": "nccl"}, process.backends_of
     try:
         with pytest.raises(ValueError, match="backends {'cuda': 'nccl'}; call init_process_group"):
-            parallel.shard(case.Model(), parallel.parallelism_of(None, None), None, None, offload=True)
+            shard(case.Model(), parallelism_of(None, None), None, None, offload=True)
     finally:
-        parallel.process.backends_of = backends_of
+        process.backends_of = backends_of
 
 
 def test_offloaded_shards_train_to_the_same_bits(ranks):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pyzero.deepspeed.reader import load
+from pyzero.deepspeed.config.reader import load
 
 
 def refusal(path: Path) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.deepspeed import tensors
-from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.engine import Engine
-from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.engine import tensors
+from pyzero.deepspeed.engine.engine import Engine
+from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
 from pyzero.optimizer import ZeroOptimizer

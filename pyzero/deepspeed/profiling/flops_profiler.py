@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyzero.comm import process
-from pyzero.deepspeed.sections import FlopsProfilerSection
+from pyzero.deepspeed.config.sections import FlopsProfilerSection
 
 log = logging.getLogger("pyzero")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyzero.deepspeed.config import Batches, Config
-from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.config.schema import Batches, Config
+from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.optimizer import ZeroOptimizer
 
 

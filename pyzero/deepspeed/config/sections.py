@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.keys import Auto, Count, Done, Flag, Moot, Positive, Refused, Section, Size
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Moot, Positive, Refused, Section, Size
 from pyzero.loss_scale.scaler import LossScale, static
 
 _DEFAULT_BUCKET = 500_000_000

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
-from pyzero.deepspeed.reader import load
-from pyzero.deepspeed.sharded_param import ShardedParam, gathered, shard_
+from pyzero.deepspeed.config.reader import load
+from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, gathered, shard_
 from pyzero.sharding.local_param import is_dtensor
 
 log = logging.getLogger("pyzero")

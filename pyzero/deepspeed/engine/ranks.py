@@ -6,8 +6,8 @@ from typing import Any
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.parallel.mesh import Parallelism
 
 
 class EngineRanks:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.keys import Auto, Done, Flag, Fraction, Moot, NotNegative, Refused, Section
+from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Moot, NotNegative, Refused, Section
 
 Rule = Literal["Adam", "AdamW", "Lion", "Lamb"]
 

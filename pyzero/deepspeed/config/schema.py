@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, field_validator, model_validator
 
-from pyzero.deepspeed.keys import Auto, Count, Done, Flag, Moot, NotNegative, Refused, Section, Size
-from pyzero.deepspeed.optimizer_section import OptimizerSection
-from pyzero.deepspeed.scheduler_section import SchedulerSection
-from pyzero.deepspeed.sections import (
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Moot, NotNegative, Refused, Section, Size
+from pyzero.deepspeed.config.optimizer_section import OptimizerSection
+from pyzero.deepspeed.config.scheduler_section import SchedulerSection
+from pyzero.deepspeed.config.sections import (
     DTYPES,
     ActivationCheckpointingSection,
     AutocastSection,
@@ -33,7 +33,7 @@ _AVERAGE = Moot("gradients are summed in fp32 and then divided, which cannot ove
 
 
 class Config(Section):
-    """A DeepSpeed config. `pyzero.deepspeed.reader.load` makes one of a dict, a path or JSON text."""
+    """A DeepSpeed config. `pyzero.deepspeed.config.reader.load` makes one of a dict, a path or JSON text."""
 
     train_batch_size: Annotated[
         Count | Auto | None,

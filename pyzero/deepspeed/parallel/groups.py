@@ -6,7 +6,7 @@ from typing import Any
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.parallel.mesh import Parallelism
 
 _split: list[tuple[Any, Parallelism]] = []  # one or none: the default group, and those of a model that is split in it
 

@@ -20,7 +20,7 @@ from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.loading import load_checkpoint
 from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.config import Batches
+from pyzero.deepspeed.config.schema import Batches
 from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
-from pyzero.deepspeed import comm, groups
-from pyzero.deepspeed.parallel import Parallelism, parallelism_of
-from pyzero.deepspeed.sections import TensorParallelSection
-from pyzero.deepspeed.tp_plan import Cut, check_sizes, plan_of, shared_by
+from pyzero.deepspeed import comm
+from pyzero.deepspeed.config.sections import TensorParallelSection
+from pyzero.deepspeed.parallel import groups
+from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
+from pyzero.deepspeed.parallel.tp_plan import Cut, check_sizes, plan_of, shared_by
 from pyzero.sharding.local_param import is_dtensor, local_of
 
 log = logging.getLogger("pyzero")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.keys import Auto, Count, Done, Flag, NotNegative, Section, Size
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, NotNegative, Section, Size
 from pyzero.deepspeed.schedules import SCHEDULES
 
 Numbers = NotNegative | list[NotNegative]  # one for all groups, or one for each

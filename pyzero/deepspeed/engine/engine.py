@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.comm import process
-from pyzero.deepspeed import tensors
-from pyzero.deepspeed.config import Config
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.engine import tensors
+from pyzero.deepspeed.engine.ranks import EngineRanks
+from pyzero.deepspeed.engine.saving import EngineCheckpoints
+from pyzero.deepspeed.engine.settings import EngineSettings
+from pyzero.deepspeed.engine.weights import EngineWeights
 from pyzero.deepspeed.monitor import Monitor
-from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.profiling.flops_profiler import StepProfile
-from pyzero.deepspeed.ranks import EngineRanks
-from pyzero.deepspeed.saving import EngineCheckpoints
-from pyzero.deepspeed.settings import EngineSettings
 from pyzero.deepspeed.timers import PhaseTimers
-from pyzero.deepspeed.weights import EngineWeights
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.modules import drop_unsent_gradients, has_unsent_gradients, reshard, without_gradient_sync
 

@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.engine import Engine
-from pyzero.deepspeed.parallel import Parallelism
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.engine.engine import Engine
+from pyzero.deepspeed.parallel.mesh import Parallelism
 
 
 class EvalEngine(Engine):

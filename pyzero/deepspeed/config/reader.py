@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pyzero.deepspeed.config import Config
-from pyzero.deepspeed.keys import Section, rows, section_of
+from pyzero.deepspeed.config.keys import Section, rows, section_of
+from pyzero.deepspeed.config.schema import Config
 
 _LONGEST_VALUE = 60  # characters
 _LONGEST_LIST = 12  # keys

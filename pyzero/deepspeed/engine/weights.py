@@ -13,7 +13,7 @@ from pyzero.sharding.local_param import whole_of
 from pyzero.sharding.modules import reshard
 
 if TYPE_CHECKING:
-    from pyzero.deepspeed.config import Config
+    from pyzero.deepspeed.config.schema import Config
 
 
 class EngineWeights:

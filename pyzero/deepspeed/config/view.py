@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.reader import load
+from pyzero.deepspeed.config.reader import load
 
 
 class DeepSpeedConfig:

@@ -1,0 +1,1 @@
+"""What initialize() returns: the engine, by its parts."""

@@ -1,0 +1,142 @@
+"""An optimizer of ours from a config's, from torch's, or from a function that makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from pyzero.adam import FusedZeroAdam
+from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.ops.lamb import FusedLamb
+from pyzero.deepspeed.ops.lion import FusedLion
+from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.parallel.mesh import Parallelism
+from pyzero.deepspeed.pipe.module import PipelineModule
+from pyzero.lamb import ZeroLamb
+from pyzero.lion import FusedZeroLion
+from pyzero.optimizer import ZeroOptimizer
+
+_RULES: dict[str, Callable[..., ZeroOptimizer]] = {
+    "Adam": FusedZeroAdam,
+    "AdamW": FusedZeroAdam,
+    "Lion": FusedZeroLion,
+    "Lamb": ZeroLamb,
+}
+_REFUSED = ("amsgrad", "differentiable")
+_MOOT = ("foreach", "capturable", "fused")
+
+
+def make_optimizer(
+    model: nn.Module, optimizer: Any, params: list[Any], config: Config, parallel: Parallelism
+) -> ZeroOptimizer:
+    """One of ours, over what the ranks of `parallel` hold.
+
+    Args:
+        model: Whose parameters they are.
+        optimizer: What initialize() was given: an optimizer, a function that makes one, or None for the config's.
+        params: For the function, or the config's: parameters or groups.
+        config: Of the script.
+        parallel: Who holds what.
+
+    Raises:
+        TypeError: An optimizer that initialize() does not know.
+        ValueError: No optimizer, one over another model's parameters, or with options that ours lack.
+    """
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        if not callable(optimizer):
+            raise TypeError(
+                f"expected an optimizer, or a function that makes one of parameters, got {type(optimizer).__name__}; "
+                f"pass one of these"
+            )
+        optimizer = optimizer(params)
+    if optimizer is not None:
+        _check_held(model, [param for group in optimizer.param_groups for param in group["params"]])
+    is_pipeline = isinstance(model, PipelineModule) and model.num_stages > 1
+    if isinstance(optimizer, ZeroOptimizer):
+        if is_pipeline and optimizer.model_parallel_rank is None:
+            raise ValueError(
+                "expected an optimizer that knows the other stages, got one without model_parallel_group; build it "
+                "with process_group=model.mpu().get_data_parallel_group() and "
+                "model_parallel_group=model.mpu().get_pipe_parallel_group(), or pass torch's AdamW"
+            )
+        return optimizer
+    options = {**_options(config), **parallel.options()}
+    if optimizer is not None:
+        return _ours(optimizer)(groups_of(optimizer), **options)
+    if config.optimizer is None:
+        raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
+    _check_held(model, _tensors_of(params))
+    return _RULES[config.optimizer.rule](params, **config.optimizer.arguments(), **options)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Of every optimizer of ours."""
+    options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
+    options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
+    if config.torch_autocast.chosen() == torch.float16:
+        options["loss_scale"] = "dynamic"
+    options["max_grad_norm"] = config.max_grad_norm()
+    options["grad_reduce_dtype"] = config.sent_dtype()
+    return options
+
+
+def _ours(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
+    if isinstance(optimizer, FusedLion):
+        return FusedZeroLion
+    return ZeroLamb if isinstance(optimizer, FusedLamb) else FusedZeroAdam
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups of an optimizer that initialize() knows, for one of ours.
+
+    Raises:
+        TypeError: Another optimizer.
+        ValueError: An option that ours lack, or state that would be lost.
+    """
+    name = type(optimizer).__name__
+    if type(optimizer) not in (Adam, AdamW) and not isinstance(optimizer, Recipe):
+        raise TypeError(
+            f"expected torch.optim.Adam or AdamW, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
+            f"pyzero.deepspeed.ops, or one of pyzero's own, got {name}; pass one of these"
+        )
+    if optimizer.state:
+        raise ValueError(
+            f"expected a fresh {name}, got one that has taken steps; pass it to initialize() before training"
+        )
+    for option in _REFUSED:
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f"got {name}({option}=True), which FusedZeroAdam does not support; leave it out")
+    groups = []
+    for group in optimizer.param_groups:
+        copy = {key: value for key, value in group.items() if key not in (*_REFUSED, *_MOOT)}
+        if isinstance(optimizer, Adam):  # AdamW is one only in newer torch
+            copy["decoupled_weight_decay"] = isinstance(optimizer, AdamW)
+        elif isinstance(optimizer, AdamW):
+            copy["decoupled_weight_decay"] = True
+        groups.append(copy)
+    return groups
+
+
+def _tensors_of(params: Iterable[Any]) -> list[Tensor]:
+    """Of parameters, (name, parameter) pairs or groups."""
+    found: list[Tensor] = []
+    for item in params:
+        if isinstance(item, dict):
+            found += _tensors_of([item["params"]] if isinstance(item["params"], Tensor) else item["params"])
+        else:
+            found.append(item[1] if isinstance(item, tuple) else item)
+    return found
+
+
+def _check_held(model: nn.Module, params: list[Tensor]) -> None:
+    held = {id(param) for param in model.parameters()}
+    strangers = sum(id(param) not in held for param in params)
+    if strangers:
+        raise ValueError(
+            f"expected parameters of the model, got {strangers} of others among {len(params)}; pass those of "
+            f"model.parameters() of the same model to the optimizer, or as model_parameters="
+        )

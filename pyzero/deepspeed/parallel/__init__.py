@@ -1,0 +1,1 @@
+"""Who computes what: meshes, and layers that ranks share."""
