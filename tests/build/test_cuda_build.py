@@ -18,8 +18,9 @@ ARCHS = ("80", "90", "100")
 SOURCES = ("adam", "lion", "loss_scale", "pack", "reduce_scatter", "grad_stats", "step_scalars", "unscale")
 # Loads and stores of 16 and of 8 bytes, of all kernels of one file and target together, at least, counted by hand: one
 # for each operand of each vector that a kernel names (those of a full chunk, and one in the loop for what is left), of
-# 8 bytes for a 16-bit operand beside fp32. adam: 48 kernels of 3 vectors, lion: 24, half of them for lists of gradients; lists: 5 vectors with fp32, 3
-# without; reduce_scatter: 5 vectors for 1 and 2 slices, 3 for others, 1 for 8 of fp32.
+# 8 bytes for a 16-bit operand beside fp32. adam: 48 kernels of 3 vectors, lion: 24, half of each for gradients that lie
+# apart; lists: 5 vectors with fp32, 3 without; reduce_scatter: 5 vectors for 1 and 2 slices, 3 for others, 1 for 8 of
+# fp32.
 WIDE = {
     "adam": {"LDG 16": 480, "LDG 8": 96, "STG 16": 468, "STG 8": 72},
     "lion": {"LDG 16": 168, "LDG 8": 48, "STG 16": 162, "STG 8": 36},

@@ -41,13 +41,14 @@ LAYERS = (
     *(
         {f"deepspeed.{name}" for name in row.split()}
         for row in (
-            "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners engine.tensors engine.weights",
-            "estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers pipe.runner pipe.topology schedules stage_3",
-            "stage_3.sharded_param zero_to_fp32",
-            "config.optimizer_section config.scheduler_section config.sections ops.adam ops.lamb ops.lion parallel.groups",
-            "stage_3.shard timers",
+            "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners "
+            "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
+            "pipe.runner pipe.topology schedules stage_3 stage_3.sharded_param zero_to_fp32",
+            "config.optimizer_section config.scheduler_section config.sections ops.adam ops.lamb ops.lion "
+            "parallel.groups stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
-            "config.reader engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel pipe.module profiling",
+            "config.reader engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
+            "pipe.module profiling",
             "config.view engine.engine optimizers partition pipe stage_3.init",
             "engine.eval_engine pipe.engine zero",
             "entry",
