@@ -111,3 +111,61 @@ def test_gradients_are_not_copied(monkeypatch, optimizer, is_copied):
     small.grad = torch.ones_like(small)
     zero.step()
     assert is_copied or numels == [100_000]
+
+
+@pytest.mark.parametrize("optimizer", [pyzero.FusedZeroAdamW, pyzero.ZeroLamb], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_a_gradient_of_another_dtype_is_not_rounded(dtypes, optimizer):
+    weights, grads = dtypes
+    params = [nn.Parameter(torch.ones(5, dtype=weights)) for _ in range(2)]
+    params[0].grad_dtype = None
+    params[0].grad = torch.tensor([6e4, -3e-8, 1.0, 2.0, 3.0], dtype=torch.float64).to(grads)
+    if grads == torch.float32:
+        params[0].grad.mul_(2)  # the first is then an inf in fp16, the second a zero
+    params[1].grad = torch.ones_like(params[1])
+    optimizer = optimizer(params, lr=1e-3, loss_scale=None)
+    optimizer.step()
+    for param in params:
+        assert_same([optimizer.full_state(param)["exp_avg"]], [param.grad.float() * (1 - 0.9)])
+
+
+def negated(group: Any) -> float:
+    param = nn.Parameter(torch.zeros(1))
+    optimizer = pyzero.FusedZeroAdamW([param], lr=0.1, process_group=group)
+    torch.complex(torch.zeros(1), param).conj().mul(2j).real.sum().backward()  # 2 * param
+    if group is None:
+        assert param.grad.is_neg()
+    optimizer.step()
+    return param.item()
+
+
+def test_a_gradient_that_is_a_negated_view(ranks):
+    """A conjugate's imaginary part: its memory has the other sign."""
+    assert [negated(None), *ranks.run(2, negated)] == pytest.approx([-0.1] * 3)
+
+
+def clipped_twice(is_ours: bool, max_grad_norm: float | None) -> list[Tensor]:
+    params = [nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5))]
+    params[0].grad = torch.arange(24.0).view(6, 4).t()  # strides of its own: it is copied
+    params[1].grad = torch.ones(5)
+    if is_ours:
+        optimizer = pyzero.FusedZeroAdamW(params, max_grad_norm=max_grad_norm)
+    else:
+        optimizer = torch.optim.AdamW(params)
+
+    def clip(norm: float) -> Tensor:
+        return optimizer.clip_grad_norm_(norm) if is_ours else nn.utils.clip_grad_norm_(params, norm)
+
+    clip(1.0)
+    params[1].grad = torch.ones(5) * 0.3
+    norms = [clip(0.8)] if max_grad_norm is None else []
+    params[1].grad = torch.ones(5) * 0.2
+    if max_grad_norm is not None and not is_ours:
+        clip(max_grad_norm)
+    optimizer.step()
+    return [*norms, *(optimizer.state[param]["exp_avg"].view_as(param) for param in params)]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_a_clip_holds_for_the_others_where_one_gradient_is_replaced(max_grad_norm):
+    torch.testing.assert_close(clipped_twice(True, max_grad_norm), clipped_twice(False, max_grad_norm))
