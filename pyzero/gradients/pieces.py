@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyzero.sharding.buckets import Bucket, flatten_like
+from pyzero.sharding.local_param import unwrapped
 
 
 class _Piece(NamedTuple):
@@ -52,9 +53,10 @@ class Pieces:
 
         Where there is no gradient there is no piece: what lies there is not defined.
         """
-        if self._are_plain and not any([_is_negated(grads[position]) for position in self._numbers]):
-            present = [grads[position] for position in self._positions]
-            if all([grad is not None and grad.is_contiguous() for grad in present]):
+        if self._are_plain:
+            present: list[Any] = [grads[position] for position in self._positions]
+            is_plain = set(map(type, present)) == {Tensor} and all([grad.is_contiguous() for grad in present])
+            if is_plain and not any([_is_negated(grads[position]) for position in self._numbers]):
                 return self._fill_in(present), self._offsets
         pieces: list[Tensor] = []
         offsets: list[int] = []
@@ -64,8 +66,8 @@ class Pieces:
                 grad = grads[position]
                 if grad is None:
                     continue
-                if _is_negated(grad):
-                    grad = grad.resolve_neg()
+                grad = unwrapped(grad)
+                grad = grad.resolve_neg() if _is_negated(grad) else grad
                 param = self._params[position]
                 is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
                 piece = grad if is_flat and grad.is_contiguous() else flatten_like(grad, param)

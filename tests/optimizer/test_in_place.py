@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as collectives
 from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
@@ -142,6 +143,33 @@ def negated(group: Any) -> float:
 def test_a_gradient_that_is_a_negated_view(ranks):
     """A conjugate's imaginary part: its memory has the other sign."""
     assert [negated(None), *ranks.run(2, negated)] == pytest.approx([-0.1] * 3)
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return collectives.all_reduce(grad, "sum", ctx.group), None
+
+
+def summed_in_backward(group: Any, reduce_grads: bool) -> list[float]:
+    param = nn.Parameter(torch.ones(70))
+    optimizer = pyzero.FusedZeroAdamW([param], process_group=group, reduce_grads=reduce_grads, stage=1)
+    (SumOverRanks.apply(param, group) * (group.rank() + 1)).sum().backward()
+    if not reduce_grads or group.size() == 1:
+        assert not param.grad.data_ptr()  # a wrapper that has no memory
+    optimizer.step()
+    return (optimizer.full_state(param)["exp_avg"] / (1 - 0.9)).unique().tolist()
+
+
+@pytest.mark.parametrize("reduce_grads", [True, False])
+def test_a_gradient_that_a_functional_collective_gives(ranks, reduce_grads):
+    for size, total in ((1, 1.0), (2, 3.0)):
+        assert ranks.run(size, summed_in_backward, reduce_grads) == [[pytest.approx(total)]] * size
 
 
 def clipped_twice(is_ours: bool, max_grad_norm: float | None) -> list[Tensor]:
