@@ -197,3 +197,13 @@ def clipped_twice(is_ours: bool, max_grad_norm: float | None) -> list[Tensor]:
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_a_clip_holds_for_the_others_where_one_gradient_is_replaced(max_grad_norm):
     torch.testing.assert_close(clipped_twice(True, max_grad_norm), clipped_twice(False, max_grad_norm))
+
+
+def test_the_reference_does_not_edit_what_it_reads():
+    """A write to `.grad` between clip and step is an error, whoever made it."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroAdamW([param], backend="reference")
+    param.grad = torch.ones(4)
+    assert optimizer.clip_grad_norm_(1.0) == 2
+    optimizer.step()
+    assert torch.allclose(optimizer.state[param]["exp_avg"], torch.full((4,), 0.05))
