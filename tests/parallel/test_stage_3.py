@@ -226,9 +226,14 @@ def edit_split(engine: Any) -> None:
     """One rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
     param = engine.module.blocks[0].up.weight
     before = case.whole(param)
-    with pytest.raises(ValueError, match="got one by rank 1 alone"), zero.GatheredParameters(param, modifier_rank=1):
-        if dist.get_rank() == 1:
-            param.data.mul_(2)
+    said = ""
+    try:
+        with zero.GatheredParameters(param, modifier_rank=1):
+            if dist.get_rank() == 1:
+                param.data.mul_(2)
+    except ValueError as error:
+        said = str(error)
+    assert "got one by rank 1 alone" in said
     assert torch.equal(case.whole(param), before)
     with zero.GatheredParameters(param, modifier_rank=1):
         param.data.mul_(2)
