@@ -57,11 +57,22 @@ def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> byte
     if rules & FLAT and (counts.count(counts[0]) < len(counts) or any([tensor.dim() != 1 for tensor in tensors])):
         return None
     starts = [tensor.data_ptr() for tensor in tensors]
+    if 0 in starts:
+        _check_memory(tensors)
     if rules & ALIGNED and any([start % ALIGNMENT_BYTES for start in starts]):
         return None
     if rules & (APART | FIRST_APART) and not _are_apart(starts, counts, codes, rules):
         return None
     return _packed(starts, counts, codes)
+
+
+def _check_memory(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.numel() and not tensor.data_ptr():
+            raise ValueError(
+                f"expected tensors with values in memory, got {type(tensor).__name__} without, as a wrapper of "
+                f"another has none; pass the one in it"
+            )
 
 
 def rows_of(tensors: Sequence[Tensor]) -> bytes:

@@ -72,7 +72,7 @@ class RunShard:
 class GradList(NamedTuple):
     """The gradients of a RunShard, each where it is; what none of them covers is to be left alone."""
 
-    tensors: Sequence[Tensor]  # contiguous, in the parameters' dtype
+    tensors: Sequence[Tensor]  # contiguous, fp32 or in the parameters' dtype
     offsets: Sequence[int]  # where each begins, in elements of the RunShard: ascending multiples of GRANULE
     size: int  # elements of the RunShard
 

@@ -125,6 +125,8 @@ def initialize(
     schedule: Any = None
     if trains:
         ours = make_optimizer(model, optimizer, given_params, settings, parallel)
+        if tp_size > 1:
+            tensor_parallel.check_first_gradients(model, ours, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)
         owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine

@@ -50,7 +50,8 @@ class GatheredParameters:
 
     In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
     model computes in. Their memory is freed on the way out: keep copies. `state_dict()` of a module has copies, and is
-    sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for torch reshards it first.
+    sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for torch reshards it first. A
+    weight that tensor parallelism splits stays so: all of its ranks make the same edit.
 
     Args:
         params: A parameter, several, or a module's.
@@ -58,6 +59,9 @@ class GatheredParameters:
             nothing is sent.
         fwd_module: Ignored.
         enabled: False does nothing.
+
+    Raises:
+        ValueError: On the way out: some of a split weight's ranks edited it, others did not. Nothing is changed.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class GatheredParameters:
         self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
         self._built: list[Any] = []  # those of zero.Init, before initialize()
         self._stack = ExitStack()
+        self._parts: dict[Any, tuple[Tensor, int]] = {}  # of split weights, before edits: this rank's, its version
 
     def __enter__(self) -> GatheredParameters:
         if self._enabled:
@@ -89,16 +94,40 @@ class GatheredParameters:
                 param.gathered_in = place
                 param.ds_status = ZeroParamStatus.AVAILABLE
                 param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+            if self._source is not None:
+                for param in filter(_is_split, map(_in_context, self._params)):
+                    self._parts[param] = local_of(param.detach()).clone(), _version(param)
         return self
 
     def _owners(self) -> Iterable[Any]:
         return dict.fromkeys(place.owner for place in self._places.values())
+
+    def _find_edited_apart(self, source: int) -> list[int] | None:
+        """The ranks of a split weight that have edited it, where others of them have not. Collective."""
+        edited = [
+            _version(param) != version or not torch.equal(local_of(param.detach()), part)
+            for param, (part, version) in self._parts.items()
+        ]
+        holders = [param.device_mesh.mesh.flatten().tolist() for param in self._parts]
+        rows: list[Any] = [None] * comm.get_world_size()
+        comm.all_gather_object(rows, (edited, holders))
+        for index, ranks in enumerate(rows[source][1]):
+            found = [rank for rank in ranks if rows[rank][0][index]]
+            if 0 < len(found) < len(ranks):
+                return found
+        return None
 
     @torch.no_grad()
     def __exit__(self, *error: Any) -> None:
         built = {id(param) for param in self._built}
         self._stack.__exit__(*error)
         source = self._source if self._enabled and error[0] is None and comm.get_world_size() > 1 else None
+        apart = self._find_edited_apart(source) if source is not None and self._parts else None
+        if apart is not None:
+            for param, (part, _) in self._parts.items():
+                local_of(param.detach()).copy_(part)
+            source = None
+        self._parts = {}
         changed = [param for param in self._params if source is not None and id(param) not in built]
         values = [whole_of(param.detach()).clone(memory_format=torch.contiguous_format) for param in changed]
         for param in self._places:
@@ -112,6 +141,26 @@ class GatheredParameters:
         for param, value in zip(changed, values, strict=True):
             _broadcast(value, source or 0, param)
             _write(local_of(param), part_of(value, param))
+        if apart is not None:
+            raise ValueError(
+                f"expected an edit by all ranks of a weight that tensor parallelism splits, got one by "
+                f"{', '.join(f'rank {rank}' for rank in apart)} alone, of a part; make it on every rank, or call "
+                f"pyzero.deepspeed.utils.safe_set_full_fp32_param(param, value)"
+            )
+
+
+def _in_context(param: Any) -> Any:
+    """What ops on a parameter act on in here."""
+    return _shown(param) if hasattr(param, "gathered_in") else param
+
+
+def _is_split(param: Any) -> bool:
+    return is_dtensor(param) and not all(placement.is_replicate() for placement in param.placements)
+
+
+def _version(param: Any) -> int:
+    """Writes to a DTensor and to its local tensor both count."""
+    return int(param._version + local_of(param.detach())._version)
 
 
 def _broadcast(value: Tensor, source: int, param: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.sharding.buckets import conversion_error, flatten_like
+from pyzero.sharding.local_param import unwrapped
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 
@@ -110,7 +111,7 @@ class ParamGrad:
             )
         was_reduced = self.forget()
         if grad is not None:
-            self._keep(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else grad, grad)
+            self._keep(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else unwrapped(grad), grad)
             self.show()
         return was_reduced
 
@@ -180,7 +181,7 @@ class ParamGrad:
         elif grad is self._shown and self._local is not None:  # added in place
             self._keep(self._local, self._shown)
         else:
-            self._keep(grad, grad)
+            self._keep(unwrapped(grad), grad)
 
     def local_sum(self) -> Tensor | None:
         """This rank's unsent sum: of the parameter's shape, or (numel,) in its memory order."""

@@ -29,19 +29,26 @@ from pyzero.update_rule import GradList
 _ALIGNMENT_BYTES = 16
 
 
+def _is_mixed(grads: Sequence[Tensor], bucket: Bucket) -> bool:
+    """Some are not in the weights' dtype. All are read as fp32: 16 bits round, and make an inf that no flag shows."""
+    return any([grad.dtype is not bucket.dtype for grad in grads])
+
+
 def _readable(grads: Sequence[Tensor], bucket: Bucket, backend: str) -> Sequence[Tensor]:
     """Each where it is, or a copy of one that no vector instruction reads there, that is a weight, of another dtype."""
     begin = bucket.flat.data_ptr()
     end = begin + bucket.flat.nbytes
     starts = [grad.data_ptr() for grad in grads]
     is_bad = [start % _ALIGNMENT_BYTES != 0 or begin <= start < end for start in starts]
-    if any([grad.dtype is not bucket.dtype for grad in grads]):
-        is_bad = [bad or grad.dtype is not bucket.dtype for bad, grad in zip(is_bad, grads, strict=True)]
+    dtype = bucket.dtype
+    if _is_mixed(grads, bucket):
+        dtype = torch.float32
+        is_bad = [bad or grad.dtype is not dtype for bad, grad in zip(is_bad, grads, strict=True)]
     if not any(is_bad):
         return grads
     bad = [grad for grad, is_so in zip(grads, is_bad, strict=True) if is_so]
     offsets = list(accumulate((-(-grad.numel() // GRANULE) * GRANULE for grad in bad), initial=0))
-    packed = memory.empty(offsets.pop(), bucket.dtype, bucket.device)
+    packed = memory.empty(offsets.pop(), dtype, bucket.device)
     ops.pack_(packed, bad, offsets=offsets, backend=backend)
     copies = iter([packed[at : at + grad.numel()] for at, grad in zip(offsets, bad, strict=True)])
     return [next(copies) if is_so else grad for grad, is_so in zip(grads, is_bad, strict=True)]
@@ -185,6 +192,7 @@ class LocalGradients(Gradients):
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients. One pass over the gradients, which only reads."""
+        self.factor()  # multiplied into `.grad` ahead of pieces and norm, where some were replaced since the clip
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -220,14 +228,15 @@ class LocalGradients(Gradients):
         return torch.stack(codes).min()
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
-        """See Gradients. A list for a rule that reads one; packed in the weights' dtype otherwise."""
+        """See Gradients. A list for a rule that reads one; packed otherwise."""
         for run, (tensors, offsets) in zip(self._runs[bucket], self._pieces[bucket], strict=True):
             size = run.high - run.low
             needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
             if self._reads_lists and tensors and not needs_zeros:
                 yield run.low, GradList(_readable(tensors, bucket, self._backend), offsets, size)
             elif tensors or needs_zeros:
-                packed = memory.empty(size, bucket.dtype, bucket.device)
+                dtype = torch.float32 if _is_mixed(tensors, bucket) else bucket.dtype
+                packed = memory.empty(size, dtype, bucket.device)
                 if needs_zeros:
                     packed.zero_()  # a parameter may have a gradient on another rank alone
                 yield run.low, self._packed(packed, tensors, offsets)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyzero.sharding.buckets import Bucket, flatten_like
+from pyzero.sharding.local_param import unwrapped
 
 
 class _Piece(NamedTuple):
@@ -29,6 +30,7 @@ class Pieces:
         self._pieces = _cut(bucket, low, high, fills_gaps)
         self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]
+        self._numbers = [position for position in self._positions if bucket.params[position].numel() == 1]
         self._gaps = [piece.zeros for piece in self._pieces]
         self._places = [place for place, zeros in enumerate(self._gaps) if zeros is None]
         whole = [piece.zeros is not None or (piece.begin, piece.end) == self._bounds(piece) for piece in self._pieces]
@@ -52,8 +54,9 @@ class Pieces:
         Where there is no gradient there is no piece: what lies there is not defined.
         """
         if self._are_plain:
-            present = [grads[position] for position in self._positions]
-            if all([grad is not None and grad.is_contiguous() for grad in present]):
+            present: list[Any] = [grads[position] for position in self._positions]
+            is_plain = set(map(type, present)) == {Tensor} and all([grad.is_contiguous() for grad in present])
+            if is_plain and not any([_is_negated(grads[position]) for position in self._numbers]):
                 return self._fill_in(present), self._offsets
         pieces: list[Tensor] = []
         offsets: list[int] = []
@@ -63,6 +66,8 @@ class Pieces:
                 grad = grads[position]
                 if grad is None:
                     continue
+                grad = unwrapped(grad)
+                grad = grad.resolve_neg() if _is_negated(grad) else grad
                 param = self._params[position]
                 is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
                 piece = grad if is_flat and grad.is_contiguous() else flatten_like(grad, param)
@@ -78,6 +83,11 @@ class Pieces:
         for place, grad in zip(self._places, grads, strict=True):
             filled[place] = grad
         return filled
+
+
+def _is_negated(grad: Tensor | None) -> bool:
+    """An imaginary part of a conjugate, whose memory has the other sign: contiguous only where it is one number."""
+    return grad is not None and grad.is_neg()
 
 
 def _cut(bucket: Bucket, low: int, high: int, fills_gaps: bool) -> list[_Piece]:

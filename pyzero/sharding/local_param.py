@@ -47,6 +47,11 @@ def whole_of(value: Any) -> Any:
     return value.full_tensor() if is_part else value
 
 
+def unwrapped(grad: Any) -> Any:
+    """The result of a functional collective, which a backward may give, as a tensor with memory; else as it is."""
+    return grad.wait() if type(grad).__name__ == "AsyncCollectiveTensor" else grad
+
+
 def empty_on_host(tensor: Any) -> Tensor:
     """torch.empty_like in host memory; for a DTensor, a DTensor of which this rank has the same part."""
     if type(tensor).__name__ != "DTensor":

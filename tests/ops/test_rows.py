@@ -83,6 +83,8 @@ def test_what_c_leaves_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
     subclass = [BAD["subclass"], _BASE]
     assert rows.checked_rows(subclass) == rows.rows_of(subclass)
     assert rows.checked_rows(deque(GOOD)) == rows.rows_of(GOOD)
+    with pytest.raises(ValueError, match="values in memory, got Subclass without"):
+        rows.checked_rows([_BASE, BAD["no storage"]])
 
 
 F32, F16, BF16 = _BASE, _HALF, torch.zeros(1000).bfloat16()

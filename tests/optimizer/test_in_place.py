@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as collectives
 from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
@@ -111,3 +112,98 @@ def test_gradients_are_not_copied(monkeypatch, optimizer, is_copied):
     small.grad = torch.ones_like(small)
     zero.step()
     assert is_copied or numels == [100_000]
+
+
+@pytest.mark.parametrize("optimizer", [pyzero.FusedZeroAdamW, pyzero.ZeroLamb], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_a_gradient_of_another_dtype_is_not_rounded(dtypes, optimizer):
+    weights, grads = dtypes
+    params = [nn.Parameter(torch.ones(5, dtype=weights)) for _ in range(2)]
+    params[0].grad_dtype = None
+    params[0].grad = torch.tensor([6e4, -3e-8, 1.0, 2.0, 3.0], dtype=torch.float64).to(grads)
+    if grads == torch.float32:
+        params[0].grad.mul_(2)  # the first is then an inf in fp16, the second a zero
+    params[1].grad = torch.ones_like(params[1])
+    optimizer = optimizer(params, lr=1e-3, loss_scale=None)
+    optimizer.step()
+    for param in params:
+        assert_same([optimizer.full_state(param)["exp_avg"]], [param.grad.float() * (1 - 0.9)])
+
+
+def negated(group: Any) -> float:
+    param = nn.Parameter(torch.zeros(1))
+    optimizer = pyzero.FusedZeroAdamW([param], lr=0.1, process_group=group)
+    torch.complex(torch.zeros(1), param).conj().mul(2j).real.sum().backward()  # 2 * param
+    if group is None:
+        assert param.grad.is_neg()
+    optimizer.step()
+    return param.item()
+
+
+def test_a_gradient_that_is_a_negated_view(ranks):
+    """A conjugate's imaginary part: its memory has the other sign."""
+    assert [negated(None), *ranks.run(2, negated)] == pytest.approx([-0.1] * 3)
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return collectives.all_reduce(grad, "sum", ctx.group), None
+
+
+def summed_in_backward(group: Any, reduce_grads: bool) -> list[float]:
+    param = nn.Parameter(torch.ones(70))
+    optimizer = pyzero.FusedZeroAdamW([param], process_group=group, reduce_grads=reduce_grads, stage=1)
+    (SumOverRanks.apply(param, group) * (group.rank() + 1)).sum().backward()
+    if not reduce_grads or group.size() == 1:
+        assert not param.grad.data_ptr()  # a wrapper that has no memory
+    optimizer.step()
+    return (optimizer.full_state(param)["exp_avg"] / (1 - 0.9)).unique().tolist()
+
+
+@pytest.mark.parametrize("reduce_grads", [True, False])
+def test_a_gradient_that_a_functional_collective_gives(ranks, reduce_grads):
+    for size, total in ((1, 1.0), (2, 3.0)):
+        assert ranks.run(size, summed_in_backward, reduce_grads) == [[pytest.approx(total)]] * size
+
+
+def clipped_twice(is_ours: bool, max_grad_norm: float | None) -> list[Tensor]:
+    params = [nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5))]
+    params[0].grad = torch.arange(24.0).view(6, 4).t()  # strides of its own: it is copied
+    params[1].grad = torch.ones(5)
+    if is_ours:
+        optimizer = pyzero.FusedZeroAdamW(params, max_grad_norm=max_grad_norm)
+    else:
+        optimizer = torch.optim.AdamW(params)
+
+    def clip(norm: float) -> Tensor:
+        return optimizer.clip_grad_norm_(norm) if is_ours else nn.utils.clip_grad_norm_(params, norm)
+
+    clip(1.0)
+    params[1].grad = torch.ones(5) * 0.3
+    norms = [clip(0.8)] if max_grad_norm is None else []
+    params[1].grad = torch.ones(5) * 0.2
+    if max_grad_norm is not None and not is_ours:
+        clip(max_grad_norm)
+    optimizer.step()
+    return [*norms, *(optimizer.state[param]["exp_avg"].view_as(param) for param in params)]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_a_clip_holds_for_the_others_where_one_gradient_is_replaced(max_grad_norm):
+    torch.testing.assert_close(clipped_twice(True, max_grad_norm), clipped_twice(False, max_grad_norm))
+
+
+def test_the_reference_does_not_edit_what_it_reads():
+    """A write to `.grad` between clip and step is an error, whoever made it."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroAdamW([param], backend="reference")
+    param.grad = torch.ones(4)
+    assert optimizer.clip_grad_norm_(1.0) == 2
+    optimizer.step()
+    assert torch.allclose(optimizer.state[param]["exp_avg"], torch.full((4,), 0.05))

@@ -217,6 +217,23 @@ class OfPlan(nn.Module):
         self.model.tp_plan = plan
 
 
+class PerHead(nn.Module):
+    """A norm of each head, which has a weight for all: on half of the heads its gradient is half of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm, self.down = nn.Linear(4, 8), nn.RMSNorm(2), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.norm(self.up(x).unflatten(-1, (-1, 2))).flatten(-2))
+
+
+def take_step(engine: Any) -> None:
+    engine.backward(engine(torch.linspace(-1, 2, 8).reshape(2, 4)).square().mean())
+    engine.step()
+
+
 def refusals_and_more(group: Any) -> dict[str, str]:
     """What each says on this rank."""
     said = {}
@@ -244,6 +261,12 @@ def refusals_and_more(group: Any) -> dict[str, str]:
     ))  # fmt: skip
     asked = deepspeed.tp_model_init(case.Model(), 4)
     note("sizes", lambda: pyzero.initialize(model=asked, config=two, tp_plan=PLAN))
+
+    plan = {"up": "colwise", "down": "rowwise"}
+    for stage in (1, 3):
+        staged = {**two, "zero_optimization": {"stage": stage}}
+        engine = pyzero.initialize(model=PerHead(), config=staged, tp_plan=plan)[0]
+        note(f"partial {stage}", lambda engine=engine: take_step(engine))
 
     wrapped = OfPlan(case.Model(), {"blocks.*.up": "colwise", "blocks.*.mid": "rowwise", "last": "replicate"})
     torch.manual_seed(dist.get_rank())
@@ -283,6 +306,8 @@ def test_refusals_skips_and_first_inputs(ranks):
         assert "expected mpu with 4 tensor-parallel ranks" in said["mpu"] and "got 2" in said["mpu"]
         assert "built over the parts of tensor_parallel" in said["ours"]
         assert "got 2 and 4 tensor-parallel ranks" in said["sizes"]
+        for stage in (1, 3):
+            assert "the same gradient of norm.weight on the 2 tensor-parallel ranks" in said[f"partial {stage}"]
         assert said["random"] == results[rank // 2 * 2]["random"] != results[(rank + 2) % 4]["random"]
         assert said["inputs"] == "torch.Size([4, 1])" and said["eval"] == "True"
         assert "the same inputs on the 2 tensor-parallel ranks" in said["other inputs"]

@@ -259,7 +259,28 @@ def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
     after = engine.get_fp32_state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["first.weight"], changed
+    if how == "tensor parallel":
+        edit_split(engine)
     return list(after.values())
+
+
+def edit_split(engine: Any) -> None:
+    """One rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
+    param = engine.module.blocks[0].up.weight
+    before = case.whole(param)
+    said = ""
+    try:
+        with zero.GatheredParameters(param, modifier_rank=1):
+            if dist.get_rank() == 1:
+                param.data.mul_(2)
+    except ValueError as error:
+        said = str(error)
+    assert "got one by rank 1 alone" in said
+    assert torch.equal(case.whole(param), before)
+    with zero.GatheredParameters(param, modifier_rank=1):
+        param.data.mul_(2)
+    assert torch.equal(case.whole(param), 2 * before)
+    assert torch.equal(utils.safe_get_full_fp32_param(param), 2 * before)
 
 
 @pytest.mark.parametrize(("how", "stage"), [("plain", 2), ("plain", 3), ("tensor parallel", 2), ("tensor parallel", 3)])

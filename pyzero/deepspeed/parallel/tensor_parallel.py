@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,9 +21,12 @@ from pyzero.deepspeed.config.sections import TensorParallelSection
 from pyzero.deepspeed.parallel import groups
 from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.parallel.tp_plan import Cut, check_sizes, plan_of, shared_by
+from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.local_param import is_dtensor, local_of
 
 log = logging.getLogger("pyzero")
+
+_LARGEST_COMPARED = 1 << 24  # elements of a gradient, which is gathered for it
 
 _asked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by tp_model_init
 _meshes: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # of a default group, by size
@@ -214,6 +218,48 @@ def _check_first_inputs(model: nn.Module, group: Group) -> None:
             )
 
     hook = model.register_forward_pre_hook(compare, with_kwargs=True)
+
+
+def check_first_gradients(model: nn.Module, optimizer: ZeroOptimizer, parallel: Parallelism) -> None:
+    """Have the first step compare the gradients of weights that every rank has whole.
+
+    They are alike where the layer sees what all ranks have; of split activations each rank has a part of the sum.
+    """
+    trained = {param for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
+    whole = {
+        name: param
+        for name, param in model.named_parameters()
+        if param in trained and param.numel() <= _LARGEST_COMPARED and _is_whole(param, parallel.tensor)
+    }
+    group = Group(parallel.model)
+
+    @torch.no_grad()
+    def compare(optimizer: Any, *args: Any) -> None:
+        grads = (optimizer.full_grad(param) for param in whole.values())
+        mine = [0.0 if grad is None else float(grad.norm()) for grad in grads]
+        rows = group.gather_objects(mine, "the comparison of first gradients")
+        largest = max((norm for row in rows for norm in row), default=0.0)
+        if whole and not 0.0 < largest < math.inf or any(math.isnan(norm) for row in rows for norm in row):
+            return  # a step to skip, or one on other weights
+        handle.remove()
+        for name, *norms in zip(whole, *rows, strict=True):
+            if max(norms) - min(norms) > 1e-2 * max(norms) + 1e-5 * largest:  # less is rounding
+                raise ValueError(
+                    f"expected the same gradient of {name} on the {group.size} tensor-parallel ranks, which have it "
+                    f"whole, got norms of {', '.join(f'{norm:.3g}' for norm in norms)}: it acts on what is split; give "
+                    f"its layer a style in initialize(tp_plan=), as 'replicated_with_grad_allreduce' of a norm of each "
+                    f"head"
+                )
+
+    handle = optimizer.register_step_pre_hook(compare)
+
+
+def _is_whole(param: Tensor, mesh: Any) -> bool:
+    """Neither split over the mesh nor a DTensor on it; in stage 3 those are on a mesh of two dimensions."""
+    if not is_dtensor(param):
+        return True
+    own: Any = param.device_mesh  # type: ignore[attr-defined]
+    return bool(own.ndim == 1 and own != mesh)
 
 
 def _digest(tensor: Tensor) -> int:
