@@ -112,6 +112,7 @@ class RowReader {
     Row& row = rows_[size_t(index)];
     row.address = int64_t(reinterpret_cast<uintptr_t>(tensor.data)) + int64_t(tensor.byte_offset);
     if (!contiguous_numel(tensor, &row.numel) || !dtype_code(tensor.dtype, &row.dtype)) return false;
+    if (tensor.data == nullptr && row.numel > 0) return false;  // its storage was freed
 
     if (index == 0) device_ = tensor.device;
     if (tensor.device.type != device_.type || tensor.device.id != device_.id) return false;

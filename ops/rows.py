@@ -71,7 +71,7 @@ def _check_memory(tensors: Sequence[Tensor]) -> None:
         if tensor.numel() and not tensor.data_ptr():
             raise ValueError(
                 f"expected tensors with values in memory, got {type(tensor).__name__} without, as a wrapper of "
-                f"another has none; pass the one in it"
+                f"another has none, and one whose storage was freed; pass the one in it, or compute it anew"
             )
 
 

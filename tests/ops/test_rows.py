@@ -85,6 +85,10 @@ def test_what_c_leaves_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.checked_rows(deque(GOOD)) == rows.rows_of(GOOD)
     with pytest.raises(ValueError, match="values in memory, got Subclass without"):
         rows.checked_rows([_BASE, BAD["no storage"]])
+    freed = torch.ones(8)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="whose storage was freed; .*compute it anew"):
+        rows.checked_rows([_BASE, freed])
 
 
 F32, F16, BF16 = _BASE, _HALF, torch.zeros(1000).bfloat16()
