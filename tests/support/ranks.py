@@ -14,6 +14,9 @@ from typing import Any
 
 NUM_WORKERS = 4
 TIMEOUT_S = 60
+# New workers for each folder of tests, and after so many jobs: threads of groups that tests have made, and what they
+# imported, slow the old ones, and all that runs beside them, down by up to five times.
+MAX_JOBS = 500
 
 
 def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
@@ -45,6 +48,7 @@ class Ranks:
     def __init__(self) -> None:
         self._processes: list[Any] = []
         self._num_jobs = 0
+        self._folder = ""  # of the tests that the workers have run
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -61,6 +65,10 @@ class Ranks:
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """[fn(group, *args) of rank 0, of rank 1, ...]; a rank that raises fails the test with its traceback."""
+        folder = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("/")[0]
+        if folder != self._folder or self._num_jobs % MAX_JOBS == 0:
+            self.stop()
+            self._folder = folder
         if not self._processes:
             self._start()
         self._num_jobs += 1
@@ -78,8 +86,9 @@ class Ranks:
 
     def stop(self) -> None:
         """End the workers."""
-        for inbox, process in zip(self._inboxes, self._processes, strict=True) if self._processes else ():
+        for inbox in self._inboxes if self._processes else ():
             inbox.put(None)
+        for process in self._processes:
             process.join(10)
             if process.is_alive():
                 process.kill()
