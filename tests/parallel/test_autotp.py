@@ -110,7 +110,7 @@ def run(group: Any, kind: str, tp_size: int, stage: int, steps: range, folder: P
     return result
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("Qwen2", 0), ("Qwen2", 2), ("Qwen3", 1), ("Qwen3", 3)])
+@pytest.mark.parametrize(("kind", "stage"), [("Qwen2", 2), ("Qwen3", 3)])
 def test_models_train_as_on_one_process(ranks, tmp_path, kind, stage):
     exact, torchs = alone(kind, torch.float64), alone(kind, torch.float32)
     first = ranks.run(4, run, kind, 2, stage, range(STEPS), tmp_path)
