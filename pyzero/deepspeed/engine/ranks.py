@@ -19,7 +19,7 @@ class EngineRanks:
     @property
     def mp_world_size(self) -> int:
         """Ranks that split the layers of one model among them."""
-        return 1 if self.parallel.parts is None else process.place_in(self.parallel.parts)[1]
+        return self.parallel.part[1]
 
     def autotp_size(self) -> int:
         """The config's tensor_parallel.autotp_size; 0: none."""
@@ -43,7 +43,7 @@ class EngineRanks:
 
     def get_model_parallel_rank(self) -> int:
         """Among them."""
-        return 0 if self.parallel.parts is None else process.place_in(self.parallel.parts)[0]
+        return self.parallel.part[0]
 
     def get_model_parallel_world_size(self) -> int:
         """How many."""

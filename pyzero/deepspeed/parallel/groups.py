@@ -45,14 +45,12 @@ def get_model_parallel_group() -> Any:
 
 def get_model_parallel_rank() -> int:
     """Among them."""
-    group = get_model_parallel_group()
-    return 0 if group is None else process.place_in(group)[0]
+    return _current().part[0]
 
 
 def get_model_parallel_world_size() -> int:
     """How many."""
-    group = get_model_parallel_group()
-    return 1 if group is None else process.place_in(group)[1]
+    return _current().part[1]
 
 
 def get_tensor_model_parallel_src_rank() -> int:

@@ -26,12 +26,17 @@ class Parallelism:
     @property
     def num_counted(self) -> int:
         """Ranks that train_batch_size is divided by."""
-        return self.size * process.place_in(self.model)[1] if self.counts_parts else self.size
+        return self.size * self.part[1] if self.counts_parts else self.size
 
     @property
     def parts(self) -> Any:
         """The process group that splits layers; None: they are whole."""
         return None if self.is_pipeline else self.model
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(rank, size) of that group; (0, 1) without."""
+        return (0, 1) if self.parts is None else process.place_in(self.parts)
 
     def options(self) -> dict[str, Any]:
         """Of the optimizer."""
