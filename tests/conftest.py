@@ -22,6 +22,11 @@ def ranks() -> Iterator[Ranks]:
     pool.stop()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _renew(ranks: Ranks, request: pytest.FixtureRequest) -> None:
+    ranks.renew(request.path.parent)
+
+
 def forbidden_skip(reason: str) -> str | None:
     """Why a skip with this reason is a failure, or None."""
     if not reason or reason == "unconditional skip":

@@ -10,13 +10,12 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 NUM_WORKERS = 4
 TIMEOUT_S = 60
-# New workers for each folder of tests, and after so many jobs: threads of groups that tests have made, and what they
-# imported, slow the old ones, and all that runs beside them, down by up to five times.
-MAX_JOBS = 500
+MAX_JOBS = 500  # of a worker, more or less: what tests have imported and left behind slows it down by up to five times
 
 
 def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
@@ -48,10 +47,12 @@ class Ranks:
     def __init__(self) -> None:
         self._processes: list[Any] = []
         self._num_jobs = 0
-        self._folder = ""  # of the tests that the workers have run
+        self._jobs_before = 0  # these workers were started
+        self._folder: Path | None = None  # of the tests that they run
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
+        self._jobs_before = self._num_jobs
         self._dir = tempfile.TemporaryDirectory()
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(NUM_WORKERS)]
@@ -65,10 +66,6 @@ class Ranks:
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """[fn(group, *args) of rank 0, of rank 1, ...]; a rank that raises fails the test with its traceback."""
-        folder = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("/")[0]
-        if folder != self._folder or self._num_jobs % MAX_JOBS == 0:
-            self.stop()
-            self._folder = folder
         if not self._processes:
             self._start()
         self._num_jobs += 1
@@ -83,6 +80,12 @@ class Ranks:
         if failures:
             raise AssertionError("\n".join(failures))
         return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
+
+    def renew(self, folder: Path) -> None:
+        """Before a module of tests in `folder`: end workers that ran another folder's, or too many jobs."""
+        if folder != self._folder or self._num_jobs - self._jobs_before >= MAX_JOBS:
+            self.stop()
+        self._folder = folder
 
     def stop(self) -> None:
         """End the workers."""
