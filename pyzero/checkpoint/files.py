@@ -68,6 +68,7 @@ class ChecksummedStream:
         self._crcs = crcs
         self._progress = progress
         self._begin = self._crc = self._length = 0
+        self._small = bytearray()  # written, and not yet in the file: torch.save writes a tensor in 40 calls
         self._beside = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
@@ -75,28 +76,35 @@ class ChecksummedStream:
         num_bytes = memoryview(data).nbytes
         self._length += num_bytes
         if num_bytes < _BESIDE_BYTES:
-            self._crc = zlib.crc32(data, self._crc)
-            self._raw.write(data)
-        else:
-            crc = self._beside.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
-            self._raw.write(data)
-            self._crc = crc.result()
+            self._small += data
+            return num_bytes
+        self._put_small()
+        crc = self._beside.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
+        self._raw.write(data)
+        self._crc = crc.result()
         self._progress(num_bytes)
         return num_bytes
 
+    def _put_small(self) -> None:
+        self._crc = zlib.crc32(self._small, self._crc)
+        self._raw.write(self._small)
+        self._progress(len(self._small))
+        self._small.clear()
+
     def tell(self) -> int:
         """As a file's; ends an item, and begins the next."""
+        self._put_small()
         if self._length:
             self._crcs[self._begin] = (self._length, self._crc)
         self._begin, self._crc, self._length = self._begin + self._length, 0, 0
         return self._begin
 
     def flush(self) -> None:
-        """As a file's."""
-        self._raw.flush()
+        """Nothing: torch asks for it after each item, and `fileno` does it."""
 
     def fileno(self) -> int:
         """As a file's: for fsync."""
+        self._put_small()
         self._raw.flush()
         return self._raw.fileno()
 
