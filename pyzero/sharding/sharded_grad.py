@@ -73,6 +73,8 @@ class _Gradient(torch.Tensor):
             return None
         if func in _CLAMPS:
             raise _refusal("clamp_ (clip_grad_value_)", args)
+        if func == _SET_DATA and args[0] is args[1]:  # nn.Module.to() does so where nothing is to be moved
+            return None
         if func in _IN_PLACE and isinstance(args[0], _Gradient):
             result = args[0]._in_place(func, args, kwargs)
             if result is not NotImplemented:

@@ -404,12 +404,16 @@ def assigned_to_data(group: Any, dtype: torch.dtype) -> list[float]:
             (lines.loss(lines.first, 1.0) + lines.loss(lines.second, 1.0)).backward()
     lines.first.grad.data = lines.first.grad.data / 2
     lines.second.grad.data.mul_(0.5)
-    return [float(lines.optimizer.full_grad(param).unique()) for param in lines.params]
+    found = []
+    for _ in range(2):
+        nn.ParameterList(lines.params).to(lines.first.device)  # nothing is to be moved
+        found += [float(lines.optimizer.full_grad(param).unique()) for param in lines.params]
+    return found
 
 
 @DTYPES
 def test_what_is_written_to_the_data_of_a_local_sum_counts(run, dtype):
-    assert run(2, assigned_to_data, dtype) == [[1.5, 1.5]] * 2
+    assert run(2, assigned_to_data, dtype) == [[1.5] * 4] * 2
 
 
 # ---- pyzero.ShardedGrad --------------------------------------------------------------------------------------------
