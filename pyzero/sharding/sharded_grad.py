@@ -32,6 +32,7 @@ class GradOwner(Protocol):
 
 _NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
 _FOREACH_NORM = torch._foreach_norm
+_CHECKS = (torch.isfinite, Tensor.isfinite, torch.isnan, Tensor.isnan)  # isinf: no norm tells inf beside NaN
 _SCALES = (Tensor.mul_, Tensor.__imul__)
 _INVERSE_SCALES = (Tensor.div_, Tensor.true_divide_, Tensor.divide_, Tensor.__itruediv__)
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
@@ -63,8 +64,8 @@ class _Gradient(torch.Tensor):
             return args[0]._norm(*_norm_type(args, kwargs))
         if func is _FOREACH_NORM:
             return [_norm_of(tensor, *_norm_type(args, kwargs)) for tensor in args[0]]
-        if func in (torch.isfinite, Tensor.isfinite) and isinstance(args[0], _Gradient):
-            return torch.isfinite(args[0]._norm(2.0)).expand(args[0].shape)
+        if func in _CHECKS and isinstance(args[0], _Gradient):
+            return func(args[0]._norm(2.0)).expand(args[0].shape)
         if func in _FOREACH_SCALES:
             return _scale_each(func, *args, **kwargs)
         if func is torch._foreach_zero_:
@@ -135,8 +136,9 @@ class LocalGrad(_Gradient):
 class ShardedGrad(_Gradient):
     """Stands for a reduced gradient, whose averaged values lie in shards over the ranks. It has no storage.
 
-    Norms, isfinite, zero_ and multiplication by one number are the whole gradient's; reading it is collective. Anything
-    else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)` writes them.
+    Norms, isfinite, isnan, zero_ and multiplication by one number are the whole gradient's; reading it is collective.
+    Anything else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)`
+    writes them.
     """
 
     stands_for: _Gradient | None = None  # in `.grad` of a DTensor: what stands for this rank's part of it
@@ -226,7 +228,7 @@ def _refusal(what: str, args: Sequence[Any]) -> RuntimeError:
     grad = next((arg for arg in args if isinstance(arg, _Gradient)), None)
     shape = "" if grad is None else f" of shape {tuple(grad.shape)}"
     return RuntimeError(
-        f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, zero_ or "
-        f"multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
+        f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, isnan, "
+        f"zero_ or multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
         f"optimizer.set_full_grad(p, value) writes it, optimizer.clip_grad_norm_(max_norm) clips it"
     )

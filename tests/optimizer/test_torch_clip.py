@@ -323,8 +323,9 @@ def asked_whether_finite(group: Any, stage: int, value: float) -> list[bool]:
     lines = Lines(group, stage)
     ours = value if lines.rank == lines.size - 1 else 1.0
     (lines.loss(lines.first, ours) + lines.loss(lines.second, 1.0)).backward()
-    lines.first.grad.norm()  # stage 1: before it, `.grad` is this rank's own
     first, second = (param.grad for param in lines.params)
+    has_nan = [bool(torch.isnan(first).any()), bool(first.isnan().any()), bool(second.isnan().any())]
+    assert has_nan == [math.isnan(value)] * 2 + [False]
     return [bool(torch.isfinite(first).all()), bool(first.isfinite().all()), bool(second.isfinite().all())]
 
 
