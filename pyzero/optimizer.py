@@ -433,9 +433,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return str(names[place]) if names else f"parameter {place} of group {group_index}"
 
     def _place(self, group_indices: Iterable[int]) -> None:
-        """Move the trained parameters of these groups into buckets."""
+        """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
+        group_indices = list(group_indices)
         for bucket in self._param_buckets.add(self._param_groups, group_indices):
             self._gradients.add(bucket)
+        params = [param for index in group_indices for param in self._param_groups[index]["params"]]
+        self._gradients.watch([param for param in params if not param.requires_grad], self._place_unfrozen)
         self._reserve()
 
     def _reserve(self) -> None:

@@ -41,6 +41,15 @@ class GradientHooks:
                 self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param)))
                 leaf.requires_grad_(is_trained)
 
+    def watch(self, params: Iterable[Tensor], arrived: Callable[[], None]) -> None:
+        """Call `arrived()` after each gradient of these, which are frozen now."""
+        weak = weakref.WeakMethod(arrived)
+        for param in params:
+            if param.is_floating_point() and not param.is_inference():  # others cannot be trained
+                param.requires_grad_(True)
+                self._handles.append(param.register_post_accumulate_grad_hook(lambda leaf: _call_eagerly(weak)))
+                param.requires_grad_(False)
+
     def __del__(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -81,9 +90,9 @@ def _call(weak_method: weakref.WeakMethod[Callable[..., None]], *args: Tensor) -
 _call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
 
 
-def _call_eagerly(weak_method: weakref.WeakMethod[_ParamHook], param: Tensor) -> None:
+def _call_eagerly(weak_method: weakref.WeakMethod[Callable[..., None]], *args: Tensor) -> None:
     """Compiled autograd traces hooks; ours communicate."""
-    (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, param)
+    (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, *args)
 
 
 class BackwardEnd:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -81,6 +81,8 @@ class ReducedGradients(Gradients):
         self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
+        self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
+        self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
@@ -92,6 +94,15 @@ class ReducedGradients(Gradients):
         self._place(bucket, [records[param] for param in bucket.params])
         self._by_number = sorted((r for _, r in self._records.values()), key=lambda record: record.number)
         self._hooks.add(records)
+        for param in records:
+            self._frozen.pop(outer(param), None)
+
+    def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
+        """See Gradients."""
+        new = dict.fromkeys(param for param in frozen if param not in self._frozen)
+        self._frozen |= new
+        self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
+        self._hooks.watch(new, self._end.await_end)
 
     def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
         grads = BucketGrads(bucket, records, self._backend)
@@ -160,6 +171,10 @@ class ReducedGradients(Gradients):
 
     def _end_of_backward(self) -> None:
         self._end.forget()
+        place_unfrozen = self._place_unfrozen and self._place_unfrozen()
+        if place_unfrozen and any(param.requires_grad for param in self._frozen):
+            place_unfrozen()
+            self._observe_all()
         for record in self._by_number:
             record.show()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ class Gradients(ABC):
     @abstractmethod
     def add(self, bucket: Bucket) -> None:
         """Append a bucket."""
+
+    def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:  # noqa: B027
+        """Have `place_unfrozen()` called behind the first backward in which some of these parameters are trained.
+
+        Their gradients, too, are then the averaged ones before anybody reads them. Collective there, as backward is.
+        """
 
     @abstractmethod
     def move_to(self, buckets: list[Bucket]) -> None:

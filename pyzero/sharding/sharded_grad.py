@@ -32,10 +32,12 @@ class GradOwner(Protocol):
 
 _NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
 _FOREACH_NORM = torch._foreach_norm
+_CHECKS = (torch.isfinite, Tensor.isfinite, torch.isnan, Tensor.isnan)  # isinf: no norm tells inf beside NaN
 _SCALES = (Tensor.mul_, Tensor.__imul__)
 _INVERSE_SCALES = (Tensor.div_, Tensor.true_divide_, Tensor.divide_, Tensor.__itruediv__)
-_UNCHANGING = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_)  # zero_grad calls them
-_IN_PLACE = (Tensor.zero_, *_SCALES, *_INVERSE_SCALES, *_UNCHANGING)
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
+_UNCHANGING = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _GET_DATA)  # zero_grad and old loops call them
+_IN_PLACE = (Tensor.zero_, *_SCALES, *_INVERSE_SCALES, *_UNCHANGING, _SET_DATA)
 _FOREACH_SCALES = (torch._foreach_mul_, torch._foreach_div_)
 _CLAMPS = (
     *(Tensor.clamp_, Tensor.clip_, Tensor.clamp_min_, Tensor.clamp_max_, torch.clamp_),
@@ -62,8 +64,8 @@ class _Gradient(torch.Tensor):
             return args[0]._norm(*_norm_type(args, kwargs))
         if func is _FOREACH_NORM:
             return [_norm_of(tensor, *_norm_type(args, kwargs)) for tensor in args[0]]
-        if func is torch.isfinite and isinstance(args[0], _Gradient):
-            return torch.isfinite(args[0]._norm(2.0)).expand(args[0].shape)
+        if func in _CHECKS and isinstance(args[0], _Gradient):
+            return func(args[0]._norm(2.0)).expand(args[0].shape)
         if func in _FOREACH_SCALES:
             return _scale_each(func, *args, **kwargs)
         if func is torch._foreach_zero_:
@@ -72,6 +74,8 @@ class _Gradient(torch.Tensor):
             return None
         if func in _CLAMPS:
             raise _refusal("clamp_ (clip_grad_value_)", args)
+        if func == _SET_DATA and args[0] is args[1]:  # nn.Module.to() does so where nothing is to be moved
+            return None
         if func in _IN_PLACE and isinstance(args[0], _Gradient):
             result = args[0]._in_place(func, args, kwargs)
             if result is not NotImplemented:
@@ -114,7 +118,13 @@ class LocalGrad(_Gradient):
         if isinstance(current, ShardedGrad):
             return func(current, *args[1:], **kwargs)  # it has been reduced since it was read from `.grad`
         owner = self._owner()
-        if func is not Tensor.zero_ or owner is None:
+        if owner is None:
+            return NotImplemented
+        if func in _UNCHANGING:
+            return self
+        if func == _SET_DATA:
+            return self.copy_(args[1])  # the sum that is sent lies in this memory
+        if func is not Tensor.zero_:
             return NotImplemented
         owner.zero(self._record)  # what of it has been reduced
         with torch._C.DisableTorchFunctionSubclass():
@@ -126,8 +136,9 @@ class LocalGrad(_Gradient):
 class ShardedGrad(_Gradient):
     """Stands for a reduced gradient, whose averaged values lie in shards over the ranks. It has no storage.
 
-    Norms, isfinite, zero_ and multiplication by one number are the whole gradient's; reading it is collective. Anything
-    else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)` writes them.
+    Norms, isfinite, isnan, zero_ and multiplication by one number are the whole gradient's; reading it is collective.
+    Anything else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)`
+    writes them.
     """
 
     stands_for: _Gradient | None = None  # in `.grad` of a DTensor: what stands for this rank's part of it
@@ -142,12 +153,12 @@ class ShardedGrad(_Gradient):
         return made
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self.stands_for, LocalGrad) and func not in _UNCHANGING:
+        if isinstance(self.stands_for, LocalGrad) and func not in (*_UNCHANGING, _SET_DATA):
             func(self.stands_for, *args[1:], **kwargs)
             return self
         owner = self._owner()
-        if owner is None:
-            raise _refusal(func.__name__, args)
+        if owner is None or func == _SET_DATA:
+            raise _refusal("an assignment to .data" if func == _SET_DATA else func.__name__, args)
         if func is Tensor.zero_:
             owner.zero(self._record)
         elif func not in _UNCHANGING:
@@ -160,7 +171,7 @@ class ShardedGrad(_Gradient):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Refuses: there are no values here."""
-        raise _refusal(str(func).removeprefix("aten.").split(".")[0], args)
+        raise _refusal(str(func).split(".")[-2], args)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Without values, of which there are none."""
@@ -217,7 +228,7 @@ def _refusal(what: str, args: Sequence[Any]) -> RuntimeError:
     grad = next((arg for arg in args if isinstance(arg, _Gradient)), None)
     shape = "" if grad is None else f" of shape {tuple(grad.shape)}"
     return RuntimeError(
-        f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, zero_ or "
-        f"multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
+        f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, isnan, "
+        f"zero_ or multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
         f"optimizer.set_full_grad(p, value) writes it, optimizer.clip_grad_norm_(max_norm) clips it"
     )

@@ -1,6 +1,7 @@
 """What may cross with a round of buckets: gradients in any order, late exchanges, broken backwards, new parameters."""
 
 import gc
+import math
 import queue
 import random
 import sys
@@ -419,6 +420,36 @@ def test_a_parameter_that_joins_between_backward_and_step(ranks, stage, how):
     for got in ranks.run(2, joined_between, stage, how):
         assert_same(got[1:], wanted[1:])  # the gradients of the first are other ones on one rank
         assert (got[0] < 0.9).all()
+
+
+def unfrozen_in_time(group: Any, stage: int, freezes_first: bool) -> list[float]:
+    """Norms of torch's clipping, and gradients, of the backward in which the second parameter is first trained."""
+    first = nn.Parameter(torch.ones(64))
+    second, third = (nn.Parameter(torch.ones(n), requires_grad=False) for n in (16, 1))
+    params = [first, second, third]
+    optimizer = pyzero.FusedZeroAdamW(params, lr=0.0, process_group=group, stage=stage)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    first.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    first.requires_grad_(not freezes_first)
+    second.requires_grad_(True)
+    loss = first.sum() + (4.0 * second.sum() if group.rank() == 0 else 0.0)
+    scaler.scale(loss + 0.0 * second.sum()).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_([param for param in params if param.grad is not None], 1.0)
+    grads = [optimizer.full_grad(param) for param in (first, second)]
+    return [float(norm), *(0.0 if grad is None else float(grad[0]) for grad in grads)]
+
+
+@pytest.mark.parametrize("freezes_first", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_of_a_parameter_that_is_trained_anew_are_averaged_before_they_are_read(ranks, stage, freezes_first):
+    values = [0.0 if freezes_first else 1.0, 2.0]  # the mean of 4 and 0
+    norm = math.sqrt(64 * values[0] ** 2 + 16 * values[1] ** 2)
+    wanted = [norm, *(value / norm for value in values)]
+    for got in ranks.run(2, unfrozen_in_time, stage, freezes_first):
+        assert got == pytest.approx(wanted, rel=1e-5)
 
 
 def references(group: Any) -> list[int]:

@@ -279,26 +279,27 @@ def test_clip_grad_value_is_refused_on_several_ranks(run, size, stage, foreach, 
 # ---- what else asks `.grad` ----------------------------------------------------------------------------------------
 
 
-def logged(group: Any, stage: int, dtype: torch.dtype) -> tuple[list[float], Any]:
+def logged(group: Any, stage: int, dtype: torch.dtype, how: str) -> tuple[list[float], Any]:
     lines, norms = Lines(group, stage, dtype), []
     for _ in range(2):
         lines.loss(lines.first, 1.0).backward()
+        norms.append(float(lines.first.grad.data.norm(2)) if how == "data" else float(lines.first.grad.detach().norm()))
         for p in (2, 1.0, math.inf):
             norms.append(float(lines.first.grad.norm(p)))
         norms.append(float(lines.first.grad.norm()))
         norms.append(float(torch.norm(lines.first.grad)))
         norms.append(float(torch.linalg.vector_norm(lines.first.grad)))
-        norms.append(float(lines.first.grad.detach().norm()))
     lines.optimizer.step()
     return norms, [lines.gradient(param) for param in lines.params]
 
 
+@pytest.mark.parametrize("how", ["data", "detach"])
 @DTYPES
 @UP_TO_THREE
-def test_norms_in_a_logger_are_of_the_mean_and_change_nothing(run, size, stage, dtype):
+def test_norms_in_a_logger_are_of_the_mean_and_change_nothing(run, size, stage, dtype, how):
     mean = (1 + size) / 2
-    once = [8 * mean, 64 * mean, mean, *[8 * mean] * 4]
-    for norms, gradients in run(size, logged, stage, dtype):
+    once = [8 * mean, 8 * mean, 64 * mean, mean, *[8 * mean] * 3]
+    for norms, gradients in run(size, logged, stage, dtype, how):
         assert norms == pytest.approx([*once, *[2 * norm for norm in once]], rel=1e-6)
         assert gradients == [2 * mean, None]
 
@@ -322,14 +323,16 @@ def asked_whether_finite(group: Any, stage: int, value: float) -> list[bool]:
     lines = Lines(group, stage)
     ours = value if lines.rank == lines.size - 1 else 1.0
     (lines.loss(lines.first, ours) + lines.loss(lines.second, 1.0)).backward()
-    lines.first.grad.norm()  # stage 1: before it, `.grad` is this rank's own
-    return [bool(torch.isfinite(param.grad).all()) for param in lines.params]
+    first, second = (param.grad for param in lines.params)
+    has_nan = [bool(torch.isnan(first).any()), bool(first.isnan().any()), bool(second.isnan().any())]
+    assert has_nan == [math.isnan(value)] * 2 + [False]
+    return [bool(torch.isfinite(first).all()), bool(first.isfinite().all()), bool(second.isfinite().all())]
 
 
 @pytest.mark.parametrize("value", [1.0, math.inf, math.nan])
 @UP_TO_TWO
 def test_isfinite_is_of_all_ranks(run, size, stage, value):
-    assert run(size, asked_whether_finite, stage, value) == [[math.isfinite(value), True]] * size
+    assert run(size, asked_whether_finite, stage, value) == [[math.isfinite(value), math.isfinite(value), True]] * size
 
 
 def multiplied(group: Any, stage: int, how: str) -> Any:
@@ -394,6 +397,26 @@ def test_a_reduced_gradient_can_be_zeroed(run, size, stage, how):
         assert norms == [0.0, 32 * mean] and gradient == 4 * mean
 
 
+def assigned_to_data(group: Any, dtype: torch.dtype) -> list[float]:
+    """Of this rank's own sum of two backwards, in the manner of old loops."""
+    lines = Lines(group, 2, dtype)
+    with lines.optimizer.no_sync():
+        for _ in range(2):
+            (lines.loss(lines.first, 1.0) + lines.loss(lines.second, 1.0)).backward()
+    lines.first.grad.data = lines.first.grad.data / 2
+    lines.second.grad.data.mul_(0.5)
+    found = []
+    for _ in range(2):
+        nn.ParameterList(lines.params).to(lines.first.device)  # nothing is to be moved
+        found += [float(lines.optimizer.full_grad(param).unique()) for param in lines.params]
+    return found
+
+
+@DTYPES
+def test_what_is_written_to_the_data_of_a_local_sum_counts(run, dtype):
+    assert run(2, assigned_to_data, dtype) == [[1.5] * 4] * 2
+
+
 # ---- pyzero.ShardedGrad --------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, Callable[[Tensor], Any]] = {
@@ -408,6 +431,7 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "add_": lambda g: g.add_(1.0),
     "clamp_": lambda g: g.clamp_(-1.0, 1.0),
     "copy_": lambda g: g.copy_(torch.zeros(g.shape)),
+    "data": lambda g: setattr(g, "data", torch.zeros(g.shape)),
     "copy_ elsewhere": lambda g: torch.zeros(g.shape).copy_(g),
     "mul_ by elements": lambda g: g.mul_(torch.ones(g.shape)),
     "clone": lambda g: g.clone(),
