@@ -20,6 +20,7 @@ from pyzero.comm.host import HostError, HostRanks, find_hosts
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _PATIENCE_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
+_BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
 
 
 class CollectiveError(RuntimeError):
@@ -293,6 +294,17 @@ class Group:
         if self.size > 1:
             self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, source)).wait()
 
+    def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
+        for batch in _batches(tensors):
+            if len(batch) == 1:
+                self.broadcast(batch[0])
+                continue
+            flat = torch.cat([tensor.reshape(-1) for tensor in batch])
+            self.broadcast(flat)
+            for tensor, part in zip(batch, flat.split([tensor.numel() for tensor in batch]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
     def sum(self, tensor: Tensor, what: str) -> None:
         """Overwrite with the sum over ranks."""
         if self.size > 1:
@@ -304,3 +316,17 @@ class Group:
         host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)
         return [value for value in host.tolist() if value >= 0]
+
+
+def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Of one dtype and device, in order, each of at most _BATCH_BYTES or of one tensor."""
+    batches: dict[tuple[Any, ...], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        key = tensor.dtype, tensor.device
+        batch, num_bytes = batches.get(key, ([], 0))
+        if batch and num_bytes + tensor.nbytes > _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(tensor)
+        batches[key] = batch, num_bytes + tensor.nbytes
+    yield from (batch for batch, _ in batches.values())

@@ -302,9 +302,7 @@ def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tenso
     unique = [key for key, tensors in found.items() if len(tensors) == 1]
     rows = group.gather_objects(unique)
     common = set.intersection(*(set(row) for row in rows))
-    for key in rows[0]:
-        if key in common:
-            group.broadcast(local_of(found[key][0].detach()))
+    group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])
 
 
 def _spell(row: tuple[tuple[int, ...], str, int]) -> str:
