@@ -136,6 +136,16 @@ def test_unreadable(text, words):
         load(text)
 
 
+@pytest.mark.parametrize(
+    ("params", "decay"),
+    [({}, None), ({"torch_adam": True}, 0.01), ({"torch_adam": True, "weight_decay": 0.5}, 0.5)]
+    + [({"torch_adam": True, "adam_w_mode": False}, None)],
+)
+def test_torch_adam_has_the_decay_of_torchs_adamw(params, decay):
+    config = load({"train_batch_size": 8, "optimizer": {"type": "Adam", "params": params}})
+    assert config.optimizer is not None and config.optimizer.arguments().get("weight_decay") == decay
+
+
 def test_torch_adam_beside_the_params():
     """DeepSpeed's own tests put it there, where DeepSpeed reads over it."""
     config = load({"train_batch_size": 8, "optimizer": {"type": "AdamW", "torch_adam": True}})

@@ -253,6 +253,47 @@ def test_a_torch_scheduler_follows_the_new_optimizer():
     assert engine.get_lr() == [0.25]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_schedule_that_is_not_handed_in_counts_too(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    engine, *_ = start(FP32, model, optimizer=optimizer)
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    schedule.step()
+    assert engine.get_lr() == [0.5]
+    engine.save_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert engine.get_lr() == [0.125]
+
+
+def test_a_group_whose_parameters_can_be_gone_through_once():
+    model = make_model()
+    before = model.weight.detach().clone()
+    config = {**FP32, "optimizer": {"type": "Adam", "params": {"lr": 0.5}}}
+    engine, *_ = start(config, model, model_parameters=[{"params": model.parameters()}])
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (None, TypeError, "got NoneType; pass"),
+        ({"loss": torch.ones(())}, TypeError, "got dict; pass the one in it"),
+        (torch.ones(3), ValueError, r"got one of shape \(3,\); pass loss.mean"),
+    ],
+    ids=["none", "dict", "several"],
+)
+def test_no_loss(loss, error, words):
+    engine, *_ = start(FP32)
+    with pytest.raises(error, match=words):
+        engine.backward(loss)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [

@@ -94,6 +94,17 @@ def test_it_goes_on_bit_for_bit(ranks, tmp_path, sizes, stages, dtype):
             assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))
 
 
+def test_another_number_of_accumulation_steps(tmp_path):
+    """The first step after the load takes all of its micro-batches."""
+    engine = start(2, "bf16")
+    train(engine, range(3))
+    engine.save_checkpoint(tmp_path)
+    other = start(2, "bf16", seed=1)
+    other.set_train_batch_size(32)
+    other.load_checkpoint(tmp_path)
+    assert [train(other, range(1)) or other.global_steps for _ in range(4)] == [3, 4, 4, 5]
+
+
 def test_tags(tmp_path):
     engine = start(2, "bf16")
     train(engine, range(1))

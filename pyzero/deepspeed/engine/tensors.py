@@ -32,6 +32,17 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def check_loss(loss: Any) -> None:
+    """Raise TypeError or ValueError where backward cannot start at it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"expected a loss, a tensor, got {type(loss).__name__}; pass the one in it: output.loss")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"expected a loss of one element, got one of shape {tuple(loss.shape)}; pass loss.mean(), or call "
+            f"engine.scale(tensor).backward(gradient)"
+        )
+
+
 def hook_outputs(value: Any, hook: Callable[[Tensor], Tensor | None]) -> None:
     """Have a hook called with each gradient that comes back to an output of a graph."""
     seen: set[int] = set()
