@@ -81,6 +81,7 @@ def test_forms(form, tmp_path):
             {"gradient_clipping": 2.0, "optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}},
             ["max_grad_norm is 1.0", "gradient_clipping is 2.0", "remove max_grad_norm"],
         ),
+        ({"zero_optimization": 2}, ["zero_optimization: got 2; wanted a section of keys"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: got 4", "0, 1, 2 or 3"]),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},

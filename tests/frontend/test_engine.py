@@ -279,6 +279,23 @@ def test_a_group_whose_parameters_can_be_gone_through_once():
     assert not torch.equal(model.weight, before)
 
 
+class Batch(dict):
+    """Keys are attributes, as in many libraries."""
+
+    __getattr__ = dict.__getitem__
+
+
+class OfBatch(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch.inputs)
+
+
+def test_16_bit_inputs_in_a_dict_of_a_class_of_its_own():
+    engine, *_ = start({**FP32, "bf16": {"enabled": True}}, OfBatch(4, 3))
+    batch = Batch(inputs=torch.ones(1, 4))
+    assert engine(batch).dtype == torch.bfloat16 and batch.inputs.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("loss", "error", "words"),
     [
