@@ -227,6 +227,10 @@ def test_boundary_and_counters():
     assert (engine.micro_steps, engine.global_steps) == (4, 2)
     assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == (4, 2)
     assert engine.train_micro_batch_size_per_gpu() == 2
+    engine.set_train_micro_batch_size(3)
+    assert engine.get_batch_info() == (6, 3, 2)
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu=0"):
+        engine.set_train_micro_batch_size(0)
 
 
 def test_config_builds_optimizer_and_loader():
