@@ -14,7 +14,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
-from pyzero.sharding.local_param import local_of
+from pyzero.sharding.local_param import is_dtensor, local_of
 from pyzero.sharding.modules import reshard
 from pyzero.sharding.rank_state import SCALER, ZERO
 
@@ -87,6 +87,12 @@ def _frozen(model: nn.Module, optimizer: ZeroOptimizer, trained: Collection[str]
     return {parts.get(fqn, fqn) for name in frozen for fqn in _fqns(model, name)} - set(trained)
 
 
+def _own_buffers(model: nn.Module) -> set[str]:
+    """Names of buffers, which may differ by rank: torch's planner would take each from another one."""
+    own = (name for name, buffer in model.named_buffers(remove_duplicate=False) if not is_dtensor(buffer))
+    return {fqn for name in own for fqn in _fqns(model, name)}
+
+
 def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Parameters and buffers by name, in the model's own memory; and what get_extra_state() of modules returns."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -147,7 +153,8 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         values = {name: value for name, value in values.items() if name not in lent}
         tensors = {name: value for name, value in tensors.items() if name not in lent}
     excluded = _frozen(model, optimizer, values) if excludes_frozen else set()
-    tensors = {name: value for name, value in tensors.items() if name not in excluded}
+    left_out = excluded if optimizer.is_first else excluded | _own_buffers(model)
+    tensors = {name: value for name, value in tensors.items() if name not in left_out}
     first: dict[int, str] = {}
     tied = {n: first.setdefault(local_of(v).data_ptr(), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {

@@ -42,7 +42,7 @@ def save_checkpoint(
     Args:
         directory: Seen by all ranks. The checkpoint goes into a folder of its own in there. One job at a time saves
             into it.
-        model: Whose parameters the optimizer has. Weights, buffers and frozen parameters are saved.
+        model: Whose parameters the optimizer has. Weights, the first rank's buffers and frozen parameters are saved.
         optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
         step: Number of the step, from 0 on, which names the folder. One of the same step is replaced.
         keep: Remove all but this many of the newest; None: remove none.

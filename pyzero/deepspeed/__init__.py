@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine as DeepSpeedEngine
     from .entry import initialize as initialize
     from .parallel.tensor_parallel import tp_model_init as tp_model_init
+    from .pipe.engine import PipelineEngine as PipelineEngine
     from .pipe.module import PipelineModule as PipelineModule
     from .utils import log_dist as log_dist
     from .utils import logger as logger
@@ -22,6 +23,7 @@ __version__ = "0.19.8"  # the DeepSpeed whose names these are
 __all__ = [
     "DeepSpeedConfig",
     "DeepSpeedEngine",
+    "PipelineEngine",
     "PipelineModule",
     "add_config_arguments",
     "add_tuning_arguments",
@@ -38,6 +40,7 @@ __all__ = [
 _NAMES = {
     "DeepSpeedConfig": ("config.view", "DeepSpeedConfig"),
     "DeepSpeedEngine": ("engine.engine", "Engine"),
+    "PipelineEngine": ("pipe.engine", "PipelineEngine"),
     "PipelineModule": ("pipe.module", "PipelineModule"),
     "add_config_arguments": ("arguments", "add_config_arguments"),
     "add_tuning_arguments": ("arguments", "add_tuning_arguments"),

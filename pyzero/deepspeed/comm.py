@@ -5,6 +5,7 @@ Scripts alone call it; the optimizer's own communication is pyzero/comm/group.py
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +37,8 @@ from torch.distributed import (
 
 from pyzero.comm import process
 
+log = logging.getLogger("pyzero")
+
 __all__ = [
     "ReduceOp",
     "all_gather",
@@ -61,6 +64,7 @@ __all__ = [
     "is_available",
     "is_initialized",
     "isend",
+    "log_summary",
     "monitored_barrier",
     "new_group",
     "recv",
@@ -109,6 +113,12 @@ def init_distributed(
         return
     backend = dist_backend or ("nccl" if process.device().type == "cuda" else "gloo")
     dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
+
+
+def log_summary(show_straggler: bool = False, return_dict: bool = False) -> None:
+    """A line that says where to look: collectives are not logged here."""
+    if get_rank() == 0:
+        log.info("comm.log_summary(): collectives are not logged; use torch.profiler, which shows each")
 
 
 def get_rank(group: Any = None) -> int:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
@@ -60,8 +60,8 @@ def initialize(
             not given.
         model: Any module. With fp16 or bf16 enabled its weights are converted; its parameters stay the same objects.
         optimizer: A torch Adam or AdamW, or one of pyzero.deepspeed.ops, which becomes an optimizer of ours with its
-            groups and hyper-parameters; a function that makes one of the parameters; or one of ours, which is used as
-            it is. It goes before the config's `optimizer`.
+            groups and hyper-parameters, and shares `param_groups` with it; a function that makes one of the
+            parameters; or one of ours, which is used as it is. It goes before the config's `optimizer`.
         model_parameters: Parameters or groups for the config's `optimizer` or the function; default: all of the
             model's.
         training_data: A dataset, for the data loader that is returned.
@@ -86,10 +86,10 @@ def initialize(
 
     Raises:
         ValueError: In the config, or in what the optimizer asks for.
-        TypeError: An optimizer other than these.
+        TypeError: An optimizer other than these, or no model.
     """
-    if model is None:
-        raise ValueError("expected a model, got None; pass model=")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}; pass one as model=")
     if mesh_param is not None:
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
@@ -112,7 +112,7 @@ def initialize(
     _convert(model, settings, moves=tp_size == 1)
     if isinstance(model, PipelineModule):
         model.broadcast_tied()
-    given_params = list(model.parameters() if model_parameters is None else model_parameters)
+    given_params = [_listed(item) for item in (model.parameters() if model_parameters is None else model_parameters)]
     partition = Partition(model, optimizer, settings, parallel)
     if tp_size > 1:
         partition.split(tp_plan)
@@ -144,6 +144,13 @@ def _settings_of(*given: Any) -> Config:
     if config is None:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
     return load(config)
+
+
+def _listed(item: Any) -> Any:
+    """A parameter or group, whose parameters can be gone through more than once: `{"params": model.parameters()}`."""
+    if not isinstance(item, dict) or "params" not in item or isinstance(item["params"], Tensor):
+        return item
+    return {**item, "params": list(item["params"])}
 
 
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:

@@ -66,7 +66,10 @@ def make_optimizer(
         return optimizer
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
-        return _ours(optimizer)(groups_of(optimizer), **options)
+        ours = _ours(optimizer)(groups_of(optimizer), **options)
+        optimizer.param_groups = ours.param_groups  # for a schedule over it that nobody hands in, and edits of its lr
+        optimizer._opt_called = True  # that schedule's step() warns without
+        return ours
     if config.optimizer is None:
         raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
     _check_held(model, _tensors_of(params))

@@ -81,6 +81,7 @@ def test_forms(form, tmp_path):
             {"gradient_clipping": 2.0, "optimizer": {"type": "Adam", "params": {"max_grad_norm": 1.0}}},
             ["max_grad_norm is 1.0", "gradient_clipping is 2.0", "remove max_grad_norm"],
         ),
+        ({"zero_optimization": 2}, ["zero_optimization: got 2; wanted a section of keys"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: got 4", "0, 1, 2 or 3"]),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
@@ -134,6 +135,16 @@ def test_every_error_is_told_at_once():
 def test_unreadable(text, words):
     with pytest.raises(ValueError, match=words):
         load(text)
+
+
+@pytest.mark.parametrize(
+    ("params", "decay"),
+    [({}, None), ({"torch_adam": True}, 0.01), ({"torch_adam": True, "weight_decay": 0.5}, 0.5)]
+    + [({"torch_adam": True, "adam_w_mode": False}, None)],
+)
+def test_torch_adam_has_the_decay_of_torchs_adamw(params, decay):
+    config = load({"train_batch_size": 8, "optimizer": {"type": "Adam", "params": params}})
+    assert config.optimizer is not None and config.optimizer.arguments().get("weight_decay") == decay
 
 
 def test_torch_adam_beside_the_params():

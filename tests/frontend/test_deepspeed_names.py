@@ -123,7 +123,7 @@ def test_comm_alone():
     assert not comm.is_initialized()
     assert (comm.get_rank(), comm.get_world_size(), comm.get_local_rank(), comm.get_world_group()) == (0, 1, 0, None)
     value = torch.ones(2)
-    comm.barrier(), comm.all_reduce(value), comm.broadcast(value, 0)
+    comm.barrier(), comm.all_reduce(value), comm.broadcast(value, 0), comm.log_summary()
     assert value.tolist() == [1.0, 1.0]
 
 

@@ -227,6 +227,10 @@ def test_boundary_and_counters():
     assert (engine.micro_steps, engine.global_steps) == (4, 2)
     assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == (4, 2)
     assert engine.train_micro_batch_size_per_gpu() == 2
+    engine.set_train_micro_batch_size(3)
+    assert engine.get_batch_info() == (6, 3, 2)
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu=0"):
+        engine.set_train_micro_batch_size(0)
 
 
 def test_config_builds_optimizer_and_loader():
@@ -251,6 +255,64 @@ def test_a_torch_scheduler_follows_the_new_optimizer():
         engine.backward(exact_loss(engine(inputs), signs))
         engine.step()
     assert engine.get_lr() == [0.25]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_schedule_that_is_not_handed_in_counts_too(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    engine, *_ = start(FP32, model, optimizer=optimizer)
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    schedule.step()
+    assert engine.get_lr() == [0.5]
+    engine.save_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path)
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert engine.get_lr() == [0.125]
+
+
+def test_a_group_whose_parameters_can_be_gone_through_once():
+    model = make_model()
+    before = model.weight.detach().clone()
+    config = {**FP32, "optimizer": {"type": "Adam", "params": {"lr": 0.5}}}
+    engine, *_ = start(config, model, model_parameters=[{"params": model.parameters()}])
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    assert not torch.equal(model.weight, before)
+
+
+class Batch(dict):
+    """Keys are attributes, as in many libraries."""
+
+    __getattr__ = dict.__getitem__
+
+
+class OfBatch(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch.inputs)
+
+
+def test_16_bit_inputs_in_a_dict_of_a_class_of_its_own():
+    engine, *_ = start({**FP32, "bf16": {"enabled": True}}, OfBatch(4, 3))
+    batch = Batch(inputs=torch.ones(1, 4))
+    assert engine(batch).dtype == torch.bfloat16 and batch.inputs.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (None, TypeError, "got NoneType; pass"),
+        ({"loss": torch.ones(())}, TypeError, "got dict; pass the one in it"),
+        (torch.ones(3), ValueError, r"got one of shape \(3,\); pass loss.mean"),
+    ],
+    ids=["none", "dict", "several"],
+)
+def test_no_loss(loss, error, words):
+    engine, *_ = start(FP32)
+    with pytest.raises(error, match=words):
+        engine.backward(loss)
 
 
 @pytest.mark.parametrize(

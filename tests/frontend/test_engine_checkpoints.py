@@ -94,6 +94,32 @@ def test_it_goes_on_bit_for_bit(ranks, tmp_path, sizes, stages, dtype):
             assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))
 
 
+def test_another_number_of_accumulation_steps(tmp_path):
+    """The first step after the load takes all of its micro-batches."""
+    engine = start(2, "bf16")
+    train(engine, range(3))
+    engine.save_checkpoint(tmp_path)
+    other = start(2, "bf16", seed=1)
+    other.set_train_batch_size(32)
+    other.load_checkpoint(tmp_path)
+    assert [train(other, range(1)) or other.global_steps for _ in range(4)] == [3, 4, 4, 5]
+
+
+def buffers_of_ranks(group: Any, path: str) -> list[list[float]]:
+    """Saved where each rank has its own, as BatchNorm's are in training; loaded."""
+    engine = start(2, "fp32")
+    norm = engine.module[2]
+    for buffer in norm.buffers():
+        buffer.fill_(comm.get_rank())
+    engine.save_checkpoint(path)
+    engine.load_checkpoint(path)
+    return [buffer.unique().tolist() for buffer in norm.buffers()]
+
+
+def test_buffers_are_those_of_rank_0(ranks, tmp_path):
+    assert ranks.run(4, buffers_of_ranks, str(tmp_path)) == [[[0.0], [0.0], [0]]] * 4
+
+
 def test_tags(tmp_path):
     engine = start(2, "bf16")
     train(engine, range(1))

@@ -82,6 +82,50 @@ def test_stage_3_has_the_numbers_of_stage_2(ranks, dtype):
     assert sum(result["local"] for result in stages[3]) == total
 
 
+class Residual(nn.Module):
+    """A stream in fp32 between blocks in the weights' dtype, and a loss in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ToStream() for _ in range(2))
+
+    def forward(self, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = stream.float() + 2.0**-20
+        for block in self.blocks:
+            stream = block(stream)
+        return stream, stream.square().mean()
+
+
+class ToStream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        nn.init.constant_(self.linear.weight, 2.0**-10)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream + self.linear(stream.to(self.linear.weight.dtype)).float()
+
+
+def streams(group: Any) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Of stages 2 and 3. The loss scale, 2^16, is no number of fp16."""
+    results = []
+    for stage in (2, 3):
+        config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}, "fp16": {"enabled": True}}
+        engine, *_ = pyzero.initialize(model=Residual(), config={**config, "zero_optimization": {"stage": stage}})
+        stream, loss = engine(torch.full((2, 4), 0.5))
+        engine.backward(loss)
+        engine.step()
+        results.append((stream.detach(), loss.detach(), engine.was_step_applied()))
+    return results
+
+
+def test_what_a_model_computes_in_fp32_stays_so(ranks):
+    for (stream, loss, _), (stream_3, loss_3, is_applied) in ranks.run(WORLD, streams):
+        assert stream_3.dtype == loss_3.dtype == torch.float32 and is_applied
+        assert torch.equal(stream, stream_3) and torch.equal(loss, loss_3)
+
+
 def overflow(group: Any) -> list[Any]:
     engine = start(3, "fp16")
     applied = []

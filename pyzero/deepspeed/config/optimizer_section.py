@@ -30,6 +30,8 @@ _COMPRESSION = Moot("gradients are not compressed", quiet=True)
 # DeepSpeed's FusedLion; the paper's, which FusedZeroLion has, are 1e-4 and (0.9, 0.99).
 _LION_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999)}
 
+_TORCH_DEFAULTS: dict[str, Any] = {"weight_decay": 0.01}  # of AdamW, which params.torch_adam makes
+
 # What each rule takes.
 _ADAM = ("lr", "betas", "eps", "weight_decay", "bias_correction", "maximize")
 _ARGUMENTS: dict[Rule, tuple[str, ...]] = {
@@ -50,7 +52,9 @@ class OptimizerParams(Section):
     adam_w_mode: Annotated[Flag | None, Done("AdamW's decay; DeepSpeed's default for type Adam is true")] = None
     bias_correction: Annotated[Flag, Done("false: the moments are taken as they are")] = True
     max_grad_norm: Annotated[NotNegative | None, Done("an older place of gradient_clipping")] = None
-    torch_adam: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None
+    torch_adam: Annotated[
+        Flag | None, Done("the fused kernels run; weight_decay is 0.01 by default, as torch's AdamW has it")
+    ] = None
     fused: Annotated[Flag | None, Moot("always", quiet=True)] = None
     foreach: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None
     set_grad_none: Annotated[Flag | None, Moot("gradients are cleared either way", quiet=True)] = None
@@ -126,7 +130,10 @@ class OptimizerSection(Section):
         chosen = {name: value for name, value in values.items() if value not in ("auto", None)}
         if self.rule == "Lion":
             return {**_LION_DEFAULTS, **chosen}
-        return {**chosen, "decoupled_weight_decay": self.decoupled()} if self.rule != "Lamb" else chosen
+        if self.rule == "Lamb":
+            return chosen
+        torchs = _TORCH_DEFAULTS if self.params.torch_adam and self.decoupled() else {}
+        return {**torchs, **chosen, "decoupled_weight_decay": self.decoupled()}
 
 
 def _key(name: str) -> str:

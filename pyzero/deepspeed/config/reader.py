@@ -108,6 +108,8 @@ def _explain(item: Any) -> tuple[str, str]:
         return ".".join([*names, name]), f"unknown key{_did_you_mean(section, name)}"
     message = item["msg"].removeprefix("Value error, ")
     message = f"i{message[1:]}" if message.startswith("Input") else message
+    if item["type"] == "model_type":
+        message = "wanted a section of keys, in braces"
     if isinstance(item["input"], list) and item["type"] in _NO_NUMBER and not _takes_lists(section, names):
         message = "wanted one value: a list is for autotuning to choose from, which is not done; set the one to use"
     got = repr(item["input"])

@@ -130,13 +130,15 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
 
         Args:
-            loss: 0-D.
+            loss: Of one element.
             retain_graph: As torch's.
             scale_wrt_gas: False: do not divide.
 
         Raises:
+            TypeError, ValueError: The loss is no tensor, or not of one element.
             RuntimeError: In torch's backward; where a loss function mixed dtypes, with what to do about it.
         """
+        tensors.check_loss(loss)
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
         self._num_backwards += 1
         self._divides = True

@@ -28,7 +28,7 @@ log = logging.getLogger("pyzero")
 _LATEST = "latest"
 _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
 _TAG = re.compile(r"(?!\.)[^/\\\0\n]+")
-_COUNTERS = ("global_steps", "global_samples", "micro_steps")
+_COUNTERS = ("global_steps", "global_samples")
 
 
 class EngineCheckpoints:
@@ -39,6 +39,7 @@ class EngineCheckpoints:
     lr_scheduler: Any
     rank: int
     global_steps: int
+    micro_steps: int
     batches: Batches
 
     def save_checkpoint(
@@ -130,10 +131,11 @@ class EngineCheckpoints:
             self._restore(own)
         if not load_module_only:
             steps = loaded["step"]
-            micro_steps = steps * self.batches.accumulation
-            theirs = {"global_steps": steps, "global_samples": steps * self.batches.train, "micro_steps": micro_steps}
-            for counter, value in loaded.get("counters", theirs).items():
-                setattr(self, counter, value)
+            theirs = {"global_steps": steps, "global_samples": steps * self.batches.train}
+            counters = loaded.get("counters", theirs)
+            for counter in _COUNTERS:
+                setattr(self, counter, counters[counter])
+            self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
             if load_lr_scheduler_states and self.lr_scheduler is not None and loaded["lr_scheduler"] is not None:
                 self.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
         return str(folder), loaded["client_state"]

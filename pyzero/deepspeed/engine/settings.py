@@ -37,6 +37,15 @@ class EngineSettings:
         """
         self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_counted)
 
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Another number of samples per backward on one rank, and per step with it.
+
+        Raises:
+            ValueError: None at all.
+        """
+        accumulation, num_ranks = self.batches.accumulation, self.parallel.num_counted
+        self.batches = Batches.solve(None, micro_batch_size, accumulation, num_ranks)
+
     def get_batch_info(self) -> tuple[int, int, int]:
         """(train batch, micro-batch, accumulation steps)."""
         return self.batches.train, self.batches.micro, self.batches.accumulation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,12 +25,32 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
+        items = {key: _map(item, function) for key, item in value.items()}
+        return items if type(value) is dict else _like(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(item, function) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(_map(item, function) for item in value)
     return value
+
+
+def _like(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """One of the same class, whose keys may be attributes too."""
+    result = copy.copy(value)
+    for key, item in items.items():
+        result[key] = item
+    return result
+
+
+def check_loss(loss: Any) -> None:
+    """Raise TypeError or ValueError where backward cannot start at it."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"expected a loss, a tensor, got {type(loss).__name__}; pass the one in it: output.loss")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"expected a loss of one element, got one of shape {tuple(loss.shape)}; pass loss.mean(), or call "
+            f"engine.scale(tensor).backward(gradient)"
+        )
 
 
 def hook_outputs(value: Any, hook: Callable[[Tensor], Tensor | None]) -> None:

@@ -57,9 +57,9 @@ def shard(
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
         _widen(model, dtype)
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=reduce_dtype or (torch.float32 if dtype else None), output_dtype=dtype
-    )
+    reduce_dtype = reduce_dtype or (torch.float32 if dtype else None)
+    # Neither inputs nor outputs are cast: a loss or a residual stream in fp32 stays so, as in other stages.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     mesh = parallel.mesh or DeviceMesh.from_group(process.handle_of(parallel.data), process.device().type)
     blocks = blocks_of(model)
     if offload:
