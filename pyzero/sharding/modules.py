@@ -72,9 +72,8 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
     from torch.distributed.fsdp import FSDPModule  # half a second
 
     for module in _living(FSDPModule):
-        for group in _fsdp_groups(module):
-            for param in group.fsdp_params:
-                yield module, param
+        for record in fsdp_records(module):
+            yield module, record
 
 
 def _fsdp_groups(module: Any) -> list[Any]:
@@ -102,6 +101,11 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
             f"{torch.__version__}, which does not; install one of these"
         )
     return found
+
+
+def fsdp_records(owner: Any) -> list[Any]:
+    """torch's own record of each parameter that one module of fully_shard gathers."""
+    return [record for group in _fsdp_groups(owner) for record in group.fsdp_params]
 
 
 @contextmanager
@@ -137,7 +141,7 @@ def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
     params = dict(model.named_parameters(remove_duplicate=False))
     of_param = {params[name]: local for name, local in shards.items()}
     for module in model.modules():
-        for record in (record for group in _fsdp_groups(module) for record in group.fsdp_params):
+        for record in fsdp_records(module):
             old = record.sharded_param
             if old in of_param:
                 device = torch.device("cpu") if record.offload_to_cpu else record.device
@@ -181,8 +185,7 @@ def drop_unsent_gradients(model: nn.Module) -> None:
 
 
 def _kept_gradients(model: nn.Module) -> Iterator[Any]:
-    groups = (group for module in model.modules() for group in _fsdp_groups(module))
-    for record in (record for group in groups for record in group.fsdp_params):
+    for record in (record for module in model.modules() for record in fsdp_records(module)):
         if hasattr(record, "_unsharded_param"):  # gathered once
             if record.unsharded_accumulated_grad is not None or record.unsharded_param.grad is not None:
                 yield record

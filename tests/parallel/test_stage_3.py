@@ -198,6 +198,30 @@ def test_gathered_parameters_read_and_write_shards(ranks):
         assert (found["set"] == 7).all() and "FSDP" in found["blocks"]
 
 
+def kept_of(engine: Any) -> tuple[torch.Tensor, ...]:
+    """Views and a parameter that outlive the context, while steps go on; and a graph that does."""
+    block, x = engine.module.blocks[0], case.batch(0)
+    engine.backward(engine(x).float().square().mean())
+    wanted = utils.safe_get_full_grad(block.up.weight)
+    engine.zero_grad()
+    for _ in range(2):
+        with zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+            views = [block.up.weight.data, block.up.weight.data[3:], block.up.weight.detach().t()]
+            shown, before = block.up.weight, block.up.weight.data.clone()
+            loss = engine(x).float().square().mean()
+            assert torch.equal(views[0], before)  # forward has freed it
+        engine.backward(loss)
+        assert torch.equal(utils.safe_get_full_grad(block.up.weight), wanted)
+        engine.zero_grad()
+    train(engine, range(1))
+    for use in (lambda: shown + 1, lambda: shown.data, shown.numpy, shown.detach, lambda: shown.T):
+        with pytest.raises(RuntimeError, match="got .* of a weight of stage 3 that was kept after zero.GatheredParam"):
+            use()
+    assert repr(shown) == "Parameter(shape=(12, 6), freed)"
+    assert (shown.shape, shown.grad, shown.requires_grad_()) == ((12, 6), None, shown)
+    return before, *views
+
+
 def read_as_scripts_do(group: Any) -> dict[str, Any]:
     """By the parameter that named_parameters() gave, which is not what the module shows in the context."""
     engine = start(3, "bf16")
@@ -209,6 +233,8 @@ def read_as_scripts_do(group: Any) -> dict[str, Any]:
         found["used"] = torch.cat([param, param]).shape, (param.detach() + 1).sum()
         with zero.GatheredParameters(param):
             found["nested"] = param.detach().clone()
+        with zero.GatheredParameters([engine.module.blocks[1].up.bias, engine.module.last.weight]):
+            found["beside"] = engine.module.last.weight.shape, engine.module.blocks[1].up.bias.shape
         found["after nested"] = param.detach().clone()
         param.requires_grad_(False)
     found["after"] = param.ds_status
@@ -217,6 +243,7 @@ def read_as_scripts_do(group: Any) -> dict[str, Any]:
         with torch.no_grad():
             found["forward"] = engine(case.batch(0))
         found["resharded"] = case.whole(engine.module.last.weight)
+    found["kept"] = kept_of(engine)
     ids = [p.ds_id for p in engine.module.parameters()]
     assert len(set(ids)) == len(ids)
     return found
@@ -230,9 +257,12 @@ def test_gathered_parameters_are_whole_by_themselves(ranks):
         assert stages == ["NOT_AVAILABLE", "AVAILABLE", "NOT_AVAILABLE"]
         for when in ("read", "nested", "after nested"):
             assert type(found[when]) is torch.Tensor and torch.equal(found[when], wanted)
+        assert found["beside"] == ((1, 6), (12,))
         assert found["used"] == (torch.Size([24, 6]), (wanted + 1).sum())
         assert found["is"] == (True, "DTensor", False)
         assert found["forward"].shape == (case.BATCH, 1)
+        before, data, rows, turned = found["kept"]
+        assert torch.equal(data, before) and torch.equal(rows, before[3:]) and torch.equal(turned, before.t())
 
 
 def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
