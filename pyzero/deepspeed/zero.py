@@ -30,10 +30,12 @@ def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: 
 
 @cache
 def _gathered(kind: type) -> type:
-    """The class of a parameter that fully_shard has sharded, while ops on it are to act on the whole one."""
+    """The class of a parameter of which this rank has a part, while ops on it are to act on the whole one."""
 
     def on_whole(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(made, _shown, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if not _is_forward(args):
+            args, kwargs = tree_map_only(made, _shown, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -41,8 +43,20 @@ def _gathered(kind: type) -> type:
     return made
 
 
+def _is_shown(param: Any) -> bool:
+    """Whether a context shows it whole."""
+    return hasattr(param, "gathered_in") or hasattr(param, "whole")
+
+
+def _is_forward(args: Any) -> bool:
+    """Whether a split layer computes: with other DTensors, which a whole weight would not go with."""
+    return any(is_dtensor(arg) and not _is_shown(arg) for arg in args)
+
+
 def _shown(param: Any) -> Any:
-    """What the module shows: the parameter itself, if a forward has resharded it."""
+    """What the module shows (the parameter itself, if a forward has resharded it), or a split weight put together."""
+    if hasattr(param, "whole"):
+        return param.whole
     return getattr(param.gathered_in.module, param.gathered_in.name)
 
 
@@ -52,7 +66,8 @@ class GatheredParameters:
     In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
     model computes in. Keep copies: what is kept of them is out of date later, or refuses to be read. `state_dict()` of
     a module has copies, and is sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for
-    torch reshards it first. A weight that tensor parallelism splits stays so: all of its ranks make the same edit.
+    torch reshards it first. What tensor parallelism splits is whole below stage 3, and a forward in here computes with
+    what it was before edits; in stage 3 it stays split, and all of its ranks make the same edit.
 
     Args:
         params: A parameter, several, or a module's.
@@ -78,6 +93,7 @@ class GatheredParameters:
         self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
         self._owners: list[Any] = []  # what gathers them, and what none around this one has had gather others
         self._built: list[Any] = []  # those of zero.Init, before initialize()
+        self._cut: list[Any] = []  # DTensors that fully_shard has not sharded: tensor parallelism's
         self._stack = ExitStack()
         self._parts: dict[Any, tuple[Tensor, int]] = {}  # of split weights, before edits: this rank's, its version
 
@@ -87,7 +103,7 @@ class GatheredParameters:
             self._stack.enter_context(gathered(self._built, self._source))
         if self._enabled and any(is_dtensor(param) for param in self._params):
             known = modules.find_fsdp_places()
-            fresh = [param for param in self._params if not hasattr(param, "gathered_in")]
+            fresh = [param for param in dict.fromkeys(self._params) if not _is_shown(param)]
             self._places = {param: known[param] for param in fresh if param in known}
             taken = {param.gathered_in.owner for param in known if hasattr(param, "gathered_in")}
             owners = dict.fromkeys(place.owner for place in self._places.values())
@@ -100,6 +116,11 @@ class GatheredParameters:
                 param.gathered_in = place
                 place.record.init_dtype_attrs = _know_dtypes
                 param.ds_status = ZeroParamStatus.AVAILABLE
+                param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+            self._cut = [param for param in fresh if param not in known and is_dtensor(param)]
+            for param in self._cut:
+                whole = whole_of(param.detach()).clone(memory_format=torch.contiguous_format)
+                param.whole = nn.Parameter(whole, requires_grad=param.requires_grad)
                 param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
             if self._source is not None:
                 for param in filter(_is_split, map(_in_context, self._params)):
@@ -142,6 +163,13 @@ class GatheredParameters:
             del param.gathered_in, place.record.init_dtype_attrs
         for owner in self._owners:
             owner.reshard()
+        for param in self._cut:
+            whole, requires_grad = param.whole, param.requires_grad
+            param.__class__ = type(param).__base__
+            param.requires_grad_(requires_grad)
+            del param.whole
+            if error[0] is None:
+                _write(local_of(param), part_of(whole, param))
         for param, value in zip(changed, values, strict=True):
             _broadcast(value, source or 0, param)
             _write(local_of(param), part_of(value, param))
@@ -159,7 +187,7 @@ def _know_dtypes(policy: Any) -> None:
 
 def _in_context(param: Any) -> Any:
     """What ops on a parameter act on in here."""
-    return _shown(param) if hasattr(param, "gathered_in") else param
+    return _shown(param) if _is_shown(param) else param
 
 
 def _is_split(param: Any) -> bool:

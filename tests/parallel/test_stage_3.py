@@ -295,7 +295,7 @@ def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
 
 
 def edit_split(engine: Any) -> None:
-    """One rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
+    """In stage 3 one rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
     param = engine.module.blocks[0].up.weight
     before = case.whole(param)
     said = ""
@@ -305,12 +305,36 @@ def edit_split(engine: Any) -> None:
                 param.data.mul_(2)
     except ValueError as error:
         said = str(error)
-    assert "got one by rank 1 alone" in said
-    assert torch.equal(case.whole(param), before)
-    with zero.GatheredParameters(param, modifier_rank=1):
-        param.data.mul_(2)
+    if engine.zero_optimization_stage() == 3:
+        assert "got one by rank 1 alone" in said
+        assert torch.equal(case.whole(param), before)
+        with zero.GatheredParameters(param, modifier_rank=1):
+            param.data.mul_(2)
+    else:
+        read_split(engine)
     assert torch.equal(case.whole(param), 2 * before)
     assert torch.equal(utils.safe_get_full_fp32_param(param), 2 * before)
+
+
+def read_split(engine: Any) -> None:
+    """Below stage 3 parts are put together."""
+    params, whole = list(engine.module.parameters()), [case.whole(p).clone() for p in engine.module.parameters()]
+    x = case.batch(0).chunk(4)[engine.dp_rank]
+    engine.backward(engine(x).square().mean())
+    wanted = utils.safe_get_full_grad(params[4])
+    engine.zero_grad()
+    with zero.GatheredParameters(params), zero.GatheredParameters(params[4]):
+        assert all(type(p.data) is torch.Tensor and torch.equal(p, w) for p, w in zip(params, whole, strict=True))
+        assert torch.equal(engine.module.state_dict()["blocks.0.up.weight"], whole[4]) and params[4].ndim == 2
+        loss = engine(x).square().mean()
+        assert torch.equal(params[4] + 0, whole[4])
+        kept, _ = params[4].data, params[5].data.add_(1)  # by all ranks
+    engine.backward(loss)
+    assert torch.equal(utils.safe_get_full_grad(params[4]), wanted) and torch.equal(kept, whole[4])
+    engine.zero_grad()
+    assert [type(p).__name__ for p in params[4:8]] == ["DTensor"] * 4 and params[4].requires_grad
+    after = [case.whole(p) for p in engine.module.parameters()]
+    assert [torch.equal(*pair) for pair in zip(after, whole, strict=True)] == [i != 5 for i in range(len(whole))]
 
 
 @pytest.mark.parametrize(("how", "stage"), [("plain", 2), ("plain", 3), ("tensor parallel", 2), ("tensor parallel", 3)])
