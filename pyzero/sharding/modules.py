@@ -76,7 +76,7 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
             yield module, record
 
 
-def _fsdp_groups(module: Any) -> list[Any]:
+def fsdp_groups(module: Any) -> list[Any]:
     """torch's own records of what one module of fully_shard gathers at once; none of another module."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
@@ -105,7 +105,7 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
 
 def fsdp_records(owner: Any) -> list[Any]:
     """torch's own record of each parameter that one module of fully_shard gathers."""
-    return [record for group in _fsdp_groups(owner) for record in group.fsdp_params]
+    return [record for group in fsdp_groups(owner) for record in group.fsdp_params]
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def whole_state_dicts(owners: Iterable[Any]) -> Iterator[None]:
     """
     handles: dict[Any, Any] = {}
     for owner in owners:
-        for group in _fsdp_groups(owner):
+        for group in fsdp_groups(owner):
             handles.update(group._module_to_pre_save_state_dict_hook_handle)
     taken = {module: module._state_dict_pre_hooks.pop(handle.id) for module, handle in handles.items()}
     copies = [module.register_state_dict_post_hook(_copy_own) for module in taken]
@@ -162,7 +162,7 @@ def reshard(model: nn.Module) -> None:
 def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     """A context in which fully_shard's modules keep whole gradients in backward; the next one outside sends all."""
     quieted: list[Any] = [  # without those that an enclosing context has quieted
-        module for module in model.modules() if any(group.reduce_grads for group in _fsdp_groups(module))
+        module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
     ]
     for module in quieted:
         module.set_requires_gradient_sync(False, recurse=False)

@@ -174,6 +174,19 @@ def local_access(engine: Any) -> None:
     assert all(torch.equal(value, case.whole(shards[name])) for name, value in everyones[0].items())
 
 
+def initialize_again(engine: Any) -> None:
+    """A sharded model stays so."""
+    before = [case.whole(param).clone() for param in engine.module.parameters()]
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match="got one over .*; pass the config that it was sharded by"):
+        pyzero.initialize(model=engine.module, config={**config, "bf16": {"enabled": True}})
+    again = pyzero.initialize(model=engine.module, config=config)[0]
+    assert all(torch.equal(case.whole(p), b) for p, b in zip(again.module.parameters(), before, strict=True))
+    again.backward(again(case.batch(0)).square().mean())
+    again.step()
+    assert again.was_step_applied()
+
+
 def gathered(group: Any) -> dict[str, Any]:
     engine = start(3, "fp32")
     layer = engine.module.first
@@ -186,9 +199,11 @@ def gathered(group: Any) -> dict[str, Any]:
     train(engine, range(1))
     after = utils.safe_get_full_fp32_param(param)
     utils.safe_set_full_fp32_param(param, torch.full(param.shape, 7.0))
+    set_to = case.whole(param).clone()
     engine.empty_partition_cache()
     local_access(engine)
-    return {"read": read, "after": after, "set": case.whole(param), "blocks": type(engine.module.blocks[0]).__name__}
+    initialize_again(engine)
+    return {"read": read, "after": after, "set": set_to, "blocks": type(engine.module.blocks[0]).__name__}
 
 
 def test_gathered_parameters_read_and_write_shards(ranks):
@@ -564,7 +579,7 @@ def offloaded(group: Any) -> None:
             engine = start(3, dtype)
         finally:
             partition.shard = shard
-        assert all(record.offload_to_cpu for g in modules._fsdp_groups(engine.module) for record in g.fsdp_params)
+        assert all(record.offload_to_cpu for g in modules.fsdp_groups(engine.module) for record in g.fsdp_params)
         run = train(engine, range(3))
         assert torch.equal(run.losses, plain.losses) and torch.equal(run.norms, plain.norms)
         assert all(torch.equal(a, b) for a, b in zip(run.weights, plain.weights, strict=True))
