@@ -24,7 +24,8 @@ from pyzero.gradients.source import Gradients, is_set, power_sum
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket, flatten_like
 from pyzero.sharding.layout import GRANULE
-from pyzero.sharding.local_param import LocalParam, local_of
+from pyzero.sharding.local_param import LocalParam, local_of, outer
+from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
 
 _ALIGNMENT_BYTES = 16
@@ -116,12 +117,14 @@ class LocalGradients(Gradients):
         self._watched = 0  # buckets whose parameters have hooks
         self._multiplied: Tensor | None = None  # clip coefficients that DTensors' `.grad` holds, since the last step
         self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
+        self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
         self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
 
     def add(self, bucket: Bucket) -> None:
-        """See Gradients. Parameters get hooks only where they are needed: with a loss scale, or once clipped."""
+        """See Gradients. Parameters get hooks where they are needed: with a loss scale, two meshes, or once clipped."""
         self._place(bucket)
-        if self._scales or self._watched:
+        self._mixes_meshes = not are_on_one_mesh(list(self._params()))
+        if self._scales or self._watched or self._mixes_meshes:
             self._watch()
 
     def _place(self, bucket: Bucket) -> None:
@@ -171,6 +174,8 @@ class LocalGradients(Gradients):
         if epoch != self._epoch and self._fsdp_param is not None:
             self._check_kept_gradients()
         self._unscale, self._epoch = self._arriving or (None, None)
+        if self._mixes_meshes:
+            make_norms_plain(outer(param).grad)
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
 

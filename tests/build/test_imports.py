@@ -19,7 +19,7 @@ LAYERS = (
     {"sharding", "sharding.blocks", "sharding.layout", "sharding.modules"},
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
-    {"arguments", "report", "sharding.topology", "update_rule"},
+    {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
     {"sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
     {"sharding.access", "sharding.rank_state"},

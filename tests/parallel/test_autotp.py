@@ -24,7 +24,7 @@ MAX_NORM = 0.5
 ROWS, LENGTH, VOCAB = 8, 12, 61  # which 2 does not divide
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def make(kind: str, dtype: torch.dtype = torch.float32, num_kv_heads: int = 2) -> Any:
     """Qwen2: biases, fewer heads of keys than of queries. Qwen3: norms of each head, and one weight at both ends."""
     import transformers
 
@@ -36,7 +36,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     model = cls(
         config(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=kind == "Qwen3",
+            num_key_value_heads=num_kv_heads, head_dim=8, max_position_embeddings=64,
+            tie_word_embeddings=kind == "Qwen3",
         )
     )  # fmt: skip
     with torch.no_grad():
@@ -249,6 +250,31 @@ def cohere() -> Any:
         **sizes, num_attention_heads=4, num_key_value_heads=2, use_qk_norm=True, eos_token_id=1
     )
     return transformers.CohereForCausalLM(config)
+
+
+def clip_by_torch(group: Any, stage: int, tp_size: int) -> list[tuple[float, float]]:
+    """On two meshes, or DTensors beside tensors; gradients of Qwen3's norms of heads are partial sums."""
+    model, split = (make("Qwen3", num_kv_heads=tp_size) for _ in range(2))
+    engine, found = pyzero.initialize(model=split, config=config_of(tp_size, stage, 4 // tp_size))[0], []
+    for kind in (2.0, 1.0, float("inf")):
+        for micro in range(2):
+            tokens = batch(micro)
+            own = tokens.chunk(engine.dp_world_size)[engine.dp_rank]
+            engine.backward(engine(input_ids=own, labels=own).loss)
+            (model(input_ids=tokens, labels=tokens).loss / 2).backward()
+        wanted = nn.utils.clip_grad_norm_(model.parameters(), 0.1, kind)
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), 0.1, kind)
+        found += [(float(norm), float(wanted)), (float(engine.optimizer.clip_grad_norm_(1e9)), 0.1)][: 1 + (kind == 2)]
+        engine.zero_grad()
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("stage", "tp_size"), [(3, 2), (1, 4)])
+def test_torchs_clip_of_split_models(ranks, stage, tp_size):
+    for found in ranks.run(4, clip_by_torch, stage, tp_size):
+        for norm, wanted in found:
+            assert norm == pytest.approx(wanted, rel=1e-4)
 
 
 def refusals_and_more(group: Any) -> dict[str, str]:
