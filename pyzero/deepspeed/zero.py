@@ -172,6 +172,8 @@ class GatheredParameters:
                 _write(local_of(param), part_of(whole, param))
         for param, value in zip(changed, values, strict=True):
             _broadcast(value, source or 0, param)
+            if hasattr(param, "whole"):  # in a context around this one
+                param.whole.copy_(value)
             _write(local_of(param), part_of(value, param))
         if apart is not None:
             raise ValueError(

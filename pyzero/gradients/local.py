@@ -236,9 +236,11 @@ class LocalGradients(Gradients):
     def _kept(self, tensors: list[Tensor], offsets: list[int]) -> _Found:
         """With copies of those that are weights, masters or state, where the update writes before it has read all."""
         starts = [tensor.data_ptr() for tensor in tensors]
-        for place in [place for place, start in enumerate(starts) if bisect(self._own, start) % 2]:
-            tensors[place] = tensors[place].clone()
-            starts[place] = tensors[place].data_ptr()
+        between = {bisect(self._own, start) for start in (min(starts), max(starts))} if starts else {0}
+        if len(between) > 1 or between.pop() % 2:  # none begins or ends between most gradients: a look at each is 90 ns
+            for place in [place for place, start in enumerate(starts) if bisect(self._own, start) % 2]:
+                tensors[place] = tensors[place].clone()
+                starts[place] = tensors[place].data_ptr()
         return _Found(tensors, offsets, starts)
 
     def _locate(self) -> Tensor:

@@ -347,9 +347,15 @@ def read_split(engine: Any) -> None:
     engine.backward(loss)
     assert torch.equal(utils.safe_get_full_grad(params[4]), wanted) and torch.equal(kept, whole[4])
     engine.zero_grad()
+    with zero.GatheredParameters(params), zero.GatheredParameters(params[6], modifier_rank=2):
+        if dist.get_rank() == 2:
+            params[6].data.mul_(3)
     assert [type(p).__name__ for p in params[4:8]] == ["DTensor"] * 4 and params[4].requires_grad
     after = [case.whole(p) for p in engine.module.parameters()]
-    assert [torch.equal(*pair) for pair in zip(after, whole, strict=True)] == [i != 5 for i in range(len(whole))]
+    assert [torch.equal(*pair) for pair in zip(after, whole, strict=True)] == [
+        i not in (5, 6) for i in range(len(whole))
+    ]
+    assert torch.equal(after[6], 3 * whole[6])
 
 
 @pytest.mark.parametrize(("how", "stage"), [("plain", 2), ("plain", 3), ("tensor parallel", 2), ("tensor parallel", 3)])
