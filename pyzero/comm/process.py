@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_ahead: Any = None  # the group of join_ahead()
+
 
 def device() -> torch.device:
     """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
@@ -65,6 +67,20 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     else:
         dist.init_process_group(backend or "gloo", timeout=timeout)
     return True
+
+
+def join_ahead(backend: str | None = None) -> None:
+    """`join` before there is an engine: the next one leaves the group in its stead."""
+    global _ahead
+    if join(backend):
+        _ahead = dist.group.WORLD
+
+
+def take_ahead() -> bool:
+    """Whether `join_ahead` has made the default group, and nobody has asked yet."""
+    global _ahead
+    group, _ahead = _ahead, None
+    return group is not None and group is dist.group.WORLD
 
 
 def subgroup(members: Sequence[Sequence[int]]) -> Any:

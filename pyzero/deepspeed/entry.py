@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
@@ -28,6 +29,7 @@ from pyzero.deepspeed.partition import Partition
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.schedules import SCHEDULES
+from pyzero.deepspeed.stage_3.shard import is_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.optimizer import ZeroOptimizer
 
@@ -95,7 +97,7 @@ def initialize(
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
     settings = _settings_of(config, config_params, *of_args)
     backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
-    joined = dist_init_required is not False and process.join(backend)
+    joined = process.take_ahead() or (dist_init_required is not False and process.join(backend))
     is_pipeline = isinstance(model, PipelineModule)
     tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
     if isinstance(model, PipelineModule):
@@ -230,9 +232,23 @@ def _convert(model: nn.Module, config: Config, moves: bool) -> None:
 
     moves: False leaves it where it is, for it is split before it has to lie on one device.
     """
+    if config.zero_optimization.stage == 3 and is_sharded(model):
+        return  # its shards are of another dtype than it computes in
+    device, dtype = process.device() if moves else None, config.weights_dtype()
+    if all(_lies_as(tensor, device, dtype) for tensor in (*model.parameters(), *model.buffers())):
+        return  # torch converts no DTensor that an engine holds, not even to what it is
+    if tensor_parallel.is_split(model):
+        raise ValueError(
+            f"expected a model of whole weights to convert to {dtype}, got one that initialize() has split before; "
+            f"pass it a config of the same fp16 and bf16, or build the model anew"
+        )
     before = [id(param) for param in model.parameters()]
-    model.to(device=process.device() if moves else None, dtype=config.weights_dtype())
+    model.to(device=device, dtype=dtype)
     assert before == [id(param) for param in model.parameters()]
+
+
+def _lies_as(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    return device in (None, tensor.device) and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
 
 
 # ---- the schedule and the data ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.stage_3.init import Init as Init
+from pyzero.deepspeed.stage_3.kept import keep_views
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus, gathered
 from pyzero.sharding import modules
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
@@ -29,10 +30,12 @@ def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: 
 
 @cache
 def _gathered(kind: type) -> type:
-    """The class of a parameter that fully_shard has sharded, while ops on it are to act on the whole one."""
+    """The class of a parameter of which this rank has a part, while ops on it are to act on the whole one."""
 
     def on_whole(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(made, _shown, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if not _is_forward(args):
+            args, kwargs = tree_map_only(made, _shown, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -40,8 +43,20 @@ def _gathered(kind: type) -> type:
     return made
 
 
+def _is_shown(param: Any) -> bool:
+    """Whether a context shows it whole."""
+    return hasattr(param, "gathered_in") or hasattr(param, "whole")
+
+
+def _is_forward(args: Any) -> bool:
+    """Whether a split layer computes: with other DTensors, which a whole weight would not go with."""
+    return any(is_dtensor(arg) and not _is_shown(arg) for arg in args)
+
+
 def _shown(param: Any) -> Any:
-    """What the module shows: the parameter itself, if a forward has resharded it."""
+    """What the module shows (the parameter itself, if a forward has resharded it), or a split weight put together."""
+    if hasattr(param, "whole"):
+        return param.whole
     return getattr(param.gathered_in.module, param.gathered_in.name)
 
 
@@ -49,9 +64,10 @@ class GatheredParameters:
     """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
 
     In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
-    model computes in. Their memory is freed on the way out: keep copies. `state_dict()` of a module has copies, and is
-    sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for torch reshards it first. A
-    weight that tensor parallelism splits stays so: all of its ranks make the same edit.
+    model computes in. Keep copies: what is kept of them is out of date later, or refuses to be read. `state_dict()` of
+    a module has copies, and is sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for
+    torch reshards it first. What tensor parallelism splits is whole below stage 3, and a forward in here computes with
+    what it was before edits; in stage 3 it stays split, and all of its ranks make the same edit.
 
     Args:
         params: A parameter, several, or a module's.
@@ -75,7 +91,9 @@ class GatheredParameters:
         self._enabled = enabled
         self._source = modifier_rank
         self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
+        self._owners: list[Any] = []  # what gathers them, and what none around this one has had gather others
         self._built: list[Any] = []  # those of zero.Init, before initialize()
+        self._cut: list[Any] = []  # DTensors that fully_shard has not sharded: tensor parallelism's
         self._stack = ExitStack()
         self._parts: dict[Any, tuple[Tensor, int]] = {}  # of split weights, before edits: this rank's, its version
 
@@ -85,22 +103,29 @@ class GatheredParameters:
             self._stack.enter_context(gathered(self._built, self._source))
         if self._enabled and any(is_dtensor(param) for param in self._params):
             known = modules.find_fsdp_places()
-            fresh = [param for param in self._params if not hasattr(param, "gathered_in")]
+            fresh = [param for param in dict.fromkeys(self._params) if not _is_shown(param)]
             self._places = {param: known[param] for param in fresh if param in known}
-            for owner in self._owners():
+            taken = {param.gathered_in.owner for param in known if hasattr(param, "gathered_in")}
+            owners = dict.fromkeys(place.owner for place in self._places.values())
+            self._owners = [owner for owner in owners if owner not in taken]
+            for owner in self._owners:
                 owner.unshard()
-            self._stack.enter_context(modules.whole_state_dicts(self._owners()))
+                keep_views(owner)
+            self._stack.enter_context(modules.whole_state_dicts(self._owners))
             for param, place in self._places.items():
                 param.gathered_in = place
+                place.record.init_dtype_attrs = _know_dtypes
                 param.ds_status = ZeroParamStatus.AVAILABLE
+                param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+            self._cut = [param for param in fresh if param not in known and is_dtensor(param)]
+            for param in self._cut:
+                whole = whole_of(param.detach()).clone(memory_format=torch.contiguous_format)
+                param.whole = nn.Parameter(whole, requires_grad=param.requires_grad)
                 param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
             if self._source is not None:
                 for param in filter(_is_split, map(_in_context, self._params)):
                     self._parts[param] = local_of(param.detach()).clone(), _version(param)
         return self
-
-    def _owners(self) -> Iterable[Any]:
-        return dict.fromkeys(place.owner for place in self._places.values())
 
     def _find_edited_apart(self, source: int) -> list[int] | None:
         """The ranks of a split weight that have edited it, where others of them have not. Collective."""
@@ -130,16 +155,25 @@ class GatheredParameters:
         self._parts = {}
         changed = [param for param in self._params if source is not None and id(param) not in built]
         values = [whole_of(param.detach()).clone(memory_format=torch.contiguous_format) for param in changed]
-        for param in self._places:
+        for param, place in self._places.items():
             requires_grad = param.requires_grad
             param.__class__ = type(param).__base__
             param.requires_grad_(requires_grad)
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-            del param.gathered_in
-        for owner in self._owners():
+            del param.gathered_in, place.record.init_dtype_attrs
+        for owner in self._owners:
             owner.reshard()
+        for param in self._cut:
+            whole, requires_grad = param.whole, param.requires_grad
+            param.__class__ = type(param).__base__
+            param.requires_grad_(requires_grad)
+            del param.whole
+            if error[0] is None:
+                _write(local_of(param), part_of(whole, param))
         for param, value in zip(changed, values, strict=True):
             _broadcast(value, source or 0, param)
+            if hasattr(param, "whole"):  # in a context around this one
+                param.whole.copy_(value)
             _write(local_of(param), part_of(value, param))
         if apart is not None:
             raise ValueError(
@@ -149,9 +183,13 @@ class GatheredParameters:
             )
 
 
+def _know_dtypes(policy: Any) -> None:
+    """In place of fully_shard's look at a shard's dtype, which says that of the whole weight in here."""
+
+
 def _in_context(param: Any) -> Any:
     """What ops on a parameter act on in here."""
-    return _shown(param) if hasattr(param, "gathered_in") else param
+    return _shown(param) if _is_shown(param) else param
 
 
 def _is_split(param: Any) -> bool:

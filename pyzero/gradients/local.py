@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -23,7 +24,8 @@ from pyzero.gradients.source import Gradients, is_set, power_sum
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket, flatten_like
 from pyzero.sharding.layout import GRANULE
-from pyzero.sharding.local_param import LocalParam, local_of
+from pyzero.sharding.local_param import LocalParam, local_of, outer
+from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
 
 _ALIGNMENT_BYTES = 16
@@ -34,12 +36,9 @@ def _is_mixed(grads: Sequence[Tensor], bucket: Bucket) -> bool:
     return any([grad.dtype is not bucket.dtype for grad in grads])
 
 
-def _readable(grads: Sequence[Tensor], bucket: Bucket, backend: str) -> Sequence[Tensor]:
-    """Each where it is, or a copy of one that no vector instruction reads there, that is a weight, of another dtype."""
-    begin = bucket.flat.data_ptr()
-    end = begin + bucket.flat.nbytes
-    starts = [grad.data_ptr() for grad in grads]
-    is_bad = [start % _ALIGNMENT_BYTES != 0 or begin <= start < end for start in starts]
+def _readable(grads: Sequence[Tensor], starts: list[int], bucket: Bucket, backend: str) -> Sequence[Tensor]:
+    """Each where it is, or a copy of one that no vector instruction reads there, or of another dtype."""
+    is_bad = [start % _ALIGNMENT_BYTES != 0 for start in starts]
     dtype = bucket.dtype
     if _is_mixed(grads, bucket):
         dtype = torch.float32
@@ -58,6 +57,14 @@ def _have_values(grads: list[Tensor]) -> bool:
     """Whether any of them is not all zeros. Waits for a GPU."""
     filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
     return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
+
+
+class _Found(NamedTuple):
+    """The pieces of a run's gradients."""
+
+    tensors: list[Tensor]
+    offsets: list[int]
+    starts: list[int]  # addresses
 
 
 _GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it has been written
@@ -93,7 +100,8 @@ class LocalGradients(Gradients):
         self._scales = scales  # the optimizer has a loss scale
         self._reads_lists = reads_lists  # the update rule does
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
-        self._pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}  # by run, from collect() on
+        self._pieces: dict[Bucket, list[_Found]] = {}  # by run, from collect() on
+        self._own: list[int] = []  # where memory of the buckets begins and ends, in turns, sorted
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
@@ -109,17 +117,22 @@ class LocalGradients(Gradients):
         self._watched = 0  # buckets whose parameters have hooks
         self._multiplied: Tensor | None = None  # clip coefficients that DTensors' `.grad` holds, since the last step
         self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
+        self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
         self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
 
     def add(self, bucket: Bucket) -> None:
-        """See Gradients. Parameters get hooks only where they are needed: with a loss scale, or once clipped."""
+        """See Gradients. Parameters get hooks where they are needed: with a loss scale, two meshes, or once clipped."""
         self._place(bucket)
-        if self._scales or self._watched:
+        self._mixes_meshes = not are_on_one_mesh(list(self._params()))
+        if self._scales or self._watched or self._mixes_meshes:
             self._watch()
 
     def _place(self, bucket: Bucket) -> None:
         self._buckets.append(bucket)
         self._numbers[bucket] = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)
+        for tensor in (bucket.flat, *bucket.state_tensors()):
+            self._own += [tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes]
+        self._own.sort()
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
         bounds = [(run, *bucket.layout.run_bounds(run, self._group.rank)) for run in bucket.layout.runs]
         self._runs[bucket] = [
@@ -132,7 +145,7 @@ class LocalGradients(Gradients):
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients. `.grad` stays where it is, and so do the hooks on its parameter."""
-        self._buckets, self._runs, self._pieces, self._numbers = [], {}, {}, {}
+        self._buckets, self._runs, self._pieces, self._numbers, self._own = [], {}, {}, {}, []
         for bucket in buckets:
             self._place(bucket)
         self._watched = len(buckets) if self._watched else 0
@@ -161,6 +174,8 @@ class LocalGradients(Gradients):
         if epoch != self._epoch and self._fsdp_param is not None:
             self._check_kept_gradients()
         self._unscale, self._epoch = self._arriving or (None, None)
+        if self._mixes_meshes:
+            make_norms_plain(outer(param).grad)
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
 
@@ -197,6 +212,7 @@ class LocalGradients(Gradients):
         found = self._found_inf
         counted: list[Tensor] = []
         others: list[Tensor] = []
+        found_pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}
         used = [False] * sum(len(bucket.params) for bucket in self._buckets)
         for bucket in self._buckets:
             grads = [param.grad for param in bucket.params]
@@ -205,17 +221,27 @@ class LocalGradients(Gradients):
                 if grad is not None and grad.layout != torch.strided:
                     raise sparse_error(param)
             maps = [run.pieces for run in self._runs[bucket]]
-            found_pieces = [pieces.of(grads) if pieces.has_any(grads) else ([], []) for pieces in maps]
-            self._pieces[bucket] = found_pieces
-            for run, (tensors, _) in zip(self._runs[bucket], found_pieces, strict=True):
+            found_pieces[bucket] = [pieces.of(grads) if pieces.has_any(grads) else ([], []) for pieces in maps]
+            for run, (tensors, _) in zip(self._runs[bucket], found_pieces[bucket], strict=True):
                 (counted if run.in_norm else others).extend(tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=self._sumsq, backend=self._backend)
         ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
+        self._pieces = {bucket: [self._kept(*one) for one in found_pieces[bucket]] for bucket in self._buckets}
         if self._buckets and (self._locates or is_set(found)):
             self._first_bad.copy_(self._locate())
         if scaler_found_inf is not None:
             torch.maximum(found, scaler_found_inf, out=found)
         return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
+
+    def _kept(self, tensors: list[Tensor], offsets: list[int]) -> _Found:
+        """With copies of those that are weights, masters or state, where the update writes before it has read all."""
+        starts = [tensor.data_ptr() for tensor in tensors]
+        between = {bisect(self._own, start) for start in (min(starts), max(starts))} if starts else {0}
+        if len(between) > 1 or between.pop() % 2:  # none begins or ends between most gradients: a look at each is 90 ns
+            for place in [place for place, start in enumerate(starts) if bisect(self._own, start) % 2]:
+                tensors[place] = tensors[place].clone()
+                starts[place] = tensors[place].data_ptr()
+        return _Found(tensors, offsets, starts)
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""
@@ -229,11 +255,11 @@ class LocalGradients(Gradients):
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
         """See Gradients. A list for a rule that reads one; packed otherwise."""
-        for run, (tensors, offsets) in zip(self._runs[bucket], self._pieces[bucket], strict=True):
+        for run, (tensors, offsets, starts) in zip(self._runs[bucket], self._pieces[bucket], strict=True):
             size = run.high - run.low
             needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
             if self._reads_lists and tensors and not needs_zeros:
-                yield run.low, GradList(_readable(tensors, bucket, self._backend), offsets, size)
+                yield run.low, GradList(_readable(tensors, starts, bucket, self._backend), offsets, size)
             elif tensors or needs_zeros:
                 dtype = torch.float32 if _is_mixed(tensors, bucket) else bucket.dtype
                 packed = memory.empty(size, dtype, bucket.device)
@@ -309,7 +335,7 @@ class LocalGradients(Gradients):
         """See Gradients."""
         counted: list[Tensor] = []
         for bucket, found in self._pieces.items():
-            for run, (tensors, _) in zip(self._runs[bucket], found, strict=True):
+            for run, (tensors, *_) in zip(self._runs[bucket], found, strict=True):
                 counted += tensors if run.in_norm else []
         return power_sum(counted, norm_type, self._device)
 

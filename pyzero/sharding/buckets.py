@@ -128,8 +128,12 @@ class Bucket:
         self._first_versions = self._state_versions()
 
     def _state_versions(self) -> list[int]:
+        return [tensor._version for tensor in self.state_tensors()]
+
+    def state_tensors(self) -> list[Tensor]:
+        """Masters (fp32 weights are theirs) and slots: this rank's shards of them."""
         own = [] if self.is_master else [self.master]
-        return [tensor._version for tensor in (*own, *self.state.values())]
+        return [*own, *self.state.values()]
 
     def state_was_written(self) -> bool:
         """Whether anybody but an op has written masters or state since `masters_from_weights`."""
@@ -334,5 +338,4 @@ class Bucket:
 
     def num_state_bytes(self) -> int:
         """Bytes of masters (none of their own for fp32 weights) and slots."""
-        own = [] if self.is_master else [self.master]
-        return sum(tensor.nbytes for tensor in (*own, *self.state.values()))
+        return sum(tensor.nbytes for tensor in self.state_tensors())

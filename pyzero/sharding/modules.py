@@ -72,12 +72,11 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
     from torch.distributed.fsdp import FSDPModule  # half a second
 
     for module in _living(FSDPModule):
-        for group in _fsdp_groups(module):
-            for param in group.fsdp_params:
-                yield module, param
+        for record in fsdp_records(module):
+            yield module, record
 
 
-def _fsdp_groups(module: Any) -> list[Any]:
+def fsdp_groups(module: Any) -> list[Any]:
     """torch's own records of what one module of fully_shard gathers at once; none of another module."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
@@ -104,6 +103,11 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
     return found
 
 
+def fsdp_records(owner: Any) -> list[Any]:
+    """torch's own record of each parameter that one module of fully_shard gathers."""
+    return [record for group in fsdp_groups(owner) for record in group.fsdp_params]
+
+
 @contextmanager
 def whole_state_dicts(owners: Iterable[Any]) -> Iterator[None]:
     """What these modules of fully_shard have gathered is in their state dicts, too: copies, for its memory is freed.
@@ -112,7 +116,7 @@ def whole_state_dicts(owners: Iterable[Any]) -> Iterator[None]:
     """
     handles: dict[Any, Any] = {}
     for owner in owners:
-        for group in _fsdp_groups(owner):
+        for group in fsdp_groups(owner):
             handles.update(group._module_to_pre_save_state_dict_hook_handle)
     taken = {module: module._state_dict_pre_hooks.pop(handle.id) for module, handle in handles.items()}
     copies = [module.register_state_dict_post_hook(_copy_own) for module in taken]
@@ -137,7 +141,7 @@ def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
     params = dict(model.named_parameters(remove_duplicate=False))
     of_param = {params[name]: local for name, local in shards.items()}
     for module in model.modules():
-        for record in (record for group in _fsdp_groups(module) for record in group.fsdp_params):
+        for record in fsdp_records(module):
             old = record.sharded_param
             if old in of_param:
                 device = torch.device("cpu") if record.offload_to_cpu else record.device
@@ -158,7 +162,7 @@ def reshard(model: nn.Module) -> None:
 def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     """A context in which fully_shard's modules keep whole gradients in backward; the next one outside sends all."""
     quieted: list[Any] = [  # without those that an enclosing context has quieted
-        module for module in model.modules() if any(group.reduce_grads for group in _fsdp_groups(module))
+        module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
     ]
     for module in quieted:
         module.set_requires_gradient_sync(False, recurse=False)
@@ -181,8 +185,7 @@ def drop_unsent_gradients(model: nn.Module) -> None:
 
 
 def _kept_gradients(model: nn.Module) -> Iterator[Any]:
-    groups = (group for module in model.modules() for group in _fsdp_groups(module))
-    for record in (record for group in groups for record in group.fsdp_params):
+    for record in (record for module in model.modules() for record in fsdp_records(module)):
         if hasattr(record, "_unsharded_param"):  # gathered once
             if record.unsharded_accumulated_grad is not None or record.unsharded_param.grad is not None:
                 yield record

@@ -30,7 +30,7 @@ class GradOwner(Protocol):
         """Make the reduced part of this gradient zeros."""
 
 
-_NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
+NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
 _FOREACH_NORM = torch._foreach_norm
 _CHECKS = (torch.isfinite, Tensor.isfinite, torch.isnan, Tensor.isnan)  # isinf: no norm tells inf beside NaN
 _SCALES = (Tensor.mul_, Tensor.__imul__)
@@ -60,10 +60,10 @@ class _Gradient(torch.Tensor):
     ) -> Any:
         """Norms and scaling of the averaged gradient; everything else is the class's own affair."""
         kwargs = kwargs or {}
-        if func in _NORMS and args and isinstance(args[0], _Gradient):
-            return args[0]._norm(*_norm_type(args, kwargs))
+        if func in NORMS and args and isinstance(args[0], _Gradient):
+            return args[0]._norm(*norm_type_of(args, kwargs))
         if func is _FOREACH_NORM:
-            return [_norm_of(tensor, *_norm_type(args, kwargs)) for tensor in args[0]]
+            return [_norm_of(tensor, *norm_type_of(args, kwargs)) for tensor in args[0]]
         if func in _CHECKS and isinstance(args[0], _Gradient):
             return func(args[0]._norm(2.0)).expand(args[0].shape)
         if func in _FOREACH_SCALES:
@@ -179,7 +179,7 @@ class ShardedGrad(_Gradient):
         return f"ShardedGrad(shape={tuple(self.shape)}, dtype={dtype}, device={self.device})"
 
 
-def _norm_type(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[float, bool]:
+def norm_type_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[float, bool]:
     """(p, whether nothing else is asked for)."""
     kwargs = dict(kwargs)
     given = args[1] if len(args) > 1 else next((kwargs.pop(n) for n in ("ord", "p") if n in kwargs), 2.0)

@@ -19,7 +19,7 @@ LAYERS = (
     {"sharding", "sharding.blocks", "sharding.layout", "sharding.modules"},
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
-    {"arguments", "report", "sharding.topology", "update_rule"},
+    {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
     {"sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
     {"sharding.access", "sharding.rank_state"},
@@ -43,7 +43,7 @@ LAYERS = (
         for row in (
             "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners "
             "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
-            "pipe.runner pipe.topology schedules stage_3 stage_3.sharded_param zero_to_fp32",
+            "pipe.runner pipe.topology schedules stage_3 stage_3.kept stage_3.sharded_param zero_to_fp32",
             "config.optimizer_section config.scheduler_section config.sections ops.adam ops.lamb ops.lion "
             "parallel.groups stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",

@@ -81,17 +81,24 @@ def test_shards_of_averaged_gradients(ranks):
         assert_same(one[1], other[1])
 
 
+@pytest.mark.parametrize("source", ["weight", "master", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_may_be_the_weight_itself(dtype):
+def test_a_gradient_may_be_what_the_step_writes(dtype, source):
+    """Of the parameter's own bucket, and of one that is updated before."""
     results = []
     for is_copied in (False, True):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(100, dtype=dtype)) for _ in range(2)]
-        optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2)
+        params = [nn.Parameter(torch.randn(100, dtype=dtype)) for _ in range(3)]
+        optimizer = pyzero.FusedZeroAdamW(params, lr=1e-2, bucket_cap_mb=1e-5)
         for param in params:
-            param.grad = param.detach().clone() if is_copied else param.detach()
+            param.grad_dtype = None
+            param.grad = torch.randn(100, dtype=dtype)
         optimizer.step()
-        results.append([param.detach().clone() for param in params])
+        values = [optimizer.state[p][source] if source != "weight" else p.detach() for p in params]
+        for param, value in zip(params, (values[0], values[0], values[1]), strict=True):
+            param.grad = value.clone() if is_copied else value
+        optimizer.step()
+        results.append([value.clone() for p in params for value in (p.detach(), *optimizer.state[p].values())])
     assert_same(*results)
 
 

@@ -8,6 +8,7 @@ import parallel_case as case
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 import pyzero
@@ -23,7 +24,7 @@ MAX_NORM = 0.5
 ROWS, LENGTH, VOCAB = 8, 12, 61  # which 2 does not divide
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def make(kind: str, dtype: torch.dtype = torch.float32, num_kv_heads: int = 2) -> Any:
     """Qwen2: biases, fewer heads of keys than of queries. Qwen3: norms of each head, and one weight at both ends."""
     import transformers
 
@@ -35,7 +36,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     model = cls(
         config(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=kind == "Qwen3",
+            num_key_value_heads=num_kv_heads, head_dim=8, max_position_embeddings=64,
+            tie_word_embeddings=kind == "Qwen3",
         )
     )  # fmt: skip
     with torch.no_grad():
@@ -107,6 +109,11 @@ def run(group: Any, kind: str, tp_size: int, stage: int, steps: range, folder: P
         assert engine.global_steps == steps.start
     result = train(engine, steps)
     engine.save_checkpoint(folder)
+    engine.save_pretrained(folder / "whole")
+    if dist.get_rank() == 0:
+        saved = load_file(folder / "whole" / "model.safetensors")
+        params = dict(engine.module.named_parameters())
+        assert all(torch.equal(saved[name], whole) for name, whole in zip(params, result.weights, strict=True))
     return result
 
 
@@ -234,6 +241,42 @@ def take_step(engine: Any) -> None:
     engine.step()
 
 
+def cohere() -> Any:
+    """With a row of a norm's weights for each head."""
+    import transformers
+
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.CohereConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, use_qk_norm=True, eos_token_id=1
+    )
+    return transformers.CohereForCausalLM(config)
+
+
+def clip_by_torch(group: Any, stage: int, tp_size: int) -> list[tuple[float, float]]:
+    """On two meshes, or DTensors beside tensors; gradients of Qwen3's norms of heads are partial sums."""
+    model, split = (make("Qwen3", num_kv_heads=tp_size) for _ in range(2))
+    engine, found = pyzero.initialize(model=split, config=config_of(tp_size, stage, 4 // tp_size))[0], []
+    for kind in (2.0, 1.0, float("inf")):
+        for micro in range(2):
+            tokens = batch(micro)
+            own = tokens.chunk(engine.dp_world_size)[engine.dp_rank]
+            engine.backward(engine(input_ids=own, labels=own).loss)
+            (model(input_ids=tokens, labels=tokens).loss / 2).backward()
+        wanted = nn.utils.clip_grad_norm_(model.parameters(), 0.1, kind)
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), 0.1, kind)
+        found += [(float(norm), float(wanted)), (float(engine.optimizer.clip_grad_norm_(1e9)), 0.1)][: 1 + (kind == 2)]
+        engine.zero_grad()
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("stage", "tp_size"), [(3, 2), (1, 4)])
+def test_torchs_clip_of_split_models(ranks, stage, tp_size):
+    for found in ranks.run(4, clip_by_torch, stage, tp_size):
+        for norm, wanted in found:
+            assert norm == pytest.approx(wanted, rel=1e-4)
+
+
 def refusals_and_more(group: Any) -> dict[str, str]:
     """What each says on this rank."""
     said = {}
@@ -255,6 +298,7 @@ def refusals_and_more(group: Any) -> dict[str, str]:
     note("width", lambda: pyzero.initialize(model=case.Model(), config=two, tp_plan={"last": "colwise"}))
     note("mpu", lambda: pyzero.initialize(model=case.Model(), config={**two, "tensor_parallel": {"autotp_size": 4}},
                                           mpu=Grid(), tp_plan=PLAN))  # fmt: skip
+    note("heads", lambda: pyzero.initialize(model=cohere(), config=two))
     ours = case.Model()
     note("ours", lambda: pyzero.initialize(
         model=ours, config=two, tp_plan=PLAN, optimizer=pyzero.FusedZeroAdamW(ours.parameters())
@@ -286,6 +330,12 @@ def refusals_and_more(group: Any) -> dict[str, str]:
     evaluated = pyzero.initialize(model=case.Model(), config={**two, "optimizer": None}, tp_plan=PLAN)[0]
     with torch.no_grad():
         said["eval"] = str(torch.allclose(evaluated(case.batch(0)), case.Model()(case.batch(0)), atol=1e-6))
+    half = {**two, "bf16": {"enabled": True}}
+    note("half again", lambda: pyzero.initialize(model=evaluated.module, config=half, tp_plan=PLAN))
+    again = pyzero.initialize(model=evaluated.module, config=two, tp_plan=PLAN)[0]
+    again.backward(again(case.batch(0)).square().mean())
+    again.step()
+    said["again"] = str(again.was_step_applied())
     sizes = {"optimizer": {"type": "Adam"}, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
     sizes["tensor_parallel"] = {"autotp_size": 2}
     for mpu in (None, Grid()):
@@ -304,6 +354,8 @@ def test_refusals_skips_and_first_inputs(ranks):
         assert said["layer"].startswith("TypeError: expected nn.Linear or nn.Embedding") and "norm" in said["layer"]
         assert "expected out_features of last that 2" in said["width"] and "got 1" in said["width"]
         assert "expected mpu with 4 tensor-parallel ranks" in said["mpu"] and "got 2" in said["mpu"]
+        assert "q_norm.weight of shape (4, 2), which has a row for each head" in said["heads"]
+        assert said["again"] == "True" and "got one that initialize() has split before" in said["half again"]
         assert "built over the parts of tensor_parallel" in said["ours"]
         assert "got 2 and 4 tensor-parallel ranks" in said["sizes"]
         for stage in (1, 3):

@@ -218,6 +218,19 @@ def local_access(engine: Any) -> None:
     assert all(torch.equal(value, case.whole(shards[name])) for name, value in everyones[0].items())
 
 
+def initialize_again(engine: Any) -> None:
+    """A sharded model stays so."""
+    before = [case.whole(param).clone() for param in engine.module.parameters()]
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match="got one over .*; pass the config that it was sharded by"):
+        pyzero.initialize(model=engine.module, config={**config, "bf16": {"enabled": True}})
+    again = pyzero.initialize(model=engine.module, config=config)[0]
+    assert all(torch.equal(case.whole(p), b) for p, b in zip(again.module.parameters(), before, strict=True))
+    again.backward(again(case.batch(0)).square().mean())
+    again.step()
+    assert again.was_step_applied()
+
+
 def gathered(group: Any) -> dict[str, Any]:
     engine = start(3, "fp32")
     layer = engine.module.first
@@ -230,9 +243,11 @@ def gathered(group: Any) -> dict[str, Any]:
     train(engine, range(1))
     after = utils.safe_get_full_fp32_param(param)
     utils.safe_set_full_fp32_param(param, torch.full(param.shape, 7.0))
+    set_to = case.whole(param).clone()
     engine.empty_partition_cache()
     local_access(engine)
-    return {"read": read, "after": after, "set": case.whole(param), "blocks": type(engine.module.blocks[0]).__name__}
+    initialize_again(engine)
+    return {"read": read, "after": after, "set": set_to, "blocks": type(engine.module.blocks[0]).__name__}
 
 
 def test_gathered_parameters_read_and_write_shards(ranks):
@@ -240,6 +255,30 @@ def test_gathered_parameters_read_and_write_shards(ranks):
         assert torch.equal(found["read"], case.Model().first.weight)
         assert (found["after"] - 1).abs().max() < 2 * case.LR  # rank 1's, and a step away
         assert (found["set"] == 7).all() and "FSDP" in found["blocks"]
+
+
+def kept_of(engine: Any) -> tuple[torch.Tensor, ...]:
+    """Views and a parameter that outlive the context, while steps go on; and a graph that does."""
+    block, x = engine.module.blocks[0], case.batch(0)
+    engine.backward(engine(x).float().square().mean())
+    wanted = utils.safe_get_full_grad(block.up.weight)
+    engine.zero_grad()
+    for _ in range(2):
+        with zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+            views = [block.up.weight.data, block.up.weight.data[3:], block.up.weight.detach().t()]
+            shown, before = block.up.weight, block.up.weight.data.clone()
+            loss = engine(x).float().square().mean()
+            assert torch.equal(views[0], before)  # forward has freed it
+        engine.backward(loss)
+        assert torch.equal(utils.safe_get_full_grad(block.up.weight), wanted)
+        engine.zero_grad()
+    train(engine, range(1))
+    for use in (lambda: shown + 1, lambda: shown.data, shown.numpy, shown.detach, lambda: shown.T):
+        with pytest.raises(RuntimeError, match="got .* of a weight of stage 3 that was kept after zero.GatheredParam"):
+            use()
+    assert repr(shown) == "Parameter(shape=(12, 6), freed)"
+    assert (shown.shape, shown.grad, shown.requires_grad_()) == ((12, 6), None, shown)
+    return before, *views
 
 
 def read_as_scripts_do(group: Any) -> dict[str, Any]:
@@ -253,6 +292,8 @@ def read_as_scripts_do(group: Any) -> dict[str, Any]:
         found["used"] = torch.cat([param, param]).shape, (param.detach() + 1).sum()
         with zero.GatheredParameters(param):
             found["nested"] = param.detach().clone()
+        with zero.GatheredParameters([engine.module.blocks[1].up.bias, engine.module.last.weight]):
+            found["beside"] = engine.module.last.weight.shape, engine.module.blocks[1].up.bias.shape
         found["after nested"] = param.detach().clone()
         param.requires_grad_(False)
     found["after"] = param.ds_status
@@ -261,6 +302,7 @@ def read_as_scripts_do(group: Any) -> dict[str, Any]:
         with torch.no_grad():
             found["forward"] = engine(case.batch(0))
         found["resharded"] = case.whole(engine.module.last.weight)
+    found["kept"] = kept_of(engine)
     ids = [p.ds_id for p in engine.module.parameters()]
     assert len(set(ids)) == len(ids)
     return found
@@ -274,9 +316,12 @@ def test_gathered_parameters_are_whole_by_themselves(ranks):
         assert stages == ["NOT_AVAILABLE", "AVAILABLE", "NOT_AVAILABLE"]
         for when in ("read", "nested", "after nested"):
             assert type(found[when]) is torch.Tensor and torch.equal(found[when], wanted)
+        assert found["beside"] == ((1, 6), (12,))
         assert found["used"] == (torch.Size([24, 6]), (wanted + 1).sum())
         assert found["is"] == (True, "DTensor", False)
         assert found["forward"].shape == (case.BATCH, 1)
+        before, data, rows, turned = found["kept"]
+        assert torch.equal(data, before) and torch.equal(rows, before[3:]) and torch.equal(turned, before.t())
 
 
 def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
@@ -309,7 +354,7 @@ def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
 
 
 def edit_split(engine: Any) -> None:
-    """One rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
+    """In stage 3 one rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
     param = engine.module.blocks[0].up.weight
     before = case.whole(param)
     said = ""
@@ -319,12 +364,42 @@ def edit_split(engine: Any) -> None:
                 param.data.mul_(2)
     except ValueError as error:
         said = str(error)
-    assert "got one by rank 1 alone" in said
-    assert torch.equal(case.whole(param), before)
-    with zero.GatheredParameters(param, modifier_rank=1):
-        param.data.mul_(2)
+    if engine.zero_optimization_stage() == 3:
+        assert "got one by rank 1 alone" in said
+        assert torch.equal(case.whole(param), before)
+        with zero.GatheredParameters(param, modifier_rank=1):
+            param.data.mul_(2)
+    else:
+        read_split(engine)
     assert torch.equal(case.whole(param), 2 * before)
     assert torch.equal(utils.safe_get_full_fp32_param(param), 2 * before)
+
+
+def read_split(engine: Any) -> None:
+    """Below stage 3 parts are put together."""
+    params, whole = list(engine.module.parameters()), [case.whole(p).clone() for p in engine.module.parameters()]
+    x = case.batch(0).chunk(4)[engine.dp_rank]
+    engine.backward(engine(x).square().mean())
+    wanted = utils.safe_get_full_grad(params[4])
+    engine.zero_grad()
+    with zero.GatheredParameters(params), zero.GatheredParameters(params[4]):
+        assert all(type(p.data) is torch.Tensor and torch.equal(p, w) for p, w in zip(params, whole, strict=True))
+        assert torch.equal(engine.module.state_dict()["blocks.0.up.weight"], whole[4]) and params[4].ndim == 2
+        loss = engine(x).square().mean()
+        assert torch.equal(params[4] + 0, whole[4])
+        kept, _ = params[4].data, params[5].data.add_(1)  # by all ranks
+    engine.backward(loss)
+    assert torch.equal(utils.safe_get_full_grad(params[4]), wanted) and torch.equal(kept, whole[4])
+    engine.zero_grad()
+    with zero.GatheredParameters(params), zero.GatheredParameters(params[6], modifier_rank=2):
+        if dist.get_rank() == 2:
+            params[6].data.mul_(3)
+    assert [type(p).__name__ for p in params[4:8]] == ["DTensor"] * 4 and params[4].requires_grad
+    after = [case.whole(p) for p in engine.module.parameters()]
+    assert [torch.equal(*pair) for pair in zip(after, whole, strict=True)] == [
+        i not in (5, 6) for i in range(len(whole))
+    ]
+    assert torch.equal(after[6], 3 * whole[6])
 
 
 @pytest.mark.parametrize(("how", "stage"), [("plain", 2), ("plain", 3), ("tensor parallel", 2), ("tensor parallel", 3)])
@@ -554,7 +629,7 @@ def offloaded(group: Any) -> None:
             engine = start(3, dtype)
         finally:
             partition.shard = shard
-        assert all(record.offload_to_cpu for g in modules._fsdp_groups(engine.module) for record in g.fsdp_params)
+        assert all(record.offload_to_cpu for g in modules.fsdp_groups(engine.module) for record in g.fsdp_params)
         run = train(engine, range(3))
         assert torch.equal(run.losses, plain.losses) and torch.equal(run.norms, plain.norms)
         assert all(torch.equal(a, b) for a, b in zip(run.weights, plain.weights, strict=True))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import socket
 from typing import Any
 
 import parallel_case as case
@@ -199,3 +200,17 @@ def test_edges_of_init(ranks):
 def test_alone_a_model_is_whole():
     with zero.Init():
         assert type(nn.Linear(2, 2).weight) is nn.Parameter
+
+
+def test_an_engine_leaves_the_group_that_init_joined(monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with zero.Init():
+        model = nn.Linear(2, 2)
+    first, second = (pyzero.initialize(model=model, config=config_of("fp32", 2))[0] for _ in range(2))
+    second.destroy()
+    assert dist.is_initialized()
+    first.destroy()
+    assert not dist.is_initialized()

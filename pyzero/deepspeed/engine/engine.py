@@ -317,7 +317,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         reshard(self.module)
 
     def destroy(self) -> None:
-        """Leave the process group, if initialize() joined it. The engine is of no use afterwards."""
+        """Leave the process group, if initialize() or zero.Init before it joined it. The engine is of no use then."""
         if self._leaves_group:
             process.leave()
             self._leaves_group = False

@@ -65,6 +65,24 @@ class EngineWeights:
         """The older name of `save_16bit_model`."""
         return self.save_16bit_model(save_dir, save_filename)
 
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **options: Any
+    ) -> None:
+        """transformers' of the module, of whole weights as `save_16bit_model` writes them; rank 0 does.
+
+        The module's own sees parts, where layers are split or weights sharded.
+
+        Args:
+            save_directory: Of the model.
+            is_main_process: Ignored.
+            state_dict: What to save; default: whole weights. Collective then.
+            **options: The module's.
+        """
+        module: Any = self.module
+        state = self._whole_weights() if state_dict is None else state_dict
+        if self.rank == 0:
+            module.save_pretrained(save_directory, state_dict=state, **options)
+
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """True: accelerate asks in stage 3 whether weights can be had whole."""
         return True

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ log = logging.getLogger("pyzero")
 _LARGEST_COMPARED = 1 << 24  # elements of a gradient, which is gathered for it
 
 _asked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by tp_model_init
+_split: WeakSet[nn.Module] = WeakSet()  # by initialize
 _meshes: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # of a default group, by size
 
 
@@ -50,7 +51,7 @@ def tp_model_init(
     Raises:
         ValueError: The ranks are no multiple of tp_size.
     """
-    process.join()
+    process.join_ahead()
     if tp_size > 1:
         groups.set_current(parallelism_of(_mesh_over(tp_size), None))
         _asked[model] = tp_size
@@ -147,6 +148,7 @@ def split(
     mesh = parallel.tensor
     check_sizes(model, cuts, mesh.size())
     _apply(model, cuts, mesh)
+    _split.add(model)
     model.to(process.device())
     group = Group(parallel.model)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -157,6 +159,11 @@ def split(
     if comm.get_rank() == 0:
         counted = "; train_batch_size counts all of them" if parallel.counts_parts else ""
         log.info("config: tensor_parallel: %d layers split over %d ranks each%s", len(cuts), mesh.size(), counted)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether split() has been there."""
+    return any(module in _split for module in model.modules())
 
 
 def _apply(model: nn.Module, cuts: list[Cut], mesh: Any) -> None:

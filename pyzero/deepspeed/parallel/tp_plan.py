@@ -99,6 +99,28 @@ def check_sizes(model: nn.Module, cuts: list[Cut], size: int) -> None:
                     f"{type(owner).__name__}; change tensor_parallel.autotp_size"
                 )
 
+        sizes = {getattr(config, heads, None) for heads in ("num_attention_heads", "num_key_value_heads")}
+        _check_no_weights_of_heads(model, cuts, sizes)
+
+
+def _check_no_weights_of_heads(model: nn.Module, cuts: list[Cut], sizes: set[int | None]) -> None:
+    """A norm beside split projections may have a row of weights for each head, as Cohere's use_qk_norm."""
+    cut = {cut.module for cut in cuts}
+    for name, attention in model.named_modules():
+        beside = dict(attention.named_children())
+        if cut.isdisjoint(beside.values()):
+            continue
+        for key, child in beside.items():
+            own = child._parameters.items() if child not in cut and not isinstance(child, nn.Linear) else ()
+            for of, weight in own:
+                if weight is not None and weight.dim() > 1 and weight.shape[0] in sizes:
+                    raise ValueError(
+                        f"expected layers whose weights all heads share beside those that are split, got "
+                        f"{name}.{key}.{of} of shape {tuple(weight.shape)}, which has a row for each head; leave "
+                        f"{name} whole, by initialize(tp_plan=) of others, as {{'model.layers.*.mlp.up_proj': "
+                        f"'colwise', ...}}"
+                    )
+
 
 def _matched(model: nn.Module, rules: Any) -> list[Cut]:
     """The first rule counts."""

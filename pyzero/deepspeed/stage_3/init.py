@@ -70,7 +70,7 @@ class Init:
         if not enabled:
             return
         zero = None if given is None else load(given).zero_optimization
-        process.join(process.backend_to_join(from_host=zero is not None and zero.offloads_params()))
+        process.join_ahead(process.backend_to_join(from_host=zero is not None and zero.offloads_params()))
         if zero is not None and zero.stage < 3:
             log.info("zero.Init: the model is built whole, as without it, for the config's stage is below 3")
         elif process.rank_and_size()[1] == 1:

@@ -14,7 +14,7 @@ from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.local_param import local_of
-from pyzero.sharding.modules import put_shards
+from pyzero.sharding.modules import fsdp_groups, fsdp_records, put_shards
 
 log = logging.getLogger("pyzero")
 
@@ -38,13 +38,19 @@ def shard(
         reduce_dtype: That gradients are sent in; None: fp32.
         offload: Keep shards, and the optimizer with them, in memory of the host.
 
+    Nothing is done to a model that is sharded: of an earlier initialize(), or by the caller.
+
     Raises:
-        ValueError: zero.Init has sharded over other ranks, or the ranks' group cannot send from memory of the host.
+        ValueError: zero.Init has sharded over other ranks, or the ranks' group cannot send from memory of the host; or
+            the model is sharded over other ranks, or to compute in another dtype.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     group = Group(parallel.data)
+    if is_sharded(model):
+        _check_as_wanted(model, group, dtype)
+        return {}
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, ShardedParam):
             group.broadcast(local_of(tensor.detach()))
@@ -74,6 +80,22 @@ def shard(
         log.info("config: stage 3: fully_shard on %d blocks and the rest, over %d ranks", len(blocks), group.size)
     after = dict(model.named_parameters(remove_duplicate=False))
     return {before[name]: after[name] for name in before}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard has been there."""
+    return any(fsdp_records(module) for module in model.modules())
+
+
+def _check_as_wanted(model: nn.Module, group: Group, dtype: torch.dtype | None) -> None:
+    for known in (known for module in model.modules() for known in fsdp_groups(module)):
+        over, param_dtype = Group(known.mesh_info.shard_process_group).members(), known.mp_policy.param_dtype
+        if param_dtype != dtype or over != group.members():
+            raise ValueError(
+                f"expected a model that is not sharded, or over ranks {group.members()} to compute in {dtype or 'its'} "
+                f"dtype, got one over {over}, {param_dtype or 'its dtype'}; pass the config that it was sharded by, or "
+                f"build it anew"
+            )
 
 
 def _check_sends_from_host(mesh: Any) -> None:

@@ -1,0 +1,81 @@
+"""Whole weights of stage 3 that a script keeps: what it reads later is memory of its own, or an error.
+
+fully_shard frees a gathered weight by resizing its storage to nothing, which a tensor over it does not notice: to read
+one ended the process. Its record of a weight that a script has been shown is changed for that: the shown memory is
+left to whom holds it, and fully_shard gathers into other memory; its own parameter, which it uses again, is of a class
+that refuses to be read as long as nothing is gathered.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from pyzero.sharding.local_param import is_dtensor
+from pyzero.sharding.modules import fsdp_records
+
+_VIEWS = ("data", "T", "H", "mT", "mH", "real", "imag")  # attributes that are tensors over the same memory
+_HARMLESS = {"requires_grad_", "__hash__", "size", "dim", "numel", "register_hook", "is_floating_point"}
+
+
+def keep_views(owner: Any) -> None:
+    """What a module of fully_shard has gathered is to outlive its next reshard, where anybody holds a view of it."""
+    for record in fsdp_records(owner):
+        if not record._unsharded_inner_tensors:  # of weights that gather themselves: float8
+            record.free_unsharded_param = partial(_part, record)
+
+
+def _part(record: Any) -> None:
+    """In place of free_unsharded_param, once: leave the memory to its views."""
+    param, (old,) = record._unsharded_param, record.all_gather_outputs
+    fresh = torch.empty_like(old)
+    view = fresh.as_strided(record._orig_size, record._contiguous_orig_stride)
+    if is_dtensor(param):
+        param._local_tensor = view
+    else:
+        param.data = view
+    record.all_gather_outputs = [fresh]
+    _free(record)
+
+
+def _free(record: Any) -> None:
+    """In place of free_unsharded_param, from then on."""
+    type(record).free_unsharded_param(record)
+    param = record._unsharded_param
+    if not hasattr(type(param), "kind"):
+        kind: Any = type(param)
+        param.__class__ = _freed(kind)
+    record.to_unsharded = partial(_regain, record)
+
+
+def _regain(record: Any) -> None:
+    """In place of to_unsharded, once."""
+    param = record._unsharded_param
+    param.__class__ = type(param).kind
+    record.free_unsharded_param = partial(_free, record)
+    del record.to_unsharded
+    record.to_unsharded()
+
+
+@cache
+def _freed(kind: type) -> type:
+    """The class of a parameter of this class while it has no memory."""
+
+    def refuse(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        attribute = getattr(func.__self__, "__name__", "") if name in ("__get__", "__set__") else ""
+        if name in _HARMLESS or (attribute and attribute not in _VIEWS):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise RuntimeError(
+            f"got {attribute or name} of a weight of stage 3 that was kept after zero.GatheredParameters, wanted it "
+            f"within; clone it there, or gather it again"
+        )
+
+    def show(self: Any) -> str:
+        return f"{kind.__name__}(shape={tuple(self.shape)}, freed)"
+
+    members = {"__slots__": (), "kind": kind, "__torch_function__": classmethod(refuse), "__repr__": show}
+    return type(f"Freed{kind.__name__}", (kind,), members)

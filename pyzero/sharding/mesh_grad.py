@@ -1,0 +1,56 @@
+"""DTensors in `.grad` of parameters that lie on several meshes, or on none: their norms are plain numbers.
+
+torch.nn.utils.clip_grad_norm_ stacks the norms of all gradients, which torch refuses of DTensors on two meshes, and of
+DTensors beside tensors. Stage 3 with tensor parallelism has the former, tensor parallelism alone the latter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero.sharding.local_param import is_dtensor, local_of, outer, whole_of
+from pyzero.sharding.sharded_grad import NORMS, norm_type_of
+
+
+def are_on_one_mesh(params: Sequence[Tensor]) -> bool:
+    """Whether all are DTensors on one mesh, or none is a DTensor."""
+    meshes = [getattr(outer(param), "device_mesh", None) for param in params]
+    return all(mesh == meshes[0] for mesh in meshes)
+
+
+def make_norms_plain(grad: Any) -> None:
+    """Have a DTensor's norms be those of the whole gradient, as plain tensors: collective over its mesh."""
+    if is_dtensor(grad) and type(grad).__name__ == "DTensor":
+        kind: Any = type(grad)
+        grad.__class__ = _normed(kind)
+
+
+@cache
+def _normed(kind: Any) -> Any:
+    def act(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func not in NORMS:
+                return func(*args, **(kwargs or {}))
+            if norm_type_of(args, kwargs or {}) == (math.inf, True):
+                return _largest(args[0])
+            return whole_of(func(*args, **(kwargs or {})))
+
+    return type("MeshGrad", (kind,), {"__slots__": (), "__torch_function__": classmethod(act)})
+
+
+def _largest(grad: Any) -> Tensor:
+    """0-D: torch has no largest value of a part without elements, as a rank may have of few rows."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    if any(placement.is_partial() for placement in grad.placements):
+        return whole_of(grad).abs().amax()  # type: ignore[no-any-return]
+    local = local_of(grad)
+    own = local.abs().amax() if local.numel() else local.new_zeros(())
+    largest: Tensor = DTensor.from_local(own, grad.device_mesh, [Partial("max")] * grad.device_mesh.ndim).full_tensor()
+    return largest
