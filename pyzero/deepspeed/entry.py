@@ -98,43 +98,30 @@ def initialize(
     settings = _settings_of(config, config_params, *of_args)
     backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
     joined = process.take_ahead() or (dist_init_required is not False and process.join(backend))
-    is_pipeline = isinstance(model, PipelineModule)
     tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
-    if isinstance(model, PipelineModule):
-        parallel = _of_pipeline(model, settings, mesh, mpu, tp_size)
-    elif tp_size > 1:
-        parallel = tensor_parallel.parallelism_with(tp_size, mesh, mpu)
-    else:
-        parallel = parallelism_of(mesh, mpu)
+    parallel = _parallelism(model, settings, mesh, mpu, tp_size)
     groups.set_current(parallel)
     _check_accumulation(model, settings, parallel)
     _check_storage(settings)
+    is_pipeline = isinstance(model, PipelineModule)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
     _remark(settings, trains)
+
+    params = [_listed(item) for item in (model.parameters() if model_parameters is None else model_parameters)]
     _convert(model, settings, moves=tp_size == 1)
-    if isinstance(model, PipelineModule):
-        model.broadcast_tied()
-    given_params = [_listed(item) for item in (model.parameters() if model_parameters is None else model_parameters)]
-    partition = Partition(model, optimizer, settings, parallel)
-    if tp_size > 1:
-        partition.split(tp_plan)
-    if settings.zero_optimization.stage == 3 and parallel.size > 1:
-        partition.shard()
-    else:
-        partition.gather()
-    given_params, optimizer = partition.replaced(given_params), partition.moved_optimizer()
+    partition = _partition(model, optimizer, settings, parallel, tp_size, tp_plan)
     ours: Any = None
     schedule: Any = None
-    if trains:
-        ours = make_optimizer(model, optimizer, given_params, settings, parallel)
+    if not trains:
+        engine: Engine = EvalEngine(model, settings, parallel, leaves_group=joined)
+    else:
+        ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
         if tp_size > 1:
             tensor_parallel.check_first_gradients(model, ours, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)
         owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
-        engine: Engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
-    else:
-        engine = EvalEngine(model, settings, parallel, leaves_group=joined)
+        engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
     if training_data is not None:
         _give_data(engine, training_data, collate_fn)
     return engine, ours, engine.training_dataloader, schedule
@@ -158,6 +145,12 @@ def _listed(item: Any) -> Any:
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
     """Whether there is an optimizer, or what asks for one."""
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
+
+
+def _parallelism(model: nn.Module, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
+    if isinstance(model, PipelineModule):
+        return _of_pipeline(model, config, mesh, mpu, tp_size)
+    return tensor_parallel.parallelism_with(tp_size, mesh, mpu) if tp_size > 1 else parallelism_of(mesh, mpu)
 
 
 def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
@@ -245,6 +238,22 @@ def _convert(model: nn.Module, config: Config, moves: bool) -> None:
     before = [id(param) for param in model.parameters()]
     model.to(device=device, dtype=dtype)
     assert before == [id(param) for param in model.parameters()]
+
+
+def _partition(
+    model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism, tp_size: int, tp_plan: Any
+) -> Partition:
+    """The model split into layers' parts, and in stage 3 sharded."""
+    if isinstance(model, PipelineModule):
+        model.broadcast_tied()
+    partition = Partition(model, optimizer, config, parallel)
+    if tp_size > 1:
+        partition.split(tp_plan)
+    if config.zero_optimization.stage == 3 and parallel.size > 1:
+        partition.shard()
+    else:
+        partition.gather()
+    return partition
 
 
 def _lies_as(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
