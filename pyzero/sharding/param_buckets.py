@@ -15,7 +15,7 @@ from pyzero.comm.group import Group
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
-from pyzero.sharding.local_param import LocalParam, is_dtensor, local_of, outer
+from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, outer
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -290,13 +290,14 @@ def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int]
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Modules that only some ranks have, or have twice, are left alone.
+    Modules that only some ranks have, or have twice, are left alone, and so are DTensors of other parts.
     """
+    ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
     known = {*frozen, *ours}
     for root in roots:
         for name, tensor in modules.named_tensors(root).items():
-            if tensor not in known:
+            if tensor not in known and is_same_part(tensor, ranks):
                 key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
                 found.setdefault(key, []).append(tensor)
     unique = [key for key, tensors in found.items() if len(tensors) == 1]

@@ -215,3 +215,32 @@ def test_lion_over_shards(ranks):
     for differences in ranks.run(2, lion):
         far = torch.cat([d.view(-1) for d in differences]).abs() > 1e-5
         assert far.float().mean() < 0.01
+
+
+def beside_plain(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Shards of blocks have an optimizer of their own, and what is left whole has another."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = case.Model()
+    for block in model.blocks:
+        fully_shard(block, mesh=DeviceMesh.from_group(group, "cpu"))
+    before = [case.whole(param) for param in model.parameters()]
+    whole = [param for param in model.parameters() if not hasattr(param, "to_local")]
+    sharded = [param for param in model.parameters() if hasattr(param, "to_local")]
+    first, second = (pyzero.FusedZeroAdamW(params, lr=case.LR, process_group=group) for params in (whole, sharded))
+    moved = [case.whole(param) - was for param, was in zip(model.parameters(), before, strict=True)]
+    for step in range(3):
+        case.loss_of(model, case.batch(step).chunk(dist.get_world_size(group))[dist.get_rank(group)]).backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    return moved, [case.whole(param) for param in model.parameters()]
+
+
+def test_an_optimizer_of_whole_parameters_leaves_shards_beside_them_as_they_are(ranks):
+    wanted = case.alone(torch.float32, None, 3).weights
+    for moved, weights in ranks.run(2, beside_plain):
+        assert not any(difference.any() for difference in moved)
+        for ours, theirs in zip(weights, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
