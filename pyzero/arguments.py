@@ -102,10 +102,11 @@ def check_dtype(param: Tensor, name: str) -> None:
         )
 
 
-def check_fsdp(params: Sequence[Tensor], num_ranks: int) -> None:
+def check_fsdp(params: Sequence[Tensor], num_ranks: int, has_frozen: bool) -> None:
     """Check parameters whose gradients the optimizer is to average: fully_shard averages those that it has sharded.
 
     num_ranks: How many ranks hold the same weights.
+    has_frozen: Whether fully_shard has frozen ones in the same groups, whose mesh says who holds what.
     """
     sharded = [isinstance(param, LocalParam) and param.is_fsdp for param in params]
     if any(sharded) and num_ranks > 1:
@@ -113,10 +114,12 @@ def check_fsdp(params: Sequence[Tensor], num_ranks: int) -> None:
             f"expected gradients that nobody else reduces, got parameters of fully_shard, which averages them over "
             f"these {num_ranks} ranks too; pass reduce_grads=False"
         )
-    if any(sharded) and not all(sharded):
+    if (any(sharded) or has_frozen) and not all(sharded):
+        which = "" if any(sharded) else "frozen parameters of "
         raise ValueError(
-            f"expected fully_shard to average all gradients, got parameter {sharded.index(False)} beside it, which it "
-            f"does not know; shard it too, give it an optimizer of its own, or pass reduce_grads=False and average it"
+            f"expected fully_shard to average all gradients, got parameter {sharded.index(False)} beside {which}it, "
+            f"which it does not know; shard it too, give it an optimizer of its own, or pass reduce_grads=False and "
+            f"average it"
         )
 
 

@@ -155,8 +155,8 @@ class ParamBuckets:
         specs: list[ParamSpec] = []
         frozen: list[Tensor] = []
         first, indices = len(self.params), list(indices)
-        has_dtensors = any(is_dtensor(param) for index in indices for param in param_groups[index]["params"])
-        fsdp = modules.find_fsdp_places() if has_dtensors else {}
+        everything = [param for group in param_groups for param in group["params"]]
+        fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         for index in indices:
             for param in param_groups[index]["params"]:
                 if not param.requires_grad:
@@ -172,7 +172,8 @@ class ParamBuckets:
         if self.rule.cut is Cut.WHOLE:
             check_whole(params, self.rule.name)
         if self._reduces:
-            check_fsdp([*self.params, *params], self._group.size)
+            has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
+            check_fsdp([*self.params, *params], self._group.size, has_frozen)
         ours = {outer(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and params and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))

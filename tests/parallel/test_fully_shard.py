@@ -217,7 +217,7 @@ def test_lion_over_shards(ranks):
         assert far.float().mean() < 0.01
 
 
-def beside_plain(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def beside_plain(group: Any) -> tuple[str, list[torch.Tensor], list[torch.Tensor]]:
     """Shards of blocks have an optimizer of their own, and what is left whole has another."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -226,6 +226,10 @@ def beside_plain(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     for block in model.blocks:
         fully_shard(block, mesh=DeviceMesh.from_group(group, "cpu"))
     before = [case.whole(param) for param in model.parameters()]
+    model.blocks.requires_grad_(False)
+    with pytest.raises(ValueError, match="expected fully_shard to average all gradients") as refused:
+        pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    model.blocks.requires_grad_(True)
     whole = [param for param in model.parameters() if not hasattr(param, "to_local")]
     sharded = [param for param in model.parameters() if hasattr(param, "to_local")]
     first, second = (pyzero.FusedZeroAdamW(params, lr=case.LR, process_group=group) for params in (whole, sharded))
@@ -235,12 +239,13 @@ def beside_plain(group: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for optimizer in (first, second):
             optimizer.step()
             optimizer.zero_grad()
-    return moved, [case.whole(param) for param in model.parameters()]
+    return str(refused.value), moved, [case.whole(param) for param in model.parameters()]
 
 
 def test_an_optimizer_of_whole_parameters_leaves_shards_beside_them_as_they_are(ranks):
     wanted = case.alone(torch.float32, None, 3).weights
-    for moved, weights in ranks.run(2, beside_plain):
+    for refused, moved, weights in ranks.run(2, beside_plain):
+        assert "got parameter 0 beside frozen parameters of it" in refused  # whose mesh has the ranks that reduce it
         assert not any(difference.any() for difference in moved)
         for ours, theirs in zip(weights, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
