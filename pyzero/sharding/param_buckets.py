@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.arguments import check_device, check_dtype, check_fsdp, check_whole
+from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_gathered, check_whole
 from pyzero.comm.group import Group
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
@@ -169,11 +169,12 @@ class ParamBuckets:
                     room = own.room if isinstance(own, LocalParam) else 0
                     specs.append(ParamSpec(first + len(params), own.numel(), own.element_size(), key, run, room))
                     params.append(own)
+        check_not_gathered(params, (place.record for place in fsdp.values()))
         if self.rule.cut is Cut.WHOLE:
             check_whole(params, self.rule.name)
         if self._reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
-            check_fsdp([*self.params, *params], self._group.size, has_frozen)
+            check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         ours = {outer(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and params and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))

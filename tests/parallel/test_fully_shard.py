@@ -185,6 +185,13 @@ def refused(group: Any) -> dict[str, str]:
     attempt("lamb", lambda: pyzero.ZeroLamb(model.parameters()))
     both = [*model.parameters(), *case.fsdp(case.Model(), square["dp"]).parameters()]
     attempt("meshes", lambda: pyzero.FusedZeroAdamW(both))
+    shards = case.fsdp(case.Model(), square["tp"])  # nobody averages over dp
+    attempt("shards", lambda: pyzero.FusedZeroAdamW(shards.parameters()))
+    alike = pyzero.FusedZeroAdamW(shards.parameters(), process_group=square["tp"], lr=case.LR)
+    found["alike run"] = case.train(shards, alike, square["tp"].get_group())
+    with torch.no_grad():
+        model(case.batch(0))
+    attempt("gathered", lambda: pyzero.FusedZeroAdamW(model.parameters()))
     hybrid = case.fsdp(case.Model(), square)  # replicated over dp, sharded over tp
     attempt("hybrid", lambda: pyzero.FusedZeroAdamW(hybrid.parameters(), process_group=square["dp"]))
     ours = pyzero.FusedZeroAdamW(hybrid.parameters(), process_group=square["dp"], reduce_grads=False, lr=case.LR)
@@ -197,7 +204,10 @@ def test_what_cannot_be_right_is_refused(ranks):
         assert "reduce_grads=False and average it" in found["plain"]
         assert "which takes their norms" in found["lamb"]
         assert "slice all meshes from one" in found["meshes"]
+        assert "a mesh of two dimensions, replicas and shards" in found["shards"]
+        assert "call reshard()" in found["gathered"]
         assert "pass reduce_grads=False" in found["hybrid"]
+        case.assert_follows(found["alike run"], None)
         case.assert_follows(found["hybrid run"], None)
 
 
