@@ -259,3 +259,21 @@ def test_an_optimizer_of_whole_parameters_leaves_shards_beside_them_as_they_are(
         assert not any(difference.any() for difference in moved)
         for ours, theirs in zip(weights, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def taken_over(group: Any) -> case.Run:
+    model = case.fsdp(case.Model(), group)
+    torchs = torch.optim.AdamW(model.parameters(), lr=case.LR)
+    for step in range(6):
+        case.loss_of(model, case.batch(step).chunk(2)[dist.get_rank(group)]).backward()
+        torchs.step()
+        torchs.zero_grad()
+    ours = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    ours.load_state_dict(torchs.state_dict())
+    return case.train(model, ours, group, range(6, case.NUM_STEPS))
+
+
+def test_state_of_torchs_adamw_over_shards_is_taken(ranks):
+    wanted = case.alone(torch.float32, None)
+    for run in ranks.run(2, taken_over):
+        torch.testing.assert_close(run.losses, wanted.losses[6:], rtol=1e-5, atol=1e-6)
