@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyzero.ops.checks import FLOAT_DTYPES
-from pyzero.sharding.local_param import LocalParam, local_of
+from pyzero.sharding.local_param import LocalParam, local_of, outer
 
 _UNSUPPORTED = ("amsgrad", "differentiable")
 _MOOT = ("foreach", "capturable", "fused")  # any value gives the same result here
@@ -102,22 +102,45 @@ def check_dtype(param: Tensor, name: str) -> None:
         )
 
 
-def check_fsdp(params: Sequence[Tensor], num_ranks: int) -> None:
+def check_fsdp(params: Sequence[Tensor], ranks: Sequence[int], has_frozen: bool) -> None:
     """Check parameters whose gradients the optimizer is to average: fully_shard averages those that it has sharded.
 
-    num_ranks: How many ranks hold the same weights.
+    ranks: Those that hold the same weights.
+    has_frozen: Whether fully_shard has frozen ones in the same groups, whose mesh says who holds what.
     """
     sharded = [isinstance(param, LocalParam) and param.is_fsdp for param in params]
-    if any(sharded) and num_ranks > 1:
+    if any(sharded) and len(ranks) > 1:
+        mesh = params[sharded.index(True)].dtensor.device_mesh.mesh  # type: ignore[attr-defined]
+        mesh_ranks = sorted(mesh.flatten().tolist())
+        if not set(ranks) <= set(mesh_ranks):
+            raise ValueError(
+                f"expected fully_shard to average gradients over all ranks with the same weights, got it on a mesh of "
+                f"ranks {mesh_ranks}, and ranks {list(ranks)} with the same; call fully_shard with a mesh of two "
+                f"dimensions, replicas and shards, or pass the ranks of its mesh as process_group where these see the "
+                f"same batches"
+            )
         raise ValueError(
             f"expected gradients that nobody else reduces, got parameters of fully_shard, which averages them over "
-            f"these {num_ranks} ranks too; pass reduce_grads=False"
+            f"these {len(ranks)} ranks too; pass reduce_grads=False"
         )
-    if any(sharded) and not all(sharded):
+    if (any(sharded) or has_frozen) and not all(sharded):
+        which = "" if any(sharded) else "frozen parameters of "
         raise ValueError(
-            f"expected fully_shard to average all gradients, got parameter {sharded.index(False)} beside it, which it "
-            f"does not know; shard it too, give it an optimizer of its own, or pass reduce_grads=False and average it"
+            f"expected fully_shard to average all gradients, got parameter {sharded.index(False)} beside {which}it, "
+            f"which it does not know; shard it too, give it an optimizer of its own, or pass reduce_grads=False and "
+            f"average it"
         )
+
+
+def check_not_gathered(params: Iterable[Tensor], records: Iterable[Any]) -> None:
+    """Check that no parameter is what fully_shard has gathered for a forward. records: torch's own of its shards."""
+    gathered = {getattr(record, "_unsharded_param", None) for record in records}
+    for index, param in enumerate(params):
+        if outer(param) in gathered:
+            raise ValueError(
+                f"expected shards, got parameter {index} as fully_shard has gathered it, which a forward without a "
+                f"backward leaves so; call reshard() on each module of fully_shard, then build the optimizer"
+            )
 
 
 def check_whole(params: Sequence[Tensor], rule: str) -> None:

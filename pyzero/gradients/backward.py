@@ -35,7 +35,7 @@ class GradientHooks:
             for param in params:
                 leaf = outer(param)
                 is_trained = leaf.requires_grad
-                node = get_gradient_edge(leaf.requires_grad_(True)).node
+                node = _accumulator(leaf.requires_grad_(True))
                 self._nodes.append(node)
                 self._handles.append(node.register_prehook(_before_hook(self._before, param)))
                 self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param)))
@@ -53,6 +53,14 @@ class GradientHooks:
     def __del__(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _accumulator(leaf: Tensor) -> Any:
+    """The AccumulateGrad node. torch finds it through a view, which DTensor refuses where an empty one is split."""
+    if leaf.numel():
+        return get_gradient_edge(leaf).node
+    with torch.enable_grad():
+        return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def _before_hook(before: weakref.WeakMethod[_ParamHook], param: Tensor) -> Callable[[Any], None]:

@@ -6,6 +6,7 @@ of the DTensor's local tensor, which FSDP or the caller may replace; what is put
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,16 @@ def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
 
     shape, offsets = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
     return torch.Size(shape), torch.Size(offsets)
+
+
+def is_same_part(tensor: Any, ranks: Sequence[int]) -> bool:
+    """Whether these ranks, of which this is one, hold the same local tensor, as far as a DTensor's mesh tells."""
+    if not is_dtensor(tensor):
+        return True
+    mesh = tensor.device_mesh.mesh
+    places = [(mesh == rank).nonzero().flatten().tolist() for rank in ranks]
+    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return not split or (all(places) and len({tuple(place[dim] for dim in split) for place in places}) == 1)
 
 
 def whole_of(value: Any) -> Any:

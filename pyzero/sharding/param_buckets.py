@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.arguments import check_device, check_dtype, check_fsdp, check_whole
+from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_gathered, check_whole
 from pyzero.comm.group import Group
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
-from pyzero.sharding.local_param import LocalParam, is_dtensor, local_of, outer
+from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, outer
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -155,8 +155,8 @@ class ParamBuckets:
         specs: list[ParamSpec] = []
         frozen: list[Tensor] = []
         first, indices = len(self.params), list(indices)
-        has_dtensors = any(is_dtensor(param) for index in indices for param in param_groups[index]["params"])
-        fsdp = modules.find_fsdp_places() if has_dtensors else {}
+        everything = [param for group in param_groups for param in group["params"]]
+        fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         for index in indices:
             for param in param_groups[index]["params"]:
                 if not param.requires_grad:
@@ -169,10 +169,12 @@ class ParamBuckets:
                     room = own.room if isinstance(own, LocalParam) else 0
                     specs.append(ParamSpec(first + len(params), own.numel(), own.element_size(), key, run, room))
                     params.append(own)
+        check_not_gathered(params, (place.record for place in fsdp.values()))
         if self.rule.cut is Cut.WHOLE:
             check_whole(params, self.rule.name)
         if self._reduces:
-            check_fsdp([*self.params, *params], self._group.size)
+            has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
+            check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         ours = {outer(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and params and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))
@@ -290,13 +292,14 @@ def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int]
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Modules that only some ranks have, or have twice, are left alone.
+    Modules that only some ranks have, or have twice, are left alone, and so are DTensors of other parts.
     """
+    ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
     known = {*frozen, *ours}
     for root in roots:
         for name, tensor in modules.named_tensors(root).items():
-            if tensor not in known:
+            if tensor not in known and is_same_part(tensor, ranks):
                 key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
                 found.setdefault(key, []).append(tensor)
     unique = [key for key, tensors in found.items() if len(tensors) == 1]

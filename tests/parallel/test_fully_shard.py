@@ -185,6 +185,13 @@ def refused(group: Any) -> dict[str, str]:
     attempt("lamb", lambda: pyzero.ZeroLamb(model.parameters()))
     both = [*model.parameters(), *case.fsdp(case.Model(), square["dp"]).parameters()]
     attempt("meshes", lambda: pyzero.FusedZeroAdamW(both))
+    shards = case.fsdp(case.Model(), square["tp"])  # nobody averages over dp
+    attempt("shards", lambda: pyzero.FusedZeroAdamW(shards.parameters()))
+    alike = pyzero.FusedZeroAdamW(shards.parameters(), process_group=square["tp"], lr=case.LR)
+    found["alike run"] = case.train(shards, alike, square["tp"].get_group())
+    with torch.no_grad():
+        model(case.batch(0))
+    attempt("gathered", lambda: pyzero.FusedZeroAdamW(model.parameters()))
     hybrid = case.fsdp(case.Model(), square)  # replicated over dp, sharded over tp
     attempt("hybrid", lambda: pyzero.FusedZeroAdamW(hybrid.parameters(), process_group=square["dp"]))
     ours = pyzero.FusedZeroAdamW(hybrid.parameters(), process_group=square["dp"], reduce_grads=False, lr=case.LR)
@@ -197,7 +204,10 @@ def test_what_cannot_be_right_is_refused(ranks):
         assert "reduce_grads=False and average it" in found["plain"]
         assert "which takes their norms" in found["lamb"]
         assert "slice all meshes from one" in found["meshes"]
+        assert "a mesh of two dimensions, replicas and shards" in found["shards"]
+        assert "call reshard()" in found["gathered"]
         assert "pass reduce_grads=False" in found["hybrid"]
+        case.assert_follows(found["alike run"], None)
         case.assert_follows(found["hybrid run"], None)
 
 
@@ -215,3 +225,55 @@ def test_lion_over_shards(ranks):
     for differences in ranks.run(2, lion):
         far = torch.cat([d.view(-1) for d in differences]).abs() > 1e-5
         assert far.float().mean() < 0.01
+
+
+def beside_plain(group: Any) -> tuple[str, list[torch.Tensor], list[torch.Tensor]]:
+    """Shards of blocks have an optimizer of their own, and what is left whole has another."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = case.Model()
+    for block in model.blocks:
+        fully_shard(block, mesh=DeviceMesh.from_group(group, "cpu"))
+    before = [case.whole(param) for param in model.parameters()]
+    model.blocks.requires_grad_(False)
+    with pytest.raises(ValueError, match="expected fully_shard to average all gradients") as refused:
+        pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    model.blocks.requires_grad_(True)
+    whole = [param for param in model.parameters() if not hasattr(param, "to_local")]
+    sharded = [param for param in model.parameters() if hasattr(param, "to_local")]
+    first, second = (pyzero.FusedZeroAdamW(params, lr=case.LR, process_group=group) for params in (whole, sharded))
+    moved = [case.whole(param) - was for param, was in zip(model.parameters(), before, strict=True)]
+    for step in range(3):
+        case.loss_of(model, case.batch(step).chunk(dist.get_world_size(group))[dist.get_rank(group)]).backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    return str(refused.value), moved, [case.whole(param) for param in model.parameters()]
+
+
+def test_an_optimizer_of_whole_parameters_leaves_shards_beside_them_as_they_are(ranks):
+    wanted = case.alone(torch.float32, None, 3).weights
+    for refused, moved, weights in ranks.run(2, beside_plain):
+        assert "got parameter 0 beside frozen parameters of it" in refused  # whose mesh has the ranks that reduce it
+        assert not any(difference.any() for difference in moved)
+        for ours, theirs in zip(weights, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def taken_over(group: Any) -> case.Run:
+    model = case.fsdp(case.Model(), group)
+    torchs = torch.optim.AdamW(model.parameters(), lr=case.LR)
+    for step in range(6):
+        case.loss_of(model, case.batch(step).chunk(2)[dist.get_rank(group)]).backward()
+        torchs.step()
+        torchs.zero_grad()
+    ours = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
+    ours.load_state_dict(torchs.state_dict())
+    return case.train(model, ours, group, range(6, case.NUM_STEPS))
+
+
+def test_state_of_torchs_adamw_over_shards_is_taken(ranks):
+    wanted = case.alone(torch.float32, None)
+    for run in ranks.run(2, taken_over):
+        torch.testing.assert_close(run.losses, wanted.losses[6:], rtol=1e-5, atol=1e-6)

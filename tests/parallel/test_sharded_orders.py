@@ -24,6 +24,8 @@ def join_late(group: Any) -> dict[str, Any]:
     plain = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=group)
     whole = torch.arange(16.0).view(4, 4)
     split = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    nothing = nn.Parameter(distribute_tensor(whole[:0], mesh, [Shard(0)]))
+    found["empty"] = pyzero.FusedZeroAdamW([split, nothing], process_group=group).state[nothing]["exp_avg"].numel()
     for name, optimizer, param in (("plain", sharded, nn.Parameter(torch.ones(3))), ("split", plain, split)):
         try:
             optimizer.add_param_group({"params": [param]})
@@ -39,6 +41,7 @@ def test_a_group_that_joins_late_and_cannot_be_right_is_refused(ranks):
     for found in ranks.run(2, join_late):
         assert "reduce_grads=False and average it" in found["plain"]
         assert "pass those parameters when it is built" in found["split"]
+        assert found["empty"] == 0
         assert found["as it was"]
         assert found["groups"] == [1, 2]
 
