@@ -97,6 +97,11 @@ class StateAccess(FullAccess, Optimizer):
     # ---- how it was built -------------------------------------------------------------------------------------------
 
     @property
+    def rule_name(self) -> str:
+        """The update rule's name; Adam's and AdamW's is one."""
+        return self._param_buckets.rule.name
+
+    @property
     def scales_loss(self) -> bool:
         """Whether there is a loss scale, and `backward` applies it."""
         return self._scaler.enabled
@@ -184,7 +189,7 @@ class StateAccess(FullAccess, Optimizer):
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters.
         """
-        state_dict = state_dict.copy()
+        state_dict = {} if state_dict is None else state_dict.copy()  # a rank that has none says so to all
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         self._place_unfrozen()

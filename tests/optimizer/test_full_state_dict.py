@@ -10,6 +10,9 @@ import pytest
 import torch
 from logs import logged
 from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
+from torch import nn
+
+import pyzero
 
 
 def saved(group: Any, kind: str, dtype: torch.dtype, to: int | None) -> dict[str, Any]:
@@ -92,6 +95,42 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"expected master of parameter 0 with shape \(17, 9\), got \(5,\)"):
         optimizer.load_state_dict(state)
     assert_equal(optimizer.full_state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["amsgrad", "other", "model"])
+def test_state_of_another_kind_is_refused(kind):
+    model = nn.Linear(3, 2)
+    theirs = torch.optim.NAdam(model.parameters()) if kind == "other" else torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    theirs.step()
+    state = model.state_dict() if kind == "model" else theirs.state_dict()
+    if kind == "amsgrad":
+        state["param_groups"][0]["amsgrad"] = True
+    said = {
+        "amsgrad": "got amsgrad=True, which is not supported",
+        "other": "got mu_product of parameter 0, which the rule adam has not",
+        "model": "expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys",
+    }
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=said[kind]):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def loads_alone(group: Any) -> str:
+    optimizer = pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters(), process_group=group)
+    state = optimizer.full_state_dict()
+    try:
+        optimizer.load_state_dict(None if group.rank() else state)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_without_a_state_dict_leave_no_other_waiting(ranks):
+    first, second = ranks.run(2, loads_alone)
+    assert "nothing was loaded, for rank 1 could not: expected an optimizer's state dict" in first
+    assert "got keys []" in second
 
 
 def partly_saved(group: Any, options: dict[str, Any], savers: list[int]) -> list[str]:
