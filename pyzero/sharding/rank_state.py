@@ -287,6 +287,9 @@ def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, p
             f"got {', '.join(sorted(unknown))} of parameter {place}, which the rule {param_buckets.rule.name} has not; "
             f"load the state of an optimizer of the same kind"
         )
+    for name in shapes:
+        if saved.has(name) and not isinstance({**saved.whole, **saved.parts}[name], Tensor):
+            raise ValueError(f"expected {name} of parameter {place} as a tensor, got {saved.whole[name]!r:.80}")
     per_value = {slot.name: slot.elements_per_value for slot in param_buckets.rule.slots}
     for name, part in saved.parts.items():
         wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))

@@ -117,20 +117,28 @@ def test_state_of_another_kind_is_refused(kind):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def loads_alone(group: Any) -> str:
+def load_spoiled(group: Any) -> list[str]:
+    """Rank 1 has no state dict, or one of which a value makes no sense."""
     optimizer = pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters(), process_group=group)
     state = optimizer.full_state_dict()
-    try:
-        optimizer.load_state_dict(None if group.rank() else state)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    found = []
+    for key, value in ((None, None), ("exp_avg", "x"), ("step", "x"), ("state", 3)):
+        spoiled = None if key is None else copy.deepcopy(state)
+        if spoiled is not None:
+            (spoiled if key == "state" else spoiled["state"][0])[key] = value
+        try:
+            optimizer.load_state_dict(spoiled if group.rank() else state)
+            found.append("no error")
+        except (AttributeError, ValueError) as error:
+            found.append(str(error))
+    return found
 
 
-def test_ranks_without_a_state_dict_leave_no_other_waiting(ranks):
-    first, second = ranks.run(2, loads_alone)
-    assert "nothing was loaded, for rank 1 could not: expected an optimizer's state dict" in first
-    assert "got keys []" in second
+def test_a_rank_that_cannot_load_leaves_no_other_waiting(ranks):
+    found, of_rank_1 = ranks.run(2, load_spoiled)
+    assert all("nothing was loaded, for rank 1 could not" in text for text in found)
+    assert "got keys []" in of_rank_1[0] and "expected exp_avg of parameter 0 as a tensor, got 'x'" in of_rank_1[1]
+    assert all("no error" not in text for text in of_rank_1)
 
 
 def partly_saved(group: Any, options: dict[str, Any], savers: list[int]) -> list[str]:

@@ -63,8 +63,9 @@ class EngineCheckpoints:
             True.
 
         Raises:
-            ValueError: The tag is no name of a folder.
-            CheckpointError, CollectiveError, TypeError, RuntimeError: See pyzero.save_checkpoint.
+            ValueError: The tag is no name of a folder, or `latest`.
+            CheckpointError: In the middle of an accumulation too; see pyzero.save_checkpoint.
+            CollectiveError, TypeError: See pyzero.save_checkpoint.
         """
         name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
