@@ -166,20 +166,7 @@ class RankState:
         Raises:
             ValueError: It does not fit.
         """
-        if not state_dict.keys() >= {"state", "param_groups"}:
-            raise ValueError(
-                f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys "
-                f"{[*state_dict][:3]}; pass what state_dict() or full_state_dict() gave, whole on every rank"
-            )
-        groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-        wanted_sizes = [len(group["params"]) for group in groups]
-        sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != wanted_sizes:
-            raise ValueError(
-                f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
-            )
-        for group in saved_groups:
-            refuse_unsupported(group)
+        groups, saved_groups = optimizer.param_groups, _checked_groups(optimizer, state_dict)
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
         numbers = _numbers(optimizer, param_buckets)
@@ -234,6 +221,25 @@ class RankState:
             for key, value in saved_group.items():
                 if key not in ("params", ZERO, SCALER) and (key != "decoupled_weight_decay" or self.is_ours):
                     group[key] = value.clone() if isinstance(value, Tensor) else value
+
+
+def _checked_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The saved groups; ValueError where they cannot be the optimizer's."""
+    if not state_dict.keys() >= {"state", "param_groups"}:
+        raise ValueError(
+            f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys "
+            f"{[*state_dict][:3]}; pass what state_dict() or full_state_dict() gave, whole on every rank"
+        )
+    saved: list[dict[str, Any]] = state_dict["param_groups"]
+    wanted_sizes = [len(group["params"]) for group in optimizer.param_groups]
+    sizes = [len(group["params"]) for group in saved]
+    if sizes != wanted_sizes:
+        raise ValueError(
+            f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
+        )
+    for group in saved:
+        refuse_unsupported(group)
+    return saved
 
 
 def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) -> tuple[SavedParam, Any]:
