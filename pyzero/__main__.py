@@ -99,7 +99,13 @@ def _convert(args: argparse.Namespace) -> int:
 def _count(text: str) -> int:
     """7B, 350M, 7e9 or 7000000000."""
     factor = _SUFFIXES.get(text[-1:].upper(), 1)
-    return round(float(text[:-1] if factor > 1 else text) * factor)
+    try:
+        count = round(float(text[:-1] if factor > 1 else text) * factor)
+    except (ValueError, OverflowError):  # of inf and nan too
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, as 7B, 350M or 7e9, got {text!r}")
+    return count
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def check_arguments(
         raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
-    if bucket_cap_mb is not None and (not bucket_cap_mb > 0 or math.isinf(bucket_cap_mb)):
-        raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; pass None for the default, 25 on CPUs")
+    check_bucket_cap(bucket_cap_mb)
     if grad_reduce_dtype is not None and grad_reduce_dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"expected grad_reduce_dtype as torch.float32, torch.bfloat16 or torch.float16, got {grad_reduce_dtype!r}; "
@@ -50,6 +49,12 @@ def check_arguments(
         raise ValueError(
             f"expected max_consecutive_skips from 1, got {max_consecutive_skips}; pass None for any number of skips"
         )
+
+
+def check_bucket_cap(bucket_cap_mb: float | None) -> None:
+    """Above 0, and finite."""
+    if bucket_cap_mb is not None and (not bucket_cap_mb > 0 or math.isinf(bucket_cap_mb)):
+        raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; pass None for the default, 25 on CPUs")
 
 
 def check_group(group: dict[str, Any], options: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.adam import AdamRule
+from pyzero.arguments import check_bucket_cap
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule
@@ -134,6 +135,7 @@ def estimate_numel(
         raise ValueError(
             f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
         )
+    check_bucket_cap(bucket_cap_mb)
     own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or torch.cuda.is_available()
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
@@ -242,6 +244,7 @@ def _estimate(
 ) -> Estimate:
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 to 3, got {num_ranks} and {stage}; correct them")
+    check_bucket_cap(bucket_cap_mb)
     keys = {size: Key(str(size), "") for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]

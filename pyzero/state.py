@@ -97,6 +97,11 @@ class StateAccess(FullAccess, Optimizer):
     # ---- how it was built -------------------------------------------------------------------------------------------
 
     @property
+    def rule_name(self) -> str:
+        """The update rule's name; Adam's and AdamW's is one."""
+        return self._param_buckets.rule.name
+
+    @property
     def scales_loss(self) -> bool:
         """Whether there is a loss scale, and `backward` applies it."""
         return self._scaler.enabled
@@ -182,9 +187,9 @@ class StateAccess(FullAccess, Optimizer):
         changed on any.
 
         Raises:
-            ValueError: Another rank's, another number of ranks', or other parameters.
+            ValueError: Another rank's, another number of ranks', or other parameters; or another rule's.
         """
-        state_dict = state_dict.copy()
+        state_dict = {} if state_dict is None else state_dict.copy()  # a rank that has none says so to all
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         self._place_unfrozen()
@@ -209,18 +214,21 @@ class StateAccess(FullAccess, Optimizer):
     def _parse(self, state_dict: dict[str, Any]) -> tuple[rank_state.RankState, rank_state.SavedCut | None]:
         """The state, once all ranks have found that theirs fits, and the buckets that its parts are of. Collective."""
         saved, problem = None, None
+        answer: str | rank_state.Summary
         try:
             saved = rank_state.RankState.parse(
                 self, state_dict, self._param_buckets, self._group.rank, self._group.size
             )
-        except ValueError as error:
-            problem = error
-        answers = self._group.gather_objects(str(problem) if saved is None else saved.summary())
+            answer = saved.summary()
+        except Exception as error:  # of any kind: the other ranks wait to hear of it
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            problem, answer = error, f"{kind}{error}"
+        answers = self._group.gather_objects(answer)
         if problem is not None:
             raise problem
-        for rank, answer in enumerate(answers):
-            if isinstance(answer, str):
-                raise ValueError(f"nothing was loaded, for rank {rank} could not: {answer}")
+        for rank, other in enumerate(answers):
+            if isinstance(other, str):
+                raise ValueError(f"nothing was loaded, for rank {rank} could not: {other}")
         assert saved is not None
         return saved, rank_state.agreed_cut(answers)
 

@@ -19,6 +19,7 @@ from pyzero.sharding.modules import reshard
 from pyzero.sharding.rank_state import SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
+RULE = "rule"  # in common.pt: the update rule's name; none where others saved
 PARTS = "parts"  # in common.pt: how many model-parallel ranks have a part of one weight each; 0: weights are whole
 
 
@@ -27,6 +28,8 @@ def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
 
     Of what is split in parts, with the rank that has this one: `up.weight@1`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model as a module, got {type(model).__name__}; pass the model, not its state dict")
     reshard(model)
     ours = {param for group in optimizer.param_groups for param in group["params"]}
     lacking = len(ours - set(model.parameters()))
@@ -162,6 +165,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         "model": others,
         "tied": {a: b for a, b in tied.items() if a != b},
         EXCLUDED: sorted(excluded),
+        RULE: optimizer.rule_name,
         PARTS: optimizer.model_parallel_size if _parts(model, optimizer) else 0,
     }
     part = None if index is None else Part(index, owned, common)
@@ -177,7 +181,8 @@ def join(parts: list[Part]) -> dict[str, Any]:
     """
     by_index = {part.index: part for part in reversed(parts)}
     owner: dict[str, int] = {}
-    joined: dict[str, Any] = {"param_groups": [], "model": {}, "tied": {}, EXCLUDED: [], PARTS: 0}
+    rule = parts[0].common[RULE]
+    joined: dict[str, Any] = {"param_groups": [], "model": {}, "tied": {}, EXCLUDED: [], RULE: rule, PARTS: 0}
     for index, part in sorted(by_index.items()):
         for name in part.owned:
             if owner.setdefault(name, index) != index:

@@ -142,8 +142,8 @@ def to_bytes(value: Any, what: str) -> bytes:
         TypeError: It holds objects that cannot be loaded without running code.
     """
     file = io.BytesIO()
-    torch.save(value, file)
     try:
+        torch.save(value, file)
         torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     except Exception as error:  # of pickle and of torch, many kinds
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))

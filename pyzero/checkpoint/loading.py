@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
-from pyzero.checkpoint.content import EXCLUDED, PARTS, check_parts, model_state, names_of, set_extra_state
+from pyzero.checkpoint.content import EXCLUDED, PARTS, RULE, check_parts, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
 from pyzero.optimizer import ZeroOptimizer
@@ -25,6 +25,7 @@ from pyzero.sharding.rank_state import SCALER
 log = logging.getLogger("pyzero")
 
 _MOST_SHOWN = 5  # names in a report
+_DECOUPLED = "decoupled_weight_decay"  # what tells AdamW from Adam
 _NO_OPTIONS = ("params", "param_names", SCALER)  # keys of a group that are no hyper-parameters
 
 
@@ -54,14 +55,16 @@ def load_checkpoint(
         directory: Where it was saved: the latest is taken. Or the folder of one.
         model: Of the same parameter names. Other dtypes will do: masters are fp32 on both sides.
         optimizer: With the same update rule, over the same parameters.
-        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks.
+        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks; the options of
+            another update rule too.
 
     Returns:
         "step", and what was given as `extra`: this rank's on as many ranks, else the first rank's.
 
     Raises:
-        CheckpointError: There is none; a file is missing, cut or damaged; it has other parameters; or parts of weights
-            of another number of model-parallel ranks. On all ranks.
+        CheckpointError: There is none; a file is missing, cut or damaged; it has other parameters, or another update
+            rule's state; or parts of weights of another number of model-parallel ranks. On all ranks.
+        TypeError: `optimizer` is none of pyzero's, or `model` no module.
     """
     return _Load(Path(directory), model, optimizer, strict).run()
 
@@ -204,7 +207,10 @@ class _Load:
 
     def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
         """The optimizer's groups with the hyper-parameters that their parameters were saved with."""
-        saved = self._common["param_groups"]
+        saved, rule = self._common["param_groups"], self._common.get(RULE)
+        if rule not in (None, self._optimizer.rule_name):
+            self._problems.insert(0, f"of the update rule {rule}, wanted {self._optimizer.rule_name}")
+            saved = [{"params": [], SCALER: group.get(SCALER)} for group in saved]  # its options are none of ours
         group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
         matched = []
         for index, group in enumerate(groups):
@@ -213,6 +219,11 @@ class _Load:
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})
+            if matched[-1].get(_DECOUPLED) != group.get(_DECOUPLED):
+                log.warning(
+                    "group %d goes on with %s=%s, as it was saved; set it in param_groups after the load for another",
+                    *(index, _DECOUPLED, matched[-1].get(_DECOUPLED)),
+                )
         matched[0][SCALER] = saved[0][SCALER]
         return matched
 

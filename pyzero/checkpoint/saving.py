@@ -37,7 +37,8 @@ def save_checkpoint(
     Of a weight marked `tensor_model_parallel`, as Megatron's layers do, each saves its part, for as many ranks.
 
     The folder is complete, flushed to disk and named by `directory`/latest when this returns; until then `latest` names
-    the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it.
+    the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it, into
+    `{"model": ..., "optim": ...}` of get_state_dict() by `planner=DefaultLoadPlanner(allow_partial_load=True)`.
 
     Args:
         directory: Seen by all ranks. The checkpoint goes into a folder of its own in there. One job at a time saves
@@ -56,7 +57,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: A file could not be written on some rank, on all ranks.
         CollectiveError: A rank died.
-        TypeError: `extra` holds objects that cannot be loaded without running code.
+        TypeError: `extra` holds objects that cannot be loaded without running code; `optimizer` is none of pyzero's, or
+            `model` no module.
         ValueError: `step`, `keep` or the model is none to save, or ranks pass different steps.
         RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
             `.grad` is torch's, on one rank or with `reduce_grads=False`.
@@ -102,6 +104,11 @@ _in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()
 
 def begin(optimizer: ZeroOptimizer) -> Group:
     """Begin a save or a load: wait for the save before, which uses the same process group; returns that group."""
+    if not isinstance(optimizer, ZeroOptimizer):
+        raise TypeError(
+            f"expected optimizer as one of pyzero's, got {type(optimizer).__name__}; pass FusedZeroAdamW or its like "
+            f"itself, not what wraps it, and save torch's own with torch.distributed.checkpoint"
+        )
     if optimizer in _in_thread:
         _in_thread.pop(optimizer).exception()  # waits; whoever started it hears of a failure
     optimizer.place_unfrozen()

@@ -61,9 +61,10 @@ class Writer:
         if not hasattr(self._step, "__index__") or operator.index(self._step) < 0:
             raise ValueError(f"expected step as a whole number from 0 on, got {self._step!r}; pass how many were taken")
         self._step = operator.index(self._step)
-        if self._keep is not None and self._keep < 1:
+        if self._keep is not None and not (hasattr(self._keep, "__index__") and operator.index(self._keep) >= 1):
             raise ValueError(
-                f"expected keep as 1 or more, or None, got {self._keep}; pass how many checkpoints to leave"
+                f"expected keep as a whole number from 1 on, or None, got {self._keep!r}; pass how many checkpoints to "
+                f"leave"
             )
         content = collect()
         self._state, self._part = content.state, content.part

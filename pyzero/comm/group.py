@@ -297,11 +297,11 @@ class Group:
     def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
         for batch in _batches(tensors):
-            if len(batch) == 1:
-                self.broadcast(batch[0])
+            in_place = len(batch) == 1 and batch[0].is_contiguous()
+            flat = batch[0].view(-1) if in_place else torch.cat([tensor.reshape(-1) for tensor in batch])
+            self.broadcast(flat.view(torch.uint8))  # gloo refuses float8, int16 and most unsigned dtypes
+            if in_place:
                 continue
-            flat = torch.cat([tensor.reshape(-1) for tensor in batch])
-            self.broadcast(flat)
             for tensor, part in zip(batch, flat.split([tensor.numel() for tensor in batch]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 

@@ -204,7 +204,10 @@ class FullAccess:
         for name, value in state.items():
             if name not in known:
                 raise ValueError(f"expected names of {', '.join(known)}, got {name!r}; leave it out")
-            if name != STEP:
+            if name == STEP:
+                if torch.as_tensor(value).numel() != 1:
+                    raise ValueError(f"expected {STEP} as a number, got {value}; pass how many steps were applied")
+            else:
                 _check_shape(name, value, bucket.whole_shape(name, position) if bucket.is_flat(name) else shape)
 
     def _write_state(self, bucket: Bucket, position: int, own: dict[str, Any]) -> None:
@@ -303,6 +306,8 @@ def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
     return param.wrap(local.to(param.device)).full_tensor().to(local.device)
 
 
-def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
+def _check_shape(name: str, value: Any, shape: torch.Size) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} as a tensor, got {type(value).__name__}; pass torch.as_tensor(value)")
     if value.shape != shape:
         raise ValueError(f"expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}; pass the whole tensor")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.dlpack import from_dlpack
 
+from pyzero.arguments import refuse_unsupported
 from pyzero.comm.group import Group
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
@@ -165,13 +166,7 @@ class RankState:
         Raises:
             ValueError: It does not fit.
         """
-        groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-        wanted_sizes = [len(group["params"]) for group in groups]
-        sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != wanted_sizes:
-            raise ValueError(
-                f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
-            )
+        groups, saved_groups = optimizer.param_groups, _checked_groups(optimizer, state_dict)
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
         numbers = _numbers(optimizer, param_buckets)
@@ -228,6 +223,25 @@ class RankState:
                     group[key] = value.clone() if isinstance(value, Tensor) else value
 
 
+def _checked_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The saved groups; ValueError where they cannot be the optimizer's."""
+    if not state_dict.keys() >= {"state", "param_groups"}:
+        raise ValueError(
+            f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys "
+            f"{[*state_dict][:3]}; pass what state_dict() or full_state_dict() gave, whole on every rank"
+        )
+    saved: list[dict[str, Any]] = state_dict["param_groups"]
+    wanted_sizes = [len(group["params"]) for group in optimizer.param_groups]
+    sizes = [len(group["params"]) for group in saved]
+    if sizes != wanted_sizes:
+        raise ValueError(
+            f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
+        )
+    for group in saved:
+        refuse_unsupported(group)
+    return saved
+
+
 def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) -> tuple[SavedParam, Any]:
     """Sort one parameter's values into whole ones and parts; returns the parts' origin too, where they have one."""
     saved, origin = SavedParam(param), None
@@ -273,6 +287,15 @@ def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, p
             raise ValueError(
                 f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
             )
+    unknown = {*saved.whole, *saved.parts} - {MASTER, STEP, *(slot.name for slot in param_buckets.rule.slots)}
+    if unknown:
+        raise ValueError(
+            f"got {', '.join(sorted(unknown))} of parameter {place}, which the rule {param_buckets.rule.name} has not; "
+            f"load the state of an optimizer of the same kind"
+        )
+    for name in shapes:
+        if saved.has(name) and not isinstance({**saved.whole, **saved.parts}[name], Tensor):
+            raise ValueError(f"expected {name} of parameter {place} as a tensor, got {saved.whole[name]!r:.80}")
     per_value = {slot.name: slot.elements_per_value for slot in param_buckets.rule.slots}
     for name, part in saved.parts.items():
         wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from logs import logged
 from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
 from test_dcp import outcome, train, uninterrupted
 from torch import nn
@@ -98,7 +99,7 @@ def make_other(group: Any, path: Path, change: str) -> Any:
         ("shape", "of another shape: optim.state.weights.1.exp_avg [70], wanted [71]"),
         ("more", "missing: model.weights.6"),
         ("fewer", "unexpected: model.weights.4"),
-        ("rule", "unexpected: optim.state.weights.0.exp_avg_sq"),
+        ("rule", "of the update rule adam, wanted lion; unexpected: optim.state.weights.0.exp_avg_sq"),
         ("groups", "group 0 holds parameters of the saved groups [0, 1], which differ"),
     ],
 )
@@ -161,11 +162,34 @@ def test_what_is_refused(tmp_path):
         pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
     with pytest.raises(TypeError, match="expected tensors, numbers.* in extra, got more: .*Linear"):
         pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, layer=model)
-    with pytest.raises(ValueError, match="expected keep as 1 or more"):
-        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, keep=0)
+    with pytest.raises(TypeError, match="expected tensors, numbers.* in extra, got more: .*lambda"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, act=lambda: 1)
+    for keep in (0, "3"):
+        with pytest.raises(ValueError, match="expected keep as a whole number from 1 on"):
+            pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, keep=keep)
+    with pytest.raises(TypeError, match="expected optimizer as one of pyzero's, got AdamW"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=torch.optim.AdamW(model.parameters()), step=1)
+    with pytest.raises(TypeError, match="expected model as a module, got OrderedDict"):
+        pyzero.save_checkpoint(tmp_path, model=model.state_dict(), optimizer=optimizer, step=1)
     with pytest.raises(ValueError, match="got one without 2 of 2"):
         pyzero.save_checkpoint(tmp_path, model=nn.Linear(3, 2), optimizer=optimizer, step=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_rules_with_the_same_state_are_told_apart(tmp_path):
+    model, optimizer = lone(tmp_path, lr=0.5)
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    lamb = pyzero.ZeroLamb(model.parameters(), lr=0.25)
+    with pytest.raises(pyzero.CheckpointError, match="got others: of the update rule adam, wanted lamb. Build"):
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=lamb)
+    options = dict(lamb.param_groups[0])
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=lamb, strict=False)
+    assert lamb.param_groups[0] == options
+    with logged() as lines:
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=pyzero.FusedZeroAdamW(model.parameters()))
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=pyzero.FusedZeroAdam(model.parameters()))
+    (line,) = (line for line in lines if "goes on" in line)
+    assert "group 0 goes on with decoupled_weight_decay=True, as it was saved" in line
 
 
 def test_schedulers_and_generators_come_back(tmp_path):

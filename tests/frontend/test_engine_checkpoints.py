@@ -151,7 +151,7 @@ def test_where_there_is_none(ranks, tmp_path):
         start(2, "fp32").load_checkpoint(tmp_path, tag="other")
 
 
-@pytest.mark.parametrize("tag", ["../up", "a/b", ".hidden", "", "a\nb"])
+@pytest.mark.parametrize("tag", ["../up", "a/b", ".hidden", "", "a\nb", "latest"])
 def test_tags_that_name_no_folder(tmp_path, tag):
     engine = start(2, "fp32")
     with pytest.raises(ValueError, match="expected a tag that can name a folder"):
@@ -213,6 +213,17 @@ def test_frozen_parameters_may_be_left_out(tmp_path):
     other.load_checkpoint(tmp_path / "without")
     assert torch.equal(other.module[0].weight, before) and torch.equal(other.module[0].bias, engine.module[0].bias)
     assert torch.equal(other.module[3].weight, engine.module[3].weight)
+
+
+def test_a_save_in_the_middle_of_an_accumulation_is_refused(tmp_path):
+    engine = start(2, "fp32")
+    engine.backward(engine(torch.ones(8, 6)).sum())
+    engine.step()
+    with pytest.raises(pyzero.CheckpointError, match="got one in the middle of an accumulation"):
+        engine.save_checkpoint(tmp_path)
+    engine.backward(engine(torch.ones(8, 6)).sum())
+    engine.step()
+    engine.save_checkpoint(tmp_path)
 
 
 def test_what_is_not_supported_says_so(tmp_path):

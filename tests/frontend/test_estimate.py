@@ -218,8 +218,16 @@ def test_frozen_parameters_are_weights_alone():
 def test_counts_as_people_write_them(text, wanted, capsys):
     assert main(["estimate", "--model-params", text]) == 0
     assert _count(text) == wanted
-    with pytest.raises(SystemExit):
-        main(["estimate", "--model-params", "7X"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("7X", "got '7X'"), ("-1", "got '-1'"), ("inf", "got 'inf'"), ("7B --bucket-cap-mb -3", "got -3.0; pass None")],
+)
+def test_numbers_that_make_no_sense(wrong, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["estimate", "--model-params", *wrong.split()])
+    assert said in capsys.readouterr().err
 
 
 def test_the_version(capsys):

@@ -118,7 +118,11 @@ def test_frozen_and_foreign_parameters():
         optimizer.full_master(torch.ones(3))
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(4,\)"):
         optimizer.set_full_state(free, {"step": 4, "exp_avg": torch.zeros(4)})
-    assert optimizer.full_state(free)["step"] == 0
+    with pytest.raises(TypeError, match="expected exp_avg as a tensor, got list"):
+        optimizer.set_full_state(free, {"step": 4, "exp_avg": [0.0] * 3})
+    with pytest.raises(ValueError, match="expected step as a number"):
+        optimizer.set_full_state(free, {"exp_avg": torch.ones(3), "step": torch.zeros(2)})
+    assert optimizer.full_state(free)["step"] == 0 and not optimizer.full_state(free)["exp_avg"].any()
     with pytest.raises(ValueError, match="momentum"):
         optimizer.set_full_state(free, {"momentum": torch.zeros(3)})
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from logs import logged
 from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
+from torch import nn
+
+import pyzero
 
 
 def saved(group: Any, kind: str, dtype: torch.dtype, to: int | None) -> dict[str, Any]:
@@ -92,6 +95,50 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"expected master of parameter 0 with shape \(17, 9\), got \(5,\)"):
         optimizer.load_state_dict(state)
     assert_equal(optimizer.full_state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["amsgrad", "other", "model"])
+def test_state_of_another_kind_is_refused(kind):
+    model = nn.Linear(3, 2)
+    theirs = torch.optim.NAdam(model.parameters()) if kind == "other" else torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    theirs.step()
+    state = model.state_dict() if kind == "model" else theirs.state_dict()
+    if kind == "amsgrad":
+        state["param_groups"][0]["amsgrad"] = True
+    said = {
+        "amsgrad": "got amsgrad=True, which is not supported",
+        "other": "got mu_product of parameter 0, which the rule adam has not",
+        "model": "expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys",
+    }
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=said[kind]):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def load_spoiled(group: Any) -> list[str]:
+    """Rank 1 has no state dict, or one of which a value makes no sense."""
+    optimizer = pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters(), process_group=group)
+    state = optimizer.full_state_dict()
+    found = []
+    for key, value in ((None, None), ("exp_avg", "x"), ("step", "x"), ("state", 3)):
+        spoiled = None if key is None else copy.deepcopy(state)
+        if spoiled is not None:
+            (spoiled if key == "state" else spoiled["state"][0])[key] = value
+        try:
+            optimizer.load_state_dict(spoiled if group.rank() else state)
+            found.append("no error")
+        except (AttributeError, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_rank_that_cannot_load_leaves_no_other_waiting(ranks):
+    found, of_rank_1 = ranks.run(2, load_spoiled)
+    assert all("nothing was loaded, for rank 1 could not" in text for text in found)
+    assert "got keys []" in of_rank_1[0] and "expected exp_avg of parameter 0 as a tensor, got 'x'" in of_rank_1[1]
+    assert all("no error" not in text for text in of_rank_1)
 
 
 def partly_saved(group: Any, options: dict[str, Any], savers: list[int]) -> list[str]:

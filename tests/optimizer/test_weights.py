@@ -189,6 +189,8 @@ class WithBuffers(nn.Module):
         self.adapter = nn.BatchNorm1d(3)
         self.adapter.running_mean.fill_(value)
         self.register_buffer("counter", torch.tensor(int(value)), persistent=False)
+        self.register_buffer("scale", torch.tensor(value).to(torch.float8_e4m3fn))
+        self.register_buffer("codes", torch.full((2, 3), int(value), dtype=torch.int16).t())
 
 
 def synchronised(group: Any, init_sync: bool, filtered: bool) -> list[Tensor]:
@@ -196,7 +198,8 @@ def synchronised(group: Any, init_sync: bool, filtered: bool) -> list[Tensor]:
     params = [p for p in model.parameters() if p.requires_grad] if filtered else model.parameters()
     optimizer = pyzero.FusedZeroAdamW(params, process_group=group, init_sync=init_sync)
     del optimizer
-    return [model.trained.detach(), model.frozen.detach(), model.adapter.running_mean, model.counter]
+    buffers = [model.adapter.running_mean, model.counter, model.scale.float(), model.codes]
+    return [model.trained.detach(), model.frozen.detach(), *buffers]
 
 
 @pytest.mark.parametrize("filtered", [False, True])

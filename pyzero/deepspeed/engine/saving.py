@@ -27,7 +27,7 @@ log = logging.getLogger("pyzero")
 
 _LATEST = "latest"
 _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
-_TAG = re.compile(r"(?!\.)[^/\\\0\n]+")
+_TAG = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
 _COUNTERS = ("global_steps", "global_samples")
 
 
@@ -63,11 +63,14 @@ class EngineCheckpoints:
             True.
 
         Raises:
-            ValueError: The tag is no name of a folder.
-            CheckpointError, CollectiveError, TypeError, RuntimeError: See pyzero.save_checkpoint.
+            ValueError: The tag is no name of a folder, or `latest`.
+            CheckpointError: In the middle of an accumulation too; see pyzero.save_checkpoint.
+            CollectiveError, TypeError: See pyzero.save_checkpoint.
         """
         name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
+        group, what = self.optimizer.checkpoint_group(), f"the save of {Path(save_dir) / name}"
+        together(group, what, self._check_between_steps)
         save_checkpoint(
             Path(save_dir) / name,
             model=self.module,
@@ -79,12 +82,24 @@ class EngineCheckpoints:
             lr_scheduler=scheduler,
             client_state={} if client_state is None else client_state,
         )
-        if save_latest and self.rank == 0:
-            unfinished = Path(save_dir) / f".{_LATEST}"
-            unfinished.write_text(name)
-            unfinished.replace(Path(save_dir) / _LATEST)
+        together(group, what, lambda: self._point(Path(save_dir), name if save_latest else None))
         comm.barrier()
         return True
+
+    def _check_between_steps(self) -> None:
+        """Raise RuntimeError in the middle of an accumulation, on one rank too, where `.grad` is torch's."""
+        if not self.optimizer.reduces_grads and any(param.grad is not None for param in self.module.parameters()):
+            raise RuntimeError(
+                "expected a save between steps, got one in the middle of an accumulation, whose gradients would be "
+                "lost; save where engine.is_gradient_accumulation_boundary() was true before step(), after it"
+            )
+
+    def _point(self, folder: Path, name: str | None) -> None:
+        """Have `latest` name it, on the first rank."""
+        if name is not None and self.rank == 0:
+            unfinished = folder / f".{_LATEST}"
+            unfinished.write_text(name)
+            unfinished.replace(folder / _LATEST)
 
     def load_checkpoint(
         self,
@@ -180,7 +195,10 @@ def _copied(value: Any) -> Any:
 
 def _checked(tag: str) -> str:
     if not _TAG.fullmatch(tag):
-        raise ValueError(f"expected a tag that can name a folder, got {tag!r}; leave out slashes and leading dots")
+        raise ValueError(
+            f"expected a tag that can name a folder, got {tag!r}; leave out slashes and leading dots, and {_LATEST!r}, "
+            f"which is a file"
+        )
     return tag
 
 
