@@ -435,7 +435,9 @@ def unfrozen_in_time(group: Any, stage: int, freezes_first: bool) -> list[float]
     first.requires_grad_(not freezes_first)
     second.requires_grad_(True)
     loss = first.sum() + (4.0 * second.sum() if group.rank() == 0 else 0.0)
+    another = (second * third).sum()  # its graph has both
     scaler.scale(loss + 0.0 * second.sum()).backward()
+    torch.autograd.grad(another, [second])
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([param for param in params if param.grad is not None], 1.0)
     grads = [optimizer.full_grad(param) for param in (first, second)]
