@@ -189,6 +189,10 @@ class WithBuffers(nn.Module):
         self.adapter = nn.BatchNorm1d(3)
         self.adapter.running_mean.fill_(value)
         self.register_buffer("counter", torch.tensor(int(value)), persistent=False)
+        for name, dtype in (("int16", torch.int16), ("fp8", torch.float8_e4m3fn)):  # which gloo does not know
+            self.register_buffer(name, torch.full((3,), value).to(dtype))
+        self.register_buffer("expanded", torch.full((1, 2), value).expand(3, 2))
+        self.register_buffer("transposed", torch.full((3, 2), value).t())
 
 
 def synchronised(group: Any, init_sync: bool, which: str) -> list[Tensor]:
@@ -198,7 +202,8 @@ def synchronised(group: Any, init_sync: bool, which: str) -> list[Tensor]:
     params = [p for p in model.parameters() if p.requires_grad] if which == "trained" else model.parameters()
     optimizer = pyzero.FusedZeroAdamW(params, process_group=group, init_sync=init_sync)
     del optimizer
-    return [model.trained.detach(), model.frozen.detach(), model.adapter.running_mean, model.counter]
+    others = [model.counter, model.int16, model.fp8.float(), model.expanded, model.transposed]
+    return [model.trained.detach(), model.frozen.detach(), model.adapter.running_mean, *others]
 
 
 @pytest.mark.parametrize("which", ["all", "trained", "frozen"])
