@@ -452,9 +452,11 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _place_unfrozen(self) -> None:
         """Give buckets to parameters that are no longer frozen. Collective where there are any."""
-        unplaced = self._param_buckets.unplaced(self._param_groups)
-        if unplaced:
-            self._place(unplaced)
+        if self._param_buckets.unplaced(self._param_groups):
+            self._gradients.finish_broken_round()  # it comes first on the other ranks, and may have placed them
+            unplaced = self._param_buckets.unplaced(self._param_groups)
+            if unplaced:
+                self._place(unplaced)
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""

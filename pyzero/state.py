@@ -133,11 +133,6 @@ class StateAccess(FullAccess, Optimizer):
         """Whether all ranks have the same parameters, whole or parts of them that DTensors describe."""
         return self._topology.same_params
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank is the first of those that have this part of the model, whose buffers are saved."""
-        return self._group.rank == 0
-
     def owns(self, param: Tensor) -> bool:
         """Whether this model-parallel rank is the one that counts and saves the parameter."""
         return self._topology.owns(param)

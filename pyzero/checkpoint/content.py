@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def _frozen(model: nn.Module, optimizer: ZeroOptimizer, trained: Collection[str]
 
 
 def _own_buffers(model: nn.Module) -> set[str]:
-    """Names of buffers, which may differ by rank: torch's planner would take each from another one."""
+    """Names of buffers that are no DTensors: they may differ by rank."""
     own = (name for name, buffer in model.named_buffers(remove_duplicate=False) if not is_dtensor(buffer))
     return {fqn for name in own for fqn in _fqns(model, name)}
 
@@ -123,6 +123,7 @@ class Content:
     common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, names; rank 0's counts
     extra: dict[str, Any]
     part: Part | None = None  # this rank's, where other ranks have other parameters of the model
+    buffers: Sequence[str] = ()  # names in "model" of what may differ by rank: the first rank's are saved
 
 
 @dataclass
@@ -156,8 +157,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         values = {name: value for name, value in values.items() if name not in lent}
         tensors = {name: value for name, value in tensors.items() if name not in lent}
     excluded = _frozen(model, optimizer, values) if excludes_frozen else set()
-    left_out = excluded if optimizer.is_first else excluded | _own_buffers(model)
-    tensors = {name: value for name, value in tensors.items() if name not in left_out}
+    tensors = {name: value for name, value in tensors.items() if name not in excluded}
     first: dict[int, str] = {}
     tied = {n: first.setdefault(local_of(v).data_ptr(), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {
@@ -170,7 +170,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     }
     part = None if index is None else Part(index, owned, common)
     state = {"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}
-    return Content(state, common, extra, part)
+    return Content(state, common, extra, part, buffers=sorted(_own_buffers(model) & set(tensors)))
 
 
 def join(parts: list[Part]) -> dict[str, Any]:

@@ -50,9 +50,13 @@ class Writer:
         self._keep = keep
         self._what = f"the save to {directory}"
         together(group, self._what, lambda: self._take(collect))
-        steps = group.gather_objects(self._step, self._what)
+        rows = group.gather_objects((self._step, self._buffers), self._what)
+        steps = [step for step, _ in rows]
         if len(set(steps)) > 1:
             raise ValueError(f"expected the same step on every rank, got {steps}; pass how many steps were taken")
+        of_ranks_before = {name for _, names in rows[: group.rank] for name in names}
+        for name in of_ranks_before.intersection(self._buffers):
+            del self._state["model"][name]  # torch's planner would take each from another rank
         if self._part is not None:
             parts = group.gather_objects(self._part, self._what)
             together(group, self._what, lambda: self._keep_common(join(parts)))
@@ -67,7 +71,7 @@ class Writer:
                 f"leave"
             )
         content = collect()
-        self._state, self._part = content.state, content.part
+        self._state, self._part, self._buffers = content.state, content.part, content.buffers
         self._contents = {files.rank_file(self._group.rank): files.to_bytes(content.extra, "extra")}
         if self._part is None:
             self._keep_common(content.common)

@@ -297,13 +297,17 @@ class Group:
     def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
         for batch in _batches(tensors):
-            in_place = len(batch) == 1 and batch[0].is_contiguous()
-            flat = batch[0].view(-1) if in_place else torch.cat([tensor.reshape(-1) for tensor in batch])
-            self.broadcast(flat.view(torch.uint8))  # gloo refuses float8, int16 and most unsigned dtypes
-            if in_place:
+            is_one = len(batch) == 1 and batch[0].is_contiguous()
+            flat = batch[0].view(-1) if is_one else torch.cat([tensor.reshape(-1) for tensor in batch])
+            self.broadcast(flat.view(torch.uint8))  # gloo knows no int16 and no fp8, NCCL no int16
+            if is_one:
                 continue
             for tensor, part in zip(batch, flat.split([tensor.numel() for tensor in batch]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
+                part = part.view(tensor.shape)
+                for dim, stride in enumerate(tensor.stride()):
+                    if stride == 0 < tensor.shape[dim]:  # expanded: one memory location, which is written once
+                        tensor, part = tensor.narrow(dim, 0, 1), part.narrow(dim, 0, 1)
+                tensor.copy_(part)
 
     def sum(self, tensor: Tensor, what: str) -> None:
         """Overwrite with the sum over ranks."""

@@ -94,6 +94,7 @@ class OverlappedGradients(ReducedGradients):
         for record in cleared:
             record.restore()
         self._round(self._is_deferred)
+        self._join_unfrozen()  # as behind the same round on the other ranks
         for record in cleared:
             record.param.grad = None
 

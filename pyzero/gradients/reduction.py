@@ -99,10 +99,11 @@ class ReducedGradients(Gradients):
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
         """See Gradients."""
-        new = dict.fromkeys(param for param in frozen if param not in self._frozen)
+        known = {*self._frozen, *map(outer, self._records)}  # what was frozen again has its bucket
+        new = dict.fromkeys(param for param in frozen if param not in known)
         self._frozen |= new
         self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
-        self._hooks.watch(new, self._end.await_end)
+        self._hooks.watch(new, self._after_unfrozen)
 
     def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
         grads = BucketGrads(bucket, records, self._backend)
@@ -169,14 +170,23 @@ class ReducedGradients(Gradients):
         record.after_arrival()
         self._end.await_end()
 
+    def _after_unfrozen(self) -> None:
+        self._end.begin()
+        self._end.await_end()
+
     def _end_of_backward(self) -> None:
         self._end.forget()
+        if self.sync:  # ranks may run backward unequally often in no_sync()
+            self._join_unfrozen()
+        for record in self._by_number:
+            record.show()
+
+    def _join_unfrozen(self) -> None:
+        """Have parameters that are no longer frozen placed; what `.grad` holds counts as unsent."""
         place_unfrozen = self._place_unfrozen and self._place_unfrozen()
         if place_unfrozen and any(param.requires_grad for param in self._frozen):
             place_unfrozen()
             self._observe_all()
-        for record in self._by_number:
-            record.show()
 
     def finish_broken_round(self) -> None:
         """See Gradients. There is none: nothing is sent in a backward."""

@@ -65,6 +65,7 @@ class ParamBuckets:
         self._counts = counts
         self._reduces = reduces
         self._init_sync = init_sync
+        self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
         self._cpu_offload = cpu_offload
 
     def unplaced(self, param_groups: Sequence[dict[str, Any]]) -> list[int]:
@@ -159,9 +160,11 @@ class ParamBuckets:
         fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         for index in indices:
             for param in param_groups[index]["params"]:
+                if param in self._group_of or param in self._synced and not param.requires_grad:
+                    continue
                 if not param.requires_grad:
                     frozen.append(param)
-                elif param not in self._group_of:
+                else:
                     check_device(param, self._device)
                     check_dtype(param, f"parameter {first + len(params)}")
                     key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
@@ -176,8 +179,10 @@ class ParamBuckets:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         ours = {outer(param): place for place, param in enumerate(params)}
-        roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and params and not first else []
+        roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))
+        if self._init_sync and self._group.size > 1:
+            self._sync_others(roots, frozen, {*ours})
         if not params:
             return []
         self.params += params
@@ -194,9 +199,14 @@ class ParamBuckets:
             bucket.masters_from_weights()
         self.buckets += made
         self._join_steps()
-        if self._init_sync and self._group.size > 1:
-            _sync_module_states(self._group, roots, frozen, {*ours})
         return made
+
+    def _sync_others(self, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
+        """Once for each: a parameter may be unfrozen between a forward and its backward, whose graph has the others."""
+        is_first = not self.params and not self._synced  # the same on all ranks, which roots are not
+        if is_first or frozen:
+            _sync_module_states(self._group, roots if is_first else [], frozen, ours)
+        self._synced.update(frozen)
 
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
         numbers = [slot.index for slot in layout.slots]

@@ -105,9 +105,9 @@ def test_another_number_of_accumulation_steps(tmp_path):
     assert [train(other, range(1)) or other.global_steps for _ in range(4)] == [3, 4, 4, 5]
 
 
-def buffers_of_ranks(group: Any, path: str) -> list[list[float]]:
+def buffers_of_ranks(group: Any, path: str, stage: int) -> list[list[float]]:
     """Saved where each rank has its own, as BatchNorm's are in training; loaded."""
-    engine = start(2, "fp32")
+    engine = start(stage, "fp32")
     norm = engine.module[2]
     for buffer in norm.buffers():
         buffer.fill_(comm.get_rank())
@@ -116,8 +116,9 @@ def buffers_of_ranks(group: Any, path: str) -> list[list[float]]:
     return [buffer.unique().tolist() for buffer in norm.buffers()]
 
 
-def test_buffers_are_those_of_rank_0(ranks, tmp_path):
-    assert ranks.run(4, buffers_of_ranks, str(tmp_path)) == [[[0.0], [0.0], [0]]] * 4
+@pytest.mark.parametrize("stage", [2, 3])
+def test_buffers_are_those_of_rank_0(ranks, tmp_path, stage):
+    assert ranks.run(4, buffers_of_ranks, str(tmp_path), stage) == [[[0.0], [0.0], [0]]] * 4
 
 
 def test_tags(tmp_path):

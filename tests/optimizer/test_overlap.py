@@ -435,7 +435,9 @@ def unfrozen_in_time(group: Any, stage: int, freezes_first: bool) -> list[float]
     first.requires_grad_(not freezes_first)
     second.requires_grad_(True)
     loss = first.sum() + (4.0 * second.sum() if group.rank() == 0 else 0.0)
+    another = (second * third).sum()  # its graph has both
     scaler.scale(loss + 0.0 * second.sum()).backward()
+    torch.autograd.grad(another, [second])
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([param for param in params if param.grad is not None], 1.0)
     grads = [optimizer.full_grad(param) for param in (first, second)]
@@ -450,6 +452,40 @@ def test_gradients_of_a_parameter_that_is_trained_anew_are_averaged_before_they_
     wanted = [norm, *(value / norm for value in values)]
     for got in ranks.run(2, unfrozen_in_time, stage, freezes_first):
         assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def unfrozen_unevenly(group: Any) -> list[tuple[float, float]]:
+    """Gradients where rank 0's backwards are other ones than rank 1's between the unfreezing and the first round."""
+    found = []
+    for how in ("no_sync", "broken", "broken, then a step"):
+        first, second = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(16), requires_grad=False)
+        optimizer = pyzero.FusedZeroAdamW([first, second], lr=0.0, process_group=group, stage=2)
+        second.requires_grad_(True)
+        if how == "no_sync":
+            for _ in range(2 - 2 * group.rank()):
+                with optimizer.no_sync():
+                    (first.sum() + second.sum()).backward()
+        else:
+            late = second * 1.0
+            if group.rank() == 0:
+                late.register_hook(broken_hook)
+            try:
+                (first.sum() + late.sum()).backward()
+            except ZeroDivisionError:
+                assert group.rank() == 0
+        if how != "broken, then a step":
+            (first.sum() + second.sum()).backward()
+        optimizer.step()
+        found.append(tuple(float(optimizer.full_grad(param)[0]) for param in (first, second)))
+    return found
+
+
+def broken_hook(grad: torch.Tensor) -> None:
+    raise ZeroDivisionError
+
+
+def test_what_is_unfrozen_joins_behind_the_same_round_on_all_ranks(ranks):
+    assert ranks.run(2, unfrozen_unevenly) == [[(2.0, 2.0), (2.0, 1.5), (1.0, 0.5)]] * 2
 
 
 def references(group: Any) -> list[int]:
