@@ -15,16 +15,21 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Four gloo workers for the whole session; see tests/support/ranks.py."""
+def _pool() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.stop()
 
 
+@pytest.fixture(scope="session")
+def ranks(_pool: Ranks) -> Ranks:
+    """Four gloo workers for all tests; see tests/support/ranks.py."""
+    return _pool
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _renew(ranks: Ranks, request: pytest.FixtureRequest) -> None:
-    ranks.renew(request.path.parent)
+def _renew(_pool: Ranks, request: pytest.FixtureRequest) -> None:
+    _pool.renew(request.path.parent)
 
 
 def forbidden_skip(reason: str) -> str | None:
