@@ -146,8 +146,9 @@ class Group:
                 self.host.give_up(reason)
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
-                f"{self.timeout()}: one has died or stalled, or runs backward or step a different number of times. "
-                f"See the other ranks' output; where they are only slow, raise the timeout of init_process_group"
+                f"{self.timeout()}: one has died or stalled, runs backward or step a different number of times, or "
+                f"trains other parameters. See the other ranks' output; where they are only slow, raise the timeout of "
+                f"init_process_group"
             ) from error
 
     def share_memory(self) -> HostRanks:
