@@ -62,10 +62,10 @@ class Writer:
             together(group, self._what, lambda: self._keep_common(join(parts)))
 
     def _take(self, collect: Callable[[], Content]) -> None:
-        if not hasattr(self._step, "__index__") or operator.index(self._step) < 0:
+        if not _is_whole(self._step, 0):
             raise ValueError(f"expected step as a whole number from 0 on, got {self._step!r}; pass how many were taken")
         self._step = operator.index(self._step)
-        if self._keep is not None and not (hasattr(self._keep, "__index__") and operator.index(self._keep) >= 1):
+        if self._keep is not None and not _is_whole(self._keep, 1):
             raise ValueError(
                 f"expected keep as a whole number from 1 on, or None, got {self._keep!r}; pass how many checkpoints to "
                 f"leave"
@@ -174,3 +174,8 @@ def _describe(
         dtype = str(tensor.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "shape": [*tensor.size], "boxes": boxes}
     return tensors
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number, of any type that can be an index, from `least` on."""
+    return hasattr(value, "__index__") and operator.index(value) >= least

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -106,26 +106,50 @@ class GatheredParameters:
             fresh = [param for param in dict.fromkeys(self._params) if not _is_shown(param)]
             self._places = {param: known[param] for param in fresh if param in known}
             taken = {param.gathered_in.owner for param in known if hasattr(param, "gathered_in")}
-            owners = dict.fromkeys(place.owner for place in self._places.values())
-            self._owners = [owner for owner in owners if owner not in taken]
-            for owner in self._owners:
-                owner.unshard()
-                keep_views(owner)
-            self._stack.enter_context(modules.whole_state_dicts(self._owners))
-            for param, place in self._places.items():
-                param.gathered_in = place
-                place.record.init_dtype_attrs = _know_dtypes
-                param.ds_status = ZeroParamStatus.AVAILABLE
-                param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+            self._show_shards(taken)
             self._cut = [param for param in fresh if param not in known and is_dtensor(param)]
-            for param in self._cut:
-                whole = whole_of(param.detach()).clone(memory_format=torch.contiguous_format)
-                param.whole = nn.Parameter(whole, requires_grad=param.requires_grad)
-                param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+            self._show_cut()
             if self._source is not None:
                 for param in filter(_is_split, map(_in_context, self._params)):
                     self._parts[param] = local_of(param.detach()).clone(), _version(param)
         return self
+
+    def _show_shards(self, taken: Collection[Any]) -> None:
+        """What fully_shard has sharded. taken: Modules that a context around this one has had gather."""
+        owners = dict.fromkeys(place.owner for place in self._places.values())
+        self._owners = [owner for owner in owners if owner not in taken]
+        for owner in self._owners:
+            owner.unshard()
+            keep_views(owner)
+        self._stack.enter_context(modules.whole_state_dicts(self._owners))
+        for param, place in self._places.items():
+            param.gathered_in = place
+            place.record.init_dtype_attrs = _know_dtypes
+            param.ds_status = ZeroParamStatus.AVAILABLE
+            param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+
+    def _hide_shards(self) -> None:
+        for param, place in self._places.items():
+            _hide(param)
+            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            del param.gathered_in, place.record.init_dtype_attrs
+        for owner in self._owners:
+            owner.reshard()
+
+    def _show_cut(self) -> None:
+        """What tensor parallelism has split."""
+        for param in self._cut:
+            whole = whole_of(param.detach()).clone(memory_format=torch.contiguous_format)
+            param.whole = nn.Parameter(whole, requires_grad=param.requires_grad)
+            param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
+
+    def _hide_cut(self, keeps_edits: bool) -> None:
+        for param in self._cut:
+            whole = param.whole
+            _hide(param)
+            del param.whole
+            if keeps_edits:
+                _write(local_of(param), part_of(whole, param))
 
     def _find_edited_apart(self, source: int) -> list[int] | None:
         """The ranks of a split weight that have edited it, where others of them have not. Collective."""
@@ -155,21 +179,8 @@ class GatheredParameters:
         self._parts = {}
         changed = [param for param in self._params if source is not None and id(param) not in built]
         values = [whole_of(param.detach()).clone(memory_format=torch.contiguous_format) for param in changed]
-        for param, place in self._places.items():
-            requires_grad = param.requires_grad
-            param.__class__ = type(param).__base__
-            param.requires_grad_(requires_grad)
-            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-            del param.gathered_in, place.record.init_dtype_attrs
-        for owner in self._owners:
-            owner.reshard()
-        for param in self._cut:
-            whole, requires_grad = param.whole, param.requires_grad
-            param.__class__ = type(param).__base__
-            param.requires_grad_(requires_grad)
-            del param.whole
-            if error[0] is None:
-                _write(local_of(param), part_of(whole, param))
+        self._hide_shards()
+        self._hide_cut(keeps_edits=error[0] is None)
         for param, value in zip(changed, values, strict=True):
             _broadcast(value, source or 0, param)
             if hasattr(param, "whole"):  # in a context around this one
@@ -181,6 +192,13 @@ class GatheredParameters:
                 f"{', '.join(f'rank {rank}' for rank in apart)} alone, of a part; make it on every rank, or call "
                 f"pyzero.deepspeed.utils.safe_set_full_fp32_param(param, value)"
             )
+
+
+def _hide(param: Any) -> None:
+    """Have a parameter be this rank's part again; what was said of its gradient in here holds."""
+    requires_grad = param.requires_grad
+    param.__class__ = type(param).__base__
+    param.requires_grad_(requires_grad)
 
 
 def _know_dtypes(policy: Any) -> None:

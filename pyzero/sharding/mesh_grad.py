@@ -41,7 +41,18 @@ def _normed(kind: Any) -> Any:
                 return _largest(args[0])
             return whole_of(func(*args, **(kwargs or {})))
 
-    return type("MeshGrad", (kind,), {"__slots__": (), "__torch_function__": classmethod(act)})
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        return memo.setdefault(id(self), self.clone())
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        own, self.__class__ = type(self), kind
+        try:
+            return self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = own
+
+    members = {"__torch_function__": classmethod(act), "__deepcopy__": copied, "__reduce_ex__": reduced}
+    return type("MeshGrad", (kind,), {"__slots__": (), **members})  # clone() gives a DTensor
 
 
 def _largest(grad: Any) -> Tensor:

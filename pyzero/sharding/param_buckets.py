@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, outer
+from pyzero.sharding.modules import ShardedPlace
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -152,26 +153,10 @@ class ParamBuckets:
         Raises:
             ValueError: Ranks have other parameters, or one lies on another device.
         """
-        params: list[Tensor] = []
-        specs: list[ParamSpec] = []
-        frozen: list[Tensor] = []
-        first, indices = len(self.params), list(indices)
+        first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
         fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
-        for index in indices:
-            for param in param_groups[index]["params"]:
-                if param in self._group_of or param in self._synced and not param.requires_grad:
-                    continue
-                if not param.requires_grad:
-                    frozen.append(param)
-                else:
-                    check_device(param, self._device)
-                    check_dtype(param, f"parameter {first + len(params)}")
-                    key, run = Key(str(param.dtype), str(param.device)), RunKey(index, self._counts(param))
-                    own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
-                    room = own.room if isinstance(own, LocalParam) else 0
-                    specs.append(ParamSpec(first + len(params), own.numel(), own.element_size(), key, run, room))
-                    params.append(own)
+        params, specs, frozen = self._find_new(param_groups, indices, fsdp)
         check_not_gathered(params, (place.record for place in fsdp.values()))
         if self.rule.cut is Cut.WHOLE:
             check_whole(params, self.rule.name)
@@ -200,6 +185,31 @@ class ParamBuckets:
         self.buckets += made
         self._join_steps()
         return made
+
+    def _find_new(
+        self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], fsdp: Mapping[Tensor, ShardedPlace]
+    ) -> tuple[list[Tensor], list[ParamSpec], list[Tensor]]:
+        """Trained parameters of these groups that are in no bucket, with their specs; frozen ones not yet rank 0's."""
+        params: list[Tensor] = []
+        specs: list[ParamSpec] = []
+        frozen: list[Tensor] = []
+        in_groups = [(index, param) for index in indices for param in param_groups[index]["params"]]
+        for group_index, param in in_groups:
+            if param in self._group_of:
+                continue
+            if not param.requires_grad:
+                if param not in self._synced:
+                    frozen.append(param)
+                continue
+            number = len(self.params) + len(params)
+            check_device(param, self._device)
+            check_dtype(param, f"parameter {number}")
+            key, run = Key(str(param.dtype), str(param.device)), RunKey(group_index, self._counts(param))
+            own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
+            room = own.room if isinstance(own, LocalParam) else 0
+            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
+            params.append(own)
+        return params, specs, frozen
 
     def _sync_others(self, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
         """Once for each: a parameter may be unfrozen between a forward and its backward, whose graph has the others."""

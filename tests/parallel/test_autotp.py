@@ -1,5 +1,7 @@
 """config.tensor_parallel: transformers' models split by their own plan train as on one process."""
 
+import copy
+import io
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pyzero
 import pyzero.deepspeed as deepspeed
 from pyzero.deepspeed import comm, utils
 from pyzero.deepspeed.parallel import groups
+from pyzero.sharding.local_param import is_dtensor, whole_of
+from pyzero.sharding.mesh_grad import make_norms_plain
 
 STEPS = 10
 EXTRA = 3  # on another number of ranks
@@ -264,6 +268,10 @@ def clip_by_torch(group: Any, stage: int, tp_size: int) -> list[tuple[float, flo
             (model(input_ids=tokens, labels=tokens).loss / 2).backward()
         wanted = nn.utils.clip_grad_norm_(model.parameters(), 0.1, kind)
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), 0.1, kind)
+        grads = [param.grad for param in engine.module.parameters()]
+        torch.testing.assert_close([*map(whole_of, copy.deepcopy(grads))], [*map(whole_of, grads)])
+        make_norms_plain(again := next(filter(is_dtensor, grads)).clone())
+        torch.save(again, io.BytesIO())
         found += [(float(norm), float(wanted)), (float(engine.optimizer.clip_grad_norm_(1e9)), 0.1)][: 1 + (kind == 2)]
         engine.zero_grad()
         model.zero_grad()

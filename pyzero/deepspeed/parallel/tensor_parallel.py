@@ -22,7 +22,7 @@ from pyzero.deepspeed.parallel import groups
 from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.parallel.tp_plan import Cut, check_sizes, plan_of, shared_by
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.local_param import is_dtensor, local_of
+from pyzero.sharding.local_param import is_dtensor, is_same_part, local_of
 
 log = logging.getLogger("pyzero")
 
@@ -151,9 +151,8 @@ def split(
     _split.add(model)
     model.to(process.device())
     group = Group(parallel.model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not is_dtensor(tensor) or all(p.is_replicate() for p in tensor.placements):  # type: ignore[attr-defined]
-            group.broadcast(local_of(tensor.detach()))
+    everything = (*model.parameters(), *model.buffers())
+    group.broadcast_all([local_of(tensor.detach()) for tensor in everything if is_same_part(tensor, group.members())])
     _share_random_numbers(parallel.model)
     _check_first_inputs(model, group)
     if comm.get_rank() == 0:

@@ -51,14 +51,14 @@ def shard(
     if is_sharded(model):
         _check_as_wanted(model, group, dtype)
         return {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor, ShardedParam):
-            group.broadcast(local_of(tensor.detach()))
-        elif tensor.rows.group.members() != group.members():
+    everything = (*model.parameters(), *model.buffers())
+    for tensor in everything:
+        if isinstance(tensor, ShardedParam) and tensor.rows.group.members() != group.members():
             raise ValueError(
                 f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got "
                 f"{tensor.rows.group.members()}; pass it the same group as data_parallel_group=, or mpu="
             )
+    group.broadcast_all([local_of(tensor.detach()) for tensor in everything if not isinstance(tensor, ShardedParam)])
     before = dict(model.named_parameters(remove_duplicate=False))
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
