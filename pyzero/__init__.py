@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .lamb import ZeroLamb as ZeroLamb
     from .lion import FusedZeroLion as FusedZeroLion
     from .loss_scale.scaler import LossScale as LossScale
+    from .muon import ZeroMuon as ZeroMuon
     from .sharding.sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "LossScale",
     "ShardedGrad",
     "ZeroLamb",
+    "ZeroMuon",
     "async_save_checkpoint",
     "initialize",
     "latest_checkpoint",
@@ -47,6 +49,7 @@ _MODULES = {
     "LossScale": "loss_scale.scaler",
     "ShardedGrad": "sharding.sharded_grad",
     "ZeroLamb": "lamb",
+    "ZeroMuon": "muon",
     "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",
     "latest_checkpoint": "checkpoint.loading",

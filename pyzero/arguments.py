@@ -148,14 +148,13 @@ def check_not_gathered(params: Iterable[Tensor], records: Iterable[Any]) -> None
             )
 
 
-def check_whole(params: Sequence[Tensor], rule: str) -> None:
-    """Check parameters of an update rule that takes norms of whole parameters."""
-    for index, param in enumerate(params):
-        if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
-            raise ValueError(
-                f"expected whole parameters for the rule {rule}, which takes their norms, got parameter {index} as a "
-                f"DTensor of placements {param.dtensor.placements}; use FusedZeroAdamW or ZeroLion for sharded ones"
-            )
+def check_whole(param: Tensor, index: int, rule: str) -> None:
+    """Check a parameter of an update rule that needs it whole."""
+    if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
+        raise ValueError(
+            f"expected whole parameters for the rule {rule}, got parameter {index} as a DTensor of placements "
+            f"{param.dtensor.placements}; use FusedZeroAdamW or FusedZeroLion for sharded ones"
+        )
 
 
 def check_no_grad(group: dict[str, Any]) -> None:

@@ -245,10 +245,10 @@ def _estimate(
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 to 3, got {num_ranks} and {stage}; correct them")
     check_bucket_cap(bucket_cap_mb)
-    keys = {size: Key(str(size), "") for size in (2, 4)}
+    keys = {size: Key(str(size), "", cut=rule.cut) for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
-    layouts = plan(specs, cap_bytes(bucket_cap_mb, num_ranks, on_gpu), num_ranks, cut=rule.cut)
+    layouts = plan(specs, cap_bytes(bucket_cap_mb, num_ranks, on_gpu), num_ranks)
     sizes = {key: size for size, key in keys.items()}
     shares_memory = num_ranks > 1 and not on_gpu and transport in ("auto", "peer")
     chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, rule.reads_lists, shares_memory)

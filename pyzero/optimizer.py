@@ -131,6 +131,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         arguments.check_arguments(stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips)
         rule.check(defaults)
         self._rule = rule
+        self._rules: list[UpdateRule] = []  # by parameter group
         self._ready = False
         super().__init__(params, defaults)
         named = self._named_params()
@@ -146,9 +147,17 @@ class ZeroOptimizer(StateAccess, Optimizer):
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._param_buckets = ParamBuckets(
-            rule, self._device, self._group, self.state, cap, topology.counts, reduce_grads, init_sync, cpu_offload
+            self._rules,
+            self._device,
+            self._group,
+            self.state,
+            cap,
+            topology.counts,
+            reduce_grads,
+            init_sync,
+            cpu_offload,
         )
-        self._updater = ShardUpdater(rule, self._device, backend)
+        self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
         self._tied_groups = {}
         self._scaler = Scaler(policy, self._device, backend)
@@ -187,8 +196,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self._param_groups:
-            self._rule.check(group)
+        for group, rule in zip(self._param_groups, self._rules, strict=False):  # one taken out by hand is told below
+            rule.check(group)
         check_capture(self._device, self._group.size, self._last is None, self._param_groups)
         self._place_unfrozen()
         if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
@@ -245,9 +254,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
     def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
         used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
-        name, gathers = f"pyzero::{self._rule.name}", []
+        gathers = []
         for bucket in used:
-            with profile_range(name):
+            with profile_range(f"pyzero::{bucket.rule.name}"):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
             if self._group.size > 1:
                 with profile_range("pyzero::all_gather"):
@@ -372,14 +381,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(
-                self._group,
-                self._stats_exchange,
-                self._device,
-                self._scaler.enabled,
-                self._rule.reads_lists,
-                backend,
-            )
+            return LocalGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
         kind = OverlappedGradients if stage == 2 else ReducedGradients
         return kind(
             self._group,
@@ -411,7 +413,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
         group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
         try:
             arguments.check_group(group, self.defaults)
-            self._rule.check(group)
+            rule = self._rule_of(group)
+            rule.check(group)
+            self._rules.append(rule)
             if self._ready:
                 if self._scaler.enabled:
                     arguments.check_no_grad(group)
@@ -420,7 +424,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
                 self._place([len(self.param_groups) - 1])
         except (TypeError, ValueError):
             self.param_groups.pop()
+            del self._rules[len(self.param_groups) :]
             raise
+
+    def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
+        """The update rule of a group that is added; for optimizers of several rules to override."""
+        return self._rule
 
     def _named_params(self) -> dict[Tensor, str]:
         """All parameters, and their names for messages."""

@@ -21,6 +21,7 @@ from pyzero.sharding.access import FullAccess
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.layout import BucketLayout
 from pyzero.sharding.local_param import is_dtensor, outer
+from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
 
@@ -42,6 +43,7 @@ class StateAccess(FullAccess, Optimizer):
     _overflow: OverflowMonitor
     _param_groups: list[dict[str, Any]]
     _device: torch.device
+    _rule: UpdateRule
     _last: LastStep | None = None
     _checkpoint_group: Group | None = None
 
@@ -99,7 +101,7 @@ class StateAccess(FullAccess, Optimizer):
     @property
     def rule_name(self) -> str:
         """The update rule's name; Adam's and AdamW's is one."""
-        return self._param_buckets.rule.name
+        return self._rule.name
 
     @property
     def scales_loss(self) -> bool:

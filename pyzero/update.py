@@ -13,7 +13,7 @@ from pyzero import ops
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.ops.step_scalars import NUM_SCALARS
 from pyzero.sharding.buckets import Bucket
-from pyzero.update_rule import GradList, UpdateRule
+from pyzero.update_rule import GradList
 
 log = logging.getLogger("pyzero")
 
@@ -28,16 +28,14 @@ class StepScalars(NamedTuple):
 
 
 class ShardUpdater:
-    """Runs an update rule over buckets.
+    """Runs update rules over buckets.
 
     Args:
-        rule: The update rule.
         device: Where the buckets lie.
         backend: The ops'.
     """
 
-    def __init__(self, rule: UpdateRule, device: torch.device, backend: str) -> None:
-        self._rule = rule
+    def __init__(self, device: torch.device, backend: str) -> None:
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
         # (num_params,) fp32 on the device, 1 for a parameter with a gradient on any rank; and the same by bucket.
@@ -111,7 +109,7 @@ class ShardUpdater:
         for begin, grad in grads:
             for shard in bucket.run_shards(begin, begin + grad.numel()):
                 is_all = isinstance(grad, GradList) or shard.high - shard.low == grad.numel()
-                self._rule.update(
+                bucket.rule.update(
                     shard,
                     grad if is_all else grad[shard.low - begin : shard.high - begin],
                     _on(bucket.device, param_groups[shard.group_index]),

@@ -18,6 +18,7 @@ from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
+from pyzero.muon import ZeroMuon
 from pyzero.optimizer import ZeroOptimizer
 
 _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
@@ -25,9 +26,12 @@ _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "AdamW": FusedZeroAdam,
     "Lion": FusedZeroLion,
     "Lamb": ZeroLamb,
+    "Muon": ZeroMuon,
 }
+_NOT_MUONS = ("embed", "lm_head")  # in names of matrices, which are no hidden ones then: DeepSpeed's rule
 _REFUSED = ("amsgrad", "differentiable")
 _MOOT = ("foreach", "capturable", "fused")
+_TORCH_MUON = getattr(torch.optim, "Muon", None)  # torch 2.9 and later
 
 
 def make_optimizer(
@@ -73,6 +77,8 @@ def make_optimizer(
     if config.optimizer is None:
         raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
     _check_held(model, _tensors_of(params))
+    if config.optimizer.rule == "Muon":
+        params = _muon_groups(model, params, *config.optimizer.muon_groups())
     return _RULES[config.optimizer.rule](params, **config.optimizer.arguments(), **options)
 
 
@@ -90,6 +96,8 @@ def _options(config: Config) -> dict[str, Any]:
 def _ours(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
     if isinstance(optimizer, FusedLion):
         return FusedZeroLion
+    if type(optimizer) is _TORCH_MUON:
+        return ZeroMuon
     return ZeroLamb if isinstance(optimizer, FusedLamb) else FusedZeroAdam
 
 
@@ -101,9 +109,9 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
         ValueError: An option that ours lack, or state that would be lost.
     """
     name = type(optimizer).__name__
-    if type(optimizer) not in (Adam, AdamW) and not isinstance(optimizer, Recipe):
+    if type(optimizer) not in (Adam, AdamW, _TORCH_MUON) and not isinstance(optimizer, Recipe):
         raise TypeError(
-            f"expected torch.optim.Adam or AdamW, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
+            f"expected torch.optim.Adam, AdamW or Muon, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
             f"pyzero.deepspeed.ops, or one of pyzero's own, got {name}; pass one of these"
         )
     if optimizer.state:
@@ -122,6 +130,28 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
             copy["decoupled_weight_decay"] = True
         groups.append(copy)
     return groups
+
+
+def _muon_groups(
+    model: nn.Module, params: list[Any], muon: dict[str, Any], adam: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Each group as two: its hidden matrices, and what Adam trains. What the group says of either is kept."""
+    hidden = {
+        param
+        for name, param in model.named_parameters()
+        if param.dim() >= 2 and not any(word in name.lower() for word in _NOT_MUONS)
+    }
+    loose = [item for item in params if not isinstance(item, dict)]
+    groups = [*([{"params": loose}] if loose else []), *(item for item in params if isinstance(item, dict))]
+    found = []
+    for group in groups:
+        tensors = _tensors_of([group])
+        for use_muon, defaults in ((True, muon), (False, adam)):
+            members = [param for param in tensors if (param in hidden) == use_muon]
+            own = {name: group[name] for name in defaults if name in group}
+            if members:
+                found.append({**defaults, **own, "params": members, "use_muon": use_muon})
+    return found
 
 
 def _tensors_of(params: Iterable[Any]) -> list[Tensor]:

@@ -93,12 +93,10 @@ class LocalGradients(Gradients):
         stats_exchange: GradStatsExchange,
         device: torch.device,
         scales: bool,
-        reads_lists: bool,
         backend: str,
     ) -> None:
         super().__init__(group, stats_exchange, device, backend)
         self._scales = scales  # the optimizer has a loss scale
-        self._reads_lists = reads_lists  # the update rule does
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[_Found]] = {}  # by run, from collect() on
         self._own: list[int] = []  # where memory of the buckets begins and ends, in turns, sorted
@@ -136,7 +134,9 @@ class LocalGradients(Gradients):
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
         bounds = [(run, *bucket.layout.run_bounds(run, self._group.rank)) for run in bucket.layout.runs]
         self._runs[bucket] = [
-            _RunGrads(run.key.in_norm, low, high, Pieces(bucket, begin + low, begin + high, not self._reads_lists))
+            _RunGrads(
+                run.key.in_norm, low, high, Pieces(bucket, begin + low, begin + high, not bucket.rule.reads_lists)
+            )
             for run, low, high in bounds
             if low < high
         ]
@@ -258,7 +258,7 @@ class LocalGradients(Gradients):
         for run, (tensors, offsets, starts) in zip(self._runs[bucket], self._pieces[bucket], strict=True):
             size = run.high - run.low
             needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
-            if self._reads_lists and tensors and not needs_zeros:
+            if bucket.rule.reads_lists and tensors and not needs_zeros:
                 yield run.low, GradList(_readable(tensors, starts, bucket, self._backend), offsets, size)
             elif tensors or needs_zeros:
                 dtype = torch.float32 if _is_mixed(tensors, bucket) else bucket.dtype

@@ -11,7 +11,7 @@ from torch.utils.dlpack import from_dlpack
 from pyzero import memory
 from pyzero.sharding.layout import GRANULE, BucketLayout
 from pyzero.sharding.local_param import LocalParam, outer
-from pyzero.update_rule import Part, RunShard, StateSlot
+from pyzero.update_rule import Part, RunShard, UpdateRule
 
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
 
@@ -45,7 +45,7 @@ class Bucket:
         numbers: Their numbers among the optimizer's, which stay whatever bucket they lie in.
         index: The bucket's place among the optimizer's.
         rank: This rank in the group that shares the bucket.
-        slots: The update rule's.
+        rule: The update rule.
         cpu_offload: Masters and state of a GPU lie in pinned memory of the host.
     """
 
@@ -56,11 +56,12 @@ class Bucket:
         numbers: list[int],
         index: int,
         rank: int,
-        slots: Sequence[StateSlot],
+        rule: UpdateRule,
         cpu_offload: bool = False,
     ) -> None:
         self.layout = layout
         self.index = index
+        self.rule = rule
         self.params = params
         self.numbers = numbers
         self.rank = rank
@@ -82,9 +83,9 @@ class Bucket:
 
         self.master = self.weight_shard if self.is_master else self._empty(torch.float32)  # (shard_numel,) fp32
         self._exported_version = 0  # version of the masters when a state dict last showed them
-        self.slots = {slot.name: slot for slot in slots}
+        self.slots = {slot.name: slot for slot in rule.slots}
         self.state = {  # by slot: (shard_numel,), or one value per granule
-            slot.name: self._zeros(layout.shard_numel // slot.elements_per_value, slot.dtype) for slot in slots
+            slot.name: self._zeros(layout.shard_numel // slot.elements_per_value, slot.dtype) for slot in rule.slots
         }
         # (num_params,) applied steps of each parameter
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)

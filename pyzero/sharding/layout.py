@@ -27,6 +27,7 @@ class Cut(Enum):
 
 _CAP_MB, _MOST_CAP_MB = 25.0, 800.0
 _ONE_RANK_CAP_BYTES = 256 << 20
+_LARGEST_PER_RANK = 2  # parameters of the largest size for each rank of a bucket that is cut between them
 
 
 def default_cap_mb(num_ranks: int, on_gpu: bool) -> float:
@@ -48,6 +49,8 @@ class Key(NamedTuple):
 
     dtype: str
     device: str
+    rule: str = ""  # name of the update rule
+    cut: Cut = Cut.ANYWHERE  # the rule's
 
 
 class RunKey(NamedTuple):
@@ -140,11 +143,16 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def lay_out(specs: Sequence[ParamSpec], num_ranks: int, cut: Cut = Cut.ANYWHERE) -> BucketLayout:
+def _size(spec: ParamSpec) -> int:
+    """Elements of its slot; an empty one has a slot of its own too."""
+    return max(_round_up(max(spec.numel, spec.room), GRANULE), GRANULE)
+
+
+def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
     """One bucket of these parameters, which share a key; those of one run come to lie side by side."""
+    cut = specs[0].key.cut
     ordered = sorted(specs, key=lambda spec: spec.run)  # stable: the given order inside a run
-    # An empty one has a slot of its own too.
-    sizes = [max(_round_up(max(spec.numel, spec.room), GRANULE), GRANULE) for spec in ordered]
+    sizes = [_size(spec) for spec in ordered]
     shard_numel = _round_up(-(-sum(sizes) // num_ranks), GRANULE)
     if cut is Cut.WHOLE:
         shard_numel = _smallest_shard(sizes, num_ranks, shard_numel)
@@ -185,9 +193,10 @@ def plan(
     bucket_cap_bytes: int,
     num_ranks: int,
     arrival: Sequence[int] | None = None,
-    cut: Cut = Cut.ANYWHERE,
 ) -> list[BucketLayout]:
     """Buckets of at most `bucket_cap_bytes` each (a larger parameter has one of its own), in launch order.
+
+    Those cut between parameters may be larger: with room for two of the largest parameters on each rank, spread evenly.
 
     Args:
         specs: The parameters.
@@ -195,7 +204,6 @@ def plan(
         num_ranks: That a bucket is cut for.
         arrival: Indices of the specs in the order in which backward is expected to finish their gradients; default:
             the reverse of registration.
-        cut: Where a shard may end.
 
     Launch order is the order in which backward is expected to fill the buckets. It depends on nothing but the
     arguments, so it is the same on all ranks.
@@ -207,15 +215,19 @@ def plan(
     num_bytes: dict[Key, int] = {}
     full: list[tuple[int, BucketLayout]] = []  # (when the last of its parameters is expected, layout)
     place = {index: position for position, index in enumerate(arrival)}
+    caps = {spec.key: _cap(spec.key, specs, bucket_cap_bytes, num_ranks) for spec in specs}
 
     def close(key: Key) -> None:
         members = filling.pop(key)
-        full.append((max(place[spec.index] for spec in members), lay_out(members, num_ranks, cut)))
+        arrives = max(place[spec.index] for spec in members)
+        if key.cut is Cut.WHOLE:
+            members = _spread(members, num_ranks)
+        full.append((arrives, lay_out(members, num_ranks)))
 
     for index in arrival:
         spec = by_index[index]
         size = spec.numel * spec.element_bytes
-        if spec.key in filling and num_bytes[spec.key] + size > bucket_cap_bytes:
+        if spec.key in filling and num_bytes[spec.key] + size > caps[spec.key]:
             close(spec.key)
         if spec.key not in filling:
             filling[spec.key], num_bytes[spec.key] = [], 0
@@ -224,3 +236,22 @@ def plan(
     for key in list(filling):
         close(key)
     return [layout for _, layout in sorted(full, key=lambda item: item[0])]
+
+
+def _cap(key: Key, specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks: int) -> int:
+    """Bytes of a bucket. Its shards are as long as the longest: of few whole parameters most would be padding."""
+    if key.cut is Cut.ANYWHERE or num_ranks == 1:
+        return bucket_cap_bytes
+    largest = max(spec.numel * spec.element_bytes for spec in specs if spec.key == key)
+    return max(bucket_cap_bytes, _LARGEST_PER_RANK * num_ranks * largest)
+
+
+def _spread(specs: Sequence[ParamSpec], num_ranks: int) -> list[ParamSpec]:
+    """Rank by rank: the largest first, each to the rank that has the fewest elements by then."""
+    shares: list[list[ParamSpec]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for spec in sorted(specs, key=lambda spec: -spec.numel):
+        rank = loads.index(min(loads))
+        shares[rank].append(spec)
+        loads[rank] += _size(spec)
+    return [spec for share in shares for spec in share]

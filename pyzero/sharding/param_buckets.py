@@ -26,7 +26,7 @@ class ParamBuckets:
     """The buckets of an optimizer, and the parameters in them. A parameter keeps its number whatever bucket it lies in.
 
     Args:
-        rule: The update rule.
+        rules: The update rule of each parameter group; the optimizer appends to it.
         device: Where parameters must lie.
         group: The ranks that share the state.
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
@@ -39,7 +39,7 @@ class ParamBuckets:
 
     def __init__(
         self,
-        rule: UpdateRule,
+        rules: Sequence[UpdateRule],
         device: torch.device,
         group: Group,
         state: MutableMapping[Tensor, Any],
@@ -58,7 +58,7 @@ class ParamBuckets:
         self._fsdp_modules: list[weakref.ref[Any]] = []  # the fully_shard modules that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were found in place
         self.has_stepped = False
-        self.rule = rule
+        self._rules = rules
         self._device = device
         self._group = group
         self._state = state
@@ -141,10 +141,15 @@ class ParamBuckets:
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
+    def rule_of(self, param: Tensor) -> UpdateRule:
+        """A parameter's update rule."""
+        return self._rules[self._group_of[param]]
+
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
-        """Whole shapes of a parameter's master and of the rule's slots."""
-        flat = {slot.name: torch.Size([-(-param.numel() // slot.elements_per_value)]) for slot in self.rule.slots}
-        per_element = {slot.name: param.shape for slot in self.rule.slots if slot.elements_per_value == 1}
+        """Whole shapes of a parameter's master and of its rule's slots."""
+        slots = self.rule_of(param).slots
+        flat = {slot.name: torch.Size([-(-param.numel() // slot.elements_per_value)]) for slot in slots}
+        per_element = {slot.name: param.shape for slot in slots if slot.elements_per_value == 1}
         return {MASTER: param.shape, **flat, **per_element}
 
     def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int]) -> list[Bucket]:
@@ -158,8 +163,9 @@ class ParamBuckets:
         fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         params, specs, frozen = self._find_new(param_groups, indices, fsdp)
         check_not_gathered(params, (place.record for place in fsdp.values()))
-        if self.rule.cut is Cut.WHOLE:
-            check_whole(params, self.rule.name)
+        for param, spec in zip(params, specs, strict=True):
+            if spec.key.cut is Cut.WHOLE:
+                check_whole(param, spec.index, spec.key.rule)
         if self._reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
@@ -176,7 +182,7 @@ class ParamBuckets:
         self._fsdp_modules += map(weakref.ref, owners)
         self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
-        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival, self.rule.cut)
+        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
         for bucket in made:
             if self._init_sync:
@@ -204,7 +210,9 @@ class ParamBuckets:
             number = len(self.params) + len(params)
             check_device(param, self._device)
             check_dtype(param, f"parameter {number}")
-            key, run = Key(str(param.dtype), str(param.device)), RunKey(group_index, self._counts(param))
+            rule = self._rules[group_index]
+            key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
+            run = RunKey(group_index, self._counts(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
             room = own.room if isinstance(own, LocalParam) else 0
             specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
@@ -221,7 +229,8 @@ class ParamBuckets:
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
         numbers = [slot.index for slot in layout.slots]
         params = [self.params[number] for number in numbers]
-        bucket = Bucket(layout, params, numbers, index, self._group.rank, self.rule.slots, self._cpu_offload)
+        rule = self._rules[self.specs[numbers[0]].run.group_index]
+        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, self._cpu_offload)
         for position, param in enumerate(bucket.params):
             self._state[outer(param)] = bucket.state_views(position)
         return bucket
@@ -264,7 +273,7 @@ class ParamBuckets:
         if not seen:
             return None
         rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
-        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest], self.rule.cut)
+        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest])
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
         """Move weights and state into other buckets of the same parameters; returns whether any moved. Collective.

@@ -119,7 +119,7 @@ class SavedCut(NamedTuple):
                 "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
                 "optimizer is built"
             )
-        return [lay_out(bucket, num_ranks, param_buckets.rule.cut) for bucket in members]
+        return [lay_out(bucket, num_ranks) for bucket in members]
 
 
 class Summary(NamedTuple):
@@ -281,22 +281,22 @@ def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, p
     """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
     if not saved.whole and not saved.parts:
         return  # never updated, as in a torch optimizer
-    shapes = param_buckets.shapes_of(saved.param)
-    for slot in param_buckets.rule.slots:
+    shapes, rule = param_buckets.shapes_of(saved.param), param_buckets.rule_of(saved.param)
+    for slot in rule.slots:
         if not saved.has(slot.name):
             raise ValueError(
                 f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
             )
-    unknown = {*saved.whole, *saved.parts} - {MASTER, STEP, *(slot.name for slot in param_buckets.rule.slots)}
+    unknown = {*saved.whole, *saved.parts} - {MASTER, STEP, *(slot.name for slot in rule.slots)}
     if unknown:
         raise ValueError(
-            f"got {', '.join(sorted(unknown))} of parameter {place}, which the rule {param_buckets.rule.name} has not; "
+            f"got {', '.join(sorted(unknown))} of parameter {place}, which the rule {rule.name} has not; "
             f"load the state of an optimizer of the same kind"
         )
     for name in shapes:
         if saved.has(name) and not isinstance({**saved.whole, **saved.parts}[name], Tensor):
             raise ValueError(f"expected {name} of parameter {place} as a tensor, got {saved.whole[name]!r:.80}")
-    per_value = {slot.name: slot.elements_per_value for slot in param_buckets.rule.slots}
+    per_value = {slot.name: slot.elements_per_value for slot in rule.slots}
     for name, part in saved.parts.items():
         wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
         if tuple(part.shape) != (wanted,):

@@ -34,6 +34,7 @@ LAYERS = (
     {"state"},
     {"optimizer"},
     {"adam", "lamb", "lion"},
+    {"muon"},
     {"checkpoint.agreement", "checkpoint.content", "checkpoint.from_deepspeed", "checkpoint.storage", "estimate"},
     {"checkpoint.writer"},
     {"checkpoint.convert", "checkpoint.saving"},

@@ -243,6 +243,32 @@ def test_config_builds_optimizer_and_loader():
     assert [len(batch) for (batch,) in loader] == [4, 4, 4]
 
 
+def test_muon_of_the_config():
+    """Hidden matrices are Muon's; embeddings, the output layer and vectors Adam's; as DeepSpeed names them."""
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "hidden": make_model(), "lm_head": nn.Linear(3, 5)})
+    params = {"lr": 0.5, "muon_lr": 0.25, "momentum": 0.9, "betas": [0.8, 0.9], "ns_method": "gram"}
+    config = {**FP32, "optimizer": {"type": "Muon", "params": params}}
+    given = [{"params": list(model.hidden.parameters()), "weight_decay": 0.1}, *model.embed.parameters()]
+    engine, optimizer, *_ = start(config, model, model_parameters=[*given, *model.lm_head.parameters()])
+    found = [
+        (len(group["params"]), group["use_muon"], group["lr"], group["weight_decay"], engine.get_mom()[index])
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+    assert isinstance(optimizer, pyzero.ZeroMuon)
+    assert found == [
+        (3, False, 0.5, 0.0, (0.8, 0.9)),
+        (1, True, 0.25, 0.1, 0.9),
+        (1, False, 0.5, 0.1, (0.8, 0.9)),
+    ]
+    before = model.hidden.weight.detach().clone()
+    engine.backward(model.lm_head(model.hidden(model.embed.weight)).square().mean())
+    engine.step()
+    moved = torch.linalg.svdvals(model.hidden.weight * 1 / (1 - 0.25 * 0.1) - before) * (1 - 0.25 * 0.1) / 0.25
+    assert 0.5 < moved.min() and moved.max() < 1.5
+    torch_muon = torch.optim.Muon([model.hidden.weight], lr=0.3)
+    assert start(FP32, model.hidden, optimizer=torch_muon)[1].param_groups[0]["lr"] == 0.3
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_torch_scheduler_follows_the_new_optimizer():
     model = make_model()

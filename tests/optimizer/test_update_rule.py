@@ -150,14 +150,14 @@ def test_state_bytes_go_by_slots():
     assert by_slots == optimizer.state_bytes() + 4 * (1024 // GRANULE) + 4  # segment ids, step count
 
 
-def specs(*numels: int) -> list[ParamSpec]:
-    key = Key("fp32", "cpu")
+def specs(*numels: int, cut: Cut = Cut.WHOLE) -> list[ParamSpec]:
+    key = Key("fp32", "cpu", cut=cut)
     return [ParamSpec(index, numel, 4, key, RunKey(0, True)) for index, numel in enumerate(numels)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_whole_cuts_go_between_parameters(num_ranks):
-    layout = lay_out(specs(64, 1000, 3, 640, 0, 500, 64, 64), num_ranks, Cut.WHOLE)
+    layout = lay_out(specs(64, 1000, 3, 640, 0, 500, 64, 64), num_ranks)
     for slot in layout.slots:
         parts = [layout.overlap(slot, rank) for rank in range(num_ranks)]
         assert sorted(high - low for low, high in parts)[:-1] == [0] * (num_ranks - 1)
@@ -168,7 +168,7 @@ def test_whole_cuts_go_between_parameters(num_ranks):
 
 
 def test_whole_shards_are_as_short_as_can_be():
-    assert lay_out(specs(640, 640, 640, 640), 2, Cut.WHOLE).shard_numel == 1280
-    assert lay_out(specs(640, 64, 64, 64), 2, Cut.WHOLE).shard_numel == 640
-    assert lay_out(specs(128, 128, 128), 2, Cut.WHOLE).shard_numel == 256
-    assert lay_out(specs(128, 128, 128), 2).shard_numel == 192
+    assert lay_out(specs(640, 640, 640, 640), 2).shard_numel == 1280
+    assert lay_out(specs(640, 64, 64, 64), 2).shard_numel == 640
+    assert lay_out(specs(128, 128, 128), 2).shard_numel == 256
+    assert lay_out(specs(128, 128, 128, cut=Cut.ANYWHERE), 2).shard_numel == 192

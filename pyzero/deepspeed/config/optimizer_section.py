@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Moot, NotNegative, Refused, Section
 
-Rule = Literal["Adam", "AdamW", "Lion", "Lamb"]
+Rule = Literal["Adam", "AdamW", "Lion", "Lamb", "Muon"]
 
 # DeepSpeed's names, in lower case and without underscores -> (rule, what to say where it is not the same)
 _TYPES: dict[str, tuple[Rule, str]] = {
@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[Rule, str]] = {
     "deepspeedcpulion": ("Lion", ""),
     "lamb": ("Lamb", ""),
     "fusedlamb": ("Lamb", ""),
+    "muon": ("Muon", ""),
     "onebitadam": ("Adam", "gradients are not compressed: Adam throughout, as in its warm-up"),
     "onebitlamb": ("Lamb", "gradients are not compressed: Lamb throughout, as in its warm-up"),
     "zerooneadam": ("Adam", "gradients are not compressed, and every step is synchronised: Adam"),
@@ -29,6 +30,10 @@ _TYPES: dict[str, tuple[Rule, str]] = {
 _COMPRESSION = Moot("gradients are not compressed", quiet=True)
 # DeepSpeed's FusedLion; the paper's, which FusedZeroLion has, are 1e-4 and (0.9, 0.99).
 _LION_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999)}
+
+# DeepSpeed's for Muon: of matrices, and of what Adam trains beside them.
+_MUON_DEFAULTS: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
+_MUONS_ADAM_DEFAULTS: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
 _TORCH_DEFAULTS: dict[str, Any] = {"weight_decay": 0.01}  # of AdamW, which params.torch_adam makes
 
@@ -39,7 +44,9 @@ _ARGUMENTS: dict[Rule, tuple[str, ...]] = {
     "AdamW": _ADAM,
     "Lion": ("lr", "betas", "weight_decay", "maximize"),
     "Lamb": ("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
+    "Muon": ("lr", "betas", "eps", "weight_decay", "momentum", "muon_lr", "adam_lr"),
 }
+_NOT_FOR_ALL = ("bias_correction", "maximize", "max_coeff", "min_coeff", "momentum", "muon_lr", "adam_lr")
 
 
 class OptimizerParams(Section):
@@ -63,6 +70,13 @@ class OptimizerParams(Section):
     maximize: Annotated[Flag, Done("ascend; Lamb cannot")] = False
     max_coeff: Annotated[NotNegative | None, Done("Lamb's largest trust ratio; default 10")] = None
     min_coeff: Annotated[NotNegative | None, Done("Lamb's smallest one; default 0.01")] = None
+    momentum: Annotated[Fraction | None, Done("Muon's; default 0.95")] = None
+    muon_lr: Annotated[NotNegative | None, Done("of Muon's matrices, before lr; default 0.02")] = None
+    adam_lr: Annotated[NotNegative | None, Done("of what Adam trains beside them, before lr; default 3e-4")] = None
+    ns_method: Annotated[
+        Literal["gram", "standard"] | None, Moot("Newton-Schulz iterations in bf16, as torch.optim.Muon's", quiet=True)
+    ] = None
+    per_head_muon: Annotated[Flag, Refused("it is not supported; leave it out")] = False
     eps_inside_sqrt: Annotated[Flag, Refused("it is not supported; leave it out")] = False
     freeze_step: Annotated[Any, _COMPRESSION] = None
     cuda_aware: Annotated[Any, _COMPRESSION] = None
@@ -83,8 +97,8 @@ class OptimizerSection(Section):
     type: Annotated[
         str,
         Done(
-            "Adam, AdamW, Lion, Lamb; OneBitAdam and ZeroOneAdam run as Adam, OneBitLamb as Lamb, with one log line; "
-            "others are refused"
+            "Adam, AdamW, Lion, Lamb, Muon; OneBitAdam and ZeroOneAdam run as Adam, OneBitLamb as Lamb, with one log "
+            "line; others are refused"
         ),
     ]
     params: OptimizerParams = Field(default=OptimizerParams())
@@ -96,14 +110,14 @@ class OptimizerSection(Section):
     def _is_known(cls, value: str) -> str:
         if _key(value) not in _TYPES:
             raise ValueError(
-                "wanted Adam, AdamW, Lion, Lamb, OneBitAdam, ZeroOneAdam or OneBitLamb; choose one of these, or train "
+                "wanted Adam, AdamW, Lion, Lamb, Muon, OneBitAdam, ZeroOneAdam or OneBitLamb; choose one, or train "
                 "with the other one under torch's FSDP or DistributedDataParallel"
             )
         return value
 
     @model_validator(mode="after")
     def _params_fit(self) -> OptimizerSection:
-        for name in ("bias_correction", "maximize", "max_coeff", "min_coeff"):
+        for name in _NOT_FOR_ALL:
             value = getattr(self.params, name)
             if name not in _ARGUMENTS[self.rule] and value != type(self.params).model_fields[name].default:
                 raise ValueError(f"{self.type} has no params.{name}; leave it out")
@@ -111,7 +125,7 @@ class OptimizerSection(Section):
 
     @property
     def rule(self) -> Rule:
-        """Adam, AdamW, Lion or Lamb."""
+        """Which of ours."""
         return _TYPES[_key(self.type)][0]
 
     @property
@@ -123,11 +137,26 @@ class OptimizerSection(Section):
         """AdamW's rule or Adam's."""
         return self.rule == "AdamW" or self.params.adam_w_mode is not False
 
-    def arguments(self) -> dict[str, Any]:
-        """For the optimizer."""
+    def _chosen(self) -> dict[str, Any]:
         given = [name for name in _ARGUMENTS[self.rule] if name in self.params.model_fields_set]
         values = {name: getattr(self.params, name) for name in given}
-        chosen = {name: value for name, value in values.items() if value not in ("auto", None)}
+        return {name: value for name, value in values.items() if value not in ("auto", None)}
+
+    def muon_groups(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Type Muon: what a group of Muon's and one of Adam's have where they name nothing else."""
+        chosen = self._chosen()
+        halves = []
+        for defaults, own_lr in ((_MUON_DEFAULTS, "muon_lr"), (_MUONS_ADAM_DEFAULTS, "adam_lr")):
+            named = {name: value for name, value in chosen.items() if name in defaults}
+            halves.append({**defaults, **named, "lr": chosen.get(own_lr, named.get("lr", defaults["lr"]))})
+        muon, adam = halves
+        return muon, {**adam, "decoupled_weight_decay": self.decoupled()}
+
+    def arguments(self) -> dict[str, Any]:
+        """For the optimizer; those of Muon lie in its groups."""
+        chosen = self._chosen()
+        if self.rule == "Muon":
+            return {}
         if self.rule == "Lion":
             return {**_LION_DEFAULTS, **chosen}
         if self.rule == "Lamb":

@@ -223,7 +223,7 @@ class ZeroSection(Section):
     zero_quantized_gradients: Annotated[Flag, Moot("gradients travel in the weights' dtype: more exact")] = False
     mics_shard_size: Annotated[int, Moot("state is sharded over all ranks")] = -1
     mics_hierarchical_params_gather: Annotated[Flag, Moot("state is sharded over all ranks")] = False
-    save_muon_momentum_buffer_in_memory: Annotated[Flag, Moot("there is no Muon", quiet=True)] = False
+    save_muon_momentum_buffer_in_memory: Annotated[Flag, Moot("Muon's momentum lies in memory", quiet=True)] = False
     zenflow: Annotated[Any, Refused("it leaves out updates, which changes the result; remove it")] = None
 
     def offloads_params(self) -> bool:

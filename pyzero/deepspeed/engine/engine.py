@@ -306,7 +306,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
 
     def get_mom(self) -> list[Any]:
         """The betas of each group."""
-        return [group["betas"] for group in self.optimizer.param_groups]
+        return [group["betas"] if "betas" in group else group["momentum"] for group in self.optimizer.param_groups]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """The module's: torch.compile in place."""
