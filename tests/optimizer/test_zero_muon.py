@@ -21,12 +21,12 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(12, 24)
-        self.conv = nn.Conv1d(1, 6, 3, padding=1)
-        self.wide, self.tall, self.square = nn.Linear(24, 10), nn.Linear(10, 70), nn.Linear(70, 70)
+        self.conv = nn.Conv1d(2, 6, 3, padding=1)
+        self.wide, self.tall, self.square = nn.Linear(12, 10), nn.Linear(10, 70), nn.Linear(70, 70)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens).mean(1)
-        x = self.conv(x.unsqueeze(1)).mean(1)
+        x = self.embed(tokens).mean(1).view(-1, 2, 12)
+        x = self.conv(x).mean(1)
         return self.square(torch.tanh(self.tall(torch.tanh(self.wide(x)))))
 
 
