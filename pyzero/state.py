@@ -240,6 +240,7 @@ class StateAccess(FullAccess, Optimizer):
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
         groups[0][rank_state.SCALER] = self._scaler.state.to("cpu", copy=True)
+        groups[0][rank_state.RULE] = self.rule_name
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:
@@ -265,12 +266,13 @@ def _follow_weights(optimizer: Optimizer) -> None:
 
 
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: add the loss scale's five numbers, and give tensors the parameters' shapes.
+    """A state_dict hook: add the loss scale's five numbers and the rule, and give tensors the parameters' shapes.
 
     The five are a copy: what is read into them counts only once it is loaded, for other values depend on them.
     """
     assert isinstance(optimizer, StateAccess)
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
+    state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
     optimizer._stats_exchange.num_exports += 1

@@ -16,10 +16,9 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.local_param import is_dtensor, local_of
 from pyzero.sharding.modules import reshard
-from pyzero.sharding.rank_state import SCALER, ZERO
+from pyzero.sharding.rank_state import RULE, SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
-RULE = "rule"  # in common.pt: the update rule's name; none where others saved
 PARTS = "parts"  # in common.pt: how many model-parallel ranks have a part of one weight each; 0: weights are whole
 
 
@@ -141,7 +140,10 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     state = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [
-        {**{k: v for k, v in group.items() if k != ZERO}, "params": [names[params[i]] for i in group["params"]]}
+        {
+            **{key: value for key, value in group.items() if key not in (ZERO, RULE)},
+            "params": [names[params[i]] for i in group["params"]],
+        }
         for group in state["param_groups"]
     ]
     values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
-from pyzero.checkpoint.content import EXCLUDED, PARTS, RULE, check_parts, model_state, names_of, set_extra_state
+from pyzero.checkpoint.content import EXCLUDED, PARTS, check_parts, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.local_param import empty_on_host, local_of
-from pyzero.sharding.rank_state import SCALER
+from pyzero.sharding.rank_state import RULE, SCALER
 
 log = logging.getLogger("pyzero")
 

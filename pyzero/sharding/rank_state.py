@@ -25,7 +25,7 @@ from pyzero.sharding.local_param import LocalParam, box_of, local_of, outer
 from pyzero.sharding.param_buckets import ParamBuckets
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
-ZERO, SCALER = "zero", "scaler"
+ZERO, SCALER, RULE = "zero", "scaler", "rule"
 
 
 def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
@@ -219,11 +219,11 @@ class RankState:
                         view.zero_()
         for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
             for key, value in saved_group.items():
-                if key not in ("params", ZERO, SCALER) and (key != "decoupled_weight_decay" or self.is_ours):
+                if key not in ("params", ZERO, SCALER, RULE) and (key != "decoupled_weight_decay" or self.is_ours):
                     group[key] = value.clone() if isinstance(value, Tensor) else value
 
 
-def _checked_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """The saved groups; ValueError where they cannot be the optimizer's."""
     if not state_dict.keys() >= {"state", "param_groups"}:
         raise ValueError(
@@ -231,6 +231,12 @@ def _checked_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[di
             f"{[*state_dict][:3]}; pass what state_dict() or full_state_dict() gave, whole on every rank"
         )
     saved: list[dict[str, Any]] = state_dict["param_groups"]
+    rule = saved[0].get(RULE) if saved else None  # none in a torch optimizer's
+    if rule not in (None, optimizer.rule_name):
+        raise ValueError(
+            f"expected the state of the update rule {optimizer.rule_name}, got that of {rule}; load it into an "
+            f"optimizer of the same kind"
+        )
     wanted_sizes = [len(group["params"]) for group in optimizer.param_groups]
     sizes = [len(group["params"]) for group in saved]
     if sizes != wanted_sizes:

@@ -117,6 +117,17 @@ def test_state_of_another_kind_is_refused(kind):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("exported", ["state_dict", "full_state_dict"])
+def test_state_of_another_rule_is_refused(exported):
+    """Lamb's has the names and shapes of Adam's."""
+    model = nn.Linear(3, 2)
+    state = getattr(pyzero.ZeroLamb(model.parameters()), exported)()
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match="expected the state of the update rule adam, got that of lamb"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and "max_coeff" not in optimizer.param_groups[0]
+
+
 def load_spoiled(group: Any) -> list[str]:
     """Rank 1 has no state dict, or one of which a value makes no sense."""
     optimizer = pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters(), process_group=group)
