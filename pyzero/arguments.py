@@ -153,7 +153,7 @@ def check_whole(param: Tensor, index: int, rule: str) -> None:
     if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
         raise ValueError(
             f"expected whole parameters for the rule {rule}, got parameter {index} as a DTensor of placements "
-            f"{param.dtensor.placements}; use FusedZeroAdamW or FusedZeroLion for sharded ones"
+            f"{param.dtensor.placements}; keep the weights whole (stage 2), or use FusedZeroAdamW or FusedZeroLion"
         )
 
 

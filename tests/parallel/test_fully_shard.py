@@ -202,7 +202,7 @@ def refused(group: Any) -> dict[str, str]:
 def test_what_cannot_be_right_is_refused(ranks):
     for found in ranks.run(4, refused):
         assert "reduce_grads=False and average it" in found["plain"]
-        assert "which takes their norms" in found["lamb"]
+        assert "expected whole parameters for the rule lamb" in found["lamb"]
         assert "slice all meshes from one" in found["meshes"]
         assert "a mesh of two dimensions, replicas and shards" in found["shards"]
         assert "call reshard()" in found["gathered"]
