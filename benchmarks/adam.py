@@ -13,12 +13,12 @@ from .harness import check, compare
 from .options import Options
 from .peers import LR, WEIGHT_DECAY
 from .rows import Row
-from .rules import checked_peers, per_backend
+from .rules import apart, checked_peers, per_backend
 
 HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
 _CHECKED_STEPS = 3
 _NUM_SEGMENTS = 16
-_NUM_GRADS = 100  # each where it is
+_NUMS_GRADS = (100, 3000)  # each where it is
 _BYTES = 28  # gradient, master and moments in; master, moments and weights out
 # Per step some 8 roundings of the update, each 2^-24 of at most lr (the bias-corrected ratio is at most about 1 here),
 # and one of the weight itself.
@@ -48,9 +48,7 @@ class State:
             self.counts = torch.zeros(_NUM_SEGMENTS, device=weights.device)
             self.segments = {"segment_ids": segment_ids, "active": torch.ones_like(self.counts)}
         if num_grads:
-            size = -(-grad.numel() // num_grads // SEGMENT_GRANULE) * SEGMENT_GRANULE
-            self.grad = [part.clone() for part in grad.split(size)]
-            self.offsets = list(range(0, grad.numel(), size))
+            self.grad, self.offsets = apart(grad, num_grads)
 
     def step(self, **kwargs: object) -> None:
         self.num_steps += 1
@@ -94,8 +92,8 @@ def _mixed(options: Options) -> list[Row]:
     made = {
         "pyzero adam_": State(weights, grad, weights.bfloat16()),
         f"same, {_NUM_SEGMENTS} segments": State(weights, grad, weights.bfloat16(), segment_ids),
-        f"same, {_NUM_GRADS} gradients": State(weights, grad, weights.bfloat16(), num_grads=_NUM_GRADS),
     }
+    made |= {f"same, {num:,} gradients": State(weights, grad, weights.bfloat16(), num_grads=num) for num in _NUMS_GRADS}
     for name, state in made.items():
         state.step()
         check(f"{name} with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)

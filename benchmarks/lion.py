@@ -11,10 +11,11 @@ from . import peers
 from .harness import check, compare
 from .options import Options
 from .rows import Row
-from .rules import checked_peers, per_backend
+from .rules import apart, checked_peers, per_backend
 
 _HYPER = dict(lr=peers.LR, beta1=0.9, beta2=0.99, weight_decay=peers.WEIGHT_DECAY)
 _CHECKED_STEPS = 3
+_NUMS_GRADS = (100, 3000)  # each where it is
 _BYTES = 20  # gradient, master and moment in; master, moment and weights out
 # Per step three roundings of the weight, 2^-24 each; the sign is the same, for every step sees the same gradient.
 _CHECK = dict(rtol=2**-22 * _CHECKED_STEPS, atol=peers.LR * 2**-18 * _CHECKED_STEPS)
@@ -23,14 +24,18 @@ _CHECK = dict(rtol=2**-22 * _CHECKED_STEPS, atol=peers.LR * 2**-18 * _CHECKED_ST
 class State:
     """Flat tensors for lion_: all (numel,)."""
 
-    def __init__(self, weights: Tensor, grad: Tensor, param_out: Tensor | None = None) -> None:
+    def __init__(self, weights: Tensor, grad: Tensor, param_out: Tensor | None = None, num_grads: int = 0) -> None:
         self.master = weights.float().clone()
         self.exp_avg = torch.zeros_like(self.master)
-        self.grad = grad
+        self.grad: Tensor | list[Tensor] = grad
+        self.offsets: list[int] | None = None
         self.param_out = param_out
+        if num_grads:
+            self.grad, self.offsets = apart(grad, num_grads)
 
     def step(self, **kwargs: object) -> None:
-        ops.lion_(self.master, self.exp_avg, self.grad, param_out=self.param_out, **_HYPER, **kwargs)
+        tensors = (self.master, self.exp_avg, self.grad)
+        ops.lion_(*tensors, param_out=self.param_out, grad_offsets=self.offsets, **_HYPER, **kwargs)
 
 
 def run(options: Options) -> list[Row]:
@@ -51,11 +56,14 @@ def _mixed(options: Options) -> list[Row]:
     """bf16 gradient in, fp32 state, bf16 weights out."""
     numel = options.size
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2).bfloat16()
-    wide, state = State(weights, grad.float()), State(weights, grad, weights.bfloat16())
+    wide = State(weights, grad.float())
     wide.step()
-    state.step()
-    check("lion_ with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)
-    check("lion_: param_out", state.param_out, wide.master.bfloat16(), rtol=0, atol=0)
-    return compare(
-        "lion", "bf16 grad, bf16 weights out", numel, per_backend("pyzero lion_", state, _BYTES, options), options
-    )
+    made = {"pyzero lion_": State(weights, grad, weights.bfloat16())}
+    made |= {f"same, {num:,} gradients": State(weights, grad, weights.bfloat16(), num) for num in _NUMS_GRADS}
+    for name, state in made.items():
+        state.step()
+        check(f"{name} with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)
+        check(f"{name}: param_out", state.param_out, wide.master.bfloat16(), rtol=0, atol=0)
+    del wide
+    contenders = [contender for name, state in made.items() for contender in per_backend(name, state, _BYTES, options)]
+    return compare("lion", "bf16 grad, bf16 weights out", numel, contenders, options)

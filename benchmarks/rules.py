@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pyzero.ops.backend import SEGMENT_GRANULE
+
 from .harness import Contender, check
 from .options import Options
 
@@ -20,6 +22,12 @@ class State(Protocol):
 
     def step(self, **kwargs: object) -> None:
         """One call of the op."""
+
+
+def apart(grad: Tensor, num_grads: int) -> tuple[list[Tensor], list[int]]:
+    """A gradient in so many parts, each in memory of its own, and where they begin."""
+    size = -(-grad.numel() // num_grads // SEGMENT_GRANULE) * SEGMENT_GRANULE
+    return [part.clone() for part in grad.split(size)], list(range(0, grad.numel(), size))
 
 
 def per_backend(name: str, state: State, num_bytes: int, options: Options) -> list[Contender]:

@@ -77,6 +77,7 @@ class Spec:
     link_flags: tuple[str, ...] = ("-shared", "-pthread")
     includes: tuple[str, ...] = ()  # left out of the hash: the same headers lie elsewhere in another environment
     fingerprint: str = ""  # versions of the compiler, of Python's ABI and of pybind11
+    archs: tuple[str, ...] = ()  # of GPUs that it has code for; in the stamp
 
     def source_hash(self) -> str:
         """Hash of the names and contents of all sources and headers."""
@@ -109,7 +110,7 @@ class Spec:
     def build(self, build_dir: Path, output: Path) -> None:
         """Compile and link, with as many compilers at once as there are CPUs. Raises CompileError."""
         build_dir.mkdir(parents=True, exist_ok=True)
-        text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:"
+        text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:{','.join(self.archs)}"
         declared = 'extern "C" { extern const char pyzero_stamp[]; const char pyzero_stamp[] = "%s"; }\n'
         (build_dir / "stamp.cpp").write_text(declared % text)
         with ThreadPoolExecutor(num_cpus()) as pool:
@@ -128,6 +129,24 @@ def read_stamp(module: Path) -> tuple[str, str] | None:
     """(source hash, build hash) of a built module, read from its bytes without loading it."""
     found = re.search(rb"pyzero-stamp:([0-9a-f]+):([0-9a-f]+):", module.read_bytes())
     return (found[1].decode(), found[2].decode()) if found else None
+
+
+def read_archs(module: Path) -> tuple[str, ...]:
+    """Architectures of GPUs that a built module has code for, as its stamp says; none where it does not."""
+    found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:([0-9af,]+)\0", module.read_bytes())
+    return tuple(found[1].decode().split(",")) if found else ()
+
+
+def runs_on(archs: Sequence[str], gpu: str) -> bool:
+    """Whether `cuda_spec(archs)` has code for a GPU: of an earlier one of its generation, or PTX of any earlier one."""
+    return any(_covers(arch, int(gpu), has_ptx=arch == max(archs, key=_arch_number)) for arch in archs)
+
+
+def _covers(arch: str, gpu: int, has_ptx: bool) -> bool:
+    number = _arch_number(arch)
+    if not arch.isdigit():  # 90a: of that GPU alone
+        return number == gpu
+    return number <= gpu and (has_ptx or number // 10 == gpu // 10)
 
 
 def cpu_sources(root: Path = CSRC) -> list[str]:
@@ -163,7 +182,8 @@ def cuda_spec(nvcc: Sequence[str], archs: Sequence[str] = (), root: Path = CSRC)
     units = [Unit(source, stamped=source.startswith("bind_")) for source in cuda_sources(root)]
     flags = (*_NVCC_FLAGS, *targets)
     link = ("-shared", "-cudart=static", *targets)
-    return Spec("_native_cuda", root, tuple(units), tuple(nvcc), flags, link, python_includes(), _fingerprint(nvcc))
+    print_as = _fingerprint(nvcc)
+    return Spec("_native_cuda", root, tuple(units), tuple(nvcc), flags, link, python_includes(), print_as, tuple(archs))
 
 
 def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:

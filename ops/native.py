@@ -43,16 +43,29 @@ def ahead_of_time_path(kind: Kind) -> Path | None:
 
 
 def stale_reason(kind: Kind) -> str | None:
-    """Why the module that pip built does not fit the sources beside the package, or None."""
+    """Why the module that pip built does not fit the sources beside the package, or this machine's GPUs; or None."""
     path = ahead_of_time_path(kind)
     if path is None or not build_spec.CSRC.is_dir():
         return None
     stamp = build_spec.read_stamp(path)
     wanted = build_spec.source_hash(build_spec.CSRC, _SOURCES[kind]())
     if stamp is not None and stamp[0] == wanted:
-        return None
+        return _foreign_reason(path) if kind == "cuda" else None
     got = stamp[0] if stamp is not None else "none"
     return f"{path} is stale (sources {got}, wanted {wanted}); pip install again, or remove it"
+
+
+def _foreign_reason(path: Path) -> str | None:
+    archs = build_spec.read_archs(path)
+    if not archs or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    foreign = [f"sm_{gpu}" for gpu in jit.present_cuda_archs() if not build_spec.runs_on(archs, gpu)]
+    if not foreign:
+        return None
+    return (
+        f"{path} has no kernels for {', '.join(foreign)}, a GPU of this machine (built for {', '.join(archs)}); set "
+        f"PYZERO_CUDA_ARCHS and pip install again, or remove it"
+    )
 
 
 def unavailable_reason(kind: Kind) -> str | None:

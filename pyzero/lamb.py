@@ -73,7 +73,7 @@ class LambRule:
     def _step_sizes(self, shard: RunShard, group: dict[str, Any], beta1: float, beta2: float) -> Tensor:
         """(num_params,) fp64."""
         steps = shard.steps.double()
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=steps.device)
+        lr: Tensor = torch.full((), 1.0, dtype=torch.float64, device=steps.device) * group["lr"]
         if not group["bias_correction"]:
             return lr.expand_as(steps)
         return lr * (1.0 - beta2**steps).sqrt() / (1.0 - beta1**steps)
@@ -81,16 +81,18 @@ class LambRule:
     def _coefficients(self, shard: RunShard, p: Tensor, u: Tensor, group: dict[str, Any], num_params: int) -> Tensor:
         """(num_params,) fp64: the trust ratios; 1 where a norm is 0."""
         parts = [part for part in shard.parts if part.end > part.begin]
-        result = torch.ones(num_params, dtype=torch.float64, device=p.device)
-        if parts:
-            p_norms, u_norms = (
-                torch.stack(torch._foreach_norm([flat[part.begin : part.end] for part in parts])).double()
-                for flat in (p, u)
-            )
-            ratios = (p_norms / u_norms).clamp(group["min_coeff"], group["max_coeff"])
-            ratios = torch.where((p_norms != 0) & (u_norms != 0), ratios, 1.0)
-            result[torch.tensor([part.position for part in parts], device=p.device)] = ratios
-        return result
+        nothing = torch.ones((), dtype=torch.float64, device=p.device)
+        if not parts:
+            return nothing.expand(num_params)
+        p_norms, u_norms = (
+            torch.stack(torch._foreach_norm([flat[part.begin : part.end] for part in parts])).double()
+            for flat in (p, u)
+        )
+        ratios = (p_norms / u_norms).clamp(group["min_coeff"], group["max_coeff"])
+        ratios = torch.where((p_norms != 0) & (u_norms != 0), ratios, 1.0)
+        by_position = dict(zip([part.position for part in parts], ratios.unbind(), strict=True))
+        # Stacked, not put in place by indices, whose copy to a GPU the host would wait for.
+        return torch.stack([by_position.get(position, nothing) for position in range(num_params)])
 
 
 def _spread(values: Tensor, shard: RunShard) -> Tensor:

@@ -49,6 +49,8 @@ class _PinnedPages:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._pages = _map(num_bytes)
+        # A fork copies at once whatever a device may write to: a data loader's workers, all masters and state each.
+        self._pages.madvise(mmap.MADV_DONTFORK)
         self._address = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
         with torch.cuda.device(device):
             error = torch.cuda.cudart().cudaHostRegister(self._address, num_bytes, 0)

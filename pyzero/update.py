@@ -88,7 +88,9 @@ class ShardUpdater:
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
         self._pattern = buckets, used
-        self._used = torch.tensor(rows, dtype=torch.float32, device=device)
+        # Pinned, so that the host does not wait: the pattern may change in every step (experts, heads).
+        on_host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+        self._used = on_host.to(device, non_blocking=True)
         self._used_by_bucket = list(self._used.split([len(bucket.numbers) for bucket in buckets]))
 
     def update(

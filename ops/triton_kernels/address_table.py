@@ -86,7 +86,8 @@ class _Kept(Generic[T]):
 
 
 _cache: OrderedDict[Hashable, _Kept[Any]] = OrderedDict()
-_captured: dict[Hashable, _Kept[Any]] = {}
+# A graph replays with these addresses long after the cache has moved on, so what it saw is never dropped.
+_captured: list[_Kept[Any]] = []
 
 
 def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) -> T:
@@ -100,13 +101,12 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
     on_gpu = device.type == "cuda"
     stream = current_stream(device) if on_gpu else 0
     key = (device, stream, content)
-    found: _Kept[T] | None = _captured.get(key) or _cache.get(key)
+    found: _Kept[T] | None = _cache.get(key)
     if found is None:
         upload = Upload(device)
         found = _Kept(build(upload), upload.staging)
-    # A graph replays with these addresses long after the cache has moved on, so what it saw is never dropped.
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        _captured[key] = found
+        _captured.append(found)  # and not in the cache: it is empty until its own graph replays
         return found.value
     _cache[key] = found
     _cache.move_to_end(key)

@@ -8,12 +8,16 @@ import functools
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pyzero.comm import process
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Channels:
             return found
         self.num_made = max(num_made for _, num_made, _ in rows) + 1
         ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
-        return Channel(new_group(ranks, dist.get_backend(handle), timeout, most), self.num_made)
+        return Channel(new_group(ranks, handle, timeout, most), self.num_made)
 
     def give_back(self, channel: Channel) -> None:
         """Its optimizer is gone."""
@@ -71,12 +75,13 @@ def num_groups() -> int:
     return len(dist.distributed_c10d._world.pg_names)
 
 
-def new_group(ranks: list[int], backend: str, timeout: timedelta | None, most_groups: int) -> Any:
-    """A group over these ranks, with gloo for CPU tensors beside NCCL. Collective over them.
+def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int) -> Any:
+    """A group over these ranks, with the backends of another, and gloo for CPU tensors beside NCCL. Collective.
 
     most_groups: The largest of these ranks' `num_groups()`.
     """
-    backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+    # Not by get_backend() alone, which is "undefined" after init_process_group() without a backend: NCCL, on a GPU.
+    backend = "cpu:gloo,cuda:nccl" if "nccl" in process.backends_of(like).values() else dist.get_backend(like)
     _let_gloo_finish_at_exit()
     if len(ranks) == dist.get_world_size():
         return dist.new_group(ranks, timeout=timeout, backend=backend)
@@ -84,7 +89,24 @@ def new_group(ranks: list[int], backend: str, timeout: timedelta | None, most_gr
     # this process has, so bring that to one number on all of them.
     while num_groups() < most_groups:
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    with _unbound():
+        return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """Have NCCL connect a smaller group's members alone.
+
+    Where init_process_group() was told a device_id, torch splits the default group's communicator instead: a collective
+    over all of its ranks, in which those outside the new group take no part, so that the members would hang.
+    """
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    device, everyone.bound_device_id = everyone.bound_device_id, None
+    try:
+        yield
+    finally:
+        everyone.bound_device_id = device
 
 
 def gather_objects(handle: Any, value: object) -> list[Any]:
@@ -103,6 +125,6 @@ def keep_forever(handle: Any) -> None:
 
 def timeout_of(group: Any) -> timedelta | None:
     """How long a collective of a process group may take."""
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options = getattr(group._get_backend(device), "options", None)
+    device_type = next(iter(process.backends_of(group)))
+    options = getattr(group._get_backend(torch.device(device_type)), "options", None)
     return None if options is None else options._timeout

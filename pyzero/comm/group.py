@@ -94,7 +94,7 @@ class Group:
         self.host: HostRanks | None = None
         if self.size > 1:
             self._timeout = channels.timeout_of(parent)
-            self._blocks = dist.get_backend(parent) == "gloo"  # wait() returns when the result is there
+            self._blocks = set(process.backends_of(parent).values()) == {"gloo"}  # wait() returns with the result
             leased_from = channels.channels_over(parent)
             with self.error_context("the lease of a process group"):
                 self._channel = leased_from.lease(parent, self._timeout)
@@ -129,7 +129,7 @@ class Group:
         if len(ranks) == dist.get_world_size():
             return Group()
         most = max(self.gather_objects(max(num for _, num in rows), what))
-        return Group(channels.new_group(ranks, dist.get_backend(self.handle), self._timeout, most))
+        return Group(channels.new_group(ranks, self.handle, self._timeout, most))
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:

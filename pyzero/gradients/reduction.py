@@ -297,7 +297,7 @@ class ReducedGradients(Gradients):
     def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
         """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
         if not isinstance(value, Tensor):
-            return torch.tensor(1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
+            return torch.full((), 1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
         key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
         known = self._known_factor
         if known is None or key is None or known[0] is not value or known[1] != key:

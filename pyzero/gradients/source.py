@@ -138,10 +138,10 @@ def power_sum(parts: list[Tensor], norm_type: float, device: torch.device) -> Te
 
 def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """(len(parts),) fp64: the sum of |g|^p of each, or its largest |g| for inf."""
-    result = torch.zeros(len(parts), dtype=torch.float64, device=device)
-    filled = [(index, part.float()) for index, part in enumerate(parts) if part.numel()]
-    if filled:
-        norms = torch.stack(torch._foreach_norm([part for _, part in filled], norm_type)).double()
-        places = torch.tensor([index for index, _ in filled], device=device)
-        result[places] = norms if math.isinf(norm_type) else norms.pow(norm_type)
-    return result
+    filled = [part.float() for part in parts if part.numel()]
+    if not filled:
+        return torch.zeros(len(parts), dtype=torch.float64, device=device)
+    norms = torch.stack(torch._foreach_norm(filled, norm_type)).double()
+    powers = iter((norms if math.isinf(norm_type) else norms.pow(norm_type)).unbind())
+    nothing = norms.new_zeros(())  # stacked, not put in place by indices, whose copy to a GPU the host would wait for
+    return torch.stack([next(powers) if part.numel() else nothing for part in parts])

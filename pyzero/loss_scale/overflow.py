@@ -32,6 +32,7 @@ class OverflowMonitor:
         self._limit = limit
         self._warns = warns
         self._num_warned_of = 0  # skipped steps
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._state = torch.zeros(len(STATE_SLOTS), dtype=torch.float32, device="cpu", pin_memory=self._on_gpu)
         self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
@@ -68,7 +69,7 @@ class OverflowMonitor:
         if not self._under_way:
             self._state.copy_(state, non_blocking=True)
             self._first_bad.copy_(stats.first_bad, non_blocking=True)
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self._device))  # which may not be the current device
             self._under_way = True
 
     def _warn(self, describe: Callable[[float], str]) -> None:

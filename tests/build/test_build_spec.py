@@ -103,7 +103,19 @@ def test_a_module_carries_its_stamp(tmp_path: Path) -> None:
     module = tmp_path / "_toy.so"
     spec.build(tmp_path / "build", module)
     assert build_spec.read_stamp(module) == (spec.source_hash(), spec.build_hash())
+    assert build_spec.read_archs(module) == ()
+    replace(spec, archs=("80", "90a")).build(tmp_path / "build", module)
+    assert build_spec.read_stamp(module) == (spec.source_hash(), spec.build_hash())
+    assert build_spec.read_archs(module) == ("80", "90a")
     assert build_spec.read_stamp(ROOT / "setup.py") is None
+
+
+def test_which_gpus_a_module_has_code_for(tmp_path: Path) -> None:
+    archs = build_spec.cuda_spec((str(make_fake_nvcc(tmp_path)),)).archs
+    assert archs == ("80", "90")
+    gpus = {"70": False, "75": False, "80": True, "86": True, "89": True, "90": True, "100": True, "120": True}
+    assert {gpu: build_spec.runs_on(archs, gpu) for gpu in gpus} == gpus
+    assert [build_spec.runs_on(("86", "90a"), gpu) for gpu in ("80", "89", "90", "100")] == [False, True, True, False]
 
 
 def test_a_compile_error_has_the_command_and_the_output(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops", "memory", "profiling", "streams"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
-    {"comm", "comm.channels", "comm.futex", "comm.process"},
-    {"comm.host"},
+    {"comm", "comm.futex", "comm.process"},
+    {"comm.channels", "comm.host"},
     {"comm.group"},
     {"comm.transport"},
     {"comm.device_peer", "comm.peer"},

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -243,6 +244,24 @@ def test_a_stale_module_is_named_and_not_used(
     monkeypatch.setenv("PYZERO_JIT", "0")
     with pytest.raises(BackendUnavailableError, match="is stale.*PYZERO_JIT=0"):
         registry.pick("adam_", "cpu", CPU)
+
+
+def test_a_module_without_code_for_the_gpu_is_not_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As pip builds it on a machine with a T4: a launch would fail, and Triton or a build at first use would not."""
+    path = tmp_path / "_native_cuda.so"
+    wanted = build_spec.source_hash(build_spec.CSRC, build_spec.cuda_sources())
+    path.write_text(f"pyzero-stamp:{wanted}:0:80,90,100\0")
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: path)
+    assert native.stale_reason("cuda") is None, "no GPU is here, whose it could lack"
+    monkeypatch.setenv("PYZERO_JIT", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for gpu, words in (("75", "no kernels for sm_75, a GPU of this machine .built for 80, 90, 100."), ("89", None)):
+        monkeypatch.setattr(jit, "present_cuda_archs", lambda gpu=gpu: (gpu,))
+        reason = native.unavailable_reason("cuda")
+        assert (reason is None) == (words is None) and re.search(words or "", reason or "")
 
 
 def test_the_real_module_fits_its_sources(tmp_path: Path) -> None:

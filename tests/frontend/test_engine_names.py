@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.comm import process
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from pyzero.deepspeed.ops.lamb import FusedLamb
@@ -300,6 +301,15 @@ def test_a_line_of_phases(caplog):
             "step",
         ]
         assert line.count("x 2") == 3
+
+
+def test_phases_are_kept_by_the_rank_that_tells_of_them(monkeypatch):
+    """Two events of a GPU each, for as long as the run."""
+    monkeypatch.setattr(process, "rank_and_size", lambda: (1, 1))
+    engine = start(wall_clock_breakdown=True)
+    engine.backward(engine(ones()).sum())
+    engine.step()
+    assert engine.wall_clock_breakdown() and engine.timers.report() == "time (ms): nothing yet"
 
 
 def test_what_means_something_else_here_is_told(caplog):

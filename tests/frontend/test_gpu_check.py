@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import gpu_check
+import gpu_drive
 import gpu_smoke
 import pytest
 from gpu_check import Step
@@ -42,12 +44,13 @@ def test_steps_go_on_after_failures(tmp_path, monkeypatch, capsys):
         Step("fails", python("import sys; print('why'); print('reason | here'); sys.exit(3)"), 60),
         Step("absent", ("no-such-tool",), 60, needs="no-such-tool not found"),
         Step("passes", python("import os; print(os.environ['WORD'])"), 60, (("WORD", "well"),)),
+        Step("shows", python("print('4000 GB/s'); print('done')"), 60, shows=True),
     ]
     results = gpu_check.run(steps, tmp_path / "out", 120, {"gpu": "none"})
 
-    assert [result.status for result in results] == ["timed out", "failed", "no tool", "passed"]
-    assert [result.exit_code for result in results] == [None, 3, None, 0]
-    assert [result.note for result in results][1:] == ["reason | here", "no-such-tool not found", "well"]
+    assert [result.status for result in results] == ["timed out", "failed", "no tool", "passed", "passed"]
+    assert [result.exit_code for result in results] == [None, 3, None, 0, 0]
+    assert [result.note for result in results][1:] == ["reason | here", "no-such-tool not found", "well", "done"]
     assert 5 <= results[0].seconds < 40
     assert gpu_check.exit_code(results) == 1 and gpu_check.exit_code(results[2:]) == 0
     assert gpu_check.exit_code(results[:1]) == 1
@@ -56,12 +59,13 @@ def test_steps_go_on_after_failures(tmp_path, monkeypatch, capsys):
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["environment"] == {"gpu": "none"}
-    assert [step["name"] for step in report["steps"]] == ["hangs", "fails", "absent", "passes"]
+    assert [step["name"] for step in report["steps"]] == ["hangs", "fails", "absent", "passes", "shows"]
     table = (tmp_path / "out" / "report.md").read_text()
     assert "- gpu: none" in table and "| fails | failed | 3 |" in table and "reason \\| here" in table
+    assert "## shows\n\n    4000 GB/s\n" in table and "## passes" not in table
     assert "well" in (tmp_path / "out" / "passes.log").read_text()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["hangs", "fails", "why", "absent", "passes"]
+    assert [line.split()[0] for line in lines] == ["hangs", "fails", "why", "absent", "passes", "shows", "4000"]
 
 
 def test_a_step_that_takes_too_long_may_still_say_what_it_knows(tmp_path):
@@ -93,6 +97,21 @@ def test_the_steps(is_amd, tmp_path):
     words = steps["tests"].command
     assert words[words.index("-m", 3) + 1] == "cuda and not slow"
     assert str(ROOT / "tests" / "ops") in words and str(ROOT / "tests" / "frontend") not in words
+
+
+def test_what_comes_first_in_eight_minutes(tmp_path):
+    """What no GPU may have run yet, and how fast lists are, ahead of what takes minutes; all of it could time out."""
+    steps = gpu_check.steps_for(True, False, tmp_path)
+    names = [step.name for step in steps]
+    assert names[: names.index("tests")] == ["kernels", "lists", *gpu_drive.CASES]
+    assert set(gpu_check.DRIVES) == set(gpu_drive.CASES)
+    assert sum(step.limit_s for step in steps[: names.index("tests")]) < gpu_check.QUICK_LIMIT_S
+
+
+@pytest.mark.parametrize("case", gpu_drive.CASES)
+def test_drives_on_cpus(ranks, case):
+    for line in ranks.run(2 + 2, gpu_drive.drive, case):  # the world of the workers
+        assert re.fullmatch(rf"{case}: same losses; a step: (.+ [\d.]+ ms(, )?){{2,3}}", line)
 
 
 def test_without_a_gpu_it_says_so():

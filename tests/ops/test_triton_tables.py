@@ -65,6 +65,28 @@ def test_cache_is_bounded_and_drops_the_oldest() -> None:
     assert address_table.pointer_table((0,), CPU) is first
 
 
+def test_a_table_that_a_graph_fills_serves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied in a capture is there when that graph has replayed: not for the next graph, nor eagerly."""
+    capturing = True
+    monkeypatch.setattr(address_table, "is_interpreted", lambda: False)
+    monkeypatch.setattr(address_table, "current_stream", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(address_table, "_captured", [])
+    gpu = torch.device("cuda", 0)
+
+    def table() -> object:
+        return address_table.kept((16, 32), lambda upload: object(), gpu)
+
+    first, second = table(), table()
+    capturing = False
+    eager = table()
+    assert len({id(first), id(second), id(eager)}) == 3
+    assert table() is eager
+    capturing = True
+    assert table() is eager, "what was copied before the capture is there"
+    assert [kept.value for kept in address_table._captured] == [first, second, eager], "addresses stay good"
+
+
 def test_interpreter_refuses_addresses_it_cannot_follow() -> None:
     if not common.is_interpreted():
         pytest.skip("triton runs compiled here: nothing for the interpreter to refuse")

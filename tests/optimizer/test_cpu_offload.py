@@ -1,8 +1,12 @@
 """cpu_offload: masters and state of a GPU in memory of the host, with the bits of those that are not."""
 
 import logging
+import re
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -53,6 +57,21 @@ def test_cpus_have_nothing_to_offload(caplog):
     with caplog.at_level(logging.INFO, logger="pyzero"):
         made("cpu", torch.float32, True)
     assert "cpu_offload has nothing to do" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+def test_a_fork_copies_no_pinned_page(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Mock(cudaHostRegister=lambda *args: 0))
+    monkeypatch.setattr(memory, "_unpin", lambda *args: None)
+    pages = memory._PinnedPages(4 << 20, torch.device("cuda", 0))
+    (address, _), flags = pages.__cuda_array_interface__["data"], []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_there = int(span[1], 16) <= address < int(span[2], 16)
+        elif line.startswith("VmFlags:") and is_there:
+            flags = line.split()
+    assert "dc" in flags
 
 
 @on_gpu

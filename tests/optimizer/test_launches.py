@@ -62,3 +62,40 @@ def test_a_skipped_step_does_not_look_at_one_parameter_after_another(ranks):
         ((num_buckets, counts),) = ranks.run(1, launches, num_params, torch.bfloat16, "FusedZeroAdamW", {}, True)
         del counts["_foreach_norm"]
         assert sum(counts.values()) <= STEP + 16 * num_buckets, counts
+
+
+def copied_to_device(group: Any) -> list[Any]:
+    """By torch.tensor and as_tensor, where the host waits for a GPU, in steps whose used parameters change."""
+    copied: list[Any] = []
+    for optimizer in (pyzero.FusedZeroAdamW, pyzero.ZeroLamb):
+        params = [nn.Parameter(torch.full((10,), 0.01)) for _ in range(5)]
+        watch_steps(optimizer(params, process_group=group, transport="exact"), params, copied)
+    return copied
+
+
+def watch_steps(zero: Any, params: list[nn.Parameter], copied: list[Any]) -> None:
+    def watched(make: Any) -> Any:
+        def call(values: Any, **options: Any) -> torch.Tensor:
+            if isinstance(options.get("device"), torch.device):  # "cpu" is the host's own
+                copied.append(values)
+            return make(values, **options)
+
+        return call
+
+    for step in range(4):
+        zero.zero_grad()
+        torch.stack([(p * p).sum() for p in params[step % 2 :]]).sum().backward()
+        with pytest.MonkeyPatch.context() as patch:
+            if step > 1:  # the first in each pattern may
+                patch.setattr(torch, "tensor", watched(torch.tensor))
+                patch.setattr(torch, "as_tensor", watched(torch.as_tensor))
+            torch.nn.utils.clip_grad_norm_(params, 1e-3)
+            torch.nn.utils.clip_grad_norm_(params, 1e-3, norm_type=float("inf"))
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], 0.5)
+            zero.clip_grad_norm_(1e-3, norm_type=3.0)
+            zero.step()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_values_of_the_host_reach_a_gpu_without_waiting(ranks, size):
+    assert ranks.run(size, copied_to_device) == [[]] * size

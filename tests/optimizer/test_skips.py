@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from logs import logged
 from torch import nn
 
 import pyzero
+from pyzero.loss_scale.overflow import OverflowMonitor
 
 
 def bad_on_one_rank(group: Any, stage: int, dtype: torch.dtype, transport: str, bad_rank: int) -> dict[str, Any]:
@@ -140,3 +142,12 @@ def test_skips_before_a_resume_are_no_news(caplog):
     other.sum().backward()
     resumed.step()
     assert resumed.skipped_steps == 1 and caplog.text == ""
+
+
+def test_what_is_copied_to_the_host_is_awaited_on_its_own_device(monkeypatch):
+    """The current device may be another one, whose stream has nothing to wait for."""
+    monitor = OverflowMonitor(torch.device("cpu"), limit=None, warns=False)
+    monitor._device, monitor._arrived = torch.device("cuda", 1), Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    monitor.after_step(monitor._state.clone(), Mock(first_bad=torch.zeros(1, dtype=torch.float64)), str)
+    monitor._arrived.record.assert_called_once_with("stream of cuda:1")

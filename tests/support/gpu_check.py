@@ -1,7 +1,8 @@
 """make gpu, make gpu-quick: what this GPU says of the kernels, with whatever packages this Python has.
 
-Builds and checks every kernel, runs the tests that need a GPU, the benchmarks and compute-sanitizer. Each step has a
-time limit, and goes on after another's failure. Writes report.md, report.json and a log per step to $OUT or build/gpu.
+Builds and checks every kernel, times gradients that lie apart, trains by two ranks that share the GPU, runs the tests
+that need one, the benchmarks and compute-sanitizer. Each step has a time limit, and goes on after another's failure.
+Writes report.md, report.json and a log per step to $OUT or build/gpu.
 Nothing is installed, and no network is needed. Stdlib only.
 """
 
@@ -27,8 +28,9 @@ LIMIT_S, QUICK_LIMIT_S = 1450.0, 460.0
 # Less is not worth starting a step for: importing torch takes half of it.
 LEAST_S = 15.0
 GRACE_S = 10.0  # for an interrupted step to say what it knows: pytest then prints its failures
-TAIL_LINES, MAX_COLUMNS = 15, 160  # of a log, for the report
+TAIL_LINES, SHOWN_LINES, MAX_COLUMNS = 15, 40, 160  # of a log, for the report
 MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
+DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload")  # of gpu_drive.py
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 
 _PROBE = """
@@ -56,6 +58,7 @@ class Step:
     limit_s: float
     environ: tuple[tuple[str, str], ...] = ()
     needs: str | None = None  # what the command is missing here
+    shows: bool = False  # its figures are in the report, where it passes too
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Result:
     exit_code: int | None = None
     seconds: float = 0.0
     note: str = ""  # the last line of its log, or why it did not run
-    tail: tuple[str, ...] = ()  # more of them, where it went wrong
+    tail: tuple[str, ...] = ()  # more of them, where it went wrong or shows figures
 
 
 def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[str, object]) -> list[Result]:
@@ -110,7 +113,8 @@ def _run_one(step: Step, log: Path, limit_s: float) -> Result:
         finally:
             _end(process)
     lines = [line[:MAX_COLUMNS] for line in log.read_bytes()[num_bytes:].decode(errors="replace").strip().splitlines()]
-    tail = () if status == PASSED else tuple(lines[-TAIL_LINES:-1])
+    num_lines = SHOWN_LINES if step.shows else 0 if status == PASSED else TAIL_LINES
+    tail = tuple(lines[-num_lines:-1]) if num_lines else ()
     seconds = round(time.monotonic() - start, 1)
     return Result(step.name, status, exit_code, seconds, lines[-1] if lines else "", tail)
 
@@ -139,6 +143,8 @@ def write_report(out: Path, environment: Mapping[str, object], results: Sequence
         code = "" if result.exit_code is None else result.exit_code
         note = result.note.replace("|", "\\|")
         lines.append(f"| {result.name} | {result.status} | {code} | {result.seconds:.1f} | {note} |")
+    for result in results:
+        lines += ["", f"## {result.name}", "", *(f"    {line}" for line in result.tail)] if result.tail else []
     (out / "report.md").write_text("\n".join(lines) + "\n")
 
 
@@ -153,7 +159,8 @@ def exit_code(results: Sequence[Result]) -> int:
 def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
     """What to run; the most telling first, for the time may not be enough for all."""
     backends = ("triton",) if is_amd else ("cuda", "triton")
-    python, smoke = sys.executable, str(Path(__file__).with_name("gpu_smoke.py"))
+    support = Path(__file__).parent
+    python, smoke, drive = sys.executable, str(support / "gpu_smoke.py"), str(support / "gpu_drive.py")
     environ = (
         ("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))),
         ("PYTHONUNBUFFERED", "1"),
@@ -163,8 +170,11 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
         ("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "triton")),
     )
     bench = (python, "-m", "benchmarks", "--device", "cuda", "--out", str(out / "benchmarks"))
+    lists = (python, "-m", "benchmarks", "adam", "lion", "--device", "cuda", "--quick", "--peers", "none")
     steps = [
         Step("kernels", (python, smoke, *backends), 180, environ),
+        Step("lists", lists, 60, environ, shows=True),
+        *(Step(case, (python, drive, case), 45, environ) for case in DRIVES),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
         Step("ranks", _pytest_ranks(), 90 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
         Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),

@@ -16,6 +16,7 @@ from pyzero import ops
 from pyzero.ops.loss_scale import loss_scale_state
 
 NUMEL = 10_243
+LIST_NUMEL = 64 * 600
 HYPER = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled_weight_decay=True)
 Inputs = Callable[[int], Tensor]  # (numel,) fp32 on the device under test, the same on each
 
@@ -29,6 +30,12 @@ def ragged(normal: Inputs) -> list[Tensor]:
     """More tensors than one launch takes, empty ones and odd lengths among them, in two dtypes."""
     tensors = [normal(37 * index % 501) for index in range(700)]
     return [tensor.bfloat16() if index % 3 else tensor for index, tensor in enumerate(tensors)]
+
+
+def list_of(normal: Inputs, dtype: torch.dtype) -> dict[str, object]:
+    """Gradients of a shard: more than one launch takes, empty ones among them, and some off by one element."""
+    grads = [normal(37 * index % 65 + index % 2).to(dtype)[index % 2 :] for index in range(LIST_NUMEL // 64)]
+    return {"grad": grads, "grad_offsets": [64 * index for index in range(len(grads))]}
 
 
 def grad_stats(device: str) -> dict[str, Tensor]:
@@ -55,7 +62,9 @@ def adam(device: str, backend: str) -> list[Tensor]:
         steps = torch.arange(1, int(segments[-1]) + 2, device=device).float()
         chosen = {"segment_ids": segments, "active": (steps % 5 != 0).float()}
         ops.adam_(*state, grad, step=steps, param_out=out, backend=backend, **chosen, **HYPER)
-        results += [*state, out]
+        shard = [normal(LIST_NUMEL), normal(LIST_NUMEL), normal(LIST_NUMEL).square(), normal(LIST_NUMEL).to(dtype)]
+        ops.adam_(*shard[:3], step=5, param_out=shard[3], backend=backend, **list_of(normal, dtype), **HYPER)
+        results += [*state, out, *shard]
     return results
 
 
@@ -71,7 +80,9 @@ def lion(device: str, backend: str) -> list[Tensor]:
         segments = (torch.arange(-(-NUMEL // 64), device=device) // 7).to(torch.int32)
         active = (torch.arange(int(segments[-1]) + 1, device=device) % 5 != 0).float()
         ops.lion_(*state, grad, param_out=out, segment_ids=segments, active=active, **hyper)
-        results += [*state, out]
+        shard = [normal(LIST_NUMEL), normal(LIST_NUMEL), normal(LIST_NUMEL).to(dtype)]
+        ops.lion_(*shard[:2], param_out=shard[2], **list_of(normal, dtype), **hyper)
+        results += [*state, out, *shard]
     return results
 
 

@@ -57,7 +57,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # that went into them, on all ranks
         self.training_dataloader: Any = None
-        self.timers = PhaseTimers(config.wall_clock_breakdown, self.device)
+        self.timers = PhaseTimers(config.wall_clock_breakdown and self.rank == 0, self.device)  # the others tell nobody
         self.monitor = Monitor(config, is_first=self.rank == 0)
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = config.weights_dtype()  # None: inputs are left alone
@@ -258,7 +258,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         every = self.config.steps_per_print
         if every and self.global_steps % every == 0 and self.rank == 0:
             log.info("step=%d, skipped=%d, lr=%s", self.global_steps, self.skipped_steps, self.get_lr())
-        if self.timers.enabled and self.global_steps % (every or _STEPS_PER_PRINT) == 0 and self.rank == 0:
+        if self.timers.enabled and self.global_steps % (every or _STEPS_PER_PRINT) == 0:
             log.info("%s", self.timers.report())
 
     def _events(self) -> list[tuple[str, float, int]]:

@@ -1,0 +1,39 @@
+"""Process groups of an optimizer's own: what torch is asked for, where the default group is NCCL's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pyzero.comm import channels
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    """A default group of this process alone, made without naming a backend, as torchrun scripts do."""
+    dist.init_process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_group_without_a_named_backend_is_like_one_with_it(world, monkeypatch):
+    assert dist.get_backend(world) == "undefined"
+    assert channels.timeout_of(world) is not None
+    found = channels.new_group([0], world, None, 0)
+    assert dist.get_backend_config(found) == "cpu:gloo"
+    asked = []
+    monkeypatch.setattr(channels.dist, "get_backend_config", lambda group: "cuda:nccl")  # of "undefined" on a GPU
+    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
+    channels.new_group([0], world, None, 0)
+    assert asked == ["cpu:gloo,cuda:nccl"]
+
+
+def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):
+    """ncclCommSplit, which torch takes where a device is bound, hangs until all ranks of the default group call it."""
+    bound, seen = torch.device("cuda", 0), []
+    monkeypatch.setattr(channels.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: seen.append(world.bound_device_id))
+    world.bound_device_id = bound
+    channels.new_group([0], world, None, 0)
+    assert seen == [None] and world.bound_device_id == bound
