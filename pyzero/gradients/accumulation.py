@@ -24,6 +24,8 @@ from pyzero.sharding.buckets import conversion_error, flatten_like
 from pyzero.sharding.local_param import unwrapped
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
+_CLEAR = 2**16  # a number of edits that no gradient reaches
+
 
 class ParamGrad:
     """One parameter's gradient on this rank."""
@@ -40,6 +42,7 @@ class ParamGrad:
         self.is_zero = False  # it is known to be zeros, on all ranks
         self.is_forgotten = False  # the shards still hold a part of a gradient that has been cleared
         self.num_edits = 0  # by the caller; the same on all ranks
+        self.is_half_edited = False  # the other part was edited in place meanwhile: refused when gradients are read
         self.factor: Tensor | None = None  # 0-D: what it is still to be multiplied by
 
         # This rank's own sum, not sent yet:
@@ -95,13 +98,14 @@ class ParamGrad:
         """Follow what the caller has done to `.grad`; returns whether that drops the part in the shards.
 
         Raises:
-            RuntimeError: `.grad` was edited while another part of it is in the shards, or is the ShardedGrad of another
-                gradient.
+            RuntimeError: `.grad` is the ShardedGrad of another gradient.
         """
         grad = self.param.grad
         if grad is self._shown:
             if self._local is not None and self._local._version != self._version:
-                self._edited()
+                self.is_half_edited |= self.is_reduced and not self.is_zero
+                self.main_grad = None  # .grad was edited, so .grad is the sum
+                self._version = self._local._version
             return False
         if isinstance(grad, ShardedGrad):
             raise RuntimeError(
@@ -115,25 +119,20 @@ class ParamGrad:
             self.show()
         return was_reduced
 
-    def _edited(self) -> None:
-        if self.is_reduced and not self.is_zero:
-            raise RuntimeError(
-                f"expected .grad of the parameter of shape {tuple(self._shape)} unedited, for a part of it has been "
-                f"reduced already and is not in it, got an edit in place; call optimizer.clip_grad_norm_ or "
-                f"optimizer.set_full_grad(p, value), which see all of it"
-            )
-        assert self._local is not None
-        self.main_grad = None  # .grad was edited, so .grad is the sum
-        self._version = self._local._version
-
     def forget(self) -> bool:
         """Drop the gradient; returns whether the shards still hold a part of it."""
         was_reduced = self.is_reduced
-        self.num_edits += was_reduced
+        if was_reduced:
+            self.count_clear()
         self.is_forgotten |= was_reduced
         self.is_reduced = self.is_zero = self.is_used = False
         self.factor = self.main_grad = self._shown = self._local = None
         return was_reduced
+
+    def count_clear(self) -> None:
+        """Count that the reduced part is gone: edits of it that were not the same on all ranks went with it."""
+        self.num_edits = (self.num_edits // _CLEAR + 1) * _CLEAR
+        self.is_half_edited = False
 
     def _keep(self, plain: Tensor, shown: Tensor) -> None:
         self._local, self._shown, self._version = plain, shown, plain._version

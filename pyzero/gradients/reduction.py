@@ -367,6 +367,7 @@ class ReducedGradients(Gradients):
             edits=[record.num_edits for record in records],
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
+            half_edited=next((record.number for record in records if record.is_half_edited), None),
         )
         known = self._stats_exchange.gather(stats, None)
         for record in records:
