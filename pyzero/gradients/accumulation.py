@@ -145,7 +145,7 @@ class ParamGrad:
             if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
                 self._shown = LocalGrad.wrap(self._local, self, self._owner)
                 self.param.grad = self._shown
-        elif self._shown is None and self.param.requires_grad:
+        elif self._shown is None and self.param.grad is None and self.param.requires_grad:
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
 

@@ -465,6 +465,22 @@ def test_a_backward_adds_to_an_assigned_gradient(run, size, stage):
     run(size, assigned_and_added_to, stage)
 
 
+def assigned_and_passed_by(group: Any, stage: int, sync: bool) -> None:
+    twins = Twins(group, stage)
+    twins.first.grad = torch.full_like(twins.first, 8.0 * (1 + twins.rank))
+    twins.expect(twins.mean(8.0))
+    with twins.no_sync(sync):
+        twins.backward(4.0, index=1)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@UP_TO_TWO
+def test_a_backward_of_others_leaves_an_assigned_gradient(run, size, stage, sync):
+    run(size, assigned_and_passed_by, stage, sync)
+
+
 def multiply(grad: Tensor) -> None:
     grad.mul_(2.0)
 
