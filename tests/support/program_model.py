@@ -253,6 +253,9 @@ class Model(World):
         self.before_clip = False  # clipped by the optimizer: grad_norm may be that before it, or after it
         self.is_norm_known = True
         self.order_matters = False  # sums round: a read in between may change bits
+        self.norms_round = False  # and so does a norm that was used: where shards are cut may change bits
+        self.has_norms = False  # of single parameters, kept on each rank until a gradient comes there
+        self.norms_apart = False  # it came on some ranks only: the others would not ask for them again
 
     @property
     def alone(self) -> bool:
@@ -317,6 +320,7 @@ class Model(World):
         """Nothing is left of any gradient."""
         self.kinds.clear()
         self.by_itself = True
+        self.has_norms = self.norms_apart = False
         self.is_leftover = self.clipped = self.edited_after_clip = self.before_clip = False
 
     def scale_by(self, index: int, factor: float, unit: float) -> None:
@@ -338,6 +342,7 @@ class Model(World):
         if known and not self.alone:  # a round: each trained parameter carries a gradient after it, if an empty one
             self.reduced |= known
             self.local -= known
+            self.has_norms = self.norms_apart = False
             self.carried |= known | (self.placed & self.trained)
 
     def edit(self, indices: Iterable[int]) -> None:
@@ -350,6 +355,7 @@ class Model(World):
     def clip(self, indices: Iterable[int], max_norm: float, norm_type: float = 2.0, unit: float = 0.0) -> None:
         """torch's rule; `unit`: the gradients and the norm round by that."""
         indices = list(indices)
+        self.norms_round |= not self.alone and (norm_type != 2.0 or unit > 0.0)
         norm, off = self.norm(indices, norm_type)
         factor = min(1.0, max_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
         sure = factor == 1.0 and max_norm > (norm + off) * (1 + 8 * unit) + 1e-3

@@ -48,6 +48,7 @@ class Outcome:
     at: int = -1  # the op's number
     text: str = ""
     order_matters: bool = False
+    norms_round: bool = False
     records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
 
 
@@ -107,7 +108,8 @@ class Run:
 
     def compare_norm(self, name: str, got: Any, wanted: tuple[float, float], unit: float = 0.0) -> None:
         value, (norm, off) = float(got), wanted
-        self.record(name, torch.tensor(value))
+        if not unit:
+            self.record(name, torch.tensor(value))
         if not math.isfinite(norm):
             assert not math.isfinite(value), f"{name}: got {value}, torch has {norm}"
             return
@@ -169,6 +171,7 @@ class Run:
         if not is_round and not model.alone:
             everywhere = set.intersection(*map(set, by_rank))
             model.carried |= everywhere
+            model.norms_apart |= model.has_norms and not all(by_rank)
         if is_round:
             model.reduce()
 
@@ -205,17 +208,19 @@ class Run:
         if model.alone and (self.config.loss_scale is not None or model.clipped):
             return  # `.grad` carries the scale, and lacks the factor
         known = model.grads[index].value is not None
-        if not (known if model.alone else index in model.carried):
+        if not (known if model.alone else index in model.carried) or model.norms_apart:
             return
         assert param.grad is not None, f"`.grad` of parameter {index} is None after a round"
         if what == "norm":
             unit = ROUNDING[param.dtype]
             self.compare_norm(f"`.grad`.norm() of parameter {index}", param.grad.norm(), model.norm([index]), unit)
             model.reduce()
+            model.has_norms = True
         elif model.alone or index not in model.local:
             got, value = bool(torch.isfinite(param.grad).all()), model.grads[index].value
             wanted = value is None or bool(value.isfinite().all())
             assert got == wanted, f"`.grad` of parameter {index}: isfinite().all() is {got}"
+            model.has_norms = True
 
     def do_clip(self, max_norm: float, norm_type: float) -> None:
         model = self.model
@@ -231,7 +236,7 @@ class Run:
         model = self.model
         held = {i for i, g in enumerate(model.grads) if g.value is not None} if model.alone else model.carried
         indices = [index for index in model.chosen(mask) if index in held]
-        if not indices:
+        if not indices or model.norms_apart:
             return
         unit = max(ROUNDING[self.config.dtype(index)] for index in indices)
         wanted, after_clip = model.norm(indices), model.clipped
@@ -242,6 +247,7 @@ class Run:
             self.compare_norm(f"torch's clip_grad_norm_({max_norm}) of {indices}", got, wanted, unit)
         model.clip(indices, max_norm, unit=unit)
         model.reduce()
+        model.has_norms = True
 
     def do_assign(self, number: int, index: int) -> None:
         model, config = self.model, self.config
@@ -481,5 +487,5 @@ def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Ou
                 outcome.status, outcome.text = "refused", "another rank ended here"
         if outcome.status != "done":
             break
-    outcome.order_matters = run.model.order_matters
+    outcome.order_matters, outcome.norms_round = run.model.order_matters, run.model.norms_round
     return outcome
