@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.sharding.buckets import conversion_error, flatten_like
+from pyzero.sharding.buckets import conversion_error, flatten
 from pyzero.sharding.local_param import unwrapped
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
@@ -30,7 +30,7 @@ _CLEAR = 2**16  # a number of edits that no gradient reaches
 class ParamGrad:
     """One parameter's gradient on this rank."""
 
-    def __init__(self, param: Tensor, number: int, owner: weakref.ref[Any]) -> None:
+    def __init__(self, param: Tensor, number: int, stride: tuple[int, ...], owner: weakref.ref[Any]) -> None:
         self.param = param
         self.number = number  # among the optimizer's parameters
         self.position = 0  # in its bucket
@@ -54,6 +54,7 @@ class ParamGrad:
         self._shown: Tensor | None = None  # what was put in `.grad` last
         self._owner = owner
         self._dtype, self._device, self._shape = param.dtype, param.device, param.shape
+        self._stride = stride  # in the bucket, which the parameter's may differ from by now
 
     @property
     def has_local(self) -> bool:
@@ -156,7 +157,7 @@ class ParamGrad:
         elif self._dtype != torch.float32:
             if self.main_grad is None:
                 self.main_grad = memory.empty(self._local.numel(), torch.float32, self._device)
-                self.main_grad.copy_(flatten_like(self._local, self.param))
+                self.main_grad.copy_(flatten(self._local, self._stride))
             self.param.grad = None
 
     def after_arrival(self) -> None:
@@ -173,8 +174,8 @@ class ParamGrad:
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         if self.main_grad is not None and self._local is not None and self._shown is not None:
-            self.main_grad.add_(flatten_like(grad, self.param))
-            flatten_like(self._local, self.param).copy_(self.main_grad)
+            self.main_grad.add_(flatten(grad, self._stride))
+            self._local.copy_(self.main_grad.as_strided(self._shape, self._stride))
             self.param.grad = self._shown
             self._keep(self._local, self._shown)
         elif grad is self._shown and self._local is not None:  # added in place
@@ -183,7 +184,7 @@ class ParamGrad:
             self._keep(unwrapped(grad), grad)
 
     def local_sum(self) -> Tensor | None:
-        """This rank's unsent sum: of the parameter's shape, or (numel,) in its memory order."""
+        """This rank's unsent sum: of the parameter's shape, or (numel,) in the bucket's memory order."""
         return self._local if self.main_grad is None else self.main_grad
 
     def sent(self) -> None:

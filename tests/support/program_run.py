@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from program_model import (
-    DYNAMIC,
-    EPS,
     FP32,
-    GROUPS,
     LARGEST,
     ROUNDING,
     Config,
@@ -30,8 +26,8 @@ from program_model import (
     start,
     top,
     unit_of,
-    written,
 )
+from program_state import StateOps
 from tolerances import ADAM
 from torch import Tensor, nn
 
@@ -52,7 +48,7 @@ class Outcome:
     records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
 
 
-class Run:
+class Run(StateOps):
     """One program on this rank. `quiet`: reads and checks are left out, but for those at the end."""
 
     def __init__(self, group: Any, config: Config, quiet: bool) -> None:
@@ -63,21 +59,7 @@ class Run:
         values = [start(config, index) + offset for index, offset in enumerate(offsets)]
         self.params = [nn.Parameter(v, requires_grad=not s[2]) for v, s in zip(values, config.specs, strict=True)]
         self.module = nn.ParameterList(self.params)
-        indices = range(len(config.params))
-        groups = [{"params": [self.params[i] for i in indices if i % 2 == k], **GROUPS[k]} for k in (0, 1)]
-        scale: Any = pyzero.LossScale(**DYNAMIC) if config.loss_scale == "dynamic" else config.loss_scale
-        cls = pyzero.FusedZeroAdamW if config.decoupled else pyzero.FusedZeroAdam
-        self.optimizer = cls(
-            [options for options in groups if options["params"]],
-            eps=EPS,
-            process_group=group,
-            stage=config.stage,
-            bucket_cap_mb=config.cap_mb,
-            overlap=config.overlap,
-            transport=config.transport,
-            loss_scale=scale,
-            max_grad_norm=config.max_grad_norm,
-        )
+        self.optimizer = self.build(config)
         self.saved: Any = None
         self.records: list[tuple[str, str]] = []
         self.number = 0
@@ -138,7 +120,7 @@ class Run:
     def gradients(self, number: int, mask: int, rank: int, bad: tuple[int, str] | None) -> dict[int, Tensor]:
         found = {i: coefficient(self.config, i, number, rank) for i in sorted(self.model.used(mask))}
         victim = next((grad for grad in found.values() if grad.numel()), None)
-        if victim is not None and bad is not None and bad[0] % self.config.size == rank:
+        if victim is not None and bad is not None and bad[0] % self.config.num_parts == rank:
             victim.view(-1)[-1] = float(bad[1])
         return found
 
@@ -148,15 +130,15 @@ class Run:
     def do_backward(
         self, number: int, scaled: bool, sync: bool, masks: tuple[int, ...], bad: tuple[int, str] | None
     ) -> None:
-        config, model = self.config, self.model
-        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(config.size)]
+        model = self.model
+        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
         used = set().union(*by_rank)
         if any(self.too_large(index, model.grads[index].bound + 12 * unit_of(index)) for index in used):
             return
-        is_round = config.stage == 2 and sync and config.size > 1
+        is_round = model.is_round(sync)
         model.kinds.add("scaled" if scaled else "plain")
         model.by_itself &= is_round and not used & model.idle
-        mine = by_rank[self.rank]
+        mine = by_rank[self.rank % self.config.num_parts]
         if mine:
             loss = sum((self.params[index].float() * grad).sum() for index, grad in mine.items())
             with contextlib.nullcontext() if sync else self.optimizer.no_sync():
@@ -166,7 +148,7 @@ class Run:
                     loss.backward()
         for index in sorted(used):
             grads = [grads[index].double() for grads in by_rank if index in grads]
-            model.add(index, torch.stack(grads).sum(0) / config.size)
+            model.add(index, torch.stack(grads).sum(0) / self.config.num_parts)
         model.local |= used
         if not is_round and not model.alone:
             everywhere = set.intersection(*map(set, by_rank))
@@ -253,8 +235,8 @@ class Run:
         model, config = self.model, self.config
         model.edit([index])
         model.kinds.add("plain")
-        values = [coefficient(config, index, number, rank) for rank in range(config.size)]
-        self.params[index].grad = values[self.rank].to(config.dtype(index))
+        values = [coefficient(config, index, number, rank) for rank in range(self.config.num_parts)]
+        self.params[index].grad = values[self.rank % self.config.num_parts].to(config.dtype(index))
         edited, model.by_itself = model.half_edited - {index}, False
         model.put(index, torch.stack(values).double().mean(0))
         model.kinds.add("plain")
@@ -317,38 +299,6 @@ class Run:
         self.params[index].grad = None
         self.model.put(index, None)
 
-    def do_freeze(self, index: int) -> None:
-        self.params[index].requires_grad_(False)
-
-    def do_thaw(self, index: int) -> None:
-        self.params[index].requires_grad_(True)
-
-    def do_add_group(self) -> None:
-        self.optimizer.add_param_group({"params": [self.params[len(self.model.added)]], **GROUPS[2]})
-
-    def do_write(self, index: int) -> None:
-        model = self.model
-        model.num_writes += 1
-        value = written(self.config, index, model.num_writes)
-        with torch.no_grad():
-            self.params[index].copy_(value)
-        model.slots[index] = replace(model.slots[index], master=value.float())
-
-    def do_save(self) -> None:
-        model = self.model
-        self.saved = copy.deepcopy(self.optimizer.state_dict())
-        model.saved = ({index: model.slots[index] for index in model.placed}, model.scale, model.clean_steps)
-
-    def do_load(self) -> None:
-        model = self.model
-        self.optimizer.load_state_dict(copy.deepcopy(self.saved))
-        assert model.saved is not None
-        slots, model.scale, model.clean_steps = model.saved
-        for index, slot in slots.items():
-            model.slots[index] = slot
-        if model.alone and self.config.loss_scale == "dynamic":
-            model.is_leftover |= any(grad.value is not None for grad in model.grads)
-
     def do_step(self) -> None:
         model, optimizer = self.model, self.optimizer
         applied = model.all_finite()
@@ -395,7 +345,7 @@ class Run:
                 assert got["step"] == before.step, f"step of parameter {index} is {got['step']}, not {before.step}"
                 continue
             rough = model.grads[index].rough
-            after = adam(before, grad.double() * factor, config.group(index), config.decoupled)
+            after = adam(before, grad.double() * factor, model.options(index))
             assert got["step"] == after.step, f"step of parameter {index} is {got['step']}, not {after.step}"
             for name, limit in self.limits(index, before, after, top(grad), clips or rough).items():
                 off = top(got[name].double() - getattr(after, name))
@@ -405,12 +355,13 @@ class Run:
 
     def limits(self, index: int, before: Slot, after: Slot, grad: float, clips: bool) -> dict[str, float]:
         """The table's for one step, and what a clip adds; see test_properties.limits_of."""
-        group, row = self.config.group(index), ADAM[torch.float32]
-        lr, decay, beta2 = group["lr"], group["weight_decay"], group["betas"][1]
-        largest = max(grad + (0.0 if self.config.decoupled else decay * top(before.master)), top(before.exp_avg))
+        options, row = self.model.options(index), ADAM[torch.float32]
+        lr, decay, beta2 = options["lr"], options["weight_decay"], options["betas"][1]
+        decoupled = options["decoupled_weight_decay"]
+        largest = max(grad + (0.0 if decoupled else decay * top(before.master)), top(before.exp_avg))
         largest = max(largest, top(before.exp_avg_sq.sqrt()))
         moved = max(lr, top(after.master - before.master))
-        kept = 1 - lr * decay if self.config.decoupled else 1.0
+        kept = 1 - lr * decay if decoupled else 1.0
         magnitude, by_clip = max(top(before.master), top(after.master)), FP32 if clips else 0.0
         relative = 0.0
         if self.model.last_norm is not None and clips and math.isfinite(self.model.last_norm[0]):
