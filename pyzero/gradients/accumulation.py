@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.sharding.buckets import conversion_error, flatten_like
+from pyzero.sharding.buckets import conversion_error, flatten
 from pyzero.sharding.local_param import unwrapped
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
+
+_CLEAR = 2**16  # a number of edits that no gradient reaches
 
 
 class ParamGrad:
     """One parameter's gradient on this rank."""
 
-    def __init__(self, param: Tensor, number: int, owner: weakref.ref[Any]) -> None:
+    def __init__(self, param: Tensor, number: int, stride: tuple[int, ...], owner: weakref.ref[Any]) -> None:
         self.param = param
         self.number = number  # among the optimizer's parameters
         self.position = 0  # in its bucket
@@ -40,6 +42,7 @@ class ParamGrad:
         self.is_zero = False  # it is known to be zeros, on all ranks
         self.is_forgotten = False  # the shards still hold a part of a gradient that has been cleared
         self.num_edits = 0  # by the caller; the same on all ranks
+        self.is_half_edited = False  # the other part was edited in place meanwhile: refused when gradients are read
         self.factor: Tensor | None = None  # 0-D: what it is still to be multiplied by
 
         # This rank's own sum, not sent yet:
@@ -51,6 +54,7 @@ class ParamGrad:
         self._shown: Tensor | None = None  # what was put in `.grad` last
         self._owner = owner
         self._dtype, self._device, self._shape = param.dtype, param.device, param.shape
+        self._stride = stride  # in the bucket, which the parameter's may differ from by now
 
     @property
     def has_local(self) -> bool:
@@ -95,13 +99,14 @@ class ParamGrad:
         """Follow what the caller has done to `.grad`; returns whether that drops the part in the shards.
 
         Raises:
-            RuntimeError: `.grad` was edited while another part of it is in the shards, or is the ShardedGrad of another
-                gradient.
+            RuntimeError: `.grad` is the ShardedGrad of another gradient.
         """
         grad = self.param.grad
         if grad is self._shown:
             if self._local is not None and self._local._version != self._version:
-                self._edited()
+                self.is_half_edited |= self.is_reduced and not self.is_zero
+                self.main_grad = None  # .grad was edited, so .grad is the sum
+                self._version = self._local._version
             return False
         if isinstance(grad, ShardedGrad):
             raise RuntimeError(
@@ -115,25 +120,20 @@ class ParamGrad:
             self.show()
         return was_reduced
 
-    def _edited(self) -> None:
-        if self.is_reduced and not self.is_zero:
-            raise RuntimeError(
-                f"expected .grad of the parameter of shape {tuple(self._shape)} unedited, for a part of it has been "
-                f"reduced already and is not in it, got an edit in place; call optimizer.clip_grad_norm_ or "
-                f"optimizer.set_full_grad(p, value), which see all of it"
-            )
-        assert self._local is not None
-        self.main_grad = None  # .grad was edited, so .grad is the sum
-        self._version = self._local._version
-
     def forget(self) -> bool:
         """Drop the gradient; returns whether the shards still hold a part of it."""
         was_reduced = self.is_reduced
-        self.num_edits += was_reduced
+        if was_reduced:
+            self.count_clear()
         self.is_forgotten |= was_reduced
         self.is_reduced = self.is_zero = self.is_used = False
         self.factor = self.main_grad = self._shown = self._local = None
         return was_reduced
+
+    def count_clear(self) -> None:
+        """Count that the reduced part is gone: edits of it that were not the same on all ranks went with it."""
+        self.num_edits = (self.num_edits // _CLEAR + 1) * _CLEAR
+        self.is_half_edited = False
 
     def _keep(self, plain: Tensor, shown: Tensor) -> None:
         self._local, self._shown, self._version = plain, shown, plain._version
@@ -146,7 +146,7 @@ class ParamGrad:
             if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
                 self._shown = LocalGrad.wrap(self._local, self, self._owner)
                 self.param.grad = self._shown
-        elif self._shown is None and self.param.requires_grad:
+        elif self._shown is None and self.param.grad is None and self.param.requires_grad:
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
 
@@ -157,7 +157,7 @@ class ParamGrad:
         elif self._dtype != torch.float32:
             if self.main_grad is None:
                 self.main_grad = memory.empty(self._local.numel(), torch.float32, self._device)
-                self.main_grad.copy_(flatten_like(self._local, self.param))
+                self.main_grad.copy_(flatten(self._local, self._stride))
             self.param.grad = None
 
     def after_arrival(self) -> None:
@@ -174,8 +174,8 @@ class ParamGrad:
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         if self.main_grad is not None and self._local is not None and self._shown is not None:
-            self.main_grad.add_(flatten_like(grad, self.param))
-            flatten_like(self._local, self.param).copy_(self.main_grad)
+            self.main_grad.add_(flatten(grad, self._stride))
+            self._local.copy_(self.main_grad.as_strided(self._shape, self._stride))
             self.param.grad = self._shown
             self._keep(self._local, self._shown)
         elif grad is self._shown and self._local is not None:  # added in place
@@ -184,7 +184,7 @@ class ParamGrad:
             self._keep(unwrapped(grad), grad)
 
     def local_sum(self) -> Tensor | None:
-        """This rank's unsent sum: of the parameter's shape, or (numel,) in its memory order."""
+        """This rank's unsent sum: of the parameter's shape, or (numel,) in the bucket's memory order."""
         return self._local if self.main_grad is None else self.main_grad
 
     def sent(self) -> None:

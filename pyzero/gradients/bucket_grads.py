@@ -87,7 +87,7 @@ class BucketGrads:
         """Make one reduced gradient zeros."""
         if record.is_reduced:
             record.factor = None
-            record.num_edits += 1
+            record.count_clear()
             record.is_zero = True
             self._fill(record, 0.0)
 

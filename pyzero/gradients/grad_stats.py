@@ -24,7 +24,7 @@ log = logging.getLogger("pyzero")
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _STATES on, one per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _STATES = range(6)
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HALF_EDITED, _STATES = range(7)
 
 
 class Unsent(IntEnum):
@@ -45,6 +45,7 @@ class LocalGradStats(NamedTuple):
     edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
+    half_edited: int | None = None  # a parameter's number: this rank's unsent part was edited, beside a reduced one
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class GradStatsExchange:
 
         Raises:
             CollectiveError: The ranks ran backward a different number of times.
-            RuntimeError: A gradient that had been reduced was edited on some ranks only.
+            RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one.
         """
         used, num_skips = tuple(mine.used), self.num_skips_in_a_row
         unsent = {int(mine.unsent)}
@@ -111,7 +112,8 @@ class GradStatsExchange:
         if self._group.size > 1:
             edits = mine.edits or [0] * len(used)
             states = [2 * num + use for num, use in zip(edits, used, strict=True)]
-            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips, self.num_exports]
+            half_edited = -1 if mine.half_edited is None else mine.half_edited
+            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips, self.num_exports, half_edited]
             self.num_exports = 0
             told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
@@ -154,6 +156,13 @@ class GradStatsExchange:
             )
         if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _UNSENT].tolist()):
             raise mixed_scale_error()
+        half_edited = hosts[:, _HALF_EDITED].max()
+        if half_edited >= 0:
+            raise RuntimeError(
+                f"expected .grad of parameter {int(half_edited)} unedited, for a part of it has been reduced already "
+                f"and is not in it, got an edit in place; call zero_grad(), and from then on "
+                f"optimizer.clip_grad_norm_ or optimizer.set_full_grad(p, value), which see all of it"
+            )
         edits = hosts[:, _STATES:] // 2
         differs = (edits != edits[0]).any(0).tolist()
         if any(differs):

@@ -22,7 +22,7 @@ from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Loca
 from pyzero.gradients.pieces import Pieces
 from pyzero.gradients.source import Gradients, is_set, power_sum
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
-from pyzero.sharding.buckets import Bucket, flatten_like
+from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE
 from pyzero.sharding.local_param import LocalParam, local_of, outer
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
@@ -320,16 +320,14 @@ class LocalGradients(Gradients):
         """See Gradients."""
         grad = bucket.params[position].grad
         assert grad is not None
-        return flatten_like(grad, bucket.params[position]).float()
+        return bucket.flat_of(grad, position).float()
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
         param = bucket.params[position]
         if self._unscale is not None:
             value = value / self._unscale
-        grad = torch.empty_like(param)
-        flatten_like(grad, param).copy_(value)
-        param.grad = grad
+        param.grad = torch.empty_like(param).copy_(bucket.shaped(value, position))
 
     def norm_power(self, norm_type: float) -> Tensor:
         """See Gradients."""

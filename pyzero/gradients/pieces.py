@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero.sharding.buckets import Bucket, flatten_like
+from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import unwrapped
 
 
@@ -26,7 +26,8 @@ class Pieces:
     """The map of elements [low, high) of a bucket, with or without its gaps."""
 
     def __init__(self, bucket: Bucket, low: int, high: int, fills_gaps: bool = True) -> None:
-        self._params = bucket.params
+        self._bucket = bucket
+        self._are_contiguous = [bucket.is_contiguous(position) for position in range(len(bucket.params))]
         self._pieces = _cut(bucket, low, high, fills_gaps)
         self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]
@@ -34,10 +35,10 @@ class Pieces:
         self._gaps = [piece.zeros for piece in self._pieces]
         self._places = [place for place, zeros in enumerate(self._gaps) if zeros is None]
         whole = [piece.zeros is not None or (piece.begin, piece.end) == self._bounds(piece) for piece in self._pieces]
-        self._are_plain = all(whole) and all(bucket.params[position].is_contiguous() for position in self._positions)
+        self._are_plain = all(whole) and all(self._are_contiguous[position] for position in self._positions)
 
     def _bounds(self, piece: _Piece) -> tuple[int, int]:
-        return 0, self._params[piece.position].numel()
+        return 0, self._bucket.params[piece.position].numel()
 
     @property
     def num_pieces(self) -> int:
@@ -68,9 +69,8 @@ class Pieces:
                     continue
                 grad = unwrapped(grad)
                 grad = grad.resolve_neg() if _is_negated(grad) else grad
-                param = self._params[position]
-                is_flat = grad.dim() == 1 or (grad.is_contiguous() and param.is_contiguous())
-                piece = grad if is_flat and grad.is_contiguous() else flatten_like(grad, param)
+                is_flat = grad.dim() == 1 or self._are_contiguous[position]
+                piece = grad if is_flat and grad.is_contiguous() else self._bucket.flat_of(grad, position)
                 if end - begin != grad.numel():
                     piece = piece.view(-1)[begin:end]
             pieces.append(piece)

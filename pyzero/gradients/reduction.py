@@ -89,8 +89,9 @@ class ReducedGradients(Gradients):
     def add(self, bucket: Bucket) -> None:
         """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
         self._bucket_exchange.receive_all()  # the transport may make room anew
-        new = [(param, n) for param, n in zip(bucket.params, bucket.numbers, strict=True) if param not in self._records]
-        records = {param: ParamGrad(param, number, self._self) for param, number in new}
+        rows = zip(bucket.params, bucket.numbers, bucket.strides, strict=True)
+        new = [row for row in rows if row[0] not in self._records]
+        records = {param: ParamGrad(param, number, stride, self._self) for param, number, stride in new}
         self._place(bucket, [records[param] for param in bucket.params])
         self._by_number = sorted((r for _, r in self._records.values()), key=lambda record: record.number)
         self._hooks.add(records)
@@ -367,6 +368,7 @@ class ReducedGradients(Gradients):
             edits=[record.num_edits for record in records],
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
+            half_edited=next((record.number for record in records if record.is_half_edited), None),
         )
         known = self._stats_exchange.gather(stats, None)
         for record in records:

@@ -16,10 +16,10 @@ from pyzero.update_rule import Part, RunShard, UpdateRule
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
 
 
-def flatten_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """(numel,) elements of a tensor in the memory order of its parameter; a view where the strides agree."""
-    if tensor.stride() != param.stride():
-        tensor = torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+def flatten(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """(numel,) elements of a tensor in the memory order of its slot's strides; a view where it has them."""
+    if tensor.stride() != stride:
+        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -71,8 +71,9 @@ class Bucket:
         self.flat = memory.zeros(layout.numel, self.dtype, self.device)  # the weights of all ranks
         begin, end = layout.shard_bounds(rank)
         self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
-        # Each parameter's own strides where it is dense, contiguous ones otherwise.
-        self._strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
+        # Each parameter's own strides where it is dense, contiguous ones otherwise. Others may give it others later on
+        # (channels_last); in here it keeps these.
+        self.strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
         self._shapes = [param.shape for param in params]
         self._dtypes = [self.dtype] * len(params)
         self._versions = [0] * len(params)
@@ -115,7 +116,7 @@ class Bucket:
 
     def _view(self, position: int) -> Tensor:
         """A parameter's slot as a tensor with a storage of its own: saving it saves nothing else of the bucket."""
-        slot, shape, strides = self.layout.slots[position], self._shapes[position], self._strides[position]
+        slot, shape, strides = self.layout.slots[position], self._shapes[position], self.strides[position]
         if not slot.numel:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         param = self.params[position]
@@ -164,12 +165,12 @@ class Bucket:
             [param._version for param in params] == self._versions
             and [param.data_ptr() for param in params] == self._addresses
             and [param.shape for param in params] == self._shapes
-            and [param.stride() for param in params] == self._strides
+            and [param.stride() for param in params] == self.strides
             and [param.dtype for param in params] == self._dtypes
         )
 
     def _has_moved(self, position: int, param: Tensor) -> bool:
-        return param.data_ptr() != self._addresses[position] or param.stride() != self._strides[position]
+        return param.data_ptr() != self._addresses[position] or param.stride() != self.strides[position]
 
     def follow(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
         """Have flat memory and masters follow these parameters, which `written` returned.
@@ -235,11 +236,15 @@ class Bucket:
 
     def shaped(self, flat: Tensor, position: int) -> Tensor:
         """(numel,) elements in a parameter's memory order as a tensor of its shape and strides; the same memory."""
-        return flat.as_strided(self._shapes[position], self._strides[position])
+        return flat.as_strided(self._shapes[position], self.strides[position])
+
+    def is_contiguous(self, position: int) -> bool:
+        """Whether a parameter lies here in the order of its rows."""
+        return torch.empty_strided(self._shapes[position], self.strides[position], device="meta").is_contiguous()
 
     def flat_of(self, tensor: Tensor, position: int) -> Tensor:
         """(numel,) elements of a tensor of a parameter's shape, in the parameter's memory order."""
-        return flatten_like(tensor, self.params[position])
+        return flatten(tensor, self.strides[position])
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -270,7 +275,7 @@ class Bucket:
             in_shard, _ = self.shard_part(position)
             if in_shard.start < in_shard.stop and low <= in_shard.start < high:
                 begin, end = in_shard.start - low, in_shard.stop - low
-                yield Part(position, begin, end, self._shapes[position], self._strides[position])
+                yield Part(position, begin, end, self._shapes[position], self.strides[position])
 
     def _values(self, name: str, low: int, high: int) -> slice:
         """Which values of a slot belong to elements [low, high); low is where a granule begins."""
@@ -306,7 +311,7 @@ class Bucket:
 
     def whole_stride(self, name: str, position: int) -> tuple[int, ...]:
         """The strides that go with `whole_shape`."""
-        return (1,) if self.is_flat(name) else tuple(self._strides[position])
+        return (1,) if self.is_flat(name) else tuple(self.strides[position])
 
     def whole_of(self, name: str, flat: Tensor, position: int) -> Tensor:
         """One parameter's values on the CPU, in its shape. flat: Masters, or a slot's values, of the whole bucket."""

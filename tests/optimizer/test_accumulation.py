@@ -465,6 +465,22 @@ def test_a_backward_adds_to_an_assigned_gradient(run, size, stage):
     run(size, assigned_and_added_to, stage)
 
 
+def assigned_and_passed_by(group: Any, stage: int, sync: bool) -> None:
+    twins = Twins(group, stage)
+    twins.first.grad = torch.full_like(twins.first, 8.0 * (1 + twins.rank))
+    twins.expect(twins.mean(8.0))
+    with twins.no_sync(sync):
+        twins.backward(4.0, index=1)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@UP_TO_TWO
+def test_a_backward_of_others_leaves_an_assigned_gradient(run, size, stage, sync):
+    run(size, assigned_and_passed_by, stage, sync)
+
+
 def multiply(grad: Tensor) -> None:
     grad.mul_(2.0)
 
@@ -702,6 +718,30 @@ def assigned_on_one_rank(group: Any, stage: int, value: float | None, then: str)
 @pytest.mark.parametrize("size", [2])
 def test_a_reduced_gradient_assigned_on_one_rank_is_refused_on_all(run, size, stage, value, then):
     assert run(size, assigned_on_one_rank, stage, value, then) == [(True, True)] * size
+
+
+def half_edited_where_used(group: Any, stage: int, then: str) -> tuple[bool, bool]:
+    twins = Twins(group, stage)
+    twins.loss(1.0).backward()
+    twins.optimizer.full_grad(twins.first)
+    if twins.rank == 0:
+        with twins.optimizer.no_sync():
+            twins.loss(1.0).backward()  # from here on a part of its own lies in `.grad`
+    twins.first.grad.mul_(2.0)
+    refused = is_refused(lambda: NEXT[then](twins)) and is_refused(twins.optimizer.step)
+    unchanged = all(torch.equal(param, torch.full_like(param, 2.0)) for param in twins.model)
+    twins.drop("optimizer")
+    twins.backward(2.0)
+    twins.step()
+    twins.check()
+    return refused, unchanged
+
+
+@pytest.mark.parametrize("then", NEXT)
+@STAGES
+@pytest.mark.parametrize("size", [2])
+def test_a_half_reduced_gradient_edited_where_it_is_used_is_refused_on_all(run, size, stage, then):
+    assert run(size, half_edited_where_used, stage, then) == [(True, True)] * size
 
 
 def unequal_backwards(group: Any, counts: tuple[int, ...]) -> tuple[str, str, float]:

@@ -97,21 +97,30 @@ def test_a_converted_model_is_an_error_on_several_ranks(ranks, stage):
         assert "as the optimizer was built with, got it in bfloat16" in message
 
 
-def test_channels_last_after_construction_keeps_state_and_weights_together():
-    def train(late: bool) -> list[Tensor]:
-        torch.manual_seed(0)
-        conv = nn.Conv2d(3, 5, 3)
-        optimizer = pyzero.FusedZeroAdamW(conv.parameters(), lr=0.1)
-        for step in range(4):
-            if late and step == 2:
-                conv.to(memory_format=torch.channels_last)
-            optimizer.zero_grad()
-            conv(randn(2, 3, 6, 6, seed=step)).square().mean().backward()
-            optimizer.step()
-        return params_of(conv)
+def channels_last_after_construction(group: Any, stage: int, dtype: torch.dtype, late: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3).to(dtype)
+    optimizer = pyzero.FusedZeroAdamW(conv.parameters(), lr=0.1, process_group=group, stage=stage)
+    for step in range(4):
+        optimizer.zero_grad()
+        if late and step == 2:
+            conv.to(memory_format=torch.channels_last)
+        for micro in range(2):
+            conv(randn(2, 3, 6, 6, seed=2 * step + micro).to(dtype)).float().square().mean().backward()
+            if late and step == 3:
+                conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+        if step == 3:
+            optimizer.set_full_grad(conv.weight, randn(5, 3, 3, 3, seed=9))
+        optimizer.step()
+    return params_of(conv)
 
-    for late, wanted in zip(train(True), train(False), strict=True):
-        torch.testing.assert_close(late, wanted, rtol=1e-5, atol=1e-6)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_channels_last_after_construction_keeps_gradients_state_and_weights_together(ranks, size, stage, dtype):
+    late, early = (ranks.run(size, channels_last_after_construction, stage, dtype, late)[0] for late in (True, False))
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (0.02, 0.02)
+    torch.testing.assert_close(late, early, rtol=rtol, atol=atol)
 
 
 def test_a_tensor_assigned_to_data_is_followed():

@@ -30,6 +30,7 @@ GROUPS = (  # of even parameters, of odd ones, of those added later
     dict(lr=2e-2, betas=(0.9, 0.99), weight_decay=0.01),
 )
 EPS = 1e-8
+WITH_INDEX = ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read", "option", "set_state")
 
 Op = tuple[Any, ...]
 Program = list[Op]
@@ -52,6 +53,8 @@ class Config:
     other_cap_mb: float = 1e-3  # of the second run
     other_overlap: bool = False
     other_transport: str = "exact"
+    reduce_grads: bool = True  # False: each rank has the same gradients
+    transposed: bool = False  # matrices, in memory
     loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
     max_grad_norm: float | None = None
     decoupled: bool = True
@@ -64,8 +67,25 @@ class Config:
     def dtype(self, index: int) -> torch.dtype:
         return DTYPES[self.specs[index][1]]
 
-    def group(self, index: int) -> dict[str, Any]:
-        return GROUPS[2 if index >= len(self.params) else index % 2]
+    @property
+    def alone(self) -> bool:
+        """`.grad` is torch's."""
+        return self.size == 1 or not self.reduce_grads
+
+    @property
+    def num_parts(self) -> int:
+        """How many gradients the mean is of."""
+        return 1 if self.alone else self.size
+
+    def group_of(self, index: int) -> int:
+        """Among param_groups: even ones, odd ones, and a group for each that is added later."""
+        first = len(self.params)
+        return index % 2 if index < first else min(first, 2) + index - first
+
+    def options(self, index: int) -> dict[str, Any]:
+        """A parameter's, of the beginning."""
+        options = GROUPS[2 if index >= len(self.params) else index % 2]
+        return {**options, "maximize": False, "decoupled_weight_decay": self.decoupled}
 
 
 class World:
@@ -78,6 +98,11 @@ class World:
         self.placed = self.added & self.trained  # the optimizer has state of them
         self.ever_scaled = False
         self.can_load = False
+        self.stage = config.stage
+
+    def is_round(self, sync: bool) -> bool:
+        """Whether gradients are sent in a backward."""
+        return self.stage == 2 and sync and not self.config.alone
 
     def used(self, mask: int) -> set[int]:
         """The parameters that a mask means in a backward."""
@@ -90,20 +115,26 @@ class World:
     def legal(self, op: Op) -> bool:
         """Ops that promise nothing are left out; so are those whose arguments mean nothing."""
         name, args, config = op[0], op[1:], self.config
-        index = args[-1] if name in ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read") else None
+        index = args[-1] if name in WITH_INDEX else None
         if index is not None and index not in self.added:
             return False
         if name == "backward":
-            used = [self.used(mask) for mask in args[3][: config.size]]
-            if config.stage == 2 and config.size > 1:  # a round on every rank, or on none
+            used = [self.used(mask) for mask in args[3][: config.num_parts]]
+            if self.is_round(args[2]):  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
             return any(used)
         if name == "assign":  # whether v carries the loss scale, nobody says
             return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
         if name == "set_full_grad":
             return index in self.trained & self.placed
+        if name == "set_state":
+            return index in self.placed
+        if name == "rebuild":
+            if args[0] == "checkpoint":  # it is strict
+                return self.placed <= self.trained
+            return args[0] == "full" or self.added & self.trained == self.placed
         if name == "torch_clip":  # one rank: `.grad` carries the loss scale
-            return config.size > 1 or config.loss_scale is None
+            return not config.alone or config.loss_scale is None
         if name == "freeze":
             return index in self.trained & self.placed and len(self.trained & self.placed) > 1
         if name == "thaw":
@@ -129,7 +160,12 @@ class World:
             self.can_load = False
         elif name == "step":
             self.placed |= self.added & self.trained
+        elif name == "rebuild":
+            self.can_load &= self.placed <= self.trained
+            self.stage, self.placed = op[2], self.added & self.trained
         elif name == "save":
+            if op[1] == "full":
+                self.placed |= self.added & self.trained
             self.can_load = self.added & self.trained <= self.placed  # what is placed in between would not fit
 
 
@@ -147,7 +183,8 @@ def start(config: Config, index: int) -> Tensor:
     shape, _, _ = config.specs[index]
     size = 0.5 + 1.5 * torch.rand(shape, generator=seeded(config.seed, index, 1))
     sign = torch.randint(0, 2, shape, generator=seeded(config.seed, index, 2)) * 2.0 - 1.0
-    return (sign * size).to(config.dtype(index))
+    value = (sign * size).to(config.dtype(index))
+    return value.mT.contiguous().mT if config.transposed and value.dim() == 2 else value
 
 
 def unit_of(index: int) -> float:
@@ -167,6 +204,14 @@ def written(config: Config, index: int, count: int) -> Tensor:
     sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
     size = 4.0 + count + torch.randint(0, 3, shape, generator=generator) / 4
     return (sign * size).to(config.dtype(index))
+
+
+def state_value(config: Config, index: int, number: int, name: str) -> Tensor:
+    """What is set by hand."""
+    if name == "step":
+        return torch.tensor(float(number))
+    value = 0.1 + number + torch.rand(config.specs[index][0], generator=seeded(config.seed, index, number, len(name)))
+    return value if name == "exp_avg_sq" else -value if number % 2 else value
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
@@ -206,11 +251,12 @@ class Slot:
     step: int = 0
 
 
-def adam(slot: Slot, grad: Tensor, group: dict[str, Any], decoupled: bool) -> Slot:
+def adam(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
     """torch.optim.Adam's or AdamW's step in fp64."""
-    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    lr, (beta1, beta2), decay = options["lr"], options["betas"], options["weight_decay"]
     master, step = slot.master.double(), slot.step + 1
-    if decoupled:
+    grad = -grad if options["maximize"] else grad
+    if options["decoupled_weight_decay"]:
         master = master * (1 - lr * decay)
     else:
         grad = grad + decay * master
@@ -234,7 +280,8 @@ class Model(World):
         for index in range(len(config.specs)):
             zeros = torch.zeros(config.specs[index][0])
             self.slots.append(Slot(start(config, index).float(), zeros, zeros))
-        self.saved: tuple[dict[int, Slot], float, int] | None = None
+        self.groups = {config.group_of(index): config.options(index) for index in range(len(config.specs))}
+        self.saved: tuple[dict[int, Slot], dict[int, dict[str, Any]], float, int] | None = None
         self.scale = DYNAMIC["init_scale"] if config.loss_scale == "dynamic" else config.loss_scale or 1.0
         self.clean_steps = 0
         self.num_writes = 0
@@ -253,10 +300,17 @@ class Model(World):
         self.before_clip = False  # clipped by the optimizer: grad_norm may be that before it, or after it
         self.is_norm_known = True
         self.order_matters = False  # sums round: a read in between may change bits
+        self.norms_round = False  # and so does a norm that was used: where shards are cut may change bits
+        self.has_norms = False  # of single parameters, kept on each rank until a gradient comes there
+        self.norms_apart = False  # it came on some ranks only: the others would not ask for them again
 
     @property
     def alone(self) -> bool:
-        return self.config.size == 1
+        return self.config.alone
+
+    def options(self, index: int) -> dict[str, Any]:
+        """A parameter's hyper-parameters now."""
+        return self.groups[self.config.group_of(index)]
 
     def excuses(self) -> list[str]:
         """The refusals of promises that may come now."""
@@ -317,6 +371,7 @@ class Model(World):
         """Nothing is left of any gradient."""
         self.kinds.clear()
         self.by_itself = True
+        self.has_norms = self.norms_apart = False
         self.is_leftover = self.clipped = self.edited_after_clip = self.before_clip = False
 
     def scale_by(self, index: int, factor: float, unit: float) -> None:
@@ -338,6 +393,7 @@ class Model(World):
         if known and not self.alone:  # a round: each trained parameter carries a gradient after it, if an empty one
             self.reduced |= known
             self.local -= known
+            self.has_norms = self.norms_apart = False
             self.carried |= known | (self.placed & self.trained)
 
     def edit(self, indices: Iterable[int]) -> None:
@@ -353,6 +409,7 @@ class Model(World):
         norm, off = self.norm(indices, norm_type)
         factor = min(1.0, max_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
         sure = factor == 1.0 and max_norm > (norm + off) * (1 + 8 * unit) + 1e-3
+        self.norms_round |= not sure and not self.alone and (norm_type != 2.0 or unit > 0.0)
         for index in indices:
             if not sure:
                 relative = off / norm if math.isfinite(norm) and norm else 0.0

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from program_model import (
-    DYNAMIC,
-    EPS,
     FP32,
-    GROUPS,
     LARGEST,
     ROUNDING,
     Config,
@@ -30,8 +26,8 @@ from program_model import (
     start,
     top,
     unit_of,
-    written,
 )
+from program_state import StateOps
 from tolerances import ADAM
 from torch import Tensor, nn
 
@@ -48,10 +44,11 @@ class Outcome:
     at: int = -1  # the op's number
     text: str = ""
     order_matters: bool = False
+    norms_round: bool = False
     records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
 
 
-class Run:
+class Run(StateOps):
     """One program on this rank. `quiet`: reads and checks are left out, but for those at the end."""
 
     def __init__(self, group: Any, config: Config, quiet: bool) -> None:
@@ -62,21 +59,7 @@ class Run:
         values = [start(config, index) + offset for index, offset in enumerate(offsets)]
         self.params = [nn.Parameter(v, requires_grad=not s[2]) for v, s in zip(values, config.specs, strict=True)]
         self.module = nn.ParameterList(self.params)
-        indices = range(len(config.params))
-        groups = [{"params": [self.params[i] for i in indices if i % 2 == k], **GROUPS[k]} for k in (0, 1)]
-        scale: Any = pyzero.LossScale(**DYNAMIC) if config.loss_scale == "dynamic" else config.loss_scale
-        cls = pyzero.FusedZeroAdamW if config.decoupled else pyzero.FusedZeroAdam
-        self.optimizer = cls(
-            [options for options in groups if options["params"]],
-            eps=EPS,
-            process_group=group,
-            stage=config.stage,
-            bucket_cap_mb=config.cap_mb,
-            overlap=config.overlap,
-            transport=config.transport,
-            loss_scale=scale,
-            max_grad_norm=config.max_grad_norm,
-        )
+        self.optimizer = self.build(config)
         self.saved: Any = None
         self.records: list[tuple[str, str]] = []
         self.number = 0
@@ -107,7 +90,8 @@ class Run:
 
     def compare_norm(self, name: str, got: Any, wanted: tuple[float, float], unit: float = 0.0) -> None:
         value, (norm, off) = float(got), wanted
-        self.record(name, torch.tensor(value))
+        if not unit:
+            self.record(name, torch.tensor(value))
         if not math.isfinite(norm):
             assert not math.isfinite(value), f"{name}: got {value}, torch has {norm}"
             return
@@ -136,7 +120,7 @@ class Run:
     def gradients(self, number: int, mask: int, rank: int, bad: tuple[int, str] | None) -> dict[int, Tensor]:
         found = {i: coefficient(self.config, i, number, rank) for i in sorted(self.model.used(mask))}
         victim = next((grad for grad in found.values() if grad.numel()), None)
-        if victim is not None and bad is not None and bad[0] % self.config.size == rank:
+        if victim is not None and bad is not None and bad[0] % self.config.num_parts == rank:
             victim.view(-1)[-1] = float(bad[1])
         return found
 
@@ -146,15 +130,15 @@ class Run:
     def do_backward(
         self, number: int, scaled: bool, sync: bool, masks: tuple[int, ...], bad: tuple[int, str] | None
     ) -> None:
-        config, model = self.config, self.model
-        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(config.size)]
+        model = self.model
+        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
         used = set().union(*by_rank)
         if any(self.too_large(index, model.grads[index].bound + 12 * unit_of(index)) for index in used):
             return
-        is_round = config.stage == 2 and sync and config.size > 1
+        is_round = model.is_round(sync)
         model.kinds.add("scaled" if scaled else "plain")
         model.by_itself &= is_round and not used & model.idle
-        mine = by_rank[self.rank]
+        mine = by_rank[self.rank % self.config.num_parts]
         if mine:
             loss = sum((self.params[index].float() * grad).sum() for index, grad in mine.items())
             with contextlib.nullcontext() if sync else self.optimizer.no_sync():
@@ -164,11 +148,12 @@ class Run:
                     loss.backward()
         for index in sorted(used):
             grads = [grads[index].double() for grads in by_rank if index in grads]
-            model.add(index, torch.stack(grads).sum(0) / config.size)
+            model.add(index, torch.stack(grads).sum(0) / self.config.num_parts)
         model.local |= used
         if not is_round and not model.alone:
             everywhere = set.intersection(*map(set, by_rank))
             model.carried |= everywhere
+            model.norms_apart |= model.has_norms and not all(by_rank)
         if is_round:
             model.reduce()
 
@@ -205,17 +190,19 @@ class Run:
         if model.alone and (self.config.loss_scale is not None or model.clipped):
             return  # `.grad` carries the scale, and lacks the factor
         known = model.grads[index].value is not None
-        if not (known if model.alone else index in model.carried):
+        if not (known if model.alone else index in model.carried) or model.norms_apart:
             return
         assert param.grad is not None, f"`.grad` of parameter {index} is None after a round"
         if what == "norm":
             unit = ROUNDING[param.dtype]
             self.compare_norm(f"`.grad`.norm() of parameter {index}", param.grad.norm(), model.norm([index]), unit)
             model.reduce()
+            model.has_norms = True
         elif model.alone or index not in model.local:
             got, value = bool(torch.isfinite(param.grad).all()), model.grads[index].value
             wanted = value is None or bool(value.isfinite().all())
             assert got == wanted, f"`.grad` of parameter {index}: isfinite().all() is {got}"
+            model.has_norms = True
 
     def do_clip(self, max_norm: float, norm_type: float) -> None:
         model = self.model
@@ -231,7 +218,7 @@ class Run:
         model = self.model
         held = {i for i, g in enumerate(model.grads) if g.value is not None} if model.alone else model.carried
         indices = [index for index in model.chosen(mask) if index in held]
-        if not indices:
+        if not indices or model.norms_apart:
             return
         unit = max(ROUNDING[self.config.dtype(index)] for index in indices)
         wanted, after_clip = model.norm(indices), model.clipped
@@ -242,13 +229,14 @@ class Run:
             self.compare_norm(f"torch's clip_grad_norm_({max_norm}) of {indices}", got, wanted, unit)
         model.clip(indices, max_norm, unit=unit)
         model.reduce()
+        model.has_norms = True
 
     def do_assign(self, number: int, index: int) -> None:
         model, config = self.model, self.config
         model.edit([index])
         model.kinds.add("plain")
-        values = [coefficient(config, index, number, rank) for rank in range(config.size)]
-        self.params[index].grad = values[self.rank].to(config.dtype(index))
+        values = [coefficient(config, index, number, rank) for rank in range(self.config.num_parts)]
+        self.params[index].grad = values[self.rank % self.config.num_parts].to(config.dtype(index))
         edited, model.by_itself = model.half_edited - {index}, False
         model.put(index, torch.stack(values).double().mean(0))
         model.kinds.add("plain")
@@ -311,38 +299,6 @@ class Run:
         self.params[index].grad = None
         self.model.put(index, None)
 
-    def do_freeze(self, index: int) -> None:
-        self.params[index].requires_grad_(False)
-
-    def do_thaw(self, index: int) -> None:
-        self.params[index].requires_grad_(True)
-
-    def do_add_group(self) -> None:
-        self.optimizer.add_param_group({"params": [self.params[len(self.model.added)]], **GROUPS[2]})
-
-    def do_write(self, index: int) -> None:
-        model = self.model
-        model.num_writes += 1
-        value = written(self.config, index, model.num_writes)
-        with torch.no_grad():
-            self.params[index].copy_(value)
-        model.slots[index] = replace(model.slots[index], master=value.float())
-
-    def do_save(self) -> None:
-        model = self.model
-        self.saved = copy.deepcopy(self.optimizer.state_dict())
-        model.saved = ({index: model.slots[index] for index in model.placed}, model.scale, model.clean_steps)
-
-    def do_load(self) -> None:
-        model = self.model
-        self.optimizer.load_state_dict(copy.deepcopy(self.saved))
-        assert model.saved is not None
-        slots, model.scale, model.clean_steps = model.saved
-        for index, slot in slots.items():
-            model.slots[index] = slot
-        if model.alone and self.config.loss_scale == "dynamic":
-            model.is_leftover |= any(grad.value is not None for grad in model.grads)
-
     def do_step(self) -> None:
         model, optimizer = self.model, self.optimizer
         applied = model.all_finite()
@@ -389,7 +345,7 @@ class Run:
                 assert got["step"] == before.step, f"step of parameter {index} is {got['step']}, not {before.step}"
                 continue
             rough = model.grads[index].rough
-            after = adam(before, grad.double() * factor, config.group(index), config.decoupled)
+            after = adam(before, grad.double() * factor, model.options(index))
             assert got["step"] == after.step, f"step of parameter {index} is {got['step']}, not {after.step}"
             for name, limit in self.limits(index, before, after, top(grad), clips or rough).items():
                 off = top(got[name].double() - getattr(after, name))
@@ -399,12 +355,13 @@ class Run:
 
     def limits(self, index: int, before: Slot, after: Slot, grad: float, clips: bool) -> dict[str, float]:
         """The table's for one step, and what a clip adds; see test_properties.limits_of."""
-        group, row = self.config.group(index), ADAM[torch.float32]
-        lr, decay, beta2 = group["lr"], group["weight_decay"], group["betas"][1]
-        largest = max(grad + (0.0 if self.config.decoupled else decay * top(before.master)), top(before.exp_avg))
+        options, row = self.model.options(index), ADAM[torch.float32]
+        lr, decay, beta2 = options["lr"], options["weight_decay"], options["betas"][1]
+        decoupled = options["decoupled_weight_decay"]
+        largest = max(grad + (0.0 if decoupled else decay * top(before.master)), top(before.exp_avg))
         largest = max(largest, top(before.exp_avg_sq.sqrt()))
         moved = max(lr, top(after.master - before.master))
-        kept = 1 - lr * decay if self.config.decoupled else 1.0
+        kept = 1 - lr * decay if decoupled else 1.0
         magnitude, by_clip = max(top(before.master), top(after.master)), FP32 if clips else 0.0
         relative = 0.0
         if self.model.last_norm is not None and clips and math.isfinite(self.model.last_norm[0]):
@@ -481,5 +438,5 @@ def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Ou
                 outcome.status, outcome.text = "refused", "another rank ended here"
         if outcome.status != "done":
             break
-    outcome.order_matters = run.model.order_matters
+    outcome.order_matters, outcome.norms_round = run.model.order_matters, run.model.norms_round
     return outcome

@@ -1,0 +1,174 @@
+"""Ops of test_state_machine.py's programs that are not about gradients: state, weights, groups, saving, building."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from program_model import DYNAMIC, EPS, Config, Model, Slot, state_value, written
+from torch import Tensor, nn
+
+import pyzero
+
+
+class StateOps:
+    """A mixin of program_run.Run."""
+
+    group: Any
+    config: Config
+    model: Model
+    params: list[nn.Parameter]
+    module: nn.ParameterList
+    optimizer: pyzero.FusedZeroAdam
+    rank: int
+    saved: Any
+
+    def build(self, config: Config) -> pyzero.FusedZeroAdam:
+        """An optimizer of all parameters that are in its groups now, with the hyper-parameters of the beginning."""
+        groups: dict[int, dict[str, Any]] = {}
+        for index in sorted(self.model.added):
+            group = groups.setdefault(config.group_of(index), {**config.options(index), "params": []})
+            group["params"].append(self.params[index])
+        return (pyzero.FusedZeroAdamW if config.decoupled else pyzero.FusedZeroAdam)(
+            [groups[number] for number in sorted(groups)],
+            eps=EPS,
+            process_group=self.group,
+            stage=self.model.stage,
+            bucket_cap_mb=config.cap_mb,
+            overlap=config.overlap,
+            transport=config.transport,
+            reduce_grads=config.reduce_grads,
+            loss_scale=pyzero.LossScale(**DYNAMIC) if config.loss_scale == "dynamic" else config.loss_scale,
+            max_grad_norm=config.max_grad_norm,
+        )
+
+    def do_freeze(self, index: int) -> None:
+        self.params[index].requires_grad_(False)
+
+    def do_thaw(self, index: int) -> None:
+        self.params[index].requires_grad_(True)
+
+    def do_add_group(self) -> None:
+        new = len(self.model.added)
+        self.optimizer.add_param_group({"params": [self.params[new]], **self.config.options(new)})
+
+    def do_option(self, name: str, value: Any, index: int) -> None:
+        """A hyper-parameter is changed."""
+        number, options = self.config.group_of(index), self.model.options(index)
+        group = self.optimizer.param_groups[number]
+        if name == "schedule":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it came before a step of the optimizer
+                torch.optim.lr_scheduler.ExponentialLR(self.optimizer, value).step()
+            for each in range(len(self.optimizer.param_groups)):
+                self.model.groups[each] = {**self.model.groups[each], "lr": self.model.groups[each]["lr"] * value}
+            return
+        if name == "lr tensor":
+            name, value = "lr", torch.tensor(value)
+        group[name] = value
+        self.model.groups[number] = {**options, name: float(value) if isinstance(value, Tensor) else value}
+
+    def do_set_state(self, number: int, names: tuple[str, ...], index: int) -> None:
+        state = {name: state_value(self.config, index, number, name) for name in names}
+        self.optimizer.set_full_state(self.params[index], dict(state))
+        changes: dict[str, Any] = {n: int(v) if n == "step" else v for n, v in state.items()}
+        self.model.slots[index] = replace(self.model.slots[index], **changes)
+
+    def do_write(self, how: str, index: int) -> None:
+        """A weight, on all ranks."""
+        model, param = self.model, self.params[index]
+        model.num_writes += 1
+        value = written(self.config, index, model.num_writes)
+        with torch.no_grad():
+            if how == "copy_":
+                param.copy_(value)
+            elif how == "data":
+                param.data = value.clone()
+            elif how == "transposed data":
+                param.data = value.mT.contiguous().mT if value.dim() == 2 else value.clone()
+            elif how == "behind its back":
+                param.data.copy_(value)
+                self.optimizer.refresh_fp32_params()
+            elif how == "load_state_dict":
+                self.module.load_state_dict({**self.module.state_dict(), str(index): value})
+        model.slots[index] = replace(model.slots[index], master=value.float())
+
+    def do_save(self, how: str) -> None:
+        model = self.model
+        if how == "state_dict":
+            self.saved = copy.deepcopy(self.optimizer.state_dict())
+        elif how == "bytes":
+            self.saved = through_bytes(self.optimizer.state_dict())
+        else:
+            self.saved = self.optimizer.full_state_dict()
+            model.placed |= model.added & model.trained
+        model.saved = (
+            {index: model.slots[index] for index in model.placed},
+            dict(model.groups),
+            model.scale,
+            model.clean_steps,
+        )
+
+    def do_load(self) -> None:
+        model = self.model
+        self.optimizer.load_state_dict(copy.deepcopy(self.saved))
+        assert model.saved is not None
+        slots, model.groups, model.scale, model.clean_steps = model.saved
+        for index, slot in slots.items():
+            model.slots[index] = slot
+        if model.alone and self.config.loss_scale == "dynamic":
+            model.is_leftover |= any(grad.value is not None for grad in model.grads)
+
+    def do_rebuild(self, how: str, stage: int) -> None:
+        """Another optimizer takes the place of this one, with other buckets, and loads its state."""
+        model, config = self.model, self.config
+        self.module.zero_grad()
+        folder = Path(tempfile.gettempdir()) / f"pyzero-program-{os.getppid()}"
+        saved = None
+        if how == "checkpoint":
+            pyzero.save_checkpoint(folder, model=self.module, optimizer=self.optimizer, step=0)
+        elif how == "full":
+            saved = through_bytes(self.optimizer.full_state_dict())
+        else:
+            saved = copy.deepcopy(self.optimizer.state_dict())
+        if how != "state_dict":
+            model.placed |= model.added & model.trained
+        del self.optimizer
+        gc.collect()  # a scheduler's patch of step() is a cycle
+        self.config = replace(
+            config, cap_mb=config.other_cap_mb, overlap=config.other_overlap, transport=config.other_transport
+        )
+        model.stage = stage
+        self.optimizer = self.build(self.config)
+        if how == "checkpoint":
+            pyzero.load_checkpoint(folder, model=self.module, optimizer=self.optimizer)
+            dist.barrier(self.group)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            self.optimizer.load_state_dict(saved)
+        for index in model.placed - model.trained:  # what is frozen has no state in the new one
+            zeros = torch.zeros(config.specs[index][0])
+            model.slots[index] = Slot(self.params[index].detach().float(), zeros, zeros)
+        for index in model.added:
+            model.put(index, None)
+        model.forget()
+        model.last_norm, model.idle = None, set()
+
+
+def through_bytes(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """As torch.save and torch.load give it back."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file)
+    return found
