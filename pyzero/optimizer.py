@@ -17,7 +17,7 @@ from pyzero.comm.group import Work
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
 from pyzero.gradients.local import LocalGradients
-from pyzero.gradients.overlap import OverlappedGradients
+from pyzero.gradients.overlap import OverlappedGradients, take_over
 from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
 from pyzero.gradients.source import Gradients
 from pyzero.loss_scale import scaler
@@ -445,6 +445,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
         group_indices = list(group_indices)
         for bucket in self._param_buckets.add(self._param_groups, group_indices):
+            take_over(bucket.params)
             self._gradients.add(bucket)
         params = [param for index in group_indices for param in self._param_groups[index]["params"]]
         self._gradients.watch([param for param in params if not param.requires_grad], self._place_unfrozen)

@@ -50,9 +50,14 @@ class GradientHooks:
                 self._handles.append(param.register_post_accumulate_grad_hook(lambda leaf: _call_eagerly(weak)))
                 param.requires_grad_(False)
 
-    def __del__(self) -> None:
+    def remove(self) -> None:
+        """Call nothing from now on."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+
+    def __del__(self) -> None:
+        self.remove()
 
 
 def _accumulator(leaf: Tensor) -> Any:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.bucket_grads import BucketGrads
+from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
+from pyzero.sharding.local_param import outer
+
+_reducing = WeakIdKeyDictionary()  # by parameter: a weak reference to who reduces its gradient in backward
+
+
+def take_over(params: Iterable[Tensor]) -> None:
+    """Another optimizer gets these parameters: retire those that reduced them in backward.
+
+    They may live on in a traceback, a notebook or a cycle, on one rank longer than on another.
+    """
+    for param in params:
+        earlier = _reducing.get(outer(param))
+        if earlier is not None and earlier() is not None:
+            earlier().retire()
 
 
 class OverlappedGradients(ReducedGradients):
@@ -27,11 +43,34 @@ class OverlappedGradients(ReducedGradients):
         self._deferred: set[ParamGrad] = set()  # unused in the last step on all ranks
         self._undeferrable: set[ParamGrad] = set()  # got a gradient once while they were deferred
         self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
+        self._is_retired = False  # another optimizer has taken over
 
     @property
     def arrival(self) -> list[int]:  # type: ignore[override]
         """Parameter numbers in the order in which this rank's gradients have come."""
         return list(self._arrived)
+
+    def add(self, bucket: Bucket) -> None:
+        """See ReducedGradients."""
+        super().add(bucket)
+        for param in bucket.params:
+            _reducing[outer(param)] = self._self
+
+    def retire(self) -> None:
+        """Do nothing in backward from now on, and refuse steps: another optimizer has some of these parameters."""
+        self._hooks.remove()
+        self._end.forget()
+        self._is_sending = self._awaits_step = False
+        self._is_retired = True
+
+    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
+        """See Gradients."""
+        if self._is_retired:
+            raise RuntimeError(
+                "expected the optimizer that was built last over its parameters, got an earlier one, whose gradients "
+                "that one reduces now; step that one, or build this one anew"
+            )
+        return super().collect(scaler_found_inf, purpose)
 
     def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
         grads = super()._place(bucket, records)
