@@ -47,13 +47,21 @@ inline void narrow(const float* __restrict in, Float16* __restrict out, int64_t 
 
 // Stores past the caches: no line is read just to be overwritten, a third of the traffic of a plain store's. Before
 // another thread reads what was written: end_stream().
-inline void stream(const float* __restrict in, float* __restrict out, int64_t count) {
+inline void stream(const void* __restrict in, void* __restrict out, int64_t num_bytes) {
+  const char* from = static_cast<const char*>(in);
+  char* to = static_cast<char*>(out);
   int64_t i = 0;
 #if defined(__AVX__)
-  for (; i < count && reinterpret_cast<uintptr_t>(out + i) % sizeof(__m256) != 0; ++i) out[i] = in[i];
-  for (; i + 8 <= count; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(in + i));
+  constexpr int64_t kVector = sizeof(__m256i);
+  const int64_t head = (kVector - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kVector)) % kVector;
+  i = head < num_bytes ? head : num_bytes;
+  memcpy(to, from, i);
+  for (; i + kVector <= num_bytes; i += kVector) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+  }
 #endif
-  for (; i < count; ++i) out[i] = in[i];
+  memcpy(to + i, from + i, num_bytes - i);
 }
 
 inline void end_stream() {

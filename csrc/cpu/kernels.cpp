@@ -16,7 +16,7 @@ namespace pyzero {
 namespace PYZERO_ISA {
 
 extern const KernelTable kKernels;
-const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, lion, scale, reduce};
+const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, lion, scale, stream_copy, reduce};
 
 }  // namespace PYZERO_ISA
 }  // namespace pyzero

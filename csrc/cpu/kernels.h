@@ -37,6 +37,7 @@ struct KernelTable {
   // Returns the sum of squares of what was stored where asked for, NaN or 0 where only the flag is: either is not
   // finite exactly where some value was not.
   double (*scale)(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, int64_t begin, int64_t end);
+  void (*stream_copy)(const void* src, void* dst, int64_t num_bytes);  // past the caches
   double (*reduce)(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end);
 };
 

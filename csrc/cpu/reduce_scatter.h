@@ -32,7 +32,7 @@ double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64
     for (int64_t i = 0; i < count; ++i) {
       out[i] = reduce_finish<kAccumulate>(kAccumulate ? out[i] : 0.0f, sum[i], span.scale);
     }
-    if (span.non_temporal) stream(out, span.shard + at, count);
+    if (span.non_temporal) stream(out, span.shard + at, count * sizeof(float));
     if (want_sumsq) squares.add(out, count);
   }
   if (span.non_temporal) end_stream();

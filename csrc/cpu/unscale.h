@@ -62,6 +62,11 @@ double scale(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, 
   return sum.total();
 }
 
+void stream_copy(const void* src, void* dst, int64_t num_bytes) {
+  stream(src, dst, num_bytes);
+  end_stream();
+}
+
 }  // namespace
 }  // namespace PYZERO_ISA
 }  // namespace pyzero

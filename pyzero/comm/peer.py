@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero import memory
+from pyzero import memory, ops
 from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.host import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
@@ -186,7 +186,7 @@ class PeerTransport(Transport):
         """See Transport. The shard is copied at once."""
         self._read_gathers_for(shard.nbytes)
         room = self.buffer(shard.numel(), shard.dtype, shard.device)
-        room.copy_(shard)
+        ops.pack_(room, [shard], offsets=[0])  # past the caches, as copy_ does not
         return self._gather_when_posted(self._post(room), flat)
 
     def _read_gathers_for(self, num_bytes: int) -> Piece:
@@ -206,12 +206,13 @@ class PeerTransport(Transport):
         """Copy other ranks' weights, of pieces up to that number, into the flat buffers."""
         while self._gathers and self._gathers[0].piece.number <= number:
             piece, flat, _ = self._gathers.popleft()
-            shards = flat.view(self.group.size, -1)
+            numel = flat.numel() // self.group.size
+            found: dict[int, Tensor] = {}  # by whose weights they are
             for rank, sources in self._shards_in.items():
-                there = self._host.tensor(rank, piece.begin, len(sources) * shards.shape[1], flat.dtype)
-                for source, shard in zip(sources, there.view(len(sources), -1), strict=True):
-                    if source != self.group.rank:
-                        shards[source].copy_(shard)
+                there = self._host.tensor(rank, piece.begin, len(sources) * numel, flat.dtype)
+                found.update(zip(sources, there.split(numel), strict=True))
+            others = sorted(found.keys() - {self.group.rank})
+            ops.pack_(flat, [found[rank] for rank in others], offsets=[rank * numel for rank in others])
             self._host.mark_read()
 
 

@@ -34,12 +34,13 @@ def traffic(group: Any, stage: int, transport: str) -> tuple[dict[str, int], dic
 @pytest.mark.parametrize("transport", ["peer", "exact"])
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_bytes_per_parameter(ranks, size, stage, transport):
+    copies = ledger.COPIES.at(size) if size > 1 and transport == "peer" else 0  # pack_'s, too
     for ops, torchs in ranks.run(size, traffic, stage, transport):
         for item in ledger.kernels(size):
-            assert ops.pop(item.kernel) / NUMEL == pytest.approx(item.at(size), rel=SMALL), item
+            wanted = item.at(size) + (copies if item.kernel == "pack_" else 0)
+            assert ops.pop(item.kernel) / NUMEL == pytest.approx(wanted, rel=SMALL), item
         assert sum(ops.values()) < SMALL * NUMEL, ops
-        copies = ledger.COPIES.at(size) if size > 1 and transport == "peer" else 0
-        assert sum(torchs.values()) / NUMEL == pytest.approx(copies, abs=SMALL), torchs
+        assert sum(torchs.values()) < SMALL * NUMEL, torchs
 
 
 def test_the_table_of_the_docs():
