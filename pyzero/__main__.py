@@ -26,6 +26,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command in ("import-deepspeed", "export"):
+        return _convert(args)
+    if args.command == "report":
+        from . import report
+
+        return report.main()
+    if args.command == "config-keys":
+        from .deepspeed.config import keys, schema
+
+        print(keys.table(schema.Config), end="")
+        return 0
+    try:
+        _estimate(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pyzero")
     parser.add_argument("--version", action="version", version=f"pyzero {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -48,37 +69,15 @@ def _run(argv: list[str] | None) -> int:
     exports.add_argument("directory", metavar="DIR", help="where pyzero.save_checkpoint() saved")
     exports.add_argument("path", metavar="FILE.safetensors")
     exports.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the model's; fp32: the masters")
-    args = parser.parse_args(argv)
+    return parser
 
-    if args.command in ("import-deepspeed", "export"):
-        return _convert(args)
-    if args.command == "report":
-        from . import report
 
-        return report.main()
-    if args.command == "config-keys":
-        from .deepspeed.config import keys, schema
+def _estimate(args: argparse.Namespace) -> None:
+    from . import estimate
 
-        print(keys.table(schema.Config), end="")
-        return 0
-    from . import estimate as estimates
-
-    dtype = estimates.DTYPES[args.dtype]
-    try:
-        found = estimates.estimate_numel(
-            args.model_params,
-            dtype,
-            args.ranks,
-            args.stage,
-            args.bucket_cap_mb,
-            args.tensor_parallel,
-            args.blocks,
-            args.cpu_offload,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    print(estimates.table(found))
-    return 0
+    dtype = estimate.DTYPES[args.dtype]
+    options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, args.blocks, args.cpu_offload)
+    print(estimate.table(estimate.estimate_numel(args.model_params, dtype, *options)))
 
 
 def _convert(args: argparse.Namespace) -> int:
