@@ -97,9 +97,9 @@ class OptimizerSection(Section):
     type: Annotated[
         str,
         Done(
-            "Adam, AdamW, Lion, Lamb; Muon, of matrices without embed or lm_head in their names, Adam for the rest, the "
-            "norm being that of gradients (DeepSpeed takes it of Muon's updates); OneBitAdam and ZeroOneAdam run as "
-            "Adam, OneBitLamb as Lamb, with one log line; others are refused"
+            "Adam, AdamW, Lion, Lamb; Muon, of matrices without embed or lm_head in their names, Adam for the rest, "
+            "the norm being that of gradients (DeepSpeed takes it of Muon's updates); OneBitAdam and ZeroOneAdam run "
+            "as Adam, OneBitLamb as Lamb, with one log line; others are refused"
         ),
     ]
     params: OptimizerParams = Field(default=OptimizerParams())
