@@ -1,11 +1,15 @@
 """Process groups of an optimizer's own: what torch is asked for, where the default group is NCCL's."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+import pyzero
+from pyzero import optimizer
 from pyzero.comm import channels
 
 
@@ -37,3 +41,19 @@ def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):
     world.bound_device_id = bound
     channels.new_group([0], world, None, 0)
     assert seen == [None] and world.bound_device_id == bound
+
+
+def test_ranks_first_talk_from_the_gpu_of_their_parameters(monkeypatch):
+    """NCCL sends objects from the current GPU, which is the first one on every rank that did not call set_device()."""
+    seen, talk = [], optimizer.make_topology
+
+    @contextmanager
+    def placed(device: torch.device):
+        seen.append(device.type)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(optimizer, "on_device", placed)
+    monkeypatch.setattr(optimizer, "make_topology", lambda *args: (seen.append("talks"), talk(*args))[1])
+    pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))])
+    assert seen == ["cpu", "talks", "left"]
