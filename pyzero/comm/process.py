@@ -14,10 +14,10 @@ _ahead: Any = None  # the group of join_ahead()
 
 
 def device() -> torch.device:
-    """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
+    """Where this process computes: its GPU, by LOCAL_RANK among those that it sees, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", local_rank())
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each rank its own alone
 
 
 def local_rank() -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 import pyzero
 from pyzero import optimizer
-from pyzero.comm import channels
+from pyzero.comm import channels, process
 
 
 @pytest.fixture
@@ -57,3 +57,11 @@ def test_ranks_first_talk_from_the_gpu_of_their_parameters(monkeypatch):
     monkeypatch.setattr(optimizer, "make_topology", lambda *args: (seen.append("talks"), talk(*args))[1])
     pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))])
     assert seen == ["cpu", "talks", "left"]
+
+
+@pytest.mark.parametrize(("num_visible", "index"), [(8, 3), (1, 0), (2, 1)])
+def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, num_visible, index):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    assert process.device() == torch.device("cuda", index)
