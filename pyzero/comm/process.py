@@ -20,6 +20,12 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each rank its own alone
 
 
+def take_device() -> None:
+    """Make this process's GPU the current one, where a launcher has said which: `.cuda()` and "cuda" mean it then."""
+    if "LOCAL_RANK" in os.environ and device().type == "cuda":
+        torch.cuda.set_device(device())
+
+
 def local_rank() -> int:
     """This process's on its host: the launcher's LOCAL_RANK, or 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
@@ -61,8 +67,8 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return False
     mine = device()
+    take_device()
     if mine.type == "cuda":
-        torch.cuda.set_device(mine)
         dist.init_process_group(backend or "nccl", device_id=mine, timeout=timeout)
     else:
         dist.init_process_group(backend or "gloo", timeout=timeout)

@@ -61,7 +61,22 @@ def test_ranks_first_talk_from_the_gpu_of_their_parameters(monkeypatch):
 
 @pytest.mark.parametrize(("num_visible", "index"), [(8, 3), (1, 0), (2, 1)])
 def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, num_visible, index):
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
-    assert process.device() == torch.device("cuda", index)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    process.take_device()
+    assert not taken, "the caller may have chosen one"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    process.take_device()
+    assert taken == [process.device()] == [torch.device("cuda", index)]
+
+
+def test_initialize_takes_it_whoever_made_the_group(world, monkeypatch):
+    """As DeepSpeed does: scripts go on with `.cuda()`."""
+    taken = []
+    monkeypatch.setattr(process, "take_device", lambda: taken.append(dist.is_initialized()))
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
+    pyzero.initialize(model=nn.Linear(2, 2), config=config)
+    assert taken == [True]
