@@ -29,6 +29,7 @@ from pyzero.sharding.layout import BucketLayout, cap_bytes
 from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.topology import make_topology
 from pyzero.state import LastStep, StateAccess
+from pyzero.streams import on_device
 from pyzero.update import ShardUpdater, StepScalars, check_capture
 from pyzero.update_rule import UpdateRule
 
@@ -141,7 +142,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._device = next((param.device for param in trained_first), torch.device("cpu"))
         policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
 
-        topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
+        with on_device(self._device):  # a script may have moved its model and not called set_device()
+            topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
         self._group = topology.data
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")

@@ -21,6 +21,7 @@ from pyzero.sharding.access import FullAccess
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.layout import BucketLayout
 from pyzero.sharding.local_param import is_dtensor, outer
+from pyzero.streams import on_device
 from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -154,7 +155,8 @@ class StateAccess(FullAccess, Optimizer):
             ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
         """
         if self._checkpoint_group is None:
-            self._checkpoint_group = self._topology.make_group_of_all()
+            with on_device(self._device):
+                self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
 
     def place_unfrozen(self) -> None:

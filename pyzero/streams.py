@@ -1,9 +1,10 @@
-"""Running work on a side stream of a GPU."""
+"""Running work on a side stream of a GPU, and on a GPU that is not the current one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +21,8 @@ def on_stream(stream: torch.cuda.Stream | None, *used: Tensor) -> Iterator[None]
         tensor.record_stream(stream)
     with torch.cuda.stream(stream):
         yield
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one: NCCL sends python objects from there, and two ranks must not send from one GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import AdamArgs, LionArgs
-from .address_table import AddressTable, Span, Upload, address_tables, kept
+from ..rows import addresses, numels
+from .address_table import AddressTable, Upload, address_tables, kept
 from .common import ELEMENT_TYPES, launch
 
 
@@ -43,18 +44,17 @@ def launch_over_grads(
         n = master.numel()
         launch(flat_kernel, -(-n // BLOCK), master, *shard, grads[0], n, *others, BLOCK=BLOCK, **constants)
         return
-    spans = [(grad.data_ptr(), offset, grad.numel()) for grad, offset in zip(grads, args.offsets, strict=True)]
-    for table in _tables(spans, grads[0]):
+    for table in _tables(args):
         launch(
             list_kernel, table.num_rows, master, *shard, table.rows, *others,
             GRAD=ELEMENT_TYPES[grads[0].dtype], ALIGNED=table.aligned, BLOCK=BLOCK, **constants,
         )  # fmt: skip
 
 
-def _tables(spans: Sequence[Span], grad: Tensor) -> list[AddressTable]:
-    itemsize = grad.dtype.itemsize
-
+def _tables(args: AdamArgs | LionArgs) -> list[AddressTable]:
     def build(upload: Upload) -> list[AddressTable]:
-        return address_tables(spans, itemsize, 1, upload)
+        first = -len(args.grads)
+        spans = list(zip(addresses(args.rows)[first:], args.offsets, numels(args.rows)[first:], strict=True))
+        return address_tables(spans, args.grads[0].dtype.itemsize, 1, upload)
 
-    return kept(("shard_grads", itemsize, *spans), build, grad.device)
+    return kept(("shard_grads", args.rows, tuple(args.offsets)), build, args.master.device)

@@ -14,10 +14,16 @@ _ahead: Any = None  # the group of join_ahead()
 
 
 def device() -> torch.device:
-    """Where this process computes: its GPU, by LOCAL_RANK, or the CPU."""
+    """Where this process computes: its GPU, by LOCAL_RANK among those that it sees, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", local_rank())
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each rank its own alone
+
+
+def take_device() -> None:
+    """Make this process's GPU the current one, where a launcher has said which: `.cuda()` and "cuda" mean it then."""
+    if "LOCAL_RANK" in os.environ and device().type == "cuda":
+        torch.cuda.set_device(device())
 
 
 def local_rank() -> int:
@@ -61,8 +67,8 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return False
     mine = device()
+    take_device()
     if mine.type == "cuda":
-        torch.cuda.set_device(mine)
         dist.init_process_group(backend or "nccl", device_id=mine, timeout=timeout)
     else:
         dist.init_process_group(backend or "gloo", timeout=timeout)

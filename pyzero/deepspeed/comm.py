@@ -112,6 +112,7 @@ def init_distributed(
         process.join(dist_backend, timeout)
         return
     backend = dist_backend or ("nccl" if process.device().type == "cuda" else "gloo")
+    process.take_device()
     dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
 
 

@@ -55,7 +55,8 @@ def initialize(
 ) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
     """DeepSpeed's entry point, with its argument names and order.
 
-    Joins the ranks that a launcher started (RANK and WORLD_SIZE are set); without one it runs alone.
+    Joins the ranks that a launcher started (RANK and WORLD_SIZE are set); without one it runs alone. The GPU that the
+    launcher gives by LOCAL_RANK becomes the current one.
 
     Args:
         args: An object with `deepspeed_config` (or `deepscale_config`, its older name), a path; used where `config` is
@@ -98,6 +99,7 @@ def initialize(
     settings = _settings_of(config, config_params, *of_args)
     backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
     joined = process.take_ahead() or (dist_init_required is not False and process.join(backend))
+    process.take_device()
     tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
     parallel = _parallelism(model, settings, mesh, mpu, tp_size)
     groups.set_current(parallel)

@@ -117,6 +117,7 @@ class LocalGradients(Gradients):
         self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
         self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
+        self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
 
     def add(self, bucket: Bucket) -> None:
         """See Gradients. Parameters get hooks where they are needed: with a loss scale, two meshes, or once clipped."""
@@ -165,9 +166,14 @@ class LocalGradients(Gradients):
         epoch = None if self._arriving is None else self._arriving[1]
         if not self._scales or epoch == self._epoch:
             return
-        if _have_values([other.grad for other in self._params() if other.grad is not None]):
+        if _have_values([grad for other in self._params() if (grad := other.grad) is not None and self._is_new(other)]):
             raise mixed_scale_error()
         self._epoch = epoch  # zeros carry any scale
+
+    def _is_new(self, param: Tensor) -> bool:
+        """Whether `.grad` is more than the zeros that zero_grad(set_to_none=False) has put there."""
+        grad, version = self._zeroed.get(param, (None, 0))
+        return grad is None or grad() is not param.grad or param.grad._version != version
 
     def _after_gradient(self, param: Tensor) -> None:
         epoch = None if self._arriving is None else self._arriving[1]
@@ -362,3 +368,5 @@ class LocalGradients(Gradients):
         self._unscale = self._epoch = self._factor = None
         self._clipped = {}
         self._arrived = {}
+        left = ((param, param.grad) for param in self._params() if self._scales)
+        self._zeroed = {param: (weakref.ref(grad), grad._version) for param, grad in left if grad is not None}

@@ -1,12 +1,16 @@
 """Process groups of an optimizer's own: what torch is asked for, where the default group is NCCL's."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from pyzero.comm import channels
+import pyzero
+from pyzero import optimizer
+from pyzero.comm import channels, process
 
 
 @pytest.fixture
@@ -37,3 +41,42 @@ def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):
     world.bound_device_id = bound
     channels.new_group([0], world, None, 0)
     assert seen == [None] and world.bound_device_id == bound
+
+
+def test_ranks_first_talk_from_the_gpu_of_their_parameters(monkeypatch):
+    """NCCL sends objects from the current GPU, which is the first one on every rank that did not call set_device()."""
+    seen, talk = [], optimizer.make_topology
+
+    @contextmanager
+    def placed(device: torch.device):
+        seen.append(device.type)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(optimizer, "on_device", placed)
+    monkeypatch.setattr(optimizer, "make_topology", lambda *args: (seen.append("talks"), talk(*args))[1])
+    pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))])
+    assert seen == ["cpu", "talks", "left"]
+
+
+@pytest.mark.parametrize(("num_visible", "index"), [(8, 3), (1, 0), (2, 1)])
+def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, num_visible, index):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    process.take_device()
+    assert not taken, "the caller may have chosen one"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    process.take_device()
+    assert taken == [process.device()] == [torch.device("cuda", index)]
+
+
+def test_initialize_takes_it_whoever_made_the_group(world, monkeypatch):
+    """As DeepSpeed does: scripts go on with `.cuda()`."""
+    taken = []
+    monkeypatch.setattr(process, "take_device", lambda: taken.append(dist.is_initialized()))
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
+    pyzero.initialize(model=nn.Linear(2, 2), config=config)
+    assert taken == [True]

@@ -9,6 +9,7 @@ from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.gradients import local
 
 SCALE = pyzero.LossScale(init_scale=2.0**12)
 
@@ -107,3 +108,21 @@ def test_bf16_and_fp32_weights_are_told_nothing(caplog):
         param.float().sum().backward()
         optimizer.step()
     assert not [record for record in caplog.records if "plain backward" in record.message]
+
+
+def test_zeros_of_zero_grad_are_not_looked_at(monkeypatch):
+    """To read them is to wait for a GPU, in every step; what the caller has put there since is read."""
+    seen = []
+    have_values = local._have_values
+    monkeypatch.setattr(local, "_have_values", lambda grads: (seen.append(len(grads)), have_values(grads))[1])
+    params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    optimizer = pyzero.FusedZeroAdam(params, loss_scale="dynamic")
+    for _ in range(3):
+        optimizer.backward(sum(param.sum() for param in params))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert seen == [0, 0]  # none was there at first
+    params[1].grad.add_(1.0)
+    with pytest.raises(RuntimeError, match="same loss scale"):
+        optimizer.backward(sum(param.sum() for param in params))
+    assert seen[2] == 1

@@ -77,28 +77,33 @@ def grads_of(dtype: torch.dtype, shift: int, as_list: bool) -> tuple[list[torch.
     return [flat(dtype, shift, N // 2), flat(dtype, shift, N // 2)], [0, N // 2]
 
 
+def with_rows(shard: list[Any], grads: list[torch.Tensor], offsets: list[int]) -> list[Any]:
+    """As AdamArgs and LionArgs begin."""
+    return [*shard, grads, offsets, rows_of([tensor for tensor in (*shard, *grads) if tensor is not None])]
+
+
 def run_adam(
     grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, shift: int = 0, as_list: bool = False
 ) -> None:
-    tensors = [flat(F32, shift), flat(F32, shift), flat(F32, shift)]
-    tensors += [None if out is None else flat(out, shift), *grads_of(grad, shift, as_list)]
+    shard = [flat(F32, shift), flat(F32, shift), flat(F32, shift), None if out is None else flat(out, shift)]
+    tensors = with_rows(shard, *grads_of(grad, shift, as_list))
     hyper = AdamHyper(0.9, 0.999, 1e-8, 0.1, segments, False)
     if not segments:
-        triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, 1e-3, 1, 1.0, None, None, None))
+        triton_kernels.adam_(AdamArgs(*tensors, hyper, 1e-3, 1, 1.0, None, None, None))
         return
     ids, one = flat(torch.int32, n=N // 64), torch.ones(())
     numbers = (one, flat(F32, n=8), one)
-    triton_kernels.adam_(AdamArgs(*tensors, b"", hyper, *numbers, flat(F32, n=1), ids, flat(F32, n=8)))
+    triton_kernels.adam_(AdamArgs(*tensors, hyper, *numbers, flat(F32, n=1), ids, flat(F32, n=8)))
 
 
 def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, as_list: bool = False) -> None:
-    tensors = [flat(F32), flat(F32), None if out is None else flat(out), *grads_of(grad, 0, as_list)]
+    tensors = with_rows([flat(F32), flat(F32), None if out is None else flat(out)], *grads_of(grad, 0, as_list))
     hyper = LionHyper(0.9, 0.99, 0.1, False)
     if not segments:
-        triton_kernels.lion_(LionArgs(*tensors, b"", hyper, 1e-3, 1.0, None, None, None))
+        triton_kernels.lion_(LionArgs(*tensors, hyper, 1e-3, 1.0, None, None, None))
         return
     ids, one = flat(torch.int32, n=N // 64), torch.ones(())
-    triton_kernels.lion_(LionArgs(*tensors, b"", hyper, one, one, flat(F32, n=1), ids, flat(F32, n=8)))
+    triton_kernels.lion_(LionArgs(*tensors, hyper, one, one, flat(F32, n=1), ids, flat(F32, n=8)))
 
 
 def run_unscale(dtype: torch.dtype, scale: Any, shift: int = 0) -> None:
