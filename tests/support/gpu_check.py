@@ -30,7 +30,7 @@ LEAST_S = 15.0
 GRACE_S = 10.0  # for an interrupted step to say what it knows: pytest then prints its failures
 TAIL_LINES, SHOWN_LINES, MAX_COLUMNS = 15, 40, 160  # of a log, for the report
 MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
-DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload")  # of gpu_drive.py
+DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload", "muon")  # of gpu_drive.py
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 
 _PROBE = """
@@ -174,7 +174,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
     steps = [
         Step("kernels", (python, smoke, *backends), 180, environ),
         Step("lists", lists, 60, environ, shows=True),
-        *(Step(case, (python, drive, case), 45, environ) for case in DRIVES),
+        *(Step(case, (python, drive, case), 36, environ) for case in DRIVES),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
         Step("ranks", _pytest_ranks(), 90 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
         Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),

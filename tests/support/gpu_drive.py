@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
 from pyzero import deepspeed
@@ -25,7 +26,7 @@ from pyzero.comm import process
 
 NUM_RANKS = 2
 WIDTH, DEPTH, ROWS, STEPS = 256, 4, 8, 6
-LR = 1e-3
+LR, MUON_LR = 1e-3, 0.02
 OFFLOADED = {"stage": 3, "offload_param": {"device": "cpu"}}
 Step = Callable[[Tensor], Tensor]  # returns the loss
 
@@ -121,8 +122,20 @@ def sharded_offload() -> Iterator[Run]:
     yield from cpu_offload(shards=True)
 
 
-CASES = {case.__name__: case for case in (offload_param, tensor_parallel, cpu_offload, sharded_offload)}
-TOLERANCE = {"tensor_parallel": 1e-4}  # relative: it adds in another order; the others owe the same bits
+def muon() -> Iterator[Run]:
+    """Matrices alone; torch's ranks orthogonalise all of them."""
+    for is_ours in (False, True):
+        net = model().to(process.device())
+        matrices = [param for param in net.parameters() if param.requires_grad_(param.dim() > 1).requires_grad]
+        if is_ours:
+            yield run("ZeroMuon", by_hand(net, pyzero.ZeroMuon(matrices, lr=MUON_LR)))
+        else:
+            yield run("DDP", by_hand(DistributedDataParallel(net), torch.optim.Muon(matrices, lr=MUON_LR)))
+
+
+CASES = {case.__name__: case for case in (offload_param, tensor_parallel, cpu_offload, sharded_offload, muon)}
+# Relative: they add in another order, and Muon rounds to bf16 then; the others owe the same bits.
+TOLERANCE = {"tensor_parallel": 1e-4, "muon": 1e-4}
 
 
 def drive(group: Any, name: str) -> str:
