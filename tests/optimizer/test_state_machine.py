@@ -169,7 +169,10 @@ ONE_MASK = MASKS.map(lambda mask: (mask,) * 3)
 MANY_MASKS = st.tuples(*[st.one_of(MASKS, st.integers(0, 63))] * 3)
 BAD = st.tuples(st.integers(0, 2), st.sampled_from(["inf", "-inf", "nan"]))
 USUALLY = st.sampled_from([True, True, False])
-READS = st.sampled_from(["clip", "full_grad", "grad_norm", "state_dict", "norm", "isfinite", "full_master"])
+READS = st.sampled_from(
+    ["clip", "full_grad", "grad_norm", "state_dict", "full_state_dict", "model", "norm", "isfinite", "full_master"]
+)
+HOWS = st.sampled_from(["scale", "twice", "tied", "create_graph", "inputs", "autograd.grad", "reentrant"])
 OPTIONS = st.sampled_from(
     [
         ("lr", 0.05),
@@ -203,7 +206,7 @@ class Machine(RuleBasedStateMachine):
     def then(self, *op: Any) -> None:
         assert self.world is not None
         if op[0] == "backward":  # the same masks for all, where this one is not legal
-            op = (*op[:4], op[4][: self.world.config.size], op[5])
+            op = (*op[:4], op[4][: self.world.config.size], *op[5:])
         if self.world.legal(op):
             self.program.append(op)
             self.world.follow(op)
@@ -220,6 +223,35 @@ class Machine(RuleBasedStateMachine):
     @rule(number=NUMBERS, scaled=USUALLY, sync=USUALLY, masks=ONE_MASK)
     def backward_of_some(self, number: int, scaled: bool, sync: bool, masks: tuple[int, ...]) -> None:
         self.then("backward", number, scaled, sync, masks, None)
+
+    @rule(number=NUMBERS, sync=USUALLY, masks=ONE_MASK, how=HOWS)
+    def backward_in_other_ways(self, number: int, sync: bool, masks: tuple[int, ...], how: str) -> None:
+        assert self.world is not None
+        self.then("backward", number, self.world.config.loss_scale is not None, sync, masks, None, how)
+
+    @rule(number=NUMBERS, masks=st.one_of(ONE_MASK, MANY_MASKS), how=HOWS)
+    def closure(self, number: int, masks: tuple[int, ...], how: str) -> None:
+        self.then("closure", number, how, masks)
+
+    @rule(number=NUMBERS, who=st.integers(0, 3), by=st.sampled_from(["optimizer", "model"]), masks=ONE_MASK)
+    def broken(self, number: int, who: int, by: str, masks: tuple[int, ...]) -> None:
+        self.then("broken", number, who, by, masks)
+
+    @rule(
+        number=NUMBERS,
+        unscale=st.booleans(),
+        max_norm=st.sampled_from([None, 3.0]),
+        bad=st.one_of(st.none(), st.none(), BAD),
+        masks=st.one_of(ONE_MASK, MANY_MASKS),
+    )
+    def grad_scaler(
+        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+    ) -> None:
+        self.then("grad_scaler", number, unscale, max_norm, bad, masks)
+
+    @rule(mask=MASKS)
+    def zero(self, mask: int) -> None:
+        self.then("zero", mask)
 
     @rule(number=NUMBERS, sync=st.booleans(), masks=MANY_MASKS)
     def backward_of_others_on_each(self, number: int, sync: bool, masks: tuple[int, ...]) -> None:
@@ -251,9 +283,9 @@ class Machine(RuleBasedStateMachine):
     def torch_clip(self, max_norm: float, foreach: bool | None, mask: int) -> None:
         self.then("torch_clip", max_norm, foreach, mask)
 
-    @rule(number=NUMBERS, index=INDICES)
-    def assign(self, number: int, index: int) -> None:
-        self.then("assign", number, index)
+    @rule(how=st.sampled_from(["plain", "strided"]), number=NUMBERS, index=INDICES)
+    def assign(self, how: str, number: int, index: int) -> None:
+        self.then("assign", how, number, index)
 
     @rule(number=NUMBERS, index=INDICES)
     def set_full_grad(self, number: int, index: int) -> None:

@@ -123,6 +123,12 @@ class World:
             if self.is_round(args[2]):  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
             return any(used)
+        if name in ("closure", "broken"):
+            return self.legal(("backward", 0, True, True, args[-1]))
+        if name == "grad_scaler":
+            if config.alone and args[1] and any(config.dtype(index) == torch.float16 for index in self.added):
+                return False  # torch's refuses to unscale them
+            return config.loss_scale is None and self.legal(("backward", 0, True, True, args[-1]))
         if name == "assign":  # whether v carries the loss scale, nobody says
             return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
         if name == "set_full_grad":
@@ -148,6 +154,9 @@ class World:
         name, index = op[0], op[-1]
         if name == "backward":
             self.ever_scaled |= op[2]
+        elif name in ("closure", "grad_scaler"):
+            self.ever_scaled = True
+            self.placed |= self.added & self.trained
         elif name == "freeze":
             self.trained.discard(index)
         elif name == "thaw":

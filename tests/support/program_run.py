@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import traceback
@@ -17,6 +18,7 @@ from program_model import (
     LARGEST,
     ROUNDING,
     Config,
+    Grad,
     Model,
     Op,
     Program,
@@ -30,6 +32,7 @@ from program_model import (
 from program_state import StateOps
 from tolerances import ADAM
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pyzero
 
@@ -48,6 +51,44 @@ class Outcome:
     records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
 
 
+class Broken(Exception):
+    """Raised in a backward."""
+
+
+class _Break(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise Broken
+
+
+def loss_of(params: list[nn.Parameter], grads: dict[int, Tensor], others: set[int], how: str) -> Any:
+    """Its gradients are `grads`, and 1 where it reaches others."""
+
+    def term(index: int, grad: Tensor) -> Tensor:
+        param = params[index]
+        if how == "tied":
+            return (param.float() * (grad / 2)).sum() + (grad / 2 * param.float()).sum()
+        if how == "create_graph":  # a gradient with a graph of its own
+            return (param.float() * grad).sum() + (0.0 * param.float().square()).sum()
+        found = (param.float() * grad).sum()
+        if how == "broken" and index == min(grads):  # what was made first comes last in a backward
+            found = _Break.apply(found)  # type: ignore[no-untyped-call]
+        return found
+
+    def checkpointed(index: int, grad: Tensor) -> Tensor:
+        dummy = torch.zeros((), requires_grad=True)
+        found: Tensor = checkpoint(lambda x: term(index, grad) + x, dummy, use_reentrant=True)
+        return found
+
+    terms = [(checkpointed if how == "reentrant" else term)(index, grad) for index, grad in grads.items()]
+    terms += [params[index].float().sum() for index in sorted(others)]
+    return sum(terms)
+
+
 class Run(StateOps):
     """One program on this rank. `quiet`: reads and checks are left out, but for those at the end."""
 
@@ -61,6 +102,7 @@ class Run(StateOps):
         self.module = nn.ParameterList(self.params)
         self.optimizer = self.build(config)
         self.saved: Any = None
+        self.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
         self.records: list[tuple[str, str]] = []
         self.number = 0
 
@@ -106,8 +148,8 @@ class Run(StateOps):
             if self.model.alone and not known:
                 assert grad is None, f"`.grad` of parameter {index} is not None, torch's is"
             if grad is not None:
-                same = (grad.shape, grad.dtype, grad.requires_grad) == (param.shape, param.dtype, False)
-                assert same, f"`.grad` of parameter {index}: {grad.shape}, {grad.dtype}, {grad.requires_grad}"
+                same = (grad.shape, grad.dtype) == (param.shape, param.dtype)
+                assert same, f"`.grad` of parameter {index}: {grad.shape}, {grad.dtype}"
 
     # ---- ops
 
@@ -128,24 +170,49 @@ class Run(StateOps):
         return self.config.dtype(index) == torch.float16 and more * self.model.scale > LARGEST
 
     def do_backward(
-        self, number: int, scaled: bool, sync: bool, masks: tuple[int, ...], bad: tuple[int, str] | None
+        self,
+        number: int,
+        scaled: bool,
+        sync: bool,
+        masks: tuple[int, ...],
+        bad: tuple[int, str] | None,
+        how: str = "usual",
     ) -> None:
-        model = self.model
         by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
-        used = set().union(*by_rank)
-        if any(self.too_large(index, model.grads[index].bound + 12 * unit_of(index)) for index in used):
+        used, times = set().union(*by_rank), 2 if how == "twice" else 1
+        if any(self.too_large(i, self.model.grads[i].bound + 12 * times * unit_of(i)) for i in used):
             return
-        is_round = model.is_round(sync)
-        model.kinds.add("scaled" if scaled else "plain")
-        model.by_itself &= is_round and not used & model.idle
         mine = by_rank[self.rank % self.config.num_parts]
-        if mine:
-            loss = sum((self.params[index].float() * grad).sum() for index, grad in mine.items())
-            with contextlib.nullcontext() if sync else self.optimizer.no_sync():
-                if scaled:
-                    self.optimizer.backward(loss)
-                else:
-                    loss.backward()
+        others = self.model.used(63) - mine.keys() if how == "inputs" else set()
+        loss = loss_of(self.params, mine, others, how)
+        for left in reversed(range(times)):
+            self.model.kinds.add("scaled" if scaled else "plain")
+            self.model.by_itself &= self.model.is_round(sync) and not used & self.model.idle
+            if mine:
+                with contextlib.nullcontext() if sync else self.optimizer.no_sync():
+                    self.run_backward(loss, [self.params[i] for i in mine], scaled, how, retain_graph=left > 0)
+            self.count_backward(by_rank, used, sync)
+
+    def run_backward(self, loss: Any, inputs: list[Tensor], scaled: bool, how: str, retain_graph: bool) -> None:
+        """In one of the ways in which it can be called."""
+        options: dict[str, Any] = {"retain_graph": True} if retain_graph else {}
+        if how == "autograd.grad":
+            torch.autograd.grad(loss, inputs, retain_graph=True)
+        if how == "inputs":
+            options["inputs"] = inputs
+        if how == "create_graph":
+            options["create_graph"] = True
+        if how == "scale" and scaled:
+            self.optimizer.scale(loss).backward(**options)
+        elif scaled:
+            self.optimizer.backward(loss, **options)
+        else:
+            loss.backward(**options)
+
+    def count_backward(self, by_rank: list[dict[int, Tensor]], used: set[int], sync: bool) -> None:
+        """In the model."""
+        model = self.model
+        is_round = model.is_round(sync)
         for index in sorted(used):
             grads = [grads[index].double() for grads in by_rank if index in grads]
             model.add(index, torch.stack(grads).sum(0) / self.config.num_parts)
@@ -176,6 +243,11 @@ class Run(StateOps):
                 self.compare_norm("grad_norm", got, last)
         elif what == "state_dict":
             optimizer.state_dict()
+        elif what == "full_state_dict":
+            optimizer.full_state_dict(to=0)
+            model.placed |= model.added & model.trained
+        elif what == "model":
+            copy.deepcopy(self.module).load_state_dict(self.module.state_dict())
         elif what == "full_master":
             got, wanted = optimizer.full_master(param), model.slots[index].master
             assert torch.equal(got, wanted), f"full_master of parameter {index}: got\n{got}\nnot\n{wanted}"
@@ -231,12 +303,15 @@ class Run(StateOps):
         model.reduce()
         model.has_norms = True
 
-    def do_assign(self, number: int, index: int) -> None:
+    def do_assign(self, how: str, number: int, index: int) -> None:
         model, config = self.model, self.config
         model.edit([index])
         model.kinds.add("plain")
         values = [coefficient(config, index, number, rank) for rank in range(self.config.num_parts)]
-        self.params[index].grad = values[self.rank % self.config.num_parts].to(config.dtype(index))
+        value = values[self.rank % self.config.num_parts].to(config.dtype(index))
+        if how == "strided":
+            value = value.mT.contiguous().mT if value.dim() == 2 else torch.stack([value, value], -1)[..., 0]
+        self.params[index].grad = value
         edited, model.by_itself = model.half_edited - {index}, False
         model.put(index, torch.stack(values).double().mean(0))
         model.kinds.add("plain")
@@ -279,6 +354,31 @@ class Run(StateOps):
         for index in indices:
             model.scale_by(index, factor, 0.0)
 
+    def do_zero(self, mask: int) -> None:
+        """`.grad` of some parameters."""
+        model = self.model
+        indices = [index for index in model.chosen(mask) if model.grads[index].value is not None]
+        model.edit(indices)
+        for index in indices:
+            grad, value = self.params[index].grad, model.grads[index].value
+            if grad is not None:
+                grad.zero_()
+            assert value is not None
+            model.grads[index] = Grad(torch.zeros_like(value))
+
+    def do_broken(self, number: int, who: int, by: str, masks: tuple[int, ...]) -> None:
+        """A backward that fails half-way, on one rank or on all; the loop drops the gradients and goes on."""
+        mine = self.gradients(number, masks[0], self.rank, None)
+        if len(mine) < 2 or max(mine) not in self.model.placed:
+            return  # before its first gradient has come, a rank does not know that the others send theirs
+        fails = who == 3 or who % self.config.size == self.rank
+        loss = loss_of(self.params, mine, set(), "broken" if fails else "usual")
+        try:
+            self.run_backward(loss, [], self.config.loss_scale is not None, "usual", retain_graph=False)
+        except Broken:
+            pass
+        self.do_zero_grad(by, True)
+
     def do_zero_grad(self, by: str, set_to_none: bool) -> None:
         model = self.model
         whole = by == "optimizer" or set_to_none
@@ -299,11 +399,20 @@ class Run(StateOps):
         self.params[index].grad = None
         self.model.put(index, None)
 
-    def do_step(self) -> None:
+    def do_closure(self, number: int, how: str, masks: tuple[int, ...]) -> None:
+        def closure() -> float:
+            self.do_zero_grad("optimizer", True)
+            self.do_backward(number, self.config.loss_scale is not None, True, masks, None, how)
+            return 3.0
+
+        self.do_step(closure)
+
+    def do_step(self, closure: Callable[[], float] | None = None) -> None:
         model, optimizer = self.model, self.optimizer
+        loss = optimizer.step(closure)
+        assert loss == (3.0 if closure else None)
         applied = model.all_finite()
         model.last_norm, model.is_norm_known = model.norm(model.added), not model.before_clip
-        optimizer.step()
         model.reduce()
         model.placed |= model.added & model.trained
         model.reduce()
@@ -324,6 +433,35 @@ class Run(StateOps):
                 raise
             taken = [None if grad.value is None else grad.value.float() for grad in model.grads]
         self.compare_state(applied, dict(zip(sorted(model.added), taken, strict=False)))
+
+    def do_grad_scaler(
+        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+    ) -> None:
+        """A whole iteration with torch's."""
+        model, optimizer, scaler = self.model, self.optimizer, self.grad_scaler
+        self.do_zero_grad("optimizer", True)
+        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
+        mine = by_rank[self.rank % self.config.num_parts]
+        if mine:
+            scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
+        else:
+            scaler.scale(torch.zeros(()))  # it makes its tensors in the first call
+        self.count_backward(by_rank, set().union(*by_rank), sync=True)
+        if unscale:
+            scaler.unscale_(optimizer)
+            if max_norm is not None:
+                self.do_clip(max_norm, 2.0)
+        scaler.step(optimizer)
+        scaler.update()
+        applied = model.all_finite()
+        model.placed |= model.added & model.trained
+        model.after_step(applied)
+        model.last_norm, model.is_norm_known = model.norm(model.added), False
+        if not self.quiet:
+            assert optimizer.was_step_applied == applied, f"was_step_applied is {not applied}"
+            taken = [None if grad.value is None else grad.value.float() for grad in model.grads]
+            self.compare_state(applied, {index: taken[index] for index in sorted(model.added)})
+        self.do_zero_grad("optimizer", True)
 
     def compare_state(self, applied: bool, taken: dict[int, Tensor | None]) -> None:
         """After a step: all that it changed, and what not. The model goes on with what it finds."""
