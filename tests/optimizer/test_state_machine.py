@@ -110,7 +110,7 @@ def check(pool: Ranks, program: Program, config: Config) -> Outcome:
         if not quiet:
             fail(program, config, f"refused with other buckets: {second.text}")
         return second
-    if first.norms_round or second.norms_round:
+    if first.rounds or second.rounds:
         TALLY["not compared"] += 1
         return second
     what = "two runs differ, the second with other buckets"
@@ -151,12 +151,14 @@ CONFIGS = st.builds(
     stage=st.sampled_from([2, 1]),
     cap_mb=CAPS,
     overlap=st.booleans(),
-    transport=st.sampled_from(["auto", "exact"]),
+    transport=st.sampled_from(["auto", "auto", "exact", "exact", "collective"]),
     other_cap_mb=CAPS,
     other_overlap=st.booleans(),
     other_transport=st.sampled_from(["exact", "auto"]),
     reduce_grads=st.sampled_from([True] * 5 + [False]),
     transposed=st.sampled_from([False, False, True]),
+    grad_reduce_dtype=st.sampled_from([None, None, None, "fp32"]),
+    has_second=st.sampled_from([False, False, False, True]),
     loss_scale=st.sampled_from([None, None, 8.0, "dynamic"]),
     max_grad_norm=st.sampled_from([None, None, 2.0]),
     decoupled=st.booleans(),
@@ -197,23 +199,42 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world: World | None = None
+        self.second: World | None = None  # of the other optimizer
+        self.config: Config | None = None
         self.program: Program = []
 
     @initialize(config=CONFIGS)
     def begin(self, config: Config) -> None:
-        self.world = World(config)
+        self.start(config)
+
+    def start(self, config: Config) -> None:
+        self.config, self.world = config, World(config)
+        self.second = World(config.second()) if config.has_second else None
 
     def then(self, *op: Any) -> None:
         assert self.world is not None
         if op[0] == "backward":  # the same masks for all, where this one is not legal
             op = (*op[:4], op[4][: self.world.config.size], *op[5:])
         if self.world.legal(op):
-            self.program.append(op)
+            self.program.append(op if self.world.config == self.config else ("also", *op))
             self.world.follow(op)
 
     def teardown(self) -> None:
-        if self.world is not None and self.program:
-            check(self.pool, self.program, self.world.config)
+        if self.config is not None and self.program:
+            check(self.pool, self.program, self.config)
+
+    @rule()
+    def turn_to_the_other(self) -> None:
+        if self.second is not None:
+            self.world, self.second = self.second, self.world
+
+    @rule(number=NUMBERS, sync=USUALLY, masks=st.one_of(ONE_MASK, MANY_MASKS))
+    def backward_of_both(self, number: int, sync: bool, masks: tuple[int, ...]) -> None:
+        op = ("backward", number, False, sync, masks)
+        if self.world is not None and self.second is not None and self.world.legal(op) and self.second.legal(op):
+            self.program.append(("joint", number, sync, masks))
+            self.world.follow(op)
+            self.second.follow(op)
 
     @rule(number=NUMBERS)
     def backward(self, number: int) -> None:
@@ -350,7 +371,7 @@ def machine_on(pool: Ranks, only: Iterable[str] = (), **fixed: Any) -> type[Mach
 
         @initialize(config=CONFIGS.map(lambda config: replace(config, **fixed)))
         def begin(self, config: Config) -> None:
-            self.world = World(config)
+            self.start(config)
 
     Here.pool = pool
     return Here

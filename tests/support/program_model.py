@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,10 +55,30 @@ class Config:
     other_transport: str = "exact"
     reduce_grads: bool = True  # False: each rank has the same gradients
     transposed: bool = False  # matrices, in memory
+    grad_reduce_dtype: str | None = None
+    has_second: bool = False  # another optimizer, of other parameters, takes turns
     loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
     max_grad_norm: float | None = None
     decoupled: bool = True
     seed: int = 0
+
+    def second(self) -> Config:
+        """Of the other optimizer."""
+        return replace(
+            self,
+            params=self.params[::-1],
+            spares=(),
+            stage=3 - self.stage,
+            cap_mb=self.other_cap_mb,
+            other_cap_mb=self.cap_mb,
+            seed=self.seed + 50,
+            has_second=False,
+        )
+
+    @property
+    def largest_sum(self) -> int:
+        """Of how many ranks' gradients a sum may be rounded."""
+        return self.num_parts if "collective" in (self.transport, self.other_transport) else 1
 
     @property
     def specs(self) -> tuple[tuple[tuple[int, ...], str, bool], ...]:
@@ -154,9 +174,10 @@ class World:
         name, index = op[0], op[-1]
         if name == "backward":
             self.ever_scaled |= op[2]
-        elif name in ("closure", "grad_scaler"):
+        elif name in ("closure", "grad_scaler", "broken"):
             self.ever_scaled = True
-            self.placed |= self.added & self.trained
+            if name != "broken":
+                self.placed |= self.added & self.trained
         elif name == "freeze":
             self.trained.discard(index)
         elif name == "thaw":
@@ -242,8 +263,8 @@ class Grad:
             return 0.0
         return float(self.value.abs().nan_to_num(0.0, 0.0, 0.0).max())
 
-    def is_exact_in(self, dtype: torch.dtype) -> bool:
-        return not self.bound or self.bound / self.unit <= 1 / ROUNDING[dtype]
+    def is_exact_in(self, dtype: torch.dtype, largest_sum: int) -> bool:
+        return not self.bound or largest_sum * self.bound / self.unit <= 1 / ROUNDING[dtype]
 
     def round(self, unit: float) -> None:
         self.error += unit * self.largest + TINIEST
@@ -310,6 +331,7 @@ class Model(World):
         self.is_norm_known = True
         self.order_matters = False  # sums round: a read in between may change bits
         self.norms_round = False  # and so does a norm that was used: where shards are cut may change bits
+        self.sums_round = False  # as the library adds them up
         self.has_norms = False  # of single parameters, kept on each rank until a gradient comes there
         self.norms_apart = False  # it came on some ranks only: the others would not ask for them again
 
@@ -353,9 +375,11 @@ class Model(World):
         grad.value = mean if grad.value is None else grad.value + mean
         grad.unit = min(grad.unit, unit_of(index))
         grad.bound += 12 * unit_of(index)
-        exact = grad.is_exact_in(dtype)
+        sums = self.config.largest_sum
+        exact = grad.is_exact_in(dtype, sums)
         if grad.rough or not exact:
-            grad.round(2 * ROUNDING[dtype] if self.alone or not exact else 4 * FP32)
+            self.sums_round |= sums > 1
+            grad.round(2 * sums * ROUNDING[dtype] if self.alone or not exact or sums > 1 else 4 * FP32)
             self.order_matters = True
 
     def multiply_clipped(self) -> None:

@@ -47,7 +47,7 @@ class Outcome:
     at: int = -1  # the op's number
     text: str = ""
     order_matters: bool = False
-    norms_round: bool = False
+    rounds: bool = False  # by where shards are cut
     records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
 
 
@@ -167,7 +167,8 @@ class Run(StateOps):
         return found
 
     def too_large(self, index: int, more: float) -> bool:
-        return self.config.dtype(index) == torch.float16 and more * self.model.scale > LARGEST
+        largest = more * self.model.scale * self.config.largest_sum
+        return self.config.dtype(index) == torch.float16 and largest > LARGEST
 
     def do_backward(
         self,
@@ -178,20 +179,18 @@ class Run(StateOps):
         bad: tuple[int, str] | None,
         how: str = "usual",
     ) -> None:
-        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
-        used, times = set().union(*by_rank), 2 if how == "twice" else 1
-        if any(self.too_large(i, self.model.grads[i].bound + 12 * times * unit_of(i)) for i in used):
+        by_rank, times = self.gradients_by_rank(number, masks, bad), 2 if how == "twice" else 1
+        if self.are_too_large(by_rank, times):
             return
         mine = by_rank[self.rank % self.config.num_parts]
         others = self.model.used(63) - mine.keys() if how == "inputs" else set()
         loss = loss_of(self.params, mine, others, how)
         for left in reversed(range(times)):
-            self.model.kinds.add("scaled" if scaled else "plain")
-            self.model.by_itself &= self.model.is_round(sync) and not used & self.model.idle
+            self.begin_backward(by_rank, scaled, sync)
             if mine:
                 with contextlib.nullcontext() if sync else self.optimizer.no_sync():
                     self.run_backward(loss, [self.params[i] for i in mine], scaled, how, retain_graph=left > 0)
-            self.count_backward(by_rank, used, sync)
+            self.count_backward(by_rank, sync)
 
     def run_backward(self, loss: Any, inputs: list[Tensor], scaled: bool, how: str, retain_graph: bool) -> None:
         """In one of the ways in which it can be called."""
@@ -209,9 +208,23 @@ class Run(StateOps):
         else:
             loss.backward(**options)
 
-    def count_backward(self, by_rank: list[dict[int, Tensor]], used: set[int], sync: bool) -> None:
-        """In the model."""
-        model = self.model
+    def gradients_by_rank(
+        self, number: int, masks: tuple[int, ...], bad: tuple[int, str] | None
+    ) -> list[dict[int, Tensor]]:
+        return [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
+
+    def are_too_large(self, by_rank: list[dict[int, Tensor]], times: int) -> bool:
+        used = set().union(*by_rank)
+        return any(self.too_large(i, self.model.grads[i].bound + 12 * times * unit_of(i)) for i in used)
+
+    def begin_backward(self, by_rank: list[dict[int, Tensor]], scaled: bool, sync: bool) -> None:
+        """In the model: what may be refused."""
+        self.model.kinds.add("scaled" if scaled else "plain")
+        self.model.by_itself &= self.model.is_round(sync) and not set().union(*by_rank) & self.model.idle
+
+    def count_backward(self, by_rank: list[dict[int, Tensor]], sync: bool) -> None:
+        """In the model: the gradients have come."""
+        model, used = self.model, set().union(*by_rank)
         is_round = model.is_round(sync)
         for index in sorted(used):
             grads = [grads[index].double() for grads in by_rank if index in grads]
@@ -371,10 +384,12 @@ class Run(StateOps):
         mine = self.gradients(number, masks[0], self.rank, None)
         if len(mine) < 2 or max(mine) not in self.model.placed:
             return  # before its first gradient has come, a rank does not know that the others send theirs
+        scaled = self.config.loss_scale is not None
+        self.begin_backward([mine], scaled, sync=True)
         fails = who == 3 or who % self.config.size == self.rank
         loss = loss_of(self.params, mine, set(), "broken" if fails else "usual")
         try:
-            self.run_backward(loss, [], self.config.loss_scale is not None, "usual", retain_graph=False)
+            self.run_backward(loss, [], scaled, "usual", retain_graph=False)
         except Broken:
             pass
         self.do_zero_grad(by, True)
@@ -440,13 +455,13 @@ class Run(StateOps):
         """A whole iteration with torch's."""
         model, optimizer, scaler = self.model, self.optimizer, self.grad_scaler
         self.do_zero_grad("optimizer", True)
-        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
+        by_rank = self.gradients_by_rank(number, masks, bad)
         mine = by_rank[self.rank % self.config.num_parts]
         if mine:
             scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
         else:
             scaler.scale(torch.zeros(()))  # it makes its tensors in the first call
-        self.count_backward(by_rank, set().union(*by_rank), sync=True)
+        self.count_backward(by_rank, sync=True)
         if unscale:
             scaler.unscale_(optimizer)
             if max_norm is not None:
@@ -542,24 +557,58 @@ class Run(StateOps):
                 assert same, f"master of parameter {index} at the end:\n{state['master']}\n{slot.master}"
 
 
+def do(runs: list[Run], op: Op) -> None:
+    if op[0] == "also":
+        runs[1].do(op[1:])
+    elif op[0] == "joint":
+        backward_of_both(runs, *op[1:])
+    else:
+        runs[0].do(op)
+
+
+def backward_of_both(runs: list[Run], number: int, sync: bool, masks: tuple[int, ...]) -> None:
+    """One loss that reaches both optimizers' parameters, in another order on each rank."""
+    op = ("backward", number, False, sync, masks, None)
+    if not all(run.model.legal(op) for run in runs):
+        return
+    found = [run.gradients_by_rank(number, masks, None) for run in runs]
+    if any(run.are_too_large(by_rank, 1) for run, by_rank in zip(runs, found, strict=True)):
+        return
+    terms: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        for run, by_rank in zip(runs, found, strict=True):
+            run.begin_backward(by_rank, scaled=False, sync=sync)
+            terms.append(loss_of(run.params, by_rank[run.rank % run.config.num_parts], set(), "usual"))
+            if not sync:
+                stack.enter_context(run.optimizer.no_sync())
+        loss = sum(terms if runs[0].rank % 2 else terms[::-1])
+        if isinstance(loss, Tensor):
+            loss.backward()
+    for run, by_rank in zip(runs, found, strict=True):
+        run.count_backward(by_rank, sync)
+        run.model.follow(op)
+        run.look()
+
+
 def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Outcome:
     """On this rank. All ranks end at the same op, unless one hangs in a collective."""
     import torch.distributed as dist
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), group)
     try:
-        run = Run(group, config, quiet)
+        runs = [Run(group, each, quiet) for each in ([config, config.second()] if config.has_second else [config])]
     except Exception:
         return Outcome("failed", -1, traceback.format_exc())
-    outcome = Outcome(records=run.records)
-    steps: list[Callable[[], None]] = [lambda op=op: run.do(op) for op in program] + [run.finish]
-    for number, act in enumerate(steps):
-        run.number = number
+    outcome = Outcome(records=runs[0].records)
+    steps: list[Callable[[], None]] = [lambda op=op: do(runs, op) for op in program]
+    for number, act in enumerate([*steps, *(run.finish for run in runs)]):
+        for run in runs:
+            run.number, run.records = number, outcome.records
         outcome.at = number
         try:
             act()
         except Exception as error:
-            excuses = run.model.excuses()
+            excuses = [excuse for run in runs for excuse in run.model.excuses()]
             is_refusal = isinstance(error, RuntimeError) and not isinstance(error, pyzero.CollectiveError)
             if is_refusal and excuses:
                 outcome.status, outcome.text = "refused", f"{excuses[0]}: {error}"
@@ -576,5 +625,6 @@ def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Ou
                 outcome.status, outcome.text = "refused", "another rank ended here"
         if outcome.status != "done":
             break
-    outcome.order_matters, outcome.norms_round = run.model.order_matters, run.model.norms_round
+    outcome.order_matters = any(run.model.order_matters for run in runs)
+    outcome.rounds = any(run.model.norms_round or run.model.sums_round for run in runs)
     return outcome
