@@ -142,11 +142,13 @@ class ParamGrad:
 
     def show(self) -> None:
         """Put into `.grad` what the caller may read: a LocalGrad, or a ShardedGrad where only others have a part."""
+        if self.param.grad is not self._shown:
+            return  # the caller has cleared or assigned it, which observe() follows
         if self._local is not None:
             if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
                 self._shown = LocalGrad.wrap(self._local, self, self._owner)
                 self.param.grad = self._shown
-        elif self._shown is None and self.param.grad is None and self.param.requires_grad:
+        elif self._shown is None and self.param.requires_grad:
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
 
