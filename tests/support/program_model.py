@@ -143,8 +143,12 @@ class World:
             if self.is_round(args[2]):  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
             return any(used)
+        if name in ("broken", "joint") and config.largest_sum > 1:
+            return False  # gloo's reduce-scatter knows no patience: a rank waits in backward for one that is elsewhere
         if name in ("closure", "broken"):
             return self.legal(("backward", 0, True, True, args[-1]))
+        if name == "joint":
+            return self.legal(("backward", args[0], False, *args[1:]))
         if name == "grad_scaler":
             if config.alone and args[1] and any(config.dtype(index) == torch.float16 for index in self.added):
                 return False  # torch's refuses to unscale them

@@ -568,8 +568,7 @@ def do(runs: list[Run], op: Op) -> None:
 
 def backward_of_both(runs: list[Run], number: int, sync: bool, masks: tuple[int, ...]) -> None:
     """One loss that reaches both optimizers' parameters, in another order on each rank."""
-    op = ("backward", number, False, sync, masks, None)
-    if not all(run.model.legal(op) for run in runs):
+    if not all(run.model.legal(("joint", number, sync, masks)) for run in runs):
         return
     found = [run.gradients_by_rank(number, masks, None) for run in runs]
     if any(run.are_too_large(by_rank, 1) for run, by_rank in zip(runs, found, strict=True)):
@@ -586,7 +585,7 @@ def backward_of_both(runs: list[Run], number: int, sync: bool, masks: tuple[int,
             loss.backward()
     for run, by_rank in zip(runs, found, strict=True):
         run.count_backward(by_rank, sync)
-        run.model.follow(op)
+        run.model.follow(("backward", number, False, sync, masks, None))
         run.look()
 
 
