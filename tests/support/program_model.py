@@ -357,7 +357,7 @@ class Model(World):
         if self.edited_after_clip:
             found.append("a gradient was edited after a clip on one rank")
         if self.is_leftover:
-            found.append("a dynamic scale, and a gradient from before the step")
+            found.append("another scale may be in force, and a gradient is from before it")
         return found
 
     def norm(self, indices: Iterable[int], norm_type: float = 2.0) -> tuple[float, float]:

@@ -110,7 +110,9 @@ class Run(StateOps):
 
     def record(self, name: str, value: Tensor) -> None:
         """For the comparison with other ranks and the second run."""
-        bits = value.detach().float().contiguous().numpy().tobytes()
+        value = value.detach().float()
+        value = torch.where(value.isnan(), torch.full_like(value, math.nan), value)  # which NaN is nobody's promise
+        bits = value.contiguous().numpy().tobytes()
         self.records.append((f"op {self.number}: {name}", hashlib.blake2b(bits, digest_size=8).hexdigest()))
 
     def compare_grad(self, index: int) -> Tensor | None:

@@ -127,7 +127,7 @@ class StateOps:
         slots, model.groups, model.scale, model.clean_steps = model.saved
         for index, slot in slots.items():
             model.slots[index] = slot
-        if model.alone and self.config.loss_scale == "dynamic":
+        if model.alone and self.config.loss_scale is not None:  # a scale was loaded, if the same one
             model.is_leftover |= any(grad.value is not None for grad in model.grads)
 
     def do_rebuild(self, how: str, stage: int) -> None:
