@@ -1,8 +1,9 @@
-"""FusedZeroAdam as a state machine: any order of backward, reads, clips, edits, zero_grad, freezing, saving and step.
+"""FusedZeroAdam as a state machine: any order of backward, reads, edits, zero_grad, freezing, writes, saving and step.
 
 hypothesis builds a program, a list of tuples; teardown runs it once on some ranks, where each rank has beside the
-optimizer a model of what torch owes: tests/support/program_model.py and program_run.py. It runs a second time with
-another bucket size and overlap, and without its reads: the bits must be the same.
+optimizer a model of what torch owes: tests/support/program_model.py, and program_run.py with its ops in
+program_gradients.py and program_state.py. It runs a second time with another bucket size and overlap, and without its
+reads: the bits must be the same.
 
 A failure prints `replay(program, config)`. A long hunt:
 
