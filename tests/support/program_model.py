@@ -119,6 +119,7 @@ class World:
         self.ever_scaled = False
         self.can_load = False
         self.stage = config.stage
+        self.is_broken = False  # some ranks still have a round to finish
 
     def is_round(self, sync: bool) -> bool:
         """Whether gradients are sent in a backward."""
@@ -140,7 +141,7 @@ class World:
             return False
         if name == "backward":
             used = [self.used(mask) for mask in args[3][: config.num_parts]]
-            if self.is_round(args[2]):  # a round on every rank, or on none
+            if self.is_round(args[2]) or self.is_broken:  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
             return any(used)
         if name in ("broken", "joint") and config.largest_sum > 1:
@@ -176,10 +177,13 @@ class World:
     def follow(self, op: Op) -> None:
         """An op that is legal has been done."""
         name, index = op[0], op[-1]
+        if name in ("backward", "step", "closure", "grad_scaler"):
+            self.is_broken = False
         if name == "backward":
             self.ever_scaled |= op[2]
         elif name in ("closure", "grad_scaler", "broken"):
             self.ever_scaled = True
+            self.is_broken = name == "broken"
             if name != "broken":
                 self.placed |= self.added & self.trained
         elif name == "freeze":
