@@ -423,6 +423,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
                     arguments.check_no_grad(group)
                 arguments.check_disjoint(self._named_params())
                 self._topology.check_meshes(group["params"])
+                self._gradients.finish_broken_round()
                 self._place([len(self.param_groups) - 1])
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -463,12 +464,15 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._transport.reserve(sizes, len(self._param_buckets.params))
 
     def _place_unfrozen(self) -> None:
-        """Give buckets to parameters that are no longer frozen. Collective where there are any."""
-        if self._param_buckets.unplaced(self._param_groups):
-            self._gradients.finish_broken_round()  # it comes first on the other ranks, and may have placed them
-            unplaced = self._param_buckets.unplaced(self._param_groups)
-            if unplaced:
-                self._place(unplaced)
+        """Give buckets to parameters that are no longer frozen. Collective where there are any.
+
+        First comes the round of a backward that an exception has ended: other ranks have sent theirs, which may have
+        placed those parameters.
+        """
+        self._gradients.finish_broken_round()
+        unplaced = self._param_buckets.unplaced(self._param_groups)
+        if unplaced:
+            self._place(unplaced)
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""

@@ -38,11 +38,15 @@ class Channels:
     free: list[Channel] = field(default_factory=list)
 
     def lease(self, handle: Any, timeout: timedelta | None) -> Channel:
-        """Collective: the free channel of the lowest serial number on all ranks, or a new one."""
-        rows = gather_objects(handle, ([channel.serial for channel in self.free], self.num_made, num_groups()))
-        common = set.intersection(*(set(serials) for serials, _, _ in rows))
+        """Collective: the free channel of the lowest serial number on all ranks, or a new one.
+
+        Where ranks began unequally many collectives on one, as in a backward that broke off on some, it stays unused.
+        """
+        free = {(channel.serial, channel.num_collectives): channel for channel in self.free}
+        rows = gather_objects(handle, ([*free], self.num_made, num_groups()))
+        common = set.intersection(*(set(known) for known, _, _ in rows))
         if common:
-            found = next(channel for channel in self.free if channel.serial == min(common))
+            found = free[min(common)]
             self.free.remove(found)
             return found
         self.num_made = max(num_made for _, num_made, _ in rows) + 1

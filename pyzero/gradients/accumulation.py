@@ -24,7 +24,7 @@ from pyzero.sharding.buckets import conversion_error, flatten
 from pyzero.sharding.local_param import unwrapped
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
-_CLEAR = 2**16  # a number of edits that no gradient reaches
+_MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
 
 
 class ParamGrad:
@@ -131,8 +131,9 @@ class ParamGrad:
         return was_reduced
 
     def count_clear(self) -> None:
-        """Count that the reduced part is gone: edits of it that were not the same on all ranks went with it."""
-        self.num_edits = (self.num_edits // _CLEAR + 1) * _CLEAR
+        """Count that the reduced part is gone, once after each round: edits that ranks did not share go with it."""
+        owner = self._owner()
+        self.num_edits = _MOST_EDITS * (1 + owner.num_rounds if owner else 0)
         self.is_half_edited = False
 
     def _keep(self, plain: Tensor, shown: Tensor) -> None:
@@ -142,11 +143,13 @@ class ParamGrad:
 
     def show(self) -> None:
         """Put into `.grad` what the caller may read: a LocalGrad, or a ShardedGrad where only others have a part."""
+        if self.param.grad is not self._shown:
+            return  # the caller has cleared or assigned it, which observe() follows
         if self._local is not None:
             if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
                 self._shown = LocalGrad.wrap(self._local, self, self._owner)
                 self.param.grad = self._shown
-        elif self._shown is None and self.param.grad is None and self.param.requires_grad:
+        elif self._shown is None and self.param.requires_grad:
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
 

@@ -202,6 +202,11 @@ class ReducedGradients(Gradients):
             )
         self._is_checked = True
 
+    @property
+    def num_rounds(self) -> int:
+        """See sharded_grad.GradOwner."""
+        return self._num_rounds
+
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class GradOwner(Protocol):
-    """What these tensors ask of the optimizer's gradients. `param_norm` is collective."""
+    """What these tensors, and the records behind them, ask of the optimizer's gradients. `param_norm` is collective."""
+
+    @property
+    def num_rounds(self) -> int:
+        """How often gradients have been reduced; the same on all ranks."""
 
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
         """0-D fp32: the p-norm of one parameter's averaged gradient."""

@@ -481,6 +481,32 @@ def test_a_backward_of_others_leaves_an_assigned_gradient(run, size, stage, sync
     run(size, assigned_and_passed_by, stage, sync)
 
 
+def broken_off(grad: Tensor) -> None:
+    raise ArithmeticError("on purpose")
+
+
+def dropped_after_a_broken_backward(group: Any, stage: int, sync: bool, how: str) -> None:
+    twins = Twins(group, stage)
+    for breaks in (True, twins.rank == twins.size - 1):  # on all ranks, then on one
+        product = twins.second * 1.0  # its gradient comes last
+        if breaks:
+            product.register_hook(broken_off)
+        with twins.no_sync(sync), pytest.raises(ArithmeticError) if breaks else nullcontext():
+            (product.sum() + twins.loss(1.0)).backward()
+        twins.drop(how)
+    with twins.no_sync(sync):
+        twins.backward(4.0, index=1)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("how", ["optimizer", "model"])
+@pytest.mark.parametrize("sync", [True, False])
+@UP_TO_TWO
+def test_what_a_broken_backward_left_stays_dropped(run, size, stage, sync, how):
+    run(size, dropped_after_a_broken_backward, stage, sync, how)
+
+
 def multiply(grad: Tensor) -> None:
     grad.mul_(2.0)
 

@@ -1,8 +1,9 @@
-"""FusedZeroAdam as a state machine: any order of backward, reads, clips, edits, zero_grad, freezing, saving and step.
+"""FusedZeroAdam as a state machine: any order of backward, reads, edits, zero_grad, freezing, writes, saving and step.
 
 hypothesis builds a program, a list of tuples; teardown runs it once on some ranks, where each rank has beside the
-optimizer a model of what torch owes: tests/support/program_model.py and program_run.py. It runs a second time with
-another bucket size and overlap, and without its reads: the bits must be the same.
+optimizer a model of what torch owes: tests/support/program_model.py, and program_run.py with its ops in
+program_gradients.py and program_state.py. It runs a second time with another bucket size and overlap, and without its
+reads: the bits must be the same.
 
 A failure prints `replay(program, config)`. A long hunt:
 
@@ -28,7 +29,7 @@ from program_model import Config, Program, World
 from program_run import Outcome, run_program
 from ranks import Ranks
 
-NUM_EXAMPLES = 200
+NUM_EXAMPLES = 100
 MOST_REFUSED = 0.4  # of the programs; more, and the test tests refusals
 SETTINGS = settings(
     max_examples=NUM_EXAMPLES,
@@ -110,7 +111,7 @@ def check(pool: Ranks, program: Program, config: Config) -> Outcome:
         if not quiet:
             fail(program, config, f"refused with other buckets: {second.text}")
         return second
-    if first.norms_round or second.norms_round:
+    if first.rounds or second.rounds:
         TALLY["not compared"] += 1
         return second
     what = "two runs differ, the second with other buckets"
@@ -151,12 +152,14 @@ CONFIGS = st.builds(
     stage=st.sampled_from([2, 1]),
     cap_mb=CAPS,
     overlap=st.booleans(),
-    transport=st.sampled_from(["auto", "exact"]),
+    transport=st.sampled_from(["auto", "auto", "exact", "exact", "collective"]),
     other_cap_mb=CAPS,
     other_overlap=st.booleans(),
     other_transport=st.sampled_from(["exact", "auto"]),
     reduce_grads=st.sampled_from([True] * 5 + [False]),
     transposed=st.sampled_from([False, False, True]),
+    grad_reduce_dtype=st.sampled_from([None, None, None, "fp32"]),
+    has_second=st.sampled_from([False, False, False, True]),
     loss_scale=st.sampled_from([None, None, 8.0, "dynamic"]),
     max_grad_norm=st.sampled_from([None, None, 2.0]),
     decoupled=st.booleans(),
@@ -169,7 +172,10 @@ ONE_MASK = MASKS.map(lambda mask: (mask,) * 3)
 MANY_MASKS = st.tuples(*[st.one_of(MASKS, st.integers(0, 63))] * 3)
 BAD = st.tuples(st.integers(0, 2), st.sampled_from(["inf", "-inf", "nan"]))
 USUALLY = st.sampled_from([True, True, False])
-READS = st.sampled_from(["clip", "full_grad", "grad_norm", "state_dict", "norm", "isfinite", "full_master"])
+READS = st.sampled_from(
+    ["clip", "full_grad", "grad_norm", "state_dict", "full_state_dict", "model", "norm", "isfinite", "full_master"]
+)
+HOWS = st.sampled_from(["scale", "twice", "tied", "create_graph", "inputs", "autograd.grad", "reentrant"])
 OPTIONS = st.sampled_from(
     [
         ("lr", 0.05),
@@ -186,6 +192,27 @@ STATE_NAMES = st.sampled_from([("master",), ("exp_avg", "exp_avg_sq"), ("step",)
 MAX_NORMS = st.sampled_from([0.5, 3.0, 40.0])
 
 
+# Found by hunts: what each of them held against.
+FOUND: list[tuple[str, Program, Config]] = [
+    (
+        "what one rank has cleared in another order is no edit",
+        [
+            ("broken", 9, 3, "model", (63, 63)),
+            ("broken", 1, 1, "optimizer", (63, 63)),
+            ("zero_grad", "model", True),
+            ("backward", 9, False, True, (63, 63), None),
+            ("step",),
+        ],
+        Config((((4, 3), "fp32", False), ((1,), "fp16", False)), stage=2, cap_mb=1e-6, transport="exact"),
+    ),
+    (
+        "a gradient that was set lies as the parameter does, whatever strides that was given",
+        [("write", "transposed data", 1), ("set_full_grad", 5, 1), ("step",)],
+        Config((((5,), "bf16", False), ((4, 3), "fp16", False)), stage=1),
+    ),
+]
+
+
 class Machine(RuleBasedStateMachine):
     """Writes a program down; teardown runs it."""
 
@@ -194,23 +221,40 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world: World | None = None
+        self.second: World | None = None  # of the other optimizer
+        self.config: Config | None = None
         self.program: Program = []
 
     @initialize(config=CONFIGS)
     def begin(self, config: Config) -> None:
-        self.world = World(config)
+        self.start(config)
+
+    def start(self, config: Config) -> None:
+        self.config, self.world = config, World(config)
+        self.second = World(config.second()) if config.has_second else None
 
     def then(self, *op: Any) -> None:
         assert self.world is not None
         if op[0] == "backward":  # the same masks for all, where this one is not legal
-            op = (*op[:4], op[4][: self.world.config.size], op[5])
+            op = (*op[:4], op[4][: self.world.config.size], *op[5:])
         if self.world.legal(op):
-            self.program.append(op)
+            self.program.append(op if self.world.config == self.config else ("also", *op))
             self.world.follow(op)
 
     def teardown(self) -> None:
-        if self.world is not None and self.program:
-            check(self.pool, self.program, self.world.config)
+        if self.config is not None and self.program:
+            check(self.pool, self.program, self.config)
+
+    @rule()
+    def turn_to_the_other(self) -> None:
+        if self.second is not None:
+            self.world, self.second = self.second, self.world
+
+    @rule(number=NUMBERS, sync=USUALLY, masks=st.one_of(ONE_MASK, MANY_MASKS))
+    def backward_of_both(self, number: int, sync: bool, masks: tuple[int, ...]) -> None:
+        op = ("joint", number, sync, masks)
+        if self.world is not None and self.second is not None and self.world.legal(op) and self.second.legal(op):
+            self.program.append(op)
 
     @rule(number=NUMBERS)
     def backward(self, number: int) -> None:
@@ -220,6 +264,35 @@ class Machine(RuleBasedStateMachine):
     @rule(number=NUMBERS, scaled=USUALLY, sync=USUALLY, masks=ONE_MASK)
     def backward_of_some(self, number: int, scaled: bool, sync: bool, masks: tuple[int, ...]) -> None:
         self.then("backward", number, scaled, sync, masks, None)
+
+    @rule(number=NUMBERS, sync=USUALLY, masks=ONE_MASK, how=HOWS)
+    def backward_in_other_ways(self, number: int, sync: bool, masks: tuple[int, ...], how: str) -> None:
+        assert self.world is not None
+        self.then("backward", number, self.world.config.loss_scale is not None, sync, masks, None, how)
+
+    @rule(number=NUMBERS, masks=st.one_of(ONE_MASK, MANY_MASKS), how=HOWS)
+    def closure(self, number: int, masks: tuple[int, ...], how: str) -> None:
+        self.then("closure", number, how, masks)
+
+    @rule(number=NUMBERS, who=st.integers(0, 3), by=st.sampled_from(["optimizer", "model"]), masks=ONE_MASK)
+    def broken(self, number: int, who: int, by: str, masks: tuple[int, ...]) -> None:
+        self.then("broken", number, who, by, masks)
+
+    @rule(
+        number=NUMBERS,
+        unscale=st.booleans(),
+        max_norm=st.sampled_from([None, 3.0]),
+        bad=st.one_of(st.none(), st.none(), BAD),
+        masks=st.one_of(ONE_MASK, MANY_MASKS),
+    )
+    def grad_scaler(
+        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+    ) -> None:
+        self.then("grad_scaler", number, unscale, max_norm, bad, masks)
+
+    @rule(mask=MASKS)
+    def zero(self, mask: int) -> None:
+        self.then("zero", mask)
 
     @rule(number=NUMBERS, sync=st.booleans(), masks=MANY_MASKS)
     def backward_of_others_on_each(self, number: int, sync: bool, masks: tuple[int, ...]) -> None:
@@ -251,9 +324,9 @@ class Machine(RuleBasedStateMachine):
     def torch_clip(self, max_norm: float, foreach: bool | None, mask: int) -> None:
         self.then("torch_clip", max_norm, foreach, mask)
 
-    @rule(number=NUMBERS, index=INDICES)
-    def assign(self, number: int, index: int) -> None:
-        self.then("assign", number, index)
+    @rule(how=st.sampled_from(["plain", "strided"]), number=NUMBERS, index=INDICES)
+    def assign(self, how: str, number: int, index: int) -> None:
+        self.then("assign", how, number, index)
 
     @rule(number=NUMBERS, index=INDICES)
     def set_full_grad(self, number: int, index: int) -> None:
@@ -318,10 +391,15 @@ def machine_on(pool: Ranks, only: Iterable[str] = (), **fixed: Any) -> type[Mach
 
         @initialize(config=CONFIGS.map(lambda config: replace(config, **fixed)))
         def begin(self, config: Config) -> None:
-            self.world = World(config)
+            self.start(config)
 
     Here.pool = pool
     return Here
+
+
+def test_programs_that_were_found(ranks):
+    for what, program, config in FOUND:
+        assert check(ranks, program, config).status == "done", what
 
 
 def test_any_program(ranks):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,10 +55,30 @@ class Config:
     other_transport: str = "exact"
     reduce_grads: bool = True  # False: each rank has the same gradients
     transposed: bool = False  # matrices, in memory
+    grad_reduce_dtype: str | None = None
+    has_second: bool = False  # another optimizer, of other parameters, takes turns
     loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
     max_grad_norm: float | None = None
     decoupled: bool = True
     seed: int = 0
+
+    def second(self) -> Config:
+        """Of the other optimizer."""
+        return replace(
+            self,
+            params=self.params[::-1],
+            spares=(),
+            stage=3 - self.stage,
+            cap_mb=self.other_cap_mb,
+            other_cap_mb=self.cap_mb,
+            seed=self.seed + 50,
+            has_second=False,
+        )
+
+    @property
+    def largest_sum(self) -> int:
+        """Of how many ranks' gradients a sum may be rounded."""
+        return self.num_parts if "collective" in (self.transport, self.other_transport) else 1
 
     @property
     def specs(self) -> tuple[tuple[tuple[int, ...], str, bool], ...]:
@@ -99,6 +119,7 @@ class World:
         self.ever_scaled = False
         self.can_load = False
         self.stage = config.stage
+        self.is_broken = False  # some ranks still have a round to finish
 
     def is_round(self, sync: bool) -> bool:
         """Whether gradients are sent in a backward."""
@@ -120,9 +141,19 @@ class World:
             return False
         if name == "backward":
             used = [self.used(mask) for mask in args[3][: config.num_parts]]
-            if self.is_round(args[2]):  # a round on every rank, or on none
+            if self.is_round(args[2]) or self.is_broken:  # a round on every rank, or on none
                 return all(one & self.placed for one in used)
             return any(used)
+        if name in ("broken", "joint") and config.largest_sum > 1:
+            return False  # gloo's reduce-scatter knows no patience: a rank waits in backward for one that is elsewhere
+        if name in ("closure", "broken"):
+            return self.legal(("backward", 0, True, True, args[-1]))
+        if name == "joint":
+            return self.legal(("backward", args[0], False, *args[1:]))
+        if name == "grad_scaler":
+            if config.alone and args[1] and any(config.dtype(index) == torch.float16 for index in self.added):
+                return False  # torch's refuses to unscale them
+            return config.loss_scale is None and self.legal(("backward", 0, True, True, args[-1]))
         if name == "assign":  # whether v carries the loss scale, nobody says
             return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
         if name == "set_full_grad":
@@ -146,8 +177,15 @@ class World:
     def follow(self, op: Op) -> None:
         """An op that is legal has been done."""
         name, index = op[0], op[-1]
+        if name in ("backward", "step", "closure", "grad_scaler"):
+            self.is_broken = False
         if name == "backward":
             self.ever_scaled |= op[2]
+        elif name in ("closure", "grad_scaler", "broken"):
+            self.ever_scaled = True
+            self.is_broken = name == "broken"
+            if name != "broken":
+                self.placed |= self.added & self.trained
         elif name == "freeze":
             self.trained.discard(index)
         elif name == "thaw":
@@ -233,8 +271,8 @@ class Grad:
             return 0.0
         return float(self.value.abs().nan_to_num(0.0, 0.0, 0.0).max())
 
-    def is_exact_in(self, dtype: torch.dtype) -> bool:
-        return not self.bound or self.bound / self.unit <= 1 / ROUNDING[dtype]
+    def is_exact_in(self, dtype: torch.dtype, largest_sum: int) -> bool:
+        return not self.bound or largest_sum * self.bound / self.unit <= 1 / ROUNDING[dtype]
 
     def round(self, unit: float) -> None:
         self.error += unit * self.largest + TINIEST
@@ -301,6 +339,7 @@ class Model(World):
         self.is_norm_known = True
         self.order_matters = False  # sums round: a read in between may change bits
         self.norms_round = False  # and so does a norm that was used: where shards are cut may change bits
+        self.sums_round = False  # as the library adds them up
         self.has_norms = False  # of single parameters, kept on each rank until a gradient comes there
         self.norms_apart = False  # it came on some ranks only: the others would not ask for them again
 
@@ -322,7 +361,7 @@ class Model(World):
         if self.edited_after_clip:
             found.append("a gradient was edited after a clip on one rank")
         if self.is_leftover:
-            found.append("a dynamic scale, and a gradient from before the step")
+            found.append("another scale may be in force, and a gradient is from before it")
         return found
 
     def norm(self, indices: Iterable[int], norm_type: float = 2.0) -> tuple[float, float]:
@@ -344,9 +383,11 @@ class Model(World):
         grad.value = mean if grad.value is None else grad.value + mean
         grad.unit = min(grad.unit, unit_of(index))
         grad.bound += 12 * unit_of(index)
-        exact = grad.is_exact_in(dtype)
+        sums = self.config.largest_sum
+        exact = grad.is_exact_in(dtype, sums)
         if grad.rough or not exact:
-            grad.round(2 * ROUNDING[dtype] if self.alone or not exact else 4 * FP32)
+            self.sums_round |= sums > 1
+            grad.round(2 * sums * ROUNDING[dtype] if self.alone or not exact or sums > 1 else 4 * FP32)
             self.order_matters = True
 
     def multiply_clipped(self) -> None:

@@ -12,20 +12,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from program_gradients import GradOps, loss_of
 from program_model import (
     FP32,
-    LARGEST,
-    ROUNDING,
     Config,
     Model,
     Op,
     Program,
     Slot,
     adam,
-    coefficient,
     start,
     top,
-    unit_of,
 )
 from program_state import StateOps
 from tolerances import ADAM
@@ -44,11 +41,11 @@ class Outcome:
     at: int = -1  # the op's number
     text: str = ""
     order_matters: bool = False
-    norms_round: bool = False
+    rounds: bool = False  # by where shards are cut
     records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
 
 
-class Run(StateOps):
+class Run(GradOps, StateOps):
     """One program on this rank. `quiet`: reads and checks are left out, but for those at the end."""
 
     def __init__(self, group: Any, config: Config, quiet: bool) -> None:
@@ -61,6 +58,7 @@ class Run(StateOps):
         self.module = nn.ParameterList(self.params)
         self.optimizer = self.build(config)
         self.saved: Any = None
+        self.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
         self.records: list[tuple[str, str]] = []
         self.number = 0
 
@@ -68,7 +66,9 @@ class Run(StateOps):
 
     def record(self, name: str, value: Tensor) -> None:
         """For the comparison with other ranks and the second run."""
-        bits = value.detach().float().contiguous().numpy().tobytes()
+        value = value.detach().float()
+        value = torch.where(value.isnan(), torch.full_like(value, math.nan), value)  # which NaN is nobody's promise
+        bits = value.contiguous().numpy().tobytes()
         self.records.append((f"op {self.number}: {name}", hashlib.blake2b(bits, digest_size=8).hexdigest()))
 
     def compare_grad(self, index: int) -> Tensor | None:
@@ -106,8 +106,8 @@ class Run(StateOps):
             if self.model.alone and not known:
                 assert grad is None, f"`.grad` of parameter {index} is not None, torch's is"
             if grad is not None:
-                same = (grad.shape, grad.dtype, grad.requires_grad) == (param.shape, param.dtype, False)
-                assert same, f"`.grad` of parameter {index}: {grad.shape}, {grad.dtype}, {grad.requires_grad}"
+                same = (grad.shape, grad.dtype) == (param.shape, param.dtype)
+                assert same, f"`.grad` of parameter {index}: {grad.shape}, {grad.dtype}"
 
     # ---- ops
 
@@ -117,193 +117,20 @@ class Run(StateOps):
             self.model.follow(op)
             self.look()
 
-    def gradients(self, number: int, mask: int, rank: int, bad: tuple[int, str] | None) -> dict[int, Tensor]:
-        found = {i: coefficient(self.config, i, number, rank) for i in sorted(self.model.used(mask))}
-        victim = next((grad for grad in found.values() if grad.numel()), None)
-        if victim is not None and bad is not None and bad[0] % self.config.num_parts == rank:
-            victim.view(-1)[-1] = float(bad[1])
-        return found
+    def do_closure(self, number: int, how: str, masks: tuple[int, ...]) -> None:
+        def closure() -> float:
+            self.do_zero_grad("optimizer", True)
+            self.do_backward(number, self.config.loss_scale is not None, True, masks, None, how)
+            return 3.0
 
-    def too_large(self, index: int, more: float) -> bool:
-        return self.config.dtype(index) == torch.float16 and more * self.model.scale > LARGEST
+        self.do_step(closure)
 
-    def do_backward(
-        self, number: int, scaled: bool, sync: bool, masks: tuple[int, ...], bad: tuple[int, str] | None
-    ) -> None:
-        model = self.model
-        by_rank = [self.gradients(number, masks[rank], rank, bad) for rank in range(self.config.num_parts)]
-        used = set().union(*by_rank)
-        if any(self.too_large(index, model.grads[index].bound + 12 * unit_of(index)) for index in used):
-            return
-        is_round = model.is_round(sync)
-        model.kinds.add("scaled" if scaled else "plain")
-        model.by_itself &= is_round and not used & model.idle
-        mine = by_rank[self.rank % self.config.num_parts]
-        if mine:
-            loss = sum((self.params[index].float() * grad).sum() for index, grad in mine.items())
-            with contextlib.nullcontext() if sync else self.optimizer.no_sync():
-                if scaled:
-                    self.optimizer.backward(loss)
-                else:
-                    loss.backward()
-        for index in sorted(used):
-            grads = [grads[index].double() for grads in by_rank if index in grads]
-            model.add(index, torch.stack(grads).sum(0) / self.config.num_parts)
-        model.local |= used
-        if not is_round and not model.alone:
-            everywhere = set.intersection(*map(set, by_rank))
-            model.carried |= everywhere
-            model.norms_apart |= model.has_norms and not all(by_rank)
-        if is_round:
-            model.reduce()
-
-    def do_read(self, what: str, index: int) -> None:
-        if self.quiet:
-            return
-        optimizer, model, param = self.optimizer, self.model, self.params[index]
-        if what == "clip":
-            norm = optimizer.clip_grad_norm_(1e9)
-            model.clipped = model.alone
-            self.compare_norm("clip_grad_norm_(1e9)", norm, model.norm(model.added))
-            model.order_matters |= not math.isfinite(model.norm(model.added)[0])  # torch's factor is 0 then, or NaN
-            model.clip(model.added, 1e9)
-        elif what == "full_grad":
-            self.compare_grad(index)
-        elif what == "grad_norm":
-            last, got = model.last_norm, optimizer.grad_norm
-            assert (last is None) == (got is None)
-            if last is not None and model.is_norm_known:
-                self.compare_norm("grad_norm", got, last)
-        elif what == "state_dict":
-            optimizer.state_dict()
-        elif what == "full_master":
-            got, wanted = optimizer.full_master(param), model.slots[index].master
-            assert torch.equal(got, wanted), f"full_master of parameter {index}: got\n{got}\nnot\n{wanted}"
-        elif what in ("norm", "isfinite"):
-            self.read_grad(what, index)
-        if what in ("clip", "full_grad"):
-            model.reduce()
-
-    def read_grad(self, what: str, index: int) -> None:
-        """On `.grad` itself, where every rank has one."""
-        model, param = self.model, self.params[index]
-        if model.alone and (self.config.loss_scale is not None or model.clipped):
-            return  # `.grad` carries the scale, and lacks the factor
-        known = model.grads[index].value is not None
-        if not (known if model.alone else index in model.carried) or model.norms_apart:
-            return
-        assert param.grad is not None, f"`.grad` of parameter {index} is None after a round"
-        if what == "norm":
-            unit = ROUNDING[param.dtype]
-            self.compare_norm(f"`.grad`.norm() of parameter {index}", param.grad.norm(), model.norm([index]), unit)
-            model.reduce()
-            model.has_norms = True
-        elif model.alone or index not in model.local:
-            got, value = bool(torch.isfinite(param.grad).all()), model.grads[index].value
-            wanted = value is None or bool(value.isfinite().all())
-            assert got == wanted, f"`.grad` of parameter {index}: isfinite().all() is {got}"
-            model.has_norms = True
-
-    def do_clip(self, max_norm: float, norm_type: float) -> None:
-        model = self.model
-        wanted = model.norm(model.added, norm_type)
-        got = self.optimizer.clip_grad_norm_(max_norm, norm_type)
-        self.compare_norm(f"clip_grad_norm_({max_norm}, {norm_type})", got, wanted)
-        model.clip(model.added, max_norm, norm_type)
-        model.clipped, model.before_clip = model.alone, True
-        model.reduce()
-
-    def do_torch_clip(self, max_norm: float, foreach: bool | None, mask: int) -> None:
-        """Of parameters of which all ranks have a `.grad`: torch leaves the others out."""
-        model = self.model
-        held = {i for i, g in enumerate(model.grads) if g.value is not None} if model.alone else model.carried
-        indices = [index for index in model.chosen(mask) if index in held]
-        if not indices or model.norms_apart:
-            return
-        unit = max(ROUNDING[self.config.dtype(index)] for index in indices)
-        wanted, after_clip = model.norm(indices), model.clipped
-        if model.alone:
-            model.edit(indices)
-        got = nn.utils.clip_grad_norm_([self.params[index] for index in indices], max_norm, foreach=foreach)
-        if not (model.alone and after_clip):
-            self.compare_norm(f"torch's clip_grad_norm_({max_norm}) of {indices}", got, wanted, unit)
-        model.clip(indices, max_norm, unit=unit)
-        model.reduce()
-        model.has_norms = True
-
-    def do_assign(self, number: int, index: int) -> None:
-        model, config = self.model, self.config
-        model.edit([index])
-        model.kinds.add("plain")
-        values = [coefficient(config, index, number, rank) for rank in range(self.config.num_parts)]
-        self.params[index].grad = values[self.rank % self.config.num_parts].to(config.dtype(index))
-        edited, model.by_itself = model.half_edited - {index}, False
-        model.put(index, torch.stack(values).double().mean(0))
-        model.kinds.add("plain")
-        model.half_edited = edited
-        model.local.add(index)  # not carried: a plain tensor's norm is its own
-
-    def do_set_full_grad(self, number: int, index: int) -> None:
-        model = self.model
-        value = coefficient(self.config, index, number, 0)
-        model.edit([index] if model.alone else [])
-        if self.too_large(index, 12 * unit_of(index)):
-            return
-        self.optimizer.set_full_grad(self.params[index], value)
-        model.reduce()
-        model.put(index, value.double())
-        model.kinds.add("plain" if not model.kinds else "set")
-        if model.clipped:
-            model.grads[index].round(2 * ROUNDING[self.config.dtype(index)])
-        if not model.alone:
-            model.reduced.add(index)
-            model.carried.add(index)
-
-    def do_multiply(self, how: str, factor: float, mask: int) -> None:
-        model, params = self.model, self.params
-        indices = model.chosen(mask)
-        if any(self.too_large(index, model.grads[index].bound * factor) for index in indices):
-            return
-        indices = [index for index in indices if model.grads[index].value is not None]
-        model.edit(indices)
-        held = [index for index in indices if params[index].grad is not None]
-        if how == "foreach" and held:
-            torch._foreach_mul_([params[index].grad for index in held], factor)
-        for index in held:
-            if how == "mul_":
-                params[index].grad.mul_(factor)
-            elif how == "div_":
-                params[index].grad.div_(1 / factor)
-            elif how == "*=":
-                params[index].grad *= factor
-        for index in indices:
-            model.scale_by(index, factor, 0.0)
-
-    def do_zero_grad(self, by: str, set_to_none: bool) -> None:
-        model = self.model
-        whole = by == "optimizer" or set_to_none
-        if not whole:
-            model.edit(index for index in model.added if model.grads[index].value is not None)
-        (self.optimizer if by == "optimizer" else self.module).zero_grad(set_to_none)
-        half, places = set(model.half_edited), (set(model.reduced), set(model.local), set(model.carried))
-        for index in model.added:
-            value = model.grads[index].value
-            model.put(index, None if set_to_none or value is None else torch.zeros_like(value))
-        if whole:
-            model.forget()
-        if not set_to_none:
-            model.reduced, model.local, model.carried = places
-            model.half_edited = set() if whole else half
-
-    def do_drop(self, index: int) -> None:
-        self.params[index].grad = None
-        self.model.put(index, None)
-
-    def do_step(self) -> None:
+    def do_step(self, closure: Callable[[], float] | None = None) -> None:
         model, optimizer = self.model, self.optimizer
+        loss = optimizer.step(closure)
+        assert loss == (3.0 if closure else None)
         applied = model.all_finite()
         model.last_norm, model.is_norm_known = model.norm(model.added), not model.before_clip
-        optimizer.step()
         model.reduce()
         model.placed |= model.added & model.trained
         model.reduce()
@@ -324,6 +151,35 @@ class Run(StateOps):
                 raise
             taken = [None if grad.value is None else grad.value.float() for grad in model.grads]
         self.compare_state(applied, dict(zip(sorted(model.added), taken, strict=False)))
+
+    def do_grad_scaler(
+        self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
+    ) -> None:
+        """A whole iteration with torch's."""
+        model, optimizer, scaler = self.model, self.optimizer, self.grad_scaler
+        self.do_zero_grad("optimizer", True)
+        by_rank = self.gradients_by_rank(number, masks, bad)
+        mine = by_rank[self.rank % self.config.num_parts]
+        if mine:
+            scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
+        else:
+            scaler.scale(torch.zeros(()))  # it makes its tensors in the first call
+        self.count_backward(by_rank, sync=True)
+        if unscale:
+            scaler.unscale_(optimizer)
+            if max_norm is not None:
+                self.do_clip(max_norm, 2.0)
+        scaler.step(optimizer)
+        scaler.update()
+        applied = model.all_finite()
+        model.placed |= model.added & model.trained
+        model.after_step(applied)
+        model.last_norm, model.is_norm_known = model.norm(model.added), False
+        if not self.quiet:
+            assert optimizer.was_step_applied == applied, f"was_step_applied is {not applied}"
+            taken = [None if grad.value is None else grad.value.float() for grad in model.grads]
+            self.compare_state(applied, {index: taken[index] for index in sorted(model.added)})
+        self.do_zero_grad("optimizer", True)
 
     def compare_state(self, applied: bool, taken: dict[int, Tensor | None]) -> None:
         """After a step: all that it changed, and what not. The model goes on with what it finds."""
@@ -404,24 +260,57 @@ class Run(StateOps):
                 assert same, f"master of parameter {index} at the end:\n{state['master']}\n{slot.master}"
 
 
+def do(runs: list[Run], op: Op) -> None:
+    if op[0] == "also":
+        runs[1].do(op[1:])
+    elif op[0] == "joint":
+        backward_of_both(runs, *op[1:])
+    else:
+        runs[0].do(op)
+
+
+def backward_of_both(runs: list[Run], number: int, sync: bool, masks: tuple[int, ...]) -> None:
+    """One loss that reaches both optimizers' parameters, in another order on each rank."""
+    if not all(run.model.legal(("joint", number, sync, masks)) for run in runs):
+        return
+    found = [run.gradients_by_rank(number, masks, None) for run in runs]
+    if any(run.are_too_large(by_rank, 1) for run, by_rank in zip(runs, found, strict=True)):
+        return
+    terms: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        for run, by_rank in zip(runs, found, strict=True):
+            run.begin_backward(by_rank, scaled=False, sync=sync)
+            terms.append(loss_of(run.params, by_rank[run.rank % run.config.num_parts], set(), "usual"))
+            if not sync:
+                stack.enter_context(run.optimizer.no_sync())
+        loss = sum(terms if runs[0].rank % 2 else terms[::-1])
+        if isinstance(loss, Tensor):
+            loss.backward()
+    for run, by_rank in zip(runs, found, strict=True):
+        run.count_backward(by_rank, sync)
+        run.model.follow(("backward", number, False, sync, masks, None))
+        run.look()
+
+
 def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Outcome:
     """On this rank. All ranks end at the same op, unless one hangs in a collective."""
     import torch.distributed as dist
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), group)
     try:
-        run = Run(group, config, quiet)
+        runs = [Run(group, each, quiet) for each in ([config, config.second()] if config.has_second else [config])]
     except Exception:
         return Outcome("failed", -1, traceback.format_exc())
-    outcome = Outcome(records=run.records)
-    steps: list[Callable[[], None]] = [lambda op=op: run.do(op) for op in program] + [run.finish]
-    for number, act in enumerate(steps):
-        run.number = number
+    outcome = Outcome(records=runs[0].records)
+    steps: list[Callable[[], None]] = [lambda op=op: do(runs, op) for op in program]
+    for number, act in enumerate([*steps, *(run.finish for run in runs)]):
+        for run in runs:
+            run.number, run.records = number, outcome.records
         outcome.at = number
         try:
             act()
         except Exception as error:
-            excuses = run.model.excuses()
+            excuses = [excuse for run in runs for excuse in run.model.excuses()]
             is_refusal = isinstance(error, RuntimeError) and not isinstance(error, pyzero.CollectiveError)
             if is_refusal and excuses:
                 outcome.status, outcome.text = "refused", f"{excuses[0]}: {error}"
@@ -438,5 +327,6 @@ def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Ou
                 outcome.status, outcome.text = "refused", "another rank ended here"
         if outcome.status != "done":
             break
-    outcome.order_matters, outcome.norms_round = run.model.order_matters, run.model.norms_round
+    outcome.order_matters = any(run.model.order_matters for run in runs)
+    outcome.rounds = any(run.model.norms_round or run.model.sums_round for run in runs)
     return outcome

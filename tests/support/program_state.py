@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from program_model import DYNAMIC, EPS, Config, Model, Slot, state_value, written
+from program_model import DTYPES, DYNAMIC, EPS, Config, Model, Slot, state_value, written
 from torch import Tensor, nn
 
 import pyzero
@@ -47,6 +47,7 @@ class StateOps:
             bucket_cap_mb=config.cap_mb,
             overlap=config.overlap,
             transport=config.transport,
+            grad_reduce_dtype=DTYPES[config.grad_reduce_dtype] if config.grad_reduce_dtype else None,
             reduce_grads=config.reduce_grads,
             loss_scale=pyzero.LossScale(**DYNAMIC) if config.loss_scale == "dynamic" else config.loss_scale,
             max_grad_norm=config.max_grad_norm,
@@ -126,7 +127,7 @@ class StateOps:
         slots, model.groups, model.scale, model.clean_steps = model.saved
         for index, slot in slots.items():
             model.slots[index] = slot
-        if model.alone and self.config.loss_scale == "dynamic":
+        if model.alone and self.config.loss_scale is not None:  # a scale was loaded, if the same one
             model.is_leftover |= any(grad.value is not None for grad in model.grads)
 
     def do_rebuild(self, how: str, stage: int) -> None:
