@@ -192,7 +192,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
             RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
                 only; nothing is changed.
             TypeError: The model was converted or moved to another device after the optimizer was built.
-            ValueError: A group's hyper-parameters were set to values out of range.
+            ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
+                `p.data` while something holds the memory that it had.
         """
         loss = None
         if closure is not None:

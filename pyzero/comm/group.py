@@ -177,13 +177,21 @@ class Group:
         """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank."""
         return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs))
 
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """What puts ranks out of step where a KeyboardInterrupt breaks it off: nothing is sent after that."""
+        was_broken, self._channel.is_broken = self._channel.is_broken, True
+        yield
+        self._channel.is_broken = was_broken
+
     def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:
         """Launch what `begin` begins; `then` is called once, when its handle has been waited for."""
         with self.error_context(what):
             if self._channel.is_broken:
-                raise RuntimeError("another collective of this optimizer has failed before")
+                raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
             self._channel.num_collectives += 1
-            handle = begin()
+            with self.unbroken():
+                handle = begin()
         return Work(handle, self, what, self._channel.num_collectives, then)
 
     def wait(self, handle: Handle, what: str, number: int) -> None:

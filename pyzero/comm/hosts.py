@@ -52,7 +52,7 @@ class HostsTransport(PeerTransport):
         )
         slices = dict(zip(self._host.ranks, here, strict=True))
         slices |= zip(self._elsewhere, received.view(len(self._elsewhere), -1), strict=True)
-        return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._host.mark_read)
+        return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._mark_read)
 
     def gather(self, flat: Tensor, shard: Tensor) -> Work:
         """See Transport. Other hosts' shards are handed on when their work is waited for."""

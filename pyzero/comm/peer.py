@@ -144,11 +144,12 @@ class PeerTransport(Transport):
     def _post(self, send: Tensor) -> Piece:
         """Let the others read `send`, now or when there is room."""
         piece = self._ring.next(send.nbytes)
-        self._ring.take(piece)
-        if send is self._room:
-            self._host.post()
-        else:
-            self._deferred.append(Deferred(piece, send, [self._host.read(piece.after)]))
+        with self.group.unbroken():
+            self._ring.take(piece)
+            if send is self._room:
+                self._host.post()
+            else:
+                self._deferred.append(Deferred(piece, send, [self._host.read(piece.after)]))
         self._room = None
         return piece
 
@@ -170,7 +171,7 @@ class PeerTransport(Transport):
         """See Transport."""
         piece, slices = self._post_gradients(send)
         work = self.group.launch(what, lambda: self._posted(piece))
-        return Exchange(work, slices, send, release=self._host.mark_read)
+        return Exchange(work, slices, send, release=self._mark_read)
 
     def _post_gradients(self, send: Tensor) -> tuple[Piece, list[Tensor]]:
         """Post `send`; returns its piece, and this rank's slice of every rank's."""
@@ -202,6 +203,10 @@ class PeerTransport(Transport):
         self._gathers.append(_Gather(piece, flat, work))
         return work
 
+    def _mark_read(self) -> None:
+        with self.group.unbroken():
+            self._host.mark_read()
+
     def _copy(self, number: int) -> None:
         """Copy other ranks' weights, of pieces up to that number, into the flat buffers."""
         while self._gathers and self._gathers[0].piece.number <= number:
@@ -212,8 +217,10 @@ class PeerTransport(Transport):
                 there = self._host.tensor(rank, piece.begin, len(sources) * numel, flat.dtype)
                 found.update(zip(sources, there.split(numel), strict=True))
             others = sorted(found.keys() - {self.group.rank})
-            ops.pack_(flat, [found[rank] for rank in others], offsets=[rank * numel for rank in others])
-            self._host.mark_read()
+            try:
+                ops.pack_(flat, [found[rank] for rank in others], offsets=[rank * numel for rank in others])
+            finally:  # after a KeyboardInterrupt too: the others wait for this room
+                self._mark_read()
 
 
 class _Pieces:

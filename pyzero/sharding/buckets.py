@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack
 
 from pyzero import memory
@@ -33,6 +34,14 @@ def conversion_error(param: Tensor, dtype: torch.dtype, device: torch.device, sh
         f"expected a parameter in {spell(dtype, device, shape)}, as the optimizer was built with, got it in "
         f"{spell(param.dtype, param.device, param.shape)}; convert and move the model first (.to(), .half(), "
         f".bfloat16()), then build the optimizer"
+    )
+
+
+def _shared_error(shape: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"expected the former memory of the parameter of shape {tuple(shape)} to be free, got another tensor assigned "
+        f"to its .data while something still holds what was there, as a swap with an average does; copy the values "
+        f"instead (p.data.copy_(other)), or swap back before the step"
     )
 
 
@@ -78,6 +87,7 @@ class Bucket:
         self._dtypes = [self.dtype] * len(params)
         self._versions = [0] * len(params)
         self._addresses = [0] * len(params)
+        self._storages: list[StorageWeakRef | None] = [None] * len(params)
         self._has_locals = any(isinstance(param, LocalParam) for param in params)
         for position, param in enumerate(params):  # its own memory is freed one parameter at a time
             self._take_in(position, param, param.data)
@@ -106,6 +116,8 @@ class Bucket:
         param.data = self._view(position).copy_(values)
         self._addresses[position] = param.data_ptr()
         self._versions[position] = param._version
+        if not isinstance(param, LocalParam):  # fully_shard's modules hold theirs too
+            self._storages[position] = StorageWeakRef(param.untyped_storage())
 
     def _empty(self, dtype: torch.dtype) -> Tensor:
         numel = self.layout.shard_numel
@@ -146,6 +158,7 @@ class Bucket:
 
         Raises:
             TypeError: One has another shape, dtype or device than when the optimizer was built.
+            ValueError: One moved, and somebody holds its memory, to which it would go back.
         """
         if not every and self._are_as_left():
             return []
@@ -154,7 +167,10 @@ class Bucket:
             same = param.shape == self._shapes[position] and param.dtype == self.dtype and param.device == self.device
             if not same:
                 raise conversion_error(param, self.dtype, self.device, self._shapes[position])
-            if every or param._version != self._versions[position] or self._has_moved(position, param):
+            has_moved = self._has_moved(position, param)
+            if has_moved and self._is_held(position, param):
+                raise _shared_error(param.shape)
+            if every or has_moved or param._version != self._versions[position]:
                 found.append(position)
         return found
 
@@ -171,6 +187,11 @@ class Bucket:
 
     def _has_moved(self, position: int, param: Tensor) -> bool:
         return param.data_ptr() != self._addresses[position] or param.stride() != self.strides[position]
+
+    def _is_held(self, position: int, param: Tensor) -> bool:
+        """Whether others hold the memory that a parameter has left, and that its values are to go back to."""
+        left = self._storages[position]
+        return left is not None and not left.expired() and left != StorageWeakRef(param.untyped_storage())
 
     def follow(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
         """Have flat memory and masters follow these parameters, which `written` returned.

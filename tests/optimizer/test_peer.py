@@ -145,6 +145,32 @@ def test_what_another_rank_has_not_read_is_not_written_over(ranks):
     assert second == [True, True, False, False]
 
 
+def interrupted(group: Any) -> None:
+    """A KeyboardInterrupt between a number that is taken and the word to the others: no rank waits for ever."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for part in ("backward", "step"):
+        model = build(torch.float32)
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport="peer")
+        loss = loss_of(model, micro_batch(0, group.rank()))
+        if part == "step":
+            loss.backward()
+        ends = (KeyboardInterrupt, pyzero.CollectiveError)  # the latter where the other rank has given up by then
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ends):
+            patch.setattr(host.HostRanks, "_advance", interrupt)
+            loss.backward() if part == "backward" else optimizer.step()
+        with pytest.raises(pyzero.CollectiveError, match="was interrupted|has given up"):
+            optimizer.zero_grad()
+            loss_of(model, micro_batch(1, group.rank())).backward()
+            optimizer.step()
+
+
+def test_an_interrupted_collective_is_the_last(ranks):
+    ranks.run(2, interrupted)
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(0, 3))
 def test_no_piece_lies_on_one_that_has_not_been_read(sizes, num_resizes):
     ring, lying = peer.Ring(), []

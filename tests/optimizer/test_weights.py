@@ -143,6 +143,20 @@ def test_another_view_assigned_to_data_is_followed():
     assert torch.equal(param, wanted) and torch.equal(optimizer.full_master(param), wanted)
 
 
+def test_weights_swapped_with_an_average_by_pointer():
+    param, average = nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((3,), 2.0), requires_grad=False)
+    optimizer = pyzero.FusedZeroAdam([param], lr=0.5)
+    param.sum().backward()
+    param.data, average.data = average.data, param.data
+    with pytest.raises(ValueError, match=r"the parameter of shape \(3,\) to be free"):
+        optimizer.step()
+    assert (param == 2.0).all() and (average == 1.0).all()
+    param.data, average.data = average.data, param.data
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.5))
+    assert (average == 2.0).all()
+
+
 def test_a_backward_through_weights_that_a_step_has_changed_is_an_error():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = pyzero.FusedZeroAdamW(model.parameters())
