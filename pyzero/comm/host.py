@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyzero.comm import futex
 from pyzero.comm.futex import Counter
+from pyzero.comm.segment import Segment
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _LINE = 64  # bytes of a cache line, which a counter has for itself
@@ -35,19 +36,6 @@ Gather = Callable[[object], list[Any]]  # every rank's small object, in rank ord
 
 class HostError(RuntimeError):
     """The ranks cannot share memory; says why, the same on each."""
-
-
-class Segment:
-    """Pages that several processes have mapped."""
-
-    def __init__(self, descriptor: int, num_bytes: int) -> None:
-        self.pages = mmap.mmap(descriptor, num_bytes)
-        with contextlib.suppress(OSError):  # huge pages are asked for; small ones will do
-            self.pages.madvise(mmap.MADV_HUGEPAGE)
-
-    def tensor(self, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """(numel,) over the bytes from `offset` on."""
-        return torch.frombuffer(self.pages, dtype=dtype, count=numel, offset=offset)
 
 
 class _Offer(NamedTuple):
@@ -65,6 +53,7 @@ class _Offer(NamedTuple):
         descriptor = os.memfd_create("pyzero", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(descriptor, 0o600)
         token = secrets.token_bytes(_TOKEN_BYTES)
+        os.posix_fallocate(descriptor, 0, num_bytes)  # pages that are there can be made huge
         os.pwrite(descriptor, token, num_bytes)
         # Nobody can cut the file short under those who have mapped it.
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

@@ -9,7 +9,7 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 LAYERS = (
     {"ops", "memory", "profiling", "streams"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
-    {"comm", "comm.futex", "comm.process"},
+    {"comm", "comm.futex", "comm.process", "comm.segment"},
     {"comm.channels", "comm.host"},
     {"comm.group"},
     {"comm.transport"},

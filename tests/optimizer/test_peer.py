@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import mmap
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from transport_program import SMALL_BUCKETS, averaged_elsewhere, program
 import pyzero
 from pyzero.comm import choice, futex, host, peer
 from pyzero.comm.group import Group
+from pyzero.comm.segment import Segment
 from pyzero.comm.transport import ExactTransport, Exchange
 from pyzero.gradients import exchange
 
@@ -508,3 +510,20 @@ def test_processes_end_without_a_word(tmp_path, method):
     assert done.returncode == 0, done.stderr
     assert not [line for line in done.stderr.splitlines() if "pyzero" in line or "Error" in line or "leaked" in line]
     assert not {name for name in set(os.listdir("/dev/shm")) - names if "pyzero" in name}
+
+
+def test_a_segment_is_mapped_where_pages_can_be_huge():
+    num_bytes = (4 << 20) + mmap.PAGESIZE
+    descriptor = os.memfd_create("test", os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        written, read = (Segment(descriptor, num_bytes) for _ in range(2))
+    finally:
+        os.close(descriptor)
+    assert written.tensor(0, 1, torch.uint8).data_ptr() % (2 << 20) == 0
+    written.tensor(0, num_bytes // 4, torch.int32).copy_(torch.arange(num_bytes // 4))
+    assert torch.equal(read.tensor(8, num_bytes // 4 - 2, torch.int32), torch.arange(2, num_bytes // 4))
+    address = written.tensor(0, 1, torch.uint8).data_ptr()
+    del written, read
+    gc.collect()
+    assert f"{address:x}-" not in Path("/proc/self/maps").read_text()

@@ -68,7 +68,7 @@ class Meter(TorchDispatchMode):
         self._shared = host.ring_bytes
         for rank, segment in host._segments.items():
             begin = segment.tensor(0, 1, torch.uint8).data_ptr()
-            self._known[-1 - rank] = begin, begin + len(segment.pages)
+            self._known[-1 - rank] = begin, begin + segment.num_bytes
 
     def _gone(self, key: int, num_bytes: int) -> None:
         del self._known[key]
