@@ -109,7 +109,7 @@ def outcome(request, tmp_path_factory):
         process.wait()
     assert process.returncode == 0
     ranks = {name.partition("-")[2]: read_ranks(root / name, ends) for name, ends in json.loads(printed).items()}
-    # What is mapped belongs to a process that runs, so to none of ours; and no rank makes semaphores of multiprocessing.
+    # What is mapped belongs to a process that runs, so to none of ours; and no rank makes multiprocessing's semaphores.
     left = {name for name in os.listdir(SHARED_MEMORY) if not name.startswith("sem.mp-")} - before - mapped_names()
     return Outcome(ranks, left, left_alive)
 
