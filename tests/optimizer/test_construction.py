@@ -1,5 +1,6 @@
 """What FusedZeroAdam makes of its parameters: agreement of ranks, tiny shards, several optimizers, few launches."""
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -162,4 +163,6 @@ def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage):
         if size == 1:
             assert "pack_" not in counts and counts["unscale_"] <= 2
         else:
-            assert counts["pack_"] == counts["start"] == counts["reduce_scatter_"] == num_buckets
+            assert counts["start"] == counts["reduce_scatter_"] == num_buckets
+            # Gradients; and, where ranks share memory, weights out of the shard, and the others' in.
+            assert counts["pack_"] == num_buckets * (1 if "PYZERO_TEST_DEVICE" in os.environ else 3)
