@@ -29,7 +29,7 @@ from program_model import Config, Program, World
 from program_run import Outcome, run_program
 from ranks import Ranks
 
-NUM_EXAMPLES = 100
+NUM_EXAMPLES = 60
 MOST_REFUSED = 0.4  # of the programs; more, and the test tests refusals
 SETTINGS = settings(
     max_examples=NUM_EXAMPLES,
