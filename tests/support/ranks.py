@@ -16,6 +16,7 @@ from typing import Any
 NUM_WORKERS = 4
 TIMEOUT_S = 60
 MAX_JOBS = 500  # of a worker, more or less: what tests have imported and left behind slows it down by up to five times
+MAX_THREADS = 200  # of a worker: process groups of meshes keep three each; with up to 900 tests/parallel took 8 min for 4
 
 
 def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
@@ -82,10 +83,16 @@ class Ranks:
         return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
 
     def renew(self, folder: Path) -> None:
-        """Before a module of tests in `folder`: end workers that ran another folder's, or too many jobs."""
-        if folder != self._folder or self._num_jobs - self._jobs_before >= MAX_JOBS:
+        """Before a module of tests in `folder`: end workers that ran another folder's, or too much."""
+        is_spent = self._num_jobs - self._jobs_before >= MAX_JOBS or self._num_threads() > MAX_THREADS
+        if folder != self._folder or is_spent:
             self.stop()
         self._folder = folder
+
+    def _num_threads(self) -> int:
+        """Of the first worker; 0 where nobody says."""
+        tasks = Path(f"/proc/{self._processes[0].pid}/task") if self._processes else Path()
+        return len(list(tasks.iterdir())) if tasks.name == "task" and tasks.is_dir() else 0
 
     def stop(self) -> None:
         """End the workers."""
