@@ -16,7 +16,7 @@ from typing import Any
 NUM_WORKERS = 4
 TIMEOUT_S = 60
 MAX_JOBS = 500  # of a worker, more or less: what tests have imported and left behind slows it down by up to five times
-MAX_THREADS = 200  # of a worker: process groups of meshes keep three each; with up to 900 tests/parallel took 8 min for 4
+MAX_THREADS = 200  # three for each process group; with up to 900 tests/parallel took 8 min, renewed 4
 
 
 def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
