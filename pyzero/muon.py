@@ -27,8 +27,10 @@ _ADAMW_DEFAULTS: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "weight_decay": 1e-2,
+    "decoupled_weight_decay": True,
+    "maximize": False,
+    "bias_correction": True,
 }
-_ADAMW: dict[str, Any] = {"decoupled_weight_decay": True, "maximize": False, "bias_correction": True}
 
 
 class MuonRule:
@@ -101,7 +103,7 @@ class MuonRule:
 
 
 def _check_use(group: dict[str, Any], use_muon: bool) -> None:
-    if group["use_muon"] is not use_muon:
+    if bool(group["use_muon"]) is not use_muon:
         raise ValueError(
             f"expected use_muon={use_muon} as when the group was added, got {group['use_muon']!r}; Muon's and AdamW's "
             f"state differ: build another optimizer"
@@ -156,7 +158,6 @@ class ZeroMuon(ZeroOptimizer):
         ns_steps: Newton-Schulz iterations.
         adjust_lr_fn: "original" (None too) multiplies lr by sqrt(max(1, rows / columns)); "match_rms_adamw" by
             0.2 sqrt(max(rows, columns)), with which learning rates for AdamW fit.
-        use_muon: Of groups that do not say.
         **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
@@ -175,8 +176,6 @@ class ZeroMuon(ZeroOptimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
-        *,
-        use_muon: bool = True,
         **options: Unpack[ZeroOptions],
     ) -> None:
         defaults = dict(
@@ -188,7 +187,7 @@ class ZeroMuon(ZeroOptimizer):
             eps=eps,
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
-            use_muon=use_muon,
+            use_muon=True,
         )
         self._adamw_rule = _AdamWRule()
         super().__init__(params, MuonRule(), defaults, **options)
@@ -196,8 +195,8 @@ class ZeroMuon(ZeroOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See ZeroOptimizer. With use_muon=False the group is AdamW's."""
         is_group = isinstance(param_group, dict)  # torch refuses what is none
-        if is_group and not param_group.get("use_muon", self.defaults["use_muon"]):
-            param_group = {"use_muon": False, **_ADAMW, **_ADAMW_DEFAULTS, **param_group}
+        if is_group and not param_group.get("use_muon", True):
+            param_group = {**_ADAMW_DEFAULTS, **param_group}
         super().add_param_group(param_group)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
