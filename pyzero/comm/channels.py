@@ -19,6 +19,10 @@ import torch.distributed as dist
 
 from pyzero.comm import process
 
+_COUNTS_CALLS = torch.__version__ >= "2.14"  # compared as versions; see _named
+_FIRST_NUMBER = 10**9  # above any that torch gives
+_num_named = 0
+
 
 @dataclass
 class Channel:
@@ -75,8 +79,8 @@ def _let_gloo_finish_at_exit() -> None:
 
 
 def num_groups() -> int:
-    """How many process groups this process has."""
-    return len(dist.distributed_c10d._world.pg_names)
+    """How many process groups this process has; from torch 2.14 on, how many `_named` has named."""
+    return _num_named if _COUNTS_CALLS else len(dist.distributed_c10d._world.pg_names)
 
 
 def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int) -> Any:
@@ -89,12 +93,31 @@ def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_group
     _let_gloo_finish_at_exit()
     if len(ranks) == dist.get_world_size():
         return dist.new_group(ranks, timeout=timeout, backend=backend)
-    # Only members may be asked for a smaller group. torch then names it after its ranks and the number of groups that
-    # this process has, so bring that to one number on all of them.
-    while num_groups() < most_groups:
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-    with _unbound():
+    # Only members may be asked for a smaller group.
+    with _named(most_groups), _unbound():
         return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+@contextmanager
+def _named(most_groups: int) -> Iterator[None]:
+    """Have torch give a group of which only members are asked a name that is the same on all of them.
+
+    It names it after its ranks and a number: of the groups that this process has, or, from 2.14 on, of all calls for a
+    group. After the latter it names groups of which every rank is asked, too, so it must not change here.
+    """
+    global _num_named
+    world = dist.distributed_c10d._world
+    if not _COUNTS_CALLS:
+        while num_groups() < most_groups:
+            dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        yield
+        return
+    _num_named = most_groups + 1
+    before, world.group_count = world.group_count, _FIRST_NUMBER + most_groups
+    try:
+        yield
+    finally:
+        world.group_count = before
 
 
 @contextmanager
