@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_loader import load, load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save, save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -34,6 +35,8 @@ from torch.utils.dlpack import from_dlpack
 
 from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Span
 
+# torch 2.6's save() and load() cannot be told to leave the other ranks alone; those that they took the place of can.
+_save, _load = (save, load) if "no_dist" in inspect.signature(save).parameters else (save_state_dict, load_state_dict)
 _READERS = 2  # threads: a CRC-32 takes twice as long as the copies behind it
 Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
 
@@ -144,7 +147,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
     """
     with _as_ours(), _without_torchs_crc():
         writer = ChecksummedWriter(folder, crcs, progress)
-        found: Metadata = save(
+        found: Metadata = _save(
             state, storage_writer=writer, planner=_AliasPlanner(), process_group=group, no_dist=group is None
         )
     return found
@@ -157,7 +160,7 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
         CheckpointError: A file is missing, cut or damaged.
     """
     with _as_ours():
-        load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
+        _load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
 
 
 @contextmanager
@@ -173,10 +176,11 @@ def _without_torchs_crc() -> Iterator[None]:
 
 @contextmanager
 def _as_ours() -> Iterator[None]:
-    """Raise torch's failures as CheckpointError, and silence its warning for a rank alone."""
+    """Raise torch's failures as CheckpointError, and silence its warnings: of a rank alone, and of _save and _load."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)
             yield
     except CheckpointException as error:  # no Exception: nobody else would catch it
         rank, (cause, _) = min(error.failures.items())
