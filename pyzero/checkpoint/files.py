@@ -188,10 +188,7 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     complete = directory / name
     folder.rename(complete)
     flush_folder(directory)
-    pointer = directory / f".{LATEST}"
-    write_file(pointer, f"{name}\n".encode())
-    pointer.replace(directory / LATEST)
-    flush_folder(directory)
+    write_latest(directory, f"{name}\n")
     same = [path for path in _complete(directory) if path != complete and path.name.split(".")[0] == name.split(".")[0]]
     older = [path for path in _complete(directory) if path != complete and path not in same]
     for old in same + ([] if keep is None else older[: max(len(older) - (keep - 1), 0)]):
@@ -200,6 +197,14 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
         except OSError as error:  # the new one is there, which is what was asked for
             log.warning("%s could not be removed: %s", old, error.strerror)
     return complete
+
+
+def write_latest(directory: Path, text: str) -> None:
+    """Replace `latest`, so that a crash at any moment leaves the old one or the new one, whole."""
+    pointer = directory / f".{LATEST}"
+    write_file(pointer, text.encode())
+    pointer.replace(directory / LATEST)
+    flush_folder(directory)
 
 
 def remove(folder: Path) -> None:

@@ -8,8 +8,8 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops", "memory", "profiling", "streams"},
-    {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
-    {"comm", "comm.futex", "comm.process", "comm.segment"},
+    {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
+    {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.segment"},
     {"comm.channels", "comm.host"},
     {"comm.group"},
     {"comm.transport"},
