@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Moot, Positive, Refused, Section, Size
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, Positive, Refused, Section, Size
 from pyzero.loss_scale.scaler import LossScale, static
 
 _DEFAULT_BUCKET = 500_000_000
 
-_LAYOUT = Moot("the optimizer lays out its buckets by itself; the numbers stay")
-_QUIET_LAYOUT = Moot(_LAYOUT.text, quiet=True)
-_STAGE_3 = Moot("fully_shard gathers block by block, the next one ahead: see stage", quiet=True)
-_OFFLOAD = Moot("see device", quiet=True)
+_LAYOUT = Ignored("the optimizer lays out its buckets by itself; the numbers stay")
+_QUIET_LAYOUT = Ignored(_LAYOUT.text, quiet=True)
+_STAGE_3 = Ignored("fully_shard gathers block by block, the next one ahead: see stage", quiet=True)
+_OFFLOAD = Ignored("see device", quiet=True)
 _MASTERS = "masters and moments are fp32 all the same: more exact, and 12 bytes per parameter over all ranks"
 
 DTYPES = {
@@ -40,12 +40,12 @@ class Fp16Section(Section):
     loss_scale: Annotated[Size | float, Field(ge=0), Done("0: dynamic; otherwise the fixed scale")] = 0.0
     initial_scale_power: Annotated[Size, Field(le=126), Done("the first scale is 2 to this power")] = 16
     loss_scale_window: Annotated[Count, Done("clean steps until the scale doubles, one more at first")] = 1000
-    hysteresis: Annotated[Size, Done("overflows until the scale is halved; 0, with which it never is, is refused")] = 2
+    hysteresis: Annotated[Size, Done("overflows until the scale is halved; 0 is refused: it never would be")] = 2
     consecutive_hysteresis: Annotated[Flag, Done("a clean step gives the hysteresis back")] = False
     min_loss_scale: Annotated[
         Positive, Done("the scale never falls below it; an overflow there skips the step and does not end the run")
     ] = 1.0
-    fp16_master_weights_and_grads: Annotated[Flag, Moot(_MASTERS, warns=True)] = False
+    fp16_master_weights_and_grads: Annotated[Flag, Ignored(_MASTERS, warns=True)] = False
 
     @field_validator("min_loss_scale", mode="before")
     @classmethod
@@ -79,19 +79,19 @@ class Fp16Section(Section):
         )
 
 
-_NO_SCALE = Moot("bf16 needs no loss scale, and has none", quiet=True)
+_NO_SCALE = Ignored("bf16 needs no loss scale, and has none", quiet=True)
 
 
 class Bf16Section(Section):
     """`bf16`, or `bfloat16`."""
 
     enabled: Annotated[Flag | Auto, Done("weights and inputs are converted to bf16, over fp32 masters")] = False
-    immediate_grad_update: Annotated[Flag, Moot("gradients are summed in fp32 as they come")] = False
+    immediate_grad_update: Annotated[Flag, Ignored("gradients are summed in fp32 as they come")] = False
     check_grad_overflow: Annotated[
-        Flag | None, Moot("inf and NaN skip the step in every dtype; max_consecutive_skips ends the run")
+        Flag | None, Ignored("inf and NaN skip the step in every dtype; max_consecutive_skips ends the run")
     ] = True
-    bf16_master_weights_and_grads: Annotated[Flag, Moot(_MASTERS, warns=True)] = False
-    bf16_optimizer_states: Annotated[Flag, Moot(_MASTERS, warns=True)] = False
+    bf16_master_weights_and_grads: Annotated[Flag, Ignored(_MASTERS, warns=True)] = False
+    bf16_optimizer_states: Annotated[Flag, Ignored(_MASTERS, warns=True)] = False
     auto_cast: Annotated[Flag, Done("as fp16.auto_cast")] = False
     loss_scale: Annotated[Any, _NO_SCALE] = 0
     initial_scale_power: Annotated[Any, _NO_SCALE] = None
@@ -106,7 +106,7 @@ class AutocastSection(Section):
     enabled: Annotated[Flag | Auto, Done("the module runs in torch.autocast; the weights stay as they are")] = False
     dtype: Annotated[DType | Auto, Done("of the autocast; float16 gets a dynamic loss scale")] = "bfloat16"
     lower_precision_safe_modules: Annotated[
-        list[str] | None, Moot("which ops run in 16 bits is torch's choice", warns=True)
+        list[str] | None, Ignored("which ops run in 16 bits is torch's choice", warns=True)
     ] = None
 
     def chosen(self) -> torch.dtype | None:
@@ -123,7 +123,7 @@ class OffloadOptimizerSection(Section):
         Literal["none", "cpu", "nvme"],
         Done("masters and moments lie in pinned memory of the host; nvme as cpu, nothing to do for weights on a CPU"),
     ] = "none"
-    nvme_path: Annotated[Any, Moot("masters and moments lie in memory, not on a disk", warns=True)] = None
+    nvme_path: Annotated[Any, Ignored("masters and moments lie in memory, not on a disk", warns=True)] = None
     buffer_count: Annotated[Any, _OFFLOAD] = 4
     buffer_size: Annotated[Any, _OFFLOAD] = None
     pin_memory: Annotated[Flag | None, _OFFLOAD] = True
@@ -165,24 +165,24 @@ class ZeroSection(Section):
         ),
     ] = 0
     reduce_bucket_size: Annotated[
-        Size | Auto, Done("elements of a bucket, where fewer than the default; else buckets are of 25 MiB")
+        Size | Auto, Done("elements of a bucket, where fewer than the default; else as bucket_cap_mb's default")
     ] = _DEFAULT_BUCKET
     overlap_comm: Annotated[Flag | Auto | None, Done("false: nothing is sent while backward runs")] = None
     contiguous_gradients: Annotated[Flag | Auto, _LAYOUT] = True
-    reduce_scatter: Annotated[Flag | Auto, Moot("gradients are always reduce-scattered")] = True
-    allgather_partitions: Annotated[Flag | Auto, Moot("weights are always all-gathered")] = True
+    reduce_scatter: Annotated[Flag | Auto, Ignored("gradients are always reduce-scattered")] = True
+    allgather_partitions: Annotated[Flag | Auto, Ignored("weights are always all-gathered")] = True
     allgather_bucket_size: Annotated[Size | Auto, _QUIET_LAYOUT] = _DEFAULT_BUCKET
     use_multi_rank_bucket_allreduce: Annotated[Flag, _LAYOUT] = True
-    compute_grad_norm: Annotated[Flag, Moot("the norm comes with the step's one message, for nothing")] = True
+    compute_grad_norm: Annotated[Flag, Ignored("the norm costs nothing: it travels in the step's one message")] = True
     round_robin_gradients: Annotated[Flag, _LAYOUT] = False
-    parameter_alignment: Annotated[Flag, Moot("parameters are always aligned")] = False
+    parameter_alignment: Annotated[Flag, Ignored("parameters are always aligned")] = False
     grad_hooks: Annotated[Flag, _LAYOUT] = True
     legacy_stage1: Annotated[Flag, _LAYOUT] = False
     ignore_unused_parameters: Annotated[
-        Flag, Moot("an unused parameter is left alone, as torch does; nothing ends the run")
+        Flag, Ignored("an unused parameter is left alone, as torch does; nothing ends the run")
     ] = True
-    load_from_fp32_weights: Annotated[Flag, Moot("fp32 masters are always loaded from the checkpoint")] = True
-    elastic_checkpoint: Annotated[Flag, Moot("checkpoints load on any number of ranks")] = False
+    load_from_fp32_weights: Annotated[Flag, Ignored("fp32 masters are always loaded from the checkpoint")] = True
+    elastic_checkpoint: Annotated[Flag, Ignored("checkpoints load on any number of ranks")] = False
     offload_optimizer: OffloadOptimizerSection | None = None
     offload_param: OffloadParamSection | None = None
     cpu_offload: Annotated[Flag | None, Done("as offload_optimizer.device: cpu")] = False
@@ -218,12 +218,12 @@ class ZeroSection(Section):
     sdma_allgather: Annotated[Flag, _STAGE_3] = False
     sdma_allgather_max_numel: Annotated[Size | Auto | None, _STAGE_3] = None
     zero_hpz_partition_size: Annotated[Size, _STAGE_3] = 1
-    zero_quantized_weights: Annotated[Flag, Moot("weights travel as they are: more exact")] = False
-    zero_quantized_nontrainable_weights: Annotated[Flag, Moot("weights travel as they are: more exact")] = False
-    zero_quantized_gradients: Annotated[Flag, Moot("gradients travel in the weights' dtype: more exact")] = False
-    mics_shard_size: Annotated[int, Moot("state is sharded over all ranks")] = -1
-    mics_hierarchical_params_gather: Annotated[Flag, Moot("state is sharded over all ranks")] = False
-    save_muon_momentum_buffer_in_memory: Annotated[Flag, Moot("Muon's momentum lies in memory", quiet=True)] = False
+    zero_quantized_weights: Annotated[Flag, Ignored("weights travel as they are: more exact")] = False
+    zero_quantized_nontrainable_weights: Annotated[Flag, Ignored("weights travel as they are: more exact")] = False
+    zero_quantized_gradients: Annotated[Flag, Ignored("gradients travel in the weights' dtype: more exact")] = False
+    mics_shard_size: Annotated[int, Ignored("state is sharded over all ranks")] = -1
+    mics_hierarchical_params_gather: Annotated[Flag, Ignored("state is sharded over all ranks")] = False
+    save_muon_momentum_buffer_in_memory: Annotated[Flag, Ignored("Muon's momentum lies in memory", quiet=True)] = False
     zenflow: Annotated[Any, Refused("it leaves out updates, which changes the result; remove it")] = None
 
     def offloads_params(self) -> bool:
@@ -250,8 +250,8 @@ class DataTypesSection(Section):
         DType | Auto | None,
         Done("several ranks sum in fp32 whatever it says; refused where one rank accumulates in 16 bits against it"),
     ] = None
-    param_dtype: Annotated[DType | Auto | None, Moot("weights are what fp16 and bf16 say")] = None
-    buffer_dtype: Annotated[DType | Auto | None, Moot("buffers are converted with the weights")] = None
+    param_dtype: Annotated[DType | Auto | None, Ignored("fp16 and bf16 set the dtype of the weights")] = None
+    buffer_dtype: Annotated[DType | Auto | None, Ignored("buffers are converted with the weights")] = None
     keep_in_fp32_modules: Annotated[
         Any, Refused("the whole model is converted; convert it yourself, and leave fp16 and bf16 disabled")
     ] = None
@@ -260,19 +260,19 @@ class DataTypesSection(Section):
 class CheckpointSection(Section):
     """`checkpoint`."""
 
-    tag_validation: Annotated[Any, Moot("save_checkpoint writes rank 0's tag")] = "Warn"
-    load_universal: Annotated[Flag, Moot("every checkpoint loads on any number of ranks")] = False
+    tag_validation: Annotated[Any, Ignored("save_checkpoint writes rank 0's tag")] = "Warn"
+    load_universal: Annotated[Flag, Ignored("every checkpoint loads on any number of ranks")] = False
     use_node_local_storage: Annotated[
         Flag,
         Done("nothing on one host; refused on several, for a checkpoint is one folder that all ranks see"),
     ] = False
-    parallel_write: Annotated[Any, Moot("every rank writes its own part")] = None
-    writer: Annotated[Any, Moot("torch.distributed.checkpoint writes")] = None
-    type: Annotated[Any, Moot("torch.distributed.checkpoint writes")] = None
+    parallel_write: Annotated[Any, Ignored("every rank writes its own part")] = None
+    writer: Annotated[Any, Ignored("torch.distributed.checkpoint writes")] = None
+    type: Annotated[Any, Ignored("torch.distributed.checkpoint writes")] = None
 
 
-_CHECKPOINTS = Moot("the model calls torch.utils.checkpoint, or pyzero.deepspeed.checkpointing.checkpoint")
-_QUIET_CHECKPOINTS = Moot(_CHECKPOINTS.text, quiet=True)
+_CHECKPOINTS = Ignored("the model calls torch.utils.checkpoint, or pyzero.deepspeed.checkpointing.checkpoint")
+_QUIET_CHECKPOINTS = Ignored(_CHECKPOINTS.text, quiet=True)
 
 
 class ActivationCheckpointingSection(Section):
@@ -321,17 +321,17 @@ class FlopsProfilerSection(Section):
     enabled: Annotated[Flag, Done("one forward is counted, by torch's FlopCounterMode, and rank 0 logs the table")] = (
         False
     )
-    profile_step: Annotated[int, Done("the first forward behind so many steps; -1: none")] = 1
-    start_profile_step: Annotated[Any, Moot("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
-    end_profile_step: Annotated[Any, Moot("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
+    profile_step: Annotated[int, Done("the first forward after so many steps; -1: none")] = 1
+    start_profile_step: Annotated[Any, Ignored("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
+    end_profile_step: Annotated[Any, Ignored("an older key of DeepSpeed's; see profile_step", quiet=True)] = None
     module_depth: Annotated[int, Done("of modules in the table; -1: all")] = -1
-    top_modules: Annotated[Size, Moot("all modules of a depth are shown", quiet=True)] = 1
+    top_modules: Annotated[Size, Ignored("all modules of a depth are shown", quiet=True)] = 1
     detailed: Annotated[Flag, Done("false: totals alone")] = True
     output_file: Annotated[str | None, Done("where the table goes; default: the log")] = None
-    recompute_fwd_factor: Annotated[float, Moot("the forward alone is counted", quiet=True)] = 0.0
+    recompute_fwd_factor: Annotated[float, Ignored("the forward alone is counted", quiet=True)] = 0.0
 
 
-_SEE_SIZE = Moot("see autotp_size", quiet=True)
+_SEE_SIZE = Ignored("see autotp_size", quiet=True)
 
 
 class LayerSpecSection(Section):
@@ -345,7 +345,7 @@ class LayerSpecSection(Section):
     model_types: Annotated[list[str] | None, Done("of model.config.model_type; null: all")] = None
     grad_allreduce: Annotated[Flag, Refused("use initialize(tp_plan=), style replicated_with_grad_allreduce")] = False
     shape: Annotated[Any, Refused("a fused weight is not split; split its layer in several, or skip it")] = None
-    partition_dim: Annotated[Any, Moot("see partition_type", quiet=True)] = None
+    partition_dim: Annotated[Any, Ignored("see partition_type", quiet=True)] = None
 
 
 class PartitionSection(Section):
@@ -355,10 +355,10 @@ class PartitionSection(Section):
     use_default_specs: Annotated[
         Flag, Done("true, and preset_model set: the model's own plan, for layers that no spec matches")
     ] = True
-    strict_mode: Annotated[Flag, Moot("a plan without any layer of the model is an error", quiet=True)] = False
+    strict_mode: Annotated[Flag, Ignored("a plan without any layer of the model is an error", quiet=True)] = False
     tp_size: Annotated[Any, _SEE_SIZE] = None
-    embedding_partition_dim: Annotated[Any, Moot("embeddings are split where a spec or the plan says so")] = None
-    lm_head_patterns: Annotated[Any, Moot("see layer_specs", quiet=True)] = None
+    embedding_partition_dim: Annotated[Any, Ignored("embeddings are split where a spec or the plan says so")] = None
+    lm_head_patterns: Annotated[Any, Ignored("see layer_specs", quiet=True)] = None
 
 
 class TpSection(Section):
@@ -383,17 +383,17 @@ class TensorParallelSection(Section):
     tp: TpSection = TpSection()
     tp_size: Annotated[Size, Done("as autotp_size")] = 1
     tp_grain_size: Annotated[Any, _SEE_SIZE] = 1
-    tp_overlap_comm: Annotated[Flag, Moot("torch decides what overlaps", quiet=True)] = False
-    preset_model: Annotated[Any, Moot("the model's own plan is used", quiet=True)] = None
+    tp_overlap_comm: Annotated[Flag, Ignored("torch decides what overlaps", quiet=True)] = False
+    preset_model: Annotated[Any, Ignored("the model's own plan is used", quiet=True)] = None
     partition_config: PartitionSection | None = None
     injection_policy_tuple: Annotated[Any, Refused("set partition_config, or pass initialize(tp_plan=)")] = None
     vocab_parallel_lm_head: Annotated[
-        Flag | None, Moot("logits are gathered, and the loss is taken of whole ones", warns=True)
+        Flag | None, Ignored("logits are gathered, and the loss is taken of whole ones", warns=True)
     ] = None
-    vocab_parallel_ce_backend: Annotated[Any, Moot("see vocab_parallel_lm_head", quiet=True)] = "torch"
-    dtype: Annotated[Any, Moot("weights are what fp16 and bf16 say", quiet=True)] = None
-    keep_module_on_host: Annotated[Flag, Moot("the model is split where it is, layer by layer", quiet=True)] = False
-    replace_with_kernel_inject: Annotated[Flag, Moot("the model's own layers run", quiet=True)] = False
+    vocab_parallel_ce_backend: Annotated[Any, Ignored("see vocab_parallel_lm_head", quiet=True)] = "torch"
+    dtype: Annotated[Any, Ignored("fp16 and bf16 set the dtype of the weights", quiet=True)] = None
+    keep_module_on_host: Annotated[Flag, Ignored("the model is split where it is, layer by layer", quiet=True)] = False
+    replace_with_kernel_inject: Annotated[Flag, Ignored("the model's own layers run", quiet=True)] = False
 
     def size(self) -> int:
         """Ranks that share a layer."""
