@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm
+from pyzero.deepspeed.config.dtype_sections import DTYPES
 from pyzero.deepspeed.config.keys import remarks
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Config
-from pyzero.deepspeed.config.sections import DTYPES
 from pyzero.deepspeed.engine import owners
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.engine.eval_engine import EvalEngine

@@ -8,25 +8,27 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, field_validator, model_validator
 
+from pyzero.deepspeed.config.dtype_sections import (
+    DTYPES,
+    AutocastSection,
+    Bf16Section,
+    DataTypesSection,
+    DType,
+    Fp16Section,
+)
 from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, NotNegative, Refused, Section, Size
 from pyzero.deepspeed.config.optimizer_section import OptimizerSection
 from pyzero.deepspeed.config.scheduler_section import SchedulerSection
 from pyzero.deepspeed.config.sections import (
-    DTYPES,
     ActivationCheckpointingSection,
-    AutocastSection,
-    Bf16Section,
     CheckpointSection,
     CsvSection,
-    DataTypesSection,
-    DType,
     FlopsProfilerSection,
-    Fp16Section,
     TensorBoardSection,
-    TensorParallelSection,
     WandbSection,
-    ZeroSection,
 )
+from pyzero.deepspeed.config.tensor_parallel_section import TensorParallelSection
+from pyzero.deepspeed.config.zero_section import ZeroSection
 
 _ACCELERATE = Ignored("a key of accelerate's own file, and none of DeepSpeed's")
 _AVERAGE = Ignored("gradients are summed in fp32 and then divided, which cannot overflow")

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pyzero.comm import process
 from pyzero.comm.group import Group
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.config.sections import TensorParallelSection
+from pyzero.deepspeed.config.tensor_parallel_section import TensorParallelSection
 from pyzero.deepspeed.parallel import groups
 from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.parallel.tp_plan import Cut, check_sizes, plan_of, shared_by

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyzero.deepspeed.config.sections import PartitionSection, TensorParallelSection
+from pyzero.deepspeed.config.tensor_parallel_section import PartitionSection, TensorParallelSection
 
 # transformers' names of what torch.distributed.tensor.parallel has, by what is cut of the weight.
 _ROWS = ("colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise")  # dimension 0
