@@ -181,9 +181,9 @@ def _check_accumulation(model: nn.Module, config: Config, parallel: Parallelism)
     """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if wanted in (None, "auto") or dtype is None or parallel.size > 1:
+    if wanted in (None, "auto") or dtype is None or parallel.data_size > 1:
         return
-    if config.batches(parallel.num_counted).accumulation == 1:
+    if config.batches(parallel.num_batch_ranks).accumulation == 1:
         return
     if DTYPES[wanted].itemsize > dtype.itemsize:
         raise ValueError(
@@ -251,7 +251,7 @@ def _partition(
     partition = Partition(model, optimizer, config, parallel)
     if tp_size > 1:
         partition.split(tp_plan)
-    if config.zero_optimization.stage == 3 and parallel.size > 1:
+    if config.zero_optimization.stage == 3 and parallel.data_size > 1:
         partition.shard()
     else:
         partition.gather()

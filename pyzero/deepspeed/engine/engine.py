@@ -51,8 +51,8 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = process.local_rank()
         self.parallel = parallel
-        self.dp_rank, self.dp_world_size = parallel.rank, parallel.size  # among those that see different data
-        self.batches = config.batches(parallel.num_counted)
+        self.dp_rank, self.dp_world_size = parallel.data_rank, parallel.data_size  # among those that see different data
+        self.batches = config.batches(parallel.num_batch_ranks)
         self.micro_steps = 0  # calls of step()
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # that went into them, on all ranks

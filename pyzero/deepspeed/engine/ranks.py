@@ -19,7 +19,7 @@ class EngineRanks:
     @property
     def mp_world_size(self) -> int:
         """Ranks that split the layers of one model among them."""
-        return self.parallel.part[1]
+        return self.parallel.tensor_place[1]
 
     def autotp_size(self) -> int:
         """The config's tensor_parallel.autotp_size; 0: none."""
@@ -27,23 +27,23 @@ class EngineRanks:
 
     def get_data_parallel_group(self) -> Any:
         """Ranks that see different data; None without a process group."""
-        return process.handle_of(self.parallel.data) if comm.is_initialized() else None
+        return process.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
         """Among them."""
-        return self.parallel.rank
+        return self.parallel.data_rank
 
     def get_data_parallel_world_size(self) -> int:
         """How many."""
-        return self.parallel.size
+        return self.parallel.data_size
 
     def get_model_parallel_group(self) -> Any:
         """Ranks that split the layers of one model among them; None where they are whole."""
-        return self.parallel.parts
+        return self.parallel.tensor_group
 
     def get_model_parallel_rank(self) -> int:
         """Among them."""
-        return self.parallel.part[0]
+        return self.parallel.tensor_place[0]
 
     def get_model_parallel_world_size(self) -> int:
         """How many."""

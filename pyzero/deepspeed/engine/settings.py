@@ -35,7 +35,7 @@ class EngineSettings:
         Raises:
             ValueError: The micro-batches of all ranks do not divide it.
         """
-        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_counted)
+        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_batch_ranks)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Another number of samples per backward on one rank, and per step with it.
@@ -43,7 +43,7 @@ class EngineSettings:
         Raises:
             ValueError: None at all.
         """
-        accumulation, num_ranks = self.batches.accumulation, self.parallel.num_counted
+        accumulation, num_ranks = self.batches.accumulation, self.parallel.num_batch_ranks
         self.batches = Batches.solve(None, micro_batch_size, accumulation, num_ranks)
 
     def get_batch_info(self) -> tuple[int, int, int]:
