@@ -86,10 +86,10 @@ def _options(config: Config) -> dict[str, Any]:
     """Of every optimizer of ours."""
     options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
     options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
-    if config.torch_autocast.chosen() == torch.float16:
+    if config.torch_autocast.enabled_dtype() == torch.float16:
         options["loss_scale"] = "dynamic"
     options["max_grad_norm"] = config.max_grad_norm()
-    options["grad_reduce_dtype"] = config.sent_dtype()
+    options["grad_reduce_dtype"] = config.grad_reduce_dtype()
     return options
 
 

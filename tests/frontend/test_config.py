@@ -375,4 +375,4 @@ def test_both_names_of_bf16(key):
     ],
 )
 def test_the_dtype_of_communication(config, dtype):
-    assert load(config).sent_dtype() is dtype
+    assert load(config).grad_reduce_dtype() is dtype

@@ -103,7 +103,7 @@ class AutocastSection(Section):
         list[str] | None, Ignored("which ops run in 16 bits is torch's choice", warns=True)
     ] = None
 
-    def chosen(self) -> torch.dtype | None:
+    def enabled_dtype(self) -> torch.dtype | None:
         """The dtype; None where it is not enabled."""
         if self.enabled is not True:
             return None

@@ -135,12 +135,9 @@ def rows(section: type[Section], path: str = "") -> Iterator[tuple[str, str, str
         if below is not None:
             yield from rows(below, f"{path}{name}.")
         if state is not None:
-            default = "" if field.default in (None, PydanticUndefined) else _shown(field.default)
+            default = "" if field.default in (None, PydanticUndefined) else str(field.default)
+            default = default.lower() if isinstance(field.default, bool) else default
             yield f"{path}{name}", type(state).__name__.lower(), default, state.text
-
-
-def _shown(default: Any) -> str:
-    return {True: "true", False: "false"}.get(default, str(default)) if isinstance(default, bool) else f"{default}"
 
 
 def table(section: type[Section]) -> str:

@@ -181,7 +181,7 @@ class Config(Section):
             return self.gradient_clipping
         return None if self.optimizer is None else self.optimizer.params.max_grad_norm or None
 
-    def sent_dtype(self) -> torch.dtype | None:
+    def grad_reduce_dtype(self) -> torch.dtype | None:
         """In which gradients are sent; None: the weights'."""
         if self.communication_data_type not in (None, "auto"):
             return DTYPES[self.communication_data_type]

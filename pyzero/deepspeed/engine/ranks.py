@@ -48,8 +48,3 @@ class EngineRanks:
     def get_model_parallel_world_size(self) -> int:
         """How many."""
         return self.mp_world_size
-
-    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """What accelerate saves of split layers. Collective; empty but on rank 0, as DeepSpeed's."""
-        state: dict[str, Any] = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)  # type: ignore[attr-defined]
-        return state

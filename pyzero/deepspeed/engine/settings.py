@@ -105,4 +105,4 @@ class EngineSettings:
 
     def communication_data_type(self) -> Any:
         """The dtype in which gradients are sent; None: the weights'."""
-        return self.config.sent_dtype()
+        return self.config.grad_reduce_dtype()
