@@ -58,11 +58,12 @@ class Partition:
         self._follow(sharded)
 
     def gather(self) -> None:
-        """Below stage 3: what zero.Init has sharded is put together."""
+        """Below stage 3: make what zero.Init has sharded whole."""
         sharded = [param for param in self._model.parameters() if isinstance(param, ShardedParam)]
         if sharded:
             log.warning(
-                "zero.Init has sharded %d weights, put together again below stage 3: pass it this config", len(sharded)
+                "zero.Init sharded %d weights, which are made whole below stage 3; pass zero.Init this config",
+                len(sharded),
             )
         for param in sharded:
             gather_(param)

@@ -141,7 +141,7 @@ def rows(section: type[Section], path: str = "") -> Iterator[tuple[str, str, str
 
 
 def table(section: type[Section]) -> str:
-    """Markdown."""
+    """All keys as a Markdown table, for docs/deepspeed.md."""
     lines = ["| key | state | default | what it means here |", "|---|---|---|---|"]
     lines += [f"| `{key}` | {state} | {default} | {text} |" for key, state, default, text in rows(section)]
     return "\n".join(lines) + "\n"

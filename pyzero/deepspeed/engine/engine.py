@@ -297,7 +297,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         return self.optimizer.loss_scale
 
     def get_loss_scale(self) -> float:
-        """The same."""
+        """As `cur_scale`."""
         return self.cur_scale
 
     def get_lr(self) -> list[float]:

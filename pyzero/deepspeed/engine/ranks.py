@@ -30,11 +30,11 @@ class EngineRanks:
         return process.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
-        """Among them."""
+        """This rank's place in that group."""
         return self.parallel.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many."""
+        """The number of ranks in that group."""
         return self.parallel.data_size
 
     def get_model_parallel_group(self) -> Any:
@@ -42,9 +42,9 @@ class EngineRanks:
         return self.parallel.tensor_group
 
     def get_model_parallel_rank(self) -> int:
-        """Among them."""
+        """This rank's place in that group."""
         return self.parallel.tensor_place[0]
 
     def get_model_parallel_world_size(self) -> int:
-        """How many."""
+        """The number of ranks in that group."""
         return self.mp_world_size

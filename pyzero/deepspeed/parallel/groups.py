@@ -29,12 +29,12 @@ def get_data_parallel_group() -> Any:
 
 
 def get_data_parallel_rank() -> int:
-    """Among them."""
+    """This rank's place in that group."""
     return _current().data_rank
 
 
 def get_data_parallel_world_size() -> int:
-    """How many."""
+    """The number of ranks in that group."""
     return _current().data_size
 
 
@@ -44,12 +44,12 @@ def get_model_parallel_group() -> Any:
 
 
 def get_model_parallel_rank() -> int:
-    """Among them."""
+    """This rank's place in that group."""
     return _current().tensor_place[0]
 
 
 def get_model_parallel_world_size() -> int:
-    """How many."""
+    """The number of ranks in that group."""
     return _current().tensor_place[1]
 
 
