@@ -151,11 +151,11 @@ def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
 
 def _parallelism(model: nn.Module, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
     if isinstance(model, PipelineModule):
-        return _of_pipeline(model, config, mesh, mpu, tp_size)
+        return _parallelism_of_pipeline(model, config, mesh, mpu, tp_size)
     return tensor_parallel.parallelism_with(tp_size, mesh, mpu) if tp_size > 1 else parallelism_of(mesh, mpu)
 
 
-def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
+def _parallelism_of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
     if tp_size > 1:
         raise ValueError(
             f"got tensor_parallel.autotp_size {tp_size} with a PipelineModule, whose layers are whole; remove the key"

@@ -70,7 +70,7 @@ def make_optimizer(
         return optimizer
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
-        ours = _ours(optimizer)(groups_of(optimizer), **options)
+        ours = _class_for(optimizer)(groups_of(optimizer), **options)
         optimizer.param_groups = ours.param_groups  # for a schedule over it that nobody hands in, and edits of its lr
         optimizer._opt_called = True  # that schedule's step() warns without
         return ours
@@ -83,7 +83,7 @@ def make_optimizer(
 
 
 def _options(config: Config) -> dict[str, Any]:
-    """Of every optimizer of ours."""
+    """Arguments that every optimizer of ours takes."""
     options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
     options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
     if config.torch_autocast.enabled_dtype() == torch.float16:
@@ -93,7 +93,7 @@ def _options(config: Config) -> dict[str, Any]:
     return options
 
 
-def _ours(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
+def _class_for(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
     if isinstance(optimizer, FusedLion):
         return FusedZeroLion
     if type(optimizer) is _TORCH_MUON:

@@ -124,7 +124,8 @@ class EngineCheckpoints:
 
         Raises:
             ValueError: The tag is no name of a folder, or there is a custom_load_fn.
-            CheckpointError, CollectiveError: See pyzero.load_checkpoint; FileNotFoundError too of DeepSpeed's.
+            CheckpointError, CollectiveError: See pyzero.load_checkpoint.
+            FileNotFoundError: A file of DeepSpeed's is missing.
         """
         if custom_load_fn is not None:
             raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")

@@ -41,7 +41,7 @@ class EngineSettings:
         """Another number of samples per backward on one rank, and per step with it.
 
         Raises:
-            ValueError: None at all.
+            ValueError: It is below 1.
         """
         accumulation, num_ranks = self.batches.accumulation, self.parallel.num_batch_ranks
         self.batches = Batches.solve(None, micro_batch_size, accumulation, num_ranks)

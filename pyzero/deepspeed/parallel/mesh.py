@@ -52,7 +52,7 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     if mesh is not None and mpu is not None:
         raise ValueError("got mesh and mpu, wanted one of them: each says which ranks see different data")
     if mesh is not None:
-        return _of_mesh(mesh)
+        return _parallelism_of_mesh(mesh)
     if mpu is None:
         rank, size = process.rank_and_size()
         return Parallelism(None, None, rank, size)
@@ -68,7 +68,7 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     return Parallelism(data, None if is_alone else model, *process.place_in(data))
 
 
-def _of_mesh(mesh: Any) -> Parallelism:
+def _parallelism_of_mesh(mesh: Any) -> Parallelism:
     if mesh.ndim > 2:
         raise ValueError(
             f"expected a mesh of one or two dimensions, got {mesh.ndim}; pass the data and the tensor dimension, as in "
