@@ -37,7 +37,7 @@ QUICK := tests/ops tests/build/test_build_spec.py tests/frontend/test_config.py 
 test-quick: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m "not slow and not cuda" -k "not triton and not shim" $(QUICK) $(PYTEST_ARGS)
 
-# What README and docs/scaling.md quote: make bench BENCH_ARGS="--out benchmarks/results/cpu"
+# What README, docs/measured.md and docs/scaling.md quote: make bench BENCH_ARGS="--out benchmarks/results/cpu"
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
 

@@ -90,14 +90,10 @@ def adamw(params: Any, kind: str = "fused") -> torch.optim.Optimizer:
 
 def _deepspeed(name: str, device: str) -> Optimize:
     """Its Adam or Lion, by lower-case name."""
-    suffix, mode = ("adam", {"adam_w_mode": True}) if name == "adam" else ("lion", {})
-    module = importlib.import_module(f"deepspeed.ops.{suffix}")
-    kind = suffix.capitalize()
-    if device == "cpu":
-        kind, mode = f"DeepSpeedCPU{kind}", {"adamw_mode": True} if mode else {}
-    else:
-        kind = f"Fused{kind}"
-    return lambda params: getattr(module, kind)(params, lr=LR, weight_decay=WEIGHT_DECAY, **mode)
+    kind = ("DeepSpeedCPU" if device == "cpu" else "Fused") + name.capitalize()
+    mode = {"adamw_mode" if device == "cpu" else "adam_w_mode": True} if name == "adam" else {}
+    make = getattr(importlib.import_module(f"deepspeed.ops.{name}"), kind)
+    return lambda params: make(params, lr=LR, weight_decay=WEIGHT_DECAY, **mode)
 
 
 def _apex(params: Sequence[Tensor]) -> torch.optim.Optimizer:

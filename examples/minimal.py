@@ -4,13 +4,13 @@ import torch.distributed as dist
 from pyzero import FusedZeroAdamW
 
 dist.init_process_group("gloo")  # on GPUs "nccl", and everything .to(f"cuda:{dist.get_rank()}")
-torch.manual_seed(dist.get_rank())  # each rank draws its own data; of the weights rank 0's are taken
+torch.manual_seed(dist.get_rank())  # each rank draws its own data; all get rank 0's weights
 model = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1)).bfloat16()
 optimizer = FusedZeroAdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
 for step in range(301):
     x = torch.randn(64, 16, dtype=torch.bfloat16)
     loss = (model(x) - x[:, :1].abs()).float().square().mean()
-    loss.backward()  # sums the gradients over the ranks, and keeps a part of the sums on each
+    loss.backward()  # averages the gradients over the ranks; each keeps its part of them
     optimizer.step()
     optimizer.zero_grad()
     if step % 100 == 0 and dist.get_rank() == 0:

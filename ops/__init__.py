@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from .step_scalars import step_scalars_ as step_scalars_
     from .unscale import unscale_ as unscale_
 
-__all__ = ["adam_", "lion_", "loss_scale_update_", "pack_", "reduce_scatter_", "step_scalars_", "unscale_"]
-
 _MODULES = {
     "adam_": "adam",
     "lion_": "lion",
@@ -28,6 +26,7 @@ _MODULES = {
     "step_scalars_": "step_scalars",
     "unscale_": "unscale",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -39,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})

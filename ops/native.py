@@ -106,7 +106,7 @@ def forget() -> None:
     backend.cache_clear()
 
 
-def lend_reader() -> None:
+def share_row_reader() -> None:
     """Let the C++ module read tensors for a backend that is not in C++, where pip has built it: see `rows`."""
     if ahead_of_time_path("cpu") is not None and stale_reason("cpu") is None:
         with contextlib.suppress(JitError):  # it cannot be imported; python reads, too
@@ -130,9 +130,9 @@ class NativeBackend:
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
-        rows.read_by(module)
+        rows.use_reader_of(module)
 
-    def _where(self, device: torch.device) -> tuple[int, ...]:
+    def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         """The last arguments of every launch."""
         raise NotImplementedError
 
@@ -144,7 +144,7 @@ class NativeBackend:
 
     def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
         """The last arguments of a launch that may need a workspace."""
-        return self._where(device)
+        return self._launch_args(device)
 
     def adam_(self, args: AdamArgs) -> None:
         """See `pyzero.ops.adam_`."""
@@ -179,7 +179,7 @@ class NativeBackend:
             _address(args.found_inf),
             _address(args.segment_ids),
             _address(args.active),
-            *self._where(args.master.device),
+            *self._launch_args(args.master.device),
         )
 
     def unscale_(self, args: UnscaleArgs) -> None:
@@ -197,7 +197,7 @@ class NativeBackend:
 
     def pack_(self, args: PackArgs) -> None:
         """See `pyzero.ops.pack_`."""
-        self.module.pack_(args.rows, args.offsets, _scalar(args.scale), *self._where(args.bucket.device))
+        self.module.pack_(args.rows, args.offsets, _scalar(args.scale), *self._launch_args(args.bucket.device))
 
     def reduce_scatter_(self, args: ReduceScatterArgs) -> None:
         """See `pyzero.ops.reduce_scatter_`."""
@@ -216,7 +216,7 @@ class NativeBackend:
     def loss_scale_update_(self, args: LossScaleArgs) -> None:
         """See `pyzero.ops.loss_scale_update_`."""
         state, found_inf, policy = args
-        self.module.loss_scale_update_(state.data_ptr(), found_inf.data_ptr(), policy, *self._where(state.device))
+        self.module.loss_scale_update_(state.data_ptr(), found_inf.data_ptr(), policy, *self._launch_args(state.device))
 
     def step_scalars_(self, args: StepScalarsArgs) -> None:
         """See `pyzero.ops.step_scalars_`."""
@@ -230,7 +230,7 @@ class NativeBackend:
             args.steps.data_ptr(),
             args.used.data_ptr(),
             args.steps.numel(),
-            *self._where(args.rows.device),
+            *self._launch_args(args.rows.device),
         )
 
 
@@ -241,7 +241,7 @@ class CpuBackend(NativeBackend):
         super().__init__(module)
         self.num_threads = env.num_threads()  # None: torch's, whatever that is at the launch
 
-    def _where(self, device: torch.device) -> tuple[int, ...]:
+    def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         return (self.num_threads or torch.get_num_threads(),)
 
 
@@ -253,21 +253,21 @@ class CudaBackend(NativeBackend):
 
     def __init__(self, module: ModuleType) -> None:
         super().__init__(module)
-        self._report_bytes: dict[torch.device, int] = {}
+        self._workspace_bytes: dict[torch.device, int] = {}
 
-    def _where(self, device: torch.device) -> tuple[int, ...]:
+    def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         return device.index, current_stream(device)
 
     def _adam_workspace(self, device: torch.device, num_segments: int) -> Tensor | None:
         return torch.empty(self.module.adam_workspace_bytes(num_segments), dtype=torch.uint8, device=device)
 
     def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
-        if device not in self._report_bytes:
-            self._report_bytes[device] = self.module.grad_stats_workspace_bytes(device.index)
-        return torch.empty(self._report_bytes[device], dtype=torch.uint8, device=device)
+        if device not in self._workspace_bytes:
+            self._workspace_bytes[device] = self.module.grad_stats_workspace_bytes(device.index)
+        return torch.empty(self._workspace_bytes[device], dtype=torch.uint8, device=device)
 
     def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
-        return _address(workspace), *self._where(device)
+        return _address(workspace), *self._launch_args(device)
 
 
 @functools.cache

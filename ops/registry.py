@@ -72,7 +72,7 @@ def _triton_reason(device_type: str) -> str | None:
 
 
 def _load_triton() -> Backend:
-    native.lend_reader()
+    native.share_row_reader()
     return _import("triton_kernels")
 
 

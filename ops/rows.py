@@ -29,7 +29,7 @@ Reader: TypeAlias = Callable[[Sequence[Tensor], int, int], bytes | None]
 _native: Reader | None = None
 
 
-def read_by(module: ModuleType) -> None:
+def use_reader_of(module: ModuleType) -> None:
     """Let a native module read tensors from now on, if it can with this torch."""
     global _native
     if module.use_exchange_api(Tensor, torch.nn.Parameter):

@@ -22,22 +22,6 @@ if TYPE_CHECKING:
     from .sharding.sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
-__all__ = [
-    "CheckpointError",
-    "CollectiveError",
-    "FusedZeroAdam",
-    "FusedZeroAdamW",
-    "FusedZeroLion",
-    "LossScale",
-    "ShardedGrad",
-    "ZeroLamb",
-    "ZeroMuon",
-    "async_save_checkpoint",
-    "initialize",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "save_checkpoint",
-]
 
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
@@ -56,6 +40,7 @@ _MODULES = {
     "load_checkpoint": "checkpoint.loading",
     "save_checkpoint": "checkpoint.saving",
 }
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -69,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})

@@ -25,7 +25,7 @@ PARTS = "parts"  # in common.pt: how many model-parallel ranks have a part of on
 def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
     """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add.
 
-    Of what is split in parts, with the rank that has this one: `up.weight@1`.
+    The name of this rank's part of a split weight ends with the rank: `up.weight@1`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model as a module, got {type(model).__name__}; pass the model, not its state dict")

@@ -92,7 +92,7 @@ def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Those in a checkpoint."""
+    """The weights in a checkpoint."""
 
     folder: Path
     index: dict[str, Any]

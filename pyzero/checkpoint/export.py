@@ -16,6 +16,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from pyzero.checkpoint.files import flush_folder
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CODES = {
     torch.float64: "F64",
@@ -85,11 +87,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # the first error is the one to show
             temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_folder(path.parent)
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -36,7 +36,7 @@ log = logging.getLogger("pyzero")
 
 INDEX, LATEST, COMMON = "index.json", "latest", "common.pt"
 FORMAT = 1
-_BESIDE_BYTES = 2**16  # from here on a CRC-32 takes longer than to ask another thread for it
+_THREADED_CRC_BYTES = 2**16  # from here on a CRC-32 takes longer than to ask another thread for it
 _UNFINISHED = ".unfinished_"
 _FOLDER = re.compile(r"step_\d+(\.\d+)?")
 _FILE = re.compile(r"[\w.]+")
@@ -69,17 +69,17 @@ class ChecksummedStream:
         self._progress = progress
         self._begin = self._crc = self._length = 0
         self._small = bytearray()  # written, and not yet in the file: torch.save writes a tensor in 40 calls
-        self._beside = ThreadPoolExecutor(1)
+        self._crc_thread = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
         """As a file's."""
         num_bytes = memoryview(data).nbytes
         self._length += num_bytes
-        if num_bytes < _BESIDE_BYTES:
+        if num_bytes < _THREADED_CRC_BYTES:
             self._small += data
             return num_bytes
         self._put_small()
-        crc = self._beside.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
+        crc = self._crc_thread.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
         self._raw.write(data)
         self._crc = crc.result()
         self._progress(num_bytes)
@@ -110,10 +110,10 @@ class ChecksummedStream:
 
     def close(self) -> None:
         """Whoever opened the file closes it."""
-        self._beside.shutdown()
+        self._crc_thread.shutdown()
 
 
-def sum_of(content: bytes) -> tuple[int, int]:
+def length_and_crc(content: bytes) -> tuple[int, int]:
     """The content's length and CRC-32."""
     return len(content), zlib.crc32(content)
 
@@ -188,10 +188,7 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     complete = directory / name
     folder.rename(complete)
     flush_folder(directory)
-    pointer = directory / f".{LATEST}"
-    write_file(pointer, f"{name}\n".encode())
-    pointer.replace(directory / LATEST)
-    flush_folder(directory)
+    write_latest(directory, f"{name}\n")
     same = [path for path in _complete(directory) if path != complete and path.name.split(".")[0] == name.split(".")[0]]
     older = [path for path in _complete(directory) if path != complete and path not in same]
     for old in same + ([] if keep is None else older[: max(len(older) - (keep - 1), 0)]):
@@ -200,6 +197,14 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
         except OSError as error:  # the new one is there, which is what was asked for
             log.warning("%s could not be removed: %s", old, error.strerror)
     return complete
+
+
+def write_latest(directory: Path, text: str) -> None:
+    """Replace `latest`, so that a crash at any moment leaves the old one or the new one, whole."""
+    pointer = directory / f".{LATEST}"
+    write_file(pointer, text.encode())
+    pointer.replace(directory / LATEST)
+    flush_folder(directory)
 
 
 def remove(folder: Path) -> None:

@@ -27,15 +27,11 @@ _SLOTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class LossScaleState:
-    """DeepSpeed's loss scaler as it was saved; a fixed scale where `growth_interval` is None."""
+    """What a state has of DeepSpeed's loss scaler; a fixed scale where `growth_interval` is None."""
 
     scale: float
     growth_interval: int | None = None  # its scale_window
-    growth_factor: float = 2.0
-    min_scale: float = 1.0
-    hysteresis: int = 1  # its delayed_shift
     hysteresis_left: int = 1
-    consecutive_hysteresis: bool = False
     num_clean_steps: int = 0  # since the last overflow, or since the start
 
     @property
@@ -59,8 +55,6 @@ class ParamGroup:
 class DeepSpeedCheckpoint:
     """A checkpoint folder, its partitions put together."""
 
-    version: str  # of DeepSpeed
-    num_ranks: int
     params: dict[str, dict[str, Tensor]]  # trained: "master", "exp_avg", "exp_avg_sq" in fp32, and "step" (0-D)
     module: dict[str, Tensor]  # the module's state_dict: weights, frozen ones and buffers too
     shared: dict[str, str]  # a tied parameter's further names, and the name in `params`
@@ -104,8 +98,6 @@ def _assemble(model: dict[str, Any], states: list[dict[str, Any]], folder: Path)
     shapes = _item(model, "param_shapes", list, folder)
     config = model.get("ds_config")
     return DeepSpeedCheckpoint(
-        version=str(states[0].get("ds_version", "unknown")),
-        num_ranks=len(states),
         params=dict(_params(states, shapes, folder)),
         module={n: value for n, value in _item(model, "module", dict, folder).items() if isinstance(value, Tensor)},
         shared=dict(model.get("shared_params") or {}),
@@ -230,10 +222,6 @@ def _loss_scale(scaler: Any) -> LossScaleState:
     return LossScaleState(
         scale=float(saved["cur_scale"]),
         growth_interval=int(saved["scale_window"]),
-        growth_factor=float(saved["scale_factor"]),
-        min_scale=float(saved["min_scale"]),
-        hysteresis=int(saved["delayed_shift"]),
         hysteresis_left=int(saved["cur_hysteresis"]),
-        consecutive_hysteresis=bool(saved["consecutive_hysteresis"]),
         num_clean_steps=int(saved["cur_iter"]) - int(saved["last_overflow_iter"]) - 1,
     )

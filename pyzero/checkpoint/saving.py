@@ -55,7 +55,7 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        CheckpointError: A file could not be written on some rank, on all ranks.
+        CheckpointError: A file could not be written on some rank. Raised on all ranks.
         CollectiveError: A rank died.
         TypeError: `extra` holds objects that cannot be loaded without running code; `optimizer` is none of pyzero's, or
             `model` no module.

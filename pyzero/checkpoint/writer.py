@@ -114,7 +114,7 @@ class Writer:
             )
         for name, content in self._contents.items():
             files.write_file(folder / name, content)
-        self._sums = {name: files.sum_of(content) for name, content in self._contents.items()}
+        self._sums = {name: files.length_and_crc(content) for name, content in self._contents.items()}
 
     def _write_tensors(self, folder: Path) -> Any:
         from pyzero.checkpoint import storage  # half a second

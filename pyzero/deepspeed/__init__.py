@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .arguments import add_tuning_arguments as add_tuning_arguments
     from .comm import init_distributed as init_distributed
     from .config.view import DeepSpeedConfig as DeepSpeedConfig
-    from .engine.engine import Engine as DeepSpeedEngine
+    from .engine.engine import Engine
     from .entry import initialize as initialize
     from .parallel.tensor_parallel import tp_model_init as tp_model_init
     from .pipe.engine import PipelineEngine as PipelineEngine
@@ -19,22 +19,9 @@ if TYPE_CHECKING:
     from .utils import log_dist as log_dist
     from .utils import logger as logger
 
+    DeepSpeedEngine = Engine
+
 __version__ = "0.19.8"  # the DeepSpeed whose names these are
-__all__ = [
-    "DeepSpeedConfig",
-    "DeepSpeedEngine",
-    "PipelineEngine",
-    "PipelineModule",
-    "add_config_arguments",
-    "add_tuning_arguments",
-    "get_accelerator",
-    "init_distributed",
-    "init_inference",
-    "initialize",
-    "log_dist",
-    "logger",
-    "tp_model_init",
-]
 
 # Imported on first use: a name of a module, or a module.
 _NAMES = {
@@ -51,6 +38,7 @@ _NAMES = {
     "logger": ("utils", "logger"),
     "tp_model_init": ("parallel.tensor_parallel", "tp_model_init"),
 }
+__all__ = [*_NAMES, "init_inference"]
 _MODULES = ("accelerator", "checkpointing", "comm", "ops", "pipe", "profiling", "utils", "zero")
 
 

@@ -39,7 +39,7 @@ class Accelerator:
         raise AttributeError(f"the accelerator {self.__dict__.get('_name')} has no {name!r}; use torch's own")
 
     def is_available(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def device_name(self, device_index: int | None = None) -> str:
@@ -83,7 +83,7 @@ class Accelerator:
         return torch.cuda.is_bf16_supported() if self._has_gpu else True
 
     def is_fp16_supported(self) -> bool:
-        """Everywhere."""
+        """True."""
         return True
 
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -105,5 +105,5 @@ class Accelerator:
 
 @functools.cache
 def get_accelerator() -> Accelerator:
-    """The one."""
+    """The accelerator of this process."""
     return Accelerator()

@@ -22,7 +22,7 @@ def configure(*args: Any, **kwargs: Any) -> None:
 
 
 def is_configured() -> bool:
-    """Always."""
+    """True."""
     return True
 
 
@@ -49,7 +49,7 @@ class CudaRNGStatesTracker:
         self.states_: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Forget all."""
+        """Forget all streams."""
         self.states_ = {}
 
     def get_states(self) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm
+from pyzero.deepspeed.config.dtype_sections import DTYPES
 from pyzero.deepspeed.config.keys import remarks
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Config
-from pyzero.deepspeed.config.sections import DTYPES
 from pyzero.deepspeed.engine import owners
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.engine.eval_engine import EvalEngine
@@ -151,11 +151,11 @@ def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
 
 def _parallelism(model: nn.Module, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
     if isinstance(model, PipelineModule):
-        return _of_pipeline(model, config, mesh, mpu, tp_size)
+        return _parallelism_of_pipeline(model, config, mesh, mpu, tp_size)
     return tensor_parallel.parallelism_with(tp_size, mesh, mpu) if tp_size > 1 else parallelism_of(mesh, mpu)
 
 
-def _of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
+def _parallelism_of_pipeline(model: PipelineModule, config: Config, mesh: Any, mpu: Any, tp_size: int) -> Parallelism:
     if tp_size > 1:
         raise ValueError(
             f"got tensor_parallel.autotp_size {tp_size} with a PipelineModule, whose layers are whole; remove the key"
@@ -181,9 +181,9 @@ def _check_accumulation(model: nn.Module, config: Config, parallel: Parallelism)
     """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if wanted in (None, "auto") or dtype is None or parallel.size > 1:
+    if wanted in (None, "auto") or dtype is None or parallel.data_size > 1:
         return
-    if config.batches(parallel.num_counted).accumulation == 1:
+    if config.batches(parallel.num_batch_ranks).accumulation == 1:
         return
     if DTYPES[wanted].itemsize > dtype.itemsize:
         raise ValueError(
@@ -251,7 +251,7 @@ def _partition(
     partition = Partition(model, optimizer, config, parallel)
     if tp_size > 1:
         partition.split(tp_plan)
-    if config.zero_optimization.stage == 3 and parallel.size > 1:
+    if config.zero_optimization.stage == 3 and parallel.data_size > 1:
         partition.shard()
     else:
         partition.gather()

@@ -70,7 +70,7 @@ def make_optimizer(
         return optimizer
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
-        ours = _ours(optimizer)(groups_of(optimizer), **options)
+        ours = _class_for(optimizer)(groups_of(optimizer), **options)
         optimizer.param_groups = ours.param_groups  # for a schedule over it that nobody hands in, and edits of its lr
         optimizer._opt_called = True  # that schedule's step() warns without
         return ours
@@ -83,17 +83,17 @@ def make_optimizer(
 
 
 def _options(config: Config) -> dict[str, Any]:
-    """Of every optimizer of ours."""
+    """Arguments that every optimizer of ours takes."""
     options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
     options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
-    if config.torch_autocast.chosen() == torch.float16:
+    if config.torch_autocast.enabled_dtype() == torch.float16:
         options["loss_scale"] = "dynamic"
     options["max_grad_norm"] = config.max_grad_norm()
-    options["grad_reduce_dtype"] = config.sent_dtype()
+    options["grad_reduce_dtype"] = config.grad_reduce_dtype()
     return options
 
 
-def _ours(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
+def _class_for(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
     if isinstance(optimizer, FusedLion):
         return FusedZeroLion
     if type(optimizer) is _TORCH_MUON:

@@ -22,12 +22,12 @@ log = logging.getLogger("pyzero")
 
 
 class Partition:
-    """What each parameter of a model has become.
+    """Splits or shards a model's parameters, and knows which new parameter took the place of each.
 
     Args:
-        model: It.
-        optimizer: That the caller has over it, or None.
-        config: It.
+        model: Whose parameters they are.
+        optimizer: The caller's over them, or None.
+        config: Of the script.
         parallel: Who holds what.
     """
 
@@ -36,7 +36,7 @@ class Partition:
         self._optimizer = optimizer
         self._config = config
         self._parallel = parallel
-        self._new: dict[Tensor, Tensor] = {}  # by what it was; over several rounds the first
+        self._new: dict[Tensor, Tensor] = {}  # by the caller's parameter
 
     def split(self, plan: Mapping[str, Any] | None) -> None:
         """Tensor parallelism: layers are cut over the ranks that share them."""
@@ -51,24 +51,25 @@ class Partition:
         self._check_optimizer("shards of stage 3")
         config = self._config
         offload = config.zero_optimization.offloads_params() and process.device().type != "cpu"
-        sharded = shard(self._model, self._parallel, config.weights_dtype(), config.sent_dtype(), offload)
+        sharded = shard(self._model, self._parallel, config.weights_dtype(), config.grad_reduce_dtype(), offload)
         for param in dict.fromkeys(sharded.values()):
             if is_dtensor(param):
                 mark_sharded(param)
         self._follow(sharded)
 
     def gather(self) -> None:
-        """Below stage 3: what zero.Init has sharded is put together."""
+        """Below stage 3: make what zero.Init has sharded whole."""
         sharded = [param for param in self._model.parameters() if isinstance(param, ShardedParam)]
         if sharded:
             log.warning(
-                "zero.Init has sharded %d weights, put together again below stage 3: pass it this config", len(sharded)
+                "zero.Init sharded %d weights, which are made whole below stage 3; pass zero.Init this config",
+                len(sharded),
             )
         for param in sharded:
             gather_(param)
 
     def replaced(self, value: Any) -> Any:
-        """Parameters, groups or (name, parameter) pairs, with what parameters have become."""
+        """Parameters, groups or (name, parameter) pairs, with the new parameters in place of the caller's."""
         if isinstance(value, Tensor):
             return self._new.get(value, value)
         if isinstance(value, dict):

@@ -7,12 +7,11 @@ A schedule of DeepSpeed counts from -1, which is what the first optimizer step r
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 
 Numbers = float | Sequence[float]  # one for all groups, or one for each
 WarmupType = Literal["log", "linear"]
@@ -30,14 +29,6 @@ def _per_group(optimizer: Optimizer, name: str, value: Numbers) -> list[float]:
 def _own_rates(optimizer: Optimizer) -> list[float]:
     """Of each group, before another schedule drove it."""
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-
-
-def _is_sequential_asking() -> bool:
-    """Whether SequentialLR has called into this file: an older torch's goes to a schedule's start by step(0)."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals is globals():
-        frame = frame.f_back
-    return frame.f_code is SequentialLR.step.__code__
 
 
 class _Schedule(LRScheduler):
@@ -68,8 +59,9 @@ class _Schedule(LRScheduler):
         if last_batch_iteration is None:
             super().step()
             return
-        # torch's step adds one, and its own count is one more than DeepSpeed's.
-        self.last_epoch = last_batch_iteration - 1 if _is_sequential_asking() else last_batch_iteration
+        # torch's step adds one, and its own count is one more than DeepSpeed's. In a SequentialLR a schedule whose turn
+        # has not come is at -1 in torch's count; older torch starts it by step(0), in that count.
+        self.last_epoch = last_batch_iteration - 1 if self.last_epoch < 0 else last_batch_iteration
         super().step()
 
     def rates(self, iteration: int) -> list[float]:
@@ -354,6 +346,4 @@ class OneCycle(_Schedule):
 
 
 SCHEDULES = {cls.__name__: cls for cls in (WarmupLR, WarmupDecayLR, WarmupCosineLR, LRRangeTest, OneCycle)}
-
-
-VALID_LR_SCHEDULES = ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]  # accelerate asks
+VALID_LR_SCHEDULES = list(SCHEDULES)  # DeepSpeed's name of it, which accelerate asks for

@@ -90,7 +90,7 @@ class Timer:
         self.started, self._seconds = False, 0.0
 
     def elapsed(self, reset: bool = True) -> float:
-        """Milliseconds."""
+        """Milliseconds between start() and stop(), summed; reset: to nothing."""
         was_started = self.started
         if was_started:
             self.stop()
@@ -117,7 +117,7 @@ class SynchronizedWallClockTimer:
         return name in self.timers
 
     def get_timers(self) -> dict[str, Timer]:
-        """All."""
+        """All timers, by name."""
         return self.timers
 
     def log(

@@ -37,7 +37,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
             "got exclude_frozen_parameters=True, which is not supported; pass it to engine.save_checkpoint"
         )
     folder = Path(checkpoint_dir)
-    latest = folder / "latest"
+    latest = folder / files.LATEST
     if tag is None and latest.is_file():
         tag = latest.read_text().strip()
     if tag is not None and files.find(folder / tag) is not None:

@@ -8,8 +8,8 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
     {"ops", "memory", "profiling", "streams"},
-    {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.export", "checkpoint.files"},
-    {"comm", "comm.futex", "comm.process", "comm.segment"},
+    {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
+    {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.segment"},
     {"comm.channels", "comm.host"},
     {"comm.group"},
     {"comm.transport"},
@@ -45,8 +45,9 @@ LAYERS = (
             "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners "
             "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
             "pipe.runner pipe.topology schedules stage_3 stage_3.kept stage_3.sharded_param zero_to_fp32",
-            "config.optimizer_section config.scheduler_section config.sections ops.adam ops.lamb ops.lion "
-            "parallel.groups stage_3.shard timers",
+            "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
+            "config.tensor_parallel_section config.zero_section ops.adam ops.lamb ops.lion parallel.groups "
+            "stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
             "config.reader engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
             "pipe.module profiling",

@@ -196,7 +196,7 @@ def test_no_json_without_hjson(monkeypatch):
         ({"num_processes": 7}, "accelerate's own file"),
         ({"zero3_init_flag": True}, "accelerate's own file"),
         ({"logging": {"level": "info"}}, "logging.getLogger"),
-        ({"dtype": "float16"}, "fp16 and bf16 say it"),
+        ({"dtype": "float16"}, "set fp16 or bf16"),
         ({"zero_optimization": {"stage": 3, "sdma_allgather": True}}, None),
         ({"fp16": {"enabled": True, "hysteresis": 0, "loss_scale": 1024}}, None),
         ({"fp16": {"enabled": False, "hysteresis": 0}}, None),
@@ -375,4 +375,4 @@ def test_both_names_of_bf16(key):
     ],
 )
 def test_the_dtype_of_communication(config, dtype):
-    assert load(config).sent_dtype() is dtype
+    assert load(config).grad_reduce_dtype() is dtype

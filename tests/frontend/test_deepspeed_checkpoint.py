@@ -95,7 +95,7 @@ def test_partitions_are_put_together(name, tmp_path):
     model, optimizer = build(case)
     extra = load(tmp_path, model, optimizer)
     assert extra["step"] == SAVED_AT and extra["client_state"] == CLIENT_STATE
-    assert (checkpoint.num_ranks, checkpoint.global_steps, checkpoint.version) == (case.num_ranks, SAVED_AT, "0.19.8")
+    assert checkpoint.global_steps == SAVED_AT
     assert checkpoint.client_state == CLIENT_STATE and checkpoint.shared == {"head.weight": "embedding.weight"}
     assert checkpoint.skipped_steps == optimizer.skipped_steps == (1 if case.precision == "fp16" else 0)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}

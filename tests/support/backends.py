@@ -58,7 +58,7 @@ class Target:
 class ShimBackend(native.CudaBackend):
     """The CUDA binding over kernels that g++ compiled: tensors lie on the CPU, the device is 0, the stream is 0."""
 
-    def _where(self, device: torch.device) -> tuple[int, ...]:
+    def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         return 0, 0
 
     def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
@@ -92,7 +92,7 @@ def read_rows_by(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if reason := registry.BACKENDS["cpu"].unavailable_reason("cpu"):
         pytest.skip(f"cpu: {reason}")
-    rows.read_by(native.load("cpu"))
+    rows.use_reader_of(native.load("cpu"))
     if rows._native is None:
         pytest.skip("this torch has no exchange API")
 

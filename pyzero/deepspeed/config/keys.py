@@ -1,4 +1,4 @@
-"""What becomes of a key of DeepSpeed's config here: done, moot or refused. The one source of docs/deepspeed.md."""
+"""What becomes of a key of DeepSpeed's config here: done, ignored or refused. The one source of docs/deepspeed.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Moot:
+class Ignored:
     """The key is accepted and changes nothing. Where it asks for more than its default, one log line says the text."""
 
     text: str
@@ -33,7 +33,7 @@ class Refused:
     text: str
 
 
-State = Done | Moot | Refused
+State = Done | Ignored | Refused
 
 Auto = Literal["auto"]
 
@@ -135,23 +135,20 @@ def rows(section: type[Section], path: str = "") -> Iterator[tuple[str, str, str
         if below is not None:
             yield from rows(below, f"{path}{name}.")
         if state is not None:
-            default = "" if field.default in (None, PydanticUndefined) else _shown(field.default)
+            default = "" if field.default in (None, PydanticUndefined) else str(field.default)
+            default = default.lower() if isinstance(field.default, bool) else default
             yield f"{path}{name}", type(state).__name__.lower(), default, state.text
 
 
-def _shown(default: Any) -> str:
-    return {True: "true", False: "false"}.get(default, str(default)) if isinstance(default, bool) else f"{default}"
-
-
 def table(section: type[Section]) -> str:
-    """Markdown."""
+    """All keys as a Markdown table, for docs/deepspeed.md."""
     lines = ["| key | state | default | what it means here |", "|---|---|---|---|"]
     lines += [f"| `{key}` | {state} | {default} | {text} |" for key, state, default, text in rows(section)]
     return "\n".join(lines) + "\n"
 
 
 def remarks(section: Section, path: str = "") -> Iterator[tuple[str, bool]]:
-    """(line, whether it is a warning) for each moot key that asks for something, and one for all that are "auto"."""
+    """(line, whether it is a warning) for each ignored key that asks for something, and one for all that are "auto"."""
     autos = [] if path else list(_autos(section))
     if autos:
         yield f'"auto" takes its default, for there is no Trainer to fill it in: {", ".join(autos)}', False
@@ -160,7 +157,7 @@ def remarks(section: Section, path: str = "") -> Iterator[tuple[str, bool]]:
         state = state_of(type(section), name)
         if isinstance(value, Section):
             yield from remarks(value, f"{path}{name}.")
-        elif isinstance(state, Moot) and name in section.model_fields_set:
+        elif isinstance(state, Ignored) and name in section.model_fields_set:
             default = type(section).model_fields[name].default
             asks = is_asked_for(value) if isinstance(value, dict) else value not in (default, None, "auto")
             if asks and not state.quiet:

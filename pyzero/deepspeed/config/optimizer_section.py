@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Moot, NotNegative, Refused, Section
+from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Ignored, NotNegative, Refused, Section
 
 Rule = Literal["Adam", "AdamW", "Lion", "Lamb", "Muon"]
 
@@ -27,7 +27,7 @@ _TYPES: dict[str, tuple[Rule, str]] = {
     "onebitlamb": ("Lamb", "gradients are not compressed: Lamb throughout, as in its warm-up"),
     "zerooneadam": ("Adam", "gradients are not compressed, and every step is synchronised: Adam"),
 }
-_COMPRESSION = Moot("gradients are not compressed", quiet=True)
+_COMPRESSION = Ignored("gradients are not compressed", quiet=True)
 # DeepSpeed's FusedLion; the paper's, which FusedZeroLion has, are 1e-4 and (0.9, 0.99).
 _LION_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999)}
 
@@ -58,23 +58,24 @@ class OptimizerParams(Section):
     weight_decay: Annotated[NotNegative | Auto, Done("default 0, for AdamW too")] = "auto"
     adam_w_mode: Annotated[Flag | None, Done("AdamW's decay; DeepSpeed's default for type Adam is true")] = None
     bias_correction: Annotated[Flag, Done("false: the moments are taken as they are")] = True
-    max_grad_norm: Annotated[NotNegative | None, Done("an older place of gradient_clipping")] = None
+    max_grad_norm: Annotated[NotNegative | None, Done("as gradient_clipping")] = None
     torch_adam: Annotated[
         Flag | None, Done("the fused kernels run; weight_decay is 0.01 by default, as torch's AdamW has it")
     ] = None
-    fused: Annotated[Flag | None, Moot("always", quiet=True)] = None
-    foreach: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None
-    set_grad_none: Annotated[Flag | None, Moot("gradients are cleared either way", quiet=True)] = None
-    fp32_optimizer_states: Annotated[Flag, Moot("the state is fp32 all the same: more exact")] = True
+    fused: Annotated[Flag | None, Ignored("the fused kernels always run", quiet=True)] = None
+    foreach: Annotated[Flag | None, Ignored("the fused kernels run", quiet=True)] = None
+    set_grad_none: Annotated[Flag | None, Ignored("gradients are cleared either way", quiet=True)] = None
+    fp32_optimizer_states: Annotated[Flag, Ignored("the state is fp32 all the same: more exact")] = True
     amsgrad: Annotated[Flag, Refused("it is not supported; leave it out")] = False
     maximize: Annotated[Flag, Done("ascend; Lamb cannot")] = False
     max_coeff: Annotated[NotNegative | None, Done("Lamb's largest trust ratio; default 10")] = None
     min_coeff: Annotated[NotNegative | None, Done("Lamb's smallest one; default 0.01")] = None
     momentum: Annotated[Fraction | None, Done("Muon's; default 0.95")] = None
-    muon_lr: Annotated[NotNegative | None, Done("of Muon's matrices, before lr; default 0.02")] = None
-    adam_lr: Annotated[NotNegative | None, Done("of what Adam trains beside them, before lr; default 3e-4")] = None
+    muon_lr: Annotated[NotNegative | None, Done("lr of Muon's matrices, in place of lr; default 0.02")] = None
+    adam_lr: Annotated[NotNegative | None, Done("lr of Adam's parameters, in place of lr; default 3e-4")] = None
     ns_method: Annotated[
-        Literal["gram", "standard"] | None, Moot("Newton-Schulz iterations in bf16, as torch.optim.Muon's", quiet=True)
+        Literal["gram", "standard"] | None,
+        Ignored("Newton-Schulz in bf16, as torch.optim.Muon's", quiet=True),
     ] = None
     per_head_muon: Annotated[Flag, Refused("it is not supported; leave it out")] = False
     eps_inside_sqrt: Annotated[Flag, Refused("it is not supported; leave it out")] = False
@@ -103,8 +104,8 @@ class OptimizerSection(Section):
         ),
     ]
     params: OptimizerParams = Field(default=OptimizerParams())
-    torch_adam: Annotated[Flag | None, Moot("the fused kernels run", quiet=True)] = None  # also one of params
-    legacy_fusion: Annotated[Flag, Moot("the fused kernels run", quiet=True)] = False
+    torch_adam: Annotated[Flag | None, Ignored("the fused kernels run", quiet=True)] = None  # also one of params
+    legacy_fusion: Annotated[Flag, Ignored("the fused kernels run", quiet=True)] = False
 
     @field_validator("type", mode="after")
     @classmethod

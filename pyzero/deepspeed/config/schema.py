@@ -8,28 +8,30 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, field_validator, model_validator
 
-from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Moot, NotNegative, Refused, Section, Size
+from pyzero.deepspeed.config.dtype_sections import (
+    DTYPES,
+    AutocastSection,
+    Bf16Section,
+    DataTypesSection,
+    DType,
+    Fp16Section,
+)
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, NotNegative, Refused, Section, Size
 from pyzero.deepspeed.config.optimizer_section import OptimizerSection
 from pyzero.deepspeed.config.scheduler_section import SchedulerSection
 from pyzero.deepspeed.config.sections import (
-    DTYPES,
     ActivationCheckpointingSection,
-    AutocastSection,
-    Bf16Section,
     CheckpointSection,
     CsvSection,
-    DataTypesSection,
-    DType,
     FlopsProfilerSection,
-    Fp16Section,
     TensorBoardSection,
-    TensorParallelSection,
     WandbSection,
-    ZeroSection,
 )
+from pyzero.deepspeed.config.tensor_parallel_section import TensorParallelSection
+from pyzero.deepspeed.config.zero_section import ZeroSection
 
-_ACCELERATE = Moot("a key of accelerate's own file, and none of DeepSpeed's")
-_AVERAGE = Moot("gradients are summed in fp32 and then divided, which cannot overflow")
+_ACCELERATE = Ignored("a key of accelerate's own file, and none of DeepSpeed's")
+_AVERAGE = Ignored("gradients are summed in fp32 and then divided, which cannot overflow")
 
 
 class Config(Section):
@@ -41,7 +43,7 @@ class Config(Section):
     ] = None
     train_micro_batch_size_per_gpu: Annotated[Count | Auto | None, Done("samples per backward on a rank")] = None
     gradient_accumulation_steps: Annotated[Count | Auto | None, Done("backwards per step")] = None
-    managed_gradient_accumulation: Annotated[Flag, Done("false: every step() of the engine is a step")] = True
+    managed_gradient_accumulation: Annotated[Flag, Done("false: every engine.step() is an optimizer step")] = True
     optimizer: OptimizerSection | None = None
     scheduler: SchedulerSection | None = None
     fp16: Fp16Section = Fp16Section()
@@ -51,57 +53,57 @@ class Config(Section):
     amp: Annotated[Any, Refused("apex amp is not supported; enable bf16, fp16 or torch_autocast")] = None
     gradient_clipping: Annotated[
         NotNegative | Auto,
-        Done("the largest global norm; 0: none. Nothing is clipped unless asked for: DeepSpeed's is 1"),
+        Done("the largest global norm; 0, the default here: no clipping. DeepSpeed's default is 1"),
     ] = 0.0
     zero_optimization: ZeroSection = ZeroSection()
-    zero_allow_untested_optimizer: Annotated[Flag, Moot("there are only tested ones", quiet=True)] = False
-    zero_force_ds_cpu_optimizer: Annotated[Flag, Moot("the optimizer runs where the weights are", quiet=True)] = True
+    zero_allow_untested_optimizer: Annotated[Flag, Ignored("there are only tested ones", quiet=True)] = False
+    zero_force_ds_cpu_optimizer: Annotated[Flag, Ignored("the optimizer runs where the weights are", quiet=True)] = True
     communication_data_type: Annotated[
         DType | Auto | None, Done("the dtype in which gradients are sent; default: the weights'")
     ] = None
     fp32_allreduce: Annotated[Flag, Done("the older communication_data_type: fp32")] = False
-    seq_parallel_communication_data_type: Annotated[Any, Moot("there is no sequence parallelism", quiet=True)] = None
+    seq_parallel_communication_data_type: Annotated[Any, Ignored("there is no sequence parallelism", quiet=True)] = None
     prescale_gradients: Annotated[Flag, _AVERAGE] = False
     gradient_predivide_factor: Annotated[NotNegative, _AVERAGE] = 1.0
     gradient_allreduce_op: Annotated[
         str, Refused("gradients are averaged; multiply the loss by the number of ranks for a sum")
     ] = "mean"
     sparse_gradients: Annotated[
-        Flag, Moot("use nn.Embedding(sparse=False); a sparse gradient is an error that names its parameter")
+        Flag, Ignored("use nn.Embedding(sparse=False); a sparse gradient is an error that names its parameter")
     ] = False
-    disable_allgather: Annotated[Flag, Moot("weights are always all-gathered")] = False
+    disable_allgather: Annotated[Flag, Ignored("weights are always all-gathered")] = False
     data_types: DataTypesSection = DataTypesSection()
-    steps_per_print: Annotated[Size | None, Done("one log line each so many steps; null or 0: none")] = None
-    wall_clock_breakdown: Annotated[Flag, Done("a log line of the phases each steps_per_print, or 10, steps")] = False
-    memory_breakdown: Annotated[Flag, Moot("see torch.cuda.memory_summary()")] = False
-    dump_state: Annotated[Flag, Moot("see engine.config")] = False
-    log_level: Annotated[Any, Moot('set logging.getLogger("pyzero")')] = None
+    steps_per_print: Annotated[Size | None, Done("one log line every so many steps; null or 0: none")] = None
+    wall_clock_breakdown: Annotated[Flag, Done("a log line of the phases every steps_per_print (or 10) steps")] = False
+    memory_breakdown: Annotated[Flag, Ignored("see torch.cuda.memory_summary()")] = False
+    dump_state: Annotated[Flag, Ignored("see engine.config")] = False
+    log_level: Annotated[Any, Ignored('set logging.getLogger("pyzero")')] = None
     tensorboard: TensorBoardSection = TensorBoardSection()
     csv_monitor: CsvSection = CsvSection()
     wandb: WandbSection = WandbSection()
     comet: Annotated[Any, Refused("enable tensorboard, csv_monitor or wandb")] = None
-    monitor_config: Annotated[Any, Moot("tensorboard, csv_monitor and wandb belong beside it, not in it")] = None
+    monitor_config: Annotated[Any, Ignored("set tensorboard, csv_monitor and wandb at the top level")] = None
     activation_checkpointing: ActivationCheckpointingSection = ActivationCheckpointingSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    load_universal_checkpoint: Annotated[Flag, Moot("every checkpoint loads on any number of ranks")] = False
-    nebula: Annotated[Any, Moot("checkpoints go to their folder")] = None
-    datastates_ckpt: Annotated[Any, Moot("checkpoints go to their folder")] = None
-    veloc_config: Annotated[Any, Moot("checkpoints go to their folder")] = None
+    load_universal_checkpoint: Annotated[Flag, Ignored("every checkpoint loads on any number of ranks")] = False
+    nebula: Annotated[Any, Ignored("checkpoints go to their folder")] = None
+    datastates_ckpt: Annotated[Any, Ignored("checkpoints go to their folder")] = None
+    veloc_config: Annotated[Any, Ignored("checkpoints go to their folder")] = None
     dataloader_drop_last: Annotated[Flag, Done("of the data loader that initialize() returns")] = False
     flops_profiler: FlopsProfilerSection = FlopsProfilerSection()
-    comms_logger: Annotated[Any, Moot("use torch.profiler, which shows each collective")] = None
-    comms_config: Annotated[Any, Moot("see comms_logger", quiet=True)] = None
-    timers: Annotated[Any, Moot("see wall_clock_breakdown", quiet=True)] = None
-    autotuning: Annotated[Any, Moot("nothing is tuned; the config is taken as it is")] = None
-    hybrid_engine: Annotated[Any, Moot("generate() is the module's own")] = None
-    compile: Annotated[Any, Moot("call torch.compile on the model")] = None
-    aio: Annotated[Any, Moot("nothing lies on NVMe", quiet=True)] = None
-    disable_python_gc: Annotated[Flag, Moot("call gc.disable()")] = False
-    use_data_before_expert_parallelism: Annotated[Flag, Moot("there are no experts", quiet=True)] = False
-    vocabulary_size: Annotated[Any, Moot("a remark on its alignment is all DeepSpeed makes of it", quiet=True)] = None
-    cuda_visible_devices: Annotated[Any, Moot("set the environment variable CUDA_VISIBLE_DEVICES")] = None
-    sparse_attention: Annotated[Any, Moot("attention is the model's affair, which reads its config by itself")] = None
-    pipeline: Annotated[Any, Moot("PipelineModule's arguments say all of it")] = None
+    comms_logger: Annotated[Any, Ignored("use torch.profiler, which shows each collective")] = None
+    comms_config: Annotated[Any, Ignored("see comms_logger", quiet=True)] = None
+    timers: Annotated[Any, Ignored("see wall_clock_breakdown", quiet=True)] = None
+    autotuning: Annotated[Any, Ignored("nothing is tuned; the config is taken as it is")] = None
+    hybrid_engine: Annotated[Any, Ignored("generate() is the module's own")] = None
+    compile: Annotated[Any, Ignored("call torch.compile on the model")] = None
+    aio: Annotated[Any, Ignored("nothing lies on NVMe", quiet=True)] = None
+    disable_python_gc: Annotated[Flag, Ignored("call gc.disable()")] = False
+    use_data_before_expert_parallelism: Annotated[Flag, Ignored("there are no experts", quiet=True)] = False
+    vocabulary_size: Annotated[Any, Ignored("DeepSpeed only logs a remark on its alignment", quiet=True)] = None
+    cuda_visible_devices: Annotated[Any, Ignored("set the environment variable CUDA_VISIBLE_DEVICES")] = None
+    sparse_attention: Annotated[Any, Ignored("the model reads it by itself")] = None
+    pipeline: Annotated[Any, Ignored("pass it to PipelineModule")] = None
     tensor_parallel: TensorParallelSection = TensorParallelSection()
     sequence_parallel_size: Annotated[int, Refused("remove it; the ranks are all data-parallel")] = 1
     expert_parallel: Annotated[Any, Refused("remove it; the ranks are all data-parallel")] = None
@@ -116,10 +118,10 @@ class Config(Section):
     zero3_save_16bit_model: Annotated[Any, _ACCELERATE] = False
     num_processes: Annotated[Any, _ACCELERATE] = None
     gradient_checkpointing: Annotated[
-        Any, Moot("no key of DeepSpeed's; call the model's gradient_checkpointing_enable()", warns=True)
+        Any, Ignored("not a key of DeepSpeed's; call the model's gradient_checkpointing_enable()", warns=True)
     ] = False
-    dtype: Annotated[Any, Moot("no key of DeepSpeed's training; fp16 and bf16 say it", warns=True)] = None
-    logging: Annotated[Any, Moot('no key of DeepSpeed\'s; set logging.getLogger("pyzero")')] = None
+    dtype: Annotated[Any, Ignored("not a key of DeepSpeed's training; set fp16 or bf16", warns=True)] = None
+    logging: Annotated[Any, Ignored('not a key of DeepSpeed\'s; set logging.getLogger("pyzero")')] = None
     eigenvalue: Annotated[Any, Refused("it steers quantize_training, which is not supported; remove it")] = None
 
     @field_validator("steps_per_print", mode="before")
@@ -179,7 +181,7 @@ class Config(Section):
             return self.gradient_clipping
         return None if self.optimizer is None else self.optimizer.params.max_grad_norm or None
 
-    def sent_dtype(self) -> torch.dtype | None:
+    def grad_reduce_dtype(self) -> torch.dtype | None:
         """In which gradients are sent; None: the weights'."""
         if self.communication_data_type not in (None, "auto"):
             return DTYPES[self.communication_data_type]

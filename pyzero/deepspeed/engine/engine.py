@@ -51,8 +51,8 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = process.local_rank()
         self.parallel = parallel
-        self.dp_rank, self.dp_world_size = parallel.rank, parallel.size  # among those that see different data
-        self.batches = config.batches(parallel.num_counted)
+        self.dp_rank, self.dp_world_size = parallel.data_rank, parallel.data_size  # among those that see different data
+        self.batches = config.batches(parallel.num_batch_ranks)
         self.micro_steps = 0  # calls of step()
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # that went into them, on all ranks
@@ -64,9 +64,9 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self._leaves_group = leaves_group
         self._boundary: bool | None = None  # what the caller says of the coming step()
         self._stepped = False
-        self._divides = False  # backward() divides the loss, which the hooks on outputs then leave alone
+        self._in_backward = False  # it divides the loss: the hooks on outputs leave gradients alone
         self._in_step = False
-        self._has_been_quiet = False  # no_sync() since the last step
+        self._used_no_sync = False  # since the last step
         self._num_backwards = 0  # since the last step
         self._loss_sum: Tensor | None = None  # of the divided losses since the last step
 
@@ -112,12 +112,12 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
             ) from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.config.torch_autocast.chosen()
+        dtype = self.config.torch_autocast.enabled_dtype()
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _on_plain_backward(self, grad: Tensor) -> Tensor | None:
         """A gradient that arrives at an output of the module."""
-        if self._divides:
+        if self._in_backward:
             return None
         if self.is_scaled and not self.optimizer.is_scaled_backward:
             raise RuntimeError(
@@ -141,7 +141,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         tensors.check_loss(loss)
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
         self._num_backwards += 1
-        self._divides = True
+        self._in_backward = True
         try:
             with self.timers.phase("backward"):
                 self.optimizer.backward(divided, retain_graph=retain_graph)
@@ -154,7 +154,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
                 "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
             ) from error
         finally:
-            self._divides = False
+            self._in_backward = False
         if self.monitor.enabled:
             self._loss_sum = divided.detach() + (0 if self._loss_sum is None else self._loss_sum)
         return divided
@@ -174,7 +174,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
 
         In stage 3 each rank keeps whole gradients meanwhile, and the last backward before step() must be outside.
         """
-        self._has_been_quiet = True
+        self._used_no_sync = True
         with self.optimizer.no_sync(), without_gradient_sync(self.module):
             yield
 
@@ -234,12 +234,12 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.micro_steps += 1
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
-        if self._has_been_quiet and has_unsent_gradients(self.module):
+        if self._used_no_sync and has_unsent_gradients(self.module):
             raise RuntimeError(
                 "expected a backward outside no_sync() before step() in stage 3, got gradients that no_sync() has kept "
                 "on each rank; run the last micro-batch's backward outside, or call zero_grad() to drop them"
             )
-        self._has_been_quiet = False
+        self._used_no_sync = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.global_steps += 1
@@ -271,7 +271,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's."""
-        if self._has_been_quiet:
+        if self._used_no_sync:
             drop_unsent_gradients(self.module)
         self.optimizer.zero_grad(set_to_none)
 
@@ -297,7 +297,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         return self.optimizer.loss_scale
 
     def get_loss_scale(self) -> float:
-        """The same."""
+        """As `cur_scale`."""
         return self.cur_scale
 
     def get_lr(self) -> list[float]:

@@ -36,9 +36,9 @@ class EvalEngine(Engine):
     skipped_steps = cur_scale = property(_refuse)
 
     def get_lr(self) -> list[float]:
-        """None."""
+        """An empty list."""
         return []
 
     def get_mom(self) -> list[Any]:
-        """None."""
+        """An empty list."""
         return []

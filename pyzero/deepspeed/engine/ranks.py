@@ -19,7 +19,7 @@ class EngineRanks:
     @property
     def mp_world_size(self) -> int:
         """Ranks that split the layers of one model among them."""
-        return self.parallel.part[1]
+        return self.parallel.tensor_place[1]
 
     def autotp_size(self) -> int:
         """The config's tensor_parallel.autotp_size; 0: none."""
@@ -27,29 +27,24 @@ class EngineRanks:
 
     def get_data_parallel_group(self) -> Any:
         """Ranks that see different data; None without a process group."""
-        return process.handle_of(self.parallel.data) if comm.is_initialized() else None
+        return process.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
-        """Among them."""
-        return self.parallel.rank
+        """This rank's place in that group."""
+        return self.parallel.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many."""
-        return self.parallel.size
+        """The number of ranks in that group."""
+        return self.parallel.data_size
 
     def get_model_parallel_group(self) -> Any:
         """Ranks that split the layers of one model among them; None where they are whole."""
-        return self.parallel.parts
+        return self.parallel.tensor_group
 
     def get_model_parallel_rank(self) -> int:
-        """Among them."""
-        return self.parallel.part[0]
+        """This rank's place in that group."""
+        return self.parallel.tensor_place[0]
 
     def get_model_parallel_world_size(self) -> int:
-        """How many."""
+        """The number of ranks in that group."""
         return self.mp_world_size
-
-    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """What accelerate saves of split layers. Collective; empty but on rank 0, as DeepSpeed's."""
-        state: dict[str, Any] = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)  # type: ignore[attr-defined]
-        return state

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.loading import load_checkpoint
@@ -25,7 +26,6 @@ from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")
 
-_LATEST = "latest"
 _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
 _TAG = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
 _COUNTERS = ("global_steps", "global_samples")
@@ -82,7 +82,8 @@ class EngineCheckpoints:
             lr_scheduler=scheduler,
             client_state={} if client_state is None else client_state,
         )
-        together(group, what, lambda: self._point(Path(save_dir), name if save_latest else None))
+        writes = save_latest and self.rank == 0
+        together(group, what, lambda: files.write_latest(Path(save_dir), name) if writes else None)
         comm.barrier()
         return True
 
@@ -93,13 +94,6 @@ class EngineCheckpoints:
                 "expected a save between steps, got one in the middle of an accumulation, whose gradients would be "
                 "lost; save where engine.is_gradient_accumulation_boundary() was true before step(), after it"
             )
-
-    def _point(self, folder: Path, name: str | None) -> None:
-        """Have `latest` name it, on the first rank."""
-        if name is not None and self.rank == 0:
-            unfinished = folder / f".{_LATEST}"
-            unfinished.write_text(name)
-            unfinished.replace(folder / _LATEST)
 
     def load_checkpoint(
         self,
@@ -130,13 +124,14 @@ class EngineCheckpoints:
 
         Raises:
             ValueError: The tag is no name of a folder, or there is a custom_load_fn.
-            CheckpointError, CollectiveError: See pyzero.load_checkpoint; FileNotFoundError too of DeepSpeed's.
+            CheckpointError, CollectiveError: See pyzero.load_checkpoint.
+            FileNotFoundError: A file of DeepSpeed's is missing.
         """
         if custom_load_fn is not None:
             raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")
         name = _latest(Path(load_dir), self.rank) if tag is None else _checked(str(tag))
         if name is None:
-            log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", _LATEST)
+            log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
         folder = Path(load_dir) / name
         own = None if load_optimizer_states and not load_module_only else _copied(self.optimizer.state_dict())
@@ -196,8 +191,8 @@ def _copied(value: Any) -> Any:
 def _checked(tag: str) -> str:
     if not _TAG.fullmatch(tag):
         raise ValueError(
-            f"expected a tag that can name a folder, got {tag!r}; leave out slashes and leading dots, and {_LATEST!r}, "
-            f"which is a file"
+            f"expected a tag that can name a folder, got {tag!r}; leave out slashes and leading dots, and "
+            f"{files.LATEST!r}, which is a file"
         )
     return tag
 
@@ -205,7 +200,7 @@ def _checked(tag: str) -> str:
 def _latest(folder: Path, rank: int) -> str | None:
     """What rank 0 finds, on all ranks."""
     found: list[str | None] = [None]
-    path = folder / _LATEST
+    path = folder / files.LATEST
     if rank == 0 and path.is_file():
         found[0] = _checked(path.read_text().strip())
     if comm.get_world_size() > 1:

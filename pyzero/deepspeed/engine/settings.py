@@ -35,15 +35,15 @@ class EngineSettings:
         Raises:
             ValueError: The micro-batches of all ranks do not divide it.
         """
-        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_counted)
+        self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_batch_ranks)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Another number of samples per backward on one rank, and per step with it.
 
         Raises:
-            ValueError: None at all.
+            ValueError: It is below 1.
         """
-        accumulation, num_ranks = self.batches.accumulation, self.parallel.num_counted
+        accumulation, num_ranks = self.batches.accumulation, self.parallel.num_batch_ranks
         self.batches = Batches.solve(None, micro_batch_size, accumulation, num_ranks)
 
     def get_batch_info(self) -> tuple[int, int, int]:
@@ -105,4 +105,4 @@ class EngineSettings:
 
     def communication_data_type(self) -> Any:
         """The dtype in which gradients are sent; None: the weights'."""
-        return self.config.sent_dtype()
+        return self.config.grad_reduce_dtype()

@@ -87,11 +87,13 @@ class EngineWeights:
         """True: accelerate asks in stage 3 whether weights can be had whole."""
         return True
 
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """What accelerate and transformers save in stage 3. Collective; empty but on rank 0, as DeepSpeed's."""
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """What accelerate and transformers save. Collective; empty but on rank 0, as DeepSpeed's."""
         frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
         left_out = frozen if exclude_frozen_parameters else ()
         return {name: value for name, value in self._whole_weights().items() if name not in left_out}
+
+    _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict  # its name in stage 3
 
     def get_fp32_state_dict(self) -> dict[str, Tensor]:
         """The module's state dict in fp32 on the CPU, with the masters in place of the weights. Collective."""

@@ -13,7 +13,7 @@ _split: list[tuple[Any, Parallelism]] = []  # one or none: the default group, an
 
 def set_current(parallel: Parallelism) -> None:
     """What is asked for below. A whole model changes nothing: a script may have one beside a split one."""
-    if parallel.parts is not None:
+    if parallel.tensor_group is not None:
         _split[:] = [(comm.get_world_group(), parallel)]
 
 
@@ -25,32 +25,32 @@ def _current() -> Parallelism:
 
 def get_data_parallel_group() -> Any:
     """Ranks that see different data; None without a process group."""
-    return process.handle_of(_current().data) if comm.is_initialized() else None
+    return process.handle_of(_current().data_group) if comm.is_initialized() else None
 
 
 def get_data_parallel_rank() -> int:
-    """Among them."""
-    return _current().rank
+    """This rank's place in that group."""
+    return _current().data_rank
 
 
 def get_data_parallel_world_size() -> int:
-    """How many."""
-    return _current().size
+    """The number of ranks in that group."""
+    return _current().data_size
 
 
 def get_model_parallel_group() -> Any:
     """Ranks that split the layers of one model among them; None where they are whole."""
-    return _current().parts
+    return _current().tensor_group
 
 
 def get_model_parallel_rank() -> int:
-    """Among them."""
-    return _current().part[0]
+    """This rank's place in that group."""
+    return _current().tensor_place[0]
 
 
 def get_model_parallel_world_size() -> int:
-    """How many."""
-    return _current().part[1]
+    """The number of ranks in that group."""
+    return _current().tensor_place[1]
 
 
 def get_tensor_model_parallel_src_rank() -> int:

@@ -12,35 +12,35 @@ _DATA_NAMES = ("dp", "data", "data_parallel", "dp_shard", "fsdp", "zero")
 
 @dataclass(frozen=True)
 class Parallelism:
-    """The groups of an engine; None is the default group, or no other parts."""
+    """Who computes what, of one engine."""
 
-    data: Any  # process group, or one dimension of a mesh
-    model: Any
-    rank: int  # among those that see different data
-    size: int
-    mesh: Any = None  # of one dimension over them, where the caller has one
-    tensor: Any = None  # and over `model`
-    is_pipeline: bool = False  # the parts in `model` are stages, of whole layers
-    counts_parts: bool = False  # train_batch_size does, where the config alone splits the model, as DeepSpeed's
+    data_group: Any  # ranks that see different data: a process group, or a dimension of a mesh; None: the default group
+    model_group: Any  # process group of the ranks that hold other parts of the model; None: there are none
+    data_rank: int  # this one's place in data_group
+    data_size: int
+    data_mesh: Any = None  # of one dimension over data_group, where the caller has one
+    tensor_mesh: Any = None  # and over model_group
+    is_pipeline: bool = False  # model_group's ranks hold other layers, whole ones
+    batch_counts_tensor_ranks: bool = False  # as DeepSpeed's train_batch_size where the config alone splits the model
 
     @property
-    def num_counted(self) -> int:
+    def num_batch_ranks(self) -> int:
         """Ranks that train_batch_size is divided by."""
-        return self.size * self.part[1] if self.counts_parts else self.size
+        return self.data_size * self.tensor_place[1] if self.batch_counts_tensor_ranks else self.data_size
 
     @property
-    def parts(self) -> Any:
-        """The process group that splits layers; None: they are whole."""
-        return None if self.is_pipeline else self.model
+    def tensor_group(self) -> Any:
+        """The process group of the ranks that split layers; None: layers are whole."""
+        return None if self.is_pipeline else self.model_group
 
     @property
-    def part(self) -> tuple[int, int]:
-        """(rank, size) of that group; (0, 1) without."""
-        return (0, 1) if self.parts is None else process.place_in(self.parts)
+    def tensor_place(self) -> tuple[int, int]:
+        """(rank, size) in that group; (0, 1) without."""
+        return (0, 1) if self.tensor_group is None else process.place_in(self.tensor_group)
 
     def options(self) -> dict[str, Any]:
         """Of the optimizer."""
-        return {"process_group": self.data, "model_parallel_group": self.model}
+        return {"process_group": self.data_group, "model_parallel_group": self.model_group}
 
 
 def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
@@ -52,7 +52,7 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     if mesh is not None and mpu is not None:
         raise ValueError("got mesh and mpu, wanted one of them: each says which ranks see different data")
     if mesh is not None:
-        return _of_mesh(mesh)
+        return _parallelism_of_mesh(mesh)
     if mpu is None:
         rank, size = process.rank_and_size()
         return Parallelism(None, None, rank, size)
@@ -68,7 +68,7 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     return Parallelism(data, None if is_alone else model, *process.place_in(data))
 
 
-def _of_mesh(mesh: Any) -> Parallelism:
+def _parallelism_of_mesh(mesh: Any) -> Parallelism:
     if mesh.ndim > 2:
         raise ValueError(
             f"expected a mesh of one or two dimensions, got {mesh.ndim}; pass the data and the tensor dimension, as in "

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pyzero.comm import process
 from pyzero.comm.group import Group
 from pyzero.deepspeed import comm
-from pyzero.deepspeed.config.sections import TensorParallelSection
+from pyzero.deepspeed.config.tensor_parallel_section import TensorParallelSection
 from pyzero.deepspeed.parallel import groups
 from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.parallel.tp_plan import Cut, check_sizes, plan_of, shared_by
@@ -85,14 +85,14 @@ def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
     """
     if mesh is not None or mpu is not None:
         parallel = parallelism_of(mesh, mpu)
-        found = 1 if parallel.model is None else process.place_in(parallel.model)[1]
+        found = 1 if parallel.model_group is None else process.place_in(parallel.model_group)[1]
         if found != size:
             raise ValueError(
                 f"expected {'mesh' if mpu is None else 'mpu'} with {size} tensor-parallel ranks, as "
                 f"tensor_parallel.autotp_size says, got {found}; make them agree"
             )
         return parallelism_of(_mesh_of(parallel) if mesh is None else mesh, None)
-    return replace(parallelism_of(_mesh_over(size), None), counts_parts=True)
+    return replace(parallelism_of(_mesh_over(size), None), batch_counts_tensor_ranks=True)
 
 
 def _mesh_over(size: int) -> Any:
@@ -116,15 +116,15 @@ def _mesh_of(parallel: Parallelism) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     places: list[Any] = [None] * comm.get_world_size()
-    comm.all_gather_object(places, (parallel.rank, process.place_in(parallel.model)[0]))
+    comm.all_gather_object(places, (parallel.data_rank, process.place_in(parallel.model_group)[0]))
     ranks = [rank for _, rank in sorted((place, rank) for rank, place in enumerate(places))]
-    if len(set(places)) < len(places) or len(ranks) % parallel.size:
+    if len(set(places)) < len(places) or len(ranks) % parallel.data_size:
         raise ValueError(
             "expected mpu with data and tensor-parallel groups that have all ranks together, got others; split the "
             "model by yourself, and leave out tensor_parallel"
         )
-    table = torch.tensor(ranks, device="cpu").reshape(parallel.size, -1)
-    handles = [process.handle_of(parallel.data), parallel.model]
+    table = torch.tensor(ranks, device="cpu").reshape(parallel.data_size, -1)
+    handles = [process.handle_of(parallel.data_group), parallel.model_group]
     return DeviceMesh.from_group(handles, process.device().type, table, mesh_dim_names=("dp", "tp"))
 
 
@@ -145,18 +145,18 @@ def split(
     if any(is_dtensor(param) for param in model.parameters()):
         return
     cuts = plan_of(model, section, given)
-    mesh = parallel.tensor
+    mesh = parallel.tensor_mesh
     check_sizes(model, cuts, mesh.size())
     _apply(model, cuts, mesh)
     _split.add(model)
     model.to(process.device())
-    group = Group(parallel.model)
+    group = Group(parallel.model_group)
     everything = (*model.parameters(), *model.buffers())
     group.broadcast_all([local_of(tensor.detach()) for tensor in everything if is_same_part(tensor, group.members())])
-    _share_random_numbers(parallel.model)
+    _share_random_numbers(parallel.model_group)
     _check_first_inputs(model, group)
     if comm.get_rank() == 0:
-        counted = "; train_batch_size counts all of them" if parallel.counts_parts else ""
+        counted = "; train_batch_size counts all of them" if parallel.batch_counts_tensor_ranks else ""
         log.info("config: tensor_parallel: %d layers split over %d ranks each%s", len(cuts), mesh.size(), counted)
 
 
@@ -235,9 +235,9 @@ def check_first_gradients(model: nn.Module, optimizer: ZeroOptimizer, parallel: 
     whole = {
         name: param
         for name, param in model.named_parameters()
-        if param in trained and param.numel() <= _LARGEST_COMPARED and _is_whole(param, parallel.tensor)
+        if param in trained and param.numel() <= _LARGEST_COMPARED and _is_whole(param, parallel.tensor_mesh)
     }
-    group = Group(parallel.model)
+    group = Group(parallel.model_group)
 
     @torch.no_grad()
     def compare(optimizer: Any, *args: Any) -> None:

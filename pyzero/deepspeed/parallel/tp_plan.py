@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyzero.deepspeed.config.sections import PartitionSection, TensorParallelSection
+from pyzero.deepspeed.config.tensor_parallel_section import PartitionSection, TensorParallelSection
 
 # transformers' names of what torch.distributed.tensor.parallel has, by what is cut of the weight.
 _ROWS = ("colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise")  # dimension 0
@@ -18,7 +18,7 @@ _GRADS = "replicated_with_grad_allreduce"
 _WHOLE = "replicate"
 STYLES = (*_ROWS, *_COLUMNS, _GRADS, _WHOLE)
 
-_OF_SPECS = {"column": "colwise", "row": "rowwise", "skip": _WHOLE}
+_STYLE_OF_SPEC = {"column": "colwise", "row": "rowwise", "skip": _WHOLE}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Cut:
 
     @property
     def dim(self) -> int | None:
-        """Of its weight, that is cut; None: not one of STYLES, or it is left whole."""
+        """The dimension of its weight that is cut; None: it is left whole, or the style is not one of STYLES."""
         if not isinstance(self.style, str):
             return None
         return 0 if self.style in _ROWS else 1 if self.style in _COLUMNS else None
@@ -49,9 +49,9 @@ def plan_of(model: nn.Module, section: TensorParallelSection, given: Mapping[str
         cuts = _matched(model, ((_as_pattern(name), style) for name, style in given.items()))
         _check_all_used(model, given)
     elif section.partition_config is not None:
-        cuts = _of_specs(model, section.partition_config, section.preset_model is not None)
+        cuts = _cuts_of_specs(model, section.partition_config, section.preset_model is not None)
     else:
-        cuts = _of_model(model)
+        cuts = _cuts_of_model(model)
     cuts = [cut for cut in cuts if cut.style != _WHOLE]
     for cut in cuts:
         if isinstance(cut.style, str) and cut.style not in STYLES:
@@ -145,27 +145,27 @@ def _check_all_used(model: nn.Module, given: Mapping[str, Any]) -> None:
             raise ValueError(f"got {name!r} in tp_plan, which is no module of the model; see model.named_modules()")
 
 
-def _of_specs(model: nn.Module, partition: PartitionSection, has_preset: bool) -> list[Cut]:
+def _cuts_of_specs(model: nn.Module, partition: PartitionSection, has_preset: bool) -> list[Cut]:
     """DeepSpeed's, whose patterns are of parameters' names."""
     kind = str(getattr(getattr(model, "config", None), "model_type", "")).lower()
     rules = []
     for spec in partition.layer_specs:
-        style = _OF_SPECS[spec.partition_type]
+        style = _STYLE_OF_SPEC[spec.partition_type]
         style = "colwise_gather_output" if spec.gather_output and style == "colwise" else style
         if spec.model_types is None or kind in [name.lower() for name in spec.model_types]:
-            rules += [(_of_weight(pattern), style) for pattern in spec.patterns]
+            rules += [(_weight_pattern(pattern), style) for pattern in spec.patterns]
     cuts = _matched(model, rules)
     cuts = [cut for cut in cuts if isinstance(getattr(cut.module, "weight", None), Tensor)]
-    own = _of_model(model) if has_preset and partition.use_default_specs else []
+    own = _cuts_of_model(model) if has_preset and partition.use_default_specs else []
     return [*cuts, *(cut for cut in own if cut.name not in {other.name for other in cuts})]
 
 
-def _of_weight(pattern: str) -> Callable[[str], Any]:
+def _weight_pattern(pattern: str) -> Callable[[str], Any]:
     compiled = re.compile(pattern)
     return lambda name: compiled.match(f"{name}.weight")
 
 
-def _of_model(model: nn.Module) -> list[Cut]:
+def _cuts_of_model(model: nn.Module) -> list[Cut]:
     """transformers', of the model or of those in it: a wrapper has none of its own."""
     names = {module: name for name, module in model.named_modules()}
     found = []

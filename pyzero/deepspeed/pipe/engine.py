@@ -175,14 +175,14 @@ class PipelineEngine(Engine):
         if key not in self._runners:
             self._runners[key] = Runner(
                 self.module,
-                self._layers,
-                self._loss,
-                self.optimizer.scale if trains else lambda loss: loss,
-                self.stage_id,
-                self.num_stages,
-                key[0],
-                self.device,
-                self.grid.get_pipe_parallel_group(),
+                run=self._layers,
+                loss_fn=self._loss,
+                scale=self.optimizer.scale if trains else lambda loss: loss,
+                stage=self.stage_id,
+                num_stages=self.num_stages,
+                num_micro=key[0],
+                device=self.device,
+                group=self.grid.get_pipe_parallel_group(),
             )
         return self._runners[key]
 

@@ -137,7 +137,7 @@ class PipelineParallelGrid:
         return self._dp
 
     def get_pipe_parallel_rank(self) -> int:
-        """The stage."""
+        """Which stage this rank is."""
         return self.stage_id
 
     def get_pipe_parallel_world_size(self) -> int:

@@ -114,7 +114,7 @@ def _can_be_sharded(param: Tensor) -> bool:
 
 
 def _wrap_all() -> None:
-    for cls in dict.fromkeys(_below(nn.Module)):
+    for cls in dict.fromkeys(_subclasses(nn.Module)):
         _wrap(cls)
     _replace(nn.Module, "__init_subclass__", classmethod(_init_subclass))
     _replace(nn.Module, "apply", _apply)
@@ -129,11 +129,11 @@ def _unwrap_all() -> None:
             setattr(cls, name, value)
 
 
-def _below(cls: type) -> Iterator[type]:
+def _subclasses(cls: type) -> Iterator[type]:
     children: list[type] = type.__subclasses__(cls)
     for child in children:
         yield child
-        yield from _below(child)
+        yield from _subclasses(child)
 
 
 def _replace(cls: type, name: str, value: Any) -> None:

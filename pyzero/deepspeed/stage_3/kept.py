@@ -1,9 +1,9 @@
-"""Whole weights of stage 3 that a script keeps: what it reads later is memory of its own, or an error.
+"""Gathered weights of stage 3 that a script keeps: a later read finds memory of its own, or is an error.
 
-fully_shard frees a gathered weight by resizing its storage to nothing, which a tensor over it does not notice: to read
-one ended the process. Its record of a weight that a script has been shown is changed for that: the shown memory is
-left to whom holds it, and fully_shard gathers into other memory; its own parameter, which it uses again, is of a class
-that refuses to be read as long as nothing is gathered.
+fully_shard frees a gathered weight by resizing its storage to nothing, which a view of it does not notice: to read that
+ends the process. So fully_shard's record of a weight that a script has seen is changed. The memory is left to the
+views, and fully_shard gathers into new memory; its own parameter, which it uses again, takes a class that refuses to be
+read while nothing is gathered.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def keep_views(owner: Any) -> None:
     """What a module of fully_shard has gathered is to outlive its next reshard, where anybody holds a view of it."""
     for record in fsdp_records(owner):
         if not record._unsharded_inner_tensors:  # of weights that gather themselves: float8
-            record.free_unsharded_param = partial(_part, record)
+            record.free_unsharded_param = partial(_leave_to_views, record)
 
 
-def _part(record: Any) -> None:
-    """In place of free_unsharded_param, once: leave the memory to its views."""
+def _leave_to_views(record: Any) -> None:
+    """In place of free_unsharded_param, once."""
     param, (old,) = record._unsharded_param, record.all_gather_outputs
     fresh = torch.empty_like(old)
     view = fresh.as_strided(record._orig_size, record._contiguous_orig_stride)
@@ -47,10 +47,10 @@ def _free(record: Any) -> None:
     if not hasattr(type(param), "kind"):
         kind: Any = type(param)
         param.__class__ = _freed(kind)
-    record.to_unsharded = partial(_regain, record)
+    record.to_unsharded = partial(_restore, record)
 
 
-def _regain(record: Any) -> None:
+def _restore(record: Any) -> None:
     """In place of to_unsharded, once."""
     param = record._unsharded_param
     param.__class__ = type(param).kind

@@ -47,7 +47,7 @@ def shard(
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    group = Group(parallel.data)
+    group = Group(parallel.data_group)
     if is_sharded(model):
         _check_as_wanted(model, group, dtype)
         return {}
@@ -66,7 +66,7 @@ def shard(
     reduce_dtype = reduce_dtype or (torch.float32 if dtype else None)
     # Neither inputs nor outputs are cast: a loss or a residual stream in fp32 stays so, as in other stages.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    mesh = parallel.mesh or DeviceMesh.from_group(process.handle_of(parallel.data), process.device().type)
+    mesh = parallel.data_mesh or DeviceMesh.from_group(process.handle_of(parallel.data_group), process.device().type)
     blocks = blocks_of(model)
     if offload:
         _check_sends_from_host(mesh)
