@@ -475,7 +475,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         placed those parameters.
         """
         self._gradients.finish_broken_round()
-        unplaced = self._param_buckets.unplaced(self._param_groups)
+        unplaced = self._param_buckets.unplaced(self._param_groups, self.state)
         if unplaced:
             self._place(unplaced)
 
