@@ -45,6 +45,10 @@ class StateViews(dict[str, Tensor]):
             "place (state[p][name].zero_()) or build another optimizer"
         )
 
+    def __reduce__(self) -> Any:
+        """A copy, also one in a file, is a dict of its own."""
+        return dict, (dict(self),)
+
     __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
 
 

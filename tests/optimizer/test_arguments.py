@@ -215,6 +215,9 @@ def with_assigned_state(group: Any) -> None:
             state[name] = value
     with pytest.raises(ValueError, match="keep its entries"):
         del state["exp_avg"]
+    taken = copy.deepcopy(state)
+    taken["exp_avg"] = torch.ones(1)
+    assert type(taken) is dict and optimizer.state[mine]["exp_avg"].numel() != 1
 
 
 def test_state_that_is_assigned_counts(ranks):
