@@ -11,6 +11,7 @@ from torch import Tensor
 from pyzero.adam import AdamRule
 from pyzero.arguments import check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.buckets import STEP
 from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
 
 if TYPE_CHECKING:
@@ -198,6 +199,16 @@ class ZeroMuon(ZeroOptimizer):
         if is_group and not param_group.get("use_muon", True):
             param_group = {**_ADAMW_DEFAULTS, **param_group}
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ZeroOptimizer. torch.optim.Muon counts no steps, which Muon's rule does not read."""
+        state = state_dict.get("state") if isinstance(state_dict, dict) else None
+        if isinstance(state, dict):
+            counted = {
+                i: {STEP: 0.0, **v} if isinstance(v, dict) and "momentum_buffer" in v else v for i, v in state.items()
+            }
+            state_dict = {**state_dict, "state": counted}
+        super().load_state_dict(state_dict)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
         return self._rule if group["use_muon"] else self._adamw_rule

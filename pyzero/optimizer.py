@@ -435,6 +435,10 @@ class ZeroOptimizer(StateAccess, Optimizer):
         """The update rule of a group that is added; for optimizers of several rules to override."""
         return self._rule
 
+    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
+        """Whether a group with these options instead of its own, as a saved one has them, keeps its update rule."""
+        return self._rule_of({**self._param_groups[group_index], **options}) is self._rules[group_index]
+
     def _named_params(self) -> dict[Tensor, str]:
         """All parameters, and their names for messages."""
         groups = enumerate(self._param_groups)
@@ -471,7 +475,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         placed those parameters.
         """
         self._gradients.finish_broken_round()
-        unplaced = self._param_buckets.unplaced(self._param_groups)
+        unplaced = self._param_buckets.unplaced(self._param_groups, self.state)
         if unplaced:
             self._place(unplaced)
 

@@ -216,6 +216,9 @@ class _Load:
         for index, group in enumerate(groups):
             found = sorted({group_of[names[i]] for i in group["params"] if names[i] in group_of})
             options = [{key: value for key, value in saved[i].items() if key not in _NO_OPTIONS} for i in found]
+            if not all(self._optimizer.is_of_rule(index, of_group) for of_group in options):
+                self._problems.append(f"group {index} holds parameters of another update rule")
+                options = [of_group for of_group in options if self._optimizer.is_of_rule(index, of_group)]
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,40 @@ from pyzero.sharding.local_param import LocalParam, outer
 from pyzero.update_rule import Part, RunShard, UpdateRule
 
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
+
+
+class StateViews(dict[str, Tensor]):
+    """One parameter's state in `optimizer.state`: views of the shards, into which goes what is assigned."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        own, shape = self.get(name), torch.as_tensor(value).shape
+        if own is value:  # state[p]["step"] += 1
+            return
+        if own is None or own.shape != shape:
+            wanted = f"one of {', '.join(self)}" if own is None else f"{name} of shape {tuple(own.shape)}, this rank's"
+            raise ValueError(
+                f"expected {wanted}, in optimizer.state, got {name} of shape {tuple(shape)}; write whole values with "
+                f"optimizer.set_full_state(p, {{name: value}}), and keep what is yours elsewhere"
+            )
+        with torch.no_grad():
+            own.copy_(torch.as_tensor(value))
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """As a dict's, by assignment."""
+        for name, value in dict(*others, **values).items():
+            self[name] = value
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "expected optimizer.state to keep its entries, which show this rank's shards; to start anew zero them in "
+            "place (state[p][name].zero_()) or build another optimizer"
+        )
+
+    def __reduce__(self) -> Any:
+        """A copy, also one in a file, is a dict of its own."""
+        return dict, (dict(self),)
+
+    __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
 
 
 def flatten(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -346,13 +381,13 @@ class Bucket:
         in_shard, in_param = self.shard_part(position)
         return self._values(name, in_shard.start, in_shard.stop), self._values(name, in_param.start, in_param.stop)
 
-    def state_views(self, position: int) -> dict[str, Tensor]:
+    def state_views(self, position: int) -> StateViews:
         """This rank's part of one parameter's state, as flat views."""
         views = {STEP: self.steps[position]}
         for name in (*self.slots, MASTER):
             in_shard, _ = self.shard_values(name, position)
             views[name] = self.sharded(name)[in_shard]
-        return views
+        return StateViews(views)
 
     def write_state(self, position: int, state: dict[str, Tensor]) -> None:
         """Write one parameter's state. state: The step count, and whole flat values in the parameter's memory order."""

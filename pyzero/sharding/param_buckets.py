@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_gathered, check_whole
 from pyzero.comm.group import Group
 from pyzero.sharding import modules
-from pyzero.sharding.buckets import MASTER, STEP, Bucket
+from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, outer
 from pyzero.sharding.modules import ShardedPlace
@@ -57,6 +57,8 @@ class ParamBuckets:
         self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
         self._fsdp_modules: list[weakref.ref[Any]] = []  # the fully_shard modules that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were found in place
+        self._views: dict[Tensor, StateViews] = {}  # the entries of `state` that are ours
+        self._views_ids: list[int] = []
         self.has_stepped = False
         self._rules = rules
         self._device = device
@@ -69,14 +71,17 @@ class ParamBuckets:
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
         self._cpu_offload = cpu_offload
 
-    def unplaced(self, param_groups: Sequence[dict[str, Any]]) -> list[int]:
+    def unplaced(self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> list[int]:
         """Indices of groups with trained parameters that lie in no bucket, as they were frozen so far.
 
+        state: The optimizer's, as it is now.
+
         Raises:
-            ValueError: Parameters were taken out of their groups, or their state was, by hand.
+            ValueError: Parameters were taken out of their groups, or their state was taken out or replaced, by hand.
         """
         ids = [list(map(id, group["params"])) for group in param_groups]
-        if ids == self._placed_ids and len(self._state) == len(self.params):
+        is_shown = state is self._state and list(map(id, state.values())) == self._views_ids
+        if is_shown and ids == self._placed_ids:
             return []
         found, num_seen = set(), 0
         for index, group in enumerate(param_groups):
@@ -91,11 +96,16 @@ class ParamBuckets:
                 f"taken out of param_groups or moved to another group; freeze those that are not to train "
                 f"(requires_grad_(False)), set the hyper-parameters of their group, or build another optimizer"
             )
-        if len(self._state) < len(self.params):
+        if len(state) < len(self.params):
             raise ValueError(
                 f"expected optimizer.state with {len(self.params)} entries, which show this rank's shards, got "
-                f"{len(self._state)}; to start it anew, zero its tensors in place (state[p][name].zero_()) or build "
+                f"{len(state)}; to start it anew, zero its tensors in place (state[p][name].zero_()) or build "
                 f"another optimizer"
+            )
+        if any(state.get(param) is not views for param, views in self._views.items()):
+            raise ValueError(
+                "expected optimizer.state with the entries that show this rank's shards, got others assigned; write "
+                "into them (optimizer.state[p].update(values)), or use optimizer.set_full_state(p, values)"
             )
         is_all = len(self.params) == sum(map(len, ids))  # no parameter is frozen, which may change
         self._placed_ids = ids if is_all else None
@@ -242,7 +252,9 @@ class ParamBuckets:
         for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
             bucket.keep_steps_in(steps)
             for param, step in zip(bucket.params, steps, strict=True):
-                self._state[outer(param)][STEP] = step
+                self._state[outer(param)] = StateViews({**self._state[outer(param)], STEP: step})
+        self._views = {outer(param): self._state[outer(param)] for bucket in self.buckets for param in bucket.params}
+        self._views_ids = list(map(id, self._state.values()))
 
     def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
         """Raise where ranks have other parameters; returns rank 0's `order`."""

@@ -243,8 +243,13 @@ def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
         raise ValueError(
             f"expected groups of {wanted_sizes} parameters, got {sizes}; build the optimizer as it was when saved"
         )
-    for group in saved:
+    for index, group in enumerate(saved):
         refuse_unsupported(group)
+        if not optimizer.is_of_rule(index, group):
+            raise ValueError(
+                f"expected options of the update rule that group {index} was built with, got another's; build the "
+                f"groups as they were when saved"
+            )
     return saved
 
 

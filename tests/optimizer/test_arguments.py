@@ -1,5 +1,6 @@
 """Arguments, groups and state dicts as torch.optim.AdamW takes them, or refused by name before anything is changed."""
 
+import collections
 import copy
 import inspect
 import json
@@ -171,7 +172,7 @@ def test_error_if_nonfinite():
     assert not torch.isfinite(optimizer.clip_grad_norm_(1.0))
 
 
-@pytest.mark.parametrize("how", ["taken out", "moved", "popped", "state"])
+@pytest.mark.parametrize("how", ["taken out", "moved", "popped", "state", "new state", "entry"])
 def test_groups_and_state_edited_by_hand(how):
     params = [nn.Parameter(torch.ones(1)) for _ in range(3)]
     optimizer = pyzero.FusedZeroAdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
@@ -182,12 +183,46 @@ def test_groups_and_state_edited_by_hand(how):
         groups[1]["params"].append(groups[0]["params"].pop(0))
     elif how == "popped":
         groups.pop(0)
-    else:
+    elif how == "state":
         optimizer.state.clear()
+    elif how == "new state":
+        optimizer.state = collections.defaultdict(dict)
+    else:
+        optimizer.state[params[0]] = dict(optimizer.state[params[0]])
     sum(params).backward()
-    with pytest.raises(ValueError, match="optimizer.state with 3 entries" if how == "state" else "out of param_groups"):
+    told = {"state": "optimizer.state with 3 entries", "new state": "3 entries, .* got 0", "entry": "others assigned"}
+    with pytest.raises(ValueError, match=told.get(how, "out of param_groups")):
         optimizer.step()
     assert all(param == 1 for param in params)
+
+
+def with_assigned_state(group: Any) -> None:
+    mine, right = nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(70))
+    optimizer, adamw = pyzero.FusedZeroAdamW([mine], process_group=group), torch.optim.AdamW([right])
+    for step in range(4):
+        for param, each in ((mine, optimizer), (right, adamw)):
+            param.grad = torch.linspace(-1, 1, 70)
+            if step == 2:
+                state = each.state[param]
+                state["exp_avg"] = torch.ones_like(state["exp_avg"])
+                state.update(exp_avg_sq=state["exp_avg_sq"] * 4)
+                state["step"] += 7
+            each.step()
+    torch.testing.assert_close(mine, right)
+    state = optimizer.state[mine]
+    for name, value in (("exp_avg", torch.ones(7, 10)), ("mine", torch.ones(1))):
+        with pytest.raises(ValueError, match="optimizer.set_full_state"):
+            state[name] = value
+    with pytest.raises(ValueError, match="keep its entries"):
+        del state["exp_avg"]
+    taken = copy.deepcopy(state)
+    taken["exp_avg"] = torch.ones(1)
+    assert type(taken) is dict and optimizer.state[mine]["exp_avg"].numel() != 1
+
+
+def test_state_that_is_assigned_counts(ranks):
+    for size in (1, 2):
+        ranks.run(size, with_assigned_state)
 
 
 # ---- state dicts ----------------------------------------------------------------------------------------------------

@@ -158,6 +158,47 @@ def test_a_checkpoint_goes_to_other_ranks(ranks, tmp_path):
         pyzero.load_checkpoint(str(tmp_path), model=model, optimizer=pyzero.FusedZeroAdamW(model.parameters()))
 
 
+def test_a_matrix_that_went_to_adamw(tmp_path):
+    model = build(torch.float32)
+    optimizer = optimizer_over(model)
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+    saved = optimizer.state_dict()
+
+    model = build(torch.float32)
+    hidden, others = split(model)
+    groups = [{"params": hidden[1:]}, {"params": [hidden[0], *others], "use_muon": False, "lr": 0.5}]
+    optimizer = pyzero.ZeroMuon(groups)
+    with pytest.raises(pyzero.CheckpointError, match="group 1 holds parameters of another update rule"):
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer, strict=False)
+    assert [group["use_muon"] for group in optimizer.param_groups] == [True, False]
+    assert [group["lr"] for group in optimizer.param_groups] == [MUON["lr"], ADAMW["lr"]]
+    backward(model, 0, 0, 1)
+    optimizer.step()
+
+    model = build(torch.float32)
+    hidden, others = split(model)
+    optimizer = pyzero.ZeroMuon([{"params": hidden, "use_muon": False}, {"params": others, "use_muon": False}])
+    with pytest.raises(ValueError, match="update rule that group 0 was built with"):
+        optimizer.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
+    optimizer.step()
+
+
+def test_state_of_torchs_muon_is_taken():
+    mine, theirs = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(3))
+    optimizer, torchs = pyzero.ZeroMuon([mine]), torch.optim.Muon([theirs], **MUON)
+    for step in range(4):
+        theirs.grad = torch.arange(9.0).view(3, 3).roll(step)
+        torchs.step()
+        if step == 1:
+            optimizer.load_state_dict(torchs.state_dict())
+            mine.data.copy_(theirs)
+        elif step > 1:
+            mine.grad = theirs.grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_what_a_rank_holds():
     """Matrices of a decoder of 16 blocks on 8 ranks: little padding."""
     block = [4096 * 4096] * 4 + [4096 * 11008] * 3
