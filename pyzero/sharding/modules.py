@@ -97,7 +97,7 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
     }
     if not all(hasattr(place.record, "_sharded_param_data") for place in found.values()):
         raise RuntimeError(
-            f"expected fully_shard to keep its shards in _sharded_param_data, as torch 2.11 to 2.13 do, got torch "
+            f"expected fully_shard to keep its shards in _sharded_param_data, as torch 2.11 to 2.15 do, got torch "
             f"{torch.__version__}, which does not; install one of these"
         )
     return found
