@@ -181,7 +181,9 @@ def has_unsent_gradients(model: nn.Module) -> bool:
 def drop_unsent_gradients(model: nn.Module) -> None:
     """Drop the whole gradients that fully_shard's modules keep."""
     for record in _kept_gradients(model):
-        record.unsharded_accumulated_grad = record.unsharded_param.grad = None
+        record.unsharded_param.grad = None
+        if record.unsharded_accumulated_grad is not None:  # up to torch 2.14 it is no other name for .grad
+            record.unsharded_accumulated_grad = None
 
 
 def _kept_gradients(model: nn.Module) -> Iterator[Any]:

@@ -89,7 +89,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _check_as_wanted(model: nn.Module, group: Group, dtype: torch.dtype | None) -> None:
     for known in (known for module in model.modules() for known in fsdp_groups(module)):
-        over, param_dtype = Group(known.mesh_info.shard_process_group).members(), known.mp_policy.param_dtype
+        over = Group(known.mesh_info.shard_process_group).members()
+        param_dtype = known.fsdp_params[0].mp_policy.param_dtype
         if param_dtype != dtype or over != group.members():
             raise ValueError(
                 f"expected a model that is not sharded, or over ranks {group.members()} to compute in {dtype or 'its'} "
