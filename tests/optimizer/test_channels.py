@@ -1,7 +1,9 @@
 """Process groups of an optimizer's own: what torch is asked for, where the default group is NCCL's."""
 
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 import pyzero
 from pyzero import optimizer
 from pyzero.comm import channels, process
+
+LIMIT = timedelta(seconds=20)
 
 
 @pytest.fixture
@@ -80,3 +84,18 @@ def test_initialize_takes_it_whoever_made_the_group(world, monkeypatch):
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
     pyzero.initialize(model=nn.Linear(2, 2), config=config)
     assert taken == [True]
+
+
+def built_on_two(group: Any) -> float:
+    """Two of four ranks build an optimizer, then all make a group, which torch names by its own count."""
+    pair = dist.new_group([0, 1], timeout=LIMIT)
+    if dist.get_rank() < 2:
+        pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=pair)
+    everyone = dist.new_group(timeout=LIMIT)
+    total = torch.ones(1)
+    dist.all_reduce(total, group=everyone)
+    return float(total)
+
+
+def test_an_optimizer_of_some_ranks_leaves_the_names_of_later_groups_alike(ranks):
+    assert ranks.run(4, built_on_two) == [4.0] * 4  # torch 2.14 and later would wait for ever
