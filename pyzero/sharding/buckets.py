@@ -22,17 +22,21 @@ class StateViews(dict[str, Tensor]):
     """One parameter's state in `optimizer.state`: views of the shards, into which goes what is assigned."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        own, shape = self.get(name), torch.as_tensor(value).shape
+        own = self.get(name)
+        if own is None:
+            raise ValueError(
+                f"expected one of {', '.join(self)}, in optimizer.state, got {name}; keep what is yours elsewhere"
+            )
         if own is value:  # state[p]["step"] += 1
             return
-        if own is None or own.shape != shape:
-            wanted = f"one of {', '.join(self)}" if own is None else f"{name} of shape {tuple(own.shape)}, this rank's"
+        values = torch.as_tensor(value)
+        if own.shape != values.shape:
             raise ValueError(
-                f"expected {wanted}, in optimizer.state, got {name} of shape {tuple(shape)}; write whole values with "
-                f"optimizer.set_full_state(p, {{name: value}}), and keep what is yours elsewhere"
+                f"expected {name} of shape {tuple(own.shape)}, this rank's, in optimizer.state, got it of shape "
+                f"{tuple(values.shape)}; write whole values with optimizer.set_full_state(p, {{name: value}})"
             )
         with torch.no_grad():
-            own.copy_(torch.as_tensor(value))
+            own.copy_(values)
 
     def update(self, *others: Any, **values: Any) -> None:
         """As a dict's, by assignment."""

@@ -98,4 +98,4 @@ def built_on_two(group: Any) -> float:
 
 
 def test_an_optimizer_of_some_ranks_leaves_the_names_of_later_groups_alike(ranks):
-    assert ranks.run(4, built_on_two) == [4.0] * 4  # torch 2.14 and later would wait for ever
+    assert ranks.run(4, built_on_two) == [4.0] * 4  # else torch 2.14 gives it several names
