@@ -89,7 +89,7 @@ def _num_bytes(tensors: Sequence[Tensor | None]) -> int:
 
 def _adam(args: Any) -> int:
     state = (args.master, args.exp_avg, args.exp_avg_sq)
-    return 2 * _num_bytes(state) + _num_bytes((*args.grads, args.param_out))
+    return 2 * _num_bytes(state) + _num_bytes((*args.grads, *args.param_outs))
 
 
 def _unscale(args: Any) -> int:

@@ -12,6 +12,7 @@
 namespace pyzero {
 
 constexpr int64_t kSegmentGranule = 64;  // elements that share one entry of AdamArgs::segment_ids
+constexpr int kMaxParamOuts = 16;        // of one call: a rank's own weights, and those of the peers on its host
 
 // A number, or the address of an fp32 value on the device, which wins where it is given.
 struct Scalar {
@@ -34,11 +35,19 @@ struct ShardGrads {
   bool is_whole() const { return tensors.size() == 1 && offsets[0] == 0; }  // or the shard's beginning
 };
 
+// Where updated weights are written: (numel,) each, of one dtype, or none. An array, not a vector: csrc/cpu/kernels.h.
+struct ParamOuts {
+  Buffer buffers[kMaxParamOuts];
+  int count = 0;
+
+  DType dtype() const { return buffers[0].dtype; }
+};
+
 struct AdamArgs {
   float* master;      // (numel,)
   float* exp_avg;     // (numel,)
   float* exp_avg_sq;  // (numel,)
-  Buffer param_out;   // (numel,), or no data
+  ParamOuts param_outs;
   int64_t numel;
   ShardGrads grads;
   AdamHyper hyper;
@@ -53,9 +62,9 @@ struct AdamArgs {
 
 // The same conventions. Without a step count, segments matter where some are not active.
 struct LionArgs {
-  float* master;     // (numel,)
-  float* exp_avg;    // (numel,)
-  Buffer param_out;  // (numel,), or no data
+  float* master;   // (numel,)
+  float* exp_avg;  // (numel,)
+  ParamOuts param_outs;
   int64_t numel;
   ShardGrads grads;
   LionHyper hyper;

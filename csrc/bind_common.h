@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -65,11 +66,16 @@ inline ShardGrads shard_grads(const std::vector<Buffer>& tensors, const std::vec
 }
 
 // What lies between the states and the gradients.
-inline Buffer param_out(const std::vector<Buffer>& tensors, size_t num_states, size_t num_grads) {
-  return tensors.size() > num_states + num_grads ? tensors[num_states] : Buffer{};
+inline ParamOuts param_outs(const std::vector<Buffer>& tensors, size_t num_states, size_t num_grads) {
+  ParamOuts outs;
+  for (size_t i = num_states; i + num_grads < tensors.size(); ++i) {
+    if (outs.count == kMaxParamOuts) throw std::invalid_argument("more param_out than a call can take");
+    outs.buffers[outs.count++] = tensors[i];
+  }
+  return outs;
 }
 
-// rows: master, exp_avg, exp_avg_sq, param_out where there is one, and the gradients.
+// rows: master, exp_avg, exp_avg_sq, every param_out, and the gradients.
 inline AdamArgs adam_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PyAdamHyper& hyper,
                           PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf, Address segment_ids,
                           Address active, int64_t num_segments) {
@@ -78,7 +84,7 @@ inline AdamArgs adam_args(const PyRows& rows, const std::vector<int64_t>& offset
   args.master = static_cast<float*>(tensors.at(0).data);
   args.exp_avg = static_cast<float*>(tensors.at(1).data);
   args.exp_avg_sq = static_cast<float*>(tensors.at(2).data);
-  args.param_out = param_out(tensors, 3, offsets.size());
+  args.param_outs = param_outs(tensors, 3, offsets.size());
   args.numel = tensors[0].numel;
   args.grads = shard_grads(tensors, offsets);
   args.hyper = AdamHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper),
@@ -93,14 +99,14 @@ inline AdamArgs adam_args(const PyRows& rows, const std::vector<int64_t>& offset
   return args;
 }
 
-// rows: master, exp_avg, param_out where there is one, and the gradients.
+// rows: master, exp_avg, every param_out, and the gradients.
 inline LionArgs lion_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLionHyper& hyper,
                           PyScalar lr, PyScalar grad_scale, Address found_inf, Address segment_ids, Address active) {
   const std::vector<Buffer> tensors = buffers(rows);
   LionArgs args;
   args.master = static_cast<float*>(tensors.at(0).data);
   args.exp_avg = static_cast<float*>(tensors.at(1).data);
-  args.param_out = param_out(tensors, 2, offsets.size());
+  args.param_outs = param_outs(tensors, 2, offsets.size());
   args.numel = tensors[0].numel;
   args.grads = shard_grads(tensors, offsets);
   args.hyper = LionHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper)};

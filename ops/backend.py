@@ -15,6 +15,7 @@ from torch import Tensor
 Scalar: TypeAlias = float | Tensor  # a number, or a 0-D fp32 tensor on the tensors' device
 
 SEGMENT_GRANULE = 64  # elements that share one entry of segment_ids; kSegmentGranule in csrc/args.h
+MAX_PARAM_OUTS = 16  # of one call; kMaxParamOuts in csrc/args.h
 
 
 class AdamHyper(NamedTuple):
@@ -34,7 +35,7 @@ class AdamArgs(NamedTuple):
     master: Tensor  # (numel,) fp32
     exp_avg: Tensor  # (numel,) fp32
     exp_avg_sq: Tensor  # (numel,) fp32
-    param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
+    param_outs: Sequence[Tensor]  # (numel,) each, of one dtype: fp32, bf16 or fp16; up to MAX_PARAM_OUTS
     grads: Sequence[Tensor]  # contiguous, of one dtype, fp32, bf16 or fp16; what none of them covers is left alone
     offsets: Sequence[int]  # element of the shard at which each begins, a multiple of SEGMENT_GRANULE
     rows: bytes  # of all of the above, in this order; none for the fp64 oracle
@@ -61,7 +62,7 @@ class LionArgs(NamedTuple):
 
     master: Tensor  # (numel,) fp32
     exp_avg: Tensor  # (numel,) fp32
-    param_out: Tensor | None  # (numel,) fp32, bf16 or fp16
+    param_outs: Sequence[Tensor]  # (numel,) each, of one dtype: fp32, bf16 or fp16; up to MAX_PARAM_OUTS
     grads: Sequence[Tensor]  # contiguous, of one dtype, fp32, bf16 or fp16; what none of them covers is left alone
     offsets: Sequence[int]  # element of the shard at which each begins, a multiple of SEGMENT_GRANULE
     rows: bytes  # of all of the above, in this order; none for the fp64 oracle

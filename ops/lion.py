@@ -7,9 +7,9 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import LionArgs, LionHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import check_per_segment, read_shard
+from pyzero.ops.shard import as_list, check_per_segment, read_shard
 
-_NAMES = ("master", "exp_avg", "param_out")
+_STATES = ("master", "exp_avg")
 
 
 def lion_(
@@ -24,7 +24,7 @@ def lion_(
     maximize: bool = False,
     grad_scale: Scalar = 1.0,
     found_inf: Tensor | None = None,
-    param_out: Tensor | None = None,
+    param_out: Tensor | Sequence[Tensor] | None = None,
     segment_ids: Tensor | None = None,
     active: Tensor | None = None,
     grad_offsets: Sequence[int] | None = None,
@@ -47,7 +47,9 @@ def lion_(
         maximize: Ascend instead of descend.
         grad_scale: Multiplies the gradient in registers: clip coefficient, 1/loss-scale. A number or a 0-D tensor.
         found_inf: 1-element fp32 tensor; where it is not zero nothing is written. Without it a NaN gradient makes NaN.
-        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even.
+        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even. Or up to 16 such
+            tensors of one dtype, which all receive them: this rank's weights, and those of peers in memory that this
+            device can write.
         segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
             that start at a multiple of 16 bytes. Matters where some segment is not active.
         active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
@@ -59,8 +61,8 @@ def lion_(
         ValueError: Shapes, devices, overlap or alignment that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
-    shard = (master, exp_avg) if param_out is None else (master, exp_avg, param_out)
-    grads, offsets, rows = read_shard(_NAMES, shard, 2, grad, grad_offsets, segment_ids, backend)
+    outs = as_list(param_out)
+    grads, offsets, rows = read_shard(_STATES, (master, exp_avg, *outs), grad, grad_offsets, segment_ids, backend)
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
@@ -72,7 +74,7 @@ def lion_(
     args = LionArgs(
         master=master,
         exp_avg=exp_avg,
-        param_out=param_out,
+        param_outs=outs,
         grads=grads,
         offsets=offsets,
         rows=rows,

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyzero.ops.backend import SEGMENT_GRANULE
+from pyzero.ops.backend import MAX_PARAM_OUTS, SEGMENT_GRANULE
 from pyzero.ops.checks import (
     check_device,
     check_disjoint,
@@ -31,16 +31,28 @@ from pyzero.ops.rows import (
 Read: TypeAlias = tuple[Sequence[Tensor], Sequence[int], bytes]  # gradients, their offsets, rows of shard and gradients
 
 
+def as_list(param_out: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """What an update writes its weights to."""
+    if param_out is None:
+        return ()
+    if isinstance(param_out, Tensor):
+        return (param_out,)
+    if len(param_out) > MAX_PARAM_OUTS:
+        raise ValueError(
+            f"expected up to {MAX_PARAM_OUTS} tensors as param_out, got {len(param_out)}; copy to the others"
+        )
+    return param_out
+
+
 def read_shard(
-    names: Sequence[str],
+    states: Sequence[str],
     shard: Sequence[Tensor],
-    num_states: int,
     grad: Tensor | Sequence[Tensor],
     grad_offsets: Sequence[int] | None,
     segment_ids: Tensor | None,
     backend: str,
 ) -> Read:
-    """A checked shard: `num_states` fp32 tensors, the master first, then param_out or none; and its gradients.
+    """A checked shard: the fp32 `states`, the master first, then what receives the weights; and its gradients.
 
     With `segment_ids` or a list of gradients all but these must start where a vector may, so that none straddles two
     segments. The reference also computes in fp64, as an oracle: no rows then.
@@ -50,22 +62,35 @@ def read_shard(
             raise ValueError("expected a list of gradients with grad_offsets, got a tensor; pass [grad], or no offsets")
         grads: Sequence[Tensor] = (grad,)
         offsets: Sequence[int] = (0,)
-        tensors = (*shard, grad)
+        tensors, num_states = (*shard, grad), len(states)
         rows = checked_rows(tensors, num_states, FLAT | APART if segment_ids is None else FLAT | APART | ALIGNED)
         if rows is None:
-            rows = _explain((*names[: len(shard)], "grad"), tensors, num_states, segment_ids is not None, backend)
+            names = (*_names(states, shard), "grad")
+            rows = _explain(names, tensors, num_states, segment_ids is not None, backend)
     else:
         grads = grad
-        offsets, rows = _read_list(names, shard, num_states, grads, grad_offsets, backend)
+        offsets, rows = _read_list(states, shard, grads, grad_offsets, backend)
+    if len(shard) > len(states) + 1:
+        _check_one_dtype([tensor.dtype for tensor in shard[len(states) :]])
     if segment_ids is not None:
         _check_segment_ids(segment_ids, shard[0])
     return grads, offsets, rows
 
 
+def _names(states: Sequence[str], shard: Sequence[Tensor]) -> Sequence[str]:
+    """Of the shard's tensors, for messages."""
+    num_outs = len(shard) - len(states)
+    return (*states, "param_out") if num_outs == 1 else (*states, *(f"param_out[{i}]" for i in range(num_outs)))
+
+
+def _check_one_dtype(found: Sequence[torch.dtype]) -> None:
+    if len(set(found)) > 1:
+        raise TypeError(f"expected param_out of one dtype, got {sorted(map(str, set(found)))}; convert them")
+
+
 def _read_list(
-    names: Sequence[str],
+    states: Sequence[str],
     shard: Sequence[Tensor],
-    num_states: int,
     grads: Sequence[Tensor],
     offsets: Sequence[int] | None,
     backend: str,
@@ -74,11 +99,12 @@ def _read_list(
         raise ValueError(
             "expected grad_offsets with a list of gradients, got none; pass the element at which each begins"
         )
+    num_states = len(states)
     if checked_rows(shard, num_states, FLAT | APART | ALIGNED) is None:
-        _explain(names, shard, num_states, True, backend)
+        _explain(_names(states, shard), shard, num_states, True, backend)
     rows = checked_rows((*shard, *grads), num_states, APART)
     if rows is None:
-        rows = _explain_grads(names, shard, grads)
+        rows = _explain_grads(_names(states, shard), shard, grads)
     kinds = set(dtypes(rows)[len(shard) :])
     if len(kinds) > 1:
         raise TypeError(f"expected gradients of one dtype, got {sorted(map(str, kinds))}; convert them, or pack_ them")

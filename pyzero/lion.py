@@ -24,6 +24,7 @@ class LionRule:
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"),)
     cut = Cut.ANYWHERE
     reads_lists = True
+    pushes = True
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
@@ -54,7 +55,7 @@ class LionRule:
             maximize=group["maximize"],
             grad_scale=grad_scale,
             found_inf=found_inf,
-            param_out=shard.weights,
+            param_out=shard.weights_out,
             segment_ids=shard.segment_ids,
             active=used,
             grad_offsets=grad.offsets if isinstance(grad, GradList) else None,

@@ -148,10 +148,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
+        self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
             self._rules,
             self._device,
             self._group,
+            self._transport,
             self.state,
             cap,
             topology.counts,
@@ -167,7 +169,6 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
         beside = [dim.group for dim in topology.model]
         self._stats_exchange = GradStatsExchange(self._group, beside, topology.same_params)
-        self._transport = make_transport(transport, self._group, self._device)
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
@@ -225,6 +226,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._scaled_backward.after_step(has_grad_scaler)
         for gather in gathers:
             gather.wait()
+        self._transport.end_update()
         self._param_buckets.weights_were_written(stats.used)
         self._param_buckets.has_stepped = True
         self._gradients.after_step(stats.used)
@@ -258,12 +260,14 @@ class ZeroOptimizer(StateAccess, Optimizer):
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
         used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
         gathers = []
+        self._transport.begin_update()
         for bucket in used:
             with profile_range(f"pyzero::{bucket.rule.name}"):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            if self._group.size > 1:
+            is_pushed = bucket.rule.pushes and len(bucket.peer_shards) > 0
+            if self._group.size > 1 and not is_pushed:
                 with profile_range("pyzero::all_gather"):
-                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard))
+                    gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard, bucket.peer_shards))
         return gathers
 
     def refresh_fp32_params(self) -> None:

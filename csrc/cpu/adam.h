@@ -8,8 +8,8 @@ namespace pyzero {
 namespace PYZERO_ISA {
 namespace {
 
-// Traffic per element: master, exp_avg, exp_avg_sq read and written (24 B), grad read, param_out written: 28 B in fp32,
-// 28 B in 16 bits with 16-bit weights out.
+// Traffic per element: master, exp_avg, exp_avg_sq read and written (24 B), grad read, each param_out written: 28 B in
+// fp32, 28 B in 16 bits with 16-bit weights out.
 template <bool kCoupled>
 void adam_loop(const AdamArgs& args, const GradSpan& span, const AdamConstants& constants, float grad_scale,
                int64_t begin, int64_t end) {
@@ -33,7 +33,7 @@ void adam_loop(const AdamArgs& args, const GradSpan& span, const AdamConstants& 
       exp_avg_sq[i] = after.exp_avg_sq;
     }
 
-    if (args.param_out.data != nullptr) narrow_span(master, args.param_out, at, count);
+    for (int i = 0; i < args.param_outs.count; ++i) narrow_span(master, args.param_outs.buffers[i], at, count);
   }
 }
 

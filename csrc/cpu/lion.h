@@ -28,7 +28,7 @@ void lion(const LionArgs& args, const GradSpan& span, const LionConstants& const
       exp_avg[i] = after.exp_avg;
     }
 
-    if (args.param_out.data != nullptr) narrow_span(master, args.param_out, at, count);
+    for (int i = 0; i < args.param_outs.count; ++i) narrow_span(master, args.param_outs.buffers[i], at, count);
   }
 }
 

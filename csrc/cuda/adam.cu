@@ -2,13 +2,12 @@
 #include <type_traits>
 
 #include "../math/adam.h"
+#include "param_outs.cuh"
 #include "shard_grads.cuh"
 
 namespace pyzero {
 namespace cuda {
 namespace {
-
-struct NoOutput {};  // instead of param_out's type
 
 struct ConstantsParams {
   AdamHyper hyper;
@@ -34,7 +33,7 @@ struct AdamParams {
   float* master;
   float* exp_avg;
   float* exp_avg_sq;
-  void* param_out;
+  ParamPointers param_outs;
   AdamCoefficients coefficients;
   AdamConstants constants;
   const AdamConstants* table;  // (num_segments,), or null: `constants` are everyone's
@@ -105,7 +104,9 @@ struct AdamBody {
     store_vector(params.master + at, in.master);
     store_vector(params.exp_avg + at, in.exp_avg);
     store_vector(params.exp_avg_sq + at, in.exp_avg_sq);
-    if constexpr (kHasOut) store_vector(static_cast<Out*>(params.param_out) + at, out);
+    if constexpr (kHasOut) {
+      for_each_out<Out>(params.param_outs, [&](Out* weights) { store_vector(weights + at, out); });
+    }
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
@@ -120,14 +121,17 @@ struct AdamBody {
     params.master[at] = now.master;
     params.exp_avg[at] = now.exp_avg;
     params.exp_avg_sq[at] = now.exp_avg_sq;
-    if constexpr (kHasOut) static_cast<Out*>(params.param_out)[at] = from_float<Out>(now.master);
+    if constexpr (kHasOut) {
+      const Out out = from_float<Out>(now.master);
+      for_each_out<Out>(params.param_outs, [&](Out* weights) { weights[at] = out; });
+    }
   }
 };
 
 constexpr int kAdamUnroll = 2;  // six loads of 16 bytes under way, and two of the gradients
 
-// Bytes per element: 12 read + 12 written of state, gradient read, param_out written: 28 with bf16 in and out. Where
-// found_inf is set, what was read is dropped: to wait for it first would cost every other step.
+// Bytes per element: 12 read + 12 written of state, gradient read, each param_out written: 28 with bf16 in and out.
+// Where found_inf is set, what was read is dropped: to wait for it first would cost every other step.
 template <typename Grad, typename Out, bool kCoupled, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     adam_kernel(const __grid_constant__ AdamParams<kCapacity> params) {
@@ -149,9 +153,9 @@ Kernel<kCapacity> pick(bool coupled) {
 }
 
 template <typename Grad, int kCapacity>
-Kernel<kCapacity> pick(const Buffer& param_out, bool coupled) {
-  if (param_out.data == nullptr) return pick<Grad, NoOutput, kCapacity>(coupled);
-  switch (param_out.dtype) {
+Kernel<kCapacity> pick(const ParamOuts& param_outs, bool coupled) {
+  if (param_outs.count == 0) return pick<Grad, NoOutput, kCapacity>(coupled);
+  switch (param_outs.dtype()) {
     case DType::kFloat32:
       return pick<Grad, float, kCapacity>(coupled);
     case DType::kBFloat16:
@@ -166,18 +170,18 @@ Kernel<kCapacity> pick(const AdamArgs& args) {
   const bool coupled = adam_is_coupled(args.hyper);
   switch (args.grads.dtype()) {
     case DType::kFloat32:
-      return pick<float, kCapacity>(args.param_out, coupled);
+      return pick<float, kCapacity>(args.param_outs, coupled);
     case DType::kBFloat16:
-      return pick<BFloat16, kCapacity>(args.param_out, coupled);
+      return pick<BFloat16, kCapacity>(args.param_outs, coupled);
     default:
-      return pick<Float16, kCapacity>(args.param_out, coupled);
+      return pick<Float16, kCapacity>(args.param_outs, coupled);
   }
 }
 
 std::vector<Operand> operands_of(const AdamArgs& args) {
   std::vector<Operand> operands{Operand{args.master, DType::kFloat32}, Operand{args.exp_avg, DType::kFloat32},
                                 Operand{args.exp_avg_sq, DType::kFloat32}};
-  if (args.param_out.data != nullptr) operands.push_back(Operand{args.param_out.data, args.param_out.dtype});
+  add_operands(args.param_outs, operands);
   return operands;
 }
 
@@ -193,7 +197,7 @@ void launch_adam(const AdamArgs& args, const AdamConstants* table, cudaStream_t 
   params.master = args.master;
   params.exp_avg = args.exp_avg;
   params.exp_avg_sq = args.exp_avg_sq;
-  params.param_out = args.param_out.data;
+  params.param_outs = param_pointers(args.param_outs);
   params.coefficients = adam_coefficients(args.hyper);
   params.constants = AdamConstants{};
   if (!table) params.constants = adam_constants(args.hyper, args.lr.value, static_cast<long long>(args.step.value));

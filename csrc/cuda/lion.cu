@@ -2,19 +2,18 @@
 #include <type_traits>
 
 #include "../math/lion.h"
+#include "param_outs.cuh"
 #include "shard_grads.cuh"
 
 namespace pyzero {
 namespace cuda {
 namespace {
 
-struct NoOutput {};  // instead of param_out's type
-
 template <int kCapacity>
 struct LionParams {
   float* master;
   float* exp_avg;
-  void* param_out;
+  ParamPointers param_outs;
   LionHyper hyper;
   LionCoefficients coefficients;
   LionConstants constants;  // where lr is a number
@@ -78,7 +77,9 @@ struct LionBody {
     const int64_t at = offset + i;
     store_vector(params.master + at, in.master);
     store_vector(params.exp_avg + at, in.exp_avg);
-    if constexpr (kHasOut) store_vector(static_cast<Out*>(params.param_out) + at, out);
+    if constexpr (kHasOut) {
+      for_each_out<Out>(params.param_outs, [&](Out* weights) { store_vector(weights + at, out); });
+    }
   }
 
   __device__ __forceinline__ void element(int64_t i) const {
@@ -91,13 +92,16 @@ struct LionBody {
 
     params.master[at] = now.master;
     params.exp_avg[at] = now.exp_avg;
-    if constexpr (kHasOut) static_cast<Out*>(params.param_out)[at] = from_float<Out>(now.master);
+    if constexpr (kHasOut) {
+      const Out out = from_float<Out>(now.master);
+      for_each_out<Out>(params.param_outs, [&](Out* weights) { weights[at] = out; });
+    }
   }
 };
 
 constexpr int kLionUnroll = 2;  // four loads of 16 bytes under way, and two of the gradients
 
-// Bytes per element: 8 read + 8 written of state, gradient read, param_out written: 20 with bf16 in and out. Where
+// Bytes per element: 8 read + 8 written of state, gradient read, each param_out written: 20 with bf16 in and out. Where
 // found_inf is set, what was read is dropped, as in adam.cu.
 template <typename Grad, typename Out, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
@@ -120,9 +124,9 @@ template <int kCapacity>
 using Kernel = void (*)(LionParams<kCapacity>);
 
 template <typename Grad, int kCapacity>
-Kernel<kCapacity> pick(const Buffer& param_out) {
-  if (param_out.data == nullptr) return lion_kernel<Grad, NoOutput, kCapacity>;
-  switch (param_out.dtype) {
+Kernel<kCapacity> pick(const ParamOuts& param_outs) {
+  if (param_outs.count == 0) return lion_kernel<Grad, NoOutput, kCapacity>;
+  switch (param_outs.dtype()) {
     case DType::kFloat32:
       return lion_kernel<Grad, float, kCapacity>;
     case DType::kBFloat16:
@@ -136,17 +140,17 @@ template <int kCapacity>
 Kernel<kCapacity> pick(const LionArgs& args) {
   switch (args.grads.dtype()) {
     case DType::kFloat32:
-      return pick<float, kCapacity>(args.param_out);
+      return pick<float, kCapacity>(args.param_outs);
     case DType::kBFloat16:
-      return pick<BFloat16, kCapacity>(args.param_out);
+      return pick<BFloat16, kCapacity>(args.param_outs);
     default:
-      return pick<Float16, kCapacity>(args.param_out);
+      return pick<Float16, kCapacity>(args.param_outs);
   }
 }
 
 std::vector<Operand> operands_of(const LionArgs& args) {
   std::vector<Operand> operands{Operand{args.master, DType::kFloat32}, Operand{args.exp_avg, DType::kFloat32}};
-  if (args.param_out.data != nullptr) operands.push_back(Operand{args.param_out.data, args.param_out.dtype});
+  add_operands(args.param_outs, operands);
   return operands;
 }
 
@@ -155,7 +159,7 @@ void launch_lion(const LionArgs& args, cudaStream_t stream) {
   LionParams<kCapacity> params;
   params.master = args.master;
   params.exp_avg = args.exp_avg;
-  params.param_out = args.param_out.data;
+  params.param_outs = param_pointers(args.param_outs);
   params.hyper = args.hyper;
   params.coefficients = lion_coefficients(args.hyper);
   params.constants = lion_constants(args.hyper, args.lr.value);

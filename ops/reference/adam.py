@@ -45,8 +45,8 @@ def _update(args: AdamArgs, grad: Tensor) -> None:
 
     for old, new in ((master, p), (args.exp_avg, m), (args.exp_avg_sq, v)):
         old.copy_(torch.where(keep, old, new))
-    if args.param_out is not None:
-        args.param_out.copy_(torch.where(keep, args.param_out, master.to(args.param_out.dtype)))
+    for out in args.param_outs:
+        out.copy_(torch.where(keep, out, master.to(out.dtype)))
 
 
 def _sqrt(value: Tensor) -> Tensor:

@@ -34,5 +34,5 @@ def _update(args: LionArgs, grad: Tensor) -> None:
 
     for old, new in ((master, p), (args.exp_avg, m)):
         old.copy_(torch.where(keep, old, new))
-    if args.param_out is not None:
-        args.param_out.copy_(torch.where(keep, args.param_out, master.to(args.param_out.dtype)))
+    for out in args.param_outs:
+        out.copy_(torch.where(keep, out, master.to(out.dtype)))

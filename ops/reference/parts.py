@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, LionArgs
 
 Args = TypeVar("Args", AdamArgs, LionArgs)
 
-_PER_ELEMENT = ("master", "exp_avg", "exp_avg_sq", "param_out")
+_PER_ELEMENT = ("master", "exp_avg", "exp_avg_sq")
 
 
 def each_grad(args: Args) -> Iterator[tuple[Tensor, Args]]:
@@ -19,7 +19,8 @@ def each_grad(args: Args) -> Iterator[tuple[Tensor, Args]]:
     for grad, begin in zip(args.grads, args.offsets, strict=True):
         end = begin + grad.numel()
         cut = {name: getattr(args, name, None) for name in _PER_ELEMENT}
-        part = {name: tensor[begin:end] for name, tensor in cut.items() if tensor is not None}
+        part: dict[str, Any] = {name: tensor[begin:end] for name, tensor in cut.items() if tensor is not None}
+        part["param_outs"] = [out[begin:end] for out in args.param_outs]
         if args.segment_ids is not None:
             part["segment_ids"] = args.segment_ids[begin // SEGMENT_GRANULE : -(-end // SEGMENT_GRANULE)]
         yield grad.reshape(-1), args._replace(**part)

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import SEGMENT_GRANULE, AdamArgs, AdamHyper, Scalar
-from .common import as_f32, as_f64, launch, load_f32, load_scalar, round_to, store_rounded
-from .shard_grads import launch_over_grads, read_row
+from .common import as_f32, as_f64, launch, load_f32, load_scalar
+from .shard_grads import launch_over_grads, read_row, store_weights
 
 BLOCK = 1024  # elements; four fp32 streams of 8 per thread are 8 16-byte loads in flight, and 62 registers
 NUM_CONSTANTS = 3  # step_size, inv_sqrt_bc2, decay
@@ -73,8 +73,10 @@ def adam_constants_kernel(
 @triton.jit
 def _adam_block(
     master, exp_avg, exp_avg_sq, grad, param_out,  # advanced to the block's first element
+    peers, base,  # see store_weights
     offsets, load_mask, store_mask, grad_scale, step_size, inv_sqrt_bc2, decay,
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, COUPLED: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     p = tl.load(master + offsets, mask=load_mask)
     m = tl.load(exp_avg + offsets, mask=load_mask)
@@ -94,16 +96,17 @@ def _adam_block(
     tl.store(exp_avg + offsets, m, mask=store_mask)
     tl.store(exp_avg_sq + offsets, v, mask=store_mask)
     if param_out is not None:
-        store_rounded(param_out + offsets, round_to(p, param_out.dtype.element_ty), store_mask)
+        store_weights(param_out, peers, base, offsets, p, store_mask, NUM_PEERS, PEERS_ALIGNED)
 
 
 @triton.jit
 def _update(
-    master, exp_avg, exp_avg_sq, param_out, grad,  # grad: advanced to the block's first element
+    master, exp_avg, exp_avg_sq, param_out, peers, grad,  # grad: advanced to the block's first element
     base, left,  # the block's first element in the shard, and how many there are from it on
     grad_scale, negate, constants, step_size, inv_sqrt_bc2, decay,
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids, active,
     COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK // SEGMENT)[:, None]
     offsets = rows * SEGMENT + tl.arange(0, SEGMENT)[None, :]
@@ -138,19 +141,20 @@ def _update(
         param_out += base
     if left < BLOCK:
         inside = offsets < left
-        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, inside, inside & keep, scale,
+        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, peers, base, offsets, inside, inside & keep, scale,
                     step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
-                    COUPLED)  # fmt: skip
+                    COUPLED, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
     else:
-        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, offsets, None, None if active is None else keep,
-                    scale, step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
-                    COUPLED)  # fmt: skip
+        _adam_block(master, exp_avg, exp_avg_sq, grad, param_out, peers, base, offsets, None,
+                    None if active is None else keep, scale, step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2,
+                    one_minus_beta2, eps, weight_decay, COUPLED, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n"])
 def adam_kernel(
     master, exp_avg, exp_avg_sq,  # fp32 (n,), read and written
     param_out,  # fp32, bf16 or fp16 (n,), written, or None
+    peers,  # int64 (NUM_PEERS,) or None: addresses of more such tensors
     grad,  # fp32, bf16 or fp16 (n,)
     n,
     found_inf,  # fp32 (1,) or None
@@ -161,6 +165,7 @@ def adam_kernel(
     segment_ids,  # int32 (ceil(n/64),) or None
     active,  # fp32 (num_segments,) or None
     COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCK elements, as rows of one segment entry each.
 
@@ -170,18 +175,19 @@ def adam_kernel(
         if tl.load(found_inf) != 0.0:
             return
     base = tl.program_id(0).to(tl.int64) * BLOCK
-    _update(master, exp_avg, exp_avg_sq, param_out, grad + base, base, n - base, grad_scale, negate, constants,
+    _update(master, exp_avg, exp_avg_sq, param_out, peers, grad + base, base, n - base, grad_scale, negate, constants,
             step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids,
-            active, COUPLED, SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+            active, COUPLED, SCALE_IS_TENSOR, BLOCK, SEGMENT, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
 
 
 @triton.jit
 def adam_list_kernel(
-    master, exp_avg, exp_avg_sq, param_out,
+    master, exp_avg, exp_avg_sq, param_out, peers,
     table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
     found_inf, grad_scale, negate, constants, step_size, inv_sqrt_bc2, decay,
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids, active,
     COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr,  # element type; all addresses are multiples of 16 bytes
 ):  # fmt: skip
     """The same where gradients lie apart: one program per row."""
@@ -190,9 +196,9 @@ def adam_list_kernel(
             return
     grad, base, left = read_row(table, GRAD, ALIGNED, SEGMENT)
     while left > 0:
-        _update(master, exp_avg, exp_avg_sq, param_out, grad, base, left, grad_scale, negate, constants,
+        _update(master, exp_avg, exp_avg_sq, param_out, peers, grad, base, left, grad_scale, negate, constants,
                 step_size, inv_sqrt_bc2, decay, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids,
-                active, COUPLED, SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+                active, COUPLED, SCALE_IS_TENSOR, BLOCK, SEGMENT, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
         grad += BLOCK
         base += BLOCK
         left -= BLOCK
@@ -245,7 +251,7 @@ def adam_(args: AdamArgs) -> None:
     else:
         host = _host_constants(hyper, float(args.lr), int(args.step), decays)
     launch_over_grads(
-        adam_kernel, adam_list_kernel, args, (master, args.exp_avg, args.exp_avg_sq, args.param_out),
+        adam_kernel, adam_list_kernel, args, (master, args.exp_avg, args.exp_avg_sq),
         args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
         -1.0 if hyper.maximize else 1.0, constants, *host,
         1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps, hyper.weight_decay, args.segment_ids, args.active,

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import SEGMENT_GRANULE, LionArgs
-from .common import as_f32, as_f64, load_f32, load_scalar, round_to, store_rounded
-from .shard_grads import launch_over_grads, read_row
+from .common import as_f32, as_f64, load_f32, load_scalar
+from .shard_grads import launch_over_grads, read_row, store_weights
 
 BLOCK = 1024  # elements; two fp32 streams of 8 per thread and the gradients are 5 or 6 16-byte loads in flight
 
@@ -19,7 +19,9 @@ BLOCK = 1024  # elements; two fp32 streams of 8 per thread and the gradients are
 @triton.jit
 def _lion_block(
     master, exp_avg, grad, param_out,  # advanced to the block's first element
+    peers, base,  # see store_weights
     offsets, load_mask, store_mask, grad_scale, lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     p = tl.load(master + offsets, mask=load_mask)
     m = tl.load(exp_avg + offsets, mask=load_mask)
@@ -35,16 +37,17 @@ def _lion_block(
     tl.store(master + offsets, p, mask=store_mask)
     tl.store(exp_avg + offsets, m, mask=store_mask)
     if param_out is not None:
-        store_rounded(param_out + offsets, round_to(p, param_out.dtype.element_ty), store_mask)
+        store_weights(param_out, peers, base, offsets, p, store_mask, NUM_PEERS, PEERS_ALIGNED)
 
 
 @triton.jit
 def _update(
-    master, exp_avg, param_out, grad,  # grad: advanced to the block's first element
+    master, exp_avg, param_out, peers, grad,  # grad: advanced to the block's first element
     base, left,  # the block's first element in the shard, and how many there are from it on
     grad_scale, negate, lr, lr_tensor, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
     segment_ids, active,
     SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK // SEGMENT)[:, None]
     offsets = rows * SEGMENT + tl.arange(0, SEGMENT)[None, :]
@@ -71,17 +74,19 @@ def _update(
         param_out += base
     if left < BLOCK:
         inside = offsets < left
-        _lion_block(master, exp_avg, grad, param_out, offsets, inside, inside & keep, scale, rate, decay,
-                    beta1, one_minus_beta1, beta2, one_minus_beta2)  # fmt: skip
+        _lion_block(master, exp_avg, grad, param_out, peers, base, offsets, inside, inside & keep, scale, rate, decay,
+                    beta1, one_minus_beta1, beta2, one_minus_beta2, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
     else:
-        _lion_block(master, exp_avg, grad, param_out, offsets, None, None if active is None else keep, scale, rate,
-                    decay, beta1, one_minus_beta1, beta2, one_minus_beta2)  # fmt: skip
+        _lion_block(master, exp_avg, grad, param_out, peers, base, offsets, None,
+                    None if active is None else keep, scale, rate, decay, beta1, one_minus_beta1, beta2,
+                    one_minus_beta2, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n"])
 def lion_kernel(
     master, exp_avg,  # fp32 (n,), read and written
     param_out,  # fp32, bf16 or fp16 (n,), written, or None
+    peers,  # int64 (NUM_PEERS,) or None: addresses of more such tensors
     grad,  # fp32, bf16 or fp16 (n,)
     n,
     found_inf,  # fp32 (1,) or None
@@ -93,6 +98,7 @@ def lion_kernel(
     segment_ids,  # int32 (ceil(n/64),) or None
     active,  # fp32 (num_segments,) or None
     SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCK elements, as rows of one segment entry each.
 
@@ -102,18 +108,19 @@ def lion_kernel(
         if tl.load(found_inf) != 0.0:
             return
     base = tl.program_id(0).to(tl.int64) * BLOCK
-    _update(master, exp_avg, param_out, grad + base, base, n - base, grad_scale, negate, lr, lr_tensor, weight_decay,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
-            SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+    _update(master, exp_avg, param_out, peers, grad + base, base, n - base, grad_scale, negate, lr, lr_tensor,
+            weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
+            SCALE_IS_TENSOR, BLOCK, SEGMENT, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
 
 
 @triton.jit
 def lion_list_kernel(
-    master, exp_avg, param_out,
+    master, exp_avg, param_out, peers,
     table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
     found_inf, grad_scale, negate, lr: tl.float64, lr_tensor, weight_decay: tl.float64,
     beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
     SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr,  # element type; all addresses are multiples of 16 bytes
 ):  # fmt: skip
     """The same where gradients lie apart: one program per row."""
@@ -122,9 +129,9 @@ def lion_list_kernel(
             return
     grad, base, left = read_row(table, GRAD, ALIGNED, SEGMENT)
     while left > 0:
-        _update(master, exp_avg, param_out, grad, base, left, grad_scale, negate, lr, lr_tensor, weight_decay,
+        _update(master, exp_avg, param_out, peers, grad, base, left, grad_scale, negate, lr, lr_tensor, weight_decay,
                 beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
-                SCALE_IS_TENSOR, BLOCK, SEGMENT)  # fmt: skip
+                SCALE_IS_TENSOR, BLOCK, SEGMENT, NUM_PEERS, PEERS_ALIGNED)  # fmt: skip
         grad += BLOCK
         base += BLOCK
         left -= BLOCK
@@ -137,7 +144,7 @@ def lion_(args: LionArgs) -> None:
         return
     number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (float(lr), None)
     launch_over_grads(
-        lion_kernel, lion_list_kernel, args, (master, args.exp_avg, args.param_out),
+        lion_kernel, lion_list_kernel, args, (master, args.exp_avg),
         args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
         -1.0 if hyper.maximize else 1.0, number, tensor, float(hyper.weight_decay),
         hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, args.segment_ids, args.active,

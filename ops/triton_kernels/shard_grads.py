@@ -1,4 +1,4 @@
-"""An update of a shard launched over its gradient, or over gradients that lie apart."""
+"""An update of a shard: launched over its gradient, or gradients that lie apart; its weights to several ranks."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (kernels: their arguments are pointers and blocks, which Python types do not name)
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..backend import AdamArgs, LionArgs
 from ..rows import addresses, numels
-from .address_table import AddressTable, Upload, address_tables, kept
-from .common import ELEMENT_TYPES, launch
+from .address_table import AddressTable, Upload, address_tables, kept, pointer_table
+from .common import ELEMENT_TYPES, is_aligned, launch, round_to, store_rounded
 
 
 @triton.jit
@@ -29,17 +29,39 @@ def read_row(table, GRAD: tl.constexpr, ALIGNED: tl.constexpr, SEGMENT: tl.const
     return grad, tl.multiple_of(tl.load(row + 1), SEGMENT), tl.load(row + 2)
 
 
+@triton.jit
+def store_weights(param_out, peers, base, offsets, p, mask, NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr):
+    """Round p and store it at `offsets` from element `base`, which param_out is advanced to, here and at each peer's.
+
+    peers: int64 (NUM_PEERS,), addresses of their first elements, or None.
+    """
+    stored = round_to(p, param_out.dtype.element_ty)
+    store_rounded(param_out + offsets, stored, mask)
+    for peer in tl.static_range(NUM_PEERS):
+        weights = tl.load(peers + peer).to(param_out.dtype)
+        if PEERS_ALIGNED:
+            weights = tl.multiple_of(weights, 16)
+        store_rounded(weights + base + offsets, stored, mask)
+
+
 def launch_over_grads(
     flat_kernel: Any,
     list_kernel: Any,
     args: AdamArgs | LionArgs,
-    shard: Sequence[Tensor | None],
+    states: Sequence[Tensor],
     *others: Any,
     BLOCK: int,
     **constants: Any,
 ) -> None:
-    """`flat_kernel(*shard, grad, n, *others)` over the one gradient, or `list_kernel(*shard, table, *others)`."""
+    """`flat_kernel(*shard, grad, n, *others)` over the one gradient, or `list_kernel(*shard, table, *others)`.
+
+    The shard: its states, the first tensor that receives weights, and a table of the others.
+    """
     master, grads = args.master, args.grads
+    param_out, peers = (args.param_outs[0], args.param_outs[1:]) if args.param_outs else (None, ())
+    peer_addresses = tuple(tensor.data_ptr() for tensor in peers)
+    shard = (*states, param_out, pointer_table(peer_addresses, master.device) if peers else None)
+    constants |= {"NUM_PEERS": len(peers), "PEERS_ALIGNED": is_aligned(*peer_addresses)}
     if len(grads) == 1 and grads[0].numel() == master.numel():
         n = master.numel()
         launch(flat_kernel, -(-n // BLOCK), master, *shard, grads[0], n, *others, BLOCK=BLOCK, **constants)

@@ -1,8 +1,9 @@
 """The transport of ranks whose GPUs share a host: each reads the others' memory, over NVLink where there is some.
 
-The memory is torch's symmetric memory. Each rank has two slots, which take turns. What is sent is written to one; a
-barrier on the device, and every rank's is there; it is read where it lies, gradients by the kernel that sums them,
-weights by copies into the flat buffers; another barrier, and the slot may be written over. The host waits for nothing.
+The memory is torch's symmetric memory. For gradients each rank has two slots, which take turns. What is sent is written
+to one; a barrier on the device, and every rank's is there; it is read where it lies, by the kernel that sums them;
+another barrier, and the slot may be written over. Weights lie there for good: between two barriers each rank writes
+those of its shards to all ranks, in the kernel that updates them or by copies. The host waits for nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pyzero.comm.group import Group, Work
 from pyzero.comm.host import HostError, find_hosts, raise_first
-from pyzero.comm.transport import Exchange, Transport
+from pyzero.comm.transport import Exchange, FlatWeights, Transport
 from pyzero.streams import on_stream
 
 _NUM_SLOTS = 2
@@ -89,7 +90,7 @@ class DevicePeerTransport(Transport):
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
         """See Transport."""
-        self._grow(max((max(pair) for pair in buckets), default=0))
+        self._grow(max((num_sent for num_sent, _ in buckets), default=0))
 
     def _grow(self, slot_bytes: int) -> None:
         if slot_bytes <= self._slot_bytes:
@@ -97,13 +98,18 @@ class DevicePeerTransport(Transport):
         if self._num_sent and self._last is not None:
             torch.cuda.synchronize(self._device)  # a barrier behind: all have read what lies in the old memory
         self._slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
-        problem = None
+        self._memory = self._symmetric(_NUM_SLOTS * self._slot_bytes)
+
+    def _symmetric(self, num_bytes: int) -> SymmetricBytes:
+        """Allocate, or raise on all ranks."""
+        made, problem = None, None
         try:
-            self._memory = self._allocate(_NUM_SLOTS * self._slot_bytes)
+            made = self._allocate(num_bytes)
         except (ImportError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            problem = f"no symmetric memory of {self._slot_bytes:,} bytes twice: {reason}"
+            problem = f"no symmetric memory of {num_bytes:,} bytes: {str(error).strip().splitlines()[0]}"
         raise_first(self.group.gather_objects(problem))
+        assert made is not None
+        return made
 
     def _slot(self, rank: int, number: int, begin_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) elements of the slot that a rank's message of that number lies in."""
@@ -160,20 +166,41 @@ class DevicePeerTransport(Transport):
         slices = [self._slot(rank, number, begin_bytes, numel, send.dtype) for rank in range(self.group.size)]
         return Exchange(work, slices, send, release=lambda: self._mark_read(number))
 
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
-        """See Transport. The shard is copied to a slot, and the others' from theirs, on a stream of its own."""
-        return self.group.launch("the all-gather of weights", lambda: self._gather(flat, shard))
+    def weights(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatWeights:
+        """See Transport. In symmetric memory."""
+        memory = self._symmetric(max(numel * dtype.itemsize, _SLOT_ALIGNMENT))
+        by_rank = [there[: numel * dtype.itemsize].view(dtype) for there in memory.by_rank]
+        own = by_rank.pop(self.group.rank)
+        return FlatWeights(own.zero_(), by_rank, memory)
 
-    def _gather(self, flat: Tensor, shard: Tensor) -> _Done:
-        with on_stream(self._stream, flat):
-            room = self.buffer(shard.numel(), shard.dtype, shard.device)
-            room.copy_(shard)
-            number = self._post()
-            for rank, there in enumerate(flat.view(self.group.size, -1)):
-                if rank != self.group.rank:
-                    there.copy_(self._slot(rank, number, 0, shard.numel(), shard.dtype))
-            self._mark_read(number)
+    def begin_update(self) -> None:
+        """See Transport."""
+        self._meet("the barrier before the update of weights")
+
+    def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
+        """See Transport. The shard is copied to the peers, on a stream of its own."""
+        return self.group.launch("the copies of weights to peers", lambda: self._copy(shard, peers))
+
+    def _copy(self, shard: Tensor, peers: Sequence[Tensor]) -> _Done:
+        with on_stream(self._stream, shard):
+            for there in peers:
+                there.copy_(shard)
             return _Done(self._device)
+
+    def end_update(self) -> None:
+        """See Transport."""
+        self._meet("the barrier behind the update of weights")
+
+    def _meet(self, what: str) -> None:
+        """All ranks' current streams wait for each other."""
+
+        def meet() -> _Done:
+            assert self._memory is not None
+            with self._in_order():
+                self._memory.barrier()
+            return _Done(self._device)
+
+        self.group.launch(what, meet).wait()
 
 
 class _Done:

@@ -54,7 +54,7 @@ class HostsTransport(PeerTransport):
         slices |= zip(self._elsewhere, received.view(len(self._elsewhere), -1), strict=True)
         return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._mark_read)
 
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+    def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport. Other hosts' shards are handed on when their work is waited for."""
         sources = self._shards_in[self.group.rank]
         shards = memory.empty(len(sources) * shard.numel(), shard.dtype, shard.device)

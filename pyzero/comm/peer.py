@@ -183,7 +183,7 @@ class PeerTransport(Transport):
     def _posted(self, piece: Piece) -> _Pieces:
         return _Pieces(self, piece.number, self._host.posted(piece.number))
 
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+    def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport. The shard is copied at once."""
         self._read_gathers_for(shard.nbytes)
         room = self.buffer(shard.numel(), shard.dtype, shard.device)

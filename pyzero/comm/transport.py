@@ -29,6 +29,15 @@ class Exchange:
     release: Callable[[], None] = lambda: None  # called once the slices have been read
 
 
+@dataclass(frozen=True)
+class FlatWeights:
+    """The memory that one bucket's weights lie in: this rank's, and where it can write them the other ranks'."""
+
+    flat: Tensor  # (numel,)
+    peers: Sequence[Tensor] = ()  # (numel,) each, written between begin_update and end_update alone; or none
+    owner: Any = None  # keeps the memory alive
+
+
 class Transport(ABC):
     """Brings a bucket's gradients to the ranks that hold its shards, and their weights back to all."""
 
@@ -52,9 +61,22 @@ class Transport(ABC):
     def start(self, send: Tensor, what: str) -> Exchange:
         """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
 
+    def weights(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatWeights:
+        """Zeros for the weights of a bucket. Collective, the same on all ranks."""
+        return FlatWeights(memory.zeros(numel, dtype, device))
+
+    def begin_update(self) -> None:  # noqa: B027  (most write no memory but their own)
+        """Called before a step writes weights, on all ranks: behind it none of them reads what they were."""
+
     @abstractmethod
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
-        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which is this rank's part of it."""
+    def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
+        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which is this rank's part of it.
+
+        peers: (n,) each: the same part in the memory of the other ranks, where `weights` has given that.
+        """
+
+    def end_update(self) -> None:  # noqa: B027
+        """Called when all weights of a step are on their way: behind it all are there, on all ranks."""
 
 
 class _LibraryTransport(Transport):
@@ -67,7 +89,7 @@ class _LibraryTransport(Transport):
         """See Transport."""
         return memory.empty(numel, dtype, device)
 
-    def gather(self, flat: Tensor, shard: Tensor) -> Work:
+    def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport."""
         return self.group.all_gather_into(flat, shard)
 

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack
 
 from pyzero import memory
+from pyzero.comm.transport import FlatWeights
 from pyzero.sharding.layout import GRANULE, BucketLayout
 from pyzero.sharding.local_param import LocalParam, outer
 from pyzero.update_rule import Part, RunShard, UpdateRule
@@ -94,6 +95,7 @@ class Bucket:
         index: The bucket's place among the optimizer's.
         rank: This rank in the group that shares the bucket.
         rule: The update rule.
+        weights: Memory for the weights of all ranks, zeros.
         cpu_offload: Masters and state of a GPU lie in pinned memory of the host.
     """
 
@@ -105,6 +107,7 @@ class Bucket:
         index: int,
         rank: int,
         rule: UpdateRule,
+        weights: FlatWeights,
         cpu_offload: bool = False,
     ) -> None:
         self.layout = layout
@@ -116,9 +119,11 @@ class Bucket:
         self.dtype, self.device = params[0].dtype, params[0].device
         self.is_master = self.dtype == torch.float32  # fp32 weights are their own masters
         self._on_host = cpu_offload and self.device.type == "cuda"
-        self.flat = memory.zeros(layout.numel, self.dtype, self.device)  # the weights of all ranks
+        self._weights = weights
+        self.flat = weights.flat  # (layout.numel,) the weights of all ranks
         begin, end = layout.shard_bounds(rank)
         self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
+        self.peer_shards = [there[begin:end] for there in weights.peers]  # the same in other ranks' memory, or none
         # Each parameter's own strides where it is dense, contiguous ones otherwise. Others may give it others later on
         # (channels_last); in here it keeps these.
         self.strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
@@ -324,6 +329,7 @@ class Bucket:
             high,
             self.master[low:high],
             None if self.is_master else self.weight_shard[low:high],
+            [there[low:high] for there in self.peer_shards],
             {name: self.state[name][self._values(name, low, high)] for name in self.state},
             self.steps,
             self.segment_ids[low // GRANULE : -(-high // GRANULE)],

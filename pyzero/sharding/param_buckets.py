@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_gathered, check_whole
 from pyzero.comm.group import Group
+from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
@@ -29,6 +30,7 @@ class ParamBuckets:
         rules: The update rule of each parameter group; the optimizer appends to it.
         device: Where parameters must lie.
         group: The ranks that share the state.
+        transport: Gives memory for weights.
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
         bucket_cap_bytes: Largest bytes of weights in a bucket.
         counts: Whether a parameter counts for the norm on this rank.
@@ -42,6 +44,7 @@ class ParamBuckets:
         rules: Sequence[UpdateRule],
         device: torch.device,
         group: Group,
+        transport: Transport,
         state: MutableMapping[Tensor, Any],
         bucket_cap_bytes: int,
         counts: Callable[[Tensor], bool],
@@ -63,6 +66,7 @@ class ParamBuckets:
         self._rules = rules
         self._device = device
         self._group = group
+        self._transport = transport
         self._state = state
         self._bucket_cap_bytes = bucket_cap_bytes
         self._counts = counts
@@ -240,7 +244,8 @@ class ParamBuckets:
         numbers = [slot.index for slot in layout.slots]
         params = [self.params[number] for number in numbers]
         rule = self._rules[self.specs[numbers[0]].run.group_index]
-        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, self._cpu_offload)
+        weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
+        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._cpu_offload)
         for position, param in enumerate(bucket.params):
             self._state[outer(param)] = bucket.state_views(position)
         return bucket

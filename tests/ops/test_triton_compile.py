@@ -28,6 +28,7 @@ CASES = {
     "adam-f32": (16, 12),
     "adam-f16-f16-segments": (14, 14),
     "adam-bf16-bf16-list": (14, 14),
+    "adam-bf16-bf16-peers": (14, 20),  # three peers'
     "lion-bf16-bf16": (10, 10),
     "lion-bf16-bf16-list": (10, 10),
     "lion-f16-f16-segments": (10, 10),

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import DTYPES, assert_same
-from torch import nn
+from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
 from transport_program import SMALL_BUCKETS, program
 
 import pyzero
@@ -67,9 +67,44 @@ def test_bits_of_exact(ranks, dtype, options):
             assert_same(one, other)
 
 
+def trained(group: Any, kind: str, transport: str) -> tuple[list[Tensor], int, int]:
+    """Weights after a few steps, one of them skipped; how often weights were copied, and how many buckets there are."""
+    model = build(torch.bfloat16)
+    matrices = {id(param) for param in model.parameters() if param.dim() == 2}
+    groups = [{"params": [p for p in model.parameters() if (id(p) in matrices) == is_matrix]} for is_matrix in (1, 0)]
+    if kind == "ZeroMuon":
+        groups[1]["use_muon"] = False
+    options = {"process_group": group, "transport": transport, "loss_scale": 4.0, **SMALL_BUCKETS}
+    optimizer = getattr(pyzero, kind)(groups, lr=1e-2, **options)
+    copies = []
+    if transport == "peer":
+        copy = optimizer._transport._copy
+        optimizer._transport._copy = lambda *args: copies.append(1) or copy(*args)
+    for step in range(4):
+        loss = loss_of(model, micro_batch(step, group.rank()))
+        optimizer.backward(loss * float("inf") if step == 2 and group.rank() == 1 else loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.skipped_steps == 1
+    return params_of(model), len(copies), len(optimizer._buckets)
+
+
+@pytest.mark.parametrize("kind", ["FusedZeroAdam", "FusedZeroLion", "ZeroLamb", "ZeroMuon"])
+def test_a_rule_pushes_its_weights_or_has_them_copied(ranks, kind):
+    exact = ranks.run(2, trained, kind, "exact")
+    ours = ranks.run(2, through_peers, trained, kind, "peer")
+    for (wanted, _, num_buckets), (got, num_copies, _) in zip(exact, ours, strict=True):
+        assert_same(wanted, got)
+        assert num_buckets >= 2
+        if kind == "ZeroMuon":  # its Adam pushes
+            assert 0 < num_copies < 4 * num_buckets
+        else:
+            assert num_copies == (4 * num_buckets if kind == "ZeroLamb" else 0)
+
+
 def slots_used(group: Any) -> tuple[str, list[int], list[bool]]:
     """The transport, the slots in the order in which they were written, and whether each was free then."""
-    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
     options = {"process_group": group, "transport": "peer", "bucket_cap_mb": 2e-3}
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), **options)
     transport = optimizer._transport

@@ -27,6 +27,7 @@ class NormalizedRule:
     )
     cut = Cut.WHOLE
     reads_lists = False
+    pushes = False
 
     def check(self, group: dict[str, Any]) -> None:
         if not group["lr"] > 0:

@@ -64,7 +64,9 @@ def adam(device: str, backend: str) -> list[Tensor]:
         ops.adam_(*state, grad, step=steps, param_out=out, backend=backend, **chosen, **HYPER)
         shard = [normal(LIST_NUMEL), normal(LIST_NUMEL), normal(LIST_NUMEL).square(), normal(LIST_NUMEL).to(dtype)]
         ops.adam_(*shard[:3], step=5, param_out=shard[3], backend=backend, **list_of(normal, dtype), **HYPER)
-        results += [*state, out, *shard]
+        outs = [out, *(torch.empty_like(out) for _ in range(3))]
+        ops.adam_(*state, grad, step=6, param_out=outs, backend=backend, **HYPER)
+        results += [*state, *outs, *shard]
     return results
 
 
@@ -82,7 +84,9 @@ def lion(device: str, backend: str) -> list[Tensor]:
         ops.lion_(*state, grad, param_out=out, segment_ids=segments, active=active, **hyper)
         shard = [normal(LIST_NUMEL), normal(LIST_NUMEL), normal(LIST_NUMEL).to(dtype)]
         ops.lion_(*shard[:2], param_out=shard[2], **list_of(normal, dtype), **hyper)
-        results += [*state, out, *shard]
+        outs = [out, *(torch.empty_like(out) for _ in range(3))]
+        ops.lion_(*state, grad, param_out=outs, **hyper)
+        results += [*state, *outs, *shard]
     return results
 
 

@@ -79,11 +79,36 @@ def run_shifted(
     """The same with tensors off alignment by a number of elements each."""
     held = {each: Guarded(value, target.device, shifts[each]) for each, value in values.items()}
     tensors = {each: guard.tensor for each, guard in held.items()}
-    type(case).op(**tensors, **case.options(target.device), backend=target.backend)
+    type(case).op(**_with_peers(tensors), **case.options(target.device), backend=target.backend)
     for each, guard in held.items():
         guard.check(f"{each} of {case} at {shifts}")
     assert_same(tensors["grad"], values["grad"], f"grad of {case}", nan_is_nan=False)
     return {each: tensor.cpu() for each, tensor in tensors.items()}
+
+
+def _with_peers(tensors: dict[str, Tensor]) -> dict[str, object]:
+    """The op's arguments: where there are peers, param_out is a list."""
+    peers = {each: tensor for each, tensor in tensors.items() if each.startswith("peer")}
+    outs = {"param_out": [tensors["param_out"], *peers.values()]} if peers else {}
+    return {each: tensor for each, tensor in tensors.items() if each not in peers} | outs
+
+
+def _add_peers(values: dict[str, Tensor], num_peers: int) -> list[str]:
+    """Names of as many more tensors like param_out, which receive the weights too."""
+    peers = [f"peer {index}" for index in range(num_peers)]
+    values |= {peer: values["param_out"] for peer in peers}
+    return peers
+
+
+def check_peers(case: ShardCase, target: Target) -> None:
+    """Several tensors that receive the weights, one off alignment: each has the bits of one alone."""
+    wanted = run(case, REFERENCE)
+    for num_peers, shift in ((1, 0), (7, 1), (15, 0)):
+        values = case.inputs()
+        peers = _add_peers(values, num_peers)
+        shifts = {each: shift if each == peers[-1] else 0 for each in values}
+        got = run_shifted(case, target, values, shifts)
+        assert_all_same(got, wanted | {peer: wanted["param_out"] for peer in peers}, f"{num_peers} peers, {case}")
 
 
 def _cut(numel: int) -> list[tuple[int, int]]:
@@ -97,17 +122,18 @@ def _cut(numel: int) -> list[tuple[int, int]]:
     raise AssertionError
 
 
-def check_list(case: ShardCase, target: Target) -> None:
+def check_list(case: ShardCase, target: Target, num_peers: int = 0) -> None:
     """Gradients that lie apart: the bits of one that holds them all; what none covers stays as it was."""
     values = case.inputs()
     wanted = run(case, REFERENCE)
+    wanted |= {peer: wanted["param_out"] for peer in _add_peers(values, num_peers)} if num_peers else {}
     grad, spans = values.pop("grad"), _cut(case.numel)
     held = {each: Guarded(value, target.device, 0) for each, value in values.items()}
     shifts = [index % 2 * case.shift for index in range(len(spans))]
     grads = [Guarded(grad[begin:end], target.device, shift) for (begin, end), shift in zip(spans, shifts, strict=True)]
     tensors = {each: guard.tensor for each, guard in held.items()}
     options: dict[str, object] = {"grad": [guard.tensor for guard in grads], "grad_offsets": [b for b, _ in spans]}
-    type(case).op(**tensors, **options, **case.options(target.device), backend=target.backend)
+    type(case).op(**_with_peers(tensors), **options, **case.options(target.device), backend=target.backend)
     for each, guard in held.items():
         guard.check(f"{each} of {case} with a list")
     is_covered = torch.zeros(case.numel, dtype=torch.bool)

@@ -77,16 +77,24 @@ def grads_of(dtype: torch.dtype, shift: int, as_list: bool) -> tuple[list[torch.
     return [flat(dtype, shift, N // 2), flat(dtype, shift, N // 2)], [0, N // 2]
 
 
-def with_rows(shard: list[Any], grads: list[torch.Tensor], offsets: list[int]) -> list[Any]:
+def with_rows(
+    states: list[torch.Tensor], outs: list[torch.Tensor], grads: list[torch.Tensor], offsets: list[int]
+) -> list[Any]:
     """As AdamArgs and LionArgs begin."""
-    return [*shard, grads, offsets, rows_of([tensor for tensor in (*shard, *grads) if tensor is not None])]
+    return [*states, outs, grads, offsets, rows_of([*states, *outs, *grads])]
 
 
 def run_adam(
-    grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, shift: int = 0, as_list: bool = False
+    grad: torch.dtype,
+    out: torch.dtype | None,
+    *,
+    segments: bool = False,
+    shift: int = 0,
+    as_list: bool = False,
+    num_outs: int = 1,
 ) -> None:
-    shard = [flat(F32, shift), flat(F32, shift), flat(F32, shift), None if out is None else flat(out, shift)]
-    tensors = with_rows(shard, *grads_of(grad, shift, as_list))
+    outs = [] if out is None else [flat(out, shift) for _ in range(num_outs)]
+    tensors = with_rows([flat(F32, shift) for _ in range(3)], outs, *grads_of(grad, shift, as_list))
     hyper = AdamHyper(0.9, 0.999, 1e-8, 0.1, segments, False)
     if not segments:
         triton_kernels.adam_(AdamArgs(*tensors, hyper, 1e-3, 1, 1.0, None, None, None))
@@ -97,7 +105,8 @@ def run_adam(
 
 
 def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = False, as_list: bool = False) -> None:
-    tensors = with_rows([flat(F32), flat(F32), None if out is None else flat(out)], *grads_of(grad, 0, as_list))
+    outs = [] if out is None else [flat(out)]
+    tensors = with_rows([flat(F32), flat(F32)], outs, *grads_of(grad, 0, as_list))
     hyper = LionHyper(0.9, 0.99, 0.1, False)
     if not segments:
         triton_kernels.lion_(LionArgs(*tensors, hyper, 1e-3, 1.0, None, None, None))
@@ -137,6 +146,7 @@ CASES: dict[str, Callable[[], None]] = {
     "adam-bf16-bf16": partial(run_adam, BF16, BF16),
     "adam-f32": partial(run_adam, F32, None),
     "adam-f16-f16-segments": partial(run_adam, F16, F16, segments=True),
+    "adam-bf16-bf16-peers": partial(run_adam, BF16, BF16, segments=True, num_outs=4),
     "adam-bf16-bf16-list": partial(run_adam, BF16, BF16, segments=True, as_list=True),
     "lion-bf16-bf16": partial(run_lion, BF16, BF16),
     "lion-bf16-bf16-list": partial(run_lion, BF16, BF16, segments=True, as_list=True),

@@ -194,7 +194,8 @@ struct AdamCase {
 void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
   Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head), v(DType::kFloat32, numel, head);
   const Gradients grads(c.grad, numel, other_head, c.segments && !c.on_device);
-  Array out(c.out, c.has_out ? numel : 0, other_head);
+  Array out(c.out, c.has_out ? numel : 0, other_head), peer(c.out, out.numel, other_head);
+  for (int64_t i = 0; i < out.numel; ++i) peer.set(i, out.get(i));
   for (int64_t i = 0; i < numel; ++i) v.set(i, fabsf(v.get(i)));
   Array want_master = master.copy(), want_m = m.copy(), want_v = v.copy(), want_out = out.copy();
 
@@ -208,7 +209,7 @@ void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
   args.exp_avg = m.floats();
   args.exp_avg_sq = v.floats();
   args.grads = grads.args;
-  if (c.has_out) args.param_out = out.buffer();
+  if (c.has_out) args.param_outs = ParamOuts{{out.buffer(), peer.buffer()}, 2};
   args.numel = numel;
   args.hyper = c.hyper;
   args.lr = Scalar{double(lr), c.on_device ? &lr : nullptr};
@@ -236,7 +237,7 @@ void adam_case(const AdamCase& c, int64_t numel, int head, int other_head) {
     if (c.has_out) want_out.set(i, now.master);
   }
   require(master.equals(want_master) && m.equals(want_m) && v.equals(want_v), "adam", "state", numel);
-  require(out.equals(want_out), "adam", "param_out", numel);
+  require(out.equals(want_out) && peer.equals(want_out), "adam", "param_out", numel);
 }
 
 void adam() {
@@ -268,7 +269,8 @@ struct LionCase {
 void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
   Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head);
   const Gradients grads(c.grad, numel, other_head, c.segments && !c.on_device);
-  Array out(c.out, c.has_out ? numel : 0, other_head);
+  Array out(c.out, c.has_out ? numel : 0, other_head), peer(c.out, out.numel, other_head);
+  for (int64_t i = 0; i < out.numel; ++i) peer.set(i, out.get(i));
   Array want_master = master.copy(), want_m = m.copy(), want_out = out.copy();
 
   const float lr = 1e-2f, active[] = {1.0f, 0.0f, 1.0f}, grad_scale = 0.37f;
@@ -279,7 +281,7 @@ void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
   args.master = master.floats();
   args.exp_avg = m.floats();
   args.grads = grads.args;
-  if (c.has_out) args.param_out = out.buffer();
+  if (c.has_out) args.param_outs = ParamOuts{{out.buffer(), peer.buffer()}, 2};
   args.numel = numel;
   args.hyper = c.hyper;
   args.lr = Scalar{double(lr), c.on_device ? &lr : nullptr};
@@ -301,7 +303,7 @@ void lion_case(const LionCase& c, int64_t numel, int head, int other_head) {
     if (c.has_out) want_out.set(i, now.master);
   }
   require(master.equals(want_master) && m.equals(want_m), "lion", "state", numel);
-  require(out.equals(want_out), "lion", "param_out", numel);
+  require(out.equals(want_out) && peer.equals(want_out), "lion", "param_out", numel);
 }
 
 void lion() {

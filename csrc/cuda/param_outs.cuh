@@ -1,0 +1,36 @@
+// Where an update writes the weights: this rank's, and those of its peers, whose memory this device can reach.
+#pragma once
+
+#include "vector_io.cuh"
+
+namespace pyzero {
+namespace cuda {
+
+struct NoOutput {};  // instead of param_out's type
+
+struct ParamPointers {
+  void* data[kMaxParamOuts];
+  int count;
+};
+
+inline ParamPointers param_pointers(const ParamOuts& outs) {
+  ParamPointers pointers{};
+  for (int i = 0; i < outs.count; ++i) pointers.data[i] = outs.buffers[i].data;
+  pointers.count = outs.count;
+  return pointers;
+}
+
+inline void add_operands(const ParamOuts& outs, std::vector<Operand>& operands) {
+  for (int i = 0; i < outs.count; ++i) operands.push_back(Operand{outs.buffers[i].data, outs.buffers[i].dtype});
+}
+
+// store(pointer) of each. The first needs no loop: most calls have one.
+template <typename Out, typename Store>
+__device__ __forceinline__ void for_each_out(const ParamPointers& outs, const Store& store) {
+  store(static_cast<Out*>(outs.data[0]));
+#pragma unroll 1
+  for (int i = 1; i < outs.count; ++i) store(static_cast<Out*>(outs.data[i]));
+}
+
+}  // namespace cuda
+}  // namespace pyzero
