@@ -19,6 +19,7 @@ HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY,
 _CHECKED_STEPS = 3
 _NUM_SEGMENTS = 16
 _NUMS_GRADS = (100, 3000)  # each where it is
+_NUM_OUTS = 4  # as an update that writes its weights to so many ranks
 _BYTES = 28  # gradient, master and moments in; master, moments and weights out
 # Per step some 8 roundings of the update, each 2^-24 of at most lr (the bias-corrected ratio is at most about 1 here),
 # and one of the weight itself.
@@ -32,7 +33,7 @@ class State:
         self,
         weights: Tensor,
         grad: Tensor,
-        param_out: Tensor | None = None,
+        param_out: Tensor | list[Tensor] | None = None,
         segment_ids: Tensor | None = None,
         num_grads: int = 0,
     ) -> None:
@@ -42,6 +43,7 @@ class State:
         self.grad: Tensor | list[Tensor] = grad
         self.offsets: list[int] | None = None
         self.param_out = param_out
+        self.num_bytes = _BYTES + (2 * (len(param_out) - 1) if isinstance(param_out, list) else 0)  # per element
         self.num_steps = 0
         self.segments: dict[str, Tensor] = {}
         if segment_ids is not None:
@@ -93,11 +95,16 @@ def _mixed(options: Options) -> list[Row]:
         "pyzero adam_": State(weights, grad, weights.bfloat16()),
         f"same, {_NUM_SEGMENTS} segments": State(weights, grad, weights.bfloat16(), segment_ids),
     }
+    outs = [weights.bfloat16() for _ in range(_NUM_OUTS)]
+    made[f"same, weights to {_NUM_OUTS} buffers"] = State(weights, grad, outs)
     made |= {f"same, {num:,} gradients": State(weights, grad, weights.bfloat16(), num_grads=num) for num in _NUMS_GRADS}
     for name, state in made.items():
         state.step()
         check(f"{name} with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)
-        check(f"{name}: param_out", state.param_out, wide.master.bfloat16(), rtol=0, atol=0)
+        for out in state.param_out if isinstance(state.param_out, list) else [state.param_out]:
+            check(f"{name}: param_out", out, wide.master.bfloat16(), rtol=0, atol=0)
     del wide
-    contenders = [contender for name, state in made.items() for contender in per_backend(name, state, _BYTES, options)]
+    contenders = [
+        contender for name, state in made.items() for contender in per_backend(name, state, state.num_bytes, options)
+    ]
     return compare("adam", "bf16 grad, bf16 weights out", numel, contenders, options)

@@ -133,7 +133,7 @@ constexpr int kAdamUnroll = 2;  // six loads of 16 bytes under way, and two of t
 // Bytes per element: 12 read + 12 written of state, gradient read, each param_out written: 28 with bf16 in and out.
 // Where found_inf is set, what was read is dropped: to wait for it first would cost every other step.
 template <typename Grad, typename Out, bool kCoupled, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kUpdateThreads, kUpdateMinBlocks)
     adam_kernel(const __grid_constant__ AdamParams<kCapacity> params) {
   const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
   unsigned chunk;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const AdamBody<Grad, Out, kCoupled, AdamParams<kCapacity>> body{params, static_cast<const Grad*>(grad.data),
                                                                   kCapacity == 1 ? 0 : grad.offset,
                                                                   read(params.grad_scale), found_inf};
-  visit_chunk<kAdamUnroll>(grad.span, chunk, body);
+  visit_chunk<kAdamUnroll, kWidth<float>, kUpdateThreads>(grad.span, chunk, body);
 }
 
 template <int kCapacity>
@@ -207,8 +207,8 @@ void launch_adam(const AdamArgs& args, const AdamConstants* table, cudaStream_t 
   params.found_inf = args.found_inf;
   params.segment_ids = args.segment_ids;
   params.active = args.active;
-  for_each_launch(args.grads, operands_of(args), kChunk<kAdamUnroll>, params.grads,
-                  [&](int num_blocks) { launch(pick<kCapacity>(args), params, num_blocks, stream); });
+  for_each_launch(args.grads, operands_of(args), kUpdateChunk<kAdamUnroll>, params.grads,
+                  [&](int num_blocks) { launch(pick<kCapacity>(args), params, num_blocks, stream, kUpdateThreads); });
 }
 
 }  // namespace

@@ -104,7 +104,7 @@ constexpr int kLionUnroll = 2;  // four loads of 16 bytes under way, and two of 
 // Bytes per element: 8 read + 8 written of state, gradient read, each param_out written: 20 with bf16 in and out. Where
 // found_inf is set, what was read is dropped, as in adam.cu.
 template <typename Grad, typename Out, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kUpdateThreads, kUpdateMinBlocks)
     lion_kernel(const __grid_constant__ LionParams<kCapacity> params) {
   const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
   const LionConstants constants =
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                                                         read(params.grad_scale),
                                                         found_inf,
                                                         constants};
-  visit_chunk<kLionUnroll>(grad.span, chunk, body);
+  visit_chunk<kLionUnroll, kWidth<float>, kUpdateThreads>(grad.span, chunk, body);
 }
 
 template <int kCapacity>
@@ -169,8 +169,8 @@ void launch_lion(const LionArgs& args, cudaStream_t stream) {
   params.found_inf = args.found_inf;
   params.segment_ids = args.segment_ids;
   params.active = args.active;
-  for_each_launch(args.grads, operands_of(args), kChunk<kLionUnroll>, params.grads,
-                  [&](int num_blocks) { launch(pick<kCapacity>(args), params, num_blocks, stream); });
+  for_each_launch(args.grads, operands_of(args), kUpdateChunk<kLionUnroll>, params.grads,
+                  [&](int num_blocks) { launch(pick<kCapacity>(args), params, num_blocks, stream, kUpdateThreads); });
 }
 
 }  // namespace

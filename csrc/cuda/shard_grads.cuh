@@ -7,6 +7,13 @@
 namespace pyzero {
 namespace cuda {
 
+// Blocks half as large as others': 128 threads reach a copy's bandwidth where 256 reach 96% of it and 512 98%.
+constexpr int kUpdateThreads = kThreads / 2;
+constexpr int kUpdateMinBlocks = 2 * kMinBlocks;
+
+template <int kUnroll>
+constexpr int64_t kUpdateChunk = kChunk<kUnroll, kWidth<float>, kUpdateThreads>;
+
 struct ShardGrad {
   const void* data;
   int64_t offset;  // of its first element in the shard

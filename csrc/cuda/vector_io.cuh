@@ -156,9 +156,9 @@ inline Span span_of(int64_t numel, std::initializer_list<Operand> operands) {
   return span_of<std::initializer_list<Operand>>(numel, operands);
 }
 
-// Elements of one chunk: kUnroll vectors per thread.
-template <int kUnroll, int kElements = kWidth<float>>
-constexpr int64_t kChunk = int64_t(kThreads) * kElements * kUnroll;
+// Elements of one chunk: kUnroll vectors for each thread of a block.
+template <int kUnroll, int kElements = kWidth<float>, int kBlock = kThreads>
+constexpr int64_t kChunk = int64_t(kBlock) * kElements * kUnroll;
 
 inline int64_t num_chunks(const Span& span, int64_t chunk) {
   if (span.numel == 0) return 0;
@@ -169,9 +169,9 @@ inline int64_t num_chunks(const Span& span, int64_t chunk) {
 // element alone. All loads of a full chunk are under way before the first is used: ptxas moves none across __syncwarp,
 // which costs no instruction; without, it has sunk them behind finish's first branch. What is no full vector (the head,
 // with chunk 0; the tail) goes alone.
-template <int kUnroll, int kElements = kWidth<float>, typename Body>
+template <int kUnroll, int kElements = kWidth<float>, int kBlock = kThreads, typename Body>
 __device__ __forceinline__ void visit_chunk(const Span& span, int64_t chunk, const Body& body) {
-  constexpr int64_t kSize = kChunk<kUnroll, kElements>;
+  constexpr int64_t kSize = kChunk<kUnroll, kElements, kBlock>;
   constexpr int64_t kStride = kSize / kUnroll;
   const int64_t begin = span.head + chunk * kSize;
   const int64_t end = span.numel < begin + kSize ? span.numel : begin + kSize;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void visit_chunk(const Span& span, int64_t chunk, con
   const int64_t head = chunk == 0 ? span.head : 0;
   const int64_t num_alone = head + end - vectors_end;
 #pragma unroll 1
-  for (int64_t j = threadIdx.x; j < num_alone; j += kThreads) body.element(j < head ? j : vectors_end + j - head);
+  for (int64_t j = threadIdx.x; j < num_alone; j += kBlock) body.element(j < head ? j : vectors_end + j - head);
 }
 
 }  // namespace cuda

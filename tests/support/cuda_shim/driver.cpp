@@ -21,7 +21,7 @@ using namespace pyzero;
 namespace {
 
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-constexpr int64_t kBlock = cuda::kThreads * 8;  // elements of a chunk of adam_; twice that for lists
+constexpr int64_t kBlock = cuda::kThreads * 8;  // elements of two chunks of adam_; half a chunk of lists
 #if defined(__SANITIZE_THREAD__)
 const int64_t kSizes[] = {0, 1, 9, kBlock + 1,
                           41 * kBlock + 13};  // fewer: each launch starts and ends a block's threads
