@@ -20,6 +20,7 @@ from torch import Tensor
 from pyzero.comm.group import Group, Work
 from pyzero.comm.host import HostError, find_hosts, raise_first
 from pyzero.comm.transport import Exchange, FlatWeights, Transport
+from pyzero.ops.backend import MAX_PARAM_OUTS
 from pyzero.streams import on_stream
 
 _NUM_SLOTS = 2
@@ -70,7 +71,7 @@ class DevicePeerTransport(Transport):
         allocate: Makes the memory; default: torch's symmetric memory.
 
     Raises:
-        HostError: The ranks run on several hosts, or cannot read each other's memory.
+        HostError: The ranks run on several hosts, are too many, or cannot read each other's memory.
     """
 
     def __init__(self, group: Group, device: torch.device, allocate: Allocate | None = None) -> None:
@@ -86,6 +87,8 @@ class DevicePeerTransport(Transport):
         self._read = [torch.cuda.Event() for _ in range(_NUM_SLOTS)] if on_gpu else []  # by slot: read by all ranks
         if len(find_hosts(group.gather_objects)) > 1:
             raise HostError("the ranks run on several hosts")
+        if group.size > MAX_PARAM_OUTS:
+            raise HostError(f"{group.size} ranks are more than the {MAX_PARAM_OUTS} that one update can write to")
         self._grow(_SLOT_ALIGNMENT)
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
@@ -95,7 +98,7 @@ class DevicePeerTransport(Transport):
     def _grow(self, slot_bytes: int) -> None:
         if slot_bytes <= self._slot_bytes:
             return
-        if self._num_sent and self._last is not None:
+        if self._memory is not None and self._last is not None:
             torch.cuda.synchronize(self._device)  # a barrier behind: all have read what lies in the old memory
         self._slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         self._memory = self._symmetric(_NUM_SLOTS * self._slot_bytes)

@@ -133,6 +133,7 @@ class OverlappedGradients(ReducedGradients):
         for record in cleared:
             record.restore()
         self._round(self._is_deferred)
+        self._bucket_exchange.receive_at_end()  # sent and received in one order on all ranks: barriers meet in pairs
         self._join_unfrozen()  # as behind the same round on the other ranks
         for record in cleared:
             record.param.grad = None

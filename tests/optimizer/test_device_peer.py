@@ -1,5 +1,6 @@
 """The peer transport of GPUs: the bits of "exact". On CPUs its memory is that of the host, and there are no streams."""
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -135,6 +136,43 @@ def test_two_slots_take_turns_and_are_read_before_they_are_written_again(ranks):
         assert name == "DevicePeerTransport"
         assert slots == [place % 2 for place in range(len(slots))] and len(slots) > 8
         assert all(frees)
+
+
+class Broken(Exception):
+    pass
+
+
+def barriers_with_a_broken_backward(group: Any) -> tuple[list[tuple[str, int]], list[Tensor]]:
+    """What each barrier was for, where rank 1's first backward ends in its middle; and the weights after a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
+    options = {"process_group": group, "transport": "peer", "bucket_cap_mb": 2e-3}
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), **options)
+    transport = optimizer._transport
+    post, mark, seen = transport._post, transport._mark_read, []
+    transport._post = lambda: seen.append(("post", post())) or seen[-1][1]
+    transport._mark_read = lambda number: seen.append(("read", number)) or mark(number)
+
+    def interrupt(grad: Tensor) -> None:
+        raise Broken
+
+    for micro in range(2):
+        out = model[3:](model[:3](torch.full((2, 16), 1.0 + group.rank() + micro)))
+        if micro == 0 and group.rank() == 1:
+            middle = model[2](torch.ones(2, 16))
+            middle.register_hook(interrupt)
+            with contextlib.suppress(Broken):
+                (out.sum() + model[3:](middle).sum()).backward()
+        else:
+            out.sum().backward()
+    optimizer.step()
+    return seen, params_of(model)
+
+
+def test_barriers_meet_in_pairs_behind_a_broken_backward(ranks):
+    (first, weights), (second, others) = ranks.run(2, through_peers, barriers_with_a_broken_backward)
+    assert first == second and len(first) > 16
+    assert_same(weights, others)
 
 
 def refused(group: Any, fails_on: int) -> str:
