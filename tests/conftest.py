@@ -1,8 +1,11 @@
 """Fixtures that all tests share, and what a skip owes: a reason, and no skip where PYZERO_REQUIRE forbids it."""
 
+import gc
 import os
 import re
 from collections.abc import Generator, Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with torch: its idle threads would spin against the ranks
 
 import pytest
 import torch
@@ -30,6 +33,8 @@ def ranks(_pool: Ranks) -> Ranks:
 @pytest.fixture(scope="module", autouse=True)
 def _renew(_pool: Ranks, request: pytest.FixtureRequest) -> None:
     _pool.renew(request.path.parent)
+    gc.collect()
+    gc.freeze()  # as in the ranks: the search for modules at construction looks at this module's objects alone
 
 
 def forbidden_skip(reason: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from hosts import place
 from models import assert_same
 from torch import Tensor, nn
-from transport_program import SMALL_BUCKETS, averaged_elsewhere, program
+from transport_program import SMALL_BUCKETS, averaged_elsewhere, bits_of_exact, program
 
 import pyzero
 from pyzero.comm.group import Group
@@ -37,7 +37,7 @@ def on_hosts(group: Any, hosts: tuple[int, ...], folder: Path, job: Any, *args: 
 @pytest.mark.parametrize("hosts", HOSTS, ids=str)
 def test_bits_of_exact(ranks, tmp_path, hosts, options):
     for dtype in (torch.bfloat16, torch.float32):
-        exact = ranks.run(len(hosts), program, dtype, "exact", options)
+        exact = bits_of_exact(ranks, len(hosts), dtype, options)
         ours = ranks.run(len(hosts), on_hosts, hosts, tmp_path, program, dtype, "peer", options)
         for one, other in zip(exact, ours, strict=True):
             assert_same(one, other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import os
+import multiprocessing
 import shutil
 import tempfile
 import warnings
@@ -134,7 +134,9 @@ class StateOps:
         """Another optimizer takes the place of this one, with other buckets, and loads its state."""
         model, config = self.model, self.config
         self.module.zero_grad()
-        folder = Path(tempfile.gettempdir()) / f"pyzero-program-{os.getppid()}"
+        pool = multiprocessing.parent_process()
+        assert pool is not None
+        folder = Path(tempfile.gettempdir()) / f"pyzero-program-{pool.pid}"
         saved = None
         if how == "checkpoint":
             pyzero.save_checkpoint(folder, model=self.module, optimizer=self.optimizer, step=0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from models import build, loss_of, micro_batch, params_of
+from ranks import Ranks
 from torch import Tensor, nn
 
 import pyzero
@@ -61,6 +63,16 @@ def program(group: Any, dtype: torch.dtype, transport: str, options: dict[str, A
     assert optimizer.skipped_steps == 1
     masters = [optimizer.full_master(param) for param in model.parameters()]
     return [*params_of(model), *params_of(late), *masters, optimizer.grad_norm]
+
+
+@cache
+def _bits_of_exact(ranks: Ranks, size: int, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> list[Any]:
+    return ranks.run(size, program, dtype, "exact", dict(options))
+
+
+def bits_of_exact(ranks: Ranks, size: int, dtype: torch.dtype, options: dict[str, Any]) -> list[list[Tensor]]:
+    """What the program gives on each rank, run once for all that is held to it."""
+    return _bits_of_exact(ranks, size, dtype, tuple(options.items()))
 
 
 def averaged_elsewhere(group: Any, transport: str) -> list[Tensor]:

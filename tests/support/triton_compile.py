@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,15 +214,21 @@ def amd_facts(kernel: Any) -> dict[str, int]:
     }
 
 
-def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool = False) -> list[dict[str, Any]]:
-    """Facts about every kernel that `run` would launch."""
+def facts_of(kernel: Any, target: GPUTarget, constants: dict[str, Any]) -> dict[str, Any]:
+    found = nvidia_facts(kernel) if target.backend == "cuda" else amd_facts(kernel)
+    return {"kernel": kernel.name, "block": constants.get("BLOCK", 0), **found}
+
+
+def compile_launches(
+    run: Callable[[], None], target: GPUTarget, beside: ThreadPoolExecutor, *, fuse: bool = False
+) -> list[Future[dict[str, Any]]]:
+    """Facts about every kernel that `run` would launch; disassembled beside what is compiled next."""
     facts = []
 
     def warm_up(kernel: Any, num_programs: int, on: torch.Tensor, *args: Any, **constants: Any) -> None:
         constants.setdefault("num_warps", THREADS // target.warp_size)  # as NUM_WARPS is on that machine
         compiled = kernel.warmup(*args, grid=(num_programs,), **constants, enable_fp_fusion=fuse)
-        found = nvidia_facts(compiled) if target.backend == "cuda" else amd_facts(compiled)
-        facts.append({"kernel": kernel.fn.__name__, "block": constants.get("BLOCK", 0), **found})
+        facts.append(beside.submit(facts_of, compiled, target, constants))
 
     for module in (adam, common, loss_scale, reduce_scatter, scaled_copy, shard_grads, step_scalars):
         module.launch = warm_up  # type: ignore[attr-defined]
@@ -230,15 +237,16 @@ def compile_launches(run: Callable[[], None], target: GPUTarget, *, fuse: bool =
 
 
 def main() -> None:
-    result: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for index, (name, target) in enumerate(TARGETS.items()):
-        driver.set_active(AbsentGPU(index, target))
-        facts = {case: compile_launches(run, target) for case, run in CASES.items()}
-        if name in WITH_COUNTEREXAMPLES:
-            facts.update({case: compile_launches(run, target) for case, run in UNALIGNED.items()})
-            facts["adam-fused"] = compile_launches(CASES["adam-bf16-bf16"], target, fuse=True)
-        result[name] = facts
-    json.dump(result, sys.stdout)
+    result: dict[str, dict[str, list[Future[dict[str, Any]]]]] = {}
+    with ThreadPoolExecutor(2) as beside:
+        for index, (name, target) in enumerate(TARGETS.items()):
+            driver.set_active(AbsentGPU(index, target))
+            facts = {case: compile_launches(run, target, beside) for case, run in CASES.items()}
+            if name in WITH_COUNTEREXAMPLES:
+                facts.update({case: compile_launches(run, target, beside) for case, run in UNALIGNED.items()})
+                facts["adam-fused"] = compile_launches(CASES["adam-bf16-bf16"], target, beside, fuse=True)
+            result[name] = facts
+    json.dump(result, sys.stdout, default=Future.result)
 
 
 if __name__ == "__main__":
