@@ -27,6 +27,7 @@ MAX_THREADS = 200  # three for each process group; with up to 900 tests/parallel
 
 def _fork_workers(rank: int, inbox: Any, outbox: Any, told: Any) -> None:
     """One after another, each for a store out of `inbox`; `told` gets its process id, then how it ended."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # imports may ask for a GPU: no fork survives a CUDA that runs
     import pytest  # noqa: F401  what tests use, once
     import torch._dynamo
     import torch.distributed.checkpoint
