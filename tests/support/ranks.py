@@ -4,7 +4,7 @@ A worker is forked from a process of its rank that has imported torch, which tak
 without what tests leave behind, costs next to nothing, and ranks have their own addresses and order of sets, as a
 launcher's have.
 
-PYZERO_TEST_DEVICE=cuda has all of them make their tensors on the one GPU.
+PYZERO_TEST_DEVICE=cuda has all of them make their tensors on the one GPU; then each is a process of its own.
 """
 
 import gc
@@ -23,11 +23,11 @@ TIMEOUT_S = 60
 MAX_JOBS = 500  # of a worker, more or less: what tests have imported and left behind slows it down by up to five times
 MAX_GROUPS = 1000  # made by one job
 MAX_THREADS = 200  # three for each process group; with up to 900 tests/parallel took 8 min, renewed 4
+FORKS = "PYZERO_TEST_DEVICE" not in os.environ  # no fork survives a CUDA that runs
 
 
 def _fork_workers(rank: int, inbox: Any, outbox: Any, told: Any) -> None:
     """One after another, each for a store out of `inbox`; `told` gets its process id, then how it ended."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # imports may ask for a GPU: no fork survives a CUDA that runs
     import pytest  # noqa: F401  what tests use, once
     import torch._dynamo
     import torch.distributed.checkpoint
@@ -40,6 +40,11 @@ def _fork_workers(rank: int, inbox: Any, outbox: Any, told: Any) -> None:
             os.kill(worker, signal.SIGKILL)
         os._exit(1)
 
+    if not FORKS:
+        told.send(os.getpid())
+        _serve(rank, inbox.get(), inbox, outbox)
+        told.send(0)
+        return
     signal.signal(signal.SIGTERM, end)
     gc.collect()
     gc.freeze()
@@ -155,7 +160,8 @@ class Ranks:
         for inbox in self._inboxes:
             inbox.put(None)
         self._workers = []
-        if not all(told.poll(10) and told.recv() == 0 for told in self._told):
+        has_ended = [told.poll(10) and told.recv() == 0 for told in self._told]
+        if not all(has_ended) or not FORKS:
             self._stop_processes()  # a worker that hangs or died may hold a lock of a queue
 
     def _stop_processes(self) -> None:
