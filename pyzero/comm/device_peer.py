@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from pyzero.streams import on_stream
 
 _NUM_SLOTS = 2
 _SLOT_ALIGNMENT = 512  # bytes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class SymmetricBytes:
     """Equally many bytes of each rank, mapped by all of them.
 
     Attributes:
-        by_rank: (num_bytes,) uint8 each, on this rank's device.
+        by_rank: (num_bytes,) uint8 each, on this rank's device. This rank's keeps its memory alive.
         barrier: Makes every rank's current stream wait for those of the others.
-        owner: Keeps the memory alive.
+        owner: Keeps what this rank sees of the others' alive.
     """
 
     by_rank: list[Tensor]
@@ -42,22 +43,46 @@ class SymmetricBytes:
     owner: Any = None
 
 
-Allocate = Callable[[int], SymmetricBytes]  # collective; raises RuntimeError alike on all ranks
+class SymmetricMemory(Protocol):
+    """What allocates SymmetricBytes, in two parts: where the first fails on one rank, no other waits in the second."""
+
+    num_shared: int  # how often this process has, in any group; torch pairs the ranks' calls of `share` by it
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """(num_bytes,) uint8 of this rank. Raises RuntimeError or ImportError."""
+
+    def share(self, own: Tensor) -> SymmetricBytes:
+        """Map that of all ranks. Collective. Raises RuntimeError."""
 
 
-def symmetric_memory(group: Group, device: torch.device) -> Allocate:
-    """An Allocate over torch.distributed._symmetric_memory."""
+class TorchSymmetricMemory:
+    """torch.distributed._symmetric_memory."""
 
-    def allocate(num_bytes: int) -> SymmetricBytes:
+    num_shared = 0
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """See SymmetricMemory."""
         import torch.distributed._symmetric_memory as symm_mem  # imports what most programs do not need
 
-        own = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
-        handle = symm_mem.rendezvous(own, group.handle)
-        by_rank = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size)]
-        timeout_ms = group.timeout_ms()
-        return SymmetricBytes(by_rank, lambda: handle.barrier(channel=0, timeout_ms=timeout_ms), (own, handle))
+        return symm_mem.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-    return allocate
+    def share(self, own: Tensor) -> SymmetricBytes:
+        """See SymmetricMemory."""
+        import torch.distributed._symmetric_memory as symm_mem
+
+        TorchSymmetricMemory.num_shared += 1
+        handle = symm_mem.rendezvous(own, self._group.handle)
+        size, rank = tuple(own.shape), self._group.rank
+        by_rank = [handle.get_buffer(each, size, torch.uint8) for each in range(self._group.size)]
+        if by_rank[rank].data_ptr() != own.data_ptr():  # a torch that puts several tensors into one allocation
+            by_rank = [handle.get_remote_tensor(each, size, torch.uint8) for each in range(self._group.size)]
+        by_rank[rank] = own  # the others are views that own nothing
+        timeout_ms = self._group.timeout_ms()
+        return SymmetricBytes(by_rank, lambda: handle.barrier(channel=0, timeout_ms=timeout_ms), handle)
 
 
 class DevicePeerTransport(Transport):
@@ -68,21 +93,22 @@ class DevicePeerTransport(Transport):
     Args:
         group: The ranks.
         device: This rank's.
-        allocate: Makes the memory; default: torch's symmetric memory.
+        symmetric: Makes the memory; default: torch's.
 
     Raises:
         HostError: The ranks run on several hosts, are too many, or cannot read each other's memory.
     """
 
-    def __init__(self, group: Group, device: torch.device, allocate: Allocate | None = None) -> None:
+    def __init__(self, group: Group, device: torch.device, symmetric: SymmetricMemory | None = None) -> None:
         super().__init__(group)
         self._device = device
-        self._allocate = allocate or symmetric_memory(group, device)
+        self._symmetric = symmetric or TorchSymmetricMemory(group, device)
         self._slot_bytes = 0
         self._memory: SymmetricBytes | None = None
-        self._num_sent = 0
+        self._num_sent = self._num_read = 0
+        self._is_updating = False  # between begin_update and end_update
         on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu else None  # weights travel beside the next bucket's update
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # for copies of weights
         self._last = torch.cuda.Event() if on_gpu else None  # the last barrier on any stream
         self._read = [torch.cuda.Event() for _ in range(_NUM_SLOTS)] if on_gpu else []  # by slot: read by all ranks
         if len(find_hosts(group.gather_objects)) > 1:
@@ -100,14 +126,25 @@ class DevicePeerTransport(Transport):
             return
         if self._memory is not None and self._last is not None:
             torch.cuda.synchronize(self._device)  # a barrier behind: all have read what lies in the old memory
-        self._slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
-        self._memory = self._symmetric(_NUM_SLOTS * self._slot_bytes)
+        slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        self._memory = self._allocate(_NUM_SLOTS * slot_bytes)
+        self._slot_bytes = slot_bytes
 
-    def _symmetric(self, num_bytes: int) -> SymmetricBytes:
-        """Allocate, or raise on all ranks."""
+    def _allocate(self, num_bytes: int) -> SymmetricBytes:
+        """Symmetric memory; where it fails on one rank, an error on all."""
+        own = self._on_all_ranks(num_bytes, lambda: self._symmetric.empty(num_bytes))
+        counts = self.group.gather_objects(self._symmetric.num_shared)
+        if len(set(counts)) > 1:
+            raise HostError(
+                f"the ranks have taken part in {counts} allocations of symmetric memory, which torch pairs by their "
+                f"number; build optimizers over groups that all have made as many"
+            )
+        return self._on_all_ranks(num_bytes, lambda: self._symmetric.share(own))
+
+    def _on_all_ranks(self, num_bytes: int, make: Callable[[], T]) -> T:
         made, problem = None, None
         try:
-            made = self._allocate(num_bytes)
+            made = make()
         except (ImportError, RuntimeError) as error:
             problem = f"no symmetric memory of {num_bytes:,} bytes: {str(error).strip().splitlines()[0]}"
         raise_first(self.group.gather_objects(problem))
@@ -123,6 +160,8 @@ class DevicePeerTransport(Transport):
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See Transport. A slot, which the current stream waits for."""
         number = self._num_sent
+        if number - self._num_read >= _NUM_SLOTS:
+            raise RuntimeError(f"expected a slot to pack a bucket into, got all {_NUM_SLOTS} unread")
         if number >= _NUM_SLOTS and self._read:
             torch.cuda.current_stream(self._device).wait_event(self._read[number % _NUM_SLOTS])
         return self._slot(self.group.rank, number, 0, numel, dtype)
@@ -141,6 +180,7 @@ class DevicePeerTransport(Transport):
     def _post(self) -> int:
         """Called when the slot is written: after the barrier every rank's is. Returns the message's number."""
         assert self._memory is not None
+        self._check_no_update()
         number = self._num_sent
         self._num_sent += 1
         with self._in_order():
@@ -149,8 +189,9 @@ class DevicePeerTransport(Transport):
 
     def _mark_read(self, number: int) -> None:
         assert self._memory is not None
-        with self._in_order():
+        with self.group.unbroken(), self._in_order():
             self._memory.barrier()
+            self._num_read += 1
         if self._read:
             self._read[number % _NUM_SLOTS].record(torch.cuda.current_stream(self._device))
 
@@ -171,14 +212,19 @@ class DevicePeerTransport(Transport):
 
     def weights(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatWeights:
         """See Transport. In symmetric memory."""
-        memory = self._symmetric(max(numel * dtype.itemsize, _SLOT_ALIGNMENT))
+        memory = self._allocate(max(numel * dtype.itemsize, _SLOT_ALIGNMENT))
         by_rank = [there[: numel * dtype.itemsize].view(dtype) for there in memory.by_rank]
         own = by_rank.pop(self.group.rank)
         return FlatWeights(own.zero_(), by_rank, memory)
 
     def begin_update(self) -> None:
         """See Transport."""
-        self._meet("the barrier before the update of weights")
+        self._meet("the barrier before the update of weights", is_updating=True)
+
+    def _check_no_update(self) -> None:
+        """Barriers pair up by count: where an exception has left one out, every later one would meet the wrong one."""
+        if self._is_updating:
+            raise RuntimeError("an update of weights was broken off, and other ranks wait for its end")
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport. The shard is copied to the peers, on a stream of its own."""
@@ -192,15 +238,18 @@ class DevicePeerTransport(Transport):
 
     def end_update(self) -> None:
         """See Transport."""
-        self._meet("the barrier behind the update of weights")
+        self._meet("the barrier behind the update of weights", is_updating=False)
 
-    def _meet(self, what: str) -> None:
+    def _meet(self, what: str, is_updating: bool) -> None:
         """All ranks' current streams wait for each other."""
 
         def meet() -> _Done:
             assert self._memory is not None
+            if is_updating:
+                self._check_no_update()
             with self._in_order():
                 self._memory.barrier()
+            self._is_updating = is_updating
             return _Done(self._device)
 
         self.group.launch(what, meet).wait()

@@ -90,6 +90,17 @@ class BucketExchange:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._writers.clear()
 
+    def settle(self, grads: BucketGrads) -> None:
+        """Have this bucket's shard be complete, for the current stream.
+
+        Others stay in flight: when one is received follows from what was sent, alike on all ranks, and not from what
+        this rank alone sees.
+        """
+        while any(each.grads is grads for each in self._in_flight):
+            self._receive()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def _receive(self) -> None:
         grads, exchange, scale, accumulate, stats = self._in_flight[0]
         with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):

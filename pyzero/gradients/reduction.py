@@ -256,7 +256,7 @@ class ReducedGradients(Gradients):
 
     def _observe(self, grads: BucketGrads, record: ParamGrad) -> None:
         if record.observe():
-            self._bucket_exchange.receive_all()
+            self._bucket_exchange.settle(grads)
             self._generation += 1
             self._clip = None
             grads.drop_forgotten()

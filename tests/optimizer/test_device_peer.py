@@ -1,6 +1,7 @@
 """The peer transport of GPUs: the bits of "exact". On CPUs its memory is that of the host, and there are no streams."""
 
 import contextlib
+import gc
 import os
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ from transport_program import SMALL_BUCKETS, bits_of_exact, program
 
 import pyzero
 from pyzero.comm import choice, device_peer
-from pyzero.comm.device_peer import Allocate, DevicePeerTransport, SymmetricBytes
+from pyzero.comm.device_peer import DevicePeerTransport, SymmetricBytes
 from pyzero.comm.group import Group
 from pyzero.comm.host import HostRanks
 
@@ -26,10 +27,19 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def host_memory(group: Group) -> Allocate:
+class HostMemory:
     """What symmetric memory is on GPUs: the ranks' rings, and a barrier of their counters."""
 
-    def allocate(num_bytes: int) -> SymmetricBytes:
+    num_shared = 0
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def empty(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def share(self, own: Tensor) -> SymmetricBytes:
+        group, num_bytes = self.group, own.numel()
         host = HostRanks(group.rank, range(group.size), group.gather_objects, None)
         host.reserve(num_bytes, 1, group.gather_objects)
         num_barriers = 0
@@ -42,8 +52,6 @@ def host_memory(group: Group) -> Allocate:
 
         return SymmetricBytes([host.tensor(rank, 0, num_bytes, torch.uint8) for rank in range(group.size)], barrier)
 
-    return allocate
-
 
 def through_peers(group: Any, job: Any, *args: Any) -> Any:
     """A job whose transport="peer" is that of GPUs, wherever it runs."""
@@ -55,7 +63,7 @@ def through_peers(group: Any, job: Any, *args: Any) -> Any:
 
 
 def made(group: Group, device: torch.device) -> DevicePeerTransport:
-    return DevicePeerTransport(group, device, host_memory(group))
+    return DevicePeerTransport(group, device, HostMemory(group))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -141,22 +149,32 @@ class Broken(Exception):
     pass
 
 
-def barriers_with_a_broken_backward(group: Any) -> tuple[list[tuple[str, int]], list[Tensor]]:
-    """What each barrier was for, where rank 1's first backward ends in its middle; and the weights after a step."""
+def layers_and_optimizer(group: Any, **options: Any) -> tuple[nn.Sequential, Any, list[tuple[str, int]]]:
+    """A bucket for each layer, and what each barrier of gradients was for, from now on."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
-    options = {"process_group": group, "transport": "peer", "bucket_cap_mb": 2e-3}
+    options = {"process_group": group, "transport": "peer", "bucket_cap_mb": 1e-3, **options}
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), **options)
-    transport = optimizer._transport
-    post, mark, seen = transport._post, transport._mark_read, []
+    transport, seen = optimizer._transport, []
+    post, mark = transport._post, transport._mark_read
     transport._post = lambda: seen.append(("post", post())) or seen[-1][1]
     transport._mark_read = lambda number: seen.append(("read", number)) or mark(number)
+    return model, optimizer, seen
+
+
+def batch(group: Any, number: int) -> Tensor:
+    return torch.full((2, 16), 1.0 + group.rank() + number)
+
+
+def broken_backward(group: Any) -> tuple[list[tuple[str, int]], list[Tensor]]:
+    """Rank 1's first backward ends in its middle."""
+    model, optimizer, seen = layers_and_optimizer(group)
 
     def interrupt(grad: Tensor) -> None:
         raise Broken
 
     for micro in range(2):
-        half = model[:3](torch.full((2, 16), 1.0 + group.rank() + micro))
+        half = model[:3](batch(group, micro))
         if micro == 0 and group.rank() == 1:
             half.register_hook(interrupt)
         with contextlib.suppress(Broken):
@@ -165,27 +183,114 @@ def barriers_with_a_broken_backward(group: Any) -> tuple[list[tuple[str, int]], 
     return seen, params_of(model)
 
 
-def test_barriers_meet_in_pairs_behind_a_broken_backward(ranks):
-    (first, weights), (second, others) = ranks.run(2, through_peers, barriers_with_a_broken_backward)
-    assert first == second and len(first) > 16
+def unequal_use(group: Any, overlap: bool) -> tuple[list[tuple[str, int]], list[Tensor]]:
+    """Gradients are cleared behind the optimizer's back, and rank 1 then leaves out a parameter, or a layer."""
+    model, optimizer, seen = layers_and_optimizer(group, overlap=overlap)
+    for step in range(3):
+        x = model[:3](batch(group, step))
+        if step == 0 or group.rank() == 0:
+            x = model[3:](x)
+        elif overlap:
+            x = nn.functional.linear(model[3:5](x), model[5].weight)
+        else:
+            x = model[5](model[3](x))
+        x.sum().backward()
+        optimizer.step()
+        model.zero_grad()
+    return seen, params_of(model)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [(broken_backward,), (unequal_use, True), (unequal_use, False)],
+    ids=["broken backward", "unused parameter", "unused layer, no overlap"],
+)
+def test_barriers_meet_in_pairs(ranks, job):
+    """On all ranks in one order: they pair up by count."""
+    (first, weights), (second, others) = ranks.run(2, through_peers, *job)
+    assert first == second and len(first) >= 24
     assert_same(weights, others)
 
 
-def refused(group: Any, fails_on: int) -> str:
-    def allocate(num_bytes: int) -> SymmetricBytes:
-        if group.rank() == fails_on:
+def broken_update(group: Any) -> tuple[str, str]:
+    """What a backward and a step say where an update was broken off."""
+    model, optimizer, _ = layers_and_optimizer(group)
+    model(batch(group, 0)).sum().backward()
+    update, optimizer._updater.update = optimizer._updater.update, None
+    with pytest.raises(TypeError):
+        optimizer.step()
+    optimizer._updater.update = update
+    with pytest.raises(pyzero.CollectiveError) as in_backward:
+        model(batch(group, 1)).sum().backward()
+    with pytest.raises(pyzero.CollectiveError) as in_step:
+        optimizer.step()
+    return str(in_backward.value), str(in_step.value)
+
+
+def test_an_update_that_was_broken_off_is_told(ranks):
+    for in_backward, in_step in ranks.run(2, through_peers, broken_update):
+        assert "an update of weights was broken off" in in_backward
+        assert "before" in in_step
+
+
+def weights_left(group: Any) -> bool:
+    """Whether weights outlive their optimizer, and another one over them."""
+    model, optimizer, _ = layers_and_optimizer(group)
+    model(batch(group, 0)).sum().backward()
+    optimizer.step()
+    kept = [param.data for param in model.parameters()]
+    before = params_of(model)
+    del optimizer
+    gc.collect()
+    same = all(map(torch.equal, before, params_of(model)))
+    other = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport="peer")
+    model.zero_grad()
+    model(batch(group, 1)).sum().backward()
+    other.step()
+    return same and all(map(torch.equal, before, kept)) and not torch.equal(before[0], params_of(model)[0])
+
+
+def test_weights_outlive_the_optimizer(ranks):
+    assert all(ranks.run(2, through_peers, weights_left))
+
+
+class Failing(HostMemory):
+    """Out of memory on one rank, or no link there."""
+
+    def __init__(self, group: Group, fails_on: int, at: str) -> None:
+        super().__init__(group)
+        self.fails_at = at if group.rank == fails_on else None
+        self.num_shared = 3 if self.fails_at == "count" else 2
+
+    def empty(self, num_bytes: int) -> Tensor:
+        if self.fails_at == "empty":
             raise RuntimeError("no link between these devices\nand a trace")
-        return SymmetricBytes([torch.empty(num_bytes, dtype=torch.uint8)] * 2, lambda: None)
+        return super().empty(num_bytes)
+
+    def share(self, own: Tensor) -> SymmetricBytes:
+        assert self.fails_at not in ("empty", "count"), "nobody may wait for this rank"
+        if self.fails_at == "share":
+            raise RuntimeError("no link between these devices\nand a trace")
+        return SymmetricBytes([own] * 2, lambda: None)
+
+
+def refused(group: Any, fails_on: int, at: str) -> str:
+    def made(ranks: Group, device: torch.device) -> DevicePeerTransport:
+        return DevicePeerTransport(ranks, device, Failing(ranks, fails_on, at))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "_through_memory", lambda ranks, device: DevicePeerTransport(ranks, device, allocate))
+        patch.setattr(choice, "_through_memory", made)
         with pytest.raises(RuntimeError) as caught:
             pyzero.FusedZeroAdamW(nn.Linear(3, 3).parameters(), process_group=group, transport="peer")
     return str(caught.value)
 
 
-def test_ranks_that_share_no_memory_are_told_alike(ranks):
-    first, second = ranks.run(2, refused, 1)
+@pytest.mark.parametrize("at", ["empty", "share", "count"])
+def test_ranks_that_share_no_memory_are_told_alike(ranks, at):
+    first, second = ranks.run(2, refused, 1, at)
     assert first == second
-    assert "on rank 1" in first and "no link between these devices" in first and "a trace" not in first
+    if at == "count":
+        assert "taken part in [2, 3] allocations of symmetric memory" in first
+    else:
+        assert "on rank 1" in first and "no link between these devices" in first and "a trace" not in first
     assert "transport='auto'" in first
