@@ -64,7 +64,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
     factors as the averaged gradient would, and refuses all else: `full_grad(p)` gathers it.
 
     A step is: finish the reduction; exchange one small message (overflow flag, sum of squares, which parameters had a
-    gradient); the rule on this rank's shards, and their weights to all ranks. Nothing in it reads the device from the host.
+    gradient); the rule on this rank's shards; their weights to all ranks. Nothing in it reads the device from the host.
 
     Args:
         params: Parameters or groups, as for torch.optim; bf16, fp16 or fp32. Each rank passes the same. Rank 0's
