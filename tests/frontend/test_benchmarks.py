@@ -55,7 +55,7 @@ def test_prints_a_table_and_writes_files(name, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_RANKS)
 def test_on_ranks(name, tmp_path, capsys):
-    size = ["--numel", "8400000", "--peers", "ddp"] if name == "memory" else TINY
+    size = ["--numel", "16800000", "--peers", "ddp"] if name == "memory" else TINY
     assert bench.main([name, *size, "--out", str(tmp_path)]) == 0
     _, found = results.read(tmp_path)
     assert {row.bench for row in found} == {name}
@@ -68,8 +68,8 @@ def test_on_ranks(name, tmp_path, capsys):
     if name == "memory":
         ours = [row for row in found if row.peer is None]
         assert [row.num_ranks for row in ours] == [1, 2]
-        for row in ours:  # 16 MiB of weights, 96 of state: what the estimate says, but for kept pages and slack
-            assert -(2 << 20) < row.rest_bytes - row.estimated_rest_bytes < 48 << 20, row
+        for row in ours:  # 32 MiB of weights, 192 of state: what the estimate says, but for up to 64 MiB of kept pages
+            assert -(2 << 20) < row.rest_bytes - row.estimated_rest_bytes < 68 << 20, row
             assert row.peak_bytes >= row.rest_bytes and row.estimated_peak_bytes > row.estimated_rest_bytes
     if name == "scaling":
         assert any(row.predicted_s for row in found)
