@@ -176,10 +176,10 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
         Step("lists", lists, 60, environ, shows=True),
         *(Step(case, (python, drive, case), 36, environ) for case in DRIVES),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
-        Step("ranks", _pytest_ranks(), 90 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
-        Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),
+        Step("ranks", _pytest_ranks(), 120 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
         _sanitizer("memcheck", (python, smoke, "cuda"), is_amd, environ),
         _sanitizer("racecheck", (python, smoke, "cuda"), is_amd, environ),
+        Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),
     ]
     return steps if quick else [*steps, Step("slow-tests", _pytest("cuda and slow"), 180, environ)]
 
