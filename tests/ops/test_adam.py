@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
 from bits import DTYPES, assert_same, name
-from shard_case import SIZES, ShardCase, assert_all_same, check, check_list, check_peers, run, run_shifted
+from shard_case import SIZES, ShardCase, assert_all_same, check, check_lists, check_peers, run, run_shifted
 from torch import Tensor
 
 from pyzero import ops
@@ -145,20 +145,14 @@ def test_segments(target: Target, numel: int, idle: bool) -> None:
 @pytest.mark.parametrize("target", params((*FUSED, REFERENCE)))
 def test_gradients_that_lie_apart(target: Target, numel: int) -> None:
     with target.ready():
-        for grad, out in ((torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float16, torch.float32)):
-            for shift, segments, on_device in ((0, 5, True), (3, 0, False)):
-                case = Case(numel, grad, out, 0.01, shift=shift, segments=segments, idle=segments > 0, is_wild=False)
-                check_list(dataclasses.replace(case, on_device=on_device), target)
-        check_list(Case(numel, torch.bfloat16, torch.bfloat16, found_inf=1.0), target)
-        check_list(Case(numel, torch.bfloat16, torch.bfloat16, segments=5, idle=True), target, num_peers=3)
+        check_lists(Case, numel, target)
 
 
 @pytest.mark.parametrize("out", DTYPES, ids=name)
 @pytest.mark.parametrize("target", params((*FUSED, REFERENCE)))
 def test_weights_for_peers(target: Target, out: torch.dtype) -> None:
     with target.ready():
-        check_peers(Case(1037, torch.bfloat16, out, 0.01), target)
-        check_peers(Case(1037, torch.bfloat16, out, found_inf=1.0), target)
+        check_peers(Case, out, target)
 
 
 @pytest.mark.parametrize("target", params((*FUSED, REFERENCE)))

@@ -19,6 +19,15 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 _SHARED = ones(100)
 
 # What to replace in a good call, the error, and what its message says of what it got and wanted.
+OUTS = {
+    "outs-mixed": ({"param_out": [ones(70), ones(70).half()]}, TypeError, r"param_out of one dtype, got \[.*; convert"),
+    "outs-many": ({"param_out": [ones(70)] * 17}, ValueError, "up to 16 tensors as param_out, got 17; copy"),
+    "outs-overlap": (
+        {"param_out": [_SHARED[:70], _SHARED[30:]]},
+        ValueError,
+        r"expected param_out\[0\] and param_out\[1\] not to overlap, got memory that they share; pass",
+    ),
+}
 ADAM = {
     "master-bf16": (
         {"master": ones(70).bfloat16()},
@@ -36,13 +45,7 @@ ADAM = {
         "expected grad in float32 or bfloat16 or float16, got int32",
     ),
     "out-fp64": ({"param_out": ones(70).double()}, TypeError, "expected param_out in .*, got float64; convert"),
-    "outs-mixed": ({"param_out": [ones(70), ones(70).half()]}, TypeError, r"param_out of one dtype, got \[.*; convert"),
-    "outs-many": ({"param_out": [ones(70)] * 17}, ValueError, "up to 16 tensors as param_out, got 17; copy"),
-    "outs-overlap": (
-        {"param_out": [_SHARED[:70], _SHARED[30:]]},
-        ValueError,
-        r"expected param_out\[0\] and param_out\[1\] not to overlap, got memory that they share; pass",
-    ),
+    **OUTS,
     "numel": ({"grad": ones(69)}, ValueError, "expected grad to have 70 elements.*got 69; pass slices"),
     "2-d": (
         {"exp_avg_sq": ones(7, 10)},
@@ -117,13 +120,7 @@ LION = {
     "master-bf16": ({"master": ones(70).bfloat16()}, TypeError, "expected master in float32, got bfloat16; pass"),
     "moment-fp64": ({"exp_avg": ones(70).double()}, TypeError, "expected exp_avg in float32, got float64; pass"),
     "grad-int": ({"grad": ones(70).int()}, TypeError, "expected grad in float32 or bfloat16 or float16, got int32"),
-    "outs-mixed": ({"param_out": [ones(70), ones(70).half()]}, TypeError, r"param_out of one dtype, got \[.*; convert"),
-    "outs-many": ({"param_out": [ones(70)] * 17}, ValueError, "up to 16 tensors as param_out, got 17; copy"),
-    "outs-overlap": (
-        {"param_out": [_SHARED[:70], _SHARED[30:]]},
-        ValueError,
-        r"expected param_out\[0\] and param_out\[1\] not to overlap, got memory that they share; pass",
-    ),
+    **OUTS,
     "numel": ({"grad": ones(69)}, ValueError, "expected grad to have 70 elements.*got 69; pass slices"),
     "strided": ({"param_out": ones(140)[::2]}, ValueError, r"param_out to be a contiguous.*strides \(2,\); pass"),
     "device": ({"grad": ones(70, device="meta")}, ValueError, "expected grad on cpu, got meta; move it"),

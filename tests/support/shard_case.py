@@ -1,5 +1,6 @@
 """What the tests of adam_ and lion_ share: a call over a flat shard as data, run on a backend and on the reference."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -100,8 +101,14 @@ def _add_peers(values: dict[str, Tensor], num_peers: int) -> list[str]:
     return peers
 
 
-def check_peers(case: ShardCase, target: Target) -> None:
+def check_peers(make: type[ShardCase], out: torch.dtype, target: Target) -> None:
     """Several tensors that receive the weights, one off alignment: each has the bits of one alone."""
+    case = make(1037, torch.bfloat16, out, 0.01)
+    for each in (case, dataclasses.replace(case, found_inf=1.0)):
+        _check_peers(each, target)
+
+
+def _check_peers(case: ShardCase, target: Target) -> None:
     wanted = run(case, REFERENCE)
     for num_peers, shift in ((1, 0), (7, 1), (15, 0)):
         values = case.inputs()
@@ -122,8 +129,17 @@ def _cut(numel: int) -> list[tuple[int, int]]:
     raise AssertionError
 
 
-def check_list(case: ShardCase, target: Target, num_peers: int = 0) -> None:
+def check_lists(make: type[ShardCase], numel: int, target: Target) -> None:
     """Gradients that lie apart: the bits of one that holds them all; what none covers stays as it was."""
+    for grad, out in ((torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float16, torch.float32)):
+        for shift, segments, on_device in ((0, 5, True), (3, 0, False)):
+            case = make(numel, grad, out, 0.01, shift=shift, segments=segments, idle=segments > 0, is_wild=False)
+            _check_list(dataclasses.replace(case, on_device=on_device), target)
+    _check_list(make(numel, torch.bfloat16, torch.bfloat16, found_inf=1.0), target)
+    _check_list(make(numel, torch.bfloat16, torch.bfloat16, segments=5, idle=True), target, num_peers=3)
+
+
+def _check_list(case: ShardCase, target: Target, num_peers: int = 0) -> None:
     values = case.inputs()
     wanted = run(case, REFERENCE)
     wanted |= {peer: wanted["param_out"] for peer in _add_peers(values, num_peers)} if num_peers else {}
