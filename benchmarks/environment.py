@@ -50,8 +50,8 @@ def busy_warning() -> str | None:
     if load <= 0.5 * build_spec.num_cpus():
         return None
     return (
-        f"warning: load average {load:.1f} on {build_spec.num_cpus()} CPUs. Ratios flatter pyzero then: torch's OpenMP "
-        "threads spin for those that are not running, pyzero's take the work instead. --threads 1 compares fairly."
+        f"warning: load average {load:.1f} on {build_spec.num_cpus()} CPUs. OpenMP threads wait "
+        "for those that the system does not run, now in one contender, now in another: --threads 1 compares fairly."
     )
 
 

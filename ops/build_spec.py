@@ -169,7 +169,7 @@ def cpu_spec(cxx: Sequence[str], root: Path = CSRC, machine: str = platform.mach
             units += [Unit(source, (f"-DPYZERO_ISA={isa}", *flags), tag=isa) for isa, flags in isas.items()]
         else:
             units.append(Unit(source, have, stamped=source.startswith("bind_")))
-    link = ("-shared", "-pthread", *_macos_link_flags())
+    link = ("-shared", "-pthread", "-ldl", *_macos_link_flags())
     print_as = _fingerprint(cxx)
     return Spec("_native_cpu", root, tuple(units), tuple(cxx), _CXX_FLAGS, link, python_includes(), print_as)
 

@@ -62,8 +62,6 @@ const KernelTable& kernels() {
 
 double read(const Scalar& scalar) { return scalar.device != nullptr ? double(*scalar.device) : scalar.value; }
 
-int64_t num_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
 Wanted wanted_by(const GradStats& grad_stats) {
   if (grad_stats.sumsq != nullptr) return Wanted::kSumsq;
   return grad_stats.found_inf != nullptr ? Wanted::kFlag : Wanted::kNothing;
@@ -83,17 +81,33 @@ void write_grad_stats(const GradStats& grad_stats, const std::vector<double>& ch
   }
 }
 
-// Work over a list of buffers as one sequence of chunks: task(buffer, begin, end) of each.
+struct Chunk {
+  int64_t which, begin, end;
+};
+
+// Work over a list of buffers as one sequence of chunks: task(buffer, begin, end) of each. A thread takes at least
+// kChunk elements at a time: to wake one costs as much as all of many small tensors.
 template <typename Task>
 void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const GradStats& grad_stats, const Task& task) {
-  std::vector<int64_t> first_chunk(1, 0);
-  for (const Buffer& buffer : list) first_chunk.push_back(first_chunk.back() + num_chunks(buffer.numel));
-  std::vector<double> sumsq(first_chunk.back());
-  parallel_for(first_chunk.back(), num_threads, [&](int64_t chunk) {
-    const auto after = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk);
-    const int64_t which = after - first_chunk.begin() - 1;
-    const int64_t begin = (chunk - first_chunk[which]) * kChunk;
-    sumsq[chunk] = task(which, begin, std::min(begin + kChunk, list[which].numel));
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> first_of_share;
+  int64_t share_numel = kChunk;
+  for (int64_t which = 0; which < int64_t(list.size()); ++which) {
+    for (int64_t begin = 0; begin < list[which].numel; begin += kChunk) {
+      if (share_numel >= kChunk) {
+        first_of_share.push_back(int64_t(chunks.size()));
+        share_numel = 0;
+      }
+      chunks.push_back({which, begin, std::min(begin + kChunk, list[which].numel)});
+      share_numel += chunks.back().end - begin;
+    }
+  }
+  first_of_share.push_back(int64_t(chunks.size()));
+  std::vector<double> sumsq(chunks.size());
+  parallel_for(int64_t(first_of_share.size()) - 1, num_threads, [&](int64_t share) {
+    for (int64_t i = first_of_share[share]; i < first_of_share[share + 1]; ++i) {
+      sumsq[i] = task(chunks[i].which, chunks[i].begin, chunks[i].end);
+    }
   });
   write_grad_stats(grad_stats, sumsq);
 }

@@ -1,7 +1,9 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -11,44 +13,50 @@
 namespace pyzero {
 namespace {
 
+struct Tasks {
+  int64_t num;
+  int num_threads;
+  const std::function<void(int64_t)>& run;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> num_joined{0};
+
+  // Called by each thread; more than num_threads do nothing.
+  void drain() {
+    if (num_joined.fetch_add(1, std::memory_order_relaxed) >= num_threads) return;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num;) run(i);
+  }
+};
+
 class ThreadPool {
  public:
-  void run(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task) {
+  void run(Tasks& tasks) {
     const std::lock_guard<std::mutex> one_caller(caller_mutex_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(workers_.size()) < num_threads - 1) {
-        workers_.emplace_back(
-            [this, index = static_cast<int>(workers_.size()), seen = generation_] { work(index, seen); });
+      while (static_cast<int>(workers_.size()) < tasks.num_threads - 1) {
+        workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { work(index); });
       }
-      task_ = &task;
-      num_tasks_ = num_tasks;
-      next_task_.store(0, std::memory_order_relaxed);
-      num_helpers_ = num_threads - 1;
-      num_running_ = num_helpers_;
+      tasks_ = &tasks;
+      num_wanted_ = tasks.num_threads - 1;
       ++generation_;
     }
     wake_.notify_all();
-    drain();
+    tasks.drain();
     std::unique_lock<std::mutex> lock(mutex_);
+    num_wanted_ = 0;  // who has not woken by now is not waited for
     done_.wait(lock, [this] { return num_running_ == 0; });
   }
 
  private:
-  void drain() {
-    for (int64_t i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) (*task_)(i);
-  }
-
-  void work(int index, uint64_t seen) {
-    for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen; });
-        seen = generation_;
-        if (index >= num_helpers_) continue;
-      }
-      drain();
-      const std::lock_guard<std::mutex> lock(mutex_);
+  void work(int index) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (uint64_t seen = 0;;) {
+      wake_.wait(lock, [&] { return index < num_wanted_ && generation_ != seen; });
+      seen = generation_;
+      ++num_running_;
+      lock.unlock();
+      tasks_->drain();
+      lock.lock();
       if (--num_running_ == 0) done_.notify_one();
     }
   }
@@ -58,36 +66,61 @@ class ThreadPool {
   std::condition_variable wake_;
   std::condition_variable done_;
   std::vector<std::thread> workers_;
-  const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t num_tasks_ = 0;
-  std::atomic<int64_t> next_task_{0};
-  int num_helpers_ = 0;
+  Tasks* tasks_ = nullptr;
+  int num_wanted_ = 0;  // workers that may join in
   int num_running_ = 0;
   uint64_t generation_ = 0;
 };
 
-// Never destroyed: at exit the workers may still wait, and after a fork the child's copy has no threads behind it.
-ThreadPool* g_pool = nullptr;
+// The OpenMP runtime that torch has loaded, by the entries that compilers call: GNU's, LLVM's and Intel's have them.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+  int (*max_threads)();
 
-ThreadPool& pool() {
-  static const bool once = [] {
-    g_pool = new ThreadPool;
-    pthread_atfork(nullptr, nullptr, [] { g_pool = new ThreadPool; });
-    return true;
-  }();
-  (void)once;
-  return *g_pool;
+  explicit operator bool() const { return parallel != nullptr && max_threads != nullptr; }
+
+  // By as many threads as torch's kernels: those that a smaller team lacks would end, and be made again.
+  void run(Tasks& tasks) const {
+    const int num_threads = std::max(max_threads(), tasks.num_threads);
+    parallel([](void* data) { static_cast<Tasks*>(data)->drain(); }, &tasks, static_cast<unsigned>(num_threads), 0);
+  }
+};
+
+template <typename Function>
+void find(const char* name, Function*& out) {
+  out = reinterpret_cast<Function*>(dlsym(RTLD_DEFAULT, name));
 }
+
+const OpenMp& open_mp() {
+  static const OpenMp found = [] {
+    OpenMp runtime{};
+    find("GOMP_parallel", runtime.parallel);
+    find("omp_get_max_threads", runtime.max_threads);
+    return runtime;
+  }();
+  return found;
+}
+
+// A forked child has none of the threads of either kind.
+ThreadPool* g_pool = new ThreadPool;  // never destroyed: at exit its workers may still wait
+bool g_is_forked = false;
+[[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, [] {
+  g_pool = new ThreadPool;
+  g_is_forked = true;
+});
 
 }  // namespace
 
 void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task) {
   if (num_tasks < num_threads) num_threads = static_cast<int>(num_tasks);
+  Tasks tasks{num_tasks, std::max(num_threads, 1), task};
   if (num_threads <= 1) {
-    for (int64_t i = 0; i < num_tasks; ++i) task(i);
-    return;
+    tasks.drain();
+  } else if (!g_is_forked && open_mp()) {
+    open_mp().run(tasks);
+  } else {
+    g_pool->run(tasks);
   }
-  pool().run(num_tasks, num_threads, task);
 }
 
 }  // namespace pyzero

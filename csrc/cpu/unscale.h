@@ -54,8 +54,7 @@ double scale(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, 
     if (writes && !verbatim) scale_span(src, dst, factor, tile, at, count);
     if (wanted == Wanted::kFlag) found |= any_nonfinite(stored, at, count);
     if (wanted == Wanted::kSumsq) {
-      widen_span(stored, at, tile, count);  // what was stored, which is what counts
-      sum.add(tile, count);
+      sum.add(fp32_span(stored, at, tile, count), count);  // what was stored, which is what counts
     }
   }
   if (wanted == Wanted::kFlag) return found ? bits_float(0x7fc00000u) : 0.0;

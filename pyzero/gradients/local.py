@@ -231,7 +231,8 @@ class LocalGradients(Gradients):
             for run, (tensors, _) in zip(self._runs[bucket], found_pieces[bucket], strict=True):
                 (counted if run.in_norm else others).extend(tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=self._sumsq, backend=self._backend)
-        ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
+        if others:
+            ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         self._pieces = {bucket: [self._kept(*one) for one in found_pieces[bucket]] for bucket in self._buckets}
         if self._buckets and (self._locates or is_set(found)):
             self._first_bad.copy_(self._locate())
