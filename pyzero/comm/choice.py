@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,20 @@ def _through_memory(group: Group, device: torch.device) -> Transport:
     if device.type != "cpu":
         raise HostError(f"the parameters lie on {device}")
     group.share_memory()
+    _warn_of_threads(group)
     return PeerTransport(group) if len(group.hosts) == 1 else HostsTransport(group)
+
+
+def _warn_of_threads(group: Group) -> None:
+    """Log, once for each host, that its ranks have more threads than it has CPUs: each waits for the others'."""
+    num_ranks = next(len(ranks) for ranks in group.hosts if group.rank in ranks)
+    num_threads, num_cpus = torch.get_num_threads(), os.cpu_count() or 1
+    is_first = any(ranks[0] == group.rank for ranks in group.hosts)
+    if is_first and num_threads > 1 and num_ranks * num_threads > num_cpus:
+        log.warning(
+            f"{num_ranks} ranks of {num_threads} threads each share the {num_cpus} CPUs of this host, and wait for "
+            f"threads that do not run; set OMP_NUM_THREADS={max(num_cpus // num_ranks, 1)} before they start"
+        )
 
 
 _BY_COLLECTIVES: dict[str, Callable[[Group], Transport]] = {

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from support.backends import FUSED
+from backends import FUSED
 
 PROGRAM = """
 import os

@@ -301,6 +301,27 @@ def test_auto_takes_peer_on_one_host(ranks, tmp_path):
         assert name == "PeerTransport"
 
 
+def warned_of_threads(group: Any, num_threads: int, num_cpus: int) -> list[str]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch, logged() as lines:
+            patch.setattr(choice.os, "cpu_count", lambda: num_cpus)
+            choice.make_transport("peer", Group(group), torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    return lines
+
+
+def test_more_threads_than_cpus_are_told_once_for_a_host(ranks):
+    first, second = ranks.run(2, warned_of_threads, 4, 4)
+    assert "2 ranks of 4 threads each share the 4 CPUs" in first[0]
+    assert "OMP_NUM_THREADS=2" in first[0]
+    assert second == []
+    for num_threads, num_cpus in ((2, 4), (1, 1)):  # as many as CPUs; one each is the fewest
+        assert ranks.run(2, warned_of_threads, num_threads, num_cpus) == [[], []]
+
+
 def test_one_rank_needs_no_transport():
     for name in ("auto", "peer"):
         assert type(choice.make_transport(name, Group(), torch.device("cpu"))) is ExactTransport
