@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
-from pyzero.gradients.grad_stats import GradStatsExchange
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
@@ -49,6 +49,9 @@ class StateAccess(FullAccess, Optimizer):
     _checkpoint_group: Group | None = None
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
+        raise NotImplementedError
+
+    def _collect(self, purpose: str) -> GlobalGradStats:
         raise NotImplementedError
 
     def _name(self, group_index: int, place: int) -> str:
@@ -195,6 +198,8 @@ class StateAccess(FullAccess, Optimizer):
         for bucket in self._buckets:
             bucket.written()  # or refuse
         saved, cut = self._parse(state_dict)
+        if self.reduces_grads and self._scaler.enabled and saved.scaler is not None:
+            self._collect("load_state_dict")  # what is still to be sent carries the loss scale of now
         saved.forget_unloaded_masters(self, self._buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:

@@ -96,8 +96,8 @@ class Scaler:
 
     def load(self, state: Tensor) -> None:
         """Take over a saved state."""
+        self.epoch += not torch.equal(self.state[:1].cpu(), state[:1].cpu())
         self.state.copy_(state)
-        self.epoch += 1
         self._refresh()
 
     def _refresh(self) -> None:

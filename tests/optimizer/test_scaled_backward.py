@@ -75,6 +75,37 @@ def test_a_scaled_backward_that_fails_leaves_no_trace(then):
     assert torch.equal(optimizer.full_grad(param), torch.ones(4))
 
 
+def norm_with_a_load(group: Any, stage: int, scale: float | None) -> tuple[float, float]:
+    """Of gradients of two backwards, the first held back, with a state of another loss scale loaded between them."""
+    model = build(torch.float16)
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), process_group=group, stage=stage, loss_scale=SCALE)
+    with optimizer.no_sync():
+        optimizer.backward(loss_of(model, micro_batch(0, group.rank())))
+    if scale is not None:
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][0]["scaler"][0] = scale
+        optimizer.load_state_dict(state_dict)
+    optimizer.backward(loss_of(model, micro_batch(1, group.rank())))
+    optimizer.step()
+    return optimizer.grad_norm.item(), optimizer.loss_scale
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_keep_their_scale_where_another_one_is_loaded(ranks, stage):
+    ((wanted, _), *_) = ranks.run(2, norm_with_a_load, stage, None)
+    for norm, scale in ranks.run(2, norm_with_a_load, stage, 2.0**6):
+        assert scale == 2.0**6
+        assert norm == pytest.approx(wanted, rel=1e-2)  # small values round otherwise at another scale
+
+
+def test_the_same_scale_may_be_loaded_between_two_backwards_on_one_rank():
+    param, optimizer = fp16_weight()
+    optimizer.backward(param.float().sum())
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.backward(param.float().sum())
+    assert torch.equal(optimizer.full_grad(param), torch.full((4,), 2.0))
+
+
 @pytest.mark.parametrize(
     ("how", "is_told"), [("plain", True), ("backward", False), ("scale", False), ("GradScaler", False), ("None", False)]
 )
