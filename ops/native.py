@@ -242,7 +242,8 @@ class CpuBackend(NativeBackend):
         self.num_threads = env.num_threads()  # None: torch's, whatever that is at the launch
 
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
-        return (self.num_threads or torch.get_num_threads(),)
+        of_torch = torch.get_num_threads()  # asked in any case: in a new thread torch tells OpenMP by it
+        return (self.num_threads or of_torch,)
 
 
 class CudaBackend(NativeBackend):

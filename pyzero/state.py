@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
-from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange
+from pyzero.gradients.grad_stats import GradStatsExchange, Unsent
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
@@ -49,9 +49,6 @@ class StateAccess(FullAccess, Optimizer):
     _checkpoint_group: Group | None = None
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        raise NotImplementedError
-
-    def _collect(self, purpose: str) -> GlobalGradStats:
         raise NotImplementedError
 
     def _name(self, group_index: int, place: int) -> str:
@@ -186,7 +183,7 @@ class StateAccess(FullAccess, Optimizer):
         """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
 
         Every rank calls it; the latter two are given whole to each. Where it does not fit on one rank, nothing is
-        changed on any.
+        changed on any. Gradients stay; with a loss scale those that were held back are reduced first.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters; or another rule's.
@@ -197,9 +194,8 @@ class StateAccess(FullAccess, Optimizer):
         self._place_unfrozen()
         for bucket in self._buckets:
             bucket.written()  # or refuse
-        saved, cut = self._parse(state_dict)
-        if self.reduces_grads and self._scaler.enabled and saved.scaler is not None:
-            self._collect("load_state_dict")  # what is still to be sent carries the loss scale of now
+        saved, cut, unsent = self._parse(state_dict)
+        self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
         saved.forget_unloaded_masters(self, self._buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
@@ -215,26 +211,31 @@ class StateAccess(FullAccess, Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _parse(self, state_dict: dict[str, Any]) -> tuple[rank_state.RankState, rank_state.SavedCut | None]:
-        """The state, once all ranks have found that theirs fits, and the buckets that its parts are of. Collective."""
-        saved, problem = None, None
+    def _parse(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[rank_state.RankState, rank_state.SavedCut | None, set[Unsent]]:
+        """The state, once all ranks have found that theirs fits, the buckets that its parts are of, and what gradients
+        the ranks have not sent. Collective.
+        """
+        saved, problem, unsent = None, None, Unsent.NONE
         answer: str | rank_state.Summary
         try:
             saved = rank_state.RankState.parse(
                 self, state_dict, self._param_buckets, self._group.rank, self._group.size
             )
-            answer = saved.summary()
+            answer, unsent = saved.summary(), self._gradients.unsent()
         except Exception as error:  # of any kind: the other ranks wait to hear of it
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             problem, answer = error, f"{kind}{error}"
-        answers = self._group.gather_objects(answer)
+        told = self._group.gather_objects((answer, unsent))
+        answers = [one for one, _ in told]
         if problem is not None:
             raise problem
         for rank, other in enumerate(answers):
             if isinstance(other, str):
                 raise ValueError(f"nothing was loaded, for rank {rank} could not: {other}")
         assert saved is not None
-        return saved, rank_state.agreed_cut(answers)
+        return saved, rank_state.agreed_cut(answers), {kind for _, kind in told}
 
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
         """Whole values by parameter, in torch's layout."""

@@ -85,8 +85,8 @@ struct Chunk {
   int64_t which, begin, end;
 };
 
-// Work over a list of buffers as one sequence of chunks: task(buffer, begin, end) of each. A thread takes at least
-// kChunk elements at a time: to wake one costs as much as all of many small tensors.
+// Work over a list of buffers as one sequence of chunks: task(buffer, begin, end) of each. A thread takes kChunk
+// elements or more at a time, the last ones apart: to wake one costs as much as all of many small tensors.
 template <typename Task>
 void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const GradStats& grad_stats, const Task& task) {
   std::vector<Chunk> chunks;

@@ -21,15 +21,7 @@ from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, f
 log = logging.getLogger("pyzero")
 
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
-PURPOSES = (
-    "step",
-    "clip_grad_norm_",
-    "full_grad",
-    "set_full_grad",
-    "a norm of .grad",
-    "unscale_ of GradScaler",
-    "load_state_dict",
-)
+PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _STATES on, one per parameter.
 _PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HALF_EDITED, _STATES = range(7)

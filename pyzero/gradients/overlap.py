@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.bucket_grads import BucketGrads
-from pyzero.gradients.grad_stats import GlobalGradStats
+from pyzero.gradients.grad_stats import GlobalGradStats, Unsent
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import outer
@@ -71,6 +71,10 @@ class OverlappedGradients(ReducedGradients):
                 "that one reduces now; step that one, or build this one anew"
             )
         return super().collect(scaler_found_inf, purpose)
+
+    def unsent(self) -> Unsent:
+        """See Gradients."""
+        return Unsent.NONE if self._is_retired else super().unsent()
 
     def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
         grads = super()._place(bucket, records)

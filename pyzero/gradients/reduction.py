@@ -135,7 +135,7 @@ class ReducedGradients(Gradients):
     @contextmanager
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
         """See Gradients."""
-        self._is_scaled = True  # the scale changes in step() alone, after all that carried it has been sent
+        self._is_scaled = True  # the scale changes in step() and load_state_dict(), once all that carried it is sent
         try:
             yield
         finally:
@@ -386,6 +386,22 @@ class ReducedGradients(Gradients):
         if self._unsent_is_scaled:
             return Unsent.SCALED if any(record.has_values for record in self._by_number) else Unsent.ZEROS
         return Unsent.PLAIN if self._inv_scale is None or self._has_unsent_values() else Unsent.ZEROS
+
+    def unsent(self) -> Unsent:
+        """See Gradients."""
+        if self._inv_scale is None:
+            return Unsent.NONE
+        self._observe_all()
+        return self._unsent()
+
+    def send_unsent(self, kinds: set[Unsent]) -> None:
+        """See Gradients."""
+        if {Unsent.PLAIN, Unsent.SCALED} <= kinds:
+            raise mixed_scale_error()
+        if kinds != {Unsent.NONE}:
+            self._unsent_is_scaled = Unsent.SCALED in kinds
+            self._round(_nothing)
+            self._bucket_exchange.receive_all()
 
     def _has_unsent_values(self) -> bool:
         return any(record.has_values and not record.local_is_zeros() for record in self._by_number)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
 
@@ -124,6 +124,17 @@ class Gradients(ABC):
     @abstractmethod
     def finish_broken_round(self) -> None:
         """Finish the round of a backward that an exception has ended, where gradients are reduced."""
+
+    def unsent(self) -> Unsent:
+        """What this rank holds that carries a loss scale, or would, and has not been reduced."""
+        return Unsent.NONE
+
+    def send_unsent(self, kinds: set[Unsent]) -> None:  # noqa: B027
+        """Reduce it. Collective. kinds: What the ranks hold.
+
+        Raises:
+            RuntimeError: Some of it carries the loss scale, and some does not.
+        """
 
     @abstractmethod
     def reset(self) -> None:

@@ -96,7 +96,7 @@ class Scaler:
 
     def load(self, state: Tensor) -> None:
         """Take over a saved state."""
-        self.epoch += not torch.equal(self.state[:1].cpu(), state[:1].cpu())
+        self.epoch += float(self.state[0]) != float(state[0])
         self.state.copy_(state)
         self._refresh()
 

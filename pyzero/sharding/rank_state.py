@@ -127,19 +127,25 @@ class Summary(NamedTuple):
 
     steps: list[float]  # of each parameter
     cut: SavedCut | None  # None: whole tensors, as are those of which all parts lie on one rank there
+    loss_scale: float | None
 
 
 def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
     """The cut that all ranks' state dicts have in common; None where they hold whole tensors alone.
 
     Raises:
-        ValueError: They were saved at different times, or cut in different ways.
+        ValueError: They were saved at different times, or cut in different ways, or have other loss scales.
     """
     cuts = [summary.cut for summary in summaries]
     first = next((rank for rank, cut in enumerate(cuts) if cut is not None), 0)
-    for rank, (steps, cut) in enumerate(summaries):
-        if steps != summaries[0].steps or (cut is not None and cut != cuts[first]):
-            what = "other steps" if steps != summaries[0].steps else "other buckets"
+    for rank, (steps, cut, loss_scale) in enumerate(summaries):
+        differs = {
+            "other steps": steps != summaries[0].steps,
+            "other buckets": cut is not None and cut != cuts[first],
+            "another loss scale": loss_scale != summaries[0].loss_scale,
+        }
+        what = next((what for what, is_so in differs.items() if is_so), None)
+        if what is not None:
             raise ValueError(
                 f"expected state dicts that all ranks saved at once, got one of {what} on rank {rank}; load files of "
                 f"one save"
@@ -190,7 +196,8 @@ class RankState:
 
     def summary(self) -> Summary:
         """For agreed_cut()."""
-        return Summary([float(saved.whole.get(STEP, 0.0)) for saved in self.params], self.cut)
+        steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
+        return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[0]))
 
     def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
         """Drop masters that a checkpoint was not read into, so that they follow the weights.

@@ -98,6 +98,21 @@ def test_gradients_keep_their_scale_where_another_one_is_loaded(ranks, stage):
         assert norm == pytest.approx(wanted, rel=1e-2)  # small values round otherwise at another scale
 
 
+def load_another_on_rank_1(group: Any) -> tuple[str, float]:
+    optimizer = pyzero.FusedZeroAdam(build(torch.float16).parameters(), process_group=group, loss_scale=SCALE)
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["scaler"][0] *= 1 + group.rank()
+    with pytest.raises(ValueError, match="another loss scale on rank 1") as raised:
+        optimizer.load_state_dict(state_dict)
+    return str(raised.value), optimizer.loss_scale
+
+
+def test_states_of_several_loss_scales_are_refused_on_all_ranks(ranks):
+    first, second = ranks.run(2, load_another_on_rank_1)
+    assert first == second
+    assert first[1] == SCALE.init_scale
+
+
 def test_the_same_scale_may_be_loaded_between_two_backwards_on_one_rank():
     param, optimizer = fp16_weight()
     optimizer.backward(param.float().sum())
