@@ -95,7 +95,7 @@ def test_gradients_keep_their_scale_where_another_one_is_loaded(ranks, stage):
     ((wanted, _), *_) = ranks.run(2, norm_with_a_load, stage, None)
     for norm, scale in ranks.run(2, norm_with_a_load, stage, 2.0**6):
         assert scale == 2.0**6
-        assert norm == pytest.approx(wanted, rel=1e-2)  # small values round otherwise at another scale
+        assert norm == pytest.approx(wanted, rel=1e-4)  # small values round otherwise at another scale
 
 
 def load_another_on_rank_1(group: Any) -> tuple[str, float]:
