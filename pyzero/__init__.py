@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .lion import FusedZeroLion as FusedZeroLion
     from .loss_scale.scaler import LossScale as LossScale
     from .muon import ZeroMuon as ZeroMuon
+    from .sgd import ZeroSGD as ZeroSGD
     from .sharding.sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _MODULES = {
     "ShardedGrad": "sharding.sharded_grad",
     "ZeroLamb": "lamb",
     "ZeroMuon": "muon",
+    "ZeroSGD": "sgd",
     "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",
     "latest_checkpoint": "checkpoint.loading",

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyzero.arguments import check_betas, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.layout import GRANULE
 from pyzero.update_rule import Cut, RunShard, StateSlot
 
 if TYPE_CHECKING:
@@ -63,9 +62,9 @@ class LambRule:
         v_new = beta2 * v + (1.0 - beta2) * g * g
         u = m_new / (v_new.sqrt() + group["eps"]) + group["weight_decay"] * p
         moves = self._step_sizes(shard, group, beta1, beta2) * self._coefficients(shard, p, u, group, len(used))
-        p_new = p - _spread(moves.float(), shard) * u
+        p_new = p - shard.spread(moves.float()) * u
 
-        applies = _spread(used * (found_inf.reshape(()) == 0), shard).bool()
+        applies = shard.spread(used * (found_inf == 0)).bool()
         for old, new in ((p, p_new), (m, m_new), (v, v_new)):
             old.copy_(torch.where(applies, new, old))
         if shard.weights is not None:
@@ -94,11 +93,6 @@ class LambRule:
         by_position = dict(zip([part.position for part in parts], ratios.unbind(), strict=True))
         # Stacked, not put in place by indices, whose copy to a GPU the host would wait for.
         return torch.stack([by_position.get(position, nothing) for position in range(num_params)])
-
-
-def _spread(values: Tensor, shard: RunShard) -> Tensor:
-    """(numel,) of a RunShard: each element's parameter's, of (num_params,)."""
-    return values[shard.segment_ids.long()].repeat_interleave(GRANULE)[: shard.master.numel()]
 
 
 class ZeroLamb(ZeroOptimizer):

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyzero.adam import AdamRule
 from pyzero.arguments import check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.buckets import STEP
+from pyzero.state import with_step_counts
 from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
 
 if TYPE_CHECKING:
@@ -203,13 +203,7 @@ class ZeroMuon(ZeroOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See ZeroOptimizer. torch.optim.Muon counts no steps, which Muon's rule does not read."""
-        state = state_dict.get("state") if isinstance(state_dict, dict) else None
-        if isinstance(state, dict):
-            counted = {
-                i: {STEP: 0.0, **v} if isinstance(v, dict) and "momentum_buffer" in v else v for i, v in state.items()
-            }
-            state_dict = {**state_dict, "state": counted}
-        super().load_state_dict(state_dict)
+        super().load_state_dict(with_step_counts(state_dict))
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
         return self._rule if group["use_muon"] else self._adamw_rule

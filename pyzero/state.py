@@ -18,7 +18,7 @@ from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import Scaler
 from pyzero.sharding import rank_state
 from pyzero.sharding.access import FullAccess
-from pyzero.sharding.buckets import MASTER
+from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
 from pyzero.sharding.local_param import is_dtensor, outer
 from pyzero.streams import on_device
@@ -265,6 +265,22 @@ class StateAccess(FullAccess, Optimizer):
             f"expected {type(self).__name__} not to be pickled or deep-copied, which would lose its hooks and its "
             f"process group; save state_dict(), build another over the copied model, and load it"
         )
+
+
+def with_step_counts(state_dict: Any) -> Any:
+    """A copy in which every parameter with a momentum buffer has a step count: torch.optim.SGD and Muon keep none.
+
+    1 stands for any number: these rules ask at most whether a step is a parameter's first. What is no state dict is
+    returned as it is, for load_state_dict to refuse.
+    """
+    state = state_dict.get("state") if isinstance(state_dict, dict) else None
+    if not isinstance(state, dict):
+        return state_dict
+    counted = {
+        index: {STEP: torch.ones(()), **values} if isinstance(values, dict) and "momentum_buffer" in values else values
+        for index, values in state.items()
+    }
+    return {**state_dict, "state": counted}
 
 
 def _follow_weights(optimizer: Optimizer) -> None:

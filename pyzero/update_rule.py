@@ -74,6 +74,10 @@ class RunShard:
         """All that is to hold the updated weights, beside the masters: `param_out` of an op."""
         return [*self.peer_weights] if self.weights is None else [self.weights, *self.peer_weights]
 
+    def spread(self, values: Tensor) -> Tensor:
+        """(num_params,) of the bucket -> (high - low,): each element its parameter's."""
+        return values[self.segment_ids.long()].repeat_interleave(GRANULE)[: self.master.numel()]
+
 
 class GradList(NamedTuple):
     """The gradients of a RunShard, each where it is; what none of them covers is to be left alone."""

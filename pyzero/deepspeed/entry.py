@@ -62,9 +62,9 @@ def initialize(
         args: An object with `deepspeed_config` (or `deepscale_config`, its older name), a path; used where `config` is
             not given.
         model: Any module. With fp16 or bf16 enabled its weights are converted; its parameters stay the same objects.
-        optimizer: A torch Adam or AdamW, or one of pyzero.deepspeed.ops, which becomes an optimizer of ours with its
-            groups and hyper-parameters, and shares `param_groups` with it; a function that makes one of the
-            parameters; or one of ours, which is used as it is. It goes before the config's `optimizer`.
+        optimizer: A torch Adam, AdamW, SGD or Muon, or one of pyzero.deepspeed.ops, which becomes an optimizer of
+            ours with its groups and hyper-parameters, and shares `param_groups` with it; a function that makes one of
+            the parameters; or one of ours, which is used as it is. It goes before the config's `optimizer`.
         model_parameters: Parameters or groups for the config's `optimizer` or the function; default: all of the
             model's.
         training_data: A dataset, for the data loader that is returned.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pyzero.adam import FusedZeroAdam
 from pyzero.deepspeed.config.schema import Config
@@ -20,6 +20,7 @@ from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.muon import ZeroMuon
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sgd import ZeroSGD
 
 _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "Adam": FusedZeroAdam,
@@ -27,6 +28,7 @@ _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "Lion": FusedZeroLion,
     "Lamb": ZeroLamb,
     "Muon": ZeroMuon,
+    "SGD": ZeroSGD,
 }
 _NOT_MUONS = ("embed", "lm_head")  # in names of matrices, which are no hidden ones then: DeepSpeed's rule
 _REFUSED = ("amsgrad", "differentiable")
@@ -98,6 +100,8 @@ def _class_for(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
         return FusedZeroLion
     if type(optimizer) is _TORCH_MUON:
         return ZeroMuon
+    if isinstance(optimizer, SGD):
+        return ZeroSGD
     return ZeroLamb if isinstance(optimizer, FusedLamb) else FusedZeroAdam
 
 
@@ -109,9 +113,9 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
         ValueError: An option that ours lack, or state that would be lost.
     """
     name = type(optimizer).__name__
-    if type(optimizer) not in (Adam, AdamW, _TORCH_MUON) and not isinstance(optimizer, Recipe):
+    if type(optimizer) not in (Adam, AdamW, SGD, _TORCH_MUON) and not isinstance(optimizer, Recipe):
         raise TypeError(
-            f"expected torch.optim.Adam, AdamW or Muon, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
+            f"expected torch.optim.Adam, AdamW, SGD or Muon, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
             f"pyzero.deepspeed.ops, or one of pyzero's own, got {name}; pass one of these"
         )
     if optimizer.state:
@@ -120,7 +124,7 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
         )
     for option in _REFUSED:
         if any(group.get(option) for group in optimizer.param_groups):
-            raise ValueError(f"got {name}({option}=True), which FusedZeroAdam does not support; leave it out")
+            raise ValueError(f"got {name}({option}=True), which pyzero does not support; leave it out")
     groups = []
     for group in optimizer.param_groups:
         copy = {key: value for key, value in group.items() if key not in (*_REFUSED, *_MOOT)}

@@ -33,7 +33,7 @@ LAYERS = (
     {"loss_scale.scaled_backward"},
     {"state"},
     {"optimizer"},
-    {"adam", "lamb", "lion"},
+    {"adam", "lamb", "lion", "sgd"},
     {"muon"},
     {"checkpoint.agreement", "checkpoint.content", "checkpoint.from_deepspeed", "checkpoint.storage", "estimate"},
     {"checkpoint.writer"},

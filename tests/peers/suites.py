@@ -125,10 +125,7 @@ SUITES = (
         "dynamic loss scale",
         "deepspeed",
         "unit/runtime/half_precision/test_dynamic_loss_scale.py",
-        (
-            Difference(r"test_(consecutive_)?hysteresis(_survives_a_checkpoint)?\[", _INSIDES),
-            Difference(r"test_hysteresis_through_the_engine\[FP16_Unf", "SGD is not there"),
-        ),
+        (Difference(r"test_(consecutive_)?hysteresis(_survives_a_checkpoint)?\[", _INSIDES),),
     ),
     Suite(
         "clipping",

@@ -503,6 +503,7 @@ ACCEPTED: dict[str, Json] = {
     "leaf modules": tutorial({"stage": 3, "leaf_module": {"classes": ["model.MoeBlock"]}}),
     "squad lamb": bert({"type": "Lamb", "params": {**LAMB["params"], "max_grad_norm": 1.0, "min_coeff": 0.08}}),
     "muon": {"train_batch_size": 8, "optimizer": {"type": "Muon", "params": {"lr": 0.001}}},
+    "sgd": {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.001}}},
     "profiled": {
         "train_batch_size": 8,
         "bf16": {"enabled": True},
@@ -532,7 +533,7 @@ REFUSED: dict[str, Json] = {
     "expert parallel": tutorial({"stage": 1}, expert_parallel={"enabled": True, "autoep_size": 8}),
     "zenflow": tutorial({**ZERO_2, "zenflow": {"topk_ratio": 0.1, "update_interval": 4}}),
     "per-head muon": {"train_batch_size": 8, "optimizer": {"type": "Muon", "params": {"per_head_muon": True}}},
-    "sgd": {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.001}}},
+    "adagrad": {"train_batch_size": 8, "optimizer": {"type": "Adagrad", "params": {"lr": 0.001}}},
     "fp8": trainer(ZERO_3, fp8={"enabled": True}),
     "ulysses": trainer(ZERO_3, sequence_parallel={"enabled": True, "size": 4}),
     "misspelt threshold": megatron(zero_optimization={"stage": 3, "stage3_param_persitance_threshold": 1e5}),

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Ignored, NotNegative, Refused, Section
 
-Rule = Literal["Adam", "AdamW", "Lion", "Lamb", "Muon"]
+Rule = Literal["Adam", "AdamW", "Lion", "Lamb", "Muon", "SGD"]
 
 # DeepSpeed's names, in lower case and without underscores -> (rule, what to say where it is not the same)
 _TYPES: dict[str, tuple[Rule, str]] = {
@@ -23,6 +23,7 @@ _TYPES: dict[str, tuple[Rule, str]] = {
     "lamb": ("Lamb", ""),
     "fusedlamb": ("Lamb", ""),
     "muon": ("Muon", ""),
+    "sgd": ("SGD", ""),
     "onebitadam": ("Adam", "gradients are not compressed: Adam throughout, as in its warm-up"),
     "onebitlamb": ("Lamb", "gradients are not compressed: Lamb throughout, as in its warm-up"),
     "zerooneadam": ("Adam", "gradients are not compressed, and every step is synchronised: Adam"),
@@ -45,8 +46,9 @@ _ARGUMENTS: dict[Rule, tuple[str, ...]] = {
     "Lion": ("lr", "betas", "weight_decay", "maximize"),
     "Lamb": ("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
     "Muon": ("lr", "betas", "eps", "weight_decay", "momentum", "muon_lr", "adam_lr"),
+    "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"),
 }
-_NOT_FOR_ALL = ("bias_correction", "maximize", "max_coeff", "min_coeff", "momentum", "muon_lr", "adam_lr")
+_NOT_FOR_ALL = tuple(dict.fromkeys(name for names in _ARGUMENTS.values() for name in names))
 
 
 class OptimizerParams(Section):
@@ -70,7 +72,9 @@ class OptimizerParams(Section):
     maximize: Annotated[Flag, Done("ascend; Lamb cannot")] = False
     max_coeff: Annotated[NotNegative | None, Done("Lamb's largest trust ratio; default 10")] = None
     min_coeff: Annotated[NotNegative | None, Done("Lamb's smallest one; default 0.01")] = None
-    momentum: Annotated[Fraction | None, Done("Muon's; default 0.95")] = None
+    momentum: Annotated[Fraction | None, Done("default 0.95 for Muon, 0 for SGD")] = None
+    dampening: Annotated[NotNegative | None, Done("SGD's; default 0")] = None
+    nesterov: Annotated[Flag | None, Done("SGD's; default false")] = None
     muon_lr: Annotated[NotNegative | None, Done("lr of Muon's matrices, in place of lr; default 0.02")] = None
     adam_lr: Annotated[NotNegative | None, Done("lr of Adam's parameters, in place of lr; default 3e-4")] = None
     ns_method: Annotated[
@@ -98,9 +102,9 @@ class OptimizerSection(Section):
     type: Annotated[
         str,
         Done(
-            "Adam, AdamW, Lion, Lamb; Muon, of matrices without embed or lm_head in their names, Adam for the rest, "
-            "the norm being that of gradients (DeepSpeed takes it of Muon's updates); OneBitAdam and ZeroOneAdam run "
-            "as Adam, OneBitLamb as Lamb, with one log line; others are refused"
+            "Adam, AdamW, Lion, Lamb, SGD; Muon, of matrices without embed or lm_head in their names, Adam for the "
+            "rest, the norm being that of gradients (DeepSpeed takes it of Muon's updates); OneBitAdam and ZeroOneAdam "
+            "run as Adam, OneBitLamb as Lamb, with one log line; others are refused"
         ),
     ]
     params: OptimizerParams = Field(default=OptimizerParams())
@@ -112,8 +116,8 @@ class OptimizerSection(Section):
     def _is_known(cls, value: str) -> str:
         if _key(value) not in _TYPES:
             raise ValueError(
-                "wanted Adam, AdamW, Lion, Lamb, Muon, OneBitAdam, ZeroOneAdam or OneBitLamb; choose one, or train "
-                "with the other one under torch's FSDP or DistributedDataParallel"
+                "wanted Adam, AdamW, Lion, Lamb, Muon, SGD, OneBitAdam, ZeroOneAdam or OneBitLamb; choose one, or "
+                "train with the other one under torch's FSDP or DistributedDataParallel"
             )
         return value
 
@@ -161,7 +165,7 @@ class OptimizerSection(Section):
             return {}
         if self.rule == "Lion":
             return {**_LION_DEFAULTS, **chosen}
-        if self.rule == "Lamb":
+        if self.rule in ("Lamb", "SGD"):
             return chosen
         torchs = _TORCH_DEFAULTS if self.params.torch_adam and self.decoupled() else {}
         return {**torchs, **chosen, "decoupled_weight_decay": self.decoupled()}

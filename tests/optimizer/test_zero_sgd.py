@@ -1,0 +1,204 @@
+"""ZeroSGD against torch.optim.SGD over fp32 masters, on one and more ranks; what torch's state dict holds; skips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
+from torch import Tensor, nn
+
+import pyzero
+
+PLAIN = dict(lr=0.05, weight_decay=0.1)
+CASES = {
+    "plain": dict(lr=0.05),
+    "decay": PLAIN,
+    "momentum": dict(**PLAIN, momentum=0.9),
+    "nesterov": dict(**PLAIN, momentum=0.9, nesterov=True),
+    "dampening": dict(**PLAIN, momentum=0.9, dampening=0.25),
+    "maximize": dict(**PLAIN, momentum=0.5, maximize=True),
+}
+STEPS = 4
+
+
+def train(
+    group: Any, dtype: torch.dtype, stage: int, hyper: dict[str, Any]
+) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor], list[Tensor]]:
+    """(weights at first, gradients of each step, masters after them, weights); micro-batches are shared out."""
+    rank, size = group.rank(), group.size()
+    model = build(dtype)
+    before = params_of(model)
+    optimizer = pyzero.ZeroSGD(
+        model.parameters(), **hyper, process_group=group, stage=stage, bucket_cap_mb=1e-3, loss_scale=None
+    )
+    grads = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for index in range(rank, 12, size):
+            (loss_of(model, micro_batch(step, index)) * size / 12).backward()
+        grads.append([optimizer.full_grad(param) for param in model.parameters()])
+        optimizer.step()
+    return before, grads, [optimizer.full_master(param) for param in model.parameters()], params_of(model)
+
+
+def reference(before: list[Tensor], grads: list[list[Tensor]], hyper: dict[str, Any]) -> list[Tensor]:
+    masters = [nn.Parameter(param.float()) for param in before]
+    optimizer = torch.optim.SGD(masters, **hyper, foreach=False)
+    for of_step in grads:
+        for master, grad in zip(masters, of_step, strict=True):
+            master.grad = grad.float()
+        optimizer.step()
+    return [master.detach() for master in masters]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_against_torch(ranks, size, stage, dtype, case):
+    for before, grads, masters, weights in ranks.run(size, train, dtype, stage, CASES[case]):
+        wanted = reference(before, grads, CASES[case])
+        for master, value, weight in zip(masters, wanted, weights, strict=True):
+            torch.testing.assert_close(master, value, rtol=STEPS * 2**-23, atol=STEPS * 2**-24)
+            assert torch.equal(weight, master.to(dtype))
+
+
+def test_by_hand():
+    """Momentum 2, then 0.5 * 2 + 2 = 3."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.ZeroSGD([param], lr=0.25, momentum=0.5)
+    for value in (0.5, -0.25):
+        param.grad = torch.full((4,), 2.0)
+        optimizer.step()
+        assert torch.equal(param, torch.full((4,), value))
+    assert torch.equal(optimizer.full_state(param)["momentum_buffer"], torch.full((4,), 3.0))
+
+
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_gradients_of_each_dtype_and_a_clip(lr):
+    param = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = pyzero.ZeroSGD([param], lr=lr, max_grad_norm=1.0)
+    param.grad = torch.full((4,), 2.0, dtype=torch.bfloat16)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.full_master(param), torch.full((4,), -0.25))
+
+
+def test_a_skipped_step_changes_nothing():
+    model = build(torch.float16)
+    optimizer = pyzero.ZeroSGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)
+    before = params_of(model)
+    optimizer.backward(loss_of(model, micro_batch(0, 0)) * float("inf"))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_same(params_of(model), before)
+    states = [optimizer.full_state(param) for param in model.parameters()]
+    assert all(not state[name].any() for state in states for name in ("step", "momentum_buffer"))
+
+
+def test_a_parameter_without_a_gradient_stays_and_its_first_is_not_dampened():
+    params = [nn.Parameter(torch.ones(70)) for _ in range(2)]
+    optimizer = pyzero.ZeroSGD(params, lr=1.0, momentum=0.5, dampening=0.5, weight_decay=0.5)
+    params[0].sum().backward()
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(70)) and torch.equal(params[1], torch.ones(70))
+    optimizer.zero_grad()
+    params[1].sum().backward()
+    optimizer.step()
+    assert torch.equal(params[1], torch.full((70,), -0.5))
+
+
+def test_state_is_what_groups_need():
+    """Masters of 4 bytes, and 4 of momentum in one of two groups."""
+    params = [nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = pyzero.ZeroSGD([{"params": params[:1]}, {"params": params[1:], "momentum": 0.9}], lr=0.1)
+    assert optimizer.state_bytes() == (4 + 8) * 4096
+    assert [set(optimizer.state[param]) for param in params] == [
+        {"step", "master"},
+        {"step", "master", "momentum_buffer"},
+    ]
+
+
+@pytest.mark.parametrize("case", ["plain", "dampening"])
+def test_a_torch_state_dict_goes_on(case):
+    models = [build(torch.float32) for _ in range(2)]
+    optimizers = [
+        torch.optim.SGD(models[0].parameters(), **CASES[case]),
+        pyzero.ZeroSGD(models[1].parameters(), **CASES[case]),
+    ]
+
+    def step(index: int, number: int) -> None:
+        optimizers[index].zero_grad()
+        loss_of(models[index], micro_batch(number, 0)).backward()
+        optimizers[index].step()
+
+    step(0, 0)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for index in range(2):
+        step(index, 1)
+    torch.testing.assert_close(params_of(models[1]), params_of(models[0]), rtol=2**-20, atol=2**-22)
+
+
+@pytest.mark.parametrize("case", ["plain", "momentum"])
+def test_a_state_dict_of_its_own_goes_on(case):
+    models = [build(torch.bfloat16) for _ in range(2)]
+    first, second = (pyzero.ZeroSGD(model.parameters(), **CASES[case]) for model in models)
+    for number in range(3):
+        first.zero_grad()
+        loss_of(models[0], micro_batch(number, 0)).backward()
+        first.step()
+        if number == 1:
+            second.load_state_dict(first.state_dict())
+    loss_of(models[1], micro_batch(2, 0)).backward()
+    second.step()
+    assert_same(params_of(models[1]), params_of(models[0]))
+
+
+def resume(group: Any, folder: Any, starts: bool) -> list[Tensor]:
+    """Two steps, saved; or loaded, and a third. Half of the parameters have momentum."""
+    model = build(torch.bfloat16)
+    params = list(model.parameters())
+    groups = [{"params": params[::2], "momentum": 0.5}, {"params": params[1::2]}]
+    optimizer = pyzero.ZeroSGD(groups, **PLAIN, process_group=group, loss_scale=None)
+    if not starts:
+        pyzero.load_checkpoint(folder, model=model, optimizer=optimizer)
+    for step in (0, 1) if starts else (2,):
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(step, 0)).backward()
+        optimizer.step()
+    if starts:
+        pyzero.save_checkpoint(folder, model=model, optimizer=optimizer, step=2)
+        return resume(group, folder, False)
+    return [optimizer.full_master(param) for param in params]
+
+
+def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, tmp_path):
+    wanted = ranks.run(2, resume, tmp_path, True)[0]
+    for size in (1, 3):
+        assert_same(ranks.run(size, resume, tmp_path, False)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"momentum": -0.5}, "Invalid momentum value: -0.5"),
+        ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
+        ({"nesterov": True}, "requires a momentum and zero dampening; got momentum=0.0"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "zero dampening; got momentum=0.9 and dampening=0.1"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        pyzero.ZeroSGD([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_momentum_cannot_come_later():
+    param = nn.Parameter(torch.zeros(3))
+    optimizer = pyzero.ZeroSGD([param], lr=0.1)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="expected momentum 0 as when the group was added, got 0.9"):
+        optimizer.step()
+    assert torch.equal(param, torch.zeros(3))
