@@ -24,7 +24,7 @@ def step_scalars_(
 ) -> None:
     """Write `out`, and count the step of the parameters that have a gradient, with no host read.
 
-    `out` is: overflow flag; gradient norm, `sqrt(sum of squares) * unscale * factor`; clip coefficient,
+    `out` is: overflow flag; gradient norm, `sqrt(sum of squares) * unscale * |factor|`; clip coefficient,
     `min(1, max_norm / (norm + 1e-6))` as torch.nn.utils.clip_grad_norm_ has it, or 1; and what gradients are to be
     multiplied by, `clip * factor * unscale`. Every backend gives the same bits.
 

@@ -366,7 +366,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
                     self._gradients.norm_power(norm_type), norm_type, stats.unscale
                 ).reshape(())
             factor = self._gradients.factor()
-            norm = norm if factor is None else norm * factor
+            norm = norm if factor is None else norm * factor.abs()
             if error_if_nonfinite and not bool(torch.isfinite(norm)):
                 raise RuntimeError(
                     f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped. To "

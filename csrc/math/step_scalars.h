@@ -33,7 +33,7 @@ PZ_HD StepScalars step_scalars(const double* rows, int64_t num_rows, bool clips,
   double sumsq = 0.0;
   for (int64_t i = 0; i < num_rows; ++i) sumsq += rows[i * kStatsColumns + kSumsq];
 
-  const float norm = float(sqrt(sumsq) * double(unscale)) * factor;
+  const float norm = float(sqrt(sumsq) * double(unscale)) * fabsf(factor);
   const float clip = clips ? clip_coefficient(norm, max_norm) : 1.0f;
   return StepScalars{has_overflow(rows, num_rows) ? 1.0f : 0.0f, norm, clip, clip * factor * unscale};
 }

@@ -40,7 +40,7 @@ def step_scalars_kernel(
     if tl.program_id(0) == 0:
         inv_scale = load_scalar(unscale, UNSCALE_IS_TENSOR)
         by = load_scalar(factor, FACTOR_IS_TENSOR)
-        norm = (tl.sqrt(sumsq) * inv_scale.to(tl.float64)).to(tl.float32) * by
+        norm = (tl.sqrt(sumsq) * inv_scale.to(tl.float64)).to(tl.float32) * tl.abs(by)
         clip = as_f32(1.0)
         if CLIPS:
             ratio = tl.div_rn(as_f32(1.0), norm + as_f32(1e-6)) * as_f32(max_norm)

@@ -39,6 +39,8 @@ def test_by_hand(target: Target) -> None:
         assert steps.tolist() == [1, 2, 2, 4, 5]
         out, _ = run(target, [(0.0, 64.0)], 1, max_norm=100.0, unscale=0.25, factor=0.5)  # norm 1: not clipped
         assert out.tolist() == [0.0, 1.0, 1.0, 0.125]
+        out, _ = run(target, [(0.0, 64.0)], 1, max_norm=2.0, factor=-0.5)  # norm 4, half of it, the other way
+        assert out[1] == 4.0 and out[2] == pytest.approx(0.5) and out[3] == pytest.approx(-0.25)
         out, _ = run(target, [(0.0, 64.0)], 0)
         assert out.tolist() == [0.0, 8.0, 1.0, 1.0]
 
@@ -60,7 +62,11 @@ def test_bits(target: Target) -> None:
         for num_rows, max_norm, on_device in itertools.product((1, 2, 8), (None, 1.0, 0.3), (False, True)):
             for num_params in (0, 1, 255, 256, 257, 1000):
                 rows = [(0.0, rng.random() * 10.0 ** rng.randint(-9, 9)) for _ in range(num_rows)]
-                options = {"max_norm": max_norm, "unscale": rng.choice((1.0, 2.0**-16, 0.3)), "factor": rng.random()}
+                options = {
+                    "max_norm": max_norm,
+                    "unscale": rng.choice((1.0, 2.0**-16, 0.3)),
+                    "factor": rng.uniform(-1, 1),
+                }
                 got = run(target, rows, num_params, on_device, **options)
                 wanted = run(REFERENCE, rows, num_params, **options)
                 for name, ours, theirs in zip(("out", "steps"), got, wanted, strict=True):

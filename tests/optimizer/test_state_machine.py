@@ -332,7 +332,7 @@ class Machine(RuleBasedStateMachine):
     def set_full_grad(self, number: int, index: int) -> None:
         self.then("set_full_grad", number, index)
 
-    @rule(how=st.sampled_from(["mul_", "div_", "*=", "foreach"]), factor=st.sampled_from([0.5, 2.0]), mask=MASKS)
+    @rule(how=st.sampled_from(["mul_", "div_", "*=", "foreach"]), factor=st.sampled_from([-1.0, 0.5, 2.0]), mask=MASKS)
     def multiply(self, how: str, factor: float, mask: int) -> None:
         self.then("multiply", how, factor, mask)
 

@@ -335,6 +335,30 @@ def test_isfinite_is_of_all_ranks(run, size, stage, value):
     assert run(size, asked_whether_finite, stage, value) == [[math.isfinite(value), math.isfinite(value), True]] * size
 
 
+def negated(group: Any, stage: int, how: str) -> list[float]:
+    lines = Lines(group, stage, max_grad_norm=1.0 if how == "step" else None)
+    (lines.loss(lines.first, 1.0) + lines.loss(lines.second, 2.0)).backward()
+    lines.optimizer.full_grad(lines.first)
+    torch._foreach_mul_([param.grad for param in lines.params], -1.0)
+    wanted = lines.mean((64 * 1.0 + 201 * 4.0) ** 0.5)
+    if how != "step":
+        clip = (
+            torch.nn.utils.clip_grad_norm_ if how == "torch" else lambda _, most: lines.optimizer.clip_grad_norm_(most)
+        )
+        assert float(clip(lines.params, 1.0)) == pytest.approx(wanted, rel=1e-6)
+    lines.optimizer.step()
+    if how == "step":
+        assert float(lines.optimizer.grad_norm) == pytest.approx(wanted, rel=1e-6)
+    return [lines.gradient(param) * wanted / lines.mean(1.0) for param in lines.params]
+
+
+@pytest.mark.parametrize("how", ["torch", "optimizer", "step"])
+@UP_TO_TWO
+def test_a_clip_keeps_the_sign_of_a_negative_factor(run, size, stage, how):
+    for grads in run(size, negated, stage, how):
+        assert grads == pytest.approx([-1.0, -2.0], rel=1e-5)
+
+
 def multiplied(group: Any, stage: int, how: str) -> Any:
     lines = Lines(group, stage)
     (lines.loss(lines.first, 1.0) + lines.loss(lines.second, 2.0)).backward()

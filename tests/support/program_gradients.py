@@ -263,7 +263,7 @@ class GradOps:
     def do_multiply(self, how: str, factor: float, mask: int) -> None:
         model, params = self.model, self.params
         indices = model.chosen(mask)
-        if any(self.too_large(index, model.grads[index].bound * factor) for index in indices):
+        if any(self.too_large(index, model.grads[index].bound * abs(factor)) for index in indices):
             return
         indices = [index for index in indices if model.grads[index].value is not None]
         model.edit(indices)

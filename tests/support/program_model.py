@@ -420,11 +420,12 @@ class Model(World):
         grad = self.grads[index]
         if grad.value is None:
             return
-        grad.value, grad.error = grad.value * factor, grad.error * factor
+        size = abs(factor)
+        grad.value, grad.error = grad.value * factor, grad.error * size
         if not math.isfinite(grad.error):
             grad.error = 0.0
-        if math.frexp(factor)[0] == 0.5 and not unit:
-            grad.unit, grad.bound = grad.unit * factor, grad.bound * factor
+        if math.frexp(size)[0] == 0.5 and not unit:
+            grad.unit, grad.bound = grad.unit * size, grad.bound * size
         else:
             grad.round(unit)
 
