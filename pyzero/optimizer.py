@@ -215,19 +215,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor = self._gradients.factor()
-        scalars = self._updater.begin(
-            self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
-        )
-        last = self._before_clipping(stats, scalars, factor, unscale)
-        gathers = self._update_and_gather(stats, scalars)
-        has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
-        self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
-        if self._scaler.enabled:
-            self._scaled_backward.after_step(has_grad_scaler)
-        for gather in gathers:
-            gather.wait()
-        self._transport.end_update()
-        self._param_buckets.weights_were_written(stats.used)
+        with self._group.lockstep():  # ranks that have updated their shards count on the other shards
+            scalars = self._updater.begin(
+                self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
+            )
+            last = self._before_clipping(stats, scalars, factor, unscale)
+            gathers = self._update_and_gather(stats, scalars)
+            has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
+            self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
+            if self._scaler.enabled:
+                self._scaled_backward.after_step(has_grad_scaler)
+            for gather in gathers:
+                gather.wait()
+            self._transport.end_update()
+            self._param_buckets.weights_were_written(stats.used)
         self._param_buckets.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
@@ -470,7 +471,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
             dtype = self._grad_reduce_dtype or bucket.dtype
             num_sent_bytes = bucket.layout.numel * dtype.itemsize if self.reduces_grads else 0
             sizes.append((num_sent_bytes, bucket.weight_shard.nbytes))
-        self._transport.reserve(sizes, len(self._param_buckets.params))
+        with self._group.lockstep():  # without room for its buckets an optimizer cannot go on
+            self._transport.reserve(sizes, len(self._param_buckets.params))
 
     def _place_unfrozen(self) -> None:
         """Give buckets to parameters that are no longer frozen. Collective where there are any.

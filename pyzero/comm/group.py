@@ -58,9 +58,9 @@ class Work:
         """
         if self._handle is not None:
             self._group.wait(self._handle, self._what, self._number)
-            self._handle = None
             if self._then is not None:
                 self._then()
+            self._handle = None  # last: a wait that was broken off can be made again
 
     def is_done(self, patience_s: float) -> bool:
         """Whether `wait` would return at once; waits for at most `patience_s`."""
@@ -183,6 +183,16 @@ class Group:
         was_broken, self._channel.is_broken = self._channel.is_broken, True
         yield
         self._channel.is_broken = was_broken
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """What every rank goes through to its end: where an exception leaves it on this one, nothing is sent after."""
+        try:
+            yield
+        except BaseException:
+            if self.size > 1:
+                self._channel.is_broken = True
+            raise
 
     def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:
         """Launch what `begin` begins; `then` is called once, when its handle has been waited for."""

@@ -51,12 +51,16 @@ class _Offer(NamedTuple):
         import fcntl  # not where there are no futexes
 
         descriptor = os.memfd_create("pyzero", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.fchmod(descriptor, 0o600)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        os.posix_fallocate(descriptor, 0, num_bytes)  # pages that are there can be made huge
-        os.pwrite(descriptor, token, num_bytes)
-        # Nobody can cut the file short under those who have mapped it.
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        try:
+            os.fchmod(descriptor, 0o600)
+            os.posix_fallocate(descriptor, 0, num_bytes)  # pages that are there can be made huge
+            os.pwrite(descriptor, token, num_bytes)
+            # Nobody can cut the file short under those who have mapped it.
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return _Offer(os.getpid(), descriptor, token)
 
     def map(self, rank: int, num_bytes: int) -> Segment:
@@ -166,10 +170,10 @@ class HostRanks:
         """
         if ring_bytes <= self.ring_bytes and message_bytes <= self._message_bytes:
             return False
-        self.ring_bytes = max(ring_bytes, self.ring_bytes)
-        self._message_bytes = max(_pages(message_bytes), self._message_bytes)
-        self._ring_at = 2 * self._message_bytes
-        self._segments, _ = _share(gather, self.ranks, self._ring_at + _pages(self.ring_bytes))
+        ring_bytes = max(ring_bytes, self.ring_bytes)
+        message_bytes = max(_pages(message_bytes), self._message_bytes)
+        self._segments, _ = _share(gather, self.ranks, 2 * message_bytes + _pages(ring_bytes))
+        self.ring_bytes, self._message_bytes, self._ring_at = ring_bytes, message_bytes, 2 * message_bytes
         return True
 
     # ---- the ring ---------------------------------------------------------------------------------------------------

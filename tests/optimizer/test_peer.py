@@ -1,5 +1,6 @@
 """The peer transport: the bits of "exact", what it does without room or without a host, and what it leaves behind."""
 
+import contextlib
 import gc
 import logging
 import mmap
@@ -23,7 +24,7 @@ from transport_program import SMALL_BUCKETS, averaged_elsewhere, bits_of_exact, 
 
 import pyzero
 from pyzero.comm import choice, futex, host, peer
-from pyzero.comm.group import Group
+from pyzero.comm.group import Group, Work
 from pyzero.comm.segment import Segment
 from pyzero.comm.transport import ExactTransport, Exchange
 from pyzero.gradients import exchange
@@ -175,6 +176,58 @@ def interrupted(group: Any) -> None:
 
 def test_an_interrupted_collective_is_the_last(ranks):
     ranks.run(2, interrupted)
+
+
+def interrupted_in_a_gather(group: Any, cap: float) -> None:
+    """A KeyboardInterrupt where a step mostly waits, on rank 1 alone, which then lacks weights of rank 0."""
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), process_group=group, transport="peer", bucket_cap_mb=cap, loss_scale=None
+    )
+    wait = Work.wait
+
+    def interrupt(work: Work) -> None:
+        if work._what == "the all-gather of weights":
+            raise KeyboardInterrupt
+        wait(work)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        if group.rank() == 1:
+            patch.setattr(Work, "wait", interrupt)
+        loss_of(model, micro_batch(0, group.rank())).backward()
+        optimizer.step()
+    with pytest.raises(pyzero.CollectiveError, match="was interrupted|has given up"):
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(1, group.rank())).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cap", [25.0, 1e-3], ids=["one bucket", "several"])
+def test_a_step_interrupted_while_weights_arrive_is_the_last(ranks, cap):
+    ranks.run(2, interrupted_in_a_gather, cap)
+
+
+def no_room(group: Any) -> None:
+    """Rank 1 cannot share more memory, for a moment."""
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport="peer", loss_scale=None)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="on rank 1: no memory can be shared"):
+        if group.rank() == 1:
+            patch.setattr(os, "posix_fallocate", fail)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2**20))]})
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(pyzero.CollectiveError, match="has failed|has given up"):
+        loss_of(model, micro_batch(0, group.rank())).backward()
+        optimizer.step()
+
+
+def test_an_optimizer_without_room_for_a_new_group_says_so_from_then_on(ranks):
+    ranks.run(2, no_room)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(0, 3))
