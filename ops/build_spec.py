@@ -258,7 +258,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 def _output(command: Sequence[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ToolchainError(f"{shlex.join(command)} failed: {error}") from error
 

@@ -47,7 +47,7 @@ def cuda_archs() -> tuple[str, ...]:
 
 
 def cache_dir() -> Path:
-    """Where modules built at first use are kept."""
+    """Where modules built at first use are kept. Raises RuntimeError where this user has no home to keep them in."""
     if asked := os.environ.get("PYZERO_CACHE_DIR"):
         return Path(asked).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TextIO
 
 from . import build_spec, env
 from .build_spec import CompileError, Spec, ToolchainError
@@ -57,7 +57,7 @@ def unavailable_reason(kind: Kind) -> str | None:
         return "building at first use is switched off by PYZERO_JIT=0"
     try:
         make_spec(kind)
-    except (ToolchainError, FileNotFoundError) as error:
+    except (ToolchainError, OSError) as error:
         return str(error)
     return None
 
@@ -67,7 +67,13 @@ def load(kind: Kind) -> ModuleType:
     if reason := unavailable_reason(kind):
         raise JitError(f"cannot build the {kind} kernels: {reason}")
     spec = make_spec(kind)
-    return import_file(spec.name, build(spec, _SECONDS[kind]))
+    try:
+        return import_file(spec.name, build(spec, _SECONDS[kind]))
+    except OSError as error:
+        raise JitError(
+            f"cannot build the {kind} kernels: {error}; set PYZERO_CACHE_DIR to a folder with room, or pip "
+            f"install pyzero where there is a compiler"
+        ) from error
 
 
 def import_file(name: str, path: Path) -> ModuleType:
@@ -90,14 +96,16 @@ def module_path(spec: Spec, folder: Path) -> Path:
 
 def build(spec: Spec, seconds: int = 0) -> Path:
     """Path of the built module. Compiles at most once per cache folder; raises JitError with the compiler's output."""
-    module = module_path(spec, env.cache_dir())
-    if module.exists():  # a read-only cache that somebody else has filled will do
-        return module
+    with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be looked into, or a user without a home
+        module = module_path(spec, env.cache_dir())
+        if module.exists():  # a read-only cache that somebody else has filled will do
+            return module
     module = module_path(spec, _writable_folder())
-    with _locked(module.with_suffix(".lock")):
+    with _locked(module.with_suffix(".lock")) as is_alone:
         if module.exists():  # another process was faster
             return module
-        for leftover in module.parent.glob(f"{module.stem}.*.build"):  # of builds that were killed: we hold the lock
+        leftovers = module.parent.glob(f"{module.stem}.*.build") if is_alone else ()  # of builds that were killed
+        for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
         log.warning("building %s with %s, once; about %d s", spec.name, spec.compiler[0], seconds)
         _build_into(spec, module)
@@ -126,35 +134,46 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel takes back when its holder dies."""
-    with path.open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another process to build %s", path.stem)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock that the kernel takes back when its holder dies; yields whether there is one to hold."""
+    try:
+        file = path.open("a")
+    except PermissionError:  # made by another user, who shares the folder
+        file = path.open("r")
+    with file:
+        yield fcntl is not None and _flock(file, path.stem)
+
+
+def _flock(file: TextIO, name: str) -> bool:
+    """False where the file system has no locks: then several processes may compile, and the last rename wins."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("waiting for another process to build %s", name)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _writable_folder() -> Path:
     """The cache folder, or one in the temporary directory where the cache cannot be written."""
-    wanted = env.cache_dir()
     try:
+        wanted = env.cache_dir()
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         folder = _temporary_folder()
-        log.warning("cannot write to %s (%s): building in %s; set PYZERO_CACHE_DIR", wanted, error, folder)
+        log.warning("cannot write to the cache (%s): building in %s; set PYZERO_CACHE_DIR", error, folder)
         return folder
 
 
 def _temporary_folder() -> Path:
     folder = Path(tempfile.gettempdir(), f"pyzero-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
-        return folder
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return folder
     return Path(tempfile.mkdtemp(prefix="pyzero-"))  # the name is somebody else's: never load code from there

@@ -106,15 +106,17 @@ class _Kept:
         self._pages: list[mmap.mmap] = []
 
     def take(self, num_bytes: int) -> mmap.mmap | None:
-        for index in reversed(range(len(self._pages))):
-            if len(self._pages[index]) == num_bytes:
-                return self._pages.pop(index)
+        for pages in reversed(self._pages.copy()):
+            if len(pages) == num_bytes:
+                with contextlib.suppress(ValueError):  # a finalizer runs at any moment, and may have dropped them
+                    self._pages.remove(pages)
+                    return pages
         return None
 
     def put(self, pages: mmap.mmap) -> None:
         self._pages.append(pages)
         while sum(map(len, self._pages)) > _KEPT_BYTES:
-            self._pages.pop(0)
+            del self._pages[:1]
 
 
 _kept = _Kept()

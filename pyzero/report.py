@@ -82,8 +82,11 @@ def _modules() -> Iterator[str]:
         if reason := jit.unavailable_reason(kind):
             yield f"{kind}, at first use: cannot be built: {reason}"
             continue
-        module = jit.module_path(jit.make_spec(kind), env.cache_dir())
-        yield f"{kind}, at first use: {'built' if module.exists() else 'would be built'}, {module}"
+        try:
+            module = jit.module_path(jit.make_spec(kind), env.cache_dir())
+            yield f"{kind}, at first use: {'built' if module.exists() else 'would be built'}, {module}"
+        except (OSError, RuntimeError) as error:
+            yield f"{kind}, at first use: would be built in the temporary directory: {error}"
 
 
 def _backends(device_type: str) -> Iterator[str]:

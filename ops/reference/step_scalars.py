@@ -14,7 +14,7 @@ def step_scalars_(args: StepScalarsArgs) -> None:
     sumsq = sums[0]
     for each in sums[1:]:
         sumsq = sumsq + each
-    norm = (sumsq.sqrt() * unscale).to(torch.float32) * abs(factor)
+    norm = (sumsq.sqrt() * unscale).to(torch.float32) * torch.as_tensor(factor).abs()
     clip = torch.ones_like(norm)
     if args.max_norm is not None:
         clip = ((norm + 1e-6).reciprocal() * round_to(args.max_norm, torch.float32)).clamp(max=1.0)

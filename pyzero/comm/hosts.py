@@ -60,12 +60,13 @@ class HostsTransport(PeerTransport):
         shards = memory.empty(len(sources) * shard.numel(), shard.dtype, shard.device)
         shards[: shard.numel()] = shard
         piece = self._read_gathers_for(self._max_shards * shard.nbytes)
-        handle = self._from_others(
-            shards[shard.numel() :],
-            shard.repeat(len(self._takers)),
-            self._numels(sources[1:], shard.numel()),
-            self._numels(self._takers, shard.numel()),
-        )
+        with self.group.error_context("the all-gather of weights"):
+            handle = self._from_others(
+                shards[shard.numel() :],
+                shard.repeat(len(self._takers)),
+                self._numels(sources[1:], shard.numel()),
+                self._numels(self._takers, shard.numel()),
+            )
         self._ring.take(piece)
         self._deferred.append(Deferred(piece, shards, [handle, self._host.read(piece.after)]))
         return self._gather_when_posted(piece, flat)

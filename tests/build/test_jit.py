@@ -1,5 +1,6 @@
 """Building at first use: killed, raced, without a place to write, without compilers, with edited sources."""
 
+import errno
 import logging
 import os
 import re
@@ -133,7 +134,46 @@ def test_a_filled_cache_need_not_be_writable(cache: Path, csrc: Path, monkeypatc
     assert jit.build(toy_spec(csrc)) == path
 
 
-@pytest.mark.parametrize("trap", ["a link", "another owner", "writable by all"])
+def test_a_user_without_a_home(cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert jit.build(toy_spec(csrc)).parent == tmp_path / f"pyzero-{os.getuid()}"
+
+
+def test_a_file_system_without_locks(cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jit.fcntl, "flock", no_locks)
+    others = cache / f"{jit.module_path(toy_spec(csrc), cache).stem}.other.build"  # of another machine, under way
+    others.mkdir(parents=True)
+    assert jit.build(toy_spec(csrc)).exists() and others.exists()
+
+
+@pytest.mark.parametrize("at", ["mkdtemp", "TemporaryFile"])
+def test_a_full_disk_leaves_the_reference(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    tries = []
+
+    def full(*_: object, **__: object) -> None:
+        tries.append(at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    if at == "TemporaryFile":
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+        monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    for op in registry.OPS:
+        assert registry.pick(op, "auto", CPU) is registry.pick(op, "reference", CPU)
+    assert "No space left on device; set PYZERO_CACHE_DIR" in caplog.text
+    assert len(tries) <= 2  # not with every op
+
+
+@pytest.mark.parametrize("trap", ["a link", "a dangling link", "another owner", "writable by all"])
 def test_never_loads_code_from_somebody_elses_folder(
     cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trap: str
 ) -> None:
@@ -143,6 +183,8 @@ def test_never_loads_code_from_somebody_elses_folder(
     expected.parent.mkdir()
     if trap == "a link":
         expected.symlink_to(theirs)
+    elif trap == "a dangling link":
+        expected.symlink_to(tmp_path / "nowhere")
     elif trap == "another owner":
         expected.mkdir(mode=0o700)
         somebody = os.getuid() + 1
