@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pyzero.checkpoint.loading import load_checkpoint
 from pyzero.checkpoint.saving import save_checkpoint
-from pyzero.deepspeed.comm import get_world_size
+from pyzero.comm import process
 from pyzero.optimizer import ZeroOptimizer
 
 FOLDER = "pyzero"  # in a folder of save_state: the first optimizer's checkpoint; pyzero_1 the second's
@@ -72,7 +72,7 @@ class Accelerator(accelerate.Accelerator):
         """As accelerate's, without a detour of the state through a state dict."""
         if isinstance(optimizer, PreparedOptimizer):
             return super().prepare_optimizer(optimizer)
-        num_ranks = get_world_size()
+        _, num_ranks = process.rank_and_size()
         if num_ranks != self.num_processes:
             raise ValueError(
                 f"expected an Accelerator of all {num_ranks} ranks, got one of {self.num_processes}, which would not "

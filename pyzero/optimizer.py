@@ -168,7 +168,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
         beside = [dim.group for dim in topology.model]
-        self._stats_exchange = GradStatsExchange(self._group, beside, topology.same_params)
+        self._stats_exchange = GradStatsExchange(self._group, beside, topology.same_params, self._name_of)
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)

@@ -90,12 +90,16 @@ class StateAccess(FullAccess, Optimizer):
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
+        param, name = outer(self._param_buckets.params[number]), self._name_of(number)
+        where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
+        return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
+
+    def _name_of(self, number: int) -> str:
+        """A parameter's name for messages, by its number."""
         param = outer(self._param_buckets.params[number])
         group_index = self._param_buckets.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
-        name = self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
-        where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
-        return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
+        return self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
 
     # ---- how it was built -------------------------------------------------------------------------------------------
 

@@ -129,7 +129,9 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
         return
     wanted = "expected a step that a CUDA graph can replay"
     if num_ranks > 1:
-        raise RuntimeError(f"{wanted}, got {num_ranks} ranks, whose hosts talk in each; capture backward alone")
+        raise RuntimeError(
+            f"{wanted}, got {num_ranks} ranks, whose hosts talk in each; run backward and step() eagerly"
+        )
     if is_first:
         raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
     for group in param_groups:

@@ -106,7 +106,8 @@ class Group:
         """One rank, whatever has been initialised."""
         group = cls.__new__(cls)
         group.size, group.rank, group.where = 1, 0, ""
-        group.handle = group._mesh = group.host = None
+        group.handle = group._mesh = group.host = group._timeout = None
+        group.hosts, group._blocks = [], False
         return group
 
     def members(self) -> list[int]:

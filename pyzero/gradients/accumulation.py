@@ -167,13 +167,10 @@ class ParamGrad:
         """Called when backward has added to `.grad`: takes it for the local sum.
 
         Raises:
-            TypeError: The gradient is sparse, or the parameter was converted after the optimizer was built.
+            TypeError: The parameter was converted after the optimizer was built.
         """
         grad = self.param.grad
         assert grad is not None
-        if grad.layout != torch.strided:
-            self.param.grad = None
-            raise sparse_error(self.param)
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         if self.main_grad is not None and self._local is not None and self._shown is not None:
@@ -213,10 +210,10 @@ class ParamGrad:
         self.num_edits += 1
 
 
-def sparse_error(param: Tensor) -> TypeError:
+def sparse_error(param: Tensor, name: str) -> TypeError:
     """The error for a sparse gradient, which no bucket can hold."""
     return TypeError(
-        f"expected dense gradients, got a sparse one for the parameter of shape {tuple(param.shape)}; "
+        f"expected dense gradients, got a sparse one for {name}, shape {tuple(param.shape)}; "
         f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "
         f"torch.optim.SparseAdam"
     )

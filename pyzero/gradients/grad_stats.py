@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -88,16 +89,25 @@ class GradStatsExchange:
         model_parallel: Ranks that hold other parts of the same model, a group for each dimension of them: they skip
             together and share one norm.
         same_params: Those ranks have the same parameters by number, of which they hold other parts.
+        name_of: A method of the optimizer's: a parameter's name for messages, by its number.
     """
 
-    def __init__(self, group: Group, model_parallel: Sequence[Group], same_params: bool) -> None:
+    def __init__(
+        self, group: Group, model_parallel: Sequence[Group], same_params: bool, name_of: Callable[[int], str]
+    ) -> None:
         self.same_params = same_params
+        self._name_of = weakref.WeakMethod(name_of)
         self.names = _names(group, shares_params=same_params and bool(model_parallel))
         self.num_exports = 0  # calls of state_dict() on this rank since the last message
         self.num_skips_in_a_row = 0  # as far as this rank's host knows
         self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
+
+    def name_of(self, number: int) -> str:
+        """A parameter's name for messages, by its number."""
+        name_of = self._name_of()
+        return f"parameter {number}" if name_of is None else name_of(number)
 
     def gather(self, mine: LocalGradStats, unscale: Tensor | None) -> GlobalGradStats:
         """Collective.
@@ -159,8 +169,8 @@ class GradStatsExchange:
         half_edited = hosts[:, _HALF_EDITED].max()
         if half_edited >= 0:
             raise RuntimeError(
-                f"expected .grad of parameter {int(half_edited)} unedited, for a part of it has been reduced already "
-                f"and is not in it, got an edit in place; call zero_grad(), and from then on "
+                f"expected .grad of {self.name_of(int(half_edited))} unedited, for a part of it has been reduced "
+                f"already and is not in it, got an edit in place; call zero_grad(), and from then on "
                 f"optimizer.clip_grad_norm_ or optimizer.set_full_grad(p, value), which see all of it"
             )
         edits = hosts[:, _STATES:] // 2
@@ -170,9 +180,9 @@ class GradStatsExchange:
             nums = edits[:, number].tolist()
             ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
             raise RuntimeError(
-                f"expected the reduced gradient of parameter {number} edited alike on every rank, got .grad assigned, "
-                f"cleared or scaled on ranks {ranks} of {len(hosts)} only; do the same on each, or call zero_grad() on "
-                f"all of them"
+                f"expected the reduced gradient of {self.name_of(number)} edited alike on every rank, got .grad "
+                f"assigned, cleared or scaled on ranks {ranks} of {len(hosts)} only; do the same on each, or call "
+                f"zero_grad() on all of them"
             )
 
     def _warn_of_lost_shards(self, num_exports: list[float]) -> None:

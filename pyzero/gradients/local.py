@@ -225,7 +225,7 @@ class LocalGradients(Gradients):
             for param, number, grad in zip(bucket.params, bucket.numbers, grads, strict=True):
                 used[number] = grad is not None
                 if grad is not None and grad.layout != torch.strided:
-                    raise sparse_error(param)
+                    raise sparse_error(param, self._stats_exchange.name_of(number))
             maps = [run.pieces for run in self._runs[bucket]]
             found_pieces[bucket] = [pieces.of(grads) if pieces.has_any(grads) else ([], []) for pieces in maps]
             for run, (tensors, _) in zip(self._runs[bucket], found_pieces[bucket], strict=True):

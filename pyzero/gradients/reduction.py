@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
-from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.accumulation import ParamGrad, sparse_error
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.backward import BackwardEnd, GradientHooks
 from pyzero.gradients.bucket_grads import BucketGrads
@@ -168,6 +168,10 @@ class ReducedGradients(Gradients):
 
     def _after_gradient(self, param: Tensor) -> None:
         _, record = self._records[param]
+        grad = record.param.grad
+        if grad is not None and grad.layout != torch.strided:
+            record.param.grad = None
+            raise sparse_error(record.param, self._stats_exchange.name_of(record.number))
         record.after_arrival()
         self._end.await_end()
 

@@ -108,14 +108,6 @@ class FullAccess:
         """`full_state_dict(to)`, under the name of torch's ZeroRedundancyOptimizer; it returns the state as well."""
         return self.full_state_dict(to)
 
-    def load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """`load_state_dict` of whole state: full_state_dict()'s, or that of torch.optim.Adam or AdamW. Collective."""
-        self.load_state_dict(state_dict)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ZeroOptimizer."""
-        raise NotImplementedError
-
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
         raise NotImplementedError
 

@@ -79,7 +79,7 @@ def test_torch_takes_it_and_gives_it_back(ranks):
 
 def loaded(group: Any, state: dict[str, Any]) -> dict[str, Any]:
     optimizer = make("adamw", build(torch.float32, 1), group)
-    optimizer.load_full_state_dict(state)
+    optimizer.load_state_dict(state)
     assert (optimizer.consolidate_state_dict() == {}) is (group.rank() > 0)
     return optimizer.full_state_dict()
 
