@@ -33,7 +33,7 @@ _NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler", ",".join(_HOST
 _X86_ISA_FLAGS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-mprefer-vector-width=512"),
 }
 
 

@@ -1,3 +1,7 @@
+#if defined(PYZERO_HAVE_AVX2) || defined(PYZERO_HAVE_AVX512)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -34,15 +38,23 @@ constexpr int64_t kStreamBytes = 4 << 20;
 constexpr int64_t kStreamPieceBytes = 4096;  // of a bucket; less is copied as usual
 static_assert(kChunk % kSegmentGranule == 0, "a chunk holds whole granules");
 
+#if defined(PYZERO_HAVE_AVX2) || defined(PYZERO_HAVE_AVX512)
+// By cpuid: __builtin_cpu_supports knows the name from GCC 11 on alone.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const KernelTable*> find_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(PYZERO_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq") && has_f16c())
     tables.push_back(&avx512::kKernels);
 #endif
 #if defined(PYZERO_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2::kKernels);
+  if (__builtin_cpu_supports("avx2") && has_f16c()) tables.push_back(&avx2::kKernels);
 #endif
   tables.push_back(&baseline::kKernels);
   return tables;

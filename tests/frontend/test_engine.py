@@ -153,6 +153,17 @@ def test_overflow_is_skipped():
     assert isinstance(engine.get_global_grad_norm(), float)
 
 
+@pytest.mark.parametrize("by_config", [True, False])
+def test_a_skipped_step_names_the_parameter(caplog, by_config):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    given = {} if by_config else {"optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
+    engine, *_ = start({**FP32, **({"optimizer": {"type": "Adam"}} if by_config else {})}, model, **given)
+    engine.backward((model[1].bias * float("inf")).sum())
+    engine.step()
+    engine.step()  # where it was is looked for from the second on
+    assert "the gradient of 1.bias, shape (2,)" in caplog.text
+
+
 def test_hysteresis_from_the_config():
     engine, optimizer, *_ = start({**FP32, "fp16": {"enabled": True}})
     inputs, signs = exact_batch(0, 4)
