@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
@@ -65,6 +66,11 @@ class Loop:
         self._update()
         mark("step")
         return loss.detach()
+
+    def weights(self) -> Tensor:
+        """All of them, whole and flat; over all ranks, where they are sharded."""
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        return torch.cat([weight.detach().flatten() for weight in whole])
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, peers, results, rows, timing
+from benchmarks import gpu_timer, harness, peers, results, rows, timing, train, train_loops
 from benchmarks.options import Options
 from pyzero import ops
 
@@ -131,6 +132,46 @@ def test_a_wrong_op_is_not_timed(name, op, wrong, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "NOT TIMED" in captured.err and "differs from the peer" in captured.err
     assert f"## {name}" not in captured.out
+
+
+class NeverReduces(train_loops.Loop):
+    """Each rank steps by its own gradients."""
+
+
+class SendsRankZeros(train_loops.Loop):
+    """All step by rank 0's gradients: alike, and wrong."""
+
+    def _backward(self, loss):
+        loss.backward()
+        for param in self.model.parameters():
+            dist.broadcast(param.grad, 0)
+
+
+def checked_beside_ddp(group, loop, width):
+    """What the check of `train` says of ours, and of such a loop, on all ranks."""
+    device = torch.device("cpu")
+    model = train_loops._model(width, device)
+    train_loops.ENTRIES["other"] = train_loops.Entry(None, same_as=train_loops.MASTERS)
+    names = [train_loops.OURS, train_loops.MASTERS]
+    loops = {name: train_loops.ENTRIES[name].make(width, device) for name in names}
+    x = train.inputs(width, device)
+    train.check(loops, x)
+    fresh = {train_loops.MASTERS: train_loops.ENTRIES[train_loops.MASTERS].make(width, device)}
+    try:
+        train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x)
+    except AssertionError as error:
+        return str(error)
+    return "passed"
+
+
+@pytest.mark.parametrize(
+    ("loop", "word"),
+    [(NeverReduces, "other left other weights on other ranks"), (SendsRankZeros, "moved the weights otherwise")],
+)
+@pytest.mark.parametrize("width", [17, 64])
+def test_a_training_loop_that_does_not_reduce_is_not_timed(ranks, loop, word, width):
+    for found in ranks.run(4, checked_beside_ddp, loop, width):
+        assert word in found
 
 
 def test_every_bench_is_tested():
