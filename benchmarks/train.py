@@ -22,10 +22,10 @@ from .train_loops import COMPUTE, ENTRIES, LAYERS, MASTERS, PLAIN, ROWS, Loop, M
 
 _WIDTH = {"cpu": 1024, "cuda": 4096}
 _CHECKED_STEPS = 3
-# Distance of two moves (weights after the steps less those before) over the length of the peer's. Adam's first steps are
-# the signs of the gradients. Averaged in bf16 by one and in fp32 by the other they turn some 2^-10 of them: measured 0.024
-# at most (2 and 3 ranks, 8 to 256 wide). Without the other ranks' gradients a quarter turns or more: 0.30 at least there,
-# from 17 wide on.
+# Distance of two moves (weights after the steps less those before) over the length of the peer's. Adam's first steps
+# are the signs of the gradients. Averaged in bf16 by one and in fp32 by the other some 2^-10 of them turn: measured
+# 0.024 at most (2 and 3 ranks, 8 to 256 wide). Without the other ranks' gradients a quarter turns or more: 0.29 at
+# least there, from 17 wide on.
 _CHECK_MOVE = 0.1
 
 
@@ -87,7 +87,7 @@ def inputs(width: int, device: torch.device) -> torch.Tensor:
 
 
 def check(loops: dict[str, Loop], x: torch.Tensor) -> None:
-    """Raise AssertionError, on all ranks, where ranks end with other weights, or a contender's move is not its peer's."""
+    """Raise AssertionError, on all ranks, where weights differ between them, or have not moved as the peer's."""
     moves = {}  # of those that others are held against
     for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
         loop, same_as = loops[name], ENTRIES[name].same_as
@@ -104,8 +104,8 @@ def check(loops: dict[str, Loop], x: torch.Tensor) -> None:
         distance = float((move - moves[same_as]).norm() / moves[same_as].norm())
         if not distance <= _CHECK_MOVE:  # nan where nothing moved
             raise AssertionError(
-                f"{name} moved the weights otherwise than the peer {same_as}: a distance of {distance:.3g} of its move, "
-                f"wanted {_CHECK_MOVE} at most"
+                f"{name} moved the weights otherwise than the peer {same_as}: "
+                f"a distance of {distance:.3g} of its move, wanted {_CHECK_MOVE} at most"
             )
 
 
