@@ -235,6 +235,26 @@ def test_what_is_too_noisy_to_judge_says_so(monkeypatch):
     assert rows.verdict(found[1:]) is None
 
 
+def test_no_committed_run_is_too_noisy_to_judge():
+    """README and docs/measured.md quote them."""
+    found = sorted((ROOT / "benchmarks" / "results").rglob("results.md"))
+    assert found and not [path for path in found if "TOO NOISY TO JUDGE" in path.read_text()]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/measured.md"])
+def test_the_figures_of_documents_are_in_the_committed_run(document):
+    """Of an iteration on two ranks, beside each peer."""
+    _, found = results.read(ROOT / "benchmarks" / "results" / "cpu")
+    ratios = {row.name: row.times_ours for row in found if row.bench == "train" and "beyond" not in row.case}
+    text = (ROOT / document).read_text()
+    for name in (
+        "DDP, AdamW(fused), fp32 masters by hand",
+        "FSDP2, AdamW(fused), no masters, summed in fp32",
+        "DeepSpeed ZeRO-2, AdamW(fused)",
+    ):
+        assert f"{ratios[name]:.1f}x" in text, name
+
+
 def test_only_the_peers_asked_for_are_timed(monkeypatch):
     for asked, names in ((frozenset(), ["ours"]), (frozenset({"torch-fused"}), ["ours", "peer"])):
         _, contenders = fake_contenders(monkeypatch, {"ours": [1.0] * 4, "peer": [1.0] * 4})
