@@ -177,7 +177,8 @@ class MixedStep:
 
     Cast the gradients up, unscale and check them, clip, AdamW, copy the weights back; every call a foreach one.
     `folded` is the better-informed variant: no unscale pass, the inverse scale and the flag go into fused AdamW as
-    GradScaler does it, and the clip coefficient with them.
+    GradScaler does it, and the clip coefficient with them. Without `checks` there is no unscale pass and no flag, as in
+    bf16 without a GradScaler: inf in a gradient ends up in the weights.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class MixedStep:
         max_norm: float,
         folded: bool,
         kind: str = "fused",
+        checks: bool = True,
     ) -> None:
         self.weights = list(weights)
         self.grads = list(grads)
@@ -196,6 +198,7 @@ class MixedStep:
         self.master_grads = [master.grad for master in self.masters]
         self.max_norm = max_norm
         self.folded = folded
+        self.checks = checks
         self.optimizer = adamw(self.masters, kind)
         device = self.weights[0].device
         self.found_inf = torch.zeros((), device=device)
@@ -205,14 +208,17 @@ class MixedStep:
     @torch.no_grad()
     def step(self) -> None:
         torch._foreach_copy_(self.master_grads, self.grads)
-        self.found_inf.zero_()
         if self.folded:
             self._folded()
+        elif self.checks:
+            self._checked()
         else:
-            self._plain()
+            self.norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
+            self.optimizer.step()
         torch._foreach_copy_(self.weights, self.masters)
 
-    def _plain(self) -> None:
+    def _checked(self) -> None:
+        self.found_inf.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(self.master_grads, self.found_inf, self.inv_scale)
         self.norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_norm, foreach=True)
         if self.optimizer.defaults["fused"]:
@@ -249,6 +255,7 @@ class LibraryStep:
 
 
 _FUSED, _FOLDED, _FOREACH = "torch foreach, fused AdamW", "same, clip folded into AdamW", "torch foreach, AdamW"
+_UNCHECKED = "clip_grad_norm_, AdamW(fused) on masters, copy back"
 _LIBRARIES = {
     "apex FusedAdam, masters": ("apex", "apex.optimizers"),
     "TransformerEngine FusedAdam, masters": ("transformer-engine", "transformer_engine.pytorch.optimizers"),
@@ -260,6 +267,7 @@ def mixed_peers(options: Options, max_norm: float) -> dict[str, tuple[str, Calla
     made: dict[str, tuple[str, Callable[..., Any]]] = {
         _FUSED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, False)),
         _FOLDED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, True)),
+        _UNCHECKED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, False, checks=False)),
         _FOREACH: ("torch-foreach", lambda weights, grads: MixedStep(weights, grads, max_norm, False, "foreach")),
     }
     for name, (key, module) in _LIBRARIES.items():

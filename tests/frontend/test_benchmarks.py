@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, peers, results, rows, timing
+from benchmarks import gpu_timer, harness, peers, results, rows, timing, train, train_loops
 from benchmarks.options import Options
 from pyzero import ops
 
@@ -133,6 +134,46 @@ def test_a_wrong_op_is_not_timed(name, op, wrong, monkeypatch, capsys):
     assert f"## {name}" not in captured.out
 
 
+class NeverReduces(train_loops.Loop):
+    """Each rank steps by its own gradients."""
+
+
+class SendsRankZeros(train_loops.Loop):
+    """All step by rank 0's gradients: alike, and wrong."""
+
+    def _backward(self, loss):
+        loss.backward()
+        for param in self.model.parameters():
+            dist.broadcast(param.grad, 0)
+
+
+def checked_beside_ddp(group, loop, width):
+    """What the check of `train` says of ours, and of such a loop, on all ranks."""
+    device = torch.device("cpu")
+    model = train_loops._model(width, device)
+    train_loops.ENTRIES["other"] = train_loops.Entry(None, same_as=train_loops.MASTERS)
+    names = [train_loops.OURS, train_loops.MASTERS]
+    loops = {name: train_loops.ENTRIES[name].make(width, device) for name in names}
+    x = train.inputs(width, device)
+    train.check(loops, x)
+    fresh = {train_loops.MASTERS: train_loops.ENTRIES[train_loops.MASTERS].make(width, device)}
+    try:
+        train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x)
+    except AssertionError as error:
+        return str(error)
+    return "passed"
+
+
+@pytest.mark.parametrize(
+    ("loop", "word"),
+    [(NeverReduces, "other left other weights on other ranks"), (SendsRankZeros, "moved the weights otherwise")],
+)
+@pytest.mark.parametrize("width", [17, 64])
+def test_a_training_loop_that_does_not_reduce_is_not_timed(ranks, loop, word, width):
+    for found in ranks.run(4, checked_beside_ddp, loop, width):
+        assert word in found
+
+
 def test_every_bench_is_tested():
     assert set(bench._MODULES) == {*CHEAP, *ON_RANKS, "checkpoint", "build", "import"}
 
@@ -192,6 +233,26 @@ def test_what_is_too_noisy_to_judge_says_so(monkeypatch):
     assert found[1].is_decided is False and "1.30?" in rows.table(found) and "noisy" in rows.table(found)
     assert "TOO NOISY TO JUDGE: of 1 of 2 rows" in rows.verdict(found)
     assert rows.verdict(found[1:]) is None
+
+
+def test_no_committed_run_is_too_noisy_to_judge():
+    """README and docs/measured.md quote them."""
+    found = sorted((ROOT / "benchmarks" / "results").rglob("results.md"))
+    assert found and not [path for path in found if "TOO NOISY TO JUDGE" in path.read_text()]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/measured.md"])
+def test_the_figures_of_documents_are_in_the_committed_run(document):
+    """Of an iteration on two ranks, beside each peer."""
+    _, found = results.read(ROOT / "benchmarks" / "results" / "cpu")
+    ratios = {row.name: row.times_ours for row in found if row.bench == "train" and "beyond" not in row.case}
+    text = (ROOT / document).read_text()
+    for name in (
+        "DDP, AdamW(fused), fp32 masters by hand",
+        "FSDP2, AdamW(fused), no masters, summed in fp32",
+        "DeepSpeed ZeRO-2, AdamW(fused)",
+    ):
+        assert f"{ratios[name]:.1f}x" in text, name
 
 
 def test_only_the_peers_asked_for_are_timed(monkeypatch):
