@@ -87,11 +87,11 @@ class _Load:
         name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
         together(self._group, what, lambda: self._read(self._directory / name))
         self._compare(what)
+        self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})  # or refuses, first of all
         with torch.no_grad():
             for name, value in self._others.items():
                 local_of(self._model_state[name]).copy_(local_of(value))
         set_extra_state(self._model, self._common["model"])
-        self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         return {"step": self._index["step"], **self._extra}
 
     def _on_other_ranks(self, what: str) -> set[str]:
