@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -12,13 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.convert import import_deepspeed
-from pyzero.checkpoint.loading import load_checkpoint
+from pyzero.checkpoint.loading import load_checkpoint, load_weights
 from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.config.schema import Batches
@@ -113,8 +111,9 @@ class EngineCheckpoints:
             load_dir: Where it was saved.
             tag: Which one; default: the latest.
             load_module_strict: False leaves what the checkpoint lacks as it is.
-            load_optimizer_states: False loads the weights alone into the optimizer, whose masters follow them.
-            load_lr_scheduler_states: False leaves the schedule as it is.
+            load_optimizer_states: False loads the weights alone, whatever optimizer was saved; its masters follow them.
+            load_lr_scheduler_states: False leaves the schedule as it is. One of the config takes the count alone, and
+                goes on by the config.
             load_module_only: Weights alone; counters, optimizer and schedule stay.
             custom_load_fn: Not supported.
 
@@ -134,11 +133,9 @@ class EngineCheckpoints:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
         folder = Path(load_dir) / name
-        own = None if load_optimizer_states and not load_module_only else _copied(self.optimizer.state_dict())
+        load = load_checkpoint if load_optimizer_states and not load_module_only else load_weights
         with self._as_ours(folder) as ours:
-            loaded = load_checkpoint(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
-        if own is not None:
-            self._restore(own)
+            loaded = load(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
         if not load_module_only:
             steps = loaded["step"]
             theirs = {"global_steps": steps, "global_samples": steps * self.batches.train}
@@ -146,9 +143,10 @@ class EngineCheckpoints:
             for counter in _COUNTERS:
                 setattr(self, counter, counters[counter])
             self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
-            if load_lr_scheduler_states and self.lr_scheduler is not None and loaded["lr_scheduler"] is not None:
-                self.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
-        return str(folder), loaded["client_state"]
+            schedule = loaded.get("lr_scheduler")
+            if load_lr_scheduler_states and self.lr_scheduler is not None and schedule is not None:
+                self.lr_scheduler.load_state_dict(schedule)
+        return str(folder), loaded.get("client_state", {})  # none of pyzero.save_checkpoint
 
     @contextmanager
     def _as_ours(self, folder: Path) -> Iterator[Path]:
@@ -170,22 +168,6 @@ class EngineCheckpoints:
             comm.barrier()  # all have read it
             if group.rank == 0:
                 shutil.rmtree(ours, ignore_errors=True)
-
-    @torch.no_grad()
-    def _restore(self, state: dict[str, Any]) -> None:
-        """The optimizer's own state again, with masters of the weights as they are now."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        weights = [param.detach().clone() for param in params]
-        self.optimizer.load_state_dict(state)
-        for param, weight in zip(params, weights, strict=True):
-            param.copy_(weight)  # noticed at the next step, as every write that torch counts
-
-
-def _copied(value: Any) -> Any:
-    """Of a state dict, in memory of its own: torch cannot deep-copy a DTensor."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)
 
 
 def _checked(tag: str) -> str:
