@@ -140,6 +140,51 @@ def test_tags(tmp_path):
     assert engine.global_steps == 3 and len(list((tmp_path / "best").glob("step_*"))) == 1
 
 
+def loads_of(group: Any, path: str, texts: list[bytes]) -> list[str]:
+    """What load_checkpoint says of each content of `latest`; nothing changes."""
+    engine = start(2, "bf16")
+    train(engine, range(1))
+    engine.save_checkpoint(path, tag="best")
+    train(engine, range(1, 2))
+    before, said = values(engine), []
+    for text in texts:
+        if comm.get_rank() == 0:
+            (Path(path) / "latest").write_bytes(text)
+        comm.barrier()
+        with pytest.raises(pyzero.CheckpointError) as caught:
+            engine.load_checkpoint(path)
+        said.append(str(caught.value))
+        assert all(torch.equal(a, b) for a, b in zip(values(engine), before, strict=True))
+    tag = "a/b" if comm.get_rank() == comm.get_world_size() - 1 else "best"
+    with pytest.raises((ValueError, pyzero.CheckpointError), match="expected a tag that can name a folder"):
+        engine.save_checkpoint(path, tag=tag)
+    with pytest.raises((ValueError, pyzero.CheckpointError), match="expected a tag that can name a folder"):
+        engine.load_checkpoint(path, tag=tag)
+    assert engine.load_checkpoint(path, tag="best")[1] == {} and engine.global_steps == 1
+    return said
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_damaged_latest_is_an_error_on_all_ranks(ranks, tmp_path, size):
+    arguments = (str(tmp_path), [b"", b"\xff\xfe\0", b"../best", b"best\nother"])
+    for said in ranks.run(size, loads_of, *arguments) if size > 1 else [loads_of(None, *arguments)]:
+        assert all("latest to hold the tag of a checkpoint, got " in text and "pass tag=" in text for text in said)
+
+
+def test_a_load_breaks_an_accumulation_off(tmp_path):
+    """The next step is made of its own micro-batches alone."""
+    engine = start(2, "fp32")
+    train(engine, range(2))
+    engine.save_checkpoint(tmp_path)
+    train(engine, range(2, 3))
+    wanted = values(engine)
+    engine.backward(engine(torch.ones(8, 6)).sum() * 100)
+    engine.step()
+    engine.load_checkpoint(tmp_path)
+    train(engine, range(2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(values(engine), wanted, strict=True))
+
+
 def nothing_there(group: Any, path: str) -> tuple[Any, Any]:
     engine = start(2, "fp32")
     return engine.load_checkpoint(path)

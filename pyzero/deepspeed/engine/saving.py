@@ -16,8 +16,9 @@ from torch import nn
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.convert import import_deepspeed
+from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.loading import load_checkpoint, load_weights
-from pyzero.checkpoint.saving import save_checkpoint
+from pyzero.checkpoint.saving import begin, save_checkpoint
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.config.schema import Batches
 from pyzero.optimizer import ZeroOptimizer
@@ -39,6 +40,10 @@ class EngineCheckpoints:
     global_steps: int
     micro_steps: int
     batches: Batches
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The engine's."""
+        raise NotImplementedError
 
     def save_checkpoint(
         self,
@@ -65,9 +70,9 @@ class EngineCheckpoints:
             CheckpointError: In the middle of an accumulation too; see pyzero.save_checkpoint.
             CollectiveError, TypeError: See pyzero.save_checkpoint.
         """
-        name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
+        group, what = begin(self.optimizer), f"the save into {save_dir}"
+        name = together(group, what, lambda: _checked(f"global_step{self.global_steps}" if tag is None else str(tag)))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-        group, what = self.optimizer.checkpoint_group(), f"the save of {Path(save_dir) / name}"
         together(group, what, self._check_between_steps)
         save_checkpoint(
             Path(save_dir) / name,
@@ -123,12 +128,21 @@ class EngineCheckpoints:
 
         Raises:
             ValueError: The tag is no name of a folder, or there is a custom_load_fn.
-            CheckpointError, CollectiveError: See pyzero.load_checkpoint.
+            CheckpointError: `latest` is damaged; and see pyzero.load_checkpoint.
+            CollectiveError: See pyzero.load_checkpoint.
             FileNotFoundError: A file of DeepSpeed's is missing.
         """
         if custom_load_fn is not None:
             raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")
-        name = _latest(Path(load_dir), self.rank) if tag is None else _checked(str(tag))
+        group, what = begin(self.optimizer), f"the load of {load_dir}"
+
+        def find() -> str | None:
+            if tag is not None:
+                return _checked(str(tag))
+            return None if group.rank else _latest(Path(load_dir))  # others may see an older one
+
+        name = together(group, what, find)
+        name = group.gather_objects(name, what)[0] if tag is None else name
         if name is None:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
@@ -143,6 +157,7 @@ class EngineCheckpoints:
             for counter in _COUNTERS:
                 setattr(self, counter, counters[counter])
             self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
+            self.zero_grad()  # of an accumulation that the load has broken off
             schedule = loaded.get("lr_scheduler")
             if load_lr_scheduler_states and self.lr_scheduler is not None and schedule is not None:
                 self.lr_scheduler.load_state_dict(schedule)
@@ -179,12 +194,15 @@ def _checked(tag: str) -> str:
     return tag
 
 
-def _latest(folder: Path, rank: int) -> str | None:
-    """What rank 0 finds, on all ranks."""
-    found: list[str | None] = [None]
+def _latest(folder: Path) -> str | None:
+    """The tag in `latest`; None where there is no such file."""
     path = folder / files.LATEST
-    if rank == 0 and path.is_file():
-        found[0] = _checked(path.read_text().strip())
-    if comm.get_world_size() > 1:
-        comm.broadcast_object_list(found, src=0)
-    return found[0]
+    if not path.exists():
+        return None
+    text = path.read_text(errors="replace").strip()
+    try:
+        return _checked(text)
+    except ValueError:
+        raise CheckpointError(
+            f"expected {path} to hold the tag of a checkpoint, got {text[:80]!r}; pass tag=, or write one there"
+        ) from None
