@@ -165,8 +165,8 @@ class EngineCheckpoints:
 
     @contextmanager
     def _as_ours(self, folder: Path) -> Iterator[Path]:
-        """The checkpoint's folder; of DeepSpeed's a translation beside it, for as long."""
-        if not any(folder.glob(_THEIRS)):
+        """The checkpoint's folder; of DeepSpeed's a translation beside it, for as long. Ours in theirs is the later."""
+        if (folder / files.LATEST).is_file() or not any(folder.glob(_THEIRS)):
             yield folder
             return
         group = self.optimizer.checkpoint_group()
