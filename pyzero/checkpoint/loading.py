@@ -69,14 +69,26 @@ def load_checkpoint(
     return _Load(Path(directory), model, optimizer, strict).run()
 
 
+def load_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> dict[str, Any]:
+    """As load_checkpoint, of the model alone: whatever optimizer it was saved with, of whichever parameters.
+
+    The optimizer's masters follow the weights, which are read from the saved masters where they are fp32; its state,
+    groups and loss scale stay.
+    """
+    return _Load(directory, model, optimizer, strict, weights_only=True).run()
+
+
 class _Load:
     """One load: all is read into host memory and checked, then copied."""
 
-    def __init__(self, directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> None:
+    def __init__(
+        self, directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool, weights_only: bool = False
+    ) -> None:
         self._directory = directory
         self._model = model
         self._optimizer = optimizer
         self._strict = strict
+        self._weights_only = weights_only
         self._group = begin(optimizer)
         self._problems: list[str] = []  # how the checkpoint differs from what it is loaded into
 
@@ -87,11 +99,12 @@ class _Load:
         name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
         together(self._group, what, lambda: self._read(self._directory / name))
         self._compare(what)
+        if not self._weights_only:  # first of all, for it may refuse
+            self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         with torch.no_grad():
             for name, value in self._others.items():
                 local_of(self._model_state[name]).copy_(local_of(value))
         set_extra_state(self._model, self._common["model"])
-        self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         return {"step": self._index["step"], **self._extra}
 
     def _on_other_ranks(self, what: str) -> set[str]:
@@ -136,7 +149,8 @@ class _Load:
         if self._problems and self._strict:
             raise CheckpointError(
                 f"expected the model and the optimizer that {folder} was saved from, got others: "
-                f"{'; '.join(self._problems)}. Build them as they were, or pass strict=False to leave these out"
+                f"{'; '.join(self._problems)}. Build them as they were, or pass strict=False (to an engine: "
+                f"load_module_strict=False) to leave these out"
             )
         for problem in self._problems:
             log.info("loading %s: %s", folder, problem)
@@ -151,10 +165,11 @@ class _Load:
         by_param = names_of(self._model, self._optimizer)
         names = [by_param[param] for param in params]
         self._model_state, _ = model_state(self._model, self._optimizer)
-        places = self._places(state["state"], params, names)
+        places = {} if self._weights_only else self._places(state["state"], params, names)
         others = self._untrained({names[number]: params[number] for number in places})
+        place_of = {name: self._place_of_weight(name, value) for name, value in others.items()}
         like = {place: state["state"][n][key] for n, of_param in places.items() for key, place in of_param.items()}
-        like.update({f"model.{name}": value for name, value in others.items() if f"model.{name}" not in like})
+        like.update({place_of[name]: value for name, value in others.items() if place_of[name] not in like})
         wanted = self._fitting(like, others)
         self._state = {
             number: {
@@ -164,8 +179,8 @@ class _Load:
             }
             for number, of_param in places.items()
         }
-        self._others = {name: wanted[f"model.{name}"] for name in others if f"model.{name}" in wanted}
-        self._groups = self._match_groups(state["param_groups"], names)
+        self._others = {name: wanted[place] for name, place in place_of.items() if place in wanted}
+        self._groups = [] if self._weights_only else self._match_groups(state["param_groups"], names)
         return wanted
 
     def _places(
@@ -183,6 +198,12 @@ class _Load:
                 of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
         return places
 
+    def _place_of_weight(self, name: str, value: Tensor) -> str:
+        """The name in the checkpoint of what the model has beside what the optimizer loads."""
+        master = f"optim.state.{name}.{MASTER}"
+        takes_master = self._weights_only and value.dtype == torch.float32 and master in self._index["tensors"]
+        return master if takes_master else f"model.{name}"
+
     def _untrained(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors, by name, that are neither trained parameters nor tied to one."""
         addresses = {local_of(param).data_ptr() for param in trained.values() if local_of(param).numel()}
@@ -196,6 +217,8 @@ class _Load:
         """Host memory for those of `like` that the checkpoint has in the same shape; reports what differs."""
         saved = self._index["tensors"]
         known = {*like, *(f"model.{name}" for name in self._model_state)}
+        if self._weights_only:
+            known |= {name for name in saved if name.startswith("optim.")}
         left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
         shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
         self._report("missing", [name for name in like if name not in saved and name not in left_out])

@@ -43,12 +43,10 @@ class _Schedule(LRScheduler):
         return int(self.last_epoch) - 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ours, or DeepSpeed's, which is its count alone."""
-        if state_dict.keys() == {"last_batch_iteration"}:
-            self.last_epoch = state_dict["last_batch_iteration"] + 1
-            self._last_lr = [*self.get_lr()]
-        else:
-            super().load_state_dict(state_dict)
+        """The count alone, of ours or of DeepSpeed's: a run goes on by the rates and lengths of its own config."""
+        theirs = state_dict.get("last_batch_iteration")
+        self.last_epoch = state_dict["last_epoch"] if theirs is None else theirs + 1
+        self._last_lr = [*self.get_lr()]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The rate of each group for the coming step."""

@@ -113,6 +113,45 @@ def test_another_model_is_reported_before_anything_changes(ranks, tmp_path, chan
                 assert torch.equal(after[1]["state"][3][key], before[1]["state"][3][key])
 
 
+class Counted(nn.Module):
+    """A weight, a buffer, a frozen parameter and extra state, all of one value."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((70,), value))
+        self.frozen = nn.Parameter(torch.full((3,), value), requires_grad=False)
+        self.register_buffer("mean", torch.full((5,), value))
+        self.extra = value
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.extra = state["extra"]
+
+    def values(self) -> list[float]:
+        return [self.extra, *(float(v) for t in (self.weight, self.frozen, self.mean) for v in t.detach().unique())]
+
+
+def refused_by_the_optimizer(group: Any, path: Path) -> tuple[str, list[float]]:
+    """Saved with an option that no load takes."""
+    model = Counted(1.0)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    optimizer.param_groups[0]["amsgrad"] = True
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    other = Counted(2.0)
+    optimizer = pyzero.FusedZeroAdamW(other.parameters(), process_group=group)
+    with pytest.raises(ValueError, match="not supported") as caught:
+        pyzero.load_checkpoint(path, model=other, optimizer=optimizer)
+    return str(caught.value), other.values()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_changes_where_the_optimizer_refuses(ranks, tmp_path, size):
+    for said, values in ranks.run(size, refused_by_the_optimizer, tmp_path):
+        assert "amsgrad=True" in said and values == [2.0] * 4
+
+
 def between_steps(group: Any, path: Path) -> str:
     model = build(torch.bfloat16, 0)
     optimizer = make("adamw", model, group)

@@ -177,6 +177,24 @@ def test_an_engine_says_what_is_wrong_with_deepspeeds_folder(ranks, size, tmp_pa
     assert not list(folder.glob(".translated*"))
 
 
+def test_what_an_engine_saved_over_deepspeeds_is_what_it_loads(folder):
+    """Under one tag, as "best": the folder holds both."""
+    case = BY_NAME["fp16-stage2-2ranks"]
+    model, optimizer = build(case)
+    config = {"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": True}}
+    engine = pyzero.initialize(model=model, optimizer=optimizer, config=config)[0]
+    engine.load_checkpoint(folder, "saved")
+    engine.global_steps += 10
+    with torch.no_grad():
+        model.linear.weight.fill_(0.25)
+    engine.save_checkpoint(folder, "saved", client_state={"whose": "ours"})
+    model.linear.weight.data.fill_(0.5)
+    assert engine.load_checkpoint(folder, "saved")[1] == {"whose": "ours"}
+    assert engine.global_steps == SAVED_AT + 10 and torch.equal(
+        model.linear.weight.unique().float(), torch.tensor([0.25])
+    )
+
+
 def not_loaded_by_an_engine(group: Any, folder: Path) -> str:
     with pytest.raises((ValueError, pyzero.CheckpointError)) as caught:
         loaded_by_an_engine(group, folder, "saved")

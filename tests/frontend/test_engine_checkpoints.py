@@ -140,6 +140,51 @@ def test_tags(tmp_path):
     assert engine.global_steps == 3 and len(list((tmp_path / "best").glob("step_*"))) == 1
 
 
+def loads_of(group: Any, path: str, texts: list[bytes]) -> list[str]:
+    """What load_checkpoint says of each content of `latest`; nothing changes."""
+    engine = start(2, "bf16")
+    train(engine, range(1))
+    engine.save_checkpoint(path, tag="best")
+    train(engine, range(1, 2))
+    before, said = values(engine), []
+    for text in texts:
+        if comm.get_rank() == 0:
+            (Path(path) / "latest").write_bytes(text)
+        comm.barrier()
+        with pytest.raises(pyzero.CheckpointError) as caught:
+            engine.load_checkpoint(path)
+        said.append(str(caught.value))
+        assert all(torch.equal(a, b) for a, b in zip(values(engine), before, strict=True))
+    tag = "a/b" if comm.get_rank() == comm.get_world_size() - 1 else "best"
+    with pytest.raises((ValueError, pyzero.CheckpointError), match="expected a tag that can name a folder"):
+        engine.save_checkpoint(path, tag=tag)
+    with pytest.raises((ValueError, pyzero.CheckpointError), match="expected a tag that can name a folder"):
+        engine.load_checkpoint(path, tag=tag)
+    assert engine.load_checkpoint(path, tag="best")[1] == {} and engine.global_steps == 1
+    return said
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_damaged_latest_is_an_error_on_all_ranks(ranks, tmp_path, size):
+    arguments = (str(tmp_path), [b"", b"\xff\xfe\0", b"../best", b"best\nother"])
+    for said in ranks.run(size, loads_of, *arguments) if size > 1 else [loads_of(None, *arguments)]:
+        assert all("latest to hold the tag of a checkpoint, got " in text and "pass tag=" in text for text in said)
+
+
+def test_a_load_breaks_an_accumulation_off(tmp_path):
+    """The next step is made of its own micro-batches alone."""
+    engine = start(2, "fp32")
+    train(engine, range(2))
+    engine.save_checkpoint(tmp_path)
+    train(engine, range(2, 3))
+    wanted = values(engine)
+    engine.backward(engine(torch.ones(8, 6)).sum() * 100)
+    engine.step()
+    engine.load_checkpoint(tmp_path)
+    train(engine, range(2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(values(engine), wanted, strict=True))
+
+
 def nothing_there(group: Any, path: str) -> tuple[Any, Any]:
     engine = start(2, "fp32")
     return engine.load_checkpoint(path)
@@ -199,6 +244,63 @@ def test_the_schedule_may_stay(tmp_path):
     other = start(2, "fp32")
     other.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
     assert (other.global_steps, other.lr_scheduler.last_epoch) == (3, 0)
+
+
+def train_of_a_kind(kind: str, path: Path) -> Any:
+    """An engine with another optimizer, other groups or other trained parameters than `start`'s, with a checkpoint."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 70), nn.ReLU(), nn.BatchNorm1d(70), nn.Linear(70, 3))
+    params: Any = list(model.parameters())
+    if kind == "groups":
+        params = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.5}]
+    elif kind == "trained":
+        model[0].requires_grad_(False)
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "Lion" if kind == "rule" else "AdamW", "params": {"lr": 0.5}},
+        "bf16": {"enabled": True},
+    }
+    engine = pyzero.initialize(model=model, model_parameters=params, config=config)[0]
+    train(engine, range(2))
+    if kind == "ours":
+        pyzero.save_checkpoint(path / "tag", model=model, optimizer=engine.optimizer, step=2, note="none of an engine")
+    else:
+        engine.save_checkpoint(path, tag="tag", client_state={"seen": 1})
+    return engine
+
+
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["rule", "groups", "trained", "ours"])
+def test_the_weights_alone_of_another_optimizer(tmp_path, kind, dtype, options):
+    saved = train_of_a_kind(kind, tmp_path)
+    other = start(2, dtype, seed=1)
+    train(other, range(1))
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in other.optimizer.param_groups]
+    moments = [other.optimizer.full_state(param)["exp_avg"] for param in other.module.parameters()]
+    _, client_state = other.load_checkpoint(tmp_path, tag="tag", **options)
+    assert client_state == ({} if kind == "ours" else {"seen": 1})
+    for name, param in other.module.named_parameters():
+        theirs = saved.module.get_parameter(name)
+        wanted = saved.optimizer.full_master(theirs) if theirs.requires_grad else theirs.float()
+        assert torch.equal(param, wanted.to(param.dtype))
+        assert torch.equal(other.optimizer.full_master(param), param.float())
+    assert torch.equal(other.module[2].running_var.float(), saved.module[2].running_var.float())
+    assert groups == [{k: v for k, v in group.items() if k != "params"} for group in other.optimizer.param_groups]
+    for param, moment in zip(other.module.parameters(), moments, strict=True):
+        assert torch.equal(other.optimizer.full_state(param)["exp_avg"], moment)
+    if kind == "rule":
+        with pytest.raises(pyzero.CheckpointError, match=r"of the update rule lion.*load_module_strict=False"):
+            other.load_checkpoint(tmp_path, tag="tag")
+    train(other, range(1, 2))
+
+
+def test_of_pyzeros_own_save(tmp_path):
+    saved = train_of_a_kind("ours", tmp_path)
+    other = start(2, "bf16", seed=1)
+    assert other.load_checkpoint(tmp_path, tag="tag") == (str(tmp_path / "tag"), {})
+    assert (other.global_steps, other.lr_scheduler.last_epoch) == (2, 0)
+    assert torch.equal(other.module[3].weight, saved.module[3].weight)
 
 
 def test_frozen_parameters_may_be_left_out(tmp_path):

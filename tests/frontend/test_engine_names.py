@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,6 +233,7 @@ def weights(group: Any, dtype: str, path: str) -> tuple[dict[str, Tensor], dict[
     engine.backward(engine(torch.randn(6, 4)).float().square().sum())
     engine.step()
     assert engine.save_16bit_model(path) and engine.save_fp16_model(path, "again.bin")
+    assert engine.save_16bit_model(path, "trained.bin", exclude_frozen_parameters=True)
     return engine.get_fp32_state_dict(), dict(engine.module_state_dict())
 
 
@@ -250,6 +252,8 @@ def test_whole_weights(ranks, tmp_path, size, dtype):
     for name in ("pytorch_model.bin", "again.bin"):
         saved = torch.load(tmp_path / name, weights_only=True)
         assert saved.keys() == own.keys() and torch.equal(saved["0.weight"], own["0.weight"])
+    trained = torch.load(Path(tmp_path, "trained.bin"), weights_only=True)
+    assert own.keys() - trained.keys() == {"2.weight"} and all(torch.equal(trained[n], own[n]) for n in trained)
 
 
 # ---- reports --------------------------------------------------------------------------------------------------------

@@ -165,6 +165,23 @@ def test_it_goes_on_where_it_was(name):
         resumed.step()
 
 
+def test_it_goes_on_by_its_own_numbers():
+    """As in DeepSpeed a state is a count: what the config of the resumed run says of rates and lengths holds."""
+    saved = WarmupDecayLR(optimizer_of(), 8, 1.0, 5.0, 4, "linear")
+    for _ in range(6):
+        saved.optimizer.step()
+        saved.step()
+    resumed = WarmupDecayLR(optimizer_of(), 104, 1.0, 51.0, 4, "linear")
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.get_last_lr() == [50.5]
+    resumed.step()
+    assert resumed.optimizer.param_groups[0]["lr"] == 50.0
+    cosine = WarmupCosineLR(optimizer_of((10.0,)), 6, 0.25, 2, 0.2, "linear")
+    cosine.load_state_dict(WarmupCosineLR(optimizer_of((1.0,)), 6, 0.25, 2, 0.2, "linear").state_dict())
+    cosine.step()
+    assert cosine.get_lr() == [2.5]
+
+
 CASES: dict[str, list[dict[str, Any]]] = {
     "WarmupLR": [
         {"warmup_min_lr": 0.1, "warmup_max_lr": 0.7, "warmup_num_steps": 7},

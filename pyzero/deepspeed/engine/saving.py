@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -12,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.convert import import_deepspeed
-from pyzero.checkpoint.loading import load_checkpoint
-from pyzero.checkpoint.saving import save_checkpoint
+from pyzero.checkpoint.files import CheckpointError
+from pyzero.checkpoint.loading import load_checkpoint, load_weights
+from pyzero.checkpoint.saving import begin, save_checkpoint
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.config.schema import Batches
 from pyzero.optimizer import ZeroOptimizer
@@ -41,6 +40,10 @@ class EngineCheckpoints:
     global_steps: int
     micro_steps: int
     batches: Batches
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The engine's."""
+        raise NotImplementedError
 
     def save_checkpoint(
         self,
@@ -67,9 +70,9 @@ class EngineCheckpoints:
             CheckpointError: In the middle of an accumulation too; see pyzero.save_checkpoint.
             CollectiveError, TypeError: See pyzero.save_checkpoint.
         """
-        name = _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
+        group, what = begin(self.optimizer), f"the save into {save_dir}"
+        name = together(group, what, lambda: _checked(f"global_step{self.global_steps}" if tag is None else str(tag)))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-        group, what = self.optimizer.checkpoint_group(), f"the save of {Path(save_dir) / name}"
         together(group, what, self._check_between_steps)
         save_checkpoint(
             Path(save_dir) / name,
@@ -113,8 +116,9 @@ class EngineCheckpoints:
             load_dir: Where it was saved.
             tag: Which one; default: the latest.
             load_module_strict: False leaves what the checkpoint lacks as it is.
-            load_optimizer_states: False loads the weights alone into the optimizer, whose masters follow them.
-            load_lr_scheduler_states: False leaves the schedule as it is.
+            load_optimizer_states: False loads the weights alone, whatever optimizer was saved; its masters follow them.
+            load_lr_scheduler_states: False leaves the schedule as it is. One of the config takes the count alone, and
+                goes on by the config.
             load_module_only: Weights alone; counters, optimizer and schedule stay.
             custom_load_fn: Not supported.
 
@@ -124,21 +128,28 @@ class EngineCheckpoints:
 
         Raises:
             ValueError: The tag is no name of a folder, or there is a custom_load_fn.
-            CheckpointError, CollectiveError: See pyzero.load_checkpoint.
+            CheckpointError: `latest` is damaged; and see pyzero.load_checkpoint.
+            CollectiveError: See pyzero.load_checkpoint.
             FileNotFoundError: A file of DeepSpeed's is missing.
         """
         if custom_load_fn is not None:
             raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")
-        name = _latest(Path(load_dir), self.rank) if tag is None else _checked(str(tag))
+        group, what = begin(self.optimizer), f"the load of {load_dir}"
+
+        def find() -> str | None:
+            if tag is not None:
+                return _checked(str(tag))
+            return None if group.rank else _latest(Path(load_dir))  # others may see an older one
+
+        name = together(group, what, find)
+        name = group.gather_objects(name, what)[0] if tag is None else name
         if name is None:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
         folder = Path(load_dir) / name
-        own = None if load_optimizer_states and not load_module_only else _copied(self.optimizer.state_dict())
+        load = load_checkpoint if load_optimizer_states and not load_module_only else load_weights
         with self._as_ours(folder) as ours:
-            loaded = load_checkpoint(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
-        if own is not None:
-            self._restore(own)
+            loaded = load(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
         if not load_module_only:
             steps = loaded["step"]
             theirs = {"global_steps": steps, "global_samples": steps * self.batches.train}
@@ -146,14 +157,16 @@ class EngineCheckpoints:
             for counter in _COUNTERS:
                 setattr(self, counter, counters[counter])
             self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
-            if load_lr_scheduler_states and self.lr_scheduler is not None and loaded["lr_scheduler"] is not None:
-                self.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
-        return str(folder), loaded["client_state"]
+            self.zero_grad()  # of an accumulation that the load has broken off
+            schedule = loaded.get("lr_scheduler")
+            if load_lr_scheduler_states and self.lr_scheduler is not None and schedule is not None:
+                self.lr_scheduler.load_state_dict(schedule)
+        return str(folder), loaded.get("client_state", {})  # none of pyzero.save_checkpoint
 
     @contextmanager
     def _as_ours(self, folder: Path) -> Iterator[Path]:
-        """The checkpoint's folder; of DeepSpeed's a translation beside it, for as long."""
-        if not any(folder.glob(_THEIRS)):
+        """The checkpoint's folder; of DeepSpeed's a translation beside it, for as long. Ours in theirs is the later."""
+        if (folder / files.LATEST).is_file() or not any(folder.glob(_THEIRS)):
             yield folder
             return
         group = self.optimizer.checkpoint_group()
@@ -171,22 +184,6 @@ class EngineCheckpoints:
             if group.rank == 0:
                 shutil.rmtree(ours, ignore_errors=True)
 
-    @torch.no_grad()
-    def _restore(self, state: dict[str, Any]) -> None:
-        """The optimizer's own state again, with masters of the weights as they are now."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        weights = [param.detach().clone() for param in params]
-        self.optimizer.load_state_dict(state)
-        for param, weight in zip(params, weights, strict=True):
-            param.copy_(weight)  # noticed at the next step, as every write that torch counts
-
-
-def _copied(value: Any) -> Any:
-    """Of a state dict, in memory of its own: torch cannot deep-copy a DTensor."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)
-
 
 def _checked(tag: str) -> str:
     if not _TAG.fullmatch(tag):
@@ -197,12 +194,15 @@ def _checked(tag: str) -> str:
     return tag
 
 
-def _latest(folder: Path, rank: int) -> str | None:
-    """What rank 0 finds, on all ranks."""
-    found: list[str | None] = [None]
+def _latest(folder: Path) -> str | None:
+    """The tag in `latest`; None where there is no such file."""
     path = folder / files.LATEST
-    if rank == 0 and path.is_file():
-        found[0] = _checked(path.read_text().strip())
-    if comm.get_world_size() > 1:
-        comm.broadcast_object_list(found, src=0)
-    return found[0]
+    if not path.exists():
+        return None
+    text = path.read_text(errors="replace").strip()
+    try:
+        return _checked(text)
+    except ValueError:
+        raise CheckpointError(
+            f"expected {path} to hold the tag of a checkpoint, got {text[:80]!r}; pass tag=, or write one there"
+        ) from None

@@ -28,13 +28,18 @@ class EngineWeights:
         """The module's."""
         return self.module.state_dict()
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         """Write the module's state dict, whole and in the dtype that it computes in, to one file; rank 0 does.
 
         Returns:
             True.
         """
-        state = self._whole_weights()
+        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
         if self.rank == 0:
             folder = Path(save_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +66,14 @@ class EngineWeights:
         dtype = self.config.weights_dtype()
         return value.to(dtype) if dtype is not None and torch.is_tensor(value) and value.is_floating_point() else value
 
-    def save_fp16_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
+    def save_fp16_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         """The older name of `save_16bit_model`."""
-        return self.save_16bit_model(save_dir, save_filename)
+        return self.save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **options: Any
@@ -89,7 +99,8 @@ class EngineWeights:
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """What accelerate and transformers save. Collective; empty but on rank 0, as DeepSpeed's."""
-        frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
+        params = self.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in params if not param.requires_grad}
         left_out = frozen if exclude_frozen_parameters else ()
         return {name: value for name, value in self._whole_weights().items() if name not in left_out}
 
