@@ -791,3 +791,120 @@ def test_backwards_unequally_often_are_counted(ranks, counts):
         assert seconds < LATEST_S
         numbers = re.findall(r"\b\d+\b", re.sub(r"\brank \d+( of \d+)?", "", message))
         assert "rank 0" in message and "rank 1" in message and {str(count) for count in counts} <= {*numbers}, message
+
+
+# ---- what is kept of .grad ------------------------------------------------------------------------------------------
+
+KEPT = {
+    "zero_": lambda grad: grad.zero_(),
+    "mul_": lambda grad: grad.mul_(2.0),
+    "div_": lambda grad: grad.div_(2.0),
+    "foreach": lambda grad: torch._foreach_mul_([grad], 2.0),
+}
+
+
+def kept_over_zero_grad(group: Any, stage: int, how: str, drop: str, sync: bool) -> None:
+    twins = Twins(group, stage)
+    with nullcontext() if sync else twins.optimizer.no_sync():
+        twins.loss(1.0).backward()
+    kept = twins.first.grad
+    twins.drop(drop)
+    twins.backward(4.0)
+    twins.optimizer.full_grad(twins.first)  # it is reduced in stage 1 too
+    KEPT[how](kept)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize(("drop", "sync"), [("optimizer", True), ("p.grad = None", False)])
+@pytest.mark.parametrize("how", KEPT)
+@STAGES
+def test_an_edit_of_a_gradient_that_was_cleared_is_not_one_of_the_present_gradient(run, stage, how, drop, sync):
+    run(2, kept_over_zero_grad, stage, how, drop, sync)
+
+
+def norms_kept(group: Any, stage: int) -> tuple[float, float, bool]:
+    twins = Twins(group, stage)
+    with twins.optimizer.no_sync():
+        twins.loss(1.0).backward()
+    local = twins.first.grad
+    twins.drop("model")
+    before = float(local.norm())  # of this rank's own
+    twins.loss(4.0).backward()
+    twins.optimizer.full_grad(twins.first)
+    reduced = twins.first.grad
+    twins.drop("model")
+    twins.loss(16.0).backward()
+    return before, float(local.norm()), is_refused(reduced.norm)
+
+
+@STAGES
+def test_a_norm_of_a_gradient_that_was_cleared_is_not_of_the_present_one(run, stage):
+    assert run(2, norms_kept, stage) == [(8.0 * (1 + rank), 8.0 * (1 + rank), True) for rank in range(2)]
+
+
+READS_OF_A_PART = {
+    "p.grad = p.grad / 2": lambda twins, total: setattr(twins.first, "grad", twins.first.grad / 2),
+    "add_": lambda twins, total: total.add_(twins.first.grad),
+    "foreach": lambda twins, total: torch._foreach_add_([total], [twins.first.grad]),
+    "numpy": lambda twins, total: twins.first.grad.numpy(),
+    "clone": lambda twins, total: twins.first.grad.clone(),
+}
+
+
+def read_where_a_part_is_reduced(group: Any, how: str) -> bool:
+    twins = Twins(group, 2)
+    twins.backward(1.0)
+    with twins.optimizer.no_sync():
+        twins.backward(2.0)
+    refused = is_refused(lambda: READS_OF_A_PART[how](twins, torch.zeros(SHAPES[0])))
+    twins.step()
+    twins.check()
+    return refused
+
+
+@pytest.mark.parametrize("how", READS_OF_A_PART)
+def test_values_of_a_gradient_of_which_a_part_is_reduced_are_refused(run, how):
+    assert run(2, read_where_a_part_is_reduced, how) == [True] * 2
+
+
+def set_aside(group: Any, is_half_reduced: bool) -> bool:
+    twins = Twins(group, 2)
+    if is_half_reduced:
+        twins.backward(1.0)
+    with twins.optimizer.no_sync():
+        twins.backward(2.0)
+    kept, twins.first.grad = twins.first.grad, None
+    with twins.optimizer.no_sync():
+        twins.loss(4.0).backward()
+    twins.first.grad = kept
+    if is_half_reduced:
+        return is_refused(twins.optimizer.step)
+    twins.step()
+    twins.check()
+    return False
+
+
+@pytest.mark.parametrize("is_half_reduced", [False, True])
+def test_a_gradient_that_was_set_aside_comes_back_whole_or_not_at_all(run, is_half_reduced):
+    assert run(2, set_aside, is_half_reduced) == [is_half_reduced] * 2
+
+
+def edited_later(group: Any, how: str) -> bool:
+    twins = Twins(group, 2)
+    twins.backward(1.0)
+    kept = twins.first.grad
+    with twins.optimizer.no_sync():
+        twins.backward(2.0)
+    KEPT[how](kept)
+    if how != "zero_":
+        return is_refused(twins.optimizer.step)
+    twins.theirs[0].grad.zero_()
+    twins.step()
+    twins.check()
+    return True
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_an_edit_reaches_what_has_come_since_or_is_refused(run, how):
+    assert run(2, edited_later, how) == [True] * 2
