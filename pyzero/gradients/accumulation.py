@@ -186,13 +186,21 @@ class ParamGrad:
         """Called when backward has added to `.grad`: takes it for the local sum.
 
         Raises:
-            TypeError: The gradient is sparse, or the parameter was converted after the optimizer was built.
+            TypeError: The gradient is sparse or in another dtype, or the parameter was converted after the optimizer
+                was built.
         """
         grad = self.param.grad
-        assert grad is not None
+        if grad is None:  # another hook has taken it away
+            return
         if grad.layout != torch.strided:
             self.param.grad = None
             raise sparse_error(self.param)
+        if grad.dtype != self.param.dtype:
+            raise TypeError(
+                f"expected the gradient of a parameter in its dtype, {self.param.dtype}, got {grad.dtype} for the one "
+                f"of shape {tuple(self._shape)}; leave its grad_dtype alone (sums over backwards and ranks are in fp32 "
+                f"anyway) and pass grad_reduce_dtype to send in another dtype"
+            )
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         if self.main_grad is not None and self._local is not None and self._shown is not None:

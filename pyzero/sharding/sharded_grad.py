@@ -272,9 +272,10 @@ def _scale_each(func: Callable[..., Any], tensors: Sequence[Tensor], factor: Any
     for tensor, one in zip(tensors, factors, strict=True):
         if isinstance(tensor, ShardedGrad) and tensor.stands_for is not None:
             tensor = tensor.stands_for
-        is_current = isinstance(tensor, _Gradient) and tensor._is_current
-        current = tensor._record.param.grad if is_current else tensor
-        if not (is_current and isinstance(current, ShardedGrad)):
+        current: Any = tensor
+        if isinstance(tensor, _Gradient) and tensor._is_current:
+            current = tensor._record.param.grad
+        if not isinstance(current, ShardedGrad) or not current._is_current:
             current.div_(one) if inverse else current.mul_(one)
             continue
         owner = current._owner()

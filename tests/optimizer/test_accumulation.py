@@ -908,3 +908,74 @@ def edited_later(group: Any, how: str) -> bool:
 @pytest.mark.parametrize("how", KEPT)
 def test_an_edit_reaches_what_has_come_since_or_is_refused(run, how):
     assert run(2, edited_later, how) == [True] * 2
+
+
+# ---- gradients that do not come from backward, or do not arrive ------------------------------------------------------
+
+
+def taken_by_a_hook(group: Any, stage: int, dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.full((64,), 2.0, dtype=dtype))
+    takes = False
+
+    def hook(param: Tensor) -> None:
+        if takes:
+            param.grad = None
+
+    param.register_post_accumulate_grad_hook(hook)  # ahead of the optimizer's own
+    optimizer = pyzero.FusedZeroAdam([param], **ADAM, process_group=group, stage=stage, loss_scale=None)
+    for num_before in (0, 1):  # what lies in `.grad` goes with it
+        for now in [False] * num_before + [True]:
+            takes = now
+            param.float().sum().backward()
+        optimizer.step()
+        assert param.grad is None or not float(param.grad.norm())
+        assert torch.equal(param, torch.full_like(param, 2.0))
+        optimizer.zero_grad()
+    takes = False
+    (param.float() * 4.0).sum().backward()
+    optimizer.step()
+    assert torch.equal(optimizer.full_state(param)["exp_avg"], torch.full((64,), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@UP_TO_TWO
+def test_a_hook_may_take_a_gradient_away(run, size, stage, dtype):
+    run(size, taken_by_a_hook, stage, dtype)
+
+
+def assigned_to_a_frozen_one(group: Any, stage: int, reads: bool) -> None:
+    mean = (1 + group.size()) / 2
+    trained, frozen, unused = (nn.Parameter(torch.full((64,), 2.0), requires_grad=i == 0) for i in range(3))
+    optimizer = pyzero.FusedZeroAdam([trained, frozen, unused], **ADAM, process_group=group, stage=stage)
+    for _ in range(2):
+        trained.sum().backward()
+        frozen.grad = torch.full((64,), 4.0 * (1 + group.rank()))
+        if reads:
+            assert float(optimizer.clip_grad_norm_(1e9)) == pytest.approx(8 * math.hypot(1.0, 4.0 * mean))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(optimizer.full_state(frozen)["exp_avg"], torch.full((64,), 3.0 * mean))
+    assert torch.equal(unused, torch.full_like(unused, 2.0)) and len(optimizer.state) == 2
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@UP_TO_TWO
+def test_a_gradient_assigned_to_a_frozen_parameter_counts_as_torchs_does(run, size, stage, reads):
+    run(size, assigned_to_a_frozen_one, stage, reads)
+
+
+def of_another_dtype(group: Any, stage: int) -> str:
+    param = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    param.grad_dtype = torch.float32
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
+    with pytest.raises(TypeError) as error:
+        param.float().sum().backward()
+    optimizer.zero_grad()
+    return str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@STAGES
+def test_a_gradient_of_another_dtype_is_refused_by_name(run, stage):
+    for message in run(2, of_another_dtype, stage):
+        assert "grad_dtype" in message and "float32" in message
