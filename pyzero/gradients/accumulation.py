@@ -36,6 +36,7 @@ class ParamGrad:
         self.position = 0  # in its bucket
         self.has_arrived = False  # in the present round
         self.is_used = False  # this rank has contributed to it
+        self.life = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
 
         # The part in the shards:
         self.is_reduced = False  # there is one, maybe zeros
@@ -91,6 +92,15 @@ class ParamGrad:
         is_new = grad is not None and grad is not self._shown
         return is_new or (self._local is not None and self._local._version != self._version)
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """A part of the gradient, not all zeros, lies in the shards."""
+        return self.is_reduced and not self.is_zero
+
+    def is_current(self, life: int) -> bool:
+        """Whether `.grad` is still the gradient of that life: neither cleared nor replaced since."""
+        return life == self.life and self.param.grad is self._shown
+
     def restore(self) -> None:
         """Put back into `.grad` what the caller has cleared."""
         self.param.grad = self._shown
@@ -99,18 +109,19 @@ class ParamGrad:
         """Follow what the caller has done to `.grad`; returns whether that drops the part in the shards.
 
         Raises:
-            RuntimeError: `.grad` is the ShardedGrad of another gradient.
+            RuntimeError: `.grad` is the ShardedGrad of another gradient, or the rest of one.
         """
         grad = self.param.grad
         if grad is self._shown:
             if self._local is not None and self._local._version != self._version:
-                self.is_half_edited |= self.is_reduced and not self.is_zero
+                self.is_half_edited |= self.is_elsewhere
                 self.main_grad = None  # .grad was edited, so .grad is the sum
                 self._version = self._local._version
             return False
-        if isinstance(grad, ShardedGrad):
+        if isinstance(grad, ShardedGrad) or (isinstance(grad, LocalGrad) and grad.is_part):
+            what = "a ShardedGrad" if isinstance(grad, ShardedGrad) else "what was not reduced"
             raise RuntimeError(
-                f"expected a tensor or None in .grad of the parameter of shape {tuple(self._shape)}, got a ShardedGrad "
+                f"expected a tensor or None in .grad of the parameter of shape {tuple(self._shape)}, got {what} "
                 f"of another gradient (an earlier one, another parameter's, or of another optimizer over this one); "
                 f"keep optimizer.full_grad(p) and assign that, or delete the other optimizer and call model.zero_grad()"
             )
@@ -126,6 +137,8 @@ class ParamGrad:
         if was_reduced:
             self.count_clear()
         self.is_forgotten |= was_reduced
+        self._leave_shown(self.is_elsewhere)
+        self.life += 1
         self.is_reduced = self.is_zero = self.is_used = False
         self.factor = self.main_grad = self._shown = self._local = None
         return was_reduced
@@ -135,6 +148,11 @@ class ParamGrad:
         owner = self._owner()
         self.num_edits = _MOST_EDITS * (1 + owner.num_rounds if owner else 0)
         self.is_half_edited = False
+
+    def _leave_shown(self, has_rest: bool) -> None:
+        """Called when `.grad` gets another tensor. has_rest: The one that was shown is not the whole gradient."""
+        if isinstance(self._shown, LocalGrad) and self._shown._record is self:
+            self._shown.is_part |= has_rest
 
     def _keep(self, plain: Tensor, shown: Tensor) -> None:
         self._local, self._shown, self._version = plain, shown, plain._version
@@ -149,6 +167,7 @@ class ParamGrad:
             if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
                 self._shown = LocalGrad.wrap(self._local, self, self._owner)
                 self.param.grad = self._shown
+            self._shown._life = self.life  # it may have been set aside meanwhile, and put back
         elif self._shown is None and self.param.requires_grad:
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
@@ -167,10 +186,17 @@ class ParamGrad:
         """Called when backward has added to `.grad`: takes it for the local sum.
 
         Raises:
-            TypeError: The parameter was converted after the optimizer was built.
+            TypeError: The gradient is in another dtype, or the parameter was converted after the optimizer was built.
         """
         grad = self.param.grad
-        assert grad is not None
+        if grad is None:  # another hook has taken it away
+            return
+        if grad.dtype != self.param.dtype:
+            raise TypeError(
+                f"expected the gradient of a parameter in its dtype, {self.param.dtype}, got {grad.dtype} for the one "
+                f"of shape {tuple(self._shape)}; leave its grad_dtype alone (sums over backwards and ranks are in fp32 "
+                f"anyway) and pass grad_reduce_dtype to send in another dtype"
+            )
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         if self.main_grad is not None and self._local is not None and self._shown is not None:
@@ -190,6 +216,7 @@ class ParamGrad:
     def sent(self) -> None:
         """Called when the local sum, if any, has been sent: `.grad` becomes a ShardedGrad."""
         if not isinstance(self._shown, ShardedGrad):
+            self._leave_shown(has_rest=True)
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
         self.main_grad = self._local = None
         self.is_reduced, self.is_zero = True, False
@@ -204,6 +231,7 @@ class ParamGrad:
 
     def replaced(self) -> None:
         """Called when the caller's own value has been written into the shards, on every rank."""
+        self._leave_shown(has_rest=True)
         self._shown = self.factor = None
         self.sent()
         self.is_used = True

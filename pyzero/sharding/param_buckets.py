@@ -78,6 +78,8 @@ class ParamBuckets:
     def unplaced(self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> list[int]:
         """Indices of groups with trained parameters that lie in no bucket, as they were frozen so far.
 
+        One whose `.grad` was assigned is trained too, as torch's optimizers do not look at requires_grad.
+
         state: The optimizer's, as it is now.
 
         Raises:
@@ -92,7 +94,7 @@ class ParamBuckets:
             for param in group["params"]:
                 placed_in = self._group_of.get(param)
                 num_seen += placed_in == index
-                if placed_in is None and param.requires_grad:
+                if placed_in is None and _is_trained(param):
                     found.add(index)
         if num_seen != len(self.params):
             raise ValueError(
@@ -217,7 +219,7 @@ class ParamBuckets:
         for group_index, param in in_groups:
             if param in self._group_of:
                 continue
-            if not param.requires_grad:
+            if not _is_trained(param):
                 if param not in self._synced:
                     frozen.append(param)
                 continue
@@ -324,6 +326,10 @@ class ParamBuckets:
         for steps, number in zip(old.steps, old.numbers, strict=True):
             bucket, position = places[number]
             bucket.write_state(position, {STEP: steps})
+
+
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad or param.grad is not None
 
 
 def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int] | None:

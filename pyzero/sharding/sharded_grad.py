@@ -42,6 +42,8 @@ _INVERSE_SCALES = (Tensor.div_, Tensor.true_divide_, Tensor.divide_, Tensor.__it
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 _UNCHANGING = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _GET_DATA)  # zero_grad and old loops call them
 _IN_PLACE = (Tensor.zero_, *_SCALES, *_INVERSE_SCALES, *_UNCHANGING, _SET_DATA)
+_MEMORY = Tensor.as_subclass  # ours, and whoever wants just this rank's
+_VALUES = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _FOREACH_SCALES = (torch._foreach_mul_, torch._foreach_div_)
 _CLAMPS = (
     *(Tensor.clamp_, Tensor.clip_, Tensor.clamp_min_, Tensor.clamp_max_, torch.clamp_),
@@ -54,9 +56,20 @@ class _Gradient(torch.Tensor):
 
     _record: ParamGrad
     _owner: weakref.ref[Any]
+    _life: int  # of the gradient; see ParamGrad
 
     def _attach(self, record: ParamGrad, owner: weakref.ref[Any]) -> None:
-        self._record, self._owner = record, owner
+        self._record, self._owner, self._life = record, owner, record.life
+
+    @property
+    def _is_current(self) -> bool:
+        """This gradient has neither been cleared nor replaced since it was read from `.grad`."""
+        return self._record.is_current(self._life)
+
+    @property
+    def _is_plain(self) -> bool:
+        """An ordinary tensor, which stands for no other values than its own."""
+        return False
 
     @classmethod
     def __torch_function__(
@@ -64,12 +77,13 @@ class _Gradient(torch.Tensor):
     ) -> Any:
         """Norms and scaling of the averaged gradient; everything else is the class's own affair."""
         kwargs = kwargs or {}
-        if func in NORMS and args and isinstance(args[0], _Gradient):
-            return args[0]._norm(*norm_type_of(args, kwargs))
+        first = args[0] if args and isinstance(args[0], _Gradient) and not args[0]._is_plain else None
+        if func in NORMS and first is not None:
+            return first._norm(*norm_type_of(args, kwargs))
         if func is _FOREACH_NORM:
             return [_norm_of(tensor, *norm_type_of(args, kwargs)) for tensor in args[0]]
-        if func in _CHECKS and isinstance(args[0], _Gradient):
-            return func(args[0]._norm(2.0)).expand(args[0].shape)
+        if func in _CHECKS and first is not None:
+            return func(first._norm(2.0)).expand(first.shape)
         if func in _FOREACH_SCALES:
             return _scale_each(func, *args, **kwargs)
         if func is torch._foreach_zero_:
@@ -80,12 +94,14 @@ class _Gradient(torch.Tensor):
             raise _refusal("clamp_ (clip_grad_value_)", args)
         if func == _SET_DATA and args[0] is args[1]:  # nn.Module.to() does so where nothing is to be moved
             return None
-        if func in _IN_PLACE and isinstance(args[0], _Gradient):
-            result = args[0]._in_place(func, args, kwargs)
+        if func in _IN_PLACE and first is not None:
+            result = first._in_place(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+        _check_whole(func, args, result)
+        return result
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one of _IN_PLACE; NotImplemented where it is to be run on the tensor's own memory alone."""
@@ -95,6 +111,11 @@ class _Gradient(torch.Tensor):
         owner = self._owner()
         if owner is None or not is_plain:
             raise _refusal("a norm over dimensions" if owner else "a norm", [self])
+        if not self._is_current:
+            raise RuntimeError(
+                f"got a norm of a .grad of shape {tuple(self.shape)} that has been cleared or replaced since it was "
+                f"read, expected one of the present .grad; ask for it before that, or keep optimizer.full_grad(p)"
+            )
         result: Tensor = owner.param_norm(self._record, norm_type)
         return result
 
@@ -108,7 +129,13 @@ class _Gradient(torch.Tensor):
 
 
 class LocalGrad(_Gradient):
-    """This rank's own sum of gradients, not reduced yet: an ordinary tensor, except for norms and scaling."""
+    """This rank's own sum of gradients, not reduced yet: an ordinary tensor, except for norms and scaling.
+
+    Once it has been cleared unreduced, it is an ordinary tensor altogether. Where a part of the gradient is in the
+    shards, its values are not for reading: they are neither this rank's sum nor the mean.
+    """
+
+    is_part = False  # when it left `.grad`, or was reduced, a part of its gradient was in the shards
 
     @staticmethod
     def wrap(grad: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> LocalGrad:
@@ -117,9 +144,21 @@ class LocalGrad(_Gradient):
         wrapped._attach(record, owner)
         return wrapped
 
+    @property
+    def _is_plain(self) -> bool:
+        """See _Gradient."""
+        return not self._is_current and not self._has_rest
+
+    @property
+    def _has_rest(self) -> bool:
+        """A part of its gradient is in the shards, and not in it."""
+        return self.is_part or (self._life == self._record.life and self._record.is_elsewhere)
+
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not self._is_current:
+            return NotImplemented
         current = self._record.param.grad
-        if isinstance(current, ShardedGrad):
+        if current is not self and isinstance(current, _Gradient):
             return func(current, *args[1:], **kwargs)  # it has been reduced since it was read from `.grad`
         owner = self._owner()
         if owner is None:
@@ -163,9 +202,14 @@ class ShardedGrad(_Gradient):
         owner = self._owner()
         if owner is None or func == _SET_DATA:
             raise _refusal("an assignment to .data" if func == _SET_DATA else func.__name__, args)
-        if func is Tensor.zero_:
+        if func in _UNCHANGING or not self._is_current:  # what was dropped is nobody's any more
+            return self
+        current = self._record.param.grad
+        if isinstance(current, LocalGrad):  # more has come since it was read
+            func(current, *args[1:], **kwargs)
+        elif func is Tensor.zero_:
             owner.zero(self._record)
-        elif func not in _UNCHANGING:
+        else:
             factor = _checked_factor(args[1] if len(args) > 1 else kwargs.get("other"), self)
             owner.scale([self._record], factor, inverse=func in _INVERSE_SCALES)
         return self
@@ -192,9 +236,30 @@ def norm_type_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[float, bo
     return (2.0 if given in (None, "fro") else float(given)), is_plain
 
 
+def _check_whole(func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
+    """Raise where an op has read a LocalGrad of whose gradient a part is elsewhere; its edit is told in the message."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    has_values = func in _VALUES or any(isinstance(each, Tensor) for each in results)
+    is_foreach = result is None and args and isinstance(args[0], (tuple, list))
+    if func is _MEMORY or not (has_values or is_foreach):
+        return
+    written = args[:1] if result is None or result is args[0] else []
+    for grad in _local_grads_in(args):
+        is_edit = not grad.is_part and any(grad is each for each in _local_grads_in(written))
+        if grad._has_rest and not is_edit:
+            raise _refusal(func.__name__, [grad])
+
+
+def _local_grads_in(args: Sequence[Any]) -> list[LocalGrad]:
+    each = [value for arg in args for value in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+    return [value for value in each if isinstance(value, LocalGrad)]
+
+
 def _norm_of(tensor: Tensor, norm_type: float, is_plain: bool) -> Tensor:
     if isinstance(tensor, _Gradient):
-        return tensor._norm(norm_type, is_plain)
+        if not tensor._is_plain:
+            return tensor._norm(norm_type, is_plain)
+        tensor = tensor.as_subclass(torch.Tensor)
     norm: Tensor = torch.linalg.vector_norm(tensor, norm_type)
     return norm
 
@@ -207,9 +272,11 @@ def _scale_each(func: Callable[..., Any], tensors: Sequence[Tensor], factor: Any
     for tensor, one in zip(tensors, factors, strict=True):
         if isinstance(tensor, ShardedGrad) and tensor.stands_for is not None:
             tensor = tensor.stands_for
-        current = tensor._record.param.grad if isinstance(tensor, LocalGrad) else tensor
-        if not isinstance(current, ShardedGrad):
-            current.div_(one) if inverse else current.mul_(one)  # type: ignore[union-attr]
+        current: Any = tensor
+        if isinstance(tensor, _Gradient) and tensor._is_current:
+            current = tensor._record.param.grad
+        if not isinstance(current, ShardedGrad) or not current._is_current:
+            current.div_(one) if inverse else current.mul_(one)
             continue
         owner = current._owner()
         if owner is None:

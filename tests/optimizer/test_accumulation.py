@@ -791,3 +791,191 @@ def test_backwards_unequally_often_are_counted(ranks, counts):
         assert seconds < LATEST_S
         numbers = re.findall(r"\b\d+\b", re.sub(r"\brank \d+( of \d+)?", "", message))
         assert "rank 0" in message and "rank 1" in message and {str(count) for count in counts} <= {*numbers}, message
+
+
+# ---- what is kept of .grad ------------------------------------------------------------------------------------------
+
+KEPT = {
+    "zero_": lambda grad: grad.zero_(),
+    "mul_": lambda grad: grad.mul_(2.0),
+    "div_": lambda grad: grad.div_(2.0),
+    "foreach": lambda grad: torch._foreach_mul_([grad], 2.0),
+}
+
+
+def kept_over_zero_grad(group: Any, stage: int, how: str, drop: str, sync: bool) -> None:
+    twins = Twins(group, stage)
+    with nullcontext() if sync else twins.optimizer.no_sync():
+        twins.loss(1.0).backward()
+    kept = twins.first.grad
+    twins.drop(drop)
+    twins.backward(4.0)
+    twins.optimizer.full_grad(twins.first)  # it is reduced in stage 1 too
+    KEPT[how](kept)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize(("drop", "sync"), [("optimizer", True), ("p.grad = None", False)])
+@pytest.mark.parametrize("how", KEPT)
+@STAGES
+def test_an_edit_of_a_gradient_that_was_cleared_is_not_one_of_the_present_gradient(run, stage, how, drop, sync):
+    run(2, kept_over_zero_grad, stage, how, drop, sync)
+
+
+def norms_kept(group: Any, stage: int) -> tuple[float, float, bool]:
+    twins = Twins(group, stage)
+    with twins.optimizer.no_sync():
+        twins.loss(1.0).backward()
+    local = twins.first.grad
+    twins.drop("model")
+    before = float(local.norm())  # of this rank's own
+    twins.loss(4.0).backward()
+    twins.optimizer.full_grad(twins.first)
+    reduced = twins.first.grad
+    twins.drop("model")
+    twins.loss(16.0).backward()
+    return before, float(local.norm()), is_refused(reduced.norm)
+
+
+@STAGES
+def test_a_norm_of_a_gradient_that_was_cleared_is_not_of_the_present_one(run, stage):
+    assert run(2, norms_kept, stage) == [(8.0 * (1 + rank), 8.0 * (1 + rank), True) for rank in range(2)]
+
+
+READS_OF_A_PART = {
+    "p.grad = p.grad / 2": lambda twins, total: setattr(twins.first, "grad", twins.first.grad / 2),
+    "add_": lambda twins, total: total.add_(twins.first.grad),
+    "foreach": lambda twins, total: torch._foreach_add_([total], [twins.first.grad]),
+    "numpy": lambda twins, total: twins.first.grad.numpy(),
+    "clone": lambda twins, total: twins.first.grad.clone(),
+}
+
+
+def read_where_a_part_is_reduced(group: Any, how: str) -> bool:
+    twins = Twins(group, 2)
+    twins.backward(1.0)
+    with twins.optimizer.no_sync():
+        twins.backward(2.0)
+    refused = is_refused(lambda: READS_OF_A_PART[how](twins, torch.zeros(SHAPES[0])))
+    twins.step()
+    twins.check()
+    return refused
+
+
+@pytest.mark.parametrize("how", READS_OF_A_PART)
+def test_values_of_a_gradient_of_which_a_part_is_reduced_are_refused(run, how):
+    assert run(2, read_where_a_part_is_reduced, how) == [True] * 2
+
+
+def set_aside(group: Any, is_half_reduced: bool) -> bool:
+    twins = Twins(group, 2)
+    if is_half_reduced:
+        twins.backward(1.0)
+    with twins.optimizer.no_sync():
+        twins.backward(2.0)
+    kept, twins.first.grad = twins.first.grad, None
+    with twins.optimizer.no_sync():
+        twins.loss(4.0).backward()
+    twins.first.grad = kept
+    if is_half_reduced:
+        return is_refused(twins.optimizer.step)
+    twins.step()
+    twins.check()
+    return False
+
+
+@pytest.mark.parametrize("is_half_reduced", [False, True])
+def test_a_gradient_that_was_set_aside_comes_back_whole_or_not_at_all(run, is_half_reduced):
+    assert run(2, set_aside, is_half_reduced) == [is_half_reduced] * 2
+
+
+def edited_later(group: Any, how: str) -> bool:
+    twins = Twins(group, 2)
+    twins.backward(1.0)
+    kept = twins.first.grad
+    with twins.optimizer.no_sync():
+        twins.backward(2.0)
+    KEPT[how](kept)
+    if how != "zero_":
+        return is_refused(twins.optimizer.step)
+    twins.theirs[0].grad.zero_()
+    twins.step()
+    twins.check()
+    return True
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_an_edit_reaches_what_has_come_since_or_is_refused(run, how):
+    assert run(2, edited_later, how) == [True] * 2
+
+
+# ---- gradients that do not come from backward, or do not arrive ------------------------------------------------------
+
+
+def taken_by_a_hook(group: Any, stage: int, dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.full((64,), 2.0, dtype=dtype))
+    takes = False
+
+    def hook(param: Tensor) -> None:
+        if takes:
+            param.grad = None
+
+    param.register_post_accumulate_grad_hook(hook)  # ahead of the optimizer's own
+    optimizer = pyzero.FusedZeroAdam([param], **ADAM, process_group=group, stage=stage, loss_scale=None)
+    for num_before in (0, 1):  # what lies in `.grad` goes with it
+        for now in [False] * num_before + [True]:
+            takes = now
+            param.float().sum().backward()
+        optimizer.step()
+        assert param.grad is None or not float(param.grad.norm())
+        assert torch.equal(param, torch.full_like(param, 2.0))
+        optimizer.zero_grad()
+    takes = False
+    (param.float() * 4.0).sum().backward()
+    optimizer.step()
+    assert torch.equal(optimizer.full_state(param)["exp_avg"], torch.full((64,), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@UP_TO_TWO
+def test_a_hook_may_take_a_gradient_away(run, size, stage, dtype):
+    run(size, taken_by_a_hook, stage, dtype)
+
+
+def assigned_to_a_frozen_one(group: Any, stage: int, reads: bool) -> None:
+    mean = (1 + group.size()) / 2
+    trained, frozen, unused = (nn.Parameter(torch.full((64,), 2.0), requires_grad=i == 0) for i in range(3))
+    optimizer = pyzero.FusedZeroAdam([trained, frozen, unused], **ADAM, process_group=group, stage=stage)
+    for _ in range(2):
+        trained.sum().backward()
+        frozen.grad = torch.full((64,), 4.0 * (1 + group.rank()))
+        if reads:
+            assert float(optimizer.clip_grad_norm_(1e9)) == pytest.approx(8 * math.hypot(1.0, 4.0 * mean))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(optimizer.full_state(frozen)["exp_avg"], torch.full((64,), 3.0 * mean))
+    assert torch.equal(unused, torch.full_like(unused, 2.0)) and len(optimizer.state) == 2
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@UP_TO_TWO
+def test_a_gradient_assigned_to_a_frozen_parameter_counts_as_torchs_does(run, size, stage, reads):
+    run(size, assigned_to_a_frozen_one, stage, reads)
+
+
+def of_another_dtype(group: Any, stage: int) -> str:
+    param = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    param.grad_dtype = torch.float32
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
+    with pytest.raises(TypeError) as error:
+        param.float().sum().backward()
+    optimizer.zero_grad()
+    return str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@STAGES
+def test_a_gradient_of_another_dtype_is_refused_by_name(run, stage):
+    for message in run(2, of_another_dtype, stage):
+        assert "grad_dtype" in message and "float32" in message
