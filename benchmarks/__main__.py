@@ -23,6 +23,7 @@ from .rows import AnyRow, table, verdict
 _MODULES = {
     "adam": "adam",
     "lion": "lion",
+    "sgd": "sgd",
     "unscale": "unscale",
     "reduce_scatter": "reduce_scatter",
     "pack": "pack",

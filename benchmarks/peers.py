@@ -18,7 +18,7 @@ from .options import Options
 Optimize = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 Maker = Callable[[Tensor, Tensor], tuple[Parameter, torch.optim.Optimizer]]
 
-LR, WEIGHT_DECAY = 1e-3, 1e-2
+LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 1e-2, 0.9
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ def adamw(params: Any, kind: str = "fused") -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, **{kind: True})
 
 
+def sgd(params: Any, kind: str = "fused") -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **{kind: True})
+
+
 # ---- fp32 optimizers ------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +134,15 @@ def lion_peers(options: Options) -> dict[str, tuple[str, Maker]]:
         "torch foreach, by hand": ("torch-foreach", ForeachLion),
         "DeepSpeed Lion": ("deepspeed", lambda params: _deepspeed("lion", options.device)(params)),
         "bitsandbytes Lion32bit": ("bitsandbytes", lambda params: _bitsandbytes("Lion32bit")(params)),
+    }
+    return _those_there(every, options)
+
+
+def sgd_peers(options: Options) -> dict[str, tuple[str, Maker]]:
+    """The same of torch.optim.SGD with momentum."""
+    every: dict[str, tuple[str, Optimize]] = {
+        "torch SGD(fused=True)": ("torch-fused", sgd),
+        "torch SGD(foreach=True)": ("torch-foreach", lambda params: sgd(params, "foreach")),
     }
     return _those_there(every, options)
 

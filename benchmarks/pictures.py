@@ -37,7 +37,7 @@ def draw(out: Path, rows: Sequence[AnyRow]) -> list[Path]:
     return [_figure(out / name, plot, chosen) for name, (plot, chosen) in made.items() if chosen]
 
 
-_KERNELS = ("adam", "lion", "unscale", "reduce_scatter", "pack", "step")
+_KERNELS = ("adam", "lion", "sgd", "unscale", "reduce_scatter", "pack", "step")
 
 
 def _figure(path: Path, plot: Callable[[Any, Any], None], what: Any) -> Path:

@@ -7,6 +7,7 @@
 #include "math/adam.h"
 #include "math/lion.h"
 #include "math/loss_scale.h"
+#include "math/sgd.h"
 #include "math/types.h"
 
 namespace pyzero {
@@ -69,6 +70,22 @@ struct LionArgs {
   ShardGrads grads;
   LionHyper hyper;
   Scalar lr;
+  Scalar grad_scale;
+  const float* found_inf;
+  const int32_t* segment_ids;
+  const float* active;
+};
+
+// The same conventions.
+struct SgdArgs {
+  float* master;           // (numel,)
+  float* momentum_buffer;  // (numel,), or null: no momentum
+  ParamOuts param_outs;
+  int64_t numel;
+  ShardGrads grads;
+  SgdHyper hyper;
+  Scalar lr;
+  Scalar step;  // 1: the gradient is not dampened. Device: (num_segments,)
   Scalar grad_scale;
   const float* found_inf;
   const int32_t* segment_ids;

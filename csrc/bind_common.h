@@ -18,6 +18,7 @@ using PyRows = pybind11::bytes;     // of ops/rows.py: address, numel and DType 
 using PyScalar = pybind11::handle;  // a float is a number, an int the device address of one
 using PyAdamHyper = std::tuple<double, double, double, double, bool, bool>;
 using PyLionHyper = std::tuple<double, double, double, bool>;
+using PySgdHyper = std::tuple<double, double, double, bool, bool>;
 using PyPolicy = std::tuple<float, float, float, float, float, float, float, bool>;
 
 template <typename T>
@@ -111,6 +112,28 @@ inline LionArgs lion_args(const PyRows& rows, const std::vector<int64_t>& offset
   args.grads = shard_grads(tensors, offsets);
   args.hyper = LionHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper)};
   args.lr = scalar(lr);
+  args.grad_scale = scalar(grad_scale);
+  args.found_inf = pointer<const float>(found_inf);
+  args.segment_ids = pointer<const int32_t>(segment_ids);
+  args.active = pointer<const float>(active);
+  return args;
+}
+
+// rows: master, momentum_buffer where there is one, every param_out, and the gradients.
+inline SgdArgs sgd_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PySgdHyper& hyper,
+                        bool has_buffer, PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf,
+                        Address segment_ids, Address active) {
+  const std::vector<Buffer> tensors = buffers(rows);
+  SgdArgs args;
+  args.master = static_cast<float*>(tensors.at(0).data);
+  args.momentum_buffer = has_buffer ? static_cast<float*>(tensors.at(1).data) : nullptr;
+  args.param_outs = param_outs(tensors, has_buffer ? 2 : 1, offsets.size());
+  args.numel = tensors[0].numel;
+  args.grads = shard_grads(tensors, offsets);
+  args.hyper =
+      SgdHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper), std::get<4>(hyper)};
+  args.lr = scalar(lr);
+  args.step = scalar(step);
   args.grad_scale = scalar(grad_scale);
   args.found_inf = pointer<const float>(found_inf);
   args.segment_ids = pointer<const int32_t>(segment_ids);

@@ -31,6 +31,13 @@ void lion(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLionH
   cpu::lion(args, num_threads);
 }
 
+void sgd(const PyRows& rows, const std::vector<int64_t>& offsets, const PySgdHyper& hyper, bool has_buffer, PyScalar lr,
+         PyScalar step, PyScalar grad_scale, Address found_inf, Address segment_ids, Address active, int num_threads) {
+  const SgdArgs args = sgd_args(rows, offsets, hyper, has_buffer, lr, step, grad_scale, found_inf, segment_ids, active);
+  const py::gil_scoped_release release;
+  cpu::sgd(args, num_threads);
+}
+
 void unscale(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
              int num_threads) {
   const UnscaleArgs args{buffers(rows), scalar(inv_scale), grad_stats(found_inf, sumsq, sumsq_is_double)};
@@ -81,6 +88,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   bind_rows(module);
   module.def("adam_", &adam);
   module.def("lion_", &lion);
+  module.def("sgd_", &sgd);
   module.def("unscale_", &unscale);
   module.def("pack_", &pack);
   module.def("reduce_scatter_", &reduce_scatter);

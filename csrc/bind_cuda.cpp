@@ -55,6 +55,14 @@ void lion_(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLion
   cuda::lion(lion_args(rows, offsets, hyper, lr, grad_scale, found_inf, segment_ids, active), stream_of(stream));
 }
 
+void sgd_(const PyRows& rows, const std::vector<int64_t>& offsets, const PySgdHyper& hyper, bool has_buffer,
+          PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf, Address segment_ids, Address active,
+          int device, Address stream) {
+  const DeviceGuard guard(device);
+  cuda::sgd(sgd_args(rows, offsets, hyper, has_buffer, lr, step, grad_scale, found_inf, segment_ids, active),
+            stream_of(stream));
+}
+
 void unscale_(const PyRows& rows, PyScalar inv_scale, Address found_inf, Address sumsq, bool sumsq_is_double,
               Address workspace, int device, Address stream) {
   const DeviceGuard guard(device);
@@ -100,6 +108,7 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   pyzero::bind_rows(m);
   m.def("adam_", &pyzero::adam_);
   m.def("lion_", &pyzero::lion_);
+  m.def("sgd_", &pyzero::sgd_);
   m.def("unscale_", &pyzero::unscale_);
   m.def("pack_", &pyzero::pack_);
   m.def("reduce_scatter_", &pyzero::reduce_scatter_);

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .loss_scale import loss_scale_update_ as loss_scale_update_
     from .pack import pack_ as pack_
     from .reduce_scatter import reduce_scatter_ as reduce_scatter_
+    from .sgd import sgd_ as sgd_
     from .step_scalars import step_scalars_ as step_scalars_
     from .unscale import unscale_ as unscale_
 
@@ -23,6 +24,7 @@ _MODULES = {
     "loss_scale_update_": "loss_scale",
     "pack_": "pack",
     "reduce_scatter_": "reduce_scatter",
+    "sgd_": "sgd",
     "step_scalars_": "step_scalars",
     "unscale_": "unscale",
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_per_segment, read_shard
+from pyzero.ops.shard import as_list, check_per_segment, checked_step, read_shard
 
 _STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -76,21 +76,11 @@ def adam_(
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    if segment_ids is None:
-        if active is not None:
-            raise ValueError("expected segment_ids with active, got none; pass both or neither")
-        step = as_scalar("step", step, device)
-    else:
-        if not isinstance(step, Tensor):
-            raise TypeError(
-                "expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor"
-            )
-        num_segments = step.numel()
-        check_per_segment("step", step, num_segments, device)
-        if active is not None:
-            check_per_segment("active", active, num_segments, device)
-    if not isinstance(step, Tensor) and step < 1:
-        raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
+    if segment_ids is None and active is not None:
+        raise ValueError("expected segment_ids with active, got none; pass both or neither")
+    step = checked_step(step, segment_ids, device)
+    if active is not None and isinstance(step, Tensor):
+        check_per_segment("active", active, step.numel(), device)
 
     args = AdamArgs(
         master=master,

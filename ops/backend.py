@@ -74,6 +74,34 @@ class LionArgs(NamedTuple):
     active: Tensor | None  # (num_segments,) fp32; zero: that segment is left alone
 
 
+class SgdHyper(NamedTuple):
+    """What stays the same from step to step; the order is that of SgdHyper in csrc/math/sgd.h."""
+
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+class SgdArgs(NamedTuple):
+    """Arguments of sgd_."""
+
+    master: Tensor  # (numel,) fp32
+    momentum_buffer: Tensor | None  # (numel,) fp32; None: the momentum is 0
+    param_outs: Sequence[Tensor]  # (numel,) each, of one dtype: fp32, bf16 or fp16; up to MAX_PARAM_OUTS
+    grads: Sequence[Tensor]  # contiguous, of one dtype, fp32, bf16 or fp16; what none of them covers is left alone
+    offsets: Sequence[int]  # element of the shard at which each begins, a multiple of SEGMENT_GRANULE
+    rows: bytes  # of all of the above that there are, in this order; none for the fp64 oracle
+    hyper: SgdHyper
+    lr: Scalar
+    step: Scalar | None  # where a buffer is dampened, as in AdamArgs; at 1 the gradient is not
+    grad_scale: Scalar
+    found_inf: Tensor | None  # (1,) fp32; not zero: nothing is written
+    segment_ids: Tensor | None  # (ceil(numel / SEGMENT_GRANULE),) int32
+    active: Tensor | None  # (num_segments,) fp32; zero: that segment is left alone
+
+
 class UnscaleArgs(NamedTuple):
     """Arguments of unscale_."""
 
@@ -147,6 +175,9 @@ class Backend(Protocol):
 
     def lion_(self, args: LionArgs, /) -> None:
         """See `pyzero.ops.lion_`."""
+
+    def sgd_(self, args: SgdArgs, /) -> None:
+        """See `pyzero.ops.sgd_`."""
 
     def unscale_(self, args: UnscaleArgs, /) -> None:
         """See `pyzero.ops.unscale_`."""

@@ -23,6 +23,7 @@ from .backend import (
     PackArgs,
     ReduceScatterArgs,
     Scalar,
+    SgdArgs,
     StepScalarsArgs,
     UnscaleArgs,
 )
@@ -175,6 +176,22 @@ class NativeBackend:
             args.offsets,
             args.hyper,
             _scalar(args.lr),
+            _scalar(args.grad_scale),
+            _address(args.found_inf),
+            _address(args.segment_ids),
+            _address(args.active),
+            *self._launch_args(args.master.device),
+        )
+
+    def sgd_(self, args: SgdArgs) -> None:
+        """See `pyzero.ops.sgd_`."""
+        self.module.sgd_(
+            args.rows,
+            args.offsets,
+            args.hyper,
+            args.momentum_buffer is not None,
+            _scalar(args.lr),
+            0.0 if args.step is None else _scalar(args.step),
             _scalar(args.grad_scale),
             _address(args.found_inf),
             _address(args.segment_ids),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pyzero")
 
-OPS = ("adam_", "lion_", "unscale_", "reduce_scatter_", "pack_", "loss_scale_update_", "step_scalars_")
+OPS = ("adam_", "lion_", "sgd_", "unscale_", "reduce_scatter_", "pack_", "loss_scale_update_", "step_scalars_")
 _LOGGED_LINES = 8  # of a compiler's output, when "auto" goes on without it
 
 

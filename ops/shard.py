@@ -1,4 +1,4 @@
-"""What adam_ and lion_ check of a flat shard: the tensors side by side, its gradients, its segments."""
+"""What adam_, lion_ and sgd_ check of a flat shard: the tensors side by side, its gradients, its segments."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -6,8 +6,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyzero.ops.backend import MAX_PARAM_OUTS, SEGMENT_GRANULE
+from pyzero.ops.backend import MAX_PARAM_OUTS, SEGMENT_GRANULE, Scalar
 from pyzero.ops.checks import (
+    as_scalar,
     check_device,
     check_disjoint,
     check_dtype,
@@ -132,6 +133,19 @@ def check_per_segment(name: str, tensor: Tensor, num_segments: int, device: torc
     check_dtype(name, tensor, (torch.float32,), "convert it with .float()")
     check_flat(name, tensor, numel=num_segments)
     check_device(name, tensor, device)
+
+
+def checked_step(step: Scalar, segment_ids: Tensor | None, device: torch.device) -> Scalar:
+    """A step count: a number or a 0-D tensor; with segments, one for each."""
+    if segment_ids is None:
+        step = as_scalar("step", step, device)
+    elif isinstance(step, Tensor):
+        check_per_segment("step", step, step.numel(), device)
+    else:
+        raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")
+    if not isinstance(step, Tensor) and step < 1:
+        raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
+    return step
 
 
 def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:

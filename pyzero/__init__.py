@@ -1,4 +1,4 @@
-"""ZeRO in PyTorch on fused kernels: FusedZeroAdam, -AdamW and -Lion, and initialize() for DeepSpeed's scripts."""
+"""ZeRO in PyTorch on fused kernels: FusedZeroAdam, -AdamW, -Lion and -SGD, and initialize() for DeepSpeed's scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .lion import FusedZeroLion as FusedZeroLion
     from .loss_scale.scaler import LossScale as LossScale
     from .muon import ZeroMuon as ZeroMuon
-    from .sgd import ZeroSGD as ZeroSGD
+    from .sgd import FusedZeroSGD as FusedZeroSGD
     from .sharding.sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
@@ -31,11 +31,11 @@ _MODULES = {
     "FusedZeroAdam": "adam",
     "FusedZeroAdamW": "adam",
     "FusedZeroLion": "lion",
+    "FusedZeroSGD": "sgd",
     "LossScale": "loss_scale.scaler",
     "ShardedGrad": "sharding.sharded_grad",
     "ZeroLamb": "lamb",
     "ZeroMuon": "muon",
-    "ZeroSGD": "sgd",
     "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",
     "latest_checkpoint": "checkpoint.loading",

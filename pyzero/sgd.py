@@ -1,16 +1,16 @@
-"""ZeroSGD: SGD with momentum, its state partitioned over ranks, in plain PyTorch."""
+"""FusedZeroSGD: SGD with momentum, its state partitioned over ranks, on the fused op."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from pyzero import ops
 from pyzero.arguments import check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state import with_step_counts
-from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
+from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class SGDRule:
-    """torch.optim.SGD's rule.
+    """torch.optim.SGD's rule; see pyzero.ops.sgd_.
 
     Args:
         has_momentum: Keep a momentum buffer. Without, groups cannot have momentum.
     """
 
     cut = Cut.ANYWHERE
-    reads_lists = False
-    pushes = False
+    reads_lists = True
+    pushes = True
 
     def __init__(self, has_momentum: bool) -> None:
         self.name = "sgd_momentum" if has_momentum else "sgd"
@@ -52,7 +52,7 @@ class SGDRule:
     def update(
         self,
         shard: RunShard,
-        grad: Tensor,
+        grad: Tensor | GradList,
         group: dict[str, Any],
         *,
         grad_scale: float | Tensor,
@@ -60,32 +60,29 @@ class SGDRule:
         used: Tensor,
         backend: str,
     ) -> None:
-        """See UpdateRule. In the order of torch's operations."""
-        p, lr = shard.master, group["lr"]
-        applies = shard.spread(used * (found_inf == 0)).bool()
-        move = grad.float() * grad_scale
-        if group["maximize"]:
-            move.neg_()
-        if group["weight_decay"]:
-            move.add_(p, alpha=group["weight_decay"])
-        if self.slots:
-            move = self._with_momentum(shard, move, group, applies)
-        p_new = p.addcmul(move, lr, value=-1) if isinstance(lr, Tensor) else p.add(move, alpha=-lr)
-        torch.where(applies, p_new, p, out=p)
-        if shard.weights is not None:
-            shard.weights.copy_(torch.where(applies, p.to(shard.weights.dtype), shard.weights))
-
-    def _with_momentum(self, shard: RunShard, grad: Tensor, group: dict[str, Any], applies: Tensor) -> Tensor:
-        """(n,) the step's direction; the buffer is written where the step applies."""
-        buffer, momentum, dampening = shard.state["momentum_buffer"], group["momentum"], group["dampening"]
-        new = (buffer * momentum).add_(grad, alpha=1.0 - dampening)
-        if dampening:  # not of the first gradient
-            new = torch.where(shard.spread(shard.steps) == 1, grad, new)
-        torch.where(applies, new, buffer, out=buffer)
-        return grad.add_(new, alpha=momentum) if group["nesterov"] else new
+        """See UpdateRule."""
+        ops.sgd_(
+            shard.master,
+            shard.state["momentum_buffer"] if group["momentum"] else None,  # as torch, which leaves it alone then
+            grad.tensors if isinstance(grad, GradList) else grad,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            step=shard.steps,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            param_out=shard.weights_out,
+            segment_ids=shard.segment_ids,
+            active=used,
+            grad_offsets=grad.offsets if isinstance(grad, GradList) else None,
+            backend=backend,
+        )
 
 
-class ZeroSGD(ZeroOptimizer):
+class FusedZeroSGD(ZeroOptimizer):
     """SGD with fp32 masters, and a momentum buffer for groups that have momentum when they are added.
 
     Args:

@@ -14,22 +14,23 @@ from pyzero.adam import FusedZeroAdam, FusedZeroAdamW
 from pyzero.checkpoint.loading import load_checkpoint
 from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sgd import ZeroSGD
+from pyzero.sgd import FusedZeroSGD
 
 _OURS: dict[Any, type[ZeroOptimizer]] = {
     torch.optim.AdamW: FusedZeroAdamW,
     torch.optim.Adam: FusedZeroAdam,
-    torch.optim.SGD: ZeroSGD,
+    torch.optim.SGD: FusedZeroSGD,
 }
 
 
 class ZeroTrainerMixin:
     """For a Trainer of any kind: `class ZeroSFTTrainer(ZeroTrainerMixin, SFTTrainer)`.
 
-    TrainingArguments stay as they are. The optimizer is FusedZeroAdamW where `optim` names AdamW (the default), ZeroSGD
-    where it names SGD, or what `optimizer_cls_and_kwargs` and `optimizers` give. The model is not wrapped in
-    DistributedDataParallel. Logs show `skipped_steps`, and `loss_scale` where there is one. A checkpoint has the folder
-    pyzero in the place of optimizer.pt, and is resumed on any number of ranks; one of torch's AdamW is taken too.
+    TrainingArguments stay as they are. The optimizer is FusedZeroAdamW where `optim` names AdamW (the default),
+    FusedZeroSGD where it names SGD, or what `optimizer_cls_and_kwargs` and `optimizers` give. The model is not wrapped
+    in DistributedDataParallel. Logs show `skipped_steps`, and `loss_scale` where there is one. A checkpoint has the
+    folder pyzero in the place of optimizer.pt, and is resumed on any number of ranks; one of torch's AdamW is taken
+    too.
     """
 
     args: Any

@@ -179,6 +179,15 @@ void lion(const LionArgs& args, int num_threads) {
   });
 }
 
+void sgd(const SgdArgs& args, int num_threads) {
+  const float lr = float(read(args.lr));
+  const float grad_scale = signed_grad_scale(args);
+  update_shard(args, num_threads, [&](const GradSpan& grad, int32_t segment, int64_t begin, int64_t end) {
+    const bool is_first = (args.step.device != nullptr ? args.step.device[segment] : args.step.value) == 1.0;
+    kernels().sgd(args, grad, lr, is_first, grad_scale, begin, end);
+  });
+}
+
 void unscale(const UnscaleArgs& args, int num_threads) {
   const float scale = float(read(args.inv_scale));
   const bool read_only = args.inv_scale.device == nullptr && args.inv_scale.value == 1.0;

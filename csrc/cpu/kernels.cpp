@@ -10,13 +10,14 @@
 #include "adam.h"
 #include "lion.h"
 #include "reduce_scatter.h"
+#include "sgd.h"
 #include "unscale.h"
 
 namespace pyzero {
 namespace PYZERO_ISA {
 
 extern const KernelTable kKernels;
-const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, lion, scale, stream_copy, reduce};
+const KernelTable kKernels{PZ_STRING(PYZERO_ISA), adam, lion, sgd, scale, stream_copy, reduce};
 
 }  // namespace PYZERO_ISA
 }  // namespace pyzero

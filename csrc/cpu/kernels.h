@@ -33,6 +33,8 @@ struct KernelTable {
                int64_t begin, int64_t end);
   void (*lion)(const LionArgs& args, const GradSpan& grad, const LionConstants& constants, float grad_scale,
                int64_t begin, int64_t end);
+  void (*sgd)(const SgdArgs& args, const GradSpan& grad, float lr, bool is_first, float grad_scale, int64_t begin,
+              int64_t end);
   // dst[begin, end) = round(factor * src[begin, end)); dst may be src, or have no data: then the pass only reads.
   // Returns the sum of squares of what was stored where asked for, NaN or 0 where only the flag is: either is not
   // finite exactly where some value was not.

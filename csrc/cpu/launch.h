@@ -8,6 +8,7 @@ namespace cpu {
 
 void adam(const AdamArgs& args, int num_threads);
 void lion(const LionArgs& args, int num_threads);
+void sgd(const SgdArgs& args, int num_threads);
 void unscale(const UnscaleArgs& args, int num_threads);
 void pack(const PackArgs& args, int num_threads);
 void reduce_scatter(const ReduceScatterArgs& args, int num_threads);

@@ -22,6 +22,7 @@ constexpr int kMaxRanks = 1024;  // slices of one reduce_scatter: their addresse
 void adam(const AdamArgs& args, AdamConstants* constants, cudaStream_t stream);
 
 void lion(const LionArgs& args, cudaStream_t stream);
+void sgd(const SgdArgs& args, cudaStream_t stream);
 
 // partials: kMaxPartials entries; used, and needed, only where a sum of squares is asked for.
 void unscale(const UnscaleArgs& args, double* partials, cudaStream_t stream);

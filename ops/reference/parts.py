@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, LionArgs
+from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, LionArgs, SgdArgs
 
-Args = TypeVar("Args", AdamArgs, LionArgs)
+Args = TypeVar("Args", AdamArgs, LionArgs, SgdArgs)
 
-_PER_ELEMENT = ("master", "exp_avg", "exp_avg_sq")
+_PER_ELEMENT = ("master", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def each_grad(args: Args) -> Iterator[tuple[Tensor, Args]]:

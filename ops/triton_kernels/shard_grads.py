@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import AdamArgs, LionArgs
+from ..backend import AdamArgs, LionArgs, SgdArgs
 from ..rows import addresses, numels
 from .address_table import AddressTable, Upload, address_tables, kept, pointer_table
 from .common import ELEMENT_TYPES, is_aligned, launch, round_to, store_rounded
@@ -47,8 +47,8 @@ def store_weights(param_out, peers, base, offsets, p, mask, NUM_PEERS: tl.conste
 def launch_over_grads(
     flat_kernel: Any,
     list_kernel: Any,
-    args: AdamArgs | LionArgs,
-    states: Sequence[Tensor],
+    args: AdamArgs | LionArgs | SgdArgs,
+    states: Sequence[Tensor | None],
     *others: Any,
     BLOCK: int,
     **constants: Any,
@@ -73,7 +73,7 @@ def launch_over_grads(
         )  # fmt: skip
 
 
-def _tables(args: AdamArgs | LionArgs) -> list[AddressTable]:
+def _tables(args: AdamArgs | LionArgs | SgdArgs) -> list[AddressTable]:
     def build(upload: Upload) -> list[AddressTable]:
         first = -len(args.grads)
         spans = list(zip(addresses(args.rows)[first:], args.offsets, numels(args.rows)[first:], strict=True))

@@ -20,7 +20,7 @@ from pyzero.lamb import ZeroLamb
 from pyzero.lion import FusedZeroLion
 from pyzero.muon import ZeroMuon
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sgd import ZeroSGD
+from pyzero.sgd import FusedZeroSGD
 
 _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "Adam": FusedZeroAdam,
@@ -28,7 +28,7 @@ _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "Lion": FusedZeroLion,
     "Lamb": ZeroLamb,
     "Muon": ZeroMuon,
-    "SGD": ZeroSGD,
+    "SGD": FusedZeroSGD,
 }
 _NOT_MUONS = ("embed", "lm_head")  # in names of matrices, which are no hidden ones then: DeepSpeed's rule
 _REFUSED = ("amsgrad", "differentiable")
@@ -101,7 +101,7 @@ def _class_for(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
     if type(optimizer) is _TORCH_MUON:
         return ZeroMuon
     if isinstance(optimizer, SGD):
-        return ZeroSGD
+        return FusedZeroSGD
     return ZeroLamb if isinstance(optimizer, FusedLamb) else FusedZeroAdam
 
 

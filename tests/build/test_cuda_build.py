@@ -15,15 +15,16 @@ import pytest
 from pyzero.ops import build_spec
 
 ARCHS = ("80", "90", "100")
-SOURCES = ("adam", "lion", "loss_scale", "pack", "reduce_scatter", "grad_stats", "step_scalars", "unscale")
+SOURCES = ("adam", "lion", "loss_scale", "pack", "reduce_scatter", "grad_stats", "sgd", "step_scalars", "unscale")
 # Loads and stores of 16 and of 8 bytes, of all kernels of one file and target together, at least, counted by hand: one
 # for each operand of each vector that a kernel names (those of a full chunk, and one in the loop for what is left), of
 # 8 bytes for a 16-bit operand beside fp32, and of the weights one more, for peers. adam: 48 kernels of 3 vectors, lion:
-# 24, half of each for gradients that lie apart; lists: 5 vectors with fp32, 3 without; reduce_scatter: 5 vectors for 1
-# and 2 slices, 3 for others, 1 for 8 of fp32.
+# 24, half of each for gradients that lie apart; sgd: lion's, and as many without a momentum buffer; lists: 5 vectors
+# with fp32, 3 without; reduce_scatter: 5 vectors for 1 and 2 slices, 3 for others, 1 for 8 of fp32.
 WIDE = {
     "adam": {"LDG 16": 480, "LDG 8": 96, "STG 16": 504, "STG 8": 144},
     "lion": {"LDG 16": 168, "LDG 8": 48, "STG 16": 180, "STG 8": 72},
+    "sgd": {"LDG 16": 264, "LDG 8": 96, "STG 16": 288, "STG 8": 144},
     "unscale": {"LDG 16": 22, "LDG 8": 0, "STG 16": 11, "STG 8": 0},
     "pack": {"LDG 16": 27, "LDG 8": 10, "STG 16": 27, "STG 8": 10},
     "reduce_scatter": {"LDG 16": 137, "LDG 8": 228, "STG 16": 110, "STG 8": 0},
@@ -32,6 +33,7 @@ WIDE = {
 AHEAD = {
     "adam": {8: 48},
     "lion": {6: 24},
+    "sgd": {4: 24, 6: 24},
     "unscale": {2: 4, 4: 2},  # of 16-bit types, of fp32; in both kernels
     "pack": {2: 4, 4: 5},
     "reduce_scatter": {2: 3, 4: 6, 8: 9, 10: 3, 12: 3, 16: 2, 18: 2},  # any 2 or 4, 1: 4 or 8, 2: 8 or 12, 4: 8 or 10

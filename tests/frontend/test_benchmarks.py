@@ -18,7 +18,7 @@ from pyzero import ops
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--numel", "5000"]
 ON_RANKS = ["transport", "train", "memory", "scaling"]
-CHEAP = ["adam", "lion", "unscale", "pack", "reduce_scatter", "loss_scale", "step_scalars", "step", "models"]
+CHEAP = ["adam", "lion", "sgd", "unscale", "pack", "reduce_scatter", "loss_scale", "step_scalars", "step", "models"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_prints_a_table_and_writes_files(name, tmp_path, capsys):
         assert ours["name"].startswith("pyzero") and ours["times_ours"] == 1 and ours["peer"] is None
         assert all(row["times_ours"] for row in others if row["name"] not in harness.MACHINE)
     assert any(row["peer"] for row in found)
-    if name in ("adam", "lion", "unscale", "reduce_scatter", "pack", "step"):
+    if name in ("adam", "lion", "sgd", "unscale", "reduce_scatter", "pack", "step"):
         assert (out / "roofline.png").stat().st_size > 1000
 
 
@@ -84,6 +84,10 @@ def _wrong_lion(*args, lr, **kwargs):
     return _RIGHT["lion_"](*args, lr=lr * 1.01, **kwargs)
 
 
+def _wrong_sgd(*args, lr, **kwargs):
+    return _RIGHT["sgd_"](*args, lr=lr * 1.01, **kwargs)
+
+
 def _wrong_unscale(tensors, inv_scale, **kwargs):
     _RIGHT["unscale_"](tensors, inv_scale, **kwargs)
     if kwargs.get("sumsq") is not None:
@@ -116,6 +120,7 @@ _RIGHT = {name: getattr(ops, name) for name in ops.__all__}
     [
         ("adam", "adam_", _wrong_adam),
         ("lion", "lion_", _wrong_lion),
+        ("sgd", "sgd_", _wrong_sgd),
         ("unscale", "unscale_", _wrong_unscale),
         ("reduce_scatter", "reduce_scatter_", _wrong_reduce_scatter),
         ("pack", "pack_", _wrong_pack),

@@ -291,7 +291,7 @@ def test_sgd(by_config):
         engine, optimizer, *_ = start({**config, "optimizer": {"type": "SGD", "params": params}}, models[1])
     else:
         engine, optimizer, *_ = start(config, models[1], optimizer=torch.optim.SGD(models[1].parameters(), **params))
-    assert isinstance(optimizer, pyzero.ZeroSGD) and engine.get_mom() == [0.5]
+    assert isinstance(optimizer, pyzero.FusedZeroSGD) and engine.get_mom() == [0.5]
     for step in range(3):
         inputs, signs = exact_batch(step, 8)
         exact_loss(models[0](inputs), signs).backward()

@@ -140,6 +140,56 @@ LION = {
         "multiple of 16 bytes.*got one that does not; start each shard",
     ),
 }
+SGD = {
+    "master-bf16": ({"master": ones(70).bfloat16()}, TypeError, "expected master in float32, got bfloat16; pass"),
+    "buffer-fp64": (
+        {"momentum_buffer": ones(70).double()},
+        TypeError,
+        "expected momentum_buffer in float32, got float64; pass",
+    ),
+    "no-buffer": (
+        {"momentum_buffer": None},
+        ValueError,
+        "expected momentum 0 without momentum_buffer, got 0.9; pass torch.zeros_like",
+    ),
+    "no-step": ({"dampening": 0.1}, ValueError, "expected step with dampening 0.1, got none; pass the step count"),
+    "step-0": ({"step": 0}, ValueError, "expected step to count from 1, got 0.0; add 1"),
+    "step-device": ({"step": torch.ones((), device="meta")}, ValueError, "expected step on cpu, got meta; move"),
+    "grad-int": ({"grad": ones(70).int()}, TypeError, "expected grad in float32 or bfloat16 or float16, got int32"),
+    **OUTS,
+    "numel": ({"grad": ones(69)}, ValueError, "expected grad to have 70 elements.*got 69; pass slices"),
+    "strided": ({"param_out": ones(140)[::2]}, ValueError, r"param_out to be a contiguous.*strides \(2,\); pass"),
+    "device": ({"grad": ones(70, device="meta")}, ValueError, "expected grad on cpu, got meta; move it"),
+    "overlap": (
+        {"momentum_buffer": _SHARED[:70], "grad": _SHARED[30:]},
+        ValueError,
+        "momentum_buffer and grad not to overlap",
+    ),
+    "out-is-master": (
+        {"momentum_buffer": None, "momentum": 0.0, "master": _SHARED[:70], "param_out": _SHARED[:70]},
+        ValueError,
+        "master and param_out not to overlap",
+    ),
+    "flag-numel": ({"found_inf": ones(2)}, ValueError, r"expected found_inf to have 1 element, got shape \(2,\); make"),
+    "lr-shape": ({"lr": ones(2)}, ValueError, r"expected lr as a number or a tensor of one element, got shape \(2,\)"),
+    "active-alone": ({"active": ones(1)}, ValueError, "expected segment_ids with active, got none; pass both"),
+    "segments-short": ({"segment_ids": ones(1).int()}, ValueError, "one entry per 64 elements, 2, got 1; slice"),
+    "segments-step": (
+        {"segment_ids": ones(2).int(), "step": 2},
+        TypeError,
+        r"\(num_segments,\) fp32.*got a number; pass",
+    ),
+    "segments-active": (
+        {"segment_ids": ones(2).int(), "step": ones(2), "active": ones(3)},
+        ValueError,
+        "expected active to have 2 elements.*got 3",
+    ),
+    "segments-unaligned": (
+        {"grad": ones(71)[1:], "segment_ids": torch.zeros(2).int()},
+        ValueError,
+        "multiple of 16 bytes.*got one that does not; start each shard",
+    ),
+}
 UNSCALE = {
     "dtype": ({"tensors": [ones(70), ones(3).double()]}, TypeError, r"tensors\[1\] in .*got float64; convert"),
     "device": ({"tensors": [ones(70), ones(3, device="meta")]}, ValueError, r"tensors\[1\] on cpu, got meta; move"),
@@ -241,11 +291,17 @@ def _lion() -> dict[str, object]:
     return good | {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
 
 
+def _sgd() -> dict[str, object]:
+    good = {name: ones(70) for name in ("master", "momentum_buffer", "grad", "param_out")}
+    return good | {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+
+
 OPS: dict[
     str, tuple[Call, Callable[[], dict[str, object]], dict[str, tuple[dict[str, object], type[Exception], str]]]
 ] = {
     "adam_": (ops.adam_, _adam, ADAM),
     "lion_": (ops.lion_, _lion, LION),
+    "sgd_": (ops.sgd_, _sgd, SGD),
     "unscale_": (
         ops.unscale_,
         lambda: {"tensors": [ones(70)], "inv_scale": 0.5, "found_inf": torch.zeros(1), "sumsq": torch.zeros(1)},

@@ -20,7 +20,8 @@ WORKER = Path(__file__).parents[1] / "support" / "triton_compile.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WITH_COUNTEREXAMPLES = ("sm_90", "gfx942")
 ADAM, LION = ("adam_kernel", "adam_list_kernel"), ("lion_kernel", "lion_list_kernel")
-STREAMING = (*ADAM, *LION, "scaled_copy_kernel", "reduce_scatter_kernel")
+SGD = ("sgd_kernel", "sgd_list_kernel")
+STREAMING = (*ADAM, *LION, *SGD, "scaled_copy_kernel", "reduce_scatter_kernel")
 THREADS = 128  # per program, on every target
 # Bytes that one element of the main loop reads and writes.
 CASES = {
@@ -32,6 +33,10 @@ CASES = {
     "lion-bf16-bf16": (10, 10),
     "lion-bf16-bf16-list": (10, 10),
     "lion-f16-f16-segments": (10, 10),
+    "sgd-bf16-bf16": (10, 10),
+    "sgd-bf16-bf16-list": (10, 10),
+    "sgd-f16-f16-segments": (10, 10),
+    "sgd-bf16-bf16-no-buffer": (6, 6),
     "unscale-bf16": (2, 2),
     "unscale-f32": (4, 4),
     "unscale-f16-reads": (2, 0),

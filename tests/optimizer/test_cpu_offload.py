@@ -27,7 +27,7 @@ def on_gpu(test: Any) -> Any:
     return pytest.mark.cuda(skips(test))
 
 
-OPTIMIZERS = [pyzero.FusedZeroAdamW, pyzero.FusedZeroLion, pyzero.ZeroLamb]
+OPTIMIZERS = [pyzero.FusedZeroAdamW, pyzero.FusedZeroLion, pyzero.FusedZeroSGD, pyzero.ZeroLamb]
 
 
 def made(device: str, dtype: torch.dtype, offload: bool, of: Any = pyzero.FusedZeroAdamW, **options: Any) -> Any:

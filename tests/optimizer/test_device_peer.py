@@ -97,7 +97,7 @@ def trained(group: Any, kind: str, transport: str) -> tuple[list[Tensor], int, i
     return params_of(model), len(copies), len(optimizer._buckets)
 
 
-@pytest.mark.parametrize("kind", ["FusedZeroAdam", "FusedZeroLion", "ZeroLamb", "ZeroMuon"])
+@pytest.mark.parametrize("kind", ["FusedZeroAdam", "FusedZeroLion", "FusedZeroSGD", "ZeroLamb", "ZeroMuon"])
 def test_a_rule_pushes_its_weights_or_has_them_copied(ranks, kind):
     exact = ranks.run(2, trained, kind, "exact")
     ours = ranks.run(2, through_peers, trained, kind, "peer")

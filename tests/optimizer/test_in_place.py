@@ -103,7 +103,8 @@ def test_a_gradient_may_be_what_the_step_writes(dtype, source):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "is_copied"), [("FusedZeroAdamW", False), ("FusedZeroLion", False), ("ZeroLamb", True)]
+    ("optimizer", "is_copied"),
+    [("FusedZeroAdamW", False), ("FusedZeroLion", False), ("FusedZeroSGD", False), ("ZeroLamb", True)],
 )
 def test_gradients_are_not_copied(monkeypatch, optimizer, is_copied):
     numels: list[int] = []

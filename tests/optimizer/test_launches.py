@@ -39,6 +39,7 @@ CASES = {
         "FusedZeroLion",
         {"max_grad_norm": 1e-3, "loss_scale": pyzero.LossScale(8.0)},
     ),
+    "bf16, SGD": (torch.bfloat16, "FusedZeroSGD", {"momentum": 0.9, "dampening": 0.1}),
 }
 
 

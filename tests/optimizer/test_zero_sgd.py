@@ -1,4 +1,4 @@
-"""ZeroSGD against torch.optim.SGD over fp32 masters, on one and more ranks; what torch's state dict holds; skips."""
+"""FusedZeroSGD against torch.optim.SGD over fp32 masters, on one and more ranks; torch's state dicts; skips."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(
     rank, size = group.rank(), group.size()
     model = build(dtype)
     before = params_of(model)
-    optimizer = pyzero.ZeroSGD(
+    optimizer = pyzero.FusedZeroSGD(
         model.parameters(), **hyper, process_group=group, stage=stage, bucket_cap_mb=1e-3, loss_scale=None
     )
     grads = []
@@ -67,7 +67,7 @@ def test_against_torch(ranks, size, stage, dtype, case):
 def test_by_hand():
     """Momentum 2, then 0.5 * 2 + 2 = 3."""
     param = nn.Parameter(torch.ones(4))
-    optimizer = pyzero.ZeroSGD([param], lr=0.25, momentum=0.5)
+    optimizer = pyzero.FusedZeroSGD([param], lr=0.25, momentum=0.5)
     for value in (0.5, -0.25):
         param.grad = torch.full((4,), 2.0)
         optimizer.step()
@@ -78,7 +78,7 @@ def test_by_hand():
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 def test_gradients_of_each_dtype_and_a_clip(lr):
     param = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
-    optimizer = pyzero.ZeroSGD([param], lr=lr, max_grad_norm=1.0)
+    optimizer = pyzero.FusedZeroSGD([param], lr=lr, max_grad_norm=1.0)
     param.grad = torch.full((4,), 2.0, dtype=torch.bfloat16)
     optimizer.step()
     torch.testing.assert_close(optimizer.full_master(param), torch.full((4,), -0.25))
@@ -86,7 +86,7 @@ def test_gradients_of_each_dtype_and_a_clip(lr):
 
 def test_a_skipped_step_changes_nothing():
     model = build(torch.float16)
-    optimizer = pyzero.ZeroSGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)
+    optimizer = pyzero.FusedZeroSGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1)
     before = params_of(model)
     optimizer.backward(loss_of(model, micro_batch(0, 0)) * float("inf"))
     optimizer.step()
@@ -98,7 +98,7 @@ def test_a_skipped_step_changes_nothing():
 
 def test_a_parameter_without_a_gradient_stays_and_its_first_is_not_dampened():
     params = [nn.Parameter(torch.ones(70)) for _ in range(2)]
-    optimizer = pyzero.ZeroSGD(params, lr=1.0, momentum=0.5, dampening=0.5, weight_decay=0.5)
+    optimizer = pyzero.FusedZeroSGD(params, lr=1.0, momentum=0.5, dampening=0.5, weight_decay=0.5)
     params[0].sum().backward()
     optimizer.step()
     assert not torch.equal(params[0], torch.ones(70)) and torch.equal(params[1], torch.ones(70))
@@ -111,7 +111,7 @@ def test_a_parameter_without_a_gradient_stays_and_its_first_is_not_dampened():
 def test_state_is_what_groups_need():
     """Masters of 4 bytes, and 4 of momentum in one of two groups."""
     params = [nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16)) for _ in range(2)]
-    optimizer = pyzero.ZeroSGD([{"params": params[:1]}, {"params": params[1:], "momentum": 0.9}], lr=0.1)
+    optimizer = pyzero.FusedZeroSGD([{"params": params[:1]}, {"params": params[1:], "momentum": 0.9}], lr=0.1)
     assert optimizer.state_bytes() == (4 + 8) * 4096
     assert [set(optimizer.state[param]) for param in params] == [
         {"step", "master"},
@@ -124,7 +124,7 @@ def test_a_torch_state_dict_goes_on(case):
     models = [build(torch.float32) for _ in range(2)]
     optimizers = [
         torch.optim.SGD(models[0].parameters(), **CASES[case]),
-        pyzero.ZeroSGD(models[1].parameters(), **CASES[case]),
+        pyzero.FusedZeroSGD(models[1].parameters(), **CASES[case]),
     ]
 
     def step(index: int, number: int) -> None:
@@ -143,7 +143,7 @@ def test_a_torch_state_dict_goes_on(case):
 @pytest.mark.parametrize("case", ["plain", "momentum"])
 def test_a_state_dict_of_its_own_goes_on(case):
     models = [build(torch.bfloat16) for _ in range(2)]
-    first, second = (pyzero.ZeroSGD(model.parameters(), **CASES[case]) for model in models)
+    first, second = (pyzero.FusedZeroSGD(model.parameters(), **CASES[case]) for model in models)
     for number in range(3):
         first.zero_grad()
         loss_of(models[0], micro_batch(number, 0)).backward()
@@ -160,7 +160,7 @@ def resume(group: Any, folder: Any, starts: bool) -> list[Tensor]:
     model = build(torch.bfloat16)
     params = list(model.parameters())
     groups = [{"params": params[::2], "momentum": 0.5}, {"params": params[1::2]}]
-    optimizer = pyzero.ZeroSGD(groups, **PLAIN, process_group=group, loss_scale=None)
+    optimizer = pyzero.FusedZeroSGD(groups, **PLAIN, process_group=group, loss_scale=None)
     if not starts:
         pyzero.load_checkpoint(folder, model=model, optimizer=optimizer)
     for step in (0, 1) if starts else (2,):
@@ -191,12 +191,25 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, tmp_path):
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
-        pyzero.ZeroSGD([nn.Parameter(torch.zeros(3))], **options)
+        pyzero.FusedZeroSGD([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_momentum_that_becomes_0_leaves_its_buffer_alone():
+    """As torch does, which does not dampen then either."""
+    params = [nn.Parameter(torch.ones(70)) for _ in range(2)]
+    hyper = dict(lr=0.25, momentum=0.5, dampening=0.5)
+    optimizers = [torch.optim.SGD(params[:1], **hyper), pyzero.FusedZeroSGD(params[1:], **hyper)]
+    for momentum in (0.5, 0.0, 0.5):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            optimizer.param_groups[0]["momentum"] = momentum
+            param.grad = torch.full((70,), 2.0)
+            optimizer.step()
+        assert torch.equal(*params)
 
 
 def test_momentum_cannot_come_later():
     param = nn.Parameter(torch.zeros(3))
-    optimizer = pyzero.ZeroSGD([param], lr=0.1)
+    optimizer = pyzero.FusedZeroSGD([param], lr=0.1)
     optimizer.param_groups[0]["momentum"] = 0.9
     param.grad = torch.ones(3)
     with pytest.raises(ValueError, match="expected momentum 0 as when the group was added, got 0.9"):

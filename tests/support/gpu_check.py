@@ -170,10 +170,10 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
         ("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "triton")),
     )
     bench = (python, "-m", "benchmarks", "--device", "cuda", "--out", str(out / "benchmarks"))
-    lists = (python, "-m", "benchmarks", "adam", "lion", "--device", "cuda", "--quick", "--peers", "none")
+    lists = (python, "-m", "benchmarks", "adam", "lion", "sgd", "--device", "cuda", "--quick", "--peers", "none")
     steps = [
         Step("kernels", (python, smoke, *backends), 180, environ),
-        Step("lists", lists, 60, environ, shows=True),
+        Step("lists", lists, 90, environ, shows=True),
         *(Step(case, (python, drive, case), 36, environ) for case in DRIVES),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
         Step("ranks", _pytest_ranks(), 120 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),

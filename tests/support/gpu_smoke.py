@@ -90,6 +90,31 @@ def lion(device: str, backend: str) -> list[Tensor]:
     return results
 
 
+def sgd(device: str, backend: str) -> list[Tensor]:
+    normal = normals(device)
+    hyper = dict(lr=1e-3, weight_decay=0.01, backend=backend)
+    momentum = dict(momentum=0.9, dampening=0.1, **hyper)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        state, grad, plain = [normal(NUMEL), normal(NUMEL)], normal(NUMEL).to(dtype), normal(NUMEL)
+        out = torch.empty(NUMEL, dtype=dtype, device=device)
+        ops.sgd_(*state, grad, param_out=out, step=1, **momentum)
+        apart, scale = [tensor[1:] for tensor in state], torch.full((), 0.25, device=device)
+        ops.sgd_(*apart, grad[1:], momentum=0.9, nesterov=True, grad_scale=scale, **hyper)
+        segments = (torch.arange(-(-NUMEL // 64), device=device) // 7).to(torch.int32)
+        steps = torch.arange(1, int(segments[-1]) + 2, device=device).float()
+        chosen = {"segment_ids": segments, "active": (steps % 5 != 0).float()}
+        ops.sgd_(*state, grad, param_out=out, step=steps % 3 + 1, **chosen, **momentum)
+        shard = [normal(LIST_NUMEL), normal(LIST_NUMEL), normal(LIST_NUMEL).to(dtype)]
+        ops.sgd_(*shard[:2], param_out=shard[2], step=2, **list_of(normal, dtype), **momentum)
+        outs = [out, *(torch.empty_like(out) for _ in range(3))]
+        ops.sgd_(plain, None, grad, param_out=outs, **hyper)
+        ops.sgd_(plain[1:], None, grad[1:], **hyper)
+        ops.sgd_(shard[0], None, param_out=shard[2], **list_of(normal, dtype), **hyper)
+        results += [*state, plain, *outs, *shard]
+    return results
+
+
 def unscale(device: str, backend: str) -> list[Tensor]:
     tensors, found = ragged(normals(device)), grad_stats(device)
     ops.unscale_(tensors, 1.0, **found, backend=backend)
@@ -146,7 +171,7 @@ def step_scalars(device: str, backend: str) -> list[Tensor]:
     return results
 
 
-OPS = (adam, lion, unscale, pack, reduce_scatter, loss_scale, step_scalars)
+OPS = (adam, lion, sgd, unscale, pack, reduce_scatter, loss_scale, step_scalars)
 
 
 def differs(got: list[Tensor], wanted: list[Tensor]) -> bool:

@@ -34,6 +34,8 @@ from pyzero.ops.backend import (
     LossScalePolicy,
     PackArgs,
     ReduceScatterArgs,
+    SgdArgs,
+    SgdHyper,
     StepScalarsArgs,
     UnscaleArgs,
 )
@@ -81,7 +83,7 @@ def grads_of(dtype: torch.dtype, shift: int, as_list: bool) -> tuple[list[torch.
 def with_rows(
     states: list[torch.Tensor], outs: list[torch.Tensor], grads: list[torch.Tensor], offsets: list[int]
 ) -> list[Any]:
-    """As AdamArgs and LionArgs begin."""
+    """As AdamArgs, LionArgs and SgdArgs begin."""
     return [*states, outs, grads, offsets, rows_of([*states, *outs, *grads])]
 
 
@@ -114,6 +116,21 @@ def run_lion(grad: torch.dtype, out: torch.dtype | None, *, segments: bool = Fal
         return
     ids, one = flat(torch.int32, n=N // 64), torch.ones(())
     triton_kernels.lion_(LionArgs(*tensors, hyper, one, one, flat(F32, n=1), ids, flat(F32, n=8)))
+
+
+def run_sgd(
+    grad: torch.dtype, out: torch.dtype, *, buffer: bool = True, segments: bool = False, as_list: bool = False
+) -> None:
+    states: list[Any] = [flat(F32), *([flat(F32)] if buffer else [])]
+    tensors = with_rows(states, [flat(out)], *grads_of(grad, 0, as_list))
+    if not buffer:
+        tensors.insert(1, None)
+    hyper = SgdHyper(0.9 if buffer else 0.0, 0.1 if segments else 0.0, 0.1, not segments, False)
+    if not segments:
+        triton_kernels.sgd_(SgdArgs(*tensors, hyper, 1e-3, None, 1.0, None, None, None))
+        return
+    ids, one = flat(torch.int32, n=N // 64), torch.ones(())
+    triton_kernels.sgd_(SgdArgs(*tensors, hyper, one, flat(F32, n=8), one, flat(F32, n=1), ids, flat(F32, n=8)))
 
 
 def run_unscale(dtype: torch.dtype, scale: Any, shift: int = 0) -> None:
@@ -152,6 +169,10 @@ CASES: dict[str, Callable[[], None]] = {
     "lion-bf16-bf16": partial(run_lion, BF16, BF16),
     "lion-bf16-bf16-list": partial(run_lion, BF16, BF16, segments=True, as_list=True),
     "lion-f16-f16-segments": partial(run_lion, F16, F16, segments=True),
+    "sgd-bf16-bf16": partial(run_sgd, BF16, BF16),
+    "sgd-bf16-bf16-list": partial(run_sgd, BF16, BF16, segments=True, as_list=True),
+    "sgd-f16-f16-segments": partial(run_sgd, F16, F16, segments=True),
+    "sgd-bf16-bf16-no-buffer": partial(run_sgd, BF16, BF16, buffer=False),
     "unscale-bf16": partial(run_unscale, BF16, 0.5),
     "unscale-f32": partial(run_unscale, F32, torch.ones(())),
     "unscale-f16-reads": partial(run_unscale, F16, 1.0),

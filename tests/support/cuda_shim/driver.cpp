@@ -13,6 +13,7 @@
 #include "math/adam.h"
 #include "math/lion.h"
 #include "math/reduce_scatter.h"
+#include "math/sgd.h"
 #include "math/step_scalars.h"
 #include "math/unscale.h"
 
@@ -322,6 +323,80 @@ void lion() {
   }
 }
 
+struct SgdCase {
+  DType grad;
+  bool has_out;
+  DType out;
+  bool has_buffer;
+  SgdHyper hyper;
+  bool on_device;  // lr, step and grad_scale
+  bool segments;
+  float found_inf;
+};
+
+void sgd_case(const SgdCase& c, int64_t numel, int head, int other_head) {
+  Array master(DType::kFloat32, numel, head), m(DType::kFloat32, numel, head);
+  const Gradients grads(c.grad, numel, other_head, c.segments && !c.on_device);
+  Array out(c.out, c.has_out ? numel : 0, other_head), peer(c.out, out.numel, other_head);
+  for (int64_t i = 0; i < out.numel; ++i) peer.set(i, out.get(i));
+  Array want_master = master.copy(), want_m = m.copy(), want_out = out.copy();
+
+  const float lr = 1e-2f, steps[] = {1.0f, 1.0f, 11.0f}, active[] = {1.0f, 0.0f, 1.0f}, grad_scale = 0.37f;
+  std::vector<int32_t> ids(size_t((numel + kSegmentGranule - 1) / kSegmentGranule));
+  for (int32_t& id : ids) id = int32_t(generator() % 3);
+
+  SgdArgs args{};
+  args.master = master.floats();
+  args.momentum_buffer = c.has_buffer ? m.floats() : nullptr;
+  args.grads = grads.args;
+  if (c.has_out) args.param_outs = ParamOuts{{out.buffer(), peer.buffer()}, 2};
+  args.numel = numel;
+  args.hyper = c.hyper;
+  args.lr = Scalar{double(lr), c.on_device ? &lr : nullptr};
+  args.step = Scalar{3.0, c.on_device ? steps : nullptr};
+  args.grad_scale = Scalar{double(grad_scale), c.on_device ? &grad_scale : nullptr};
+  args.found_inf = &c.found_inf;
+  args.segment_ids = c.segments ? ids.data() : nullptr;
+  args.active = c.segments ? active : nullptr;
+  cuda::sgd(args, nullptr);
+
+  const SgdCoefficients k = sgd_coefficients(c.hyper);
+  const float scale = c.hyper.maximize ? -grad_scale : grad_scale;
+  for (int64_t i = 0; i < numel && c.found_inf == 0.0f; ++i) {
+    if (!grads.covers(i)) continue;
+    const int segment = c.segments ? ids[size_t(i / kSegmentGranule)] : 0;
+    if (c.segments && active[segment] == 0.0f) continue;
+    const bool first = c.on_device && steps[segment] == 1.0f;
+    const SgdState before{want_master.get(i), want_m.get(i)};
+    const SgdState now = c.has_buffer ? sgd_element<true>(before, grads.get(i), scale, k, lr, first)
+                                      : sgd_element<false>(before, grads.get(i), scale, k, lr, first);
+    want_master.set(i, now.master);
+    if (c.has_buffer) want_m.set(i, now.momentum_buffer);
+    if (c.has_out) want_out.set(i, now.master);
+  }
+  require(master.equals(want_master) && m.equals(want_m), "sgd", "state", numel);
+  require(out.equals(want_out) && peer.equals(want_out), "sgd", "param_out", numel);
+}
+
+void sgd() {
+  unsigned turn = 0;
+  for (const int64_t numel : kSizes) {
+    for (const DType grad : kTypes) {
+      for (int out = 0; out < 4; ++out) {
+        for (const bool has_buffer : {true, false}) {
+          const bool segments = turn % 4 == 1;
+          const SgdHyper hyper{0.9, 0.25, turn % 3 ? 0.1 : 0.0, turn % 2 == 0, turn % 5 == 0};
+          const float found_inf = turn % 7 == 6 ? 1.0f : 0.0f;
+          const SgdCase c{grad, out > 0, kTypes[out % 3], has_buffer, hyper, turn % 3 == 1, segments, found_inf};
+          const int head = segments ? 0 : int(turn % 4);
+          sgd_case(c, numel, head, turn % 6 == 3 && !segments ? head + 1 : head);
+        }
+        ++turn;
+      }
+    }
+  }
+}
+
 void unscale_case(int64_t numel, int head, float inv_scale, bool on_device, bool overflow) {
   std::vector<Array> tensors, wants;
   for (int k = 0; k < 7; ++k) {
@@ -483,6 +558,7 @@ int main(int argc, char** argv) {
   };
   run("adam", adam);
   run("lion", lion);
+  run("sgd", sgd);
   run("unscale", unscale);
   run("unscale_many", unscale_many);
   run("pack", pack);

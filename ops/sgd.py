@@ -1,0 +1,104 @@
+"""sgd_: one fused pass of SGD, with momentum or without, over a flat shard."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pyzero.ops import registry
+from pyzero.ops.backend import Scalar, SgdArgs, SgdHyper
+from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
+from pyzero.ops.shard import as_list, check_per_segment, checked_step, read_shard
+
+_STATES = ("master", "momentum_buffer")
+
+
+def sgd_(
+    master: Tensor,
+    momentum_buffer: Tensor | None,
+    grad: Tensor | Sequence[Tensor],
+    *,
+    lr: Scalar,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    step: Scalar | None = None,
+    grad_scale: Scalar = 1.0,
+    found_inf: Tensor | None = None,
+    param_out: Tensor | Sequence[Tensor] | None = None,
+    segment_ids: Tensor | None = None,
+    active: Tensor | None = None,
+    grad_offsets: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:
+    """Update `master` and `momentum_buffer` in place by one step of SGD, in fp32.
+
+    The formula is torch.optim.SGD's. `g = grad + weight_decay * master`; the buffer becomes
+    `momentum * buffer + (1 - dampening) * g`, at the first step with dampening `g` as it is; `master` moves by `lr`
+    against the buffer, against `g + momentum * buffer` with `nesterov`, or against `g` where there is no buffer. Every
+    backend gives the same bits.
+
+    Args:
+        master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
+        momentum_buffer: (numel,) fp32, zero at first; or None: no momentum, and `dampening` says nothing.
+        grad: (numel,) fp32, bf16 or fp16; read only. Or a list, as in adam_.
+        lr: Learning rate, a number or a 0-D tensor on the same device.
+        momentum: Decay of the buffer.
+        dampening: Of the gradient in the buffer.
+        weight_decay: L2 penalty.
+        nesterov: Nesterov's momentum.
+        maximize: Ascend instead of descend.
+        step: Step count, from 1, as in adam_. Needed where there is dampening.
+        grad_scale: Multiplies the gradient in registers: clip coefficient, 1/loss-scale. A number or a 0-D tensor.
+        found_inf: 1-element fp32 tensor; where it is not zero nothing is written.
+        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even. Or up to 16 such
+            tensors of one dtype, which all receive them: this rank's weights, and those of peers in memory that this
+            device can write.
+        segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
+            that start at a multiple of 16 bytes. Matters with dampening, and where some segment is not active.
+        active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
+        grad_offsets: Where each tensor of a list begins, as in adam_.
+        backend: "auto", "cuda", "cpu", "triton" or "reference".
+
+    Raises:
+        TypeError: A dtype that is not one of the above.
+        ValueError: Shapes, devices, overlap or alignment that do not fit; momentum without a buffer, dampening without
+            a step count.
+        BackendUnavailableError: The backend asked for cannot run here.
+    """
+    is_dampened = momentum_buffer is not None and dampening != 0
+    if momentum_buffer is None and momentum != 0:
+        raise ValueError(f"expected momentum 0 without momentum_buffer, got {momentum}; pass torch.zeros_like(master)")
+    if is_dampened and step is None:
+        raise ValueError(f"expected step with dampening {dampening}, got none; pass the step count, from 1")
+    outs = as_list(param_out)
+    states = (master,) if momentum_buffer is None else (master, momentum_buffer)
+    shard = (*states, *outs)
+    grads, offsets, rows = read_shard(_STATES[: len(states)], shard, grad, grad_offsets, segment_ids, backend)
+    device = master.device
+    if found_inf is not None:
+        check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    if segment_ids is None and active is not None:
+        raise ValueError("expected segment_ids with active, got none; pass both or neither")
+    if step is not None:
+        step = checked_step(step, segment_ids, device)
+    if active is not None:
+        check_per_segment("active", active, (step if isinstance(step, Tensor) else active).numel(), device)
+
+    args = SgdArgs(
+        master=master,
+        momentum_buffer=momentum_buffer,
+        param_outs=outs,
+        grads=grads,
+        offsets=offsets,
+        rows=rows,
+        hyper=SgdHyper(momentum, dampening, weight_decay, nesterov, maximize),
+        lr=as_scalar("lr", lr, device),
+        step=step if is_dampened else None,
+        grad_scale=as_scalar("grad_scale", grad_scale, device),
+        found_inf=found_inf,
+        segment_ids=segment_ids,
+        active=active,
+    )
+    registry.pick("sgd_", backend, device).sgd_(args)
