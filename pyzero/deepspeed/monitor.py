@@ -28,14 +28,17 @@ class Monitor:
 
     def __init__(self, config: Config, is_first: bool) -> None:
         self._writers: list[_Writer] = []
+        # On all ranks: an error on the first alone would leave the others waiting for it.
+        boards = _installed("torch.utils.tensorboard", "tensorboard") if config.tensorboard.enabled else None
+        wandb = _installed("wandb", "wandb") if config.wandb.enabled else None
         if not is_first:
             return
         if config.csv_monitor.enabled:
             self._writers.append(_Csv(config.csv_monitor))
-        if config.tensorboard.enabled:
-            self._writers.append(_TensorBoard(config.tensorboard))
-        if config.wandb.enabled:
-            self._writers.append(_Wandb(config.wandb))
+        if boards is not None:
+            self._writers.append(_TensorBoard(boards, config.tensorboard))
+        if wandb is not None:
+            self._writers.append(_Wandb(wandb, config.wandb))
 
     @property
     def enabled(self) -> bool:
@@ -74,8 +77,7 @@ class _Csv:
 
 
 class _TensorBoard:
-    def __init__(self, section: TensorBoardSection) -> None:
-        module = _installed("torch.utils.tensorboard", "tensorboard", "tensorboard")
+    def __init__(self, module: Any, section: TensorBoardSection) -> None:
         self._writer = module.SummaryWriter(str(Path(section.output_path or "runs") / section.job_name))
 
     def write(self, events: Sequence[Event]) -> None:
@@ -85,8 +87,8 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, section: WandbSection) -> None:
-        self._wandb = _installed("wandb", "wandb", "wandb")
+    def __init__(self, module: Any, section: WandbSection) -> None:
+        self._wandb = module
         self._wandb.init(project=section.project, group=section.group, entity=section.team)
 
     def write(self, events: Sequence[Event]) -> None:
@@ -94,11 +96,12 @@ class _Wandb:
             self._wandb.log({name: float(value)}, step=sample)
 
 
-def _installed(module: str, package: str, section: str) -> Any:
+def _installed(module: str, package: str) -> Any:
+    """package: Also the section of the config."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{section}.enabled is true in the config, and the package {package} is not installed ({error}); "
+            f"{package}.enabled is true in the config, and the package {package} is not installed ({error}); "
             f"pip install {package}, or enable csv_monitor instead"
         ) from error

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero.comm import process
+from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.engine.engine import Engine
+from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -280,6 +282,8 @@ def test_a_monitor_that_is_not_installed_says_so(name, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match=f"pip install {name}, or enable csv_monitor"):
         start(**{name: {"enabled": True}})
+    with pytest.raises(ImportError, match=f"pip install {name}"):  # on a rank that writes nothing too
+        Monitor(load({"train_batch_size": 1, name: {"enabled": True}}), is_first=False)
 
 
 def test_a_disabled_monitor_writes_nothing(tmp_path, monkeypatch):
