@@ -115,6 +115,7 @@ def estimate_numel(
     tensor_parallel: int = 1,
     num_blocks: int = 32,
     cpu_offload: bool = False,
+    on_gpu: bool = True,
 ) -> Estimate:
     """The same for so many parameters of one dtype in tensors that fill the buckets evenly.
 
@@ -127,6 +128,7 @@ def estimate_numel(
         tensor_parallel: Ranks over which all weights are split before.
         num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
         cpu_offload: As FusedZeroAdam's, counted as of GPUs.
+        on_gpu: Whether the ranks train on GPUs, where buckets are larger, or on CPUs, where ranks share memory.
 
     Raises:
         ValueError: An argument out of range.
@@ -136,7 +138,7 @@ def estimate_numel(
             f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
         )
     check_bucket_cap(bucket_cap_mb)
-    own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or torch.cuda.is_available()
+    own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or on_gpu
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
         shapes, stage = _evenly(own, dtype.itemsize, cap), 2 if stage == 3 else stage
@@ -304,8 +306,8 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
     return sum(shards), worst
 
 
-def table(found: Estimate) -> str:
-    """The estimate for a person."""
+def table(found: Estimate, where: str = "") -> str:
+    """The estimate for a person. where: Added to the head, as in "on GPUs"."""
     rows = {
         "weights": found.weights,
         "masters and moments": found.state,
@@ -316,7 +318,7 @@ def table(found: Estimate) -> str:
         "peak, without activations": found.peak,
         "masters and moments on the host": found.host,
     }
-    lines = [f"{'bytes per rank':<40}{'MiB':>12}{'per parameter':>16}"]
+    lines = [f"{' '.join(['bytes per rank', where]).strip():<40}{'MiB':>12}{'per parameter':>16}"]
     for name, num_bytes in rows.items():
         lines.append(f"{name:<40}{num_bytes / _MEBIBYTE:>12,.1f}{num_bytes / max(found.num_params, 1):>14.2f} B")
     return "\n".join(lines)

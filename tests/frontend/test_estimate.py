@@ -237,12 +237,15 @@ def test_the_version(capsys):
 
 
 def test_the_command(capsys):
-    assert main(["estimate", "--model-params", "1e9", "--ranks", "8", "--stage", "2", "--dtype", "bf16"]) == 0
-    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[1:]]
-    lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
-    assert lines["weights"] == "2.00"
-    shared = 0 if torch.cuda.is_available() else 2 * 25 * 2**20 / 1e9
-    assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, rel=0.01)
+    for device, shared in (("cuda", 0), ("cpu", 2 * 25 * 2**20 / 1e9)):
+        args = ["estimate", "--model-params", "1e9", "--ranks", "8", "--stage", "2", "--dtype", "bf16"]
+        assert main([*args, "--device", device]) == 0
+        head, *shown = capsys.readouterr().out.splitlines()
+        assert ("on GPUs" if device == "cuda" else "on CPUs") in head
+        rows = [re.split(r"\s{2,}", line) for line in shown]
+        lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
+        assert lines["weights"] == "2.00"
+        assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, rel=0.001)
     args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
     assert main([*args, "--blocks", "10"]) == 0
     lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
