@@ -245,7 +245,7 @@ def test_the_command(capsys):
         rows = [re.split(r"\s{2,}", line) for line in shown]
         lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
         assert lines["weights"] == "2.00"
-        assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, rel=0.001)
+        assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, abs=0.011)  # shown to two decimals
     args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
     assert main([*args, "--blocks", "10"]) == 0
     lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
