@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--blocks", type=int, default=32, metavar="N", help="that stage 3 gathers one by one")
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, metavar="MB", help="default: the optimizer's")
+    estimate.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of the ranks; default: cuda")
     estimate.add_argument("--cpu-offload", action="store_true", help="masters and moments in memory of the host")
     commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
     imports = commands.add_parser("import-deepspeed", help="turn a ZeRO-1 or -2 checkpoint of DeepSpeed into ours")
@@ -76,8 +77,11 @@ def _estimate(args: argparse.Namespace) -> None:
     from . import estimate
 
     dtype = estimate.DTYPES[args.dtype]
+    if args.cpu_offload and args.device == "cpu":
+        raise ValueError("got --cpu-offload with --device cpu, wanted GPUs for it; leave one of them out")
     options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, args.blocks, args.cpu_offload)
-    print(estimate.table(estimate.estimate_numel(args.model_params, dtype, *options)))
+    found = estimate.estimate_numel(args.model_params, dtype, *options, on_gpu=args.device == "cuda")
+    print(f"{'device':<40}{args.device:>12}\n{estimate.table(found)}")
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -115,6 +115,7 @@ def estimate_numel(
     tensor_parallel: int = 1,
     num_blocks: int = 32,
     cpu_offload: bool = False,
+    on_gpu: bool = True,
 ) -> Estimate:
     """The same for so many parameters of one dtype in tensors that fill the buckets evenly.
 
@@ -127,6 +128,7 @@ def estimate_numel(
         tensor_parallel: Ranks over which all weights are split before.
         num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
         cpu_offload: As FusedZeroAdam's, counted as of GPUs.
+        on_gpu: Of GPUs, whose default buckets are larger; else of CPUs, which share memory.
 
     Raises:
         ValueError: An argument out of range.
@@ -136,7 +138,7 @@ def estimate_numel(
             f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
         )
     check_bucket_cap(bucket_cap_mb)
-    own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or torch.cuda.is_available()
+    own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or on_gpu
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
         shapes, stage = _evenly(own, dtype.itemsize, cap), 2 if stage == 3 else stage
