@@ -126,7 +126,7 @@ class Trainer:
         return shown
 
     def state_bytes(self) -> int:
-        """Bytes of masters and moments on the rank that holds most."""
+        """Bytes of masters and moments on a rank, the mean over the ranks."""
         if self.name == ZERO:
             mine = self.optimizer.state_bytes()
         else:

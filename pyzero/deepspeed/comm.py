@@ -1,6 +1,6 @@
 """deepspeed.comm: torch.distributed by DeepSpeed's names, which also answer where there is no process group.
 
-Scripts alone call it; the optimizer's own communication is pyzero/comm/group.py.
+For scripts, and for modules of pyzero.deepspeed; the optimizer's own communication is pyzero/comm/group.py.
 """
 
 from __future__ import annotations
