@@ -77,6 +77,8 @@ def _estimate(args: argparse.Namespace) -> None:
     from . import estimate
 
     dtype = estimate.DTYPES[args.dtype]
+    if args.cpu_offload and args.device == "cpu":
+        raise ValueError("got --cpu-offload with --device cpu, wanted GPUs for it; leave one of them out")
     options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, args.blocks, args.cpu_offload)
     on_gpu = args.device == "cuda" or args.cpu_offload
     found = estimate.estimate_numel(args.model_params, dtype, *options, on_gpu=on_gpu)

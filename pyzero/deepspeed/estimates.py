@@ -27,7 +27,8 @@ def estimate_zero2_model_states_mem_needs(
         cpu_offload: Masters and moments on the host.
         additional_buffer_factor: Ignored: buffers are counted.
     """
-    found = estimate_numel(total_params, torch.float16, num_gpus_per_node * num_nodes, 2, None, cpu_offload=cpu_offload)
+    num_ranks = num_gpus_per_node * num_nodes
+    found = estimate_numel(total_params, torch.float16, num_ranks, 2, None, cpu_offload=cpu_offload, on_gpu=True)
     return found.host * num_gpus_per_node, found.peak
 
 
@@ -61,6 +62,7 @@ def estimate_zero3_model_states_mem_needs(
         None,
         num_blocks=max(total_params // max(largest_layer_params, 1), 1),
         cpu_offload=cpu_offload,
+        on_gpu=True,
     )
     return found.host * num_gpus_per_node, found.peak, torch.float16.itemsize * largest_layer_params
 

@@ -196,6 +196,20 @@ def test_tensor_parallel_by_hand():
         estimate([nn.Parameter(torch.zeros(2))], stage=3, num_ranks=2)
 
 
+def test_the_device_is_asked_for_and_not_looked_up(monkeypatch, capsys):
+    """8 ranks: on GPUs buckets of 100 MiB, on CPUs of 25 in shared memory, whatever this torch sees."""
+    printed = {}
+    for sees_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda sees_gpu=sees_gpu: sees_gpu)
+        for device in ("cuda", "cpu"):
+            assert main(["estimate", "--model-params", "7e9", "--ranks", "8", "--device", device]) == 0
+            printed[sees_gpu, device] = capsys.readouterr().out
+            assert ("on GPUs" in printed[sees_gpu, device]) is (device == "cuda")
+    assert printed[True, "cuda"] == printed[False, "cuda"] and printed[True, "cpu"] == printed[False, "cpu"]
+    gpu, cpu = (estimate_numel(7 * 10**9, torch.bfloat16, 8, 2, None, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert gpu.shared == 0 < cpu.shared and gpu.buckets > cpu.buckets
+
+
 def test_cpu_offload_by_hand():
     """Masters and moments lie on the host; 2 bytes of weights stay, and 4 for each 64 elements of the shard."""
     for found in (
@@ -245,7 +259,7 @@ def test_the_command(capsys):
         rows = [re.split(r"\s{2,}", line) for line in shown]
         lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
         assert lines["weights"] == "2.00"
-        assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, abs=0.011)  # shown to two decimals
+        assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, abs=0.011)
     args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
     assert main([*args, "--blocks", "10"]) == 0
     lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
