@@ -8,7 +8,7 @@
 
 #include "kernels.h"
 #include "launch.h"
-#include "thread_pool.h"
+#include "parallel_for.h"
 
 namespace pyzero {
 

@@ -1,4 +1,4 @@
-#include "thread_pool.h"
+#include "parallel_for.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
