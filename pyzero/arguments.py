@@ -13,8 +13,8 @@ from torch import Tensor
 from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.sharding.local_param import LocalParam, local_of, outer
 
-_UNSUPPORTED = ("amsgrad", "differentiable")
-_MOOT = ("foreach", "capturable", "fused")  # any value gives the same result here
+UNSUPPORTED = ("amsgrad", "differentiable")
+IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result here
 _SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
 _OPTIMIZERS_OWN = ("stage", "process_group", "max_grad_norm", "loss_scale", "bucket_cap_mb", "overlap", "reduce_grads")
@@ -22,7 +22,7 @@ _OPTIMIZERS_OWN = ("stage", "process_group", "max_grad_norm", "loss_scale", "buc
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
     """Raise for options of torch.optim.Adam that would change the result and are not supported."""
-    for name in _UNSUPPORTED:
+    for name in UNSUPPORTED:
         if options.get(name):
             raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")
 
@@ -59,7 +59,7 @@ def check_bucket_cap(bucket_cap_mb: float | None) -> None:
 
 def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
     """Check the names of a group's options, and that its parameters are ones that buckets can hold."""
-    known = {*options, *_UNSUPPORTED, *_MOOT, "params", "param_names"}
+    known = {*options, *UNSUPPORTED, *IGNORED, "params", "param_names"}
     for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
         if name in _OPTIMIZERS_OWN:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")

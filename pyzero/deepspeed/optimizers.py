@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pyzero.adam import FusedZeroAdam
+from pyzero.arguments import IGNORED, UNSUPPORTED
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion
@@ -31,8 +32,6 @@ _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "SGD": FusedZeroSGD,
 }
 _NOT_MUONS = ("embed", "lm_head")  # in names of matrices, which are no hidden ones then: DeepSpeed's rule
-_REFUSED = ("amsgrad", "differentiable")
-_MOOT = ("foreach", "capturable", "fused")
 _TORCH_MUON = getattr(torch.optim, "Muon", None)  # torch 2.9 and later
 
 
@@ -122,12 +121,12 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
         raise ValueError(
             f"expected a fresh {name}, got one that has taken steps; pass it to initialize() before training"
         )
-    for option in _REFUSED:
+    for option in UNSUPPORTED:
         if any(group.get(option) for group in optimizer.param_groups):
             raise ValueError(f"got {name}({option}=True), which pyzero does not support; leave it out")
     groups = []
     for group in optimizer.param_groups:
-        copy = {key: value for key, value in group.items() if key not in (*_REFUSED, *_MOOT)}
+        copy = {key: value for key, value in group.items() if key not in (*UNSUPPORTED, *IGNORED)}
         if isinstance(optimizer, Adam):  # AdamW is one only in newer torch
             copy["decoupled_weight_decay"] = isinstance(optimizer, AdamW)
         elif isinstance(optimizer, AdamW):
