@@ -177,7 +177,9 @@ def check_lr(group: dict[str, Any]) -> None:
 
 
 def check_betas(group: dict[str, Any]) -> None:
-    """Each beta is at least 0, and below 1."""
+    """There are two, each at least 0, and below 1."""
+    if len(group["betas"]) != 2:
+        raise ValueError(f"Invalid betas: {group['betas']}; expected two")
     for index, beta in enumerate(group["betas"]):
         if not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")

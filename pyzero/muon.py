@@ -54,7 +54,7 @@ class MuonRule:
         check_not_negative("epsilon", "eps", group)
         if not 0.0 <= group["momentum"] <= 1.0:
             raise ValueError(f"expected momentum in [0, 1], got {group['momentum']}; 0.95 is the usual one")
-        if not 0 <= group["ns_steps"] <= _MOST_ITERATIONS:
+        if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] <= _MOST_ITERATIONS):
             raise ValueError(f"expected ns_steps up to {_MOST_ITERATIONS}, got {group['ns_steps']}; 5 is the usual one")
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(f"expected three ns_coefficients, got {group['ns_coefficients']}; pass (a, b, c)")

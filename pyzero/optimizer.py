@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyzero import arguments
@@ -134,6 +134,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
         self._ready = False
+        self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
         arguments.check_disjoint(named)
@@ -215,7 +216,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor = self._gradients.factor()
-        with self._group.lockstep():  # ranks that have updated their shards count on the other shards
+        beside = [dim.group for dim in self._topology.model]
+        with self._group.lockstep(beside):  # ranks that have updated their shards count on the other shards
             scalars = self._updater.begin(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )
@@ -418,7 +420,13 @@ class ZeroOptimizer(StateAccess, Optimizer):
         """As torch's; the group gets buckets of its own. Collective over several ranks."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["params"] = list(dict.fromkeys(group["params"]))  # torch warns of one that comes twice
+        names = group.get("param_names") or [""] * len(group["params"])
+        named = dict(
+            zip(reversed(group["params"]), reversed(names), strict=True)
+        )  # torch warns of one that comes twice
+        group["params"] = list(dict.fromkeys(group["params"]))
+        if "param_names" in group:
+            group["param_names"] = [named[param] for param in group["params"]]
         try:
             arguments.check_group(group, self.defaults)
             rule = self._rule_of(group)
@@ -450,14 +458,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
 
     def _name(self, group_index: int, place: int) -> str:
-        """A parameter's name for messages: the caller's, or its place in its group."""
-        names = self.param_groups[group_index].get("param_names")
-        return str(names[place]) if names else f"parameter {place} of group {group_index}"
+        """A parameter's name for messages: the caller's, its model's, or its place in its group."""
+        group = self._param_groups[group_index]
+        if "param_names" in group:
+            return str(group["param_names"][place])
+        return self._model_names.get(group["params"][place]) or f"parameter {place} of group {group_index}"
 
-    def _place(self, group_indices: Iterable[int]) -> None:
+    def take_names(self, model: nn.Module) -> None:
+        """Have messages call parameters by their names in a model, where the caller gave none."""
+        self._model_names = {param: name for name, param in model.named_parameters()}
+
+    def _place(self, group_indices: Iterable[int], with_grads: bool = False) -> None:
         """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
         group_indices = list(group_indices)
-        for bucket in self._param_buckets.add(self._param_groups, group_indices):
+        for bucket in self._param_buckets.add(self._param_groups, group_indices, with_grads):
             take_over(bucket.params)
             self._gradients.add(bucket)
         params = [param for index in group_indices for param in self._param_groups[index]["params"]]
@@ -481,9 +495,10 @@ class ZeroOptimizer(StateAccess, Optimizer):
         placed those parameters.
         """
         self._gradients.finish_broken_round()
-        unplaced = self._param_buckets.unplaced(self._param_groups, self.state)
+        with_grads = self._group.size == 1 and not self._topology.model  # others cannot see this rank's `.grad`
+        unplaced = self._param_buckets.unplaced(self._param_groups, self.state, with_grads)
         if unplaced:
-            self._place(unplaced)
+            self._place(unplaced, with_grads)
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""

@@ -104,6 +104,10 @@ class _Load:
         with torch.no_grad():
             for name, value in self._others.items():
                 local_of(self._model_state[name]).copy_(local_of(value))
+            if self._weights_only:  # a write through a DTensor's local tensor shows in no version counter
+                for param, name in names_of(self._model, self._optimizer).items():
+                    if name in self._others:
+                        torch.autograd.graph.increment_version(local_of(param))
         set_extra_state(self._model, self._common["model"])
         return {"step": self._index["step"], **self._extra}
 

@@ -141,16 +141,20 @@ class Group:
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            if hasattr(self, "_channel"):
-                self._channel.is_broken = True
-            if self.host is not None:
-                self.host.give_up(reason)
+            self._give_up(reason)
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
                 f"{self.timeout()}: one has died or stalled, runs backward or step a different number of times, or "
                 f"trains other parameters. See the other ranks' output; where they are only slow, raise the timeout of "
                 f"init_process_group"
             ) from error
+
+    def _give_up(self, reason: str) -> None:
+        """Send nothing more, and tell the ranks that share memory."""
+        if hasattr(self, "_channel"):
+            self._channel.is_broken = True
+        if self.host is not None:
+            self.host.give_up(reason)
 
     def share_memory(self) -> HostRanks:
         """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
@@ -186,13 +190,16 @@ class Group:
         self._channel.is_broken = was_broken
 
     @contextmanager
-    def lockstep(self) -> Iterator[None]:
-        """What every rank goes through to its end: where an exception leaves it on this one, nothing is sent after."""
+    def lockstep(self, beside: Sequence[Group] = ()) -> Iterator[None]:
+        """What every rank goes through to its end: where an exception leaves it on this one, nothing is sent after.
+
+        beside: Groups of other ranks that go through it, too.
+        """
         try:
             yield
-        except BaseException:
-            if self.size > 1:
-                self._channel.is_broken = True
+        except BaseException as error:
+            for group in (self, *beside):
+                group._give_up(f"a step was broken off by {type(error).__name__}")
             raise
 
     def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:

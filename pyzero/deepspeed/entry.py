@@ -118,6 +118,7 @@ def initialize(
         engine: Engine = EvalEngine(model, settings, parallel, leaves_group=joined)
     else:
         ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
+        ours.take_names(model)
         if tp_size > 1:
             tensor_parallel.check_first_gradients(model, ours, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)

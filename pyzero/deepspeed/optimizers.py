@@ -71,7 +71,7 @@ def make_optimizer(
         return optimizer
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
-        ours = _class_for(optimizer)(_with_names(model, groups_of(optimizer)), **options)
+        ours = _class_for(optimizer)(groups_of(optimizer), **options)
         optimizer.param_groups = ours.param_groups  # for a schedule over it that nobody hands in, and edits of its lr
         optimizer._opt_called = True  # that schedule's step() warns without
         return ours
@@ -80,7 +80,7 @@ def make_optimizer(
     _check_held(model, _tensors_of(params))
     if config.optimizer.rule == "Muon":
         params = _muon_groups(model, params, *config.optimizer.muon_groups())
-    return _RULES[config.optimizer.rule](_with_names(model, params), **config.optimizer.arguments(), **options)
+    return _RULES[config.optimizer.rule](params, **config.optimizer.arguments(), **options)
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -154,25 +154,6 @@ def _muon_groups(
             own = {name: group[name] for name in defaults if name in group}
             if members:
                 found.append({**defaults, **own, "params": members, "use_muon": use_muon})
-    return found
-
-
-def _with_names(model: nn.Module, params: list[Any]) -> list[Any]:
-    """Parameters or groups, each parameter as a (name, parameter) pair, for messages. The caller's own names stay."""
-    names = {param: name for name, param in model.named_parameters()}
-
-    def named(items: Iterable[Any]) -> list[Any]:
-        return [item if isinstance(item, tuple) else (names[item], item) for item in items]
-
-    found: list[Any] = []
-    for item in params:
-        if not isinstance(item, dict):
-            found += named([item])
-        elif "param_names" in item:
-            found.append(item)
-        else:
-            held = item["params"]
-            found.append({**item, "params": named([held] if isinstance(held, Tensor) else held)})
     return found
 
 

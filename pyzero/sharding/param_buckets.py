@@ -75,12 +75,13 @@ class ParamBuckets:
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
         self._cpu_offload = cpu_offload
 
-    def unplaced(self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> list[int]:
+    def unplaced(
+        self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], with_grads: bool
+    ) -> list[int]:
         """Indices of groups with trained parameters that lie in no bucket, as they were frozen so far.
 
-        One whose `.grad` was assigned is trained too, as torch's optimizers do not look at requires_grad.
-
         state: The optimizer's, as it is now.
+        with_grads: A frozen one with a `.grad` is trained too, as torch's optimizers do not look at requires_grad.
 
         Raises:
             ValueError: Parameters were taken out of their groups, or their state was taken out or replaced, by hand.
@@ -94,7 +95,7 @@ class ParamBuckets:
             for param in group["params"]:
                 placed_in = self._group_of.get(param)
                 num_seen += placed_in == index
-                if placed_in is None and _is_trained(param):
+                if placed_in is None and _is_trained(param, with_grads):
                     found.add(index)
         if num_seen != len(self.params):
             raise ValueError(
@@ -168,8 +169,10 @@ class ParamBuckets:
         per_element = {slot.name: param.shape for slot in slots if slot.elements_per_value == 1}
         return {MASTER: param.shape, **flat, **per_element}
 
-    def add(self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int]) -> list[Bucket]:
-        """New buckets for these groups' trained parameters, which move in. Collective.
+    def add(
+        self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], with_grads: bool = False
+    ) -> list[Bucket]:
+        """New buckets for these groups' trained parameters, which move in. Collective. with_grads: See `unplaced`.
 
         Raises:
             ValueError: Ranks have other parameters, or one lies on another device.
@@ -177,7 +180,7 @@ class ParamBuckets:
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
         fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
-        params, specs, frozen = self._find_new(param_groups, indices, fsdp)
+        params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
         check_not_gathered(params, (place.record for place in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
@@ -209,7 +212,11 @@ class ParamBuckets:
         return made
 
     def _find_new(
-        self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], fsdp: Mapping[Tensor, ShardedPlace]
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        indices: Iterable[int],
+        fsdp: Mapping[Tensor, ShardedPlace],
+        with_grads: bool,
     ) -> tuple[list[Tensor], list[ParamSpec], list[Tensor]]:
         """Trained parameters of these groups that are in no bucket, with their specs; frozen ones not yet rank 0's."""
         params: list[Tensor] = []
@@ -219,7 +226,7 @@ class ParamBuckets:
         for group_index, param in in_groups:
             if param in self._group_of:
                 continue
-            if not _is_trained(param):
+            if not _is_trained(param, with_grads):
                 if param not in self._synced:
                     frozen.append(param)
                 continue
@@ -328,8 +335,8 @@ class ParamBuckets:
             bucket.write_state(position, {STEP: steps})
 
 
-def _is_trained(param: Tensor) -> bool:
-    return param.requires_grad or param.grad is not None
+def _is_trained(param: Tensor, with_grads: bool) -> bool:
+    return param.requires_grad or (with_grads and param.grad is not None)
 
 
 def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int] | None:

@@ -164,6 +164,14 @@ def test_a_skipped_step_names_the_parameter(caplog, by_config):
     assert "the gradient of 1.bias, shape (2,)" in caplog.text
 
 
+def test_a_group_is_added_to_what_initialize_made():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    config = {**FP32, "optimizer": {"type": "Adam"}}
+    _, optimizer, *_ = start(config, model, model_parameters=list(model[0].parameters()))
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    assert all("param_names" not in group for group in optimizer.full_state_dict()["param_groups"])
+
+
 def test_hysteresis_from_the_config():
     engine, optimizer, *_ = start({**FP32, "fp16": {"enabled": True}})
     inputs, signs = exact_batch(0, 4)

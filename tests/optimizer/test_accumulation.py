@@ -944,24 +944,50 @@ def test_a_hook_may_take_a_gradient_away(run, size, stage, dtype):
 
 
 def assigned_to_a_frozen_one(group: Any, stage: int, reads: bool) -> None:
-    mean = (1 + group.size()) / 2
     trained, frozen, unused = (nn.Parameter(torch.full((64,), 2.0), requires_grad=i == 0) for i in range(3))
     optimizer = pyzero.FusedZeroAdam([trained, frozen, unused], **ADAM, process_group=group, stage=stage)
     for _ in range(2):
         trained.sum().backward()
         frozen.grad = torch.full((64,), 4.0 * (1 + group.rank()))
         if reads:
-            assert float(optimizer.clip_grad_norm_(1e9)) == pytest.approx(8 * math.hypot(1.0, 4.0 * mean))
+            wanted = math.hypot(1.0, 4.0) if group.size() == 1 else 1.0
+            assert float(optimizer.clip_grad_norm_(1e9)) == pytest.approx(8 * wanted)
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(optimizer.full_state(frozen)["exp_avg"], torch.full((64,), 3.0 * mean))
-    assert torch.equal(unused, torch.full_like(unused, 2.0)) and len(optimizer.state) == 2
+    if group.size() == 1:
+        assert torch.equal(optimizer.full_state(frozen)["exp_avg"], torch.full((64,), 3.0))
+    else:
+        assert torch.equal(frozen, torch.full_like(frozen, 2.0))
+    assert torch.equal(unused, torch.full_like(unused, 2.0)) and len(optimizer.state) == 3 - group.size()
 
 
 @pytest.mark.parametrize("reads", [False, True])
 @UP_TO_TWO
-def test_a_gradient_assigned_to_a_frozen_parameter_counts_as_torchs_does(run, size, stage, reads):
+def test_a_gradient_assigned_to_a_frozen_parameter_counts_on_one_rank_as_torchs_does(run, size, stage, reads):
     run(size, assigned_to_a_frozen_one, stage, reads)
+
+
+def frozen_on_one_rank(group: Any, stage: int) -> None:
+    """Rank 0 alone has a `.grad` in a frozen parameter: of before the optimizer was built, or of after."""
+    trained, before, after = (nn.Parameter(torch.full((64,), 2.0)) for _ in range(3))
+    before.requires_grad_(False)
+    after.requires_grad_(False)
+    if group.rank() == 0:
+        before.grad = torch.ones(64)
+    optimizer = pyzero.FusedZeroAdam([trained, before, after], **ADAM, process_group=group, stage=stage)
+    for _ in range(2):
+        trained.sum().backward()
+        if group.rank() == 0:
+            after.grad = torch.ones(64)
+        optimizer.step()
+    for frozen in (before, after):
+        assert torch.equal(frozen, torch.full_like(frozen, 2.0))
+    assert len(optimizer.state) == 1
+
+
+@STAGES
+def test_a_gradient_of_a_frozen_parameter_on_one_rank_alone_holds_nobody_up(run, stage):
+    run(2, frozen_on_one_rank, stage)
 
 
 def of_another_dtype(group: Any, stage: int) -> str:

@@ -375,6 +375,48 @@ def test_refusals_skips_and_first_inputs(ranks):
         assert said["applied"] == "[False, True], 128.0, 1"
 
 
+class Small(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up, self.down, self.norm = nn.Linear(8, 32), nn.Linear(32, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(torch.relu(self.up(x))))
+
+
+def load_weights_alone(group: Any, folder: Path, options: dict[str, bool]) -> None:
+    """The loaded weights are still there after a step that changes nothing."""
+
+    def take_steps(engine: Any, num: int) -> None:
+        for number in range(num):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(number)).bfloat16()
+            engine.backward((engine(x).float() - 1).square().mean())
+            engine.step()
+
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "bf16": {"enabled": True},
+        "tensor_parallel": {"autotp_size": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.05}},
+    }
+    plan = {"up": "colwise", "down": "rowwise"}
+    saver, loader = (pyzero.initialize(model=Small(seed), config=config, tp_plan=plan)[0] for seed in (0, 1))
+    take_steps(saver, 3)
+    saver.save_checkpoint(folder)
+    take_steps(loader, 2)
+    loader.load_checkpoint(folder, **options)
+    loader.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    take_steps(loader, 1)
+    for got, wanted in zip(loader.module.parameters(), saver.module.parameters(), strict=True):
+        assert torch.equal(whole_of(got), whole_of(wanted))
+
+
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+def test_weights_that_are_loaded_alone_stay(ranks, tmp_path, options):
+    ranks.run(4, load_weights_alone, tmp_path, options)
+
+
 def test_a_pipeline_is_not_split():
     net = deepspeed.PipelineModule(nn.Sequential(nn.Linear(1, 1)), num_stages=1, loss_fn=nn.MSELoss())
     config = {"train_batch_size": 1, "optimizer": {"type": "Adam"}, "tensor_parallel": {"autotp_size": 2}}

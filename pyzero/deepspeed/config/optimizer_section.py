@@ -72,7 +72,7 @@ class OptimizerParams(Section):
     maximize: Annotated[Flag, Done("ascend; Lamb cannot")] = False
     max_coeff: Annotated[NotNegative | None, Done("Lamb's largest trust ratio; default 10")] = None
     min_coeff: Annotated[NotNegative | None, Done("Lamb's smallest one; default 0.01")] = None
-    momentum: Annotated[Fraction | None, Done("default 0.95 for Muon, 0 for SGD")] = None
+    momentum: Annotated[Fraction | Auto | None, Done("default 0.95 for Muon, 0 for SGD")] = None
     dampening: Annotated[NotNegative | None, Done("SGD's; default 0")] = None
     nesterov: Annotated[Flag | None, Done("SGD's; default false")] = None
     muon_lr: Annotated[NotNegative | None, Done("lr of Muon's matrices, in place of lr; default 0.02")] = None

@@ -141,8 +141,10 @@ class EngineCheckpoints:
                 return _checked(str(tag))
             return None if group.rank else _latest(Path(load_dir))  # others may see an older one
 
-        name = together(group, what, find)
-        name = group.gather_objects(name, what)[0] if tag is None else name
+        tags, names = zip(*group.gather_objects((tag, together(group, what, find)), what), strict=True)
+        if len({str(one) for one in tags}) > 1:
+            raise ValueError(f"expected the same tag on every rank, got {[*tags]}; pass one to all, or None to all")
+        name = names[0]
         if name is None:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
