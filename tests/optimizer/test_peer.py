@@ -191,7 +191,8 @@ def interrupted_in_a_gather(group: Any, cap: float) -> None:
             raise KeyboardInterrupt
         wait(work)
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+    ends = (KeyboardInterrupt, pyzero.CollectiveError)  # the latter on rank 0, where it still waits for rank 1
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(*ends):
         if group.rank() == 1:
             patch.setattr(Work, "wait", interrupt)
         loss_of(model, micro_batch(0, group.rank())).backward()
