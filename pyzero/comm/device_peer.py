@@ -106,7 +106,6 @@ class DevicePeerTransport(Transport):
         self._slot_bytes = 0
         self._memory: SymmetricBytes | None = None
         self._num_sent = self._num_read = 0
-        self._is_updating = False  # between begin_update and end_update
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # for copies of weights
         self._last = torch.cuda.Event() if on_gpu else None  # the last barrier on any stream
@@ -180,7 +179,6 @@ class DevicePeerTransport(Transport):
     def _post(self) -> int:
         """Called when the slot is written: after the barrier every rank's is. Returns the message's number."""
         assert self._memory is not None
-        self._check_no_update()
         number = self._num_sent
         self._num_sent += 1
         with self._in_order():
@@ -219,12 +217,7 @@ class DevicePeerTransport(Transport):
 
     def begin_update(self) -> None:
         """See Transport."""
-        self._meet("the barrier before the update of weights", is_updating=True)
-
-    def _check_no_update(self) -> None:
-        """Barriers pair up by count: where an exception has left one out, every later one would meet the wrong one."""
-        if self._is_updating:
-            raise RuntimeError("an update of weights was broken off, and other ranks wait for its end")
+        self._meet("the barrier before the update of weights")
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport. The shard is copied to the peers, on a stream of its own."""
@@ -238,18 +231,15 @@ class DevicePeerTransport(Transport):
 
     def end_update(self) -> None:
         """See Transport."""
-        self._meet("the barrier behind the update of weights", is_updating=False)
+        self._meet("the barrier behind the update of weights")
 
-    def _meet(self, what: str, is_updating: bool) -> None:
+    def _meet(self, what: str) -> None:
         """All ranks' current streams wait for each other."""
 
         def meet() -> _Done:
             assert self._memory is not None
-            if is_updating:
-                self._check_no_update()
             with self._in_order():
                 self._memory.barrier()
-            self._is_updating = is_updating
             return _Done(self._device)
 
         self.group.launch(what, meet).wait()
