@@ -168,8 +168,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
-        beside = [dim.group for dim in topology.model]
-        self._stats_exchange = GradStatsExchange(self._group, beside, topology.same_params, self._name_of)
+        self._stats_exchange = GradStatsExchange(
+            self._group, topology.model_groups, topology.same_params, self._name_of
+        )
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
@@ -216,8 +217,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
         factor = self._gradients.factor()
-        beside = [dim.group for dim in self._topology.model]
-        with self._group.lockstep(beside):  # ranks that have updated their shards count on the other shards
+        # Ranks that have updated their shards count on the other shards.
+        with self._group.lockstep(self._topology.model_groups):
             scalars = self._updater.begin(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )
@@ -420,13 +421,11 @@ class ZeroOptimizer(StateAccess, Optimizer):
         """As torch's; the group gets buckets of its own. Collective over several ranks."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        names = group.get("param_names") or [""] * len(group["params"])
-        named = dict(
-            zip(reversed(group["params"]), reversed(names), strict=True)
-        )  # torch warns of one that comes twice
-        group["params"] = list(dict.fromkeys(group["params"]))
-        if "param_names" in group:
-            group["param_names"] = [named[param] for param in group["params"]]
+        # torch warns of a parameter that comes twice; its first place counts.
+        kept = {param: place for place, param in reversed([*enumerate(group["params"])])}
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][place] for place in sorted(kept.values())]
         try:
             arguments.check_group(group, self.defaults)
             rule = self._rule_of(group)

@@ -51,6 +51,11 @@ class Topology:
         """All ranks have the same parameters by number, whole or parts of them: DTensors say which."""
         return all(dim.is_of_mesh for dim in self.model)
 
+    @property
+    def model_groups(self) -> list[Group]:
+        """Those of the ranks that hold other parts of the model, one for each dimension."""
+        return [dim.group for dim in self.model]
+
     def rank_and_size(self) -> tuple[int, int]:
         """This process's among all ranks that hold a part of the model."""
         if self.everyone is None:

@@ -166,3 +166,11 @@ def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage):
             assert counts["start"] == counts["reduce_scatter_"] == num_buckets
             # Gradients; and, where ranks share memory, weights out of the shard, and the others' in.
             assert counts["pack_"] == num_buckets * (1 if "PYZERO_TEST_DEVICE" in os.environ else 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+def test_a_parameter_that_comes_twice_leaves_the_others_their_names():
+    tied, bias, last = (nn.Parameter(torch.zeros(3)) for _ in range(3))
+    pairs = [("tied", tied), ("again", tied), ("bias", bias), ("last", last)]
+    group = pyzero.FusedZeroAdam([{"params": pairs}]).param_groups[0]
+    assert (group["param_names"], len(group["params"])) == (["tied", "bias", "last"], 3)
