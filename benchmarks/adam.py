@@ -13,17 +13,15 @@ from .harness import check, compare
 from .options import Options
 from .peers import LR, WEIGHT_DECAY
 from .rows import Row
-from .rules import apart, checked_peers, per_backend
+from .rules import CHECKED_STEPS, NUMS_GRADS, apart, checked_peers, per_backend
 
 HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
-_CHECKED_STEPS = 3
 _NUM_SEGMENTS = 16
-_NUMS_GRADS = (100, 3000)  # each where it is
 _NUM_OUTS = 4  # as an update that writes its weights to so many ranks
 _BYTES = 28  # gradient, master and moments in; master, moments and weights out
 # Per step some 8 roundings of the update, each 2^-24 of at most lr (the bias-corrected ratio is at most about 1 here),
 # and one of the weight itself.
-CHECK = dict(rtol=2**-22 * _CHECKED_STEPS, atol=LR * 2**-18 * _CHECKED_STEPS)
+CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=LR * 2**-18 * CHECKED_STEPS)
 
 
 class State:
@@ -79,7 +77,7 @@ def _fp32(options: Options) -> list[Row]:
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2)
     ours = per_backend("pyzero adam_", State(weights, grad), _BYTES, options)
     made = peers.adamw_peers(options)
-    theirs = checked_peers("adam_", made, weights, grad, State, _CHECKED_STEPS, CHECK, _BYTES, options)
+    theirs = checked_peers("adam_", made, weights, grad, State, CHECKED_STEPS, CHECK, _BYTES, options)
     return compare("adam", "fp32", numel, [*ours, *theirs], options)
 
 
@@ -97,7 +95,7 @@ def _mixed(options: Options) -> list[Row]:
     }
     outs = [weights.bfloat16() for _ in range(_NUM_OUTS)]
     made[f"same, weights to {_NUM_OUTS} buffers"] = State(weights, grad, outs)
-    made |= {f"same, {num:,} gradients": State(weights, grad, weights.bfloat16(), num_grads=num) for num in _NUMS_GRADS}
+    made |= {f"same, {num:,} gradients": State(weights, grad, weights.bfloat16(), num_grads=num) for num in NUMS_GRADS}
     for name, state in made.items():
         state.step()
         check(f"{name} with a bf16 gradient against fp32: master", state.master, wide.master, rtol=0, atol=0)

@@ -7,12 +7,19 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pyzero.ops.backend import SEGMENT_GRANULE
 
-from .harness import Contender, check
+from . import peers
+from .harness import Contender, check, compare
 from .options import Options
+from .rows import Row
+
+CHECKED_STEPS = 3
+NUMS_GRADS = (100, 3000)  # each where it is
+_MOMENT_BYTES = 20  # gradient, master and moment in; master, moment and weights out
 
 
 class State(Protocol):
@@ -22,6 +29,52 @@ class State(Protocol):
 
     def step(self, **kwargs: object) -> None:
         """One call of the op."""
+
+
+class OneMoment:
+    """Flat tensors of a rule with one moment: all (numel,). A subclass calls the op in `step`."""
+
+    def __init__(self, weights: Tensor, grad: Tensor, param_out: Tensor | None = None, num_grads: int = 0) -> None:
+        self.master = weights.float().clone()
+        self.moment = torch.zeros_like(self.master)
+        self.grad: Tensor | list[Tensor] = grad
+        self.outputs: dict[str, Any] = {"param_out": param_out}
+        if num_grads:
+            self.grad, self.outputs["grad_offsets"] = apart(grad, num_grads)
+
+    def step(self, **kwargs: object) -> None:
+        """One call of the op."""
+        raise NotImplementedError
+
+
+def run_one_moment(
+    op: str,
+    state: type[OneMoment],
+    made_peers: Mapping[str, tuple[str, Callable[..., Any]]],
+    tolerance: Mapping[str, float],
+    options: Options,
+) -> list[Row]:
+    """In fp32 beside peers; and with a bf16 gradient in and bf16 weights out, whole and in parts, held against fp32."""
+    numel, bench, name = options.size, op.removesuffix("_"), f"pyzero {op}"
+    weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2)
+    theirs = checked_peers(op, made_peers, weights, grad, state, CHECKED_STEPS, tolerance, _MOMENT_BYTES, options)
+    ours = per_backend(name, state(weights, grad), _MOMENT_BYTES, options)
+    found = compare(bench, "fp32", numel, [*ours, *theirs], options)
+    del ours, theirs
+
+    grad = grad.bfloat16()
+    wide = state(weights, grad.float())
+    wide.step()
+    made = {name: state(weights, grad, weights.bfloat16())}
+    made |= {f"same, {num:,} gradients": state(weights, grad, weights.bfloat16(), num) for num in NUMS_GRADS}
+    contenders = []
+    for name, one in made.items():
+        one.step()
+        check(f"{name} with a bf16 gradient against fp32: master", one.master, wide.master, rtol=0, atol=0)
+        check(f"{name}: param_out", one.outputs["param_out"], wide.master.bfloat16(), rtol=0, atol=0)
+        contenders += per_backend(name, one, _MOMENT_BYTES, options)
+    del wide
+    return found + compare(bench, "bf16 grad, bf16 weights out", numel, contenders, options)
 
 
 def apart(grad: Tensor, num_grads: int) -> tuple[list[Tensor], list[int]]:
