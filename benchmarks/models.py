@@ -18,7 +18,7 @@ from .step import CHECK, CHECK_BF16, CHECK_NORM, CHECKED_STEPS, MAX_NORM, flat
 
 Shapes = list[int]  # elements of each parameter
 Step = Callable[[], object]
-_CLIPPED_BYTES = 4  # of fp32 gradients, read once more for the norm
+_CHECKED_BYTES = 4  # of fp32 gradients, read once more for the norm, or to find inf
 
 
 def _gpt2(layers: int, width: int) -> Shapes:
@@ -95,11 +95,14 @@ def _bf16_makers(options: Options) -> Made:
 
 
 def _fp32_makers() -> Made:
-    made: Made = {"pyzero FusedZeroAdamW": (zero("auto"), 28 + _CLIPPED_BYTES, None)}
+    made: Made = {
+        "pyzero FusedZeroAdamW": (zero("auto"), 28 + _CHECKED_BYTES, None),
+        "same, no clip": (zero("auto", max_grad_norm=None), 28 + _CHECKED_BYTES, None),
+    }
     for kind in ("fused", "foreach"):
         for clips in (False, True):
             name = f"torch{' clip,' * clips} AdamW({kind}=True)"
-            made[name] = (_torch(kind, clips), 28 + _CLIPPED_BYTES * clips, f"torch-{kind}")
+            made[name] = (_torch(kind, clips), 28 + _CHECKED_BYTES * clips, f"torch-{kind}")
     return made
 
 
@@ -110,12 +113,12 @@ def _params(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Paramete
     return params
 
 
-def zero(backend: str) -> Maker:
+def zero(backend: str, max_grad_norm: float | None = MAX_NORM) -> Maker:
     def make(weights: list[Tensor], grads: list[Tensor]) -> Step:
         params = _params(weights, grads)
         weights.clear()  # the optimizer moves them into its buckets
         return pyzero.FusedZeroAdamW(
-            params, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=MAX_NORM, backend=backend
+            params, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=max_grad_norm, backend=backend
         ).step
 
     return make

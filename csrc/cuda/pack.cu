@@ -5,19 +5,29 @@ namespace pyzero {
 namespace cuda {
 namespace {
 
+// Where no vector is aligned in both the gradient and the bucket, elements go alone, as many of them at a time.
+template <typename In, typename Out>
+__device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, float scale) {
+  const NoStats none;
+  if (item.span.vectors) {
+    visit_list_chunk(item, chunk, ScaleBody<In, Out, const NoStats>{item, scale, none});
+  } else {
+    visit_list_chunk(item, chunk, ScaleBody<In, Out, const NoStats, 1>{item, scale, none});
+  }
+}
+
 // Bytes per element: its size in the gradient read, its size in the bucket written: 4 from bf16 to bf16.
 template <typename Out>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ ListParams params) {
-  const NoStats none;
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
       case DType::kFloat32:
-        return visit_list_chunk(item, chunk, ScaleBody<float, Out, const NoStats>{item, scale, none});
+        return pack_chunk<float, Out>(item, chunk, scale);
       case DType::kBFloat16:
-        return visit_list_chunk(item, chunk, ScaleBody<BFloat16, Out, const NoStats>{item, scale, none});
+        return pack_chunk<BFloat16, Out>(item, chunk, scale);
       default:
-        return visit_list_chunk(item, chunk, ScaleBody<Float16, Out, const NoStats>{item, scale, none});
+        return pack_chunk<Float16, Out>(item, chunk, scale);
     }
   });
 }

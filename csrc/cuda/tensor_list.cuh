@@ -53,9 +53,9 @@ struct NoStats {
   __device__ __forceinline__ void add(const T&) const {}
 };
 
-template <typename In, typename Out, typename Seen>
+template <typename In, typename Out, typename Seen, int kNumElements = kWidth<In, Out>>
 struct ScaleBody {
-  static constexpr int kElements = kWidth<In, Out>;
+  static constexpr int kElements = kNumElements;  // of a vector
   using Inputs = Vector<In, kElements>;
 
   const ListItem& item;

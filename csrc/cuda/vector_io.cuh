@@ -96,19 +96,27 @@ void store_words(void* p, const uint32_t (&w)[kWords]) {
 template <int kElements = kWidth<float>, typename T>
 __device__ __forceinline__ Vector<T, kElements> load_vector(const T* p) {
   Vector<T, kElements> v;
-  uint32_t words[v.kWords];
-  load_words(p, words);
+  if constexpr (kElements == 1) {
+    v.x[0] = *p;
+  } else {
+    uint32_t words[v.kWords];
+    load_words(p, words);
 #pragma unroll
-  for (int w = 0; w < v.kWords; ++w) set_word(v, w, words[w]);
+    for (int w = 0; w < v.kWords; ++w) set_word(v, w, words[w]);
+  }
   return v;
 }
 
 template <typename T, int kElements>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, kElements>& v) {
-  uint32_t words[v.kWords];
+  if constexpr (kElements == 1) {
+    *p = v.x[0];
+  } else {
+    uint32_t words[v.kWords];
 #pragma unroll
-  for (int w = 0; w < v.kWords; ++w) words[w] = word(v, w);
-  store_words(p, words);
+    for (int w = 0; w < v.kWords; ++w) words[w] = word(v, w);
+    store_words(p, words);
+  }
 }
 
 // Four bytes, issued where it stands.
@@ -175,7 +183,7 @@ __device__ __forceinline__ void visit_chunk(const Span& span, int64_t chunk, con
   constexpr int64_t kStride = kSize / kUnroll;
   const int64_t begin = span.head + chunk * kSize;
   const int64_t end = span.numel < begin + kSize ? span.numel : begin + kSize;
-  const int64_t vectors_end = span.vectors ? begin + (end - begin) / kElements * kElements : begin;
+  const int64_t vectors_end = span.vectors || kElements == 1 ? begin + (end - begin) / kElements * kElements : begin;
   const int64_t first = begin + int64_t(threadIdx.x) * kElements;
 
   if (kUnroll > 1 && vectors_end - begin == kSize) {
