@@ -11,10 +11,28 @@ ListLauncher::ListLauncher(ListKernel kernel, const Scalar& scale, const GradSta
   params_.grad_stats = block_stats(grad_stats, partials);
 }
 
+namespace {
+
+// Of a source and a target that no head aligns at once: the target is aligned, and around each vector of the source lie
+// the two aligned ones that it is taken from.
+Span shifted_span(const Buffer& source, const Operand& target) {
+  const int size = element_size(source.dtype);
+  const int width = kVectorBytes / std::max(size, element_size(target.dtype));
+  Span span = span_of(source.numel, {target});
+  const uintptr_t first = reinterpret_cast<uintptr_t>(source.data) + uintptr_t(span.head * size);
+  if (uintptr_t(span.head * size) < first % uintptr_t(width * size)) span.head += width;
+  span.head = int(std::min<int64_t>(span.head, source.numel));
+  span.vectors_end = source.numel - width;
+  return span;
+}
+
+}  // namespace
+
 void ListLauncher::add(const Buffer& source, void* target, DType target_dtype) {
   if (source.numel == 0) return;
   if (params_.num_items == kListCapacity) flush();
-  const Span span = span_of(source.numel, {Operand{source.data, source.dtype}, Operand{target, target_dtype}});
+  Span span = span_of(source.numel, {Operand{source.data, source.dtype}, Operand{target, target_dtype}});
+  if (span.vectors_end == 0) span = shifted_span(source, Operand{target, target_dtype});
   params_.first_chunk[params_.num_items] = unsigned(num_chunks_);
   params_.items[params_.num_items++] = ListItem{source.data, target, span, source.dtype};
   num_chunks_ += num_chunks(span, kListChunk);

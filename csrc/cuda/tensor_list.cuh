@@ -53,9 +53,9 @@ struct NoStats {
   __device__ __forceinline__ void add(const T&) const {}
 };
 
-template <typename In, typename Out, typename Seen, int kNumElements = kWidth<In, Out>>
+template <typename In, typename Out, typename Seen>
 struct ScaleBody {
-  static constexpr int kElements = kNumElements;  // of a vector
+  static constexpr int kElements = kWidth<In, Out>;
   using Inputs = Vector<In, kElements>;
 
   const ListItem& item;

@@ -96,27 +96,19 @@ void store_words(void* p, const uint32_t (&w)[kWords]) {
 template <int kElements = kWidth<float>, typename T>
 __device__ __forceinline__ Vector<T, kElements> load_vector(const T* p) {
   Vector<T, kElements> v;
-  if constexpr (kElements == 1) {
-    v.x[0] = *p;
-  } else {
-    uint32_t words[v.kWords];
-    load_words(p, words);
+  uint32_t words[v.kWords];
+  load_words(p, words);
 #pragma unroll
-    for (int w = 0; w < v.kWords; ++w) set_word(v, w, words[w]);
-  }
+  for (int w = 0; w < v.kWords; ++w) set_word(v, w, words[w]);
   return v;
 }
 
 template <typename T, int kElements>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, kElements>& v) {
-  if constexpr (kElements == 1) {
-    *p = v.x[0];
-  } else {
-    uint32_t words[v.kWords];
+  uint32_t words[v.kWords];
 #pragma unroll
-    for (int w = 0; w < v.kWords; ++w) words[w] = word(v, w);
-    store_words(p, words);
-  }
+  for (int w = 0; w < v.kWords; ++w) words[w] = word(v, w);
+  store_words(p, words);
 }
 
 // Four bytes, issued where it stands.
@@ -130,11 +122,11 @@ __device__ __forceinline__ T load_now(const T* p) {
   return value;
 }
 
-// A run of elements: `head` of them precede the first vector.
+// A run of elements: `head` of them precede the first vector, and no vector reaches past `vectors_end`.
 struct Span {
   int64_t numel;
+  int64_t vectors_end;  // 0: no head aligns all pointers at once, so every element goes alone
   int head;
-  bool vectors;  // false: no head aligns all pointers at once, so every element goes alone
 };
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -155,9 +147,9 @@ Span span_of(int64_t numel, const Operands& operands) {
       const int size = element_size(operand.dtype);
       return (reinterpret_cast<uintptr_t>(operand.data) + uintptr_t(head * size)) % uintptr_t(width * size) == 0;
     });
-    if (aligned) return Span{numel, int(std::min<int64_t>(head, numel)), true};
+    if (aligned) return Span{numel, numel, int(std::min<int64_t>(head, numel))};
   }
-  return Span{numel, 0, false};
+  return Span{numel, 0, 0};
 }
 
 inline Span span_of(int64_t numel, std::initializer_list<Operand> operands) {
@@ -183,7 +175,8 @@ __device__ __forceinline__ void visit_chunk(const Span& span, int64_t chunk, con
   constexpr int64_t kStride = kSize / kUnroll;
   const int64_t begin = span.head + chunk * kSize;
   const int64_t end = span.numel < begin + kSize ? span.numel : begin + kSize;
-  const int64_t vectors_end = span.vectors || kElements == 1 ? begin + (end - begin) / kElements * kElements : begin;
+  const int64_t last = span.vectors_end < end ? span.vectors_end : end;
+  const int64_t vectors_end = last > begin ? begin + (last - begin) / kElements * kElements : begin;
   const int64_t first = begin + int64_t(threadIdx.x) * kElements;
 
   if (kUnroll > 1 && vectors_end - begin == kSize) {
