@@ -14,15 +14,11 @@ ListLauncher::ListLauncher(ListKernel kernel, const Scalar& scale, const GradSta
 namespace {
 
 // Of a source and a target that no head aligns at once: the target is aligned, and around each vector of the source lie
-// the two aligned ones that it is taken from.
+// the two aligned ones that it is taken from. The first may begin before the source, where allocations are aligned; the
+// second must not end behind it.
 Span shifted_span(const Buffer& source, const Operand& target) {
-  const int size = element_size(source.dtype);
-  const int width = kVectorBytes / std::max(size, element_size(target.dtype));
   Span span = span_of(source.numel, {target});
-  const uintptr_t first = reinterpret_cast<uintptr_t>(source.data) + uintptr_t(span.head * size);
-  if (uintptr_t(span.head * size) < first % uintptr_t(width * size)) span.head += width;
-  span.head = int(std::min<int64_t>(span.head, source.numel));
-  span.vectors_end = source.numel - width;
+  span.vectors_end = source.numel - kVectorBytes / std::max(element_size(source.dtype), element_size(target.dtype));
   return span;
 }
 
@@ -40,7 +36,9 @@ void ListLauncher::add(const Buffer& source, void* target, DType target_dtype) {
 
 void ListLauncher::flush() {
   if (params_.num_items == 0) return;
-  params_.runs = runs_of(num_chunks_, kMaxPartials);  // with or without a sum: a block of one chunk is short-lived
+  // Of a kernel that reports: each block ends with a barrier, so that one of a single chunk is mostly barrier.
+  const bool reports = grad_stats_.found_inf != nullptr || grad_stats_.sumsq != nullptr;
+  params_.runs = runs_of(num_chunks_, reports ? kMaxPartials : num_chunks_);
   launch(kernel_, params_, params_.runs.num_blocks(), stream_);
   finish_sumsq(grad_stats_, partials_, params_.runs.num_blocks(), stream_);
   params_.num_items = 0;
