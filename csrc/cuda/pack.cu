@@ -1,15 +1,20 @@
 // pack_: the gradients of one bucket into its flat buffer, scaled and cast, in one launch.
+#include <optional>
+
 #include "tensor_list.cuh"
 
 namespace pyzero {
 namespace cuda {
 namespace {
 
+template <typename In, typename Out>
+using PlainBody = ScaleBody<In, Out, const NoStats>;
+
 // Where the target is aligned and the source is not: a vector is taken from the two aligned ones that it lies across,
 // of which the second is its neighbor's first.
 template <typename In, typename Out>
-struct ShiftedBody : ScaleBody<In, Out, const NoStats> {
-  using Base = ScaleBody<In, Out, const NoStats>;
+struct ShiftedBody : PlainBody<In, Out> {
+  using Base = PlainBody<In, Out>;
   using Vector = typename Base::Inputs;
   struct Inputs {
     Vector low, high;
@@ -50,52 +55,68 @@ struct ShiftedBody : ScaleBody<In, Out, const NoStats> {
 };
 
 template <typename In, typename Out>
-__device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, float scale) {
-  const NoStats none;
-  const ShiftedBody<In, Out> shifted{{item, scale, none}};
-  if (shifted.offset(item.span.head) == 0) {
-    visit_list_chunk(item, chunk, static_cast<const ScaleBody<In, Out, const NoStats>&>(shifted));
-  } else {
-    visit_list_chunk(item, chunk, shifted);
-  }
+__device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, const PlainBody<In, Out>& body) {
+  visit_list_chunk(item, chunk, body);
+}
+
+// The span ends a vector ahead of the item, for the last vector's second part may not be there.
+template <typename In, typename Out>
+__device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, const ShiftedBody<In, Out>& body) {
+  visit_list_chunk(item, chunk, body);
+  const bool is_last = item.span.head + (chunk + 1) * kListChunk >= item.span.numel;
+  if (is_last && threadIdx.x < body.kElements) body.element(item.span.numel + threadIdx.x);
 }
 
 // Bytes per element: its size in the gradient read, its size in the bucket written: 4 from bf16 to bf16.
-template <typename Out>
+template <typename Out, template <typename, typename> class Body>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ ListParams params) {
+  const NoStats none;
   const float scale = read(params.scale);
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {
     switch (item.dtype) {
       case DType::kFloat32:
-        return pack_chunk<float, Out>(item, chunk, scale);
+        return pack_chunk(item, chunk, Body<float, Out>{item, scale, none});
       case DType::kBFloat16:
-        return pack_chunk<BFloat16, Out>(item, chunk, scale);
+        return pack_chunk(item, chunk, Body<BFloat16, Out>{item, scale, none});
       default:
-        return pack_chunk<Float16, Out>(item, chunk, scale);
+        return pack_chunk(item, chunk, Body<Float16, Out>{item, scale, none});
     }
   });
 }
 
+template <template <typename, typename> class Body>
 ListKernel pick(DType bucket) {
   switch (bucket) {
     case DType::kFloat32:
-      return pack_kernel<float>;
+      return pack_kernel<float, Body>;
     case DType::kBFloat16:
-      return pack_kernel<BFloat16>;
+      return pack_kernel<BFloat16, Body>;
     default:
-      return pack_kernel<Float16>;
+      return pack_kernel<Float16, Body>;
   }
 }
 
 }  // namespace
 
 void pack(const PackArgs& args, cudaStream_t stream) {
-  ListLauncher list(pick(args.bucket.dtype), args.scale, GradStats{}, nullptr, stream);
+  const DType dtype = args.bucket.dtype;
+  ListLauncher list(pick<PlainBody>(dtype), args.scale, GradStats{}, nullptr, stream);
+  std::optional<ListLauncher> shifted;
   for (size_t i = 0; i < args.tensors.size(); ++i) {
-    char* target = static_cast<char*>(args.bucket.data) + args.offsets[i] * element_size(args.bucket.dtype);
-    list.add(args.tensors[i], target, args.bucket.dtype);
+    const Buffer& tensor = args.tensors[i];
+    char* target = static_cast<char*>(args.bucket.data) + args.offsets[i] * element_size(dtype);
+    Span span = span_of(tensor.numel, {Operand{tensor.data, tensor.dtype}, Operand{target, dtype}});
+    const int width = kVectorBytes / std::max(element_size(tensor.dtype), element_size(dtype));
+    if (span.vectors || tensor.numel < 3 * width) {
+      list.add(tensor, target, span);
+      continue;
+    }
+    span = span_of(tensor.numel - width, {Operand{target, dtype}});
+    if (!shifted) shifted.emplace(pick<ShiftedBody>(dtype), args.scale, GradStats{}, nullptr, stream, kEveryChunk);
+    shifted->add(tensor, target, span);
   }
   list.flush();
+  if (shifted) shifted->flush();
 }
 
 }  // namespace cuda

@@ -85,16 +85,19 @@ struct ScaleBody {
 
 using ListKernel = void (*)(ListParams);
 
+constexpr int64_t kEveryChunk = int64_t(1) << 31;  // a block for each chunk; of kernels that report nothing
+
 // Gathers items and launches whenever the parameters are full.
 class ListLauncher {
  public:
   ListLauncher(ListKernel kernel, const Scalar& scale, const GradStats& grad_stats, double* partials,
-               cudaStream_t stream);
-  void add(const Buffer& source, void* target, DType target_dtype);
+               cudaStream_t stream, int64_t max_blocks = kMaxPartials);
+  void add(const Buffer& source, void* target, const Span& span);
   void flush();  // launches what is left
 
  private:
   ListKernel kernel_;
+  int64_t max_blocks_;
   GradStats grad_stats_;
   double* partials_;
   cudaStream_t stream_;

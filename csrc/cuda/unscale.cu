@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
 void unscale(const UnscaleArgs& args, double* partials, cudaStream_t stream) {
   const bool read_only = args.inv_scale.device == nullptr && args.inv_scale.value == 1.0;
   ListLauncher list(read_only ? check_kernel : unscale_kernel, args.inv_scale, args.grad_stats, partials, stream);
-  for (const Buffer& tensor : args.tensors) list.add(tensor, tensor.data, tensor.dtype);
+  for (const Buffer& tensor : args.tensors) {
+    list.add(tensor, tensor.data, span_of(tensor.numel, {Operand{tensor.data, tensor.dtype}}));
+  }
   list.flush();
 }
 

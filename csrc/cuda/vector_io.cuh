@@ -122,11 +122,11 @@ __device__ __forceinline__ T load_now(const T* p) {
   return value;
 }
 
-// A run of elements: `head` of them precede the first vector, and no vector reaches past `vectors_end`.
+// A run of elements: `head` of them precede the first vector.
 struct Span {
   int64_t numel;
-  int64_t vectors_end;  // 0: no head aligns all pointers at once, so every element goes alone
   int head;
+  bool vectors;  // false: no head aligns all pointers at once, so every element goes alone
 };
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -147,9 +147,9 @@ Span span_of(int64_t numel, const Operands& operands) {
       const int size = element_size(operand.dtype);
       return (reinterpret_cast<uintptr_t>(operand.data) + uintptr_t(head * size)) % uintptr_t(width * size) == 0;
     });
-    if (aligned) return Span{numel, numel, int(std::min<int64_t>(head, numel))};
+    if (aligned) return Span{numel, int(std::min<int64_t>(head, numel)), true};
   }
-  return Span{numel, 0, 0};
+  return Span{numel, 0, false};
 }
 
 inline Span span_of(int64_t numel, std::initializer_list<Operand> operands) {
@@ -175,8 +175,7 @@ __device__ __forceinline__ void visit_chunk(const Span& span, int64_t chunk, con
   constexpr int64_t kStride = kSize / kUnroll;
   const int64_t begin = span.head + chunk * kSize;
   const int64_t end = span.numel < begin + kSize ? span.numel : begin + kSize;
-  const int64_t last = span.vectors_end < end ? span.vectors_end : end;
-  const int64_t vectors_end = last > begin ? begin + (last - begin) / kElements * kElements : begin;
+  const int64_t vectors_end = span.vectors ? begin + (end - begin) / kElements * kElements : begin;
   const int64_t first = begin + int64_t(threadIdx.x) * kElements;
 
   if (kUnroll > 1 && vectors_end - begin == kSize) {

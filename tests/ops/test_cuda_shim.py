@@ -52,12 +52,12 @@ def test_kernels_are_clean(sanitizer: str) -> None:
         ),
         ("grad_stats.cu", "grad_stats.cu", "i < params.num_partials", "i <= params.num_partials", OVERFLOW),
         ("unscale.cu", "vector_io.cuh", "begin = span.head +", "begin = span.head + 1 +", "misaligned address"),
-        ("tensor_list.cu", "tensor_list.cu", "= source.numel - kVectorBytes", "= source.numel - 0", OVERFLOW),
+        ("pack.cu", "pack.cu", "tensor.numel - width", "tensor.numel - 0", OVERFLOW),
     ],
     ids=["tail", "vectors", "partials", "alignment", "past a shifted end"],
 )
 def test_address_sanitizer_sees(tmp_path: Path, source: str, file: str, good: str, bad: str, report: str) -> None:
-    op = "pack" if source == "tensor_list.cu" else "unscale"
+    op = "pack" if source == "pack.cu" else "unscale"
     done = run_driver(ADDRESS, plant(tmp_path, source, file, good, bad), op)
     assert done.returncode != 0 and report in done.stderr, done.stderr[:3000]
 
