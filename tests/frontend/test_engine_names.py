@@ -107,6 +107,72 @@ def test_outputs_of_any_shape_divide(wraps, reads):
     assert engine.module.weight.grad.tolist() == [2.0] * 4
 
 
+class WithLogits(nn.Module):
+    """As transformers' models: the loss, and the logits that it was computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = x * self.weight
+        return {"loss": logits.sum(), "logits": logits}
+
+
+@pytest.mark.parametrize("how", ["loss", "scale", "engine", "own"])
+def test_a_loss_beside_its_logits_is_divided_once(how):
+    engine = start(WithLogits(), gradient_accumulation_steps=4)
+    out = engine(ones(8.0))
+    if how == "engine":
+        engine.backward(out["loss"])
+    elif how == "scale":
+        engine.scale(out["loss"]).backward()
+    else:
+        (out["loss"] if how == "loss" else out["logits"].sum()).backward()
+    assert engine.module.weight.grad.tolist() == [2.0] * 4
+    (out := engine(ones(8.0)))["logits"].mul_(3)  # as a temperature does
+    (out["loss"] + out["logits"].sum()).backward()
+    assert engine.module.weight.grad.tolist() == [2.0 + 2.0 + 6.0] * 4
+
+
+@pytest.mark.parametrize("how", ["loss", "scale", "engine"])
+@pytest.mark.parametrize("between", [lambda y: y, lambda y: 2 * y], ids=["as it is", "twice"])
+def test_outputs_that_go_in_again_are_divided_once(how, between):
+    engine, plain = start(WithLogits(), gradient_accumulation_steps=4), WithLogits()
+    for model in (engine, plain):
+        loss = model(x=between(model(ones(8.0))["logits"]))["loss"]
+        if model is plain or how == "loss":
+            loss.backward()
+        else:
+            engine.backward(loss) if how == "engine" else engine.scale(loss).backward()
+    assert engine.module.weight.grad.tolist() == (plain.weight.grad / 4).tolist()
+
+
+@pytest.mark.parametrize("how", ["loss", "engine"])
+def test_a_backward_through_two_engines_is_divided_once_in_each(how):
+    generator = start(WithLogits(), gradient_accumulation_steps=4)
+    critic = start(WithLogits(), gradient_accumulation_steps=2)
+    loss = critic(generator(ones(8.0))["logits"])["loss"]
+    loss.backward() if how == "loss" else generator.backward(loss)
+    assert generator.module.weight.grad.tolist() == [2.0] * 4
+    assert critic.module.weight.grad.tolist() == [4.0 if how == "loss" else 2.0] * 4
+
+
+def test_scale_divides_a_loss_that_is_not_of_the_forward():
+    engine = start(gradient_accumulation_steps=4)
+    engine.scale(engine.module(ones(8.0)).sum()).backward()
+    assert engine.module.weight.grad.tolist() == [2.0] * 4
+
+
+def test_an_output_is_the_modules_memory_and_its_edits_are_seen():
+    engine = start(Net(lambda y: (y := y.tanh(), y)), gradient_accumulation_steps=4)
+    first, second = engine(ones())
+    assert first is second
+    first.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh needs it
+        first.sum().backward()
+
+
 def test_outputs_in_eval_are_left_alone():
     engine = start(gradient_accumulation_steps=4)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.deepspeed.config.schema import Config
-from pyzero.deepspeed.engine import tensors
+from pyzero.deepspeed.engine import loss_division, tensors
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
 from pyzero.deepspeed.engine.settings import EngineSettings
@@ -64,7 +64,6 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self._leaves_group = leaves_group
         self._boundary: bool | None = None  # what the caller says of the coming step()
         self._stepped = False
-        self._in_backward = False  # it divides the loss: the hooks on outputs leave gradients alone
         self._in_step = False
         self._used_no_sync = False  # since the last step
         self._num_backwards = 0  # since the last step
@@ -85,8 +84,8 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled.
 
-        The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
-        `backward` is.
+        The tensors of the outputs are the module's memory. A plain backward that begins behind them is divided by the
+        number of accumulation steps, as `backward` is.
 
         Raises:
             RuntimeError: Of the module; where it uses a weight of stage 3 outside its block, with what to do about it.
@@ -94,10 +93,10 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         if self._input_dtype is not None:
             args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
-            outputs = self._call(args, kwargs)
-        if torch.is_grad_enabled() and (self.batches.accumulation > 1 or self.is_scaled):
-            tensors.hook_outputs(outputs, self._on_plain_backward)
-        return outputs
+            if not torch.is_grad_enabled() or (self.batches.accumulation == 1 and not self.is_scaled):
+                return self._call(args, kwargs)
+            args, kwargs = loss_division.inputs((args, kwargs), self._accumulation)
+            return loss_division.outputs(self._call(args, kwargs), self._accumulation, self._check_plain_backward)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -115,16 +114,15 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         dtype = self.config.torch_autocast.enabled_dtype()
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _on_plain_backward(self, grad: Tensor) -> Tensor | None:
-        """A gradient that arrives at an output of the module."""
-        if self._in_backward:
-            return None
+    def _accumulation(self) -> int:
+        return self.batches.accumulation
+
+    def _check_plain_backward(self) -> None:
         if self.is_scaled and not self.optimizer.is_scaled_backward:
             raise RuntimeError(
                 "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
                 "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
             )
-        return grad / self.batches.accumulation
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
@@ -141,9 +139,8 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         tensors.check_loss(loss)
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
         self._num_backwards += 1
-        self._in_backward = True
         try:
-            with self.timers.phase("backward"):
+            with self.timers.phase("backward"), loss_division.divided():
                 self.optimizer.backward(divided, retain_graph=retain_graph)
         except RuntimeError as error:
             if "Found dtype" not in str(error):
@@ -153,24 +150,22 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
                 f"got tensors of two dtypes in a loss ({error}), wanted one: torch has no backward of huber_loss "
                 "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
             ) from error
-        finally:
-            self._in_backward = False
         if self.monitor.enabled:
             self._loss_sum = divided.detach() + (0 if self._loss_sum is None else self._loss_sum)
         return divided
 
     def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """The loss times the loss scale, for a backward of your own: `engine.scale(loss).backward()`.
+        """The loss divided as `backward` does and times the loss scale: `engine.scale(loss).backward()`.
 
         Args:
             loss: Any tensor that backward starts at.
             retain_graph: Nothing here: what backward() is called with counts.
         """
-        return self.optimizer.scale(loss)
+        return loss_division.begins_divided(self.optimizer.scale(loss / self.batches.accumulation))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward in here sends nothing; see FusedZeroAdam.no_sync.
+        """Backward in here sends nothing; see ZeroOptimizer.no_sync.
 
         In stage 3 each rank keeps whole gradients meanwhile, and the last backward before step() must be outside.
         """

@@ -21,16 +21,31 @@ def to_device(value: Any, device: torch.device) -> Any:
     return _map(value, lambda tensor: tensor.to(device))
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def find(value: Any) -> Iterator[Tensor]:
+    """Tensors, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from find(item)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor], dataclasses_too: bool = False) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        items = {key: _map(item, function) for key, item in value.items()}
+        items = {key: _map(item, function, dataclasses_too) for key, item in value.items()}
         return items if type(value) is dict else _like(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, function) for item in value))
+        return type(value)(*(_map(item, function, dataclasses_too) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, function) for item in value)
+        return type(value)(_map(item, function, dataclasses_too) for item in value)
+    if dataclasses_too and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result = copy.copy(value)
+        for field in dataclasses.fields(value):
+            item = _map(getattr(value, field.name), function, dataclasses_too)
+            object.__setattr__(result, field.name, item)  # it may be frozen
+        return result
     return value
 
 
@@ -53,24 +68,18 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def hook_outputs(value: Any, hook: Callable[[Tensor], Tensor | None]) -> None:
-    """Have a hook called with each gradient that comes back to an output of a graph."""
-    seen: set[int] = set()
-    for tensor in _find(value):
-        if tensor.grad_fn is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensor.register_hook(hook)
+def map_outputs(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """What a module gave, with other tensors in place of those in a graph, also in dataclasses.
 
+    One that is there twice stays one.
+    """
+    replaced: dict[int, Tensor] = {}
 
-def _find(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _find(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _find(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _find(getattr(value, field.name))
+    def replace(tensor: Tensor) -> Tensor:
+        if tensor.grad_fn is None:
+            return tensor
+        if id(tensor) not in replaced:
+            replaced[id(tensor)] = function(tensor)
+        return replaced[id(tensor)]
+
+    return _map(value, replace, dataclasses_too=True)
