@@ -188,6 +188,17 @@ def test_a_plain_backward_of_fp16_says_what_to_call():
 # ---- boundaries -----------------------------------------------------------------------------------------------------
 
 
+def test_another_number_of_accumulation_steps_begins_with_the_next_step():
+    engine, acted = start(gradient_accumulation_steps=2), []
+    for accumulation in (2, 4, 1, 3):
+        engine.set_train_batch_size(accumulation)
+        for _ in range(accumulation):
+            engine.backward(engine(ones(3.0)).sum())
+            engine.step()
+            acted.append(engine.was_step_applied())
+    assert acted == [False, True, *[False] * 3, True, True, False, False, True]
+
+
 def test_the_caller_sets_the_boundary():
     engine = start(gradient_accumulation_steps=3)
     engine.set_gradient_accumulation_boundary(False)

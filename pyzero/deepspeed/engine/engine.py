@@ -67,6 +67,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self._in_step = False
         self._used_no_sync = False  # since the last step
         self._num_backwards = 0  # since the last step
+        self._num_micro = 0  # calls of step() since the last one that acted
         self._loss_sum: Tensor | None = None  # of the divided losses since the last step
 
     def __getattr__(self, name: str) -> Any:
@@ -193,7 +194,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
             return self._boundary
         if not self.config.managed_gradient_accumulation:
             return self._in_step
-        return (self.micro_steps + 1) % self.batches.accumulation == 0
+        return self._num_micro + 1 >= self.batches.accumulation
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Say whether the coming step() acts, from now on, in place of the count of micro-batches.
@@ -227,6 +228,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         finally:
             self._in_step = False
         self.micro_steps += 1
+        self._num_micro = 0 if self._stepped else self._num_micro + 1
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
         if self._used_no_sync and has_unsent_gradients(self.module):
