@@ -1,5 +1,6 @@
 """The names that DeepSpeed's scripts use on an engine, each doing what it does there."""
 
+import copy
 import csv
 import dataclasses
 import logging
@@ -135,17 +136,59 @@ def test_a_loss_beside_its_logits_is_divided_once(how):
     assert engine.module.weight.grad.tolist() == [2.0 + 2.0 + 6.0] * 4
 
 
+class Parts(nn.Module):
+    """Gives a loss, and what it is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(inputs)
+        logits = self.second(hidden).tanh()
+        return {"loss": logits.square().sum(), "logits": logits, "hidden": hidden}
+
+
+USES = {
+    "a loss beside its logits": lambda m, _, x: m(x)["loss"],
+    "a loss of logits and hidden states": lambda m, _, x: m(x)["logits"].sum() + m(x)["hidden"].square().sum(),
+    "all of one forward": lambda m, _, x: sum(out.square().sum() for out in m(x).values()),
+    "twice": lambda m, _, x: m(m(x)["logits"])["loss"],
+    "twice, and what came between": lambda m, _, x: (lambda y: y.sum() + m(y)["loss"])(m(x)["logits"]),
+    "twice, and something between": lambda m, _, x: m(2 * m(x)["logits"])["loss"],
+    "through another engine": lambda m, other, x: other(m(x)["logits"])["loss"],
+    "through another engine and past it": lambda m, other, x: (lambda y: y.sum() + other(y)["loss"])(m(x)["logits"]),
+}
+
+
 @pytest.mark.parametrize("how", ["loss", "scale", "engine"])
-@pytest.mark.parametrize("between", [lambda y: y, lambda y: 2 * y], ids=["as it is", "twice"])
-def test_outputs_that_go_in_again_are_divided_once(how, between):
-    engine, plain = start(WithLogits(), gradient_accumulation_steps=4), WithLogits()
-    for model in (engine, plain):
-        loss = model(x=between(model(ones(8.0))["logits"]))["loss"]
-        if model is plain or how == "loss":
-            loss.backward()
-        else:
-            engine.backward(loss) if how == "engine" else engine.scale(loss).backward()
-    assert engine.module.weight.grad.tolist() == (plain.weight.grad / 4).tolist()
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_gradients_are_divided_once(use, how):
+    torch.manual_seed(1)
+    models, inputs = [Parts(), Parts()], ones()
+    engines = [start(copy.deepcopy(model), gradient_accumulation_steps=4) for model in models]
+    loss = use(*engines, inputs)
+    if how == "engine":
+        engines[0].backward(loss)
+    else:
+        (engines[0].scale(loss) if how == "scale" else loss).backward()
+    (use(*models, inputs) / 4).backward()
+    for engine, model in zip(engines, models, strict=True):
+        for got, wanted in zip(engine.module.parameters(), model.parameters(), strict=True):
+            assert (got.grad is None) == (wanted.grad is None)
+            assert got.grad is None or torch.equal(got.grad, wanted.grad)  # powers of two
+
+
+def test_two_fp16_engines_in_one_graph():
+    first, second = (start(Parts(), fp16={"enabled": True, "initial_scale_power": 8}) for _ in range(2))
+    loss = second(first(ones())["logits"])["loss"]
+    with pytest.raises(RuntimeError, match=r"another engine.*module.requires_grad_\(False\)"):
+        first.backward(loss)
+    first.zero_grad()
+    second.module.requires_grad_(False)
+    first.backward(second(first(ones())["logits"])["loss"])
+    first.step()
+    assert first.was_step_applied() and all(param.grad is None for param in second.module.parameters())
 
 
 @pytest.mark.parametrize("how", ["loss", "engine"])

@@ -94,10 +94,15 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         if self._input_dtype is not None:
             args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
-            if not torch.is_grad_enabled() or (self.batches.accumulation == 1 and not self.is_scaled):
+            if not (torch.is_grad_enabled() and self._watches_backward()):
                 return self._call(args, kwargs)
             args, kwargs = loss_division.inputs((args, kwargs), self._accumulation)
-            return loss_division.outputs(self._call(args, kwargs), self._accumulation, self._check_plain_backward)
+            return loss_division.outputs(self._call(args, kwargs), self._accumulation, self._check_backward)
+
+    def _watches_backward(self) -> bool:
+        """Whether a plain backward has to be divided, or refused. One that reaches no weights of this model has not."""
+        is_asked = self.batches.accumulation > 1 or self.is_scaled
+        return is_asked and any(param.requires_grad for param in self.module.parameters())
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -118,12 +123,20 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
     def _accumulation(self) -> int:
         return self.batches.accumulation
 
-    def _check_plain_backward(self) -> None:
-        if self.is_scaled and not self.optimizer.is_scaled_backward:
+    def _check_backward(self, owner: object) -> None:
+        """Raise where gradients of fp16 weights arrive without this engine's loss scale."""
+        if not self.is_scaled or self.optimizer.is_scaled_backward:
+            return
+        if owner is not None:
             raise RuntimeError(
-                "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
-                "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
+                "expected gradients that carry this engine's loss scale, got a backward of another engine, which has "
+                "its own or none; freeze this model ahead of its forward by module.requires_grad_(False) where its "
+                "gradients are not wanted, or enable bf16 in place of fp16"
             )
+        raise RuntimeError(
+            "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
+            "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
+        )
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
@@ -141,7 +154,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
         self._num_backwards += 1
         try:
-            with self.timers.phase("backward"), loss_division.divided():
+            with self.timers.phase("backward"), loss_division.divided(self):
                 self.optimizer.backward(divided, retain_graph=retain_graph)
         except RuntimeError as error:
             if "Found dtype" not in str(error):
@@ -162,7 +175,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
             loss: Any tensor that backward starts at.
             retain_graph: Nothing here: what backward() is called with counts.
         """
-        return loss_division.begins_divided(self.optimizer.scale(loss / self.batches.accumulation))
+        return loss_division.begins_divided(self.optimizer.scale(loss / self.batches.accumulation), self)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

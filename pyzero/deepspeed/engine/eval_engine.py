@@ -35,6 +35,10 @@ class EvalEngine(Engine):
     save_checkpoint = load_checkpoint = get_fp32_state_dict = was_step_applied = get_global_grad_norm = _refuse
     skipped_steps = cur_scale = property(_refuse)
 
+    def _watches_backward(self) -> bool:
+        """Gradients pass through it to the model that is trained."""
+        return False
+
     def get_lr(self) -> list[float]:
         """An empty list."""
         return []

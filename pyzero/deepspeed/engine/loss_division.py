@@ -8,7 +8,7 @@ the module no gradient does. Where outputs go into a module again, a node ahead 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,52 +20,56 @@ _Function = Callable[[Tensor], Tensor]
 
 
 class _Backward:
-    """Whose loss was divided: of all engines, for a backward may go through several."""
+    """The one that runs, where its loss was divided: by which engine. It may go through several."""
 
-    is_divided = False  # in `divided()`
-    task = -1  # torch's number of the last that began at a divided tensor
-
-    @classmethod
-    def divides(cls) -> bool:
-        """Whether the one that runs is still to be divided."""
-        return not cls.is_divided and torch._C._current_graph_task_id() != cls.task
+    _owner: object = None  # in `divided()`
+    _root: tuple[int, object] = (-1, None)  # torch's number of the last that began at a tensor of `begins_divided`
 
     @classmethod
-    def begin(cls, grad: Tensor) -> None:
-        cls.task = torch._C._current_graph_task_id()
+    def owner(cls) -> object:
+        """None: its loss is not divided."""
+        task, owner = cls._root
+        return cls._owner or (owner if torch._C._current_graph_task_id() == task else None)
+
+    @classmethod
+    @contextmanager
+    def of(cls, owner: object) -> Iterator[None]:
+        before, cls._owner = cls._owner, owner
+        try:
+            yield
+        finally:
+            cls._owner = before
+
+    @classmethod
+    def begin(cls, owner: object) -> None:
+        cls._root = torch._C._current_graph_task_id(), owner
 
 
-@contextmanager
-def divided() -> Iterator[None]:
-    """Around the backward of a loss that is divided."""
-    before, _Backward.is_divided = _Backward.is_divided, True
-    try:
-        yield
-    finally:
-        _Backward.is_divided = before
+def divided(owner: object) -> AbstractContextManager[None]:
+    """Around the backward of a loss that the owner has divided."""
+    return _Backward.of(owner)
 
 
-def begins_divided(loss: Tensor) -> Tensor:
-    """The loss, which is divided, and of which the caller runs backward."""
+def begins_divided(loss: Tensor, owner: object) -> Tensor:
+    """The loss, which the owner has divided, and of which the caller runs backward."""
     if loss.requires_grad:
-        loss.register_hook(_Backward.begin)
+        loss.register_hook(lambda grad: _Backward.begin(owner))
     return loss
 
 
-def outputs(value: Any, num_steps: Callable[[], int], check: Callable[[], None]) -> Any:
+def outputs(value: Any, num_steps: Callable[[], int], check: Callable[[object], None]) -> Any:
     """What a module's forward gave, as it is to be handed out.
 
     Args:
         value: Tensors in tuples, lists, dicts and dataclasses, and what else there is. It is not written.
         num_steps: What to divide by.
-        check: Called in a backward whose loss was not divided; may raise.
+        check: Called in a backward with who has divided its loss, or None; may raise.
     """
 
     def divide(grad: Tensor) -> Tensor:
-        if not _Backward.divides():
-            return grad
-        check()
-        return grad / num_steps()
+        owner = _Backward.owner()
+        check(owner)
+        return grad / num_steps() if owner is None else grad
 
     return tensors.map_outputs(value, lambda tensor: _entry(tensor, divide))
 
@@ -74,7 +78,7 @@ def inputs(value: Any, num_steps: Callable[[], int]) -> Any:
     """What goes into a module's forward: of outputs, the gradients are as outside of it."""
 
     def multiply(grad: Tensor) -> Tensor:
-        return grad * num_steps() if _Backward.divides() else grad
+        return grad * num_steps() if _Backward.owner() is None else grad
 
     if not any(_is_of_outputs(tensor) for tensor in tensors.find(value)):
         return value
