@@ -87,11 +87,11 @@ def estimate(
         num_ranks: Of the process group.
         stage: 1 to 3. In 3, of a module, counted is what initialize() makes of it: fp32 shards, their own
             masters; dtypes are those that the model computes in.
-        bucket_cap_mb: As FusedZeroAdam's.
-        reduce_grads: As FusedZeroAdam's.
+        bucket_cap_mb: As ZeroOptimizer's.
+        reduce_grads: As ZeroOptimizer's.
         rule: The update rule; default: Adam's.
-        cpu_offload: As FusedZeroAdam's, counted as of GPUs.
-        transport: As FusedZeroAdam's; "auto" counts as "peer" on CPUs.
+        cpu_offload: As ZeroOptimizer's, counted as of GPUs.
+        transport: As ZeroOptimizer's; "auto" counts as "peer" on CPUs.
 
     Raises:
         ValueError: An argument out of range.
@@ -124,10 +124,10 @@ def estimate_numel(
         dtype: That the model computes in.
         num_ranks: That hold the same part of the model.
         stage: 1 to 3. In 3, which is fully_shard, shards of weights are fp32, and their own masters.
-        bucket_cap_mb: As FusedZeroAdam's.
+        bucket_cap_mb: As ZeroOptimizer's.
         tensor_parallel: Ranks over which all weights are split before.
         num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
-        cpu_offload: As FusedZeroAdam's, counted as of GPUs.
+        cpu_offload: As ZeroOptimizer's, counted as of GPUs.
         on_gpu: Whether the ranks train on GPUs, where buckets are larger, or on CPUs, where ranks share memory.
 
     Raises:

@@ -89,7 +89,7 @@ class FusedZeroSGD(ZeroOptimizer):
         params: See ZeroOptimizer.
         lr: Learning rate, a number or a 0-D tensor.
         momentum: Decay of the momentum; 0: none, and no state.
-        dampening: Of the gradient in the momentum.
+        dampening: As torch.optim.SGD's.
         weight_decay: Added to the gradient, times the weight.
         nesterov: Nesterov's momentum.
         maximize: Ascend.

@@ -11,7 +11,8 @@ template <typename In, typename Out>
 using PlainBody = ScaleBody<In, Out, const NoStats>;
 
 // Where the target is aligned and the source is not: a vector is taken from the two aligned ones that it lies across,
-// of which the second is its neighbor's first.
+// of which the second is its neighbor's first. The first of all may begin up to 15 bytes before the source: what lies
+// there, which others may be writing, is shifted out.
 template <typename In, typename Out>
 struct ShiftedBody : PlainBody<In, Out> {
   using Base = PlainBody<In, Out>;

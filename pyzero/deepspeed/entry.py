@@ -107,6 +107,7 @@ def initialize(
     _check_storage(settings)
     is_pipeline = isinstance(model, PipelineModule)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
+    _show_log()
     _remark(settings, trains)
 
     params = [_listed(item) for item in (model.parameters() if model_parameters is None else model_parameters)]
@@ -206,14 +207,33 @@ def _check_storage(config: Config) -> None:
         )
 
 
+class _Unconfigured(logging.StreamHandler):  # type: ignore[type-arg]
+    """To stderr, until the root logger has a handler."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+def _show_log() -> None:
+    """On rank 0, from level INFO on, where nobody has configured logging: scripts of DeepSpeed expect its lines."""
+    if process.rank_and_size()[0] > 0 or log.hasHandlers():
+        return
+    handler = _Unconfigured()
+    handler.setFormatter(logging.Formatter("[pyzero] %(message)s"))
+    log.addHandler(handler)
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+
 def _remark(config: Config, trains: bool) -> None:
     """One line for each key that means something else here than its reader may think."""
     if process.rank_and_size()[0] > 0:
         return
     if config.optimizer is not None and config.optimizer.remark:
-        log.info("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
+        log.warning("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
     if trains and config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
-        log.info("config: gradient_clipping is not given: nothing is clipped, where DeepSpeed clips to a norm of 1.0")
+        log.warning("config: gradient_clipping is not given: nothing is clipped; DeepSpeed 0.19 clips to a norm of 1.0")
     if config.zero_optimization.offloads_params():
         if config.zero_optimization.stage < 3:
             log.warning("config: zero_optimization.offload_param: weights stay on their device below stage 3")

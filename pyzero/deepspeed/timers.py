@@ -30,17 +30,18 @@ class PhaseTimers:
         if not self.enabled:
             yield
             return
-        self._calls[name] = self._calls.get(name, 0) + 1
         if self._on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
             end.record()
             self._events.append((name, begin, end))
+            self._calls[name] = self._calls.get(name, 0) + 1
             return
         started = time.perf_counter()
         yield
         self._add(name, 1e3 * (time.perf_counter() - started))
+        self._calls[name] = self._calls.get(name, 0) + 1
 
     def _add(self, name: str, milliseconds: float) -> None:
         self._ms[name] = self._ms.get(name, 0.0) + milliseconds

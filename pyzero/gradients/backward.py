@@ -55,6 +55,7 @@ class GradientHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._nodes.clear()
 
     def __del__(self) -> None:
         self.remove()

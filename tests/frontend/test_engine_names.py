@@ -4,6 +4,8 @@ import copy
 import csv
 import dataclasses
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -449,11 +451,28 @@ def test_what_means_something_else_here_is_told(caplog):
     }
     assert len(told) == 2
     wanted_lines = [
-        ("OneBitAdam: gradients are not", "INFO"),
-        ("nothing is clipped, where DeepSpeed clips to a norm of 1.0", "INFO"),
+        ("OneBitAdam: gradients are not", "WARNING"),
+        ("nothing is clipped; DeepSpeed 0.19 clips to a norm of 1.0", "WARNING"),
     ]
     for (line, level), (words, wanted) in zip(told.items(), wanted_lines, strict=True):
         assert words in line and level == wanted
+
+
+@pytest.mark.parametrize("configures", [False, True])
+def test_the_log_is_shown_where_nobody_has_configured_logging(configures):
+    program = f"""
+import logging, torch, pyzero
+if {configures}:
+    logging.basicConfig(level=logging.ERROR)
+config = {{"train_micro_batch_size_per_gpu": 1, "optimizer": {{"type": "Adam"}}, "steps_per_print": 1}}
+for _ in range(2):
+    engine = pyzero.initialize(model=torch.nn.Linear(2, 1), config=config)[0]
+engine.backward(engine(torch.ones(1, 2)).sum())
+engine.step()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    lines = [line for line in done.stderr.splitlines() if "step=1, skipped=0" in line]
+    assert len(lines) == (0 if configures else 1) and ("[pyzero] config:" in done.stderr) != configures
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Config(Section):
     amp: Annotated[Any, Refused("apex amp is not supported; enable bf16, fp16 or torch_autocast")] = None
     gradient_clipping: Annotated[
         NotNegative | Auto,
-        Done("the largest global norm; 0, the default here: no clipping. DeepSpeed's default is 1"),
+        Done("the largest global norm; 0, the default here: no clipping. The default of DeepSpeed 0.19 is 1"),
     ] = 0.0
     zero_optimization: ZeroSection = ZeroSection()
     zero_allow_untested_optimizer: Annotated[Flag, Ignored("there are only tested ones", quiet=True)] = False

@@ -130,7 +130,7 @@ class ZeroSection(Section):
         return bool(section or self.cpu_offload_params or self.cpu_offload_param)
 
     def arguments(self, element_size: int) -> dict[str, Any]:
-        """For FusedZeroAdam. Its own bucket size unless the config asks for a smaller one."""
+        """For the optimizer. Its own bucket size unless the config asks for a smaller one."""
         stage = min(max(self.stage, 1), 2)  # shards of stage 3 are one rank's own: the optimizer sends nothing
         chosen: dict[str, Any] = {"stage": stage, "overlap": self.overlap_comm is not False}
         if self.reduce_bucket_size != "auto" and 0 < self.reduce_bucket_size < _DEFAULT_BUCKET:

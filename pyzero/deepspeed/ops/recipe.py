@@ -18,5 +18,5 @@ class Recipe(Optimizer):
         """
         raise RuntimeError(
             f"expected {type(self).__name__} to be passed to initialize(optimizer=...), whose engine takes the steps, "
-            f"got step(); without an engine take pyzero.FusedZeroAdam or pyzero.FusedZeroLion"
+            f"got step(); without an engine take pyzero.FusedZeroAdam, FusedZeroLion or ZeroLamb"
         )
