@@ -201,9 +201,14 @@ class ZeroMuon(ZeroOptimizer):
             param_group = {**_ADAMW_DEFAULTS, **param_group}
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ZeroOptimizer. torch.optim.Muon counts no steps, which Muon's rule does not read."""
-        super().load_state_dict(with_step_counts(state_dict))
+    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
+        """See ZeroOptimizer."""
+        if "dampening" in options and "ns_steps" not in options:  # torch.optim.SGD's, whose buffer has the same name
+            return False
+        return super().is_of_rule(group_index, options)
+
+    def _as_ours(self, state_dict: Any) -> Any:
+        return with_step_counts(state_dict)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
         return self._rule if group["use_muon"] else self._adamw_rule

@@ -89,7 +89,7 @@ class FusedZeroSGD(ZeroOptimizer):
         params: See ZeroOptimizer.
         lr: Learning rate, a number or a 0-D tensor.
         momentum: Decay of the momentum; 0: none, and no state.
-        dampening: As torch.optim.SGD's.
+        dampening: Of the gradient in the momentum, but in a parameter's first step (step count 1).
         weight_decay: Added to the gradient, times the weight.
         nesterov: Nesterov's momentum.
         maximize: Ascend.
@@ -123,9 +123,18 @@ class FusedZeroSGD(ZeroOptimizer):
         self._with_buffer, self._without_buffer = SGDRule(True), SGDRule(False)
         super().__init__(params, self._rule_of(defaults), defaults, **options)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ZeroOptimizer. A torch.optim.SGD's is taken too."""
-        super().load_state_dict(with_step_counts(state_dict))
+    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
+        """See ZeroOptimizer. A group with a buffer may have been saved while its momentum was 0."""
+        if "ns_steps" in options:  # torch.optim.Muon's, whose buffer has the same name
+            return False
+        return self._rules[group_index] is self._with_buffer or super().is_of_rule(group_index, options)
+
+    def takes_rule(self, name: str | None) -> bool:
+        """See StateAccess. Momentum may be a group's own or all groups'."""
+        return name in (self._with_buffer.name, self._without_buffer.name) or super().takes_rule(name)
+
+    def _as_ours(self, state_dict: Any) -> Any:
+        return with_step_counts(state_dict)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
         return self._with_buffer if group["momentum"] else self._without_buffer

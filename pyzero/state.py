@@ -108,6 +108,10 @@ class StateAccess(FullAccess, Optimizer):
         """The update rule's name; Adam's and AdamW's is one."""
         return self._rule.name
 
+    def takes_rule(self, name: str | None) -> bool:
+        """Whether state that was saved under this rule's name may be this optimizer's; None: a torch optimizer's."""
+        return name in (None, self.rule_name)
+
     @property
     def scales_loss(self) -> bool:
         """Whether there is a loss scale, and `backward` applies it."""
@@ -225,7 +229,7 @@ class StateAccess(FullAccess, Optimizer):
         answer: str | rank_state.Summary
         try:
             saved = rank_state.RankState.parse(
-                self, state_dict, self._param_buckets, self._group.rank, self._group.size
+                self, self._as_ours(state_dict), self._param_buckets, self._group.rank, self._group.size
             )
             answer, unsent = saved.summary(), self._gradients.unsent()
         except Exception as error:  # of any kind: the other ranks wait to hear of it
@@ -240,6 +244,10 @@ class StateAccess(FullAccess, Optimizer):
                 raise ValueError(f"nothing was loaded, for rank {rank} could not: {other}")
         assert saved is not None
         return saved, rank_state.agreed_cut(answers), {kind for _, kind in told}
+
+    def _as_ours(self, state_dict: Any) -> Any:
+        """A state dict with what torch's optimizer of the rule leaves out; for those whose torch's counts no steps."""
+        return state_dict
 
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
         """Whole values by parameter, in torch's layout."""
@@ -274,8 +282,9 @@ class StateAccess(FullAccess, Optimizer):
 def with_step_counts(state_dict: Any) -> Any:
     """A copy in which every parameter with a momentum buffer has a step count: torch.optim.SGD and Muon keep none.
 
-    1 stands for any number: these rules ask at most whether a step is a parameter's first. What is no state dict is
-    returned as it is, for load_state_dict to refuse.
+    1 stands for any number: these rules ask at most whether a step is a parameter's first. A buffer of None, as older
+    torch saved it without momentum, is no state. What is no state dict is returned as it is, for load_state_dict to
+    refuse.
     """
     state = state_dict.get("state") if isinstance(state_dict, dict) else None
     if not isinstance(state, dict):
@@ -283,6 +292,7 @@ def with_step_counts(state_dict: Any) -> Any:
     counted = {
         index: {STEP: torch.ones(()), **values} if isinstance(values, dict) and "momentum_buffer" in values else values
         for index, values in state.items()
+        if values != {"momentum_buffer": None}
     }
     return {**state_dict, "state": counted}
 

@@ -235,7 +235,7 @@ class _Load:
     def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
         """The optimizer's groups with the hyper-parameters that their parameters were saved with."""
         saved, rule = self._common["param_groups"], self._common.get(RULE)
-        if rule not in (None, self._optimizer.rule_name):
+        if not self._optimizer.takes_rule(rule):
             self._problems.insert(0, f"of the update rule {rule}, wanted {self._optimizer.rule_name}")
             saved = [{"params": [], SCALER: group.get(SCALER)} for group in saved]  # its options are none of ours
         group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}

@@ -239,7 +239,7 @@ def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
         )
     saved: list[dict[str, Any]] = state_dict["param_groups"]
     rule = saved[0].get(RULE) if saved else None  # none in a torch optimizer's
-    if rule not in (None, optimizer.rule_name):
+    if not optimizer.takes_rule(rule):
         raise ValueError(
             f"expected the state of the update rule {optimizer.rule_name}, got that of {rule}; load it into an "
             f"optimizer of the same kind"

@@ -220,3 +220,66 @@ def test_momentum_cannot_come_later():
     with pytest.raises(ValueError, match="expected momentum 0 as when the group was added, got 0.9"):
         optimizer.step()
     assert torch.equal(param, torch.zeros(3))
+
+
+@pytest.mark.parametrize("how", ["state_dict", "full_state_dict", "checkpoint"])
+def test_state_of_groups_whose_momentum_has_become_0_goes_on(how, tmp_path):
+    """In an optimizer that has the momentum as a default, where the saved one had it in its group."""
+    params = [nn.Parameter(torch.ones(70)) for _ in range(2)]
+    groups = [[{"params": params[:1], "momentum": 0.5}], [{"params": params[1:]}]]
+    first, second = (pyzero.FusedZeroSGD(groups[i], lr=0.25, momentum=0.5 * i) for i in range(2))
+    for momentum in (0.5, 0.0):
+        first.param_groups[0]["momentum"] = momentum
+        params[0].grad = torch.full((70,), 2.0)
+        first.step()
+    if how == "checkpoint":
+        first.zero_grad()
+        pyzero.save_checkpoint(tmp_path, model=nn.ParameterList(params[:1]), optimizer=first, step=2)
+        pyzero.load_checkpoint(tmp_path, model=nn.ParameterList(params[1:]), optimizer=second)
+    else:
+        second.load_state_dict(getattr(first, how)())
+    assert second.param_groups[0]["momentum"] == 0.0
+    for param, optimizer in zip(params, (first, second), strict=True):
+        optimizer.param_groups[0]["momentum"] = 0.5
+        param.grad = torch.full((70,), 2.0)
+        optimizer.step()
+        assert torch.equal(optimizer.full_state(param)["momentum_buffer"], torch.full((70,), 3.0))
+    assert torch.equal(*params)
+
+
+def test_a_hook_may_load_torchs_state():
+    """Which has no step counts."""
+    params = [nn.Parameter(torch.ones(70)) for _ in range(2)]
+    hyper = dict(lr=0.25, momentum=0.5, dampening=0.5)
+    optimizers = [torch.optim.SGD(params[:1], **hyper), pyzero.FusedZeroSGD(params[1:], **hyper)]
+    params[0].grad = torch.full((70,), 2.0)
+    optimizers[0].step()
+    optimizers[1].register_load_state_dict_pre_hook(lambda optimizer, state_dict: optimizers[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[1].state_dict())
+    buffer = optimizers[1].full_state(params[1])["momentum_buffer"]
+    assert torch.equal(buffer, torch.full((70,), 2.0))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_torchs_sgd_and_muon_are_not_taken_for_each_other():
+    """Their buffers have one name, and another scale."""
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    saved = [torch.optim.Muon(params[:1]), torch.optim.SGD(params[:1], momentum=0.9)]
+    ours = [pyzero.FusedZeroSGD(params[1:], momentum=0.9), pyzero.ZeroMuon(params[1:])]
+    for theirs, optimizer in zip(saved, ours, strict=True):
+        params[0].grad = torch.ones(4, 4)
+        theirs.step()
+        with pytest.raises(ValueError, match="expected options of the update rule that group 0 was built with"):
+            optimizer.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_buffer_of_none_is_no_state(momentum):
+    """Older torch saved it for SGD without momentum."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroSGD([param], lr=0.25, momentum=momentum)
+    groups = torch.optim.SGD([param], lr=0.5, momentum=momentum).state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {0: {"momentum_buffer": None}}, "param_groups": groups})
+    param.grad = torch.full((4,), 2.0)
+    optimizer.step()
+    assert torch.equal(param, torch.zeros(4))
