@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments import check_lr, check_not_negative
+from pyzero.arguments import check_lr, check_not_negative, refuse_unsupported
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state import with_step_counts
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
@@ -38,7 +38,7 @@ class SGDRule:
         check_lr(group)
         check_not_negative("momentum", "momentum", group)
         check_not_negative("weight_decay", "weight_decay", group)
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        if group["nesterov"] and (not self.slots or group["dampening"] != 0):  # momentum may become 0 for a while
             raise ValueError(
                 f"Nesterov momentum requires a momentum and zero dampening; got momentum={group['momentum']} and "
                 f"dampening={group['dampening']}"
@@ -69,7 +69,7 @@ class SGDRule:
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
+            nesterov=group["nesterov"] and group["momentum"] != 0,
             maximize=group["maximize"],
             step=shard.steps,
             grad_scale=grad_scale,
@@ -93,6 +93,7 @@ class FusedZeroSGD(ZeroOptimizer):
         weight_decay: Added to the gradient, times the weight.
         nesterov: Nesterov's momentum.
         maximize: Ascend.
+        differentiable: Refused; `foreach` and `fused` change nothing here.
         **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
@@ -110,8 +111,12 @@ class FusedZeroSGD(ZeroOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **options: Unpack[ZeroOptions],
     ) -> None:
+        refuse_unsupported({"differentiable": differentiable})
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -119,6 +124,9 @@ class FusedZeroSGD(ZeroOptimizer):
             weight_decay=weight_decay,
             nesterov=nesterov,
             maximize=maximize,
+            foreach=foreach,  # these change nothing; torch's optimizers ask checkpoints for them
+            differentiable=differentiable,
+            fused=fused,
         )
         self._with_buffer, self._without_buffer = SGDRule(True), SGDRule(False)
         super().__init__(params, self._rule_of(defaults), defaults, **options)

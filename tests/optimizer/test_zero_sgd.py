@@ -190,6 +190,7 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, tmp_path):
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"momentum": -0.5}, "Invalid momentum value: -0.5"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
+        ({"differentiable": True}, "differentiable"),
         ({"nesterov": True}, "requires a momentum and zero dampening; got momentum=0.0"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "zero dampening; got momentum=0.9 and dampening=0.1"),
     ],
@@ -199,10 +200,11 @@ def test_refusals(options, message):
         pyzero.FusedZeroSGD([nn.Parameter(torch.zeros(3))], **options)
 
 
-def test_momentum_that_becomes_0_leaves_its_buffer_alone():
-    """As torch does, which does not dampen then either."""
+@pytest.mark.parametrize("options", [{"dampening": 0.5}, {"nesterov": True, "fused": True}])
+def test_momentum_that_becomes_0_leaves_its_buffer_alone(options):
+    """As torch does, which does not dampen then either, nor asks Nesterov's for momentum."""
     params = [nn.Parameter(torch.ones(70)) for _ in range(2)]
-    hyper = dict(lr=0.25, momentum=0.5, dampening=0.5)
+    hyper = dict(lr=0.25, momentum=0.5, **options)
     optimizers = [torch.optim.SGD(params[:1], **hyper), pyzero.FusedZeroSGD(params[1:], **hyper)]
     for momentum in (0.5, 0.0, 0.5):
         for param, optimizer in zip(params, optimizers, strict=True):
