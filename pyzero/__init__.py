@@ -6,8 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adam import FusedZeroAdam as FusedZeroAdam
-    from .adam import FusedZeroAdamW as FusedZeroAdamW
     from .checkpoint.files import CheckpointError as CheckpointError
     from .checkpoint.loading import latest_checkpoint as latest_checkpoint
     from .checkpoint.loading import load_checkpoint as load_checkpoint
@@ -15,11 +13,13 @@ if TYPE_CHECKING:
     from .checkpoint.saving import save_checkpoint as save_checkpoint
     from .comm.group import CollectiveError as CollectiveError
     from .deepspeed.entry import initialize as initialize
-    from .lamb import ZeroLamb as ZeroLamb
-    from .lion import FusedZeroLion as FusedZeroLion
     from .loss_scale.scaler import LossScale as LossScale
-    from .muon import ZeroMuon as ZeroMuon
-    from .sgd import FusedZeroSGD as FusedZeroSGD
+    from .optimizers.adam import FusedZeroAdam as FusedZeroAdam
+    from .optimizers.adam import FusedZeroAdamW as FusedZeroAdamW
+    from .optimizers.lamb import ZeroLamb as ZeroLamb
+    from .optimizers.lion import FusedZeroLion as FusedZeroLion
+    from .optimizers.muon import ZeroMuon as ZeroMuon
+    from .optimizers.sgd import FusedZeroSGD as FusedZeroSGD
     from .sharding.sharded_grad import ShardedGrad as ShardedGrad
 
 __version__ = "0.1.0"
@@ -28,14 +28,14 @@ __version__ = "0.1.0"
 _MODULES = {
     "CheckpointError": "checkpoint.files",
     "CollectiveError": "comm.group",
-    "FusedZeroAdam": "adam",
-    "FusedZeroAdamW": "adam",
-    "FusedZeroLion": "lion",
-    "FusedZeroSGD": "sgd",
+    "FusedZeroAdam": "optimizers.adam",
+    "FusedZeroAdamW": "optimizers.adam",
+    "FusedZeroLion": "optimizers.lion",
+    "FusedZeroSGD": "optimizers.sgd",
     "LossScale": "loss_scale.scaler",
     "ShardedGrad": "sharding.sharded_grad",
-    "ZeroLamb": "lamb",
-    "ZeroMuon": "muon",
+    "ZeroLamb": "optimizers.lamb",
+    "ZeroMuon": "optimizers.muon",
     "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",
     "latest_checkpoint": "checkpoint.loading",

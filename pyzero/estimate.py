@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyzero.adam import AdamRule
 from pyzero.arguments import check_bucket_cap
+from pyzero.optimizers.adam import AdamRule
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
 from pyzero.update_rule import StateSlot, UpdateRule

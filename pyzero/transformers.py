@@ -10,11 +10,11 @@ import transformers
 from transformers.trainer import SCHEDULER_NAME
 
 from pyzero.accelerate import FOLDER, Accelerator, zero_optimizer_of
-from pyzero.adam import FusedZeroAdam, FusedZeroAdamW
 from pyzero.checkpoint.loading import load_checkpoint
 from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sgd import FusedZeroSGD
+from pyzero.optimizers.adam import FusedZeroAdam, FusedZeroAdamW
+from pyzero.optimizers.sgd import FusedZeroSGD
 
 _OURS: dict[Any, type[ZeroOptimizer]] = {
     torch.optim.AdamW: FusedZeroAdamW,

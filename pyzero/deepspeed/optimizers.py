@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from pyzero.adam import FusedZeroAdam
 from pyzero.arguments import IGNORED, UNSUPPORTED
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.ops.lamb import FusedLamb
@@ -17,11 +16,12 @@ from pyzero.deepspeed.ops.lion import FusedLion
 from pyzero.deepspeed.ops.recipe import Recipe
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.pipe.module import PipelineModule
-from pyzero.lamb import ZeroLamb
-from pyzero.lion import FusedZeroLion
-from pyzero.muon import ZeroMuon
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sgd import FusedZeroSGD
+from pyzero.optimizers.adam import FusedZeroAdam
+from pyzero.optimizers.lamb import ZeroLamb
+from pyzero.optimizers.lion import FusedZeroLion
+from pyzero.optimizers.muon import ZeroMuon
+from pyzero.optimizers.sgd import FusedZeroSGD
 
 _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "Adam": FusedZeroAdam,

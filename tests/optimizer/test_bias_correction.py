@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero import ops
-from pyzero.adam import _LARGEST_BETA, _LATE
+from pyzero.optimizers.adam import _LARGEST_BETA, _LATE
 
 GRADS = [torch.tensor([4.0, -2.0, 0.5, 0.0]), torch.tensor([1.0, 3.0, -0.25, 8.0]), torch.tensor([-2.0, 0.0, 0.1, 1.0])]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero import ops
-from pyzero.adam import AdamRule
+from pyzero.optimizers.adam import AdamRule
 
 
 def trained(

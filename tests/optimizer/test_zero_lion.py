@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero.estimate import estimate
-from pyzero.lion import LionRule
+from pyzero.optimizers.lion import LionRule
 
 SHAPES = ((17, 9), (70,), (), (3, 64))
 GROUPS = ({"lr": 2.0**-4, "betas": (0.75, 0.5), "weight_decay": 0.0}, {"lr": 2.0**-5, "weight_decay": 0.25})

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.adam import AdamRule
 from pyzero.arguments import check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.optimizers.adam import AdamRule
 from pyzero.state import with_step_counts
 from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
 

@@ -1,0 +1,1 @@
+"""One optimizer per file: its update rule, and its arguments, which are torch's."""
