@@ -29,7 +29,7 @@ LAYERS = (
     {"gradients.exchange", "gradients.local"},
     {"gradients.reduction"},
     {"gradients.overlap"},
-    {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
+    {"loss_scale", "optimizers", "loss_scale.overflow", "loss_scale.scaler"},
     {"loss_scale.scaled_backward"},
     {"state"},
     {"optimizer"},
@@ -60,7 +60,7 @@ LAYERS = (
     {"__main__", "accelerate", "compat"},
     {"transformers"},
 )
-FOLDERS = ("checkpoint", "comm", "deepspeed", "gradients", "loss_scale", "sharding")
+FOLDERS = ("checkpoint", "comm", "deepspeed", "gradients", "loss_scale", "optimizers", "sharding")
 MODULES = {*PYZERO.glob("*.py"), *(p for f in FOLDERS for p in (PYZERO / f).rglob("*.py"))} - {PYZERO / "__init__.py"}
 
 
