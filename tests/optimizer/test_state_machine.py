@@ -1,4 +1,4 @@
-"""FusedZeroAdam as a state machine: any order of backward, reads, edits, zero_grad, freezing, writes, saving and step.
+"""An optimizer as a state machine: any order of backward, reads, edits, zero_grad, freezing, writes, saving and step.
 
 hypothesis builds a program, a list of tuples; teardown runs it once on some ranks, where each rank has beside the
 optimizer a model of what torch owes: tests/support/program_model.py, and program_run.py with its ops in
@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from program_model import Config, Program, World
+from program_rules import GROUPS
 from program_run import Outcome, run_program
 from ranks import Ranks
 
@@ -162,7 +163,7 @@ CONFIGS = st.builds(
     has_second=st.sampled_from([False, False, False, True]),
     loss_scale=st.sampled_from([None, None, 8.0, "dynamic"]),
     max_grad_norm=st.sampled_from([None, None, 2.0]),
-    decoupled=st.booleans(),
+    rule=st.sampled_from(sorted(GROUPS)),
     seed=st.integers(0, 99),
 )
 NUMBERS = st.integers(0, 9)
@@ -182,13 +183,17 @@ OPTIONS = st.sampled_from(
         ("lr", 0.0),
         ("lr tensor", 0.02),
         ("betas", (0.7, 0.9)),
+        ("momentum", 0.7),
+        ("momentum", 0.0),
         ("weight_decay", 0.2),
         ("maximize", True),
         ("decoupled_weight_decay", False),
         ("schedule", 0.5),
     ]
 )
-STATE_NAMES = st.sampled_from([("master",), ("exp_avg", "exp_avg_sq"), ("step",), ("step", "exp_avg", "master")])
+STATE_NAMES = st.sampled_from(
+    [("master",), ("exp_avg", "exp_avg_sq", "momentum_buffer"), ("step",), ("step", "exp_avg", "master")]
+)
 MAX_NORMS = st.sampled_from([0.5, 3.0, 40.0])
 
 
@@ -380,6 +385,17 @@ class Machine(RuleBasedStateMachine):
         self.then("rebuild", how, stage)
 
 
+def fitted(config: Config) -> Config:
+    """Muon's parameters are matrices."""
+    if config.rule != "muon":
+        return config
+    params, spares = (
+        tuple((shape if len(shape) > 1 else (1, *(shape or (1,))), *rest) for shape, *rest in specs)
+        for specs in (config.params, config.spares)
+    )
+    return replace(config, params=params, spares=spares)
+
+
 def machine_on(pool: Ranks, only: Iterable[str] = (), **fixed: Any) -> type[Machine]:
     """A Machine on a pool; with ops of these names alone, and of configs with these fields."""
     names = set(only)
@@ -389,7 +405,7 @@ def machine_on(pool: Ranks, only: Iterable[str] = (), **fixed: Any) -> type[Mach
             if not names or op[0] in names:
                 super().then(*op)
 
-        @initialize(config=CONFIGS.map(lambda config: replace(config, **fixed)))
+        @initialize(config=CONFIGS.map(lambda config: fitted(replace(config, **fixed))))
         def begin(self, config: Config) -> None:
             self.start(config)
 

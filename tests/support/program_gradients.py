@@ -12,7 +12,7 @@ from program_model import LARGEST, ROUNDING, Config, Grad, Model, coefficient, u
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import pyzero
+from pyzero.optimizer import ZeroOptimizer
 
 
 class Broken(Exception):
@@ -60,7 +60,7 @@ class GradOps:
     model: Model
     params: list[nn.Parameter]
     module: nn.ParameterList
-    optimizer: pyzero.FusedZeroAdam
+    optimizer: ZeroOptimizer
     rank: int
     quiet: bool
 

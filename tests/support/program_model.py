@@ -1,6 +1,6 @@
-"""Programs over FusedZeroAdam, as data, and a model of what torch owes for each: the oracle of test_state_machine.py.
+"""Programs over an optimizer, as data, and a model of what torch owes for each: the oracle of test_state_machine.py.
 
-For each parameter the model has one gradient, the mean over ranks, in fp64, or None; and Adam in fp64.
+For each parameter the model has one gradient, the mean over ranks, in fp64, or None; and its update rule in fp64.
 
 Gradients are exact, as in test_properties.py, until something clips them. From then on a gradient has a bound of its
 error, and once a step has found it within that bound, the model goes on with the optimizer's. So it does with masters
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from program_rules import GROUPS, Slot, slots_of
 from tolerances import UNIT
 from torch import Tensor
 
@@ -24,12 +25,6 @@ FP32 = UNIT[torch.float32]
 TINIEST = 2.0**-25  # half of fp16's smallest number
 LARGEST = 30000.0  # in fp16, loss scale included, with room for a norm
 DYNAMIC = dict(init_scale=16.0, growth_interval=2, min_scale=2.0, max_scale=256.0)
-GROUPS = (  # of even parameters, of odd ones, of those added later
-    dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=0.1),
-    dict(lr=3e-3, betas=(0.8, 0.95), weight_decay=0.0),
-    dict(lr=2e-2, betas=(0.9, 0.99), weight_decay=0.01),
-)
-EPS = 1e-8
 WITH_INDEX = ("assign", "set_full_grad", "drop", "freeze", "thaw", "write", "read", "option", "set_state")
 
 Op = tuple[Any, ...]
@@ -59,7 +54,7 @@ class Config:
     has_second: bool = False  # another optimizer, of other parameters, takes turns
     loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
     max_grad_norm: float | None = None
-    decoupled: bool = True
+    rule: str = "adamw"
     seed: int = 0
 
     def second(self) -> Config:
@@ -104,8 +99,11 @@ class Config:
 
     def options(self, index: int) -> dict[str, Any]:
         """A parameter's, of the beginning."""
-        options = GROUPS[2 if index >= len(self.params) else index % 2]
-        return {**options, "maximize": False, "decoupled_weight_decay": self.decoupled}
+        return dict(GROUPS[self.rule][2 if index >= len(self.params) else index % 2])
+
+    def slots(self, index: int) -> tuple[str, ...]:
+        """Names of a parameter's state."""
+        return slots_of(self.rule, self.options(index))
 
 
 class World:
@@ -159,7 +157,13 @@ class World:
         if name == "set_full_grad":
             return index in self.trained & self.placed
         if name == "set_state":
-            return index in self.placed
+            return index in self.placed and bool({"step", "master", *config.slots(index)} & set(args[1]))
+        if name == "option" and args[0] == "momentum" and config.options(index).get("nesterov"):
+            return args[1] > 0
+        if name == "option" and args[0] in ("momentum", "nesterov") and "momentum_buffer" not in config.slots(index):
+            return False
+        if name == "option" and args[0] not in ("schedule", "lr tensor"):
+            return args[0] in config.options(index)
         if name == "rebuild":
             if args[0] == "checkpoint":  # it is strict
                 return self.placed <= self.trained
@@ -252,6 +256,11 @@ def state_value(config: Config, index: int, number: int, name: str) -> Tensor:
     return value if name == "exp_avg_sq" else -value if number % 2 else value
 
 
+def fresh(config: Config, index: int, weight: Tensor) -> Slot:
+    """State at the beginning."""
+    return Slot(weight.float(), {name: torch.zeros(weight.shape) for name in config.slots(index)})
+
+
 # ---- the model ----------------------------------------------------------------------------------------------------
 
 
@@ -279,35 +288,6 @@ class Grad:
         self.rough = True
 
 
-@dataclass
-class Slot:
-    """A parameter's state in the model; masters and moments as the optimizer's were after the last step."""
-
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: int = 0
-
-
-def adam(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
-    """torch.optim.Adam's or AdamW's step in fp64."""
-    lr, (beta1, beta2), decay = options["lr"], options["betas"], options["weight_decay"]
-    master, step = slot.master.double(), slot.step + 1
-    grad = -grad if options["maximize"] else grad
-    if options["decoupled_weight_decay"]:
-        master = master * (1 - lr * decay)
-    else:
-        grad = grad + decay * master
-    exp_avg = slot.exp_avg.double() * beta1 + grad * (1 - beta1)
-    exp_avg_sq = slot.exp_avg_sq.double() * beta2 + grad * grad * (1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + EPS
-    return Slot(master - lr / (1 - beta1**step) * exp_avg / denominator, exp_avg, exp_avg_sq, step)
-
-
-def top(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
 class Model(World):
     """What torch owes, and which refusals are in order."""
 
@@ -316,8 +296,7 @@ class Model(World):
         self.grads = [Grad() for _ in config.specs]
         self.slots = []
         for index in range(len(config.specs)):
-            zeros = torch.zeros(config.specs[index][0])
-            self.slots.append(Slot(start(config, index).float(), zeros, zeros))
+            self.slots.append(fresh(config, index, start(config, index)))
         self.groups = {config.group_of(index): config.options(index) for index in range(len(config.specs))}
         self.saved: tuple[dict[int, Slot], dict[int, dict[str, Any]], float, int] | None = None
         self.scale = DYNAMIC["init_scale"] if config.loss_scale == "dynamic" else config.loss_scale or 1.0

@@ -19,13 +19,10 @@ from program_model import (
     Model,
     Op,
     Program,
-    Slot,
-    adam,
     start,
-    top,
 )
+from program_rules import Slot, apply, limits, top
 from program_state import StateOps
-from tolerances import ADAM
 from torch import Tensor, nn
 
 import pyzero
@@ -80,7 +77,7 @@ class Run(GradOps, StateOps):
             return None
         assert got is not None, f"{name}: got None, torch has a tensor, largest {top(grad.value)}"
         assert got.dtype == torch.float32 and got.shape == grad.value.shape, f"{name}: {got.dtype} {got.shape}"
-        self.record(name, got)
+        self.record(name, got + 0.0)  # a sum that is 0 is -0 once -1 has come to it, or was kept beside it
         fine = grad.value.isfinite()
         same_kind = torch.equal(fine, got.isfinite()) and torch.equal(grad.value.isnan(), got.isnan())
         assert same_kind, f"{name}: inf or NaN where torch has none, or none where it has:\n{got}\n{grad.value.float()}"
@@ -194,47 +191,36 @@ class Run(GradOps, StateOps):
             if grad is not None and model.grads[index].rough:
                 model.grads[index].value, model.grads[index].error = grad.double(), 0.0
             if not applied or grad is None:
-                for name in ("master", "exp_avg", "exp_avg_sq"):
-                    wanted = getattr(before, name)
+                for name, wanted in (("master", before.master), *before.state.items()):
                     same = torch.equal(got[name], wanted)
                     assert same, f"{name} of parameter {index} was touched:\n{got[name]}\n{wanted}"
                 assert got["step"] == before.step, f"step of parameter {index} is {got['step']}, not {before.step}"
                 continue
             rough = model.grads[index].rough
-            after = adam(before, grad.double() * factor, model.options(index))
+            after = apply(config.rule, before, grad.double() * factor, model.options(index))
             assert got["step"] == after.step, f"step of parameter {index} is {got['step']}, not {after.step}"
-            for name, limit in self.limits(index, before, after, top(grad), clips or rough).items():
-                off = top(got[name].double() - getattr(after, name))
-                text = f"{name} of parameter {index}: off by {off:.3g}, at most {limit:.3g}"
-                assert off <= limit, f"{text}:\n{got[name]}\n{getattr(after, name).float()}"
-            model.slots[index] = Slot(got["master"], got["exp_avg"], got["exp_avg_sq"], after.step)
+            clip = self.clip_error(clips or rough)
+            allowed = limits(config.rule, model.options(index), before, after, grad, clip)
+            for name, wanted in {"master": after.master, **after.state}.items():
+                off, limit = (got[name].double() - wanted).abs(), allowed[name]
+                text = f"{name} of parameter {index}: off by {top(off):.3g}, at most {limit}"
+                assert bool((off <= limit).all()), f"{text}:\n{got[name]}\n{wanted.float()}"
+            model.slots[index] = Slot(got["master"], {name: got[name] for name in before.state}, after.step)
 
-    def limits(self, index: int, before: Slot, after: Slot, grad: float, clips: bool) -> dict[str, float]:
-        """The table's for one step, and what a clip adds; see test_properties.limits_of."""
-        options, row = self.model.options(index), ADAM[torch.float32]
-        lr, decay, beta2 = options["lr"], options["weight_decay"], options["betas"][1]
-        decoupled = options["decoupled_weight_decay"]
-        largest = max(grad + (0.0 if decoupled else decay * top(before.master)), top(before.exp_avg))
-        largest = max(largest, top(before.exp_avg_sq.sqrt()))
-        moved = max(lr, top(after.master - before.master))
-        kept = 1 - lr * decay if decoupled else 1.0
-        magnitude, by_clip = max(top(before.master), top(after.master)), FP32 if clips else 0.0
-        relative = 0.0
-        if self.model.last_norm is not None and clips and math.isfinite(self.model.last_norm[0]):
-            norm, off = self.model.last_norm
-            relative = off / norm if norm else 0.0
-        return {
-            "master": row.master(1, magnitude, moved, beta2, kept) + (8 * by_clip + 2 * relative) * moved,
-            "exp_avg": row.exp_avg(largest) + (5 * by_clip + relative) * largest,
-            "exp_avg_sq": row.exp_avg_sq(largest, beta2) + (10 * by_clip + 2 * relative) * largest**2,
-        }
+    def clip_error(self, clips: bool) -> tuple[float, float]:
+        """See program_rules.limits."""
+        if not clips:
+            return 0.0, 0.0
+        norm, off = self.model.last_norm or (0.0, 0.0)
+        return FP32, off / norm if norm and math.isfinite(norm) else 0.0
 
     def whole(self, index: int) -> dict[str, Tensor]:
         """All state of a parameter; its weight is the master, rounded."""
         param, model = self.params[index], self.model
         state = self.optimizer.full_state(param)
         model.placed |= model.added & model.trained  # a read places what was thawed
-        assert bool(state) == (index in model.placed), f"full_state of parameter {index} has {sorted(state)}"
+        names = {"step", "master", *self.config.slots(index)} if index in model.placed else set()
+        assert set(state) == names, f"full_state of parameter {index} has {sorted(state)}"
         master = self.optimizer.full_master(param)
         rounded = master.to(param.dtype)
         assert torch.equal(rounded, param), f"weight {index} is not its master, rounded:\n{param.detach()}\n{master}"
@@ -249,7 +235,7 @@ class Run(GradOps, StateOps):
             for index in sorted(self.model.added):
                 got = self.optimizer.full_grad(self.params[index])
                 if got is not None:
-                    self.record(f"full_grad of parameter {index}", got)
+                    self.record(f"full_grad of parameter {index}", got + 0.0)
                 self.whole(index)
             return
         for index in sorted(self.model.added):

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from program_model import DTYPES, DYNAMIC, EPS, Config, Model, Slot, state_value, written
+from program_model import DTYPES, DYNAMIC, Config, Model, fresh, state_value, written
+from program_rules import Slot, make
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.optimizer import ZeroOptimizer
 
 
 class StateOps:
@@ -29,19 +31,19 @@ class StateOps:
     model: Model
     params: list[nn.Parameter]
     module: nn.ParameterList
-    optimizer: pyzero.FusedZeroAdam
+    optimizer: ZeroOptimizer
     rank: int
     saved: Any
 
-    def build(self, config: Config) -> pyzero.FusedZeroAdam:
+    def build(self, config: Config) -> ZeroOptimizer:
         """An optimizer of all parameters that are in its groups now, with the hyper-parameters of the beginning."""
         groups: dict[int, dict[str, Any]] = {}
         for index in sorted(self.model.added):
             group = groups.setdefault(config.group_of(index), {**config.options(index), "params": []})
             group["params"].append(self.params[index])
-        return (pyzero.FusedZeroAdamW if config.decoupled else pyzero.FusedZeroAdam)(
+        return make(
+            config.rule,
             [groups[number] for number in sorted(groups)],
-            eps=EPS,
             process_group=self.group,
             stage=self.model.stage,
             bucket_cap_mb=config.cap_mb,
@@ -80,10 +82,13 @@ class StateOps:
         self.model.groups[number] = {**options, name: float(value) if isinstance(value, Tensor) else value}
 
     def do_set_state(self, number: int, names: tuple[str, ...], index: int) -> None:
-        state = {name: state_value(self.config, index, number, name) for name in names}
+        known = {"step", "master", *self.config.slots(index)}
+        state = {name: state_value(self.config, index, number, name) for name in names if name in known}
         self.optimizer.set_full_state(self.params[index], dict(state))
-        changes: dict[str, Any] = {n: int(v) if n == "step" else v for n, v in state.items()}
-        self.model.slots[index] = replace(self.model.slots[index], **changes)
+        slot = self.model.slots[index]
+        self.model.slots[index] = Slot(
+            state.pop("master", slot.master), {**slot.state, **state}, int(state.pop("step", torch.tensor(slot.step)))
+        )
 
     def do_write(self, how: str, index: int) -> None:
         """A weight, on all ranks."""
@@ -160,8 +165,7 @@ class StateOps:
         else:
             self.optimizer.load_state_dict(saved)
         for index in model.placed - model.trained:  # what is frozen has no state in the new one
-            zeros = torch.zeros(config.specs[index][0])
-            model.slots[index] = Slot(self.params[index].detach().float(), zeros, zeros)
+            model.slots[index] = fresh(config, index, self.params[index].detach())
         for index in model.added:
             model.put(index, None)
         model.forget()
