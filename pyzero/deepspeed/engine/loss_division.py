@@ -29,7 +29,9 @@ class _Backward:
     def owner(cls) -> object:
         """None: its loss is not divided."""
         task, owner = cls._root
-        return cls._owner or (owner if torch._C._current_graph_task_id() == task else None)
+        if cls._owner is not None:
+            return cls._owner
+        return owner if torch._C._current_graph_task_id() == task else None
 
     @classmethod
     @contextmanager
