@@ -46,7 +46,7 @@ LAYERS = (
             "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
             "pipe.runner pipe.topology schedules stage_3 stage_3.kept stage_3.sharded_param zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
-            "config.tensor_parallel_section config.zero_section engine.loss_division ops.adam ops.lamb ops.lion "
+            "config.tensor_parallel_section config.zero_section engine.plain_backward ops.adam ops.lamb ops.lion "
             "parallel.groups stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
             "config.reader engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "

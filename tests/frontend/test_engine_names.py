@@ -4,8 +4,10 @@ import copy
 import csv
 import dataclasses
 import logging
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,19 +205,48 @@ def test_a_backward_through_two_engines_is_divided_once_in_each(how):
     assert critic.module.weight.grad.tolist() == [4.0 if how == "loss" else 2.0] * 4
 
 
-def test_scale_divides_a_loss_that_is_not_of_the_forward():
-    engine = start(gradient_accumulation_steps=4)
-    engine.scale(engine.module(ones(8.0)).sum()).backward()
+class Attributes(dict[str, Tensor]):
+    """Whose items are attributes."""
+
+    def __init__(self, **items: Tensor) -> None:
+        super().__init__(items)
+        self.__dict__ = self  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("how", ["attribute", "kept by the module", "cached", "edited"])
+def test_outputs_are_left_alone_and_divide_by_whatever_way_they_are_reached(how):
+    kept = []
+    engine = start(Net(lambda y: kept.append(y) or Attributes(y=y)), gradient_accumulation_steps=4)
+    output = engine(ones(8.0))
+    assert output.y is kept[0]
+    if how == "edited":
+        kept[0].mul_(1)
+    {"attribute": output.y, "kept by the module": kept[0], "cached": output["y"], "edited": output.y}[
+        how
+    ].sum().backward()
     assert engine.module.weight.grad.tolist() == [2.0] * 4
 
 
-def test_an_output_is_the_modules_memory_and_its_edits_are_seen():
-    engine = start(Net(lambda y: (y := y.tanh(), y)), gradient_accumulation_steps=4)
-    first, second = engine(ones())
-    assert first is second
-    first.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh needs it
-        first.sum().backward()
+@pytest.mark.parametrize("how", ["loss", "engine"])
+def test_what_lies_ahead_of_the_module_is_divided_too(how):
+    """As by DeepSpeed; and what lies between two forwards is not."""
+    engine, ahead, between = start(WithLogits(), gradient_accumulation_steps=4), ones(), torch.ones(4)
+    ahead.requires_grad_()
+    between.requires_grad_()
+    loss = engine(between * engine(2 * ahead)["logits"])["loss"]
+    loss.backward() if how == "loss" else engine.backward(loss)
+    assert ahead.grad.tolist() == [[0.5] * 4]
+    assert between.grad.tolist() == [2.0 if how == "loss" else 0.5] * 4
+
+
+def test_a_long_history_ahead_of_the_module_is_looked_at_once():
+    engine, state, looks = start(WithLogits(), gradient_accumulation_steps=2), ones().requires_grad_(), []
+    for _ in range(300):
+        state = state.tanh()
+        begun = time.perf_counter()
+        engine(state)
+        looks.append(time.perf_counter() - begun)
+    assert statistics.median(looks[-50:]) < 5 * statistics.median(looks[:50])
 
 
 def test_outputs_in_eval_are_left_alone():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.deepspeed.config.schema import Config
-from pyzero.deepspeed.engine import loss_division, tensors
+from pyzero.deepspeed.engine import plain_backward, tensors
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
 from pyzero.deepspeed.engine.settings import EngineSettings
@@ -31,6 +31,8 @@ _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
+
+    _in_backward: ClassVar[Engine | None] = None  # it divides the loss: hooks on any engine's outputs leave gradients
 
     def __init__(
         self,
@@ -85,19 +87,22 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled.
 
-        The tensors of the outputs are the module's memory. A plain backward that begins behind them is divided by the
-        number of accumulation steps, as `backward` is.
+        The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
+        `backward` is: once, whatever lies between this model's weights and the loss.
 
         Raises:
             RuntimeError: Of the module; where it uses a weight of stage 3 outside its block, with what to do about it.
         """
         if self._input_dtype is not None:
             args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
+        watches = torch.is_grad_enabled() and self._watches_backward()
+        divides = watches and self.batches.accumulation > 1
+        inputs = plain_backward.reentering((args, kwargs)) if divides else set()
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
-            if not (torch.is_grad_enabled() and self._watches_backward()):
-                return self._call(args, kwargs)
-            args, kwargs = loss_division.inputs((args, kwargs), self._accumulation)
-            return loss_division.outputs(self._call(args, kwargs), self._accumulation, self._check_backward)
+            outputs = self._call(args, kwargs)
+        if watches:
+            plain_backward.watch(outputs, inputs, self._on_plain_backward, self._undo_division if divides else None)
+        return outputs
 
     def _watches_backward(self) -> bool:
         """Whether a plain backward has to be divided, or refused. One that reaches no weights of this model has not."""
@@ -120,23 +125,26 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         dtype = self.config.torch_autocast.enabled_dtype()
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _accumulation(self) -> int:
-        return self.batches.accumulation
-
-    def _check_backward(self, owner: object) -> None:
-        """Raise where gradients of fp16 weights arrive without this engine's loss scale."""
-        if not self.is_scaled or self.optimizer.is_scaled_backward:
-            return
-        if owner is not None:
+    def _on_plain_backward(self, grad: Tensor) -> Tensor | None:
+        """A gradient that arrives at an output of the module."""
+        running = Engine._in_backward
+        if running is self:
+            return None
+        if self.is_scaled and not self.optimizer.is_scaled_backward:
+            if running is not None:
+                raise RuntimeError(
+                    "expected gradients that carry this engine's loss scale, got a backward of another engine, which "
+                    "has its own or none; freeze this model ahead of its forward by module.requires_grad_(False) "
+                    "where its gradients are not wanted, or enable bf16 in place of fp16"
+                )
             raise RuntimeError(
-                "expected gradients that carry this engine's loss scale, got a backward of another engine, which has "
-                "its own or none; freeze this model ahead of its forward by module.requires_grad_(False) where its "
-                "gradients are not wanted, or enable bf16 in place of fp16"
+                "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
+                "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
             )
-        raise RuntimeError(
-            "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
-            "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
-        )
+        return None if running is not None else grad / self.batches.accumulation
+
+    def _undo_division(self, grad: Tensor) -> Tensor:
+        return grad if Engine._in_backward is not None else grad * self.batches.accumulation
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
@@ -153,8 +161,9 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         tensors.check_loss(loss)
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
         self._num_backwards += 1
+        before, Engine._in_backward = Engine._in_backward, self
         try:
-            with self.timers.phase("backward"), loss_division.divided(self):
+            with self.timers.phase("backward"):
                 self.optimizer.backward(divided, retain_graph=retain_graph)
         except RuntimeError as error:
             if "Found dtype" not in str(error):
@@ -164,18 +173,20 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
                 f"got tensors of two dtypes in a loss ({error}), wanted one: torch has no backward of huber_loss "
                 "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
             ) from error
+        finally:
+            Engine._in_backward = before
         if self.monitor.enabled:
             self._loss_sum = divided.detach() + (0 if self._loss_sum is None else self._loss_sum)
         return divided
 
     def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """The loss divided as `backward` does and times the loss scale: `engine.scale(loss).backward()`.
+        """The loss times the loss scale, for a backward of your own: `engine.scale(loss).backward()`.
 
         Args:
             loss: Any tensor that backward starts at.
             retain_graph: Nothing here: what backward() is called with counts.
         """
-        return loss_division.begins_divided(self.optimizer.scale(loss / self.batches.accumulation), self)
+        return self.optimizer.scale(loss)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -21,31 +21,16 @@ def to_device(value: Any, device: torch.device) -> Any:
     return _map(value, lambda tensor: tensor.to(device))
 
 
-def find(value: Any) -> Iterator[Tensor]:
-    """Tensors, in tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, tuple, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from find(item)
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor], dataclasses_too: bool = False) -> Any:
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        items = {key: _map(item, function, dataclasses_too) for key, item in value.items()}
+        items = {key: _map(item, function) for key, item in value.items()}
         return items if type(value) is dict else _like(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, function, dataclasses_too) for item in value))
+        return type(value)(*(_map(item, function) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, function, dataclasses_too) for item in value)
-    if dataclasses_too and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        result = copy.copy(value)
-        for field in dataclasses.fields(value):
-            item = _map(getattr(value, field.name), function, dataclasses_too)
-            object.__setattr__(result, field.name, item)  # it may be frozen
-        return result
+        return type(value)(_map(item, function) for item in value)
     return value
 
 
@@ -68,18 +53,16 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def map_outputs(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """What a module gave, with other tensors in place of those in a graph, also in dataclasses.
-
-    One that is there twice stays one.
-    """
-    replaced: dict[int, Tensor] = {}
-
-    def replace(tensor: Tensor) -> Tensor:
-        if tensor.grad_fn is None:
-            return tensor
-        if id(tensor) not in replaced:
-            replaced[id(tensor)] = function(tensor)
-        return replaced[id(tensor)]
-
-    return _map(value, replace, dataclasses_too=True)
+def find(value: Any) -> Iterator[Tensor]:
+    """Tensors, in tuples, lists, dicts and dataclasses too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from find(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from find(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from find(getattr(value, field.name))
