@@ -11,8 +11,8 @@ namespace cuda {
 constexpr int kUpdateThreads = kThreads / 2;
 constexpr int kUpdateMinBlocks = 2 * kMinBlocks;
 
-template <int kUnroll>
-constexpr int64_t kUpdateChunk = kChunk<kUnroll, kWidth<float>, kUpdateThreads>;
+constexpr int kUpdateUnroll = 2;  // two loads of 16 bytes under way for each state, and two of the gradients
+constexpr int64_t kUpdateChunk = kChunk<kUpdateUnroll, kWidth<float>, kUpdateThreads>;
 
 struct ShardGrad {
   const void* data;
