@@ -29,7 +29,7 @@ struct UpdateParams {
   ShardGradList<kCapacity> grads;
 };
 
-// run(0) to run(N - 1), one after another before nvcc optimizes: of a loop that it unrolls it makes longer code.
+// run(0) to run(N - 1). No loop for nvcc to unroll: that makes adam_'s kernels up to 16 instructions longer.
 template <int N, typename Run>
 __device__ __forceinline__ void unrolled(const Run& run) {
   if constexpr (N > 0) {
