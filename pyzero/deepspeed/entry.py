@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -207,23 +208,32 @@ def _check_storage(config: Config) -> None:
         )
 
 
-class _Unconfigured(logging.StreamHandler):  # type: ignore[type-arg]
-    """To stderr, until the root logger has a handler."""
+class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to stderr, and goes when somebody has configured logging; it filters too, to be asked first."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not logging.getLogger().handlers and log.handlers == [self]:
+            return True
+        log.removeHandler(self)
+        log.removeFilter(self)
+        log.setLevel(logging.NOTSET)
+        return log.isEnabledFor(record.levelno)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
+        self.setStream(sys.stderr)  # as it is now: it may have been redirected
+        super().emit(record)
 
 
 def _show_log() -> None:
     """On rank 0, from level INFO on, where nobody has configured logging: scripts of DeepSpeed expect its lines."""
-    if process.rank_and_size()[0] > 0 or log.hasHandlers():
+    is_configured = log.hasHandlers() or {log.level, logging.getLogger().level} != {logging.NOTSET, logging.WARNING}
+    if process.rank_and_size()[0] > 0 or is_configured:
         return
-    handler = _Unconfigured()
+    handler = _UntilConfigured()
     handler.setFormatter(logging.Formatter("[pyzero] %(message)s"))
     log.addHandler(handler)
-    if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
+    log.addFilter(handler)
+    log.setLevel(logging.INFO)
 
 
 def _remark(config: Config, trains: bool) -> None:

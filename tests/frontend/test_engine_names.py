@@ -489,21 +489,25 @@ def test_what_means_something_else_here_is_told(caplog):
         assert words in line and level == wanted
 
 
-@pytest.mark.parametrize("configures", [False, True])
+@pytest.mark.parametrize("configures", ["never", "before", "after"])
 def test_the_log_is_shown_where_nobody_has_configured_logging(configures):
     program = f"""
 import logging, torch, pyzero
-if {configures}:
+if {configures == "before"}:
     logging.basicConfig(level=logging.ERROR)
 config = {{"train_micro_batch_size_per_gpu": 1, "optimizer": {{"type": "Adam"}}, "steps_per_print": 1}}
 for _ in range(2):
     engine = pyzero.initialize(model=torch.nn.Linear(2, 1), config=config)[0]
+if {configures == "after"}:
+    logging.basicConfig(level=logging.WARNING)
 engine.backward(engine(torch.ones(1, 2)).sum())
 engine.step()
+logging.getLogger("pyzero").error("an error")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
     lines = [line for line in done.stderr.splitlines() if "step=1, skipped=0" in line]
-    assert len(lines) == (0 if configures else 1) and ("[pyzero] config:" in done.stderr) != configures
+    assert len(lines) == (1 if configures == "never" else 0) and done.stderr.count("an error") == 1
+    assert ("[pyzero] config:" in done.stderr) == (configures != "before")
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
