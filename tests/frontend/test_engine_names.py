@@ -289,6 +289,17 @@ def test_the_caller_sets_the_boundary():
     assert engine.optimizer.full_state(engine.module.weight)["exp_avg"].tolist() == [1.5] * 4
 
 
+def test_a_script_that_sets_the_micro_steps_moves_the_boundary():
+    engine = start(gradient_accumulation_steps=3)
+    for micro_steps, acts in ((None, False), (2, True), (None, False), (0, False), (None, False), (None, True)):
+        if micro_steps is not None:
+            engine.micro_steps = micro_steps
+        engine.backward(engine(ones()).sum())
+        engine.step()
+        assert engine.was_step_applied() == acts
+    assert (engine.global_steps, engine.micro_steps) == (2, 3)
+
+
 def test_unmanaged_accumulation_steps_whenever_it_is_called():
     engine = start(gradient_accumulation_steps=2, managed_gradient_accumulation=False)
     assert not engine.managed_gradient_accumulation() and not engine.is_gradient_accumulation_boundary()

@@ -55,7 +55,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.parallel = parallel
         self.dp_rank, self.dp_world_size = parallel.data_rank, parallel.data_size  # among those that see different data
         self.batches = config.batches(parallel.num_batch_ranks)
-        self.micro_steps = 0  # calls of step()
+        self.micro_steps = 0
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # that went into them, on all ranks
         self.training_dataloader: Any = None
@@ -69,7 +69,6 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self._in_step = False
         self._used_no_sync = False  # since the last step
         self._num_backwards = 0  # since the last step
-        self._num_micro = 0  # calls of step() since the last one that acted
         self._loss_sum: Tensor | None = None  # of the divided losses since the last step
 
     def __getattr__(self, name: str) -> Any:
@@ -212,6 +211,16 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
+    @property
+    def micro_steps(self) -> int:
+        """Calls of step(). To set it moves the boundary too: 0 begins a step."""
+        return self._micro_steps
+
+    @micro_steps.setter
+    def micro_steps(self, value: int) -> None:
+        self._micro_steps = value
+        self._num_micro = value % self.batches.accumulation  # since the last step that acted
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the coming step() acts."""
         if self._boundary is not None:
@@ -251,7 +260,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
                 self._report()
         finally:
             self._in_step = False
-        self.micro_steps += 1
+        self._micro_steps += 1
         self._num_micro = 0 if self._stepped else self._num_micro + 1
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:

@@ -39,7 +39,6 @@ class EngineCheckpoints:
     rank: int
     global_steps: int
     micro_steps: int
-    _num_micro: int
     batches: Batches
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -159,8 +158,7 @@ class EngineCheckpoints:
             counters = loaded.get("counters", theirs)
             for counter in _COUNTERS:
                 setattr(self, counter, counters[counter])
-            self.micro_steps = steps * self.batches.accumulation
-            self._num_micro = 0  # a step begins, whatever the saver had
+            self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
             self.zero_grad()  # of an accumulation that the load has broken off
             schedule = loaded.get("lr_scheduler")
             if load_lr_scheduler_states and self.lr_scheduler is not None and schedule is not None:
