@@ -215,8 +215,9 @@ class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
         if not logging.getLogger().handlers and log.handlers == [self]:
             return True
         log.removeHandler(self)
-        log.removeFilter(self)
-        log.setLevel(logging.NOTSET)
+        log.filters = [other for other in log.filters if other is not self]  # another list: this one is being walked
+        if log.level == logging.INFO:
+            log.setLevel(logging.NOTSET)
         return log.isEnabledFor(record.levelno)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -226,7 +227,8 @@ class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
 
 def _show_log() -> None:
     """On rank 0, from level INFO on, where nobody has configured logging: scripts of DeepSpeed expect its lines."""
-    is_configured = log.hasHandlers() or {log.level, logging.getLogger().level} != {logging.NOTSET, logging.WARNING}
+    levels = log.level, logging.getLogger().level
+    is_configured = log.hasHandlers() or levels != (logging.NOTSET, logging.WARNING)  # as they are at first
     if process.rank_and_size()[0] > 0 or is_configured:
         return
     handler = _UntilConfigured()

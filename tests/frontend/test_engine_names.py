@@ -227,6 +227,37 @@ def test_outputs_are_left_alone_and_divide_by_whatever_way_they_are_reached(how)
     assert engine.module.weight.grad.tolist() == [2.0] * 4
 
 
+@pytest.mark.parametrize("edit", [lambda y: y.div_(2), lambda y: y[:, 0].zero_(), lambda y: y.relu_()])
+@pytest.mark.parametrize("section", [{"gradient_accumulation_steps": 2}, {"fp16": {"enabled": True}}], ids=str)
+def test_an_edit_of_an_output_that_is_a_view_is_refused(edit, section):
+    """Its gradients go past the hook."""
+    engine = start(nn.Linear(4, 4), **section)
+    output = engine(torch.ones(2, 3, 4))
+    assert output._is_view()
+    edit(output)
+    with pytest.raises(RuntimeError, match=r"a view and was edited in place.*engine.backward\(loss\)"):
+        output.float().square().sum().backward()
+    engine.zero_grad()
+    edit(output := engine(torch.ones(2, 3, 4)))
+    engine.backward(output.float().square().sum())
+
+
+def test_an_edit_of_a_view_beside_its_base_is_divided():
+    engine = start(Net(lambda y: (y, y[:1])), gradient_accumulation_steps=4)
+    whole, part = engine(ones(8.0))
+    part.mul_(2)
+    whole.sum().backward()
+    assert engine.module.weight.grad.tolist() == [4.0] * 4
+
+
+def test_an_output_that_is_given_twice_is_divided_once():
+    kept = []
+    engine = start(Net(lambda y: kept.append((y, 2 * y)) or kept[0]), gradient_accumulation_steps=4)
+    engine(ones(8.0))
+    sum(engine(ones(8.0))).sum().backward()
+    assert engine.module.weight.grad.tolist() == [6.0] * 4
+
+
 @pytest.mark.parametrize("how", ["loss", "engine"])
 def test_what_lies_ahead_of_the_module_is_divided_too(how):
     """As by DeepSpeed; and what lies between two forwards is not."""

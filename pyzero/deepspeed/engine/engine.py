@@ -87,7 +87,7 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled.
 
         The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
-        `backward` is: once, whatever lies between this model's weights and the loss.
+        `backward` is; what torch.autograd.grad gives through them is, too.
 
         Raises:
             RuntimeError: Of the module; where it uses a weight of stage 3 outside its block, with what to do about it.
@@ -100,7 +100,8 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
             outputs = self._call(args, kwargs)
         if watches:
-            plain_backward.watch(outputs, inputs, self._on_plain_backward, self._undo_division if divides else None)
+            undo = self._undo_division if divides else None
+            plain_backward.watch(outputs, inputs, self._on_plain_backward, undo, self._refuse_edited)
         return outputs
 
     def _watches_backward(self) -> bool:
@@ -141,6 +142,17 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
                 "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
             )
         return None if running is not None else grad / self.batches.accumulation
+
+    def _refuse_edited(self) -> None:
+        running = Engine._in_backward
+        is_scaled_alone = self.is_scaled and self.optimizer.is_scaled_backward and self.batches.accumulation == 1
+        if running is self or is_scaled_alone or (running is not None and not self.is_scaled):
+            return
+        raise RuntimeError(
+            "expected outputs as the engine gave them, got one that is a view and was edited in place, past which a "
+            "plain backward cannot be divided by the accumulation steps; edit another tensor (outputs = outputs / 2), "
+            "or call engine.backward(loss)"
+        )
 
     def _undo_division(self, grad: Tensor) -> Tensor:
         return grad if Engine._in_backward is not None else grad * self.batches.accumulation
