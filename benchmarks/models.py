@@ -172,12 +172,14 @@ def _check(options: Options) -> None:
         check("FusedZeroAdamW, bf16: weights", flat(ours), flat(theirs.weights), **CHECK_BF16)
 
     weights, grads = inputs(shapes, torch.float32, options)
-    ours, clipped = (_params([w.clone() for w in weights], [g.clone() for g in grads]) for _ in range(2))
-    optimizer = pyzero.FusedZeroAdamW(ours, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=MAX_NORM)
-    peer = peers.adamw(clipped)
-    for _ in range(CHECKED_STEPS):
-        optimizer.step()
-        torch._foreach_copy_([param.grad for param in clipped], grads)  # torch clips in place
-        torch.nn.utils.clip_grad_norm_(clipped, MAX_NORM, foreach=True)
-        peer.step()
-    check("FusedZeroAdamW, fp32: weights", flat(ours), flat(clipped), **CHECK)
+    for max_norm in (MAX_NORM, None):
+        ours, theirs = (_params([w.clone() for w in weights], [g.clone() for g in grads]) for _ in range(2))
+        optimizer = pyzero.FusedZeroAdamW(ours, lr=peers.LR, weight_decay=peers.WEIGHT_DECAY, max_grad_norm=max_norm)
+        peer = peers.adamw(theirs)
+        for _ in range(CHECKED_STEPS):
+            optimizer.step()
+            torch._foreach_copy_([param.grad for param in theirs], grads)  # torch clips in place
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(theirs, max_norm, foreach=True)
+            peer.step()
+        check(f"FusedZeroAdamW, fp32, clipped to {max_norm}: weights", flat(ours), flat(theirs), **CHECK)

@@ -1,4 +1,5 @@
-// pack_: the gradients of one bucket into its flat buffer, scaled and cast, in one launch.
+// pack_: the gradients of one bucket into its flat buffer, scaled and cast, in one launch; in another those
+// whose addresses do not match the bucket's.
 #include <optional>
 
 #include "tensor_list.cuh"
