@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,11 +13,32 @@ from torch import Tensor
 from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.sharding.local_param import LocalParam, local_of, outer
 
+if TYPE_CHECKING:
+    from pyzero.loss_scale.scaler import LossScale
+
 UNSUPPORTED = ("amsgrad", "differentiable")
 IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result here
 _SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
-_OPTIMIZERS_OWN = ("stage", "process_group", "max_grad_norm", "loss_scale", "bucket_cap_mb", "overlap", "reduce_grads")
+
+
+class ZeroOptions(TypedDict, total=False):
+    """Keyword arguments of ZeroOptimizer that all rules share."""
+
+    stage: int
+    process_group: Any
+    model_parallel_group: Any
+    max_grad_norm: float | None
+    loss_scale: str | float | LossScale | None
+    bucket_cap_mb: float | None
+    overlap: bool
+    grad_reduce_dtype: torch.dtype | None
+    reduce_grads: bool
+    init_sync: bool
+    cpu_offload: bool
+    max_consecutive_skips: int | None
+    transport: str
+    backend: str
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
@@ -61,7 +82,7 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
     """Check the names of a group's options, and that its parameters are ones that buckets can hold."""
     known = {*options, *UNSUPPORTED, *IGNORED, "params", "param_names"}
     for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
-        if name in _OPTIMIZERS_OWN:
+        if name in ZeroOptions.__annotations__:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
         close = difflib.get_close_matches(name, known, 1, _MISSPELT)
         if close and name not in _SCHEDULERS_KEYS:

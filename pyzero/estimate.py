@@ -170,7 +170,8 @@ def _of_blocks(
 
 def _rows(param: Tensor, num_ranks: int) -> int:
     """Elements of a shard, with padding."""
-    return -(-param.shape[0] // num_ranks) * (param.numel() // param.shape[0])
+    num_rows = param.shape[0] if param.dim() else 1
+    return -(-num_rows // num_ranks) * (param.numel() // max(num_rows, 1))
 
 
 @dataclass(frozen=True)

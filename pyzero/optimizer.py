@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,25 +34,6 @@ from pyzero.update import ShardUpdater, StepScalars, check_capture
 from pyzero.update_rule import UpdateRule
 
 log = logging.getLogger("pyzero")
-
-
-class ZeroOptions(TypedDict, total=False):
-    """Keyword arguments of ZeroOptimizer that all rules share."""
-
-    stage: int
-    process_group: Any
-    model_parallel_group: Any
-    max_grad_norm: float | None
-    loss_scale: str | float | LossScale | None
-    bucket_cap_mb: float | None
-    overlap: bool
-    grad_reduce_dtype: torch.dtype | None
-    reduce_grads: bool
-    init_sync: bool
-    cpu_offload: bool
-    max_consecutive_skips: int | None
-    transport: str
-    backend: str
 
 
 class ZeroOptimizer(StateAccess, Optimizer):
@@ -222,7 +203,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             scalars = self._updater.begin(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )
-            last = self._before_clipping(stats, scalars, factor, unscale)
+            last = self._last_step(scalars, unscale)
             gathers = self._update_and_gather(stats, scalars)
             has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
             self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
@@ -250,15 +231,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
             return None
         return unscale
 
-    def _before_clipping(
-        self, stats: GlobalGradStats, scalars: StepScalars, factor: Tensor | None, unscale: Tensor | None
-    ) -> LastStep:
-        """What can be asked of this step: its norm is of before clipping, whoever clipped."""
-        clipped_by = self._gradients.clipped_by()
-        if clipped_by is None:
+    def _last_step(self, scalars: StepScalars, unscale: Tensor | None) -> LastStep:
+        """What can be asked of this step: its norm is of before clipping, also by clip_grad_norm_."""
+        clipped = self._gradients.clipped
+        if clipped is None:
             return LastStep(scalars.found_inf, scalars.norm, scalars.clip)
-        norm = _product(stats.norm, unscale) if clipped_by is factor else scalars.norm / clipped_by
-        return LastStep(scalars.found_inf, norm, scalars.clip * clipped_by)
+        return LastStep(scalars.found_inf, _product(clipped.norm, unscale), scalars.clip * clipped.coefficient)
 
     def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
@@ -342,8 +320,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale the gradients down to a global norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
-        The coefficient is kept, and multiplied where the gradients are used next. Where the norm is not finite the step
-        is skipped.
+        The coefficient is kept, and multiplied where the gradients are used next: on one rank `.grad` reads as before,
+        and is not to be edited until step(). Where the norm is not finite the step is skipped.
 
         Args:
             max_norm: The largest norm.
@@ -354,9 +332,11 @@ class ZeroOptimizer(StateAccess, Optimizer):
             0-D fp32 tensor on the device: the norm before clipping, of the averaged and unscaled gradients.
 
         Raises:
-            RuntimeError: The norm is not finite, and error_if_nonfinite is set.
+            RuntimeError: The norm is not finite, and error_if_nonfinite is set; or, on one rank, `.grad` was edited or
+                assigned since the last clip.
             ValueError: norm_type is not above 0.
         """
+        norm_type = float(norm_type)
         if not norm_type > 0:
             raise ValueError(
                 f"expected norm_type above 0, got {norm_type}; 2.0 is the usual one, inf the largest value"
@@ -364,20 +344,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._place_unfrozen()
         with torch.no_grad():
             stats = self._collect("clip_grad_norm_")
-            norm = stats.norm
-            if norm_type != 2.0:
-                norm = self._stats_exchange.norm(
-                    self._gradients.norm_power(norm_type), norm_type, stats.unscale
-                ).reshape(())
             factor = self._gradients.factor()
-            norm = norm if factor is None else norm * factor.abs()
+            magnitude = None if factor is None else factor.abs()
+            norm_2: Tensor = _product(stats.norm, magnitude)
+            norm = norm_2
+            if norm_type != 2.0:
+                power = self._gradients.norm_power(norm_type)
+                norm = _product(self._stats_exchange.norm(power, norm_type, stats.unscale).reshape(()), magnitude)
             if error_if_nonfinite and not bool(torch.isfinite(norm)):
                 raise RuntimeError(
                     f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped. To "
                     f"disable this error and scale the gradients by the non-finite norm anyway, set "
                     f"`error_if_nonfinite=False`"
                 )
-            self._gradients.clip(clip_coefficient(max_norm, norm))
+            self._gradients.clip(clip_coefficient(max_norm, norm), norm_2)
         return norm
 
     def _collect(self, purpose: str) -> GlobalGradStats:

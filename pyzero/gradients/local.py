@@ -104,7 +104,8 @@ class LocalGradients(Gradients):
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._factor: Tensor | None = None  # 0-D, of clipping
-        self._clipped: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that `_factor` applies to: (grad, version)
+        self._factor_of: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to: (grad, version)
+        self._factor_is_used = False  # a step has multiplied by it
         self._numbers: dict[Bucket, Tensor] = {}  # (num_params,) fp64, of the parameters
         self._locates = False
         self._clean_rows = clean_rows(1, device)
@@ -113,7 +114,6 @@ class LocalGradients(Gradients):
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
         self._watched = 0  # buckets whose parameters have hooks
-        self._multiplied: Tensor | None = None  # clip coefficients that DTensors' `.grad` holds, since the last step
         self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
         self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
@@ -180,6 +180,7 @@ class LocalGradients(Gradients):
         if epoch != self._epoch and self._fsdp_param is not None:
             self._check_kept_gradients()
         self._unscale, self._epoch = self._arriving or (None, None)
+        self.clipped = None
         if self._mixes_meshes:
             make_norms_plain(outer(param).grad)
         if isinstance(param, LocalParam) and param.is_fsdp:
@@ -213,7 +214,7 @@ class LocalGradients(Gradients):
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients. One pass over the gradients, which only reads."""
-        self.factor()  # multiplied into `.grad` ahead of pieces and norm, where some were replaced since the clip
+        self.factor()  # multiplied into `.grad` ahead of pieces and norm, where some were cleared or replaced
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -280,48 +281,49 @@ class LocalGradients(Gradients):
 
     # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
 
-    def clip(self, coefficient: Tensor) -> None:
-        """See Gradients. The coefficient is kept until `.grad` is used, added to, or replaced."""
-        factor = self.factor()
-        self._factor = coefficient if factor is None else factor * coefficient
-        self._clipped = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
-        if any(isinstance(param, LocalParam) for param in self._clipped):  # not every edit of a DTensor can be seen
-            self._multiplied = coefficient if self._multiplied is None else self._multiplied * coefficient
-            self._apply_factor()
-            return
+    def _multiply(self, factor: Tensor) -> None:
+        """The factor is kept until `.grad` is used, added to, or replaced."""
+        self._factor = factor if (before := self.factor()) is None else before * factor
+        self._factor_of = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+        self._factor_is_used = False
         self._watch()  # the next backward must not add to a gradient that is still to be multiplied
+        if any(isinstance(param, LocalParam) for param in self._factor_of):  # not every edit of a DTensor can be seen
+            self._apply_factor()
 
     def factor(self) -> Tensor | None:
         """See Gradients."""
         if self._factor is None:
             return None
-        edited, replaced = [], False
+        edited, new = [], []
         for param in self._params():
-            grad, (seen, version) = param.grad, self._clipped.get(param, (None, 0))
-            if grad is not None and grad is seen and grad._version != version:
+            grad, (seen, version) = param.grad, self._factor_of.get(param, (None, 0))
+            if grad is None:
+                if seen is not None:
+                    self.clipped = None
+            elif grad is not seen:
+                new.append(grad)
+            elif grad._version != version:
                 edited.append(grad)
-            replaced |= grad is not None and grad is not seen
-        if _have_values(edited):
+        # An edit of what was clipped, or made of it; behind a step, which has used the factor, a gradient of its own.
+        if _have_values(edited if self._factor_is_used else edited + new):
             raise RuntimeError(
-                "expected .grad unedited between clip_grad_norm_ and step(), got an edit in place, which the clip "
-                "coefficient would multiply too; call torch.nn.utils.clip_grad_norm_, which multiplies .grad at once"
+                "expected .grad unedited between optimizer.clip_grad_norm_ and step(), got one that was edited or "
+                "assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
+                "multiplies .grad at once, or optimizer.zero_grad() ahead of new gradients"
             )
-        if edited or replaced:
+        if edited or new:
             self._apply_factor()
+            self.clipped = None
         return self._factor
-
-    def clipped_by(self) -> Tensor | None:
-        """See Gradients."""
-        return self._factor if self._multiplied is None else self._multiplied
 
     @torch.no_grad()
     def _apply_factor(self) -> None:
         """Multiply the factor into those gradients that are still the ones that were clipped."""
-        factor, self._factor = self._factor, None
-        same = [p.grad for p, (g, v) in self._clipped.items() if p.grad is g and g._version == v]
+        factor, of = self._factor, self._factor_of
+        self._factor, self._factor_of = None, {}
+        same = [p.grad for p, (g, v) in of.items() if p.grad is g and g._version == v]
         if same and factor is not None:
             torch._foreach_mul_(same, factor)
-        self._clipped = {}
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
@@ -331,6 +333,8 @@ class LocalGradients(Gradients):
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
+        if self.factor() is not None:
+            self._apply_factor()  # the value is to be what is stepped with
         param = bucket.params[position]
         if self._unscale is not None:
             value = value / self._unscale
@@ -351,7 +355,9 @@ class LocalGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
         self._pieces.clear()
-        self._multiplied = None
+        self._factor_is_used = True
+        if self._factor is None:
+            self.clipped = None
 
     def await_step(self) -> bool:
         """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
@@ -366,8 +372,8 @@ class LocalGradients(Gradients):
     def reset(self) -> None:
         """See Gradients."""
         self._pieces.clear()
-        self._unscale = self._epoch = self._factor = None
-        self._clipped = {}
+        self._unscale = self._epoch = self._factor = self.clipped = None
+        self._factor_of = {}
         self._arrived = {}
         left = ((param, param.grad) for param in self._params() if self._scales)
         self._zeroed = {param: (weakref.ref(grad), grad._version) for param, grad in left if grad is not None}

@@ -12,14 +12,17 @@ from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import unwrapped
 
 
+_MOST_ZEROS = 2**18  # elements; a longer gap, as a rule of whole matrices leaves them, is filled by several pieces
+
+
 class _Piece(NamedTuple):
-    """Elements [begin, end) of the parameter at `position`, or the gap behind it."""
+    """Elements [begin, end) of the parameter at `position`, or of the gap behind it."""
 
     offset: int
     position: int
     begin: int
     end: int
-    zeros: Tensor | None  # what a gap is filled with
+    zeros: Tensor | None  # what a gap is filled with, of one tensor for all
 
 
 class Pieces:
@@ -94,13 +97,14 @@ def _cut(bucket: Bucket, low: int, high: int, fills_gaps: bool) -> list[_Piece]:
     pieces = []
     slots = bucket.layout.slots
     stops = [slot.offset for slot in slots[1:]] + [bucket.layout.numel]
+    longest = max((stop - slot.offset - slot.numel for slot, stop in zip(slots, stops, strict=True)), default=0)
+    zeros = torch.zeros(min(longest, _MOST_ZEROS) if fills_gaps else 0, dtype=bucket.dtype, device=bucket.device)
     for position, (slot, stop) in enumerate(zip(slots, stops, strict=True)):
         gap_at = slot.offset + slot.numel
         begin, end = max(low, slot.offset), min(high, gap_at)
         if begin < end:
             pieces.append(_Piece(begin - low, position, begin - slot.offset, end - slot.offset, None))
         begin, end = max(low, gap_at), min(high, stop)
-        if begin < end and fills_gaps:
-            zeros = torch.zeros(end - begin, dtype=bucket.dtype, device=bucket.device)
-            pieces.append(_Piece(begin - low, position, 0, 0, zeros))
+        for at in range(begin, end, _MOST_ZEROS) if fills_gaps else ():
+            pieces.append(_Piece(at - low, position, 0, 0, zeros[: end - at]))
     return pieces

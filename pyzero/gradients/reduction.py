@@ -77,7 +77,6 @@ class ReducedGradients(Gradients):
         self._is_scaled = False  # gradients that arrive carry the loss scale
         self._unsent_is_scaled = False
         self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
-        self._clip: Tensor | None = None  # 0-D, of clip()
         self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
@@ -157,7 +156,7 @@ class ReducedGradients(Gradients):
         self._awaits_step = True
         self._take_grad_scaler_factor()
         self._generation += 1
-        self._clip = None
+        self.clipped = None
         self._observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
             self._observe_all()  # the caller may have cleared what carries the other scale
@@ -262,7 +261,7 @@ class ReducedGradients(Gradients):
         if record.observe():
             self._bucket_exchange.settle(grads)
             self._generation += 1
-            self._clip = None
+            self.clipped = None
             grads.drop_forgotten()
 
     def _observe_all(self) -> None:
@@ -281,8 +280,10 @@ class ReducedGradients(Gradients):
         self._generation += 1
 
     def unscale(self, factor: Tensor) -> None:
-        """Multiply all reduced gradients by a 0-D tensor; unlike `clip` it does not show in `clipped_by`."""
+        """Multiply all reduced gradients, and the norm from before they were clipped, by a 0-D tensor."""
         self.scale(self._by_number, factor)
+        if self.clipped is not None:
+            self.clipped = self.clipped._replace(norm=self.clipped.norm * factor)
 
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
@@ -360,7 +361,7 @@ class ReducedGradients(Gradients):
 
     def _gather(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         self._bucket_exchange.receive_all()
-        if len({id(record.factor) for record in self._by_number}) > 1:  # no one factor can be left to Adam
+        if len({id(factor) for factor in self._factors()}) > 1:  # no one factor can be left to Adam
             for grads in self._grads:
                 grads.apply_factors()
         for grads in self._grads:
@@ -420,20 +421,14 @@ class ReducedGradients(Gradients):
         return shard
 
     def factor(self) -> Tensor | None:
-        """See Gradients. All parameters have the same one, or none."""
-        return self._by_number[0].factor if self._by_number else None
+        """See Gradients. All reduced gradients have the same one, or none."""
+        return next(self._factors(), None)
 
-    def clip(self, coefficient: Tensor) -> None:
-        """See Gradients."""
-        before = self.factor()
-        self.scale(self._by_number, coefficient)
-        self._clip = (
-            self.factor() if before is None else coefficient if self._clip is None else self._clip * coefficient
-        )
+    def _factors(self) -> Iterator[Tensor | None]:
+        return (record.factor for record in self._by_number if record.is_reduced)
 
-    def clipped_by(self) -> Tensor | None:
-        """See Gradients."""
-        return self._clip
+    def _multiply(self, factor: Tensor) -> None:
+        self.scale(self._by_number, factor)
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ def is_set(flag: Tensor) -> bool:
     return flag.is_cpu and bool(flag.numpy()[0])
 
 
+class Clipped(NamedTuple):
+    """What clipping has done to the gradients since the last one came."""
+
+    norm: Tensor  # 0-D fp32: their 2-norm before it
+    coefficient: Tensor  # 0-D fp32: the product of all
+
+
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
 
@@ -33,6 +40,7 @@ class Gradients(ABC):
 
     def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
+        self.clipped: Clipped | None = None
         self._group = group
         self._stats_exchange = stats_exchange
         self._device = device
@@ -89,13 +97,17 @@ class Gradients(ABC):
             RuntimeError: `.grad` has been edited since it was clipped.
         """
 
-    @abstractmethod
-    def clipped_by(self) -> Tensor | None:
-        """0-D: the product of clip coefficients since the last gradient came, in `factor()` or multiplied already."""
+    def clip(self, coefficient: Tensor, norm: Tensor) -> None:
+        """Multiply all gradients by a 0-D tensor, now or when they are used. After collect(). norm: Their 2-norm."""
+        before, self.clipped = self.clipped, None
+        self._multiply(coefficient)
+        if before is not None:
+            norm, coefficient = before.norm, before.coefficient * coefficient
+        self.clipped = Clipped(norm, coefficient)
 
     @abstractmethod
-    def clip(self, coefficient: Tensor) -> None:
-        """Multiply all gradients by a 0-D tensor, now or when they are used. After collect()."""
+    def _multiply(self, factor: Tensor) -> None:
+        """Of clip()."""
 
     @abstractmethod
     def whole(self, bucket: Bucket, position: int) -> Tensor:

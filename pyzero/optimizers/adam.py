@@ -15,7 +15,7 @@ from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.optimizer import ZeroOptions
+    from pyzero.arguments import ZeroOptions
 
 
 # At this step count beta^step is below 2^-54 for every beta up to _LARGEST_BETA, so that 1 - beta^step is exactly 1.

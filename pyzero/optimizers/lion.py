@@ -14,7 +14,7 @@ from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.optimizer import ZeroOptions
+    from pyzero.arguments import ZeroOptions
 
 
 class LionRule:

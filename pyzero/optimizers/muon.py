@@ -17,7 +17,7 @@ from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.optimizer import ZeroOptions
+    from pyzero.arguments import ZeroOptions
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw")
 _MOST_ITERATIONS = 99  # torch's limit

@@ -192,6 +192,8 @@ def test_tensor_parallel_by_hand():
     with pytest.raises(ValueError, match="tensor_parallel and num_blocks from 1, got 0 and 32"):
         estimate_numel(10**6, torch.bfloat16, 1, 3, 25.0, 0)
     assert estimate(nn.Linear(2, 2), stage=3) == estimate(nn.Linear(2, 2), stage=2)
+    odd = nn.ParameterList([nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(0, 4))])
+    assert estimate(odd, num_ranks=2, stage=3).num_params == 1
     with pytest.raises(ValueError, match="expected a module for stage 3"):
         estimate([nn.Parameter(torch.zeros(2))], stage=3, num_ranks=2)
 

@@ -124,6 +124,8 @@ def test_parameters_without_memory_are_refused(param, words):
         ({"differentiable": True}, "differentiable=True"),
         ({"stage": 1}, "got stage in a parameter group"),
         ({"max_grad_norm": 1.0}, "got max_grad_norm in a parameter group"),
+        ({"cpu_offload": True}, "got cpu_offload in a parameter group"),
+        ({"backend": "reference"}, "got backend in a parameter group"),
         ({"weight_deacy": 0.1}, "got 'weight_deacy' in a parameter group, expected 'weight_decay'"),
         ({"beta": (0.9, 0.99)}, "expected 'betas'"),
     ],

@@ -181,9 +181,10 @@ def test_a_gradient_that_a_functional_collective_gives(ranks, reduce_grads):
 
 
 def clipped_twice(is_ours: bool, max_grad_norm: float | None) -> list[Tensor]:
-    params = [nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5))]
+    """Cleared between two clips; and assigned between two steps."""
+    params = [nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))]
     params[0].grad = torch.arange(24.0).view(6, 4).t()  # strides of its own: it is copied
-    params[1].grad = torch.ones(5)
+    params[1].grad, params[2].grad = torch.ones(5), torch.ones(3)
     if is_ours:
         optimizer = pyzero.FusedZeroAdamW(params, max_grad_norm=max_grad_norm)
     else:
@@ -192,19 +193,55 @@ def clipped_twice(is_ours: bool, max_grad_norm: float | None) -> list[Tensor]:
     def clip(norm: float) -> Tensor:
         return optimizer.clip_grad_norm_(norm) if is_ours else nn.utils.clip_grad_norm_(params, norm)
 
-    clip(1.0)
+    def step() -> None:
+        kept = [param.grad for param in params]
+        if max_grad_norm is not None and not is_ours:  # ours leaves `.grad` as it is
+            for param, grad in zip(params, kept, strict=True):
+                param.grad = None if grad is None else grad.clone()
+            clip(max_grad_norm)
+        optimizer.step()
+        for param, grad in zip(params, kept, strict=True):
+            param.grad = grad
+
+    norms = [clip(1.0)]
+    params[2].grad = None
+    norms += [clip(0.8)] if max_grad_norm is None else []
+    step()
     params[1].grad = torch.ones(5) * 0.3
-    norms = [clip(0.8)] if max_grad_norm is None else []
-    params[1].grad = torch.ones(5) * 0.2
-    if max_grad_norm is not None and not is_ours:
-        clip(max_grad_norm)
-    optimizer.step()
-    return [*norms, *(optimizer.state[param]["exp_avg"].view_as(param) for param in params)]
+    norms += [clip(0.8)] if max_grad_norm is None else []
+    step()
+    return [*norms, *(optimizer.state[param]["exp_avg"].view_as(param) for param in params[:2])]
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_a_clip_holds_for_the_others_where_one_gradient_is_replaced(max_grad_norm):
+def test_a_clip_holds_for_the_others_where_one_gradient_is_cleared_or_replaced(max_grad_norm):
     torch.testing.assert_close(clipped_twice(True, max_grad_norm), clipped_twice(False, max_grad_norm))
+
+
+@pytest.mark.parametrize("how", ["in place", "clone", "sum"])
+@pytest.mark.parametrize("then", ["step", "clip", "backward"])
+def test_an_edit_of_what_was_clipped_is_refused(how, then):
+    """The coefficient lies beside `.grad`, and would multiply too much or too little."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroAdamW([param])
+    param.grad = torch.ones(4)
+    optimizer.clip_grad_norm_(1.0)
+    if how == "in place":
+        param.grad.mul_(2)
+    else:
+        param.grad = param.grad.clone() if how == "clone" else param.grad + 1
+    calls = {
+        "step": optimizer.step,
+        "clip": lambda: optimizer.clip_grad_norm_(1.0),
+        "backward": lambda: param.sum().backward(),
+    }
+    with pytest.raises(RuntimeError, match="edited or assigned"):
+        calls[then]()
+    assert torch.equal(param, torch.ones(4))
+    optimizer.zero_grad()
+    param.sum().backward()
+    optimizer.step()
+    assert (param < 1).all()
 
 
 def test_the_reference_does_not_edit_what_it_reads():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import DTYPES, build, loss_of, micro_batch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 import pyzero
 
@@ -26,7 +27,7 @@ def norms_on_rank(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> li
     grads = [grad.double() for grad in gathered(optimizer, model.parameters())]
     found = []
     for p in NORMS:
-        wanted = torch.nn.utils.get_total_norm(grads, p)
+        wanted = get_total_norm(grads, p)
         found.append((float(optimizer.clip_grad_norm_(1e9, norm_type=p)), float(wanted)))
     return found
 
@@ -84,11 +85,45 @@ def test_norm_before_and_after_clipping():
     assert (before, optimizer.grad_norm) == (20.0, 40.0)
 
 
+def norms_of_a_step(group: Any, stage: int, between: str) -> tuple[float, float, float]:
+    """(the norm ahead of what clips, `grad_norm`, `clipped_grad_norm`) of a step that is clipped twice."""
+    first, second = nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(70))
+    optimizer = pyzero.FusedZeroSGD([first, second], lr=1.0, process_group=group, stage=stage)
+    ((first + second[:1]) * 2).sum().backward()
+    norm = optimizer.clip_grad_norm_(0.0 if between == "nothing, to 0" else 4.0)
+    if between == "norm":
+        get_total_norm([first.grad])
+    if between == "clear":
+        first.grad = None
+    if "nothing" not in between:
+        again = optimizer.clip_grad_norm_(1.0)
+        norm = again if between == "clear" else norm
+    optimizer.step()
+    return float(norm), float(optimizer.grad_norm), float(optimizer.clipped_grad_norm)
+
+
+@pytest.mark.parametrize("between", ["nothing", "nothing, to 0", "clip", "norm", "clear"])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_the_norm_of_a_step_is_of_before_clipping(ranks, size, stage, between):
+    after = {"nothing": 4.0, "nothing, to 0": 0.0}.get(between, 1.0)
+    for wanted, norm, clipped in ranks.run(size, norms_of_a_step, stage, between):
+        assert norm == pytest.approx(wanted, rel=1e-6)
+        assert between != "clear" or wanted == pytest.approx(4.0 * 200 / math.hypot(20, 200), rel=1e-5)
+        assert clipped == pytest.approx(after, rel=1e-5)
+
+
+def test_the_largest_value_by_name():
+    param = nn.Parameter(torch.zeros(100))
+    optimizer = pyzero.FusedZeroAdam([param])
+    (param * 2).sum().backward()
+    assert optimizer.clip_grad_norm_(1.0, norm_type="inf") == 2.0
+
+
 def test_tied_parameters_count_once():
     model = build(torch.float32)  # its head is its embedding
     optimizer = pyzero.FusedZeroAdamW(model.parameters())
     loss_of(model, micro_batch(0, 0)).backward()
-    norm = torch.nn.utils.get_total_norm([param.grad for param in model.parameters()])
+    norm = get_total_norm([param.grad for param in model.parameters()])
     torch.testing.assert_close(optimizer.clip_grad_norm_(1.0), norm, rtol=1e-6, atol=0)
 
 
