@@ -20,6 +20,17 @@ UNSUPPORTED = ("amsgrad", "differentiable")
 IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result here
 _SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
+# What other libraries and papers call options.
+OTHER_NAMES = {
+    "LR": "lr",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "beta1": "betas",
+    "beta2": "betas",
+    "beta_1": "betas",
+    "beta_2": "betas",
+}
 
 
 class ZeroOptions(TypedDict, total=False):
@@ -84,7 +95,8 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
     for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
         if name in ZeroOptions.__annotations__:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
-        close = difflib.get_close_matches(name, known, 1, _MISSPELT)
+        other = OTHER_NAMES.get(name)
+        close = [other] if other in known else difflib.get_close_matches(name, known, 1, _MISSPELT)
         if close and name not in _SCHEDULERS_KEYS:
             raise ValueError(f"got {name!r} in a parameter group, expected {close[0]!r}; correct the name")
     refuse_unsupported(group)

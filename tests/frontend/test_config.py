@@ -69,6 +69,14 @@ def test_forms(form, tmp_path):
         ({"train_batchsize": 8}, ["train_batchsize: unknown key", "did you mean 'train_batch_size'?"]),
         ({"fp16": {"enable": True}}, ["fp16.enable: unknown key", "did you mean 'enabled'?"]),
         ({"optimizer": {"type": "Adam", "params": {"learning_rate": 1}}}, ["optimizer.params.learning_rate", "known"]),
+        (
+            {"optimizer": {"type": "Adam", "params": {"learning_rate": 1e-3, "wd": 0.1, "beta1": 0.9}}},
+            [
+                "optimizer.params.learning_rate: unknown key; did you mean 'lr'?",
+                "optimizer.params.wd: unknown key; did you mean 'weight_decay'?",
+                "optimizer.params.beta1: unknown key; did you mean 'betas'?",
+            ],
+        ),
         ({"zero_optimization": {"stages": 2}}, ["zero_optimization.stages", "did you mean 'stage'?"]),
         ({"train_batch_size": "8"}, ["train_batch_size: got '8'", "remove the quotes"]),
         ({"train_batch_size": 0}, ["train_batch_size: got 0"]),

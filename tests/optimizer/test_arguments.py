@@ -128,6 +128,10 @@ def test_parameters_without_memory_are_refused(param, words):
         ({"backend": "reference"}, "got backend in a parameter group"),
         ({"weight_deacy": 0.1}, "got 'weight_deacy' in a parameter group, expected 'weight_decay'"),
         ({"beta": (0.9, 0.99)}, "expected 'betas'"),
+        ({"learning_rate": 1.0}, "got 'learning_rate' in a parameter group, expected 'lr'"),
+        ({"wd": 0.1}, "expected 'weight_decay'"),
+        ({"epsilon": 1e-6}, "expected 'eps'"),
+        ({"beta1": 0.9}, "expected 'betas'"),
     ],
     ids=str,
 )
@@ -143,6 +147,8 @@ def test_a_groups_own_options_are_checked(options, words):
 def test_a_group_may_hold_values_of_the_loops_own():
     optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "name": "body", "lr_scale": 0.5, "layer_id": 3}])
     assert optimizer.param_groups[0]["lr_scale"] == 0.5
+    lion = pyzero.FusedZeroLion([{"params": weights(), "epsilon": 0.1}])  # it has no eps that this could mean
+    assert lion.param_groups[0]["epsilon"] == 0.1
 
 
 def test_a_parameter_twice_in_a_group_is_warned_of_and_updated_once():

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pyzero.arguments import OTHER_NAMES
 from pyzero.deepspeed.config.keys import Section, rows, section_of
 from pyzero.deepspeed.config.schema import Config
 
@@ -140,7 +141,7 @@ def _takes_lists(section: type[Section], names: list[str]) -> bool:
 def _did_you_mean(section: type[Section], name: str) -> str:
     """The nearest known key, one of this name elsewhere, or the list of them."""
     names = list(section.model_fields)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else difflib.get_close_matches(name, names, 1, 0.75)
     if near:
         return f"; did you mean {near[0]!r}?"
     elsewhere = [path for path, *_ in rows(Config) if path.rpartition(".")[2] == name]
