@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyzero.ops.checks import FLOAT_DTYPES
+from pyzero.ops.env import BACKEND_CHOICES
 from pyzero.sharding.local_param import LocalParam, local_of, outer
 
 if TYPE_CHECKING:
@@ -65,11 +66,15 @@ def check_arguments(
     bucket_cap_mb: float | None,
     grad_reduce_dtype: torch.dtype | None,
     max_consecutive_skips: int | None,
+    backend: str,
 ) -> None:
     """Check ZeroOptimizer's own arguments."""
     if stage not in (1, 2):
-        raise ValueError(f"expected stage 1 or 2, got {stage!r}; stage 3 is torch's fully_shard")
-    if max_grad_norm is not None and not max_grad_norm > 0:
+        remedy = "call torch's fully_shard(model) for stage 3, and pass its parameters" if stage in (3, "3") else ""
+        raise ValueError(f"expected stage 1 or 2, got {stage!r}; {remedy or 'pass stage=2'}")
+    if backend not in BACKEND_CHOICES:
+        raise ValueError(f"expected backend as one of {', '.join(BACKEND_CHOICES)}, got {backend!r}; pass one of these")
+    if max_grad_norm is not None and not as_number("max_grad_norm", max_grad_norm) > 0:
         raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
     check_bucket_cap(bucket_cap_mb)
     if grad_reduce_dtype is not None and grad_reduce_dtype not in FLOAT_DTYPES:
@@ -77,7 +82,7 @@ def check_arguments(
             f"expected grad_reduce_dtype as torch.float32, torch.bfloat16 or torch.float16, got {grad_reduce_dtype!r}; "
             f"pass one of these, or None to send gradients in their own dtype"
         )
-    if max_consecutive_skips is not None and max_consecutive_skips < 1:
+    if max_consecutive_skips is not None and as_number("max_consecutive_skips", max_consecutive_skips) < 1:
         raise ValueError(
             f"expected max_consecutive_skips from 1, got {max_consecutive_skips}; pass None for any number of skips"
         )
@@ -85,7 +90,9 @@ def check_arguments(
 
 def check_bucket_cap(bucket_cap_mb: float | None) -> None:
     """Above 0, and finite."""
-    if bucket_cap_mb is not None and (not bucket_cap_mb > 0 or math.isinf(bucket_cap_mb)):
+    if bucket_cap_mb is None:
+        return
+    if not 0 < as_number("bucket_cap_mb", bucket_cap_mb) < math.inf:
         raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; pass None for the default, 25 on CPUs")
 
 
@@ -200,28 +207,54 @@ def check_no_grad(group: dict[str, Any]) -> None:
             )
 
 
+def as_number(name: str, value: Any) -> float:
+    """An option as a float. TypeError where it is none: text too, which float() reads and an update does not."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"expected {name} as a number, got {value!r}; pass one, or leave {name} out") from None
+    if isinstance(value, str):
+        raise TypeError(
+            f"expected {name} as a number, got the text {value!r}; pass {number!r}, and in YAML write 1.0e-3, for it "
+            f"takes 1e-3 for text"
+        )
+    return number
+
+
+def check_params(params: Any) -> None:
+    """A model is none: torch would say no more than that it cannot be iterated over."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"expected parameters or groups, got a model ({type(params).__name__}); pass model.parameters()"
+        )
+
+
 def check_lr(group: dict[str, Any]) -> None:
     """lr is at least 0; the message is torch's, as in the next two. A tensor on a GPU is not read."""
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements; pass a number or a 0-D tensor")
-    if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and not float(lr) >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}; expected lr >= 0")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements; pass a number or a 0-D tensor")
+        if lr.device.type != "cpu":
+            return
+    if not 0.0 <= as_number("lr", lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}; expected lr >= 0, and finite")
 
 
 def check_betas(group: dict[str, Any]) -> None:
     """There are two, each at least 0, and below 1."""
-    if len(group["betas"]) != 2:
-        raise ValueError(f"Invalid betas: {group['betas']}; expected two")
-    for index, beta in enumerate(group["betas"]):
-        if not 0.0 <= float(beta) < 1.0:
+    betas = group["betas"]
+    if isinstance(betas, str) or not hasattr(betas, "__len__") or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; expected two, as in betas=(0.9, 0.999)")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= as_number(f"betas[{index}]", beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
 
 
 def check_not_negative(what: str, name: str, group: dict[str, Any]) -> None:
     """group[name] is at least 0."""
-    if not group[name] >= 0.0:
-        raise ValueError(f"Invalid {what} value: {group[name]}; expected {name} >= 0")
+    if not 0.0 <= as_number(name, group[name]) < math.inf:
+        raise ValueError(f"Invalid {what} value: {group[name]}; expected {name} >= 0, and finite")
 
 
 def check_device(param: Tensor, device: torch.device) -> None:

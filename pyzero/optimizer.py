@@ -84,7 +84,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
     Raises:
         ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices, or
             DTensors on meshes that do not tell who holds the same weights.
-        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums.
+        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number.
         RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
@@ -110,7 +110,10 @@ class ZeroOptimizer(StateAccess, Optimizer):
         transport: str = "auto",
         backend: str = "auto",
     ) -> None:
-        arguments.check_arguments(stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips)
+        arguments.check_params(params)
+        arguments.check_arguments(
+            stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips, backend
+        )
         rule.check(defaults)
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
@@ -175,7 +178,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         Raises:
             RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
                 only; nothing is changed.
-            TypeError: The model was converted or moved to another device after the optimizer was built.
+            TypeError: The model was converted or moved to another device after the optimizer was built, or a group's
+                hyper-parameter was set to what is no number.
             ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
                 `p.data` while something holds the memory that it had.
         """

@@ -101,7 +101,10 @@ class UpdateRule(Protocol):
     pushes: bool  # `update` writes `peer_weights` too. Otherwise weights are copied there behind it
 
     def check(self, group: dict[str, Any]) -> None:
-        """Raise ValueError where a group's hyper-parameters are out of range. Called before each step: reads no GPU."""
+        """Raise ValueError where a group's hyper-parameters are out of range, TypeError where they are no numbers.
+
+        Called before each step: reads no GPU.
+        """
 
     def update(
         self,

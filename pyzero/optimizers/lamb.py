@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments import check_betas, check_lr, check_not_negative
+from pyzero.arguments import as_number, check_betas, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, RunShard, StateSlot
 
@@ -36,7 +36,7 @@ class LambRule:
         check_betas(group)
         check_not_negative("epsilon", "eps", group)
         check_not_negative("weight_decay", "weight_decay", group)
-        if not 0.0 <= group["min_coeff"] <= group["max_coeff"]:
+        if not 0.0 <= as_number("min_coeff", group["min_coeff"]) <= as_number("max_coeff", group["max_coeff"]):
             raise ValueError(
                 f"expected 0 <= min_coeff <= max_coeff, got {group['min_coeff']} and {group['max_coeff']}; correct them"
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments import check_lr, check_not_negative
+from pyzero.arguments import as_number, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.optimizers.adam import AdamRule
 from pyzero.state import with_step_counts
@@ -52,7 +52,7 @@ class MuonRule:
         check_lr(group)
         check_not_negative("weight_decay", "weight_decay", group)
         check_not_negative("epsilon", "eps", group)
-        if not 0.0 <= group["momentum"] <= 1.0:
+        if not 0.0 <= as_number("momentum", group["momentum"]) <= 1.0:
             raise ValueError(f"expected momentum in [0, 1], got {group['momentum']}; 0.95 is the usual one")
         if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] <= _MOST_ITERATIONS):
             raise ValueError(f"expected ns_steps up to {_MOST_ITERATIONS}, got {group['ns_steps']}; 5 is the usual one")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments import check_lr, check_not_negative, refuse_unsupported
+from pyzero.arguments import as_number, check_lr, check_not_negative, refuse_unsupported
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state import with_step_counts
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
@@ -38,6 +38,7 @@ class SGDRule:
         check_lr(group)
         check_not_negative("momentum", "momentum", group)
         check_not_negative("weight_decay", "weight_decay", group)
+        as_number("dampening", group["dampening"])  # of any size, as torch's
         if group["nesterov"] and (not self.slots or group["dampening"] != 0):  # momentum may become 0 for a while
             raise ValueError(
                 f"Nesterov momentum requires a momentum and zero dampening; got momentum={group['momentum']} and "

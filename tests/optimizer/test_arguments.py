@@ -53,6 +53,13 @@ BAD = [
     ({"lr": torch.tensor(-1.0)}, "Invalid learning rate"),
     ({"lr": torch.tensor([0.1, 0.1])}, "Tensor lr must be 1-element"),
     ({"lr": math.nan}, "Invalid learning rate"),
+    ({"lr": math.inf}, "Invalid learning rate: inf; expected lr >= 0, and finite"),
+    ({"lr": torch.tensor(math.inf)}, "Invalid learning rate"),
+    ({"weight_decay": math.inf}, "Invalid weight_decay value: inf"),
+    ({"eps": math.nan}, "Invalid epsilon value: nan"),
+    ({"betas": (math.nan, 0.9)}, "Invalid beta parameter at index 0"),
+    ({"betas": 0.9}, r"Invalid betas: 0.9; expected two, as in betas=\(0.9, 0.999\)"),
+    ({"betas": "0.9, 0.999"}, "Invalid betas: '0.9, 0.999'; expected two"),
     ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
     ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
     ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
@@ -60,19 +67,69 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("options", "words"), BAD, ids=str)
-def test_values_out_of_range_in_torchs_words(options, words):
-    with pytest.raises(ValueError, match=words):
+NO_NUMBERS = [
+    ({"lr": "1e-3"}, r"expected lr as a number, got the text '1e-3'; pass 0.001, and in YAML write 1.0e-3"),
+    ({"lr": None}, "expected lr as a number, got None; pass one, or leave lr out"),
+    ({"betas": ("0.9", 0.999)}, r"expected betas\[0\] as a number, got the text '0.9'; pass 0.9"),
+    ({"eps": None}, "expected eps as a number, got None"),
+    ({"weight_decay": "x"}, "expected weight_decay as a number, got 'x'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "error"),
+    [*((*one, ValueError) for one in BAD), *((*one, TypeError) for one in NO_NUMBERS)],
+    ids=str,
+)
+def test_values_out_of_range_in_torchs_words(options, words, error):
+    with pytest.raises(error, match=words):
         pyzero.FusedZeroAdamW(weights(), **options)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(error, match=words):
         pyzero.FusedZeroAdamW([{"params": weights(), **options}])
     params = weights()
     optimizer = pyzero.FusedZeroAdamW(params)
     (params[0].sum() + params[1].sum()).backward()
     optimizer.param_groups[0].update(options)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(error, match=words):
         optimizer.step()
     assert all((param == 1).all() for param in params) and optimizer.state[params[0]]["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("of", "options"),
+    [
+        (pyzero.FusedZeroSGD, {"lr": "0.1"}),
+        (pyzero.FusedZeroSGD, {"momentum": "0.9"}),
+        (pyzero.FusedZeroSGD, {"momentum": None}),
+        (pyzero.FusedZeroSGD, {"dampening": "0.9"}),
+        (pyzero.FusedZeroLion, {"weight_decay": None}),
+        (pyzero.ZeroLamb, {"max_coeff": "10"}),
+        (pyzero.ZeroMuon, {"momentum": "0.95"}),
+        (pyzero.ZeroMuon, {"eps": "1e-7"}),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_refused_by_every_rule(of, options):
+    params = [nn.Parameter(torch.ones(3, 3))]
+    (name,) = options
+    with pytest.raises(TypeError, match=f"expected {name} as a number, got "):
+        of(params, **options)
+
+
+def test_numbers_of_other_kinds_are_taken():
+    numpy = pytest.importorskip("numpy")
+    lr, decay = numpy.float32(0.5), numpy.int64(0)
+    params = weights()
+    optimizer = pyzero.FusedZeroAdamW(params, lr=lr, betas=[0.9, 0.99], weight_decay=decay, eps=0)
+    (params[0].sum() + params[1].sum()).backward()
+    optimizer.step()
+    assert all((param == 0.5).all() for param in params)
+
+
+def test_a_model_is_no_parameters():
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match=r"got a model \((Linear|Sequential)\); pass model.parameters\(\)"):
+            pyzero.FusedZeroAdamW(model)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +142,9 @@ def test_values_out_of_range_in_torchs_words(options, words):
         ({"bucket_cap_mb": 0}, "bucket_cap_mb above 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm above 0"),
         ({"max_grad_norm": 0}, "max_grad_norm above 0"),
-        ({"stage": 3}, "fully_shard"),
+        ({"stage": 3}, r"got 3; call torch's fully_shard\(model\) for stage 3, and pass its parameters"),
+        ({"stage": "2"}, "got '2'; pass stage=2"),
+        ({"backend": "gpu"}, "expected backend as one of auto, cuda, cpu, triton, reference, got 'gpu'"),
         ({"transport": "pigeon"}, "auto, exact, collective, peer"),
         ({"loss_scale": "often"}, "dynamic"),
         ({"amsgrad": True}, "amsgrad"),
@@ -96,6 +155,12 @@ def test_values_out_of_range_in_torchs_words(options, words):
 def test_arguments_are_refused_at_construction(options, words):
     with pytest.raises(ValueError, match=words):
         pyzero.FusedZeroAdamW(weights(), **options)
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "bucket_cap_mb", "max_consecutive_skips"])
+def test_arguments_that_are_text_are_refused_at_construction(name):
+    with pytest.raises(TypeError, match=f"expected {name} as a number, got the text '1'; pass 1.0"):
+        pyzero.FusedZeroAdamW(weights(), **{name: "1"})
 
 
 @pytest.mark.parametrize(
