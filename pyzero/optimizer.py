@@ -211,8 +211,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             gathers = self._update_and_gather(stats, scalars)
             has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
             self._scaler.update(scalars.found_inf, only_count=has_grad_scaler)
-            if self._scaler.enabled:
-                self._scaled_backward.after_step(has_grad_scaler)
+            is_scaled = self._scaler.enabled and self._scaled_backward.after_step(has_grad_scaler)
             for gather in gathers:
                 gather.wait()
             self._transport.end_update()
@@ -221,7 +220,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
         self._last = last
-        self._overflow.after_step(self._scaler.state, stats, self._describe)
+        self._overflow.after_step(self._scaler.state, stats, self._describe, is_scaled)
         skips = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much

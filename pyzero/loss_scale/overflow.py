@@ -17,7 +17,7 @@ _SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_
 
 
 class OverflowMonitor:
-    """Warns of each skipped step, and raises after too many in a row.
+    """Warns of skipped steps, of many in a row of the 1st, 2nd, 5th, 10th, 20th, ..., and raises after too many.
 
     What it needs is copied to the host after the step. On a CPU it is there at once; on a GPU a later step looks at it,
     once it has arrived. Replays of a captured CUDA graph are not monitored.
@@ -32,6 +32,8 @@ class OverflowMonitor:
         self._limit = limit
         self._warns = warns
         self._num_warned_of = 0  # skipped steps
+        self._warns_from = 0  # skips in a row
+        self._is_scaled = False  # the step that was copied last
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._state = torch.zeros(len(STATE_SLOTS), dtype=torch.float32, device="cpu", pin_memory=self._on_gpu)
@@ -44,21 +46,26 @@ class OverflowMonitor:
     def start_from(self, num_skipped: int) -> None:
         """Do not warn of steps that were skipped before this run; count skips in a row from 0."""
         self._num_warned_of = num_skipped
+        self._warns_from = 0
         self.num_in_a_row = 0
         self._under_way = False
 
-    def after_step(self, state: Tensor, stats: GlobalGradStats, describe: Callable[[float], str]) -> None:
+    def after_step(
+        self, state: Tensor, stats: GlobalGradStats, describe: Callable[[float], str], is_scaled: bool
+    ) -> None:
         """Copy, look at what has arrived, warn.
 
         Args:
             state: (5,) fp32, see pyzero.ops.loss_scale.
             stats: Of the step's gradients.
             describe: Puts a code of pyzero/gradients/nonfinite.py, a parameter and a rank, into words.
+            is_scaled: Whether the step's gradients carried the loss scale: then it is news.
         """
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
         if self._arrived is None:
             self._state.copy_(state)
+            self._is_scaled = is_scaled
             if self._values[_SKIPPED] > self._num_warned_of:
                 self._first_bad.copy_(stats.first_bad)
             self._warn(describe)
@@ -68,18 +75,26 @@ class OverflowMonitor:
             self._warn(describe)
         if not self._under_way:
             self._state.copy_(state, non_blocking=True)
+            self._is_scaled = is_scaled
             self._first_bad.copy_(stats.first_bad, non_blocking=True)
             self._arrived.record(torch.cuda.current_stream(self._device))  # which may not be the current device
             self._under_way = True
 
     def _warn(self, describe: Callable[[float], str]) -> None:
-        num_skipped, scale = float(self._values[_SKIPPED]), float(self._values[_SCALE])
+        num_skipped = int(self._values[_SKIPPED])
         self.num_in_a_row = int(self._values[_IN_A_ROW])
-        if num_skipped > self._num_warned_of and self._warns:
-            counts = f"{num_skipped:.0f} skipped so far, {self.num_in_a_row} in a row, loss scale now {scale:g}"
-            where = describe(float(self._first_bad.numpy()[0]))
-            log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
-        self._num_warned_of = max(self._num_warned_of, int(num_skipped))
+        num_new = num_skipped - self._num_warned_of
+        has_begun = self.num_in_a_row <= num_new  # since the last look
+        if num_new > 0 and (has_begun or self.num_in_a_row >= self._warns_from):
+            self._warns_from = _round_above(self.num_in_a_row)
+            if self._warns:
+                counts = f"{num_skipped} skipped so far, {self.num_in_a_row} in a row{self._scale_now()}"
+                where = describe(float(self._first_bad.numpy()[0]))
+                log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
+        self._num_warned_of = max(self._num_warned_of, num_skipped)
+
+    def _scale_now(self) -> str:
+        return f", loss scale now {float(self._values[_SCALE]):g}" if self._is_scaled else ""
 
     def check(self, num_in_a_row: int, describe: Callable[[float], str]) -> None:
         """num_in_a_row: skips, as far as any rank knows, so that all ranks raise in the same step.
@@ -89,10 +104,16 @@ class OverflowMonitor:
         """
         if self._limit is not None and num_in_a_row >= self._limit:
             self.num_in_a_row = 0  # a caller who goes on gets the next error after as many skips again
-            scale, where = float(self._values[_SCALE]), describe(float(self._first_bad.numpy()[0]))
+            where = describe(float(self._first_bad.numpy()[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
-                f"{where}, with the loss scale now at {scale:g}; look at "
+                f"{where}{self._scale_now()}; look at "
                 f"the loss and the inputs of that step (a NaN loss, a division by 0, a learning rate too high), run it "
                 f"under torch.autograd.detect_anomaly(), or raise max_consecutive_skips"
             )
+
+
+def _round_above(count: int) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    power: int = 10 ** (len(str(count)) - 1)
+    return next(power * digit for digit in (1, 2, 5, 10) if power * digit > count)

@@ -86,8 +86,8 @@ class ScaledBackward:
         if running is not None:
             running.__exit__(None, None, None)
 
-    def after_step(self, has_grad_scaler: bool) -> None:
-        """Warn once of a step on fp16 gradients that nobody scaled."""
+    def after_step(self, has_grad_scaler: bool) -> bool:
+        """Whether the step's gradients came from here. Warn once of one on fp16 gradients that nobody scaled."""
         self.end()
         if self._may_warn and not self._has_run and not has_grad_scaler:
             self._may_warn = False
@@ -95,4 +95,5 @@ class ScaledBackward:
                 "a step on gradients of fp16 weights from a plain backward: what is below 6e-8 in them has become 0; "
                 "call optimizer.backward(loss), use torch.amp.GradScaler, or pass loss_scale=None if this is meant"
             )
-        self._has_run = False
+        has_run, self._has_run = self._has_run, False
+        return has_run and not has_grad_scaler

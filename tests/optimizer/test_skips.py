@@ -1,6 +1,8 @@
 """Skipped steps: who is told what, and when the run ends."""
 
 import copy
+import math
+import re
 from typing import Any
 from unittest.mock import Mock
 
@@ -47,7 +49,7 @@ def test_the_first_rank_names_parameter_and_rank(ranks, dtype, size, stage, tran
     (line,) = results[0]["lines"]
     assert line.startswith("WARNING: step skipped, nothing changed")
     assert f"the gradient of middle, shape (80,), on rank {bad_rank}" in line
-    assert "1 skipped so far, 1 in a row" in line
+    assert "1 skipped so far, 1 in a row, loss scale now 8)" in line
     assert all(result["lines"] == [] for result in results[1:])
 
 
@@ -101,6 +103,64 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(ranks, size):
     assert ranks.run(size, until_it_ends, None, 10)[0][0] == 10
 
 
+@pytest.mark.parametrize("how", ["bf16", "plain", "GradScaler", "own"])
+def test_the_loss_scale_is_told_where_it_was_applied(how, caplog):
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16 if how == "bf16" else torch.float16))
+    optimizer = pyzero.FusedZeroAdam([param], max_consecutive_skips=1)
+    scaler = torch.amp.GradScaler("cpu")
+    loss = (param * math.nan).sum()
+    with pytest.raises(RuntimeError, match="1 steps in a row") as caught:
+        if how == "GradScaler":
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+        else:
+            optimizer.backward(loss) if how == "own" else loss.backward()
+            optimizer.step()
+    told = (
+        ("1 in a row, loss scale now 32768)", ", loss scale now 32768; look")
+        if how == "own"
+        else ("1 in a row)", "; look")
+    )
+    assert told[0] in caplog.text and told[1] in str(caught.value)
+    assert how == "own" or "loss scale now" not in f"{caplog.text}{caught.value}"
+
+
+def numbers_warned_of(caplog: pytest.LogCaptureFixture) -> list[int]:
+    return [int(n) for n in re.findall(r"(\d+) in a row", caplog.text)]
+
+
+def test_many_skips_in_a_row_are_told_now_and_then(caplog):
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param], max_consecutive_skips=None)
+
+    def step(factor: float, times: int = 1) -> None:
+        for _ in range(times):
+            optimizer.zero_grad()
+            (param * factor).sum().backward()
+            optimizer.step()
+
+    step(math.nan, 99)
+    assert numbers_warned_of(caplog) == [1, 2, 5, 10, 20, 50]
+    caplog.clear()
+    for factor in (1.0, math.nan, 1.0, math.nan, math.nan):
+        step(factor)
+    assert numbers_warned_of(caplog) == [1, 1, 2]
+    caplog.clear()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # 2 in a row by then
+    step(math.nan)
+    assert numbers_warned_of(caplog) == [3], "the first of a run is always told"
+
+
+def test_skips_that_are_seen_late_are_told(caplog):
+    """As on a GPU, where the host looks now and then."""
+    monitor = OverflowMonitor(torch.device("cpu"), limit=None, warns=True)
+    stats = Mock(first_bad=torch.zeros(1, dtype=torch.float64))
+    for skipped, in_a_row in ((1, 1), (4, 4), (7, 7), (8, 8), (9, 0), (12, 1), (12, 1)):
+        state = torch.tensor([1.0, 0.0, 1.0, skipped, in_a_row])
+        monitor.after_step(state, stats, str, False)
+    assert numbers_warned_of(caplog) == [1, 4, 7, 0, 1]  # the 9th may have been a run of its own
+
+
 def steps_after_the_end(group: Any, loads: bool) -> list[Any]:
     """The limit is two skips; whoever goes on has good gradients, then a bad one."""
     param = nn.Parameter(torch.ones(3))
@@ -149,5 +209,5 @@ def test_what_is_copied_to_the_host_is_awaited_on_its_own_device(monkeypatch):
     monitor = OverflowMonitor(torch.device("cpu"), limit=None, warns=False)
     monitor._device, monitor._arrived = torch.device("cuda", 1), Mock()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
-    monitor.after_step(monitor._state.clone(), Mock(first_bad=torch.zeros(1, dtype=torch.float64)), str)
+    monitor.after_step(monitor._state.clone(), Mock(first_bad=torch.zeros(1, dtype=torch.float64)), str, False)
     monitor._arrived.record.assert_called_once_with("stream of cuda:1")
