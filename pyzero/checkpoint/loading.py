@@ -154,13 +154,26 @@ class _Load:
             raise CheckpointError(
                 f"expected the model and the optimizer that {folder} was saved from, got others: "
                 f"{'; '.join(self._problems)}. Build them as they were, or pass strict=False (to an engine: "
-                f"load_module_strict=False) to leave these out"
+                f"load_module_strict=False) to leave these out{self._lost_state()}"
             )
         for problem in self._problems:
             log.info("loading %s: %s", folder, problem)
         from pyzero.checkpoint import storage
 
         storage.read(wanted, folder, self._index)
+
+    def _lost_state(self) -> str:
+        """What becomes of the state of another rule that is loaded all the same; empty for this rule's."""
+        if self._weights_only or self._optimizer.takes_rule(self._common.get(RULE)):
+            return ""
+        mine = {key for of_param in self._state.values() for key in of_param} - {MASTER, STEP}
+        saved = {name.rpartition(".")[2] for name in self._index["tensors"] if name.startswith("optim.state.")}
+        said = []
+        if dropped := saved - mine - {MASTER, STEP}:
+            said.append(f"drops the saved {', '.join(sorted(dropped))}")
+        if new := mine - saved:
+            said.append(f"goes on with {', '.join(sorted(new))} as in this optimizer, 0 in a new one")
+        return f", which {' and '.join(said)}" if said else ""
 
     def _plan(self) -> dict[str, Tensor]:
         """Host memory for what is to be read, by its name in the checkpoint; what does not fit goes to `_problems`."""

@@ -215,6 +215,25 @@ def test_what_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by", "said"),
+    [
+        (pyzero.FusedZeroAdamW, pyzero.FusedZeroLion, "to leave these out, which drops the saved exp_avg_sq"),
+        (
+            pyzero.FusedZeroSGD,
+            pyzero.FusedZeroAdamW,
+            "which drops the saved momentum_buffer and goes on with exp_avg, exp_avg_sq as in this optimizer",
+        ),
+    ],
+)
+def test_what_is_lost_of_another_rules_state_is_said(tmp_path, saved_by, loaded_by, said):
+    model = nn.Linear(3, 2)
+    options = {"momentum": 0.9} if saved_by is pyzero.FusedZeroSGD else {}
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=saved_by(model.parameters(), **options), step=1)
+    with pytest.raises(pyzero.CheckpointError, match=said):
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=loaded_by(model.parameters()))
+
+
 def test_rules_with_the_same_state_are_told_apart(tmp_path):
     model, optimizer = lone(tmp_path, lr=0.5)
     pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
