@@ -58,9 +58,11 @@ class Keeper:
         saved = pyzero.load_checkpoint(self._folder, model=trainer.model, optimizer=trainer.optimizer)
         other = {key: value for key, value in saved["settings"].items() if self._settings.get(key) != value}
         if other:
+            typed = " ".join(f"--{key} {value}" for key, value in other.items() if key != "text")
+            text = "that run's text by --data" if "text" in other else ""
             raise SystemExit(
                 f"expected the settings of the run saved in {self._folder}, got others; pass "
-                f"{', '.join(f'{key}={value}' for key, value in other.items())}, or another --out"
+                f"{' and '.join(filter(None, (typed, text)))}, or another --out"
             )
         trainer.schedule.load_state_dict(saved["schedule"])
         if self._place.rank == 0:

@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on(runs, text, tmp_path, num_ranks):
 def test_another_run_is_not_gone_on_with(runs, text, monkeypatch):
     words = [*OPTIONS, "--data", text, "--steps", STEPS + 1, "--out", runs / "killed", "--resume"]
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, words)])
-    with pytest.raises(SystemExit, match=f"pass steps={STEPS}, or another --out"):
+    with pytest.raises(SystemExit, match=f"pass --steps {STEPS}, or another --out"):
         runpy.run_path(str(TRAIN_GPT), run_name="__main__")
 
 
