@@ -9,6 +9,7 @@ import sys
 from pyzero import __version__
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_BLOCKS = 32  # of a model of 7e9 parameters
 _CLOSED_PIPE = 128 + 13  # what a shell makes of a command that SIGPIPE, signal 13, ended
 
 
@@ -56,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--ranks", type=int, default=1, metavar="W", help="that hold the same weights")
     estimate.add_argument("--stage", type=int, choices=(1, 2, 3), default=2)
     estimate.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="ranks that split the weights")
-    estimate.add_argument("--blocks", type=int, default=32, metavar="N", help="that stage 3 gathers one by one")
+    estimate.add_argument(
+        "--blocks", type=int, metavar="N", help=f"that stage 3 gathers one by one; default: {_BLOCKS}"
+    )
     estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     estimate.add_argument("--bucket-cap-mb", type=float, metavar="MB", help="default: the optimizer's")
     estimate.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="that the ranks train on")
@@ -79,10 +82,13 @@ def _estimate(args: argparse.Namespace) -> None:
     dtype = estimate.DTYPES[args.dtype]
     if args.cpu_offload and args.device == "cpu":
         raise ValueError("got --cpu-offload with --device cpu, wanted GPUs for it; leave one of them out")
-    options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, args.blocks, args.cpu_offload)
+    blocks = _BLOCKS if args.blocks is None else args.blocks
+    options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, blocks, args.cpu_offload)
     on_gpu = args.device == "cuda" or args.cpu_offload
     found = estimate.estimate_numel(args.model_params, dtype, *options, on_gpu=on_gpu)
     print(estimate.table(found, "on GPUs" if on_gpu else "on CPUs"))
+    if args.blocks is None and args.stage == 3 and args.ranks > 1:
+        print(f"for {blocks} blocks of one size, of which two are gathered at a time; --blocks N takes another number")
 
 
 def _convert(args: argparse.Namespace) -> int:

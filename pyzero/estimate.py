@@ -321,5 +321,6 @@ def table(found: Estimate, where: str = "") -> str:
     }
     lines = [f"{' '.join(['bytes per rank', where]).strip():<40}{'MiB':>12}{'per parameter':>16}"]
     for name, num_bytes in rows.items():
-        lines.append(f"{name:<40}{num_bytes / _MEBIBYTE:>12,.1f}{num_bytes / max(found.num_params, 1):>14.2f} B")
+        gib = f"{num_bytes / 1024 / _MEBIBYTE:>12,.1f} GiB" if name.startswith("peak") else ""
+        lines.append(f"{name:<40}{num_bytes / _MEBIBYTE:>12,.1f}{num_bytes / max(found.num_params, 1):>14.2f} B{gib}")
     return "\n".join(lines)

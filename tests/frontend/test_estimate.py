@@ -259,13 +259,20 @@ def test_the_command(capsys):
         head, *shown = capsys.readouterr().out.splitlines()
         assert ("on GPUs" if device == "cuda" else "on CPUs") in head
         rows = [re.split(r"\s{2,}", line) for line in shown]
-        lines = {name: per_param.removesuffix(" B") for name, _, per_param in rows}
+        lines = {name: per_param.removesuffix(" B") for name, _, per_param, *_ in rows}
         assert lines["weights"] == "2.00"
         assert float(lines["after step and zero_grad"]) == pytest.approx(3.5 + shared, abs=0.011)
     args = ["estimate", "--model-params", "2e9", "--ranks", "8", "--stage", "3", "--tensor-parallel", "2"]
     assert main([*args, "--blocks", "10"]) == 0
-    lines = dict(re.split(r"\s{2,}", line)[::2] for line in capsys.readouterr().out.splitlines()[1:])
+    shown = capsys.readouterr().out
+    lines = dict(re.split(r"\s{2,}", line)[::2] for line in shown.splitlines()[1:])
     assert (lines["weights"], lines["buckets or blocks on their way, at most"]) == ("0.25 B", "0.55 B")
+    mib, gib = re.search(r"^peak, without activations +([\d.,]+) .* B +([\d.]+) GiB$", shown, re.MULTILINE).groups()
+    assert float(gib) == pytest.approx(float(mib.replace(",", "")) / 1024, abs=0.051)
+    assert main([*args, "--blocks", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert main(args) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}for 32 blocks of one size, ")
     with pytest.raises(SystemExit):
         main(["estimate", "--model-params", "1e9", "--ranks", "0"])
     done = subprocess.run([sys.executable, "-m", "pyzero", "estimate", "--help"], capture_output=True, text=True)
