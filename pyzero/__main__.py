@@ -97,7 +97,8 @@ def _convert(args: argparse.Namespace) -> int:
 
     try:
         if args.command == "export":
-            convert.export(args.directory, args.path, args.dtype and estimate.DTYPES[args.dtype])
+            done = convert.export(args.directory, args.path, args.dtype and estimate.DTYPES[args.dtype])
+            print(f"{args.path}: {done.num_tensors} tensors of step {done.step}")
         else:
             print(convert.import_deepspeed(args.directory, args.out, args.tag))
     except (OSError, RuntimeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from pyzero.checkpoint.writer import Writer
 from pyzero.comm.group import Group
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.rank_state import SCALER
+
+_OTHER_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = None) -> Path:
@@ -56,22 +58,36 @@ def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = N
     return Writer(Group.alone(), out, theirs.global_steps, None, lambda: content).run()
 
 
-def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = None) -> None:
+class Exported(NamedTuple):
+    """What a file of `export` holds."""
+
+    num_tensors: int  # tied ones are one
+    step: int
+
+
+def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = None) -> Exported:
     """Write a checkpoint's weights and buffers to a safetensors file that transformers' `from_pretrained` loads.
 
     Args:
         directory: Of the checkpoint: the latest is taken. Or the folder of one.
-        path: Of the file; it appears whole or not at all.
+        path: Of the file, NAME.safetensors; it appears whole or not at all.
         dtype: Of floating-point weights: fp32 takes the masters. None: what the model had.
 
     Raises:
         CheckpointError: There is no checkpoint, or it is damaged.
-        ValueError: See export_safetensors; or weights are saved in parts.
+        ValueError: See export_safetensors; or weights are saved in parts, or the file is named otherwise.
         OSError: The file could not be written.
     """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        stem = path.with_suffix("") if path.suffix in _OTHER_SUFFIXES else path
+        raise ValueError(
+            f"expected a file NAME.safetensors, for that is its format, got {path}; pass {stem}.safetensors"
+        )
     weights = _Weights.find(directory, dtype)
     like = {name: weights.empty(name, "meta") for name in weights.places}
     export_safetensors(like, path, dtype, tied=weights.tied, load=weights.read)
+    return Exported(len(weights.places) - len(weights.tied), weights.index["step"])
 
 
 def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16", "fp32"])
-def test_a_checkpoint_is_exported(tmp_path, dtype):
+def test_a_checkpoint_is_exported(tmp_path, capsys, dtype):
     """Masters as fp32; else the weights, which are what the masters round to."""
     import pyzero
     from pyzero.__main__ import main
@@ -156,6 +156,7 @@ def test_a_checkpoint_is_exported(tmp_path, dtype):
     pyzero.save_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer, step=1)
     path = tmp_path / "model.safetensors"
     assert main(["export", str(tmp_path / "saved"), str(path), *(["--dtype", dtype] if dtype else [])]) == 0
+    assert capsys.readouterr().out == f"{path}: 2 tensors of step 1\n"
     found = load_file(path)
     master = optimizer.full_master(model["embed"].weight)
     weight = found.pop("embed.weight")
@@ -166,5 +167,8 @@ def test_a_checkpoint_is_exported(tmp_path, dtype):
 def test_export_says_what_is_missing(tmp_path, capsys):
     from pyzero.__main__ import main
 
-    assert main(["export", str(tmp_path), str(tmp_path / "file")]) == 1
+    assert main(["export", str(tmp_path), str(tmp_path / "file.safetensors")]) == 1
     assert "expected a checkpoint in" in capsys.readouterr().err
+    for name, wanted in (("out.pt", "out"), ("out", "out"), ("out-3.1", "out-3.1")):
+        assert main(["export", str(tmp_path), str(tmp_path / name)]) == 1
+        assert f"got {tmp_path / name}; pass {tmp_path / wanted}.safetensors" in capsys.readouterr().err
