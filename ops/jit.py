@@ -62,6 +62,14 @@ def unavailable_reason(kind: Kind) -> str | None:
     return None
 
 
+def last_failure(kind: Kind) -> str | None:
+    """The command and the compiler's words of a build that failed, and has not succeeded since; or None. Not cheap."""
+    with contextlib.suppress(OSError, RuntimeError):  # nothing noted, or nothing to build with
+        module = module_path(make_spec(kind), env.cache_dir())
+        return None if module.exists() else _note_of_failure(module).read_text()
+    return None
+
+
 def load(kind: Kind) -> ModuleType:
     """The module for this machine, built now if no process of this user has built it yet. Raises JitError."""
     if reason := unavailable_reason(kind):
@@ -112,6 +120,11 @@ def build(spec: Spec, seconds: int = 0) -> Path:
     return module
 
 
+def _note_of_failure(module: Path) -> Path:
+    """For `last_failure`. A start tries all the same: what was wrong may not show in the module's name."""
+    return module.with_suffix(".failed")
+
+
 def _build_into(spec: Spec, module: Path) -> None:
     folder = tempfile.mkdtemp(prefix=f"{module.stem}.", suffix=".build", dir=module.parent)
     try:
@@ -119,7 +132,11 @@ def _build_into(spec: Spec, module: Path) -> None:
         spec.build(Path(folder), unfinished)
         _fsync(unfinished)  # else a power cut could leave an empty file under the final name
         unfinished.replace(module)
+        with contextlib.suppress(OSError):
+            _note_of_failure(module).unlink()
     except CompileError as error:
+        with contextlib.suppress(OSError):  # the compiler's error is the one to show
+            _note_of_failure(module).write_text(f"{error}\n")
         raise JitError(
             f"building {spec.name} failed:\n{error}\n"
             'Remedy: try another compiler (CXX, CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'

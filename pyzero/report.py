@@ -6,16 +6,21 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import pyzero
 
 PACKAGES = ("torch", "triton", "numpy", "pydantic", "pybind11")
+_FAILURE_LINES = 6  # the command, and the compiler's first words
 
 
 def lines() -> Iterator[str]:
     """The report, line by line."""
     yield f"pyzero {pyzero.__version__} in {pyzero.__path__[0]}"
+    if other := _hidden():
+        yield f"another pyzero is installed in {other}; the above is used, as it is in a clone: cd elsewhere for it"
     yield f"python {platform.python_version()} ({sys.executable}) on {platform.platform()}"
     for name in PACKAGES:
         yield f"{name} {_version(name)}"
@@ -31,6 +36,14 @@ def lines() -> Iterator[str]:
     for device_type in ("cpu", "cuda"):
         yield ""
         yield from _backends(device_type)
+
+
+def _hidden() -> Path | None:
+    """Another pyzero, behind this one on sys.path."""
+    found = (PathFinder.find_spec("pyzero", [entry]) for entry in sys.path)
+    folders = (Path(spec.origin).resolve().parent for spec in found if spec is not None and spec.origin is not None)
+    used = Path(pyzero.__path__[0]).resolve()
+    return next((folder for folder in folders if folder != used), None)
 
 
 def _version(package: str) -> str:
@@ -84,16 +97,33 @@ def _modules() -> Iterator[str]:
             continue
         try:
             module = jit.module_path(jit.make_spec(kind), env.cache_dir())
+            if failure := jit.last_failure(kind):
+                yield f"{kind}, at first use: the last build failed, and each start tries again, {module}"
+                yield from (f"  {line}" for line in failure.splitlines()[:_FAILURE_LINES])
+                continue
             yield f"{kind}, at first use: {'built' if module.exists() else 'would be built'}, {module}"
         except (OSError, RuntimeError) as error:
             yield f"{kind}, at first use: would be built in the temporary directory: {error}"
+
+
+def _failed_build(backend: str) -> str | None:
+    """Why a backend that could be built most likely cannot; or None."""
+    from pyzero.ops import jit, native
+
+    kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
+    for kind in kinds:
+        needs_build = native.ahead_of_time_path(kind) is None or native.stale_reason(kind) is not None
+        if kind == backend and needs_build and jit.last_failure(kind):
+            return "the last build failed: see native modules"
+    return None
 
 
 def _backends(device_type: str) -> Iterator[str]:
     from pyzero.ops import registry
 
     ladder = [row.name for row in registry.ladder(device_type)]
-    reasons = {name: row.unavailable_reason(device_type) for name, row in registry.BACKENDS.items()}
+    rows = registry.BACKENDS.items()
+    reasons = {name: row.unavailable_reason(device_type) or _failed_build(name) for name, row in rows}
     taken = next(name for name in ladder if reasons[name] is None)
     yield f"ops on {device_type} tensors (auto tries {', '.join(ladder)})"
     states = [f"{name} {'no' if reason else 'available'}" for name, reason in reasons.items()]

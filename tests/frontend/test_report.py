@@ -10,7 +10,7 @@ import torch
 from toys import toy_spec, write_toy
 
 from pyzero import report
-from pyzero.ops import build_spec, native, registry
+from pyzero.ops import build_spec, jit, native, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = """
@@ -84,9 +84,51 @@ def test_a_stale_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f"{module} is stale (sources {spec.source_hash()}, wanted {wanted})" in "\n".join(report.lines())
 
 
+def test_a_failed_build_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that says its version and builds nothing; then one that works."""
+    csrc, compiler = write_toy(tmp_path / "csrc"), tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho no room in the inn\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PYZERO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYZERO_JIT", "1")
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: None)
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc, (str(compiler),)))
+    registry.forget()
+    assert "cpu, at first use: would be built" in "\n".join(report.lines())
+    for _ in range(2):  # nothing keeps a start from trying again
+        with pytest.raises(jit.JitError, match="no room in the inn"):
+            jit.load("cpu")
+        text = "\n".join(report.lines())
+        assert "cpu, at first use: the last build failed, and each start tries again" in text
+        assert f"    {compiler} -fPIC" in text and "    no room in the inn" in text
+        on_cpu = text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+        assert "auto takes reference; cuda no, cpu no" in on_cpu
+        assert "no cpu: the last build failed: see native modules" in on_cpu
+
+    monkeypatch.setattr(jit, "make_spec", lambda kind: toy_spec(csrc))
+    jit.build(toy_spec(csrc))
+    assert "cpu, at first use: built" in "\n".join(report.lines())
+    assert not list((tmp_path / "cache").glob("*.failed"))
+    registry.forget()
+
+
+def test_another_pyzero_behind_the_clones_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyzero").mkdir()
+    (tmp_path / "pyzero" / "__init__.py").write_text("")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""}
+    command = [sys.executable, "-m", "pyzero", "report"]
+    first, second = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True).stdout.splitlines()[
+        :2
+    ]
+    assert first.endswith(f" in {ROOT / 'pyzero'}")
+    assert second.startswith(f"another pyzero is installed in {tmp_path / 'pyzero'}; the above is used")
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(tmp_path / "nowhere")])
+    assert "another pyzero" not in "\n".join(report.lines())
+
+
 def test_what_auto_takes_is_what_pick_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for jit, taken in (("1", "cpu"), ("0", "reference")):
-        monkeypatch.setenv("PYZERO_JIT", jit)
+    for builds, taken in (("1", "cpu"), ("0", "reference")):
+        monkeypatch.setenv("PYZERO_JIT", builds)
         monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: None)
         registry.forget()
         text = "\n".join(report.lines())
