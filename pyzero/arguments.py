@@ -214,10 +214,8 @@ def as_number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"expected {name} as a number, got {value!r}; pass one, or leave {name} out") from None
     if isinstance(value, str):
-        raise TypeError(
-            f"expected {name} as a number, got the text {value!r}; pass {number!r}, and in YAML write 1.0e-3, for it "
-            f"takes 1e-3 for text"
-        )
+        yaml = ", and in YAML write 1.0e-3, for it takes 1e-3 for text" * ("e" in value.lower())
+        raise TypeError(f"expected {name} as a number, got the text {value!r}; pass {number!r}{yaml}")
     return number
 
 
