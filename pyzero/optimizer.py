@@ -15,7 +15,7 @@ from pyzero import arguments
 from pyzero.comm.choice import make_transport
 from pyzero.comm.group import Work
 from pyzero.gradients import amp
-from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.local import LocalGradients
 from pyzero.gradients.overlap import OverlappedGradients, take_over
 from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
@@ -146,11 +146,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
         self._tied_groups = {}
+        self._hyper_parameters = arguments.HyperParameters(self.defaults)
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
         self._stats_exchange = GradStatsExchange(
-            self._group, topology.model_groups, topology.same_params, self._name_of
+            self._group, topology.model_groups, topology.same_params, self._name_of, self._host_facts
         )
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
@@ -174,7 +175,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
         Raises:
             RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
-                only; nothing is changed.
+                only, or hyper-parameters differ between ranks; nothing is changed.
             TypeError: The model was converted or moved to another device after the optimizer was built.
             ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
                 `p.data` while something holds the memory that it had.
@@ -193,7 +194,6 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _take_step(self) -> None:
         self._param_buckets.follow_weights()
-        self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
         stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
         self._learn_arrival()
@@ -222,6 +222,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
+
+    def _host_facts(self) -> HostFacts:
+        return HostFacts(self._overflow.num_in_a_row, self._hyper_parameters.checksum(self._param_groups))
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""

@@ -313,4 +313,4 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
     rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
-    optimizer._stats_exchange.num_exports += 1
+    optimizer._stats_exchange.note_export()

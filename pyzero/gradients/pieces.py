@@ -11,7 +11,6 @@ from torch import Tensor
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import unwrapped
 
-
 _MOST_ZEROS = 2**18  # elements; a longer gap, as a rule of whole matrices leaves them, is filled by several pieces
 
 
