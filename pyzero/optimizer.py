@@ -138,7 +138,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._transport,
             self.state,
             cap,
-            topology.counts,
+            topology.in_norm,
             reduce_grads,
             init_sync,
             cpu_offload,
@@ -200,7 +200,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         factor = self._gradients.factor()
         # Ranks that have updated their shards count on the other shards.
         with self._group.lockstep(self._topology.model_groups):
-            scalars = self._updater.begin(
+            scalars = self._updater.count_step(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )
             last = self._last_step(scalars, unscale)
@@ -212,7 +212,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             for gather in gathers:
                 gather.wait()
             self._transport.end_update()
-            self._param_buckets.weights_were_written(stats.used)
+            self._param_buckets.finish_weight_write(stats.used)
         self._param_buckets.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()

@@ -74,12 +74,12 @@ class StateAccess(FullAccess, Optimizer):
     @property
     def loss_scale(self) -> float:
         """The loss scale; 1.0 without scaling. Reads the device."""
-        return float(self._scaler.state[0])
+        return float(self._scaler.scale)
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped so far. Reads the device."""
-        return int(self._scaler.state[3])
+        return int(self._scaler.num_skipped)
 
     def _describe(self, code: float) -> str:
         """The gradient that a code of pyzero/gradients/nonfinite.py means, in words."""
@@ -201,7 +201,7 @@ class StateAccess(FullAccess, Optimizer):
             state_dict = before(self, state_dict) or state_dict
         self._place_unfrozen()
         for bucket in self._buckets:
-            bucket.written()  # or refuse
+            bucket.foreign_writes()  # raises where it cannot follow them
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
         saved.forget_unloaded_masters(self, self._buckets)

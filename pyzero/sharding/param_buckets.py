@@ -33,7 +33,7 @@ class ParamBuckets:
         transport: Gives memory for weights.
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
         bucket_cap_bytes: Largest bytes of weights in a bucket.
-        counts: Whether a parameter counts for the norm on this rank.
+        in_norm: Whether a parameter counts for the norm on this rank.
         reduces: The optimizer averages gradients over ranks.
         init_sync: Make weights, frozen parameters and buffers what they are on rank 0.
         cpu_offload: See Bucket.
@@ -47,7 +47,7 @@ class ParamBuckets:
         transport: Transport,
         state: MutableMapping[Tensor, Any],
         bucket_cap_bytes: int,
-        counts: Callable[[Tensor], bool],
+        in_norm: Callable[[Tensor], bool],
         reduces: bool,
         init_sync: bool,
         cpu_offload: bool,
@@ -69,7 +69,7 @@ class ParamBuckets:
         self._transport = transport
         self._state = state
         self._bucket_cap_bytes = bucket_cap_bytes
-        self._counts = counts
+        self._in_norm = in_norm
         self._reduces = reduces
         self._init_sync = init_sync
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
@@ -121,21 +121,24 @@ class ParamBuckets:
     # ---- weights and masters ----------------------------------------------------------------------------------------
 
     def follow_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
-        """Have masters follow weights that others have written, or raise for all. keep_masters: see Bucket.follow."""
-        written = [bucket.written(every) for bucket in self.buckets]
+        """Have masters follow weights that others have written, or raise for all.
+
+        keep_masters: See Bucket.refresh_masters.
+        """
+        written = [bucket.foreign_writes(every) for bucket in self.buckets]
         num_written = sum(map(len, written))
         if num_written:
             with torch.no_grad():
                 for bucket, positions in zip(self.buckets, written, strict=True):
-                    bucket.follow(positions, keep_masters)
+                    bucket.refresh_masters(positions, keep_masters)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
-    def weights_were_written(self, used: Sequence[bool] | None = None) -> None:
+    def finish_weight_write(self, used: Sequence[bool] | None = None) -> None:
         """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
         for bucket in self.buckets:
             bucket.bump_versions(used)
         for bucket in self.buckets:
-            bucket.masters_are_in_sync()
+            bucket.note_weights_in_sync()
         self._reshard()
 
     def _reshard(self) -> None:
@@ -154,7 +157,7 @@ class ParamBuckets:
             gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         for gather in gathers:
             gather.wait()
-        self.weights_were_written()
+        self.finish_weight_write()
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class ParamBuckets:
         check_not_gathered(params, (place.record for place in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
-                check_whole(param, spec.index, spec.key.rule)
+                check_whole(param, spec.number, spec.key.rule)
         if self._reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
@@ -235,7 +238,7 @@ class ParamBuckets:
             check_dtype(param, f"parameter {number}")
             rule = self._rules[group_index]
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
-            run = RunKey(group_index, self._counts(param))
+            run = RunKey(group_index, self._in_norm(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
             room = own.room if isinstance(own, LocalParam) else 0
             specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
@@ -250,7 +253,7 @@ class ParamBuckets:
         self._synced.update(frozen)
 
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
-        numbers = [slot.index for slot in layout.slots]
+        numbers = [slot.number for slot in layout.param_slots]
         params = [self.params[number] for number in numbers]
         rule = self._rules[self.specs[numbers[0]].run.group_index]
         weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
@@ -306,7 +309,7 @@ class ParamBuckets:
 
         keeps_state: False where the caller writes all state afterwards.
         """
-        if [layout.slots for layout in layouts] == [bucket.layout.slots for bucket in self.buckets]:
+        if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
         is_fresh = keeps_state and self._is_fresh()
         old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
@@ -326,8 +329,8 @@ class ParamBuckets:
     def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]], is_fresh: bool) -> None:
         for name in () if is_fresh else old.state_names:
             flat, per_value = self._group.gather_shards(old.to_send(name)), old.elements_per_value(name)
-            for slot in old.layout.slots:
-                bucket, position = places[slot.index]
+            for slot in old.layout.param_slots:
+                bucket, position = places[slot.number]
                 begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)
                 bucket.write_state(position, {name: flat[begin : begin + num_values]})
         for steps, number in zip(old.steps, old.numbers, strict=True):

@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyzero.arguments import refuse_unsupported
 from pyzero.comm.group import Group
+from pyzero.ops.loss_scale import STATE_SLOTS
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
@@ -48,7 +49,7 @@ def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[B
                     n: _shaped(n, v, *places[param], group, origin, same_params) for n, v in values
                 }
     for bucket in buckets:
-        bucket.masters_were_exported()
+        bucket.note_masters_exported()
 
 
 def _shaped(
@@ -72,7 +73,7 @@ def _shaped(
     low = sum(lengths[: group.rank])
     gather = partial(gather_parts, group, lengths=lengths)
     stride = bucket.whole_stride(name, position)
-    is_copy = same_params and not bucket.layout.counts(position)
+    is_copy = same_params and not bucket.layout.in_norm(position)
     fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather, is_copy=is_copy)
     if is_part:
         of = outer(param)
@@ -197,7 +198,7 @@ class RankState:
     def summary(self) -> Summary:
         """For agreed_cut()."""
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
-        return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[0]))
+        return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")]))
 
     def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
         """Drop masters that a checkpoint was not read into, so that they follow the weights.
@@ -291,7 +292,7 @@ def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int
 
 
 def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
-    bounds = {slot.index: layout.overlap(slot, rank) for layout in layouts for slot in layout.slots}
+    bounds = {slot.number: layout.overlap(slot, rank) for layout in layouts for slot in layout.param_slots}
     return {index: high - low for index, (low, high) in bounds.items()}
 
 
