@@ -40,8 +40,9 @@ class ShardUpdater:
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
         self._used = torch.empty(0, dtype=torch.float32)  # StepScalars.used of all buckets, side by side
-        self._used_by_bucket: Sequence[Tensor] = ()
         self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
+        norm, clip, grad_scale = self._out[1:].unbind()
+        self._scalars = StepScalars(self._out[:1], norm, clip, grad_scale, used=())
 
     def count_step(
         self,
@@ -74,8 +75,7 @@ class ShardUpdater:
             factor=1.0 if factor is None else factor,
             backend=self._backend,
         )
-        norm, clip, grad_scale = self._out[1:].unbind()
-        return StepScalars(self._out[:1], norm, clip, grad_scale, self._used_by_bucket)
+        return self._scalars
 
     def _take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
         """Copy which parameters have a gradient to the device, where that differs from the last step."""
@@ -91,7 +91,8 @@ class ShardUpdater:
         # Pinned, so that the host does not wait: the pattern may change in every step (experts, heads).
         on_host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
         self._used = on_host.to(device, non_blocking=True)
-        self._used_by_bucket = self._used.split([len(bucket.numbers) for bucket in buckets])
+        used_by_bucket = self._used.split([len(bucket.numbers) for bucket in buckets])
+        self._scalars = self._scalars._replace(used=used_by_bucket)
 
     def update(
         self,
