@@ -204,7 +204,7 @@ class StateAccess(FullAccess, Optimizer):
             bucket.foreign_writes()  # raises where it cannot follow them
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
-        saved.forget_unloaded_masters(self, self._buckets)
+        saved.forget_unloaded_masters(self, self._param_buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
@@ -312,5 +312,5 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
-    rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
+    rank_state.export_state(optimizer, state_dict, optimizer._param_buckets, optimizer._group)
     optimizer._stats_exchange.note_export()

@@ -55,6 +55,7 @@ class ParamBuckets:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
+        self.places: dict[Tensor, tuple[Bucket, int]] = {}  # by parameter as the groups have it: where it lies
         # (num_params,) fp32: applied steps, bucket by bucket
         self.steps = torch.empty(0, dtype=torch.float32, device=device)
         self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
@@ -270,7 +271,8 @@ class ParamBuckets:
             bucket.keep_steps_in(steps)
             for param, step in zip(bucket.params, steps, strict=True):
                 self._state[outer(param)] = StateViews({**self._state[outer(param)], STEP: step})
-        self._views = {outer(param): self._state[outer(param)] for bucket in self.buckets for param in bucket.params}
+        self.places = {outer(p): (bucket, place) for bucket in self.buckets for place, p in enumerate(bucket.params)}
+        self._views = {param: self._state[param] for param in self.places}
         self._views_ids = list(map(id, self._state.values()))
 
     def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
@@ -313,12 +315,11 @@ class ParamBuckets:
             return False
         is_fresh = keeps_state and self._is_fresh()
         old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
-        places = {n: (bucket, place) for bucket in self.buckets for place, n in enumerate(bucket.numbers)}
         self._join_steps()
         for bucket in self.buckets:
             bucket.masters_from_weights()
         while old and keeps_state:
-            self._move_state(old.pop(), places, is_fresh)
+            self._move_state(old.pop(), is_fresh)
         return True
 
     def _is_fresh(self) -> bool:
@@ -326,15 +327,15 @@ class ParamBuckets:
         written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
         return not self._group.any_rank(written, "the agreement on state that was written")
 
-    def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]], is_fresh: bool) -> None:
+    def _move_state(self, old: Bucket, is_fresh: bool) -> None:
         for name in () if is_fresh else old.state_names:
             flat, per_value = self._group.gather_shards(old.to_send(name)), old.elements_per_value(name)
-            for slot in old.layout.param_slots:
-                bucket, position = places[slot.number]
+            for param, slot in zip(old.params, old.layout.param_slots, strict=True):
+                bucket, position = self.places[outer(param)]
                 begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)
                 bucket.write_state(position, {name: flat[begin : begin + num_values]})
-        for steps, number in zip(old.steps, old.numbers, strict=True):
-            bucket, position = places[number]
+        for param, steps in zip(old.params, old.steps, strict=True):
+            bucket, position = self.places[outer(param)]
             bucket.write_state(position, {STEP: steps})
 
 

@@ -37,10 +37,10 @@ def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: b
     return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
 
 
-def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
+def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
     """Give the tensors of a torch state dict the parameters' shapes: over several ranks they become ShardedStates."""
     origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.are_alike
-    places = {outer(param): (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
+    places = param_buckets.places
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):
             if param in places:
@@ -48,7 +48,7 @@ def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[B
                 state_dict["state"][number] = {
                     n: _shaped(n, v, *places[param], group, origin, same_params) for n, v in values
                 }
-    for bucket in buckets:
+    for bucket in param_buckets.buckets:
         bucket.note_masters_exported()
 
 
@@ -200,16 +200,16 @@ class RankState:
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
         return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")]))
 
-    def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
+    def forget_unloaded_masters(self, optimizer: Optimizer, param_buckets: ParamBuckets) -> None:
         """Drop masters that a checkpoint was not read into, so that they follow the weights.
 
         Those values are the optimizer's own memory, as `state_dict()` gave it, in which nothing was written since.
         """
-        buckets_of = {outer(param): bucket for bucket in buckets for param in bucket.params}
         for saved in self.params:
             view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
             if MASTER in values and local_of(values[MASTER]).data_ptr() == view.data_ptr() and view.numel():
-                if not buckets_of[saved.param].masters_were_written():
+                bucket, _ = param_buckets.places[saved.param]
+                if not bucket.masters_were_written():
                     saved.whole.pop(MASTER, None)
                     saved.parts.pop(MASTER, None)
 
