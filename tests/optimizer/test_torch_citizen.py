@@ -161,6 +161,29 @@ def test_a_load_hook_may_replace_what_is_loaded():
     assert all(state["step"] == 1 for state in optimizer.state.values())
 
 
+class Imitation:
+    """A wrapper as Lightning's: it has the optimizer's class among its own, and none of its attributes."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Imitation", (Imitation, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def test_a_wrapper_that_imitates_the_class_answers_as_the_optimizer():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    wrapper = Imitation(optimizer)
+    give_gradients(params, 0)
+    norm = wrapper.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert isinstance(wrapper, pyzero.FusedZeroAdam)
+    torch.testing.assert_close(wrapper.grad_norm, norm)
+    torch.testing.assert_close(wrapper.clipped_grad_norm, torch.tensor(1.0))
+    assert wrapper.was_step_applied and wrapper.skipped_steps == 0
+
+
 def test_zero_grad_to_zeros():
     params, optimizer = lone(pyzero.FusedZeroAdam)
     give_gradients(params, 0)
