@@ -394,6 +394,21 @@ def test_an_average_copied_into_the_model_is_followed(caplog):
         assert torch.equal(param, mean) and torch.equal(optimizer.full_master(param), mean.float())
 
 
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_weights_that_leave_shared_memory_are_told_of(when, caplog):
+    """torch's optimizers write them in place, where other processes see it."""
+    model = nn.Linear(3, 2)
+    if when == "before":
+        model.share_memory()
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), lr=LR)
+    if when == "after":
+        model.share_memory()
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert caplog.text.count("are moved out of it, and other processes see no later step") == (when != "never")
+
+
 def test_a_copied_model_is_whole_and_free():
     model = build(torch.bfloat16)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR)
