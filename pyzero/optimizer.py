@@ -115,6 +115,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
         self._ready = False
+        self._last = self._checkpoint_group = None
         self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
@@ -164,7 +165,14 @@ class ZeroOptimizer(StateAccess, Optimizer):
     # ---- the step -------------------------------------------------------------------------------------------------
 
     profile_hook_step = staticmethod(hook_step)  # type: ignore[assignment]  # torch wraps step() by it
-    _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler hands over its flag and scale where True, and reads nothing on the host.
+
+        Lightning refuses to clip where True, and has GradScaler unscale first otherwise, which is as good here.
+        """
+        return not amp.lightning_is_asking()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -45,8 +45,9 @@ class StateAccess(FullAccess, Optimizer):
     _param_groups: list[dict[str, Any]]
     _device: torch.device
     _rule: UpdateRule
-    _last: LastStep | None = None
-    _checkpoint_group: Group | None = None
+    # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
+    _last: LastStep | None
+    _checkpoint_group: Group | None
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
         raise NotImplementedError

@@ -131,8 +131,21 @@ class ParamBuckets:
         if num_written:
             with torch.no_grad():
                 for bucket, positions in zip(self.buckets, written, strict=True):
+                    self._tell_of_shared_memory([bucket.params[position] for position in positions])
                     bucket.refresh_masters(positions, keep_masters)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
+
+    def _tell_of_shared_memory(self, params: Iterable[Tensor]) -> None:
+        """Warn before weights move out of what share_memory() made, for other processes see no later step.
+
+        Over several ranks it is mp.spawn's own doing, which has handed them one model.
+        """
+        if self._group.size == 1 and self._device.type == "cpu" and any(param.data.is_shared() for param in params):
+            log.warning(
+                "weights that share_memory() has put into shared memory are moved out of it, and other processes see "
+                "no later step; let them read a copy of the model, which you write behind each step: "
+                "shared.load_state_dict(model.state_dict())"
+            )
 
     def finish_weight_write(self, used: Sequence[bool] | None = None) -> None:
         """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
@@ -199,6 +212,7 @@ class ParamBuckets:
             self._sync_others(roots, frozen, {*ours})
         if not params:
             return []
+        self._tell_of_shared_memory(params)
         self.params += params
         self.specs += specs
         owners = dict.fromkeys(fsdp[outer(param)].owner for param in params if outer(param) in fsdp)
