@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "launch.h"
+#include "math/step_scalars.h"
 #include "parallel_for.h"
 
 namespace pyzero {
@@ -224,6 +225,21 @@ void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
   for_each_chunk(whole, num_threads, args.grad_stats, [&](int64_t, int64_t begin, int64_t end) {
     return kernels().reduce(span, wanted_by(args.grad_stats) != Wanted::kNothing, begin, end);
   });
+}
+
+void step_scalars(const StepScalarsArgs& args) {
+  const StepScalars scalars = pyzero::step_scalars(args.rows, args.num_rows, args.clips, args.max_norm,
+                                                   float(read(args.unscale)), float(read(args.factor)));
+  args.out[0] = scalars.found_inf;
+  args.out[1] = scalars.norm;
+  args.out[2] = scalars.clip;
+  args.out[3] = scalars.grad_scale;
+  if (scalars.found_inf != 0.0f) return;
+  for (int64_t i = 0; i < args.num_params; ++i) args.steps[i] += args.used[i];
+}
+
+void loss_scale_update(float* state, const float* found_inf, const LossScalePolicy& policy) {
+  pyzero::loss_scale_update(state, *found_inf != 0.0f, policy);
 }
 
 std::vector<const char*> isas() {
