@@ -126,8 +126,8 @@ void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Grad
 }
 
 // body(segment, from, to) for each run of one active segment within [begin, end).
-template <typename Args, typename Body>
-void for_each_run(const Args& args, int64_t begin, int64_t end, const Body& body) {
+template <typename Body>
+void for_each_run(const ShardArgs& args, int64_t begin, int64_t end, const Body& body) {
   if (args.segment_ids == nullptr) return body(0, begin, end);
   for (int64_t at = begin; at < end;) {
     const int32_t segment = args.segment_ids[at / kSegmentGranule];
@@ -140,8 +140,8 @@ void for_each_run(const Args& args, int64_t begin, int64_t end, const Body& body
 
 // body(grad, segment, from, to) over all gradients of a shard, on several threads; nothing where the overflow flag is
 // set.
-template <typename Args, typename Body>
-void update_shard(const Args& args, int num_threads, const Body& body) {
+template <typename Body>
+void update_shard(const ShardArgs& args, int num_threads, const Body& body) {
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
   const ShardGrads& grads = args.grads;
   for_each_chunk(grads.tensors, num_threads, GradStats{}, [&](int64_t which, int64_t begin, int64_t end) {
