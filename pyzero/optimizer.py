@@ -215,10 +215,10 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
         stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
-        self._learn_arrival()
-        factor = self._gradients.factor()
         # Ranks that have updated their shards count on the other shards.
-        with self._group.lockstep(self._topology.model_groups):
+        with self._writing():
+            self._learn_arrival()
+            factor = self._gradients.factor()
             scalars = self._updater.begin(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )
