@@ -116,6 +116,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._rules: list[UpdateRule] = []  # by parameter group
         self._ready = False
         self._last = self._checkpoint_group = None
+        self._is_torn = False
         self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
@@ -204,10 +205,10 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._param_buckets.follow_weights()
         stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
-        self._learn_arrival()
-        factor = self._gradients.factor()
         # Ranks that have updated their shards count on the other shards.
-        with self._group.lockstep(self._topology.model_groups):
+        with self._writing():
+            self._learn_arrival()
+            factor = self._gradients.factor()
             scalars = self._updater.count_step(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +50,7 @@ class StateAccess(FullAccess, Optimizer):
     # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
     _last: LastStep | None
     _checkpoint_group: Group | None
+    _is_torn: bool  # a step or a load has begun to write
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
         raise NotImplementedError
@@ -164,6 +167,7 @@ class StateAccess(FullAccess, Optimizer):
             ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
         """
         if self._checkpoint_group is None:
+            self._group.check_unbroken("a process group for checkpoints")
             with on_device(self._device):
                 self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
@@ -173,11 +177,28 @@ class StateAccess(FullAccess, Optimizer):
         self._place_unfrozen()
 
     def check_between_steps(self) -> None:
-        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
+        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn."""
+        self._check_whole()
         if self._gradients.await_step():
             raise RuntimeError(
                 "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
                 "save after the step that they belong to"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes weights and state on all ranks: broken off on one, nothing is sent or saved after it."""
+        self._is_torn = True
+        with self._group.lockstep(self._topology.model_groups):
+            yield
+        self._is_torn = False
+
+    def _check_whole(self) -> None:
+        """Raise RuntimeError where a step or a load was broken off."""
+        if self._is_torn:
+            raise RuntimeError(
+                "expected weights and state of one step to save, got those of a step() or load_state_dict() that was "
+                "broken off, which has written a part of them; load the last checkpoint into a new optimizer"
             )
 
     # ---- state dicts ------------------------------------------------------------------------------------------------
@@ -205,6 +226,12 @@ class StateAccess(FullAccess, Optimizer):
             bucket.foreign_writes()  # raises where it cannot follow them
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
+        with self._writing():
+            self._load(saved, cut)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, saved: rank_state.RankState, cut: rank_state.SavedCut | None) -> None:
         saved.forget_unloaded_masters(self, self._param_buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
@@ -217,8 +244,6 @@ class StateAccess(FullAccess, Optimizer):
         elif self._scaler.enabled:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._param_buckets.publish_masters()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def _parse(
         self, state_dict: dict[str, Any]
@@ -301,6 +326,8 @@ def with_step_counts(state_dict: Any) -> Any:
 def _follow_weights(optimizer: Optimizer) -> None:
     """A state_dict hook: have masters follow weights that were written since the last step."""
     assert isinstance(optimizer, StateAccess)
+    if optimizer._group.size > 1:  # on one rank it may be loaded into, and goes on
+        optimizer._check_whole()
     optimizer._param_buckets.follow_weights()
 
 

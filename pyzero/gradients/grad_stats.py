@@ -6,6 +6,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -147,7 +148,8 @@ class GradStatsExchange:
             purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
             head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, half_edited]
             self._num_exports = 0
-            told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
+            with self._awaited():
+                told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             self._check(hosts)
@@ -160,7 +162,8 @@ class GradStatsExchange:
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
         for beside in () if has_unsent else self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
-            rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
+            with self._awaited():
+                rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
         return GlobalGradStats(
             rows=rows,
             rows_of_same_params=rows if self.same_params else own_rows,
@@ -170,6 +173,10 @@ class GradStatsExchange:
             num_skips_in_a_row=num_skips,
             unscale=unscale,
         )
+
+    def _awaited(self) -> AbstractContextManager[None]:
+        """Around a message: the others act upon it, whatever breaks it off on this rank."""
+        return self._group.lockstep(self._model_parallel, "the step's message", CollectiveError)
 
     def _check(self, hosts: Any) -> None:
         """hosts: numpy array (size, _STATES + num_params) of fp64."""

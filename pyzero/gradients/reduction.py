@@ -195,6 +195,8 @@ class ReducedGradients(Gradients):
     def finish_broken_round(self) -> None:
         """See Gradients. There is none: nothing is sent in a backward."""
         self._end.forget()
+        for record in self._by_number:
+            record.finish_arrival()
 
     def _check_unwrapped(self) -> None:
         wrapped = find_ddp_wrapper({outer(param) for param in self._records})
