@@ -12,7 +12,7 @@
 
 namespace pyzero {
 
-constexpr int64_t kSegmentGranule = 64;  // elements that share one entry of AdamArgs::segment_ids
+constexpr int64_t kSegmentGranule = 64;  // elements that share one entry of ShardArgs::segment_ids
 constexpr int kMaxParamOuts = 16;        // of one call: a rank's own weights, and those of the peers on its host
 
 // A number, or the address of an fp32 value on the device, which wins where it is given.
@@ -44,52 +44,37 @@ struct ParamOuts {
   DType dtype() const { return buffers[0].dtype; }
 };
 
-struct AdamArgs {
-  float* master;      // (numel,)
-  float* exp_avg;     // (numel,)
-  float* exp_avg_sq;  // (numel,)
+// What every update rule takes: a flat shard and its gradients.
+struct ShardArgs {
+  float* master;  // (numel,)
   ParamOuts param_outs;
   int64_t numel;
   ShardGrads grads;
-  AdamHyper hyper;
   Scalar lr;
-  Scalar step;  // device: (num_segments,)
   Scalar grad_scale;
   const float* found_inf;      // non-zero: nothing is written; may be null
   const int32_t* segment_ids;  // (ceil(numel / kSegmentGranule),), or null: one segment
   const float* active;         // (num_segments,), 0: leave alone; may be null
+};
+
+struct AdamArgs : ShardArgs {
+  float* exp_avg;     // (numel,)
+  float* exp_avg_sq;  // (numel,)
+  AdamHyper hyper;
+  Scalar step;  // device: (num_segments,)
   int64_t num_segments;
 };
 
-// The same conventions. Without a step count, segments matter where some are not active.
-struct LionArgs {
-  float* master;   // (numel,)
+// Without a step count, segments matter where some are not active.
+struct LionArgs : ShardArgs {
   float* exp_avg;  // (numel,)
-  ParamOuts param_outs;
-  int64_t numel;
-  ShardGrads grads;
   LionHyper hyper;
-  Scalar lr;
-  Scalar grad_scale;
-  const float* found_inf;
-  const int32_t* segment_ids;
-  const float* active;
 };
 
-// The same conventions.
-struct SgdArgs {
-  float* master;           // (numel,)
+struct SgdArgs : ShardArgs {
   float* momentum_buffer;  // (numel,), or null: no momentum
-  ParamOuts param_outs;
-  int64_t numel;
-  ShardGrads grads;
   SgdHyper hyper;
-  Scalar lr;
   Scalar step;  // 1: the gradient is not dampened. Device: (num_segments,)
-  Scalar grad_scale;
-  const float* found_inf;
-  const int32_t* segment_ids;
-  const float* active;
 };
 
 // Where a pass over gradients reports; both may be null.

@@ -76,68 +76,59 @@ inline ParamOuts param_outs(const std::vector<Buffer>& tensors, size_t num_state
   return outs;
 }
 
-// rows: master, exp_avg, exp_avg_sq, every param_out, and the gradients.
+// tensors: num_states of state, the master first, then every param_out, then the gradients.
+inline void fill_shard(ShardArgs& args, const std::vector<Buffer>& tensors, size_t num_states,
+                       const std::vector<int64_t>& offsets, PyScalar lr, PyScalar grad_scale, Address found_inf,
+                       Address segment_ids, Address active) {
+  args.master = static_cast<float*>(tensors.at(0).data);
+  args.param_outs = param_outs(tensors, num_states, offsets.size());
+  args.numel = tensors[0].numel;
+  args.grads = shard_grads(tensors, offsets);
+  args.lr = scalar(lr);
+  args.grad_scale = scalar(grad_scale);
+  args.found_inf = pointer<const float>(found_inf);
+  args.segment_ids = pointer<const int32_t>(segment_ids);
+  args.active = pointer<const float>(active);
+}
+
+// States: master, exp_avg, exp_avg_sq.
 inline AdamArgs adam_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PyAdamHyper& hyper,
                           PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf, Address segment_ids,
                           Address active, int64_t num_segments) {
   const std::vector<Buffer> tensors = buffers(rows);
   AdamArgs args;
-  args.master = static_cast<float*>(tensors.at(0).data);
+  fill_shard(args, tensors, 3, offsets, lr, grad_scale, found_inf, segment_ids, active);
   args.exp_avg = static_cast<float*>(tensors.at(1).data);
   args.exp_avg_sq = static_cast<float*>(tensors.at(2).data);
-  args.param_outs = param_outs(tensors, 3, offsets.size());
-  args.numel = tensors[0].numel;
-  args.grads = shard_grads(tensors, offsets);
   args.hyper = AdamHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper),
                          std::get<3>(hyper), std::get<4>(hyper), std::get<5>(hyper)};
-  args.lr = scalar(lr);
   args.step = scalar(step);
-  args.grad_scale = scalar(grad_scale);
-  args.found_inf = pointer<const float>(found_inf);
-  args.segment_ids = pointer<const int32_t>(segment_ids);
-  args.active = pointer<const float>(active);
   args.num_segments = num_segments;
   return args;
 }
 
-// rows: master, exp_avg, every param_out, and the gradients.
+// States: master, exp_avg.
 inline LionArgs lion_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PyLionHyper& hyper,
                           PyScalar lr, PyScalar grad_scale, Address found_inf, Address segment_ids, Address active) {
   const std::vector<Buffer> tensors = buffers(rows);
   LionArgs args;
-  args.master = static_cast<float*>(tensors.at(0).data);
+  fill_shard(args, tensors, 2, offsets, lr, grad_scale, found_inf, segment_ids, active);
   args.exp_avg = static_cast<float*>(tensors.at(1).data);
-  args.param_outs = param_outs(tensors, 2, offsets.size());
-  args.numel = tensors[0].numel;
-  args.grads = shard_grads(tensors, offsets);
   args.hyper = LionHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper)};
-  args.lr = scalar(lr);
-  args.grad_scale = scalar(grad_scale);
-  args.found_inf = pointer<const float>(found_inf);
-  args.segment_ids = pointer<const int32_t>(segment_ids);
-  args.active = pointer<const float>(active);
   return args;
 }
 
-// rows: master, momentum_buffer where there is one, every param_out, and the gradients.
+// States: master, momentum_buffer where there is one.
 inline SgdArgs sgd_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PySgdHyper& hyper,
                         bool has_buffer, PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf,
                         Address segment_ids, Address active) {
   const std::vector<Buffer> tensors = buffers(rows);
   SgdArgs args;
-  args.master = static_cast<float*>(tensors.at(0).data);
+  fill_shard(args, tensors, has_buffer ? 2 : 1, offsets, lr, grad_scale, found_inf, segment_ids, active);
   args.momentum_buffer = has_buffer ? static_cast<float*>(tensors.at(1).data) : nullptr;
-  args.param_outs = param_outs(tensors, has_buffer ? 2 : 1, offsets.size());
-  args.numel = tensors[0].numel;
-  args.grads = shard_grads(tensors, offsets);
   args.hyper =
       SgdHyper{std::get<0>(hyper), std::get<1>(hyper), std::get<2>(hyper), std::get<3>(hyper), std::get<4>(hyper)};
-  args.lr = scalar(lr);
   args.step = scalar(step);
-  args.grad_scale = scalar(grad_scale);
-  args.found_inf = pointer<const float>(found_inf);
-  args.segment_ids = pointer<const int32_t>(segment_ids);
-  args.active = pointer<const float>(active);
   return args;
 }
 

@@ -1,7 +1,6 @@
 // The CPU module: pointers and scalars in, nothing else. Every function releases the GIL while it works.
 #include "bind_common.h"
 #include "cpu/launch.h"
-#include "math/step_scalars.h"
 
 #ifndef PYZERO_BUILD_HASH
 #define PYZERO_BUILD_HASH ""
@@ -60,24 +59,17 @@ void reduce_scatter(const PyRows& rows, PyScalar scale, bool accumulate, Address
 }
 
 void update_loss_scale(Address state, Address found_inf, const PyPolicy& rule, int /*num_threads*/) {
-  loss_scale_update(pointer<float>(state), *pointer<const float>(found_inf) != 0.0f, policy(rule));
+  const LossScalePolicy args = policy(rule);
+  const py::gil_scoped_release release;
+  cpu::loss_scale_update(pointer<float>(state), pointer<const float>(found_inf), args);
 }
 
-float read(const Scalar& scalar) { return scalar.device != nullptr ? *scalar.device : float(scalar.value); }
-
-// A few numbers per parameter: not worth a thread.
-void count_step(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
-                Address steps, Address used, int64_t num_params, int /*num_threads*/) {
+void step_scalars(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
+                  Address steps, Address used, int64_t num_params, int /*num_threads*/) {
   const StepScalarsArgs args =
       step_scalars_args(out, rows, num_rows, max_norm, unscale, factor, steps, used, num_params);
-  const StepScalars scalars =
-      step_scalars(args.rows, args.num_rows, args.clips, args.max_norm, read(args.unscale), read(args.factor));
-  args.out[0] = scalars.found_inf;
-  args.out[1] = scalars.norm;
-  args.out[2] = scalars.clip;
-  args.out[3] = scalars.grad_scale;
-  if (scalars.found_inf != 0.0f) return;
-  for (int64_t i = 0; i < args.num_params; ++i) args.steps[i] += args.used[i];
+  const py::gil_scoped_release release;
+  cpu::step_scalars(args);
 }
 
 }  // namespace
@@ -93,7 +85,7 @@ PYBIND11_MODULE(_native_cpu, module) {
   module.def("pack_", &pack);
   module.def("reduce_scatter_", &reduce_scatter);
   module.def("loss_scale_update_", &update_loss_scale);
-  module.def("step_scalars_", &count_step);
+  module.def("step_scalars_", &step_scalars);
   module.def("isas", &cpu::isas);
   module.def("use_isa", &cpu::use_isa);
 }

@@ -96,8 +96,6 @@ void step_scalars_(Address out, Address rows, int64_t num_rows, double max_norm,
 
 int64_t adam_workspace_bytes(int64_t num_segments) { return num_segments * int64_t(sizeof(AdamConstants)); }
 
-int64_t grad_stats_workspace_bytes(int) { return cuda::kMaxPartials * int64_t(sizeof(double)); }
-
 }  // namespace
 }  // namespace pyzero
 
@@ -105,6 +103,7 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.attr("build_hash") = PYZERO_BUILD_HASH;
   m.attr("source_hash") = PYZERO_SOURCE_HASH;
   m.attr("max_ranks") = pyzero::cuda::kMaxRanks;
+  m.attr("grad_stats_workspace_bytes") = pyzero::cuda::kMaxPartials * sizeof(double);
   pyzero::bind_rows(m);
   m.def("adam_", &pyzero::adam_);
   m.def("lion_", &pyzero::lion_);
@@ -115,5 +114,4 @@ PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
   m.def("loss_scale_update_", &pyzero::loss_scale_update_);
   m.def("step_scalars_", &pyzero::step_scalars_);
   m.def("adam_workspace_bytes", &pyzero::adam_workspace_bytes);
-  m.def("grad_stats_workspace_bytes", &pyzero::grad_stats_workspace_bytes);
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_per_segment, checked_step, read_shard
+from pyzero.ops.shard import as_list, check_active, checked_step, read_shard
 
 _STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -76,11 +76,8 @@ def adam_(
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    if segment_ids is None and active is not None:
-        raise ValueError("expected segment_ids with active, got none; pass both or neither")
-    step = checked_step(step, segment_ids, device)
-    if active is not None and isinstance(step, Tensor):
-        check_per_segment("active", active, step.numel(), device)
+    check_active(active, segment_ids, device)
+    step = checked_step(step, segment_ids, active, device)
 
     args = AdamArgs(
         master=master,

@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import LionArgs, LionHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_per_segment, read_shard
+from pyzero.ops.shard import as_list, check_active, read_shard
 
 _STATES = ("master", "exp_avg")
 
@@ -66,10 +66,7 @@ def lion_(
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    if active is not None:
-        if segment_ids is None:
-            raise ValueError("expected segment_ids with active, got none; pass both or neither")
-        check_per_segment("active", active, active.numel(), device)
+    check_active(active, segment_ids, device)
 
     args = LionArgs(
         master=master,

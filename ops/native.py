@@ -269,10 +269,6 @@ class CudaBackend(NativeBackend):
     A workspace may be dropped once the launch is queued: the caching allocator hands its memory on in stream order.
     """
 
-    def __init__(self, module: ModuleType) -> None:
-        super().__init__(module)
-        self._workspace_bytes: dict[torch.device, int] = {}
-
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         return device.index, current_stream(device)
 
@@ -280,9 +276,7 @@ class CudaBackend(NativeBackend):
         return torch.empty(self.module.adam_workspace_bytes(num_segments), dtype=torch.uint8, device=device)
 
     def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
-        if device not in self._workspace_bytes:
-            self._workspace_bytes[device] = self.module.grad_stats_workspace_bytes(device.index)
-        return torch.empty(self._workspace_bytes[device], dtype=torch.uint8, device=device)
+        return torch.empty(self.module.grad_stats_workspace_bytes, dtype=torch.uint8, device=device)
 
     def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
         return _address(workspace), *self._launch_args(device)

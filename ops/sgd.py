@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, SgdArgs, SgdHyper
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_per_segment, checked_step, read_shard
+from pyzero.ops.shard import as_list, check_active, checked_step, read_shard
 
 _STATES = ("master", "momentum_buffer")
 
@@ -79,12 +79,9 @@ def sgd_(
     device = master.device
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    if segment_ids is None and active is not None:
-        raise ValueError("expected segment_ids with active, got none; pass both or neither")
+    check_active(active, segment_ids, device)
     if step is not None:
-        step = checked_step(step, segment_ids, device)
-    if active is not None:
-        check_per_segment("active", active, (step if isinstance(step, Tensor) else active).numel(), device)
+        step = checked_step(step, segment_ids, active, device)
 
     args = SgdArgs(
         master=master,

@@ -126,26 +126,36 @@ def _explain_grads(names: Sequence[str], shard: Sequence[Tensor], grads: Sequenc
     return rows_of((*shard, *grads))
 
 
-def check_per_segment(name: str, tensor: Tensor, num_segments: int, device: torch.device) -> None:
+def check_active(active: Tensor | None, segment_ids: Tensor | None, device: torch.device) -> None:
     """One fp32 value per segment."""
-    if is_vector(tensor, torch.float32, num_segments, device):
+    if active is None:
         return
-    check_dtype(name, tensor, (torch.float32,), "convert it with .float()")
-    check_flat(name, tensor, numel=num_segments)
-    check_device(name, tensor, device)
+    if segment_ids is None:
+        raise ValueError("expected segment_ids with active, got none; pass both or neither")
+    _check_per_segment("active", active, device)
 
 
-def checked_step(step: Scalar, segment_ids: Tensor | None, device: torch.device) -> Scalar:
-    """A step count: a number or a 0-D tensor; with segments, one for each."""
+def checked_step(step: Scalar, segment_ids: Tensor | None, active: Tensor | None, device: torch.device) -> Scalar:
+    """A step count: a number or a 0-D tensor; with segments, one for each, as many as in `active`."""
     if segment_ids is None:
         step = as_scalar("step", step, device)
     elif isinstance(step, Tensor):
-        check_per_segment("step", step, step.numel(), device)
+        _check_per_segment("step", step, device)
+        if active is not None:
+            check_flat("active", active, numel=step.numel())
     else:
         raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
     return step
+
+
+def _check_per_segment(name: str, tensor: Tensor, device: torch.device) -> None:
+    if is_vector(tensor, torch.float32, tensor.numel(), device):
+        return
+    check_dtype(name, tensor, (torch.float32,), "convert it with .float()")
+    check_flat(name, tensor)
+    check_device(name, tensor, device)
 
 
 def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import zlib
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -122,6 +124,30 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
         if param.requires_grad:
             _check_memory(param, f"parameter {index} of the group")
             check_dtype(param, f"parameter {index} of the group")
+
+
+class HyperParameters:
+    """What ranks compare of their parameter groups: one number, computed anew where a value has changed."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._values_of = itemgetter("lr", *names)
+        self._values: list[Any] = []
+        self._checksum = 0
+
+    def checksum(self, groups: Sequence[dict[str, Any]]) -> int:
+        """Of the values in all groups; without tensors on a GPU, which the host would wait for."""
+        values = [self._values_of(group) for group in groups]
+        if any([isinstance(lr, Tensor) for lr, *_ in values]):
+            values = [tuple(map(_on_host, group)) for group in values]
+        if values != self._values:
+            self._values, self._checksum = values, zlib.crc32(repr(values).encode())
+        return self._checksum
+
+
+def _on_host(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.tolist() if value.device.type == "cpu" else None
 
 
 def _check_memory(param: Tensor, name: str) -> None:

@@ -66,7 +66,7 @@ class _Plan:
         return layout.numel * self.element_bytes[layout.key]
 
     def grads(self, layout: BucketLayout) -> int:
-        return sum(slot.numel for slot in layout.slots) * self.element_bytes[layout.key]
+        return sum(slot.numel for slot in layout.param_slots) * self.element_bytes[layout.key]
 
 
 def estimate(
@@ -279,7 +279,7 @@ def _sharded(layout: BucketLayout, element_bytes: int, slots: Sequence[StateSlot
 def _counters(layout: BucketLayout) -> int:
     """The map from granules to parameters, and step counts."""
     per_granule, per_param = 4, 4
-    return per_granule * (layout.shard_numel // GRANULE) + per_param * len(layout.slots)
+    return per_granule * (layout.shard_numel // GRANULE) + per_param * len(layout.param_slots)
 
 
 def _gradients(chosen: _Plan) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pyzero import arguments
 from pyzero.comm.choice import make_transport
 from pyzero.comm.group import Work
 from pyzero.gradients import amp
-from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, clip_coefficient
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.local import LocalGradients
 from pyzero.gradients.overlap import OverlappedGradients, take_over
 from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
@@ -118,6 +118,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
         self._ready = False
+        self._last = self._checkpoint_group = None
+        self._is_torn = False
         self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
@@ -141,7 +143,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._transport,
             self.state,
             cap,
-            topology.counts,
+            topology.in_norm,
             reduce_grads,
             init_sync,
             cpu_offload,
@@ -149,11 +151,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
         self._tied_groups = {}
+        self._hyper_parameters = arguments.HyperParameters(self.defaults)
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
         self._stats_exchange = GradStatsExchange(
-            self._group, topology.model_groups, topology.same_params, self._name_of
+            self._group, topology.model_groups, topology.same_params, self._name_of, self._host_facts
         )
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
@@ -166,7 +169,14 @@ class ZeroOptimizer(StateAccess, Optimizer):
     # ---- the step -------------------------------------------------------------------------------------------------
 
     profile_hook_step = staticmethod(hook_step)  # type: ignore[assignment]  # torch wraps step() by it
-    _step_supports_amp_scaling = True  # GradScaler then hands over its flag and scale, and reads nothing on the host
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler hands over its flag and scale where True, and reads nothing on the host.
+
+        Lightning refuses to clip where True, and has GradScaler unscale first otherwise, which is as good here.
+        """
+        return not amp.lightning_is_asking()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -177,7 +187,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
         Raises:
             RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
-                only; nothing is changed.
+                only, or hyper-parameters differ between ranks; nothing is changed.
             TypeError: The model was converted or moved to another device after the optimizer was built, or a group's
                 hyper-parameter was set to what is no number.
             ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
@@ -197,14 +207,13 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _take_step(self) -> None:
         self._param_buckets.follow_weights()
-        self._stats_exchange.num_skips_in_a_row = self._overflow.num_in_a_row
         stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(stats.num_skips_in_a_row, self._describe)
-        self._learn_arrival()
-        factor = self._gradients.factor()
         # Ranks that have updated their shards count on the other shards.
-        with self._group.lockstep(self._topology.model_groups):
-            scalars = self._updater.begin(
+        with self._writing():
+            self._learn_arrival()
+            factor = self._gradients.factor()
+            scalars = self._updater.count_step(
                 self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
             )
             last = self._last_step(scalars, unscale)
@@ -215,7 +224,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             for gather in gathers:
                 gather.wait()
             self._transport.end_update()
-            self._param_buckets.weights_were_written(stats.used)
+            self._param_buckets.finish_weight_write(stats.used)
         self._param_buckets.has_stepped = True
         self._gradients.after_step(stats.used)
         self._grad_scaler_proxy.clear()
@@ -225,6 +234,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know as much
             self._overflow.check(skips, self._describe)
+
+    def _host_facts(self) -> HostFacts:
+        return HostFacts(self._overflow.num_in_a_row, self._hyper_parameters.checksum(self._param_groups))
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +47,10 @@ class StateAccess(FullAccess, Optimizer):
     _param_groups: list[dict[str, Any]]
     _device: torch.device
     _rule: UpdateRule
-    _last: LastStep | None = None
-    _checkpoint_group: Group | None = None
+    # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
+    _last: LastStep | None
+    _checkpoint_group: Group | None
+    _is_torn: bool  # a step or a load has begun to write
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
         raise NotImplementedError
@@ -74,12 +78,12 @@ class StateAccess(FullAccess, Optimizer):
     @property
     def loss_scale(self) -> float:
         """The loss scale; 1.0 without scaling. Reads the device."""
-        return float(self._scaler.state[0])
+        return float(self._scaler.scale)
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped so far. Reads the device."""
-        return int(self._scaler.state[3])
+        return int(self._scaler.num_skipped)
 
     def _describe(self, code: float) -> str:
         """The gradient that a code of pyzero/gradients/nonfinite.py means, in words."""
@@ -163,6 +167,7 @@ class StateAccess(FullAccess, Optimizer):
             ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
         """
         if self._checkpoint_group is None:
+            self._group.check_unbroken("a process group for checkpoints")
             with on_device(self._device):
                 self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
@@ -172,11 +177,28 @@ class StateAccess(FullAccess, Optimizer):
         self._place_unfrozen()
 
     def check_between_steps(self) -> None:
-        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold."""
+        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn."""
+        self._check_whole()
         if self._gradients.await_step():
             raise RuntimeError(
                 "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
                 "save after the step that they belong to"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes weights and state on all ranks: broken off on one, nothing is sent or saved after it."""
+        self._is_torn = True
+        with self._group.lockstep(self._topology.model_groups):
+            yield
+        self._is_torn = False
+
+    def _check_whole(self) -> None:
+        """Raise RuntimeError where a step or a load was broken off."""
+        if self._is_torn:
+            raise RuntimeError(
+                "expected weights and state of one step to save, got those of a step() or load_state_dict() that was "
+                "broken off, which has written a part of them; load the last checkpoint into a new optimizer"
             )
 
     # ---- state dicts ------------------------------------------------------------------------------------------------
@@ -201,10 +223,16 @@ class StateAccess(FullAccess, Optimizer):
             state_dict = before(self, state_dict) or state_dict
         self._place_unfrozen()
         for bucket in self._buckets:
-            bucket.written()  # or refuse
+            bucket.foreign_writes()  # raises where it cannot follow them
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
-        saved.forget_unloaded_masters(self, self._buckets)
+        with self._writing():
+            self._load(saved, cut)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, saved: rank_state.RankState, cut: rank_state.SavedCut | None) -> None:
+        saved.forget_unloaded_masters(self, self._param_buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
@@ -216,8 +244,6 @@ class StateAccess(FullAccess, Optimizer):
         elif self._scaler.enabled:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._param_buckets.publish_masters()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def _parse(
         self, state_dict: dict[str, Any]
@@ -300,6 +326,8 @@ def with_step_counts(state_dict: Any) -> Any:
 def _follow_weights(optimizer: Optimizer) -> None:
     """A state_dict hook: have masters follow weights that were written since the last step."""
     assert isinstance(optimizer, StateAccess)
+    if optimizer._group.size > 1:  # on one rank it may be loaded into, and goes on
+        optimizer._check_whole()
     optimizer._param_buckets.follow_weights()
 
 
@@ -312,5 +340,5 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
-    rank_state.export_state(optimizer, state_dict, optimizer._buckets, optimizer._group)
-    optimizer._stats_exchange.num_exports += 1
+    rank_state.export_state(optimizer, state_dict, optimizer._param_buckets, optimizer._group)
+    optimizer._stats_exchange.note_export()

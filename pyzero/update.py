@@ -25,6 +25,7 @@ class StepScalars(NamedTuple):
     norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
     clip: Tensor  # 0-D fp32: the coefficient
     grad_scale: Tensor  # 0-D fp32: multiplies the gradients
+    used: Sequence[Tensor]  # by bucket: (num_params,) fp32, 1 for a parameter with a gradient on any rank
 
 
 class ShardUpdater:
@@ -38,13 +39,12 @@ class ShardUpdater:
     def __init__(self, device: torch.device, backend: str) -> None:
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
-        # (num_params,) fp32 on the device, 1 for a parameter with a gradient on any rank; and the same by bucket.
-        self._used = torch.empty(0, dtype=torch.float32)
-        self._used_by_bucket: list[Tensor] = []
+        self._used = torch.empty(0, dtype=torch.float32)  # StepScalars.used of all buckets, side by side
         self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
-        self._scalars = StepScalars(self._out[:1], *self._out[1:].unbind())
+        norm, clip, grad_scale = self._out[1:].unbind()
+        self._scalars = StepScalars(self._out[:1], norm, clip, grad_scale, used=())
 
-    def begin(
+    def count_step(
         self,
         buckets: Sequence[Bucket],
         steps: Tensor,
@@ -91,7 +91,8 @@ class ShardUpdater:
         # Pinned, so that the host does not wait: the pattern may change in every step (experts, heads).
         on_host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
         self._used = on_host.to(device, non_blocking=True)
-        self._used_by_bucket = list(self._used.split([len(bucket.numbers) for bucket in buckets]))
+        used_by_bucket = self._used.split([len(bucket.numbers) for bucket in buckets])
+        self._scalars = self._scalars._replace(used=used_by_bucket)
 
     def update(
         self,
@@ -106,7 +107,7 @@ class ShardUpdater:
             bucket: Masters, weights and state of its shard are written.
             grads: Its gradients: where each begins in the shard, and (n,) values, or those of one run as a list.
             param_groups: The optimizer's.
-            scalars: From `begin`.
+            scalars: From `count_step`.
         """
         for begin, grad in grads:
             for shard in bucket.run_shards(begin, begin + grad.numel()):
@@ -117,7 +118,7 @@ class ShardUpdater:
                     _on(bucket.device, param_groups[shard.group_index]),
                     grad_scale=scalars.grad_scale,
                     found_inf=scalars.found_inf,
-                    used=self._used_by_bucket[bucket.index],
+                    used=scalars.used[bucket.index],
                     backend=self._backend,
                 )
             del grad

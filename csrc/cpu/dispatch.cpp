@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "launch.h"
+#include "math/step_scalars.h"
 #include "parallel_for.h"
 
 namespace pyzero {
@@ -125,8 +126,8 @@ void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Grad
 }
 
 // body(segment, from, to) for each run of one active segment within [begin, end).
-template <typename Args, typename Body>
-void for_each_run(const Args& args, int64_t begin, int64_t end, const Body& body) {
+template <typename Body>
+void for_each_run(const ShardArgs& args, int64_t begin, int64_t end, const Body& body) {
   if (args.segment_ids == nullptr) return body(0, begin, end);
   for (int64_t at = begin; at < end;) {
     const int32_t segment = args.segment_ids[at / kSegmentGranule];
@@ -139,8 +140,8 @@ void for_each_run(const Args& args, int64_t begin, int64_t end, const Body& body
 
 // body(grad, segment, from, to) over all gradients of a shard, on several threads; nothing where the overflow flag is
 // set.
-template <typename Args, typename Body>
-void update_shard(const Args& args, int num_threads, const Body& body) {
+template <typename Body>
+void update_shard(const ShardArgs& args, int num_threads, const Body& body) {
   if (args.found_inf != nullptr && *args.found_inf != 0.0f) return;
   const ShardGrads& grads = args.grads;
   for_each_chunk(grads.tensors, num_threads, GradStats{}, [&](int64_t which, int64_t begin, int64_t end) {
@@ -224,6 +225,21 @@ void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
   for_each_chunk(whole, num_threads, args.grad_stats, [&](int64_t, int64_t begin, int64_t end) {
     return kernels().reduce(span, wanted_by(args.grad_stats) != Wanted::kNothing, begin, end);
   });
+}
+
+void step_scalars(const StepScalarsArgs& args) {
+  const StepScalars scalars = pyzero::step_scalars(args.rows, args.num_rows, args.clips, args.max_norm,
+                                                   float(read(args.unscale)), float(read(args.factor)));
+  args.out[0] = scalars.found_inf;
+  args.out[1] = scalars.norm;
+  args.out[2] = scalars.clip;
+  args.out[3] = scalars.grad_scale;
+  if (scalars.found_inf != 0.0f) return;
+  for (int64_t i = 0; i < args.num_params; ++i) args.steps[i] += args.used[i];
+}
+
+void loss_scale_update(float* state, const float* found_inf, const LossScalePolicy& policy) {
+  pyzero::loss_scale_update(state, *found_inf != 0.0f, policy);
 }
 
 std::vector<const char*> isas() {

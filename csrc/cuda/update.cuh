@@ -179,7 +179,7 @@ void launch_update(const Rule& rule, float* const (&states)[Rule::kNumStates], c
                   [&](int num_blocks) { launch(kernel, params, num_blocks, stream, kUpdateThreads); });
 }
 
-// states: kNumStates of (numel,). Args: an op's arguments, of which those that all rules have are read.
+// states: kNumStates of (numel,). Args: an op's ShardArgs, with its hyper.
 template <typename Rule, typename Args>
 void update_shard(const Rule& rule, float* const (&states)[Rule::kNumStates], const Args& args, cudaStream_t stream) {
   if (args.numel == 0 || args.grads.tensors.empty()) return;

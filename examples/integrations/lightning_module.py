@@ -39,16 +39,14 @@ class Module(lightning.LightningModule):
         checkpoint["optimizer_states"] = [self.optimizers().full_state_dict(to=0)]
 
 
-def main(folder="runs/lightning", automatic=True, epochs=6, resume=None, module_class=Module, strategy="ddp"):
+def main(folder="runs/lightning", automatic=True, epochs=6, resume=None, module_class=Module, **options):
     lightning.seed_everything(0)
     x = torch.randn(256, 16)
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     loader = DataLoader(TensorDataset(x, x @ torch.randn(16, 4)), batch_size=16 // num_ranks)
     module = module_class(automatic)
-    options = dict(gradient_clip_val=1.0) if automatic else {}
-    trainer = lightning.Trainer(
-        default_root_dir=folder, max_epochs=epochs, devices=num_ranks, strategy=strategy, logger=False, **options
-    )
+    options = {"strategy": "ddp", **({"gradient_clip_val": 1.0} if automatic else {}), **options}
+    trainer = lightning.Trainer(default_root_dir=folder, max_epochs=epochs, devices=num_ranks, logger=False, **options)
     trainer.fit(module, loader, ckpt_path=resume)
     return module.losses, trainer
 

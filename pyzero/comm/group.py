@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -190,23 +190,40 @@ class Group:
         self._channel.is_broken = was_broken
 
     @contextmanager
-    def lockstep(self, beside: Sequence[Group] = ()) -> Iterator[None]:
+    def lockstep(
+        self,
+        beside: Sequence[Group] = (),
+        what: str = "a step",
+        but: type[BaseException] | tuple[type[BaseException], ...] = (),
+    ) -> Iterator[None]:
         """What every rank goes through to its end: where an exception leaves it on this one, nothing is sent after.
 
         beside: Groups of other ranks that go through it, too.
+        but: Exceptions that every rank raises by itself.
         """
         try:
             yield
+        except but:
+            raise
         except BaseException as error:
             for group in (self, *beside):
-                group._give_up(f"a step was broken off by {type(error).__name__}")
+                group._give_up(f"{what} was broken off by {type(error).__name__}")
             raise
+
+    def awaited(self, what: str) -> AbstractContextManager[None]:
+        """Around a collective that is begun and waited for: broken off, its result is lost to this rank alone."""
+        return self.lockstep(what=what, but=CollectiveError)
+
+    def check_unbroken(self, what: str) -> None:
+        """Raise CollectiveError where nothing is sent any more."""
+        if self.size > 1 and self._channel.is_broken:
+            with self.error_context(what):
+                raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
 
     def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:
         """Launch what `begin` begins; `then` is called once, when its handle has been waited for."""
+        self.check_unbroken(what)
         with self.error_context(what):
-            if self._channel.is_broken:
-                raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
             self._channel.num_collectives += 1
             with self.unbroken():
                 handle = begin()
@@ -272,15 +289,17 @@ class Group:
         if self.size == 1:
             return shard
         flat = shard.new_empty(self.size * shard.numel())
-        self.start(what, _all_gather, flat, shard).wait()
+        with self.awaited(what):
+            self.start(what, _all_gather, flat, shard).wait()
         return flat
 
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""
         host = self.host
         if host is not None and len(self.hosts) == 1 and host.can_send(row):
-            self.launch(what, lambda: host.send(row)).wait()
-            return host.messages(row).view(self.size, -1)
+            with self.awaited(what):
+                self.launch(what, lambda: host.send(row)).wait()
+                return host.messages(row).view(self.size, -1)
         return self.gather_shards(row, what).view(self.size, -1)
 
     def gather_with_host(self, values: Sequence[float], row: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +319,8 @@ class Group:
         """Every rank's small python object, in rank order."""
         if self.size == 1:
             return [value]
-        with self.error_context(what):
+        self.check_unbroken(what)
+        with self.awaited(what), self.error_context(what):
             return channels.gather_objects(self.handle, value)
 
     def mesh(self, device_type: str) -> Any:
@@ -319,7 +339,8 @@ class Group:
     def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights", source: int = 0) -> None:
         """Overwrite with one rank's of the group."""
         if self.size > 1:
-            self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, source)).wait()
+            with self.awaited(what):
+                self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, source)).wait()
 
     def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
@@ -339,7 +360,8 @@ class Group:
     def sum(self, tensor: Tensor, what: str) -> None:
         """Overwrite with the sum over ranks."""
         if self.size > 1:
-            self.start(what, dist.all_reduce, tensor).wait()
+            with self.awaited(what):
+                self.start(what, dist.all_reduce, tensor).wait()
 
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
         """The first rank's list of at most `most` numbers, each 0 or more."""

@@ -36,6 +36,7 @@ class ParamGrad:
         self.position = 0  # in its bucket
         self.has_arrived = False  # in the present round
         self.is_used = False  # this rank has contributed to it
+        self._is_arriving = False  # between before_arrival() and after_arrival(), which a hook that raises leaves out
         self.life = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
 
         # The part in the shards:
@@ -111,6 +112,7 @@ class ParamGrad:
         Raises:
             RuntimeError: `.grad` is the ShardedGrad of another gradient, or the rest of one.
         """
+        self.finish_arrival()
         grad = self.param.grad
         if grad is self._shown:
             if self._local is not None and self._local._version != self._version:
@@ -174,6 +176,7 @@ class ParamGrad:
 
     def before_arrival(self) -> None:
         """Called before backward adds to `.grad`: a ShardedGrad, and a 16-bit sum, move out of its way."""
+        self._is_arriving = True
         if self._local is None:
             self.param.grad = None
         elif self._dtype != torch.float32:
@@ -188,6 +191,7 @@ class ParamGrad:
         Raises:
             TypeError: The gradient is in another dtype, or the parameter was converted after the optimizer was built.
         """
+        self._is_arriving = False
         grad = self.param.grad
         if grad is None:  # another hook has taken it away
             return
@@ -208,6 +212,19 @@ class ParamGrad:
             self._keep(self._local, self._shown)
         else:
             self._keep(unwrapped(grad), grad)
+
+    def finish_arrival(self) -> None:
+        """Take the gradient of a backward that ended between `.grad` and our hook: another hook raised.
+
+        Unless it was cleared since; by zeros where it was written after it came.
+        """
+        if not self._is_arriving:
+            return
+        self._is_arriving = False
+        grad = self.param.grad
+        if grad is None or grad.layout != torch.strided or (grad._version and not grad.any()):
+            return
+        self.after_arrival()
 
     def local_sum(self) -> Tensor | None:
         """This rank's unsent sum: of the parameter's shape, or (numel,) in the bucket's memory order."""

@@ -11,11 +11,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _READER = "_unscale_grads_"  # the method of GradScaler and its subclasses that reads the gradients of param_groups
+_LIGHTNING = "_optimizer_handles_unscaling"  # its function that reads `_step_supports_amp_scaling`
 
 
 def grad_scaler_is_asking() -> bool:
     """Whether the code that called the caller is GradScaler, looking for gradients to check and unscale."""
     return sys._getframe(2).f_code.co_name == _READER
+
+
+def lightning_is_asking() -> bool:
+    """Whether the code that called the caller is Lightning's, which refuses to clip for optimizers that unscale."""
+    return sys._getframe(2).f_code.co_name == _LIGHTNING
 
 
 class GradScalerProxy:

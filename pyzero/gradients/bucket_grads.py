@@ -30,7 +30,7 @@ class BucketGrads:
         self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
         self.num_awaited = 0  # parameters whose gradients have not come in this round
         self.waits_for_end = False  # sent at the end of backward: in an earlier round a gradient came after it was sent
-        self._is_stale = False  # the shard has changed since flag and squares were computed
+        self._stats_are_stale = False  # the shard has changed since flag and squares were computed
         self._pieces = Pieces(bucket, 0, bucket.layout.numel)
         self._backend = backend
 
@@ -59,7 +59,7 @@ class BucketGrads:
             self.shard = None
             self.first_bad.fill_(nonfinite.NOT_FOUND)
             self._clear_flag_and_squares()
-            self._is_stale = False
+            self._stats_are_stale = False
         for record in forgotten:
             record.is_forgotten = False
 
@@ -81,7 +81,7 @@ class BucketGrads:
         """Fill this rank's part and the gap behind it: a factor that is NaN has made the gap NaN."""
         if self.shard is not None:
             self.shard[self.bucket.shard_slot(record.position)].fill_(value)
-            self._is_stale = True
+            self._stats_are_stale = True
 
     def zero(self, record: ParamGrad) -> None:
         """Make one reduced gradient zeros."""
@@ -100,20 +100,20 @@ class BucketGrads:
         """Pack local gradients into (numel,) `send`, zeros where there is none; each `.grad` becomes a ShardedGrad."""
         grads = [None if left_out(record) else record.local_sum() for record in self.records]
         layout = self.bucket.layout
-        missing = [slot for slot, grad in zip(layout.slots, grads, strict=True) if grad is None]
+        missing = [slot for slot, grad in zip(layout.param_slots, grads, strict=True) if grad is None]
         if missing:
             torch._foreach_zero_([send[slot.offset : slot.offset + slot.numel] for slot in missing])
         pieces, offsets = self._pieces.of(grads)
         ops.pack_(send, pieces, offsets=offsets, backend=self._backend)
-        self.pass_over(left_out)
+        self.mark_sent(left_out)
         return send
 
-    def pass_over(self, left_out: Callable[[ParamGrad], bool]) -> None:
+    def mark_sent(self, left_out: Callable[[ParamGrad], bool]) -> None:
         """Mark each record as sent, or as left out of this round."""
         for record in self.records:
             record.passed_over() if left_out(record) else record.sent()
 
-    def add(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor) -> None:
+    def reduce_slices(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor) -> None:
         """Sum what all ranks have sent into the shard.
 
         Args:
@@ -142,7 +142,7 @@ class BucketGrads:
                     sumsq=sumsq_of(stats[index]) if run.key.in_norm else None,
                     backend=self._backend,
                 )
-        self._is_stale = False
+        self._stats_are_stale = False
 
     def apply_factors(self) -> None:
         """Multiply the factors that clipping and GradScaler have left into the shard.
@@ -156,13 +156,13 @@ class BucketGrads:
             if factor is not None and self.shard is not None:
                 begin, end = self.bucket.shard_slot(first).start, self.bucket.shard_slot(last).stop
                 self.shard[begin:end].mul_(factor)
-                self._is_stale = True
+                self._stats_are_stale = True
         for record in self.records:
             record.factor = None
 
-    def check(self) -> None:
+    def refresh_stats(self) -> None:
         """Recompute flag and squares where the shard has changed since."""
-        if not self._is_stale or self.shard is None:
+        if not self._stats_are_stale or self.shard is None:
             return
         layout, found_inf = self.bucket.layout, self.found_inf
         self._clear_flag_and_squares()
@@ -171,7 +171,7 @@ class BucketGrads:
             if low < high:
                 squares = sumsq_of(self.stats[index]) if run.key.in_norm else None
                 ops.unscale_([self.shard[low:high]], 1.0, found_inf=found_inf, sumsq=squares, backend=self._backend)
-        self._is_stale = False
+        self._stats_are_stale = False
 
     def _clear_flag_and_squares(self) -> None:
         self.stats[:, :FIRST_BAD].zero_()

@@ -51,7 +51,7 @@ class BucketExchange:
         self._writers: set[Any] = set()  # streams that wrote gradients since the last receive_all
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def gradient_was_written(self) -> None:
+    def note_writer_stream(self) -> None:
         """Called on the stream that has written a gradient."""
         if self._stream is not None:
             self._writers.add(torch.cuda.current_stream(self._device))
@@ -105,15 +105,16 @@ class BucketExchange:
         grads, exchange, scale, accumulate, stats = self._in_flight[0]
         with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()  # a KeyboardInterrupt in it loses nothing
-            self._in_flight.popleft()
-            try:
-                was_set = is_set(grads.found_inf)
-                grads.add(exchange.slices, scale, accumulate, stats)
-                if self.locates or (is_set(grads.found_inf) and not was_set):
-                    code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._names, exchange.by_rank)
-                    torch.minimum(grads.first_bad, code, out=grads.first_bad)
-            finally:
-                exchange.release()
+            with self._transport.group.lockstep(what="the sum of a gradient bucket"):
+                self._in_flight.popleft()
+                try:
+                    was_set = is_set(grads.found_inf)
+                    grads.reduce_slices(exchange.slices, scale, accumulate, stats)
+                    if self.locates or (is_set(grads.found_inf) and not was_set):
+                        code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._names, exchange.by_rank)
+                        torch.minimum(grads.first_bad, code, out=grads.first_bad)
+                finally:
+                    exchange.release()
 
     def _wait_for_writers(self, grads: BucketGrads) -> None:
         """Have the current stream, which packs gradients and frees them, wait for every stream that wrote one."""

@@ -6,6 +6,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -25,7 +26,7 @@ log = logging.getLogger("pyzero")
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _STATES on, one per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HALF_EDITED, _STATES = range(7)
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HALF_EDITED, _STATES = range(8)
 
 
 class Unsent(IntEnum):
@@ -37,8 +38,15 @@ class Unsent(IntEnum):
     ZEROS = 3  # which carry any
 
 
+class HostFacts(NamedTuple):
+    """What this rank's host tells the others in each step."""
+
+    num_skips_in_a_row: int  # as far as it knows
+    hyper_parameters: int  # their checksum
+
+
 class LocalGradStats(NamedTuple):
-    """What one rank knows."""
+    """What one rank knows of its gradients."""
 
     rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/gradients/stats_rows.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
@@ -90,16 +98,22 @@ class GradStatsExchange:
             together and share one norm.
         same_params: Those ranks have the same parameters by number, of which they hold other parts.
         name_of: A method of the optimizer's: a parameter's name for messages, by its number.
+        facts: Another, asked for each message.
     """
 
     def __init__(
-        self, group: Group, model_parallel: Sequence[Group], same_params: bool, name_of: Callable[[int], str]
+        self,
+        group: Group,
+        model_parallel: Sequence[Group],
+        same_params: bool,
+        name_of: Callable[[int], str],
+        facts: Callable[[], HostFacts],
     ) -> None:
         self.same_params = same_params
         self._name_of = weakref.WeakMethod(name_of)
+        self._facts = weakref.WeakMethod(facts)
         self.names = _names(group, shares_params=same_params and bool(model_parallel))
-        self.num_exports = 0  # calls of state_dict() on this rank since the last message
-        self.num_skips_in_a_row = 0  # as far as this rank's host knows
+        self._num_exports = 0  # calls of state_dict() on this rank since the last message
         self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
@@ -109,23 +123,33 @@ class GradStatsExchange:
         name_of = self._name_of()
         return f"parameter {number}" if name_of is None else name_of(number)
 
+    def note_export(self) -> None:
+        """Called in state_dict(), which each rank is to call."""
+        self._num_exports += 1
+
     def gather(self, mine: LocalGradStats, unscale: Tensor | None) -> GlobalGradStats:
         """Collective.
 
         Raises:
             CollectiveError: The ranks ran backward a different number of times.
-            RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one.
+            RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one; or the ranks
+                step with different hyper-parameters.
         """
-        used, num_skips = tuple(mine.used), self.num_skips_in_a_row
+        facts = self._facts()
+        assert facts is not None
+        num_skips, hyper_parameters = facts()
+        used = tuple(mine.used)
         unsent = {int(mine.unsent)}
         rows = mine.rows
         if self._group.size > 1:
             edits = mine.edits or [0] * len(used)
             states = [2 * num + use for num, use in zip(edits, used, strict=True)]
             half_edited = -1 if mine.half_edited is None else mine.half_edited
-            head = [PURPOSES.index(mine.purpose), mine.num_rounds, *unsent, num_skips, self.num_exports, half_edited]
-            self.num_exports = 0
-            told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
+            purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
+            head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, half_edited]
+            self._num_exports = 0
+            with self._awaited():
+                told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             self._check(hosts)
@@ -138,7 +162,8 @@ class GradStatsExchange:
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
         for beside in () if has_unsent else self._model_parallel:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
-            rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
+            with self._awaited():
+                rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
         return GlobalGradStats(
             rows=rows,
             rows_of_same_params=rows if self.same_params else own_rows,
@@ -148,6 +173,10 @@ class GradStatsExchange:
             num_skips_in_a_row=num_skips,
             unscale=unscale,
         )
+
+    def _awaited(self) -> AbstractContextManager[None]:
+        """Around a message: the others act upon it, whatever breaks it off on this rank."""
+        return self._group.lockstep(self._model_parallel, "the step's message", CollectiveError)
 
     def _check(self, hosts: Any) -> None:
         """hosts: numpy array (size, _STATES + num_params) of fp64."""
@@ -166,6 +195,13 @@ class GradStatsExchange:
             )
         if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _UNSENT].tolist()):
             raise mixed_scale_error()
+        hyper = hosts[:, _HYPER].tolist()
+        if purposes[0] == "step" and len(set(hyper)) > 1:
+            ranks = [rank for rank, checksum in enumerate(hyper) if checksum != hyper[0]]
+            raise RuntimeError(
+                f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of "
+                f"{len(hyper)} than on rank 0; call the scheduler's step(), with the same metric, and change lr on all"
+            )
         half_edited = hosts[:, _HALF_EDITED].max()
         if half_edited >= 0:
             raise RuntimeError(

@@ -97,7 +97,7 @@ class OverlappedGradients(ReducedGradients):
         if not self.sync:
             return
         self._is_sending = True
-        self._bucket_exchange.gradient_was_written()
+        self._bucket_exchange.note_writer_stream()
         if record in self._deferred:
             return
         if grads.bucket.index < self._next:

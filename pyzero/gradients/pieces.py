@@ -11,7 +11,6 @@ from torch import Tensor
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import unwrapped
 
-
 _MOST_ZEROS = 2**18  # elements; a longer gap, as a rule of whole matrices leaves them, is filled by several pieces
 
 
@@ -95,7 +94,7 @@ def _is_negated(grad: Tensor | None) -> bool:
 
 def _cut(bucket: Bucket, low: int, high: int, fills_gaps: bool) -> list[_Piece]:
     pieces = []
-    slots = bucket.layout.slots
+    slots = bucket.layout.param_slots
     stops = [slot.offset for slot in slots[1:]] + [bucket.layout.numel]
     longest = max((stop - slot.offset - slot.numel for slot, stop in zip(slots, stops, strict=True)), default=0)
     zeros = torch.zeros(min(longest, _MOST_ZEROS) if fills_gaps else 0, dtype=bucket.dtype, device=bucket.device)

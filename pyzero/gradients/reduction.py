@@ -126,7 +126,7 @@ class ReducedGradients(Gradients):
             if grads.shard is not None:
                 flat = self._group.gather_shards(grads.shard, what)
                 grads.shard = None
-                for slot, record in zip(grads.bucket.layout.slots, grads.records, strict=True):
+                for slot, record in zip(grads.bucket.layout.param_slots, grads.records, strict=True):
                     self._records[record.param][0].write(record, flat[slot.offset : slot.offset + slot.numel])
 
     # ---- arrival ---------------------------------------------------------------------------------------------------
@@ -195,6 +195,8 @@ class ReducedGradients(Gradients):
     def finish_broken_round(self) -> None:
         """See Gradients. There is none: nothing is sent in a backward."""
         self._end.forget()
+        for record in self._by_number:
+            record.finish_arrival()
 
     def _check_unwrapped(self) -> None:
         wrapped = find_ddp_wrapper({outer(param) for param in self._records})
@@ -233,7 +235,7 @@ class ReducedGradients(Gradients):
         for record in grads.records:
             self._observe(grads, record)
         if all(left_out(record) for record in grads.records):
-            grads.pass_over(left_out)
+            grads.mark_sent(left_out)
             return
         dtype = self._options.dtype or grads.bucket.dtype
         self._bucket_exchange.send(grads, dtype, self._mean_factor(), left_out, what, stats)
@@ -336,7 +338,7 @@ class ReducedGradients(Gradients):
 
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
         """This rank's part of a reduced gradient; empty where another rank counts it for the norm."""
-        if grads.shard is None or not grads.bucket.layout.counts(record.position):
+        if grads.shard is None or not grads.bucket.layout.in_norm(record.position):
             return torch.empty(0, dtype=torch.float32, device=self._device)
         return grads.part(record)
 
@@ -365,7 +367,7 @@ class ReducedGradients(Gradients):
             for grads in self._grads:
                 grads.apply_factors()
         for grads in self._grads:
-            grads.check()
+            grads.refresh_stats()
         rows = torch.cat([grads.stats for grads in self._grads] or [clean_rows(1, self._device)])
         if scaler_found_inf is not None:
             found = flag_of(rows[0])

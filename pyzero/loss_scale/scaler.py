@@ -7,8 +7,9 @@ from torch import Tensor
 
 from pyzero import ops
 from pyzero.ops.backend import LossScalePolicy
-from pyzero.ops.loss_scale import loss_scale_state
+from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state
 
+_SCALE, _SKIPPED = STATE_SLOTS.index("scale"), STATE_SLOTS.index("skipped_steps")
 _OP = LossScalePolicy()  # the defaults, min_scale aside: a scale of 0 has no inverse
 
 
@@ -50,11 +51,11 @@ class LossScale:
             "hysteresis >= 1": self.hysteresis >= 1,
             "growth_delay >= 0": self.growth_delay >= 0,
         }
-        for rule, holds in wanted.items():
+        for condition, holds in wanted.items():
             if not holds:
-                raise ValueError(f"expected {rule}, got {self}; correct that field")
+                raise ValueError(f"expected {condition}, got {self}; correct that field")
 
-    def rule(self) -> LossScalePolicy:
+    def op_policy(self) -> LossScalePolicy:
         """What the op goes by."""
         return LossScalePolicy(**{name: getattr(self, name) for name in LossScalePolicy._fields})
 
@@ -87,25 +88,35 @@ class Scaler:
         self.enabled = policy is not None
         self._backend = backend
         policy = policy or static(1.0)
-        self._rule = policy.rule()._asdict()
-        self._no_rule = {**self._rule, "growth_factor": 1.0, "backoff_factor": 1.0}
+        self._policy = policy.op_policy()._asdict()
+        self._frozen_policy = {**self._policy, "growth_factor": 1.0, "backoff_factor": 1.0}
         self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
         self.epoch = 0  # the scale is the same as long as this is
         self.inv_scale = torch.empty((), dtype=torch.float32, device=device)  # 1 / scale; fixed between two updates
         self._refresh()
 
+    @property
+    def scale(self) -> Tensor:
+        """0-D, on the device."""
+        return self.state[_SCALE]
+
+    @property
+    def num_skipped(self) -> Tensor:
+        """0-D, on the device: steps skipped so far."""
+        return self.state[_SKIPPED]
+
     def load(self, state: Tensor) -> None:
         """Take over a saved state."""
-        self.epoch += float(self.state[0]) != float(state[0])
+        self.epoch += float(self.scale) != float(state[_SCALE])
         self.state.copy_(state)
         self._refresh()
 
     def _refresh(self) -> None:
-        torch.reciprocal(self.state[0], out=self.inv_scale)
+        torch.reciprocal(self.scale, out=self.inv_scale)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss times the scale."""
-        scaled: Tensor = loss * self.state[0].to(loss.device)
+        scaled: Tensor = loss * self.scale.to(loss.device)
         return scaled
 
     def update(self, found_inf: Tensor, only_count: bool = False) -> None:
@@ -113,8 +124,8 @@ class Scaler:
 
         only_count: Another scaler made these gradients: steps and skips count, the scale stays.
         """
-        rule = self._no_rule if only_count else self._rule
-        ops.loss_scale_update_(self.state, found_inf, **rule, backend=self._backend)
-        if (rule["growth_factor"], rule["backoff_factor"]) != (1.0, 1.0):
+        policy = self._frozen_policy if only_count else self._policy
+        ops.loss_scale_update_(self.state, found_inf, **policy, backend=self._backend)
+        if (policy["growth_factor"], policy["backoff_factor"]) != (1.0, 1.0):
             self.epoch += 1
             self._refresh()

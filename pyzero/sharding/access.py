@@ -94,9 +94,8 @@ class FullAccess:
                 for position, param in enumerate(bucket.params):
                     if is_wanted or isinstance(param, LocalParam):
                         values.setdefault(outer(param), {})[name] = bucket.whole_of(name, flat, position)
-        places = {n: (bucket, i) for bucket in self._buckets for i, n in enumerate(bucket.numbers)}
-        for _, (bucket, position) in sorted(places.items()):  # by number: parts of other sizes lie in other buckets
-            param = bucket.params[position]
+        for param in self._param_buckets.params:  # by number: parts of other sizes lie in other buckets
+            bucket, position = self._param_buckets.places[outer(param)]
             for name, local in values[outer(param)].items() if isinstance(param, LocalParam) else ():
                 values[outer(param)][name] = _widen(bucket, name, position, local)
         for bucket in self._buckets if is_wanted else ():
@@ -208,7 +207,7 @@ class FullAccess:
         bucket.write_state(position, flat)
         if MASTER in own:
             bucket.params[position].data.copy_(own[MASTER])
-            bucket.weight_was_written(position)
+            bucket.note_weight_written(position)
 
     @torch.no_grad()
     def set_full_grad(self, param: Tensor, value: Tensor) -> None:
@@ -263,10 +262,8 @@ class FullAccess:
 
     def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
         """The bucket and the position that a parameter lies at; None for a frozen one."""
-        for bucket in self._buckets:
-            for position, candidate in enumerate(bucket.params):
-                if outer(candidate) is param:
-                    return bucket, position
+        if param in self._param_buckets.places:
+            return self._param_buckets.places[param]
         groups = self.param_groups  # type: ignore[attr-defined]
         if any(candidate is param for group in groups for candidate in group["params"]):
             return None

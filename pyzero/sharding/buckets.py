@@ -90,7 +90,7 @@ class Bucket:
 
     Args:
         layout: Where parameters lie, and how it is cut into shards.
-        params: The parameters, in the order of layout.slots.
+        params: The parameters, in the order of layout.param_slots.
         numbers: Their numbers among the optimizer's, which stay whatever bucket they lie in.
         index: The bucket's place among the optimizer's.
         rank: This rank in the group that shares the bucket.
@@ -138,7 +138,7 @@ class Bucket:
 
         self.master = self.weight_shard if self.is_master else self._empty(torch.float32)  # (shard_numel,) fp32
         self._exported_version = 0  # version of the masters when a state dict last showed them
-        self.slots = {slot.name: slot for slot in rule.slots}
+        self.state_slots = {slot.name: slot for slot in rule.slots}
         self.state = {  # by slot: (shard_numel,), or one value per granule
             slot.name: self._zeros(layout.shard_numel // slot.elements_per_value, slot.dtype) for slot in rule.slots
         }
@@ -172,7 +172,7 @@ class Bucket:
 
     def _view(self, position: int) -> Tensor:
         """A parameter's slot as a tensor with a storage of its own: saving it saves nothing else of the bucket."""
-        slot, shape, strides = self.layout.slots[position], self._shapes[position], self.strides[position]
+        slot, shape, strides = self.layout.param_slots[position], self._shapes[position], self.strides[position]
         if not slot.numel:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         param = self.params[position]
@@ -197,7 +197,7 @@ class Bucket:
         """Whether anybody but an op has written masters or state since `masters_from_weights`."""
         return self._state_versions() != self._first_versions
 
-    def written(self, every: bool = False) -> list[int]:
+    def foreign_writes(self, every: bool = False) -> list[int]:
         """Positions of parameters that others have written, or moved elsewhere; every: of all.
 
         Raises:
@@ -237,8 +237,8 @@ class Bucket:
         left = self._storages[position]
         return left is not None and not left.expired() and left != StorageWeakRef(param.untyped_storage())
 
-    def follow(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
-        """Have flat memory and masters follow these parameters, which `written` returned.
+    def refresh_masters(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
+        """Have flat memory and masters follow these parameters, which `foreign_writes` returned.
 
         keep_masters: Parameters whose masters do not follow, as they are about to be loaded.
         """
@@ -253,7 +253,7 @@ class Bucket:
                 # A master that rounds to the weight stays: weights may have been loaded after their masters.
                 master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
-    def weight_was_written(self, position: int) -> None:
+    def note_weight_written(self, position: int) -> None:
         """Called when the optimizer has written one weight and its master."""
         self._versions[position] = self.params[position]._version
 
@@ -265,11 +265,11 @@ class Bucket:
         if written:
             torch.autograd.graph.increment_version(written)
 
-    def masters_are_in_sync(self) -> None:
+    def note_weights_in_sync(self) -> None:
         """Take the weights as they are now for what the masters say."""
         self._versions = [param._version for param in self.params]
 
-    def masters_were_exported(self) -> None:
+    def note_masters_exported(self) -> None:
         """Called when a state dict shows the masters: a checkpoint may be read into it."""
         self._exported_version = self.master._version
 
@@ -287,14 +287,14 @@ class Bucket:
 
     def shard_part(self, position: int) -> tuple[slice, slice]:
         """This rank's part of one parameter: as a slice of the shard, and of the flat parameter."""
-        slot = self.layout.slots[position]
+        slot = self.layout.param_slots[position]
         low, high = self.layout.overlap(slot, self.rank)
         at = slot.offset - self.rank * self.layout.shard_numel if high > low else -low
         return slice(at + low, at + high), slice(low, high)
 
     def shard_slot(self, position: int) -> slice:
         """This rank's part of one parameter and of the gap after it, as a slice of the shard."""
-        slots, (begin, end) = self.layout.slots, self.layout.shard_bounds(self.rank)
+        slots, (begin, end) = self.layout.param_slots, self.layout.shard_bounds(self.rank)
         stop = slots[position + 1].offset if position + 1 < len(slots) else self.layout.numel
         low = min(max(slots[position].offset, begin), end)
         return slice(low - begin, max(min(stop, end), low) - begin)
@@ -352,7 +352,7 @@ class Bucket:
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the state that lies in shards: the master and the rule's slots."""
-        return (MASTER, *self.slots)
+        return (MASTER, *self.state_slots)
 
     def sharded(self, name: str) -> Tensor:
         """This rank's shard of the masters, or of a slot."""
@@ -364,7 +364,7 @@ class Bucket:
 
     def elements_per_value(self, name: str) -> int:
         """How many elements share one value of the masters, or of a slot."""
-        return 1 if name == MASTER else self.slots[name].elements_per_value
+        return 1 if name == MASTER else self.state_slots[name].elements_per_value
 
     def is_flat(self, name: str) -> bool:
         """Whether whole values of that name are flat, without the parameter's shape."""
@@ -381,7 +381,7 @@ class Bucket:
 
     def whole_of(self, name: str, flat: Tensor, position: int) -> Tensor:
         """One parameter's values on the CPU, in its shape. flat: Masters, or a slot's values, of the whole bucket."""
-        slot, per_value = self.layout.slots[position], self.elements_per_value(name)
+        slot, per_value = self.layout.param_slots[position], self.elements_per_value(name)
         begin = slot.offset // per_value
         own = flat[begin : begin + -(-slot.numel // per_value)].to("cpu", copy=True)
         return own if self.is_flat(name) else self.shaped(own, position)
@@ -394,7 +394,7 @@ class Bucket:
     def state_views(self, position: int) -> StateViews:
         """This rank's part of one parameter's state, as flat views."""
         views = {STEP: self.steps[position]}
-        for name in (*self.slots, MASTER):
+        for name in (*self.state_slots, MASTER):
             in_shard, _ = self.shard_values(name, position)
             views[name] = self.sharded(name)[in_shard]
         return StateViews(views)

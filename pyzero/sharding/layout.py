@@ -1,7 +1,7 @@
 """The map from parameters to buckets and shards: integers only, no tensors, no communication.
 
 A bucket is a flat run of parameters of one dtype and device, in the order in which backward is expected to finish their
-gradients. Inside it, parameters that share hyper-parameters lie side by side: a segment run. Each parameter starts at a
+gradients. Inside it, parameters that share hyper-parameters lie side by side: a run. Each parameter starts at a
 multiple of `GRANULE` elements, so that matrix kernels see aligned weights. A bucket is padded until every rank's shard
 is a multiple of it too. Only this file decides where a shard is cut: at equal lengths whatever lies there, or between
 parameters for an update rule that needs them whole.
@@ -63,7 +63,7 @@ class RunKey(NamedTuple):
 class ParamSpec:
     """What the layout must know of a parameter."""
 
-    index: int  # its number, in the order of registration
+    number: int  # in the order of registration
     numel: int
     element_bytes: int
     key: Key  # only equal keys share a bucket
@@ -72,10 +72,10 @@ class ParamSpec:
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamSlot:
     """Where a parameter lies in its bucket."""
 
-    index: int
+    number: int
     offset: int  # elements, a multiple of GRANULE
     numel: int
 
@@ -94,7 +94,7 @@ class BucketLayout:
     """One bucket: its parameters, and how it is cut."""
 
     key: Key
-    slots: tuple[Slot, ...]
+    param_slots: tuple[ParamSlot, ...]
     runs: tuple[Run, ...]  # without gaps
     shard_numel: int  # elements per rank, a multiple of GRANULE
     num_ranks: int
@@ -114,12 +114,12 @@ class BucketLayout:
         low, high = max(run.begin, begin), min(run.end, end)
         return (low - begin, high - begin) if low < high else (0, 0)
 
-    def counts(self, position: int) -> bool:
+    def in_norm(self, position: int) -> bool:
         """Whether a parameter counts for the global norm on this rank."""
-        offset = self.slots[position].offset
+        offset = self.param_slots[position].offset
         return next(run.key.in_norm for run in self.runs if run.begin <= offset < run.end)
 
-    def overlap(self, slot: Slot, rank: int) -> tuple[int, int]:
+    def overlap(self, slot: ParamSlot, rank: int) -> tuple[int, int]:
         """[begin, end) of the part of a parameter that a rank's shard holds, in elements of the parameter."""
         begin, end = self.shard_bounds(rank)
         low = min(max(begin - slot.offset, 0), slot.numel)
@@ -130,8 +130,8 @@ class BucketLayout:
         """Runs of (position of the slot, number of granules) over a rank's shard; a gap goes to the slot before."""
         begin, end = self.shard_bounds(rank)
         runs = []
-        for position, slot in enumerate(self.slots):
-            stop = self.slots[position + 1].offset if position + 1 < len(self.slots) else self.numel
+        for position, slot in enumerate(self.param_slots):
+            stop = self.param_slots[position + 1].offset if position + 1 < len(self.param_slots) else self.numel
             low, high = max(slot.offset, begin), min(stop, end)
             if low < high:
                 runs.append((position, (high - low) // GRANULE))
@@ -155,14 +155,14 @@ def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
     shard_numel = _round_up(-(-sum(sizes) // num_ranks), GRANULE)
     if cut is Cut.WHOLE:
         shard_numel = _smallest_shard(sizes, num_ranks, shard_numel)
-    slots: list[Slot] = []
+    slots: list[ParamSlot] = []
     starts: dict[RunKey, int] = {}
     offset = 0
     for spec, size in zip(ordered, sizes, strict=True):
         if cut is Cut.WHOLE and offset // shard_numel != (offset + size - 1) // shard_numel:
             offset = _round_up(offset, shard_numel)
         starts.setdefault(spec.run, offset)
-        slots.append(Slot(spec.index, offset, spec.numel))
+        slots.append(ParamSlot(spec.number, offset, spec.numel))
         offset += size
     ends = [*list(starts.values())[1:], shard_numel * num_ranks]
     runs = tuple(Run(key, begin, end) for (key, begin), end in zip(starts.items(), ends, strict=True))
@@ -208,8 +208,8 @@ def plan(
     arguments, so it is the same on all ranks.
     """
     if arrival is None:
-        arrival = sorted((spec.index for spec in specs), reverse=True)
-    by_index = {spec.index: spec for spec in specs}
+        arrival = sorted((spec.number for spec in specs), reverse=True)
+    by_number = {spec.number: spec for spec in specs}
     filling: dict[Key, list[ParamSpec]] = {}
     num_bytes: dict[Key, int] = {}
     full: list[tuple[int, BucketLayout]] = []  # (when the last of its parameters is expected, layout)
@@ -218,13 +218,13 @@ def plan(
 
     def close(key: Key) -> None:
         members = filling.pop(key)
-        arrives = max(place[spec.index] for spec in members)
+        arrives = max(place[spec.number] for spec in members)
         if key.cut is Cut.WHOLE:
             members = _spread(members, num_ranks)
         full.append((arrives, lay_out(members, num_ranks)))
 
     for index in arrival:
-        spec = by_index[index]
+        spec = by_number[index]
         size = spec.numel * spec.element_bytes
         if spec.key in filling and num_bytes[spec.key] + size > caps[spec.key]:
             close(spec.key)

@@ -33,7 +33,7 @@ class ParamBuckets:
         transport: Gives memory for weights.
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
         bucket_cap_bytes: Largest bytes of weights in a bucket.
-        counts: Whether a parameter counts for the norm on this rank.
+        in_norm: Whether a parameter counts for the norm on this rank.
         reduces: The optimizer averages gradients over ranks.
         init_sync: Make weights, frozen parameters and buffers what they are on rank 0.
         cpu_offload: See Bucket.
@@ -47,7 +47,7 @@ class ParamBuckets:
         transport: Transport,
         state: MutableMapping[Tensor, Any],
         bucket_cap_bytes: int,
-        counts: Callable[[Tensor], bool],
+        in_norm: Callable[[Tensor], bool],
         reduces: bool,
         init_sync: bool,
         cpu_offload: bool,
@@ -55,6 +55,7 @@ class ParamBuckets:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
+        self.places: dict[Tensor, tuple[Bucket, int]] = {}  # by parameter as the groups have it: where it lies
         # (num_params,) fp32: applied steps, bucket by bucket
         self.steps = torch.empty(0, dtype=torch.float32, device=device)
         self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
@@ -69,7 +70,7 @@ class ParamBuckets:
         self._transport = transport
         self._state = state
         self._bucket_cap_bytes = bucket_cap_bytes
-        self._counts = counts
+        self._in_norm = in_norm
         self._reduces = reduces
         self._init_sync = init_sync
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
@@ -121,21 +122,37 @@ class ParamBuckets:
     # ---- weights and masters ----------------------------------------------------------------------------------------
 
     def follow_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
-        """Have masters follow weights that others have written, or raise for all. keep_masters: see Bucket.follow."""
-        written = [bucket.written(every) for bucket in self.buckets]
+        """Have masters follow weights that others have written, or raise for all.
+
+        keep_masters: See Bucket.refresh_masters.
+        """
+        written = [bucket.foreign_writes(every) for bucket in self.buckets]
         num_written = sum(map(len, written))
         if num_written:
             with torch.no_grad():
                 for bucket, positions in zip(self.buckets, written, strict=True):
-                    bucket.follow(positions, keep_masters)
+                    self._tell_of_shared_memory([bucket.params[position] for position in positions])
+                    bucket.refresh_masters(positions, keep_masters)
             log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
-    def weights_were_written(self, used: Sequence[bool] | None = None) -> None:
+    def _tell_of_shared_memory(self, params: Iterable[Tensor]) -> None:
+        """Warn before weights move out of what share_memory() made, for other processes see no later step.
+
+        Over several ranks it is mp.spawn's own doing, which has handed them one model.
+        """
+        if self._group.size == 1 and self._device.type == "cpu" and any(param.data.is_shared() for param in params):
+            log.warning(
+                "weights that share_memory() has put into shared memory are moved out of it, and other processes see "
+                "no later step; let them read a copy of the model, which you write behind each step: "
+                "shared.load_state_dict(model.state_dict())"
+            )
+
+    def finish_weight_write(self, used: Sequence[bool] | None = None) -> None:
         """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
         for bucket in self.buckets:
             bucket.bump_versions(used)
         for bucket in self.buckets:
-            bucket.masters_are_in_sync()
+            bucket.note_weights_in_sync()
         self._reshard()
 
     def _reshard(self) -> None:
@@ -154,7 +171,7 @@ class ParamBuckets:
             gathers.append(self._group.all_gather_into(bucket.flat, bucket.weight_shard))
         for gather in gathers:
             gather.wait()
-        self.weights_were_written()
+        self.finish_weight_write()
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +201,7 @@ class ParamBuckets:
         check_not_gathered(params, (place.record for place in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
-                check_whole(param, spec.index, spec.key.rule)
+                check_whole(param, spec.number, spec.key.rule)
         if self._reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
@@ -195,6 +212,7 @@ class ParamBuckets:
             self._sync_others(roots, frozen, {*ours})
         if not params:
             return []
+        self._tell_of_shared_memory(params)
         self.params += params
         self.specs += specs
         owners = dict.fromkeys(fsdp[outer(param)].owner for param in params if outer(param) in fsdp)
@@ -235,7 +253,7 @@ class ParamBuckets:
             check_dtype(param, f"parameter {number}")
             rule = self._rules[group_index]
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
-            run = RunKey(group_index, self._counts(param))
+            run = RunKey(group_index, self._in_norm(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
             room = own.room if isinstance(own, LocalParam) else 0
             specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
@@ -250,7 +268,7 @@ class ParamBuckets:
         self._synced.update(frozen)
 
     def _make(self, layout: BucketLayout, index: int) -> Bucket:
-        numbers = [slot.index for slot in layout.slots]
+        numbers = [slot.number for slot in layout.param_slots]
         params = [self.params[number] for number in numbers]
         rule = self._rules[self.specs[numbers[0]].run.group_index]
         weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
@@ -267,7 +285,8 @@ class ParamBuckets:
             bucket.keep_steps_in(steps)
             for param, step in zip(bucket.params, steps, strict=True):
                 self._state[outer(param)] = StateViews({**self._state[outer(param)], STEP: step})
-        self._views = {outer(param): self._state[outer(param)] for bucket in self.buckets for param in bucket.params}
+        self.places = {outer(p): (bucket, place) for bucket in self.buckets for place, p in enumerate(bucket.params)}
+        self._views = {param: self._state[param] for param in self.places}
         self._views_ids = list(map(id, self._state.values()))
 
     def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
@@ -306,16 +325,15 @@ class ParamBuckets:
 
         keeps_state: False where the caller writes all state afterwards.
         """
-        if [layout.slots for layout in layouts] == [bucket.layout.slots for bucket in self.buckets]:
+        if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
         is_fresh = keeps_state and self._is_fresh()
         old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
-        places = {n: (bucket, place) for bucket in self.buckets for place, n in enumerate(bucket.numbers)}
         self._join_steps()
         for bucket in self.buckets:
             bucket.masters_from_weights()
         while old and keeps_state:
-            self._move_state(old.pop(), places, is_fresh)
+            self._move_state(old.pop(), is_fresh)
         return True
 
     def _is_fresh(self) -> bool:
@@ -323,15 +341,15 @@ class ParamBuckets:
         written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
         return not self._group.any_rank(written, "the agreement on state that was written")
 
-    def _move_state(self, old: Bucket, places: dict[int, tuple[Bucket, int]], is_fresh: bool) -> None:
+    def _move_state(self, old: Bucket, is_fresh: bool) -> None:
         for name in () if is_fresh else old.state_names:
             flat, per_value = self._group.gather_shards(old.to_send(name)), old.elements_per_value(name)
-            for slot in old.layout.slots:
-                bucket, position = places[slot.index]
+            for param, slot in zip(old.params, old.layout.param_slots, strict=True):
+                bucket, position = self.places[outer(param)]
                 begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)
                 bucket.write_state(position, {name: flat[begin : begin + num_values]})
-        for steps, number in zip(old.steps, old.numbers, strict=True):
-            bucket, position = places[number]
+        for param, steps in zip(old.params, old.steps, strict=True):
+            bucket, position = self.places[outer(param)]
             bucket.write_state(position, {STEP: steps})
 
 

@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyzero.arguments import refuse_unsupported
 from pyzero.comm.group import Group
+from pyzero.ops.loss_scale import STATE_SLOTS
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
@@ -36,10 +37,10 @@ def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: b
     return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
 
 
-def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[Bucket], group: Group) -> None:
+def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
     """Give the tensors of a torch state dict the parameters' shapes: over several ranks they become ShardedStates."""
     origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.are_alike
-    places = {outer(param): (bucket, i) for bucket in buckets for i, param in enumerate(bucket.params)}
+    places = param_buckets.places
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):
             if param in places:
@@ -47,8 +48,8 @@ def export_state(optimizer: Any, state_dict: dict[str, Any], buckets: Sequence[B
                 state_dict["state"][number] = {
                     n: _shaped(n, v, *places[param], group, origin, same_params) for n, v in values
                 }
-    for bucket in buckets:
-        bucket.masters_were_exported()
+    for bucket in param_buckets.buckets:
+        bucket.note_masters_exported()
 
 
 def _shaped(
@@ -72,7 +73,7 @@ def _shaped(
     low = sum(lengths[: group.rank])
     gather = partial(gather_parts, group, lengths=lengths)
     stride = bucket.whole_stride(name, position)
-    is_copy = same_params and not bucket.layout.counts(position)
+    is_copy = same_params and not bucket.layout.in_norm(position)
     fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather, is_copy=is_copy)
     if is_part:
         of = outer(param)
@@ -197,18 +198,18 @@ class RankState:
     def summary(self) -> Summary:
         """For agreed_cut()."""
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
-        return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[0]))
+        return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")]))
 
-    def forget_unloaded_masters(self, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
+    def forget_unloaded_masters(self, optimizer: Optimizer, param_buckets: ParamBuckets) -> None:
         """Drop masters that a checkpoint was not read into, so that they follow the weights.
 
         Those values are the optimizer's own memory, as `state_dict()` gave it, in which nothing was written since.
         """
-        buckets_of = {outer(param): bucket for bucket in buckets for param in bucket.params}
         for saved in self.params:
             view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
             if MASTER in values and local_of(values[MASTER]).data_ptr() == view.data_ptr() and view.numel():
-                if not buckets_of[saved.param].masters_were_written():
+                bucket, _ = param_buckets.places[saved.param]
+                if not bucket.masters_were_written():
                     saved.whole.pop(MASTER, None)
                     saved.parts.pop(MASTER, None)
 
@@ -291,7 +292,7 @@ def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int
 
 
 def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
-    bounds = {slot.index: layout.overlap(slot, rank) for layout in layouts for slot in layout.slots}
+    bounds = {slot.number: layout.overlap(slot, rank) for layout in layouts for slot in layout.param_slots}
     return {index: high - low for index, (low, high) in bounds.items()}
 
 

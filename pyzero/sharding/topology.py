@@ -106,7 +106,7 @@ class Topology:
             )
         return group if group.handle is None or group is not self.data else Group(group.handle)
 
-    def counts(self, param: Tensor) -> bool:
+    def in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""
         return all(dim.group.rank == 0 or _is_split(outer(param), dim) for dim in self.model)
 

@@ -180,6 +180,13 @@ def test_lightning_strategy_that_leaves_the_module_bare(results, size):
     assert result_of(results, size, "lightning_module")["bare"] == pytest.approx(two, rel=OTHER_ORDER)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_lightning_clips_in_mixed_precision(results, size, precision):
+    found = result_of(results, size, "lightning_module", "lightning")
+    assert found[f"ours_{precision}"] == pytest.approx(found[f"torch_{precision}"], rel=OTHER_ORDER)
+
+
 def test_peft_lora(results):
     two, one = (result_of(results, size, "peft_lora", "peft", "transformers") for size in (2, 1))
     assert two["losses"][-1] < 0.85 * two["losses"][0]

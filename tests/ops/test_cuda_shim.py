@@ -87,7 +87,7 @@ def test_module_unscales_a_torch_tensor() -> None:
     module = build.load()
     tensor = torch.randn(1001).bfloat16()
     found_inf, sumsq = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
-    workspace = torch.empty(module.grad_stats_workspace_bytes(0), dtype=torch.uint8)
+    workspace = torch.empty(module.grad_stats_workspace_bytes, dtype=torch.uint8)
     want = tensor * 0.25
 
     grad_stats = (found_inf.data_ptr(), sumsq.data_ptr(), True)
@@ -100,7 +100,7 @@ def test_module_unscales_a_torch_tensor() -> None:
 def test_sumsq_is_the_same_from_run_to_run() -> None:
     module = build.load()
     shard, slices = torch.empty(20_011), [torch.randn(20_011) for _ in range(3)]
-    workspace = torch.empty(module.grad_stats_workspace_bytes(0), dtype=torch.uint8)
+    workspace = torch.empty(module.grad_stats_workspace_bytes, dtype=torch.uint8)
     sums = []
     for _ in range(3):
         sumsq = torch.zeros(1)

@@ -112,7 +112,7 @@ def test_counters(target: Target) -> None:
 def test_the_optimizers_policy_is_the_ops() -> None:
     fields = {field.name for field in dataclasses.fields(LossScale)} - {"init_scale"}
     assert fields == set(LossScalePolicy._fields)
-    assert LossScale(min_scale=3.0, hysteresis=2).rule() == LossScalePolicy(min_scale=3.0, hysteresis=2)
+    assert LossScale(min_scale=3.0, hysteresis=2).op_policy() == LossScalePolicy(min_scale=3.0, hysteresis=2)
 
 
 def test_a_field_that_there_is_not() -> None:

@@ -943,6 +943,69 @@ def test_a_hook_may_take_a_gradient_away(run, size, stage, dtype):
     run(size, taken_by_a_hook, stage, dtype)
 
 
+def broken_by_a_hook(group: Any, stage: int, dtype: torch.dtype, sync: bool) -> None:
+    """On the last rank a hook that was there before the optimizer's raises behind the second gradient."""
+    raises = False
+
+    def hook(param: Tensor) -> None:
+        if raises:
+            raise ArithmeticError("on purpose")
+
+    first, second = (nn.Parameter(torch.zeros(64, dtype=dtype)) for _ in range(2))
+    first.register_post_accumulate_grad_hook(hook)
+    optimizer = pyzero.FusedZeroSGD([first, second], lr=1.0, process_group=group, stage=stage, loss_scale=None)
+    is_last = group.rank() == group.size() - 1
+    for _ in range(2):
+        with nullcontext() if sync else optimizer.no_sync():
+            (first.sum() + second.sum()).backward()
+            raises = is_last
+            with pytest.raises(ArithmeticError) if raises else nullcontext():
+                ((first * 2.0).sum() + (second * 0.0).sum()).backward()
+            raises = False
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(first, torch.full_like(first, -6.0))
+    assert torch.equal(second, torch.full_like(second, -2.0))
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@UP_TO_TWO
+def test_a_hook_that_raises_loses_no_earlier_gradient(run, size, stage, dtype, sync):
+    run(size, broken_by_a_hook, stage, dtype, sync)
+
+
+def dropped_after_a_hook_has_raised(group: Any, stage: int, to_none: bool) -> None:
+    param = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    raises = [False]
+
+    def hook(param: Tensor) -> None:
+        if raises[0]:
+            raise ArithmeticError("on purpose")
+
+    param.register_post_accumulate_grad_hook(hook)
+    optimizer = pyzero.FusedZeroSGD([param], lr=1.0, process_group=group, stage=stage, loss_scale=None)
+    module = nn.ParameterList([param])
+    for clears in (optimizer, module):
+        with optimizer.no_sync():
+            param.sum().backward()
+            raises[0] = True
+            with pytest.raises(ArithmeticError):
+                param.sum().backward()
+            raises[0] = False
+        clears.zero_grad(set_to_none=to_none)
+        (param * 4.0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(param, torch.full_like(param, -8.0))
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@UP_TO_TWO
+def test_what_a_hook_that_raised_left_can_be_dropped(run, size, stage, to_none):
+    run(size, dropped_after_a_hook_has_raised, stage, to_none)
+
+
 def assigned_to_a_frozen_one(group: Any, stage: int, reads: bool) -> None:
     trained, frozen, unused = (nn.Parameter(torch.full((64,), 2.0), requires_grad=i == 0) for i in range(3))
     optimizer = pyzero.FusedZeroAdam([trained, frozen, unused], **ADAM, process_group=group, stage=stage)

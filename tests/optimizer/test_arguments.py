@@ -216,6 +216,33 @@ def test_a_group_may_hold_values_of_the_loops_own():
     assert lion.param_groups[0]["epsilon"] == 0.1
 
 
+def rates_that_differ(group: Any, options: dict[str, Any], how: str) -> tuple[str, bool, bool]:
+    params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(3))]
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "weight_decay": 0.1}]
+    rate = torch.tensor(0.1) if how == "tensor" else 0.1
+    optimizer = pyzero.FusedZeroAdamW(groups, lr=rate, process_group=group, **options)
+    sum(param.sum() for param in params).backward()
+    if group.rank() == 1:
+        last = optimizer.param_groups[1]
+        last.update({"betas": (0.8, 0.99)} if how == "betas" else {"lr": last["lr"] * 2})
+    try:
+        optimizer.step()
+        message = "no error"
+    except RuntimeError as error:
+        message = str(error)
+    stays = all(bool((param == 1).all()) for param in params)
+    optimizer.param_groups[1].update(lr=0.1, betas=(0.9, 0.99))
+    optimizer.step()
+    return message, stays, all(bool((param < 1).all()) for param in params)
+
+
+@pytest.mark.parametrize("how", ["number", "tensor", "betas"])
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"reduce_grads": False}], ids=str)
+def test_hyper_parameters_that_differ_between_ranks_are_refused_on_all(ranks, options, how):
+    for message, stays, steps_then in ranks.run(2, rates_that_differ, options, how):
+        assert "got others on ranks [1] of 2" in message and stays and steps_then
+
+
 def test_a_parameter_twice_in_a_group_is_warned_of_and_updated_once():
     param, once = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):

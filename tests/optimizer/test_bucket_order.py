@@ -157,9 +157,9 @@ def test_runs_lie_side_by_side_and_fill_the_bucket():
             assert [layout.runs[0].begin, layout.runs[-1].end] == [0, layout.numel]
             for run, after in zip(layout.runs, layout.runs[1:], strict=False):
                 assert run.end == after.begin and run.end % GRANULE == 0
-            for slot in layout.slots:
+            for slot in layout.param_slots:
                 (owner,) = [run for run in layout.runs if run.begin <= slot.offset < run.end]
-                assert owner.key == specs[slot.index].run and slot.offset + slot.numel <= owner.end
+                assert owner.key == specs[slot.number].run and slot.offset + slot.numel <= owner.end
 
 
 def test_buckets_grow_with_the_ranks_that_share_one_on_gpus():
@@ -171,7 +171,7 @@ def test_buckets_grow_with_the_ranks_that_share_one_on_gpus():
 def test_launch_order_is_that_of_the_last_arrival():
     keys = [Key("bf16", "cpu"), Key("fp32", "cpu")]
     specs = [ParamSpec(i, 64, 2, keys[i in (1, 5)]) for i in range(6)]
-    order = [[slot.index for slot in layout.slots] for layout in plan(specs, 256, 2, [5, 4, 3, 2, 1, 0])]
+    order = [[slot.number for slot in layout.param_slots] for layout in plan(specs, 256, 2, [5, 4, 3, 2, 1, 0])]
     assert order == [[4, 3], [5, 1], [2, 0]]
 
 

@@ -161,6 +161,29 @@ def test_a_load_hook_may_replace_what_is_loaded():
     assert all(state["step"] == 1 for state in optimizer.state.values())
 
 
+class Imitation:
+    """A wrapper as Lightning's: it has the optimizer's class among its own, and none of its attributes."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Imitation", (Imitation, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def test_a_wrapper_that_imitates_the_class_answers_as_the_optimizer():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    wrapper = Imitation(optimizer)
+    give_gradients(params, 0)
+    norm = wrapper.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert isinstance(wrapper, pyzero.FusedZeroAdam)
+    torch.testing.assert_close(wrapper.grad_norm, norm)
+    torch.testing.assert_close(wrapper.clipped_grad_norm, torch.tensor(1.0))
+    assert wrapper.was_step_applied and wrapper.skipped_steps == 0
+
+
 def test_zero_grad_to_zeros():
     params, optimizer = lone(pyzero.FusedZeroAdam)
     give_gradients(params, 0)
@@ -369,6 +392,21 @@ def test_an_average_copied_into_the_model_is_followed(caplog):
     assert caplog.text.count("written outside the optimizer") == 1
     for param, mean in zip(model.parameters(), average.module.parameters(), strict=True):
         assert torch.equal(param, mean) and torch.equal(optimizer.full_master(param), mean.float())
+
+
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_weights_that_leave_shared_memory_are_told_of(when, caplog):
+    """torch's optimizers write them in place, where other processes see it."""
+    model = nn.Linear(3, 2)
+    if when == "before":
+        model.share_memory()
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), lr=LR)
+    if when == "after":
+        model.share_memory()
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert caplog.text.count("are moved out of it, and other processes see no later step") == (when != "never")
 
 
 def test_a_copied_model_is_whole_and_free():

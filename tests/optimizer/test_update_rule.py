@@ -159,12 +159,12 @@ def specs(*numels: int, cut: Cut = Cut.WHOLE) -> list[ParamSpec]:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 def test_whole_cuts_go_between_parameters(num_ranks):
     layout = lay_out(specs(64, 1000, 3, 640, 0, 500, 64, 64), num_ranks)
-    for slot in layout.slots:
+    for slot in layout.param_slots:
         parts = [layout.overlap(slot, rank) for rank in range(num_ranks)]
         assert sorted(high - low for low, high in parts)[:-1] == [0] * (num_ranks - 1)
         assert max(high - low for low, high in parts) == slot.numel
-    ends = [slot.offset + slot.numel for slot in layout.slots]
-    assert all(end <= after.offset for end, after in zip(ends, layout.slots[1:], strict=False))
+    ends = [slot.offset + slot.numel for slot in layout.param_slots]
+    assert all(end <= after.offset for end, after in zip(ends, layout.param_slots[1:], strict=False))
     assert ends[-1] <= layout.numel and layout.shard_numel % GRANULE == 0
 
 

@@ -8,6 +8,7 @@ from models import DTYPES
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.gradients import pieces
 from pyzero.sharding.layout import Cut, Key, ParamSpec, plan
 
 STEPS = 4
@@ -107,6 +108,32 @@ def test_it_is_torchs(ranks, size, stage, options, dtype):
                 # An update is rounded to bf16 after each of 15 products: where momenta differ by one bit of fp32, a few
                 # of its elements differ by one of bf16.
                 torch.testing.assert_close(state[name].flatten(), value.flatten(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def weights_and_zeros(group: Any, most_zeros: int) -> tuple[list[Tensor], int]:
+    """Weights after two steps, and elements of the zeros that gaps between matrices are filled with."""
+    model = build(torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "_MOST_ZEROS", most_zeros)
+        optimizer = optimizer_over(model, group, stage=1)
+        for step in range(2):
+            optimizer.zero_grad()
+            backward(model, step, group.rank(), group.size())
+            optimizer.step()
+    held = {
+        piece.zeros.untyped_storage().data_ptr(): piece.zeros.untyped_storage().nbytes()
+        for grads in optimizer._gradients._grads
+        for piece in grads._pieces._pieces
+        if piece.zeros is not None
+    }
+    return [param.detach().clone() for param in model.parameters()], sum(held.values()) // 2
+
+
+def test_gaps_are_filled_from_few_zeros(ranks):
+    whole, cut = (ranks.run(2, weights_and_zeros, most_zeros) for most_zeros in (2**18, 7))
+    for (weights, many), (same, few) in zip(whole, cut, strict=True):
+        assert 0 < few <= 2 * 7 < many  # two buckets
+        assert all(map(torch.equal, weights, same))
 
 
 def test_a_skipped_step_and_a_matrix_without_gradient():

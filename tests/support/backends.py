@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pyzero.ops import env, native, registry, rows
 
@@ -60,9 +59,6 @@ class ShimBackend(native.CudaBackend):
 
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         return 0, 0
-
-    def _grad_stats_workspace(self, device: torch.device) -> Tensor | None:
-        return torch.empty(self.module.grad_stats_workspace_bytes(0), dtype=torch.uint8)
 
 
 @functools.cache

@@ -330,7 +330,9 @@ def accelerate_grad_scaler(folder):
 def lightning_module(folder):
     """The example in both manners, on from its checkpoint, and with a strategy that leaves the module bare."""
     import lightning_module as example
+    from lightning.pytorch.plugins import MixedPrecision
     from lightning.pytorch.strategies import DDPStrategy
+    from torch.amp import GradScaler
 
     from pyzero import FusedZeroAdamW
 
@@ -341,6 +343,13 @@ def lightning_module(folder):
     class BareModule(example.Module):
         def configure_optimizers(self):
             return FusedZeroAdamW(self.parameters(), lr=1e-2)
+
+    class TorchModule(example.Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+        def on_save_checkpoint(self, checkpoint):
+            """torch's state is whole on rank 0."""
 
     result = {}
     for automatic in (True, False):
@@ -354,6 +363,16 @@ def lightning_module(folder):
         resume = str(place / "saved.ckpt")
         result[f"{name}_resumed"], _ = example.main(str(place), automatic=automatic, epochs=2, resume=resume)
     bare, _ = example.main(str(folder / "bare"), epochs=2, module_class=BareModule, strategy=BareStrategy())
+    for name, kind, strategy in (("torch", TorchModule, DDPStrategy), ("ours", BareModule, BareStrategy)):
+        for precision in ("bf16", "16"):
+            scaler = GradScaler("cpu", init_scale=64.0) if precision == "16" else None
+            result[f"{name}_{precision}"], _ = example.main(
+                str(folder / f"lightning_{name}"),
+                epochs=1,
+                module_class=kind,
+                strategy=strategy(),
+                plugins=[MixedPrecision(f"{precision}-mixed", "cpu", scaler)],
+            )
     return {name: mean(losses) for name, losses in {**result, "bare": bare}.items()}
 
 
