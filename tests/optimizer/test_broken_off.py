@@ -22,7 +22,7 @@ TIMEOUT_S = 3  # with "exact" the others wait so long
 BAD_RANK = 1
 IN_TORN_STATE = "update", "move", "load"
 PLACES: dict[str, tuple[Any, str]] = {  # what raises, when it is called for the second time
-    "sum": (BucketGrads, "add"),
+    "sum": (BucketGrads, "reduce_slices"),
     "message": (Work, "wait"),
     "update": (ShardUpdater, "update"),
     "move": (ParamBuckets, "_make"),
