@@ -141,7 +141,7 @@ def checked_step(step: Scalar, segment_ids: Tensor | None, active: Tensor | None
         step = as_scalar("step", step, device)
     elif isinstance(step, Tensor):
         _check_per_segment("step", step, device)
-        if active is not None:
+        if active is not None and active.numel() != step.numel():
             check_flat("active", active, numel=step.numel())
     else:
         raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")

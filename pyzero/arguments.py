@@ -235,6 +235,8 @@ def check_no_grad(group: dict[str, Any]) -> None:
 
 def as_number(name: str, value: Any) -> float:
     """An option as a float. TypeError where it is none: text too, which float() reads and an update does not."""
+    if type(value) is float:  # the usual case, asked in each step
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -270,8 +272,8 @@ def check_betas(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if isinstance(betas, str) or not hasattr(betas, "__len__") or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; expected two, as in betas=(0.9, 0.999)")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= as_number(f"betas[{index}]", beta) < 1.0:
+    for index, (name, beta) in enumerate(zip(("betas[0]", "betas[1]"), betas, strict=True)):
+        if not 0.0 <= as_number(name, beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
 
 

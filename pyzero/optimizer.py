@@ -208,7 +208,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
     def _take_step(self) -> None:
         self._param_buckets.follow_weights()
         stats, unscale = self._collect("step"), self._take_grad_scale()
-        self._overflow.check(stats.num_skips_in_a_row, self._describe)
+        self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
         # Ranks that have updated their shards count on the other shards.
         with self._writing():
             self._learn_arrival()

@@ -189,8 +189,11 @@ class StateAccess(FullAccess, Optimizer):
     def _writing(self) -> Iterator[None]:
         """Around what writes weights and state on all ranks: broken off on one, nothing is sent or saved after it."""
         self._is_torn = True
-        with self._group.lockstep(self._topology.model_groups):
+        try:
             yield
+        except BaseException as error:
+            self._group.break_off(error, "a step or a load", self._topology.model_groups)
+            raise
         self._is_torn = False
 
     def _check_whole(self) -> None:

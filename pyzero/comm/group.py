@@ -206,9 +206,13 @@ class Group:
         except but:
             raise
         except BaseException as error:
-            for group in (self, *beside):
-                group._give_up(f"{what} was broken off by {type(error).__name__}")
+            self.break_off(error, what, beside)
             raise
+
+    def break_off(self, error: BaseException, what: str, beside: Sequence[Group] = ()) -> None:
+        """Send nothing more, in this group and those beside it: what all go through to its end has failed here."""
+        for group in (self, *beside):
+            group._give_up(f"{what} was broken off by {type(error).__name__}")
 
     def awaited(self, what: str) -> AbstractContextManager[None]:
         """Around a collective that is begun and waited for: broken off, its result is lost to this rank alone."""

@@ -66,7 +66,7 @@ class GlobalGradStats:
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
     has_unsent: bool  # some rank has gradients that no round has reduced: to be gathered again after one
     unsent_is_scaled: bool  # which carry the loss scale
-    num_skips_in_a_row: int  # as far as any host knows
+    num_skips_in_a_row: int  # as far as any host knows that has told it
     unscale: Tensor | None  # 0-D fp32 that Adam is still to multiply by
 
     @cached_property
@@ -135,13 +135,13 @@ class GradStatsExchange:
             RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one; or the ranks
                 step with different hyper-parameters.
         """
-        facts = self._facts()
-        assert facts is not None
-        num_skips, hyper_parameters = facts()
-        used = tuple(mine.used)
+        used, num_skips = tuple(mine.used), 0
         unsent = {int(mine.unsent)}
         rows = mine.rows
         if self._group.size > 1:
+            facts = self._facts()
+            assert facts is not None
+            num_skips, hyper_parameters = facts()
             edits = mine.edits or [0] * len(used)
             states = [2 * num + use for num, use in zip(edits, used, strict=True)]
             half_edited = -1 if mine.half_edited is None else mine.half_edited
