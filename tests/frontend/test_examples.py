@@ -150,8 +150,9 @@ def test_deepspeed_script_differs_by_its_import_alone():
     ]
 
 
-def test_minimal_learns():
-    printed = run(*TORCHRUN, ROOT / "examples" / "minimal.py")
+@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["alone", "torchrun"])
+def test_minimal_learns(launcher):
+    printed = run(*launcher, ROOT / "examples" / "minimal.py")
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", printed, re.MULTILINE)]
     assert len(losses) == 4 and losses[-1] < 0.1 * losses[0], printed
 
