@@ -1,10 +1,14 @@
+import os
+
 import torch
 import torch.distributed as dist
 
 from pyzero import FusedZeroAdamW
 
-dist.init_process_group("gloo")  # on GPUs "nccl", and everything .to(f"cuda:{dist.get_rank()}")
-torch.manual_seed(dist.get_rank())  # each rank draws its own data; all get rank 0's weights
+rank = int(os.environ.get("RANK", 0))  # torchrun's; without it this is the only process
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")  # on GPUs "nccl", and everything .to(f"cuda:{rank}")
+torch.manual_seed(rank)  # each rank draws its own data; all get rank 0's weights
 model = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1)).bfloat16()
 optimizer = FusedZeroAdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
 for step in range(301):
@@ -13,6 +17,7 @@ for step in range(301):
     loss.backward()  # averages the gradients over the ranks; each keeps its part of them
     optimizer.step()
     optimizer.zero_grad()
-    if step % 100 == 0 and dist.get_rank() == 0:
+    if step % 100 == 0 and rank == 0:
         print(f"step {step}: loss {loss.item():.3f}")
-dist.destroy_process_group()
+if dist.is_initialized():
+    dist.destroy_process_group()

@@ -47,7 +47,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--data", help="a text file; default: the Python standard library")
 parser.add_argument("--checkpoint", help="a folder: resume from it, on any number of replicas, and save to it")
 args = parser.parse_args()

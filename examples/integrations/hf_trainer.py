@@ -29,6 +29,7 @@ def main(folder="runs/trainer", dtype=torch.bfloat16, steps=60, resume=False, tr
         max_steps=steps,
         learning_rate=1e-2,
         max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         **{**defaults, **arguments},
     )

@@ -1,4 +1,4 @@
-"""A LightningModule with automatic and with manual optimisation, under strategy="ddp", which averages the gradients.
+"""A LightningModule with automatic and with manual optimisation, under DDP, which averages the gradients.
 
 python examples/integrations/lightning_module.py
 torchrun --standalone --nproc-per-node 2 examples/integrations/lightning_module.py
@@ -17,9 +17,8 @@ from pyzero import FusedZeroAdamW
 class Module(lightning.LightningModule):
     def __init__(self, automatic):
         super().__init__()
-        self.automatic_optimization = automatic
         self.model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
-        self.losses = []
+        self.automatic_optimization, self.losses = automatic, []
 
     def configure_optimizers(self):
         return FusedZeroAdamW(self.parameters(), lr=1e-2, reduce_grads=False)  # DDP has reduced them
@@ -35,8 +34,10 @@ class Module(lightning.LightningModule):
         self.losses.append(loss.item())
         return loss
 
-    def on_save_checkpoint(self, checkpoint):  # on all ranks: rank 0's file holds the whole state, not its shard
-        checkpoint["optimizer_states"] = [self.optimizers().full_state_dict(to=0)]
+
+class WholeState(lightning.pytorch.strategies.DDPStrategy):
+    def optimizer_state(self, optimizer):  # on all ranks: rank 0's file holds the whole state, not its shard
+        return optimizer.full_state_dict(to=0)
 
 
 def main(folder="runs/lightning", automatic=True, epochs=6, resume=None, module_class=Module, **options):
@@ -45,7 +46,7 @@ def main(folder="runs/lightning", automatic=True, epochs=6, resume=None, module_
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     loader = DataLoader(TensorDataset(x, x @ torch.randn(16, 4)), batch_size=16 // num_ranks)
     module = module_class(automatic)
-    options = {"strategy": "ddp", **({"gradient_clip_val": 1.0} if automatic else {}), **options}
+    options = {"strategy": WholeState(), **({"gradient_clip_val": 1.0} if automatic else {}), **options}
     trainer = lightning.Trainer(default_root_dir=folder, max_epochs=epochs, devices=num_ranks, logger=False, **options)
     trainer.fit(module, loader, ckpt_path=resume)
     return module.losses, trainer

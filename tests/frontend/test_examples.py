@@ -1,6 +1,8 @@
 """The examples, as a user starts them; a run that is interrupted leaves no process and no part of a file."""
 
+import ast
 import csv
+import inspect
 import os
 import re
 import signal
@@ -10,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from pyzero.optimizer import ZeroOptimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_GPT = ROOT / "examples" / "train_gpt.py"
@@ -150,8 +154,9 @@ def test_deepspeed_script_differs_by_its_import_alone():
     ]
 
 
-def test_minimal_learns():
-    printed = run(*TORCHRUN, ROOT / "examples" / "minimal.py")
+@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["alone", "torchrun"])
+def test_minimal_learns(launcher):
+    printed = run(*launcher, ROOT / "examples" / "minimal.py")
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss (\S+)$", printed, re.MULTILINE)]
     assert len(losses) == 4 and losses[-1] < 0.1 * losses[0], printed
 
@@ -169,3 +174,12 @@ def test_documents_name_files_that_exist(name):
     wanted = [word for word in words if "NAME" not in word and not word.startswith(written_by_make)]
     assert len(wanted) > 5
     assert [word for word in wanted if not (ROOT / word).exists()] == []
+
+
+def test_the_table_of_options_is_the_optimizers():
+    options = inspect.signature(ZeroOptimizer).parameters.values()
+    rows = re.findall(r"^\| `(\w+)` \| `?([^|`]*)`? \|", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
+    defaults = {option.name: option.default for option in options if option.kind == option.KEYWORD_ONLY}
+    assert [name for name, _ in rows] == [*defaults]
+    for name, told in rows:
+        assert name == "process_group" or ast.literal_eval(told) == defaults[name], name

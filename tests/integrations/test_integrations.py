@@ -187,6 +187,11 @@ def test_lightning_clips_in_mixed_precision(results, size, precision):
     assert found[f"ours_{precision}"] == pytest.approx(found[f"torch_{precision}"], rel=OTHER_ORDER)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_lightning_saves_without_a_warning_of_lost_shards(results, size):
+    assert result_of(results, size, "lightning_module", "lightning")["warned"] == []
+
+
 def test_peft_lora(results):
     two, one = (result_of(results, size, "peft_lora", "peft", "transformers") for size in (2, 1))
     assert two["losses"][-1] < 0.85 * two["losses"][0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, lay_out
 from pyzero.update_rule import Cut, RunShard, StateSlot, Values
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((12, 11), (70,), (3, 5), (40, 2), (), (130,))
 STEPS = 4
 
@@ -149,6 +153,42 @@ def test_state_bytes_go_by_slots():
     assert optimizer.state_bytes() == 1024 * (4 + 8) + 1024 // GRANULE * 4
     by_slots = estimate(model, rule=NormalizedRule()).state
     assert by_slots == optimizer.state_bytes() + 4 * (1024 // GRANULE) + 4  # segment ids, step count
+
+
+def trained_by_the_recipe(group: Any, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Weights and momentum after each step, of which the third is skipped; in the first a parameter is unused."""
+    recipe = (ROOT / "docs" / "recipes.md").read_text().partition("## An update rule of your own")[2]
+    names = {"model": build(dtype)}
+    rule, made = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
+    exec(rule, names)
+    names["ZeroOptimizer"] = functools.partial(ZeroOptimizer, process_group=group)
+    exec(made, names)
+    model, optimizer, found = names["model"], names["optimizer"], []
+    for number in range(STEPS):
+        if number != 2:
+            step(optimizer, model, number, group.rank(), group.size())
+        else:
+            optimizer.zero_grad()
+            sum(p.float().sum() * float("nan") for p in model).backward()
+            optimizer.step()
+        found.append([p.detach().cpu().clone() for p in model])
+        found[-1] += [optimizer.full_state(p)["momentum"].cpu() for p in model]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_rule_of_the_recipes(ranks, size, dtype):
+    start = [p.detach().cpu() for p in build(dtype)]
+    for found in ranks.run(size, trained_by_the_recipe, dtype):
+        first, second, skipped, last = found
+        num = len(SHAPES)
+        assert torch.equal(first[0], start[0]) and not first[num].any(), "unused"
+        assert torch.equal(first[1], (start[1].float() - 1e-3).to(dtype)) and (first[num + 1] > 0).all()
+        assert all(torch.equal(a, b) for a, b in zip(second, skipped, strict=True))
+        means = torch.cat([first[num + i].flatten() for i in range(1, num)])
+        assert torch.linalg.vector_norm(means) == pytest.approx(1.0, rel=1e-6)  # it was clipped
+        assert (last[num + 1] > 0.9 * skipped[num + 1]).all()
 
 
 def specs(*numels: int, cut: Cut = Cut.WHOLE) -> list[ParamSpec]:
