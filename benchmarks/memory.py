@@ -1,8 +1,7 @@
 """Bytes on each rank, at rest and at the peak, on 1 to 4 ranks: FusedZeroAdamW, what pyzero.estimate says, and peers.
 
 On a CPU the process's resident bytes, pages that ranks share counted once over all of them; on a GPU the allocator's.
-Activations of 16 rows are in them, and for ours up to 64 MiB of pages kept for the next buffers, and the rest of each
-flat buffer's last page of 2 MiB (docs/measured.md).
+Activations of 16 rows are in them, and for ours up to 64 MiB of pages kept for the next buffers (docs/measured.md).
 """
 
 from __future__ import annotations

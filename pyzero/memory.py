@@ -26,10 +26,10 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(numel,) zeros, as torch.zeros."""
+    """(numel,) zeros, as torch.zeros. For what stays: the end of it lies in small pages, not in half of a huge one."""
     if _is_small(numel, dtype, device):
         return torch.zeros(numel, dtype=dtype, device=device)
-    return torch.frombuffer(_map(_whole_pages(numel * dtype.itemsize)), dtype=dtype, count=numel)
+    return torch.frombuffer(_map(numel * dtype.itemsize), dtype=dtype, count=numel)
 
 
 def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

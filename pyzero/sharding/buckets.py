@@ -136,7 +136,8 @@ class Bucket:
         for position, param in enumerate(params):  # its own memory is freed one parameter at a time
             self._take_in(position, param, param.data)
 
-        self.master = self.weight_shard if self.is_master else self._empty(torch.float32)  # (shard_numel,) fp32
+        # (shard_numel,) fp32
+        self.master = self.weight_shard if self.is_master else self._zeros(layout.shard_numel, torch.float32)
         self._exported_version = 0  # version of the masters when a state dict last showed them
         self.state_slots = {slot.name: slot for slot in rule.slots}
         self.state = {  # by slot: (shard_numel,), or one value per granule
@@ -162,10 +163,6 @@ class Bucket:
         self._versions[position] = param._version
         if not isinstance(param, LocalParam):  # fully_shard's modules hold theirs too
             self._storages[position] = StorageWeakRef(param.untyped_storage())
-
-    def _empty(self, dtype: torch.dtype) -> Tensor:
-        numel = self.layout.shard_numel
-        return self._zeros(numel, dtype) if self._on_host else memory.empty(numel, dtype, self.device)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return (memory.pinned if self._on_host else memory.zeros)(numel, dtype, self.device)
