@@ -55,7 +55,7 @@ def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = N
         {"param_groups": groups, "model": {}, "tied": theirs.shared},
         {"client_state": theirs.client_state, "lr_scheduler": theirs.lr_scheduler},
     )
-    return Writer(Group.alone(), out, theirs.global_steps, None, lambda: content).run()
+    return Writer(Group(is_alone=True), out, theirs.global_steps, None, lambda: content).run()
 
 
 class Exported(NamedTuple):

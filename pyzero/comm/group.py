@@ -74,10 +74,11 @@ class Group:
     on another rank do not meet each other's.
     """
 
-    def __init__(self, process_group: Any = None) -> None:
-        process_group = process.unwrapped(process_group)
-        initialized = dist.is_available() and dist.is_initialized()
-        if not initialized:
+    def __init__(self, process_group: Any = None, *, is_alone: bool = False) -> None:
+        """is_alone: One rank, whatever has been initialised."""
+        process_group = process.process_group_of(process_group)
+        initialized = not is_alone and dist.is_available() and dist.is_initialized()
+        if not initialized and not is_alone:
             process.check_alone(process_group)
         parent = (process_group or dist.group.WORLD) if initialized else None
         if parent is not None and dist.get_rank(parent) < 0:
@@ -89,6 +90,9 @@ class Group:
         self.rank: int = dist.get_rank(parent) if initialized else 0
         self.where = "before the first backward"  # for messages: what the optimizer is at
         self.handle: Any = None
+        self._channel = channels.Channel(None, serial=0)  # alone: nothing is sent in it
+        self._timeout: timedelta | None = None
+        self._blocks = False
         self._mesh: Any = None
         self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
         self.host: HostRanks | None = None
@@ -100,15 +104,6 @@ class Group:
                 self._channel = leased_from.lease(parent, self._timeout)
             self.handle = self._channel.handle
             weakref.finalize(self, leased_from.give_back, self._channel)
-
-    @classmethod
-    def alone(cls) -> Group:
-        """One rank, whatever has been initialised."""
-        group = cls.__new__(cls)
-        group.size, group.rank, group.where = 1, 0, ""
-        group.handle = group._mesh = group.host = group._timeout = None
-        group.hosts, group._blocks = [], False
-        return group
 
     def members(self) -> list[int]:
         """Its ranks, as the default group numbers them."""
@@ -151,8 +146,7 @@ class Group:
 
     def _give_up(self, reason: str) -> None:
         """Send nothing more, and tell the ranks that share memory."""
-        if hasattr(self, "_channel"):
-            self._channel.is_broken = True
+        self._channel.is_broken = True
         if self.host is not None:
             self.host.give_up(reason)
 

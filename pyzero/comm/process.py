@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_ahead: Any = None  # the group of join_ahead()
+_early_group: Any = None  # the group of join_early()
 
 
 def device() -> torch.device:
@@ -36,17 +36,17 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def unwrapped(process_group: Any) -> Any:
+def process_group_of(process_group: Any) -> Any:
     """A ProcessGroup: itself, or that of a DeviceMesh of one dimension; None stays None."""
     return process_group.get_group() if hasattr(process_group, "get_group") else process_group
 
 
 def handle_of(process_group: Any) -> Any:
     """The same, with the default group for None."""
-    return unwrapped(process_group) or dist.group.WORLD
+    return process_group_of(process_group) or dist.group.WORLD
 
 
-def place_in(process_group: Any) -> tuple[int, int]:
+def rank_and_size_in(process_group: Any) -> tuple[int, int]:
     """(rank, size) of this process in a group."""
     handle = handle_of(process_group)
     return dist.get_rank(handle), dist.get_world_size(handle)
@@ -75,17 +75,17 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
     return True
 
 
-def join_ahead(backend: str | None = None) -> None:
+def join_early(backend: str | None = None) -> None:
     """`join` before there is an engine: the next one leaves the group in its stead."""
-    global _ahead
+    global _early_group
     if join(backend):
-        _ahead = dist.group.WORLD
+        _early_group = dist.group.WORLD
 
 
-def take_ahead() -> bool:
-    """Whether `join_ahead` has made the default group, and nobody has asked yet."""
-    global _ahead
-    group, _ahead = _ahead, None
+def claim_early_group() -> bool:
+    """Whether `join_early` has made the default group, and nobody has asked yet."""
+    global _early_group
+    group, _early_group = _early_group, None
     return group is not None and group is dist.group.WORLD
 
 

@@ -99,7 +99,7 @@ def initialize(
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
     settings = _settings_of(config, config_params, *of_args)
     backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
-    joined = process.take_ahead() or (dist_init_required is not False and process.join(backend))
+    joined = process.claim_early_group() or (dist_init_required is not False and process.join(backend))
     process.take_device()
     tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
     parallel = _parallelism(model, settings, mesh, mpu, tp_size)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.sharding.buckets import conversion_error, flatten
-from pyzero.sharding.local_param import unwrapped
+from pyzero.sharding.local_param import awaited
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 _MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
@@ -129,7 +129,7 @@ class ParamGrad:
             )
         was_reduced = self.forget()
         if grad is not None:
-            self._keep(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else unwrapped(grad), grad)
+            self._keep(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else awaited(grad), grad)
             self.show()
         return was_reduced
 
@@ -211,7 +211,7 @@ class ParamGrad:
         elif grad is self._shown and self._local is not None:  # added in place
             self._keep(self._local, self._shown)
         else:
-            self._keep(unwrapped(grad), grad)
+            self._keep(awaited(grad), grad)
 
     def finish_arrival(self) -> None:
         """Take the gradient of a backward that ended between `.grad` and our hook: another hook raised.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyzero.sharding.buckets import Bucket
-from pyzero.sharding.local_param import unwrapped
+from pyzero.sharding.local_param import awaited
 
 _MOST_ZEROS = 2**18  # elements; a longer gap, as a rule of whole matrices leaves them, is filled by several pieces
 
@@ -69,7 +69,7 @@ class Pieces:
                 grad = grads[position]
                 if grad is None:
                     continue
-                grad = unwrapped(grad)
+                grad = awaited(grad)
                 grad = grad.resolve_neg() if _is_negated(grad) else grad
                 is_flat = grad.dim() == 1 or self._are_contiguous[position]
                 piece = grad if is_flat and grad.is_contiguous() else self._bucket.flat_of(grad, position)

@@ -30,8 +30,8 @@ def outer(param: Tensor) -> Tensor:
 
 def local_of(tensor: Any) -> Tensor:
     """A DTensor's local tensor, after pending collectives; any other tensor as it is."""
-    local = tensor._local_tensor if is_dtensor(tensor) else tensor
-    return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]  # an AsyncCollectiveTensor
+    local: Tensor = awaited(tensor._local_tensor if is_dtensor(tensor) else tensor)
+    return local
 
 
 def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
@@ -58,9 +58,9 @@ def whole_of(value: Any) -> Any:
     return value.full_tensor() if is_part else value
 
 
-def unwrapped(grad: Any) -> Any:
+def awaited(tensor: Any) -> Any:
     """The result of a functional collective, which a backward may give, as a tensor with memory; else as it is."""
-    return grad.wait() if type(grad).__name__ == "AsyncCollectiveTensor" else grad
+    return tensor.wait() if type(tensor).__name__ == "AsyncCollectiveTensor" else tensor
 
 
 def empty_on_host(tensor: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.comm.process import unwrapped
+from pyzero.comm.process import process_group_of
 from pyzero.sharding.local_param import is_dtensor, outer
 
 _Ranks = tuple[int, ...]
@@ -118,7 +118,7 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
         ValueError: The DTensors' meshes do not tell which ranks hold the same weights.
     """
     dtensors = [param for param in params if is_dtensor(param)]
-    model_parallel = [] if model_parallel_group is None else [unwrapped(model_parallel_group)]
+    model_parallel = [] if model_parallel_group is None else [process_group_of(model_parallel_group)]
     if not dtensors:
         data = Group(process_group)
         return Topology(data, tuple(ModelDim(Group(handle), (), False) for handle in model_parallel))
@@ -126,9 +126,9 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     found = {dim.ranks: dim.process_group for dim in of_mesh}
     split = {dim.ranks for dim in of_mesh if not dim.placement.is_replicate()}
     beside = {_ranks_of(handle): handle for handle in model_parallel}
-    asked = unwrapped(process_group)
+    asked = process_group_of(process_group)
     data_handle = _data_group(dtensors, {**beside, **found}, split, asked)
-    data = Group.alone() if data_handle is None else Group(data_handle)
+    data = Group(is_alone=True) if data_handle is None else Group(data_handle)
     model = {**found, **beside}
     if data_handle is not None:
         model.pop(_ranks_of(data_handle), None)

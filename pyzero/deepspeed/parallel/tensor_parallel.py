@@ -51,7 +51,7 @@ def tp_model_init(
     Raises:
         ValueError: The ranks are no multiple of tp_size.
     """
-    process.join_ahead()
+    process.join_early()
     if tp_size > 1:
         groups.set_current(parallelism_of(_mesh_over(tp_size), None))
         _asked[model] = tp_size
@@ -85,7 +85,7 @@ def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
     """
     if mesh is not None or mpu is not None:
         parallel = parallelism_of(mesh, mpu)
-        found = 1 if parallel.model_group is None else process.place_in(parallel.model_group)[1]
+        found = 1 if parallel.model_group is None else process.rank_and_size_in(parallel.model_group)[1]
         if found != size:
             raise ValueError(
                 f"expected {'mesh' if mpu is None else 'mpu'} with {size} tensor-parallel ranks, as "
@@ -116,7 +116,7 @@ def _mesh_of(parallel: Parallelism) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     places: list[Any] = [None] * comm.get_world_size()
-    comm.all_gather_object(places, (parallel.data_rank, process.place_in(parallel.model_group)[0]))
+    comm.all_gather_object(places, (parallel.data_rank, process.rank_and_size_in(parallel.model_group)[0]))
     ranks = [rank for _, rank in sorted((place, rank) for rank, place in enumerate(places))]
     if len(set(places)) < len(places) or len(ranks) % parallel.data_size:
         raise ValueError(

@@ -63,14 +63,14 @@ class Init:
         mpu: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._group = Group.alone()
+        self._group = Group(is_alone=True)
         self._dtype = dtype
         self._device = torch.device("cpu") if remote_device in ("cpu", "nvme") else None
         given = config if config_dict_or_path is None else config_dict_or_path
         if not enabled:
             return
         zero = None if given is None else load(given).zero_optimization
-        process.join_ahead(process.backend_to_join(from_host=zero is not None and zero.offloads_params()))
+        process.join_early(process.backend_to_join(from_host=zero is not None and zero.offloads_params()))
         if zero is not None and zero.stage < 3:
             log.info("zero.Init: the model is built whole, as without it, for the config's stage is below 3")
         elif process.rank_and_size()[1] == 1:
