@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -130,24 +131,35 @@ class HyperParameters:
     """What ranks compare of their parameter groups: one number, computed anew where a value has changed."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._values_of = itemgetter("lr", *names)
+        self._names = tuple(names)
         self._values: list[Any] = []
         self._checksum = 0
 
     def checksum(self, groups: Sequence[dict[str, Any]]) -> int:
-        """Of the values in all groups; without tensors on a GPU, which the host would wait for."""
-        values = [self._values_of(group) for group in groups]
-        if any([isinstance(lr, Tensor) for lr, *_ in values]):
-            values = [tuple(map(_on_host, group)) for group in values]
+        """Of the values in all groups, as fp32; without tensors on a GPU, which the host would wait for."""
+        values = [_comparable(value) for group in groups for value in map(group.get, self._names)]
         if values != self._values:
             self._values, self._checksum = values, zlib.crc32(repr(values).encode())
         return self._checksum
 
 
-def _on_host(value: Any) -> Any:
-    if not isinstance(value, Tensor):
+_FP32 = struct.Struct("f")
+
+
+def _comparable(value: Any) -> Any:
+    """Equal, and printed alike, where ranks step alike. Of what is neither number, text nor a sequence, the type."""
+    if isinstance(value, (float, int)):
+        try:
+            return _FP32.pack(value + 0.0)  # -0.0 becomes 0.0
+        except OverflowError:
+            return float(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_comparable, value))
+    if isinstance(value, Tensor):
+        return _comparable(value.item()) if value.device.type == "cpu" and value.numel() == 1 else None
+    if value is None or isinstance(value, str):
         return value
-    return value.tolist() if value.device.type == "cpu" else None
+    return _comparable(float(value)) if isinstance(value, numbers.Real) else type(value).__name__
 
 
 def _check_memory(param: Tensor, name: str) -> None:

@@ -209,6 +209,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._param_buckets.follow_weights()
         stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
+        self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
         # Ranks that have updated their shards count on the other shards.
         with self._writing():
             self._learn_arrival()
@@ -248,10 +249,9 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _last_step(self, scalars: StepScalars, unscale: Tensor | None) -> LastStep:
         """What can be asked of this step: its norm is of before clipping, also by clip_grad_norm_."""
-        clipped = self._gradients.clipped
-        if clipped is None:
-            return LastStep(scalars.found_inf, scalars.norm, scalars.clip)
-        return LastStep(scalars.found_inf, _product(clipped.norm, unscale), scalars.clip * clipped.coefficient)
+        before = self._gradients.norm_before_clip
+        norm = scalars.norm if before is None else _product(before, unscale)
+        return LastStep(scalars.found_inf, norm, scalars.norm, scalars.clip)
 
     def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
         """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
@@ -373,7 +373,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
                     f"`error_if_nonfinite=False`"
                 )
             self._gradients.clip(clip_coefficient(max_norm, norm), norm_2)
-        return norm
+        return norm.clone() if norm is norm_2 else norm  # the caller may write to it
 
     def _collect(self, purpose: str) -> GlobalGradStats:
         """Finish the reduction, and exchange the step's message. Under no_grad. purpose: One of grad_stats.PURPOSES."""

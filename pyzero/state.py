@@ -33,8 +33,9 @@ class LastStep(NamedTuple):
     """What can be asked of the last step."""
 
     found_inf: Tensor  # (1,) fp32
-    norm: Tensor  # 0-D fp32, before clipping
-    clip: Tensor  # 0-D fp32, 1 where nothing is clipped
+    norm: Tensor  # 0-D fp32, before clipping by anyone
+    factored_norm: Tensor  # 0-D fp32, with all that clip_grad_norm_ and the caller have multiplied
+    clip: Tensor  # 0-D fp32, what max_grad_norm still multiplied; 1 where it does not clip
 
 
 class StateAccess(FullAccess, Optimizer):
@@ -68,7 +69,7 @@ class StateAccess(FullAccess, Optimizer):
     @property
     def clipped_grad_norm(self) -> Tensor | None:
         """0-D tensor: the global 2-norm in the last step, after clipping; None before the first."""
-        return None if self._last is None else self._last.norm * self._last.clip
+        return None if self._last is None else self._last.factored_norm * self._last.clip
 
     @property
     def was_step_applied(self) -> bool:
@@ -186,15 +187,18 @@ class StateAccess(FullAccess, Optimizer):
             )
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Around what writes weights and state on all ranks: broken off on one, nothing is sent or saved after it."""
-        self._is_torn = True
+    def _writing(self, replaces_all: bool = False) -> Iterator[None]:
+        """Around what writes weights and state on all ranks: broken off on one, nothing is sent or saved after it.
+
+        replaces_all: As a load does: what an earlier step has torn is whole again.
+        """
+        was_torn, self._is_torn = self._is_torn, True
         try:
             yield
         except BaseException as error:
             self._group.break_off(error, "a step or a load", self._topology.model_groups)
             raise
-        self._is_torn = False
+        self._is_torn = was_torn and not replaces_all
 
     def _check_whole(self) -> None:
         """Raise RuntimeError where a step or a load was broken off."""
@@ -229,7 +233,7 @@ class StateAccess(FullAccess, Optimizer):
             bucket.foreign_writes()  # raises where it cannot follow them
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
-        with self._writing():
+        with self._writing(replaces_all=True):
             self._load(saved, cut)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -60,11 +60,8 @@ class ShardUpdater:
             stats: The gradients'.
             max_norm: The norm to clip to, or None.
             factor: 0-D: multiplies the gradients beside `stats.unscale`, or None.
-
-        Raises:
-            RuntimeError: A CUDA graph is being captured, and other parameters have gradients than in the step before.
         """
-        self._take_pattern(tuple(buckets), stats.used, stats.rows.device)
+        self.take_pattern(tuple(buckets), stats.used, stats.rows.device)
         ops.step_scalars_(
             self._out,
             stats.rows,
@@ -77,8 +74,12 @@ class ShardUpdater:
         )
         return self._scalars
 
-    def _take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
-        """Copy which parameters have a gradient to the device, where that differs from the last step."""
+    def take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
+        """Copy which parameters have a gradient to the device, where that differs from the last step.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and it differs.
+        """
         if self._pattern == (buckets, used):
             return
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

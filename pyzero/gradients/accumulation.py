@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.sharding.buckets import conversion_error, flatten
-from pyzero.sharding.local_param import awaited
+from pyzero.sharding.local_param import LocalParam, awaited
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 _MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
@@ -203,7 +203,8 @@ class ParamGrad:
             )
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
-        if self.main_grad is not None and self._local is not None and self._shown is not None:
+        is_new = grad is not self._shown
+        if is_new and self.main_grad is not None and self._local is not None and self._shown is not None:
             self.main_grad.add_(flatten(grad, self._stride))
             self._local.copy_(self.main_grad.as_strided(self._shape, self._stride))
             self.param.grad = self._shown
@@ -221,6 +222,8 @@ class ParamGrad:
         if not self._is_arriving:
             return
         self._is_arriving = False
+        if isinstance(self.param, LocalParam):
+            self.param.unpark()
         grad = self.param.grad
         if grad is None or grad.layout != torch.strided or (grad._version and not grad.any()):
             return

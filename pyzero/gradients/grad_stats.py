@@ -39,7 +39,7 @@ class Unsent(IntEnum):
 
 
 class HostFacts(NamedTuple):
-    """What this rank's host tells the others in each step."""
+    """What this rank's host tells the others in each message."""
 
     num_skips_in_a_row: int  # as far as it knows
     hyper_parameters: int  # their checksum
@@ -152,7 +152,12 @@ class GradStatsExchange:
                 told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
-            self._check(hosts)
+            try:
+                self._check(hosts)
+            except BaseException as error:
+                for beside in self._model_parallel:  # whose next message would meet a later one of these ranks
+                    beside.break_off(error, "the step's message")
+                raise
             self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
             used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
@@ -199,8 +204,9 @@ class GradStatsExchange:
         if purposes[0] == "step" and len(set(hyper)) > 1:
             ranks = [rank for rank, checksum in enumerate(hyper) if checksum != hyper[0]]
             raise RuntimeError(
-                f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of "
-                f"{len(hyper)} than on rank 0; call the scheduler's step(), with the same metric, and change lr on all"
+                f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of the "
+                f"group's {len(hyper)} than on its first; call the scheduler's step() on all, with the same metric, and "
+                f"set lr on all"
             )
         half_edited = hosts[:, _HALF_EDITED].max()
         if half_edited >= 0:

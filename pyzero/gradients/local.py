@@ -180,7 +180,7 @@ class LocalGradients(Gradients):
         if epoch != self._epoch and self._fsdp_param is not None:
             self._check_kept_gradients()
         self._unscale, self._epoch = self._arriving or (None, None)
-        self.clipped = None
+        self.norm_before_clip = None
         if self._mixes_meshes:
             make_norms_plain(outer(param).grad)
         if isinstance(param, LocalParam) and param.is_fsdp:
@@ -299,7 +299,7 @@ class LocalGradients(Gradients):
             grad, (seen, version) = param.grad, self._factor_of.get(param, (None, 0))
             if grad is None:
                 if seen is not None:
-                    self.clipped = None
+                    self.norm_before_clip = None
             elif grad is not seen:
                 new.append(grad)
             elif grad._version != version:
@@ -313,7 +313,7 @@ class LocalGradients(Gradients):
             )
         if edited or new:
             self._apply_factor()
-            self.clipped = None
+            self.norm_before_clip = None
         return self._factor
 
     @torch.no_grad()
@@ -335,6 +335,7 @@ class LocalGradients(Gradients):
         """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
         if self.factor() is not None:
             self._apply_factor()  # the value is to be what is stepped with
+        self.norm_before_clip = None
         param = bucket.params[position]
         if self._unscale is not None:
             value = value / self._unscale
@@ -357,7 +358,7 @@ class LocalGradients(Gradients):
         self._pieces.clear()
         self._factor_is_used = True
         if self._factor is None:
-            self.clipped = None
+            self.norm_before_clip = None
 
     def await_step(self) -> bool:
         """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
@@ -372,7 +373,7 @@ class LocalGradients(Gradients):
     def reset(self) -> None:
         """See Gradients."""
         self._pieces.clear()
-        self._unscale = self._epoch = self._factor = self.clipped = None
+        self._unscale = self._epoch = self._factor = self.norm_before_clip = None
         self._factor_of = {}
         self._arrived = {}
         left = ((param, param.grad) for param in self._params() if self._scales)

@@ -156,7 +156,7 @@ class ReducedGradients(Gradients):
         self._awaits_step = True
         self._take_grad_scaler_factor()
         self._generation += 1
-        self.clipped = None
+        self.norm_before_clip = None
         self._observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
             self._observe_all()  # the caller may have cleared what carries the other scale
@@ -263,7 +263,7 @@ class ReducedGradients(Gradients):
         if record.observe():
             self._bucket_exchange.settle(grads)
             self._generation += 1
-            self.clipped = None
+            self.norm_before_clip = None
             grads.drop_forgotten()
 
     def _observe_all(self) -> None:
@@ -284,12 +284,13 @@ class ReducedGradients(Gradients):
     def unscale(self, factor: Tensor) -> None:
         """Multiply all reduced gradients, and the norm from before they were clipped, by a 0-D tensor."""
         self.scale(self._by_number, factor)
-        if self.clipped is not None:
-            self.clipped = self.clipped._replace(norm=self.clipped.norm * factor)
+        if self.norm_before_clip is not None:
+            self.norm_before_clip = self.norm_before_clip * factor
 
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
         self._begin_edit()
+        self.norm_before_clip = None
         self._records[record.param][0].zero(record)
 
     @torch.no_grad()
@@ -439,6 +440,7 @@ class ReducedGradients(Gradients):
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
         self._begin_edit()
+        self.norm_before_clip = None
         grads = self._grads[bucket.index]
         record = grads.records[position]
         self._observe(grads, record)

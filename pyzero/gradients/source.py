@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +21,6 @@ def is_set(flag: Tensor) -> bool:
     return flag.is_cpu and bool(flag.numpy()[0])
 
 
-class Clipped(NamedTuple):
-    """What clipping has done to the gradients since the last one came."""
-
-    norm: Tensor  # 0-D fp32: their 2-norm before it
-    coefficient: Tensor  # 0-D fp32: the product of all
-
-
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
 
@@ -40,7 +33,7 @@ class Gradients(ABC):
 
     def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
-        self.clipped: Clipped | None = None
+        self.norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
         self._group = group
         self._stats_exchange = stats_exchange
         self._device = device
@@ -99,11 +92,9 @@ class Gradients(ABC):
 
     def clip(self, coefficient: Tensor, norm: Tensor) -> None:
         """Multiply all gradients by a 0-D tensor, now or when they are used. After collect(). norm: Their 2-norm."""
-        before, self.clipped = self.clipped, None
+        before = self.norm_before_clip
         self._multiply(coefficient)
-        if before is not None:
-            norm, coefficient = before.norm, before.coefficient * coefficient
-        self.clipped = Clipped(norm, coefficient)
+        self.norm_before_clip = norm if before is None else before
 
     @abstractmethod
     def _multiply(self, factor: Tensor) -> None:

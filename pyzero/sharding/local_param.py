@@ -189,14 +189,14 @@ class LocalParam(torch.Tensor):
 
     def park(self) -> None:
         """Called before backward adds to `.grad`: a ShardedGrad, to which nothing can be added, moves aside."""
+        self._parked = None
         if isinstance(self.dtensor.grad, ShardedGrad):
             self._parked, self.grad = self.grad, None
 
     def unpark(self) -> None:
         """Called after backward has added: put the gradient back, and add the new one to it."""
         parked, self._parked = self._parked, None
-        if parked is not None:
-            arrived = self.grad
-            assert arrived is not None
+        arrived = self.grad
+        if parked is not None and arrived is not None:  # it has gone where a backward broke off, and was cleared
             parked.as_subclass(torch.Tensor).add_(arrived)
             self.grad = parked

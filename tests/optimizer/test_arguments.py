@@ -8,12 +8,14 @@ import math
 import warnings
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.arguments import HyperParameters
 
 PAIRS = [(pyzero.FusedZeroAdam, torch.optim.Adam), (pyzero.FusedZeroAdamW, torch.optim.AdamW)]
 
@@ -240,7 +242,40 @@ def rates_that_differ(group: Any, options: dict[str, Any], how: str) -> tuple[st
 @pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"reduce_grads": False}], ids=str)
 def test_hyper_parameters_that_differ_between_ranks_are_refused_on_all(ranks, options, how):
     for message, stays, steps_then in ranks.run(2, rates_that_differ, options, how):
-        assert "got others on ranks [1] of 2" in message and stays and steps_then
+        assert "got others on ranks [1] of the group's 2" in message and stays and steps_then
+
+
+def alike(group: Any) -> bool:
+    """Two steps with values that are equal, and objects of other addresses on each rank."""
+    is_first = group.rank() == 0
+    params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(3))]
+    numbers = ([0.9, 0.99], 0.0, numpy.float64(1e-2)) if is_first else ((0.9, 0.99), -0.0, 1e-2)
+    groups = [
+        {"params": params[:1], "betas": numbers[0], "weight_decay": numbers[1], "lr": numbers[2]},
+        {"params": params[1:], "lr": 0.1 if is_first else float(torch.tensor(0.1))},  # as fp32 brought it from rank 0
+    ]
+    optimizer = pyzero.FusedZeroAdamW(groups, process_group=group)
+    optimizer.defaults["schedule"] = None
+    compared = HyperParameters([*optimizer.defaults, "schedule"])
+    for own in optimizer.param_groups:
+        own["schedule"] = lambda: is_first
+    optimizer._hyper_parameters = compared
+    for _ in range(2):
+        sum(param.sum() for param in params).backward()
+        optimizer.step()
+    return optimizer.was_step_applied
+
+
+def test_equal_hyper_parameters_are_equal_however_they_are_written(ranks):
+    assert all(ranks.run(2, alike))
+
+
+def test_a_sequence_that_was_edited_in_place_has_changed():
+    group = {"betas": [0.9, 0.99]}
+    compared = HyperParameters(["betas"])
+    before = compared.checksum([group])
+    group["betas"][1] = 0.999
+    assert compared.checksum([group]) != before
 
 
 def test_a_parameter_twice_in_a_group_is_warned_of_and_updated_once():

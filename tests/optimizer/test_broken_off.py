@@ -123,6 +123,9 @@ def test_a_step_broken_off_on_one_rank_of_one(tmp_path):
         optimizer.step()
     with pytest.raises(pyzero.CheckpointError, match="broken off"):
         save()
+    optimizer.step()
+    with pytest.raises(pyzero.CheckpointError, match="broken off"):  # one more step makes it no step's state
+        save()
     optimizer.load_state_dict(saved)
     save()
     assert torch.equal(optimizer.full_state_dict()["state"][0]["master"], saved["state"][0]["master"])

@@ -302,3 +302,36 @@ def test_cleared_gradients_take_any_scale(ranks, between):
     plain = ranks.run(2, mix_scales, "plain", between, "plain")
     for first, then in (("scaled", "plain"), ("plain", "scaled"), ("scaled", "scaled")):
         assert ranks.run(2, mix_scales, first, between, then) == plain, (first, then)
+
+
+def broken_by_a_hook(group: Any, dtype: torch.dtype, clears: bool) -> float:
+    """The gradient where a hook that was there first has raised behind the second backward of two; then a third."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, raises = square(), False
+
+    def hook(param: torch.Tensor) -> None:
+        if raises:
+            raise ArithmeticError("on purpose")
+
+    param = nn.Parameter(distribute_tensor(torch.zeros(64, dtype=dtype), mesh["tp"], [Shard(0)]))
+    param.register_post_accumulate_grad_hook(hook)
+    optimizer = pyzero.FusedZeroSGD([param], lr=1.0, process_group=mesh["dp"], loss_scale=None)
+    with optimizer.no_sync():
+        param.to_local().sum().backward()
+        raises = True
+        with pytest.raises(ArithmeticError):
+            (param.to_local() * 2).sum().backward()
+        raises = False
+    if clears:
+        optimizer.zero_grad()
+    (param.to_local() * 10).sum().backward()
+    grad = optimizer.full_grad(param)
+    assert grad is not None
+    return float(grad.max())
+
+
+@pytest.mark.parametrize("clears", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hook_that_raises_loses_no_earlier_gradient_of_a_split_weight(ranks, dtype, clears):
+    assert set(ranks.run(4, broken_by_a_hook, dtype, clears)) == {10.0 if clears else 13.0}
