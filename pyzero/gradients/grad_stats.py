@@ -205,7 +205,7 @@ class GradStatsExchange:
             ranks = [rank for rank, checksum in enumerate(hyper) if checksum != hyper[0]]
             raise RuntimeError(
                 f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of the "
-                f"group's {len(hyper)} than on its first; call the scheduler's step() on all, with the same metric, and "
+                f"group's {len(hyper)} than on its first; call the scheduler's step() on all, with one metric, and "
                 f"set lr on all"
             )
         half_edited = hosts[:, _HALF_EDITED].max()
