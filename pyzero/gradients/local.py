@@ -307,8 +307,8 @@ class LocalGradients(Gradients):
         # An edit of what was clipped, or made of it; behind a step, which has used the factor, a gradient of its own.
         if _have_values(edited if self._factor_is_used else edited + new):
             raise RuntimeError(
-                "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited or "
-                "assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
+                "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited "
+                "or assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
                 "multiplies .grad at once, or optimizer.zero_grad() ahead of new gradients"
             )
         if edited or new:
