@@ -154,6 +154,7 @@ def test_what_another_rank_has_not_read_is_not_written_over(ranks):
 
 def interrupted(group: Any) -> None:
     """A KeyboardInterrupt between a number that is taken and the word to the others: no rank waits for ever."""
+    import torch.distributed as dist
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
