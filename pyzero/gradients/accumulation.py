@@ -203,13 +203,12 @@ class ParamGrad:
             )
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
-        is_new = grad is not self._shown
-        if is_new and self.main_grad is not None and self._local is not None and self._shown is not None:
+        if grad is self._shown and self._local is not None:  # added in place
+            self._keep(self._local, grad)
+        elif self.main_grad is not None and self._local is not None and self._shown is not None:
             self.main_grad.add_(flatten(grad, self._stride))
             self._local.copy_(self.main_grad.as_strided(self._shape, self._stride))
             self.param.grad = self._shown
-            self._keep(self._local, self._shown)
-        elif grad is self._shown and self._local is not None:  # added in place
             self._keep(self._local, self._shown)
         else:
             self._keep(awaited(grad), grad)

@@ -255,11 +255,9 @@ def alike(group: Any) -> bool:
         {"params": params[1:], "lr": 0.1 if is_first else float(torch.tensor(0.1))},  # as fp32 brought it from rank 0
     ]
     optimizer = pyzero.FusedZeroAdamW(groups, process_group=group)
-    optimizer.defaults["schedule"] = None
-    compared = HyperParameters([*optimizer.defaults, "schedule"])
+    optimizer._hyper_parameters = HyperParameters([*optimizer.defaults, "schedule"])  # as of a rule that has this one
     for own in optimizer.param_groups:
         own["schedule"] = lambda: is_first
-    optimizer._hyper_parameters = compared
     for _ in range(2):
         sum(param.sum() for param in params).backward()
         optimizer.step()
