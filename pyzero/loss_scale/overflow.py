@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyzero.gradients.grad_stats import GlobalGradStats
+from pyzero.gradients.nonfinite import NOT_FOUND
 from pyzero.ops.loss_scale import STATE_SLOTS
 
 log = logging.getLogger("pyzero")
@@ -17,7 +18,9 @@ _SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_
 
 
 class OverflowMonitor:
-    """Warns of skipped steps, of many in a row of the 1st, 2nd, 5th, 10th, 20th, ..., and raises after too many.
+    """Warns of skipped steps, and raises after too many.
+
+    Of many in a row it warns of the 1st, 2nd, 5th, 10th, 20th, ..., and of the first whose parameter is known.
 
     What it needs is copied to the host after the step. On a CPU it is there at once; on a GPU a later step looks at it,
     once it has arrived. Replays of a captured CUDA graph are not monitored.
@@ -33,6 +36,7 @@ class OverflowMonitor:
         self._warns = warns
         self._num_warned_of = 0  # skipped steps
         self._warns_from = 0  # skips in a row
+        self._is_named = False  # whether the last warning named a parameter
         self._is_scaled = False  # the step that was copied last
         self._device = device
         self._on_gpu = device.type == "cuda"
@@ -85,8 +89,11 @@ class OverflowMonitor:
         self.num_in_a_row = int(self._values[_IN_A_ROW])
         num_new = num_skipped - self._num_warned_of
         has_begun = self.num_in_a_row <= num_new  # since the last look
-        if num_new > 0 and (has_begun or self.num_in_a_row >= self._warns_from):
+        is_named = float(self._first_bad.numpy()[0]) != NOT_FOUND
+        has_news = has_begun or (is_named and not self._is_named) or self.num_in_a_row >= self._warns_from
+        if num_new > 0 and has_news:
             self._warns_from = _round_above(self.num_in_a_row)
+            self._is_named = is_named
             if self._warns:
                 counts = f"{num_skipped} skipped so far, {self.num_in_a_row} in a row{self._scale_now()}"
                 where = describe(float(self._first_bad.numpy()[0]))

@@ -161,6 +161,16 @@ def test_skips_that_are_seen_late_are_told(caplog):
     assert numbers_warned_of(caplog) == [1, 4, 7, 0, 1]  # the 9th may have been a run of its own
 
 
+def test_the_first_skip_whose_parameter_is_known_is_told(caplog):
+    """As on a GPU, where it is looked for from the second step after the first skip on."""
+    monitor = OverflowMonitor(torch.device("cpu"), limit=None, warns=True)
+    for skipped in range(1, 9):
+        stats = Mock(first_bad=torch.tensor([3.0 if skipped > 2 else math.inf], dtype=torch.float64))
+        monitor.after_step(torch.tensor([1.0, 0.0, 1.0, skipped, skipped]), stats, str, False)
+    assert numbers_warned_of(caplog) == [1, 2, 3, 5]
+    assert ["NaN in 3.0" in record.getMessage() for record in caplog.records] == [False, False, True, True]
+
+
 def steps_after_the_end(group: Any, loads: bool) -> list[Any]:
     """The limit is two skips; whoever goes on has good gradients, then a bad one."""
     param = nn.Parameter(torch.ones(3))
