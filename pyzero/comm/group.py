@@ -20,6 +20,7 @@ from pyzero.comm.host import HostError, HostRanks, find_hosts
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _PATIENCE_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
+_WORDS_BYTES = 64  # of what a rank says that it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
 
 
@@ -290,6 +291,21 @@ class Group:
         with self.awaited(what):
             self.start(what, _all_gather, flat, shard).wait()
         return flat
+
+    def check_alike(self, what: str) -> None:
+        """Have every rank be about to do the same. Collective; host memory alone is sent.
+
+        Raises:
+            CollectiveError: On all ranks: they differ. Nothing else has been sent.
+        """
+        if self.size == 1:
+            return
+        mine = torch.tensor([*what.encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES)], dtype=torch.uint8, device="cpu")
+        rows = self.gather_shards(mine, "the comparison of what is read").view(self.size, -1)
+        if not bool((rows == mine).all()):
+            words = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
+            everyones = "; ".join(f"rank {rank} reads {theirs}" for rank, theirs in enumerate(words))
+            raise CollectiveError(f"{everyones}. Read whole tensors equally often and in the same order on every rank")
 
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""

@@ -51,6 +51,7 @@ class FullAccess:
             whole: Tensor = whole_of(param.detach())
             return whole.float().clone()
         self._param_buckets.follow_weights()
+        self._check_alike("the master", *place)
         return self._gather(MASTER, *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -63,6 +64,7 @@ class FullAccess:
         if place is None:
             return {}
         self._param_buckets.follow_weights()
+        self._check_alike("the state", *place)
         bucket, position = place
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
@@ -88,6 +90,7 @@ class FullAccess:
         self._param_buckets.follow_weights()
         is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
+        self._group.check_alike("the full state dict")
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
@@ -130,6 +133,7 @@ class FullAccess:
     def _local_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
         if not stats.used[bucket.numbers[position]]:
             return None
+        self._check_alike("the gradient", bucket, position)
         flat = self._gradients.whole(bucket, position)
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
@@ -234,6 +238,7 @@ class FullAccess:
         if place is None:
             return {MASTER: local_of(param.detach()).float().clone()}
         self._param_buckets.follow_weights()
+        self._check_alike("the state", *place)
         return {name: self._gather_local(name, *place).clone() for name in place[0].state_names}
 
     @torch.no_grad()
@@ -277,6 +282,10 @@ class FullAccess:
         if place is None:
             raise ValueError("expected a parameter in training, got a frozen one; unfreeze it and take a step first")
         return place
+
+    def _check_alike(self, what: str, bucket: Bucket, position: int) -> None:
+        """Parameters of one size would be mixed where ranks read different ones."""
+        self._group.check_alike(f"{what} of parameter {bucket.numbers[position]}")
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)

@@ -157,3 +157,40 @@ def test_what_is_read_or_saved_follows_outside_writes():
     with torch.no_grad():
         param.fill_(3.0)
     assert torch.equal(optimizer.state_dict()["state"][0]["master"], torch.full((3,), 3.0))
+
+
+def read_in_another_order(group: Any) -> tuple[list[str], bool, list[Any]]:
+    """Of parameters of one size and of two, and one where another rank reads all."""
+    params = [nn.Parameter(torch.full((n,), float(n))) for n in (40, 40, 7)]
+    optimizer = pyzero.FusedZeroAdam(params, process_group=group)
+    sum(param.square().sum() for param in params).backward()
+    alone = group.rank() == 1
+
+    said = []
+    for read in (
+        lambda: optimizer.full_master(params[1 if alone else 0]),
+        lambda: optimizer.full_master(params[2 if alone else 0]),
+        lambda: optimizer.full_grad(params[1 if alone else 0]),
+        lambda: optimizer.full_state_dict() if alone else optimizer.full_state(params[0]),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            read()
+        said.append(str(caught.value))
+    optimizer.step()
+    return said, all(torch.isfinite(param).all() for param in params), [optimizer.full_master(p) for p in params]
+
+
+def test_ranks_that_read_different_whole_tensors_are_told(ranks):
+    (said, *there), (elsewhere, *here) = ranks.run(2, read_in_another_order)
+    assert said == elsewhere and str(there) == str(here)
+    for words, theirs in zip(
+        said,
+        (
+            "rank 0 reads the master of parameter 0; rank 1 reads the master of parameter 1",
+            "rank 0 reads the master of parameter 0; rank 1 reads the master of parameter 2",
+            "rank 0 reads the gradient of parameter 0; rank 1 reads the gradient of parameter 1",
+            "rank 0 reads the state of parameter 0; rank 1 reads the full state dict",
+        ),
+        strict=True,
+    ):
+        assert words == f"{theirs}. Read whole tensors equally often and in the same order on every rank"
