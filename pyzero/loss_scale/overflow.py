@@ -110,7 +110,7 @@ class OverflowMonitor:
             RuntimeError: Too many. The steps changed nothing.
         """
         if self._limit is not None and num_in_a_row >= self._limit:
-            self.num_in_a_row = 0  # a caller who goes on gets the next error after as many skips again
+            self.num_in_a_row = 0  # for a caller who goes on: of steps that are skipped then the next look tells
             where = describe(float(self._first_bad.numpy()[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "

@@ -1,5 +1,6 @@
 """Loss scaling: the policy, and the scale that lives on the device."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,8 @@ class LossScale:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         wanted = {
-            "init_scale > 0": self.init_scale > 0,
-            "growth_factor >= 1": self.growth_factor >= 1,
+            "0 < init_scale < 2**128": 0 < self.init_scale < 2.0**128,  # it is kept in fp32
+            "1 <= growth_factor < inf": 1 <= self.growth_factor < math.inf,
             "0 < backoff_factor <= 1": 0 < self.backoff_factor <= 1,
             "growth_interval >= 1": self.growth_interval >= 1,
             "0 < min_scale <= max_scale": 0 < self.min_scale <= self.max_scale,

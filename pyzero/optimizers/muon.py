@@ -56,8 +56,11 @@ class MuonRule:
             raise ValueError(f"expected momentum in [0, 1], got {group['momentum']}; 0.95 is the usual one")
         if not (isinstance(group["ns_steps"], int) and 0 <= group["ns_steps"] <= _MOST_ITERATIONS):
             raise ValueError(f"expected ns_steps up to {_MOST_ITERATIONS}, got {group['ns_steps']}; 5 is the usual one")
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"expected three ns_coefficients, got {group['ns_coefficients']}; pass (a, b, c)")
+        coefficients = group["ns_coefficients"]
+        if isinstance(coefficients, str) or not hasattr(coefficients, "__len__") or len(coefficients) != 3:
+            raise ValueError(f"expected three ns_coefficients, got {coefficients!r}; pass (a, b, c), or leave them out")
+        for coefficient in coefficients:
+            as_number("each of ns_coefficients", coefficient)
         if group["adjust_lr_fn"] not in _ADJUSTMENTS:
             raise ValueError(
                 f"expected adjust_lr_fn None, 'original' or 'match_rms_adamw', got {group['adjust_lr_fn']!r}; pass one "

@@ -1,6 +1,8 @@
 """optimizer.scale(loss).backward() is optimizer.backward(loss); fp16 gradients that nobody scaled are told of, once."""
 
 import logging
+import math
+import re
 from typing import Any
 
 import pytest
@@ -172,3 +174,26 @@ def test_zeros_of_zero_grad_are_not_looked_at(monkeypatch):
     with pytest.raises(RuntimeError, match="same loss scale"):
         optimizer.backward(sum(param.sum() for param in params))
     assert seen[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("init_scale", math.inf, "0 < init_scale < 2**128"),
+        ("init_scale", 1e39, "0 < init_scale < 2**128"),  # inf in fp32
+        ("init_scale", 0.0, "0 < init_scale < 2**128"),
+        ("growth_factor", math.nan, "1 <= growth_factor < inf"),
+        ("growth_factor", math.inf, "1 <= growth_factor < inf"),
+        ("backoff_factor", 1.5, "0 < backoff_factor <= 1"),
+        ("growth_interval", 0, "growth_interval >= 1"),
+        ("min_scale", 0.0, "0 < min_scale <= max_scale"),
+        ("hysteresis", 0, "hysteresis >= 1"),
+        ("growth_delay", -1, "growth_delay >= 0"),
+    ],
+)
+def test_a_policy_that_cannot_work_is_refused(field, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"expected {wanted}, got LossScale(") + rf".*{field}=.*; correct"):
+        pyzero.LossScale(**{field: value})
+    if field == "init_scale":
+        with pytest.raises(ValueError, match=re.escape(f"expected {wanted}")):
+            pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], loss_scale=value)

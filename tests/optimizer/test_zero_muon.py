@@ -243,6 +243,11 @@ def test_refusals():
     for option, value in {"momentum": 1.5, "ns_steps": 100, "adjust_lr_fn": "rms", "ns_coefficients": (1, 2)}.items():
         with pytest.raises(ValueError, match=f"expected .*{option}"):
             pyzero.ZeroMuon([matrix], **{option: value})
+    for coefficients in (None, "abc", 3.4):
+        with pytest.raises(ValueError, match=r"expected three ns_coefficients, got .*; pass \(a, b, c\)"):
+            pyzero.ZeroMuon([matrix], ns_coefficients=coefficients)
+    with pytest.raises(TypeError, match="expected each of ns_coefficients as a number, got None"):
+        pyzero.ZeroMuon([matrix], ns_coefficients=(1.0, 2.0, None))
     optimizer = pyzero.ZeroMuon([{"params": [matrix]}, {"params": [vector], "use_muon": False}])
     assert optimizer.param_groups[1]["weight_decay"] == torch.optim.AdamW([vector]).defaults["weight_decay"]
     for group in optimizer.param_groups:
