@@ -230,7 +230,7 @@ class StateAccess(FullAccess, Optimizer):
             state_dict = before(self, state_dict) or state_dict
         self._place_unfrozen()
         for bucket in self._buckets:
-            bucket.foreign_writes()  # raises where it cannot follow them
+            bucket.flat_params.foreign_writes()  # raises where it cannot follow them
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
         with self._writing(replaces_all=True):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.sharding.buckets import conversion_error, flatten
+from pyzero.sharding.flat_params import conversion_error, flatten
 from pyzero.sharding.local_param import LocalParam, awaited
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 

@@ -29,7 +29,7 @@ class Pieces:
 
     def __init__(self, bucket: Bucket, low: int, high: int, fills_gaps: bool = True) -> None:
         self._bucket = bucket
-        self._are_contiguous = [bucket.is_contiguous(position) for position in range(len(bucket.params))]
+        self._are_contiguous = [bucket.flat_params.is_contiguous(position) for position in range(len(bucket.params))]
         self._pieces = _cut(bucket, low, high, fills_gaps)
         self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]

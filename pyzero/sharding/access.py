@@ -211,7 +211,7 @@ class FullAccess:
         bucket.write_state(position, flat)
         if MASTER in own:
             bucket.params[position].data.copy_(own[MASTER])
-            bucket.note_weight_written(position)
+            bucket.flat_params.note_written(position)
 
     @torch.no_grad()
     def set_full_grad(self, param: Tensor, value: Tensor) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.dlpack import from_dlpack
 
 from pyzero import memory
 from pyzero.comm.transport import FlatWeights
+from pyzero.sharding.flat_params import FlatParams, flatten
 from pyzero.sharding.layout import GRANULE, BucketLayout
-from pyzero.sharding.local_param import LocalParam, outer
+from pyzero.sharding.local_param import outer
 from pyzero.update_rule import Part, RunShard, UpdateRule
 
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
@@ -57,34 +56,6 @@ class StateViews(dict[str, Tensor]):
     __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
 
 
-def flatten(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """(numel,) elements of a tensor in the memory order of its slot's strides; a view where it has them."""
-    if tensor.stride() != stride:
-        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def conversion_error(param: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> TypeError:
-    """The error for a parameter that was converted or moved after the optimizer was built."""
-
-    def spell(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> str:
-        return f"{str(dtype).removeprefix('torch.')} on {device} of shape {tuple(shape)}"
-
-    return TypeError(
-        f"expected a parameter in {spell(dtype, device, shape)}, as the optimizer was built with, got it in "
-        f"{spell(param.dtype, param.device, param.shape)}; convert and move the model first (.to(), .half(), "
-        f".bfloat16()), then build the optimizer"
-    )
-
-
-def _shared_error(shape: Sequence[int]) -> ValueError:
-    return ValueError(
-        f"expected the former memory of the parameter of shape {tuple(shape)} to be free, got another tensor assigned "
-        f"to its .data while something still holds what was there, as a swap with an average does; copy the values "
-        f"instead (p.data.copy_(other)), or swap back before the step"
-    )
-
-
 class Bucket:
     """The memory of one bucket on this rank.
 
@@ -119,22 +90,13 @@ class Bucket:
         self.dtype, self.device = params[0].dtype, params[0].device
         self.is_master = self.dtype == torch.float32  # fp32 weights are their own masters
         self._on_host = cpu_offload and self.device.type == "cuda"
-        self._weights = weights
+        self._weights = weights  # which keeps the memory alive
         self.flat = weights.flat  # (layout.numel,) the weights of all ranks
+        self.flat_params = FlatParams(params, layout.param_slots, weights.flat)
+        self.strides = self.flat_params.strides
         begin, end = layout.shard_bounds(rank)
         self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
         self.peer_shards = [there[begin:end] for there in weights.peers]  # the same in other ranks' memory, or none
-        # Each parameter's own strides where it is dense, contiguous ones otherwise. Others may give it others later on
-        # (channels_last); in here it keeps these.
-        self.strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
-        self._shapes = [param.shape for param in params]
-        self._dtypes = [self.dtype] * len(params)
-        self._versions = [0] * len(params)
-        self._addresses = [0] * len(params)
-        self._storages: list[StorageWeakRef | None] = [None] * len(params)
-        self._has_locals = any(isinstance(param, LocalParam) for param in params)
-        for position, param in enumerate(params):  # its own memory is freed one parameter at a time
-            self._take_in(position, param, param.data)
 
         # (shard_numel,) fp32
         self.master = self.weight_shard if self.is_master else self._zeros(layout.shard_numel, torch.float32)
@@ -155,26 +117,10 @@ class Bucket:
         self.steps = steps.copy_(self.steps)
         self._run_shards.clear()
 
-    # ---- weights --------------------------------------------------------------------------------------------------
-
-    def _take_in(self, position: int, param: Tensor, values: Tensor) -> None:
-        param.data = self._view(position).copy_(values)
-        self._addresses[position] = param.data_ptr()
-        self._versions[position] = param._version
-        if not isinstance(param, LocalParam):  # fully_shard's modules hold theirs too
-            self._storages[position] = StorageWeakRef(param.untyped_storage())
-
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return (memory.pinned if self._on_host else memory.zeros)(numel, dtype, self.device)
 
-    def _view(self, position: int) -> Tensor:
-        """A parameter's slot as a tensor with a storage of its own: saving it saves nothing else of the bucket."""
-        slot, shape, strides = self.layout.param_slots[position], self._shapes[position], self.strides[position]
-        if not slot.numel:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        param = self.params[position]
-        room = param.room if isinstance(param, LocalParam) else 0
-        return from_dlpack(self.flat[slot.offset : slot.offset + max(slot.numel, room)]).as_strided(shape, strides)
+    # ---- masters ---------------------------------------------------------------------------------------------------
 
     def masters_from_weights(self) -> None:
         """Fill the masters for the first time."""
@@ -194,77 +140,18 @@ class Bucket:
         """Whether anybody but an op has written masters or state since `masters_from_weights`."""
         return self._state_versions() != self._first_versions
 
-    def foreign_writes(self, every: bool = False) -> list[int]:
-        """Positions of parameters that others have written, or moved elsewhere; every: of all.
-
-        Raises:
-            TypeError: One has another shape, dtype or device than when the optimizer was built.
-            ValueError: One moved, and somebody holds its memory, to which it would go back.
-        """
-        if not every and self._are_as_left():
-            return []
-        found = []
-        for position, param in enumerate(self.params):
-            same = param.shape == self._shapes[position] and param.dtype == self.dtype and param.device == self.device
-            if not same:
-                raise conversion_error(param, self.dtype, self.device, self._shapes[position])
-            has_moved = self._has_moved(position, param)
-            if has_moved and self._is_held(position, param):
-                raise _shared_error(param.shape)
-            if every or has_moved or param._version != self._versions[position]:
-                found.append(position)
-        return found
-
-    def _are_as_left(self) -> bool:
-        """Whether all parameters are as the optimizer left them; each step asks, so it compares lists of attributes."""
-        params = self.params
-        return (
-            [param._version for param in params] == self._versions
-            and [param.data_ptr() for param in params] == self._addresses
-            and [param.shape for param in params] == self._shapes
-            and [param.stride() for param in params] == self.strides
-            and [param.dtype for param in params] == self._dtypes
-        )
-
-    def _has_moved(self, position: int, param: Tensor) -> bool:
-        return param.data_ptr() != self._addresses[position] or param.stride() != self.strides[position]
-
-    def _is_held(self, position: int, param: Tensor) -> bool:
-        """Whether others hold the memory that a parameter has left, and that its values are to go back to."""
-        left = self._storages[position]
-        return left is not None and not left.expired() and left != StorageWeakRef(param.untyped_storage())
-
     def refresh_masters(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
-        """Have flat memory and masters follow these parameters, which `foreign_writes` returned.
+        """Have flat memory and masters follow these parameters, which `FlatParams.foreign_writes` returned.
 
         keep_masters: Parameters whose masters do not follow, as they are about to be loaded.
         """
         for position in positions:
-            param = self.params[position]
-            if self._has_moved(position, param):
-                self._take_in(position, param, param.data.clone())  # it may be a view of the memory that it goes to
-            self._versions[position] = param._version
-            if not self.is_master and outer(param) not in keep_masters:
+            self.flat_params.take_back(position)
+            if not self.is_master and outer(self.params[position]) not in keep_masters:
                 in_shard, _ = self.shard_part(position)
                 master, weights = self.master[in_shard], self.weight_shard[in_shard]
                 # A master that rounds to the weight stays: weights may have been loaded after their masters.
                 master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
-
-    def note_weight_written(self, position: int) -> None:
-        """Called when the optimizer has written one weight and its master."""
-        self._versions[position] = self.params[position]._version
-
-    def bump_versions(self, used: Sequence[bool] | None = None) -> None:
-        """Called when ops have written weights, all or those `used` by number: graphs that saved them notice."""
-        written = [p for p, number in zip(self.params, self.numbers, strict=True) if used is None or used[number]]
-        if written and self._has_locals:
-            written = [*map(outer, written), *(param.data for param in written if isinstance(param, LocalParam))]
-        if written:
-            torch.autograd.graph.increment_version(written)
-
-    def note_weights_in_sync(self) -> None:
-        """Take the weights as they are now for what the masters say."""
-        self._versions = [param._version for param in self.params]
 
     def note_masters_exported(self) -> None:
         """Called when a state dict shows the masters: a checkpoint may be read into it."""
@@ -298,11 +185,7 @@ class Bucket:
 
     def shaped(self, flat: Tensor, position: int) -> Tensor:
         """(numel,) elements in a parameter's memory order as a tensor of its shape and strides; the same memory."""
-        return flat.as_strided(self._shapes[position], self.strides[position])
-
-    def is_contiguous(self, position: int) -> bool:
-        """Whether a parameter lies here in the order of its rows."""
-        return torch.empty_strided(self._shapes[position], self.strides[position], device="meta").is_contiguous()
+        return flat.as_strided(self.flat_params.shapes[position], self.strides[position])
 
     def flat_of(self, tensor: Tensor, position: int) -> Tensor:
         """(numel,) elements of a tensor of a parameter's shape, in the parameter's memory order."""
@@ -338,7 +221,7 @@ class Bucket:
             in_shard, _ = self.shard_part(position)
             if in_shard.start < in_shard.stop and low <= in_shard.start < high:
                 begin, end = in_shard.start - low, in_shard.stop - low
-                yield Part(position, begin, end, self._shapes[position], self.strides[position])
+                yield Part(position, begin, end, self.flat_params.shapes[position], self.strides[position])
 
     def _values(self, name: str, low: int, high: int) -> slice:
         """Which values of a slot belong to elements [low, high); low is where a granule begins."""
@@ -369,7 +252,7 @@ class Bucket:
 
     def whole_shape(self, name: str, position: int) -> torch.Size:
         """The shape of one parameter's masters, or values of a slot, as a whole tensor."""
-        shape = self._shapes[position]
+        shape = self.flat_params.shapes[position]
         return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
 
     def whole_stride(self, name: str, position: int) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ class ParamBuckets:
 
         keep_masters: See Bucket.refresh_masters.
         """
-        written = [bucket.foreign_writes(every) for bucket in self.buckets]
+        written = [bucket.flat_params.foreign_writes(every) for bucket in self.buckets]
         num_written = sum(map(len, written))
         if num_written:
             with torch.no_grad():
@@ -150,9 +150,10 @@ class ParamBuckets:
     def finish_weight_write(self, used: Sequence[bool] | None = None) -> None:
         """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
         for bucket in self.buckets:
-            bucket.bump_versions(used)
+            positions = None if used is None else [at for at, number in enumerate(bucket.numbers) if used[number]]
+            bucket.flat_params.bump_versions(positions)
         for bucket in self.buckets:
-            bucket.note_weights_in_sync()
+            bucket.flat_params.note_all_written()
         self._reshard()
 
     def _reshard(self) -> None:
