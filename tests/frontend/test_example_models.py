@@ -32,8 +32,8 @@ def test_recommender(tmp_path, options):
 
 
 def test_graph_network(tmp_path):
-    found = curves("graph_network", tmp_path, "--epochs", "8", "--no-baseline")["FusedZeroAdamW"]
-    assert found[-1] < 20.0
+    found = curves("graph_network", tmp_path, "--epochs", "4", "--no-baseline")["FusedZeroAdamW"]
+    assert found[-1] < 36.0  # kelvin; of 52 after 50 steps, 17 after 8 epochs
 
 
 def test_lora(tmp_path):

@@ -1,4 +1,4 @@
-"""Compiles what real launches of the Triton backend would compile, for GPUs that are not here; prints JSON.
+"""Compiles what real launches of the Triton backend would compile, for the GPUs that are named; prints JSON.
 
 Run by test_triton_compile.py in a process of its own: there TRITON_INTERPRET must be unset when triton is imported.
 The ops are called on CPU tensors with a stand-in driver, and each launch becomes a `warmup`: triton's own launcher
@@ -260,7 +260,8 @@ def compile_launches(
 def main() -> None:
     result: dict[str, dict[str, list[Future[dict[str, Any]]]]] = {}
     with ThreadPoolExecutor(2) as beside:
-        for index, (name, target) in enumerate(TARGETS.items()):
+        for index, name in enumerate(sys.argv[1:]):
+            target = TARGETS[name]
             driver.set_active(AbsentGPU(index, target))
             facts = {case: compile_launches(run, target, beside) for case, run in CASES.items()}
             if name in WITH_COUNTEREXAMPLES:
