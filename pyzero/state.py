@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyzero.comm.group import Group
+from pyzero.full_access import FullAccess
 from pyzero.gradients import nonfinite
 from pyzero.gradients.grad_stats import GradStatsExchange, Unsent
 from pyzero.gradients.reduction import ReducedGradients
@@ -19,7 +20,6 @@ from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import Scaler
 from pyzero.sharding import rank_state
-from pyzero.sharding.access import FullAccess
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
 from pyzero.sharding.local_param import is_dtensor, outer

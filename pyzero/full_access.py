@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
+from pyzero.gradients.grad_stats import GlobalGradStats
+from pyzero.gradients.source import Gradients
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param
 from pyzero.sharding.local_param import LocalParam, local_of, outer, part_of, whole_of
-
-if TYPE_CHECKING:
-    from pyzero.gradients.grad_stats import GlobalGradStats
-    from pyzero.gradients.source import Gradients
-    from pyzero.sharding.param_buckets import ParamBuckets
-    from pyzero.sharding.topology import Topology
+from pyzero.sharding.param_buckets import ParamBuckets
+from pyzero.sharding.topology import Topology
 
 
 class FullAccess:
