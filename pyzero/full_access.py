@@ -49,7 +49,7 @@ class FullAccess:
             whole: Tensor = whole_of(param.detach())
             return whole.float().clone()
         self._param_buckets.follow_weights()
-        self._check_alike("the master", *place)
+        self._check_alike("the master", *place, is_whole=True)
         return self._gather(MASTER, *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class FullAccess:
         if place is None:
             return {}
         self._param_buckets.follow_weights()
-        self._check_alike("the state", *place)
+        self._check_alike("the state", *place, is_whole=True)
         bucket, position = place
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
@@ -88,7 +88,8 @@ class FullAccess:
         self._param_buckets.follow_weights()
         is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
-        self._group.check_alike("the full state dict")
+        for group in (self._group, *self._mesh_groups()):
+            group.check_alike("the full state dict")
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
@@ -125,13 +126,15 @@ class FullAccess:
         return self._whole_grad(*place, self._collect("full_grad"))
 
     def _whole_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
-        local = self._local_grad(bucket, position, stats)
+        local = self._local_grad(bucket, position, stats, is_whole=True)
         return None if local is None else _widen(bucket, MASTER, position, local).clone()
 
-    def _local_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
+    def _local_grad(
+        self, bucket: Bucket, position: int, stats: GlobalGradStats, is_whole: bool = False
+    ) -> Tensor | None:
         if not stats.used[bucket.numbers[position]]:
             return None
-        self._check_alike("the gradient", bucket, position)
+        self._check_alike("the gradient", bucket, position, is_whole)
         flat = self._gradients.whole(bucket, position)
         for factor in (stats.unscale, self._gradients.factor()):
             if factor is not None:
@@ -281,9 +284,15 @@ class FullAccess:
             raise ValueError("expected a parameter in training, got a frozen one; unfreeze it and take a step first")
         return place
 
-    def _check_alike(self, what: str, bucket: Bucket, position: int) -> None:
-        """Parameters of one size would be mixed where ranks read different ones."""
-        self._group.check_alike(f"{what} of parameter {bucket.numbers[position]}")
+    def _mesh_groups(self) -> list[Group]:
+        """Of the ranks that hold other parts of DTensors."""
+        return [dim.group for dim in self._topology.model if dim.is_of_mesh]
+
+    def _check_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
+        """Parameters of one size would be mixed where ranks read different ones. is_whole: of a DTensor, all parts."""
+        beside = self._mesh_groups() if is_whole and isinstance(bucket.params[position], LocalParam) else []
+        for group in (self._group, *beside):
+            group.check_alike(f"{what} of parameter {bucket.numbers[position]}")
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)

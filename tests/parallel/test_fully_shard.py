@@ -1,5 +1,7 @@
 """Optimizers over DTensor parameters of fully_shard: masters and moments of local shards, norms over all ranks."""
 
+import itertools
+import re
 from typing import Any
 
 import parallel_case as case
@@ -277,3 +279,32 @@ def test_state_of_torchs_adamw_over_shards_is_taken(ranks):
     wanted = case.alone(torch.float32, None)
     for run in ranks.run(2, taken_over):
         torch.testing.assert_close(run.losses, wanted.losses[6:], rtol=1e-5, atol=1e-6)
+
+
+def read_in_another_order(group: Any) -> list[str]:
+    model = case.fsdp(case.Model(), group)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    case.loss_of(model, case.batch(0)).backward()
+    params = list(model.parameters())
+    one, other = next((a, b) for a, b in itertools.combinations(params, 2) if a.shape == b.shape)
+    said = []
+    for read in (optimizer.full_master, optimizer.full_state, optimizer.full_grad):
+        with pytest.raises(RuntimeError) as caught:
+            read(other if group.rank() else one)
+        said.append(str(caught.value))
+    with pytest.raises(RuntimeError) as caught:
+        if group.rank():
+            optimizer.full_state_dict()
+        else:
+            optimizer.full_master(one)
+    optimizer.step()
+    assert torch.equal(optimizer.full_master(one), one.full_tensor())  # the ranks are still in step
+    return [*said, str(caught.value)]
+
+
+def test_ranks_that_read_different_whole_tensors_are_told(ranks):
+    here, there = ranks.run(2, read_in_another_order)
+    assert here == there
+    for words, what in zip(here, ("the master", "the state", "the gradient", "the master"), strict=True):
+        assert re.match(rf"rank 0 reads {what} of parameter \d+; rank 1 reads ", words)
+    assert "rank 1 reads the full state dict. Read whole tensors equally often" in here[-1]
