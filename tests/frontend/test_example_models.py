@@ -37,8 +37,8 @@ def test_graph_network(tmp_path):
 
 
 def test_lora(tmp_path):
-    found = curves("lora", tmp_path, "--base-steps", "40", "--steps", "40", "--no-baseline")["FusedZeroAdamW"]
-    assert found[-1] < found[0] - 0.35
+    found = curves("lora", tmp_path, "--base-steps", "20", "--steps", "25", "--no-baseline")["FusedZeroAdamW"]
+    assert found[-1] < found[0] - 0.3  # by 0.41 in 25 steps, by 0.46 in 40 on a base of 40
 
 
 class Mixed(nn.Module):
