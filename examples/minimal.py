@@ -7,7 +7,8 @@ from pyzero import FusedZeroAdamW
 
 rank = int(os.environ.get("RANK", 0))  # torchrun's; without it this is the only process
 if "RANK" in os.environ:
-    dist.init_process_group("gloo")  # on GPUs "nccl", and everything .to(f"cuda:{rank}")
+    dist.init_process_group("gloo")
+# On GPUs: torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) first, "nccl" for "gloo", and model and x .cuda()
 torch.manual_seed(rank)  # each rank draws its own data; all get rank 0's weights
 model = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1)).bfloat16()
 optimizer = FusedZeroAdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)

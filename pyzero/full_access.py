@@ -16,6 +16,7 @@ from pyzero.sharding.gather import gather_param
 from pyzero.sharding.local_param import LocalParam, local_of, outer, part_of, whole_of
 from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.topology import Topology
+from pyzero.streams import on_device
 
 
 class FullAccess:
@@ -167,7 +168,8 @@ class FullAccess:
                 flat[:-1].view(param.shape).copy_(grad)
                 flat[-1] = 1.0
             if group not in self._tied_groups:
-                self._tied_groups[group] = Group(group)
+                with on_device(param.device):
+                    self._tied_groups[group] = Group(group)
             self._tied_groups[group].sum(flat, "the sum of tied gradients")
             if flat[-1]:
                 part = part_of(flat[:-1].view(param.shape), param)

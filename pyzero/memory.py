@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pyzero.streams import on_device
 
 _PAGE_BYTES = 2 << 20
 _KEPT_BYTES = 64 << 20
@@ -30,6 +33,12 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if _is_small(numel, dtype, device):
         return torch.zeros(numel, dtype=dtype, device=device)
     return torch.frombuffer(_map(numel * dtype.itemsize), dtype=dtype, count=numel)
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor with a storage of its own. torch exports from the current GPU alone."""
+    with on_device(tensor.device):
+        return from_dlpack(tensor)
 
 
 def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,5 +24,5 @@ def on_stream(stream: torch.cuda.Stream | None, *used: Tensor) -> Iterator[None]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one: NCCL sends python objects from there, and two ranks must not send from one GPU."""
+    """Make a GPU the current one, which the caller's may not be: NCCL sends python objects from there, for one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

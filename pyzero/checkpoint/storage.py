@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save, save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
-from torch.utils.dlpack import from_dlpack
 
+from pyzero import memory
 from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Span
 
 # torch 2.6's save() and load() cannot be told to leave the other ranks alone; those that they took the place of can.
@@ -66,7 +66,7 @@ class _AliasPlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = super().lookup_object(index)
         is_part = isinstance(value, Tensor) and value.is_contiguous() and value.numel() > 0
-        return from_dlpack(value.detach()) if is_part else value
+        return memory.alias(value.detach()) if is_part else value
 
 
 class ChecksummedWriter(FileSystemWriter):

@@ -91,11 +91,27 @@ def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_group
     # Not by get_backend() alone, which is "undefined" after init_process_group() without a backend: NCCL, on a GPU.
     backend = "cpu:gloo,cuda:nccl" if "nccl" in process.backends_of(like).values() else dist.get_backend(like)
     _let_gloo_finish_at_exit()
-    if len(ranks) == dist.get_world_size():
-        return dist.new_group(ranks, timeout=timeout, backend=backend)
-    # Only members may be asked for a smaller group.
-    with _named(most_groups), _unbound():
-        return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    with _gloo_explained():
+        if len(ranks) == dist.get_world_size():
+            return dist.new_group(ranks, timeout=timeout, backend=backend)
+        # Only members may be asked for a smaller group.
+        with _named(most_groups), _unbound():
+            return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+@contextmanager
+def _gloo_explained() -> Iterator[None]:
+    """Say how gloo finds the other hosts, where it does not: NCCL's variables are not gloo's."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()[0]
+        if "gloo" not in text.lower() or "connect" not in text.lower():
+            raise
+        raise RuntimeError(
+            f"{text}; gloo, which carries what hosts tell each other beside NCCL, too, did not reach them: set "
+            f"GLOO_SOCKET_IFNAME to the network interface that they share (eth0, say)"
+        ) from error
 
 
 @contextmanager

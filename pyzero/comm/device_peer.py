@@ -156,7 +156,9 @@ class DevicePeerTransport(Transport):
         begin = number % _NUM_SLOTS * self._slot_bytes + begin_bytes
         return self._memory.by_rank[rank][begin : begin + numel * dtype.itemsize].view(dtype)
 
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def buffer(
+        self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
+    ) -> Tensor:
         """See Transport. A slot, which the current stream waits for."""
         number = self._num_sent
         if number - self._num_read >= _NUM_SLOTS:

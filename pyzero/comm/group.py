@@ -42,13 +42,20 @@ class Work:
     """A collective or a copy under way. On a GPU `wait` makes the current stream wait; on a CPU it blocks."""
 
     def __init__(
-        self, handle: Handle | None, group: Group, what: str, number: int = 0, then: Callable[[], None] | None = None
+        self,
+        handle: Handle | None,
+        group: Group,
+        what: str,
+        number: int = 0,
+        then: Callable[[], None] | None = None,
+        blocks: bool = False,
     ) -> None:
         self._handle = handle
         self._group = group
         self._what = what
         self._number = number  # among the group's collectives
         self._then = then  # what is left to do once it has arrived
+        self._blocks = blocks  # the handle's wait returns with the result, on the host
 
     def wait(self) -> None:
         """Return when what follows may use the result.
@@ -58,7 +65,7 @@ class Work:
                 collective in its place.
         """
         if self._handle is not None:
-            self._group.wait(self._handle, self._what, self._number)
+            self._group.wait(self._handle, self._what, self._number, self._blocks)
             if self._then is not None:
                 self._then()
             self._handle = None  # last: a wait that was broken off can be made again
@@ -174,8 +181,14 @@ class Group:
         return 0 if self._timeout is None else int(self._timeout.total_seconds() * 1000)
 
     def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
-        """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank."""
-        return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs))
+        """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank.
+
+        args: The first is a tensor: of the host, beside NCCL too, it goes by gloo.
+        """
+        on_host = args[0].device.type == "cpu"
+        return self.launch(
+            what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs), blocks=on_host
+        )
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
@@ -219,19 +232,28 @@ class Group:
             with self.error_context(what):
                 raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
 
-    def launch(self, what: str, begin: Callable[[], Handle], then: Callable[[], None] | None = None) -> Work:
-        """Launch what `begin` begins; `then` is called once, when its handle has been waited for."""
+    def launch(
+        self,
+        what: str,
+        begin: Callable[[], Handle],
+        then: Callable[[], None] | None = None,
+        blocks: bool = False,
+    ) -> Work:
+        """Launch what `begin` begins; `then` is called once, when its handle has been waited for.
+
+        blocks: Waiting for it blocks the host, also where the group's other collectives do not.
+        """
         self.check_unbroken(what)
         with self.error_context(what):
             self._channel.num_collectives += 1
             with self.unbroken():
                 handle = begin()
-        return Work(handle, self, what, self._channel.num_collectives, then)
+        return Work(handle, self, what, self._channel.num_collectives, then, blocks or self._blocks)
 
-    def wait(self, handle: Handle, what: str, number: int) -> None:
+    def wait(self, handle: Handle, what: str, number: int, blocks: bool) -> None:
         """Wait for a collective; see Work."""
         with self.error_context(what):
-            while self._blocks:
+            while blocks:
                 try:
                     handle.wait(timedelta(seconds=_PATIENCE_S))
                     return

@@ -122,7 +122,9 @@ class PeerTransport(Transport):
         if is_new:
             self._ring.resize(self._host.ring_bytes)
 
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def buffer(
+        self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
+    ) -> Tensor:
         """See Transport. In the ring, or elsewhere where the other ranks do not make room in time."""
         piece = self._ring.next(numel * dtype.itemsize)
         self._room = None

@@ -14,9 +14,11 @@ _early_group: Any = None  # the group of join_early()
 
 
 def device() -> torch.device:
-    """Where this process computes: its GPU, by LOCAL_RANK among those that it sees, or the CPU."""
+    """Where this process computes: its GPU, by LOCAL_RANK among those that it sees, or the current one, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:  # as under srun and mpirun
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each rank its own alone
 
 

@@ -54,8 +54,13 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(numel,) memory to pack what the next `start` sends into."""
+    def buffer(
+        self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
+    ) -> Tensor:
+        """(numel,) memory to pack what the next `start` sends into, on the current stream.
+
+        side: The stream of a GPU that `start`, and whoever waits for its work, run on; None: the current one.
+        """
 
     @abstractmethod
     def start(self, send: Tensor, what: str) -> Exchange:
@@ -85,9 +90,19 @@ class _LibraryTransport(Transport):
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
         """See Transport. Nothing is needed."""
 
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See Transport."""
-        return memory.empty(numel, dtype, device)
+    def buffer(
+        self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
+    ) -> Tensor:
+        """See Transport. Of the side stream's memory, which that stream's waits have made free.
+
+        A host that runs ahead of its GPU would take new memory for each bucket from the current stream's.
+        """
+        if side is None:
+            return memory.empty(numel, dtype, device)
+        with torch.cuda.stream(side):
+            made = memory.empty(numel, dtype, device)
+        torch.cuda.current_stream(device).wait_stream(side)
+        return made
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport."""

@@ -39,7 +39,8 @@ class BucketExchange:
     """Sends buckets, and receives them in the order in which they were sent.
 
     On a GPU gradients are packed on the current stream; the exchange and the sum run on a stream of their own beside
-    backward, and only the packed buffer crosses from one to the other.
+    backward, and only the packed buffer crosses from one to the other. It is of the side stream's memory: packing waits
+    for the sum of the bucket before the last, so that there are two of them, however far the host runs ahead.
     """
 
     def __init__(self, names: nonfinite.RankNames, transport: Transport, device: torch.device) -> None:
@@ -70,8 +71,9 @@ class BucketExchange:
             accumulate = grads.is_reduced
             grads.apply_factors()
             self._wait_for_writers(grads)
-            packed = grads.pack(self._transport.buffer(grads.bucket.layout.numel, dtype, self._device), left_out)
-            with on_stream(self._stream, packed):
+            buffer = self._transport.buffer(grads.bucket.layout.numel, dtype, self._device, self._stream)
+            packed = grads.pack(buffer, left_out)
+            with on_stream(self._stream):
                 exchange = self._transport.start(packed, what)
             self._in_flight.append(_InFlight(grads, exchange, scale, accumulate, stats))
             while len(self._in_flight) > _MAX_IN_FLIGHT and self._in_flight[0].exchange.work.is_done(_PATIENCE_S):

@@ -106,7 +106,6 @@ class LocalGradients(Gradients):
         self._factor: Tensor | None = None  # 0-D, of clipping
         self._factor_of: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to: (grad, version)
         self._factor_is_used = False  # a step has multiplied by it
-        self._numbers: dict[Bucket, Tensor] = {}  # (num_params,) fp64, of the parameters
         self._locates = False
         self._clean_rows = clean_rows(1, device)
         self._rows = self._clean_rows.clone()  # of the last collect()
@@ -128,7 +127,6 @@ class LocalGradients(Gradients):
 
     def _place(self, bucket: Bucket) -> None:
         self._buckets.append(bucket)
-        self._numbers[bucket] = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)
         for tensor in (bucket.flat, *bucket.state_tensors()):
             self._own += [tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes]
         self._own.sort()
@@ -146,7 +144,7 @@ class LocalGradients(Gradients):
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients. `.grad` stays where it is, and so do the hooks on its parameter."""
-        self._buckets, self._runs, self._pieces, self._numbers, self._own = [], {}, {}, {}, []
+        self._buckets, self._runs, self._pieces, self._own = [], {}, {}, []
         for bucket in buckets:
             self._place(bucket)
         self._watched = len(buckets) if self._watched else 0
@@ -256,8 +254,10 @@ class LocalGradients(Gradients):
         names = self._stats_exchange.names
         rank = names.of_group[self._group.rank]
         codes = [
-            nonfinite.locate_in_grads(numbers, [p.grad for p in bucket.params], rank, names.num_ranks)
-            for bucket, numbers in self._numbers.items()
+            nonfinite.locate_in_grads(
+                bucket.numbers_on_device, [p.grad for p in bucket.params], rank, names.num_ranks
+            )
+            for bucket in self._buckets
         ]
         return torch.stack(codes).min()
 

@@ -44,7 +44,7 @@ def locate_in_slices(bucket: Bucket, slices: list[Tensor], names: RankNames, by_
         names: Of the ranks.
         by_rank: slices[r] is rank r's; else the one slice is a sum over ranks.
     """
-    numbers = torch.tensor(bucket.numbers, dtype=torch.float64, device=bucket.device)[bucket.segment_ids.long()]
+    numbers = bucket.numbers_on_device[bucket.segment_ids.long()]
     codes = []
     for place, piece in enumerate(slices):
         rank = names.of_group[place] if by_rank else names.num_ranks

@@ -151,6 +151,11 @@ class ReducedGradients(Gradients):
     def _before_gradient(self, param: Tensor) -> None:
         if not self._is_checked:
             self._check_unwrapped()
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"expected a backward that a CUDA graph can replay, got {self._group.size} ranks that reduce gradients "
+                f"in it; run backward and step() eagerly"
+            )
         grads, record = self._records[param]
         self._end.begin()
         self._awaits_step = True

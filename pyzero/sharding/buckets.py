@@ -107,6 +107,8 @@ class Bucket:
         }
         # (num_params,) applied steps of each parameter
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
+        # (num_params,) fp64, `numbers` where kernels read them
+        self.numbers_on_device = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
         runs = [(run.key.group_index, *layout.run_bounds(run, rank)) for run in layout.runs]
         self._runs = [(group_index, low, high) for group_index, low, high in runs if low < high]

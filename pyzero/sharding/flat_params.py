@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.dlpack import from_dlpack
 
+from pyzero import memory
 from pyzero.sharding.layout import ParamSlot
 from pyzero.sharding.local_param import LocalParam, outer
 
@@ -133,7 +133,7 @@ class FlatParams:
         if not slot.numel:
             return torch.empty(shape, dtype=self._dtype, device=self._device)
         room = param.room if isinstance(param, LocalParam) else 0
-        return from_dlpack(self._flat[slot.offset : slot.offset + max(slot.numel, room)]).as_strided(shape, strides)
+        return memory.alias(self._flat[slot.offset : slot.offset + max(slot.numel, room)]).as_strided(shape, strides)
 
     # ---- what the optimizer writes ----------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.dlpack import from_dlpack
 
+from pyzero import memory
 from pyzero.arguments import refuse_unsupported
 from pyzero.comm.group import Group
 from pyzero.ops.loss_scale import STATE_SLOTS
@@ -65,7 +65,7 @@ def _shaped(
         if not is_part:
             return own
         # In a storage of its own: a DTensor says its offset in one as data_ptr(), which torch's staging takes for one.
-        own = from_dlpack(own) if own.storage_offset() else own
+        own = memory.alias(own) if own.storage_offset() else own
         return param.wrap(own)  # type: ignore[attr-defined,no-any-return]
     from pyzero.sharding.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
 

@@ -7,7 +7,8 @@ PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 
 # Imports inside functions count too; those under TYPE_CHECKING do not.
 LAYERS = (
-    {"ops", "memory", "profiling", "streams"},
+    {"ops", "profiling", "streams"},
+    {"memory"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
     {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.segment"},
     {"comm.channels", "comm.host"},

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import pyzero
-from pyzero import optimizer
-from pyzero.comm import channels, process
+from pyzero import memory, optimizer
+from pyzero.comm import channels, process, transport
+from pyzero.comm.group import Group
 
+PYZERO = Path(pyzero.__file__).parent
 LIMIT = timedelta(seconds=20)
 
 
@@ -99,3 +101,98 @@ def built_on_two(group: Any) -> float:
 
 def test_an_optimizer_of_some_ranks_leaves_the_names_of_later_groups_alike(ranks):
     assert ranks.run(4, built_on_two) == [4.0] * 4  # else torch 2.14 gives it several names
+
+
+def test_a_gloo_that_finds_no_host_says_what_to_set(world, monkeypatch):
+    def fail(ranks: list[int], **how: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [/x/gloo/transport/tcp/pair.cc:144] no error\nframe #0")
+
+    monkeypatch.setattr(channels.dist, "new_group", fail)
+    with pytest.raises(RuntimeError, match=r"Gloo connectFullMesh failed.*set GLOO_SOCKET_IFNAME to the network"):
+        channels.new_group([0], world, None, 0)
+
+
+def test_views_are_exported_from_the_gpu_that_they_lie_on(monkeypatch):
+    """torch refuses it on another, and a script may have moved its model to cuda:1 without set_device()."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def on_device(device: torch.device):
+        current.append(device)
+        yield
+        current.clear()
+
+    def export(tensor: Tensor) -> Tensor:
+        assert current == [tensor.device]
+        return torch.utils.dlpack.from_dlpack(tensor)
+
+    monkeypatch.setattr(memory, "on_device", on_device)
+    monkeypatch.setattr(memory, "from_dlpack", export)
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param])
+    param.data = torch.zeros(3)
+    optimizer.refresh_fp32_params()
+    others = [*(PYZERO / "sharding").glob("*.py"), *(PYZERO / "checkpoint").glob("*.py")]
+    assert others and not [path for path in others if "from_dlpack" in path.read_text()]
+
+
+def test_buckets_on_a_gpu_are_packed_into_memory_of_the_side_stream(monkeypatch):
+    """The current stream writes there behind all that the side stream was given: who runs ahead takes no more."""
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            done.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on(stream: Stream):
+        done.append(f"enter {stream.name}")
+        yield
+        done.append(f"leave {stream.name}")
+
+    def empty(*args: Any) -> Tensor:
+        done.append("allocate")
+        return torch.empty(3)
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(transport.memory, "empty", empty)
+    exact = transport.ExactTransport(Group(is_alone=True))
+    exact.buffer(3, torch.float32, torch.device("cuda"), Stream("side"))  # type: ignore[arg-type]
+    assert done == ["enter side", "allocate", "leave side", "current waits for side"]
+
+
+def test_what_hosts_tell_each_other_beside_nccl_is_watched(ranks):
+    for said in ranks.run(2, wait_for_another):
+        assert "the ranks wait for different collectives" in said
+
+
+def wait_for_another(process_group: Any) -> str:
+    """As with NCCL, whose waits return before the result is there: those of host tensors do not."""
+    group = Group(process_group)
+    group._blocks = False
+    names = ("one message", "another one")
+    row = torch.zeros(1 + 10 * group.rank, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyzero.comm.group._PATIENCE_S", 0.3)
+        try:
+            if group.rank == 0:
+                group.start(names[0], dist.broadcast, row, src=dist.get_global_rank(group.handle, 1)).wait()
+            else:
+                group.start(names[1], dist.broadcast, row, src=dist.get_global_rank(group.handle, 0)).wait()
+        except RuntimeError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_without_a_local_rank_the_current_gpu_is_taken(monkeypatch):
+    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(process.torch.cuda, "current_device", lambda: 5)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert process.device() == torch.device("cuda", 5)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert process.device() == torch.device("cuda", 3)

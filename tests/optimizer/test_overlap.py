@@ -612,3 +612,20 @@ def test_a_group_may_come_in_the_middle_of_a_broken_round(ranks):
     for num_sent, (first, second, third, more) in ranks.run(2, add_a_group_in_a_broken_round):
         assert num_sent == 1
         assert first == second == more == 1.0 and third < 1.0
+
+
+def captured_backward(group: Any) -> str:
+    """As on a GPU, into a CUDA graph: its replay runs no hook."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group)
+    optimizer._gradients._device = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError) as caught:
+            param.sum().backward()
+    return str(caught.value)
+
+
+def test_a_backward_that_is_captured_is_refused(ranks):
+    for said in ranks.run(2, captured_backward):
+        assert "got 2 ranks that reduce gradients in it; run backward and step() eagerly" in said
