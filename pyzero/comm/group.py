@@ -186,9 +186,7 @@ class Group:
         args: The first is a tensor: of the host, beside NCCL too, it goes by gloo.
         """
         on_host = args[0].device.type == "cpu"
-        return self.launch(
-            what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs), blocks=on_host
-        )
+        return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs), blocks=on_host)
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:

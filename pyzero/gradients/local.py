@@ -254,9 +254,7 @@ class LocalGradients(Gradients):
         names = self._stats_exchange.names
         rank = names.of_group[self._group.rank]
         codes = [
-            nonfinite.locate_in_grads(
-                bucket.numbers_on_device, [p.grad for p in bucket.params], rank, names.num_ranks
-            )
+            nonfinite.locate_in_grads(bucket.numbers_on_device, [p.grad for p in bucket.params], rank, names.num_ranks)
             for bucket in self._buckets
         ]
         return torch.stack(codes).min()
