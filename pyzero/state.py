@@ -245,10 +245,10 @@ class StateAccess(FullAccess, Optimizer):
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
             self._gradients.learns_arrival &= not cut.has_learned
         saved.copy_into(self)
+        has_scale = saved.scaler is not None and self._scaler.load(saved.scaler)
         if saved.scaler is not None:
-            self._scaler.load(saved.scaler)
             self._overflow.start_from(self.skipped_steps)
-        elif self._scaler.enabled:
+        if self._scaler.enabled and not has_scale:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._param_buckets.publish_masters()
 
@@ -292,7 +292,7 @@ class StateAccess(FullAccess, Optimizer):
             others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        groups[0][rank_state.SCALER] = self._scaler.state.to("cpu", copy=True)
+        groups[0][rank_state.SCALER] = self._scaler.saved().cpu()
         groups[0][rank_state.RULE] = self.rule_name
         return {"state": state, "param_groups": groups}
 
@@ -344,7 +344,7 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     The five are a copy: what is read into them counts only once it is loaded, for other values depend on them.
     """
     assert isinstance(optimizer, StateAccess)
-    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
+    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.saved()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
     rank_state.export_state(optimizer, state_dict, optimizer._param_buckets, optimizer._group)
