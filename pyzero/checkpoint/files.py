@@ -24,7 +24,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +79,19 @@ class ChecksummedStream:
             self._small += data
             return num_bytes
         self._put_small()
-        crc = self._crc_thread.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
+        crc = self._crc_of(data)  # both let go of the interpreter
         self._raw.write(data)
         self._crc = crc.result()
         self._progress(num_bytes)
         return num_bytes
+
+    def _crc_of(self, data: Any) -> Future[int]:
+        try:
+            return self._crc_thread.submit(zlib.crc32, data, self._crc)
+        except RuntimeError:  # of an interpreter that ends, and waits for an asynchronous save
+            done: Future[int] = Future()
+            done.set_result(zlib.crc32(data, self._crc))
+            return done
 
     def _put_small(self) -> None:
         self._crc = zlib.crc32(self._small, self._crc)

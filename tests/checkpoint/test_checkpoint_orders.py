@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,25 @@ def test_an_asynchronous_save_goes_where_it_was_sent(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert future.result() == tmp_path / "second" / "step_1"
+
+
+LAST_LINE = """
+import sys
+import torch
+import pyzero
+
+model = torch.nn.Linear(512, 512)
+optimizer = pyzero.FusedZeroAdamW(model.parameters())
+pyzero.async_save_checkpoint(sys.argv[1], model=model, optimizer=optimizer, step=1)
+"""
+
+
+def test_a_program_that_ends_waits_for_an_asynchronous_save(tmp_path):
+    """Where no executor takes work any more."""
+    subprocess.run([sys.executable, "-c", LAST_LINE, str(tmp_path)], check=True, timeout=120)
+    model = nn.Linear(512, 512)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["step"] == 1
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
