@@ -168,7 +168,7 @@ def begin(directory: Path, step: int) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         flush_folder(directory.parent)
     for left in directory.glob(f"{_UNFINISHED}*"):  # a save, or a removal, that was killed
-        shutil.rmtree(left)
+        _delete(left)
     names, number = {path.name for path in directory.iterdir()}, 0
     name = f"step_{step}"
     while name in names:  # it stays until this one is complete
@@ -219,7 +219,15 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint; renamed first, so that what a crash leaves of it is not taken for one."""
     doomed = folder.parent / f"{_UNFINISHED}{folder.name}"
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder; of a link, to a checkpoint that was moved elsewhere, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _complete(directory: Path) -> list[Path]:

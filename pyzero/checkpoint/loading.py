@@ -66,7 +66,7 @@ def load_checkpoint(
             rule's state; or parts of weights of another number of model-parallel ranks. On all ranks.
         TypeError: `optimizer` is none of pyzero's, or `model` no module.
     """
-    return _Load(Path(directory), model, optimizer, strict).run()
+    return _Load(directory, model, optimizer, strict).run()
 
 
 def load_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> dict[str, Any]:
@@ -82,9 +82,14 @@ class _Load:
     """One load: all is read into host memory and checked, then copied."""
 
     def __init__(
-        self, directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool, weights_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: ZeroOptimizer,
+        strict: bool,
+        weights_only: bool = False,
     ) -> None:
-        self._directory = directory
+        self._given = directory
         self._model = model
         self._optimizer = optimizer
         self._strict = strict
@@ -94,7 +99,7 @@ class _Load:
 
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
-        what = f"the load of {self._directory}"
+        what = f"the load of {self._given}"
         self._elsewhere = self._on_other_ranks(what)
         name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
         together(self._group, what, lambda: self._read(self._directory / name))
@@ -123,6 +128,7 @@ class _Load:
 
     def _find(self) -> Path | None:
         """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
+        self._directory = Path(self._given)
         if self._group.rank:
             return None
         folder = files.find(self._directory)

@@ -145,7 +145,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
         crcs: See ChecksummedWriter.
         progress: See ChecksummedWriter.
     """
-    with _as_ours(), _without_torchs_crc():
+    with _as_ours(f"the save to {folder}"), _without_torchs_crc():
         writer = ChecksummedWriter(folder, crcs, progress)
         found: Metadata = _save(
             state, storage_writer=writer, planner=_AliasPlanner(), process_group=group, no_dist=group is None
@@ -159,7 +159,7 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
     Raises:
         CheckpointError: A file is missing, cut or damaged.
     """
-    with _as_ours():
+    with _as_ours(f"the load of {folder}"):
         _load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
 
 
@@ -175,7 +175,7 @@ def _without_torchs_crc() -> Iterator[None]:
 
 
 @contextmanager
-def _as_ours() -> Iterator[None]:
+def _as_ours(what: str) -> Iterator[None]:
     """Raise torch's failures as CheckpointError, and silence its warnings: of a rank alone, and of _save and _load."""
     try:
         with warnings.catch_warnings():
@@ -186,4 +186,4 @@ def _as_ours() -> Iterator[None]:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, CheckpointError):
             raise cause from None
-        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause
+        raise CheckpointError(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause

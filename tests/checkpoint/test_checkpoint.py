@@ -187,6 +187,18 @@ def test_the_newest_are_kept(tmp_path):
     assert pyzero.load_checkpoint(tmp_path / "step_10", model=model, optimizer=optimizer)["step"] == 10
 
 
+def test_a_link_to_a_checkpoint_elsewhere_is_pruned_alone(tmp_path):
+    model, optimizer = lone(tmp_path)
+    path, moved = tmp_path / "saved", tmp_path / "moved"
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    (path / "step_1").rename(moved)
+    (path / "step_1").symlink_to(moved)
+    for number in (2, 3):
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=number, keep=1)
+    assert {path.name for path in path.iterdir()} == {"latest", "step_3"}
+    assert pyzero.load_checkpoint(moved, model=model, optimizer=optimizer)["step"] == 1
+
+
 def test_a_step_is_saved_again_in_its_place(tmp_path):
     model, optimizer = lone(tmp_path)
     for word in ("first", "second"):

@@ -295,6 +295,26 @@ def test_ranks_at_different_steps_are_told(ranks, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def lacks_a_path(group: Any, path: Path) -> list[str]:
+    """Rank 1 thinks that only rank 0 needs one."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    mine: Any = None if dist.get_rank(group) else path
+    found = []
+    for call, options in ((pyzero.save_checkpoint, {"step": 1}), (pyzero.load_checkpoint, {})):
+        with pytest.raises((TypeError, pyzero.CheckpointError)) as caught:
+            call(mine, model=model, optimizer=optimizer, **options)
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_rank_without_a_path_leaves_no_other_waiting(ranks, tmp_path):
+    first, second = ranks.run(2, lacks_a_path, tmp_path)
+    assert all("failed on rank 1 of 2: TypeError: expected str" in text for text in first)
+    assert all(text.startswith("expected str") for text in second)
+
+
 def different(group: Any, path: Path, how: str) -> Any:
     """Rank 1 looks into another folder, or still sees an old `latest`."""
     torch.manual_seed(0)
