@@ -223,7 +223,7 @@ class _Load:
 
     def _place_of_weight(self, name: str, value: Tensor) -> str:
         """The name in the checkpoint of what the model has beside what the optimizer loads."""
-        master = f"optim.state.{name}.{MASTER}"
+        master = f"optim.state.{self._common['tied'].get(name, name)}.{MASTER}"
         takes_master = self._weights_only and value.dtype == torch.float32 and master in self._index["tensors"]
         return master if takes_master else f"model.{name}"
 
