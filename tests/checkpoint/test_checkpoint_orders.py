@@ -62,6 +62,18 @@ def test_an_asynchronous_save_goes_where_it_was_sent(tmp_path, monkeypatch):
     assert future.result() == tmp_path / "second" / "step_1"
 
 
+@pytest.mark.parametrize("steps", [(1, 1), (1, 2)], ids=str)
+def test_a_save_waits_for_another_optimizers_into_the_same_directory(tmp_path, steps):
+    big, small = nn.Linear(1500, 1500), nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(big.parameters())
+    first = pyzero.async_save_checkpoint(tmp_path, model=big, optimizer=optimizer, step=steps[0])
+    del optimizer
+    optimizer = pyzero.FusedZeroAdamW(small.parameters())
+    pyzero.save_checkpoint(tmp_path, model=small, optimizer=optimizer, step=steps[1])
+    assert first.result() == tmp_path / "step_1"
+    assert pyzero.load_checkpoint(tmp_path, model=small, optimizer=optimizer)["step"] == steps[1]
+
+
 LAST_LINE = """
 import sys
 import torch
