@@ -46,6 +46,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The one before it, and what was to be loaded into, are untouched."""
 
 
+class Interrupted(Exception):
+    """Its cause is a KeyboardInterrupt or SystemExit, which is raised once the other ranks have heard of it."""
+
+
 def rank_file(rank: int) -> str:
     """The name of the file with what a rank handed in."""
     return f"rank_{rank:05d}.pt"

@@ -27,7 +27,9 @@ from pyzero.sharding.param_buckets import ParamBuckets
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
 ZERO, SCALER, RULE = "zero", "scaler", "rule"
-STEPS = "master_steps"  # in a full state dict, and in ZERO: what tells masters of which torch's optimizer takes no notice
+STEPS = (
+    "master_steps"  # in a full state dict, and in ZERO: what tells masters of which torch's optimizer takes no notice
+)
 
 
 def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool, steps: list[float]) -> str:
@@ -254,7 +256,9 @@ class RankState:
                         view.zero_()
         for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
             for key, value in saved_group.items():
-                if key not in ("params", ZERO, SCALER, RULE, STEPS) and (key != "decoupled_weight_decay" or self.is_ours):
+                if key not in ("params", ZERO, SCALER, RULE, STEPS) and (
+                    key != "decoupled_weight_decay" or self.is_ours
+                ):
                     group[key] = value.clone() if isinstance(value, Tensor) else value
 
 

@@ -93,6 +93,36 @@ def test_a_program_that_ends_waits_for_an_asynchronous_save(tmp_path):
     assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["step"] == 1
 
 
+def interrupted(group: Any, path: Path, error: type[BaseException], interrupted_rank: int) -> list[str]:
+    """What a save and a load raise while one rank is interrupted."""
+    from pyzero.checkpoint.storage import ChecksummedWriter, IndexedReader
+
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    found = []
+    for owner, name in ((ChecksummedWriter, "write_data"), (IndexedReader, "read_data")):
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank(group) == interrupted_rank:
+                patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(error("now")))
+            with pytest.raises((pyzero.CheckpointError, error)) as caught:
+                if owner is ChecksummedWriter:
+                    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=2)
+                else:
+                    pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+        found.append(f"{type(caught.value).__name__}: {caught.value}")
+    return found
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_is_no_failure_of_a_checkpoint(ranks, tmp_path, error, rank):
+    """Which a loop may catch, and go on. The other rank is told."""
+    found = ranks.run(2, interrupted, tmp_path, error, rank)
+    assert found[rank] == [f"{error.__name__}: now"] * 2
+    assert all(text.startswith("CheckpointError: ") and error.__name__ in text for text in found[1 - rank])
+
+
 # ---- modules --------------------------------------------------------------------------------------------------------
 
 
