@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,10 +246,10 @@ class StateAccess(FullAccess, Optimizer):
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
             self._gradients.learns_arrival &= not cut.has_learned
         saved.copy_into(self)
+        has_scale = saved.scaler is not None and self._scaler.load(saved.scaler)
         if saved.scaler is not None:
-            self._scaler.load(saved.scaler)
             self._overflow.start_from(self.skipped_steps)
-        elif self._scaler.enabled:
+        if self._scaler.enabled and not has_scale:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._param_buckets.publish_masters()
 
@@ -292,8 +293,10 @@ class StateAccess(FullAccess, Optimizer):
             others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        groups[0][rank_state.SCALER] = self._scaler.state.to("cpu", copy=True)
+        groups[0][rank_state.SCALER] = self._scaler.saved().cpu()
         groups[0][rank_state.RULE] = self.rule_name
+        steps = [float(state[place][STEP]) if place in state else 0.0 for place in range(first)]
+        groups[0][rank_state.STEPS] = json.dumps(steps)
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:
@@ -302,7 +305,12 @@ class StateAccess(FullAccess, Optimizer):
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
         buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
-        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
+        steps = []
+        if self._group.size == 1:  # whole masters
+            numbered = ((b.params, b.steps.tolist()) for b in self._buckets)
+            of = {places[outer(p)]: step for pair in numbered for p, step in zip(*pair, strict=True)}
+            steps = [of.get(place, 0.0) for place in places.values()]
+        return rank_state.describe(self._group.rank, self._group.size, buckets, learned, steps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""
@@ -344,7 +352,7 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     The five are a copy: what is read into them counts only once it is loaded, for other values depend on them.
     """
     assert isinstance(optimizer, StateAccess)
-    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.state.clone()
+    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.saved()
     state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
     state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
     rank_state.export_state(optimizer, state_dict, optimizer._param_buckets, optimizer._group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from pyzero.checkpoint.files import CheckpointError
+from pyzero.checkpoint.files import CheckpointError, Interrupted
 from pyzero.comm.group import Group
 
 _T = TypeVar("_T")
@@ -13,13 +13,19 @@ _T = TypeVar("_T")
 
 def together(group: Group, what: str, act: Callable[[], _T]) -> _T:
     """Run it on every rank; where it fails on one, all ranks raise."""
-    problem = None
+    problem: Exception | None = None
+    interrupt: BaseException | None = None
     try:
         result = act()
+    except Interrupted as error:
+        interrupt = error.__cause__
     except Exception as error:  # of any kind: the other ranks wait to hear of it
         problem = error
-    failed = None if problem is None else f"{type(problem).__name__}: {problem}"
+    told = interrupt or problem
+    failed = None if told is None else f"{type(told).__name__}: {told}"
     for rank, text in enumerate(group.gather_objects(failed, f"the agreement on {what}")):
+        if interrupt is not None:
+            raise interrupt
         if text is not None:
             if isinstance(problem, (CheckpointError, TypeError, ValueError)):
                 raise problem

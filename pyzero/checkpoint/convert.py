@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyzero.checkpoint import files, from_deepspeed
+from pyzero.checkpoint.agreement import together
 from pyzero.checkpoint.content import PARTS, Content
 from pyzero.checkpoint.export import export_safetensors
 from pyzero.checkpoint.files import CheckpointError
@@ -143,5 +144,6 @@ class _Weights:
         from pyzero.checkpoint import storage  # half a second
 
         tensor = self.empty(name, "cpu")
-        storage.read({self.places[name]: tensor}, self.folder, self.index)
+        where = {self.places[name]: tensor}
+        together(Group(is_alone=True), f"the read of {name}", lambda: storage.read(where, self.folder, self.index))
         return tensor

@@ -24,7 +24,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,10 @@ _FILE = re.compile(r"[\w.]+")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The one before it, and what was to be loaded into, are untouched."""
+
+
+class Interrupted(Exception):
+    """Its cause is a KeyboardInterrupt or SystemExit, which is raised once the other ranks have heard of it."""
 
 
 def rank_file(rank: int) -> str:
@@ -79,11 +83,19 @@ class ChecksummedStream:
             self._small += data
             return num_bytes
         self._put_small()
-        crc = self._crc_thread.submit(zlib.crc32, data, self._crc)  # both let go of the interpreter
+        crc = self._crc_of(data)  # both let go of the interpreter
         self._raw.write(data)
         self._crc = crc.result()
         self._progress(num_bytes)
         return num_bytes
+
+    def _crc_of(self, data: Any) -> Future[int]:
+        try:
+            return self._crc_thread.submit(zlib.crc32, data, self._crc)
+        except RuntimeError:  # of an interpreter that ends, and waits for an asynchronous save
+            done: Future[int] = Future()
+            done.set_result(zlib.crc32(data, self._crc))
+            return done
 
     def _put_small(self) -> None:
         self._crc = zlib.crc32(self._small, self._crc)
@@ -160,7 +172,7 @@ def begin(directory: Path, step: int) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         flush_folder(directory.parent)
     for left in directory.glob(f"{_UNFINISHED}*"):  # a save, or a removal, that was killed
-        shutil.rmtree(left)
+        _delete(left)
     names, number = {path.name for path in directory.iterdir()}, 0
     name = f"step_{step}"
     while name in names:  # it stays until this one is complete
@@ -211,7 +223,15 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint; renamed first, so that what a crash leaves of it is not taken for one."""
     doomed = folder.parent / f"{_UNFINISHED}{folder.name}"
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder; of a link, to a checkpoint that was moved elsewhere, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _complete(directory: Path) -> list[Path]:

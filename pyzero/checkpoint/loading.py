@@ -20,7 +20,7 @@ from pyzero.checkpoint.saving import begin
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.local_param import empty_on_host, local_of
-from pyzero.sharding.rank_state import RULE, SCALER
+from pyzero.sharding.rank_state import RULE, SCALER, without_steps
 
 log = logging.getLogger("pyzero")
 
@@ -66,7 +66,7 @@ def load_checkpoint(
             rule's state; or parts of weights of another number of model-parallel ranks. On all ranks.
         TypeError: `optimizer` is none of pyzero's, or `model` no module.
     """
-    return _Load(Path(directory), model, optimizer, strict).run()
+    return _Load(directory, model, optimizer, strict).run()
 
 
 def load_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> dict[str, Any]:
@@ -82,9 +82,14 @@ class _Load:
     """One load: all is read into host memory and checked, then copied."""
 
     def __init__(
-        self, directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool, weights_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: ZeroOptimizer,
+        strict: bool,
+        weights_only: bool = False,
     ) -> None:
-        self._directory = directory
+        self._given = directory
         self._model = model
         self._optimizer = optimizer
         self._strict = strict
@@ -94,7 +99,7 @@ class _Load:
 
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
-        what = f"the load of {self._directory}"
+        what = f"the load of {self._given}"
         self._elsewhere = self._on_other_ranks(what)
         name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
         together(self._group, what, lambda: self._read(self._directory / name))
@@ -123,6 +128,7 @@ class _Load:
 
     def _find(self) -> Path | None:
         """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
+        self._directory = Path(self._given)
         if self._group.rank:
             return None
         folder = files.find(self._directory)
@@ -217,7 +223,7 @@ class _Load:
 
     def _place_of_weight(self, name: str, value: Tensor) -> str:
         """The name in the checkpoint of what the model has beside what the optimizer loads."""
-        master = f"optim.state.{name}.{MASTER}"
+        master = f"optim.state.{self._common['tied'].get(name, name)}.{MASTER}"
         takes_master = self._weights_only and value.dtype == torch.float32 and master in self._index["tensors"]
         return master if takes_master else f"model.{name}"
 
@@ -261,7 +267,7 @@ class _Load:
                 options = [of_group for of_group in options if self._optimizer.is_of_rule(index, of_group)]
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
-            matched.append({**group, **(options[0] if options else {})})
+            matched.append({**without_steps(group), **(options[0] if options else {})})
             if matched[-1].get(_DECOUPLED) != group.get(_DECOUPLED):
                 log.warning(
                     "group %d goes on with %s=%s, as it was saved; set it in param_groups after the load for another",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ def save_checkpoint(
         RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
             `.grad` is torch's, on one rank or with `reduce_grads=False`.
     """
-    return _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=False).run()
+    writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=False)
+    wait([*_under_way])  # another optimizer's too: it may go into the same directory
+    return writer.run()
 
 
 def async_save_checkpoint(
@@ -86,6 +88,8 @@ def async_save_checkpoint(
     future = _thread.submit(
         _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True).run
     )
+    _under_way.add(future)
+    future.add_done_callback(_under_way.discard)
     future.add_done_callback(_log_failure)
     _in_thread[optimizer] = future
     return future
@@ -100,6 +104,7 @@ def _log_failure(future: Future[Path]) -> None:
 
 _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
 _in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()  # the last save of each
+_under_way: set[Future[Path]] = set()
 
 
 def begin(optimizer: ZeroOptimizer) -> Group:

@@ -33,7 +33,7 @@ from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from pyzero import memory
-from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Span
+from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Interrupted, Span
 
 # torch 2.6's save() and load() cannot be told to leave the other ranks alone; those that they took the place of can.
 _save, _load = (save, load) if "no_dist" in inspect.signature(save).parameters else (save_state_dict, load_state_dict)
@@ -145,7 +145,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
         crcs: See ChecksummedWriter.
         progress: See ChecksummedWriter.
     """
-    with _as_ours(), _without_torchs_crc():
+    with _as_ours(f"the save to {folder}", group), _without_torchs_crc():
         writer = ChecksummedWriter(folder, crcs, progress)
         found: Metadata = _save(
             state, storage_writer=writer, planner=_AliasPlanner(), process_group=group, no_dist=group is None
@@ -159,7 +159,7 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
     Raises:
         CheckpointError: A file is missing, cut or damaged.
     """
-    with _as_ours():
+    with _as_ours(f"the load of {folder}"):
         _load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
 
 
@@ -175,15 +175,21 @@ def _without_torchs_crc() -> Iterator[None]:
 
 
 @contextmanager
-def _as_ours() -> Iterator[None]:
-    """Raise torch's failures as CheckpointError, and silence its warnings: of a rank alone, and of _save and _load."""
+def _as_ours(what: str, group: Any = None) -> Iterator[None]:
+    """Raise torch's failures as CheckpointError, and silence its warnings: of a rank alone, and of _save and _load.
+
+    Torch takes an interrupt for a failure too: this rank's own is raised as Interrupted, for `together`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)
             yield
     except CheckpointException as error:  # no Exception: nobody else would catch it
+        mine, _ = error.failures.get(0 if group is None else group.rank(), (None, None))
+        if isinstance(mine, (KeyboardInterrupt, SystemExit)):
+            raise Interrupted from mine
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, CheckpointError):
             raise cause from None
-        raise CheckpointError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause
+        raise CheckpointError(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause

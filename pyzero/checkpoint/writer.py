@@ -45,11 +45,10 @@ class Writer:
         collect: Callable[[], Content],
     ) -> None:
         self._group = group
-        self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
         self._step = step
         self._keep = keep
         self._what = f"the save to {directory}"
-        together(group, self._what, lambda: self._take(collect))
+        together(group, self._what, lambda: self._take(directory, collect))
         rows = group.gather_objects((self._step, self._buffers), self._what)
         steps = [step for step, _ in rows]
         if len(set(steps)) > 1:
@@ -61,7 +60,8 @@ class Writer:
             parts = group.gather_objects(self._part, self._what)
             together(group, self._what, lambda: self._keep_common(join(parts)))
 
-    def _take(self, collect: Callable[[], Content]) -> None:
+    def _take(self, directory: str | os.PathLike[str], collect: Callable[[], Content]) -> None:
+        self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
         if not _is_whole(self._step, 0):
             raise ValueError(f"expected step as a whole number from 0 on, got {self._step!r}; pass how many were taken")
         self._step = operator.index(self._step)

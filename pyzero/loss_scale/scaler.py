@@ -106,11 +106,25 @@ class Scaler:
         """0-D, on the device: steps skipped so far."""
         return self.state[_SKIPPED]
 
-    def load(self, state: Tensor) -> None:
-        """Take over a saved state."""
-        self.epoch += float(self.scale) != float(state[_SCALE])
-        self.state.copy_(state)
+    def saved(self) -> Tensor:
+        """A copy of the state for `load`, in which a scale of 0 stands for none."""
+        state = self.state.clone()
+        if not self.enabled:
+            state[_SCALE] = 0.0
+        return state
+
+    def load(self, state: Tensor) -> bool:
+        """Take over a saved state: of one with a scale into one without, or the other way, the counts of skips alone.
+
+        Returns:
+            Whether it has a scale.
+        """
+        has_scale = float(state[_SCALE]) != 0.0
+        first = _SKIPPED if has_scale != self.enabled else _SCALE if has_scale else _SCALE + 1
+        self.epoch += first == _SCALE and float(self.scale) != float(state[_SCALE])
+        self.state[first:].copy_(state[first:])
         self._refresh()
+        return has_scale
 
     def _refresh(self) -> None:
         torch.reciprocal(self.scale, out=self.inv_scale)

@@ -27,14 +27,27 @@ from pyzero.sharding.param_buckets import ParamBuckets
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
 ZERO, SCALER, RULE = "zero", "scaler", "rule"
+STEPS = "master_steps"  # in a full state dict, and in ZERO: which steps masters are of; torch's optimizer leaves both
 
 
-def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
+def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool, steps: list[float]) -> str:
     """Which rank's a state dict is, and which buckets its parts are cut from; a string, which helpers leave whole.
 
-    buckets: Parameters by their place in the groups, which does not depend on when they were unfrozen.
+    Args:
+        rank: This one.
+        num_ranks: Of the group.
+        buckets: Parameters by their place in the groups, which does not depend on when they were unfrozen.
+        has_learned: Buckets are in the order of arrival.
+        steps: Of whole masters, by place; empty: of none.
     """
-    return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
+    known = {"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned}
+    return json.dumps({**known, STEPS: steps} if any(steps) else known)
+
+
+def without_steps(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of `state_dict()` for values that were read from elsewhere, of other steps."""
+    known = json.loads(group[ZERO]) if ZERO in group else {}
+    return {**group, ZERO: json.dumps({k: v for k, v in known.items() if k != STEPS})} if STEPS in known else group
 
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
@@ -89,6 +102,17 @@ class SavedParam:
     param: Tensor
     whole: dict[str, Any] = field(default_factory=dict)  # the step too
     parts: dict[str, Tensor] = field(default_factory=dict)  # flat
+
+    def forget_old_master(self, step: float, view: Tensor) -> None:
+        """Drop a master of a step that another optimizer has gone on from, as torch's does, which leaves it as it was.
+
+        Args:
+            step: Which it is of.
+            view: The optimizer's own: what lies there was written in place, by whoever reads a checkpoint into it.
+        """
+        master = self.whole.get(MASTER)
+        if master is not None and 0 < step < float(self.whole[STEP]) and local_of(master).data_ptr() != view.data_ptr():
+            del self.whole[MASTER]
 
     def has(self, name: str) -> bool:
         """Whether it holds a value of that name."""
@@ -193,6 +217,9 @@ class RankState:
             lengths = _lengths(cut.layouts(optimizer, param_buckets, num_ranks), rank)
         for place, saved in zip(places, found, strict=True):
             _check(saved, param_buckets, lengths.get(numbers[place]), place)
+        steps = json.loads(saved_groups[0].get(STEPS, "[]")) or described.get(STEPS, [])
+        for place, saved in zip(places, found, strict=True) if len(steps) == len(params) else ():
+            saved.forget_old_master(steps[place], optimizer.state[saved.param][MASTER])
         return RankState(cut, ZERO in saved_groups[0], found, saved_groups, saved_groups[0].get(SCALER))
 
     def summary(self) -> Summary:
@@ -227,7 +254,8 @@ class RankState:
                         view.zero_()
         for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
             for key, value in saved_group.items():
-                if key not in ("params", ZERO, SCALER, RULE) and (key != "decoupled_weight_decay" or self.is_ours):
+                is_foreign = key == "decoupled_weight_decay" and not self.is_ours
+                if key not in ("params", ZERO, SCALER, RULE, STEPS) and not is_foreign:
                     group[key] = value.clone() if isinstance(value, Tensor) else value
 
 

@@ -187,6 +187,18 @@ def test_the_newest_are_kept(tmp_path):
     assert pyzero.load_checkpoint(tmp_path / "step_10", model=model, optimizer=optimizer)["step"] == 10
 
 
+def test_a_link_to_a_checkpoint_elsewhere_is_pruned_alone(tmp_path):
+    model, optimizer = lone(tmp_path)
+    path, moved = tmp_path / "saved", tmp_path / "moved"
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    (path / "step_1").rename(moved)
+    (path / "step_1").symlink_to(moved)
+    for number in (2, 3):
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=number, keep=1)
+    assert {path.name for path in path.iterdir()} == {"latest", "step_3"}
+    assert pyzero.load_checkpoint(moved, model=model, optimizer=optimizer)["step"] == 1
+
+
 def test_a_step_is_saved_again_in_its_place(tmp_path):
     model, optimizer = lone(tmp_path)
     for word in ("first", "second"):
@@ -316,3 +328,29 @@ def test_counters_of_the_loss_scale(tmp_path):
     again = pyzero.FusedZeroAdamW(model.parameters(), loss_scale=pyzero.LossScale(init_scale=64.0))
     pyzero.load_checkpoint(tmp_path, model=model, optimizer=again)
     assert counters(again) == [4.0, 1]
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "full_state_dict", "state_dict"])
+def test_a_run_without_a_loss_scale_leaves_none_to_one_with(tmp_path, how):
+    """bf16 to fp16, whose gradients would be lost at a scale of 1, and back; skips count on."""
+
+    def trained(dtype: torch.dtype) -> Any:
+        model = nn.Linear(3, 2).to(dtype)
+        return model, pyzero.FusedZeroAdamW(model.parameters())
+
+    def scale_after(before: torch.dtype, after: torch.dtype) -> list[float]:
+        (model, optimizer), (other, resumed_optimizer) = trained(before), trained(after)
+        optimizer.backward((model(torch.ones(1, 3, dtype=before)) * float("inf")).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        if how == "checkpoint":
+            pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+            pyzero.load_checkpoint(tmp_path, model=other, optimizer=resumed_optimizer)
+        else:
+            resumed_optimizer.load_state_dict(getattr(optimizer, how)())
+        return [*counters(optimizer), *counters(resumed_optimizer)]
+
+    half, brain = torch.float16, torch.bfloat16
+    assert scale_after(brain, half) == [1.0, 1, 2.0**16, 1]
+    assert scale_after(half, brain) == [2.0**15, 1, 1.0, 1]
+    assert scale_after(half, half) == [2.0**15, 1, 2.0**15, 1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,67 @@ def test_an_asynchronous_save_goes_where_it_was_sent(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert future.result() == tmp_path / "second" / "step_1"
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (1, 2)], ids=str)
+def test_a_save_waits_for_another_optimizers_into_the_same_directory(tmp_path, steps):
+    big, small = nn.Linear(1500, 1500), nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(big.parameters())
+    first = pyzero.async_save_checkpoint(tmp_path, model=big, optimizer=optimizer, step=steps[0])
+    del optimizer
+    optimizer = pyzero.FusedZeroAdamW(small.parameters())
+    pyzero.save_checkpoint(tmp_path, model=small, optimizer=optimizer, step=steps[1])
+    assert first.result() == tmp_path / "step_1"
+    assert pyzero.load_checkpoint(tmp_path, model=small, optimizer=optimizer)["step"] == steps[1]
+
+
+LAST_LINE = """
+import sys
+import torch
+import pyzero
+
+model = torch.nn.Linear(512, 512)
+optimizer = pyzero.FusedZeroAdamW(model.parameters())
+pyzero.async_save_checkpoint(sys.argv[1], model=model, optimizer=optimizer, step=1)
+"""
+
+
+def test_a_program_that_ends_waits_for_an_asynchronous_save(tmp_path):
+    """Where no executor takes work any more."""
+    subprocess.run([sys.executable, "-c", LAST_LINE, str(tmp_path)], check=True, timeout=120)
+    model = nn.Linear(512, 512)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["step"] == 1
+
+
+def interrupted(group: Any, path: Path, error: type[BaseException], interrupted_rank: int) -> list[str]:
+    """What a save and a load raise while one rank is interrupted."""
+    from pyzero.checkpoint.storage import ChecksummedWriter, IndexedReader
+
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    found = []
+    for owner, name in ((ChecksummedWriter, "write_data"), (IndexedReader, "read_data")):
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank(group) == interrupted_rank:
+                patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(error("now")))
+            with pytest.raises((pyzero.CheckpointError, error)) as caught:
+                if owner is ChecksummedWriter:
+                    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=2)
+                else:
+                    pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+        found.append(f"{type(caught.value).__name__}: {caught.value}")
+    return found
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupt_is_no_failure_of_a_checkpoint(ranks, tmp_path, error, rank):
+    """Which a loop may catch, and go on. The other rank is told."""
+    found = ranks.run(2, interrupted, tmp_path, error, rank)
+    assert found[rank] == [f"{error.__name__}: now"] * 2
+    assert all(text.startswith("CheckpointError: ") and error.__name__ in text for text in found[1 - rank])
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -272,6 +335,26 @@ def steps_differ(group: Any, path: Path) -> str:
 def test_ranks_at_different_steps_are_told(ranks, tmp_path):
     assert all("got [1, 2]" in text for text in ranks.run(2, steps_differ, tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def lacks_a_path(group: Any, path: Path) -> list[str]:
+    """Rank 1 thinks that only rank 0 needs one."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    mine: Any = None if dist.get_rank(group) else path
+    found = []
+    for call, options in ((pyzero.save_checkpoint, {"step": 1}), (pyzero.load_checkpoint, {})):
+        with pytest.raises((TypeError, pyzero.CheckpointError)) as caught:
+            call(mine, model=model, optimizer=optimizer, **options)
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_rank_without_a_path_leaves_no_other_waiting(ranks, tmp_path):
+    first, second = ranks.run(2, lacks_a_path, tmp_path)
+    assert all("failed on rank 1 of 2: TypeError: expected str" in text for text in first)
+    assert all(text.startswith("expected str") for text in second)
 
 
 def different(group: Any, path: Path, how: str) -> Any:

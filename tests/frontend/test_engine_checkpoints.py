@@ -295,6 +295,25 @@ def test_the_weights_alone_of_another_optimizer(tmp_path, kind, dtype, options):
     train(other, range(1, 2))
 
 
+def test_the_weights_alone_of_a_tied_matrix_are_its_masters(tmp_path):
+    """Under its second name the checkpoint has 16-bit weights alone."""
+    engines = []
+    for dtype in ("bf16", "fp32"):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+        model[1].weight = model[0].weight
+        config = {
+            "train_micro_batch_size_per_gpu": 8,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "bf16": {"enabled": dtype == "bf16"},
+        }
+        engines.append(pyzero.initialize(model=model, model_parameters=model.parameters(), config=config)[0])
+    saved, other = engines
+    train(saved, range(2))
+    saved.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path, load_module_only=True)
+    assert torch.equal(other.module[0].weight, saved.optimizer.full_master(saved.module[0].weight))
+
+
 def test_of_pyzeros_own_save(tmp_path):
     saved = train_of_a_kind("ours", tmp_path)
     other = start(2, "bf16", seed=1)

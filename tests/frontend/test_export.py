@@ -164,6 +164,24 @@ def test_a_checkpoint_is_exported(tmp_path, capsys, dtype):
     assert found.keys() == {"count"} and int(found["count"]) == 3
 
 
+def test_views_of_one_memory_are_tensors_of_their_own(tmp_path):
+    """A frozen matrix and its transpose, a buffer and its head, begin at one address."""
+    import pyzero
+    from pyzero.checkpoint.convert import export, fp32_state_dict
+
+    model: Any = nn.Linear(4, 3)
+    model.table = nn.Parameter(torch.arange(16.0).reshape(4, 4), requires_grad=False)
+    model.turned = nn.Parameter(model.table.data.T, requires_grad=False)
+    model.register_buffer("ramp", torch.arange(6.0))
+    model.register_buffer("head", model.ramp[:3])
+    optimizer = pyzero.FusedZeroAdamW([model.weight, model.bias])
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+    export(tmp_path, tmp_path / "model.safetensors")
+    for found in (load_file(tmp_path / "model.safetensors"), fp32_state_dict(tmp_path)):
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
 def test_export_says_what_is_missing(tmp_path, capsys):
     from pyzero.__main__ import main
 

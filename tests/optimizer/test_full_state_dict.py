@@ -77,6 +77,28 @@ def test_torch_takes_it_and_gives_it_back(ranks):
             assert torch.equal(back["state"][index][name], state["state"][index][name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exported", ["state_dict", "full_state_dict"])
+def test_what_torch_goes_on_from_is_not_taken_back(exported, dtype):
+    """torch.optim.AdamW carries the masters that it is given along, and trains the weights."""
+    model = nn.Linear(3, 2).to(dtype)
+    ours, theirs = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5), torch.optim.AdamW(model.parameters())
+    for optimizer in (ours, theirs):
+        if optimizer is theirs:
+            theirs.load_state_dict(through_a_file(getattr(ours, exported)()))
+        for _ in range(3):
+            model(torch.ones(1, 3, dtype=dtype)).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    other = copy.deepcopy(model)
+    back = pyzero.FusedZeroAdamW(other.parameters())
+    back.load_state_dict(theirs.state_dict())
+    for mine, trained in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, trained) and torch.equal(back.full_master(mine), trained.float())
+        assert float(back.full_state(mine)["step"]) == 6
+    assert "master_steps" not in back.param_groups[0]
+
+
 def loaded(group: Any, state: dict[str, Any]) -> dict[str, Any]:
     optimizer = make("adamw", build(torch.float32, 1), group)
     optimizer.load_state_dict(state)
