@@ -17,6 +17,7 @@ from pyzero.checkpoint.content import Content, collect
 from pyzero.checkpoint.writer import Writer
 from pyzero.comm.group import Group
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.streams import on_device
 
 log = logging.getLogger("pyzero")
 
@@ -85,9 +86,14 @@ def async_save_checkpoint(
     Returns:
         `result()` waits, and gives the folder or raises.
     """
-    future = _thread.submit(
-        _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True).run
-    )
+    writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True)
+    device = optimizer.param_groups[0]["params"][0].device
+
+    def run() -> Path:
+        with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory
+            return writer.run()
+
+    future = _thread.submit(run)
     _under_way.add(future)
     future.add_done_callback(_under_way.discard)
     future.add_done_callback(_log_failure)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,8 @@ from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
 from pyzero.sharding.local_param import LocalParam, box_of, local_of, outer
 from pyzero.sharding.param_buckets import ParamBuckets
+
+log = logging.getLogger("pyzero")
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
 ZERO, SCALER, RULE = "zero", "scaler", "rule"
@@ -103,16 +106,21 @@ class SavedParam:
     whole: dict[str, Any] = field(default_factory=dict)  # the step too
     parts: dict[str, Tensor] = field(default_factory=dict)  # flat
 
-    def forget_old_master(self, step: float, view: Tensor) -> None:
+    def forget_old_master(self, step: float, view: Tensor) -> bool:
         """Drop a master of a step that another optimizer has gone on from, as torch's does, which leaves it as it was.
 
         Args:
             step: Which it is of.
             view: The optimizer's own: what lies there was written in place, by whoever reads a checkpoint into it.
+
+        Returns:
+            Whether it was one.
         """
         master = self.whole.get(MASTER)
-        if master is not None and 0 < step < float(self.whole[STEP]) and local_of(master).data_ptr() != view.data_ptr():
-            del self.whole[MASTER]
+        if master is None or not 0 < step < float(self.whole[STEP]) or local_of(master).data_ptr() == view.data_ptr():
+            return False
+        del self.whole[MASTER]
+        return True
 
     def has(self, name: str) -> bool:
         """Whether it holds a value of that name."""
@@ -218,8 +226,14 @@ class RankState:
         for place, saved in zip(places, found, strict=True):
             _check(saved, param_buckets, lengths.get(numbers[place]), place)
         steps = json.loads(saved_groups[0].get(STEPS, "[]")) or described.get(STEPS, [])
-        for place, saved in zip(places, found, strict=True) if len(steps) == len(params) else ():
-            saved.forget_old_master(steps[place], optimizer.state[saved.param][MASTER])
+        pairs = zip(places, found, strict=True) if len(steps) == len(params) else ()
+        forgotten = [saved.forget_old_master(steps[at], optimizer.state[saved.param][MASTER]) for at, saved in pairs]
+        if any(forgotten) and rank == 0:
+            log.warning(
+                "%d of the masters that were loaded are of an earlier step than their state, as torch's optimizers "
+                "leave them; they follow the model's weights instead",
+                sum(forgotten),
+            )
         return RankState(cut, ZERO in saved_groups[0], found, saved_groups, saved_groups[0].get(SCALER))
 
     def summary(self) -> Summary:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
+from pyzero.checkpoint import saving
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 NUM_RANKS = pytest.mark.parametrize("size", [1, 2])
@@ -399,3 +402,20 @@ def test_checkpoints_without_latest_are_not_overlooked(tmp_path):
             assert pyzero.latest_checkpoint(tmp_path) == tmp_path / "step_1"
     with pytest.raises(pyzero.CheckpointError, match="to name one of step_1, step_2, got no such file"):
         pyzero.latest_checkpoint(tmp_path)
+
+
+def test_a_save_in_a_thread_is_on_the_gpu_of_its_optimizer(tmp_path, monkeypatch):
+    """A thread begins on the first GPU, where torch's writer would make a context for every rank."""
+    seen = []
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        seen.append(device)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(saving, "on_device", on_device)
+    model = nn.Linear(2, 1)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.async_save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1).result()
+    assert seen == [torch.device("cpu"), "left"]

@@ -79,7 +79,7 @@ def test_torch_takes_it_and_gives_it_back(ranks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("exported", ["state_dict", "full_state_dict"])
-def test_what_torch_goes_on_from_is_not_taken_back(exported, dtype):
+def test_what_torch_goes_on_from_is_not_taken_back(exported, dtype, caplog):
     """torch.optim.AdamW carries the masters that it is given along, and trains the weights."""
     model = nn.Linear(3, 2).to(dtype)
     ours, theirs = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5), torch.optim.AdamW(model.parameters())
@@ -97,6 +97,7 @@ def test_what_torch_goes_on_from_is_not_taken_back(exported, dtype):
         assert torch.equal(mine, trained) and torch.equal(back.full_master(mine), trained.float())
         assert float(back.full_state(mine)["step"]) == 6
     assert "master_steps" not in back.param_groups[0]
+    assert "2 of the masters that were loaded are of an earlier step" in caplog.text
 
 
 def loaded(group: Any, state: dict[str, Any]) -> dict[str, Any]:
