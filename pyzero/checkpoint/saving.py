@@ -87,7 +87,8 @@ def async_save_checkpoint(
         `result()` waits, and gives the folder or raises.
     """
     writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True)
-    device = optimizer.param_groups[0]["params"][0].device
+    devices = (param.device for group in optimizer.param_groups for param in group["params"])
+    device = next(devices, torch.device("cpu"))
 
     def run() -> Path:
         with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory

@@ -416,6 +416,6 @@ def test_a_save_in_a_thread_is_on_the_gpu_of_its_optimizer(tmp_path, monkeypatch
 
     monkeypatch.setattr(saving, "on_device", on_device)
     model = nn.Linear(2, 1)
-    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    optimizer = pyzero.FusedZeroAdamW([{"params": []}, {"params": model.parameters()}])
     pyzero.async_save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1).result()
     assert seen == [torch.device("cpu"), "left"]
