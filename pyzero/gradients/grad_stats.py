@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,8 +27,11 @@ log = logging.getLogger("pyzero")
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
-# Columns of a host's part of the message; from _STATES on, one per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HALF_EDITED, _STATES = range(8)
+# Columns of a host's part of the message; from _USED on, a bit per parameter.
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HALF_EDITED, _EDITS, _USED = range(9)
+_NUM_BITS = 48  # of a number: fp64 holds 53 exactly
+_SHIFTS = np.arange(_NUM_BITS)
+_BITS = 2.0**_SHIFTS
 
 
 class Unsent(IntEnum):
@@ -142,24 +147,23 @@ class GradStatsExchange:
             facts = self._facts()
             assert facts is not None
             num_skips, hyper_parameters = facts()
-            edits = mine.edits or [0] * len(used)
-            states = [2 * num + use for num, use in zip(edits, used, strict=True)]
             half_edited = -1 if mine.half_edited is None else mine.half_edited
             purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
             head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, half_edited]
             self._num_exports = 0
             with self._awaited():
-                told, rows = self._group.gather_with_host([*head, *states], rows.view(-1))
+                told, rows = self._group.gather_with_host([*head, _checksum(mine.edits), *_packed(used)], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             try:
                 self._check(hosts)
+                self._check_edits(hosts[:, _EDITS], mine.edits)
             except BaseException as error:
                 for beside in self._model_parallel:  # whose next message would meet a later one of these ranks
                     beside.break_off(error, "the step's message")
                 raise
             self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
-            used = tuple((hosts[:, _STATES:] % 2 != 0).any(0).tolist())
+            used = _union(hosts[:, _USED:], len(used))
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
         own_rows = rows
@@ -183,8 +187,8 @@ class GradStatsExchange:
         """Around a message: the others act upon it, whatever breaks it off on this rank."""
         return self._group.lockstep(self._model_parallel, "the step's message", CollectiveError)
 
-    def _check(self, hosts: Any) -> None:
-        """hosts: numpy array (size, _STATES + num_params) of fp64."""
+    def _check(self, hosts: np.ndarray[Any, Any]) -> None:
+        """hosts: (size, _USED + n) fp64."""
         purposes = [PURPOSES[int(purpose)] for purpose in hosts[:, _PURPOSE].tolist()]
         if len(set(purposes)) > 1:
             called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(purposes))
@@ -215,17 +219,20 @@ class GradStatsExchange:
                 f"already and is not in it, got an edit in place; call zero_grad(), and from then on "
                 f"optimizer.clip_grad_norm_ or optimizer.set_full_grad(p, value), which see all of it"
             )
-        edits = hosts[:, _STATES:] // 2
-        differs = (edits != edits[0]).any(0).tolist()
-        if any(differs):
-            number = differs.index(True)
-            nums = edits[:, number].tolist()
-            ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
-            raise RuntimeError(
-                f"expected the reduced gradient of {self.name_of(number)} edited alike on every rank, got .grad "
-                f"assigned, cleared or scaled on ranks {ranks} of {len(hosts)} only; do the same on each, or call "
-                f"zero_grad() on all of them"
-            )
+
+    def _check_edits(self, checksums: np.ndarray[Any, Any], mine: Sequence[int]) -> None:
+        """checksums: (size,) those of every rank's edits."""
+        if (checksums == checksums[0]).all():
+            return
+        edits = np.array(self._group.gather_objects(list(mine), "the comparison of edits"))  # they differ: all ask
+        number = int((edits != edits[0]).any(0).argmax())
+        nums = edits[:, number].tolist()
+        ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
+        raise RuntimeError(
+            f"expected the reduced gradient of {self.name_of(number)} edited alike on every rank, got .grad "
+            f"assigned, cleared or scaled on ranks {ranks} of {len(edits)} only; do the same on each, or call "
+            f"zero_grad() on all of them"
+        )
 
     def _warn_of_lost_shards(self, num_exports: list[float]) -> None:
         """Once, where a rank called state_dict() and another did not: what the latter holds is in no file."""
@@ -247,6 +254,25 @@ class GradStatsExchange:
             power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
         norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)
         return (norm if unscale is None else norm * unscale).to(torch.float32)
+
+
+def _checksum(edits: Sequence[int]) -> int:
+    """The same for the same numbers: 0 where nothing was edited."""
+    return zlib.crc32(np.array(edits, np.int64).tobytes()) if any(edits) else 0
+
+
+def _packed(used: Sequence[bool]) -> list[float]:
+    """A bit for each parameter, _NUM_BITS to a number."""
+    flags = np.zeros(-(-len(used) // _NUM_BITS) * _NUM_BITS)
+    flags[: len(used)] = used
+    words: list[float] = (flags.reshape(-1, _NUM_BITS) @ _BITS).tolist()
+    return words
+
+
+def _union(words: np.ndarray[Any, Any], num_params: int) -> tuple[bool, ...]:
+    """The flags that any rank has set. words: (size, n), a row of `_packed` for each."""
+    anyones = np.bitwise_or.reduce(words.astype(np.int64), 0)
+    return tuple((anyones[:, None] >> _SHIFTS & 1).astype(bool).ravel()[:num_params].tolist())
 
 
 def _names(group: Group, shares_params: bool) -> RankNames:

@@ -1,9 +1,11 @@
 """Gradient norms and clipping: every p, over ranks and model-parallel ranks, against torch on gathered gradients."""
 
 import math
+import random
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import DTYPES, build, loss_of, micro_batch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 import pyzero
+from pyzero.gradients import grad_stats
 
 NORMS = (1.0, 2.0, 3.5, math.inf)
 
@@ -213,3 +216,17 @@ def test_model_parallel_ranks_share_norm_and_verdict(ranks):
         assert result[0, 1.0] == pytest.approx(70 + 140 + 150)
         assert result[0, math.inf] == 5.0
         assert result[0, "applied"] and not result[1, "applied"]  # rank 3's NaN stops all four
+
+
+@pytest.mark.parametrize("num_params", [0, 1, 47, 48, 49, 1000])
+def test_flags_of_parameters_travel_as_bits(num_params):
+    draw = random.Random(num_params)
+    ranks = [[draw.random() < 0.3 for _ in range(num_params)] for _ in range(3)]
+    words = np.array([grad_stats._packed(used) for used in ranks]).reshape(3, -1)
+    assert words.shape[1] == -(-num_params // 48)
+    assert grad_stats._union(words, num_params) == tuple(map(any, zip(*ranks, strict=True)))
+
+
+def test_edits_travel_as_a_checksum():
+    sums = [grad_stats._checksum(edits) for edits in ([], [0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 1])]
+    assert sums[:2] == [0, 0] and len({*sums[1:]}) == 5
