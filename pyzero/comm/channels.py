@@ -36,8 +36,9 @@ class Channel:
 
 @dataclass
 class Channels:
-    """Those over one parent group."""
+    """Those over one parent group; on_host: that send memory of the host alone."""
 
+    on_host: bool = False
     num_made: int = 0
     free: list[Channel] = field(default_factory=list)
 
@@ -55,7 +56,7 @@ class Channels:
             return found
         self.num_made = max(num_made for _, num_made, _ in rows) + 1
         ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
-        return Channel(new_group(ranks, handle, timeout, most), self.num_made)
+        return Channel(new_group(ranks, handle, timeout, most, self.on_host), self.num_made)
 
     def give_back(self, channel: Channel) -> None:
         """Its optimizer is gone."""
@@ -64,12 +65,12 @@ class Channels:
 
 
 # By parent: when that is destroyed its free channels go too, and their threads with them.
-_channels: weakref.WeakKeyDictionary[Any, Channels] = weakref.WeakKeyDictionary()
+_channels: weakref.WeakKeyDictionary[Any, tuple[Channels, Channels]] = weakref.WeakKeyDictionary()
 
 
-def channels_over(parent: Any) -> Channels:
-    """The one record of a parent group."""
-    return _channels.setdefault(parent, Channels())
+def channels_over(parent: Any, on_host: bool = False) -> Channels:
+    """The one record of a parent group, of either kind."""
+    return _channels.setdefault(parent, (Channels(), Channels(on_host=True)))[on_host]
 
 
 @functools.cache  # once
@@ -83,13 +84,19 @@ def num_groups() -> int:
     return _num_named if _COUNTS_CALLS else len(dist.distributed_c10d._world.pg_names)
 
 
-def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int) -> Any:
+def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int, on_host: bool = False) -> Any:
     """A group over these ranks, with the backends of another, and gloo for CPU tensors beside NCCL. Collective.
 
-    most_groups: The largest of these ranks' `num_groups()`.
+    Args:
+        ranks: Of the default group.
+        like: The other.
+        timeout: Of a collective.
+        most_groups: The largest of these ranks' `num_groups()`.
+        on_host: It sends memory of the host alone: by gloo, without a communicator of NCCL.
     """
     # Not by get_backend() alone, which is "undefined" after init_process_group() without a backend: NCCL, on a GPU.
-    backend = "cpu:gloo,cuda:nccl" if "nccl" in process.backends_of(like).values() else dist.get_backend(like)
+    has_nccl = "nccl" in process.backends_of(like).values()
+    backend = dist.get_backend(like) if not has_nccl else "gloo" if on_host else "cpu:gloo,cuda:nccl"
     _let_gloo_finish_at_exit()
     with _gloo_explained():
         if len(ranks) == dist.get_world_size():

@@ -82,8 +82,14 @@ class Group:
     on another rank do not meet each other's.
     """
 
-    def __init__(self, process_group: Any = None, *, is_alone: bool = False) -> None:
-        """is_alone: One rank, whatever has been initialised."""
+    def __init__(self, process_group: Any = None, *, is_alone: bool = False, on_host: bool = False) -> None:
+        """Over the ranks of a process group, or all.
+
+        Args:
+            process_group: A ProcessGroup, or a DeviceMesh of one dimension; None: the default group.
+            is_alone: One rank, whatever has been initialised.
+            on_host: It sends memory of the host alone.
+        """
         process_group = process.process_group_of(process_group)
         initialized = not is_alone and dist.is_available() and dist.is_initialized()
         if not initialized and not is_alone:
@@ -106,8 +112,9 @@ class Group:
         self.host: HostRanks | None = None
         if self.size > 1:
             self._timeout = channels.timeout_of(parent)
-            self._blocks = set(process.backends_of(parent).values()) == {"gloo"}  # wait() returns with the result
-            leased_from = channels.channels_over(parent)
+            is_gloo = on_host or set(process.backends_of(parent).values()) == {"gloo"}
+            self._blocks = is_gloo  # wait() returns with the result
+            leased_from = channels.channels_over(parent, on_host)
             with self.error_context("the lease of a process group"):
                 self._channel = leased_from.lease(parent, self._timeout)
             self.handle = self._channel.handle

@@ -88,13 +88,13 @@ class Topology:
                 )
 
     def make_group_of_all(self) -> Group:
-        """All ranks that hold a part of the model, over a process group of their own. Collective.
+        """All ranks that hold a part of the model, over a process group of their own for the hosts. Collective.
 
         Raises:
             ValueError: No known group has all ranks that DTensors' meshes reach.
         """
         if self.everyone is not None:
-            return Group(self.everyone)
+            return Group(self.everyone, on_host=True)
         group = self.data
         if self.unmeshed is not None:
             for dim in self.model:
@@ -104,7 +104,7 @@ class Topology:
                 "expected a process group of all ranks that hold a part of the model, got DTensors on meshes that "
                 "reach a part of the ranks; slice them from one mesh of all ranks"
             )
-        return group if group.handle is None or group is not self.data else Group(group.handle)
+        return group if group.handle is None or group is not self.data else Group(group.handle, on_host=True)
 
     def in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""

@@ -1,5 +1,6 @@
 """Process groups of an optimizer's own: what torch is asked for, where the default group is NCCL's."""
 
+import gc
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -196,3 +197,29 @@ def test_without_a_local_rank_the_current_gpu_is_taken(monkeypatch):
     assert process.device() == torch.device("cuda", 5)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert process.device() == torch.device("cuda", 3)
+
+
+def test_a_group_for_hosts_takes_no_communicator_of_nccl(world, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(channels.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
+    for on_host in (False, True):
+        channels.new_group([0], world, None, 0, on_host)
+    assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
+
+
+def names_of_groups(group: Any) -> list[str]:
+    """Of an optimizer and of its checkpoints, in turn, and again when both are gone."""
+    found = []
+    for _ in range(2):
+        optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=group)
+        for each in (optimizer._group, optimizer.checkpoint_group()):
+            found.append(each.handle.group_name)
+        del optimizer, each
+        gc.collect()
+    return found
+
+
+def test_checkpoints_use_process_groups_of_their_own_again(ranks):
+    for one, other, *again in ranks.run(2, names_of_groups):
+        assert again == [one, other] and one != other
