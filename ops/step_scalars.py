@@ -33,14 +33,14 @@ def step_scalars_(
         rows: (n, 3) fp64, n >= 1: overflow flag (0 is none), sum of squares, and a column that is not read.
         steps: (num_params,) fp32; `used` is added, unless a flag is set.
         used: (num_params,) fp32, 1 for a parameter with a gradient, else 0.
-        max_norm: Clip to this norm; None: do not.
+        max_norm: Clip to this norm, from 0; None: do not.
         unscale: 1 / loss scale, a number or a 0-D tensor on the same device; multiplies the norm in fp64.
         factor: Another factor of the gradients, in fp32.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
         TypeError: A dtype that is not one of the above.
-        ValueError: Shapes or devices that do not fit.
+        ValueError: Shapes or devices that do not fit, or a max_norm below 0 or NaN.
         BackendUnavailableError: The backend asked for cannot run here.
     """
     device = rows.device
@@ -50,6 +50,9 @@ def step_scalars_(
             f"expected contiguous rows of shape (n, {STATS_COLUMNS}), got shape {tuple(rows.shape)} with strides "
             f"{rows.stride()}; stack one row per rank"
         )
+    max_norm = None if max_norm is None else float(max_norm)
+    if max_norm is not None and not max_norm >= 0:
+        raise ValueError(f"expected max_norm from 0, got {max_norm}; pass None not to clip")
     num_params = steps.numel()
     for name, tensor, numel in (("out", out, NUM_SCALARS), ("steps", steps, num_params), ("used", used, num_params)):
         if not is_vector(tensor, torch.float32, numel, device):
@@ -59,7 +62,7 @@ def step_scalars_(
     args = StepScalarsArgs(
         out=out,
         rows=rows,
-        max_norm=None if max_norm is None else float(max_norm),
+        max_norm=max_norm,
         unscale=as_scalar("unscale", unscale, device),
         factor=as_scalar("factor", factor, device),
         steps=steps,

@@ -1,6 +1,7 @@
 #include "parallel_for.h"
 
 #include <dlfcn.h>
+#include <fenv.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -19,11 +20,22 @@ struct Tasks {
   const std::function<void(int64_t)>& run;
   std::atomic<int64_t> next{0};
   std::atomic<int> num_joined{0};
+  fenv_t caller_env{};
 
   // Called by each thread; more than num_threads do nothing.
   void drain() {
     if (num_joined.fetch_add(1, std::memory_order_relaxed) >= num_threads) return;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num;) run(i);
+  }
+
+  // The same on other threads than the caller's, with its floating-point environment: torch.set_flush_denormal() is of
+  // the thread that calls it, and which thread takes which task is left to chance.
+  void drain_as_caller() {
+    fenv_t own_env;
+    fegetenv(&own_env);
+    fesetenv(&caller_env);
+    drain();
+    fesetenv(&own_env);
   }
 };
 
@@ -55,7 +67,7 @@ class ThreadPool {
       seen = generation_;
       ++num_running_;
       lock.unlock();
-      tasks_->drain();
+      tasks_->drain_as_caller();
       lock.lock();
       if (--num_running_ == 0) done_.notify_one();
     }
@@ -82,7 +94,8 @@ struct OpenMp {
   // By as many threads as torch's kernels: those that a smaller team lacks would end, and be made again.
   void run(Tasks& tasks) const {
     const int num_threads = std::max(max_threads(), tasks.num_threads);
-    parallel([](void* data) { static_cast<Tasks*>(data)->drain(); }, &tasks, static_cast<unsigned>(num_threads), 0);
+    parallel([](void* data) { static_cast<Tasks*>(data)->drain_as_caller(); }, &tasks,
+             static_cast<unsigned>(num_threads), 0);
   }
 };
 
@@ -116,7 +129,10 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
   Tasks tasks{num_tasks, std::max(num_threads, 1), task};
   if (num_threads <= 1) {
     tasks.drain();
-  } else if (!g_is_forked && open_mp()) {
+    return;
+  }
+  fegetenv(&tasks.caller_env);
+  if (!g_is_forked && open_mp()) {
     open_mp().run(tasks);
   } else {
     g_pool->run(tasks);

@@ -18,6 +18,7 @@ struct SgdCoefficients {
   float momentum;
   float one_minus_dampening;
   float weight_decay;
+  bool decays;  // 0 times an infinite weight is NaN
   bool nesterov;
 };
 
@@ -28,14 +29,15 @@ struct SgdState {
 
 PZ_HD SgdCoefficients sgd_coefficients(const SgdHyper& hyper) {
   return SgdCoefficients{float(hyper.momentum), float(1.0 - hyper.dampening), float(hyper.weight_decay),
-                         hyper.nesterov};
+                         hyper.weight_decay != 0.0, hyper.nesterov};
 }
 
 // grad_scale carries the sign of maximize: a negation is exact. is_first: the gradient is not dampened.
 template <bool kHasBuffer>
 PZ_HD SgdState sgd_element(SgdState state, float grad, float grad_scale, const SgdCoefficients& c, float lr,
                            bool is_first) {
-  const float g = grad * grad_scale + c.weight_decay * state.master;
+  const float scaled = grad * grad_scale;
+  const float g = c.decays ? scaled + c.weight_decay * state.master : scaled;
   if (!kHasBuffer) return SgdState{state.master - lr * g, 0.0f};
 
   const float dampened = c.momentum * state.momentum_buffer + c.one_minus_dampening * g;

@@ -30,7 +30,8 @@ def _update(args: SgdArgs, grad: Tensor) -> None:
     update = grad.to(dtype) * scalar(args.grad_scale, dtype)
     if hyper.maximize:
         update = -update
-    update = update + round_to(hyper.weight_decay, dtype) * master
+    if hyper.weight_decay != 0:
+        update = update + round_to(hyper.weight_decay, dtype) * master
     if buffer is not None:
         momentum, g = round_to(hyper.momentum, dtype), update
         update = torch.where(is_first, g, momentum * buffer + round_to(1.0 - hyper.dampening, dtype) * g)

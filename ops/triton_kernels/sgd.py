@@ -28,7 +28,9 @@ def _sgd_block(
         m = tl.load(momentum_buffer + offsets, mask=load_mask)
     g = load_f32(grad + offsets, load_mask)
 
-    g = g * grad_scale + weight_decay * p
+    g = g * grad_scale
+    if weight_decay is not None:
+        g = g + weight_decay * p
     if momentum_buffer is not None:
         m = tl.where(is_first, g, momentum * m + one_minus_dampening * g)
         tl.store(momentum_buffer + offsets, m, mask=store_mask)
@@ -67,7 +69,8 @@ def _update(
     rate = load_scalar(lr, LR_IS_TENSOR)
     momentum = as_f32(momentum)
     one_minus_dampening = as_f32(one_minus_dampening)
-    weight_decay = as_f32(weight_decay)
+    if weight_decay is not None:
+        weight_decay = as_f32(weight_decay)
 
     master += base
     if momentum_buffer is not None:
@@ -96,7 +99,8 @@ def sgd_kernel(
     found_inf,  # fp32 (1,) or None
     grad_scale, negate, lr,
     step_tensor,  # fp32 (num_segments,) or None; used instead of IS_FIRST
-    momentum, one_minus_dampening, weight_decay,
+    momentum, one_minus_dampening,
+    weight_decay,  # or None: none
     segment_ids,  # int32 (ceil(n/64),) or None
     active,  # fp32 (num_segments,) or None
     NESTEROV: tl.constexpr, IS_FIRST: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, LR_IS_TENSOR: tl.constexpr,
@@ -149,7 +153,7 @@ def sgd_(args: SgdArgs) -> None:
         args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
         -1.0 if hyper.maximize else 1.0, lr if isinstance(lr, Tensor) else float(lr),
         step if isinstance(step, Tensor) else None, float(hyper.momentum), 1.0 - hyper.dampening,
-        float(hyper.weight_decay), args.segment_ids, args.active,
+        float(hyper.weight_decay) if hyper.weight_decay != 0 else None, args.segment_ids, args.active,
         NESTEROV=bool(hyper.nesterov), IS_FIRST=not isinstance(step, Tensor) and step == 1,
         SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), LR_IS_TENSOR=isinstance(lr, Tensor),
         BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,

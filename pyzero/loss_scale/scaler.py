@@ -12,6 +12,7 @@ from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state
 
 _SCALE, _SKIPPED = STATE_SLOTS.index("scale"), STATE_SLOTS.index("skipped_steps")
 _OP = LossScalePolicy()  # the defaults, min_scale aside: a scale of 0 has no inverse
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # 1 / scale is to be finite too
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class LossScale:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         wanted = {
-            "0 < init_scale < 2**128": 0 < self.init_scale < 2.0**128,  # it is kept in fp32
+            "2**-126 <= init_scale < 2**128": _SMALLEST <= self.init_scale <= _LARGEST,  # it is kept in fp32
             "1 <= growth_factor < inf": 1 <= self.growth_factor < math.inf,
             "0 < backoff_factor <= 1": 0 < self.backoff_factor <= 1,
             "growth_interval >= 1": self.growth_interval >= 1,
-            "0 < min_scale <= max_scale": 0 < self.min_scale <= self.max_scale,
+            "2**-126 <= min_scale < 2**128": _SMALLEST <= self.min_scale <= _LARGEST,
+            "min_scale <= max_scale": self.min_scale <= self.max_scale,
             "hysteresis >= 1": self.hysteresis >= 1,
             "growth_delay >= 0": self.growth_delay >= 0,
         }

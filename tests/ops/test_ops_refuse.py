@@ -1,5 +1,6 @@
 """Bad input to the ops: refused with got, wanted and remedy, before anything is written."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -278,6 +279,8 @@ STEP_SCALARS = {
     "steps-dtype": ({"steps": ones(5).double()}, TypeError, "expected steps in float32, got float64"),
     "steps-device": ({"steps": ones(5, device="meta")}, ValueError, "expected steps on cpu, got meta"),
     "factor-device": ({"factor": torch.ones((), device="meta")}, ValueError, "expected factor on cpu, got meta"),
+    "max-norm": ({"max_norm": -1.0}, ValueError, "expected max_norm from 0, got -1.0; pass None not to clip"),
+    "max-norm-nan": ({"max_norm": math.nan}, ValueError, "expected max_norm from 0, got nan; pass None not to clip"),
 }
 
 

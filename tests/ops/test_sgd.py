@@ -234,6 +234,18 @@ def test_by_hand_without_a_buffer(target: Target) -> None:
     assert master.tolist() == [13.0, 18.0, 15.0]
 
 
+@pytest.mark.parametrize("has_buffer", (False, True))
+@pytest.mark.parametrize("target", params(ALL))
+def test_without_weight_decay_an_infinite_weight_stays(target: Target, has_buffer: bool) -> None:
+    """As torch's, which adds nothing then: 0 times inf is NaN."""
+    with target.ready():
+        master = torch.tensor([torch.inf, -torch.inf, 1.0], device=target.device)
+        buffer = torch.zeros_like(master) if has_buffer else None
+        ops.sgd_(master, buffer, torch.full_like(master, 2.0), lr=0.25, backend=target.backend)
+    assert master.tolist() == [torch.inf, -torch.inf, 0.5]
+    assert buffer is None or buffer.tolist() == [2.0, 2.0, 2.0]
+
+
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.step > 1], ids=name_of_rule)
 @pytest.mark.parametrize("target", params(ALL))
 def test_against_torch_in_fp64(target: Target, rule: Case) -> None:

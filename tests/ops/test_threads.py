@@ -63,3 +63,37 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert run(program) == ["0"]
+
+
+@pytest.mark.parametrize("is_forked", (False, True), ids=("torch's threads", "a pool"))
+def test_all_threads_round_as_the_callers(is_forked):
+    """torch.set_flush_denormal() is of one thread: the others are there already, and do not flush."""
+    program = """
+import sys
+
+grad = torch.full((1 << 22,), 1.5e-38)  # a tenth of it is subnormal
+master, exp_avg, exp_avg_sq = (torch.zeros(1 << 22) for _ in range(3))
+bits = exp_avg.view(torch.int32).numpy()  # a forked child must not call torch's own kernels
+
+def count():
+    bits.fill(0)
+    hyper = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-30, weight_decay=0.0, step=1)
+    ops.adam_(master, exp_avg, exp_avg_sq, grad, **hyper, backend="cpu")
+    return int((bits != 0).sum())
+
+def check():
+    counts = [count()]
+    if torch.set_flush_denormal(True):
+        counts += [count() for _ in range(5)]
+        torch.set_flush_denormal(False)
+        counts += [count()]
+    print(*counts)
+    sys.stdout.flush()
+
+sumsq([large])
+"""
+    forked = "if os.fork() == 0:\n    check()\n    os._exit(0)\nos.wait()"
+    first, *others = run(program + (forked if is_forked else "check()"))
+    if not others:
+        pytest.skip("this processor does not flush")
+    assert (first, *others) == (str(1 << 22), *"00000", str(1 << 22))

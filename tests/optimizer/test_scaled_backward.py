@@ -179,14 +179,19 @@ def test_zeros_of_zero_grad_are_not_looked_at(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("init_scale", math.inf, "0 < init_scale < 2**128"),
-        ("init_scale", 1e39, "0 < init_scale < 2**128"),  # inf in fp32
-        ("init_scale", 0.0, "0 < init_scale < 2**128"),
+        ("init_scale", math.inf, "2**-126 <= init_scale < 2**128"),
+        ("init_scale", 1e39, "2**-126 <= init_scale < 2**128"),  # inf in fp32
+        ("init_scale", 3.40282363e38, "2**-126 <= init_scale < 2**128"),  # the same, and below 2**128
+        ("init_scale", 0.0, "2**-126 <= init_scale < 2**128"),
+        ("init_scale", 1e-40, "2**-126 <= init_scale < 2**128"),  # its inverse is inf in fp32
         ("growth_factor", math.nan, "1 <= growth_factor < inf"),
         ("growth_factor", math.inf, "1 <= growth_factor < inf"),
         ("backoff_factor", 1.5, "0 < backoff_factor <= 1"),
         ("growth_interval", 0, "growth_interval >= 1"),
-        ("min_scale", 0.0, "0 < min_scale <= max_scale"),
+        ("min_scale", 0.0, "2**-126 <= min_scale < 2**128"),
+        ("min_scale", 1e-60, "2**-126 <= min_scale < 2**128"),
+        ("min_scale", 1e39, "2**-126 <= min_scale < 2**128"),
+        ("max_scale", 2.0**-20, "min_scale <= max_scale"),
         ("hysteresis", 0, "hysteresis >= 1"),
         ("growth_delay", -1, "growth_delay >= 0"),
     ],

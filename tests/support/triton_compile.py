@@ -125,7 +125,8 @@ def run_sgd(
     tensors = with_rows(states, [flat(out)], *grads_of(grad, 0, as_list))
     if not buffer:
         tensors.insert(1, None)
-    hyper = SgdHyper(0.9 if buffer else 0.0, 0.1 if segments else 0.0, 0.1, not segments, False)
+    momentum, weight_decay = (0.9, 0.1) if buffer else (0.0, 0.0)
+    hyper = SgdHyper(momentum, 0.1 if segments else 0.0, weight_decay, not segments, False)
     if not segments:
         triton_kernels.sgd_(SgdArgs(*tensors, hyper, 1e-3, None, 1.0, None, None, None))
         return
