@@ -89,8 +89,7 @@ class FullAccess:
         self._param_buckets.follow_weights()
         is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
-        for group in (self._group, *self._mesh_groups()):
-            group.check_alike("the full state dict")
+        self._group.check_alike("the full state dict", self._mesh_groups())
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
@@ -293,8 +292,7 @@ class FullAccess:
     def _check_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
         """Parameters of one size would be mixed where ranks read different ones. is_whole: of a DTensor, all parts."""
         beside = self._mesh_groups() if is_whole and isinstance(bucket.params[position], LocalParam) else []
-        for group in (self._group, *beside):
-            group.check_alike(f"{what} of parameter {bucket.numbers[position]}")
+        self._group.check_alike(f"{what} of parameter {bucket.numbers[position]}", beside)
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)

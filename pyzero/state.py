@@ -295,7 +295,7 @@ class StateAccess(FullAccess, Optimizer):
             first += len(params)
         groups[0][rank_state.SCALER] = self._scaler.saved().cpu()
         groups[0][rank_state.RULE] = self.rule_name
-        steps = [float(state[place][STEP]) if place in state else 0.0 for place in range(first)]
+        steps = [float(state[place][STEP]) if place in state else -1.0 for place in range(first)]
         groups[0][rank_state.STEPS] = json.dumps(steps)
         return {"state": state, "param_groups": groups}
 
@@ -305,12 +305,7 @@ class StateAccess(FullAccess, Optimizer):
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
         buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
-        steps = []
-        if self._group.size == 1:  # whole masters
-            numbered = ((b.params, b.steps.tolist()) for b in self._buckets)
-            of = {places[outer(p)]: step for pair in numbered for p, step in zip(*pair, strict=True)}
-            steps = [of.get(place, 0.0) for place in places.values()]
-        return rank_state.describe(self._group.rank, self._group.size, buckets, learned, steps)
+        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""

@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 def together(group: Group, what: str, act: Callable[[], _T]) -> _T:
-    """Run it on every rank; where it fails on one, all ranks raise."""
+    """Run it on every rank; where it fails on one, or is interrupted, all ranks raise."""
     problem: Exception | None = None
     interrupt: BaseException | None = None
     try:
@@ -21,6 +21,8 @@ def together(group: Group, what: str, act: Callable[[], _T]) -> _T:
         interrupt = error.__cause__
     except Exception as error:  # of any kind: the other ranks wait to hear of it
         problem = error
+    except BaseException as error:
+        interrupt = error
     told = interrupt or problem
     failed = None if told is None else f"{type(told).__name__}: {told}"
     for rank, text in enumerate(group.gather_objects(failed, f"the agreement on {what}")):

@@ -192,8 +192,16 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     """The folder is complete: write its index, give it its name, and make it the latest. Returns it.
 
     keep: How many to leave, the newest; None: all but those of the same step.
+
+    Raises:
+        CheckpointError: Parts of a tensor are missing.
     """
     directory, name = folder.parent, name_of(folder)
+    for tensor_name, tensor in index["tensors"].items():
+        try:
+            _check_boxes(tensor_name, tensor["shape"], [(box[0], box[1]) for box in tensor["boxes"]])
+        except ValueError as error:  # as where a rank saved as if it were alone
+            raise CheckpointError(f"{folder} is not complete: {error}; the checkpoint before it stays") from error
     body = json.dumps(index)
     write_file(folder / INDEX, json.dumps({"crc32": zlib.crc32(body.encode()), "index": body}).encode())
     flush_folder(folder)

@@ -29,7 +29,7 @@ _SLOTS = ("exp_avg", "exp_avg_sq")
 class LossScaleState:
     """What a state has of DeepSpeed's loss scaler; a fixed scale where `growth_interval` is None."""
 
-    scale: float
+    scale: float  # 0: there is none
     growth_interval: int | None = None  # its scale_window
     hysteresis_left: int = 1
     num_clean_steps: int = 0  # since the last overflow, or since the start
@@ -215,7 +215,7 @@ def _decoupled(optimizer: Any) -> bool | None:
 
 def _loss_scale(scaler: Any) -> LossScaleState:
     if scaler is None:  # BF16_Optimizer
-        return LossScaleState(1.0)
+        return LossScaleState(0.0)  # none
     saved = vars(scaler)
     if not saved.get("dynamic"):
         return LossScaleState(float(saved["cur_scale"]))

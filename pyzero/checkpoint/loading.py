@@ -20,7 +20,7 @@ from pyzero.checkpoint.saving import begin
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.local_param import empty_on_host, local_of
-from pyzero.sharding.rank_state import RULE, SCALER, without_steps
+from pyzero.sharding.rank_state import RULE, SCALER
 
 log = logging.getLogger("pyzero")
 
@@ -267,7 +267,7 @@ class _Load:
                 options = [of_group for of_group in options if self._optimizer.is_of_rule(index, of_group)]
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
-            matched.append({**without_steps(group), **(options[0] if options else {})})
+            matched.append({**group, **(options[0] if options else {})})
             if matched[-1].get(_DECOUPLED) != group.get(_DECOUPLED):
                 log.warning(
                     "group %d goes on with %s=%s, as it was saved; set it in param_groups after the load for another",

@@ -65,8 +65,7 @@ def save_checkpoint(
             `.grad` is torch's, on one rank or with `reduce_grads=False`.
     """
     writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=False)
-    wait([*_under_way])  # another optimizer's too: it may go into the same directory
-    return writer.run()
+    return writer.run(lambda: wait([*_under_way]))  # another optimizer's too: it may go into the same directory
 
 
 def async_save_checkpoint(
@@ -81,7 +80,8 @@ def async_save_checkpoint(
 ) -> Future[Path]:
     """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
 
-    The optimizer's next save or load waits until it is written.
+    The optimizer's next save or load waits until it is written. So does the end of the program; but where that destroys
+    its process group before, call `result()` first.
 
     Returns:
         `result()` waits, and gives the folder or raises.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
@@ -145,6 +146,11 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
         crcs: See ChecksummedWriter.
         progress: See ChecksummedWriter.
     """
+    if group is not None and not dist.is_initialized():  # torch would have each rank save alone
+        raise CheckpointError(
+            "expected the process group until the save is done, got it destroyed; call result() of what "
+            "async_save_checkpoint has returned before dist.destroy_process_group()"
+        )
     with _as_ours(f"the save to {folder}", group), _without_torchs_crc():
         writer = ChecksummedWriter(folder, crcs, progress)
         found: Metadata = _save(

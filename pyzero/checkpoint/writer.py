@@ -81,9 +81,10 @@ class Writer:
         if self._group.rank == 0:
             self._contents[files.COMMON] = files.to_bytes(common, "the parameter groups and the model")
 
-    def run(self) -> Path:
-        """Write, agree, and give the folder its name."""
+    def run(self, before: Callable[[], object] = lambda: None) -> Path:
+        """Write, agree, and give the folder its name. before: What to wait for first."""
         is_first = self._group.rank == 0
+        together(self._group, self._what, before)
         began = together(
             self._group, self._what, lambda: files.begin(self._directory, self._step) if is_first else None
         )

@@ -112,7 +112,7 @@ def _gloo_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).strip().splitlines()[0]
+        text = (str(error).strip().splitlines() or [""])[0]
         if "gloo" not in text.lower() or "connect" not in text.lower():
             raise
         raise RuntimeError(

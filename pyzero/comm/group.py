@@ -319,20 +319,31 @@ class Group:
             self.start(what, _all_gather, flat, shard).wait()
         return flat
 
-    def check_alike(self, what: str) -> None:
-        """Have every rank be about to do the same. Collective; host memory alone is sent.
+    def check_alike(self, what: str, beside: Sequence[Group] = ()) -> None:
+        """Have every rank be about to read the same. Collective; host memory alone is sent.
+
+        beside: The other dimensions of the ranks' mesh.
 
         Raises:
-            CollectiveError: On all ranks: they differ. Nothing else has been sent.
+            CollectiveError: They differ, on all ranks of this group and of those beside. Nothing else has been sent.
         """
+        differs = self._difference(what)
+        for group in beside:  # whoever has seen a difference says so there
+            told = group._difference("other tensors" if differs else what)
+            differs = differs or told
+        if differs:
+            raise CollectiveError(f"{differs}. Read whole tensors equally often and in the same order on every rank")
+
+    def _difference(self, what: str) -> str | None:
+        """What each rank reads, where that differs."""
         if self.size == 1:
-            return
+            return None
         mine = torch.tensor([*what.encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES)], dtype=torch.uint8, device="cpu")
         rows = self.gather_shards(mine, "the comparison of what is read").view(self.size, -1)
-        if not bool((rows == mine).all()):
-            words = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
-            everyones = "; ".join(f"rank {rank} reads {theirs}" for rank, theirs in enumerate(words))
-            raise CollectiveError(f"{everyones}. Read whole tensors equally often and in the same order on every rank")
+        if bool((rows == mine).all()):
+            return None
+        words = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
+        return "; ".join(f"rank {rank} reads {theirs}" for rank, theirs in enumerate(words))
 
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""

@@ -23,7 +23,7 @@ from pyzero.comm.host import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
 
 _PATIENCE_S = 2.0  # to wait for room in the ring; then a bucket is packed elsewhere, and copied when there is room
-_MESSAGE_BYTES = 64  # of the step's message, besides one number for each parameter
+_MESSAGE_BYTES = 256  # of the step's message, besides one number for each parameter; what is larger goes by sockets
 _NUMBER_BYTES = 8
 
 

@@ -30,27 +30,24 @@ log = logging.getLogger("pyzero")
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
 ZERO, SCALER, RULE = "zero", "scaler", "rule"
-STEPS = "master_steps"  # in a full state dict, and in ZERO: which steps masters are of; torch's optimizer leaves both
+STEPS = "master_steps"  # in a full state dict: which steps its masters are of; torch leaves both as they are
 
 
-def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool, steps: list[float]) -> str:
+def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
     """Which rank's a state dict is, and which buckets its parts are cut from; a string, which helpers leave whole.
 
-    Args:
-        rank: This one.
-        num_ranks: Of the group.
-        buckets: Parameters by their place in the groups, which does not depend on when they were unfrozen.
-        has_learned: Buckets are in the order of arrival.
-        steps: Of whole masters, by place; empty: of none.
+    buckets: Parameters by their place in the groups, which does not depend on when they were unfrozen.
     """
-    known = {"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned}
-    return json.dumps({**known, STEPS: steps} if any(steps) else known)
+    return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
 
 
-def without_steps(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of `state_dict()` for values that were read from elsewhere, of other steps."""
-    known = json.loads(group[ZERO]) if ZERO in group else {}
-    return {**group, ZERO: json.dumps({k: v for k, v in known.items() if k != STEPS})} if STEPS in known else group
+def _master_steps(group: dict[str, Any]) -> list[float]:
+    """By place; -1 where there is no master. Empty: nothing is known."""
+    try:
+        steps = json.loads(group.get(STEPS, "[]"))
+        return [float(step) for step in steps]
+    except (TypeError, ValueError):
+        return []
 
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
@@ -117,7 +114,7 @@ class SavedParam:
             Whether it was one.
         """
         master = self.whole.get(MASTER)
-        if master is None or not 0 < step < float(self.whole[STEP]) or local_of(master).data_ptr() == view.data_ptr():
+        if master is None or not 0 <= step < float(self.whole[STEP]) or local_of(master).data_ptr() == view.data_ptr():
             return False
         del self.whole[MASTER]
         return True
@@ -225,7 +222,7 @@ class RankState:
             lengths = _lengths(cut.layouts(optimizer, param_buckets, num_ranks), rank)
         for place, saved in zip(places, found, strict=True):
             _check(saved, param_buckets, lengths.get(numbers[place]), place)
-        steps = json.loads(saved_groups[0].get(STEPS, "[]")) or described.get(STEPS, [])
+        steps = _master_steps(saved_groups[0])
         pairs = zip(places, found, strict=True) if len(steps) == len(params) else ()
         forgotten = [saved.forget_old_master(steps[at], optimizer.state[saved.param][MASTER]) for at, saved in pairs]
         if any(forgotten) and rank == 0:

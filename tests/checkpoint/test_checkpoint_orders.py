@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
-from pyzero.checkpoint import saving
+from pyzero.checkpoint import files, saving, storage
+from pyzero.checkpoint.agreement import together
+from pyzero.comm.group import Group
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 NUM_RANKS = pytest.mark.parametrize("size", [1, 2])
@@ -419,3 +421,49 @@ def test_a_save_in_a_thread_is_on_the_gpu_of_its_optimizer(tmp_path, monkeypatch
     optimizer = pyzero.FusedZeroAdamW([{"params": []}, {"params": model.parameters()}])
     pyzero.async_save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1).result()
     assert seen == [torch.device("cpu"), "left"]
+
+
+# ---- interrupts, and groups that are gone ---------------------------------------------------------------------------
+
+
+def interrupted_phase(group: Any) -> tuple[str, str]:
+    """One rank is interrupted in a step of a save; the next one is in step again."""
+    ours = Group(group)
+
+    def act() -> int:
+        if ours.rank == 0:
+            raise KeyboardInterrupt
+        return 1
+
+    try:
+        together(ours, "the save", act)
+        said = "nothing"
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, str(together(ours, "the next", lambda: ours.rank))
+
+
+def test_an_interrupt_is_told_to_the_other_ranks(ranks):
+    [(mine, first), (theirs, second)] = ranks.run(2, interrupted_phase)
+    assert mine.startswith("KeyboardInterrupt") and (first, second) == ("0", "1")
+    assert theirs == "CheckpointError: the save failed on rank 0 of 2: KeyboardInterrupt: "
+
+
+def test_a_save_whose_process_group_is_gone_is_an_error(tmp_path, monkeypatch):
+    """torch would have each rank write the same files, as if it were alone."""
+    monkeypatch.setattr(storage.dist, "is_initialized", lambda: False)
+    with pytest.raises(pyzero.CheckpointError, match=r"call result\(\) of what async_save_checkpoint has returned"):
+        storage.write({}, tmp_path, object(), {}, print)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_not_complete_takes_no_checkpoints_place(tmp_path):
+    model = nn.Linear(4, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, keep=1)
+    index = files.read_index(tmp_path / "step_1")
+    next(iter(index["tensors"].values()))["boxes"].pop()
+    folder = files.begin(tmp_path, 2)
+    with pytest.raises(pyzero.CheckpointError, match="is not complete: .* elements, expected"):
+        files.commit(folder, index, keep=1)
+    assert (tmp_path / "latest").read_text() == "step_1\n" and (tmp_path / "step_1").is_dir()

@@ -78,15 +78,15 @@ def test_torch_takes_it_and_gives_it_back(ranks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("exported", ["state_dict", "full_state_dict"])
-def test_what_torch_goes_on_from_is_not_taken_back(exported, dtype, caplog):
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_what_torch_goes_on_from_is_not_taken_back(num_steps, dtype, caplog):
     """torch.optim.AdamW carries the masters that it is given along, and trains the weights."""
     model = nn.Linear(3, 2).to(dtype)
     ours, theirs = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5), torch.optim.AdamW(model.parameters())
-    for optimizer in (ours, theirs):
+    for optimizer, num in ((ours, num_steps), (theirs, 3)):
         if optimizer is theirs:
-            theirs.load_state_dict(through_a_file(getattr(ours, exported)()))
-        for _ in range(3):
+            theirs.load_state_dict(through_a_file(ours.full_state_dict()))
+        for _ in range(num):
             model(torch.ones(1, 3, dtype=dtype)).float().square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -95,9 +95,38 @@ def test_what_torch_goes_on_from_is_not_taken_back(exported, dtype, caplog):
     back.load_state_dict(theirs.state_dict())
     for mine, trained in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, trained) and torch.equal(back.full_master(mine), trained.float())
-        assert float(back.full_state(mine)["step"]) == 6
+        assert float(back.full_state(mine)["step"]) == num_steps + 3
     assert "master_steps" not in back.param_groups[0]
     assert "2 of the masters that were loaded are of an earlier step" in caplog.text
+
+
+def test_a_state_dict_that_is_kept_and_saved_later_keeps_its_masters():
+    """It is of this optimizer's memory: what is saved is of the step at which it is saved, masters too."""
+    param = nn.Parameter(torch.full((3,), 1.0, dtype=torch.bfloat16))
+    optimizer = pyzero.FusedZeroAdamW([param], lr=1e-3)
+
+    def step() -> None:
+        param.float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    kept = optimizer.state_dict()
+    step()
+    other = nn.Parameter(param.detach().clone())
+    resumed = pyzero.FusedZeroAdamW([other])
+    resumed.load_state_dict(through_a_file(kept))
+    assert torch.equal(resumed.full_master(other), optimizer.full_master(param))
+    assert not torch.equal(resumed.full_master(other), other.float())
+
+
+def test_a_damaged_note_of_steps_is_none():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdamW([param])
+    state = optimizer.full_state_dict()
+    for note in ("{", "[1", "7", None, ["x"]):
+        state["param_groups"][0]["master_steps"] = note
+        optimizer.load_state_dict(state)
 
 
 def loaded(group: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import pyzero
 
@@ -308,3 +310,19 @@ def test_ranks_that_read_different_whole_tensors_are_told(ranks):
     for words, what in zip(here, ("the master", "the state", "the gradient", "the master"), strict=True):
         assert re.match(rf"rank 0 reads {what} of parameter \d+; rank 1 reads ", words)
     assert "rank 1 reads the full state dict. Read whole tensors equally often" in here[-1]
+
+
+def read_on_a_mesh(group: Any) -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    params = [nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh["tp"], [Shard(0)])) for _ in range(2)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=mesh["dp"])
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.full_master(params[dist.get_rank() == 3])
+    assert torch.equal(optimizer.full_master(params[1]), torch.ones(8, 8))
+    return str(caught.value)
+
+
+def test_all_ranks_of_a_mesh_are_told_where_one_reads_another_tensor(ranks):
+    for rank, said in enumerate(ranks.run(4, read_on_a_mesh)):
+        theirs = "the master of parameter 1" if rank % 2 else "other tensors"
+        assert f"rank 0 reads the master of parameter 0; rank 1 reads {theirs}" in said
