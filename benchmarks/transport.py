@@ -24,6 +24,7 @@ _NAMES = ("peer", "exact", "collective")  # the first is what the others are mea
 _GLOO = "gloo reduce_scatter, bf16"
 _BUCKET_NUMEL = 25 * 2**20 // 2  # bf16, as FusedZeroAdam's default
 _NUM_PARAMS = 150
+_HOST_NUMBERS = 8 + -(-_NUM_PARAMS // 48)  # of the step's message: what a host tells, and a bit per parameter
 _REDUCE = "reduce-scatter of a bucket, packed and summed"
 
 Call = Callable[[], object]
@@ -60,7 +61,7 @@ def _jobs(name: str, group: Group, numel: int) -> dict[str, tuple[Call, Tensor]]
         _REDUCE: (lambda: _reduce(transport, grad, shard), shard),
         "the same, until there is something to sum": (lambda: _send(transport, numel), shard),
         "all-gather of its weights": (lambda: transport.gather(flat, mine).wait(), flat),
-        "the step's message": (lambda: rows.copy_(group.gather_with_host([1.0] * _NUM_PARAMS, row)[1]), rows),
+        "the step's message": (lambda: rows.copy_(group.gather_with_host([1.0] * _HOST_NUMBERS, row)[1]), rows),
     }
 
 
