@@ -43,6 +43,7 @@ class FullAccess:
 
         Raises:
             ValueError: Not a parameter of this optimizer.
+            CollectiveError: On all ranks, as in other reads: another rank reads another tensor.
         """
         self._place_unfrozen()
         place = self._find(param)

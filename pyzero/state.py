@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -296,7 +295,7 @@ class StateAccess(FullAccess, Optimizer):
         groups[0][rank_state.SCALER] = self._scaler.saved().cpu()
         groups[0][rank_state.RULE] = self.rule_name
         steps = [float(state[place][STEP]) if place in state else -1.0 for place in range(first)]
-        groups[0][rank_state.STEPS] = json.dumps(steps)
+        rank_state.note_master_steps(groups[0], steps)
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
+from pyzero.checkpoint.export import place_of
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
@@ -160,8 +161,8 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         tensors = {name: value for name, value in tensors.items() if name not in lent}
     excluded = _frozen(model, optimizer, values) if excludes_frozen else set()
     tensors = {name: value for name, value in tensors.items() if name not in excluded}
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {n: first.setdefault(_place(local_of(v)), n) for n, v in tensors.items() if local_of(v).numel()}
+    first: dict[tuple[object, ...], str] = {}
+    tied = {n: first.setdefault(place_of(local_of(v)), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {
         "param_groups": groups,
         "model": others,
@@ -173,11 +174,6 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     part = None if index is None else Part(index, owned, common)
     state = {"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}
     return Content(state, common, extra, part, buffers=sorted(_own_buffers(model) & set(tensors)))
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What tied tensors have in common; another view of the same memory, as a transposed one, has another."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def join(parts: list[Part]) -> dict[str, Any]:

@@ -145,5 +145,6 @@ class _Weights:
 
         tensor = self.empty(name, "cpu")
         where = {self.places[name]: tensor}
+        # Alone: for an interrupt, which torch takes for a failure, to be raised as itself.
         together(Group(is_alone=True), f"the read of {name}", lambda: storage.read(where, self.folder, self.index))
         return tensor

@@ -41,8 +41,13 @@ def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: b
     return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
 
 
+def note_master_steps(group: dict[str, Any], steps: list[float]) -> None:
+    """Say in the first group of a full state dict which steps its masters are of, by place; -1 where there is none."""
+    group[STEPS] = json.dumps(steps)
+
+
 def _master_steps(group: dict[str, Any]) -> list[float]:
-    """By place; -1 where there is no master. Empty: nothing is known."""
+    """What `note_master_steps` has noted; empty where nothing is known."""
     try:
         steps = json.loads(group.get(STEPS, "[]"))
         return [float(step) for step in steps]
