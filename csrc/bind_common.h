@@ -59,6 +59,7 @@ inline void bind_rows(pybind11::module_& module) {
   module.def("rows_of", [](pybind11::handle tensors, int num_fp32, int rules) {
     return row_reader().read(tensors, num_fp32, rules);
   });
+  module.def("layouts_of", [](pybind11::list tensors) { return row_reader().layouts(tensors); });
 }
 
 // The last rows are the gradients, one per offset.

@@ -99,18 +99,41 @@ class RowReader {
     return bytes;
   }
 
+  // Address, device, dtype, shape and strides of each of a list as bytes, or None where one is not a plain tensor.
+  pybind11::object layouts(pybind11::list tensors) {
+    layouts_.clear();
+    for (pybind11::handle item : tensors) {
+      dlpack::Tensor tensor;
+      if (!borrow(item.ptr(), &tensor)) return pybind11::none();
+      const dlpack::DataType dtype = tensor.dtype;
+      layouts_.insert(layouts_.end(), {address_of(tensor), tensor.device.type, tensor.device.id, dtype.code, dtype.bits,
+                                       dtype.lanes, tensor.ndim});
+      layouts_.insert(layouts_.end(), tensor.shape, tensor.shape + tensor.ndim);
+      layouts_.insert(layouts_.end(), tensor.strides, tensor.strides + tensor.ndim);
+    }
+    return pybind11::bytes(reinterpret_cast<const char*>(layouts_.data()), layouts_.size() * sizeof(int64_t));
+  }
+
  private:
   static constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
-  bool read_one(PyObject* item, Py_ssize_t index, bool must_be_fp32, int rules) {
+  // False where it is neither a Tensor nor a Parameter, or has no memory to show, as a sparse one.
+  bool borrow(PyObject* item, dlpack::Tensor* tensor) {
     if (Py_TYPE(item) != tensor_type_ && Py_TYPE(item) != parameter_type_) return false;
+    if (api_->tensor_from_py_object(item, tensor) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+  static int64_t address_of(const dlpack::Tensor& tensor) {
+    return int64_t(reinterpret_cast<uintptr_t>(tensor.data)) + int64_t(tensor.byte_offset);
+  }
+
+  bool read_one(PyObject* item, Py_ssize_t index, bool must_be_fp32, int rules) {
     dlpack::Tensor tensor;
-    if (api_->tensor_from_py_object(item, &tensor) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!borrow(item, &tensor)) return false;
     Row& row = rows_[size_t(index)];
-    row.address = int64_t(reinterpret_cast<uintptr_t>(tensor.data)) + int64_t(tensor.byte_offset);
+    row.address = address_of(tensor);
     if (!contiguous_numel(tensor, &row.numel) || !dtype_code(tensor.dtype, &row.dtype)) return false;
     if (tensor.data == nullptr && row.numel > 0) return false;  // its storage was freed
 
@@ -173,7 +196,7 @@ class RowReader {
   PyTypeObject* parameter_type_ = nullptr;
   dlpack::Device device_{};
   std::vector<Row> rows_;  // kept from call to call, with the GIL held
-  std::vector<int64_t> starts_, ends_;
+  std::vector<int64_t> starts_, ends_, layouts_;
 };
 
 inline RowReader& row_reader() {

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from operator import gt
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,21 +25,27 @@ ONE_DTYPE = 8  # all but the first are of one dtype
 ALIGNED = 16  # all start at a multiple of ALIGNMENT_BYTES
 ALIGNMENT_BYTES = 16
 
-Reader: TypeAlias = Callable[[Sequence[Tensor], int, int], bytes | None]
+Reader: TypeAlias = Callable[[Sequence[Any], int, int], bytes | None]
 _native: Reader | None = None
+_native_layouts: Callable[[list[Tensor]], bytes | None] | None = None
 
 
 def use_reader_of(module: ModuleType) -> None:
     """Let a native module read tensors from now on, if it can with this torch."""
-    global _native
+    global _native, _native_layouts
     if module.use_exchange_api(Tensor, torch.nn.Parameter):
-        _native = module.rows_of
+        _native, _native_layouts = module.rows_of, module.layouts_of
 
 
 def checked_rows(tensors: Sequence[Tensor], num_fp32: int = 0, rules: int = 0) -> bytes | None:
     """Rows where all is as wanted, the first `num_fp32` of them fp32; None where not: the caller says what."""
     rows = None if _native is None else _native(tensors, num_fp32, rules)
     return read_in_python(tensors, num_fp32, rules) if rows is None else rows
+
+
+def native_rows(tensors: Sequence[Tensor | None], rules: int = 0) -> bytes | None:
+    """The same by a native module alone: None too where there is none, or a tensor is none or of a subclass."""
+    return None if _native is None else _native(tensors, 0, rules)
 
 
 def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> bytes | None:
@@ -79,6 +85,17 @@ def rows_of(tensors: Sequence[Tensor]) -> bytes:
     """One row per tensor: 3 int64. Nothing is checked."""
     codes = [_CODES[tensor.dtype] for tensor in tensors]
     return _packed([tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors], codes)
+
+
+def layouts_of(tensors: list[Tensor]) -> object:
+    """Equal to what it returned before where each has the same address, shape, strides, dtype and device still.
+
+    Some 60 ns per tensor by a native module; other values, and 700 ns, without one.
+    """
+    layouts = None if _native_layouts is None else _native_layouts(tensors)
+    if layouts is not None:
+        return layouts
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
 def _packed(starts: list[int], counts: list[int], codes: list[int]) -> bytes:

@@ -103,8 +103,8 @@ class BucketGrads:
         missing = [slot for slot, grad in zip(layout.param_slots, grads, strict=True) if grad is None]
         if missing:
             torch._foreach_zero_([send[slot.offset : slot.offset + slot.numel] for slot in missing])
-        pieces, offsets = self._pieces.of(grads)
-        ops.pack_(send, pieces, offsets=offsets, backend=self._backend)
+        pieces = self._pieces.as_they_lie(grads) or self._pieces.of(grads)
+        ops.pack_(send, pieces.tensors, offsets=pieces.offsets, backend=self._backend)
         self.mark_sent(left_out)
         return send
 

@@ -19,16 +19,15 @@ from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import sparse_error
 from pyzero.gradients.backward import GradientHooks
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
-from pyzero.gradients.pieces import Pieces
+from pyzero.gradients.pieces import GradPieces, Pieces
 from pyzero.gradients.source import Gradients, is_set, power_sum
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE
 from pyzero.sharding.local_param import LocalParam, local_of, outer
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
-
-_ALIGNMENT_BYTES = 16
 
 
 def _is_mixed(grads: Sequence[Tensor], bucket: Bucket) -> bool:
@@ -36,9 +35,12 @@ def _is_mixed(grads: Sequence[Tensor], bucket: Bucket) -> bool:
     return any([grad.dtype is not bucket.dtype for grad in grads])
 
 
-def _readable(grads: Sequence[Tensor], starts: list[int], bucket: Bucket, backend: str) -> Sequence[Tensor]:
+def _readable(pieces: GradPieces, bucket: Bucket, backend: str) -> Sequence[Tensor]:
     """Each where it is, or a copy of one that no vector instruction reads there, or of another dtype."""
-    is_bad = [start % _ALIGNMENT_BYTES != 0 for start in starts]
+    grads = pieces.tensors
+    if pieces.is_list:
+        return grads
+    is_bad = [address % ALIGNMENT_BYTES != 0 for address in pieces.addresses]
     dtype = bucket.dtype
     if _is_mixed(grads, bucket):
         dtype = torch.float32
@@ -57,14 +59,6 @@ def _have_values(grads: list[Tensor]) -> bool:
     """Whether any of them is not all zeros. Waits for a GPU."""
     filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
     return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
-
-
-class _Found(NamedTuple):
-    """The pieces of a run's gradients."""
-
-    tensors: list[Tensor]
-    offsets: list[int]
-    starts: list[int]  # addresses
 
 
 _GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it has been written
@@ -98,7 +92,7 @@ class LocalGradients(Gradients):
         super().__init__(group, stats_exchange, device, backend)
         self._scales = scales  # the optimizer has a loss scale
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
-        self._pieces: dict[Bucket, list[_Found]] = {}  # by run, from collect() on
+        self._pieces: dict[Bucket, list[GradPieces]] = {}  # by run, from collect() on
         self._own: list[int] = []  # where memory of the buckets begins and ends, in turns, sorted
         self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
@@ -217,37 +211,51 @@ class LocalGradients(Gradients):
         found = self._found_inf
         counted: list[Tensor] = []
         others: list[Tensor] = []
-        found_pieces: dict[Bucket, list[tuple[list[Tensor], list[int]]]] = {}
+        found_pieces: dict[Bucket, list[GradPieces]] = {}
         used = [False] * sum(len(bucket.params) for bucket in self._buckets)
         for bucket in self._buckets:
             grads = [param.grad for param in bucket.params]
-            for param, number, grad in zip(bucket.params, bucket.numbers, grads, strict=True):
+            for number, grad in zip(bucket.numbers, grads, strict=True):
                 used[number] = grad is not None
-                if grad is not None and grad.layout != torch.strided:
-                    raise sparse_error(param, self._stats_exchange.name_of(number))
-            maps = [run.pieces for run in self._runs[bucket]]
-            found_pieces[bucket] = [pieces.of(grads) if pieces.has_any(grads) else ([], []) for pieces in maps]
-            for run, (tensors, _) in zip(self._runs[bucket], found_pieces[bucket], strict=True):
-                (counted if run.in_norm else others).extend(tensors)
+            found_pieces[bucket] = self._pieces_of(bucket, grads)
+            for run, pieces in zip(self._runs[bucket], found_pieces[bucket], strict=True):
+                (counted if run.in_norm else others).extend(pieces.tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=self._sumsq, backend=self._backend)
         if others:
             ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
-        self._pieces = {bucket: [self._kept(*one) for one in found_pieces[bucket]] for bucket in self._buckets}
+        self._pieces = {bucket: [*map(self._kept, pieces)] for bucket, pieces in found_pieces.items()}
         if self._buckets and (self._locates or is_set(found)):
             self._first_bad.copy_(self._locate())
         if scaler_found_inf is not None:
             torch.maximum(found, scaler_found_inf, out=found)
         return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
 
-    def _kept(self, tensors: list[Tensor], offsets: list[int]) -> _Found:
+    def _pieces_of(self, bucket: Bucket, grads: list[Tensor | None]) -> list[GradPieces]:
+        """By run of this rank's shard.
+
+        Raises:
+            TypeError: A gradient is sparse, be it of another rank's shard.
+        """
+        maps = [run.pieces for run in self._runs[bucket]]
+        found = [pieces.as_they_lie(grads) for pieces in maps]
+        if self._group.size > 1 or None in found:
+            for param, number, grad in zip(bucket.params, bucket.numbers, grads, strict=True):
+                if grad is not None and grad.layout != torch.strided:
+                    raise sparse_error(param, self._stats_exchange.name_of(number))
+        return [
+            usual or (pieces.of(grads) if pieces.has_any(grads) else GradPieces([], [], [], is_list=False))
+            for pieces, usual in zip(maps, found, strict=True)
+        ]
+
+    def _kept(self, pieces: GradPieces) -> GradPieces:
         """With copies of those that are weights, masters or state, where the update writes before it has read all."""
-        starts = [tensor.data_ptr() for tensor in tensors]
-        between = {bisect(self._own, start) for start in (min(starts), max(starts))} if starts else {0}
+        tensors, _, addresses, _ = pieces
+        between = {bisect(self._own, at) for at in (min(addresses), max(addresses))} if addresses else {0}
         if len(between) > 1 or between.pop() % 2:  # none begins or ends between most gradients: a look at each is 90 ns
-            for place in [place for place, start in enumerate(starts) if bisect(self._own, start) % 2]:
+            for place in [place for place, at in enumerate(addresses) if bisect(self._own, at) % 2]:
                 tensors[place] = tensors[place].clone()
-                starts[place] = tensors[place].data_ptr()
-        return _Found(tensors, offsets, starts)
+                addresses[place] = tensors[place].data_ptr()
+        return pieces
 
     def _locate(self) -> Tensor:
         """0-D fp64: the code of the first bad parameter."""
@@ -261,21 +269,18 @@ class LocalGradients(Gradients):
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
         """See Gradients. A list for a rule that reads one; packed otherwise."""
-        for run, (tensors, offsets, starts) in zip(self._runs[bucket], self._pieces[bucket], strict=True):
-            size = run.high - run.low
+        for run, pieces in zip(self._runs[bucket], self._pieces[bucket], strict=True):
+            tensors, size = pieces.tensors, run.high - run.low
             needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
             if bucket.rule.reads_lists and tensors and not needs_zeros:
-                yield run.low, GradList(_readable(tensors, starts, bucket, self._backend), offsets, size)
+                yield run.low, GradList(_readable(pieces, bucket, self._backend), pieces.offsets, size)
             elif tensors or needs_zeros:
                 dtype = torch.float32 if _is_mixed(tensors, bucket) else bucket.dtype
                 packed = memory.empty(size, dtype, bucket.device)
                 if needs_zeros:
                     packed.zero_()  # a parameter may have a gradient on another rank alone
-                yield run.low, self._packed(packed, tensors, offsets)
-
-    def _packed(self, packed: Tensor, tensors: list[Tensor], offsets: list[int]) -> Tensor:
-        ops.pack_(packed, tensors, offsets=offsets, backend=self._backend)
-        return packed
+                ops.pack_(packed, tensors, offsets=pieces.offsets, backend=self._backend)
+                yield run.low, packed
 
     # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
 
@@ -343,8 +348,8 @@ class LocalGradients(Gradients):
         """See Gradients."""
         counted: list[Tensor] = []
         for bucket, found in self._pieces.items():
-            for run, (tensors, *_) in zip(self._runs[bucket], found, strict=True):
-                counted += tensors if run.in_norm else []
+            for run, pieces in zip(self._runs[bucket], found, strict=True):
+                counted += pieces.tensors if run.in_norm else []
         return power_sum(counted, norm_type, self._device)
 
     def locate_nonfinite(self, always: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyzero.ops.rows import ALIGNED, ONE_DTYPE, addresses, native_rows
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import awaited
 
@@ -24,6 +25,15 @@ class _Piece(NamedTuple):
     zeros: Tensor | None  # what a gap is filled with, of one tensor for all
 
 
+class GradPieces(NamedTuple):
+    """The pieces of some gradients."""
+
+    tensors: list[Tensor]  # contiguous
+    offsets: list[int]  # where each begins
+    addresses: list[int]
+    is_list: bool  # an op reads each where it is: they are aligned, and in the weights' dtype
+
+
 class Pieces:
     """The map of elements [low, high) of a bucket, with or without its gaps."""
 
@@ -33,7 +43,6 @@ class Pieces:
         self._pieces = _cut(bucket, low, high, fills_gaps)
         self._positions = [piece.position for piece in self._pieces if piece.zeros is None]
         self._offsets = [piece.offset for piece in self._pieces]
-        self._numbers = [position for position in self._positions if bucket.params[position].numel() == 1]
         self._gaps = [piece.zeros for piece in self._pieces]
         self._places = [place for place, zeros in enumerate(self._gaps) if zeros is None]
         whole = [piece.zeros is not None or (piece.begin, piece.end) == self._bounds(piece) for piece in self._pieces]
@@ -51,16 +60,27 @@ class Pieces:
         """Some parameter in here has a gradient."""
         return any(grads[position] is not None for position in self._positions)
 
-    def of(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    def as_they_lie(self, grads: Sequence[Tensor | None]) -> GradPieces | None:
+        """Pieces of `grads`, by position, in the usual case: each is there, and an op reads it where it is.
+
+        None in any other, and without a native module that can tell.
+        """
+        if not self._are_plain or not self._pieces:
+            return None
+        tensors: list[Any] = [grads[position] for position in self._positions]
+        if len(self._places) < len(self._gaps):
+            tensors = self._fill_in(tensors)
+        rows = native_rows(tensors, ALIGNED | ONE_DTYPE)
+        dtype = self._bucket.dtype
+        if rows is None or tensors[0].dtype is not dtype or tensors[-1].dtype is not dtype:
+            return None
+        return GradPieces(tensors, self._offsets, addresses(rows), is_list=True)
+
+    def of(self, grads: Sequence[Tensor | None]) -> GradPieces:
         """Pieces of `grads`, by position, and zeros for the gaps; offsets from `low`.
 
         Where there is no gradient there is no piece: what lies there is not defined.
         """
-        if self._are_plain:
-            present: list[Any] = [grads[position] for position in self._positions]
-            is_plain = set(map(type, present)) == {Tensor} and all([grad.is_contiguous() for grad in present])
-            if is_plain and not any([_is_negated(grads[position]) for position in self._numbers]):
-                return self._fill_in(present), self._offsets
         pieces: list[Tensor] = []
         offsets: list[int] = []
         for offset, position, begin, end, zeros in self._pieces:
@@ -77,10 +97,10 @@ class Pieces:
                     piece = piece.view(-1)[begin:end]
             pieces.append(piece)
             offsets.append(offset)
-        return pieces, offsets
+        return GradPieces(pieces, offsets, [piece.data_ptr() for piece in pieces], is_list=False)
 
-    def _fill_in(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients between the gaps: the usual case, in which each is there and lies as its parameter does."""
+    def _fill_in(self, grads: Sequence[Tensor | None]) -> list[Any]:
+        """Gradients between the gaps."""
         filled: list[Any] = self._gaps.copy()
         for place, grad in zip(self._places, grads, strict=True):
             filled[place] = grad
@@ -88,7 +108,7 @@ class Pieces:
 
 
 def _is_negated(grad: Tensor | None) -> bool:
-    """An imaginary part of a conjugate, whose memory has the other sign: contiguous only where it is one number."""
+    """An imaginary part of a conjugate, whose memory has the other sign: never aligned, as it follows a real part."""
     return grad is not None and grad.is_neg()
 
 

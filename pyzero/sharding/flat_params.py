@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pyzero import memory
+from pyzero.ops.rows import layouts_of
 from pyzero.sharding.layout import ParamSlot
 from pyzero.sharding.local_param import LocalParam, outer
 
@@ -59,7 +60,7 @@ class FlatParams:
         # Each parameter's own where it is dense, contiguous ones otherwise. Others may give it others later on
         # (channels_last); in here it keeps these.
         self.strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
-        self._dtypes = [self._dtype] * len(params)
+        self._layouts: object = None  # of all parameters when none had been moved
         self._versions = [0] * len(params)
         self._addresses = [0] * len(params)
         self._storages: list[StorageWeakRef | None] = [None] * len(params)
@@ -92,18 +93,14 @@ class FlatParams:
                 raise _shared_error(param.shape)
             if every or has_moved or param._version != self._versions[position]:
                 found.append(position)
+        if not found:
+            self._layouts = layouts_of(self._params)
         return found
 
     def _are_as_left(self) -> bool:
-        """Whether all parameters are as the optimizer left them; each step asks, so it compares lists of attributes."""
+        """Whether all parameters are as the optimizer left them, as far as a look at all of them tells."""
         params = self._params
-        return (
-            [param._version for param in params] == self._versions
-            and [param.data_ptr() for param in params] == self._addresses
-            and [param.shape for param in params] == self.shapes
-            and [param.stride() for param in params] == self.strides
-            and [param.dtype for param in params] == self._dtypes
-        )
+        return [param._version for param in params] == self._versions and layouts_of(params) == self._layouts
 
     def _has_moved(self, position: int, param: Tensor) -> bool:
         return param.data_ptr() != self._addresses[position] or param.stride() != self.strides[position]

@@ -149,8 +149,9 @@ class ParamBuckets:
 
     def finish_weight_write(self, used: Sequence[bool] | None = None) -> None:
         """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
+        some = None if used is None or all(used) else used
         for bucket in self.buckets:
-            positions = None if used is None else [at for at, number in enumerate(bucket.numbers) if used[number]]
+            positions = None if some is None else [at for at, number in enumerate(bucket.numbers) if some[number]]
             bucket.flat_params.bump_versions(positions)
         for bucket in self.buckets:
             bucket.flat_params.note_all_written()

@@ -128,6 +128,35 @@ def test_spans_apart_are_told_from_others(read: rows.Reader) -> None:
         assert (read(tensors, 0, APART) is not None) == (len(covered) == len(set(covered)))
 
 
+_SQUARE = torch.zeros(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (_BASE[:8], _BASE[8:16]),
+        (_BASE[:8], _BASE[:9]),
+        (_BASE[:8], _BASE[:8].view(2, 4)),
+        (_BASE[:8].view(4, 2), _BASE[:8].view(2, 4)),
+        (_SQUARE, _SQUARE.t()),
+        (_HALF, _HALF.view(torch.bfloat16)),
+        (_BASE, _BASE.view(torch.int32)),
+        (torch.zeros(0, 3), torch.zeros(3, 0)),
+        (torch.zeros(3, device="meta"), torch.zeros(3, device="meta").half()),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)}, {tensor.stride()}, {tensor.dtype}",
+)
+@pytest.mark.parametrize("beside", [[], GOOD, [BAD["subclass"]]], ids=["alone", "beside", "subclass"])
+def test_layouts_differ_where_one_does(read: rows.Reader, before: Tensor, after: Tensor, beside: list[Tensor]) -> None:
+    def of(tensor: Tensor) -> object:
+        return rows.layouts_of([*beside, tensor, *beside])
+
+    assert (rows._native_layouts is None) == (read is rows.read_in_python)
+    assert of(before) == of(before.detach())
+    assert of(before) != of(after)
+    assert of(torch.nn.Parameter(_BASE)) == of(_BASE)
+
+
 def test_a_torch_without_exchange_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_native", None)
     assert not native.load("cpu").use_exchange_api(object, object)

@@ -124,14 +124,15 @@ def test_gradients_are_not_copied(monkeypatch, optimizer, is_copied):
 
 @pytest.mark.parametrize("optimizer", [pyzero.FusedZeroAdamW, pyzero.ZeroLamb], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
-def test_a_gradient_of_another_dtype_is_not_rounded(dtypes, optimizer):
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_gradient_of_another_dtype_is_not_rounded(place, dtypes, optimizer):
     weights, grads = dtypes
     params = [nn.Parameter(torch.ones(5, dtype=weights)) for _ in range(2)]
-    params[0].grad_dtype = None
-    params[0].grad = torch.tensor([6e4, -3e-8, 1.0, 2.0, 3.0], dtype=torch.float64).to(grads)
+    params[place].grad_dtype = None
+    params[place].grad = torch.tensor([6e4, -3e-8, 1.0, 2.0, 3.0], dtype=torch.float64).to(grads)
     if grads == torch.float32:
-        params[0].grad.mul_(2)  # the first is then an inf in fp16, the second a zero
-    params[1].grad = torch.ones_like(params[1])
+        params[place].grad.mul_(2)  # the first is then an inf in fp16, the second a zero
+    params[1 - place].grad = torch.ones_like(params[0])
     optimizer = optimizer(params, lr=1e-3, loss_scale=None)
     optimizer.step()
     for param in params:
