@@ -231,6 +231,11 @@ class Group:
         """Around a collective that is begun and waited for: broken off, its result is lost to this rank alone."""
         return self.lockstep(what=what, but=CollectiveError)
 
+    @property
+    def num_launched(self) -> int:
+        """How many collectives have been launched."""
+        return self._channel.num_collectives
+
     def check_unbroken(self, what: str) -> None:
         """Raise CollectiveError where nothing is sent any more."""
         if self.size > 1 and self._channel.is_broken:

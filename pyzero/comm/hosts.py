@@ -16,7 +16,7 @@ from torch import Tensor
 from pyzero import memory
 from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.host import HostRanks
-from pyzero.comm.peer import Deferred, PeerTransport
+from pyzero.comm.peer import Deferred, PeerTransport, Piece
 from pyzero.comm.transport import Exchange
 
 
@@ -45,12 +45,11 @@ class HostsTransport(PeerTransport):
         parts = send.view(self.group.size, -1)
         sent = torch.cat([parts[rank] for rank in self._elsewhere])
         received = memory.empty(sent.numel(), send.dtype, send.device)
-        piece, here = self._post_gradients(send)
         numels = self._numels(self._elsewhere, parts.shape[1])
         work = self.group.launch(
-            what, lambda: _Both(self._posted(piece), self._from_others(received, sent, numels, numels))
+            what, lambda: _Both(self._posted(self._post(send)), self._from_others(received, sent, numels, numels))
         )
-        slices = dict(zip(self._host.ranks, here, strict=True))
+        slices = dict(zip(self._host.ranks, self._slices(send), strict=True))
         slices |= zip(self._elsewhere, received.view(len(self._elsewhere), -1), strict=True)
         return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._mark_read)
 
@@ -59,17 +58,21 @@ class HostsTransport(PeerTransport):
         sources = self._shards_in[self.group.rank]
         shards = memory.empty(len(sources) * shard.numel(), shard.dtype, shard.device)
         shards[: shard.numel()] = shard
+        sent = shard.repeat(len(self._takers))
         piece = self._read_gathers_for(self._max_shards * shard.nbytes)
-        with self.group.error_context("the all-gather of weights"):
+
+        def post() -> Piece:
             handle = self._from_others(
                 shards[shard.numel() :],
-                shard.repeat(len(self._takers)),
+                sent,
                 self._numels(sources[1:], shard.numel()),
                 self._numels(self._takers, shard.numel()),
             )
-        self._ring.take(piece)
-        self._deferred.append(Deferred(piece, shards, [handle, self._host.read(piece.after)]))
-        return self._gather_when_posted(piece, flat)
+            self._ring.take(piece)
+            self._deferred.append(Deferred(piece, shards, [handle, self._host.read(piece.after)]))
+            return piece
+
+        return self._launch_gather(flat, post)
 
     def _numels(self, ranks: Sequence[int], numel: int) -> list[int]:
         return [numel * (rank in ranks) for rank in range(self.group.size)]

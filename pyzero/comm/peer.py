@@ -9,7 +9,7 @@ a forked child, changes nothing under another rank.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -67,6 +67,11 @@ class Ring:
         beneath = [piece.number for piece in self._pieces if piece.begin < end and begin < piece.end]
         after = max(beneath, default=given_away)
         return Piece(self._num_pieces + 1, begin, end, after)
+
+    @property
+    def last(self) -> Piece:
+        """The piece that was taken last."""
+        return self._pieces[-1]
 
     def take(self, piece: Piece) -> None:
         """Place the piece that `next` gave."""
@@ -144,14 +149,13 @@ class PeerTransport(Transport):
         return True
 
     def _post(self, send: Tensor) -> Piece:
-        """Let the others read `send`, now or when there is room."""
+        """Let the others read `send`, now or when there is room. In a launch."""
         piece = self._ring.next(send.nbytes)
-        with self.group.unbroken():
-            self._ring.take(piece)
-            if send is self._room:
-                self._host.post()
-            else:
-                self._deferred.append(Deferred(piece, send, [self._host.read(piece.after)]))
+        self._ring.take(piece)
+        if send is self._room:
+            self._host.post()
+        else:
+            self._deferred.append(Deferred(piece, send, [self._host.read(piece.after)]))
         self._room = None
         return piece
 
@@ -171,16 +175,14 @@ class PeerTransport(Transport):
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
-        piece, slices = self._post_gradients(send)
-        work = self.group.launch(what, lambda: self._posted(piece))
-        return Exchange(work, slices, send, release=self._mark_read)
+        work = self.group.launch(what, lambda: self._posted(self._post(send)))
+        return Exchange(work, self._slices(send), send, release=self._mark_read)
 
-    def _post_gradients(self, send: Tensor) -> tuple[Piece, list[Tensor]]:
-        """Post `send`; returns its piece, and this rank's slice of every rank's."""
-        piece = self._post(send)
+    def _slices(self, send: Tensor) -> list[Tensor]:
+        """This rank's slice of every rank's `send`, which has been posted last."""
         numel = send.numel() // self.group.size
-        begin = piece.begin + self.group.rank * numel * send.itemsize
-        return piece, [self._host.tensor(rank, begin, numel, send.dtype) for rank in self._host.ranks]
+        begin = self._ring.last.begin + self.group.rank * numel * send.itemsize
+        return [self._host.tensor(rank, begin, numel, send.dtype) for rank in self._host.ranks]
 
     def _posted(self, piece: Piece) -> _Pieces:
         return _Pieces(self, piece.number, self._host.posted(piece.number))
@@ -190,7 +192,7 @@ class PeerTransport(Transport):
         self._read_gathers_for(shard.nbytes)
         room = self.buffer(shard.numel(), shard.dtype, shard.device)
         ops.pack_(room, [shard], offsets=[0])  # past the caches, as copy_ does not
-        return self._gather_when_posted(self._post(room), flat)
+        return self._launch_gather(flat, lambda: self._post(room))
 
     def _read_gathers_for(self, num_bytes: int) -> Piece:
         """The next piece; waits for gathers whose weights, not copied by this rank yet, lie in its bytes."""
@@ -199,9 +201,11 @@ class PeerTransport(Transport):
             self._gathers[0].work.wait()
         return piece
 
-    def _gather_when_posted(self, piece: Piece, flat: Tensor) -> Work:
+    def _launch_gather(self, flat: Tensor, post: Callable[[], Piece]) -> Work:
+        """Launch what `post` does; its piece is copied to `flat` when the work is waited for."""
         what = "the all-gather of weights"
-        work = self.group.launch(what, lambda: self._posted(piece), then=lambda: self._copy(piece.number))
+        work = self.group.launch(what, lambda: self._posted(post()), then=lambda: self._copy(piece.number))
+        piece = self._ring.last
         self._gathers.append(_Gather(piece, flat, work))
         return work
 

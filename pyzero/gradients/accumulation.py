@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.sharding.flat_params import conversion_error, flatten
-from pyzero.sharding.local_param import LocalParam, awaited
+from pyzero.sharding.local_param import LocalParam, awaited, outer
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 _MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
@@ -174,6 +174,19 @@ class ParamGrad:
             self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._shown
 
+    def check_grad_dtype(self) -> None:
+        """Raise TypeError where gradients will come in another dtype."""
+        dtype = getattr(outer(self.param), "grad_dtype", None)  # newer torch
+        if dtype is not None and dtype != self.param.dtype:
+            raise self._dtype_error(dtype)
+
+    def _dtype_error(self, dtype: torch.dtype) -> TypeError:
+        return TypeError(
+            f"expected the gradient of a parameter in its dtype, {self.param.dtype}, got {dtype} for the one of shape "
+            f"{tuple(self._shape)}; leave its grad_dtype alone (sums over backwards and ranks are in fp32 anyway) and "
+            f"pass grad_reduce_dtype to send in another dtype"
+        )
+
     def before_arrival(self) -> None:
         """Called before backward adds to `.grad`: a ShardedGrad, and a 16-bit sum, move out of its way."""
         self._is_arriving = True
@@ -196,11 +209,7 @@ class ParamGrad:
         if grad is None:  # another hook has taken it away
             return
         if grad.dtype != self.param.dtype:
-            raise TypeError(
-                f"expected the gradient of a parameter in its dtype, {self.param.dtype}, got {grad.dtype} for the one "
-                f"of shape {tuple(self._shape)}; leave its grad_dtype alone (sums over backwards and ranks are in fp32 "
-                f"anyway) and pass grad_reduce_dtype to send in another dtype"
-            )
+            raise self._dtype_error(grad.dtype)
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         if grad is self._shown and self._local is not None:  # added in place

@@ -97,7 +97,7 @@ class BucketGrads:
         record.replaced()
 
     def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
-        """Pack local gradients into (numel,) `send`, zeros where there is none; each `.grad` becomes a ShardedGrad."""
+        """Pack local gradients into (numel,) `send`, zeros where there is none."""
         grads = [None if left_out(record) else record.local_sum() for record in self.records]
         layout = self.bucket.layout
         missing = [slot for slot, grad in zip(layout.param_slots, grads, strict=True) if grad is None]
@@ -105,18 +105,26 @@ class BucketGrads:
             torch._foreach_zero_([send[slot.offset : slot.offset + slot.numel] for slot in missing])
         pieces = self._pieces.as_they_lie(grads) or self._pieces.of(grads)
         ops.pack_(send, pieces.tensors, offsets=pieces.offsets, backend=self._backend)
-        self.mark_sent(left_out)
         return send
 
     def mark_sent(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        """Mark each record as sent, or as left out of this round."""
+        """Mark each record as sent, whose `.grad` becomes a ShardedGrad, or as left out of this round."""
         for record in self.records:
             record.passed_over() if left_out(record) else record.sent()
 
-    def reduce_slices(self, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor) -> None:
+    def room(self) -> Tensor:
+        """The shard, or memory for one."""
+        if self.shard is not None:
+            return self.shard
+        return memory.empty(self.bucket.layout.shard_numel, torch.float32, self.bucket.device)
+
+    def reduce_slices(
+        self, room: Tensor, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor
+    ) -> None:
         """Sum what all ranks have sent into the shard.
 
         Args:
+            room: From `room`.
             slices: (shard_numel,) each, see comm/transport.py's Exchange.
             scale: Multiplies the sum.
             accumulate: Add to the shard, if there is one, instead of replacing it.
@@ -127,14 +135,13 @@ class BucketGrads:
         before, self.stats = self.first_bad, stats
         if accumulate:
             self.first_bad.copy_(before)
-        if self.shard is None:
-            self.shard = memory.empty(layout.shard_numel, torch.float32, self.bucket.device)
+        self.shard = room
         found_inf = self.found_inf
         for index, run in enumerate(layout.runs):
             low, high = layout.run_bounds(run, self.bucket.rank)
             if low < high:
                 ops.reduce_scatter_(
-                    self.shard[low:high],
+                    room[low:high],
                     [piece[low:high] for piece in slices],
                     scale=scale,
                     accumulate=accumulate,

@@ -25,14 +25,21 @@ _PATIENCE_S = 2.0  # for one of many buckets
 _PATIENCE_AT_END_S = 0.2
 
 
-class _InFlight(NamedTuple):
-    """A bucket that has been sent and not summed yet."""
+class _Sum(NamedTuple):
+    """What becomes of a bucket that has arrived."""
 
     grads: BucketGrads
-    exchange: Exchange
     scale: float | Tensor
     accumulate: bool  # onto the shard
     stats: Tensor  # (num_runs, 3) clean rows for the shard's
+
+
+class _Packed(NamedTuple):
+    """A bucket that has not been sent yet."""
+
+    sum: _Sum
+    send: Tensor
+    what: str  # for messages
 
 
 class BucketExchange:
@@ -48,7 +55,8 @@ class BucketExchange:
         self._names = names  # of the transport's ranks
         self._transport = transport
         self._device = device
-        self._in_flight: deque[_InFlight] = deque()
+        self._packed: _Packed | None = None
+        self._in_flight: deque[tuple[_Sum, Exchange]] = deque()
         self._writers: set[Any] = set()  # streams that wrote gradients since the last receive_all
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -63,29 +71,58 @@ class BucketExchange:
         dtype: torch.dtype,
         scale: float | Tensor,
         left_out: Callable[[ParamGrad], bool],
+        when_packed: Callable[[], None],
         what: str,
         stats: Tensor,
     ) -> None:
-        """Pack a bucket, zeros for what is left out, and send it; the sum is multiplied by `scale`."""
+        """Pack a bucket, zeros for what is left out, and send it; the sum is multiplied by `scale`.
+
+        Where this raises, as memory may be short, nothing is lost: `when_packed` has not been called, and the bucket
+        can be sent again; or it has, and the bucket goes ahead of whatever is sent or received next.
+        """
         with profile_range("pyzero::reduce_scatter"):
+            self.send_packed()
             accumulate = grads.is_reduced
             grads.apply_factors()
             self._wait_for_writers(grads)
             buffer = self._transport.buffer(grads.bucket.layout.numel, dtype, self._device, self._stream)
-            packed = grads.pack(buffer, left_out)
-            with on_stream(self._stream):
-                exchange = self._transport.start(packed, what)
-            self._in_flight.append(_InFlight(grads, exchange, scale, accumulate, stats))
-            while len(self._in_flight) > _MAX_IN_FLIGHT and self._in_flight[0].exchange.work.is_done(_PATIENCE_S):
+            send = grads.pack(buffer, left_out)
+            with self._transport.group.lockstep(what=what):
+                self._packed = _Packed(_Sum(grads, scale, accumulate, stats), send, what)
+                when_packed()
+            self.send_packed()
+            while len(self._in_flight) > _MAX_IN_FLIGHT and self._is_first_done(_PATIENCE_S):
                 self._receive()
+
+    def send_packed(self) -> None:
+        """Send the bucket that is packed, if there is one."""
+        packed, group = self._packed, self._transport.group
+        if packed is None:
+            return
+        num_launched = group.num_launched
+        try:
+            with on_stream(self._stream):
+                exchange = self._transport.start(packed.send, packed.what)
+            self._in_flight.append((packed.sum, exchange))
+            self._packed = None
+        except BaseException as error:
+            if group.num_launched > num_launched:  # and lost: the other ranks count on it
+                group.break_off(error, packed.what)
+            raise
+
+    def _is_first_done(self, patience_s: float) -> bool:
+        _, exchange = self._in_flight[0]
+        return exchange.work.is_done(patience_s)
 
     def receive_at_end(self) -> None:
         """At the end of a backward: receive what the other ranks have sent by now, or do soon."""
-        while self._in_flight and self._in_flight[0].exchange.work.is_done(_PATIENCE_AT_END_S):
+        self.send_packed()
+        while self._in_flight and self._is_first_done(_PATIENCE_AT_END_S):
             self._receive()
 
     def receive_all(self) -> None:
         """Receive everything in flight; the current stream waits for it."""
+        self.send_packed()
         while self._in_flight:
             self._receive()
         if self._stream is not None:
@@ -98,20 +135,22 @@ class BucketExchange:
         Others stay in flight: when one is received follows from what was sent, alike on all ranks, and not from what
         this rank alone sees.
         """
-        while any(each.grads is grads for each in self._in_flight):
+        self.send_packed()
+        while any(each.grads is grads for each, _ in self._in_flight):
             self._receive()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _receive(self) -> None:
-        grads, exchange, scale, accumulate, stats = self._in_flight[0]
+        (grads, scale, accumulate, stats), exchange = self._in_flight[0]
         with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()  # a KeyboardInterrupt in it loses nothing
+            room = grads.room()  # nor does a lack of memory
             with self._transport.group.lockstep(what="the sum of a gradient bucket"):
                 self._in_flight.popleft()
                 try:
                     was_set = is_set(grads.found_inf)
-                    grads.reduce_slices(exchange.slices, scale, accumulate, stats)
+                    grads.reduce_slices(room, exchange.slices, scale, accumulate, stats)
                     if self.locates or (is_set(grads.found_inf) and not was_set):
                         code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._names, exchange.by_rank)
                         torch.minimum(grads.first_bad, code, out=grads.first_bad)

@@ -88,6 +88,10 @@ class OverlappedGradients(ReducedGradients):
         for grads in self._grads:
             grads.waits_for_end = any(record in waiting for record in grads.records)
 
+    def _begin_backward(self) -> None:
+        super()._begin_backward()
+        self._is_sending |= self.sync  # the other ranks send theirs, whatever breaks off this one's backward
+
     def _after_gradient(self, param: Tensor) -> None:
         super()._after_gradient(param)
         grads, record = self._records[param]
@@ -96,7 +100,6 @@ class OverlappedGradients(ReducedGradients):
             self._arrived[record.number] = None
         if not self.sync:
             return
-        self._is_sending = True
         self._bucket_exchange.note_writer_stream()
         if record in self._deferred:
             return

@@ -157,8 +157,8 @@ class ReducedGradients(Gradients):
                 f"in it; run backward and step() eagerly"
             )
         grads, record = self._records[param]
-        self._end.begin()
-        self._awaits_step = True
+        record.check_grad_dtype()
+        self._begin_backward()
         self._take_grad_scaler_factor()
         self._generation += 1
         self.norm_before_clip = None
@@ -169,6 +169,11 @@ class ReducedGradients(Gradients):
                 raise mixed_scale_error()
             self._unsent_is_scaled = self._is_scaled
         record.before_arrival()
+
+    def _begin_backward(self) -> None:
+        """Called before each gradient; the first one ends a backward that was broken off."""
+        self._end.begin()
+        self._awaits_step = True
 
     def _after_gradient(self, param: Tensor) -> None:
         _, record = self._records[param]
@@ -235,15 +240,19 @@ class ReducedGradients(Gradients):
         if self._next == 0 or len(self._stats) < len(self._grads):
             self._stats = self._new_stats()
         stats = self._stats[self._next]
-        self._next += 1
         self._generation += 1
         for record in grads.records:
             self._observe(grads, record)
-        if all(left_out(record) for record in grads.records):
+
+        def count() -> None:
             grads.mark_sent(left_out)
+            self._next += 1
+
+        if all(left_out(record) for record in grads.records):
+            count()
             return
         dtype = self._options.dtype or grads.bucket.dtype
-        self._bucket_exchange.send(grads, dtype, self._mean_factor(), left_out, what, stats)
+        self._bucket_exchange.send(grads, dtype, self._mean_factor(), left_out, count, what, stats)
 
     def _new_stats(self) -> Sequence[Tensor]:
         """Clean rows of statistics for all buckets of a round, in one launch."""
@@ -283,6 +292,8 @@ class ReducedGradients(Gradients):
 
     def _begin_edit(self) -> None:
         """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
+        if torch._C._current_graph_task_id() == -1:  # outside of a backward
+            self.finish_broken_round()
         self._bucket_exchange.receive_all()
         self._generation += 1
 

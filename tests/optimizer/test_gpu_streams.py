@@ -110,7 +110,7 @@ def trained(
 def test_a_late_side_stream_changes_no_bit(device, monkeypatch, dtype, stage, micro, no_sync):
     late = trained(device, dtype, stage, micro, no_sync, late=True)
     if device.type == "cuda":
-        for name in ("send", "_receive"):
+        for name in ("send_packed", "_receive"):
             monkeypatch.setattr(BucketExchange, name, waited_for(getattr(BucketExchange, name)))
     assert_same(late, trained(device, dtype, stage, micro, no_sync, late=False))
 
