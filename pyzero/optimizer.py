@@ -132,6 +132,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         with on_device(self._device):  # a script may have moved its model and not called set_device()
             topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
         self._group = topology.data
+        rank, self._num_ranks = topology.rank_and_size()
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
@@ -154,7 +155,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._hyper_parameters = arguments.HyperParameters(self.defaults)
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
-        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=topology.rank_and_size()[0] == 0)
+        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=rank == 0)
         self._stats_exchange = GradStatsExchange(
             self._group, topology.model_groups, topology.same_params, self._name_of, self._host_facts
         )
@@ -199,7 +200,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
                 loss = closure()
         for group, rule in zip(self._param_groups, self._rules, strict=False):  # one taken out by hand is told below
             rule.check(group)
-        check_capture(self._device, self._group.size, self._last is None, self._param_groups)
+        check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         self._place_unfrozen()
         if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
             self._take_step()

@@ -137,9 +137,9 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
     if is_first:
         raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
     for group in param_groups:
-        lr = group["lr"]
+        lr = group.get("lr")
         if not isinstance(lr, Tensor):
-            log.warning("lr=%g is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
+            log.warning("lr=%s is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
         elif lr.device != device:
             raise RuntimeError(
                 f"{wanted}, got lr as a tensor on {lr.device}; pass torch.tensor({float(lr)}, device='cuda'), and "
@@ -149,7 +149,7 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
     """The group, with a learning rate that is a tensor made 0-D on the device."""
-    lr = group["lr"]
+    lr = group.get("lr")
     if not isinstance(lr, Tensor):
         return group
     return {**group, "lr": lr.reshape(()).to(device, non_blocking=True)}

@@ -3,7 +3,8 @@
 The memory is torch's symmetric memory. For gradients each rank has two slots, which take turns. What is sent is written
 to one; a barrier on the device, and every rank's is there; it is read where it lies, by the kernel that sums them;
 another barrier, and the slot may be written over. Weights lie there for good: between two barriers each rank writes
-those of its shards to all ranks, in the kernel that updates them or by copies. The host waits for nothing.
+those of its shards to all ranks, in the kernel that updates them or by copies. In backward and step the host waits for
+nothing.
 """
 
 from __future__ import annotations

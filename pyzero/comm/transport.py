@@ -71,7 +71,7 @@ class Transport(ABC):
         return FlatWeights(memory.zeros(numel, dtype, device))
 
     def begin_update(self) -> None:  # noqa: B027  (most write no memory but their own)
-        """Called before a step writes weights, on all ranks: behind it none of them reads what they were."""
+        """Called before a step writes weights, on all ranks: after it none of them still reads the old ones."""
 
     @abstractmethod
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:

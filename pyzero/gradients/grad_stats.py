@@ -136,17 +136,19 @@ class GradStatsExchange:
         """Collective.
 
         Raises:
-            CollectiveError: The ranks ran backward a different number of times.
+            CollectiveError: The ranks ran backward a different number of times, or called different methods.
             RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one; or the ranks
-                step with different hyper-parameters.
+                step with different hyper-parameters. On all ranks, those with other parts of the model too.
         """
-        used, num_skips = tuple(mine.used), 0
+        used, num_skips, hyper_parameters = tuple(mine.used), 0, 0
         unsent = {int(mine.unsent)}
         rows = mine.rows
-        if self._group.size > 1:
+        error: RuntimeError | None = None
+        if self._group.size > 1 or self._model_parallel:
             facts = self._facts()
             assert facts is not None
             num_skips, hyper_parameters = facts()
+        if self._group.size > 1:
             half_edited = -1 if mine.half_edited is None else mine.half_edited
             purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
             head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, half_edited]
@@ -155,13 +157,8 @@ class GradStatsExchange:
                 told, rows = self._group.gather_with_host([*head, _checksum(mine.edits), *_packed(used)], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
-            try:
-                self._check(hosts)
-                self._check_edits(hosts[:, _EDITS], mine.edits)
-            except BaseException as error:
-                for beside in self._model_parallel:  # whose next message would meet a later one of these ranks
-                    beside.break_off(error, "the step's message")
-                raise
+            with self._group.lockstep(self._model_parallel, "the step's message", RuntimeError):
+                error = self._error_in(hosts, mine.edits)
             self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
             used = _union(hosts[:, _USED:], len(used))
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
@@ -169,10 +166,8 @@ class GradStatsExchange:
         own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
-        for beside in () if has_unsent else self._model_parallel:
-            found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
-            with self._awaited():
-                rows = beside.gather_rows(torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()]))
+        if error is not None or not has_unsent:
+            rows, num_skips = self._gather_beside(mine.purpose, rows, num_skips, hyper_parameters, error)
         return GlobalGradStats(
             rows=rows,
             rows_of_same_params=rows if self.same_params else own_rows,
@@ -183,19 +178,49 @@ class GradStatsExchange:
             unscale=unscale,
         )
 
+    def _gather_beside(
+        self, purpose: str, rows: Tensor, num_skips: int, hyper_parameters: int, error: RuntimeError | None
+    ) -> tuple[Tensor, int]:
+        """The rows, and the most skips in a row, of the ranks that hold other parts of the model too.
+
+        error: What this rank's group has found: raised on all of them.
+        """
+        for beside in self._model_parallel:
+            found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
+            row = torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()])
+            head = [PURPOSES.index(purpose), num_skips, self.same_params and hyper_parameters, error is not None]
+            with self._awaited():
+                told, rows = beside.gather_with_host(head, row)
+            purposes, skips, hyper, has_error = told.t().tolist()
+            num_skips = int(max(skips))
+            error = error or _difference(purposes, hyper)
+            if error is None and any(has_error):
+                error = RuntimeError(
+                    "expected a step that all ranks of the model can take, got an error on ranks that hold other parts "
+                    "of it; see their output"
+                )
+        if error is not None:
+            raise error
+        return rows, num_skips
+
+    def _error_in(self, hosts: np.ndarray[Any, Any], edits: Sequence[int]) -> RuntimeError | None:
+        """What the ranks of this group have told each other that does not fit."""
+        try:
+            self._check(hosts)
+            self._check_edits(hosts[:, _EDITS], edits)
+        except RuntimeError as error:
+            return error
+        return None
+
     def _awaited(self) -> AbstractContextManager[None]:
         """Around a message: the others act upon it, whatever breaks it off on this rank."""
         return self._group.lockstep(self._model_parallel, "the step's message", CollectiveError)
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
         """hosts: (size, _USED + n) fp64."""
-        purposes = [PURPOSES[int(purpose)] for purpose in hosts[:, _PURPOSE].tolist()]
-        if len(set(purposes)) > 1:
-            called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(purposes))
-            raise CollectiveError(
-                f"expected the same call on every rank, got {called}; steps, norms and whole tensors are collective: "
-                f"call them on all ranks, and print on one"
-            )
+        error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist())
+        if isinstance(error, CollectiveError):
+            raise error
         rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
         if len(set(rounds)) > 1:
             raise CollectiveError(
@@ -204,14 +229,8 @@ class GradStatsExchange:
             )
         if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _UNSENT].tolist()):
             raise mixed_scale_error()
-        hyper = hosts[:, _HYPER].tolist()
-        if purposes[0] == "step" and len(set(hyper)) > 1:
-            ranks = [rank for rank, checksum in enumerate(hyper) if checksum != hyper[0]]
-            raise RuntimeError(
-                f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of the "
-                f"group's {len(hyper)} than on its first; call the scheduler's step() on all, with one metric, and "
-                f"set lr on all"
-            )
+        if error is not None:
+            raise error
         half_edited = hosts[:, _HALF_EDITED].max()
         if half_edited >= 0:
             raise RuntimeError(
@@ -254,6 +273,25 @@ class GradStatsExchange:
             power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
         norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)
         return (norm if unscale is None else norm * unscale).to(torch.float32)
+
+
+def _difference(purposes: Sequence[float], hyper: Sequence[float]) -> RuntimeError | None:
+    """The error where ranks have called different methods, or step with different hyper-parameters, both by rank."""
+    calls = [PURPOSES[int(purpose)] for purpose in purposes]
+    if len(set(calls)) > 1:
+        called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(calls))
+        return CollectiveError(
+            f"expected the same call on every rank, got {called}; steps, norms and whole tensors are collective: call "
+            f"them on all ranks, and print on one"
+        )
+    if calls[0] == "step" and len(set(hyper)) > 1:
+        ranks = [rank for rank, checksum in enumerate(hyper) if checksum != hyper[0]]
+        return RuntimeError(
+            f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of the "
+            f"group's {len(hyper)} than on its first; call the scheduler's step() on all, with one metric, and set lr "
+            f"on all"
+        )
+    return None
 
 
 def _checksum(edits: Sequence[int]) -> int:
