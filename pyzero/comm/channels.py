@@ -29,14 +29,14 @@ class Channel:
     """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
 
     handle: Any
-    serial: int  # among those over the same parent; the same on all ranks
+    serial: int  # among those of one record; the same on all ranks
     num_collectives: int = 0
     is_broken: bool = False  # a collective failed: it is never used again
 
 
 @dataclass
 class Channels:
-    """Those over one parent group; on_host: that send memory of the host alone."""
+    """Those over the ranks of a parent group; on_host: that send memory of the host alone."""
 
     on_host: bool = False
     num_made: int = 0
@@ -64,13 +64,15 @@ class Channels:
             self.free.append(channel)
 
 
-# By parent: when that is destroyed its free channels go too, and their threads with them.
-_channels: weakref.WeakKeyDictionary[Any, tuple[Channels, Channels]] = weakref.WeakKeyDictionary()
+# By default group: when that is destroyed its free channels go too, and their threads with them. Then by what they are
+# made of: a parent that takes the place of a destroyed one over the same ranks takes its channels too.
+_channels: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Channels]] = weakref.WeakKeyDictionary()
 
 
-def channels_over(parent: Any, on_host: bool = False) -> Channels:
-    """The one record of a parent group, of either kind."""
-    return _channels.setdefault(parent, (Channels(), Channels(on_host=True)))[on_host]
+def channels_over(parent: Any, timeout: timedelta | None, on_host: bool = False) -> Channels:
+    """The one record of all parents with these ranks, backends and timeout, of either kind."""
+    made_of = tuple(dist.get_process_group_ranks(parent)), dist.get_backend_config(parent), timeout, on_host
+    return _channels.setdefault(dist.group.WORLD, {}).setdefault(made_of, Channels(on_host))
 
 
 @functools.cache  # once

@@ -223,3 +223,22 @@ def names_of_groups(group: Any) -> list[str]:
 def test_checkpoints_use_process_groups_of_their_own_again(ranks):
     for one, other, *again in ranks.run(2, names_of_groups):
         assert again == [one, other] and one != other
+
+
+def names_over_parents(group: Any) -> list[str]:
+    """Of optimizers' groups, one after another, each over a process group of the caller's that is then destroyed."""
+    found = []
+    for _ in range(2):
+        parent = dist.new_group([0, 1], timeout=LIMIT, use_local_synchronization=True)
+        optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=parent)
+        found.append(optimizer._group.handle.group_name)
+        del optimizer
+        dist.barrier(parent)
+        dist.destroy_process_group(parent)
+    return found
+
+
+def test_a_process_group_in_the_place_of_a_destroyed_one_takes_its_channels(ranks):
+    """As in a notebook or a test suite: each would leave three threads and five files open."""
+    for one, other in ranks.run(2, names_over_parents):
+        assert one == other
