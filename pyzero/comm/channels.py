@@ -82,8 +82,8 @@ def _let_gloo_finish_at_exit() -> None:
 
 
 def num_groups() -> int:
-    """How many process groups this process has; from torch 2.14 on, how many `_named` has named."""
-    return _num_named if _COUNTS_CALLS else len(dist.distributed_c10d._world.pg_names)
+    """How many process groups `_named` has named, here or on ranks that it was used with."""
+    return _num_named
 
 
 def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int, on_host: bool = False) -> Any:
@@ -125,24 +125,23 @@ def _gloo_explained() -> Iterator[None]:
 
 @contextmanager
 def _named(most_groups: int) -> Iterator[None]:
-    """Have torch give a group of which only members are asked a name that is the same on all of them.
+    """Have torch give a group of which only members are asked a name that is new, and the same on all of them.
 
-    It names it after its ranks and a number: of the groups that this process has, or, from 2.14 on, of all calls for a
-    group. After the latter it names groups of which every rank is asked, too, so it must not change here.
+    It names it after its ranks and a number: of the groups that this process has, which may be a living one's where one
+    was destroyed, or, from 2.14 on, of all calls for a group. After the latter it names groups of which every rank is
+    asked, too, so it must not change here.
     """
     global _num_named
-    world = dist.distributed_c10d._world
-    if not _COUNTS_CALLS:
-        while num_groups() < most_groups:
-            dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-        yield
-        return
+    c10d: Any = dist.distributed_c10d
     _num_named = most_groups + 1
-    before, world.group_count = world.group_count, _FIRST_NUMBER + most_groups
+    place, name = (c10d._world, "group_count") if _COUNTS_CALLS else (c10d, "_hash_ranks_to_str")
+    number = _FIRST_NUMBER + most_groups
+    before = getattr(place, name)
+    setattr(place, name, number if _COUNTS_CALLS else lambda ranks: "_".join(map(str, [*ranks, number])))
     try:
         yield
     finally:
-        world.group_count = before
+        setattr(place, name, before)
 
 
 @contextmanager

@@ -229,7 +229,7 @@ def names_over_parents(group: Any) -> list[str]:
     """Of optimizers' groups, one after another, each over a process group of the caller's that is then destroyed."""
     found = []
     for _ in range(2):
-        parent = dist.new_group([0, 1], timeout=LIMIT, use_local_synchronization=True)
+        parent = dist.new_group(timeout=LIMIT)
         optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=parent)
         found.append(optimizer._group.handle.group_name)
         del optimizer
@@ -240,5 +240,20 @@ def names_over_parents(group: Any) -> list[str]:
 
 def test_a_process_group_in_the_place_of_a_destroyed_one_takes_its_channels(ranks):
     """As in a notebook or a test suite: each would leave three threads and five files open."""
-    for one, other in ranks.run(2, names_over_parents):
+    for one, other in ranks.run(4, names_over_parents):
         assert one == other
+
+
+def built_after_a_group_went(group: Any) -> int:
+    """A process group is destroyed between two optimizers of a part of the ranks."""
+    pair, passing = dist.new_group([0, 1], timeout=LIMIT), dist.new_group(timeout=LIMIT)
+    if dist.get_rank() > 1:
+        return 0
+    first = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=pair)
+    dist.destroy_process_group(passing)
+    second = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=pair)
+    return len({optimizer._group.handle.group_name for optimizer in (first, second)})
+
+
+def test_groups_have_names_of_their_own_when_others_were_destroyed(ranks):
+    assert ranks.run(4, built_after_a_group_went) == [2, 2, 0, 0]  # torch counts those that are left
