@@ -257,3 +257,28 @@ def built_after_a_group_went(group: Any) -> int:
 
 def test_groups_have_names_of_their_own_when_others_were_destroyed(ranks):
     assert ranks.run(4, built_after_a_group_went) == [2, 2, 0, 0]  # torch counts those that are left
+
+
+def groups_around_an_interrupt(group: Any) -> int:
+    """A KeyboardInterrupt while a process group for checkpoints is agreed on; then another optimizer."""
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = set()
+    for is_interrupted in (True, False):
+        optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=group)
+        names.add(optimizer._group.handle.group_name)
+        with pytest.MonkeyPatch.context() as patch:
+            if is_interrupted:
+                patch.setattr(channels, "gather_objects", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.checkpoint_group()
+        del optimizer
+        gc.collect()
+    return len(names)
+
+
+def test_a_group_in_which_ranks_were_broken_off_is_not_used_again(ranks):
+    """The next optimizer's first collective would fail, or meet what is left of the other rank's."""
+    assert ranks.run(2, groups_around_an_interrupt) == [2, 2]
