@@ -168,8 +168,10 @@ class StateAccess(FullAccess, Optimizer):
             ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
         """
         if self._checkpoint_group is None:
-            self._group.check_unbroken("a process group for checkpoints")
-            with on_device(self._device):
+            what = "the lease of a process group for checkpoints"
+            self._group.check_unbroken(what)
+            # Ranks agree on it over the optimizer's own, which the next optimizer must not get half-way through that.
+            with on_device(self._device), self._group.lockstep(what=what, but=ValueError):
                 self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
 

@@ -29,14 +29,14 @@ class Channel:
     """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
 
     handle: Any
-    serial: int  # among those over the same parent; the same on all ranks
+    serial: int  # among those of one record; the same on all ranks
     num_collectives: int = 0
     is_broken: bool = False  # a collective failed: it is never used again
 
 
 @dataclass
 class Channels:
-    """Those over one parent group; on_host: that send memory of the host alone."""
+    """Those over the ranks of a parent group; on_host: that send memory of the host alone."""
 
     on_host: bool = False
     num_made: int = 0
@@ -64,13 +64,15 @@ class Channels:
             self.free.append(channel)
 
 
-# By parent: when that is destroyed its free channels go too, and their threads with them.
-_channels: weakref.WeakKeyDictionary[Any, tuple[Channels, Channels]] = weakref.WeakKeyDictionary()
+# By default group: when that is destroyed its free channels go too, and their threads with them. Then by what they are
+# made of: a parent that takes the place of a destroyed one over the same ranks takes its channels too.
+_channels: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Channels]] = weakref.WeakKeyDictionary()
 
 
-def channels_over(parent: Any, on_host: bool = False) -> Channels:
-    """The one record of a parent group, of either kind."""
-    return _channels.setdefault(parent, (Channels(), Channels(on_host=True)))[on_host]
+def channels_over(parent: Any, timeout: timedelta | None, on_host: bool = False) -> Channels:
+    """The one record of all parents with these ranks, backends and timeout, of either kind."""
+    made_of = tuple(dist.get_process_group_ranks(parent)), dist.get_backend_config(parent), timeout, on_host
+    return _channels.setdefault(dist.group.WORLD, {}).setdefault(made_of, Channels(on_host))
 
 
 @functools.cache  # once
@@ -80,8 +82,8 @@ def _let_gloo_finish_at_exit() -> None:
 
 
 def num_groups() -> int:
-    """How many process groups this process has; from torch 2.14 on, how many `_named` has named."""
-    return _num_named if _COUNTS_CALLS else len(dist.distributed_c10d._world.pg_names)
+    """How many process groups `_named` has named, here or on ranks that it was used with."""
+    return _num_named
 
 
 def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int, on_host: bool = False) -> Any:
@@ -123,24 +125,23 @@ def _gloo_explained() -> Iterator[None]:
 
 @contextmanager
 def _named(most_groups: int) -> Iterator[None]:
-    """Have torch give a group of which only members are asked a name that is the same on all of them.
+    """Have torch give a group of which only members are asked a name that is new, and the same on all of them.
 
-    It names it after its ranks and a number: of the groups that this process has, or, from 2.14 on, of all calls for a
-    group. After the latter it names groups of which every rank is asked, too, so it must not change here.
+    It names it after its ranks and a number: of the groups that this process has, which may be a living one's where one
+    was destroyed, or, from 2.14 on, of all calls for a group. After the latter it names groups of which every rank is
+    asked, too, so it must not change here.
     """
     global _num_named
-    world = dist.distributed_c10d._world
-    if not _COUNTS_CALLS:
-        while num_groups() < most_groups:
-            dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-        yield
-        return
+    c10d: Any = dist.distributed_c10d
     _num_named = most_groups + 1
-    before, world.group_count = world.group_count, _FIRST_NUMBER + most_groups
+    place, name = (c10d._world, "group_count") if _COUNTS_CALLS else (c10d, "_hash_ranks_to_str")
+    number = _FIRST_NUMBER + most_groups
+    before = getattr(place, name)
+    setattr(place, name, number if _COUNTS_CALLS else lambda ranks: "_".join(map(str, [*ranks, number])))
     try:
         yield
     finally:
-        world.group_count = before
+        setattr(place, name, before)
 
 
 @contextmanager

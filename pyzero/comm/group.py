@@ -114,7 +114,7 @@ class Group:
             self._timeout = channels.timeout_of(parent)
             is_gloo = on_host or set(process.backends_of(parent).values()) == {"gloo"}
             self._blocks = is_gloo  # wait() returns with the result
-            leased_from = channels.channels_over(parent, on_host)
+            leased_from = channels.channels_over(parent, self._timeout, on_host)
             with self.error_context("the lease of a process group"):
                 self._channel = leased_from.lease(parent, self._timeout)
             self.handle = self._channel.handle

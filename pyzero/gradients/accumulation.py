@@ -31,7 +31,7 @@ class ParamGrad:
     """One parameter's gradient on this rank."""
 
     def __init__(self, param: Tensor, number: int, stride: tuple[int, ...], owner: weakref.ref[Any]) -> None:
-        self.param = param
+        self._param = weakref.ref(param)  # `.grad`, which holds this, must not keep it: no collector sees through there
         self.number = number  # among the optimizer's parameters
         self.position = 0  # in its bucket
         self.has_arrived = False  # in the present round
@@ -98,9 +98,14 @@ class ParamGrad:
         """A part of the gradient, not all zeros, lies in the shards."""
         return self.is_reduced and not self.is_zero
 
+    @property
+    def param(self) -> Tensor:
+        """The parameter, which lives as long as the optimizer does."""
+        return self._param()  # type: ignore[return-value]
+
     def is_current(self, life: int) -> bool:
         """Whether `.grad` is still the gradient of that life: neither cleared nor replaced since."""
-        return life == self.life and self.param.grad is self._shown
+        return life == self.life and self._param() is not None and self.param.grad is self._shown
 
     def restore(self) -> None:
         """Put back into `.grad` what the caller has cleared."""

@@ -68,12 +68,17 @@ class ShardedPlace(NamedTuple):
 
 
 def _fsdp_records() -> Iterator[tuple[Any, Any]]:
-    """(module that gathers, torch's own record) of each parameter that fully_shard has sharded."""
+    """(module that gathers, torch's own record) of each parameter that fully_shard has sharded.
+
+    By torch's own list of modules: the collector does not name objects of before `gc.freeze()`.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule  # half a second
 
-    for module in _living(FSDPModule):
-        for record in fsdp_records(module):
-            yield module, record
+    for module in list(_module_state_mapping):
+        if FSDPModule in type(module).__mro__:
+            for record in fsdp_records(module):
+                yield module, record
 
 
 def fsdp_groups(module: Any) -> list[Any]:

@@ -223,3 +223,62 @@ def names_of_groups(group: Any) -> list[str]:
 def test_checkpoints_use_process_groups_of_their_own_again(ranks):
     for one, other, *again in ranks.run(2, names_of_groups):
         assert again == [one, other] and one != other
+
+
+def names_over_parents(group: Any) -> list[str]:
+    """Of optimizers' groups, one after another, each over a process group of the caller's that is then destroyed."""
+    found = []
+    for _ in range(2):
+        parent = dist.new_group(timeout=LIMIT)
+        optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=parent)
+        found.append(optimizer._group.handle.group_name)
+        del optimizer
+        dist.barrier(parent)
+        dist.destroy_process_group(parent)
+    return found
+
+
+def test_a_process_group_in_the_place_of_a_destroyed_one_takes_its_channels(ranks):
+    """As in a notebook or a test suite: each would leave three threads and five files open."""
+    for one, other in ranks.run(4, names_over_parents):
+        assert one == other
+
+
+def built_after_a_group_went(group: Any) -> int:
+    """A process group is destroyed between two optimizers of a part of the ranks."""
+    pair, passing = dist.new_group([0, 1], timeout=LIMIT), dist.new_group(timeout=LIMIT)
+    if dist.get_rank() > 1:
+        return 0
+    first = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=pair)
+    dist.destroy_process_group(passing)
+    second = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=pair)
+    return len({optimizer._group.handle.group_name for optimizer in (first, second)})
+
+
+def test_groups_have_names_of_their_own_when_others_were_destroyed(ranks):
+    assert ranks.run(4, built_after_a_group_went) == [2, 2, 0, 0]  # torch counts those that are left
+
+
+def groups_around_an_interrupt(group: Any) -> int:
+    """A KeyboardInterrupt while a process group for checkpoints is agreed on; then another optimizer."""
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = set()
+    for is_interrupted in (True, False):
+        optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=group)
+        names.add(optimizer._group.handle.group_name)
+        with pytest.MonkeyPatch.context() as patch:
+            if is_interrupted:
+                patch.setattr(channels, "gather_objects", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.checkpoint_group()
+        del optimizer
+        gc.collect()
+    return len(names)
+
+
+def test_a_group_in_which_ranks_were_broken_off_is_not_used_again(ranks):
+    """The next optimizer's first collective would fail, or meet what is left of the other rank's."""
+    assert ranks.run(2, groups_around_an_interrupt) == [2, 2]

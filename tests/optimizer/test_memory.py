@@ -4,11 +4,15 @@ import errno
 import gc
 import mmap
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import pyzero
 from pyzero import memory
 
 LARGE = 8 << 20  # bytes
@@ -81,3 +85,30 @@ def test_memory_goes_with_the_last_view():
     assert resident_bytes() - before > 100 << 20 and view.sum() == 5
     del view
     assert resident_bytes() - before < 20 << 20
+
+
+def left_of_dropped_models(group: Any) -> list[str]:
+    """In which states of its gradient a parameter outlives its optimizer and all references to it."""
+    left = []
+    for stage in (1, 2):
+        for state in ("fresh", "reduced", "local", "cleared"):
+            param = nn.Parameter(torch.ones(64))
+            optimizer = pyzero.FusedZeroAdamW([param], stage=stage, process_group=group)
+            if state != "fresh":
+                param.sum().backward()
+                optimizer.step()
+            if state == "local":
+                with optimizer.no_sync():
+                    param.sum().backward()
+            if state == "cleared":
+                optimizer.zero_grad()
+            died = weakref.ref(param)
+            del param, optimizer
+            gc.collect()
+            left += [] if died() is None else [f"{state} in stage {stage}"]
+    return left
+
+
+def test_a_model_goes_with_its_gradients(ranks):
+    """What stands in `.grad` knows its parameter, which holds it where no collector looks."""
+    assert ranks.run(2, left_of_dropped_models) == [[], []]

@@ -1,5 +1,6 @@
 """Optimizers over DTensor parameters of fully_shard: masters and moments of local shards, norms over all ranks."""
 
+import gc
 import itertools
 import re
 from typing import Any
@@ -20,8 +21,10 @@ def solo() -> Any:
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
-def fsdp_run(group: Any, max_norm: float | None) -> tuple[case.Run, bool]:
+def fsdp_run(group: Any, max_norm: float | None, is_hidden: bool = False) -> tuple[case.Run, bool]:
     model = case.fsdp(case.Model(), group)
+    if is_hidden:
+        gc.freeze()
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, max_grad_norm=max_norm)
     run = case.train(model, optimizer, group)
     masters_are_weights = all(
@@ -37,6 +40,12 @@ def test_follows_adamw_on_one_process(ranks, size):
         for run, masters_are_weights in ranks.run(size, fsdp_run, max_norm):
             case.assert_follows(run, max_norm)
             assert masters_are_weights
+
+
+def test_modules_that_the_collector_does_not_name_are_found(ranks):
+    """After gc.freeze(): fully_shard would gather weights of before the optimizer, in silence."""
+    for run, _ in ranks.run(2, fsdp_run, None, True):
+        case.assert_follows(run, None)
 
 
 def memory_of(group: Any) -> tuple[int, int, bool]:
