@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
@@ -62,7 +63,8 @@ def initialize(
     Args:
         args: An object with `deepspeed_config` (or `deepscale_config`, its older name), a path; used where `config` is
             not given.
-        model: Any module. With fp16 or bf16 enabled its weights are converted; its parameters stay the same objects.
+        model: Any module. With fp16 or bf16 enabled its weights are converted, and buffers are not; its parameters stay
+            the same objects.
         optimizer: A torch Adam, AdamW, SGD or Muon, or one of pyzero.deepspeed.ops, which becomes an optimizer of
             ours with its groups and hyper-parameters, and shares `param_groups` with it; a function that makes one of
             the parameters; or one of ours, which is used as it is. It goes before the config's `optimizer`.
@@ -256,23 +258,40 @@ def _remark(config: Config, trains: bool) -> None:
 
 
 def _convert(model: nn.Module, config: Config, moves: bool) -> None:
-    """To the wanted dtype and this rank's device, in place: an optimizer goes on holding the model's parameters.
+    """To the wanted dtypes and this rank's device, in place: an optimizer goes on holding the model's parameters.
 
     moves: False leaves it where it is, for it is split before it has to lie on one device.
     """
     if config.zero_optimization.stage == 3 and is_sharded(model):
         return  # its shards are of another dtype than it computes in
-    device, dtype = process.device() if moves else None, config.weights_dtype()
-    if all(_lies_as(tensor, device, dtype) for tensor in (*model.parameters(), *model.buffers())):
+    device, dtypes = process.device() if moves else None, _dtypes(model, config)
+    if all(_lies_as(tensor, device, dtypes[id(tensor)]) for tensor in (*model.parameters(), *model.buffers())):
         return  # torch converts no DTensor that an engine holds, not even to what it is
     if tensor_parallel.is_split(model):
         raise ValueError(
-            f"expected a model of whole weights to convert to {dtype}, got one that initialize() has split before; "
-            f"pass it a config of the same fp16 and bf16, or build the model anew"
+            f"expected a model of whole weights to convert to {config.weights_dtype()}, got one that initialize() has "
+            f"split before; pass it a config of the same fp16 and bf16, or build the model anew"
         )
     before = [id(param) for param in model.parameters()]
-    model.to(device=device, dtype=dtype)
+    model._apply(lambda tensor: _converted(tensor, device, dtypes.get(id(tensor), config.weights_dtype())))
     assert before == [id(param) for param in model.parameters()]
+
+
+def _dtypes(model: nn.Module, config: Config) -> dict[int, torch.dtype | None]:
+    """Of each parameter and buffer, by id; None: it stays. As with DeepSpeed buffers do, but for what the config says.
+
+    torch takes the statistics of a BatchNorm in the dtype of its weights alone: those follow them.
+    """
+    dtype = config.weights_dtype()
+    dtypes = dict.fromkeys(map(id, model.buffers()), None if dtype is None else config.data_types.buffers_dtype())
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.weight is not None:
+            dtypes.update(dict.fromkeys(map(id, module.buffers()), dtype))
+    return {**dtypes, **dict.fromkeys(map(id, model.parameters()), dtype)}
+
+
+def _converted(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def _partition(

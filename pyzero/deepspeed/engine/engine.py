@@ -26,6 +26,7 @@ from pyzero.sharding.modules import drop_unsent_gradients, has_unsent_gradients,
 
 log = logging.getLogger("pyzero")
 
+_MIXED_DTYPES = ("same dtype", "should be the same", "expected scalar type")  # in torch's errors of layers
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
@@ -113,13 +114,31 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         try:
             return self.module(*args, **kwargs)
         except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" not in str(error) or self.zero_optimization_stage() != 3:
+            remedy = self._remedy_for(str(error))
+            if remedy is None:
                 raise
-            raise RuntimeError(
+            raise RuntimeError(remedy) from error
+
+    def _remedy_for(self, error: str) -> str | None:
+        """What to do about an error of the module's forward, where the engine has to do with it."""
+        if "mixed torch.Tensor and DTensor" in error and self.zero_optimization_stage() == 3:
+            return (
                 f"got a weight that is used outside the block that gathers it ({error}), wanted it inside alone, in "
                 "stage 3; call deepspeed.zero.register_external_parameter(module, parameter) before initialize(), call "
                 "the block and not a module in it, or set stage 2"
-            ) from error
+            )
+        dtype = self._input_dtype
+        others = (
+            name for name, buffer in self.module.named_buffers() if buffer.is_floating_point() and buffer.dtype != dtype
+        )
+        name = next(others, None)
+        if dtype is None or name is None or not any(words in error for words in _MIXED_DTYPES):
+            return None
+        return (
+            f"got tensors of two dtypes in the module's forward ({error}), wanted one: weights are in {dtype}, and "
+            f"buffers as {name} stay as they are, as with DeepSpeed 0.19; cast what is computed with them, or set "
+            f"data_types.buffer_dtype in the config"
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self.config.torch_autocast.enabled_dtype()
