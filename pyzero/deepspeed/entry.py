@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm
@@ -129,8 +129,9 @@ def initialize(
         owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
         engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
+    engine.collate_fn = collate_fn
     if training_data is not None:
-        _give_data(engine, training_data, collate_fn)
+        _give_data(engine, training_data)
     return engine, ours, engine.training_dataloader, schedule
 
 
@@ -283,7 +284,8 @@ def _dtypes(model: nn.Module, config: Config) -> dict[int, torch.dtype | None]:
     torch takes the statistics of a BatchNorm in the dtype of its weights alone: those follow them.
     """
     dtype = config.weights_dtype()
-    dtypes = dict.fromkeys(map(id, model.buffers()), None if dtype is None else config.data_types.buffers_dtype())
+    of_buffers = None if dtype is None else config.data_types.buffers_dtype()
+    dtypes: dict[int, torch.dtype | None] = dict.fromkeys(map(id, model.buffers()), of_buffers)
     for module in model.modules():
         if isinstance(module, _NormBase) and module.weight is not None:
             dtypes.update(dict.fromkeys(map(id, module.buffers()), dtype))
@@ -339,11 +341,7 @@ def _mark_as_scheduled(optimizer: Optimizer) -> None:
         group["lr"] = rate
 
 
-def _give_data(engine: Engine, data: Any, collate_fn: Any) -> None:
-    drops = engine.config.dataloader_drop_last
-    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, engine.dp_rank, drop_last=drops)
-    engine.training_dataloader = DataLoader(
-        data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops
-    )
+def _give_data(engine: Engine, data: Any) -> None:
+    engine.training_dataloader = engine.deepspeed_io(data)
     if isinstance(engine, PipelineEngine):
         engine.set_dataloader(RepeatingLoader(engine.training_dataloader))

@@ -1,5 +1,7 @@
 """What scripts were seen to do under DeepSpeed 0.19, and not here: each does the same now."""
 
+import base64
+import json
 from typing import Any
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import pyzero
+from pyzero import deepspeed
+from pyzero.deepspeed import utils
 
 CONFIG = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "Adam", "params": {"lr": 0.01}}}
 BF16 = {**CONFIG, "bf16": {"enabled": True}}
@@ -68,3 +72,111 @@ def test_a_buffer_that_widens_activations_is_an_error_with_the_remedy():
     narrow = {**BF16, "data_types": {"buffer_dtype": "bf16", "keep_in_fp32_modules": "auto"}}
     engine, *_ = pyzero.initialize(model=Rotary(casts=False), config=narrow)
     assert engine(torch.ones(2, 4)).dtype == torch.bfloat16
+
+
+class Megatron:
+    """A schedule that counts samples."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def step(self, increment: int) -> None:
+        self.seen.append(increment)
+
+
+def start(**options: Any) -> Any:
+    config = {**CONFIG, **options.pop("config", {})}
+    return pyzero.initialize(model=nn.Linear(4, 3), config=config, **options)
+
+
+def take_step(engine: Any, **options: Any) -> None:
+    engine.backward(engine(torch.ones(2, 4)).sum())
+    engine.step(**options)
+
+
+def test_a_schedule_that_counts_samples():
+    engine, _, _, schedule = start(lr_scheduler=Megatron(), config={"gradient_accumulation_steps": 2})
+    for _ in range(2):
+        take_step(engine)
+    for _ in range(2):
+        take_step(engine, lr_kwargs={"increment": 3})
+    assert schedule.seen == [4, 3]
+
+
+def test_loaders_of_the_engine():
+    numbers = list(range(7))
+    engine, _, loader, _ = start(training_data=numbers, collate_fn=sorted, config={"dataloader_drop_last": True})
+    loader.data_sampler.set_epoch(1)
+    first = list(loader)
+    loader.data_sampler.set_epoch(2)
+    assert len(first) == 3 and first != list(loader) and engine.training_dataloader is loader
+    assert list(engine.deepspeed_io(numbers, batch_size=3, route="eval")) == [[0, 1, 2], [3, 4, 5]]
+    assert list(engine.deepspeed_io(numbers, data_sampler=[5, 4], collate_fn=tuple)) == [(5, 4)]
+
+
+def test_a_dropped_batch_is_counted_as_deepspeed_counts_it(monkeypatch):
+    engine = start(config={"dataloader_drop_last": True})[0]
+    engine.dp_world_size = 2  # 4 samples a rank, of which one is another rank's too
+    assert len(engine.deepspeed_io(range(7), batch_size=4)) == 1
+
+
+def test_a_config_in_base64():
+    text = base64.urlsafe_b64encode(json.dumps(CONFIG).encode()).decode()
+    engine, *_ = pyzero.initialize(model=nn.Linear(4, 3), config=text)
+    assert engine.train_batch_size() == 2
+    with pytest.raises(ValueError, match="which is no file"):
+        pyzero.initialize(model=nn.Linear(4, 3), config="a" * 3000)
+
+
+def test_the_engines_config_is_read_as_a_dict():
+    config = start()[0].config
+    assert "optimizer" in config and "scheduler" not in config and config["optimizer"]["params"]["lr"] == 0.01
+    assert config.get("gradient_accumulation_steps", 1) == 1 and config.get("train_micro_batch_size_per_gpu", 1) == 2
+    with pytest.raises(KeyError, match="scheduler"):
+        config["scheduler"]
+
+
+def test_readouts_of_the_config():
+    engine = start(config={"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}}})[0]
+    assert engine.optimizer_params() == {"lr": 0.01} and engine.scheduler_params() == {"warmup_num_steps": 3}
+    assert not engine.zero_optimization_partition_gradients() and not engine.zero_optimization_partition_weights()
+    assert engine.loss_scale() == 0.0
+    config = deepspeed.DeepSpeedConfig({**CONFIG, "zero_optimization": {"stage": 2}, "wall_clock_breakdown": True})
+    assert config.zero_config.stage == 2 and config.wall_clock_breakdown is True
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        config.nothing  # noqa: B018
+
+
+def test_a_save_into_no_folder_is_refused():
+    with pytest.raises(ValueError, match="expected a folder to save into, got ''"):
+        start()[0].save_checkpoint("")
+
+
+def test_names_of_the_accelerator():
+    mine = deepspeed.get_accelerator()
+    assert 0 < mine.available_memory() <= mine.total_memory()
+    assert mine.is_synchronized_device() != torch.cuda.is_available()
+    mine.set_rng_state(mine.get_rng_state())
+    mine.range_push("a range"), mine.range_pop()
+    with mine.stream(mine.current_stream()):
+        assert isinstance(mine.initial_seed(), int)
+
+
+def safe_after_evaluation(group: Any) -> list[bool]:
+    """A forward without a backward leaves weights of the root whole: a script that walks the parameters finds those."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(*(nn.Linear(3, 3) for _ in range(2))))
+    engine, *_ = pyzero.initialize(model=model, config={**CONFIG, "zero_optimization": {"stage": 3}})
+    found = []
+    for value in (2.0, 3.0):
+        with torch.no_grad():
+            engine(torch.ones(2, 4))
+        for param in model.parameters():
+            utils.safe_set_full_fp32_param(param, torch.full(tuple(param.shape), value))
+            found.append(utils.safe_get_full_fp32_param(param).unique().tolist() == [value])
+        with torch.no_grad():
+            found.append(bool((engine(torch.zeros(2, 4))[:, 0] == value * (1 + 3 * value * (1 + 3 * value))).all()))
+    return found
+
+
+def test_whole_masters_after_an_evaluation(ranks):
+    assert all(map(all, ranks.run(4, safe_after_evaluation)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pyzero.comm import process
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
+from pyzero.deepspeed.engine.data import EngineData
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
 from pyzero.deepspeed.engine.settings import EngineSettings
@@ -30,7 +32,7 @@ _MIXED_DTYPES = ("same dtype", "should be the same", "expected scalar type")  # 
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
-class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.Module):
+class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
 
     _in_backward: ClassVar[Engine | None] = None  # it divides the loss: hooks on any engine's outputs leave gradients
@@ -309,7 +311,12 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.global_samples += num_micro * self.batches.micro * self.dp_world_size
         self._num_backwards = 0
         if self.lr_scheduler is not None and (not self.is_scaled or self.optimizer.was_step_applied):
-            self.lr_scheduler.step(**lr_kwargs)
+            self.lr_scheduler.step(**(lr_kwargs or self._increment()))
+
+    def _increment(self) -> dict[str, int]:
+        """What Megatron's schedules want, which count samples: `step(increment)`."""
+        wanted = inspect.signature(self.lr_scheduler.step).parameters.get("increment")
+        return {} if wanted is None or wanted.default is not wanted.empty else {"increment": self.batches.train}
 
     def _report(self) -> None:
         """To the monitors and the log."""
