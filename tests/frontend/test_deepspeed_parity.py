@@ -180,3 +180,21 @@ def safe_after_evaluation(group: Any) -> list[bool]:
 
 def test_whole_masters_after_an_evaluation(ranks):
     assert all(map(all, ranks.run(4, safe_after_evaluation)))
+
+
+def losses_of_lengths(group: Any, num_stages: int) -> list[float]:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)]
+    model = deepspeed.PipelineModule(layers, num_stages=num_stages, loss_fn=nn.functional.mse_loss)
+    engine, *_ = pyzero.initialize(model=model, config={**CONFIG, "gradient_accumulation_steps": 2})
+    losses = []
+    for length in (3, 5, 2):
+        pair = torch.linspace(-1, 1, 2 * length * 4).reshape(2, length, 4), torch.ones(2, length, 4)
+        losses += [float(engine.train_batch(iter([pair] * 2))), float(engine.eval_batch(iter([pair] * 2)))]
+        engine.reset_activation_shape()
+    return losses
+
+
+def test_a_pipeline_takes_other_lengths_after_a_reset(ranks):
+    split, whole = (ranks.run(4, losses_of_lengths, num_stages) for num_stages in (2, 1))
+    torch.testing.assert_close(torch.tensor(split), torch.tensor(whole))
