@@ -61,6 +61,7 @@ _MODULES = {
     "utils": f"{_OURS}.utils",
     "utils.groups": f"{_OURS}.parallel.groups",
     "utils.logging": f"{_OURS}.utils",
+    "utils.tensor_fragment": f"{_OURS}.utils",
     "utils.timer": f"{_OURS}.timers",
     "utils.torch": f"{_OURS}.utils",
     "utils.zero_to_fp32": f"{_OURS}.zero_to_fp32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +19,15 @@ _COUNTS = (
     "memory_reserved",
     "max_memory_reserved",
 )
-_ACTIONS = ("empty_cache", "synchronize", "reset_peak_memory_stats", "set_device")
+_ACTIONS = (
+    "empty_cache",
+    "synchronize",
+    "reset_peak_memory_stats",
+    "set_device",
+    "current_stream",
+    "default_stream",
+)
+_OF_TORCH = ("get_rng_state", "set_rng_state", "initial_seed")  # which torch.cuda has, too
 
 
 class Accelerator:
@@ -36,6 +45,8 @@ class Accelerator:
             return lambda *args, **kwargs: 0
         if name in _ACTIONS:
             return lambda *args, **kwargs: None
+        if name in _OF_TORCH:
+            return getattr(torch, name)
         raise AttributeError(f"the accelerator {self.__dict__.get('_name')} has no {name!r}; use torch's own")
 
     def is_available(self) -> bool:
@@ -61,6 +72,36 @@ class Accelerator:
     def current_device_name(self) -> str:
         """Such as "cuda:0" or "cpu"."""
         return f"cuda:{torch.cuda.current_device()}" if self._has_gpu else "cpu"
+
+    def total_memory(self, device_index: int | None = None) -> int:
+        """Bytes of the GPU, or of this host."""
+        if self._has_gpu:
+            return int(torch.cuda.mem_get_info(device_index)[1])
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def available_memory(self, device_index: int | None = None) -> int:
+        """Bytes that nobody has taken."""
+        if self._has_gpu:
+            return int(torch.cuda.mem_get_info(device_index)[0])
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+    def is_synchronized_device(self) -> bool:
+        """Whether an op has ended when its call returns."""
+        return not self._has_gpu
+
+    def stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """A context in which work goes to a stream of the GPU."""
+        return torch.cuda.stream(stream) if self._has_gpu else nullcontext()
+
+    def range_push(self, msg: str) -> None:
+        """Begin a range of NVTX."""
+        if self._has_gpu:
+            torch.cuda.nvtx.range_push(msg)
+
+    def range_pop(self) -> None:
+        """End it."""
+        if self._has_gpu:
+            torch.cuda.nvtx.range_pop()
 
     def communication_backend_name(self) -> str:
         """Of the process group: "nccl" or "gloo"."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import (
+    P2POp,
+    ProcessGroup,
     ReduceOp,
     all_gather,
     all_gather_object,
@@ -40,6 +42,8 @@ from pyzero.comm import process
 log = logging.getLogger("pyzero")
 
 __all__ = [
+    "P2POp",
+    "ProcessGroup",
     "ReduceOp",
     "all_gather",
     "all_gather_into_tensor",

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm
@@ -62,7 +63,8 @@ def initialize(
     Args:
         args: An object with `deepspeed_config` (or `deepscale_config`, its older name), a path; used where `config` is
             not given.
-        model: Any module. With fp16 or bf16 enabled its weights are converted; its parameters stay the same objects.
+        model: Any module. With fp16 or bf16 enabled its weights are converted, and buffers are not; its parameters stay
+            the same objects.
         optimizer: A torch Adam, AdamW, SGD or Muon, or one of pyzero.deepspeed.ops, which becomes an optimizer of
             ours with its groups and hyper-parameters, and shares `param_groups` with it; a function that makes one of
             the parameters; or one of ours, which is used as it is. It goes before the config's `optimizer`.
@@ -127,8 +129,9 @@ def initialize(
         owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
         engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
+    engine.collate_fn = collate_fn
     if training_data is not None:
-        _give_data(engine, training_data, collate_fn)
+        _give_data(engine, training_data)
     return engine, ours, engine.training_dataloader, schedule
 
 
@@ -256,23 +259,41 @@ def _remark(config: Config, trains: bool) -> None:
 
 
 def _convert(model: nn.Module, config: Config, moves: bool) -> None:
-    """To the wanted dtype and this rank's device, in place: an optimizer goes on holding the model's parameters.
+    """To the wanted dtypes and this rank's device, in place: an optimizer goes on holding the model's parameters.
 
     moves: False leaves it where it is, for it is split before it has to lie on one device.
     """
     if config.zero_optimization.stage == 3 and is_sharded(model):
         return  # its shards are of another dtype than it computes in
-    device, dtype = process.device() if moves else None, config.weights_dtype()
-    if all(_lies_as(tensor, device, dtype) for tensor in (*model.parameters(), *model.buffers())):
+    device, dtypes = process.device() if moves else None, _dtypes(model, config)
+    if all(_lies_as(tensor, device, dtypes[id(tensor)]) for tensor in (*model.parameters(), *model.buffers())):
         return  # torch converts no DTensor that an engine holds, not even to what it is
     if tensor_parallel.is_split(model):
         raise ValueError(
-            f"expected a model of whole weights to convert to {dtype}, got one that initialize() has split before; "
-            f"pass it a config of the same fp16 and bf16, or build the model anew"
+            f"expected a model of whole weights to convert to {config.weights_dtype()}, got one that initialize() has "
+            f"split before; pass it a config of the same fp16 and bf16, or build the model anew"
         )
     before = [id(param) for param in model.parameters()]
-    model.to(device=device, dtype=dtype)
+    model._apply(lambda tensor: _converted(tensor, device, dtypes.get(id(tensor), config.weights_dtype())))
     assert before == [id(param) for param in model.parameters()]
+
+
+def _dtypes(model: nn.Module, config: Config) -> dict[int, torch.dtype | None]:
+    """Of each parameter and buffer, by id; None: it stays. As with DeepSpeed buffers do, but for what the config says.
+
+    torch takes the statistics of a BatchNorm in the dtype of its weights alone: those follow them.
+    """
+    dtype = config.weights_dtype()
+    of_buffers = None if dtype is None else config.data_types.buffers_dtype()
+    dtypes: dict[int, torch.dtype | None] = dict.fromkeys(map(id, model.buffers()), of_buffers)
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.weight is not None:
+            dtypes.update(dict.fromkeys(map(id, module.buffers()), dtype))
+    return {**dtypes, **dict.fromkeys(map(id, model.parameters()), dtype)}
+
+
+def _converted(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def _partition(
@@ -320,11 +341,7 @@ def _mark_as_scheduled(optimizer: Optimizer) -> None:
         group["lr"] = rate
 
 
-def _give_data(engine: Engine, data: Any, collate_fn: Any) -> None:
-    drops = engine.config.dataloader_drop_last
-    sampler: DistributedSampler[Any] = DistributedSampler(data, engine.dp_world_size, engine.dp_rank, drop_last=drops)
-    engine.training_dataloader = DataLoader(
-        data, batch_size=engine.batches.micro, sampler=sampler, collate_fn=collate_fn, drop_last=drops
-    )
+def _give_data(engine: Engine, data: Any) -> None:
+    engine.training_dataloader = engine.deepspeed_io(data)
     if isinstance(engine, PipelineEngine):
         engine.set_dataloader(RepeatingLoader(engine.training_dataloader))

@@ -67,7 +67,7 @@ class _Csv:
 
     def write(self, events: Sequence[Event]) -> None:
         for name, value, sample in events:
-            path = self._folder / f"{name.replace('/', '_')}.csv"
+            path = self._folder / f"{name.replace('/', '_').replace(' ', '_')}.csv"
             is_new = not path.exists()
             with path.open("a", newline="") as file:
                 rows = csv.writer(file)

@@ -25,50 +25,56 @@ _MASTER = "fp32_param"  # DeepSpeed's name of it among the states
 
 def safe_get_full_fp32_param(param: Tensor) -> Tensor:
     """The fp32 master of a parameter, whole. Collective, as are all of these."""
-    return owner_of(param).full_master(param)
+    owner, param = owner_of(param)
+    return owner.full_master(param)
 
 
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
     """The gradient that the next step takes, whole, averaged and unscaled; None without one."""
-    return owner_of(param).full_grad(param)
+    owner, param = owner_of(param)
+    return owner.full_grad(param)
 
 
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """A state of a parameter, whole: "exp_avg", "exp_avg_sq"; None where there is none of that name."""
     if optim_state_key == _MASTER:
         return safe_get_full_fp32_param(param)
-    return owner_of(param).full_state(param).get(optim_state_key)
+    owner, param = owner_of(param)
+    return owner.full_state(param).get(optim_state_key)
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
     """Write a master, and the weights with it. value: the same on every rank."""
-    owner_of(param).set_full_master(param, value)
+    owner, param = owner_of(param)
+    owner.set_full_master(param, value)
 
 
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
     """Write the gradient that the next step takes. value: the same on every rank."""
-    owner_of(param).set_full_grad(param, value)
+    owner, param = owner_of(param)
+    owner.set_full_grad(param, value)
 
 
 def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
     """Write a state. value: the same on every rank."""
     if optim_state_key == _MASTER:
         safe_set_full_fp32_param(param, value)
-    else:
-        owner_of(param).set_full_state(param, {optim_state_key: value})
+        return
+    owner, param = owner_of(param)
+    owner.set_full_state(param, {optim_state_key: value})
 
 
 # ---- this rank's part, in stage 3 -----------------------------------------------------------------------------------
 
 
-def _owner_of_shard(param: Tensor) -> ZeroOptimizer:
-    owner = owner_of(param)
+def _owner_of_shard(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
+    owner, param = owner_of(param)
     if not is_dtensor(param):
         raise ValueError(
             f"expected a parameter of stage 3 on several ranks, of which this rank holds a part, got a whole one of "
             f"shape {tuple(param.shape)}; call the function with safe_get_full or safe_set_full in its name"
         )
-    return owner
+    return owner, param
 
 
 def safe_get_local_fp32_param(param: Tensor) -> Tensor:
@@ -76,34 +82,40 @@ def safe_get_local_fp32_param(param: Tensor) -> Tensor:
 
     As the others here it is called on all ranks, and below stage 3 it raises ValueError.
     """
-    return _owner_of_shard(param).local_state(param)[MASTER]
+    owner, param = _owner_of_shard(param)
+    return owner.local_state(param)[MASTER]
 
 
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
     """This rank's part of the gradient that the next step takes, averaged and unscaled; None without one."""
-    return _owner_of_shard(param).local_grad(param)
+    owner, param = _owner_of_shard(param)
+    return owner.local_grad(param)
 
 
 def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """This rank's part of a state: "exp_avg", "exp_avg_sq"; None where there is none of that name."""
     name = MASTER if optim_state_key == _MASTER else optim_state_key
-    return _owner_of_shard(param).local_state(param).get(name)
+    owner, param = _owner_of_shard(param)
+    return owner.local_state(param).get(name)
 
 
 def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
     """Write this rank's part of a master, and the weights with it. value: in the shape of `param.to_local()`."""
-    _owner_of_shard(param).set_local_state(param, {MASTER: value})
+    owner, param = _owner_of_shard(param)
+    owner.set_local_state(param, {MASTER: value})
 
 
 def safe_set_local_grad(param: Tensor, value: Tensor) -> None:
     """Write this rank's part of the gradient that the next step takes."""
-    _owner_of_shard(param).set_local_grad(param, value)
+    owner, param = _owner_of_shard(param)
+    owner.set_local_grad(param, value)
 
 
 def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
     """Write this rank's part of a state."""
     name = MASTER if optim_state_key == _MASTER else optim_state_key
-    _owner_of_shard(param).set_local_state(param, {name: value})
+    owner, param = _owner_of_shard(param)
+    owner.set_local_state(param, {name: value})
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ LAYERS = (
             "config.tensor_parallel_section config.zero_section engine.plain_backward ops.adam ops.lamb ops.lion "
             "parallel.groups stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
-            "config.reader engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
+            "config.reader engine.data engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
             "pipe.module profiling",
             "config.view engine.engine optimizers partition pipe stage_3.init",
             "engine.eval_engine pipe.engine zero",

@@ -118,7 +118,15 @@ class DataTypesSection(Section):
         Done("several ranks sum in fp32 whatever it says; refused where one rank accumulates in 16 bits against it"),
     ] = None
     param_dtype: Annotated[DType | Auto | None, Ignored("fp16 and bf16 set the dtype of the weights")] = None
-    buffer_dtype: Annotated[DType | Auto | None, Ignored("buffers are converted with the weights")] = None
-    keep_in_fp32_modules: Annotated[
-        Any, Refused("the whole model is converted; convert it yourself, and leave fp16 and bf16 disabled")
+    buffer_dtype: Annotated[
+        DType | Auto | None,
+        Done("to which fp16 and bf16 convert buffers; default: they stay as they are, but for BatchNorm's"),
     ] = None
+    keep_in_fp32_modules: Annotated[
+        Any,
+        Refused("buffers stay as they are where buffer_dtype is not set; remove the key, and convert others yourself"),
+    ] = "auto"
+
+    def buffers_dtype(self) -> torch.dtype | None:
+        """To which buffers are converted; None: they stay."""
+        return None if self.buffer_dtype in (None, "auto") else DTYPES[self.buffer_dtype]

@@ -1,7 +1,8 @@
-"""Reads a DeepSpeed config: from a dict, a file or JSON text; says what is wrong with it and where."""
+"""Reads a DeepSpeed config: from a dict, a file, JSON text or that in base64; says what is wrong with it and where."""
 
 from __future__ import annotations
 
+import base64
 import difflib
 import importlib
 import json
@@ -59,12 +60,14 @@ def _read(config: Any) -> dict[str, Any]:
     text = str(config)
     source = "config"
     if not _plain(text).lstrip().startswith("{"):
-        source, path = text, Path(text)
-        if not path.is_file():
+        decoded = _from_base64(text)
+        if not os.path.isfile(text) and decoded is None:
             raise ValueError(
                 f"expected config as a dict, a path or JSON text, got {text!r}, which is no file; correct it"
             )
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark of the byte order
+        source = text
+        # Editors on Windows write a mark of the byte order.
+        text = decoded if decoded is not None else Path(text).read_text(encoding="utf-8-sig")
     try:
         values = json.loads(_plain(text), object_pairs_hook=_no_twins)
     except json.JSONDecodeError as error:
@@ -72,6 +75,15 @@ def _read(config: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}; wrap it in braces")
     return values
+
+
+def _from_base64(text: str) -> str | None:
+    """JSON text that a launcher has encoded as one argument; None: it is none."""
+    try:
+        decoded = base64.urlsafe_b64decode(text).decode()
+    except ValueError:
+        return None
+    return decoded if _plain(decoded).lstrip().startswith("{") else None
 
 
 def _plain(text: str) -> str:

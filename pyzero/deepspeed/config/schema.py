@@ -157,7 +157,18 @@ class Config(Section):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Of a top-level key, as plain data: DeepSpeed's engine.config is a dict."""
-        return self.model_dump().get(name, default)
+        value = self.model_dump().get(name)
+        return default if value is None else value
+
+    def __getitem__(self, name: str) -> Any:
+        """Of a top-level key that is given, as plain data."""
+        if name not in self:
+            raise KeyError(name)
+        return self.model_dump()[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a top-level key is given."""
+        return name in self.model_fields_set
 
     @property
     def is_fp16(self) -> bool:

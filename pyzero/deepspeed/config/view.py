@@ -31,6 +31,7 @@ class DeepSpeedConfig:
         self.fp16_enabled = self.settings.is_fp16
         self.bfloat16_enabled = self.settings.is_bf16
         self.zero_optimization_stage = self.settings.zero_optimization.stage
+        self.zero_config = self.settings.zero_optimization
         self.zero_enabled = self.zero_optimization_stage > 0
         self.gradient_clipping = self.settings.max_grad_norm() or 0.0
         self.steps_per_print = self.settings.steps_per_print
@@ -39,3 +40,9 @@ class DeepSpeedConfig:
         self.optimizer_params = None if optimizer is None else optimizer.params.model_dump(exclude_unset=True)
         self.scheduler_name = None if scheduler is None else scheduler.type
         self.scheduler_params = None if scheduler is None else scheduler.params.model_dump(exclude_unset=True)
+
+    def __getattr__(self, name: str) -> Any:
+        """Any other top-level key: `wall_clock_breakdown`, `dump_state`."""
+        if name == "settings" or name not in type(self.settings).model_fields:
+            raise AttributeError(f"'DeepSpeedConfig' object has no attribute {name!r}")
+        return getattr(self.settings, name)

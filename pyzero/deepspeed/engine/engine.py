@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pyzero.comm import process
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
+from pyzero.deepspeed.engine.data import EngineData
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
 from pyzero.deepspeed.engine.settings import EngineSettings
@@ -26,10 +28,11 @@ from pyzero.sharding.modules import drop_unsent_gradients, has_unsent_gradients,
 
 log = logging.getLogger("pyzero")
 
+_MIXED_DTYPES = ("same dtype", "should be the same", "expected scalar type")  # in torch's errors of layers
 _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 
-class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.Module):
+class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
 
     _in_backward: ClassVar[Engine | None] = None  # it divides the loss: hooks on any engine's outputs leave gradients
@@ -113,13 +116,31 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         try:
             return self.module(*args, **kwargs)
         except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" not in str(error) or self.zero_optimization_stage() != 3:
+            remedy = self._remedy_for(str(error))
+            if remedy is None:
                 raise
-            raise RuntimeError(
+            raise RuntimeError(remedy) from error
+
+    def _remedy_for(self, error: str) -> str | None:
+        """What to do about an error of the module's forward, where the engine has to do with it."""
+        if "mixed torch.Tensor and DTensor" in error and self.zero_optimization_stage() == 3:
+            return (
                 f"got a weight that is used outside the block that gathers it ({error}), wanted it inside alone, in "
                 "stage 3; call deepspeed.zero.register_external_parameter(module, parameter) before initialize(), call "
                 "the block and not a module in it, or set stage 2"
-            ) from error
+            )
+        dtype = self._input_dtype
+        others = (
+            name for name, buffer in self.module.named_buffers() if buffer.is_floating_point() and buffer.dtype != dtype
+        )
+        name = next(others, None)
+        if dtype is None or name is None or not any(words in error for words in _MIXED_DTYPES):
+            return None
+        return (
+            f"got tensors of two dtypes in the module's forward ({error}), wanted one: weights are in {dtype}, and "
+            f"buffers as {name} stay as they are, as with DeepSpeed 0.19; cast what is computed with them, or set "
+            f"data_types.buffer_dtype in the config"
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = self.config.torch_autocast.enabled_dtype()
@@ -290,7 +311,12 @@ class Engine(EngineSettings, EngineRanks, EngineCheckpoints, EngineWeights, nn.M
         self.global_samples += num_micro * self.batches.micro * self.dp_world_size
         self._num_backwards = 0
         if self.lr_scheduler is not None and (not self.is_scaled or self.optimizer.was_step_applied):
-            self.lr_scheduler.step(**lr_kwargs)
+            self.lr_scheduler.step(**(lr_kwargs or self._increment()))
+
+    def _increment(self) -> dict[str, int]:
+        """What Megatron's schedules want, which count samples: `step(increment)`."""
+        wanted = inspect.signature(self.lr_scheduler.step).parameters.get("increment")
+        return {} if wanted is None or wanted.default is not wanted.empty else {"increment": self.batches.train}
 
     def _report(self) -> None:
         """To the monitors and the log."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.modules import find_fsdp_places
 
 _owners: MutableMapping[Tensor, weakref.ref[ZeroOptimizer]] = WeakIdKeyDictionary()
 
@@ -20,12 +21,20 @@ def register(optimizer: ZeroOptimizer) -> None:
             _owners[param] = weakref.ref(optimizer)
 
 
-def owner_of(param: Tensor) -> ZeroOptimizer:
-    """The optimizer of the engine that a parameter is trained by.
+def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
+    """The optimizer of the engine that a parameter is trained by, and the parameter that it knows.
+
+    That is the shard of a weight that a forward of stage 3 has left whole, which is let go of.
 
     Raises:
         ValueError: There is none.
     """
+    if param not in _owners:
+        for shard, place in find_fsdp_places().items():
+            if getattr(place.record, "_unsharded_param", None) is param:
+                place.owner.reshard()
+                param = shard
+                break
     reference = _owners.get(param)
     found = None if reference is None else reference()
     if found is None:
@@ -33,4 +42,4 @@ def owner_of(param: Tensor) -> ZeroOptimizer:
             f"expected a parameter of an engine of initialize(), got a tensor of shape {tuple(param.shape)} that is "
             f"none; pass one of engine.module.parameters()"
         )
-    return found
+    return found, param

@@ -66,10 +66,12 @@ class EngineCheckpoints:
             True.
 
         Raises:
-            ValueError: The tag is no name of a folder, or `latest`.
+            ValueError: The tag is no name of a folder, or `latest`; or save_dir is empty.
             CheckpointError: In the middle of an accumulation too; see pyzero.save_checkpoint.
             CollectiveError, TypeError: See pyzero.save_checkpoint.
         """
+        if not save_dir:
+            raise ValueError(f"expected a folder to save into, got {save_dir!r}; pass one, as '.'")
         group, what = begin(self.optimizer), f"the save into {save_dir}"
         name = together(group, what, lambda: _checked(f"global_step{self.global_steps}" if tag is None else str(tag)))
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()

@@ -75,6 +75,10 @@ class EngineSettings:
         """Whether the loss scale is not fixed."""
         return self.is_scaled and self.config.fp16.loss_scale == 0
 
+    def loss_scale(self) -> float:
+        """The config's: 0 is a dynamic one. The present one is `get_loss_scale()`."""
+        return self.config.fp16.loss_scale
+
     def zero_optimization(self) -> bool:
         """Whether the config asks for a stage above 0."""
         return self.config.zero_optimization.stage > 0
@@ -82,6 +86,14 @@ class EngineSettings:
     def zero_optimization_stage(self) -> int:
         """The config's stage."""
         return self.config.zero_optimization.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Whether the config asks for stage 2 or 3."""
+        return self.config.zero_optimization.stage >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether the config asks for stage 3."""
+        return self.config.zero_optimization.stage >= 3
 
     def gradient_clipping(self) -> float:
         """The largest norm; 0.0 without clipping."""
@@ -99,9 +111,19 @@ class EngineSettings:
         """Of the config, in lower case."""
         return None if self.config.optimizer is None else self.config.optimizer.type.lower()
 
+    def optimizer_params(self) -> dict[str, Any] | None:
+        """Of the config, what is given."""
+        section = self.config.optimizer
+        return None if section is None else section.params.model_dump(exclude_unset=True)
+
     def scheduler_name(self) -> str | None:
         """Of the config."""
         return None if self.config.scheduler is None else self.config.scheduler.type
+
+    def scheduler_params(self) -> dict[str, Any] | None:
+        """Of the config, what is given."""
+        section = self.config.scheduler
+        return None if section is None else section.params.model_dump(exclude_unset=True)
 
     def communication_data_type(self) -> Any:
         """The dtype in which gradients are sent; None: the weights'."""

@@ -56,7 +56,8 @@ class EngineWeights:
             key = params.get(name, id(value))
             if key not in gathered:
                 whole = whole_of(value)
-                gathered[key] = None if self.rank else self._in_16_bits(whole if whole is value else whole.cpu())
+                whole = whole if whole is value else whole.cpu()
+                gathered[key] = None if self.rank else self._in_16_bits(whole) if name in params else whole
             if self.rank == 0:
                 state[name] = gathered[key]
         return state

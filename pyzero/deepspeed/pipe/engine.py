@@ -67,6 +67,10 @@ class PipelineEngine(Engine):
         """Turns what the loader gives into (inputs, labels)."""
         self.batch_fn = fn
 
+    def reset_activation_shape(self) -> None:
+        """Before micro-batches of another shape than those so far: on every rank, as DeepSpeed's."""
+        self._runners.clear()
+
     def _pull(self, data_iter: Iterator[Any] | None, num_micro: int) -> list[MicroBatch]:
         """Micro-batches on this device, on the first and the last stage."""
         if not (self.is_first_stage() or self.is_last_stage()):

@@ -62,7 +62,7 @@ def shard(
     before = dict(model.named_parameters(remove_duplicate=False))
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
-        _widen(model, dtype)
+        _widen(model)
     reduce_dtype = reduce_dtype or (torch.float32 if dtype else None)
     # Neither inputs nor outputs are cast: a loss or a residual stream in fp32 stays so, as in other stages.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
@@ -123,10 +123,7 @@ def _take_rows(model: nn.Module) -> dict[int, Tensor]:
     return rows
 
 
-def _widen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights to fp32, which hold what they held; buffers stay in 16 bits."""
-    model.float()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(dtype)
+def _widen(model: nn.Module) -> None:
+    """Weights to fp32, which hold what they held; buffers stay as they are."""
+    buffers = set(map(id, model.buffers()))
+    model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() and id(tensor) not in buffers else tensor)

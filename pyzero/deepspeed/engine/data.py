@@ -1,0 +1,65 @@
+"""The engine's data loaders: each rank's part of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pyzero.deepspeed.config.schema import Batches, Config
+
+
+class Loader(DataLoader[Any]):
+    """torch's, with DeepSpeed's name of its sampler: `loader.data_sampler.set_epoch(epoch)`."""
+
+    @property
+    def data_sampler(self) -> Any:
+        """Its sampler."""
+        return self.sampler
+
+
+class EngineData:
+    """A part of Engine."""
+
+    config: Config
+    batches: Batches
+    device: torch.device
+    dp_rank: int
+    dp_world_size: int
+    collate_fn: Callable[[Any], Any] | None = None  # initialize()'s
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Loader:
+        """A data loader of this rank's part of a dataset.
+
+        Args:
+            dataset: With a length.
+            batch_size: Default: the micro-batch's.
+            route: "train" shuffles; "eval" and "predict" do not.
+            pin_memory: Where there is a GPU.
+            data_sampler: Default: one that gives each rank a part.
+            collate_fn: Default: initialize()'s, or torch's.
+            num_local_io_workers: Processes that load; default: none.
+        """
+        if data_sampler is None:
+            shuffles = route == "train"
+            data_sampler = DistributedSampler(dataset, self.dp_world_size, self.dp_rank, shuffle=shuffles)
+        return Loader(
+            dataset,
+            batch_size=batch_size or self.batches.micro,
+            sampler=data_sampler,
+            collate_fn=collate_fn or self.collate_fn,
+            drop_last=self.config.dataloader_drop_last,
+            num_workers=num_local_io_workers or 0,
+            pin_memory=pin_memory and self.device.type == "cuda",
+        )
