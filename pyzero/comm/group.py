@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +22,7 @@ from pyzero.comm.host import HostError, HostRanks, find_hosts
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _PATIENCE_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
+_GAVE_UP = -1  # in the place of a collective's number
 _WORDS_BYTES = 64  # of what a rank says that it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
 
@@ -160,10 +163,18 @@ class Group:
             ) from error
 
     def _give_up(self, reason: str) -> None:
-        """Send nothing more, and tell the ranks that share memory."""
-        self._channel.is_broken = True
+        """Send nothing more, and tell the others: those that wait long look into the store."""
+        was_broken, self._channel.is_broken = self._channel.is_broken, True
         if self.host is not None:
             self.host.give_up(reason)
+        if self.handle is not None and not was_broken:
+            with contextlib.suppress(RuntimeError):  # where the store is gone, so are they
+                self._store().set(str(self.rank), json.dumps([_GAVE_UP, reason, self.where]))
+
+    def _store(self) -> Any:
+        """What the ranks say of what they wait for, by rank."""
+        everyones = dist.distributed_c10d._get_default_store()
+        return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}", everyones)
 
     def share_memory(self) -> HostRanks:
         """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
@@ -285,16 +296,23 @@ class Group:
 
     def _compare(self, what: str, number: int) -> None:
         """Tell the others what this rank waits for; raise where another waits for something else in its place."""
-        everyones = dist.distributed_c10d._get_default_store()
-        store = dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}", everyones)
+        store = self._store()
         store.set(str(self.rank), json.dumps([number, what, self.where]))
         seen = {self.rank: [number, what, self.where]}
         for rank in range(self.size):
             if rank != self.rank and store.check([str(rank)]):
                 seen[rank] = json.loads(store.get(str(rank)))
-        if any(theirs[0] == number and theirs[1] != what for theirs in seen.values()):
+        gave_up = {rank: reason for rank, (theirs, reason, _) in seen.items() if theirs == _GAVE_UP}
+        is_other = any(theirs[0] == number and theirs[1] != what for theirs in seen.values())
+        if gave_up or is_other:
             self._channel.is_broken = True
             channels.keep_forever(self.handle)
+        for rank, reason in gave_up.items():
+            raise CollectiveError(
+                f"{what} failed on rank {self.rank} of {self.size}: rank {rank} sends nothing more, for {reason}; see "
+                f"its output"
+            )
+        if is_other:
             places = "; ".join(f"rank {rank}, {place}, waits for {it}" for rank, (_, it, place) in sorted(seen.items()))
             raise CollectiveError(
                 f"the ranks wait for different collectives: {places}. Run backward and step, and read norms and whole "
@@ -376,9 +394,13 @@ class Group:
         """Every rank's small python object, in rank order."""
         if self.size == 1:
             return [value]
-        self.check_unbroken(what)
-        with self.awaited(what), self.error_context(what):
-            return channels.gather_objects(self.handle, value)
+        with self.awaited(what):
+            mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+            sizes = self.gather_shards(torch.tensor([mine.numel()], device="cpu"), what).tolist()
+            row = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
+            row[: mine.numel()] = mine
+            rows = self.gather_shards(row, what).view(self.size, -1)
+            return [pickle.loads(row[:size].numpy()) for row, size in zip(rows, sizes, strict=True)]
 
     def mesh(self, device_type: str) -> Any:
         """A one-dimensional DeviceMesh over the same ranks, for DTensors."""

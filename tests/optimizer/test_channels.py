@@ -1,6 +1,8 @@
 """Process groups of an optimizer's own: what torch is asked for, where the default group is NCCL's."""
 
 import gc
+import pickle
+import re
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -187,6 +189,46 @@ def wait_for_another(process_group: Any) -> str:
         except RuntimeError as error:
             return str(error)
     return "nothing"
+
+
+def broken_off_while_others_wait(process_group: Any, place: str) -> str:
+    """One rank is interrupted before it takes part in what the other waits for."""
+    group = Group(process_group)
+    group._timeout = timedelta(minutes=10)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    owner, name = (pickle, "dumps") if place == "objects" else (torch, "tensor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyzero.comm.group._PATIENCE_S", 0.3)
+        if group.rank == 1:
+            patch.setattr(owner, name, interrupted)
+        try:
+            if place == "objects":
+                group.gather_objects({"of": group.rank})
+            else:
+                with group.lockstep(what="a step"):
+                    group.gather_rows(torch.tensor([1.0]))
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("place", ["objects", "a step"])
+def test_who_waits_for_a_rank_that_has_broken_off_is_told(ranks, place):
+    waiting, broken = ranks.run(2, broken_off_while_others_wait, place)
+    assert broken.startswith("KeyboardInterrupt")
+    assert re.search("^CollectiveError.*: rank 1 sends nothing more, for .* broken off by KeyboardInterrupt", waiting)
+
+
+def objects_of_any_size(process_group: Any) -> list[Any]:
+    return Group(process_group).gather_objects({"rank": dist.get_rank(), "values": [*range(1000 * dist.get_rank())]})
+
+
+def test_python_objects_of_all_ranks_come_whole(ranks):
+    for found in ranks.run(3, objects_of_any_size):
+        assert found == [{"rank": rank, "values": [*range(1000 * rank)]} for rank in range(3)]
 
 
 def test_without_a_local_rank_the_current_gpu_is_taken(monkeypatch):
