@@ -163,13 +163,10 @@ class Group:
             ) from error
 
     def _give_up(self, reason: str) -> None:
-        """Send nothing more, and tell the others: those that wait long look into the store."""
-        was_broken, self._channel.is_broken = self._channel.is_broken, True
+        """Send nothing more, and tell the ranks that share memory."""
+        self._channel.is_broken = True
         if self.host is not None:
             self.host.give_up(reason)
-        if self.handle is not None and not was_broken:
-            with contextlib.suppress(RuntimeError):  # where the store is gone, so are they
-                self._store().set(str(self.rank), json.dumps([_GAVE_UP, reason, self.where]))
 
     def _store(self) -> Any:
         """What the ranks say of what they wait for, by rank."""
@@ -207,7 +204,7 @@ class Group:
         return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs), blocks=on_host)
 
     @contextmanager
-    def unbroken(self) -> Iterator[None]:
+    def broken_unless_finished(self) -> Iterator[None]:
         """What puts ranks out of step where a KeyboardInterrupt breaks it off: nothing is sent after that."""
         was_broken, self._channel.is_broken = self._channel.is_broken, True
         yield
@@ -234,9 +231,16 @@ class Group:
             raise
 
     def break_off(self, error: BaseException, what: str, beside: Sequence[Group] = ()) -> None:
-        """Send nothing more, in this group and those beside it: what all go through to its end has failed here."""
+        """Send nothing more, in this group and those beside it: what all go through to its end has failed here.
+
+        Who waits long for this rank finds the reason in the store; of a collective that failed, by itself.
+        """
+        reason = f"{what} was broken off by {type(error).__name__}"
         for group in (self, *beside):
-            group._give_up(f"{what} was broken off by {type(error).__name__}")
+            group._give_up(reason)
+            if group.handle is not None and not isinstance(error, CollectiveError):
+                with contextlib.suppress(RuntimeError):  # where the store is gone, so are they
+                    group._store().set(str(group.rank), json.dumps([_GAVE_UP, reason, group.where]))
 
     def awaited(self, what: str) -> AbstractContextManager[None]:
         """Around a collective that is begun and waited for: broken off, its result is lost to this rank alone."""
@@ -267,7 +271,7 @@ class Group:
         self.check_unbroken(what)
         with self.error_context(what):
             self._channel.num_collectives += 1
-            with self.unbroken():
+            with self.broken_unless_finished():
                 handle = begin()
         return Work(handle, self, what, self._channel.num_collectives, then, blocks or self._blocks)
 

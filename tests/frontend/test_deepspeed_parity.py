@@ -198,3 +198,28 @@ def losses_of_lengths(group: Any, num_stages: int) -> list[float]:
 def test_a_pipeline_takes_other_lengths_after_a_reset(ranks):
     split, whole = (ranks.run(4, losses_of_lengths, num_stages) for num_stages in (2, 1))
     torch.testing.assert_close(torch.tensor(split), torch.tensor(whole))
+
+
+class Times(nn.Module):
+    """Keeps the dtype in which its second input came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.dtype = torch.float64
+
+    def forward(self, inputs: Tensor, times: Tensor) -> Tensor:
+        self.dtype = times.dtype
+        return self.layer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("auto_cast", "dtype"), [(None, torch.bfloat16), (True, torch.bfloat16), (False, torch.float32)]
+)
+def test_auto_cast_says_whether_inputs_are_rounded(caplog, auto_cast, dtype):
+    section = {"enabled": True} if auto_cast is None else {"enabled": True, "auto_cast": auto_cast}
+    engine, *_ = pyzero.initialize(model=Times(), config={**CONFIG, "bf16": section})
+    for _ in range(2):
+        engine(torch.ones(2, 4, dtype=torch.bfloat16), torch.full((2,), 999.0))
+    assert engine.module.dtype == dtype
+    assert caplog.text.count("inputs in torch.float32 are rounded to torch.bfloat16") == (auto_cast is None)

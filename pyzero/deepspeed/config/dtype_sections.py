@@ -30,7 +30,10 @@ class Fp16Section(Section):
     """`fp16`: DeepSpeed's names and defaults; `policy` says in ours what they mean."""
 
     enabled: Annotated[Flag | Auto, Done("weights and inputs are converted to fp16, over fp32 masters")] = False
-    auto_cast: Annotated[Flag, Done("inputs are cast to the weights' dtype either way")] = False
+    auto_cast: Annotated[
+        Flag | None,
+        Done("false leaves inputs alone; without it they are cast to the weights' dtype, with a warning that says so"),
+    ] = None
     loss_scale: Annotated[Size | float, Field(ge=0), Done("0: dynamic; otherwise the fixed scale")] = 0.0
     initial_scale_power: Annotated[Size, Field(le=126), Done("the first scale is 2 to this power")] = 16
     loss_scale_window: Annotated[Count, Done("clean steps until the scale doubles, one more at first")] = 1000
@@ -86,7 +89,7 @@ class Bf16Section(Section):
     ] = True
     bf16_master_weights_and_grads: Annotated[Flag, Ignored(_MASTERS, warns=True)] = False
     bf16_optimizer_states: Annotated[Flag, Ignored(_MASTERS, warns=True)] = False
-    auto_cast: Annotated[Flag, Done("as fp16.auto_cast")] = False
+    auto_cast: Annotated[Flag | None, Done("as fp16.auto_cast")] = None
     loss_scale: Annotated[Any, _NO_SCALE] = 0
     initial_scale_power: Annotated[Any, _NO_SCALE] = None
     loss_scale_window: Annotated[Any, _NO_SCALE] = None

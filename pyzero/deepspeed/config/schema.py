@@ -186,6 +186,13 @@ class Config(Section):
             return torch.float16
         return torch.bfloat16 if self.is_bf16 else None
 
+    def auto_cast(self) -> bool | None:
+        """Whether inputs are cast to the weights' dtype; None: nothing is said of it."""
+        if self.is_fp16:
+            return self.fp16.auto_cast
+        bf16 = self.bf16 if self.bf16.enabled is True else self.bfloat16
+        return None if bf16 is None else bf16.auto_cast
+
     def max_grad_norm(self) -> float | None:
         """To clip to; None: no clipping."""
         if self.gradient_clipping != "auto" and self.gradient_clipping > 0:

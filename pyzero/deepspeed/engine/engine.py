@@ -65,7 +65,8 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.timers = PhaseTimers(config.wall_clock_breakdown and self.rank == 0, self.device)  # the others tell nobody
         self.monitor = Monitor(config, is_first=self.rank == 0)
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
-        self._input_dtype = config.weights_dtype()  # None: inputs are left alone
+        self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: they are left alone
+        self._warns_of_cast = config.auto_cast() is None
         self._leaves_group = leaves_group
         self._boundary: bool | None = None  # what the caller says of the coming step()
         self._stepped = False
@@ -87,7 +88,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
     # ---- forward and backward --------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled.
+        """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled, and auto_cast not false.
 
         The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
         `backward` is; what torch.autograd.grad gives through them is, too.
@@ -95,8 +96,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         Raises:
             RuntimeError: Of the module; where it uses a weight of stage 3 outside its block, with what to do about it.
         """
-        if self._input_dtype is not None:
-            args, kwargs = tensors.cast(args, self._input_dtype), tensors.cast(kwargs, self._input_dtype)
+        args, kwargs = self._cast(args), self._cast(kwargs)
         watches = torch.is_grad_enabled() and self._watches_backward()
         divides = watches and self.batches.accumulation > 1
         inputs = plain_backward.reentering((args, kwargs)) if divides else set()
@@ -106,6 +106,25 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             undo = self._undo_division if divides else None
             plain_backward.watch(outputs, inputs, self._on_plain_backward, undo, self._refuse_edited)
         return outputs
+
+    def _cast(self, inputs: Any) -> Any:
+        """To the weights' dtype, if the config has one and does not say otherwise."""
+        dtype = self._input_dtype
+        if dtype is None:
+            return inputs
+        found = (tensor.dtype for tensor in tensors.find(inputs) if tensor.is_floating_point())
+        wider = (
+            next((other for other in found if other.itemsize > dtype.itemsize), None) if self._warns_of_cast else None
+        )
+        if wider is not None:
+            self._warns_of_cast = False
+            log.warning(
+                "inputs in %s are rounded to %s, the weights' dtype, where DeepSpeed leaves them alone; so does "
+                "auto_cast=false in the config's fp16 or bf16, and auto_cast=true says that they are meant to be",
+                wider,
+                dtype,
+            )
+        return tensors.cast(inputs, dtype)
 
     def _watches_backward(self) -> bool:
         """Whether a plain backward has to be divided, or refused. One that reaches no weights of this model has not."""
@@ -129,7 +148,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
                 "stage 3; call deepspeed.zero.register_external_parameter(module, parameter) before initialize(), call "
                 "the block and not a module in it, or set stage 2"
             )
-        dtype = self._input_dtype
+        dtype = self.config.weights_dtype()
         others = (
             name for name, buffer in self.module.named_buffers() if buffer.is_floating_point() and buffer.dtype != dtype
         )

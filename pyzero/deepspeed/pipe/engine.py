@@ -90,7 +90,7 @@ class PipelineEngine(Engine):
                     f"engine.set_batch_fn()"
                 )
             inputs, labels = (tensors.to_device(part, self.device) for part in batch)
-            micro.append((inputs if self._input_dtype is None else tensors.cast(inputs, self._input_dtype), labels))
+            micro.append((self._cast(inputs), labels))
         return micro
 
     # ---- a batch ---------------------------------------------------------------------------------------------------
