@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.ops.env import BACKEND_CHOICES
-from pyzero.sharding.local_param import LocalParam, local_of, outer
+from pyzero.sharding.local_param import LocalParam, local_of, user_param
 
 if TYPE_CHECKING:
     from pyzero.loss_scale.scaler import LossScale
@@ -219,7 +219,7 @@ def check_not_gathered(params: Iterable[Tensor], records: Iterable[Any]) -> None
     """Check that no parameter is what fully_shard has gathered for a forward. records: torch's own of its shards."""
     gathered = {getattr(record, "_unsharded_param", None) for record in records}
     for index, param in enumerate(params):
-        if outer(param) in gathered:
+        if user_param(param) in gathered:
             raise ValueError(
                 f"expected shards, got parameter {index} as fully_shard has gathered it, which a forward without a "
                 f"backward leaves so; call reshard() on each module of fully_shard, then build the optimizer"

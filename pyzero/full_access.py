@@ -13,7 +13,7 @@ from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.source import Gradients
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param
-from pyzero.sharding.local_param import LocalParam, local_of, outer, part_of, whole_of
+from pyzero.sharding.local_param import LocalParam, local_of, part_of, user_param, whole_of
 from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.topology import Topology
 from pyzero.streams import on_device
@@ -96,14 +96,14 @@ class FullAccess:
                 flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
                 for position, param in enumerate(bucket.params):
                     if is_wanted or isinstance(param, LocalParam):
-                        values.setdefault(outer(param), {})[name] = bucket.whole_of(name, flat, position)
+                        values.setdefault(user_param(param), {})[name] = bucket.whole_of(name, flat, position)
         for param in self._param_buckets.params:  # by number: parts of other sizes lie in other buckets
-            bucket, position = self._param_buckets.places[outer(param)]
-            for name, local in values[outer(param)].items() if isinstance(param, LocalParam) else ():
-                values[outer(param)][name] = _widen(bucket, name, position, local)
+            bucket, position = self._param_buckets.places[user_param(param)]
+            for name, local in values[user_param(param)].items() if isinstance(param, LocalParam) else ():
+                values[user_param(param)][name] = _widen(bucket, name, position, local)
         for bucket in self._buckets if is_wanted else ():
             for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
-                values[outer(param)][STEP] = step.clone()
+                values[user_param(param)][STEP] = step.clone()
         return self._as_state_dict(values) if is_wanted else {}
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any]:

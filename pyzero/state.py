@@ -22,7 +22,7 @@ from pyzero.loss_scale.scaler import Scaler
 from pyzero.sharding import rank_state
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
-from pyzero.sharding.local_param import is_dtensor, outer
+from pyzero.sharding.local_param import is_dtensor, user_param
 from pyzero.streams import on_device
 from pyzero.update_rule import UpdateRule
 
@@ -95,13 +95,13 @@ class StateAccess(FullAccess, Optimizer):
             if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
-        param, name = outer(self._param_buckets.params[number]), self._name_of(number)
+        param, name = user_param(self._param_buckets.params[number]), self._name_of(number)
         where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
         return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
 
     def _name_of(self, number: int) -> str:
         """A parameter's name for messages, by its number."""
-        param = outer(self._param_buckets.params[number])
+        param = user_param(self._param_buckets.params[number])
         group_index = self._param_buckets.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
         return self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
@@ -182,7 +182,7 @@ class StateAccess(FullAccess, Optimizer):
     def check_between_steps(self) -> None:
         """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn."""
         self._check_whole()
-        if self._gradients.await_step():
+        if self._gradients.has_pending_gradients():
             raise RuntimeError(
                 "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
                 "save after the step that they belong to"
@@ -305,7 +305,7 @@ class StateAccess(FullAccess, Optimizer):
         learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
-        buckets = [[places[outer(param)] for param in bucket.params] for bucket in self._buckets]
+        buckets = [[places[user_param(param)] for param in bucket.params] for bucket in self._buckets]
         return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class DevicePeerTransport(Transport):
 
     def _mark_read(self, number: int) -> None:
         assert self._memory is not None
-        with self.group.unbroken(), self._in_order():
+        with self.group.broken_unless_finished(), self._in_order():
             self._memory.barrier()
             self._num_read += 1
         if self._read:

@@ -210,7 +210,7 @@ class PeerTransport(Transport):
         return work
 
     def _mark_read(self) -> None:
-        with self.group.unbroken():
+        with self.group.broken_unless_finished():
             self._host.mark_read()
 
     def _copy(self, number: int) -> None:

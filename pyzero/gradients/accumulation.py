@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.sharding.flat_params import conversion_error, flatten
-from pyzero.sharding.local_param import LocalParam, awaited, outer
+from pyzero.sharding.local_param import LocalParam, awaited, user_param
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
 _MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
@@ -181,7 +181,7 @@ class ParamGrad:
 
     def check_grad_dtype(self) -> None:
         """Raise TypeError where gradients will come in another dtype."""
-        dtype = getattr(outer(self.param), "grad_dtype", None)  # newer torch
+        dtype = getattr(user_param(self.param), "grad_dtype", None)  # newer torch
         if dtype is not None and dtype != self.param.dtype:
             raise self._dtype_error(dtype)
 
@@ -255,7 +255,7 @@ class ParamGrad:
         self.is_reduced, self.is_zero = True, False
         self.param.grad = self._shown
 
-    def passed_over(self) -> None:
+    def sent_as_zeros(self) -> None:
         """Called when a round has sent zeros for this parameter: a later one will send the local sum."""
         was_zero = self.is_zero or not self.is_reduced
         if self._local is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from pyzero.sharding.local_param import LocalParam, outer
+from pyzero.sharding.local_param import LocalParam, user_param
 
 _ParamHook = Callable[[Tensor], None]
 
@@ -33,7 +33,7 @@ class GradientHooks:
         """Hook these parameters too."""
         with torch.inference_mode(False):  # in inference mode there are no autograd nodes
             for param in params:
-                leaf = outer(param)
+                leaf = user_param(param)
                 is_trained = leaf.requires_grad
                 node = _accumulator(leaf.requires_grad_(True))
                 self._nodes.append(node)

@@ -110,7 +110,7 @@ class BucketGrads:
     def mark_sent(self, left_out: Callable[[ParamGrad], bool]) -> None:
         """Mark each record as sent, whose `.grad` becomes a ShardedGrad, or as left out of this round."""
         for record in self.records:
-            record.passed_over() if left_out(record) else record.sent()
+            record.sent_as_zeros() if left_out(record) else record.sent()
 
     def room(self) -> Tensor:
         """The shard, or memory for one."""

@@ -129,7 +129,7 @@ class BucketExchange:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._writers.clear()
 
-    def settle(self, grads: BucketGrads) -> None:
+    def receive_bucket(self, grads: BucketGrads) -> None:
         """Have this bucket's shard be complete, for the current stream.
 
         Others stay in flight: when one is received follows from what was sent, alike on all ranks, and not from what

@@ -25,7 +25,7 @@ from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE
-from pyzero.sharding.local_param import LocalParam, local_of, outer
+from pyzero.sharding.local_param import LocalParam, local_of, user_param
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
 
@@ -174,7 +174,7 @@ class LocalGradients(Gradients):
         self._unscale, self._epoch = self._arriving or (None, None)
         self.norm_before_clip = None
         if self._mixes_meshes:
-            make_norms_plain(outer(param).grad)
+            make_norms_plain(user_param(param).grad)
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
 
@@ -363,7 +363,7 @@ class LocalGradients(Gradients):
         if self._factor is None:
             self.norm_before_clip = None
 
-    def await_step(self) -> bool:
+    def has_pending_gradients(self) -> bool:
         """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
         return False
 

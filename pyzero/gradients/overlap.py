@@ -13,7 +13,7 @@ from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.grad_stats import GlobalGradStats, Unsent
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
-from pyzero.sharding.local_param import outer
+from pyzero.sharding.local_param import user_param
 
 _reducing = WeakIdKeyDictionary()  # by parameter: a weak reference to who reduces its gradient in backward
 
@@ -24,7 +24,7 @@ def take_over(params: Iterable[Tensor]) -> None:
     They may live on in a traceback, a notebook or a cycle, on one rank longer than on another.
     """
     for param in params:
-        earlier = _reducing.get(outer(param))
+        earlier = _reducing.get(user_param(param))
         if earlier is not None and earlier() is not None:
             earlier().retire()
 
@@ -54,7 +54,7 @@ class OverlappedGradients(ReducedGradients):
         """See ReducedGradients."""
         super().add(bucket)
         for param in bucket.params:
-            _reducing[outer(param)] = self._self
+            _reducing[user_param(param)] = self._self
 
     def retire(self) -> None:
         """Do nothing in backward from now on, and refuse steps: another optimizer has some of these parameters."""

@@ -22,7 +22,7 @@ from pyzero.gradients.source import Gradients, power_sum, powers_of
 from pyzero.gradients.stats_rows import clean_rows, flag_of
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
-from pyzero.sharding.local_param import outer
+from pyzero.sharding.local_param import user_param
 from pyzero.sharding.modules import find_ddp_wrapper
 
 
@@ -95,11 +95,11 @@ class ReducedGradients(Gradients):
         self._by_number = sorted((r for _, r in self._records.values()), key=lambda record: record.number)
         self._hooks.add(records)
         for param in records:
-            self._frozen.pop(outer(param), None)
+            self._frozen.pop(user_param(param), None)
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
         """See Gradients."""
-        known = {*self._frozen, *map(outer, self._records)}  # what was frozen again has its bucket
+        known = {*self._frozen, *map(user_param, self._records)}  # what was frozen again has its bucket
         new = dict.fromkeys(param for param in frozen if param not in known)
         self._frozen |= new
         self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
@@ -209,7 +209,7 @@ class ReducedGradients(Gradients):
             record.finish_arrival()
 
     def _check_unwrapped(self) -> None:
-        wrapped = find_ddp_wrapper({outer(param) for param in self._records})
+        wrapped = find_ddp_wrapper({user_param(param) for param in self._records})
         if wrapped is not None:
             raise RuntimeError(
                 f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
@@ -275,7 +275,7 @@ class ReducedGradients(Gradients):
 
     def _observe(self, grads: BucketGrads, record: ParamGrad) -> None:
         if record.observe():
-            self._bucket_exchange.settle(grads)
+            self._bucket_exchange.receive_bucket(grads)
             self._generation += 1
             self.norm_before_clip = None
             grads.drop_forgotten()
@@ -483,7 +483,7 @@ class ReducedGradients(Gradients):
         self._num_rounds_used = self._num_rounds
         self._group.where = f"in or after step {self._num_steps}"
 
-    def await_step(self) -> bool:
+    def has_pending_gradients(self) -> bool:
         """See Gradients."""
         return self._awaits_step and any(record.param.grad is not None for record in self._by_number)
 

@@ -121,7 +121,7 @@ class Gradients(ABC):
         """Called after a step; the gradients stay. used: by parameter number, whether some rank had a gradient."""
 
     @abstractmethod
-    def await_step(self) -> bool:
+    def has_pending_gradients(self) -> bool:
         """Whether this rank knows of gradients that no step has taken."""
 
     @abstractmethod

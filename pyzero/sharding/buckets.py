@@ -12,7 +12,7 @@ from pyzero import memory
 from pyzero.comm.transport import FlatWeights
 from pyzero.sharding.flat_params import FlatParams, flatten
 from pyzero.sharding.layout import GRANULE, BucketLayout
-from pyzero.sharding.local_param import outer
+from pyzero.sharding.local_param import user_param
 from pyzero.update_rule import Part, RunShard, UpdateRule
 
 MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
@@ -148,8 +148,8 @@ class Bucket:
         keep_masters: Parameters whose masters do not follow, as they are about to be loaded.
         """
         for position in positions:
-            self.flat_params.take_back(position)
-            if not self.is_master and outer(self.params[position]) not in keep_masters:
+            self.flat_params.copy_into_flat(position)
+            if not self.is_master and user_param(self.params[position]) not in keep_masters:
                 in_shard, _ = self.shard_part(position)
                 master, weights = self.master[in_shard], self.weight_shard[in_shard]
                 # A master that rounds to the weight stays: weights may have been loaded after their masters.

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pyzero import memory
 from pyzero.ops.rows import layouts_of
 from pyzero.sharding.layout import ParamSlot
-from pyzero.sharding.local_param import LocalParam, outer
+from pyzero.sharding.local_param import LocalParam, user_param
 
 
 def flatten(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -110,7 +110,7 @@ class FlatParams:
         left = self._storages[position]
         return left is not None and not left.expired() and left != StorageWeakRef(param.untyped_storage())
 
-    def take_back(self, position: int) -> None:
+    def copy_into_flat(self, position: int) -> None:
         """Have the flat tensor follow one that `foreign_writes` returned."""
         param = self._params[position]
         if self._has_moved(position, param):
@@ -146,6 +146,6 @@ class FlatParams:
         """Called when ops have written them, or those at `positions`: graphs that saved them notice."""
         written = self._params if positions is None else [self._params[position] for position in positions]
         if written and self._has_locals:
-            written = [*map(outer, written), *(param.data for param in written if isinstance(param, LocalParam))]
+            written = [*map(user_param, written), *(param.data for param in written if isinstance(param, LocalParam))]
         if written:
             torch.autograd.graph.increment_version(written)

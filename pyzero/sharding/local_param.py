@@ -23,7 +23,7 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def outer(param: Tensor) -> Tensor:
+def user_param(param: Tensor) -> Tensor:
     """The parameter that the caller knows: the DTensor that a LocalParam stands for, or the parameter itself."""
     return param.dtensor if isinstance(param, LocalParam) else param
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.sharding.local_param import is_dtensor, local_of, outer, whole_of
+from pyzero.sharding.local_param import is_dtensor, local_of, user_param, whole_of
 from pyzero.sharding.sharded_grad import NORMS, norm_type_of
 
 
 def are_on_one_mesh(params: Sequence[Tensor]) -> bool:
     """Whether all are DTensors on one mesh, or none is a DTensor."""
-    meshes = [getattr(outer(param), "device_mesh", None) for param in params]
+    meshes = [getattr(user_param(param), "device_mesh", None) for param in params]
     return all(mesh == meshes[0] for mesh in meshes)
 
 

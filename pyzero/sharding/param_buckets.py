@@ -16,7 +16,7 @@ from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
-from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, outer
+from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, user_param
 from pyzero.sharding.modules import ShardedPlace
 from pyzero.update_rule import Cut, UpdateRule
 
@@ -207,7 +207,7 @@ class ParamBuckets:
         if self._reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
-        ours = {outer(param): place for place, param in enumerate(params)}
+        ours = {user_param(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))
         if self._init_sync and self._group.size > 1:
@@ -217,7 +217,7 @@ class ParamBuckets:
         self._tell_of_shared_memory(params)
         self.params += params
         self.specs += specs
-        owners = dict.fromkeys(fsdp[outer(param)].owner for param in params if outer(param) in fsdp)
+        owners = dict.fromkeys(fsdp[user_param(param)].owner for param in params if user_param(param) in fsdp)
         self._fsdp_modules += map(weakref.ref, owners)
         self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
@@ -276,7 +276,7 @@ class ParamBuckets:
         weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
         bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._cpu_offload)
         for position, param in enumerate(bucket.params):
-            self._state[outer(param)] = bucket.state_views(position)
+            self._state[user_param(param)] = bucket.state_views(position)
         return bucket
 
     def _join_steps(self) -> None:
@@ -286,8 +286,10 @@ class ParamBuckets:
         for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
             bucket.keep_steps_in(steps)
             for param, step in zip(bucket.params, steps, strict=True):
-                self._state[outer(param)] = StateViews({**self._state[outer(param)], STEP: step})
-        self.places = {outer(p): (bucket, place) for bucket in self.buckets for place, p in enumerate(bucket.params)}
+                self._state[user_param(param)] = StateViews({**self._state[user_param(param)], STEP: step})
+        self.places = {
+            user_param(p): (bucket, place) for bucket in self.buckets for place, p in enumerate(bucket.params)
+        }
         self._views = {param: self._state[param] for param in self.places}
         self._views_ids = list(map(id, self._state.values()))
 
@@ -347,11 +349,11 @@ class ParamBuckets:
         for name in () if is_fresh else old.state_names:
             flat, per_value = self._group.gather_shards(old.to_send(name)), old.elements_per_value(name)
             for param, slot in zip(old.params, old.layout.param_slots, strict=True):
-                bucket, position = self.places[outer(param)]
+                bucket, position = self.places[user_param(param)]
                 begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)
                 bucket.write_state(position, {name: flat[begin : begin + num_values]})
         for param, steps in zip(old.params, old.steps, strict=True):
-            bucket, position = self.places[outer(param)]
+            bucket, position = self.places[user_param(param)]
             bucket.write_state(position, {STEP: steps})
 
 

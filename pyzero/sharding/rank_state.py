@@ -23,7 +23,7 @@ from pyzero.ops.loss_scale import STATE_SLOTS
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
-from pyzero.sharding.local_param import LocalParam, box_of, local_of, outer
+from pyzero.sharding.local_param import LocalParam, box_of, local_of, user_param
 from pyzero.sharding.param_buckets import ParamBuckets
 
 log = logging.getLogger("pyzero")
@@ -94,7 +94,7 @@ def _shaped(
     is_copy = same_params and not bucket.layout.in_norm(position)
     fragment = Fragment(shape, stride, low, low + lengths[group.rank], origin, gather, is_copy=is_copy)
     if is_part:
-        of = outer(param)
+        of = user_param(param)
         part = DTensorPart(of.shape, of.stride(), box_of(of)[1], param.wrap)  # type: ignore[attr-defined]
         fragment = replace(fragment, part=part)
     return ShardedState.wrap(local, fragment, group.mesh(local.device.type))
@@ -330,7 +330,7 @@ def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
 
 def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int]:
     """The number of each trained parameter, by its place in the groups."""
-    numbers = {outer(param): number for number, param in enumerate(param_buckets.params)}
+    numbers = {user_param(param): number for number, param in enumerate(param_buckets.params)}
     params = (param for group in optimizer.param_groups for param in group["params"])
     return {place: numbers[param] for place, param in enumerate(params) if param in numbers}
 

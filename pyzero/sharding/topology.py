@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyzero.comm.group import Group
 from pyzero.comm.process import process_group_of
-from pyzero.sharding.local_param import is_dtensor, outer
+from pyzero.sharding.local_param import is_dtensor, user_param
 
 _Ranks = tuple[int, ...]
 
@@ -108,7 +108,7 @@ class Topology:
 
     def in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""
-        return all(dim.group.rank == 0 or _is_split(outer(param), dim) for dim in self.model)
+        return all(dim.group.rank == 0 or _is_split(user_param(param), dim) for dim in self.model)
 
 
 def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_group: Any) -> Topology:
