@@ -138,6 +138,8 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
         raise RuntimeError(f"{wanted}, got the first, which loads kernels; run one step before the capture")
     for group in param_groups:
         lr = group.get("lr")
+        if lr is None:
+            continue
         if not isinstance(lr, Tensor):
             log.warning("lr=%s is recorded in the CUDA graph as it is; to change it pass a tensor on the GPU", lr)
         elif lr.device != device:

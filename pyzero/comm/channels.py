@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import hashlib
+import secrets
+import threading
 import time
 import warnings
 import weakref
@@ -30,6 +33,7 @@ class Channel:
 
     handle: Any
     serial: int  # among those of one record; the same on all ranks
+    token: str = ""  # the same on all ranks: torch may give its name to another group later
     num_collectives: int = 0
     is_broken: bool = False  # a collective failed: it is never used again
 
@@ -48,15 +52,15 @@ class Channels:
         Where ranks began unequally many collectives on one, as in a backward that broke off on some, it stays unused.
         """
         free = {(channel.serial, channel.num_collectives): channel for channel in self.free}
-        rows = gather_objects(handle, ([*free], self.num_made, num_groups()))
-        common = set.intersection(*(set(known) for known, _, _ in rows))
+        rows = gather_objects(handle, ([*free], self.num_made, num_groups(), secrets.token_hex(4)))
+        common = set.intersection(*(set(known) for known, *_ in rows))
         if common:
             found = free[min(common)]
             self.free.remove(found)
             return found
-        self.num_made = max(num_made for _, num_made, _ in rows) + 1
-        ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups in rows)
-        return Channel(new_group(ranks, handle, timeout, most, self.on_host), self.num_made)
+        self.num_made = max(num_made for _, num_made, _, _ in rows) + 1
+        ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups, _ in rows)
+        return Channel(new_group(ranks, handle, timeout, most, self.on_host), self.num_made, rows[0][-1])
 
     def give_back(self, channel: Channel) -> None:
         """Its optimizer is gone."""
@@ -135,9 +139,15 @@ def _named(most_groups: int) -> Iterator[None]:
     c10d: Any = dist.distributed_c10d
     _num_named = most_groups + 1
     place, name = (c10d._world, "group_count") if _COUNTS_CALLS else (c10d, "_hash_ranks_to_str")
-    number = _FIRST_NUMBER + most_groups
+    number, thread = _FIRST_NUMBER + most_groups, threading.get_ident()
     before = getattr(place, name)
-    setattr(place, name, number if _COUNTS_CALLS else lambda ranks: "_".join(map(str, [*ranks, number])))
+
+    def hashed(ranks: list[int]) -> str:
+        if threading.get_ident() != thread:
+            return str(before(ranks))
+        return hashlib.sha1(f"{ranks} {number}".encode(), usedforsecurity=False).hexdigest()
+
+    setattr(place, name, number if _COUNTS_CALLS else hashed)
     try:
         yield
     finally:

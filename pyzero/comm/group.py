@@ -171,7 +171,7 @@ class Group:
     def _store(self) -> Any:
         """What the ranks say of what they wait for, by rank."""
         everyones = dist.distributed_c10d._get_default_store()
-        return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}", everyones)
+        return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}/{self._channel.token}", everyones)
 
     def share_memory(self) -> HostRanks:
         """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
@@ -239,7 +239,7 @@ class Group:
         for group in (self, *beside):
             group._give_up(reason)
             if group.handle is not None and not isinstance(error, CollectiveError):
-                with contextlib.suppress(RuntimeError):  # where the store is gone, so are they
+                with contextlib.suppress(RuntimeError, ValueError):  # where the store is gone, so are they
                     group._store().set(str(group.rank), json.dumps([_GAVE_UP, reason, group.where]))
 
     def awaited(self, what: str) -> AbstractContextManager[None]:

@@ -20,12 +20,14 @@ _ParamHook = Callable[[Tensor], None]
 class GradientHooks:
     """Calls `before(param)` before backward adds a gradient to `.grad`, and `after(param)` after it.
 
-    torch.autograd.grad adds to no `.grad` and calls neither. The hooks keep nothing but the parameters alive.
+    Where a function gives None for a gradient backward adds nothing: `without(param)` alone is called.
+    torch.autograd.grad adds to no `.grad` and calls none. The hooks keep nothing but the parameters alive.
     """
 
-    def __init__(self, before: _ParamHook, after: _ParamHook) -> None:
+    def __init__(self, before: _ParamHook, after: _ParamHook, without: _ParamHook) -> None:
         self._before = weakref.WeakMethod(before)
         self._after = weakref.WeakMethod(after)
+        self._without = weakref.WeakMethod(without)
         self._handles: list[Any] = []
         self._nodes: list[Any] = []  # AccumulateGrad nodes; a parameter holds its own only weakly
 
@@ -37,8 +39,10 @@ class GradientHooks:
                 is_trained = leaf.requires_grad
                 node = _accumulator(leaf.requires_grad_(True))
                 self._nodes.append(node)
-                self._handles.append(node.register_prehook(_before_hook(self._before, param)))
-                self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param)))
+                arrives = _Arrives()
+                before = _before_hook(self._before, self._without, param, arrives)
+                self._handles.append(node.register_prehook(before))
+                self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param, arrives)))
                 leaf.requires_grad_(is_trained)
 
     def watch(self, params: Iterable[Tensor], arrived: Callable[[], None]) -> None:
@@ -69,12 +73,23 @@ def _accumulator(leaf: Tensor) -> Any:
         return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
-def _before_hook(before: weakref.WeakMethod[_ParamHook], param: Tensor) -> Callable[[Any], None]:
+class _Arrives:
+    """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too."""
+
+    flag = False
+
+
+def _before_hook(
+    before: weakref.WeakMethod[_ParamHook], without: weakref.WeakMethod[_ParamHook], param: Tensor, arrives: _Arrives
+) -> Callable[[Any], None]:
     weak_param = weakref.ref(param)  # the node lives as long as the parameter, and this lives on the node
 
     def before_hook(grads: Any) -> None:
         alive = weak_param()
-        if alive is not None:
+        arrives.flag = grads[0] is not None
+        if alive is not None and not arrives.flag:
+            _call_eagerly(without, alive)
+        elif alive is not None:
             _call_eagerly(before, alive)
             if isinstance(alive, LocalParam):
                 alive.park()
@@ -82,12 +97,12 @@ def _before_hook(before: weakref.WeakMethod[_ParamHook], param: Tensor) -> Calla
     return before_hook
 
 
-def _after_hook(after: weakref.WeakMethod[_ParamHook], param: Tensor) -> _ParamHook:
+def _after_hook(after: weakref.WeakMethod[_ParamHook], param: Tensor, arrives: _Arrives) -> _ParamHook:
     weak_param = weakref.ref(param)
 
     def after_hook(leaf: Tensor) -> None:
         alive = weak_param()
-        if alive is not None:
+        if alive is not None and arrives.flag:
             if isinstance(alive, LocalParam):
                 alive.unpark()
             _call_eagerly(after, alive)
@@ -124,6 +139,11 @@ class BackwardEnd:
         self._tasks: set[int] = set()  # graph tasks whose end, or whose parent's end, is being waited for
         self._outermost: int | None = None  # the task at whose end `ended` is called
         self._prehooks: list[Any] = []  # on the nodes of an outer backward
+
+    @property
+    def is_awaited(self) -> bool:
+        """A backward runs, or was broken off, whose end is awaited."""
+        return bool(self._tasks)
 
     def begin(self) -> None:
         """Called before a gradient arrives; calls `broken_off` where an error has ended the awaited backward."""

@@ -82,6 +82,7 @@ class BucketExchange:
         """
         with profile_range("pyzero::reduce_scatter"):
             self.send_packed()
+            self._receive_surplus()  # where that was broken off: two are all that there is room for
             accumulate = grads.is_reduced
             grads.apply_factors()
             self._wait_for_writers(grads)
@@ -91,8 +92,12 @@ class BucketExchange:
                 self._packed = _Packed(_Sum(grads, scale, accumulate, stats), send, what)
                 when_packed()
             self.send_packed()
-            while len(self._in_flight) > _MAX_IN_FLIGHT and self._is_first_done(_PATIENCE_S):
-                self._receive()
+            self._receive_surplus()
+
+    def _receive_surplus(self) -> None:
+        """Receive what is in flight beside the bucket that was sent last, unless other ranks are slow."""
+        while len(self._in_flight) > _MAX_IN_FLIGHT and self._is_first_done(_PATIENCE_S):
+            self._receive()
 
     def send_packed(self) -> None:
         """Send the bucket that is packed, if there is one."""

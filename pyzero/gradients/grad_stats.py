@@ -193,7 +193,7 @@ class GradStatsExchange:
                 told, rows = beside.gather_with_host(head, row)
             purposes, skips, hyper, has_error = told.t().tolist()
             num_skips = int(max(skips))
-            error = error or _difference(purposes, hyper)
+            error = error or _difference(purposes, hyper, beside.members())
             if error is None and any(has_error):
                 error = RuntimeError(
                     "expected a step that all ranks of the model can take, got an error on ranks that hold other parts "
@@ -218,7 +218,7 @@ class GradStatsExchange:
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
         """hosts: (size, _USED + n) fp64."""
-        error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist())
+        error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist(), range(len(hosts)))
         if isinstance(error, CollectiveError):
             raise error
         rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
@@ -275,20 +275,20 @@ class GradStatsExchange:
         return (norm if unscale is None else norm * unscale).to(torch.float32)
 
 
-def _difference(purposes: Sequence[float], hyper: Sequence[float]) -> RuntimeError | None:
-    """The error where ranks have called different methods, or step with different hyper-parameters, both by rank."""
+def _difference(purposes: Sequence[float], hyper: Sequence[float], ranks: Sequence[int]) -> RuntimeError | None:
+    """The error where ranks have called different methods, or step with different hyper-parameters."""
     calls = [PURPOSES[int(purpose)] for purpose in purposes]
     if len(set(calls)) > 1:
-        called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in enumerate(calls))
+        called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in zip(ranks, calls, strict=True))
         return CollectiveError(
             f"expected the same call on every rank, got {called}; steps, norms and whole tensors are collective: call "
             f"them on all ranks, and print on one"
         )
     if calls[0] == "step" and len(set(hyper)) > 1:
-        ranks = [rank for rank, checksum in enumerate(hyper) if checksum != hyper[0]]
+        others = [rank for rank, checksum in zip(ranks, hyper, strict=True) if checksum != hyper[0]]
         return RuntimeError(
-            f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {ranks} of the "
-            f"group's {len(hyper)} than on its first; call the scheduler's step() on all, with one metric, and set lr "
+            f"expected the same hyper-parameters in param_groups on every rank, got others on ranks {others} of "
+            f"{len(hyper)} than on rank {ranks[0]}; call the scheduler's step() on all, with one metric, and set lr "
             f"on all"
         )
     return None

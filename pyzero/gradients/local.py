@@ -105,7 +105,7 @@ class LocalGradients(Gradients):
         self._rows = self._clean_rows.clone()  # of the last collect()
         row = self._rows[0]
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
-        self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
+        self._hooks = GradientHooks(self._before_gradient, self._after_gradient, self._without_gradient)
         self._watched = 0  # buckets whose parameters have hooks
         self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
@@ -177,6 +177,9 @@ class LocalGradients(Gradients):
             make_norms_plain(user_param(param).grad)
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
+
+    def _without_gradient(self, param: Tensor) -> None:
+        """Nothing has come: `.grad` stays what it is."""
 
     def _check_kept_gradients(self) -> None:
         """Raise where fully_shard, before which no hook runs, adds a gradient of another scale to one that is kept.

@@ -88,7 +88,13 @@ class OverlappedGradients(ReducedGradients):
         for grads in self._grads:
             grads.waits_for_end = any(record in waiting for record in grads.records)
 
+    @property
+    def _is_unfinished(self) -> bool:
+        return self._is_sending or super()._is_unfinished
+
     def _begin_backward(self) -> None:
+        if self._is_sending and not self._end.is_awaited:
+            self.finish_broken_round()  # what was to finish it has been broken off too
         super()._begin_backward()
         self._is_sending |= self.sync  # the other ranks send theirs, whatever breaks off this one's backward
 
@@ -139,11 +145,13 @@ class OverlappedGradients(ReducedGradients):
             cleared = [record for record in self._by_number if record.param.grad is None]
         for record in cleared:
             record.restore()
-        self._round(self._is_deferred)
-        self._bucket_exchange.receive_at_end()  # sent and received in one order on all ranks: barriers meet in pairs
-        self._join_unfrozen()  # as behind the same round on the other ranks
-        for record in cleared:
-            record.param.grad = None
+        try:
+            self._round(self._is_deferred)
+            self._bucket_exchange.receive_at_end()  # in one order with sends on all ranks: barriers meet in pairs
+            self._join_unfrozen()  # as behind the same round on the other ranks
+        finally:  # what this has not sent is restored again by the next attempt
+            for record in cleared:
+                record.param.grad = None
 
     def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
         super()._round(left_out)

@@ -108,7 +108,7 @@ class Pieces:
 
 
 def _is_negated(grad: Tensor | None) -> bool:
-    """An imaginary part of a conjugate, whose memory has the other sign: never aligned, as it follows a real part."""
+    """An imaginary part of a conjugate, whose memory has the other sign: unaligned, as it follows a real part."""
     return grad is not None and grad.is_neg()
 
 

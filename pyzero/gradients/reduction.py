@@ -82,7 +82,7 @@ class ReducedGradients(Gradients):
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
         self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
-        self._hooks = GradientHooks(self._before_gradient, self._after_gradient)
+        self._hooks = GradientHooks(self._before_gradient, self._after_gradient, self._without_gradient)
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
     def add(self, bucket: Bucket) -> None:
@@ -159,6 +159,7 @@ class ReducedGradients(Gradients):
         grads, record = self._records[param]
         record.check_grad_dtype()
         self._begin_backward()
+        self._awaits_step = True
         self._take_grad_scaler_factor()
         self._generation += 1
         self.norm_before_clip = None
@@ -173,7 +174,7 @@ class ReducedGradients(Gradients):
     def _begin_backward(self) -> None:
         """Called before each gradient; the first one ends a backward that was broken off."""
         self._end.begin()
-        self._awaits_step = True
+        self._end.await_end()
 
     def _after_gradient(self, param: Tensor) -> None:
         _, record = self._records[param]
@@ -182,7 +183,10 @@ class ReducedGradients(Gradients):
             record.param.grad = None
             raise sparse_error(record.param, self._stats_exchange.name_of(record.number))
         record.after_arrival()
-        self._end.await_end()
+
+    def _without_gradient(self, param: Tensor) -> None:
+        """The backward goes through the parameter, and leaves `.grad` alone."""
+        self._begin_backward()
 
     def _after_unfrozen(self) -> None:
         self._end.begin()
@@ -207,6 +211,11 @@ class ReducedGradients(Gradients):
         self._end.forget()
         for record in self._by_number:
             record.finish_arrival()
+
+    @property
+    def _is_unfinished(self) -> bool:
+        """A backward runs, or was broken off and has not been finished."""
+        return self._end.is_awaited
 
     def _check_unwrapped(self) -> None:
         wrapped = find_ddp_wrapper({user_param(param) for param in self._records})
@@ -292,7 +301,7 @@ class ReducedGradients(Gradients):
 
     def _begin_edit(self) -> None:
         """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
-        if torch._C._current_graph_task_id() == -1:  # outside of a backward
+        if self._is_unfinished and torch._C._current_graph_task_id() == -1:  # no backward runs: one was broken off
             self.finish_broken_round()
         self._bucket_exchange.receive_all()
         self._generation += 1

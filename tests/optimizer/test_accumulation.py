@@ -1068,3 +1068,40 @@ def of_another_dtype(group: Any, stage: int) -> str:
 def test_a_gradient_of_another_dtype_is_refused_by_name(run, stage):
     for message in run(2, of_another_dtype, stage):
         assert "grad_dtype" in message and "float32" in message
+
+
+class Product(torch.autograd.Function):
+    """x * weight, which gives the weight a gradient or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gives: bool) -> Tensor:
+        ctx.gives = gives
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        return grad * weight, grad * x if ctx.gives else None, None
+
+
+def without_a_gradient(group: Any, stage: int, dtype: torch.dtype, sync: bool) -> list[float]:
+    """`.grad` after backwards that give one, None, and one."""
+    weight = nn.Parameter(torch.ones(64, dtype=dtype))
+    optimizer = pyzero.FusedZeroAdam([weight], process_group=group, stage=stage, loss_scale=None)
+    found = []
+    for gives in (True, False, True):
+        x = torch.full((64,), 2.0, dtype=dtype, requires_grad=True)
+        with nullcontext() if sync or not found else optimizer.no_sync():
+            Product.apply(x, weight, gives).sum().backward()
+        grad = optimizer.full_grad(weight)
+        found.append(0.0 if grad is None else float(grad[0]))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sync", [True, False])
+@UP_TO_TWO
+def test_a_function_that_gives_none_leaves_the_gradient_alone(run, size, stage, sync, dtype):
+    for found in run(size, without_a_gradient, stage, dtype, sync):
+        assert found == [2.0, 2.0, 4.0]

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from models import build, loss_of, micro_batch, params_of
 from own_groups import OwnGroups
+from test_device_peer import through_peers
 
 import pyzero
 from pyzero import memory
 from pyzero.comm.group import Work
 from pyzero.comm.transport import ExactTransport
+from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.rank_state import RankState
@@ -163,11 +165,59 @@ def out_of_memory(group: Any, transport: str, fails: bool) -> list[torch.Tensor]
     return params_of(model)
 
 
-@pytest.mark.parametrize("transport", ["exact", "collective", "peer"])
+@pytest.mark.parametrize("transport", ["exact", "collective", "peer", "peer of GPUs"])
 def test_a_backward_that_runs_out_of_memory_on_one_rank_can_be_left_out(run, transport):
-    for got, wanted in zip(
-        run(2, out_of_memory, transport, True), run(2, out_of_memory, transport, False), strict=True
-    ):
+    job: tuple[Any, ...] = (out_of_memory, transport)
+    if transport == "peer of GPUs":
+        job = (through_peers, out_of_memory, "peer")
+    for got, wanted in zip(run(2, *job, True), run(2, *job, False), strict=True):
+        assert all(map(torch.equal, got, wanted))
+
+
+def broken_again(group: Any, where: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients after a backward that broke off, or whose end then found no memory; and what they should be."""
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(
+        model.parameters(), lr=1e-2, process_group=group, transport="exact", bucket_cap_mb=1e-3
+    )
+
+    def backward(index: int) -> None:
+        loss_of(model, micro_batch(index, group.rank())).backward()
+
+    def gradients() -> list[torch.Tensor]:
+        backward(2)
+        found = [optimizer.full_grad(param) for param in model.parameters()]
+        optimizer.zero_grad()
+        return [grad for grad in found if grad is not None]
+
+    backward(0)
+    optimizer.step()
+    optimizer.zero_grad()
+    breaks = group.rank() == BAD_RANK or where == "again"
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "again":  # behind the other gradients
+            patch.setattr(model, "_handle", model.embedding.weight.register_hook(out_of_it), raising=False)
+        elif breaks:
+            patch.setattr(ParamGrad, f"{where}_arrival", out_of_it)
+        with pytest.raises(torch.OutOfMemoryError) if breaks else contextlib.nullcontext():
+            backward(1)
+        if where == "again":
+            model._handle.remove()
+            model.zero_grad()
+            with pytest.raises(torch.OutOfMemoryError), short_of_memory(1):
+                backward(2)
+    if where != "again":
+        gradients()  # with those of the other rank
+    return gradients(), gradients()
+
+
+def out_of_it(record: Any) -> None:
+    raise torch.OutOfMemoryError("on purpose")
+
+
+@pytest.mark.parametrize("where", ["before", "after", "again"])
+def test_a_backward_whose_end_breaks_off_leaves_nothing_behind(run, where):
+    for got, wanted in run(2, broken_again, where):
         assert all(map(torch.equal, got, wanted))
 
 

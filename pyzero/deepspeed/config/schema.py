@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -156,15 +157,26 @@ class Config(Section):
         return self
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Of a top-level key, as plain data: DeepSpeed's engine.config is a dict."""
-        value = self.model_dump().get(name)
-        return default if value is None else value
+        """Of a top-level key: what is given, else a default that is no section; DeepSpeed's engine.config is a dict."""
+        if name in self:
+            return self[name]
+        value = getattr(self, name, None)
+        return value if isinstance(value, (bool, int, float, str)) else default
 
     def __getitem__(self, name: str) -> Any:
-        """Of a top-level key that is given, as plain data."""
-        if name not in self:
-            raise KeyError(name)
-        return self.model_dump()[name]
+        """Of a top-level key that is given, as plain data: what is given of it."""
+        return self._given()[name]
+
+    def keys(self) -> Iterable[str]:
+        """The top-level keys that are given."""
+        return self._given().keys()
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """They, and what is given of them."""
+        return self._given().items()
+
+    def _given(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
 
     def __contains__(self, name: object) -> bool:
         """Whether a top-level key is given."""
