@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -87,6 +89,22 @@ class OverlappedGradients(ReducedGradients):
         super().move_to(buckets)
         for grads in self._grads:
             grads.waits_for_end = any(record in waiting for record in grads.records)
+
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """See Gradients."""
+        if self._is_sending and torch._C._current_graph_task_id() == -1:
+            self.finish_broken_round()  # of an earlier one: this may break off too
+        num_rounds = self._num_rounds
+        try:
+            yield
+        except BaseException:
+            is_owed = self.sync and not self._is_retired and self._num_rounds == num_rounds
+            if is_owed and not self._is_sending:
+                self._is_sending = True  # no gradient has come, but the other ranks may send theirs
+                for record in self._by_number:
+                    record.show()  # whoever clears it then is noticed
+            raise
 
     def _begin_backward(self) -> None:
         super()._begin_backward()
