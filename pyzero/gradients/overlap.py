@@ -176,6 +176,11 @@ class OverlappedGradients(ReducedGradients):
                 record.has_arrived = False
                 grads.num_awaited += record not in self._deferred
 
+    def reset(self) -> None:
+        """See Gradients. A batch that is left out decides on no order of buckets."""
+        super().reset()
+        self._arrived.clear()
+
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients. Defers what no rank used."""
         super().after_step(used)
