@@ -282,16 +282,16 @@ class ZeroOptimizer(StateAccess, Optimizer):
         """`loss.backward(**kwargs)`, scaled where there is a loss scale.
 
         Parameters that are no longer frozen get buckets first, so that it is known that their gradients are scaled:
-        collective then.
+        collective then. Where it raises on one rank before any gradient has come, as in the loss, this rank still takes
+        part in the other ranks' reduction, as behind a later error; a plain `loss.backward()` cannot know of it.
 
         Raises:
             RuntimeError: `.grad` holds gradients of another scale, or of none.
         """
-        if not self._scaler.enabled:
-            loss.backward(**kwargs)
-            return
-        self._place_unfrozen()
-        self._scaled_backward.run(loss, **kwargs)
+        if self._scaler.enabled:
+            self._place_unfrozen()
+        with self._gradients.in_backward():
+            self._scaled_backward.run(loss, **kwargs) if self._scaler.enabled else loss.backward(**kwargs)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for a backward of the caller's: `optimizer.scale(loss).backward()`.

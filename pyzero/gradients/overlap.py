@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -92,6 +94,22 @@ class OverlappedGradients(ReducedGradients):
     def _is_unfinished(self) -> bool:
         return self._is_sending or super()._is_unfinished
 
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """See Gradients."""
+        if self._is_sending and torch._C._current_graph_task_id() == -1:
+            self.finish_broken_round()  # of an earlier one: this may break off too
+        num_rounds = self._num_rounds
+        try:
+            yield
+        except BaseException:
+            is_owed = self.sync and not self._is_retired and self._num_rounds == num_rounds
+            if is_owed and not self._is_sending:
+                self._is_sending = True  # no gradient has come, but the other ranks may send theirs
+                for record in self._by_number:
+                    record.show()  # whoever clears it then is noticed
+            raise
+
     def _begin_backward(self) -> None:
         if self._is_sending and not self._end.is_awaited:
             self.finish_broken_round()  # what was to finish it has been broken off too
@@ -165,6 +183,11 @@ class OverlappedGradients(ReducedGradients):
             for record in grads.records:
                 record.has_arrived = False
                 grads.num_awaited += record not in self._deferred
+
+    def reset(self) -> None:
+        """See Gradients. A batch that is left out decides on no order of buckets."""
+        super().reset()
+        self._arrived.clear()
 
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients. Defers what no rank used."""

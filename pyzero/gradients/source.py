@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +61,10 @@ class Gradients(ABC):
 
         epoch: The same number as long as the scale cannot have changed.
         """
+
+    def in_backward(self) -> AbstractContextManager[None]:
+        """Around a backward: one that raises before the first gradient counts as broken off, too."""
+        return nullcontext()
 
     @abstractmethod
     def check_arrived(self) -> None:

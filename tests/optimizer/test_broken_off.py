@@ -221,6 +221,53 @@ def test_a_backward_whose_end_breaks_off_leaves_nothing_behind(run, where):
         assert all(map(torch.equal, got, wanted))
 
 
+def out_of_memory_in_the_loss(group: Any, clears: str, fails: bool) -> list[torch.Tensor]:
+    """Weights after steps around a batch whose backward raised before the first gradient on one rank."""
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, bucket_cap_mb=3e-3)
+
+    def run_out(grad: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("on purpose")
+
+    for index in range(3):
+        if fails:
+            loss = loss_of(model, micro_batch(100 + index, group.rank()))
+            if group.rank() == BAD_RANK:
+                loss.register_hook(run_out)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                optimizer.backward(loss)
+            optimizer.zero_grad() if clears == "optimizer" else model.zero_grad()
+        optimizer.backward(loss_of(model, micro_batch(index, group.rank())))
+        optimizer.step()
+        optimizer.zero_grad()
+    return params_of(model)
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "model"])
+def test_so_can_one_that_does_before_the_first_gradient(run, clears):
+    for got, wanted in zip(
+        run(2, out_of_memory_in_the_loss, clears, True),
+        run(2, out_of_memory_in_the_loss, clears, False),
+        strict=True,
+    ):
+        assert all(map(torch.equal, got, wanted))
+
+
+def order_of_buckets(group: Any) -> list[tuple[int, ...]]:
+    """After a first step, ahead of which another parameter's batch is left out."""
+    params = [torch.nn.Parameter(torch.ones(64)) for _ in range(2)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group)
+    params[1].sum().backward()
+    optimizer.zero_grad()
+    params[0].sum().backward()
+    optimizer.step()
+    return [tuple(bucket.numbers) for bucket in optimizer._buckets]
+
+
+def test_a_batch_that_is_left_out_decides_on_no_order_of_buckets(run):
+    assert run(2, order_of_buckets) == [[(0, 1)]] * 2
+
+
 def order_of_barriers(group: Any) -> list[str]:
     """Of sends and sums, each of which is a barrier between GPUs, where one rank's backward breaks off."""
     model = build(torch.float32)
