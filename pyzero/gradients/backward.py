@@ -74,9 +74,12 @@ def _accumulator(leaf: Tensor) -> Any:
 
 
 class _Arrives:
-    """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too."""
+    """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too.
 
-    flag = False
+    The hook before is not called where fully_shard brings the gradient.
+    """
+
+    flag = True
 
 
 def _before_hook(

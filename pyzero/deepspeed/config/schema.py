@@ -157,11 +157,11 @@ class Config(Section):
         return self
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Of a top-level key: what is given, else a default that is no section; DeepSpeed's engine.config is a dict."""
+        """Of a top-level key, as plain data: what is given, else our default; DeepSpeed's engine.config is a dict."""
         if name in self:
             return self[name]
-        value = getattr(self, name, None)
-        return value if isinstance(value, (bool, int, float, str)) else default
+        value = self.model_dump().get(name)
+        return default if value is None else value
 
     def __getitem__(self, name: str) -> Any:
         """Of a top-level key that is given, as plain data: what is given of it."""
