@@ -13,6 +13,8 @@ from test_sharded_checkpoints import build, contents
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
+from pyzero.comm.group import Group
+
 SAVED_AT, STEPS = 3, 5
 HOWS = ["get_state_dict", "flat", "cpu_offload", "state_dict()", "async", "full", "rank 0"]
 CASES = [
@@ -56,9 +58,10 @@ def save(group: Any, kind: str, dtype: torch.dtype, how: str, folder: Path) -> t
     if how in ("full", "rank 0"):
         held = copy.deepcopy(state)  # torch hands out step counts in the memory where they lie
     elif how == "async":
-        members = dist.get_process_group_ranks(group)
-        beside = dist.new_group(members, use_local_synchronization=len(members) < dist.get_world_size())
-        saving = dcp.async_save(state, checkpoint_id=folder, process_group=beside)  # fully_shard talks in the other
+        beside = Group(group)  # torch before 2.14 names a part's groups otherwise on ranks that have had more of them
+        saving = dcp.async_save(
+            state, checkpoint_id=folder, process_group=beside.handle
+        )  # fully_shard talks in `group`
     else:
         dcp.save(state, checkpoint_id=folder, process_group=group)
     case.train(model, optimizer, group, range(SAVED_AT, STEPS), share_of(group, kind))
