@@ -90,7 +90,7 @@ def rows_of(tensors: Sequence[Tensor]) -> bytes:
 def layouts_of(tensors: list[Tensor]) -> object:
     """Equal to what it returned before where each has the same address, shape, strides, dtype and device still.
 
-    Some 60 ns per tensor by a native module; other values, and 700 ns, without one.
+    Some 80 ns per tensor by a native module; other values, and 500 ns, without one.
     """
     layouts = None if _native_layouts is None else _native_layouts(tensors)
     if layouts is not None:

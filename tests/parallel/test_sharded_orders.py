@@ -206,16 +206,19 @@ def test_edits_between_clip_and_step_are_as_torchs(ranks, how):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def distributed(group: Any, kind: str) -> Any:
+    """A model of fully_shard, or of tensor parallelism on a square mesh, or of both there."""
+    model = case.Model()
+    if kind == "fully_shard":
+        return case.fsdp(model, group)
+    mesh = square()
+    split(model, mesh["tp"])
+    return case.fsdp(model, mesh["dp"]) if kind == "both" else model
+
+
 def lines_of_skips(group: Any, kind: str, bad_rank: int) -> list[str]:
     """Warnings of a step for which one rank's part of "blocks.1.up.weight" is NaN."""
-    log, model = Log(), case.Model()
-    if kind == "fully_shard":
-        case.fsdp(model, group)
-    else:
-        mesh = square()
-        split(model, mesh["tp"])
-        if kind == "both":
-            case.fsdp(model, mesh["dp"])
+    log, model = Log(), distributed(group, kind)
     optimizer = pyzero.FusedZeroAdamW(model.named_parameters(), lr=case.LR, stage=1)
     logging.getLogger("pyzero").addHandler(log)
     try:
@@ -340,14 +343,7 @@ def test_a_hook_that_raises_loses_no_earlier_gradient_of_a_split_weight(ranks, d
 
 def out_of_step(group: Any, kind: str) -> list[str]:
     """Rank 1 has another lr in a step, then reads a norm while others step, then knows of fewer skips than they."""
-    model = case.Model()
-    if kind == "fully_shard":
-        case.fsdp(model, group)
-    else:
-        mesh = square()
-        split(model, mesh["tp"])
-        if kind == "both":
-            case.fsdp(model, mesh["dp"])
+    model = distributed(group, kind)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, max_consecutive_skips=5)
     is_other = dist.get_rank() == 1
     ends = []
