@@ -59,6 +59,9 @@ inline void bind_rows(pybind11::module_& module) {
   module.def("rows_of", [](pybind11::handle tensors, int num_fp32, int rules) {
     return row_reader().read(tensors, num_fp32, rules);
   });
+  module.def("shard_rows_of", [](pybind11::tuple shard, int num_fp32, pybind11::list grads, pybind11::list offsets) {
+    return row_reader().read_shard(shard, num_fp32, grads, offsets);
+  });
   module.def("layouts_of", [](pybind11::list tensors) { return row_reader().layouts(tensors); });
 }
 

@@ -86,17 +86,39 @@ class RowReader {
     if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) return pybind11::none();
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(tensors.ptr());
     PyObject** items = PySequence_Fast_ITEMS(tensors.ptr());
-    auto bytes = pybind11::reinterpret_steal<pybind11::object>(
-        PyBytes_FromStringAndSize(nullptr, count * Py_ssize_t(sizeof(Row))));
-    if (!bytes) throw pybind11::error_already_set();
     rows_.resize(size_t(count));
     for (Py_ssize_t i = 0; i < count; ++i) {
       if (!read_one(items[i], i, i < num_fp32, rules)) return pybind11::none();
     }
     if ((rules & kApart) && !all_apart()) return pybind11::none();
     if ((rules & kFirstApart) && !first_apart()) return pybind11::none();
-    std::memcpy(PyBytes_AS_STRING(bytes.ptr()), rows_.data(), rows_.size() * sizeof(Row));
-    return bytes;
+    return as_bytes();
+  }
+
+  // The rows of a shard, then those of the gradients that lie at `offsets` in it; or None where something about them is
+  // not as wanted, and Python finds out what. The shard is as kFlat and kAligned have it, gradients are of one dtype,
+  // and none of all these shares memory with another.
+  pybind11::object read_shard(pybind11::tuple shard, int num_fp32, pybind11::list grads, pybind11::list offsets) {
+    const size_t num_shard = shard.size(), num_grads = grads.size();
+    if (num_shard == 0 || num_grads == 0 || offsets.size() != num_grads) return pybind11::none();
+    rows_.resize(num_shard + num_grads);
+    for (size_t i = 0; i < num_shard; ++i) {
+      PyObject* item = PyTuple_GET_ITEM(shard.ptr(), Py_ssize_t(i));
+      if (!read_one(item, Py_ssize_t(i), int(i) < num_fp32, kFlat | kAligned)) return pybind11::none();
+    }
+    int64_t end = 0;
+    for (size_t i = 0; i < num_grads; ++i) {
+      const Row& row = rows_[num_shard + i];
+      PyObject* item = PyList_GET_ITEM(grads.ptr(), Py_ssize_t(i));
+      if (!read_one(item, Py_ssize_t(num_shard + i), false, 0)) return pybind11::none();
+      const int64_t offset = PyLong_AsLongLong(PyList_GET_ITEM(offsets.ptr(), Py_ssize_t(i)));
+      if (offset == -1 && PyErr_Occurred()) return PyErr_Clear(), pybind11::none();
+      if (offset < end || offset % kSegmentGranule != 0) return pybind11::none();
+      if (row.dtype != rows_[num_shard].dtype) return pybind11::none();
+      end = offset + row.numel;
+    }
+    if (end > rows_[0].numel || !all_apart()) return pybind11::none();
+    return as_bytes();
   }
 
   // Address, device, dtype, shape and strides of each of a list as bytes, or None where one is not a plain tensor.
@@ -123,6 +145,10 @@ class RowReader {
     if (api_->tensor_from_py_object(item, tensor) == 0) return true;
     PyErr_Clear();
     return false;
+  }
+
+  pybind11::bytes as_bytes() const {
+    return pybind11::bytes(reinterpret_cast<const char*>(rows_.data()), rows_.size() * sizeof(Row));
   }
 
   static int64_t address_of(const dlpack::Tensor& tensor) {

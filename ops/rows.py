@@ -26,26 +26,36 @@ ALIGNED = 16  # all start at a multiple of ALIGNMENT_BYTES
 ALIGNMENT_BYTES = 16
 
 Reader: TypeAlias = Callable[[Sequence[Any], int, int], bytes | None]
-_native: Reader | None = None
-_native_layouts: Callable[[list[Tensor]], bytes | None] | None = None
+_native: Any = None  # the module that reads
 
 
 def use_reader_of(module: ModuleType) -> None:
     """Let a native module read tensors from now on, if it can with this torch."""
-    global _native, _native_layouts
+    global _native
     if module.use_exchange_api(Tensor, torch.nn.Parameter):
-        _native, _native_layouts = module.rows_of, module.layouts_of
+        _native = module
 
 
 def checked_rows(tensors: Sequence[Tensor], num_fp32: int = 0, rules: int = 0) -> bytes | None:
     """Rows where all is as wanted, the first `num_fp32` of them fp32; None where not: the caller says what."""
-    rows = None if _native is None else _native(tensors, num_fp32, rules)
+    rows = None if _native is None else _native.rows_of(tensors, num_fp32, rules)
     return read_in_python(tensors, num_fp32, rules) if rows is None else rows
 
 
 def native_rows(tensors: Sequence[Tensor | None], rules: int = 0) -> bytes | None:
     """The same by a native module alone: None too where there is none, or a tensor is none or of a subclass."""
-    return None if _native is None else _native(tensors, 0, rules)
+    return None if _native is None else _native.rows_of(tensors, 0, rules)
+
+
+def native_shard_rows(
+    shard: Sequence[Tensor], num_fp32: int, grads: Sequence[Tensor], offsets: Sequence[int]
+) -> bytes | None:
+    """Rows of a shard, then of the gradients that lie at `offsets` in it, where all is as an op wants it; else None.
+
+    None too without a native module, and of other sequences than a tuple and lists.
+    """
+    usual = type(shard) is tuple and type(grads) is list and type(offsets) is list
+    return _native.shard_rows_of(shard, num_fp32, grads, offsets) if usual and _native is not None else None
 
 
 def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> bytes | None:
@@ -92,7 +102,7 @@ def layouts_of(tensors: list[Tensor]) -> object:
 
     Some 80 ns per tensor by a native module; other values, and 500 ns, without one.
     """
-    layouts = None if _native_layouts is None else _native_layouts(tensors)
+    layouts = None if _native is None else _native.layouts_of(tensors)
     if layouts is not None:
         return layouts
     return [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors]

@@ -25,6 +25,7 @@ from pyzero.ops.rows import (
     FLOAT_DTYPES,
     checked_rows,
     dtypes,
+    native_shard_rows,
     numels,
     rows_of,
 )
@@ -101,6 +102,9 @@ def _read_list(
             "expected grad_offsets with a list of gradients, got none; pass the element at which each begins"
         )
     num_states = len(states)
+    found = native_shard_rows(shard, num_states, grads, offsets)
+    if found is not None:
+        return offsets, found
     if checked_rows(shard, num_states, FLAT | APART | ALIGNED) is None:
         _explain(_names(states, shard), shard, num_states, True, backend)
     rows = checked_rows((*shard, *grads), num_states, APART)

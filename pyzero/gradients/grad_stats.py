@@ -62,7 +62,7 @@ class LocalGradStats(NamedTuple):
     half_edited: int | None = None  # a parameter's number: this rank's unsent part was edited, beside a reduced one
 
 
-@dataclass(frozen=True)
+@dataclass
 class GlobalGradStats:
     """What all ranks know: the same on each. The tensors have not been read on the host."""
 

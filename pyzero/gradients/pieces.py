@@ -30,7 +30,7 @@ class GradPieces(NamedTuple):
 
     tensors: list[Tensor]  # contiguous
     offsets: list[int]  # where each begins
-    addresses: list[int]
+    addresses: list[int]  # the same list again where all lie as they did before
     is_list: bool  # an op reads each where it is: they are aligned, and in the weights' dtype
 
 
@@ -47,6 +47,7 @@ class Pieces:
         self._places = [place for place, zeros in enumerate(self._gaps) if zeros is None]
         whole = [piece.zeros is not None or (piece.begin, piece.end) == self._bounds(piece) for piece in self._pieces]
         self._are_plain = all(whole) and all(self._are_contiguous[position] for position in self._positions)
+        self._last: tuple[bytes, list[int]] = b"", []  # as_they_lie()'s rows and addresses
 
     def _bounds(self, piece: _Piece) -> tuple[int, int]:
         return 0, self._bucket.params[piece.position].numel()
@@ -74,7 +75,9 @@ class Pieces:
         dtype = self._bucket.dtype
         if rows is None or tensors[0].dtype is not dtype or tensors[-1].dtype is not dtype:
             return None
-        return GradPieces(tensors, self._offsets, addresses(rows), is_list=True)
+        if rows != self._last[0]:
+            self._last = rows, addresses(rows)
+        return GradPieces(tensors, self._offsets, self._last[1], is_list=True)
 
     def of(self, grads: Sequence[Tensor | None]) -> GradPieces:
         """Pieces of `grads`, by position, and zeros for the gaps; offsets from `low`.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,12 @@ from pyzero.update_rule import GradList
 
 def is_set(flag: Tensor) -> bool:
     """Whether a flag that lies in the host's own memory is set; False on a GPU, where to look would be to wait."""
-    return flag.is_cpu and bool(flag.numpy()[0])
+    return flag.is_cpu and bool(values_of(flag)[0])
+
+
+def values_of(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The values of a tensor in the host's own memory, not copied."""
+    return tensor.numpy()
 
 
 class Gradients(ABC):

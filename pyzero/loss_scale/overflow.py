@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.nonfinite import NOT_FOUND
+from pyzero.gradients.source import values_of
 from pyzero.ops.loss_scale import STATE_SLOTS
 
 log = logging.getLogger("pyzero")
@@ -42,7 +43,7 @@ class OverflowMonitor:
         self._on_gpu = device.type == "cuda"
         self._state = torch.zeros(len(STATE_SLOTS), dtype=torch.float32, device="cpu", pin_memory=self._on_gpu)
         self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
-        self._values = self._state.numpy()
+        self._values = values_of(self._state)
         self._arrived = torch.cuda.Event() if self._on_gpu else None
         self._under_way = False  # a copy to the host has been started, and not looked at
         self.num_in_a_row = 0  # skips, as far as this host knows
@@ -68,7 +69,7 @@ class OverflowMonitor:
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
         if self._arrived is None:
-            self._state.copy_(state)
+            self._values = values_of(state)
             self._is_scaled = is_scaled
             if self._values[_SKIPPED] > self._num_warned_of:
                 self._first_bad.copy_(stats.first_bad)
@@ -88,17 +89,19 @@ class OverflowMonitor:
         num_skipped = int(self._values[_SKIPPED])
         self.num_in_a_row = int(self._values[_IN_A_ROW])
         num_new = num_skipped - self._num_warned_of
+        if num_new <= 0:
+            return
         has_begun = self.num_in_a_row <= num_new  # since the last look
         is_named = float(self._first_bad.numpy()[0]) != NOT_FOUND
         has_news = has_begun or (is_named and not self._is_named) or self.num_in_a_row >= self._warns_from
-        if num_new > 0 and has_news:
+        if has_news:
             self._warns_from = _round_above(self.num_in_a_row)
             self._is_named = is_named
             if self._warns:
                 counts = f"{num_skipped} skipped so far, {self.num_in_a_row} in a row{self._scale_now()}"
                 where = describe(float(self._first_bad.numpy()[0]))
                 log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
-        self._num_warned_of = max(self._num_warned_of, num_skipped)
+        self._num_warned_of = num_skipped
 
     def _scale_now(self) -> str:
         return f", loss scale now {float(self._values[_SCALE]):g}" if self._is_scaled else ""

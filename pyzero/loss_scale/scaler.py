@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
+from pyzero.gradients.source import is_set, values_of
 from pyzero.ops.backend import LossScalePolicy
 from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state
 
-_SCALE, _SKIPPED = STATE_SLOTS.index("scale"), STATE_SLOTS.index("skipped_steps")
+_SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 _OP = LossScalePolicy()  # the defaults, min_scale aside: a scale of 0 has no inverse
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # 1 / scale is to be finite too
 
@@ -141,8 +142,14 @@ class Scaler:
 
         only_count: Another scaler made these gradients: steps and skips count, the scale stays.
         """
+        if not self.enabled and self._has_nothing_to_count(found_inf):
+            return
         policy = self._frozen_policy if only_count else self._policy
         ops.loss_scale_update_(self.state, found_inf, **policy, backend=self._backend)
         if (policy["growth_factor"], policy["backoff_factor"]) != (1.0, 1.0):
             self.epoch += 1
             self._refresh()
+
+    def _has_nothing_to_count(self, found_inf: Tensor) -> bool:
+        """Whether a clean step ends no run of skipped ones, as far as the host knows without a wait."""
+        return found_inf.is_cpu and not is_set(found_inf) and not values_of(self.state)[_IN_A_ROW]

@@ -50,7 +50,7 @@ ONLY_NATIVE = ("sparse", "no tensor", "subclass", "no storage")
 @pytest.fixture(params=("python", "native"))
 def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> rows.Reader:
     read_rows_by(request.param, monkeypatch)
-    return rows._native or rows.read_in_python
+    return rows._native.rows_of if rows._native else rows.read_in_python
 
 
 def test_by_hand(read: rows.Reader) -> None:
@@ -128,6 +128,52 @@ def test_spans_apart_are_told_from_others(read: rows.Reader) -> None:
         assert (read(tensors, 0, APART) is not None) == (len(covered) == len(set(covered)))
 
 
+_SHARD = (torch.zeros(256), torch.zeros(256), torch.zeros(256).half())
+_GRADS = [torch.zeros(8, 8), torch.zeros(3), torch.zeros(0), torch.zeros(64)]
+_PLACES = [0, 64, 128, 192]
+_FREED = torch.zeros(3)
+_FREED.untyped_storage().resize_(0)
+
+
+def test_a_shard_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_rows_by("native", monkeypatch)
+    assert rows.native_shard_rows(_SHARD, 2, _GRADS, _PLACES) == rows.rows_of([*_SHARD, *_GRADS])
+    assert rows.native_shard_rows(_SHARD[:1], 1, _GRADS[3:], [192]) == rows.rows_of([_SHARD[0], _GRADS[3]])
+
+
+@pytest.mark.parametrize(
+    ("shard", "grads", "offsets"),
+    [
+        ((*_SHARD[:2], torch.zeros(255)), _GRADS, _PLACES),
+        ((_SHARD[0], _SHARD[2]), _GRADS, _PLACES),  # a state in fp16
+        ((torch.zeros(257)[1:], _SHARD[1]), _GRADS, _PLACES),  # no vector starts there
+        ((_SHARD[0], _SHARD[0]), _GRADS, _PLACES),
+        ((*_SHARD[:2], _SHARD[0][:].view(256)), _GRADS, _PLACES),
+        (tuple(tensor.view(16, 16) for tensor in _SHARD), _GRADS, _PLACES),
+        (_SHARD, [_GRADS[0], _SHARD[1][:3], *_GRADS[2:]], _PLACES),
+        (_SHARD, [_GRADS[0], _GRADS[1].half(), *_GRADS[2:]], _PLACES),
+        (_SHARD, [_GRADS[0], torch.zeros(6)[::2], *_GRADS[2:]], _PLACES),
+        (_SHARD, [_GRADS[0], _FREED, *_GRADS[2:]], _PLACES),
+        (_SHARD, [_GRADS[0], torch.zeros(3, device="meta"), *_GRADS[2:]], _PLACES),
+        (_SHARD, _GRADS, _PLACES[:3]),
+        (_SHARD, _GRADS, [0, 0, 128, 192]),
+        (_SHARD, _GRADS, [0, 128, 64, 192]),
+        (_SHARD, _GRADS, [0, 65, 128, 192]),
+        (_SHARD, _GRADS, [0, 64, 128, 256]),
+        (_SHARD, _GRADS, [-64, 64, 128, 192]),
+        (_SHARD, _GRADS, ["0", 64, 128, 192]),
+        (_SHARD, _GRADS, tuple(_PLACES)),
+        (_SHARD, [], []),
+        ((), _GRADS, _PLACES),
+    ],
+)
+def test_a_shard_or_a_gradient_is_not_as_wanted(
+    monkeypatch: pytest.MonkeyPatch, shard: tuple[Tensor, ...], grads: list[Tensor], offsets: list[int]
+) -> None:
+    read_rows_by("native", monkeypatch)
+    assert rows.native_shard_rows(shard, 2, grads, offsets) is None
+
+
 _SQUARE = torch.zeros(4, 4)
 
 
@@ -151,7 +197,7 @@ def test_layouts_differ_where_one_does(read: rows.Reader, before: Tensor, after:
     def of(tensor: Tensor) -> object:
         return rows.layouts_of([*beside, tensor, *beside])
 
-    assert (rows._native_layouts is None) == (read is rows.read_in_python)
+    assert (rows._native is None) == (read is rows.read_in_python)
     assert of(before) == of(before.detach())
     assert of(before) != of(after)
     assert of(torch.nn.Parameter(_BASE)) == of(_BASE)

@@ -84,7 +84,6 @@ def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
 def read_rows_by(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors of a call are read by "python", or by the "native" module where this torch lets it."""
     monkeypatch.setattr(rows, "_native", None)
-    monkeypatch.setattr(rows, "_native_layouts", None)
     if reader == "python":
         return
     if reason := registry.BACKENDS["cpu"].unavailable_reason("cpu"):
