@@ -26,7 +26,7 @@ from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.param_buckets import ParamBuckets
+from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
 from pyzero.state import LastStep, StateAccess
 from pyzero.streams import on_device
@@ -135,19 +135,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         rank, self._num_ranks = topology.rank_and_size()
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
-        cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
-            self._rules,
-            self._device,
-            self._group,
-            self._transport,
-            self.state,
-            cap,
-            topology.in_norm,
-            reduce_grads,
-            init_sync,
-            cpu_offload,
+            rules=self._rules,
+            device=self._device,
+            group=self._group,
+            transport=self._transport,
+            state=self.state,
+            in_norm=topology.in_norm,
+            options=PlacementOptions(
+                bucket_cap_bytes=cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda"),
+                reduces=reduce_grads,
+                init_sync=init_sync,
+                cpu_offload=cpu_offload,
+            ),
         )
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
