@@ -54,7 +54,7 @@ LAYERS = (
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
             "config.reader engine.data engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
             "pipe.module profiling",
-            "config.view engine.engine optimizers partition pipe stage_3.init",
+            "config.deepspeed_config engine.engine optimizers partition pipe stage_3.init",
             "engine.eval_engine pipe.engine zero",
             "entry",
         )
