@@ -28,7 +28,8 @@ from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
 from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
-from pyzero.state import LastStep, StateAccess
+from pyzero.state_dict import StateDicts
+from pyzero.status import LastStep
 from pyzero.streams import on_device
 from pyzero.update import ShardUpdater, StepScalars, check_capture
 from pyzero.update_rule import UpdateRule
@@ -36,7 +37,7 @@ from pyzero.update_rule import UpdateRule
 log = logging.getLogger("pyzero")
 
 
-class ZeroOptimizer(StateAccess, Optimizer):
+class ZeroOptimizer(StateDicts, Optimizer):
     """An update rule over fp32 masters, whose state is partitioned over the ranks of a process group.
 
     The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
