@@ -46,6 +46,7 @@ LAYERS = (
     *(
         {f"deepspeed.{name}" for name in row.split()}
         for row in (
+            "launcher",
             "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners "
             "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
             "pipe.runner pipe.topology schedules stage_3 stage_3.kept stage_3.sharded_param zero_to_fp32",
