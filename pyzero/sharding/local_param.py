@@ -110,7 +110,7 @@ class LocalParam(torch.Tensor):
 
     @staticmethod
     def of(dtensor: Any, place: Any = None) -> LocalParam:
-        """Made for a DTensor. place: Its entry in modules.find_fsdp_places(), if it has one."""
+        """Made for a DTensor. place: Its entry in fsdp.find_fsdp_places(), if it has one."""
         fsdp = None if place is None else place.record
         made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
         made.dtensor, made._fsdp = dtensor, fsdp

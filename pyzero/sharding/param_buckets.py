@@ -15,9 +15,9 @@ from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
+from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, user_param
-from pyzero.sharding.modules import ShardedPlace
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -198,7 +198,7 @@ class ParamBuckets:
         """
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
-        fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
+        fsdp = find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
         check_not_gathered(params, (place.record for place in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):

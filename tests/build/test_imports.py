@@ -17,7 +17,7 @@ LAYERS = (
     {"comm.device_peer", "comm.peer"},
     {"comm.hosts"},
     {"comm.choice"},
-    {"sharding", "sharding.blocks", "sharding.layout", "sharding.modules"},
+    {"sharding", "sharding.blocks", "sharding.fsdp", "sharding.layout", "sharding.modules"},
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
