@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyzero import arguments
-from pyzero.comm.choice import make_transport
 from pyzero.comm.group import Work
+from pyzero.comm.make_transport import make_transport
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.local import LocalGradients
