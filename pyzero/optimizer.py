@@ -262,8 +262,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         for bucket in used:
             with profile_range(f"pyzero::{bucket.rule.name}"):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            is_pushed = bucket.rule.pushes and len(bucket.peer_shards) > 0
-            if self._group.size > 1 and not is_pushed:
+            is_written = bucket.rule.writes_peer_weights and len(bucket.peer_shards) > 0
+            if self._group.size > 1 and not is_written:
                 with profile_range("pyzero::all_gather"):
                     gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard, bucket.peer_shards))
         return gathers

@@ -150,12 +150,12 @@ class BucketExchange:
         (grads, scale, accumulate, stats), exchange = self._in_flight[0]
         with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()  # a KeyboardInterrupt in it loses nothing
-            room = grads.room()  # nor does a lack of memory
+            shard = grads.shard_memory()  # nor does a lack of memory
             with self._transport.group.lockstep(what="the sum of a gradient bucket"):
                 self._in_flight.popleft()
                 try:
                     was_set = is_set(grads.found_inf)
-                    grads.reduce_slices(room, exchange.slices, scale, accumulate, stats)
+                    grads.reduce_slices(shard, exchange.slices, scale, accumulate, stats)
                     if self.locates or (is_set(grads.found_inf) and not was_set):
                         code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._names, exchange.by_rank)
                         torch.minimum(grads.first_bad, code, out=grads.first_bad)

@@ -257,8 +257,8 @@ class ParamBuckets:
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
             run = RunKey(group_index, self._in_norm(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
-            room = own.room if isinstance(own, LocalParam) else 0
-            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
+            padded_numel = own.padded_numel if isinstance(own, LocalParam) else 0
+            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, padded_numel))
             params.append(own)
         return params, specs, frozen
 

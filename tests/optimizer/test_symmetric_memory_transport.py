@@ -98,13 +98,13 @@ def trained(group: Any, kind: str, transport: str) -> tuple[list[Tensor], int, i
 
 
 @pytest.mark.parametrize("kind", ["FusedZeroAdam", "FusedZeroLion", "FusedZeroSGD", "ZeroLamb", "ZeroMuon"])
-def test_a_rule_pushes_its_weights_or_has_them_copied(ranks, kind):
+def test_a_rule_writes_peer_weights_or_has_them_copied(ranks, kind):
     exact = ranks.run(2, trained, kind, "exact")
     ours = ranks.run(2, through_peers, trained, kind, "peer")
     for (wanted, _, num_buckets), (got, num_copies, _) in zip(exact, ours, strict=True):
         assert_same(wanted, got)
         assert num_buckets >= 2
-        if kind == "ZeroMuon":  # its Adam pushes
+        if kind == "ZeroMuon":  # its Adam writes them
             assert 0 < num_copies < 4 * num_buckets
         else:
             assert num_copies == (4 * num_buckets if kind == "ZeroLamb" else 0)
