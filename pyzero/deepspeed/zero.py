@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.stage_3.init import Init as Init
-from pyzero.deepspeed.stage_3.kept import keep_views
+from pyzero.deepspeed.stage_3.kept_views import keep_views
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus, gathered
 from pyzero.sharding import fsdp
 from pyzero.sharding.fsdp import ShardedPlace

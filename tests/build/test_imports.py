@@ -31,7 +31,7 @@ LAYERS = (
     {"gradients.exchange", "gradients.unreduced"},
     {"gradients.reduction"},
     {"gradients.overlap"},
-    {"loss_scale", "optimizers", "loss_scale.overflow", "loss_scale.scaler"},
+    {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
     {"loss_scale.scaled_backward"},
     {"full_access"},
     {"status"},
@@ -47,9 +47,10 @@ LAYERS = (
         {f"deepspeed.{name}" for name in row.split()}
         for row in (
             "launcher",
-            "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners "
-            "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
-            "pipe.runner pipe.topology schedules stage_3 stage_3.kept stage_3.sharded_param zero_to_fp32",
+            "accelerator arguments checkpoint_constants comm config config.keys engine engine.param_owners "
+            "engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel parallel.mesh "
+            "pipe.layers pipe.runner pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
+            "zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
             "config.tensor_parallel_section config.zero_section engine.plain_backward ops.adam ops.lamb ops.lion "
             "parallel.groups stage_3.shard timers",
