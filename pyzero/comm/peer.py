@@ -175,7 +175,7 @@ class PeerTransport(Transport):
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
-        work = self.group.launch(what, lambda: self._posted(self._post(send)))
+        work = self.group.launch(what, lambda: self._posted(self._post(send)), blocks=True)
         return Exchange(work, self._slices(send), send, release=self._mark_read)
 
     def _slices(self, send: Tensor) -> list[Tensor]:
@@ -204,7 +204,7 @@ class PeerTransport(Transport):
     def _launch_gather(self, flat: Tensor, post: Callable[[], Piece]) -> Work:
         """Launch what `post` does; its piece is copied to `flat` when the work is waited for."""
         what = "the all-gather of weights"
-        work = self.group.launch(what, lambda: self._posted(post()), then=lambda: self._copy(piece.number))
+        work = self.group.launch(what, lambda: self._posted(post()), lambda: self._copy(piece.number), blocks=True)
         piece = self._ring.last
         self._gathers.append(_Gather(piece, flat, work))
         return work
