@@ -298,11 +298,12 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for a backward of the caller's: `optimizer.scale(loss).backward()`.
 
-        Parameters that are no longer frozen get buckets, as in `backward`.
+        Parameters that are no longer frozen get buckets, as in `backward`, where the loss can run one.
         """
         if not self._scaler.enabled:
             return loss
-        self._place_unfrozen()
+        if loss.requires_grad:
+            self._place_unfrozen()
         return self._scaled_backward.scale(loss)
 
     @contextmanager
@@ -417,6 +418,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group gets buckets of its own. Collective over several ranks."""
+        given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses what is none
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # torch warns of a parameter that comes twice; its first place counts.
@@ -425,7 +427,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
             if key in group:
                 group[key] = [group[key][place] for place in sorted(kept.values())]
         try:
-            arguments.check_group(group, self.defaults)
+            arguments.check_group(group, given, self.defaults)
             rule = self._rule_of(group)
             rule.check(group)
             self._rules.append(rule)

@@ -329,17 +329,28 @@ class ParamBuckets:
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
         """Move weights and state into other buckets of the same parameters; returns whether any moved. Collective.
 
+        New buckets are made one by one, and old ones let go as soon as they are empty.
+
         keeps_state: False where the caller writes all state afterwards.
         """
         if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
         is_fresh = keeps_state and self._is_fresh()
-        old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
-        self._join_steps()
-        for bucket in self.buckets:
+        old, self.buckets, self._views = self.buckets, [], {}
+        moved: set[int] = set()
+        for index, layout in enumerate(layouts):
+            bucket = self._make(layout, index)
             bucket.masters_from_weights()
-        while old and keeps_state:
-            self._move_state(old.pop(), is_fresh)
+            self.buckets.append(bucket)
+            self.places.update({user_param(param): (bucket, place) for place, param in enumerate(bucket.params)})
+            moved.update(bucket.numbers)
+            empty = [other for other in old if moved.issuperset(other.numbers)]
+            old = [other for other in old if other not in empty]
+            for other in empty:
+                if keeps_state:
+                    self._move_state(other, is_fresh)
+                other.release()
+        self._join_steps()
         return True
 
     def _is_fresh(self) -> bool:

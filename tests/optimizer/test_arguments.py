@@ -211,6 +211,17 @@ def test_a_groups_own_options_are_checked(options, words):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("name", ["weight_decay_mult", "base_weight_decay", "max_betas", "param_name"])
+def test_a_name_that_is_made_of_an_options_is_the_loops_own(name):
+    assert pyzero.FusedZeroAdamW([{"params": weights(), name: 0.5}]).param_groups[0][name] == 0.5
+
+
+def test_a_name_like_an_option_that_is_given_too_is_the_loops_own():
+    for name in ("wd", "weight_decays"):
+        optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "weight_decay": 0.1, name: 0.5}])
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
 def test_a_group_may_hold_values_of_the_loops_own():
     optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "name": "body", "lr_scale": 0.5, "layer_id": 3}])
     assert optimizer.param_groups[0]["lr_scale"] == 0.5
