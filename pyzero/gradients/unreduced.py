@@ -341,7 +341,8 @@ class UnreducedGradients(Gradients):
         """Multiply the factor into those gradients that are still the ones that were clipped."""
         factor, of = self._factor, self._factor_of
         self._factor, self._factor_of = None, {}
-        same = [p.grad for p, (seen, v) in of.items() if p.grad is not None and p.grad is seen() and p.grad._version == v]
+        now = [(p.grad, *state) for p, state in of.items() if p.grad is not None]
+        same = [grad for grad, seen, version in now if grad is seen() and grad._version == version]
         if same and factor is not None:
             torch._foreach_mul_(same, factor)
 
