@@ -1,4 +1,4 @@
-"""Sums of |g|^p of gradients, the parts of a p-norm."""
+"""Sums of |g|^p of gradients, the parts of a p-norm; whether any is other than zero."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Te
     powers = iter((norms if math.isinf(norm_type) else norms.pow(norm_type)).unbind())
     nothing = norms.new_zeros(())  # stacked, not put in place by indices, whose copy to a GPU the host would wait for
     return torch.stack([next(powers) if part.numel() else nothing for part in parts])
+
+
+def have_values(grads: list[Tensor]) -> bool:
+    """Whether any of them is not all zeros. Waits for a GPU."""
+    filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
+    return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import weakref
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +16,17 @@ from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import sparse_error
 from pyzero.gradients.backward import GradientHooks
-from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.gradients.deferred_clip import DeferredClip
+from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
+from pyzero.gradients.scale_tracker import ScaleTracker
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, is_set, sumsq_of
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE
-from pyzero.sharding.local_param import LocalParam, local_of, user_param
+from pyzero.sharding.local_param import user_param
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
 
@@ -57,20 +56,6 @@ def _readable(pieces: GradPieces, bucket: Bucket, backend: str) -> Sequence[Tens
     return [next(copies) if is_so else grad for grad, is_so in zip(grads, is_bad, strict=True)]
 
 
-def _have_values(grads: list[Tensor]) -> bool:
-    """Whether any of them is not all zeros. Waits for a GPU."""
-    filled = [grad for grad in grads if grad.numel() and grad.layout == torch.strided]
-    return bool(filled) and bool(torch.stack(torch._foreach_norm(filled, math.inf)).ne(0).any())
-
-
-_GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it has been written
-
-
-def _state_of(grad: Any) -> _GradState:
-    """Of a DTensor gradient; writes to it and to its local tensor both count."""
-    return weakref.ref(grad), grad._version + local_of(grad)._version
-
-
 @dataclass
 class _RunGrads:
     """A run of a bucket in this rank's shard, of whose elements it has [low, high)."""
@@ -94,16 +79,11 @@ class UnreducedGradients(Gradients):
         backend: str,
     ) -> None:
         super().__init__(group, stats_exchange, device, backend)
-        self._scales = scales  # the optimizer has a loss scale
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[GradPieces]] = {}  # by run, from collect() on
         self._own: list[int] = []  # where memory of the buckets begins and ends, in turns, sorted
-        self._unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
-        self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
-        self._epoch: int | None = None  # of the scale that `.grad` carries
-        self._factor: Tensor | None = None  # 0-D, of clipping
-        self._factor_of: dict[Tensor, _GradState] = {}  # the gradients that it applies to
-        self._factor_is_used = False  # a step has multiplied by it
+        self._scale_tracker = ScaleTracker(scales)
+        self._deferred_clip = DeferredClip()
         self._locates = False
         self._clean_rows = clean_rows(1, device)
         self._rows = self._clean_rows.clone()  # of the last collect()
@@ -111,16 +91,13 @@ class UnreducedGradients(Gradients):
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._hooks = GradientHooks(self._before_gradient, self._after_gradient, self._without_gradient)
         self._watched = 0  # buckets whose parameters have hooks
-        self._fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
-        self._arrived: dict[LocalParam, _GradState] = {}  # of those: the gradient after the last backward
-        self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
 
     def add(self, bucket: Bucket) -> None:
         """See Gradients. Parameters get hooks where they are needed: with a loss scale, two meshes, or once clipped."""
         self._place(bucket)
         self._mixes_meshes = not are_on_one_mesh(list(self._params()))
-        if self._scales or self._watched or self._mixes_meshes:
+        if self._scale_tracker.scales or self._watched or self._mixes_meshes:
             self._watch()
 
     def _place(self, bucket: Bucket) -> None:
@@ -139,8 +116,7 @@ class UnreducedGradients(Gradients):
             for run, low, high in bounds
             if low < high
         ]
-        fsdp = (param for param in bucket.params if isinstance(param, LocalParam) and param.is_fsdp)
-        self._fsdp_param = next(fsdp, self._fsdp_param)
+        self._scale_tracker.add(bucket.params)
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients. `.grad` stays where it is, and so do the hooks on its parameter."""
@@ -160,58 +136,30 @@ class UnreducedGradients(Gradients):
 
     def _before_gradient(self, param: Tensor) -> None:
         if self.factor() is not None:
-            self._apply_factor()
-        epoch = None if self._arriving is None else self._arriving[1]
-        if not self._scales or epoch == self._epoch:
-            return
-        if _have_values([grad for other in self._params() if (grad := other.grad) is not None and self._is_new(other)]):
-            raise mixed_scale_error()
-        self._epoch = epoch  # zeros carry any scale
-
-    def _is_new(self, param: Tensor) -> bool:
-        """Whether `.grad` is more than the zeros that zero_grad(set_to_none=False) has put there."""
-        grad, version = self._zeroed.get(param, (None, 0))
-        return grad is None or grad() is not param.grad or param.grad._version != version
+            self._deferred_clip.apply()
+        self._scale_tracker.before_gradient(self._params())
 
     def _after_gradient(self, param: Tensor) -> None:
-        epoch = None if self._arriving is None else self._arriving[1]
-        if epoch != self._epoch and self._fsdp_param is not None:
-            self._check_kept_gradients()
-        self._unscale, self._epoch = self._arriving or (None, None)
+        self._scale_tracker.after_gradient(param)
         self.norm_before_clip = None
         if self._mixes_meshes:
             make_norms_plain(user_param(param).grad)
-        if isinstance(param, LocalParam) and param.is_fsdp:
-            self._arrived[param] = _state_of(param.dtensor.grad)
 
     def _without_gradient(self, param: Tensor) -> None:
         """Nothing has come: `.grad` stays what it is."""
 
-    def _check_kept_gradients(self) -> None:
-        """Raise where fully_shard, before which no hook runs, adds a gradient of another scale to one that is kept.
-
-        A gradient that is as it arrived, or one in-place op later, has not been cleared since.
-        """
-        kept = []
-        for param, (grad, version) in self._arrived.items():
-            now = param.dtensor.grad
-            if now is not None and now is grad() and _state_of(now)[1] - version <= 1:
-                kept.append(local_of(now))
-        if _have_values(kept):
-            raise mixed_scale_error()
-
     @contextmanager
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
         """See Gradients."""
-        self._arriving = (inv_scale.clone(), epoch)
-        if self._fsdp_param is not None:  # its gradient comes without the hook ahead of it
-            self._before_gradient(self._fsdp_param)
-        if all(param.grad is None for param in self._params()):
-            self._unscale, self._epoch = self._arriving  # another rank may be the only one that gets gradients
+        tracker = self._scale_tracker
+        tracker.begin(inv_scale, epoch)
+        if tracker.fsdp_param is not None:  # its gradient comes without the hook ahead of it
+            self._before_gradient(tracker.fsdp_param)
+        tracker.take_over_if_empty(self._params())
         try:
             yield
         finally:
-            self._arriving = None
+            tracker.end()
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients. One pass over the gradients, which only reads."""
@@ -237,7 +185,7 @@ class UnreducedGradients(Gradients):
             self._first_bad.copy_(self._locate())
         if scaler_found_inf is not None:
             torch.maximum(found, scaler_found_inf, out=found)
-        return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._unscale)
+        return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._scale_tracker.unscale)
 
     def _pieces_of(self, bucket: Bucket, grads: list[Tensor | None]) -> list[GradPieces]:
         """By run of this rank's shard.
@@ -299,52 +247,17 @@ class UnreducedGradients(Gradients):
                 ops.pack_(packed, tensors, offsets=pieces.offsets, backend=self._backend)
                 yield run.low, packed
 
-    # ---- clipping: `.grad` is left alone, the factor is kept beside it ---------------------------------------------
-
     def _multiply(self, factor: Tensor) -> None:
-        """The factor is kept until `.grad` is used, added to, or replaced."""
-        self._factor = factor if (before := self.factor()) is None else before * factor
-        self._factor_of = {p: (weakref.ref(p.grad), p.grad._version) for p in self._params() if p.grad is not None}
-        self._factor_is_used = False
+        self.factor()
+        self._deferred_clip.multiply(factor, self._params())
         self._watch()  # the next backward must not add to a gradient that is still to be multiplied
-        if any(isinstance(param, LocalParam) for param in self._factor_of):  # not every edit of a DTensor can be seen
-            self._apply_factor()
 
     def factor(self) -> Tensor | None:
         """See Gradients."""
-        if self._factor is None:
-            return None
-        edited, new = [], []
-        for param in self._params():
-            grad, (seen, version) = param.grad, self._factor_of.get(param, (None, 0))
-            if grad is None:
-                if seen is not None:
-                    self.norm_before_clip = None
-            elif seen is None or grad is not seen():
-                new.append(grad)
-            elif grad._version != version:
-                edited.append(grad)
-        # An edit of what was clipped, or made of it; behind a step, which has used the factor, a gradient of its own.
-        if _have_values(edited if self._factor_is_used else edited + new):
-            raise RuntimeError(
-                "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited "
-                "or assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
-                "multiplies .grad at once, or optimizer.zero_grad() ahead of new gradients"
-            )
-        if edited or new:
-            self._apply_factor()
+        clip = self._deferred_clip
+        if clip.factor is not None and not clip.check(self._params()):
             self.norm_before_clip = None
-        return self._factor
-
-    @torch.no_grad()
-    def _apply_factor(self) -> None:
-        """Multiply the factor into those gradients that are still the ones that were clipped."""
-        factor, of = self._factor, self._factor_of
-        self._factor, self._factor_of = None, {}
-        now = [(p.grad, *state) for p, state in of.items() if p.grad is not None]
-        same = [grad for grad, seen, version in now if grad is seen() and grad._version == version]
-        if same and factor is not None:
-            torch._foreach_mul_(same, factor)
+        return clip.factor
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
@@ -355,11 +268,11 @@ class UnreducedGradients(Gradients):
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
         if self.factor() is not None:
-            self._apply_factor()  # the value is to be what is stepped with
+            self._deferred_clip.apply()  # the value is to be what is stepped with
         self.norm_before_clip = None
         param = bucket.params[position]
-        if self._unscale is not None:
-            value = value / self._unscale
+        if (unscale := self._scale_tracker.unscale) is not None:
+            value = value / unscale
         param.grad = torch.empty_like(param).copy_(bucket.shaped(value, position))
 
     def norm_power(self, norm_type: float) -> Tensor:
@@ -377,8 +290,8 @@ class UnreducedGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
         self._pieces.clear()
-        self._factor_is_used = True
-        if self._factor is None:
+        self._deferred_clip.note_used()
+        if self._deferred_clip.factor is None:
             self.norm_before_clip = None
 
     def has_pending_gradients(self) -> bool:
@@ -394,8 +307,6 @@ class UnreducedGradients(Gradients):
     def reset(self) -> None:
         """See Gradients."""
         self._pieces.clear()
-        self._unscale = self._epoch = self._factor = self.norm_before_clip = None
-        self._factor_of = {}
-        self._arrived = {}
-        left = ((param, param.grad) for param in self._params() if self._scales)
-        self._zeroed = {param: (weakref.ref(grad), grad._version) for param, grad in left if grad is not None}
+        self.norm_before_clip = None
+        self._deferred_clip.clear()
+        self._scale_tracker.clear(self._params())

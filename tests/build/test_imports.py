@@ -27,7 +27,7 @@ LAYERS = (
     {"sharding.rank_state"},
     {"gradients", "gradients.backward", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
     {"gradients.accumulation", "gradients.amp", "gradients.grad_stats", "gradients.norms"},
-    {"gradients.bucket_grads", "gradients.interface", "update"},
+    {"gradients.bucket_grads", "gradients.deferred_clip", "gradients.interface", "gradients.scale_tracker", "update"},
     {"gradients.exchange", "gradients.unreduced"},
     {"gradients.reduction"},
     {"gradients.overlap"},

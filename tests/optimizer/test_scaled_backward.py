@@ -11,7 +11,7 @@ from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero.gradients import unreduced
+from pyzero.gradients import scale_tracker
 
 SCALE = pyzero.LossScale(init_scale=2.0**12)
 
@@ -173,8 +173,8 @@ def test_bf16_and_fp32_weights_are_told_nothing(caplog):
 def test_zeros_of_zero_grad_are_not_looked_at(monkeypatch):
     """To read them is to wait for a GPU, in every step; what the caller has put there since is read."""
     seen = []
-    have_values = unreduced._have_values
-    monkeypatch.setattr(unreduced, "_have_values", lambda grads: (seen.append(len(grads)), have_values(grads))[1])
+    have_values = scale_tracker.have_values
+    monkeypatch.setattr(scale_tracker, "have_values", lambda grads: (seen.append(len(grads)), have_values(grads))[1])
     params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
     optimizer = pyzero.FusedZeroAdam(params, loss_scale="dynamic")
     for _ in range(3):

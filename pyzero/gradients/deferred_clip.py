@@ -1,0 +1,77 @@
+"""The coefficient of clip_grad_norm_ where `.grad` is left as it is: kept beside it until a step uses it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero.gradients.norms import have_values
+from pyzero.sharding.local_param import LocalParam
+
+
+class DeferredClip:
+    """A factor that is kept until `.grad` is used, added to, or replaced."""
+
+    def __init__(self) -> None:
+        self.factor: Tensor | None = None  # 0-D
+        self._applies_to: dict[Tensor, tuple[Any, int]] = {}  # (a weak reference to `.grad`, its version) as clipped
+        self._is_used = False  # a step has multiplied by it
+
+    def multiply(self, factor: Tensor, params: Iterable[Tensor]) -> None:
+        """Multiply the gradients that these parameters have now. After check()."""
+        self.factor = factor if self.factor is None else self.factor * factor
+        self._applies_to = {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
+        self._is_used = False
+        if any(isinstance(param, LocalParam) for param in self._applies_to):  # not every edit of a DTensor can be seen
+            self.apply()
+
+    def check(self, params: Iterable[Tensor]) -> bool:
+        """Whether all gradients that were clipped are there still, and as they were.
+
+        Where others have come that the factor is not of, it is multiplied into the rest.
+
+        Raises:
+            RuntimeError: One has been edited since, or others with values have come before a step.
+        """
+        is_whole, edited, new = True, [], []
+        for param in params:
+            grad, (seen, version) = param.grad, self._applies_to.get(param, (None, 0))
+            if grad is None:
+                is_whole &= seen is None
+            elif seen is None or grad is not seen():
+                new.append(grad)
+            elif grad._version != version:
+                edited.append(grad)
+        # An edit of what was clipped, or made of it; behind a step, which has used the factor, a gradient of its own.
+        if have_values(edited if self._is_used else edited + new):
+            raise RuntimeError(
+                "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited "
+                "or assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
+                "multiplies .grad at once, or optimizer.zero_grad() ahead of new gradients"
+            )
+        if edited or new:
+            self.apply()
+            return False
+        return is_whole
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Multiply the factor into those gradients that are still the ones that were clipped."""
+        now = [(p.grad, *state) for p, state in self._applies_to.items() if p.grad is not None]
+        same = [grad for grad, seen, version in now if grad is seen() and grad._version == version]
+        factor = self.factor
+        self.clear()
+        if same and factor is not None:
+            torch._foreach_mul_(same, factor)
+
+    def note_used(self) -> None:
+        """Called after a step, which has multiplied by the factor."""
+        self._is_used = True
+
+    def clear(self) -> None:
+        """There is nothing to multiply by."""
+        self.factor, self._applies_to = None, {}

@@ -1,0 +1,109 @@
+"""Which loss scale `.grad` carries, where gradients are used as they lie there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from pyzero.gradients.grad_stats import mixed_scale_error
+from pyzero.gradients.norms import have_values
+from pyzero.sharding.local_param import LocalParam, local_of
+
+_GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it has been written
+
+
+def _state_of(grad: Any) -> _GradState:
+    """Of a DTensor gradient; writes to it and to its local tensor both count."""
+    return weakref.ref(grad), grad._version + local_of(grad)._version
+
+
+class ScaleTracker:
+    """The loss scale of all gradients together, told of what backward adds to `.grad`.
+
+    An epoch is a number that stays the same as long as the scale cannot have changed; None: without a scale.
+
+    Args:
+        scales: The optimizer has a loss scale.
+    """
+
+    def __init__(self, scales: bool) -> None:
+        self.scales = scales
+        self.unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
+        self.fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
+        self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
+        self._epoch: int | None = None  # of the scale that `.grad` carries
+        self._arrived: dict[LocalParam, _GradState] = {}  # of fully_shard's: the gradient after the last backward
+        self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
+
+    def add(self, params: Iterable[Tensor]) -> None:
+        """These are among the parameters."""
+        fsdp = (param for param in params if isinstance(param, LocalParam) and param.is_fsdp)
+        self.fsdp_param = next(fsdp, self.fsdp_param)
+
+    def begin(self, inv_scale: Tensor, epoch: int) -> None:
+        """From now on gradients arrive that carry the loss scale whose inverse this is."""
+        self._arriving = (inv_scale.clone(), epoch)
+
+    def take_over_if_empty(self, params: Iterable[Tensor]) -> None:
+        """Where there is no gradient yet it is the arriving scale that counts: others may be the only ones to get any.
+
+        params: All, as below.
+        """
+        if all(param.grad is None for param in params):
+            self.unscale, self._epoch = self._arriving or (None, None)
+
+    def end(self) -> None:
+        """From now on they carry none."""
+        self._arriving = None
+
+    def before_gradient(self, params: Iterable[Tensor]) -> None:
+        """Called before backward adds to `.grad` of any of them.
+
+        Raises:
+            RuntimeError: `.grad` holds gradients of another scale, or of none.
+        """
+        epoch = self._arriving_epoch()
+        if not self.scales or epoch == self._epoch:
+            return
+        if have_values([grad for param in params if (grad := param.grad) is not None and self._is_new(param)]):
+            raise mixed_scale_error()
+        self._epoch = epoch  # zeros carry any scale
+
+    def after_gradient(self, param: Tensor) -> None:
+        """Called when backward has added to it. Raises RuntimeError as before_gradient()."""
+        if self._arriving_epoch() != self._epoch and self.fsdp_param is not None:
+            self._check_kept_gradients()
+        self.unscale, self._epoch = self._arriving or (None, None)
+        if isinstance(param, LocalParam) and param.is_fsdp:
+            self._arrived[param] = _state_of(param.dtensor.grad)
+
+    def _arriving_epoch(self) -> int | None:
+        return None if self._arriving is None else self._arriving[1]
+
+    def _is_new(self, param: Tensor) -> bool:
+        """Whether `.grad` is more than the zeros that zero_grad(set_to_none=False) has put there."""
+        grad, version = self._zeroed.get(param, (None, 0))
+        return grad is None or grad() is not param.grad or param.grad._version != version
+
+    def _check_kept_gradients(self) -> None:
+        """Raise where fully_shard, before which no hook runs, adds a gradient of another scale to one that is kept.
+
+        A gradient that is as it arrived, or one in-place op later, has not been cleared since.
+        """
+        kept = []
+        for param, (grad, version) in self._arrived.items():
+            now = param.dtensor.grad
+            if now is not None and now is grad() and _state_of(now)[1] - version <= 1:
+                kept.append(local_of(now))
+        if have_values(kept):
+            raise mixed_scale_error()
+
+    def clear(self, params: Iterable[Tensor]) -> None:
+        """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
+        self.unscale = self._epoch = None
+        self._arrived = {}
+        left = ((param, param.grad) for param in params if self.scales)
+        self._zeroed = {param: (weakref.ref(grad), grad._version) for param, grad in left if grad is not None}
