@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from pyzero.gradients.norms import have_values
 from pyzero.sharding.local_param import LocalParam, local_of
 
 _GradState = tuple[Any, int]  # a weak reference to the tensor, and how often it has been written
+_NO_SCALE = (None, None)
 
 
 def _state_of(grad: Any) -> _GradState:
@@ -33,13 +34,15 @@ class ScaleTracker:
         self.scales = scales
         self.unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
         self.fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
-        self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
+        self._params: list[Tensor] = []
+        self._arriving: tuple[Tensor | None, int | None] = _NO_SCALE  # (0-D 1 / loss scale, epoch) of those that come
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._arrived: dict[LocalParam, _GradState] = {}  # of fully_shard's: the gradient after the last backward
         self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
 
-    def add(self, params: Iterable[Tensor]) -> None:
-        """These are among the parameters."""
+    def add(self, params: Sequence[Tensor]) -> None:
+        """Track these too."""
+        self._params += params
         fsdp = (param for param in params if isinstance(param, LocalParam) and param.is_fsdp)
         self.fsdp_param = next(fsdp, self.fsdp_param)
 
@@ -47,41 +50,35 @@ class ScaleTracker:
         """From now on gradients arrive that carry the loss scale whose inverse this is."""
         self._arriving = (inv_scale.clone(), epoch)
 
-    def take_over_if_empty(self, params: Iterable[Tensor]) -> None:
-        """Where there is no gradient yet it is the arriving scale that counts: others may be the only ones to get any.
-
-        params: All, as below.
-        """
-        if all(param.grad is None for param in params):
-            self.unscale, self._epoch = self._arriving or (None, None)
+    def take_over_if_empty(self) -> None:
+        """Where there is no gradient, the arriving scale counts: another rank may be the only one that gets any."""
+        if all(param.grad is None for param in self._params):
+            self.unscale, self._epoch = self._arriving
 
     def end(self) -> None:
         """From now on they carry none."""
-        self._arriving = None
+        self._arriving = _NO_SCALE
 
-    def before_gradient(self, params: Iterable[Tensor]) -> None:
-        """Called before backward adds to `.grad` of any of them.
+    def before_gradient(self) -> None:
+        """Called before backward adds to any `.grad`.
 
         Raises:
             RuntimeError: `.grad` holds gradients of another scale, or of none.
         """
-        epoch = self._arriving_epoch()
+        epoch = self._arriving[1]
         if not self.scales or epoch == self._epoch:
             return
-        if have_values([grad for param in params if (grad := param.grad) is not None and self._is_new(param)]):
+        if have_values([grad for param in self._params if (grad := param.grad) is not None and self._is_new(param)]):
             raise mixed_scale_error()
         self._epoch = epoch  # zeros carry any scale
 
     def after_gradient(self, param: Tensor) -> None:
         """Called when backward has added to it. Raises RuntimeError as before_gradient()."""
-        if self._arriving_epoch() != self._epoch and self.fsdp_param is not None:
+        if self._arriving[1] != self._epoch and self.fsdp_param is not None:
             self._check_kept_gradients()
-        self.unscale, self._epoch = self._arriving or (None, None)
+        self.unscale, self._epoch = self._arriving
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
-
-    def _arriving_epoch(self) -> int | None:
-        return None if self._arriving is None else self._arriving[1]
 
     def _is_new(self, param: Tensor) -> bool:
         """Whether `.grad` is more than the zeros that zero_grad(set_to_none=False) has put there."""
@@ -101,9 +98,9 @@ class ScaleTracker:
         if have_values(kept):
             raise mixed_scale_error()
 
-    def clear(self, params: Iterable[Tensor]) -> None:
+    def clear(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
         self.unscale = self._epoch = None
         self._arrived = {}
-        left = ((param, param.grad) for param in params if self.scales)
+        left = ((param, param.grad) for param in self._params if self.scales)
         self._zeroed = {param: (weakref.ref(grad), grad._version) for param, grad in left if grad is not None}

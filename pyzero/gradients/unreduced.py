@@ -96,6 +96,7 @@ class UnreducedGradients(Gradients):
     def add(self, bucket: Bucket) -> None:
         """See Gradients. Parameters get hooks where they are needed: with a loss scale, two meshes, or once clipped."""
         self._place(bucket)
+        self._scale_tracker.add(bucket.params)
         self._mixes_meshes = not are_on_one_mesh(list(self._params()))
         if self._scale_tracker.scales or self._watched or self._mixes_meshes:
             self._watch()
@@ -116,7 +117,6 @@ class UnreducedGradients(Gradients):
             for run, low, high in bounds
             if low < high
         ]
-        self._scale_tracker.add(bucket.params)
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients. `.grad` stays where it is, and so do the hooks on its parameter."""
@@ -135,9 +135,9 @@ class UnreducedGradients(Gradients):
             yield from bucket.params
 
     def _before_gradient(self, param: Tensor) -> None:
-        if self.factor() is not None:
+        if self._deferred_clip.factor is not None and self.factor() is not None:
             self._deferred_clip.apply()
-        self._scale_tracker.before_gradient(self._params())
+        self._scale_tracker.before_gradient()
 
     def _after_gradient(self, param: Tensor) -> None:
         self._scale_tracker.after_gradient(param)
@@ -155,7 +155,7 @@ class UnreducedGradients(Gradients):
         tracker.begin(inv_scale, epoch)
         if tracker.fsdp_param is not None:  # its gradient comes without the hook ahead of it
             self._before_gradient(tracker.fsdp_param)
-        tracker.take_over_if_empty(self._params())
+        tracker.take_over_if_empty()
         try:
             yield
         finally:
@@ -309,4 +309,4 @@ class UnreducedGradients(Gradients):
         self._pieces.clear()
         self.norm_before_clip = None
         self._deferred_clip.clear()
-        self._scale_tracker.clear(self._params())
+        self._scale_tracker.clear()
