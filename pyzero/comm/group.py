@@ -429,7 +429,11 @@ class Group:
         """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
         for batch in _batches(tensors):
             is_one = len(batch) == 1 and batch[0].is_contiguous() and not (batch[0].is_conj() or batch[0].is_neg())
-            flat = batch[0].view(-1) if is_one else torch.cat([tensor.reshape(-1) for tensor in batch]).resolve_conj().resolve_neg()
+            flat = (
+                batch[0].view(-1)
+                if is_one
+                else torch.cat([tensor.reshape(-1) for tensor in batch]).resolve_conj().resolve_neg()
+            )
             self.broadcast(flat.view(torch.uint8))  # gloo knows no int16 and no fp8, NCCL no int16
             if is_one:
                 continue

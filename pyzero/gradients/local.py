@@ -340,7 +340,9 @@ class LocalGradients(Gradients):
         """Multiply the factor into those gradients that are still the ones that were clipped."""
         factor, of = self._factor, self._factor_of
         self._factor, self._factor_of = None, {}
-        same = [p.grad for p, (seen, v) in of.items() if p.grad is not None and p.grad is seen() and p.grad._version == v]
+        same = [
+            p.grad for p, (seen, v) in of.items() if p.grad is not None and p.grad is seen() and p.grad._version == v
+        ]
         if same and factor is not None:
             torch._foreach_mul_(same, factor)
 
