@@ -12,23 +12,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyzero import arguments
-from pyzero.comm.choice import make_transport
 from pyzero.comm.group import Work
+from pyzero.comm.make_transport import make_transport
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
-from pyzero.gradients.local import LocalGradients
+from pyzero.gradients.interface import Gradients
 from pyzero.gradients.overlap import OverlappedGradients, take_over
 from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
-from pyzero.gradients.source import Gradients
+from pyzero.gradients.unreduced import UnreducedGradients
 from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.param_buckets import ParamBuckets
+from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
-from pyzero.state import LastStep, StateAccess
+from pyzero.state_dict import StateDicts
+from pyzero.status import LastStep
 from pyzero.streams import on_device
 from pyzero.update import ShardUpdater, StepScalars, check_capture
 from pyzero.update_rule import UpdateRule
@@ -36,7 +37,7 @@ from pyzero.update_rule import UpdateRule
 log = logging.getLogger("pyzero")
 
 
-class ZeroOptimizer(StateAccess, Optimizer):
+class ZeroOptimizer(StateDicts, Optimizer):
     """An update rule over fp32 masters, whose state is partitioned over the ranks of a process group.
 
     The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
@@ -136,19 +137,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         rank, self._num_ranks = topology.rank_and_size()
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
-        cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
-            self._rules,
-            self._device,
-            self._group,
-            self._transport,
-            self.state,
-            cap,
-            topology.in_norm,
-            reduce_grads,
-            init_sync,
-            cpu_offload,
+            rules=self._rules,
+            device=self._device,
+            group=self._group,
+            transport=self._transport,
+            state=self.state,
+            in_norm=topology.in_norm,
+            options=PlacementOptions(
+                bucket_cap_bytes=cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda"),
+                reduces=reduce_grads,
+                init_sync=init_sync,
+                cpu_offload=cpu_offload,
+            ),
         )
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
@@ -296,8 +298,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         for bucket in used:
             with profile_range(f"pyzero::{bucket.rule.name}"):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            is_pushed = bucket.rule.pushes and len(bucket.peer_shards) > 0
-            if self._group.size > 1 and not is_pushed:
+            is_written = bucket.rule.writes_peer_weights and len(bucket.peer_shards) > 0
+            if self._group.size > 1 and not is_written:
                 with profile_range("pyzero::all_gather"):
                     gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard, bucket.peer_shards))
         return gathers
@@ -423,7 +425,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
+            return UnreducedGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
         kind = OverlappedGradients if stage == 2 else ReducedGradients
         return kind(
             self._group,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,22 @@ from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
+from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, user_param
-from pyzero.sharding.modules import ShardedPlace
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """How parameters are placed into buckets."""
+
+    bucket_cap_bytes: int  # largest bytes of weights in a bucket
+    reduces: bool  # the optimizer averages gradients over ranks
+    init_sync: bool  # make weights, frozen parameters and buffers what they are on rank 0
+    cpu_offload: bool  # see Bucket
 
 
 class ParamBuckets:
@@ -32,11 +43,8 @@ class ParamBuckets:
         group: The ranks that share the state.
         transport: Gives memory for weights.
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
-        bucket_cap_bytes: Largest bytes of weights in a bucket.
         in_norm: Whether a parameter counts for the norm on this rank.
-        reduces: The optimizer averages gradients over ranks.
-        init_sync: Make weights, frozen parameters and buffers what they are on rank 0.
-        cpu_offload: See Bucket.
+        options: How parameters are placed.
     """
 
     def __init__(
@@ -46,11 +54,8 @@ class ParamBuckets:
         group: Group,
         transport: Transport,
         state: MutableMapping[Tensor, Any],
-        bucket_cap_bytes: int,
         in_norm: Callable[[Tensor], bool],
-        reduces: bool,
-        init_sync: bool,
-        cpu_offload: bool,
+        options: PlacementOptions,
     ) -> None:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
@@ -69,12 +74,9 @@ class ParamBuckets:
         self._group = group
         self._transport = transport
         self._state = state
-        self._bucket_cap_bytes = bucket_cap_bytes
         self._in_norm = in_norm
-        self._reduces = reduces
-        self._init_sync = init_sync
+        self._options = options
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
-        self._cpu_offload = cpu_offload
 
     def unplaced(
         self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], with_grads: bool
@@ -198,19 +200,19 @@ class ParamBuckets:
         """
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
-        fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
+        fsdp = find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
         check_not_gathered(params, (place.record for place in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
                 check_whole(param, spec.number, spec.key.rule)
-        if self._reduces:
+        if self._options.reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         ours = {user_param(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))
-        if self._init_sync and self._group.size > 1:
+        if self._options.init_sync and self._group.size > 1:
             self._sync_others(roots, frozen, {*ours})
         if not params:
             return []
@@ -221,10 +223,10 @@ class ParamBuckets:
         self._fsdp_modules += map(weakref.ref, owners)
         self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
-        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival)
+        layouts = plan(specs, self._options.bucket_cap_bytes, self._group.size, arrival)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
         for bucket in made:
-            if self._init_sync:
+            if self._options.init_sync:
                 self._group.broadcast(bucket.flat)
             bucket.masters_from_weights()
         self.buckets += made
@@ -257,8 +259,8 @@ class ParamBuckets:
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
             run = RunKey(group_index, self._in_norm(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
-            room = own.room if isinstance(own, LocalParam) else 0
-            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
+            padded_numel = own.padded_numel if isinstance(own, LocalParam) else 0
+            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, padded_numel))
             params.append(own)
         return params, specs, frozen
 
@@ -274,7 +276,7 @@ class ParamBuckets:
         params = [self.params[number] for number in numbers]
         rule = self._rules[self.specs[numbers[0]].run.group_index]
         weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
-        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._cpu_offload)
+        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._options.cpu_offload)
         for position, param in enumerate(bucket.params):
             self._state[user_param(param)] = bucket.state_views(position)
         return bucket
@@ -322,7 +324,7 @@ class ParamBuckets:
         if not seen:
             return None
         rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
-        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest])
+        return plan(self.specs, self._options.bucket_cap_bytes, self._group.size, [*seen, *rest])
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
         """Move weights and state into other buckets of the same parameters; returns whether any moved. Collective.

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero import memory, optimizer
-from pyzero.comm import channels, process, transport
+from pyzero.comm import process_group_pool, transport
 from pyzero.comm.group import Group
+from pyzero.deepspeed import launcher
 
 PYZERO = Path(pyzero.__file__).parent
 LIMIT = timedelta(seconds=20)
@@ -32,23 +33,24 @@ def world(tmp_path: Path):
 
 def test_a_group_without_a_named_backend_is_like_one_with_it(world, monkeypatch):
     assert dist.get_backend(world) == "undefined"
-    assert channels.timeout_of(world) is not None
-    found = channels.new_group([0], world, None, 0)
+    assert process_group_pool.timeout_of(world) is not None
+    found = process_group_pool.new_group([0], world, None, 0)
     assert dist.get_backend_config(found) == "cpu:gloo"
     asked = []
-    monkeypatch.setattr(channels.dist, "get_backend_config", lambda group: "cuda:nccl")  # of "undefined" on a GPU
-    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
-    channels.new_group([0], world, None, 0)
+    # Of "undefined" on a GPU.
+    monkeypatch.setattr(process_group_pool.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(process_group_pool.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
+    process_group_pool.new_group([0], world, None, 0)
     assert asked == ["cpu:gloo,cuda:nccl"]
 
 
 def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):
     """ncclCommSplit, which torch takes where a device is bound, hangs until all ranks of the default group call it."""
     bound, seen = torch.device("cuda", 0), []
-    monkeypatch.setattr(channels.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: seen.append(world.bound_device_id))
+    monkeypatch.setattr(process_group_pool.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(process_group_pool.dist, "new_group", lambda ranks, **how: seen.append(world.bound_device_id))
     world.bound_device_id = bound
-    channels.new_group([0], world, None, 0)
+    process_group_pool.new_group([0], world, None, 0)
     assert seen == [None] and world.bound_device_id == bound
 
 
@@ -75,17 +77,17 @@ def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, num_visible, index):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    process.take_device()
+    launcher.take_device()
     assert not taken, "the caller may have chosen one"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    process.take_device()
-    assert taken == [process.device()] == [torch.device("cuda", index)]
+    launcher.take_device()
+    assert taken == [launcher.device()] == [torch.device("cuda", index)]
 
 
 def test_initialize_takes_it_whoever_made_the_group(world, monkeypatch):
     """As DeepSpeed does: scripts go on with `.cuda()`."""
     taken = []
-    monkeypatch.setattr(process, "take_device", lambda: taken.append(dist.is_initialized()))
+    monkeypatch.setattr(launcher, "take_device", lambda: taken.append(dist.is_initialized()))
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
     pyzero.initialize(model=nn.Linear(2, 2), config=config)
     assert taken == [True]
@@ -110,9 +112,9 @@ def test_a_gloo_that_finds_no_host_says_what_to_set(world, monkeypatch):
     def fail(ranks: list[int], **how: Any) -> None:
         raise RuntimeError("Gloo connectFullMesh failed with [/x/gloo/transport/tcp/pair.cc:144] no error\nframe #0")
 
-    monkeypatch.setattr(channels.dist, "new_group", fail)
+    monkeypatch.setattr(process_group_pool.dist, "new_group", fail)
     with pytest.raises(RuntimeError, match=r"Gloo connectFullMesh failed.*set GLOO_SOCKET_IFNAME to the network"):
-        channels.new_group([0], world, None, 0)
+        process_group_pool.new_group([0], world, None, 0)
 
 
 def test_views_are_exported_from_the_gpu_that_they_lie_on(monkeypatch):
@@ -232,21 +234,21 @@ def test_python_objects_of_all_ranks_come_whole(ranks):
 
 
 def test_without_a_local_rank_the_current_gpu_is_taken(monkeypatch):
-    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(process.torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(launcher.torch.cuda, "current_device", lambda: 5)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert process.device() == torch.device("cuda", 5)
+    assert launcher.device() == torch.device("cuda", 5)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert process.device() == torch.device("cuda", 3)
+    assert launcher.device() == torch.device("cuda", 3)
 
 
 def test_a_group_for_hosts_takes_no_communicator_of_nccl(world, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr(channels.dist, "get_backend_config", lambda group: "cuda:nccl")
-    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
+    monkeypatch.setattr(process_group_pool.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(process_group_pool.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
     for on_host in (False, True):
-        channels.new_group([0], world, None, 0, on_host)
+        process_group_pool.new_group([0], world, None, 0, on_host)
     assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
 
 
@@ -313,7 +315,7 @@ def groups_around_an_interrupt(group: Any) -> int:
         names.add(optimizer._group.handle.group_name)
         with pytest.MonkeyPatch.context() as patch:
             if is_interrupted:
-                patch.setattr(channels, "gather_objects", interrupt)
+                patch.setattr(process_group_pool, "gather_objects", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizer.checkpoint_group()
         del optimizer
