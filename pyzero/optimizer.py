@@ -121,6 +121,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._ready = False
         self._last = self._checkpoint_group = None
         self._is_torn = False
+        self._has_error = False  # which keeps this rank from the step under way
         self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
@@ -200,17 +201,34 @@ class ZeroOptimizer(StateDicts, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, rule in zip(self._param_groups, self._rules, strict=False):  # one taken out by hand is told below
-            rule.check(group)
         check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
-        self._place_unfrozen()
+        error = self._prepare_step()
+        if error is not None and self._num_ranks == 1:
+            raise error
         if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
-            self._take_step()
+            self._take_step(error)
         return loss
 
-    def _take_step(self) -> None:
-        self._param_buckets.follow_weights()
-        stats, unscale = self._collect("step"), self._take_grad_scale()
+    def _prepare_step(self) -> Exception | None:
+        """Check the hyper-parameters, and follow what others have done to parameters and weights.
+
+        Returns:
+            What keeps this rank from the step. The others wait for its message, which says so.
+        """
+        error = None
+        for prepare in (self._check_groups, self._place_unfrozen, self._param_buckets.follow_weights):
+            try:
+                prepare()
+            except (TypeError, ValueError) as found:
+                error = error or found
+        return error
+
+    def _check_groups(self) -> None:
+        for group, rule in zip(self._param_groups, self._rules, strict=False):  # _place_unfrozen tells of missing ones
+            rule.check(group)
+
+    def _take_step(self, error: Exception | None) -> None:
+        stats, unscale = self._collect_for_step(error), self._take_grad_scale()
         self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
         self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
         # Ranks that have updated their shards count on the other shards.
@@ -240,7 +258,23 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._overflow.check(skips, self._describe)
 
     def _host_facts(self) -> HostFacts:
-        return HostFacts(self._overflow.num_in_a_row, self._hyper_parameters.checksum(self._param_groups))
+        checksum = self._hyper_parameters.checksum(self._param_groups)
+        return HostFacts(self._overflow.num_in_a_row, checksum, self._has_error)
+
+    def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
+        """`_collect`; an error of this rank's own is raised once the others know of it."""
+        self._has_error = error is not None
+        try:
+            stats = self._collect("step")
+        except RuntimeError:
+            if error is not None:
+                raise error from None
+            raise
+        finally:
+            self._has_error = False
+        if error is not None:
+            raise error
+        return stats
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
