@@ -153,10 +153,10 @@ class UnreducedGradients(Gradients):
         """See Gradients."""
         tracker = self._scale_tracker
         tracker.begin(inv_scale, epoch)
-        if tracker.fsdp_param is not None:  # its gradient comes without the hook ahead of it
-            self._before_gradient(tracker.fsdp_param)
-        tracker.take_over_if_empty()
         try:
+            if tracker.fsdp_param is not None:  # its gradient comes without the hook ahead of it
+                self._before_gradient(tracker.fsdp_param)
+            tracker.take_over_if_empty()
             yield
         finally:
             tracker.end()

@@ -75,9 +75,9 @@ class ScaledBackward:
         if self._is_held:
             return
         self.end()  # of one that an exception has ended
-        self._running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
-        self._running.__enter__()
-        self._has_run = True
+        running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
+        running.__enter__()  # raises where `.grad` carries another scale
+        self._running, self._has_run = running, True
 
     def end(self) -> None:
         """Gradients that arrive from now on carry no scale."""

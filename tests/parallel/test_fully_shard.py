@@ -153,6 +153,33 @@ def test_an_overflow_on_one_rank_skips_on_all(ranks, way):
                 assert torch.equal(a, b)
 
 
+def after_a_refused_backward(group: Any, way: str) -> tuple[bool, list[float]]:
+    """Norms of a plain backward, and of one behind a scaled one that was refused, for `.grad` carried no scale."""
+    model = case.fsdp(case.Model(), group)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.0, process_group=group, loss_scale=1024.0)
+    norms = []
+    for is_first in (True, False):
+        case.loss_of(model, case.batch(0)).backward()
+        if not is_first:
+            with pytest.raises(RuntimeError, match="same loss scale"):
+                loss = case.loss_of(model, case.batch(0))
+                optimizer.backward(loss) if way == "backward" else optimizer.scale(loss).backward()
+            optimizer.zero_grad()
+            case.loss_of(model, case.batch(0)).backward()
+        is_scaled = optimizer.is_scaled_backward
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(float(optimizer.grad_norm))
+    return is_scaled, norms
+
+
+@pytest.mark.parametrize("way", ["backward", "scale"])
+def test_a_backward_that_is_refused_leaves_no_loss_scale_behind(ranks, way):
+    for is_scaled, (plain, behind) in ranks.run(1, after_a_refused_backward, way):
+        assert not is_scaled
+        assert behind == plain
+
+
 def written_outside(group: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     model = case.fsdp(case.Model(torch.bfloat16), group)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group)
