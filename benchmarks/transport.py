@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.comm.choice import make_transport
 from pyzero.comm.group import Group
+from pyzero.comm.make_transport import make_transport
 from pyzero.comm.transport import Transport
 
 from .harness import relative

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyzero.comm.group import Group
 from pyzero.gradients.grad_stats import GlobalGradStats
-from pyzero.gradients.source import Gradients
+from pyzero.gradients.interface import Gradients
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param
 from pyzero.sharding.local_param import LocalParam, local_of, part_of, user_param, whole_of

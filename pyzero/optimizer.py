@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyzero import arguments
-from pyzero.comm.choice import make_transport
 from pyzero.comm.group import Work
+from pyzero.comm.make_transport import make_transport
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
-from pyzero.gradients.local import LocalGradients
+from pyzero.gradients.interface import Gradients
 from pyzero.gradients.overlap import OverlappedGradients, take_over
 from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
-from pyzero.gradients.source import Gradients
+from pyzero.gradients.unreduced import UnreducedGradients
 from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
@@ -262,8 +262,8 @@ class ZeroOptimizer(StateAccess, Optimizer):
         for bucket in used:
             with profile_range(f"pyzero::{bucket.rule.name}"):
                 self._updater.update(bucket, self._gradients.spans(bucket), self._param_groups, scalars)
-            is_pushed = bucket.rule.pushes and len(bucket.peer_shards) > 0
-            if self._group.size > 1 and not is_pushed:
+            is_written = bucket.rule.writes_peer_weights and len(bucket.peer_shards) > 0
+            if self._group.size > 1 and not is_written:
                 with profile_range("pyzero::all_gather"):
                     gathers.append(self._transport.gather(bucket.flat, bucket.weight_shard, bucket.peer_shards))
         return gathers
@@ -388,7 +388,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
-            return LocalGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
+            return UnreducedGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
         kind = OverlappedGradients if stage == 2 else ReducedGradients
         return kind(
             self._group,

@@ -63,7 +63,7 @@ class RunShard:
     high: int
     master: Tensor  # (high - low,) fp32
     weights: Tensor | None  # (high - low,) in the parameters' dtype, to be written; None: the masters are the weights
-    peer_weights: Sequence[Tensor]  # the same in other ranks' memory, to be written too where the rule `pushes`
+    peer_weights: Sequence[Tensor]  # the same in other ranks' memory, for a rule that `writes_peer_weights`
     state: dict[str, Tensor]  # by slot
     steps: Tensor  # (num_params,) fp32, of the bucket: steps applied, this one counted
     segment_ids: Tensor  # ((high - low) / GRANULE,), rounded up, int32: the position of the parameter in the bucket
@@ -98,7 +98,7 @@ class UpdateRule(Protocol):
     slots: tuple[StateSlot, ...]
     cut: Cut
     reads_lists: bool  # `update` takes a GradList too. Otherwise gradients are packed for it, where they lie apart
-    pushes: bool  # `update` writes `peer_weights` too. Otherwise weights are copied there after it
+    writes_peer_weights: bool  # `update` writes `peer_weights` too. Otherwise weights are copied there after it
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a group's hyper-parameters are out of range, TypeError where they are no numbers.

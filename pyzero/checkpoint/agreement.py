@@ -11,7 +11,7 @@ from pyzero.comm.group import Group
 _T = TypeVar("_T")
 
 
-def together(group: Group, what: str, act: Callable[[], _T]) -> _T:
+def run_on_all_ranks(group: Group, what: str, act: Callable[[], _T]) -> _T:
     """Run it on every rank; where it fails on one, or is interrupted, all ranks raise."""
     problem: Exception | None = None
     interrupt: BaseException | None = None

@@ -15,8 +15,8 @@ from pyzero.checkpoint.export import place_of
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
+from pyzero.sharding.fsdp import reshard
 from pyzero.sharding.local_param import is_dtensor, local_of
-from pyzero.sharding.modules import reshard
 from pyzero.sharding.rank_state import RULE, SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyzero.checkpoint import files, from_deepspeed
-from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.content import PARTS, Content
 from pyzero.checkpoint.export import export_safetensors
 from pyzero.checkpoint.files import CheckpointError
@@ -146,5 +146,7 @@ class _Weights:
         tensor = self.empty(name, "cpu")
         where = {self.places[name]: tensor}
         # Alone: for an interrupt, which torch takes for a failure, to be raised as itself.
-        together(Group(is_alone=True), f"the read of {name}", lambda: storage.read(where, self.folder, self.index))
+        run_on_all_ranks(
+            Group(is_alone=True), f"the read of {name}", lambda: storage.read(where, self.folder, self.index)
+        )
         return tensor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.checkpoint import files
-from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.content import EXCLUDED, PARTS, check_parts, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
@@ -101,8 +101,9 @@ class _Load:
         """Read on every rank, agree, and copy."""
         what = f"the load of {self._given}"
         self._elsewhere = self._on_other_ranks(what)
-        name = self._group.gather_objects(together(self._group, what, self._find), what)[0]  # one that all ranks load
-        together(self._group, what, lambda: self._read(self._directory / name))
+        found = run_on_all_ranks(self._group, what, self._find)
+        name = self._group.gather_objects(found, what)[0]  # one that all ranks load
+        run_on_all_ranks(self._group, what, lambda: self._read(self._directory / name))
         self._compare(what)
         if not self._weights_only:  # first of all, for it may refuse
             self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})

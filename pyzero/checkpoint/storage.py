@@ -184,7 +184,7 @@ def _without_torchs_crc() -> Iterator[None]:
 def _as_ours(what: str, group: Any = None) -> Iterator[None]:
     """Raise torch's failures as CheckpointError, and silence its warnings: of a rank alone, and of _save and _load.
 
-    Torch takes an interrupt for a failure too: this rank's own is raised as Interrupted, for `together`.
+    Torch takes an interrupt for a failure too: this rank's own is raised as Interrupted, for `run_on_all_ranks`.
     """
     try:
         with warnings.catch_warnings():

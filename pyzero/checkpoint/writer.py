@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from pyzero.checkpoint import files
-from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.content import Content, join
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.comm.group import Group
@@ -48,7 +48,7 @@ class Writer:
         self._step = step
         self._keep = keep
         self._what = f"the save to {directory}"
-        together(group, self._what, lambda: self._take(directory, collect))
+        run_on_all_ranks(group, self._what, lambda: self._take(directory, collect))
         rows = group.gather_objects((self._step, self._buffers), self._what)
         steps = [step for step, _ in rows]
         if len(set(steps)) > 1:
@@ -58,7 +58,7 @@ class Writer:
             del self._state["model"][name]  # torch's planner would take each from another rank
         if self._part is not None:
             parts = group.gather_objects(self._part, self._what)
-            together(group, self._what, lambda: self._keep_common(join(parts)))
+            run_on_all_ranks(group, self._what, lambda: self._keep_common(join(parts)))
 
     def _take(self, directory: str | os.PathLike[str], collect: Callable[[], Content]) -> None:
         self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
@@ -84,16 +84,16 @@ class Writer:
     def run(self, before: Callable[[], object] = lambda: None) -> Path:
         """Write, agree, and give the folder its name. before: What to wait for first."""
         is_first = self._group.rank == 0
-        together(self._group, self._what, before)
-        began = together(
+        run_on_all_ranks(self._group, self._what, before)
+        began = run_on_all_ranks(
             self._group, self._what, lambda: files.begin(self._directory, self._step) if is_first else None
         )
         folder: Path = self._group.gather_objects(began, self._what)[0]
         try:
-            together(self._group, self._what, lambda: self._write(folder))
-            metadata = together(self._group, self._what, lambda: self._write_tensors(folder))
+            run_on_all_ranks(self._group, self._what, lambda: self._write(folder))
+            metadata = run_on_all_ranks(self._group, self._what, lambda: self._write_tensors(folder))
             rows = self._group.gather_objects((self._sums, self._crcs), self._what)
-            together(
+            run_on_all_ranks(
                 self._group,
                 self._what,
                 lambda: files.commit(folder, self._index(metadata, rows), self._keep) if is_first else None,

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyzero.comm import channels, process
-from pyzero.comm.host import HostError, HostRanks, find_hosts
+from pyzero.comm import process, process_group_pool
+from pyzero.comm.shared_memory import HostError, SharedMemory, find_hosts
 
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -107,21 +107,21 @@ class Group:
         self.rank: int = dist.get_rank(parent) if initialized else 0
         self.where = "before the first backward"  # for messages: what the optimizer is at
         self.handle: Any = None
-        self._channel = channels.Channel(None, serial=0)  # alone: nothing is sent in it
+        self._lease = process_group_pool.LeasedGroup(None, serial=0)  # alone: nothing is sent in it
         self._timeout: timedelta | None = None
         self._blocks = False
         self._mesh: Any = None
         self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
-        self.host: HostRanks | None = None
+        self.host: SharedMemory | None = None
         if self.size > 1:
-            self._timeout = channels.timeout_of(parent)
+            self._timeout = process_group_pool.timeout_of(parent)
             is_gloo = on_host or set(process.backends_of(parent).values()) == {"gloo"}
             self._blocks = is_gloo  # wait() returns with the result
-            leased_from = channels.channels_over(parent, self._timeout, on_host)
+            leased_from = process_group_pool.pool_over(parent, self._timeout, on_host)
             with self.error_context("the lease of a process group"):
-                self._channel = leased_from.lease(parent, self._timeout)
-            self.handle = self._channel.handle
-            weakref.finalize(self, leased_from.give_back, self._channel)
+                self._lease = leased_from.lease(parent, self._timeout)
+            self.handle = self._lease.handle
+            weakref.finalize(self, leased_from.give_back, self._lease)
 
     def members(self) -> list[int]:
         """Its ranks, as the default group numbers them."""
@@ -133,7 +133,7 @@ class Group:
             group = self if other.size == 1 else other
             return Group(group.handle) if group.size > 1 else group
         what = "the comparison of a mesh's ranks"
-        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), channels.num_groups()), what)
+        rows = other.gather_objects((dist.get_process_group_ranks(self.handle), process_group_pool.num_groups()), what)
         ranks = sorted({rank for row, _ in rows for rank in row})
         if len(ranks) != self.size * other.size:
             raise ValueError(
@@ -143,7 +143,7 @@ class Group:
         if len(ranks) == dist.get_world_size():
             return Group()
         most = max(self.gather_objects(max(num for _, num in rows), what))
-        return Group(channels.new_group(ranks, self.handle, self._timeout, most))
+        return Group(process_group_pool.new_group(ranks, self.handle, self._timeout, most))
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
@@ -164,16 +164,16 @@ class Group:
 
     def _give_up(self, reason: str) -> None:
         """Send nothing more, and tell the ranks that share memory."""
-        self._channel.is_broken = True
+        self._lease.is_broken = True
         if self.host is not None:
             self.host.give_up(reason)
 
     def _store(self) -> Any:
         """What the ranks say of what they wait for, by rank."""
         everyones = dist.distributed_c10d._get_default_store()
-        return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}/{self._channel.token}", everyones)
+        return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}/{self._lease.token}", everyones)
 
-    def share_memory(self) -> HostRanks:
+    def share_memory(self) -> SharedMemory:
         """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
 
         Raises:
@@ -184,7 +184,7 @@ class Group:
             if len(self.hosts) == self.size:
                 raise HostError("each rank runs on another host")
             mine = next(ranks for ranks in self.hosts if self.rank in ranks)
-            self.host = HostRanks(self.rank, mine, self.gather_objects, self._timeout)
+            self.host = SharedMemory(self.rank, mine, self.gather_objects, self._timeout)
         return self.host
 
     def timeout(self) -> str:
@@ -206,9 +206,9 @@ class Group:
     @contextmanager
     def broken_unless_finished(self) -> Iterator[None]:
         """What puts ranks out of step where a KeyboardInterrupt breaks it off: nothing is sent after that."""
-        was_broken, self._channel.is_broken = self._channel.is_broken, True
+        was_broken, self._lease.is_broken = self._lease.is_broken, True
         yield
-        self._channel.is_broken = was_broken
+        self._lease.is_broken = was_broken
 
     @contextmanager
     def lockstep(
@@ -249,11 +249,11 @@ class Group:
     @property
     def num_launched(self) -> int:
         """How many collectives have been launched."""
-        return self._channel.num_collectives
+        return self._lease.num_collectives
 
     def check_unbroken(self, what: str) -> None:
         """Raise CollectiveError where nothing is sent any more."""
-        if self.size > 1 and self._channel.is_broken:
+        if self.size > 1 and self._lease.is_broken:
             with self.error_context(what):
                 raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
 
@@ -270,10 +270,10 @@ class Group:
         """
         self.check_unbroken(what)
         with self.error_context(what):
-            self._channel.num_collectives += 1
+            self._lease.num_collectives += 1
             with self.broken_unless_finished():
                 handle = begin()
-        return Work(handle, self, what, self._channel.num_collectives, then, blocks or self._blocks)
+        return Work(handle, self, what, self._lease.num_collectives, then, blocks or self._blocks)
 
     def wait(self, handle: Handle, what: str, number: int, blocks: bool) -> None:
         """Wait for a collective; see Work."""
@@ -309,8 +309,8 @@ class Group:
         gave_up = {rank: reason for rank, (theirs, reason, _) in seen.items() if theirs == _GAVE_UP}
         is_other = any(theirs[0] == number and theirs[1] != what for theirs in seen.values())
         if gave_up or is_other:
-            self._channel.is_broken = True
-            channels.keep_forever(self.handle)
+            self._lease.is_broken = True
+            process_group_pool.keep_forever(self.handle)
         for rank, reason in gave_up.items():
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: rank {rank} sends nothing more, for {reason}; see "

@@ -21,7 +21,7 @@ from pyzero.deepspeed.config.dtype_sections import DTYPES
 from pyzero.deepspeed.config.keys import remarks
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Config
-from pyzero.deepspeed.engine import owners
+from pyzero.deepspeed.engine import param_owners
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.engine.eval_engine import EvalEngine
 from pyzero.deepspeed.optimizers import make_optimizer
@@ -126,7 +126,7 @@ def initialize(
         if tp_size > 1:
             tensor_parallel.check_first_gradients(model, ours, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)
-        owners.register(ours)
+        param_owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
         engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
     engine.collate_fn = collate_fn

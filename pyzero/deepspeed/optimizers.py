@@ -13,7 +13,7 @@ from pyzero.arguments import IGNORED, UNSUPPORTED
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion
-from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.ops.optimizer_spec import OptimizerSpec
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.optimizer import ZeroOptimizer
@@ -112,7 +112,7 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
         ValueError: An option that ours lack, or state that would be lost.
     """
     name = type(optimizer).__name__
-    if type(optimizer) not in (Adam, AdamW, SGD, _TORCH_MUON) and not isinstance(optimizer, Recipe):
+    if type(optimizer) not in (Adam, AdamW, SGD, _TORCH_MUON) and not isinstance(optimizer, OptimizerSpec):
         raise TypeError(
             f"expected torch.optim.Adam, AdamW, SGD or Muon, FusedAdam, DeepSpeedCPUAdam, FusedLion or FusedLamb of "
             f"pyzero.deepspeed.ops, or one of pyzero's own, got {name}; pass one of these"

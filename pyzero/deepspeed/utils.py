@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.comm import init_distributed as init_distributed  # its older place
-from pyzero.deepspeed.engine.owners import owner_of
+from pyzero.deepspeed.engine.param_owners import owner_of
 from pyzero.deepspeed.parallel import groups as groups
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER

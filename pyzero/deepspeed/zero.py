@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.stage_3.init import Init as Init
-from pyzero.deepspeed.stage_3.kept import keep_views
+from pyzero.deepspeed.stage_3.kept_views import keep_views
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus, gathered
-from pyzero.sharding import modules
+from pyzero.sharding import fsdp
+from pyzero.sharding.fsdp import ShardedPlace
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
-from pyzero.sharding.modules import ShardedPlace
 
 
 def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class GatheredParameters:
             self._built = [param for param in self._params if isinstance(param, ShardedParam)]
             self._stack.enter_context(gathered(self._built, self._source))
         if self._enabled and any(is_dtensor(param) for param in self._params):
-            known = modules.find_fsdp_places()
+            known = fsdp.find_fsdp_places()
             fresh = [param for param in dict.fromkeys(self._params) if not _is_shown(param)]
             self._places = {param: known[param] for param in fresh if param in known}
             taken = {param.gathered_in.owner for param in known if hasattr(param, "gathered_in")}
@@ -121,7 +121,7 @@ class GatheredParameters:
         for owner in self._owners:
             owner.unshard()
             keep_views(owner)
-        self._stack.enter_context(modules.whole_state_dicts(self._owners))
+        self._stack.enter_context(fsdp.whole_state_dicts(self._owners))
         for param, place in self._places.items():
             param.gathered_in = place
             place.record.init_dtype_attrs = _know_dtypes

@@ -13,7 +13,7 @@ from pyzero.comm.transport import Exchange, Transport
 from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.bucket_grads import BucketGrads
-from pyzero.gradients.source import is_set
+from pyzero.gradients.stats_rows import is_set
 from pyzero.profiling import profile_range
 from pyzero.streams import on_stream
 
@@ -150,12 +150,12 @@ class BucketExchange:
         (grads, scale, accumulate, stats), exchange = self._in_flight[0]
         with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
             exchange.work.wait()  # a KeyboardInterrupt in it loses nothing
-            room = grads.room()  # nor does a lack of memory
+            shard = grads.shard_memory()  # nor does a lack of memory
             with self._transport.group.lockstep(what="the sum of a gradient bucket"):
                 self._in_flight.popleft()
                 try:
                     was_set = is_set(grads.found_inf)
-                    grads.reduce_slices(room, exchange.slices, scale, accumulate, stats)
+                    grads.reduce_slices(shard, exchange.slices, scale, accumulate, stats)
                     if self.locates or (is_set(grads.found_inf) and not was_set):
                         code = nonfinite.locate_in_slices(grads.bucket, exchange.slices, self._names, exchange.by_rank)
                         torch.minimum(grads.first_bad, code, out=grads.first_bad)

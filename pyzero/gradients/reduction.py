@@ -18,7 +18,8 @@ from pyzero.gradients.backward import BackwardEnd, GradientHooks
 from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
-from pyzero.gradients.source import Gradients, power_sum, powers_of
+from pyzero.gradients.interface import Gradients
+from pyzero.gradients.norms import power_sum, powers_of
 from pyzero.gradients.stats_rows import clean_rows, flag_of
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,16 @@ def clean_rows(num_rows: int, device: torch.device) -> Tensor:
 def flag_of(row: Tensor) -> Tensor:
     """(1,) fp32 in the flag of a (3,) row: 0, or 1 where one of the ops has found an inf or a NaN."""
     return row.view(torch.float32)[_HIGH_HALF : _HIGH_HALF + 1]
+
+
+def is_set(flag: Tensor) -> bool:
+    """Whether a flag that lies in the host's own memory is set; False on a GPU, where to look would be to wait."""
+    return flag.is_cpu and bool(values_of(flag)[0])
+
+
+def values_of(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The values of a tensor in the host's own memory, not copied."""
+    return tensor.numpy()
 
 
 def sumsq_of(row: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.nonfinite import NOT_FOUND
-from pyzero.gradients.source import values_of
+from pyzero.gradients.stats_rows import values_of
 from pyzero.ops.loss_scale import STATE_SLOTS
 
 log = logging.getLogger("pyzero")

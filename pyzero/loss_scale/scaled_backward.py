@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.gradients.source import Gradients
+from pyzero.gradients.interface import Gradients
 from pyzero.loss_scale.scaler import Scaler
 
 log = logging.getLogger("pyzero")

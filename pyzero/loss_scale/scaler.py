@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.gradients.source import is_set, values_of
+from pyzero.gradients.stats_rows import is_set, values_of
 from pyzero.ops.backend import LossScalePolicy
 from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state
 

@@ -31,7 +31,7 @@ class AdamRule:
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
     cut = Cut.ANYWHERE
     reads_lists = True
-    pushes = True
+    writes_peer_weights = True
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""

@@ -28,7 +28,7 @@ class LambRule:
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
     cut = Cut.WHOLE  # the norms are of whole parameters
     reads_lists = False
-    pushes = False
+    writes_peer_weights = False
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""

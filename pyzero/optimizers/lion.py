@@ -24,7 +24,7 @@ class LionRule:
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"),)
     cut = Cut.ANYWHERE
     reads_lists = True
-    pushes = True
+    writes_peer_weights = True
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""

@@ -44,7 +44,7 @@ class MuonRule:
     slots: tuple[StateSlot, ...] = (StateSlot("momentum_buffer"),)
     cut = Cut.WHOLE
     reads_lists = False
-    pushes = False
+    writes_peer_weights = False
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""

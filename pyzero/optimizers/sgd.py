@@ -27,7 +27,7 @@ class SGDRule:
 
     cut = Cut.ANYWHERE
     reads_lists = True
-    pushes = True
+    writes_peer_weights = True
 
     def __init__(self, has_momentum: bool) -> None:
         self.name = "sgd_momentum" if has_momentum else "sgd"

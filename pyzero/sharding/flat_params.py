@@ -129,8 +129,9 @@ class FlatParams:
         slot, shape, strides = self._slots[position], self.shapes[position], self.strides[position]
         if not slot.numel:
             return torch.empty(shape, dtype=self._dtype, device=self._device)
-        room = param.room if isinstance(param, LocalParam) else 0
-        return memory.alias(self._flat[slot.offset : slot.offset + max(slot.numel, room)]).as_strided(shape, strides)
+        padded_numel = param.padded_numel if isinstance(param, LocalParam) else 0
+        end = slot.offset + max(slot.numel, padded_numel)
+        return memory.alias(self._flat[slot.offset : end]).as_strided(shape, strides)
 
     # ---- what the optimizer writes ----------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ class ParamSpec:
     element_bytes: int
     key: Key  # only equal keys share a bucket
     run: RunKey = RunKey(0, True)
-    room: int = 0  # elements of memory that it needs, where they are more than `numel`
+    padded_numel: int = 0  # elements of memory that it needs, where they are more than `numel`
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _size(spec: ParamSpec) -> int:
     """Elements of its slot; an empty one has a slot of its own too."""
-    return max(_round_up(max(spec.numel, spec.room), GRANULE), GRANULE)
+    return max(_round_up(max(spec.numel, spec.padded_numel), GRANULE), GRANULE)
 
 
 def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:

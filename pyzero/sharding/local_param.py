@@ -96,11 +96,11 @@ class LocalParam(torch.Tensor):
 
     Attributes:
         dtensor: The DTensor.
-        room: Elements that its memory must hold, from its first on: FSDP sends shards of equal size, padded.
+        padded_numel: Elements that its memory must hold, from its first on: FSDP sends shards of equal size, padded.
     """
 
     dtensor: DTensor
-    room: int
+    padded_numel: int
     _fsdp: Any  # torch's record of a parameter that fully_shard has sharded
     _shown: Tensor | None  # a stand-in that was put in the DTensor's `.grad`
     _inner: Tensor | None  # and what it stands for
@@ -110,11 +110,11 @@ class LocalParam(torch.Tensor):
 
     @staticmethod
     def of(dtensor: Any, place: Any = None) -> LocalParam:
-        """Made for a DTensor. place: Its entry in modules.find_fsdp_places(), if it has one."""
+        """Made for a DTensor. place: Its entry in fsdp.find_fsdp_places(), if it has one."""
         fsdp = None if place is None else place.record
         made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
         made.dtensor, made._fsdp = dtensor, fsdp
-        made.room = 0 if fsdp is None else fsdp._sharded_param_data.numel()
+        made.padded_numel = 0 if fsdp is None else fsdp._sharded_param_data.numel()
         made._shown = made._inner = made._parked = None
         return made
 
@@ -132,11 +132,11 @@ class LocalParam(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        """Replace the local tensor by one with `room` elements of memory; FSDP reads weights there from now on."""
+        """Replace the local tensor by one over `padded_numel` elements; FSDP reads weights there from now on."""
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.dtensor._local_tensor = value
         if self._fsdp is not None and value.numel():
-            self._fsdp._sharded_param_data = value.as_strided((self.room,), (1,))
+            self._fsdp._sharded_param_data = value.as_strided((self.padded_numel,), (1,))
 
     # torch's own attributes would describe the memory that the tensor was made over.
     shape = property(lambda self: self.data.shape)

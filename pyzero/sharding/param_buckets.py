@@ -15,9 +15,9 @@ from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
+from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, user_param
-from pyzero.sharding.modules import ShardedPlace
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -198,7 +198,7 @@ class ParamBuckets:
         """
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
-        fsdp = modules.find_fsdp_places() if any(map(is_dtensor, everything)) else {}
+        fsdp = find_fsdp_places() if any(map(is_dtensor, everything)) else {}
         params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
         check_not_gathered(params, (place.record for place in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):
@@ -257,8 +257,8 @@ class ParamBuckets:
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
             run = RunKey(group_index, self._in_norm(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
-            room = own.room if isinstance(own, LocalParam) else 0
-            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, room))
+            padded_numel = own.padded_numel if isinstance(own, LocalParam) else 0
+            specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, padded_numel))
             params.append(own)
         return params, specs, frozen
 

@@ -10,14 +10,14 @@ LAYERS = (
     {"ops", "profiling", "streams"},
     {"memory"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
-    {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.segment"},
-    {"comm.channels", "comm.host"},
+    {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.shared_pages"},
+    {"comm.process_group_pool", "comm.shared_memory"},
     {"comm.group"},
     {"comm.transport"},
-    {"comm.device_peer", "comm.peer"},
-    {"comm.hosts"},
-    {"comm.choice"},
-    {"sharding", "sharding.blocks", "sharding.layout", "sharding.modules"},
+    {"comm.shared_memory_transport", "comm.symmetric_memory_transport"},
+    {"comm.multi_host_transport"},
+    {"comm.make_transport"},
+    {"sharding", "sharding.blocks", "sharding.fsdp", "sharding.layout", "sharding.modules"},
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
@@ -26,12 +26,12 @@ LAYERS = (
     {"sharding.gather", "sharding.param_buckets"},
     {"sharding.rank_state"},
     {"gradients", "gradients.backward", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
-    {"gradients.accumulation", "gradients.amp", "gradients.grad_stats"},
-    {"gradients.bucket_grads", "gradients.source", "update"},
-    {"gradients.exchange", "gradients.local"},
+    {"gradients.accumulation", "gradients.amp", "gradients.grad_stats", "gradients.norms"},
+    {"gradients.bucket_grads", "gradients.interface", "update"},
+    {"gradients.exchange", "gradients.unreduced"},
     {"gradients.reduction"},
     {"gradients.overlap"},
-    {"loss_scale", "optimizers", "loss_scale.overflow", "loss_scale.scaler"},
+    {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
     {"loss_scale.scaled_backward"},
     {"full_access"},
     {"state"},
@@ -45,9 +45,10 @@ LAYERS = (
     *(
         {f"deepspeed.{name}" for name in row.split()}
         for row in (
-            "accelerator arguments checkpoint_constants comm config config.keys engine engine.owners "
-            "engine.tensors engine.weights estimates ops.op_builder ops.recipe parallel parallel.mesh pipe.layers "
-            "pipe.runner pipe.topology schedules stage_3 stage_3.kept stage_3.sharded_param zero_to_fp32",
+            "accelerator arguments checkpoint_constants comm config config.keys engine engine.param_owners "
+            "engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel parallel.mesh "
+            "pipe.layers pipe.runner pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
+            "zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
             "config.tensor_parallel_section config.zero_section engine.plain_backward ops.adam ops.lamb ops.lion "
             "parallel.groups stage_3.shard timers",

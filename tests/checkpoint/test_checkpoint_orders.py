@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
 from pyzero.checkpoint import files, saving, storage
-from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.comm.group import Group
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -436,11 +436,11 @@ def interrupted_phase(group: Any) -> tuple[str, str]:
         return 1
 
     try:
-        together(ours, "the save", act)
+        run_on_all_ranks(ours, "the save", act)
         said = "nothing"
     except BaseException as error:
         said = f"{type(error).__name__}: {error}"
-    return said, str(together(ours, "the next", lambda: ours.rank))
+    return said, str(run_on_all_ranks(ours, "the next", lambda: ours.rank))
 
 
 def test_an_interrupt_is_told_to_the_other_ranks(ranks):

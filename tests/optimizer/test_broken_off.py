@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from models import build, loss_of, micro_batch, params_of
 from own_groups import OwnGroups
-from test_device_peer import through_peers
+from test_symmetric_memory_transport import through_peers
 
 import pyzero
 from pyzero import memory

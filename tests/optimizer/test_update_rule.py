@@ -31,7 +31,7 @@ class NormalizedRule:
     )
     cut = Cut.WHOLE
     reads_lists = False
-    pushes = False
+    writes_peer_weights = False
 
     def check(self, group: dict[str, Any]) -> None:
         if not group["lr"] > 0:

@@ -272,20 +272,20 @@ def test_a_rank_outside_the_group(ranks):
     assert all("got one that rank" in message for message in others)
 
 
-def channels(group: Any) -> list[int]:
+def serials(group: Any) -> list[int]:
     """Serial numbers of the process groups of optimizers that live one after the other, and side by side."""
     made = []
     for _ in range(3):
         optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=group)
-        made.append(optimizer._group._channel.serial)
+        made.append(optimizer._group._lease.serial)
         del optimizer
     pair = [pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3))], process_group=group) for _ in range(2)]
-    made += [optimizer._group._channel.serial for optimizer in pair]
+    made += [optimizer._group._lease.serial for optimizer in pair]
     return made
 
 
 def test_process_groups_are_used_again(ranks):
-    results = ranks.run(2, channels)
+    results = ranks.run(2, serials)
     assert results[0] == results[1]
     assert len(set(results[0][:3])) == 1 and len(set(results[0][3:])) == 2
 

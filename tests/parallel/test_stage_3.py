@@ -15,7 +15,7 @@ from pyzero.comm import process
 from pyzero.deepspeed import comm, partition, utils, zero
 from pyzero.deepspeed.parallel.mesh import parallelism_of
 from pyzero.deepspeed.stage_3.shard import shard
-from pyzero.sharding import modules
+from pyzero.sharding import fsdp
 from pyzero.sharding.blocks import blocks_of
 
 SECTIONS = {
@@ -629,7 +629,7 @@ def offloaded(group: Any) -> None:
             engine = start(3, dtype)
         finally:
             partition.shard = shard
-        assert all(record.offload_to_cpu for g in modules.fsdp_groups(engine.module) for record in g.fsdp_params)
+        assert all(record.offload_to_cpu for g in fsdp.fsdp_groups(engine.module) for record in g.fsdp_params)
         run = train(engine, range(3))
         assert torch.equal(run.losses, plain.losses) and torch.equal(run.norms, plain.norms)
         assert all(torch.equal(a, b) for a, b in zip(run.weights, plain.weights, strict=True))

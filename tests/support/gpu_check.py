@@ -186,7 +186,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
 
 def _pytest_ranks() -> tuple[str, ...]:
     """Several gloo ranks whose tensors all lie on the one GPU."""
-    files = ("test_device_peer.py", "test_bucket_order.py", "test_zero_lion.py", "test_update_rule.py")
+    files = ("test_symmetric_memory_transport.py", "test_bucket_order.py", "test_zero_lion.py", "test_update_rule.py")
     paths = [str(ROOT / "tests" / "optimizer" / name) for name in files]
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
 

@@ -66,9 +66,9 @@ class Meter(TorchDispatchMode):
             return
         self.now += host.ring_bytes - self._shared
         self._shared = host.ring_bytes
-        for rank, segment in host._segments.items():
-            begin = segment.tensor(0, 1, torch.uint8).data_ptr()
-            self._known[-1 - rank] = begin, begin + segment.num_bytes
+        for rank, shared in host._mapped.items():
+            begin = shared.tensor(0, 1, torch.uint8).data_ptr()
+            self._known[-1 - rank] = begin, begin + shared.num_bytes
 
     def _gone(self, key: int, num_bytes: int) -> None:
         del self._known[key]

@@ -24,7 +24,7 @@ from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.profiling.flops_profiler import StepProfile
 from pyzero.deepspeed.timers import PhaseTimers
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.modules import drop_unsent_gradients, has_unsent_gradients, reshard, without_gradient_sync
+from pyzero.sharding.fsdp import drop_unsent_gradients, has_unsent_gradients, reshard, without_gradient_sync
 
 log = logging.getLogger("pyzero")
 

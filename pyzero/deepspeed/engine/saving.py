@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pyzero.checkpoint import files
-from pyzero.checkpoint.agreement import together
+from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.loading import load_checkpoint, load_weights
@@ -73,9 +73,11 @@ class EngineCheckpoints:
         if not save_dir:
             raise ValueError(f"expected a folder to save into, got {save_dir!r}; pass one, as '.'")
         group, what = begin(self.optimizer), f"the save into {save_dir}"
-        name = together(group, what, lambda: _checked(f"global_step{self.global_steps}" if tag is None else str(tag)))
+        name = run_on_all_ranks(
+            group, what, lambda: _checked(f"global_step{self.global_steps}" if tag is None else str(tag))
+        )
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-        together(group, what, self._check_between_steps)
+        run_on_all_ranks(group, what, self._check_between_steps)
         save_checkpoint(
             Path(save_dir) / name,
             model=self.module,
@@ -88,7 +90,7 @@ class EngineCheckpoints:
             client_state={} if client_state is None else client_state,
         )
         writes = save_latest and self.rank == 0
-        together(group, what, lambda: files.write_latest(Path(save_dir), name) if writes else None)
+        run_on_all_ranks(group, what, lambda: files.write_latest(Path(save_dir), name) if writes else None)
         comm.barrier()
         return True
 
@@ -143,7 +145,7 @@ class EngineCheckpoints:
                 return _checked(str(tag))
             return None if group.rank else _latest(Path(load_dir))  # others may see an older one
 
-        tags, names = zip(*group.gather_objects((tag, together(group, what, find)), what), strict=True)
+        tags, names = zip(*group.gather_objects((tag, run_on_all_ranks(group, what, find)), what), strict=True)
         if len({str(one) for one in tags}) > 1:
             raise ValueError(f"expected the same tag on every rank, got {[*tags]}; pass one to all, or None to all")
         name = names[0]
@@ -181,7 +183,7 @@ class EngineCheckpoints:
                 import_deepspeed(folder.parent, ours, folder.name)
 
         try:
-            together(group, f"the translation of DeepSpeed's checkpoint {folder}", translate)
+            run_on_all_ranks(group, f"the translation of DeepSpeed's checkpoint {folder}", translate)
             yield ours
         finally:
             comm.barrier()  # all have read it

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.fsdp import reshard
 from pyzero.sharding.local_param import whole_of
-from pyzero.sharding.modules import reshard
 
 if TYPE_CHECKING:
     from pyzero.deepspeed.config.schema import Config

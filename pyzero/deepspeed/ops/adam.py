@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.ops.optimizer_spec import OptimizerSpec
 
 
-class FusedAdam(Recipe):
+class FusedAdam(OptimizerSpec):
     """DeepSpeed's FusedAdam, with its arguments and defaults: AdamW unless adam_w_mode is false."""
 
     def __init__(

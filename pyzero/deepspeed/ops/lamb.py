@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.ops.optimizer_spec import OptimizerSpec
 
 
-class FusedLamb(Recipe):
+class FusedLamb(OptimizerSpec):
     """DeepSpeed's FusedLamb, with its arguments and defaults.
 
     Raises:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyzero.deepspeed.ops.recipe import Recipe
+from pyzero.deepspeed.ops.optimizer_spec import OptimizerSpec
 
 
-class FusedLion(Recipe):
+class FusedLion(OptimizerSpec):
     """DeepSpeed's FusedLion, with its arguments and defaults."""
 
     def __init__(

@@ -13,8 +13,8 @@ from pyzero.comm.group import Group
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam
 from pyzero.sharding.blocks import blocks_of
+from pyzero.sharding.fsdp import fsdp_groups, fsdp_records, put_shards
 from pyzero.sharding.local_param import local_of
-from pyzero.sharding.modules import fsdp_groups, fsdp_records, put_shards
 
 log = logging.getLogger("pyzero")
 

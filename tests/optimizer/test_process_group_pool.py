@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero import memory, optimizer
-from pyzero.comm import channels, process, transport
+from pyzero.comm import process, process_group_pool, transport
 from pyzero.comm.group import Group
 
 PYZERO = Path(pyzero.__file__).parent
@@ -32,23 +32,24 @@ def world(tmp_path: Path):
 
 def test_a_group_without_a_named_backend_is_like_one_with_it(world, monkeypatch):
     assert dist.get_backend(world) == "undefined"
-    assert channels.timeout_of(world) is not None
-    found = channels.new_group([0], world, None, 0)
+    assert process_group_pool.timeout_of(world) is not None
+    found = process_group_pool.new_group([0], world, None, 0)
     assert dist.get_backend_config(found) == "cpu:gloo"
     asked = []
-    monkeypatch.setattr(channels.dist, "get_backend_config", lambda group: "cuda:nccl")  # of "undefined" on a GPU
-    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
-    channels.new_group([0], world, None, 0)
+    # Of "undefined" on a GPU.
+    monkeypatch.setattr(process_group_pool.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(process_group_pool.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
+    process_group_pool.new_group([0], world, None, 0)
     assert asked == ["cpu:gloo,cuda:nccl"]
 
 
 def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):
     """ncclCommSplit, which torch takes where a device is bound, hangs until all ranks of the default group call it."""
     bound, seen = torch.device("cuda", 0), []
-    monkeypatch.setattr(channels.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: seen.append(world.bound_device_id))
+    monkeypatch.setattr(process_group_pool.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(process_group_pool.dist, "new_group", lambda ranks, **how: seen.append(world.bound_device_id))
     world.bound_device_id = bound
-    channels.new_group([0], world, None, 0)
+    process_group_pool.new_group([0], world, None, 0)
     assert seen == [None] and world.bound_device_id == bound
 
 
@@ -110,9 +111,9 @@ def test_a_gloo_that_finds_no_host_says_what_to_set(world, monkeypatch):
     def fail(ranks: list[int], **how: Any) -> None:
         raise RuntimeError("Gloo connectFullMesh failed with [/x/gloo/transport/tcp/pair.cc:144] no error\nframe #0")
 
-    monkeypatch.setattr(channels.dist, "new_group", fail)
+    monkeypatch.setattr(process_group_pool.dist, "new_group", fail)
     with pytest.raises(RuntimeError, match=r"Gloo connectFullMesh failed.*set GLOO_SOCKET_IFNAME to the network"):
-        channels.new_group([0], world, None, 0)
+        process_group_pool.new_group([0], world, None, 0)
 
 
 def test_views_are_exported_from_the_gpu_that_they_lie_on(monkeypatch):
@@ -243,10 +244,10 @@ def test_without_a_local_rank_the_current_gpu_is_taken(monkeypatch):
 
 def test_a_group_for_hosts_takes_no_communicator_of_nccl(world, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr(channels.dist, "get_backend_config", lambda group: "cuda:nccl")
-    monkeypatch.setattr(channels.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
+    monkeypatch.setattr(process_group_pool.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(process_group_pool.dist, "new_group", lambda ranks, **how: asked.append(how["backend"]))
     for on_host in (False, True):
-        channels.new_group([0], world, None, 0, on_host)
+        process_group_pool.new_group([0], world, None, 0, on_host)
     assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
 
 
@@ -313,7 +314,7 @@ def groups_around_an_interrupt(group: Any) -> int:
         names.add(optimizer._group.handle.group_name)
         with pytest.MonkeyPatch.context() as patch:
             if is_interrupted:
-                patch.setattr(channels, "gather_objects", interrupt)
+                patch.setattr(process_group_pool, "gather_objects", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     optimizer.checkpoint_group()
         del optimizer

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group, Work
-from pyzero.comm.host import HostError, find_hosts, raise_first
+from pyzero.comm.shared_memory import HostError, find_hosts, raise_first
 from pyzero.comm.transport import Exchange, FlatWeights, Transport
 from pyzero.ops.backend import MAX_PARAM_OUTS
 from pyzero.streams import on_stream
@@ -86,7 +86,7 @@ class TorchSymmetricMemory:
         return SymmetricBytes(by_rank, lambda: handle.barrier(channel=0, timeout_ms=timeout_ms), handle)
 
 
-class DevicePeerTransport(Transport):
+class SymmetricMemoryTransport(Transport):
     """Peer memory between the GPUs of one host, with the bits of ExactTransport.
 
     Where a rank dies or stalls, the others' barriers fail on the device within the group's timeout.

@@ -15,7 +15,7 @@ _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-class Segment:
+class SharedPages:
     """The first bytes of a file in memory.
 
     Raises:

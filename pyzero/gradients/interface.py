@@ -1,14 +1,12 @@
-"""Where a step's gradients come from: the interface that local.py, reduction.py and overlap.py implement."""
+"""Where a step's gradients come from: the interface that unreduced.py, reduction.py and overlap.py implement."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +14,6 @@ from pyzero.comm.group import Group
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
-
-
-def is_set(flag: Tensor) -> bool:
-    """Whether a flag that lies in the host's own memory is set; False on a GPU, where to look would be to wait."""
-    return flag.is_cpu and bool(values_of(flag)[0])
-
-
-def values_of(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The values of a tensor in the host's own memory, not copied."""
-    return tensor.numpy()
 
 
 class Gradients(ABC):
@@ -153,23 +141,3 @@ class Gradients(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
-
-
-def power_sum(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """(1,) fp64: the sum of |g|^p over tensors, or the largest |g| for inf."""
-    powers = powers_of(parts, norm_type, device)
-    return (powers.amax() if math.isinf(norm_type) and powers.numel() else powers.sum()).reshape(1)
-
-
-def powers_of(parts: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """(len(parts),) fp64: the sum of |g|^p of each, or its largest |g| for inf."""
-    filled = [part for part in parts if part.numel()]
-    if not filled:
-        return torch.zeros(len(parts), dtype=torch.float64, device=device)
-    if norm_type in (2.0, math.inf):  # in fp32 many times faster; inf has no sum, and optimizers have sums of squares
-        norms = torch.stack(torch._foreach_norm([part.float() for part in filled], norm_type)).double()
-    else:  # the same on any number of ranks, each of which sums its own parts
-        norms = torch.stack(torch._foreach_norm(filled, norm_type, dtype=torch.float64))
-    powers = iter((norms if math.isinf(norm_type) else norms.pow(norm_type)).unbind())
-    nothing = norms.new_zeros(())  # stacked, not put in place by indices, whose copy to a GPU the host would wait for
-    return torch.stack([next(powers) if part.numel() else nothing for part in parts])

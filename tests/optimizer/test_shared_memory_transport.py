@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transport_program import SMALL_BUCKETS, averaged_elsewhere, bits_of_exact, program
 
 import pyzero
-from pyzero.comm import choice, futex, host, peer
+from pyzero.comm import futex, make_transport, shared_memory, shared_memory_transport
 from pyzero.comm.group import Group, Work
-from pyzero.comm.segment import Segment
+from pyzero.comm.shared_pages import SharedPages
 from pyzero.comm.transport import ExactTransport, Exchange
 from pyzero.gradients import exchange
 
@@ -87,10 +87,10 @@ def in_another_order(group: Any, transport: str, crossed: bool) -> tuple[list[Te
         num_deferred += 1
         return deferred(*args)
 
-    deferred = peer.Deferred
+    deferred = shared_memory_transport.Deferred
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peer, "Deferred", counting)
-        for module in (peer, exchange) if crossed else ():
+        patch.setattr(shared_memory_transport, "Deferred", counting)
+        for module in (shared_memory_transport, exchange) if crossed else ():
             patch.setattr(module, "_PATIENCE_S", 0.05)
         for step in range(3):
             for index in (0, 1) if not crossed or group.rank() == 0 else (1, 0):
@@ -115,7 +115,7 @@ def slow_reader(group: Any) -> list[bool]:
     import torch.distributed as dist
 
     numel, rank = 128, group.rank()
-    transport = peer.PeerTransport(Group(group))
+    transport = shared_memory_transport.SharedMemoryTransport(Group(group))
     transport.reserve([(4 * numel, 2 * numel)], 1)
     found = []
 
@@ -125,7 +125,7 @@ def slow_reader(group: Any) -> list[bool]:
         return transport.start(buffer.fill_(value + rank), f"a bucket of {value}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peer, "_PATIENCE_S", 0.05)
+        patch.setattr(shared_memory_transport, "_PATIENCE_S", 0.05)
         sent = [send(10.0), send(20.0)]
         for exchange in sent:
             exchange.work.wait()
@@ -168,7 +168,7 @@ def interrupted(group: Any) -> None:
             dist.barrier(group)  # a rank that has given up in step() ends the other's backward, too
         ends = (KeyboardInterrupt, pyzero.CollectiveError)  # the latter where the other rank has given up by then
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ends):
-            patch.setattr(host.HostRanks, "_advance", interrupt)
+            patch.setattr(shared_memory.SharedMemory, "_advance", interrupt)
             loss.backward() if part == "backward" else optimizer.step()
         with pytest.raises(pyzero.CollectiveError, match="was interrupted|has given up"):
             optimizer.zero_grad()
@@ -234,8 +234,8 @@ def test_an_optimizer_without_room_for_a_new_group_says_so_from_then_on(ranks):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(0, 3))
-def test_no_piece_lies_on_one_that_has_not_been_read(sizes, num_resizes):
-    ring, lying = peer.Ring(), []
+def test_no_chunk_lies_on_one_that_has_not_been_read(sizes, num_resizes):
+    ring, lying = shared_memory_transport.Ring(), []
     resize_at = {len(sizes) * (i + 1) // (num_resizes + 1) for i in range(num_resizes)}
     ring.resize(100)
     for index, num_bytes in enumerate(sizes):
@@ -243,25 +243,25 @@ def test_no_piece_lies_on_one_that_has_not_been_read(sizes, num_resizes):
             ring.resize(100 + 50 * len(lying))
             lying.clear()
             assert ring.next(num_bytes).after == index
-        piece = ring.next(num_bytes)
+        chunk = ring.next(num_bytes)
         if lying:
-            assert piece.after < index  # never the one before
-        assert piece == ring.next(num_bytes)
-        ring.take(piece)
-        assert piece.number == index + 1 and piece.end - piece.begin == num_bytes
-        lying = [other for other in lying if other.number > piece.after]  # all have read the others
-        assert all(other.end <= piece.begin or piece.end <= other.begin for other in lying)
-        lying.append(piece)
+            assert chunk.after < index  # never the one before
+        assert chunk == ring.next(num_bytes)
+        ring.take(chunk)
+        assert chunk.number == index + 1 and chunk.end - chunk.begin == num_bytes
+        lying = [other for other in lying if other.number > chunk.after]  # all have read the others
+        assert all(other.end <= chunk.begin or chunk.end <= other.begin for other in lying)
+        lying.append(chunk)
 
 
 def test_two_buckets_fit_at_a_time():
-    ring = peer.Ring()
+    ring = shared_memory_transport.Ring()
     ring.resize(2 * 128)
-    pieces = []
+    chunks = []
     for num_bytes in (100, 128, 128, 60, 60, 60):
-        pieces.append(ring.next(num_bytes))
-        ring.take(pieces[-1])
-    assert [(piece.begin, piece.after) for piece in pieces] == [(0, 0), (128, 0), (0, 1), (128, 2), (188, 2), (0, 3)]
+        chunks.append(ring.next(num_bytes))
+        ring.take(chunks[-1])
+    assert [(chunk.begin, chunk.after) for chunk in chunks] == [(0, 0), (128, 0), (0, 1), (128, 2), (188, 2), (0, 3)]
 
 
 # ---- who may use it -------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_two_buckets_fit_at_a_time():
 def foreign_boot(folder: Path) -> Callable[[pytest.MonkeyPatch], None]:
     def spoil(patch: pytest.MonkeyPatch) -> None:
         (folder / "boot_id").write_text("another\n")
-        patch.setattr(host, "_BOOT_ID", str(folder / "boot_id"))
+        patch.setattr(shared_memory, "_BOOT_ID", str(folder / "boot_id"))
 
     return spoil
 
@@ -295,12 +295,12 @@ def refuses_a_ring(patch: pytest.MonkeyPatch) -> None:
 
 
 def says_another_process(patch: pytest.MonkeyPatch) -> None:
-    make = host._Offer.make
+    make = shared_memory._Offer.make
 
     def lie(num_bytes: int) -> Any:
-        return make(num_bytes)._replace(token=bytes(host._TOKEN_BYTES))
+        return make(num_bytes)._replace(token=bytes(shared_memory._TOKEN_BYTES))
 
-    patch.setattr(host._Offer, "make", staticmethod(lie))
+    patch.setattr(shared_memory._Offer, "make", staticmethod(lie))
 
 
 def has_no_futex(patch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ def test_too_little_memory_for_the_ring_says_what_to_do(ranks, tmp_path):
 
 def test_auto_takes_peer_on_one_host(ranks, tmp_path):
     for name, _ in ranks.run(2, chosen, "auto", "none", str(tmp_path)):
-        assert name == "PeerTransport"
+        assert name == "SharedMemoryTransport"
 
 
 def warned_of_threads(group: Any, num_threads: int, num_cpus: int) -> list[str]:
@@ -362,8 +362,8 @@ def warned_of_threads(group: Any, num_threads: int, num_cpus: int) -> list[str]:
     torch.set_num_threads(num_threads)
     try:
         with pytest.MonkeyPatch.context() as patch, logged() as lines:
-            patch.setattr(choice.os, "cpu_count", lambda: num_cpus)
-            choice.make_transport("peer", Group(group), torch.device("cpu"))
+            patch.setattr(make_transport.os, "cpu_count", lambda: num_cpus)
+            make_transport.make_transport("peer", Group(group), torch.device("cpu"))
     finally:
         torch.set_num_threads(before)
     return lines
@@ -380,11 +380,11 @@ def test_more_threads_than_cpus_are_told_once_for_a_host(ranks):
 
 def test_one_rank_needs_no_transport():
     for name in ("auto", "peer"):
-        assert type(choice.make_transport(name, Group(), torch.device("cpu"))) is ExactTransport
+        assert type(make_transport.make_transport(name, Group(), torch.device("cpu"))) is ExactTransport
 
 
 def on_another_device(group: Any, name: str) -> str:
-    return type(choice.make_transport("auto", Group(group), torch.device(name))).__name__
+    return type(make_transport.make_transport("auto", Group(group), torch.device(name))).__name__
 
 
 @pytest.mark.parametrize("name", ["cuda", "meta"])
@@ -395,9 +395,9 @@ def test_memory_of_gpus_is_shared_where_it_is_asked_for(ranks, name):
 # ---- waiting --------------------------------------------------------------------------------------------------------
 
 
-def alone(timeout_s: float) -> host.HostRanks:
+def alone(timeout_s: float) -> shared_memory.SharedMemory:
     """A host of this rank."""
-    return host.HostRanks(0, [0], lambda value: [value], timedelta(seconds=timeout_s))
+    return shared_memory.SharedMemory(0, [0], lambda value: [value], timedelta(seconds=timeout_s))
 
 
 def test_a_wait_sleeps_and_ends_in_time():
@@ -431,7 +431,7 @@ def test_a_process_that_has_ended_is_noticed_long_before_the_timeout():
     if pid == 0:
         time.sleep(0.2)
         os._exit(0)
-    ranks._lives[0] = host._Life(pid)
+    ranks._lives[0] = shared_memory._Life(pid)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 0 has ended"):
         ranks.posted(1).wait()
@@ -446,14 +446,14 @@ def test_what_came_before_a_process_ended_counts():
     if pid == 0:
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    ranks._lives[0] = host._Life(pid)
+    ranks._lives[0] = shared_memory._Life(pid)
     ranks.posted(1).wait()
     os.waitpid(pid, 0)
 
 
 def test_a_counter_wakes_another_process_and_wraps_around():
-    segment, _ = host._share(lambda value: [value], [0], 4096)
-    counter = futex.Counter(segment[0].pages, 64)
+    mapped, _ = shared_memory._share(lambda value: [value], [0], 4096)
+    counter = futex.Counter(mapped[0].pages, 64)
     counter._word.value = 2**32 - 1
     assert counter.has_reached(2**32 - 1) and not counter.has_reached(2**32)
     pid = os.fork()
@@ -525,7 +525,7 @@ def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Te
     optimizer.step()
     if after_backward:
         backward()
-    shared = optimizer._group.host._segments[group.rank()].pages
+    shared = optimizer._group.host._mapped[group.rank()].pages
     before, bytes_before = params_of(model), shared[:]
     pid = os.fork()
     if pid == 0:
@@ -593,12 +593,12 @@ def test_processes_end_without_a_word(tmp_path, method):
     assert not {name for name in set(os.listdir("/dev/shm")) - names if "pyzero" in name}
 
 
-def test_a_segment_is_mapped_where_pages_can_be_huge():
+def test_shared_pages_are_mapped_where_they_can_be_huge():
     num_bytes = (4 << 20) + mmap.PAGESIZE
     descriptor = os.memfd_create("test", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
-        written, read = (Segment(descriptor, num_bytes) for _ in range(2))
+        written, read = (SharedPages(descriptor, num_bytes) for _ in range(2))
     finally:
         os.close(descriptor)
     assert written.tensor(0, 1, torch.uint8).data_ptr() % (2 << 20) == 0

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from pyzero.comm.device_peer import DevicePeerTransport
 from pyzero.comm.group import Group
-from pyzero.comm.host import HostError
-from pyzero.comm.hosts import HostsTransport
-from pyzero.comm.peer import PeerTransport
+from pyzero.comm.multi_host_transport import MultiHostTransport
+from pyzero.comm.shared_memory import HostError
+from pyzero.comm.shared_memory_transport import SharedMemoryTransport
+from pyzero.comm.symmetric_memory_transport import SymmetricMemoryTransport
 from pyzero.comm.transport import CollectiveTransport, ExactTransport, Transport
 
 log = logging.getLogger("pyzero")
@@ -20,12 +20,12 @@ log = logging.getLogger("pyzero")
 
 def _through_memory(group: Group, device: torch.device) -> Transport:
     if device.type == "cuda":
-        return DevicePeerTransport(group, device)
+        return SymmetricMemoryTransport(group, device)
     if device.type != "cpu":
         raise HostError(f"the parameters lie on {device}")
     group.share_memory()
     _warn_of_threads(group)
-    return PeerTransport(group) if len(group.hosts) == 1 else HostsTransport(group)
+    return SharedMemoryTransport(group) if len(group.hosts) == 1 else MultiHostTransport(group)
 
 
 def _warn_of_threads(group: Group) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.modules import find_fsdp_places
+from pyzero.sharding.fsdp import find_fsdp_places
 
 _owners: MutableMapping[Tensor, weakref.ref[ZeroOptimizer]] = WeakIdKeyDictionary()
 

@@ -72,7 +72,7 @@ def sent_between_hosts(group: Any, stage: int) -> tuple[str, list[int], int]:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_weights_come_to_each_host_once(ranks, tmp_path, stage):
     for name, (gradients, weights), numel in ranks.run(4, on_hosts, (0, 0, 1, 1), tmp_path, sent_between_hosts, stage):
-        assert name == "HostsTransport"
+        assert name == "MultiHostTransport"
         assert gradients == numel // 2  # two of four slices go to the other host
         assert weights == numel // 4  # of each rank, once
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from pyzero.sharding.fsdp import fsdp_records
 from pyzero.sharding.local_param import is_dtensor
-from pyzero.sharding.modules import fsdp_records
 
 _VIEWS = ("data", "T", "H", "mT", "mH", "real", "imag")  # attributes that are tensors over the same memory
 _HARMLESS = {"requires_grad_", "__hash__", "size", "dim", "numel", "register_hook", "is_floating_point"}

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.comm.group import Group, Handle, Work
-from pyzero.comm.host import HostRanks
-from pyzero.comm.peer import Deferred, PeerTransport, Piece
+from pyzero.comm.shared_memory import SharedMemory
+from pyzero.comm.shared_memory_transport import Chunk, Deferred, SharedMemoryTransport
 from pyzero.comm.transport import Exchange
 
 
-class HostsTransport(PeerTransport):
+class MultiHostTransport(SharedMemoryTransport):
     """Shared memory inside hosts and all-to-alls between them, with the bits of ExactTransport.
 
     Raises:
@@ -59,18 +59,18 @@ class HostsTransport(PeerTransport):
         shards = memory.empty(len(sources) * shard.numel(), shard.dtype, shard.device)
         shards[: shard.numel()] = shard
         sent = shard.repeat(len(self._takers))
-        piece = self._read_gathers_for(self._max_shards * shard.nbytes)
+        chunk = self._read_gathers_for(self._max_shards * shard.nbytes)
 
-        def post() -> Piece:
+        def post() -> Chunk:
             handle = self._from_others(
                 shards[shard.numel() :],
                 sent,
                 self._numels(sources[1:], shard.numel()),
                 self._numels(self._takers, shard.numel()),
             )
-            self._ring.take(piece)
-            self._deferred.append(Deferred(piece, shards, [handle, self._host.read(piece.after)]))
-            return piece
+            self._ring.take(chunk)
+            self._deferred.append(Deferred(chunk, shards, [handle, self._host.read(chunk.after)]))
+            return chunk
 
         return self._launch_gather(flat, post)
 
@@ -96,7 +96,7 @@ def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, l
 class _FromOthers:
     """A Handle: a collective between hosts; where it fails, the ranks of this host learn of it."""
 
-    def __init__(self, host: HostRanks, handle: Handle) -> None:
+    def __init__(self, host: SharedMemory, handle: Handle) -> None:
         self._host = host
         self._handle = handle
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyzero import memory, ops
 from pyzero.comm.group import Group, Handle, Work
-from pyzero.comm.host import Arrival, HostError
+from pyzero.comm.shared_memory import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
 
 _PATIENCE_S = 2.0  # to wait for room in the ring; then a bucket is packed elsewhere, and copied when there is room
@@ -28,63 +28,63 @@ _NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Bytes [begin, end) of the ring that are sent at one time. They lie at the same place on all ranks."""
 
     number: int  # from 1 on
     begin: int
     end: int
-    after: int  # number of the last piece that lay in these bytes: all ranks must have read it
+    after: int  # number of the last chunk that lay in these bytes: all ranks must have read it
 
 
 class Ring:
-    """Where each piece lies: one behind the other in one half, then in the other. The same on all ranks.
+    """Where each chunk lies: one behind the other in one half, then in the other. The same on all ranks.
 
-    So a piece never waits for the one before it, whatever their sizes, up to half of the ring.
+    So a chunk never waits for the one before it, whatever their sizes, up to half of the ring.
     """
 
     def __init__(self) -> None:
         self._half = 0
-        self._num_pieces = 0
-        self._pieces: deque[Piece] = deque()  # those whose bytes no later piece has taken
+        self._num_chunks = 0
+        self._chunks: deque[Chunk] = deque()  # those whose bytes no later chunk has taken
 
     def resize(self, num_bytes: int) -> None:
-        """Start over in a ring of so many bytes; no piece of the old one may be in use."""
+        """Start over in a ring of so many bytes; no chunk of the old one may be in use."""
         self._half = num_bytes // 2
-        self._pieces.clear()
+        self._chunks.clear()
 
-    def next(self, num_bytes: int) -> Piece:
-        """The piece that `take` would take."""
+    def next(self, num_bytes: int) -> Chunk:
+        """The chunk that `take` would take."""
         begin = 0
-        if self._pieces:
-            last = self._pieces[-1]
+        if self._chunks:
+            last = self._chunks[-1]
             in_second = last.begin >= self._half
             begin = last.end
             if begin + num_bytes > self._half * (1 + in_second):
                 begin = 0 if in_second else self._half
         end = begin + num_bytes
-        given_away = self._pieces[0].number - 1 if self._pieces else self._num_pieces
-        beneath = [piece.number for piece in self._pieces if piece.begin < end and begin < piece.end]
+        given_away = self._chunks[0].number - 1 if self._chunks else self._num_chunks
+        beneath = [chunk.number for chunk in self._chunks if chunk.begin < end and begin < chunk.end]
         after = max(beneath, default=given_away)
-        return Piece(self._num_pieces + 1, begin, end, after)
+        return Chunk(self._num_chunks + 1, begin, end, after)
 
     @property
-    def last(self) -> Piece:
-        """The piece that was taken last."""
-        return self._pieces[-1]
+    def last(self) -> Chunk:
+        """The chunk that was taken last."""
+        return self._chunks[-1]
 
-    def take(self, piece: Piece) -> None:
-        """Place the piece that `next` gave."""
-        while self._pieces and self._pieces[0].number <= piece.after:
-            self._pieces.popleft()
-        self._pieces.append(piece)
-        self._num_pieces = piece.number
+    def take(self, chunk: Chunk) -> None:
+        """Place the chunk that `next` gave."""
+        while self._chunks and self._chunks[0].number <= chunk.after:
+            self._chunks.popleft()
+        self._chunks.append(chunk)
+        self._num_chunks = chunk.number
 
 
 class Deferred(NamedTuple):
-    """A piece whose data is not in the ring yet: there was no room, or other hosts' part has not arrived."""
+    """A chunk whose data is not in the ring yet: there was no room, or other hosts' part has not arrived."""
 
-    piece: Piece
+    chunk: Chunk
     data: Tensor
     awaited: Sequence[Handle]  # after which it can be copied to the ring
 
@@ -92,12 +92,12 @@ class Deferred(NamedTuple):
 class _Gather(NamedTuple):
     """Weights that this rank has not copied yet."""
 
-    piece: Piece
+    chunk: Chunk
     flat: Tensor
     work: Work
 
 
-class PeerTransport(Transport):
+class SharedMemoryTransport(Transport):
     """Shared memory between the ranks of one host, with the bits of ExactTransport.
 
     Raises:
@@ -131,45 +131,45 @@ class PeerTransport(Transport):
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
     ) -> Tensor:
         """See Transport. In the ring, or elsewhere where the other ranks do not make room in time."""
-        piece = self._ring.next(numel * dtype.itemsize)
+        chunk = self._ring.next(numel * dtype.itemsize)
         self._room = None
-        if self._deferred or not self._is_free(piece):
+        if self._deferred or not self._is_free(chunk):
             return memory.empty(numel, dtype, device)
-        self._room = self._host.tensor(self.group.rank, piece.begin, numel, dtype)
+        self._room = self._host.tensor(self.group.rank, chunk.begin, numel, dtype)
         return self._room
 
-    def _is_free(self, piece: Piece) -> bool:
+    def _is_free(self, chunk: Chunk) -> bool:
         """Whether all ranks have read what lay there, or do so within the patience."""
-        if not self._host.has_read(piece.after):
+        if not self._host.has_read(chunk.after):
             return False  # it is this rank that is late
         try:
-            self._host.read(piece.after).wait(timedelta(seconds=_PATIENCE_S))
-        except RuntimeError:  # whoever waits for the piece will say why
+            self._host.read(chunk.after).wait(timedelta(seconds=_PATIENCE_S))
+        except RuntimeError:  # whoever waits for the chunk will say why
             return False
         return True
 
-    def _post(self, send: Tensor) -> Piece:
+    def _post(self, send: Tensor) -> Chunk:
         """Let the others read `send`, now or when there is room. In a launch."""
-        piece = self._ring.next(send.nbytes)
-        self._ring.take(piece)
+        chunk = self._ring.next(send.nbytes)
+        self._ring.take(chunk)
         if send is self._room:
             self._host.post()
         else:
-            self._deferred.append(Deferred(piece, send, [self._host.read(piece.after)]))
+            self._deferred.append(Deferred(chunk, send, [self._host.read(chunk.after)]))
         self._room = None
-        return piece
+        return chunk
 
     def post_deferred(self, number: int, timeout: timedelta | None) -> None:
-        """Copy pieces up to that number to where the others read them, when that can be done.
+        """Copy chunks up to that number to where the others read them, when that can be done.
 
         Raises:
             RuntimeError: See Arrival.wait.
         """
-        while self._deferred and self._deferred[0].piece.number <= number:
-            piece, data, awaited = self._deferred[0]
+        while self._deferred and self._deferred[0].chunk.number <= number:
+            chunk, data, awaited = self._deferred[0]
             for handle in awaited:
                 handle.wait(*() if timeout is None else (timeout,))
-            self._host.tensor(self.group.rank, piece.begin, data.numel(), data.dtype).copy_(data)
+            self._host.tensor(self.group.rank, chunk.begin, data.numel(), data.dtype).copy_(data)
             self._deferred.popleft()
             self._host.post()
 
@@ -184,8 +184,8 @@ class PeerTransport(Transport):
         begin = self._ring.last.begin + self.group.rank * numel * send.itemsize
         return [self._host.tensor(rank, begin, numel, send.dtype) for rank in self._host.ranks]
 
-    def _posted(self, piece: Piece) -> _Pieces:
-        return _Pieces(self, piece.number, self._host.posted(piece.number))
+    def _posted(self, chunk: Chunk) -> _PostedChunks:
+        return _PostedChunks(self, chunk.number, self._host.posted(chunk.number))
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport. The shard is copied at once."""
@@ -194,19 +194,19 @@ class PeerTransport(Transport):
         ops.pack_(room, [shard], offsets=[0])  # past the caches, as copy_ does not
         return self._launch_gather(flat, lambda: self._post(room))
 
-    def _read_gathers_for(self, num_bytes: int) -> Piece:
-        """The next piece; waits for gathers whose weights, not copied by this rank yet, lie in its bytes."""
-        piece = self._ring.next(num_bytes)
-        while self._gathers and not self._host.has_read(piece.after):
+    def _read_gathers_for(self, num_bytes: int) -> Chunk:
+        """The next chunk; waits for gathers whose weights, not copied by this rank yet, lie in its bytes."""
+        chunk = self._ring.next(num_bytes)
+        while self._gathers and not self._host.has_read(chunk.after):
             self._gathers[0].work.wait()
-        return piece
+        return chunk
 
-    def _launch_gather(self, flat: Tensor, post: Callable[[], Piece]) -> Work:
-        """Launch what `post` does; its piece is copied to `flat` when the work is waited for."""
+    def _launch_gather(self, flat: Tensor, post: Callable[[], Chunk]) -> Work:
+        """Launch what `post` does; its chunk is copied to `flat` when the work is waited for."""
         what = "the all-gather of weights"
-        work = self.group.launch(what, lambda: self._posted(post()), then=lambda: self._copy(piece.number))
-        piece = self._ring.last
-        self._gathers.append(_Gather(piece, flat, work))
+        work = self.group.launch(what, lambda: self._posted(post()), then=lambda: self._copy(chunk.number))
+        chunk = self._ring.last
+        self._gathers.append(_Gather(chunk, flat, work))
         return work
 
     def _mark_read(self) -> None:
@@ -214,13 +214,13 @@ class PeerTransport(Transport):
             self._host.mark_read()
 
     def _copy(self, number: int) -> None:
-        """Copy other ranks' weights, of pieces up to that number, into the flat buffers."""
-        while self._gathers and self._gathers[0].piece.number <= number:
-            piece, flat, _ = self._gathers.popleft()
+        """Copy other ranks' weights, of chunks up to that number, into the flat buffers."""
+        while self._gathers and self._gathers[0].chunk.number <= number:
+            chunk, flat, _ = self._gathers.popleft()
             numel = flat.numel() // self.group.size
             found: dict[int, Tensor] = {}  # by whose weights they are
             for rank, sources in self._shards_in.items():
-                there = self._host.tensor(rank, piece.begin, len(sources) * numel, flat.dtype)
+                there = self._host.tensor(rank, chunk.begin, len(sources) * numel, flat.dtype)
                 found.update(zip(sources, there.split(numel), strict=True))
             others = sorted(found.keys() - {self.group.rank})
             try:
@@ -229,10 +229,10 @@ class PeerTransport(Transport):
                 self._mark_read()
 
 
-class _Pieces:
-    """A Handle: this rank's pieces up to a number posted, and every rank's."""
+class _PostedChunks:
+    """A Handle: this rank's chunks up to a number posted, and every rank's."""
 
-    def __init__(self, transport: PeerTransport, number: int, posted: Arrival) -> None:
+    def __init__(self, transport: SharedMemoryTransport, number: int, posted: Arrival) -> None:
         self._transport = transport
         self._number = number
         self._posted = posted

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyzero.comm import futex
 from pyzero.comm.futex import Counter
-from pyzero.comm.segment import Segment
+from pyzero.comm.shared_pages import SharedPages
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _LINE = 64  # bytes of a cache line, which a counter has for itself
@@ -63,7 +63,7 @@ class _Offer(NamedTuple):
             raise
         return _Offer(os.getpid(), descriptor, token)
 
-    def map(self, rank: int, num_bytes: int) -> Segment:
+    def map(self, rank: int, num_bytes: int) -> SharedPages:
         """That rank's pages.
 
         Raises:
@@ -74,7 +74,7 @@ class _Offer(NamedTuple):
         try:
             if os.pread(descriptor, _TOKEN_BYTES, num_bytes) != self.token:
                 raise HostError(f"process {self.pid} is not rank {rank}, which runs in another container")
-            return Segment(descriptor, num_bytes)
+            return SharedPages(descriptor, num_bytes)
         finally:
             os.close(descriptor)
 
@@ -97,14 +97,14 @@ def raise_first(problems: Sequence[str | None]) -> None:
             raise HostError(f"on rank {rank}: {problem}")
 
 
-def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[int, Segment], dict[int, int]]:
+def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[int, SharedPages], dict[int, int]]:
     """Map `num_bytes` zeroed bytes of each of these ranks; returns them, and process ids. Collective over all hosts.
 
     Raises:
         HostError: Some rank cannot map them.
     """
     offer, problem = None, futex.unsupported_reason()
-    segments: dict[int, Segment] = {}
+    mapped: dict[int, SharedPages] = {}
     try:
         if problem is None:
             try:
@@ -114,7 +114,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
         offers = dict(enumerate(gather(offer)))
         if all(offers[rank] is not None for rank in ranks):
             try:
-                segments = {rank: offers[rank].map(rank, num_bytes) for rank in ranks}
+                mapped = {rank: offers[rank].map(rank, num_bytes) for rank in ranks}
             except (OSError, HostError) as error:
                 problem = str(error)
         problems = gather(problem)  # from here on nobody opens anything
@@ -122,7 +122,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
         if offer is not None:
             os.close(offer.descriptor)
     raise_first(problems)
-    return segments, {rank: offers[rank].pid for rank in ranks}
+    return mapped, {rank: offers[rank].pid for rank in ranks}
 
 
 class _Word(IntEnum):
@@ -134,7 +134,7 @@ class _Word(IntEnum):
     GAVE_UP = 3
 
 
-class HostRanks:
+class SharedMemory:
     """The ranks of a group that share memory: a ring of bytes for each, and counters of what lies there.
 
     Args:
@@ -153,11 +153,11 @@ class HostRanks:
         self._timeout_s = math.inf if timeout is None else timeout.total_seconds()
         control, pids = _share(gather, ranks, _CONTROL_BYTES)
         self._words = {
-            word: {rank: Counter(segment.pages, word * _LINE) for rank, segment in control.items()} for word in _Word
+            word: {rank: Counter(shared.pages, word * _LINE) for rank, shared in control.items()} for word in _Word
         }
         self._lives = {rank: _Life(pid) for rank, pid in pids.items()}
         self._pid = os.getpid()
-        self._segments: dict[int, Segment] = {}
+        self._mapped: dict[int, SharedPages] = {}
         self._ring_at = self.ring_bytes = self._message_bytes = 0
         self._num_messages = 0
         self._gave_up_because: str | None = None
@@ -172,7 +172,7 @@ class HostRanks:
             return False
         ring_bytes = max(ring_bytes, self.ring_bytes)
         message_bytes = max(_pages(message_bytes), self._message_bytes)
-        self._segments, _ = _share(gather, self.ranks, 2 * message_bytes + _pages(ring_bytes))
+        self._mapped, _ = _share(gather, self.ranks, 2 * message_bytes + _pages(ring_bytes))
         self.ring_bytes, self._message_bytes, self._ring_at = ring_bytes, message_bytes, 2 * message_bytes
         return True
 
@@ -181,26 +181,26 @@ class HostRanks:
     def tensor(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) in a rank's ring."""
         self._check_process()
-        return self._segments[rank].tensor(self._ring_at + offset, numel, dtype)
+        return self._mapped[rank].tensor(self._ring_at + offset, numel, dtype)
 
     def post(self) -> None:
-        """The next piece in this rank's ring may be read."""
+        """The next chunk in this rank's ring may be read."""
         self._advance(_Word.POSTED)
 
     def mark_read(self) -> None:
-        """This rank has read the next piece of every rank's ring."""
+        """This rank has read the next chunk of every rank's ring."""
         self._advance(_Word.READ)
 
     def has_read(self, number: int) -> bool:
-        """Whether this rank has read that piece."""
+        """Whether this rank has read that chunk."""
         return self._words[_Word.READ][self.rank].has_reached(number)
 
     def posted(self, number: int) -> Arrival:
-        """When every rank has posted the piece of that number."""
+        """When every rank has posted the chunk of that number."""
         return Arrival(self, self._words[_Word.POSTED], number, self._timeout_s)
 
     def read(self, number: int) -> Arrival:
-        """When every rank has read the piece of that number, whose bytes may then be written over."""
+        """When every rank has read the chunk of that number, whose bytes may then be written over."""
         return Arrival(self, self._words[_Word.READ], number, self._timeout_s)
 
     def _advance(self, word: _Word) -> None:
@@ -235,7 +235,7 @@ class HostRanks:
 
     def _message(self, rank: int, row: Tensor) -> Tensor:
         self._check_process()
-        return self._segments[rank].tensor(self._num_messages % 2 * self._message_bytes, row.numel(), row.dtype)
+        return self._mapped[rank].tensor(self._num_messages % 2 * self._message_bytes, row.numel(), row.dtype)
 
     # ---- failure ----------------------------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class _Life:
 class Arrival:
     """Every rank's counter on its way to a number; a Handle of comm/group.py."""
 
-    def __init__(self, host: HostRanks, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
+    def __init__(self, host: SharedMemory, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
         self._host = host
         self._words = words
         self._number = number

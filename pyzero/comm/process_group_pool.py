@@ -28,7 +28,7 @@ _num_named = 0
 
 
 @dataclass
-class Channel:
+class LeasedGroup:
     """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
 
     handle: Any
@@ -39,19 +39,19 @@ class Channel:
 
 
 @dataclass
-class Channels:
+class ProcessGroupPool:
     """Those over the ranks of a parent group; on_host: that send memory of the host alone."""
 
     on_host: bool = False
     num_made: int = 0
-    free: list[Channel] = field(default_factory=list)
+    free: list[LeasedGroup] = field(default_factory=list)
 
-    def lease(self, handle: Any, timeout: timedelta | None) -> Channel:
-        """Collective: the free channel of the lowest serial number on all ranks, or a new one.
+    def lease(self, handle: Any, timeout: timedelta | None) -> LeasedGroup:
+        """Collective: the free group of the lowest serial number on all ranks, or a new one.
 
         Where ranks began unequally many collectives on one, as in a backward that broke off on some, it stays unused.
         """
-        free = {(channel.serial, channel.num_collectives): channel for channel in self.free}
+        free = {(leased.serial, leased.num_collectives): leased for leased in self.free}
         rows = gather_objects(handle, ([*free], self.num_made, num_groups(), secrets.token_hex(4)))
         common = set.intersection(*(set(known) for known, *_ in rows))
         if common:
@@ -60,23 +60,23 @@ class Channels:
             return found
         self.num_made = max(num_made for _, num_made, _, _ in rows) + 1
         ranks, most = dist.get_process_group_ranks(handle), max(groups for _, _, groups, _ in rows)
-        return Channel(new_group(ranks, handle, timeout, most, self.on_host), self.num_made, rows[0][-1])
+        return LeasedGroup(new_group(ranks, handle, timeout, most, self.on_host), self.num_made, rows[0][-1])
 
-    def give_back(self, channel: Channel) -> None:
+    def give_back(self, leased: LeasedGroup) -> None:
         """Its optimizer is gone."""
-        if not channel.is_broken:
-            self.free.append(channel)
+        if not leased.is_broken:
+            self.free.append(leased)
 
 
-# By default group: when that is destroyed its free channels go too, and their threads with them. Then by what they are
-# made of: a parent that takes the place of a destroyed one over the same ranks takes its channels too.
-_channels: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Channels]] = weakref.WeakKeyDictionary()
+# By default group: when that is destroyed its free groups go too, and their threads with them. Then by what they are
+# made of: a parent that takes the place of a destroyed one over the same ranks takes its groups too.
+_pools: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], ProcessGroupPool]] = weakref.WeakKeyDictionary()
 
 
-def channels_over(parent: Any, timeout: timedelta | None, on_host: bool = False) -> Channels:
+def pool_over(parent: Any, timeout: timedelta | None, on_host: bool = False) -> ProcessGroupPool:
     """The one record of all parents with these ranks, backends and timeout, of either kind."""
     made_of = tuple(dist.get_process_group_ranks(parent)), dist.get_backend_config(parent), timeout, on_host
-    return _channels.setdefault(dist.group.WORLD, {}).setdefault(made_of, Channels(on_host))
+    return _pools.setdefault(dist.group.WORLD, {}).setdefault(made_of, ProcessGroupPool(on_host))
 
 
 @functools.cache  # once

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transport_program import SMALL_BUCKETS, bits_of_exact, program
 
 import pyzero
-from pyzero.comm import choice, device_peer
-from pyzero.comm.device_peer import DevicePeerTransport, SymmetricBytes
+from pyzero.comm import make_transport, symmetric_memory_transport
 from pyzero.comm.group import Group
-from pyzero.comm.host import HostRanks
+from pyzero.comm.shared_memory import SharedMemory
+from pyzero.comm.symmetric_memory_transport import SymmetricBytes, SymmetricMemoryTransport
 
 ON_GPU = "PYZERO_TEST_DEVICE" in os.environ
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks of a host share memory by futexes of Linux")
@@ -40,7 +40,7 @@ class HostMemory:
 
     def share(self, own: Tensor) -> SymmetricBytes:
         group, num_bytes = self.group, own.numel()
-        host = HostRanks(group.rank, range(group.size), group.gather_objects, None)
+        host = SharedMemory(group.rank, range(group.size), group.gather_objects, None)
         host.reserve(num_bytes, 1, group.gather_objects)
         num_barriers = 0
 
@@ -58,12 +58,12 @@ def through_peers(group: Any, job: Any, *args: Any) -> Any:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # for ranks that share a GPU
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
-            patch.setattr(choice, "_through_memory", lambda ranks, device: made(ranks, device))
+            patch.setattr(make_transport, "_through_memory", lambda ranks, device: made(ranks, device))
         return job(group, *args)
 
 
-def made(group: Group, device: torch.device) -> DevicePeerTransport:
-    return DevicePeerTransport(group, device, HostMemory(group))
+def made(group: Group, device: torch.device) -> SymmetricMemoryTransport:
+    return SymmetricMemoryTransport(group, device, HostMemory(group))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -98,13 +98,13 @@ def trained(group: Any, kind: str, transport: str) -> tuple[list[Tensor], int, i
 
 
 @pytest.mark.parametrize("kind", ["FusedZeroAdam", "FusedZeroLion", "FusedZeroSGD", "ZeroLamb", "ZeroMuon"])
-def test_a_rule_pushes_its_weights_or_has_them_copied(ranks, kind):
+def test_a_rule_writes_peer_weights_or_has_them_copied(ranks, kind):
     exact = ranks.run(2, trained, kind, "exact")
     ours = ranks.run(2, through_peers, trained, kind, "peer")
     for (wanted, _, num_buckets), (got, num_copies, _) in zip(exact, ours, strict=True):
         assert_same(wanted, got)
         assert num_buckets >= 2
-        if kind == "ZeroMuon":  # its Adam pushes
+        if kind == "ZeroMuon":  # its Adam writes them
             assert 0 < num_copies < 4 * num_buckets
         else:
             assert num_copies == (4 * num_buckets if kind == "ZeroLamb" else 0)
@@ -121,8 +121,8 @@ def slots_used(group: Any) -> tuple[str, list[int], list[bool]]:
 
     def posting() -> int:
         number = post()
-        slots.append(number % device_peer._NUM_SLOTS)
-        frees.append(number - device_peer._NUM_SLOTS not in unread)
+        slots.append(number % symmetric_memory_transport._NUM_SLOTS)
+        frees.append(number - symmetric_memory_transport._NUM_SLOTS not in unread)
         unread.add(number)
         return number
 
@@ -140,7 +140,7 @@ def slots_used(group: Any) -> tuple[str, list[int], list[bool]]:
 
 def test_two_slots_take_turns_and_are_read_before_they_are_written_again(ranks):
     for name, slots, frees in ranks.run(2, through_peers, slots_used):
-        assert name == "DevicePeerTransport"
+        assert name == "SymmetricMemoryTransport"
         assert slots == [place % 2 for place in range(len(slots))] and len(slots) > 8
         assert all(frees)
 
@@ -275,11 +275,11 @@ class Failing(HostMemory):
 
 
 def refused(group: Any, fails_on: int, at: str) -> str:
-    def made(ranks: Group, device: torch.device) -> DevicePeerTransport:
-        return DevicePeerTransport(ranks, device, Failing(ranks, fails_on, at))
+    def made(ranks: Group, device: torch.device) -> SymmetricMemoryTransport:
+        return SymmetricMemoryTransport(ranks, device, Failing(ranks, fails_on, at))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "_through_memory", made)
+        patch.setattr(make_transport, "_through_memory", made)
         with pytest.raises(RuntimeError) as caught:
             pyzero.FusedZeroAdamW(nn.Linear(3, 3).parameters(), process_group=group, transport="peer")
     return str(caught.value)

@@ -20,9 +20,10 @@ from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import sparse_error
 from pyzero.gradients.backward import GradientHooks
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, mixed_scale_error
+from pyzero.gradients.interface import Gradients
+from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
-from pyzero.gradients.source import Gradients, is_set, power_sum
-from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, is_set, sumsq_of
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE
@@ -81,7 +82,7 @@ class _RunGrads:
     apart: list[int] | None = None  # addresses of gradients, none of which is in the buckets' memory
 
 
-class LocalGradients(Gradients):
+class UnreducedGradients(Gradients):
     """Takes `.grad` as it is at step(): on one rank, or where DDP or a trainer has averaged it."""
 
     def __init__(

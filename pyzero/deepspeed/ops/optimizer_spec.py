@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from torch.optim import Optimizer
 
 
-class Recipe(Optimizer):
+class OptimizerSpec(Optimizer):
     """Parameter groups for initialize(). It takes no steps by itself: the model is not converted yet."""
 
     def step(self, closure: Any = None) -> NoReturn:

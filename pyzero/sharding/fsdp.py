@@ -1,0 +1,150 @@
+"""fully_shard's private records, in one file: what breaks with a new torch breaks here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ShardedPlace(NamedTuple):
+    """Where a parameter that fully_shard has sharded is used."""
+
+    owner: Any  # the module that gathers it
+    module: nn.Module
+    name: str  # in that
+    record: Any  # torch's own
+
+
+def _fsdp_records() -> Iterator[tuple[Any, Any]]:
+    """(module that gathers, torch's own record) of each parameter that fully_shard has sharded.
+
+    By torch's own list of modules: the collector does not name objects of before `gc.freeze()`.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule  # half a second
+
+    for module in list(_module_state_mapping):
+        if FSDPModule in type(module).__mro__:
+            for record in fsdp_records(module):
+                yield module, record
+
+
+def fsdp_groups(module: Any) -> list[Any]:
+    """torch's own records of what one module of fully_shard gathers at once; none of another module."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; 2.11 has one
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group]
+
+
+def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
+    """Where each parameter that fully_shard has sharded is used.
+
+    Raises:
+        RuntimeError: This torch keeps other records.
+    """
+    found = {
+        record.sharded_param: ShardedPlace(owner, record._module_info.module, record._module_info.param_name, record)
+        for owner, record in _fsdp_records()
+    }
+    if not all(hasattr(place.record, "_sharded_param_data") for place in found.values()):
+        raise RuntimeError(
+            f"expected fully_shard to keep its shards in _sharded_param_data, as torch 2.11 to 2.15 do, got torch "
+            f"{torch.__version__}, which does not; install one of these"
+        )
+    return found
+
+
+def fsdp_records(owner: Any) -> list[Any]:
+    """torch's own record of each parameter that one module of fully_shard gathers."""
+    return [record for group in fsdp_groups(owner) for record in group.fsdp_params]
+
+
+@contextmanager
+def whole_state_dicts(owners: Iterable[Any]) -> Iterator[None]:
+    """What these modules of fully_shard have gathered is in their state dicts, too: copies, for its memory is freed.
+
+    torch's hook, which reshards first, is taken out for as long. Nothing is sent: one rank may ask alone.
+    """
+    handles: dict[Any, Any] = {}
+    for owner in owners:
+        for group in fsdp_groups(owner):
+            handles.update(group._module_to_pre_save_state_dict_hook_handle)
+    taken = {module: module._state_dict_pre_hooks.pop(handle.id) for module, handle in handles.items()}
+    copies = [module.register_state_dict_post_hook(_copy_own) for module in taken]
+    try:
+        yield
+    finally:
+        for copy in copies:
+            copy.remove()
+        for module, hook in taken.items():
+            module._state_dict_pre_hooks[handles[module].id] = hook
+
+
+def _copy_own(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in module._parameters:
+        if isinstance(state.get(prefix + name), Tensor):
+            state[prefix + name] = state[prefix + name].clone()
+
+
+@torch.no_grad()
+def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
+    """This rank's rows of parameters that fully_shard has made of meta tensors. shards: by name, unpadded."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    of_param = {params[name]: local for name, local in shards.items()}
+    for module in model.modules():
+        for record in fsdp_records(module):
+            old = record.sharded_param
+            if old in of_param:
+                device = torch.device("cpu") if record.offload_to_cpu else record.device
+                local = record.to_sharded_dtensor(of_param[old].to(device))
+                record._setattr_on_modules(nn.Parameter(local, requires_grad=old.requires_grad))
+                record.reset_sharded_param()  # torch's own, which pads
+
+
+def reshard(model: nn.Module) -> None:
+    """Have fully_shard's modules hold shards again: after a forward without a backward some hold whole weights."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()
+
+
+@contextmanager
+def without_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """A context in which fully_shard's modules keep whole gradients in backward; the next one outside sends all."""
+    quieted: list[Any] = [  # without those that an enclosing context has quieted
+        module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
+    ]
+    for module in quieted:
+        module.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in quieted:
+            module.set_requires_gradient_sync(True, recurse=False)
+
+
+def has_unsent_gradients(model: nn.Module) -> bool:
+    """Whether fully_shard's modules keep whole gradients that have not been sent."""
+    return any(_kept_gradients(model))
+
+
+def drop_unsent_gradients(model: nn.Module) -> None:
+    """Drop the whole gradients that fully_shard's modules keep."""
+    for record in _kept_gradients(model):
+        record.unsharded_param.grad = None
+        if record.unsharded_accumulated_grad is not None:  # up to torch 2.14 it is no other name for .grad
+            record.unsharded_accumulated_grad = None
+
+
+def _kept_gradients(model: nn.Module) -> Iterator[Any]:
+    for record in (record for module in model.modules() for record in fsdp_records(module)):
+        if hasattr(record, "_unsharded_param"):  # gathered once
+            if record.unsharded_accumulated_grad is not None or record.unsharded_param.grad is not None:
+                yield record
