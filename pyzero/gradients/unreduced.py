@@ -204,7 +204,7 @@ class UnreducedGradients(Gradients):
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
         """See Gradients."""
         self._arriving = (inv_scale.clone(), epoch)
-        if self._fsdp_param is not None:  # its gradient comes without the hook ahead of it
+        if self._fsdp_param is not None:  # its gradient comes without the hook before it
             self._before_gradient(self._fsdp_param)
         if all(param.grad is None for param in self._params()):
             self._unscale, self._epoch = self._arriving  # another rank may be the only one that gets gradients
@@ -215,7 +215,7 @@ class UnreducedGradients(Gradients):
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients. One pass over the gradients, which only reads."""
-        self.factor()  # multiplied into `.grad` ahead of pieces and norm, where some were cleared or replaced
+        self.factor()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -324,12 +324,12 @@ class UnreducedGradients(Gradients):
                 new.append(grad)
             elif grad._version != version:
                 edited.append(grad)
-        # An edit of what was clipped, or made of it; behind a step, which has used the factor, a gradient of its own.
+        # An edit of what was clipped, or made of it; after a step, which has used the factor, a gradient of its own.
         if _have_values(edited if self._factor_is_used else edited + new):
             raise RuntimeError(
                 "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited "
                 "or assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
-                "multiplies .grad at once, or optimizer.zero_grad() ahead of new gradients"
+                "multiplies .grad at once, or optimizer.zero_grad() before new gradients"
             )
         if edited or new:
             self._apply_factor()
