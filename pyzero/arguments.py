@@ -99,16 +99,19 @@ def check_bucket_cap(bucket_cap_mb: float | None) -> None:
         raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; pass None for the default, 25 on CPUs")
 
 
-def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
-    """Check the names of a group's options, and that its parameters are ones that buckets can hold."""
-    known = {*options, *UNSUPPORTED, *IGNORED, "params", "param_names"}
-    for name in group.keys() - known:  # a loop may keep values of its own there; a misspelt option is none
+def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[str]) -> None:
+    """Check the names of a group's options, and that its parameters are ones that buckets can hold.
+
+    given: The caller's names, without the defaults.
+    """
+    known = {*options, *UNSUPPORTED, *IGNORED}
+    given = {*given}
+    for name in given - known - {"params", "param_names"}:  # a loop may keep values of its own there
         if name in ZeroOptions.__annotations__:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
-        other = OTHER_NAMES.get(name)
-        close = [other] if other in known else difflib.get_close_matches(name, known, 1, _MISSPELT)
-        if close and name not in _SCHEDULERS_KEYS:
-            raise ValueError(f"got {name!r} in a parameter group, expected {close[0]!r}; correct the name")
+        meant = _misspelt_option(name, known)
+        if meant is not None and meant not in given:
+            raise ValueError(f"got {name!r} in a parameter group, expected {meant!r}; correct the name")
     refuse_unsupported(group)
     for index, param in enumerate(group["params"]):
         if any(placement.is_partial() for placement in getattr(param, "placements", ())):
@@ -125,6 +128,17 @@ def check_group(group: dict[str, Any], options: Iterable[str]) -> None:
         if param.requires_grad:
             _check_memory(param, f"parameter {index} of the group")
             check_dtype(param, f"parameter {index} of the group")
+
+
+def _misspelt_option(name: str, known: set[str]) -> str | None:
+    """The option that a name is meant to be; None of a name of the caller's own, as weight_decay_mult is."""
+    other = OTHER_NAMES.get(name)
+    if other in known:
+        return other
+    close = difflib.get_close_matches(name, known, 1, _MISSPELT)
+    if not close or name in _SCHEDULERS_KEYS or name.startswith(f"{close[0]}_") or name.endswith(f"_{close[0]}"):
+        return None
+    return close[0]
 
 
 class HyperParameters:

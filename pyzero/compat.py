@@ -44,7 +44,7 @@ _MODULES = {
     "runtime": "",
     "runtime.activation_checkpointing": "",
     "runtime.activation_checkpointing.checkpointing": f"{_OURS}.checkpointing",
-    "runtime.config": f"{_OURS}.config.view",
+    "runtime.config": f"{_OURS}.config.deepspeed_config",
     "runtime.dataloader": f"{_OURS}.utils",
     "runtime.engine": f"{_OURS}.engine.engine",
     "runtime.lr_schedules": f"{_OURS}.schedules",

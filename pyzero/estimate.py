@@ -47,6 +47,20 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class _Setup:
+    """How an optimizer is built."""
+
+    num_ranks: int
+    stage: int  # 1 or 2
+    bucket_cap_mb: float | None
+    rule: UpdateRule
+    on_gpu: bool
+    reduces: bool = True
+    cpu_offload: bool = False
+    transport: str = "auto"
+
+
+@dataclass(frozen=True)
 class _Plan:
     """What decides how long a gradient lives."""
 
@@ -101,9 +115,17 @@ def estimate(
     stage = 2 if stage == 3 else stage
     params = list(model.parameters() if isinstance(model, nn.Module) else model)
     shapes = [(param.numel(), param.element_size(), param.requires_grad) for param in params]
-    on_gpu = cpu_offload or any(param.device.type == "cuda" for param in params)
-    rule = rule or AdamRule()
-    return _estimate(shapes, num_ranks, stage, bucket_cap_mb, reduce_grads, rule, on_gpu, cpu_offload, transport)
+    setup = _Setup(
+        num_ranks=num_ranks,
+        stage=stage,
+        bucket_cap_mb=bucket_cap_mb,
+        rule=rule or AdamRule(),
+        on_gpu=cpu_offload or any(param.device.type == "cuda" for param in params),
+        reduces=reduce_grads,
+        cpu_offload=cpu_offload,
+        transport=transport,
+    )
+    return _estimate(shapes, setup)
 
 
 def estimate_numel(
@@ -139,13 +161,19 @@ def estimate_numel(
         )
     check_bucket_cap(bucket_cap_mb)
     own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or on_gpu
+    on_one = _Setup(
+        num_ranks=1,
+        stage=2,
+        bucket_cap_mb=bucket_cap_mb,
+        rule=AdamRule(),
+        on_gpu=on_gpu,
+        cpu_offload=cpu_offload,
+    )
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
-        shapes, stage = _evenly(own, dtype.itemsize, cap), 2 if stage == 3 else stage
-        found = _estimate(shapes, num_ranks, stage, bucket_cap_mb, True, AdamRule(), on_gpu, cpu_offload, "auto")
-        return replace(found, num_params=num_params)
-    shapes = _evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu))
-    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, AdamRule(), on_gpu, cpu_offload, "auto")
+        setup = replace(on_one, num_ranks=num_ranks, stage=2 if stage == 3 else stage)
+        return replace(_estimate(_evenly(own, dtype.itemsize, cap), setup), num_params=num_params)
+    found = _estimate(_evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu)), on_one)
     numel = -(-own // num_blocks)
     whole = numel * dtype.itemsize
     block = _Gathered(whole, whole, numel * _FP32, -(-numel // num_ranks) * _FP32)
@@ -160,9 +188,15 @@ def _of_blocks(
     if not isinstance(model, nn.Module):
         raise ValueError("expected a module for stage 3, whose blocks count, got parameters; pass the module")
     params = list(model.parameters())
-    on_gpu = offload or any(param.device.type == "cuda" for param in params)
-    shapes = [(_rows(param, num_ranks), _FP32, param.requires_grad) for param in params]
-    found = _estimate(shapes, 1, 2, bucket_cap_mb, True, rule, on_gpu, offload, "auto")
+    setup = _Setup(
+        num_ranks=1,
+        stage=2,
+        bucket_cap_mb=bucket_cap_mb,
+        rule=rule,
+        on_gpu=offload or any(param.device.type == "cuda" for param in params),
+        cpu_offload=offload,
+    )
+    found = _estimate([(_rows(param, num_ranks), _FP32, param.requires_grad) for param in params], setup)
     worst = _gathered_at_most(model, num_ranks)
     held = found.gradients
     return replace(found, buckets=max(found.buckets, worst - held), num_params=sum(param.numel() for param in params))
@@ -202,8 +236,8 @@ def _gathered_at_most(model: nn.Module, num_ranks: int) -> int:
     params = list(model.parameters())
     first = next((place for place, param in enumerate(params) if param in in_blocks), len(params))
     rest = _Gathered.of((param for param in params if param not in in_blocks), num_ranks)
-    behind = _Gathered.of((param for param in params[first:] if param not in in_blocks), num_ranks)
-    return _walk([_Gathered.of(block.parameters(), num_ranks) for block in reversed(blocks)], rest, behind.grads)
+    after_blocks = _Gathered.of((param for param in params[first:] if param not in in_blocks), num_ranks)
+    return _walk([_Gathered.of(block.parameters(), num_ranks) for block in reversed(blocks)], rest, after_blocks.grads)
 
 
 def _walk(blocks: Sequence[_Gathered], rest: _Gathered, early: int) -> int:
@@ -234,38 +268,30 @@ def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tupl
     return [(size, element_bytes, True) for size in sizes]
 
 
-def _estimate(
-    shapes: Sequence[tuple[int, int, bool]],
-    num_ranks: int,
-    stage: int,
-    bucket_cap_mb: float | None,
-    reduces: bool,
-    rule: UpdateRule,
-    on_gpu: bool,
-    cpu_offload: bool,
-    transport: str,
-) -> Estimate:
+def _estimate(shapes: Sequence[tuple[int, int, bool]], setup: _Setup) -> Estimate:
+    """shapes: Of each parameter its elements, bytes of each, and whether it is trained."""
+    num_ranks, stage, rule = setup.num_ranks, setup.stage, setup.rule
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 to 3, got {num_ranks} and {stage}; correct them")
-    check_bucket_cap(bucket_cap_mb)
+    check_bucket_cap(setup.bucket_cap_mb)
     keys = {size: Key(str(size), "", cut=rule.cut) for size in (2, 4)}
     trained = [(numel, size) for numel, size, requires_grad in shapes if requires_grad]
     specs = [ParamSpec(index, numel, size, keys[size]) for index, (numel, size) in enumerate(trained)]
-    layouts = plan(specs, cap_bytes(bucket_cap_mb, num_ranks, on_gpu), num_ranks)
+    layouts = plan(specs, cap_bytes(setup.bucket_cap_mb, num_ranks, setup.on_gpu), num_ranks)
     sizes = {key: size for size, key in keys.items()}
-    shares_memory = num_ranks > 1 and not on_gpu and transport in ("auto", "peer")
-    chosen = _Plan(layouts, sizes, stage, reduces and num_ranks > 1, rule.reads_lists, shares_memory)
+    shares_memory = num_ranks > 1 and not setup.on_gpu and setup.transport in ("auto", "peer")
+    chosen = _Plan(layouts, sizes, stage, setup.reduces and num_ranks > 1, rule.reads_lists, shares_memory)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     sharded = sum(_sharded(layout, sizes[layout.key], rule.slots) for layout in layouts)
     return Estimate(
         weights=frozen + sum(chosen.weights(layout) for layout in layouts),
-        state=(0 if cpu_offload else sharded) + sum(map(_counters, layouts)),
+        state=(0 if setup.cpu_offload else sharded) + sum(map(_counters, layouts)),
         gradients=held,
         shared=chosen.shared(),
         buckets=max(worst - held, 0),
         num_params=sum(numel for numel, _, _ in shapes),
-        host=sharded if cpu_offload else 0,
+        host=sharded if setup.cpu_offload else 0,
     )
 
 

@@ -26,9 +26,10 @@ from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.layout import BucketLayout, cap_bytes
-from pyzero.sharding.param_buckets import ParamBuckets
+from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
-from pyzero.state import LastStep, StateAccess
+from pyzero.state_dict import StateDicts
+from pyzero.status import LastStep
 from pyzero.streams import on_device
 from pyzero.update import ShardUpdater, StepScalars, check_capture
 from pyzero.update_rule import UpdateRule
@@ -36,7 +37,7 @@ from pyzero.update_rule import UpdateRule
 log = logging.getLogger("pyzero")
 
 
-class ZeroOptimizer(StateAccess, Optimizer):
+class ZeroOptimizer(StateDicts, Optimizer):
     """An update rule over fp32 masters, whose state is partitioned over the ranks of a process group.
 
     The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
@@ -120,6 +121,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
         self._ready = False
         self._last = self._checkpoint_group = None
         self._is_torn = False
+        self._has_error = False  # which keeps this rank from the step under way
         self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
@@ -135,19 +137,20 @@ class ZeroOptimizer(StateAccess, Optimizer):
         rank, self._num_ranks = topology.rank_and_size()
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
-        cap = cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda")
         self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
-            self._rules,
-            self._device,
-            self._group,
-            self._transport,
-            self.state,
-            cap,
-            topology.in_norm,
-            reduce_grads,
-            init_sync,
-            cpu_offload,
+            rules=self._rules,
+            device=self._device,
+            group=self._group,
+            transport=self._transport,
+            state=self.state,
+            in_norm=topology.in_norm,
+            options=PlacementOptions(
+                bucket_cap_bytes=cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda"),
+                reduces=reduce_grads,
+                init_sync=init_sync,
+                cpu_offload=cpu_offload,
+            ),
         )
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
@@ -198,17 +201,34 @@ class ZeroOptimizer(StateAccess, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, rule in zip(self._param_groups, self._rules, strict=False):  # one taken out by hand is told below
-            rule.check(group)
         check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
-        self._place_unfrozen()
+        error = self._prepare_step()
+        if error is not None and self._num_ranks == 1:
+            raise error
         if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
-            self._take_step()
+            self._take_step(error)
         return loss
 
-    def _take_step(self) -> None:
-        self._param_buckets.follow_weights()
-        stats, unscale = self._collect("step"), self._take_grad_scale()
+    def _prepare_step(self) -> Exception | None:
+        """Check the hyper-parameters, and follow what others have done to parameters and weights.
+
+        Returns:
+            What keeps this rank from the step. The others wait for its message, which says so.
+        """
+        error = None
+        for prepare in (self._check_groups, self._place_unfrozen, self._param_buckets.follow_weights):
+            try:
+                prepare()
+            except (TypeError, ValueError) as found:
+                error = error or found
+        return error
+
+    def _check_groups(self) -> None:
+        for group, rule in zip(self._param_groups, self._rules, strict=False):  # _place_unfrozen tells of missing ones
+            rule.check(group)
+
+    def _take_step(self, error: Exception | None) -> None:
+        stats, unscale = self._collect_for_step(error), self._take_grad_scale()
         self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
         self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
         # Ranks that have updated their shards count on the other shards.
@@ -238,7 +258,23 @@ class ZeroOptimizer(StateAccess, Optimizer):
             self._overflow.check(skips, self._describe)
 
     def _host_facts(self) -> HostFacts:
-        return HostFacts(self._overflow.num_in_a_row, self._hyper_parameters.checksum(self._param_groups))
+        checksum = self._hyper_parameters.checksum(self._param_groups)
+        return HostFacts(self._overflow.num_in_a_row, checksum, self._has_error)
+
+    def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
+        """`_collect`; an error of this rank's own is raised once the others know of it."""
+        self._has_error = error is not None
+        try:
+            stats = self._collect("step")
+        except RuntimeError:
+            if error is not None:
+                raise error from None
+            raise
+        finally:
+            self._has_error = False
+        if error is not None:
+            raise error
+        return stats
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
@@ -296,11 +332,12 @@ class ZeroOptimizer(StateAccess, Optimizer):
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, for a backward of the caller's: `optimizer.scale(loss).backward()`.
 
-        Parameters that are no longer frozen get buckets, as in `backward`.
+        Parameters that are no longer frozen get buckets, as in `backward`, where the loss can run one.
         """
         if not self._scaler.enabled:
             return loss
-        self._place_unfrozen()
+        if loss.requires_grad:
+            self._place_unfrozen()
         return self._scaled_backward.scale(loss)
 
     @contextmanager
@@ -415,6 +452,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group gets buckets of its own. Collective over several ranks."""
+        given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses what is none
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # torch warns of a parameter that comes twice; its first place counts.
@@ -423,7 +461,7 @@ class ZeroOptimizer(StateAccess, Optimizer):
             if key in group:
                 group[key] = [group[key][place] for place in sorted(kept.values())]
         try:
-            arguments.check_group(group, self.defaults)
+            arguments.check_group(group, given, self.defaults)
             rule = self._rule_of(group)
             rule.check(group)
             self._rules.append(rule)

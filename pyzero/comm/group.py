@@ -75,7 +75,7 @@ class Work:
 
     def is_done(self, patience_s: float) -> bool:
         """Whether `wait` would return at once; waits for at most `patience_s`."""
-        return self._handle is None or self._group.is_done(self._handle, patience_s)
+        return self._handle is None or self._group.is_done(self._handle, patience_s, self._blocks)
 
 
 class Group:
@@ -288,9 +288,9 @@ class Group:
                 self._compare(what, number)
             handle.wait()
 
-    def is_done(self, handle: Handle, patience_s: float) -> bool:
+    def is_done(self, handle: Handle, patience_s: float, blocks: bool) -> bool:
         """Whether a collective is done within so many seconds; see Work."""
-        if not self._blocks or handle.is_completed():
+        if not blocks or handle.is_completed():
             return True
         try:
             handle.wait(timedelta(seconds=patience_s))
@@ -377,7 +377,7 @@ class Group:
         host = self.host
         if host is not None and len(self.hosts) == 1 and host.can_send(row):
             with self.awaited(what):
-                self.launch(what, lambda: host.send(row)).wait()
+                self.launch(what, lambda: host.send(row), blocks=True).wait()
                 return host.messages(row).view(self.size, -1)
         return self.gather_shards(row, what).view(self.size, -1)
 
@@ -428,8 +428,12 @@ class Group:
     def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
         for batch in _batches(tensors):
-            is_one = len(batch) == 1 and batch[0].is_contiguous()
-            flat = batch[0].view(-1) if is_one else torch.cat([tensor.reshape(-1) for tensor in batch])
+            is_one = len(batch) == 1 and batch[0].is_contiguous() and not (batch[0].is_conj() or batch[0].is_neg())
+            flat = (
+                batch[0].view(-1)
+                if is_one
+                else torch.cat([tensor.reshape(-1) for tensor in batch]).resolve_conj().resolve_neg()
+            )
             self.broadcast(flat.view(torch.uint8))  # gloo knows no int16 and no fp8, NCCL no int16
             if is_one:
                 continue

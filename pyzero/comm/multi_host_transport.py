@@ -47,7 +47,9 @@ class MultiHostTransport(SharedMemoryTransport):
         received = memory.empty(sent.numel(), send.dtype, send.device)
         numels = self._numels(self._elsewhere, parts.shape[1])
         work = self.group.launch(
-            what, lambda: _Both(self._posted(self._post(send)), self._from_others(received, sent, numels, numels))
+            what,
+            lambda: _Both(self._posted(self._post(send)), self._from_others(received, sent, numels, numels)),
+            blocks=True,
         )
         slices = dict(zip(self._host.ranks, self._slices(send), strict=True))
         slices |= zip(self._elsewhere, received.view(len(self._elsewhere), -1), strict=True)

@@ -175,7 +175,7 @@ class SharedMemoryTransport(Transport):
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
-        work = self.group.launch(what, lambda: self._posted(self._post(send)))
+        work = self.group.launch(what, lambda: self._posted(self._post(send)), blocks=True)
         return Exchange(work, self._slices(send), send, release=self._mark_read)
 
     def _slices(self, send: Tensor) -> list[Tensor]:
@@ -204,7 +204,7 @@ class SharedMemoryTransport(Transport):
     def _launch_gather(self, flat: Tensor, post: Callable[[], Chunk]) -> Work:
         """Launch what `post` does; its chunk is copied to `flat` when the work is waited for."""
         what = "the all-gather of weights"
-        work = self.group.launch(what, lambda: self._posted(post()), then=lambda: self._copy(chunk.number))
+        work = self.group.launch(what, lambda: self._posted(post()), lambda: self._copy(chunk.number), blocks=True)
         chunk = self._ring.last
         self._gathers.append(_Gather(chunk, flat, work))
         return work

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .arguments import add_config_arguments as add_config_arguments
     from .arguments import add_tuning_arguments as add_tuning_arguments
     from .comm import init_distributed as init_distributed
-    from .config.view import DeepSpeedConfig as DeepSpeedConfig
+    from .config.deepspeed_config import DeepSpeedConfig as DeepSpeedConfig
     from .engine.engine import Engine
     from .entry import initialize as initialize
     from .parallel.tensor_parallel import tp_model_init as tp_model_init
@@ -25,7 +25,7 @@ __version__ = "0.19.8"  # the DeepSpeed whose names these are
 
 # Imported on first use: a name of a module, or a module.
 _NAMES = {
-    "DeepSpeedConfig": ("config.view", "DeepSpeedConfig"),
+    "DeepSpeedConfig": ("config.deepspeed_config", "DeepSpeedConfig"),
     "DeepSpeedEngine": ("engine.engine", "Engine"),
     "PipelineEngine": ("pipe.engine", "PipelineEngine"),
     "PipelineModule": ("pipe.module", "PipelineModule"),

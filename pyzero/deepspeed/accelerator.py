@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.comm import process
+from pyzero.deepspeed import launcher
 
 # Of torch.cuda, by DeepSpeed's names; on a CPU they count nothing and do nothing.
 _COUNTS = (
@@ -141,7 +141,7 @@ class Accelerator:
 
     def local_device(self) -> torch.device:
         """Of this process, by LOCAL_RANK."""
-        return process.device()
+        return launcher.device()
 
 
 @functools.cache

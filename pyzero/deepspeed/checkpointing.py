@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint as torch_checkpoint
 
-from pyzero.comm import process
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.parallel import groups
 
 _PARTS = "model-parallel-rng"
@@ -130,7 +130,7 @@ model_parallel_reconfigure_tp_seed = model_parallel_cuda_manual_seed
 
 
 def _on_gpu() -> bool:
-    return process.device().type == "cuda"
+    return launcher.device().type == "cuda"
 
 
 def _state() -> Tensor:

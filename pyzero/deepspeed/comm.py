@@ -37,7 +37,7 @@ from torch.distributed import (
     send,
 )
 
-from pyzero.comm import process
+from pyzero.deepspeed import launcher
 
 log = logging.getLogger("pyzero")
 
@@ -113,10 +113,10 @@ def init_distributed(
     if dist_init_required is False or is_initialized():
         return
     if init_method is None:
-        process.join(dist_backend, timeout)
+        launcher.join(dist_backend, timeout)
         return
-    backend = dist_backend or ("nccl" if process.device().type == "cuda" else "gloo")
-    process.take_device()
+    backend = dist_backend or ("nccl" if launcher.device().type == "cuda" else "gloo")
+    launcher.take_device()
     dist.init_process_group(backend, init_method=init_method, timeout=timeout, rank=rank, world_size=world_size)
 
 
@@ -138,7 +138,7 @@ def get_world_size(group: Any = None) -> int:
 
 def get_local_rank() -> int:
     """Of this process on its host."""
-    return process.local_rank()
+    return launcher.local_rank()
 
 
 def get_global_rank(group: Any = None, group_rank: int = 0) -> int:

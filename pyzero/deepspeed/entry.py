@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from pyzero.comm import process
-from pyzero.deepspeed import comm
+from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.config.dtype_sections import DTYPES
 from pyzero.deepspeed.config.keys import remarks
 from pyzero.deepspeed.config.reader import load
@@ -100,9 +100,9 @@ def initialize(
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
     of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
     settings = _settings_of(config, config_params, *of_args)
-    backend = process.backend_to_join(from_host=settings.zero_optimization.offloads_params())
-    joined = process.claim_early_group() or (dist_init_required is not False and process.join(backend))
-    process.take_device()
+    backend = launcher.backend_to_join(from_host=settings.zero_optimization.offloads_params())
+    joined = launcher.claim_early_group() or (dist_init_required is not False and launcher.join(backend))
+    launcher.take_device()
     tp_size = tensor_parallel.size_for(model, settings.tensor_parallel)
     parallel = _parallelism(model, settings, mesh, mpu, tp_size)
     groups.set_current(parallel)
@@ -252,7 +252,7 @@ def _remark(config: Config, trains: bool) -> None:
     if config.zero_optimization.offloads_params():
         if config.zero_optimization.stage < 3:
             log.warning("config: zero_optimization.offload_param: weights stay on their device below stage 3")
-        elif process.device().type == "cpu":
+        elif launcher.device().type == "cpu":
             log.info("config: zero_optimization.offload_param: nothing to do, for weights lie in memory of the host")
     for line, warns in remarks(config):
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
@@ -265,7 +265,7 @@ def _convert(model: nn.Module, config: Config, moves: bool) -> None:
     """
     if config.zero_optimization.stage == 3 and is_sharded(model):
         return  # its shards are of another dtype than it computes in
-    device, dtypes = process.device() if moves else None, _dtypes(model, config)
+    device, dtypes = launcher.device() if moves else None, _dtypes(model, config)
     if all(_lies_as(tensor, device, dtypes[id(tensor)]) for tensor in (*model.parameters(), *model.buffers())):
         return  # torch converts no DTensor that an engine holds, not even to what it is
     if tensor_parallel.is_split(model):

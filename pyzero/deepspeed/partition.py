@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyzero.comm import process
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.parallel import tensor_parallel
 from pyzero.deepspeed.parallel.mesh import Parallelism
@@ -50,7 +50,7 @@ class Partition:
         """Stage 3: fully_shard."""
         self._check_optimizer("shards of stage 3")
         config = self._config
-        offload = config.zero_optimization.offloads_params() and process.device().type != "cpu"
+        offload = config.zero_optimization.offloads_params() and launcher.device().type != "cpu"
         sharded = shard(self._model, self._parallel, config.weights_dtype(), config.grad_reduce_dtype(), offload)
         for param in dict.fromkeys(sharded.values()):
             if is_dtensor(param):

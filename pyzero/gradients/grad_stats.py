@@ -28,7 +28,7 @@ log = logging.getLogger("pyzero")
 PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _USED on, a bit per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HALF_EDITED, _EDITS, _USED = range(9)
+_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HAS_ERROR, _HALF_EDITED, _EDITS, _USED = range(10)
 _NUM_BITS = 48  # of a number: fp64 holds 53 exactly
 _SHIFTS = np.arange(_NUM_BITS)
 _BITS = 2.0**_SHIFTS
@@ -48,6 +48,7 @@ class HostFacts(NamedTuple):
 
     num_skips_in_a_row: int  # as far as it knows
     hyper_parameters: int  # their checksum
+    has_error: bool  # this rank cannot step
 
 
 class LocalGradStats(NamedTuple):
@@ -140,18 +141,18 @@ class GradStatsExchange:
             RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one; or the ranks
                 step with different hyper-parameters. On all ranks, those with other parts of the model too.
         """
-        used, num_skips, hyper_parameters = tuple(mine.used), 0, 0
+        used, num_skips, hyper_parameters, has_error = tuple(mine.used), 0, 0, False
         unsent = {int(mine.unsent)}
         rows = mine.rows
         error: RuntimeError | None = None
         if self._group.size > 1 or self._model_parallel:
             facts = self._facts()
             assert facts is not None
-            num_skips, hyper_parameters = facts()
+            num_skips, hyper_parameters, has_error = facts()
         if self._group.size > 1:
             half_edited = -1 if mine.half_edited is None else mine.half_edited
             purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
-            head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, half_edited]
+            head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, has_error, half_edited]
             self._num_exports = 0
             with self._awaited():
                 told, rows = self._group.gather_with_host([*head, _checksum(mine.edits), *_packed(used)], rows.view(-1))
@@ -163,6 +164,8 @@ class GradStatsExchange:
             used = _union(hosts[:, _USED:], len(used))
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
+        elif has_error:
+            error = _other_error([self._group.members()[0]])
         own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
@@ -195,10 +198,7 @@ class GradStatsExchange:
             num_skips = int(max(skips))
             error = error or _difference(purposes, hyper, beside.members())
             if error is None and any(has_error):
-                error = RuntimeError(
-                    "expected a step that all ranks of the model can take, got an error on ranks that hold other parts "
-                    "of it; see their output"
-                )
+                error = _other_error([rank for rank, has in zip(beside.members(), has_error, strict=True) if has])
         if error is not None:
             raise error
         return rows, num_skips
@@ -221,6 +221,9 @@ class GradStatsExchange:
         error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist(), range(len(hosts)))
         if isinstance(error, CollectiveError):
             raise error
+        cannot = [rank for rank, has_error in enumerate(hosts[:, _HAS_ERROR].tolist()) if has_error]
+        if cannot:
+            raise _other_error(cannot)
         rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
         if len(set(rounds)) > 1:
             raise CollectiveError(
@@ -292,6 +295,14 @@ def _difference(purposes: Sequence[float], hyper: Sequence[float], ranks: Sequen
             f"on all"
         )
     return None
+
+
+def _other_error(ranks: Sequence[int]) -> RuntimeError:
+    """The error of a step that other ranks cannot take."""
+    return RuntimeError(
+        f"expected a step that every rank can take, got an error on ranks {list(ranks)}, on which nothing is changed "
+        f"either; see their output"
+    )
 
 
 def _checksum(edits: Sequence[int]) -> int:

@@ -102,7 +102,7 @@ class UnreducedGradients(Gradients):
         self._arriving: tuple[Tensor, int] | None = None  # (1 / loss scale, epoch) inside a scaled backward
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._factor: Tensor | None = None  # 0-D, of clipping
-        self._factor_of: dict[Tensor, tuple[Tensor, int]] = {}  # the gradients that it applies to: (grad, version)
+        self._factor_of: dict[Tensor, _GradState] = {}  # the gradients that it applies to
         self._factor_is_used = False  # a step has multiplied by it
         self._locates = False
         self._clean_rows = clean_rows(1, device)
@@ -304,7 +304,7 @@ class UnreducedGradients(Gradients):
     def _multiply(self, factor: Tensor) -> None:
         """The factor is kept until `.grad` is used, added to, or replaced."""
         self._factor = factor if (before := self.factor()) is None else before * factor
-        self._factor_of = {p: (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+        self._factor_of = {p: (weakref.ref(p.grad), p.grad._version) for p in self._params() if p.grad is not None}
         self._factor_is_used = False
         self._watch()  # the next backward must not add to a gradient that is still to be multiplied
         if any(isinstance(param, LocalParam) for param in self._factor_of):  # not every edit of a DTensor can be seen
@@ -320,7 +320,7 @@ class UnreducedGradients(Gradients):
             if grad is None:
                 if seen is not None:
                     self.norm_before_clip = None
-            elif grad is not seen:
+            elif seen is None or grad is not seen():
                 new.append(grad)
             elif grad._version != version:
                 edited.append(grad)
@@ -341,7 +341,9 @@ class UnreducedGradients(Gradients):
         """Multiply the factor into those gradients that are still the ones that were clipped."""
         factor, of = self._factor, self._factor_of
         self._factor, self._factor_of = None, {}
-        same = [p.grad for p, (g, v) in of.items() if p.grad is g and g._version == v]
+        same = [
+            p.grad for p, (seen, v) in of.items() if p.grad is not None and p.grad is seen() and p.grad._version == v
+        ]
         if same and factor is not None:
             torch._foreach_mul_(same, factor)
 

@@ -47,9 +47,10 @@ class ScaledBackward:
             self.end()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The scaled loss, of which the caller runs backward."""
+        """The scaled loss, of which the caller runs backward, unless it is one of an evaluation."""
         scaled = self._scaler.scale_loss(loss)
-        scaled.register_hook(self._begin_in_backward)
+        if scaled.requires_grad:
+            scaled.register_hook(self._begin_in_backward)
         return scaled
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyzero.arguments import as_number, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.optimizers.adam import AdamRule
-from pyzero.state import with_step_counts
+from pyzero.state_dict import with_step_counts
 from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
 
 if TYPE_CHECKING:

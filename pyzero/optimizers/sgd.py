@@ -9,7 +9,7 @@ from torch import Tensor
 from pyzero import ops
 from pyzero.arguments import as_number, check_lr, check_not_negative, refuse_unsupported
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.state import with_step_counts
+from pyzero.state_dict import with_step_counts
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class FusedZeroSGD(ZeroOptimizer):
         return self._rules[group_index] is self._with_buffer or super().is_of_rule(group_index, options)
 
     def takes_rule(self, name: str | None) -> bool:
-        """See StateAccess. Momentum may be a group's own or all groups'."""
+        """See StateDicts. Momentum may be a group's own or all groups'."""
         return name in (self._with_buffer.name, self._without_buffer.name) or super().takes_rule(name)
 
     def _as_ours(self, state_dict: Any) -> Any:

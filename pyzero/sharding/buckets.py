@@ -119,6 +119,12 @@ class Bucket:
         self.steps = steps.copy_(self.steps)
         self._run_shards.clear()
 
+    def release(self) -> None:
+        """Let go of all memory: the parameters and their state have moved to other buckets."""
+        del self._weights, self.flat, self.flat_params, self.weight_shard, self.peer_shards
+        del self.master, self.state, self.steps, self.segment_ids
+        self._run_shards.clear()
+
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return (memory.pinned if self._on_host else memory.zeros)(numel, dtype, self.device)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyzero.sharding.local_param import is_dtensor, local_of, user_param, whole_of
-from pyzero.sharding.sharded_grad import NORMS, norm_type_of
+from pyzero.sharding.sharded_grad import NORMS, read_norm
 
 
 def are_on_one_mesh(params: Sequence[Tensor]) -> bool:
@@ -37,8 +37,9 @@ def _normed(kind: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func not in NORMS:
                 return func(*args, **(kwargs or {}))
-            if norm_type_of(args, kwargs or {}) == (math.inf, True):
-                return _largest(args[0])
+            call = read_norm(func, args, kwargs or {})
+            if call.is_plain and call.norm_type == math.inf:
+                return call.cast(_largest(args[0]))
             return whole_of(func(*args, **(kwargs or {})))
 
     def copied(self: Any, memo: dict[int, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,16 @@ from pyzero.update_rule import Cut, UpdateRule
 log = logging.getLogger("pyzero")
 
 
+@dataclass(frozen=True)
+class PlacementOptions:
+    """How parameters are placed into buckets."""
+
+    bucket_cap_bytes: int  # largest bytes of weights in a bucket
+    reduces: bool  # the optimizer averages gradients over ranks
+    init_sync: bool  # make weights, frozen parameters and buffers what they are on rank 0
+    cpu_offload: bool  # see Bucket
+
+
 class ParamBuckets:
     """The buckets of an optimizer, and the parameters in them. A parameter keeps its number whatever bucket it lies in.
 
@@ -32,11 +43,8 @@ class ParamBuckets:
         group: The ranks that share the state.
         transport: Gives memory for weights.
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
-        bucket_cap_bytes: Largest bytes of weights in a bucket.
         in_norm: Whether a parameter counts for the norm on this rank.
-        reduces: The optimizer averages gradients over ranks.
-        init_sync: Make weights, frozen parameters and buffers what they are on rank 0.
-        cpu_offload: See Bucket.
+        options: How parameters are placed.
     """
 
     def __init__(
@@ -46,11 +54,8 @@ class ParamBuckets:
         group: Group,
         transport: Transport,
         state: MutableMapping[Tensor, Any],
-        bucket_cap_bytes: int,
         in_norm: Callable[[Tensor], bool],
-        reduces: bool,
-        init_sync: bool,
-        cpu_offload: bool,
+        options: PlacementOptions,
     ) -> None:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
@@ -69,12 +74,9 @@ class ParamBuckets:
         self._group = group
         self._transport = transport
         self._state = state
-        self._bucket_cap_bytes = bucket_cap_bytes
         self._in_norm = in_norm
-        self._reduces = reduces
-        self._init_sync = init_sync
+        self._options = options
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
-        self._cpu_offload = cpu_offload
 
     def unplaced(
         self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], with_grads: bool
@@ -204,13 +206,13 @@ class ParamBuckets:
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
                 check_whole(param, spec.number, spec.key.rule)
-        if self._reduces:
+        if self._options.reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         ours = {user_param(param): place for place, param in enumerate(params)}
         roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and not first else []
         order = self._agree(params, specs, _model_order(ours, roots))
-        if self._init_sync and self._group.size > 1:
+        if self._options.init_sync and self._group.size > 1:
             self._sync_others(roots, frozen, {*ours})
         if not params:
             return []
@@ -221,10 +223,10 @@ class ParamBuckets:
         self._fsdp_modules += map(weakref.ref, owners)
         self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
-        layouts = plan(specs, self._bucket_cap_bytes, self._group.size, arrival)
+        layouts = plan(specs, self._options.bucket_cap_bytes, self._group.size, arrival)
         made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
         for bucket in made:
-            if self._init_sync:
+            if self._options.init_sync:
                 self._group.broadcast(bucket.flat)
             bucket.masters_from_weights()
         self.buckets += made
@@ -274,7 +276,7 @@ class ParamBuckets:
         params = [self.params[number] for number in numbers]
         rule = self._rules[self.specs[numbers[0]].run.group_index]
         weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
-        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._cpu_offload)
+        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._options.cpu_offload)
         for position, param in enumerate(bucket.params):
             self._state[user_param(param)] = bucket.state_views(position)
         return bucket
@@ -322,22 +324,33 @@ class ParamBuckets:
         if not seen:
             return None
         rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
-        return plan(self.specs, self._bucket_cap_bytes, self._group.size, [*seen, *rest])
+        return plan(self.specs, self._options.bucket_cap_bytes, self._group.size, [*seen, *rest])
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
         """Move weights and state into other buckets of the same parameters; returns whether any moved. Collective.
+
+        New buckets are made one by one, and old ones let go as soon as they are empty.
 
         keeps_state: False where the caller writes all state afterwards.
         """
         if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
         is_fresh = keeps_state and self._is_fresh()
-        old, self.buckets = self.buckets, [self._make(layout, index) for index, layout in enumerate(layouts)]
-        self._join_steps()
-        for bucket in self.buckets:
+        old, self.buckets, self._views = self.buckets, [], {}
+        moved: set[int] = set()
+        for index, layout in enumerate(layouts):
+            bucket = self._make(layout, index)
             bucket.masters_from_weights()
-        while old and keeps_state:
-            self._move_state(old.pop(), is_fresh)
+            self.buckets.append(bucket)
+            self.places.update({user_param(param): (bucket, place) for place, param in enumerate(bucket.params)})
+            moved.update(bucket.numbers)
+            empty = [other for other in old if moved.issuperset(other.numbers)]
+            old = [other for other in old if other not in empty]
+            for other in empty:
+                if keeps_state:
+                    self._move_state(other, is_fresh)
+                other.release()
+        self._join_steps()
         return True
 
     def _is_fresh(self) -> bool:

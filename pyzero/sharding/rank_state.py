@@ -57,7 +57,7 @@ def _master_steps(group: dict[str, Any]) -> list[float]:
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
     """Give the tensors of a torch state dict the parameters' shapes: over several ranks they become ShardedStates."""
-    origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.are_alike
+    origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.same_params
     places = param_buckets.places
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):

@@ -6,9 +6,10 @@ On one rank's part each would be silently wrong. On these tensors it is right, o
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,11 +80,11 @@ class _Gradient(torch.Tensor):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], _Gradient) and not args[0]._is_plain else None
         if func in NORMS and first is not None:
-            return first._norm(*norm_type_of(args, kwargs))
+            return first._norm(read_norm(func, args, kwargs))
         if func is _FOREACH_NORM:
-            return [_norm_of(tensor, *norm_type_of(args, kwargs)) for tensor in args[0]]
+            return [_norm_of(tensor, read_norm(func, args, kwargs)) for tensor in args[0]]
         if func in _CHECKS and first is not None:
-            return func(first._norm(2.0)).expand(first.shape)
+            return func(first._norm(NormCall(2.0))).expand(first.shape)
         if func in _FOREACH_SCALES:
             return _scale_each(func, *args, **kwargs)
         if func is torch._foreach_zero_:
@@ -107,17 +108,17 @@ class _Gradient(torch.Tensor):
         """Run one of _IN_PLACE; NotImplemented where it is to be run on the tensor's own memory alone."""
         raise NotImplementedError
 
-    def _norm(self, norm_type: float, is_plain: bool = True) -> Tensor:
+    def _norm(self, call: NormCall) -> Tensor:
         owner = self._owner()
-        if owner is None or not is_plain:
-            raise _refusal("a norm over dimensions" if owner else "a norm", [self])
+        if owner is None or not call.is_plain:
+            what = "a norm over dimensions, of a matrix, or of another order than p > 0" if owner else "a norm"
+            raise _refusal(what, [self])
         if not self._is_current:
             raise RuntimeError(
                 f"got a norm of a .grad of shape {tuple(self.shape)} that has been cleared or replaced since it was "
                 f"read, expected one of the present .grad; ask for it before that, or keep optimizer.full_grad(p)"
             )
-        result: Tensor = owner.param_norm(self._record, norm_type)
-        return result
+        return call.cast(owner.param_norm(self._record, call.norm_type))
 
     def __deepcopy__(self, memo: Any) -> Any:
         """Refused, as all that would copy one rank's part for the whole."""
@@ -209,6 +210,8 @@ class ShardedGrad(_Gradient):
             func(current, *args[1:], **kwargs)
         elif func is Tensor.zero_:
             owner.zero(self._record)
+        elif kwargs.get("rounding_mode") is not None:
+            raise _refusal("division with a rounding mode", args)
         else:
             factor = _checked_factor(args[1] if len(args) > 1 else kwargs.get("other"), self)
             owner.scale([self._record], factor, inverse=func in _INVERSE_SCALES)
@@ -227,13 +230,30 @@ class ShardedGrad(_Gradient):
         return f"ShardedGrad(shape={tuple(self.shape)}, dtype={dtype}, device={self.device})"
 
 
-def norm_type_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[float, bool]:
-    """(p, whether nothing else is asked for)."""
-    kwargs = dict(kwargs)
-    given = args[1] if len(args) > 1 else next((kwargs.pop(n) for n in ("ord", "p") if n in kwargs), 2.0)
-    rest = [value for value in (*args[2:], *(v for k, v in kwargs.items() if k not in ("dtype", "keepdim")))]
-    is_plain = all(value is None or value is False for value in rest)
-    return (2.0 if given in (None, "fro") else float(given)), is_plain
+class NormCall(NamedTuple):
+    """What a call of a norm function asks for."""
+
+    norm_type: float  # p; NaN: a name that is no number's
+    dtype: torch.dtype | None = None  # of the result, where it is given
+    is_plain: bool = True  # the p-norm of all elements, p > 0
+
+    def cast(self, norm: Tensor) -> Tensor:
+        """The norm in the dtype that was asked for."""
+        return norm if self.dtype is None else norm.to(self.dtype)
+
+
+def read_norm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> NormCall:
+    """The arguments of one of NORMS, or of torch._foreach_norm."""
+    rest = dict(kwargs)
+    given = args[1] if len(args) > 1 else next((rest.pop(n) for n in ("ord", "p") if n in rest), None)
+    dtype = rest.pop("dtype", None)
+    if given is None or given == "fro":
+        norm_type = 2.0
+    else:
+        norm_type = math.nan if isinstance(given, str) else float(given)
+    is_of_matrix = func is torch.linalg.norm and given not in (None, "fro") and args[0].dim() > 1
+    asks_no_more = all(value is None or value is False for value in (*args[2:], *rest.values()))
+    return NormCall(norm_type, dtype, norm_type > 0 and asks_no_more and not is_of_matrix)
 
 
 def _check_whole(func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
@@ -255,12 +275,12 @@ def _local_grads_in(args: Sequence[Any]) -> list[LocalGrad]:
     return [value for value in each if isinstance(value, LocalGrad)]
 
 
-def _norm_of(tensor: Tensor, norm_type: float, is_plain: bool) -> Tensor:
+def _norm_of(tensor: Tensor, call: NormCall) -> Tensor:
     if isinstance(tensor, _Gradient):
         if not tensor._is_plain:
-            return tensor._norm(norm_type, is_plain)
+            return tensor._norm(call)
         tensor = tensor.as_subclass(torch.Tensor)
-    norm: Tensor = torch.linalg.vector_norm(tensor, norm_type)
+    norm: Tensor = torch.linalg.vector_norm(tensor, call.norm_type, dtype=call.dtype)
     return norm
 
 

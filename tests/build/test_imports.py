@@ -34,7 +34,8 @@ LAYERS = (
     {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
     {"loss_scale.scaled_backward"},
     {"full_access"},
-    {"state"},
+    {"status"},
+    {"state_dict"},
     {"optimizer"},
     {"optimizers", "optimizers.adam", "optimizers.lamb", "optimizers.lion", "optimizers.sgd"},
     {"optimizers.muon"},
@@ -45,6 +46,7 @@ LAYERS = (
     *(
         {f"deepspeed.{name}" for name in row.split()}
         for row in (
+            "launcher",
             "accelerator arguments checkpoint_constants comm config config.keys engine engine.param_owners "
             "engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel parallel.mesh "
             "pipe.layers pipe.runner pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
@@ -55,7 +57,7 @@ LAYERS = (
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
             "config.reader engine.data engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
             "pipe.module profiling",
-            "config.view engine.engine optimizers partition pipe stage_3.init",
+            "config.deepspeed_config engine.engine optimizers partition pipe stage_3.init",
             "engine.eval_engine pipe.engine zero",
             "entry",
         )

@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import math
+import re
 import warnings
 from typing import Any
 
@@ -211,6 +212,17 @@ def test_a_groups_own_options_are_checked(options, words):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("name", ["weight_decay_mult", "base_weight_decay", "max_betas", "param_name"])
+def test_a_name_that_is_made_of_an_options_is_the_loops_own(name):
+    assert pyzero.FusedZeroAdamW([{"params": weights(), name: 0.5}]).param_groups[0][name] == 0.5
+
+
+def test_a_name_like_an_option_that_is_given_too_is_the_loops_own():
+    for name in ("wd", "weight_decays"):
+        optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "weight_decay": 0.1, name: 0.5}])
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
 def test_a_group_may_hold_values_of_the_loops_own():
     optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "name": "body", "lr_scale": 0.5, "layer_id": 3}])
     assert optimizer.param_groups[0]["lr_scale"] == 0.5
@@ -243,6 +255,50 @@ def rates_that_differ(group: Any, options: dict[str, Any], how: str) -> tuple[st
 def test_hyper_parameters_that_differ_between_ranks_are_refused_on_all(ranks, options, how):
     for message, stays, steps_then in ranks.run(2, rates_that_differ, options, how):
         assert "got others on ranks [1] of 2 than on rank 0" in message and stays and steps_then
+
+
+def error_on_rank_1(group: Any, options: dict[str, Any], how: str) -> tuple[str, bool, bool]:
+    """What step() says, whether weights stay, and whether the next one is taken."""
+    params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(3))]
+    optimizer = pyzero.FusedZeroAdamW([{"params": [param]} for param in params], process_group=group, **options)
+    sum(param.sum() for param in params).backward()
+    last, data = optimizer.param_groups[1], params[1].data
+    if group.rank() == 1:
+        if how == "nan":
+            last["lr"] = float("nan")
+        elif how == "text":
+            last["lr"] = "0.1"
+        elif how == "converted":
+            params[1].data = data.double()
+        elif how == "taken out":
+            last["params"].clear()
+    try:
+        optimizer.step()
+        message = "no error"
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = f"{type(error).__name__}: {error}"
+    stays = all(bool((param == 1).all()) for param in params)
+    last.update(lr=0.1, params=[params[1]])
+    params[1].data = data
+    optimizer.step()
+    return message, stays, all(bool((param < 1).all()) for param in params)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("nan", "ValueError: .*nan"),
+        ("text", "TypeError: .*'0.1'"),
+        ("converted", "TypeError: .*float64"),
+        ("taken out", "ValueError: .*1 taken out"),
+    ],
+)
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 2}, {"reduce_grads": False}], ids=str)
+def test_what_keeps_one_rank_from_a_step_is_told_on_all(ranks, options, how, words):
+    (other, other_stays, other_steps), (own, stays, steps) = ranks.run(2, error_on_rank_1, options, how)
+    assert other.startswith("RuntimeError: ") and "an error on ranks [1]" in other
+    assert re.match(words, own)
+    assert stays and other_stays and steps and other_steps
 
 
 def alike(group: Any) -> bool:

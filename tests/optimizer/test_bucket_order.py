@@ -1,5 +1,6 @@
 """Buckets in the order in which gradients come: how many of them are alive in a backward, whatever the groups."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from models import assert_same, params_of, randint
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, cap_bytes, plan
 
 WIDTH = 32
@@ -160,6 +162,44 @@ def test_runs_lie_side_by_side_and_fill_the_bucket():
             for slot in layout.param_slots:
                 (owner,) = [run for run in layout.runs if run.begin <= slot.offset < run.end]
                 assert owner.key == specs[slot.number].run and slot.offset + slot.numel <= owner.end
+
+
+def held_while_buckets_move(group: Any, steps_before: int) -> tuple[float, float]:
+    """Bytes of weights and state in buckets, over those at rest: when any bucket is made, and after it."""
+    sizes: list[int] = []
+    buckets: weakref.WeakSet[Bucket] = weakref.WeakSet()
+
+    def held() -> int:
+        alive = [vars(bucket) for bucket in buckets]
+        return sum(each.nbytes for b in alive if "flat" in b for each in (b["flat"], b["master"], *b["state"].values()))
+
+    class Watched(Bucket):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            buckets.add(self)
+            sizes.append(held())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyzero.sharding.param_buckets.Bucket", Watched)
+        params = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(40)]
+        optimizer = pyzero.FusedZeroAdamW(params, process_group=group, bucket_cap_mb=4 * 4096 * 2 / 2**20)
+        if steps_before:
+            state = optimizer.full_state_dict()
+            for values in state["state"].values():
+                values["exp_avg"] = torch.ones_like(values["exp_avg"])
+            optimizer.load_state_dict(state)
+        at_rest, num_made = held(), len(sizes)
+        for number in [*range(2, 40), 0, 1]:  # each bucket's last two come from the one behind it
+            params[39 - number].float().sum().backward()
+        optimizer.step()
+    assert len(sizes) == 2 * num_made, "no bucket has moved"
+    return max(sizes) / at_rest, held() / at_rest
+
+
+@pytest.mark.parametrize("loads", [False, True], ids=["fresh", "loaded"])
+def test_few_buckets_are_there_twice_while_they_move(ranks, loads):
+    for most, after in ranks.run(2, held_while_buckets_move, loads):
+        assert most <= 1.35 and after == 1.0
 
 
 def test_buckets_grow_with_the_ranks_that_share_one_on_gpus():

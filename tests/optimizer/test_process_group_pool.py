@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero import memory, optimizer
-from pyzero.comm import process, process_group_pool, transport
+from pyzero.comm import process_group_pool, transport
 from pyzero.comm.group import Group
+from pyzero.deepspeed import launcher
 
 PYZERO = Path(pyzero.__file__).parent
 LIMIT = timedelta(seconds=20)
@@ -76,17 +77,17 @@ def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch, num_visible, index):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    process.take_device()
+    launcher.take_device()
     assert not taken, "the caller may have chosen one"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    process.take_device()
-    assert taken == [process.device()] == [torch.device("cuda", index)]
+    launcher.take_device()
+    assert taken == [launcher.device()] == [torch.device("cuda", index)]
 
 
 def test_initialize_takes_it_whoever_made_the_group(world, monkeypatch):
     """As DeepSpeed does: scripts go on with `.cuda()`."""
     taken = []
-    monkeypatch.setattr(process, "take_device", lambda: taken.append(dist.is_initialized()))
+    monkeypatch.setattr(launcher, "take_device", lambda: taken.append(dist.is_initialized()))
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
     pyzero.initialize(model=nn.Linear(2, 2), config=config)
     assert taken == [True]
@@ -233,13 +234,13 @@ def test_python_objects_of_all_ranks_come_whole(ranks):
 
 
 def test_without_a_local_rank_the_current_gpu_is_taken(monkeypatch):
-    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(process.torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(process.torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(launcher.torch.cuda, "current_device", lambda: 5)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert process.device() == torch.device("cuda", 5)
+    assert launcher.device() == torch.device("cuda", 5)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert process.device() == torch.device("cuda", 3)
+    assert launcher.device() == torch.device("cuda", 3)
 
 
 def test_a_group_for_hosts_takes_no_communicator_of_nccl(world, monkeypatch):

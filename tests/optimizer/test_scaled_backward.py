@@ -49,6 +49,18 @@ def test_without_a_scale_it_is_the_loss():
     assert optimizer.scale(loss) is loss
 
 
+@pytest.mark.parametrize("scale", [SCALE, None], ids=["scaled", "plain"])
+def test_the_loss_of_an_evaluation_is_scaled_too(scale):
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param], loss_scale=scale)
+    with torch.no_grad():
+        loss = optimizer.scale(param.sum())
+    assert loss == 3.0 * (1.0 if scale is None else scale.init_scale)
+    optimizer.scale(param.sum()).backward()
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(3.0**0.5)
+
+
 def fp16_weight() -> tuple[nn.Parameter, pyzero.FusedZeroAdam]:
     param = nn.Parameter(torch.ones(4, dtype=torch.float16))
     return param, pyzero.FusedZeroAdam([param], loss_scale=SCALE)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from logs import logged
@@ -108,6 +109,20 @@ def test_backwards_of_two_optimizers_in_another_order(ranks):
         for (got, num_deferred), (same, _) in zip(ranks.run(2, in_another_order, "peer", crossed), wanted, strict=True):
             assert_same(got, same)
             assert (num_deferred > 0) == crossed
+
+
+def in_another_order_beside_another_backend(group: Any, transport: str) -> int:
+    """As `in_another_order`, in a group that has a backend for GPUs too."""
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers "fake")
+
+    beside = dist.new_group([0, 1], timeout=timedelta(seconds=20), backend="cpu:gloo,cuda:fake")
+    return in_another_order(beside, transport, crossed=True)[1]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_backwards_in_another_order_where_gpus_have_a_backend_too(ranks, transport):
+    for num_deferred in ranks.run(2, in_another_order_beside_another_backend, transport):
+        assert (num_deferred > 0) == (transport == "peer")
 
 
 def slow_reader(group: Any) -> list[bool]:

@@ -10,6 +10,7 @@ import torch
 from models import build, loss_of, micro_batch
 from own_groups import is_refused
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 import pyzero
@@ -304,6 +305,45 @@ def test_norms_in_a_logger_are_of_the_mean_and_change_nothing(run, size, stage, 
         assert gradients == [2 * mean, None]
 
 
+def norms_of_a_matrix(group: Any, stage: int) -> list[Any]:
+    """What torch.linalg.norm says of a reduced gradient of two dimensions, by order."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 8))
+    optimizer = pyzero.FusedZeroAdamW([weight], process_group=group, stage=stage)
+    weight.square().sum().backward()
+    whole, found = optimizer.full_grad(weight), []
+    for order in (None, "fro", 2, 1, -1, math.inf, -math.inf, "nuc"):
+        try:
+            norm = torch.linalg.norm(weight.grad, order)
+        except RuntimeError as error:
+            found.append("of a matrix" in str(error))
+        else:
+            torch.testing.assert_close(norm, torch.linalg.norm(whole, order))
+            found.append("as torch's")
+    precise = torch.linalg.vector_norm(weight.grad, dtype=torch.float64)
+    (foreach,) = torch._foreach_norm([weight.grad], 2.0, dtype=torch.float64)
+    return [*found, precise.dtype == foreach.dtype == torch.float64]
+
+
+@UP_TO_TWO
+def test_the_norm_of_a_matrix_is_torchs_or_refused(run, size, stage):
+    refused = "as torch's" if size == 1 else True
+    for found in run(size, norms_of_a_matrix, stage):
+        assert found == ["as torch's", "as torch's", *[refused] * 6, True]
+
+
+def test_gradients_that_were_clipped_are_freed_with_grad():
+    param = nn.Parameter(torch.ones(8))
+    optimizer = pyzero.FusedZeroAdamW([param])
+    param.sum().backward()
+    memory = StorageWeakRef(param.grad.untyped_storage())
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert not memory.expired()
+    param.grad = None
+    assert memory.expired()
+
+
 def added_up_in_place(group: Any, stage: int) -> tuple[float, float]:
     lines = Lines(group, stage)
     lines.loss(lines.first, 1.0).backward()
@@ -465,6 +505,11 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "foreach": lambda g: torch._foreach_add([g], 1.0),
     "foreach, in place": lambda g: torch._foreach_add_([g], 1.0),
     "allclose": lambda g: torch.allclose(g, g),
+    "norm over a dimension": lambda g: g.norm(dim=0),
+    "norm that keeps dimensions": lambda g: torch.linalg.vector_norm(g, keepdim=True),
+    "count of what is not zero": lambda g: g.norm(0),
+    "smallest value": lambda g: torch.linalg.vector_norm(g, -math.inf),
+    "div_ to whole numbers": lambda g: g.div_(3.0, rounding_mode="floor"),
 }
 
 

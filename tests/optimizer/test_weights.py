@@ -216,6 +216,9 @@ class WithBuffers(nn.Module):
             self.register_buffer(name, torch.full((3,), value).to(dtype))
         self.register_buffer("expanded", torch.full((1, 2), value).expand(3, 2))
         self.register_buffer("transposed", torch.full((3, 2), value).t())
+        angles = torch.full((3,), value)
+        self.register_buffer("conjugate", torch.complex(angles, -angles).conj())
+        self.register_buffer("imaginary", self.conjugate.imag)  # a negative view
 
 
 def synchronised(group: Any, init_sync: bool, which: str) -> list[Tensor]:
@@ -226,6 +229,7 @@ def synchronised(group: Any, init_sync: bool, which: str) -> list[Tensor]:
     optimizer = pyzero.FusedZeroAdamW(params, process_group=group, init_sync=init_sync)
     del optimizer
     others = [model.counter, model.int16, model.fp8.float(), model.expanded, model.transposed]
+    others += [torch.view_as_real(model.conjugate.resolve_conj()), model.imaginary.resolve_neg()]
     return [model.trained.detach(), model.frozen.detach(), model.adapter.running_mean, *others]
 
 

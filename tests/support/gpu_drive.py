@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
 from pyzero import deepspeed
-from pyzero.comm import process
+from pyzero.deepspeed import launcher
 
 NUM_RANKS = 2
 WIDTH, DEPTH, ROWS, STEPS = 256, 4, 8, 6
@@ -47,7 +47,7 @@ def run(who: str, step: Step, rank: int | None = None) -> Run:
     losses, seconds = [], []
     for number in range(STEPS):
         generator = torch.Generator().manual_seed(1000 * number + (dist.get_rank() if rank is None else rank))
-        x = torch.randn(ROWS, WIDTH, generator=generator, device="cpu").to(process.device())
+        x = torch.randn(ROWS, WIDTH, generator=generator, device="cpu").to(launcher.device())
         start = time.perf_counter()
         losses.append(float(step(x)))
         seconds.append(time.perf_counter() - start)
@@ -93,14 +93,14 @@ def offload_param() -> Iterator[Run]:
 
 
 def tensor_parallel() -> Iterator[Run]:
-    net = model().to(process.device())
+    net = model().to(launcher.device())
     yield run("whole layers", by_hand(net, torch.optim.AdamW(net.parameters(), lr=LR)), rank=0)
     ranks = list(range(dist.get_world_size()))
     alone = [dist.new_group([rank]) for rank in ranks][dist.get_rank()]
     # By init_device_mesh its groups would be NCCL's, which takes no two ranks on one GPU.
     table = torch.tensor([ranks], device="cpu")
     groups = [alone, dist.group.WORLD]
-    mesh = DeviceMesh.from_group(groups, process.device().type, table, mesh_dim_names=("dp", "tp"))
+    mesh = DeviceMesh.from_group(groups, launcher.device().type, table, mesh_dim_names=("dp", "tp"))
     plan = {f"{index}.0": ("colwise", "rowwise")[index % 2] for index in range(DEPTH)}
     config = {"tensor_parallel": {"autotp_size": len(ranks)}, "zero_optimization": {"stage": 1}}
     yield run("split layers", by_engine(model(), config, mesh=mesh, tp_plan=plan), rank=0)
@@ -108,9 +108,9 @@ def tensor_parallel() -> Iterator[Run]:
 
 def cpu_offload(shards: bool = False) -> Iterator[Run]:
     for offload in (False, True):
-        net = model().to(process.device(), torch.bfloat16)
+        net = model().to(launcher.device(), torch.bfloat16)
         if shards:
-            mesh = DeviceMesh.from_group(dist.group.WORLD, process.device().type)
+            mesh = DeviceMesh.from_group(dist.group.WORLD, launcher.device().type)
             for part in (*net, net):
                 fully_shard(part, mesh=mesh)
         optimizer = pyzero.FusedZeroAdamW(net.parameters(), lr=LR, max_grad_norm=1.0, cpu_offload=offload)
@@ -125,7 +125,7 @@ def sharded_offload() -> Iterator[Run]:
 def muon() -> Iterator[Run]:
     """Matrices alone; torch's ranks orthogonalise all of them."""
     for is_ours in (False, True):
-        net = model().to(process.device())
+        net = model().to(launcher.device())
         matrices = [param for param in net.parameters() if param.requires_grad_(param.dim() > 1).requires_grad]
         if is_ours:
             yield run("ZeroMuon", by_hand(net, pyzero.ZeroMuon(matrices, lr=MUON_LR)))

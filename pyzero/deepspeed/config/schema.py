@@ -217,6 +217,22 @@ class Config(Section):
             return DTYPES[self.communication_data_type]
         return torch.float32 if self.fp32_allreduce else None
 
+    def optimizer_name(self) -> str | None:
+        """In lower case; None without the section."""
+        return None if self.optimizer is None else self.optimizer.type.lower()
+
+    def optimizer_params(self) -> dict[str, Any] | None:
+        """What is given of them; None without the section."""
+        return None if self.optimizer is None else self.optimizer.params.model_dump(exclude_unset=True)
+
+    def scheduler_name(self) -> str | None:
+        """As it is given; None without the section."""
+        return None if self.scheduler is None else self.scheduler.type
+
+    def scheduler_params(self) -> dict[str, Any] | None:
+        """What is given of them; None without the section."""
+        return None if self.scheduler is None else self.scheduler.params.model_dump(exclude_unset=True)
+
     def batches(self, num_ranks: int) -> Batches:
         """The three batch sizes for that many ranks."""
         return Batches.solve(

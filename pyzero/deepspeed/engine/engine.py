@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.comm import process
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
 from pyzero.deepspeed.engine.data import EngineData
@@ -51,10 +52,10 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.config = config
-        self.device = process.device()
+        self.device = launcher.device()
         self.rank, self.world_size = process.rank_and_size()
         self.global_rank = self.rank  # DeepSpeed's name
-        self.local_rank = process.local_rank()
+        self.local_rank = launcher.local_rank()
         self.parallel = parallel
         self.dp_rank, self.dp_world_size = parallel.data_rank, parallel.data_size  # among those that see different data
         self.batches = config.batches(parallel.num_batch_ranks)
@@ -406,5 +407,5 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
     def destroy(self) -> None:
         """Leave the process group, if initialize() or zero.Init before it joined it. The engine is of no use then."""
         if self._leaves_group:
-            process.leave()
+            launcher.leave()
             self._leaves_group = False

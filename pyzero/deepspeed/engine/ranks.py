@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyzero.comm import process
-from pyzero.deepspeed import comm
+from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.parallel.mesh import Parallelism
 
@@ -27,7 +26,7 @@ class EngineRanks:
 
     def get_data_parallel_group(self) -> Any:
         """Ranks that see different data; None without a process group."""
-        return process.handle_of(self.parallel.data_group) if comm.is_initialized() else None
+        return launcher.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
         """This rank's place in that group."""

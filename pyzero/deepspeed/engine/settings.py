@@ -109,21 +109,19 @@ class EngineSettings:
 
     def optimizer_name(self) -> str | None:
         """Of the config, in lower case."""
-        return None if self.config.optimizer is None else self.config.optimizer.type.lower()
+        return self.config.optimizer_name()
 
     def optimizer_params(self) -> dict[str, Any] | None:
         """Of the config, what is given."""
-        section = self.config.optimizer
-        return None if section is None else section.params.model_dump(exclude_unset=True)
+        return self.config.optimizer_params()
 
     def scheduler_name(self) -> str | None:
         """Of the config."""
-        return None if self.config.scheduler is None else self.config.scheduler.type
+        return self.config.scheduler_name()
 
     def scheduler_params(self) -> dict[str, Any] | None:
         """Of the config, what is given."""
-        section = self.config.scheduler
-        return None if section is None else section.params.model_dump(exclude_unset=True)
+        return self.config.scheduler_params()
 
     def communication_data_type(self) -> Any:
         """The dtype in which gradients are sent; None: the weights'."""

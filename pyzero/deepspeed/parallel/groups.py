@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyzero.comm import process
-from pyzero.deepspeed import comm
+from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.parallel.mesh import Parallelism
 
 _split: list[tuple[Any, Parallelism]] = []  # one or none: the default group, and those of a model that is split in it
@@ -28,7 +27,7 @@ def _current() -> Parallelism:
 
 def get_data_parallel_group() -> Any:
     """Ranks that see different data; None without a process group."""
-    return process.handle_of(_current().data_group) if comm.is_initialized() else None
+    return launcher.handle_of(_current().data_group) if comm.is_initialized() else None
 
 
 def get_data_parallel_rank() -> int:

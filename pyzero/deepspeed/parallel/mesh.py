@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyzero.comm import process
+from pyzero.deepspeed import launcher
 
 _DATA_NAMES = ("dp", "data", "data_parallel", "dp_shard", "fsdp", "zero")
 
@@ -36,7 +37,7 @@ class Parallelism:
     @property
     def tensor_place(self) -> tuple[int, int]:
         """(rank, size) in that group; (0, 1) without."""
-        return (0, 1) if self.tensor_group is None else process.rank_and_size_in(self.tensor_group)
+        return (0, 1) if self.tensor_group is None else launcher.rank_and_size_in(self.tensor_group)
 
     def options(self) -> dict[str, Any]:
         """Of the optimizer."""
@@ -64,8 +65,8 @@ def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
     names = ("get_model_parallel_group", "get_tensor_model_parallel_group")
     model = next((getattr(mpu, name)() for name in names if hasattr(mpu, name)), None)
     data = mpu.get_data_parallel_group()
-    is_alone = model is None or process.rank_and_size_in(model)[1] == 1
-    return Parallelism(data, None if is_alone else model, *process.rank_and_size_in(data))
+    is_alone = model is None or launcher.rank_and_size_in(model)[1] == 1
+    return Parallelism(data, None if is_alone else model, *launcher.rank_and_size_in(data))
 
 
 def _parallelism_of_mesh(mesh: Any) -> Parallelism:

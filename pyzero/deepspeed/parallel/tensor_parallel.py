@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyzero.comm import process
 from pyzero.comm.group import Group
-from pyzero.deepspeed import comm
+from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.config.tensor_parallel_section import TensorParallelSection
 from pyzero.deepspeed.parallel import groups
 from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
@@ -51,7 +50,7 @@ def tp_model_init(
     Raises:
         ValueError: The ranks are no multiple of tp_size.
     """
-    process.join_early()
+    launcher.join_early()
     if tp_size > 1:
         groups.set_current(parallelism_of(_mesh_over(tp_size), None))
         _asked[model] = tp_size
@@ -85,7 +84,7 @@ def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
     """
     if mesh is not None or mpu is not None:
         parallel = parallelism_of(mesh, mpu)
-        found = 1 if parallel.model_group is None else process.rank_and_size_in(parallel.model_group)[1]
+        found = 1 if parallel.model_group is None else launcher.rank_and_size_in(parallel.model_group)[1]
         if found != size:
             raise ValueError(
                 f"expected {'mesh' if mpu is None else 'mpu'} with {size} tensor-parallel ranks, as "
@@ -107,7 +106,7 @@ def _mesh_over(size: int) -> Any:
         )
     made = _meshes.setdefault(comm.get_world_group(), {})
     if size not in made:
-        made[size] = init_device_mesh(process.device().type, (num_ranks // size, size), mesh_dim_names=("dp", "tp"))
+        made[size] = init_device_mesh(launcher.device().type, (num_ranks // size, size), mesh_dim_names=("dp", "tp"))
     return made[size]
 
 
@@ -116,7 +115,7 @@ def _mesh_of(parallel: Parallelism) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     places: list[Any] = [None] * comm.get_world_size()
-    comm.all_gather_object(places, (parallel.data_rank, process.rank_and_size_in(parallel.model_group)[0]))
+    comm.all_gather_object(places, (parallel.data_rank, launcher.rank_and_size_in(parallel.model_group)[0]))
     ranks = [rank for _, rank in sorted((place, rank) for rank, place in enumerate(places))]
     if len(set(places)) < len(places) or len(ranks) % parallel.data_size:
         raise ValueError(
@@ -124,8 +123,8 @@ def _mesh_of(parallel: Parallelism) -> Any:
             "model by yourself, and leave out tensor_parallel"
         )
     table = torch.tensor(ranks, device="cpu").reshape(parallel.data_size, -1)
-    handles = [process.handle_of(parallel.data_group), parallel.model_group]
-    return DeviceMesh.from_group(handles, process.device().type, table, mesh_dim_names=("dp", "tp"))
+    handles = [launcher.handle_of(parallel.data_group), parallel.model_group]
+    return DeviceMesh.from_group(handles, launcher.device().type, table, mesh_dim_names=("dp", "tp"))
 
 
 # ---- the split -------------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ def split(
     check_sizes(model, cuts, mesh.size())
     _apply(model, cuts, mesh)
     _split.add(model)
-    model.to(process.device())
+    model.to(launcher.device())
     group = Group(parallel.model_group)
     everything = (*model.parameters(), *model.buffers())
     group.broadcast_all([local_of(tensor.detach()) for tensor in everything if is_same_part(tensor, group.members())])
@@ -199,7 +198,7 @@ def _style_of(name: str) -> Any:
 
 def _share_random_numbers(handle: Any) -> None:
     """What all ranks of a layer compute alike must drop the same elements."""
-    on_gpu = process.device().type == "cuda"
+    on_gpu = launcher.device().type == "cuda"
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
     comm.broadcast_object_list(states, comm.get_global_rank(handle, 0), handle)
     torch.set_rng_state(states[0])

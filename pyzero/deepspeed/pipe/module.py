@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.checkpointing import checkpoint
 from pyzero.deepspeed.pipe.layers import LayerSpec, TiedLayerSpec, partition
 from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
@@ -134,7 +135,7 @@ class PipelineModule(nn.Module):
                 continue
             to_global = self.grid.stage_to_global
             columns = range(self.grid.data_parallel_size)
-            handle = process.subgroup([[to_global(stage, column) for stage in sorted(stages)] for column in columns])
+            handle = launcher.subgroup([[to_global(stage, column) for stage in sorted(stages)] for column in columns])
             if handle is not None:
                 groups[key] = handle
                 for param in self.tied_modules[key].parameters() if self.stage_id != min(stages) else ():

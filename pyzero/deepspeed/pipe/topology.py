@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyzero.comm import process
+from pyzero.deepspeed import launcher
 
 
 class ProcessTopology:
@@ -108,8 +109,8 @@ class PipelineParallelGrid:
         self.data_parallel_id: int = place.data
         self.pipe_parallel_size, self.data_parallel_size = topology.get_dim("pipe"), topology.get_dim("data")
         self.model_parallel_size = 1
-        self._dp = process.subgroup(topology.get_axis_comm_lists("data")) if size > 1 else None
-        self._pp = process.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
+        self._dp = launcher.subgroup(topology.get_axis_comm_lists("data")) if size > 1 else None
+        self._pp = launcher.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
 
     def stage_to_global(self, stage_id: int, data: int | None = None) -> int:
         """The rank of another stage, in this pipeline or in that of another replica."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyzero.comm import process
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.sections import FlopsProfilerSection
 
 log = logging.getLogger("pyzero")
@@ -237,7 +237,7 @@ class StepProfile:
 
 def _now() -> float:
     """On a GPU, once it has done what it was given."""
-    if process.device().type == "cuda":
+    if launcher.device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 

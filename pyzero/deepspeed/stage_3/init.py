@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, gathered, shard_
 from pyzero.sharding.local_param import is_dtensor
@@ -70,7 +71,7 @@ class Init:
         if not enabled:
             return
         zero = None if given is None else load(given).zero_optimization
-        process.join_early(process.backend_to_join(from_host=zero is not None and zero.offloads_params()))
+        launcher.join_early(launcher.backend_to_join(from_host=zero is not None and zero.offloads_params()))
         if zero is not None and zero.stage < 3:
             log.info("zero.Init: the model is built whole, as without it, for the config's stage is below 3")
         elif process.rank_and_size()[1] == 1:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyzero.comm import process
 from pyzero.comm.group import Group
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam
 from pyzero.sharding.blocks import blocks_of
@@ -66,7 +67,7 @@ def shard(
     reduce_dtype = reduce_dtype or (torch.float32 if dtype else None)
     # Neither inputs nor outputs are cast: a loss or a residual stream in fp32 stays so, as in other stages.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    mesh = parallel.data_mesh or DeviceMesh.from_group(process.handle_of(parallel.data_group), process.device().type)
+    mesh = parallel.data_mesh or DeviceMesh.from_group(launcher.handle_of(parallel.data_group), launcher.device().type)
     blocks = blocks_of(model)
     if offload:
         _check_sends_from_host(mesh)

@@ -35,11 +35,10 @@ class DeepSpeedConfig:
         self.zero_enabled = self.zero_optimization_stage > 0
         self.gradient_clipping = self.settings.max_grad_norm() or 0.0
         self.steps_per_print = self.settings.steps_per_print
-        optimizer, scheduler = self.settings.optimizer, self.settings.scheduler
-        self.optimizer_name = None if optimizer is None else optimizer.type.lower()
-        self.optimizer_params = None if optimizer is None else optimizer.params.model_dump(exclude_unset=True)
-        self.scheduler_name = None if scheduler is None else scheduler.type
-        self.scheduler_params = None if scheduler is None else scheduler.params.model_dump(exclude_unset=True)
+        self.optimizer_name = self.settings.optimizer_name()
+        self.optimizer_params = self.settings.optimizer_params()
+        self.scheduler_name = self.settings.scheduler_name()
+        self.scheduler_params = self.settings.scheduler_params()
 
     def __getattr__(self, name: str) -> Any:
         """Any other top-level key: `wall_clock_breakdown`, `dump_state`."""

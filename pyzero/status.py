@@ -1,0 +1,141 @@
+"""What can be read of a ZeroOptimizer between steps: of the last step, and of how it was built."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pyzero.full_access import FullAccess
+from pyzero.gradients import nonfinite
+from pyzero.gradients.grad_stats import GradStatsExchange
+from pyzero.gradients.reduction import ReducedGradients
+from pyzero.loss_scale.scaled_backward import ScaledBackward
+from pyzero.loss_scale.scaler import Scaler
+from pyzero.sharding.local_param import is_dtensor, user_param
+from pyzero.update_rule import UpdateRule
+
+
+class LastStep(NamedTuple):
+    """What can be asked of the last step."""
+
+    found_inf: Tensor  # (1,) fp32
+    norm: Tensor  # 0-D fp32, before clipping by anyone
+    factored_norm: Tensor  # 0-D fp32, with all that clip_grad_norm_ and the caller have multiplied
+    clip: Tensor  # 0-D fp32, what max_grad_norm still multiplied; 1 where it does not clip
+
+
+class Status(FullAccess, Optimizer):
+    """The part of ZeroOptimizer that says what the last step was, and how the optimizer was built."""
+
+    _scaler: Scaler
+    _scaled_backward: ScaledBackward
+    _stats_exchange: GradStatsExchange
+    _param_groups: list[dict[str, Any]]
+    _device: torch.device
+    _rule: UpdateRule
+    # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
+    _last: LastStep | None
+
+    def _name(self, group_index: int, place: int) -> str:
+        raise NotImplementedError
+
+    # ---- the last step ----------------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """0-D tensor: the global 2-norm in the last step, before clipping; None before the first."""
+        return None if self._last is None else self._last.norm.clone()  # the next step writes there
+
+    @property
+    def clipped_grad_norm(self) -> Tensor | None:
+        """0-D tensor: the global 2-norm in the last step, after clipping; None before the first."""
+        return None if self._last is None else self._last.factored_norm * self._last.clip
+
+    @property
+    def was_step_applied(self) -> bool:
+        """Whether the last step() changed anything. Reads the device."""
+        return self._last is not None and not bool(self._last.found_inf)
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale; 1.0 without scaling. Reads the device."""
+        return float(self._scaler.scale)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far. Reads the device."""
+        return int(self._scaler.num_skipped)
+
+    def _describe(self, code: float) -> str:
+        """The gradient that a code of pyzero/gradients/nonfinite.py means, in words."""
+        number, rank = nonfinite.decode(code, self._stats_exchange.names.num_ranks)
+        if number is None:
+            if self.model_parallel_rank is not None:
+                return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
+            if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
+                return "the sum of the gradients over ranks"
+            return "a gradient, whose parameter is looked for from the next step on"
+        param, name = user_param(self._param_buckets.params[number]), self._name_of(number)
+        where = "" if rank is None else f" in the part of rank {rank}" if is_dtensor(param) else f" on rank {rank}"
+        return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
+
+    def _name_of(self, number: int) -> str:
+        """A parameter's name for messages, by its number."""
+        param = user_param(self._param_buckets.params[number])
+        group_index = self._param_buckets.specs[number].run.group_index
+        members = self._param_groups[group_index]["params"]
+        return self._name(group_index, next(i for i, candidate in enumerate(members) if candidate is param))
+
+    # ---- how it was built -------------------------------------------------------------------------------------------
+
+    @property
+    def rule_name(self) -> str:
+        """The update rule's name; Adam's and AdamW's is one."""
+        return self._rule.name
+
+    def takes_rule(self, name: str | None) -> bool:
+        """Whether state that was saved under this rule's name may be this optimizer's; None: a torch optimizer's."""
+        return name in (None, self.rule_name)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether there is a loss scale, and `backward` applies it."""
+        return self._scaler.enabled
+
+    @property
+    def is_scaled_backward(self) -> bool:
+        """Whether a backward is running whose gradients carry the loss scale."""
+        return self._scaled_backward.is_running
+
+    @property
+    def reduces_grads(self) -> bool:
+        """Whether it averages gradients over its ranks; False where there is one rank, or another averages them."""
+        return isinstance(self._gradients, ReducedGradients)
+
+    @property
+    def model_parallel_rank(self) -> int | None:
+        """This rank among those that have other parts of the model; None where it has all of it."""
+        others = self._topology.unmeshed
+        return None if others is None else others.rank
+
+    @property
+    def model_parallel_size(self) -> int:
+        """How many ranks have other parts of the model, this one included; 1 where it has all of it."""
+        others = self._topology.unmeshed
+        return 1 if others is None else others.size
+
+    @property
+    def same_params(self) -> bool:
+        """Whether all ranks have the same parameters, whole or parts of them that DTensors describe."""
+        return self._topology.same_params
+
+    def owns(self, param: Tensor) -> bool:
+        """Whether this model-parallel rank is the one that counts and saves the parameter."""
+        return self._topology.owns(param)
+
+    def state_bytes(self) -> int:
+        """Bytes of masters and the rule's state on this rank."""
+        return sum(bucket.num_state_bytes() for bucket in self._buckets)
