@@ -15,7 +15,7 @@ NPROC = $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() 
 train: $(VENV)/.examples
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/train_gpt.py $(TRAIN_ARGS)
 
-# The picture in README: a run on two ranks, and one that is killed, goes on on three, is killed again, goes on on one.
+# The picture in docs/checkpoints.md: a run on two ranks, and one that is killed, goes on on three, is killed again, goes on on one.
 ON = $(BIN)/torchrun --standalone --nproc-per-node
 RUN = examples/train_gpt.py --no-baseline --layers 2 --width 128 --steps 400
 PARTS = $(RUN) --out runs/parts --save-every 50

@@ -1,4 +1,7 @@
-"""ZeRO in PyTorch on fused kernels: FusedZeroAdam, -AdamW, -Lion and -SGD, and initialize() for DeepSpeed's scripts."""
+"""ZeRO optimizers for PyTorch on fused kernels, and a DeepSpeed-compatible initialize().
+
+Adam, AdamW, Lion, SGD, LAMB and Muon; the latter two update in plain PyTorch.
+"""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
         Parameters that are no longer frozen get buckets first, so that it is known that their gradients are scaled:
         collective then. Where it raises on one rank before any gradient has come, as in the loss, this rank still takes
-        part in the other ranks' reduction, as behind a later error; a plain `loss.backward()` cannot know of it.
+        part in the other ranks' reduction, as after a later error; a plain `loss.backward()` cannot know of it.
 
         Raises:
             RuntimeError: `.grad` holds gradients of another scale, or of none.

@@ -159,7 +159,7 @@ class StateDicts(Status):
         return saved, rank_state.agreed_cut(answers), {kind for _, kind in told}
 
     def _as_ours(self, state_dict: Any) -> Any:
-        """A state dict with what torch's optimizer of the rule leaves out; for those whose torch's counts no steps."""
+        """Hook for subclasses: add what torch's optimizer of this rule does not save, such as step counts."""
         return state_dict
 
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:

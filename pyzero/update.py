@@ -75,7 +75,7 @@ class ShardUpdater:
         return self._scalars
 
     def take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
-        """Copy which parameters have a gradient to the device, where that differs from the last step.
+        """Copy to the device which parameters have a gradient, if that changed since the last step.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, and it differs.

@@ -98,7 +98,7 @@ class UpdateRule(Protocol):
     slots: tuple[StateSlot, ...]
     cut: Cut
     reads_lists: bool  # `update` takes a GradList too. Otherwise gradients are packed for it, where they lie apart
-    writes_peer_weights: bool  # `update` writes `peer_weights` too. Otherwise weights are copied there behind it
+    writes_peer_weights: bool  # `update` writes `peer_weights` too. Otherwise weights are copied there after it
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a group's hyper-parameters are out of range, TypeError where they are no numbers.

@@ -38,7 +38,7 @@ from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Interrup
 
 # torch 2.6's save() and load() cannot be told to leave the other ranks alone; those that they took the place of can.
 _save, _load = (save, load) if "no_dist" in inspect.signature(save).parameters else (save_state_dict, load_state_dict)
-_READERS = 2  # threads: a CRC-32 takes twice as long as the copies behind it
+_READERS = 2  # threads: a CRC-32 takes twice as long as the copies after it
 Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
 
 

@@ -60,7 +60,7 @@ class Counter:
 
     def advance(self, by: int = 1) -> None:
         """Add up to 2047, and wake the waiting. Who sees the sum sees what this process wrote before."""
-        # The kernel adds, atomically: Python could not order its own store behind those to the data on every CPU.
+        # The kernel adds, atomically: Python could not order its own store after those to the data on every CPU.
         code = _OP_ADD << 28 | by << 12
         failed = _futex(self._address, _WAKE_OP, _ALL, ctypes.c_long(0), self._address, code)
         if failed:

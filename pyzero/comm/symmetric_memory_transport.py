@@ -125,7 +125,7 @@ class SymmetricMemoryTransport(Transport):
         if slot_bytes <= self._slot_bytes:
             return
         if self._memory is not None and self._last is not None:
-            torch.cuda.synchronize(self._device)  # a barrier behind: all have read what lies in the old memory
+            torch.cuda.synchronize(self._device)  # after a barrier: all have read what lies in the old memory
         slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         self._memory = self._allocate(_NUM_SLOTS * slot_bytes)
         self._slot_bytes = slot_bytes
@@ -234,7 +234,7 @@ class SymmetricMemoryTransport(Transport):
 
     def end_update(self) -> None:
         """See Transport."""
-        self._meet("the barrier behind the update of weights")
+        self._meet("the barrier after the update of weights")
 
     def _meet(self, what: str) -> None:
         """All ranks' current streams wait for each other."""

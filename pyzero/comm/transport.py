@@ -81,7 +81,7 @@ class Transport(ABC):
         """
 
     def end_update(self) -> None:  # noqa: B027
-        """Called when all weights of a step are on their way: behind it all are there, on all ranks."""
+        """Called when all weights of a step are on their way: after it all are there, on all ranks."""
 
 
 class _LibraryTransport(Transport):

@@ -75,7 +75,7 @@ class CudaRNGStatesTracker:
 
     @contextmanager
     def fork(self, name: str = _PARTS) -> Iterator[None]:
-        """Random numbers in here are that stream's, and the device's own go on behind it.
+        """Random numbers in here are that stream's, and the device's own go on after it.
 
         Raises:
             ValueError: There is none of that name.

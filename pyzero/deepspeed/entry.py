@@ -144,7 +144,7 @@ def _settings_of(*given: Any) -> Config:
 
 
 def _listed(item: Any) -> Any:
-    """A parameter or group, whose parameters can be gone through more than once: `{"params": model.parameters()}`."""
+    """The group with its parameters as a list: `model.parameters()` can be iterated only once. A parameter as it is."""
     if not isinstance(item, dict) or "params" not in item or isinstance(item["params"], Tensor):
         return item
     return {**item, "params": list(item["params"])}

@@ -46,12 +46,12 @@ class DeferredClip:
                 new.append(grad)
             elif grad._version != version:
                 edited.append(grad)
-        # An edit of what was clipped, or made of it; behind a step, which has used the factor, a gradient of its own.
+        # An edit of what was clipped, or made of it; after a step, which has used the factor, a gradient of its own.
         if have_values(edited if self._is_used else edited + new):
             raise RuntimeError(
                 "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited "
                 "or assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
-                "multiplies .grad at once, or optimizer.zero_grad() ahead of new gradients"
+                "multiplies .grad at once, or optimizer.zero_grad() before new gradients"
             )
         if edited or new:
             self.apply()

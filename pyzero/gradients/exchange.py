@@ -78,7 +78,7 @@ class BucketExchange:
         """Pack a bucket, zeros for what is left out, and send it; the sum is multiplied by `scale`.
 
         Where this raises, as memory may be short, nothing is lost: `when_packed` has not been called, and the bucket
-        can be sent again; or it has, and the bucket goes ahead of whatever is sent or received next.
+        can be sent again; or it has, and the bucket goes before whatever is sent or received next.
         """
         with profile_range("pyzero::reduce_scatter"):
             self.send_packed()

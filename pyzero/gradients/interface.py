@@ -40,7 +40,7 @@ class Gradients(ABC):
         """Append a bucket."""
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:  # noqa: B027
-        """Have `place_unfrozen()` called behind the first backward in which some of these parameters are trained.
+        """Have `place_unfrozen()` called after the first backward in which some of these parameters are trained.
 
         Their gradients, too, are then the averaged ones before anybody reads them. Collective there, as backward is.
         """

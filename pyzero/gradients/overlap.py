@@ -166,7 +166,7 @@ class OverlappedGradients(ReducedGradients):
         try:
             self._round(self._is_deferred)
             self._bucket_exchange.receive_at_end()  # in one order with sends on all ranks: barriers meet in pairs
-            self._join_unfrozen()  # as behind the same round on the other ranks
+            self._join_unfrozen()  # as after the same round on the other ranks
         finally:  # what this has not sent is restored again by the next attempt
             for record in cleared:
                 record.param.grad = None

@@ -154,7 +154,7 @@ class UnreducedGradients(Gradients):
         tracker = self._scale_tracker
         tracker.begin(inv_scale, epoch)
         try:
-            if tracker.fsdp_param is not None:  # its gradient comes without the hook ahead of it
+            if tracker.fsdp_param is not None:  # its gradient comes without the hook before it
                 self._before_gradient(tracker.fsdp_param)
             tracker.take_over_if_empty()
             yield
@@ -163,7 +163,7 @@ class UnreducedGradients(Gradients):
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients. One pass over the gradients, which only reads."""
-        self.factor()  # multiplied into `.grad` ahead of pieces and norm, where some were cleared or replaced
+        self.factor()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []

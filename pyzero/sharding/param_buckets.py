@@ -145,7 +145,7 @@ class ParamBuckets:
         if self._group.size == 1 and self._device.type == "cpu" and any(param.data.is_shared() for param in params):
             log.warning(
                 "weights that share_memory() has put into shared memory are moved out of it, and other processes see "
-                "no later step; let them read a copy of the model, which you write behind each step: "
+                "no later step; let them read a copy of the model, which you write after each step: "
                 "shared.load_state_dict(model.state_dict())"
             )
 

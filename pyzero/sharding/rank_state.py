@@ -109,14 +109,14 @@ class SavedParam:
     parts: dict[str, Tensor] = field(default_factory=dict)  # flat
 
     def forget_old_master(self, step: float, view: Tensor) -> bool:
-        """Drop a master of a step that another optimizer has gone on from, as torch's does, which leaves it as it was.
+        """Drop a stale master: torch's optimizers carry it along unchanged while the state's step count moves on.
 
         Args:
-            step: Which it is of.
-            view: The optimizer's own: what lies there was written in place, by whoever reads a checkpoint into it.
+            step: The step count at which the master was saved; negative: unknown.
+            view: The optimizer's own master. One that lies there is kept: a checkpoint was read into it in place.
 
         Returns:
-            Whether it was one.
+            Whether it was dropped.
         """
         master = self.whole.get(MASTER)
         if master is None or not 0 <= step < float(self.whole[STEP]) or local_of(master).data_ptr() == view.data_ptr():

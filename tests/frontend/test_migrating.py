@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from test_docs_checkpoints import working_in
 from test_examples import ROOT
-from test_readme_checkpoints import working_in
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples"))  # for the import in the section on sparse gradients

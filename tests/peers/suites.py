@@ -83,7 +83,7 @@ SUITES = (
             Difference("test_grad_scaling_unscale_sparse", "sparse parameters are refused by name"),
             Difference(
                 "test_params_invalidated",
-                "wants NaN in the weights after gradients broke behind unscale_(): it is skipped",
+                "wants NaN in the weights after gradients became NaN after unscale_(): it is skipped",
             ),
         ),
         only="grad_scal or params_invalidated",

@@ -87,7 +87,7 @@ def _from_base64(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Without comments, and commas behind last items."""
+    """The text without comments and trailing commas."""
     for pattern in (_COMMENT, _LAST_COMMA):
         text = pattern.sub(lambda found: found[1] or " ", text)
     return text

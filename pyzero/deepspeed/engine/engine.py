@@ -175,7 +175,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             if running is not None:
                 raise RuntimeError(
                     "expected gradients that carry this engine's loss scale, got a backward of another engine, which "
-                    "has its own or none; freeze this model ahead of its forward by module.requires_grad_(False) "
+                    "has its own or none; freeze this model before its forward by module.requires_grad_(False) "
                     "where its gradients are not wanted, or enable bf16 in place of fp16"
                 )
             raise RuntimeError(
@@ -252,7 +252,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
-        """Several backwards whose gradients are sent once, by the step() behind it."""
+        """Several backwards whose gradients are sent once, by the step() after them."""
         if self._in_step:
             raise RuntimeError("expected coalesce_grad_reduction() around backwards, got it inside step(); move it out")
         before, self._boundary = self._boundary, False

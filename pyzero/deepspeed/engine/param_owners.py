@@ -22,12 +22,12 @@ def register(optimizer: ZeroOptimizer) -> None:
 
 
 def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
-    """The optimizer of the engine that a parameter is trained by, and the parameter that it knows.
+    """The optimizer that trains a parameter, and the parameter as that optimizer knows it.
 
-    That is the shard of a weight that a forward of stage 3 has left whole, which is let go of.
+    A weight that a stage-3 forward left gathered is resharded first; the optimizer knows its shard.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No optimizer of an engine trains it.
     """
     if param not in _owners:
         for shard, place in find_fsdp_places().items():

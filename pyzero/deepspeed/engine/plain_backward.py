@@ -1,7 +1,7 @@
 """A plain `loss.backward()` through a module: known by where it enters, at the module's outputs.
 
 A hook on each output divides what arrives from outside. A gradient from inside, of an output that another is made of (a
-loss and its logits), or that leaves for outputs which were given back in, was divided already: it is undone ahead of
+loss and its logits), or that leaves for outputs which were given back in, was divided already: it is undone before
 the hook that would divide again. Outputs are handed out as they are; of one that is a view torch takes an edit in place
 to its base, past the hook, so that a witness there tells of it.
 """

@@ -11,7 +11,10 @@ _split: list[tuple[Any, Parallelism]] = []  # one or none: the default group, an
 
 
 def set_current(parallel: Parallelism) -> None:
-    """What is asked for below. A whole model changes nothing: a script may have one beside a split one."""
+    """Set what the getters below report.
+
+    A model that is not split leaves it unchanged, as a script may train one beside a split one.
+    """
     if parallel.tensor_group is not None:
         _split[:] = [(comm.get_world_group(), parallel)]
 

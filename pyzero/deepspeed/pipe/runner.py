@@ -92,7 +92,7 @@ class _StageLayers(nn.Module):
         self._inputs = inputs
         # torch's first call is to learn shapes, on later stages with uninitialised memory, and may run backward.
         self._asks_shapes = True
-        self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were ahead of it
+        self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were before it
 
     def forward(self, *received: Tensor) -> Any:
         """The module's."""

@@ -208,7 +208,7 @@ def get_model_profile(
 
 
 class StepProfile:
-    """config.flops_profiler: the first forward behind so many steps is counted, and told by rank 0."""
+    """config.flops_profiler: the first forward after `profile_step` steps is counted, and rank 0 reports it."""
 
     def __init__(self, section: FlopsProfilerSection, model: nn.Module, is_first: bool) -> None:
         self._section = section
@@ -217,7 +217,7 @@ class StepProfile:
 
     @contextmanager
     def around(self, steps: int) -> Iterator[None]:
-        """A forward behind that many steps."""
+        """Runs around a forward that comes after that many steps."""
         if not self._waits or steps < self._section.profile_step:
             yield
             return

@@ -21,7 +21,7 @@ _HARMLESS = {"requires_grad_", "__hash__", "size", "dim", "numel", "register_hoo
 
 
 def keep_views(owner: Any) -> None:
-    """What a module of fully_shard has gathered is to outlive its next reshard, where anybody holds a view of it."""
+    """Let views of this module's gathered weights survive its next reshard."""
     for record in fsdp_records(owner):
         if not record._unsharded_inner_tensors:  # of weights that gather themselves: float8
             record.free_unsharded_param = partial(_leave_to_views, record)

@@ -1,4 +1,4 @@
-"""The programs in README's section on checkpoints, each in a run that trains on between its paragraphs."""
+"""The programs on checkpoints in README and docs/checkpoints.md, each in a run that trains between its paragraphs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from resume import assert_equal, build, make, step
 
 import pyzero
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZE = 4  # the programs use the default group
 
 
 def programs() -> list[str]:
-    section = README.read_text().split("## Checkpoints\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    section = (ROOT / "README.md").read_text().split("## Checkpoints\n")[1].split("\n## ")[0]
+    text = section + (ROOT / "docs" / "checkpoints.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @contextmanager
