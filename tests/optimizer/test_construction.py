@@ -159,13 +159,16 @@ def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage):
         assert num_buckets == 10  # 4,194 bytes hold 104 parameters of 40
         assert counts["adam_"] == num_buckets
         assert counts.get("gather", 0) == (num_buckets if size > 1 else 0)
-        assert counts["loss_scale_update_"] == 1 and counts.get("gather_rows", 0) == (size > 1)
+        on_gpu = (
+            "PYZERO_TEST_DEVICE" in os.environ
+        )  # whose host does not know of a clean step that there is nothing to count
+        assert counts.get("loss_scale_update_", 0) == on_gpu and counts.get("gather_rows", 0) == (size > 1)
         if size == 1:
             assert "pack_" not in counts and counts["unscale_"] <= 2
         else:
             assert counts["start"] == counts["reduce_scatter_"] == num_buckets
             # Gradients; and, where ranks share memory, weights out of the shard, and the others' in.
-            assert counts["pack_"] == num_buckets * (1 if "PYZERO_TEST_DEVICE" in os.environ else 3)
+            assert counts["pack_"] == num_buckets * (1 if on_gpu else 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters")
