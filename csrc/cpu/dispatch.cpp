@@ -125,13 +125,22 @@ void for_each_chunk(const std::vector<Buffer>& list, int num_threads, const Grad
   write_grad_stats(grad_stats, sumsq);
 }
 
+// Whether all of [begin, end) is one segment's: a loop without an exit is vectorised, unlike a search for the end.
+bool is_one_segment(const int32_t* segment_ids, int64_t begin, int64_t end) {
+  const int64_t first = begin / kSegmentGranule, stop = (end + kSegmentGranule - 1) / kSegmentGranule;
+  int32_t differing = 0;
+  for (int64_t i = first; i < stop; ++i) differing |= segment_ids[i] ^ segment_ids[first];
+  return differing == 0;
+}
+
 // body(segment, from, to) for each run of one active segment within [begin, end).
 template <typename Body>
 void for_each_run(const ShardArgs& args, int64_t begin, int64_t end, const Body& body) {
   if (args.segment_ids == nullptr) return body(0, begin, end);
+  const bool is_one = is_one_segment(args.segment_ids, begin, end);
   for (int64_t at = begin; at < end;) {
     const int32_t segment = args.segment_ids[at / kSegmentGranule];
-    int64_t stop = at + kSegmentGranule;
+    int64_t stop = is_one ? end : at + kSegmentGranule;
     while (stop < end && args.segment_ids[stop / kSegmentGranule] == segment) stop += kSegmentGranule;
     if (args.active == nullptr || args.active[segment] != 0.0f) body(segment, at, std::min(stop, end));
     at = stop;
