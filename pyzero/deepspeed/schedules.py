@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -31,7 +32,15 @@ def _own_rates(optimizer: Optimizer) -> list[float]:
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
-class _Schedule(LRScheduler):
+def set_rate(group: dict[str, Any], rate: Any) -> None:
+    """Of a parameter group; one that is a tensor stays that tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = float(rate)
+
+
+class Schedule(LRScheduler):
     """One rate per group and iteration, of `rates`."""
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int) -> None:
@@ -62,6 +71,11 @@ class _Schedule(LRScheduler):
         self.last_epoch = last_batch_iteration - 1 if self.last_epoch < 0 else last_batch_iteration
         super().step()
 
+    def apply(self) -> None:
+        """Have the optimizer's groups be as the count says."""
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            set_rate(group, rate)
+
     def rates(self, iteration: int) -> list[float]:
         """Of each group; iteration: DeepSpeed's, -1 for the first step."""
         raise NotImplementedError
@@ -86,7 +100,7 @@ def _warmup(iteration: int, num_steps: int, kind: WarmupType) -> float:
     return iteration / num_steps if kind == "linear" else math.log(iteration + 1) / math.log(num_steps)
 
 
-class WarmupLR(_Schedule):
+class WarmupLR(Schedule):
     """From the minimum to the maximum, and on at the maximum.
 
     Args:
@@ -115,7 +129,7 @@ class WarmupLR(_Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def rates(self, iteration: int) -> list[float]:
-        """See _Schedule."""
+        """See Schedule."""
         fraction = 0.0 if iteration < 0 else self._fraction(iteration)
         return [low + (high - low) * fraction for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
 
@@ -146,7 +160,7 @@ class WarmupDecayLR(WarmupLR):
         return max(0.0, left / max(1, self.total_num_steps - self.warmup_num_steps))
 
 
-class WarmupCosineLR(_Schedule):
+class WarmupCosineLR(Schedule):
     """The groups' own rates times a ratio: up to 1, then down half a cosine to `cos_min_ratio`.
 
     Args:
@@ -178,7 +192,7 @@ class WarmupCosineLR(_Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def rates(self, iteration: int) -> list[float]:
-        """See _Schedule."""
+        """See Schedule."""
         ratio = self._ratio(iteration)
         return [rate * ratio for rate in self.own_lrs]
 
@@ -198,7 +212,7 @@ class WarmupCosineLR(_Schedule):
         return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * down)
 
 
-class LRRangeTest(_Schedule):
+class LRRangeTest(Schedule):
     """Ever larger rates, to see from which on training fails (Smith 2018, arXiv 1803.09820).
 
     Args:
@@ -226,13 +240,13 @@ class LRRangeTest(_Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def rates(self, iteration: int) -> list[float]:
-        """See _Schedule."""
+        """See Schedule."""
         intervals = (iteration + 1) / self.step_size
         growth = 1 + self.step_rate * (math.floor(intervals) if self.staircase else intervals)
         return [rate * growth for rate in self.min_lrs]
 
 
-class OneCycle(_Schedule):
+class OneCycle(Schedule):
     """Rates up and down once and momentum down and up, then a decay of both (Smith 2018, arXiv 1803.09820).
 
     As in DeepSpeed, the second beta is 0.99 while momentum is cycled.
@@ -288,8 +302,16 @@ class OneCycle(_Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """See _Schedule; the first betas are set too."""
+        """See Schedule; the first betas are set too."""
         super().step(last_batch_iteration)
+        self._set_momenta()
+
+    def apply(self) -> None:
+        """See Schedule; the first betas too."""
+        super().apply()
+        self._set_momenta()
+
+    def _set_momenta(self) -> None:
         if self.cycle_momentum:
             for group, momentum in zip(
                 self.optimizer.param_groups, self.momenta(self.last_batch_iteration), strict=True
@@ -297,7 +319,7 @@ class OneCycle(_Schedule):
                 group["betas"] = (momentum, self._SECOND_BETA)
 
     def rates(self, iteration: int) -> list[float]:
-        """See _Schedule."""
+        """See Schedule."""
         after = self._after_cycle(iteration)
         if after is None:
             up = self._height(iteration + 1)

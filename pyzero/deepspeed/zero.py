@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.stage_3.init import Init as Init
-from pyzero.deepspeed.stage_3.kept_views import keep_views
+from pyzero.deepspeed.stage_3.kept_views import is_gathered, keep_views
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus, gathered
 from pyzero.sharding import fsdp
 from pyzero.sharding.fsdp import ShardedPlace
@@ -99,6 +99,7 @@ class GatheredParameters:
 
     def __enter__(self) -> GatheredParameters:
         if self._enabled:
+            self._params = _sharded(self._params)
             self._built = [param for param in self._params if isinstance(param, ShardedParam)]
             self._stack.enter_context(gathered(self._built, self._source))
         if self._enabled and any(is_dtensor(param) for param in self._params):
@@ -192,6 +193,15 @@ class GatheredParameters:
                 f"{', '.join(f'rank {rank}' for rank in apart)} alone, of a part; make it on every rank, or call "
                 f"pyzero.deepspeed.utils.safe_set_full_fp32_param(param, value)"
             )
+
+
+def _sharded(params: list[Tensor]) -> list[Tensor]:
+    """The shards of those that a forward has left whole, which are gathered anew; the others as they are."""
+    whole = fsdp.find_left_whole(params)
+    for owner in dict.fromkeys(place.owner for _, place in whole.values()):
+        if not is_gathered(owner):
+            owner.reshard()
+    return [whole[id(param)][0] if id(param) in whole else param for param in params]
 
 
 def _hide(param: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -58,6 +59,14 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
             f"{torch.__version__}, which does not; install one of these"
         )
     return found
+
+
+def find_left_whole(params: Iterable[Tensor]) -> dict[int, tuple[Tensor, ShardedPlace]]:
+    """By id, those of these parameters that fully_shard has gathered: the shard of each, and where it is used."""
+    wanted = {id(param) for param in params}
+    places = find_fsdp_places() if "torch.distributed.fsdp" in sys.modules else {}
+    found = ((id(getattr(place.record, "_unsharded_param", None)), (shard, place)) for shard, place in places.items())
+    return {number: of_shard for number, of_shard in found if number in wanted}
 
 
 def fsdp_records(owner: Any) -> list[Any]:

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import pyzero
 from pyzero.checkpoint import files
 from pyzero.deepspeed import comm
+from pyzero.deepspeed.schedules import WarmupLR
 
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}
 SECTIONS = {
@@ -244,6 +246,87 @@ def test_the_schedule_may_stay(tmp_path):
     other = start(2, "fp32")
     other.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
     assert (other.global_steps, other.lr_scheduler.last_epoch) == (3, 0)
+
+
+RATES = {
+    "config": lambda optimizer: WarmupLR(optimizer, 0.0, 0.02, 8, "linear"),
+    "torch": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),  # goes on from the last rate
+}
+
+
+@pytest.mark.parametrize("options", [{"load_lr_scheduler_states": False}, {"load_optimizer_states": False}], ids=str)
+@pytest.mark.parametrize("kind", RATES)
+def test_rates_are_the_schedules_where_one_alone_is_loaded(tmp_path, kind, options):
+    def build(scheduler: Any) -> Any:
+        config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.02}}}
+        return pyzero.initialize(model=nn.Linear(6, 3), config=config, lr_scheduler=scheduler)[0]
+
+    def go(engine: Any) -> list[list[float]]:
+        rates = []
+        for _ in range(3):
+            rates.append(engine.get_lr())
+            engine.backward(engine(torch.ones(8, 6)).sum())
+            engine.step()
+        return rates
+
+    saved, fresh, other = (build(RATES[kind]) for _ in range(3))
+    from_start = go(saved)
+    saved.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path, **options)
+    assert other.get_lr() == other.lr_scheduler.get_last_lr()
+    assert go(other) == (go(saved) if "load_optimizer_states" in options else from_start == go(fresh) and from_start)
+
+
+def test_a_schedule_of_the_config_goes_on_at_the_configs_rates(tmp_path):
+    engines = []
+    for rate in (0.02, 0.01):
+        params = {"cycle_min_lr": 0, "cycle_max_lr": rate, "cycle_max_mom": 50 * rate, "cycle_first_step_size": 8}
+        config = {
+            "train_micro_batch_size_per_gpu": 8,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1.0}},
+            "scheduler": {"type": "OneCycle", "params": params},
+        }
+        engines.append(pyzero.initialize(model=nn.Linear(6, 3), config=config)[0])
+    saved, other = engines
+    for _ in range(4):
+        saved.backward(saved(torch.ones(8, 6)).sum())
+        saved.step()
+    saved.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path)
+    assert (saved.get_lr(), other.get_lr(), other.lr_scheduler.get_last_lr()) == ([0.01], [0.005], [0.005])
+    assert [engine.get_mom()[0][0] for engine in engines] == pytest.approx([0.9, 0.65])
+
+
+def test_parameters_that_nobody_trains_do_not_keep_from_a_save(tmp_path):
+    """They have gradients all the same, which no step clears."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    engine = pyzero.initialize(model=model, model_parameters=model[1].parameters(), config=config)[0]
+    train(engine, range(1))
+    assert model[0].weight.grad is not None
+    engine.save_checkpoint(tmp_path)
+    engine.backward(engine(torch.ones(8, 6)).sum())
+    with pytest.raises(pyzero.CheckpointError, match="got one in the middle of an accumulation"):
+        engine.save_checkpoint(tmp_path)
+
+
+def save_on_a_half(group: Any, path: str) -> list[int]:
+    """An engine over ranks 0 and 1, which others know nothing of."""
+    meshes = [DeviceMesh("cpu", ranks, mesh_dim_names=("dp",)) for ranks in ([0, 1], [2, 3])]
+    if comm.get_rank() > 1:
+        return []
+    torch.manual_seed(0)
+    config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    engine = pyzero.initialize(model=nn.Linear(6, 3), config=config, mesh=meshes[0])[0]
+    train(engine, range(2))
+    engine.save_checkpoint(path)
+    train(engine, range(1))
+    engine.load_checkpoint(path)
+    return [engine.global_steps]
+
+
+def test_an_engine_of_some_ranks_waits_for_no_others(ranks, tmp_path):
+    assert ranks.run(4, save_on_a_half, str(tmp_path)) == [[4], [4], [], []]
 
 
 def train_of_a_kind(kind: str, path: Path) -> Any:

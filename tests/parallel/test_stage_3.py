@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import pyzero
 from pyzero.comm import process
@@ -351,6 +352,47 @@ def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
     if how == "tensor parallel":
         edit_split(engine)
     return list(after.values())
+
+
+def edit_after_a_forward(group: Any, is_engines: bool) -> list[str]:
+    """Names of those that did not take an edit of all weights."""
+    engine = start(3, "bf16")
+    call: Any = engine if is_engines else engine.module
+    with torch.no_grad():
+        call(case.batch(0).bfloat16())
+    params = list(engine.module.parameters())
+    assert is_engines == all(isinstance(param, DTensor) for param in params)
+    with zero.GatheredParameters(params, modifier_rank=0), torch.no_grad():
+        for param in params:
+            param.fill_(0.5)
+    masters = engine.get_fp32_state_dict()
+    return [name for name, _ in engine.module.named_parameters() if not (masters[name] == 0.5).all()]
+
+
+@pytest.mark.parametrize("is_engines", [True, False], ids=["engine", "module"])
+def test_weights_that_a_forward_has_left_whole_are_edited(ranks, is_engines):
+    assert ranks.run(WORLD, edit_after_a_forward, is_engines) == [[]] * WORLD
+
+
+def swap(group: Any, swaps: bool) -> list[torch.Tensor]:
+    """Evaluate with other weights, by parameters that were asked for before, and go on with one's own."""
+    engine = start(3, "bf16")
+    train(engine, range(1))
+    params = list(engine.module.parameters())
+    with torch.no_grad():
+        own = [param.detach().clone() for param in params]
+        if swaps:
+            torch._foreach_mul_(params, 0.5)
+            engine(case.batch(0))
+            for param, before in zip(params, own, strict=True):
+                param.copy_(before)
+    return train(engine, range(1, 2)).weights
+
+
+def test_weights_swapped_for_an_evaluation_come_back(ranks):
+    wanted = ranks.run(WORLD, swap, False)[0]
+    for found in ranks.run(WORLD, swap, True):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def edit_split(engine: Any) -> None:

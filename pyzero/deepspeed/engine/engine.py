@@ -23,9 +23,16 @@ from pyzero.deepspeed.engine.weights import EngineWeights
 from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.profiling.flops_profiler import StepProfile
+from pyzero.deepspeed.stage_3.kept_views import is_gathered
 from pyzero.deepspeed.timers import PhaseTimers
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.fsdp import drop_unsent_gradients, has_unsent_gradients, reshard, without_gradient_sync
+from pyzero.sharding.fsdp import (
+    drop_unsent_gradients,
+    fsdp_groups,
+    has_unsent_gradients,
+    reshard,
+    without_gradient_sync,
+)
 
 log = logging.getLogger("pyzero")
 
@@ -103,6 +110,9 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         inputs = plain_backward.reentering((args, kwargs)) if divides else set()
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
             outputs = self._call(args, kwargs)
+        if fsdp_groups(self.module) and not torch.is_grad_enabled() and not is_gathered(self.module):
+            module: Any = self.module
+            module.reshard()  # what is left whole would be out of date where weights are written before the next step
         if watches:
             undo = self._undo_division if divides else None
             plain_backward.watch(outputs, inputs, self._on_plain_backward, undo, self._refuse_edited)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.fsdp import find_fsdp_places
+from pyzero.sharding.fsdp import find_left_whole
 
 _owners: MutableMapping[Tensor, weakref.ref[ZeroOptimizer]] = WeakIdKeyDictionary()
 
@@ -30,11 +30,9 @@ def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
         ValueError: No optimizer of an engine trains it.
     """
     if param not in _owners:
-        for shard, place in find_fsdp_places().items():
-            if getattr(place.record, "_unsharded_param", None) is param:
-                place.owner.reshard()
-                param = shard
-                break
+        for shard, place in find_left_whole([param]).values():
+            place.owner.reshard()
+            param = shard
     reference = _owners.get(param)
     found = None if reference is None else reference()
     if found is None:

@@ -19,8 +19,8 @@ from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.loading import load_checkpoint, load_weights
 from pyzero.checkpoint.saving import begin, save_checkpoint
-from pyzero.deepspeed import comm
 from pyzero.deepspeed.config.schema import Batches
+from pyzero.deepspeed.schedules import Schedule, set_rate
 from pyzero.optimizer import ZeroOptimizer
 
 log = logging.getLogger("pyzero")
@@ -91,12 +91,12 @@ class EngineCheckpoints:
         )
         writes = save_latest and self.rank == 0
         run_on_all_ranks(group, what, lambda: files.write_latest(Path(save_dir), name) if writes else None)
-        comm.barrier()
         return True
 
     def _check_between_steps(self) -> None:
         """Raise RuntimeError in the middle of an accumulation, on one rank too, where `.grad` is torch's."""
-        if not self.optimizer.reduces_grads and any(param.grad is not None for param in self.module.parameters()):
+        trained = (param for group in self.optimizer.param_groups for param in group["params"])
+        if not self.optimizer.reduces_grads and any(param.grad is not None for param in trained):
             raise RuntimeError(
                 "expected a save between steps, got one in the middle of an accumulation, whose gradients would be "
                 "lost; save where engine.is_gradient_accumulation_boundary() was true before step(), after it"
@@ -121,8 +121,8 @@ class EngineCheckpoints:
             tag: Which one; default: the latest.
             load_module_strict: False leaves what the checkpoint lacks as it is.
             load_optimizer_states: False loads the weights alone, whatever optimizer was saved; its masters follow them.
-            load_lr_scheduler_states: False leaves the schedule as it is. One of the config takes the count alone, and
-                goes on by the config.
+            load_lr_scheduler_states: False leaves the schedule as it is, with its rates. One of the config takes the
+                count alone, and goes on by the config.
             load_module_only: Weights alone; counters, optimizer and schedule stay.
             custom_load_fn: Not supported.
 
@@ -164,10 +164,25 @@ class EngineCheckpoints:
                 setattr(self, counter, counters[counter])
             self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
             self.zero_grad()  # of an accumulation that the load has broken off
-            schedule = loaded.get("lr_scheduler")
-            if load_lr_scheduler_states and self.lr_scheduler is not None and schedule is not None:
-                self.lr_scheduler.load_state_dict(schedule)
+            self._load_schedule(loaded.get("lr_scheduler") if load_lr_scheduler_states else None, load_optimizer_states)
         return str(folder), loaded.get("client_state", {})  # none of pyzero.save_checkpoint
+
+    def _load_schedule(self, state: dict[str, Any] | None, has_groups: bool) -> None:
+        """state: None leaves the schedule as it is. has_groups: Whether the groups' rates were loaded.
+
+        Where the rates are of another schedule, or of before the load, the groups take the schedule's own: those of
+        torch that go on from the last rate would stay off for ever.
+        """
+        schedule = self.lr_scheduler
+        if schedule is None:
+            return
+        if state is not None:
+            schedule.load_state_dict(state)
+        if (state is not None) != has_groups:
+            for group, rate in zip(self.optimizer.param_groups, getattr(schedule, "get_last_lr", list)(), strict=False):
+                set_rate(group, rate)
+        if isinstance(schedule, Schedule) and (state is not None or has_groups):
+            schedule.apply()
 
     @contextmanager
     def _as_ours(self, folder: Path) -> Iterator[Path]:
@@ -186,7 +201,7 @@ class EngineCheckpoints:
             run_on_all_ranks(group, f"the translation of DeepSpeed's checkpoint {folder}", translate)
             yield ours
         finally:
-            comm.barrier()  # all have read it
+            group.gather_objects(None, f"the end of the load of {folder}")  # all have read it
             if group.rank == 0:
                 shutil.rmtree(ours, ignore_errors=True)
 

@@ -20,6 +20,11 @@ _VIEWS = ("data", "T", "H", "mT", "mH", "real", "imag")  # attributes that are t
 _HARMLESS = {"requires_grad_", "__hash__", "size", "dim", "numel", "register_hook", "is_floating_point"}
 
 
+def is_gathered(owner: Any) -> bool:
+    """Whether zero.GatheredParameters shows what this module of fully_shard gathers."""
+    return any(hasattr(record.sharded_param, "gathered_in") for record in fsdp_records(owner))
+
+
 def keep_views(owner: Any) -> None:
     """Let views of this module's gathered weights survive its next reshard."""
     for record in fsdp_records(owner):
