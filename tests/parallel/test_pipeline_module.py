@@ -1,6 +1,7 @@
 """pyzero.deepspeed.pipe: DeepSpeed's pipeline scripts on torch's schedule, against the same layers in one process."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -278,6 +279,32 @@ def engine_names(group: Any) -> None:
 
 def test_engine(ranks):
     ranks.run(4, engine_names)
+
+
+def ends(group: Any, num_stages: int, how: str) -> tuple[str, float]:
+    """How a batch ends whose data give out on the first and the last stage of one replica; then the next one's loss."""
+    engine = initialize(num_stages)
+    data = list(itertools.islice(data_of(engine) or (), 24))
+    is_short = data and engine.dp_rank == 0
+    short: Any = iter(data[:3]) if is_short else iter(data)
+    if is_short and how == "error":
+        short = (data[at] if at < 2 else {"no": "pair"} for at in range(20))
+    try:
+        engine.train_batch(short)
+        said = "nothing"
+    except (StopIteration, RuntimeError, ValueError) as error:
+        said = type(error).__name__
+    return said, float(engine.train_batch(iter(data)))
+
+
+@pytest.mark.parametrize("how", ["end", "error"])
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_data_that_end_on_some_ranks_end_on_all(ranks, num_stages, how):
+    results = ranks.run(4, ends, num_stages, how)
+    own = "StopIteration" if how == "end" else "ValueError"
+    told = "StopIteration" if how == "end" else "PipelineError"
+    assert {said for said, _ in results} == {own, told}
+    assert len({loss for _, loss in results}) == 1 and results[0][1] > 0
 
 
 def refusals(group: Any) -> None:

@@ -93,6 +93,25 @@ class PipelineEngine(Engine):
             micro.append((self._cast(inputs), labels))
         return micro
 
+    def _pull_on_all_ranks(self, data_iter: Iterator[Any] | None, num_micro: int) -> list[MicroBatch]:
+        """`_pull`; where the data end or fail on one rank, no rank begins the batch. Collective."""
+        micro: list[MicroBatch] = []
+        problem: Exception | None = None
+        try:
+            micro = self._pull(data_iter, num_micro)
+        except Exception as error:  # of any kind: the other ranks wait to hear of it
+            problem = error
+        code = 0.0 if problem is None else 1.0 if isinstance(problem, StopIteration) else 2.0
+        row = torch.tensor([code], dtype=torch.float64, device="cpu")
+        codes = self._everyone.gather_rows(row, "the agreement on a batch").view(-1).tolist()
+        if problem is not None:
+            raise problem
+        if 2.0 in codes:
+            raise PipelineError(f"got an error in the data of ranks {_where(codes, 2.0)}; see their output")
+        if 1.0 in codes:
+            raise StopIteration(f"the data of ranks {_where(codes, 1.0)} ended")
+        return micro
+
     # ---- a batch ---------------------------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
@@ -107,7 +126,9 @@ class PipelineEngine(Engine):
 
         Raises:
             ValueError: There is no data, or not in pairs.
-            StopIteration: The data ended; pyzero.deepspeed.utils.RepeatingLoader starts it anew.
+            StopIteration: The data ended, on this rank or another: raised on all.
+                pyzero.deepspeed.utils.RepeatingLoader starts it anew.
+            PipelineError: Another rank's data raised an error.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("expected gradients to be enabled, got train_batch() in no_grad(); call eval_batch()")
@@ -115,7 +136,7 @@ class PipelineEngine(Engine):
             self.set_dataiterator(data_iter)
         self.module.train()
         num_micro = self.batches.accumulation
-        micro = self._pull(self.data_iterator, num_micro)
+        micro = self._pull_on_all_ranks(self.data_iterator, num_micro)
         with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
             mean = self._train_alone(micro) if self.num_stages == 1 else self._runner(True).train(micro)
             loss = self._loss_of_all(mean)
@@ -155,7 +176,7 @@ class PipelineEngine(Engine):
             As train_batch.
 
         Raises:
-            ValueError, StopIteration: As train_batch; ValueError of what is not supported.
+            ValueError, StopIteration, PipelineError: As train_batch; ValueError of what is not supported.
         """
         if return_logits or not compute_loss or reduce_output != "avg":
             raise ValueError(
@@ -165,8 +186,8 @@ class PipelineEngine(Engine):
         was_training = self.module.training
         self.module.eval()
         num_micro = self.batches.accumulation if num_micro_batches is None else num_micro_batches
-        micro = self._pull(data_iter, num_micro)
         try:
+            micro = self._pull_on_all_ranks(data_iter, num_micro)
             if self.num_stages > 1:
                 return self._loss_of_all(self._runner(False, num_micro).evaluate(micro))
             losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
@@ -236,3 +257,7 @@ class PipelineEngine(Engine):
             "a rank has the weights of its stage alone; call save_checkpoint(), and `python -m pyzero export FOLDER "
             "model.safetensors` on what it wrote"
         )
+
+
+def _where(codes: list[float], code: float) -> list[int]:
+    return [rank for rank, found in enumerate(codes) if found == code]
