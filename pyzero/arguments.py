@@ -109,8 +109,8 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
     for name in given - known - {"params", "param_names"}:  # a loop may keep values of its own there
         if name in ZeroOptions.__annotations__:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
-        meant = _misspelt_option(name, known)
-        if meant is not None and meant not in given:
+        meant = _meant_option(name, known, given)
+        if meant is not None:
             raise ValueError(f"got {name!r} in a parameter group, expected {meant!r}; correct the name")
     refuse_unsupported(group)
     for index, param in enumerate(group["params"]):
@@ -130,15 +130,16 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
             check_dtype(param, f"parameter {index} of the group")
 
 
-def _misspelt_option(name: str, known: set[str]) -> str | None:
+def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
     """The option that a name is meant to be; None of a name of the caller's own, as weight_decay_mult is."""
     other = OTHER_NAMES.get(name)
     if other in known:
         return other
-    close = difflib.get_close_matches(name, known, 1, _MISSPELT)
-    if not close or name in _SCHEDULERS_KEYS or name.startswith(f"{close[0]}_") or name.endswith(f"_{close[0]}"):
+    close = next(iter(difflib.get_close_matches(name, known, 1, _MISSPELT)), None)
+    if close is None or close in given or name in _SCHEDULERS_KEYS:
         return None
-    return close[0]
+    is_longer = len(name) > len(close) + 1 and (name.startswith(f"{close}_") or name.endswith(f"_{close}"))
+    return None if is_longer else close
 
 
 class HyperParameters:
@@ -166,7 +167,7 @@ def _comparable(value: Any) -> Any:
         try:
             return _FP32.pack(value + 0.0)  # -0.0 becomes 0.0
         except OverflowError:
-            return float(value)
+            return value if isinstance(value, float) else repr(value)
     if isinstance(value, (list, tuple)):
         return tuple(map(_comparable, value))
     if isinstance(value, Tensor):

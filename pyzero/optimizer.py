@@ -191,7 +191,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
         Raises:
             RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
-                only, or hyper-parameters differ between ranks; nothing is changed.
+                only, or hyper-parameters differ between ranks, or another rank has one of the errors below; nothing is
+                changed on any rank.
             TypeError: The model was converted or moved to another device after the optimizer was built, or a group's
                 hyper-parameter was set to what is no number.
             ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
@@ -203,9 +204,10 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 loss = closure()
         check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         error = self._prepare_step()
-        if error is not None and self._num_ranks == 1:
+        exchanges = self._buckets or self._topology.model  # others of the model wait for a rank without any buckets
+        if error is not None and not (exchanges and self._num_ranks > 1):
             raise error
-        if self._buckets or self._topology.model:  # others of the model wait for the message of a rank without any
+        if exchanges:
             self._take_step(error)
         return loss
 
@@ -219,7 +221,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         for prepare in (self._check_groups, self._place_unfrozen, self._param_buckets.follow_weights):
             try:
                 prepare()
-            except (TypeError, ValueError) as found:
+            except (TypeError, ValueError, LookupError, ArithmeticError) as found:
                 error = error or found
         return error
 
@@ -263,18 +265,16 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
         """`_collect`; an error of this rank's own is raised once the others know of it."""
-        self._has_error = error is not None
+        if error is None:
+            return self._collect("step")
+        self._has_error = True
         try:
-            stats = self._collect("step")
-        except RuntimeError:
-            if error is not None:
-                raise error from None
-            raise
+            self._gradients.tell_error("step")
+        except Exception:  # as all others raise, or of what this rank's own is the cause of
+            raise error from None
         finally:
             self._has_error = False
-        if error is not None:
-            raise error
-        return stats
+        raise error
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""

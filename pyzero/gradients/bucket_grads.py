@@ -119,12 +119,12 @@ class BucketGrads:
         return memory.empty(self.bucket.layout.shard_numel, torch.float32, self.bucket.device)
 
     def reduce_slices(
-        self, memory: Tensor, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor
+        self, shard: Tensor, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor
     ) -> None:
         """Sum what all ranks have sent into the shard.
 
         Args:
-            memory: From `shard_memory`.
+            shard: From `shard_memory`.
             slices: (shard_numel,) each, see comm/transport.py's Exchange.
             scale: Multiplies the sum.
             accumulate: Add to the shard, if there is one, instead of replacing it.
@@ -135,13 +135,13 @@ class BucketGrads:
         before, self.stats = self.first_bad, stats
         if accumulate:
             self.first_bad.copy_(before)
-        self.shard = memory
+        self.shard = shard
         found_inf = self.found_inf
         for index, run in enumerate(layout.runs):
             low, high = layout.run_bounds(run, self.bucket.rank)
             if low < high:
                 ops.reduce_scatter_(
-                    memory[low:high],
+                    shard[low:high],
                     [piece[low:high] for piece in slices],
                     scale=scale,
                     accumulate=accumulate,

@@ -196,7 +196,7 @@ class GradStatsExchange:
                 told, rows = beside.gather_with_host(head, row)
             purposes, skips, hyper, has_error = told.t().tolist()
             num_skips = int(max(skips))
-            error = error or _difference(purposes, hyper, beside.members())
+            error = error or _difference(purposes, hyper, beside)
             if error is None and any(has_error):
                 error = _other_error([rank for rank, has in zip(beside.members(), has_error, strict=True) if has])
         if error is not None:
@@ -218,12 +218,11 @@ class GradStatsExchange:
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
         """hosts: (size, _USED + n) fp64."""
-        error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist(), range(len(hosts)))
+        error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist(), self._group)
         if isinstance(error, CollectiveError):
             raise error
-        cannot = [rank for rank, has_error in enumerate(hosts[:, _HAS_ERROR].tolist()) if has_error]
-        if cannot:
-            raise _other_error(cannot)
+        if hosts[:, _HAS_ERROR].any():
+            raise _other_error([self._group.members()[place] for place in hosts[:, _HAS_ERROR].nonzero()[0]])
         rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
         if len(set(rounds)) > 1:
             raise CollectiveError(
@@ -278,9 +277,11 @@ class GradStatsExchange:
         return (norm if unscale is None else norm * unscale).to(torch.float32)
 
 
-def _difference(purposes: Sequence[float], hyper: Sequence[float], ranks: Sequence[int]) -> RuntimeError | None:
+def _difference(purposes: Sequence[float], hyper: Sequence[float], group: Group) -> RuntimeError | None:
     """The error where ranks have called different methods, or step with different hyper-parameters."""
     calls = [PURPOSES[int(purpose)] for purpose in purposes]
+    if len(set(calls)) > 1 or len(set(hyper)) > 1:
+        ranks = group.members()
     if len(set(calls)) > 1:
         called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in zip(ranks, calls, strict=True))
         return CollectiveError(
@@ -300,8 +301,8 @@ def _difference(purposes: Sequence[float], hyper: Sequence[float], ranks: Sequen
 def _other_error(ranks: Sequence[int]) -> RuntimeError:
     """The error of a step that other ranks cannot take."""
     return RuntimeError(
-        f"expected a step that every rank can take, got an error on ranks {list(ranks)}, on which nothing is changed "
-        f"either; see their output"
+        f"expected a step that every rank can take, got an error on ranks {list(ranks)}; nothing was changed on any "
+        f"rank. Their output says what the error is"
     )
 
 

@@ -73,6 +73,10 @@ class Gradients(ABC):
             purpose: One of grad_stats.PURPOSES, the same on all ranks.
         """
 
+    def tell_error(self, purpose: str) -> None:
+        """In place of collect(): the message of a rank that cannot go on, as HostFacts says; all ranks raise."""
+        self.collect(None, purpose)
+
     @abstractmethod
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
         """This rank's gradients of a bucket, after collect(): where each span begins in the shard, and (n,) values.

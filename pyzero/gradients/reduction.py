@@ -435,7 +435,7 @@ class ReducedGradients(Gradients):
         if kinds != {Unsent.NONE}:
             self._unsent_is_scaled = Unsent.SCALED in kinds
             self._round(_nothing)
-            self._bucket_exchange.receive_all()
+        self._bucket_exchange.receive_all()  # before buckets move
 
     def _has_unsent_values(self) -> bool:
         return any(record.has_values and not record.local_is_zeros() for record in self._by_number)

@@ -187,6 +187,11 @@ class UnreducedGradients(Gradients):
             torch.maximum(found, scaler_found_inf, out=found)
         return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._scale_tracker.unscale)
 
+    def tell_error(self, purpose: str) -> None:
+        """See Gradients. `.grad`, which may be what is wrong, is not read."""
+        nobody = [False] * sum(len(bucket.params) for bucket in self._buckets)
+        self._stats_exchange.gather(LocalGradStats(self._clean_rows, nobody, purpose), None)
+
     def _pieces_of(self, bucket: Bucket, grads: list[Tensor | None]) -> list[GradPieces]:
         """By run of this rank's shard.
 

@@ -23,8 +23,8 @@ class OverflowMonitor:
 
     Of many in a row it warns of the 1st, 2nd, 5th, 10th, 20th, ..., and of the first whose parameter is known.
 
-    What it needs is copied to the host after the step. On a CPU it is there at once; on a GPU a later step looks at it,
-    once it has arrived. Replays of a captured CUDA graph are not monitored.
+    On a CPU it reads the scaler's state where it lies. From a GPU the state is copied to the host after the step, and a
+    later step looks at it, once it has arrived. Replays of a captured CUDA graph are not monitored.
 
     Args:
         device: Where the loss scale lives.
@@ -58,7 +58,7 @@ class OverflowMonitor:
     def after_step(
         self, state: Tensor, stats: GlobalGradStats, describe: Callable[[float], str], is_scaled: bool
     ) -> None:
-        """Copy, look at what has arrived, warn.
+        """Look at the state, or at an earlier one that has arrived by now, and warn.
 
         Args:
             state: (5,) fp32, see pyzero.ops.loss_scale.
@@ -92,14 +92,14 @@ class OverflowMonitor:
         if num_new <= 0:
             return
         has_begun = self.num_in_a_row <= num_new  # since the last look
-        is_named = float(self._first_bad.numpy()[0]) != NOT_FOUND
+        is_named = float(values_of(self._first_bad)[0]) != NOT_FOUND
         has_news = has_begun or (is_named and not self._is_named) or self.num_in_a_row >= self._warns_from
         if has_news:
             self._warns_from = _round_above(self.num_in_a_row)
             self._is_named = is_named
             if self._warns:
                 counts = f"{num_skipped} skipped so far, {self.num_in_a_row} in a row{self._scale_now()}"
-                where = describe(float(self._first_bad.numpy()[0]))
+                where = describe(float(values_of(self._first_bad)[0]))
                 log.warning("step skipped, nothing changed: inf or NaN in %s (%s)", where, counts)
         self._num_warned_of = num_skipped
 
@@ -114,7 +114,7 @@ class OverflowMonitor:
         """
         if self._limit is not None and num_in_a_row >= self._limit:
             self.num_in_a_row = 0  # for a caller who goes on: of steps that are skipped then the next look tells
-            where = describe(float(self._first_bad.numpy()[0]))
+            where = describe(float(values_of(self._first_bad)[0]))
             raise RuntimeError(
                 f"expected finite gradients, got inf or NaN in {num_in_a_row} steps in a row, last in "
                 f"{where}{self._scale_now()}; look at "

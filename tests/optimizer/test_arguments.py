@@ -200,6 +200,8 @@ def test_parameters_without_memory_are_refused(param, words):
         ({"wd": 0.1}, "expected 'weight_decay'"),
         ({"epsilon": 1e-6}, "expected 'eps'"),
         ({"beta1": 0.9}, "expected 'betas'"),
+        ({"betas_": (0.9, 0.99)}, "expected 'betas'"),
+        ({"lr": 0.1, "learning_rate": 0.5}, "expected 'lr'"),
     ],
     ids=str,
 )
@@ -218,9 +220,8 @@ def test_a_name_that_is_made_of_an_options_is_the_loops_own(name):
 
 
 def test_a_name_like_an_option_that_is_given_too_is_the_loops_own():
-    for name in ("wd", "weight_decays"):
-        optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "weight_decay": 0.1, name: 0.5}])
-        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    optimizer = pyzero.FusedZeroAdamW([{"params": weights(), "weight_decay": 0.1, "weight_decays": 0.5}])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
 def test_a_group_may_hold_values_of_the_loops_own():
@@ -262,24 +263,33 @@ def error_on_rank_1(group: Any, options: dict[str, Any], how: str) -> tuple[str,
     params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(3))]
     optimizer = pyzero.FusedZeroAdamW([{"params": [param]} for param in params], process_group=group, **options)
     sum(param.sum() for param in params).backward()
-    last, data = optimizer.param_groups[1], params[1].data
+    last, data = optimizer.param_groups[1], None if how == "model.double()" else params[1].data
     if group.rank() == 1:
         if how == "nan":
             last["lr"] = float("nan")
         elif how == "text":
             last["lr"] = "0.1"
+        elif how == "no lr":
+            del last["lr"]
+        elif how == "huge":
+            last["lr"] = 10**400
         elif how == "converted":
             params[1].data = data.double()
+        elif how == "model.double()":
+            nn.ParameterList(params).double()
         elif how == "taken out":
             last["params"].clear()
     try:
         optimizer.step()
         message = "no error"
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         message = f"{type(error).__name__}: {error}"
     stays = all(bool((param == 1).all()) for param in params)
     last.update(lr=0.1, params=[params[1]])
-    params[1].data = data
+    if data is None:
+        nn.ParameterList(params).float()
+    else:
+        params[1].data = data
     optimizer.step()
     return message, stays, all(bool((param < 1).all()) for param in params)
 
@@ -289,6 +299,8 @@ def error_on_rank_1(group: Any, options: dict[str, Any], how: str) -> tuple[str,
     [
         ("nan", "ValueError: .*nan"),
         ("text", "TypeError: .*'0.1'"),
+        ("no lr", "KeyError"),
+        ("huge", "(Value|Overflow)Error"),
         ("converted", "TypeError: .*float64"),
         ("taken out", "ValueError: .*1 taken out"),
     ],
@@ -299,6 +311,25 @@ def test_what_keeps_one_rank_from_a_step_is_told_on_all(ranks, options, how, wor
     assert other.startswith("RuntimeError: ") and "an error on ranks [1]" in other
     assert re.match(words, own)
     assert stays and other_stays and steps and other_steps
+
+
+def test_a_model_that_one_rank_converts_with_its_gradients_is_told_on_all(ranks):
+    (other, *_), (own, *_) = ranks.run(2, error_on_rank_1, {"reduce_grads": False}, "model.double()")
+    assert "an error on ranks [1]" in other and "convert and move the model first" in own
+
+
+def frozen_with_an_error(group: Any) -> str:
+    optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(3), requires_grad=False)], process_group=group)
+    optimizer.param_groups[0]["lr"] = float("nan")
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_of_a_step_without_trained_parameters_is_raised(ranks):
+    assert all("nan" in said for said in ranks.run(2, frozen_with_an_error))
 
 
 def alike(group: Any) -> bool:

@@ -9,6 +9,7 @@ from models import assert_same, params_of, randint
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.comm.group import Work
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, cap_bytes, plan
 
@@ -200,6 +201,28 @@ def held_while_buckets_move(group: Any, steps_before: int) -> tuple[float, float
 def test_few_buckets_are_there_twice_while_they_move(ranks, loads):
     for most, after in ranks.run(2, held_while_buckets_move, loads):
         assert most <= 1.35 and after == 1.0
+
+
+def loaded_over_gradients_in_flight(group: Any) -> tuple[bool, int]:
+    """Whether buckets of inf are in flight when a load moves to others, and how many steps they then skip."""
+    model, other = make("encoder-decoder"), make("encoder-decoder")
+    optimizers = [
+        pyzero.FusedZeroAdamW(m.parameters(), bucket_cap_mb=CAP_MB, process_group=group) for m in (model, other)
+    ]
+    tokens = randint(16, (2, 5), seed=0)
+    model(tokens).float().sum().backward()
+    optimizers[0].step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "is_done", lambda self, patience_s: False)  # as where the other rank is late
+        (other(tokens).float().sum() * float("inf")).backward()
+    in_flight = bool(optimizers[1]._gradients._bucket_exchange._in_flight)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    optimizers[1].step()
+    return in_flight, optimizers[1].skipped_steps
+
+
+def test_a_load_moves_no_bucket_whose_gradients_are_in_flight(ranks):
+    assert ranks.run(2, loaded_over_gradients_in_flight) == [(True, 1)] * 2
 
 
 def test_buckets_grow_with_the_ranks_that_share_one_on_gpus():

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.loading import load_checkpoint, load_weights
 from pyzero.checkpoint.saving import begin, save_checkpoint
+from pyzero.comm.group import CollectiveError
 from pyzero.deepspeed.config.schema import Batches
 from pyzero.deepspeed.schedules import Schedule, set_rate
 from pyzero.optimizer import ZeroOptimizer
@@ -201,7 +202,8 @@ class EngineCheckpoints:
             run_on_all_ranks(group, f"the translation of DeepSpeed's checkpoint {folder}", translate)
             yield ours
         finally:
-            group.gather_objects(None, f"the end of the load of {folder}")  # all have read it
+            with suppress(CollectiveError):  # what has broken the group is what the caller is to see
+                group.gather_objects(None, f"the end of the load of {folder}")  # all have read it
             if group.rank == 0:
                 shutil.rmtree(ours, ignore_errors=True)
 
