@@ -227,6 +227,19 @@ class ParamGrad:
         else:
             self._keep(awaited(grad), grad)
 
+    def set_aside(self) -> Tensor | None:
+        """Called where backward has added already: returns `.grad`, which is cleared unless that was in place."""
+        grad = self.param.grad
+        if grad is not self._shown:
+            self.param.grad = None
+        return grad
+
+    def take_unannounced(self, grad: Tensor | None) -> None:
+        """Called after set_aside() and before_arrival(): `.grad` is the sum."""
+        self._is_arriving = False
+        self.main_grad = None
+        self.param.grad = grad
+
     def finish_arrival(self) -> None:
         """Take the gradient of a backward that ended between `.grad` and our hook: another hook raised.
 

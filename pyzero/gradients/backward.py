@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.sharding.local_param import LocalParam, user_param
 
@@ -22,28 +23,47 @@ class GradientHooks:
 
     Where a function gives None for a gradient backward adds nothing: `without(param)` alone is called.
     torch.autograd.grad adds to no `.grad` and calls none. The hooks keep nothing but the parameters alive.
+
+    torch drops a parameter's AccumulateGrad node, and what hooks it, where the parameter is converted or moved to
+    another kind of device, and back: `missed(param)` is then called in place of `before`, once, with the gradient in
+    `.grad` already.
     """
 
-    def __init__(self, before: _ParamHook, after: _ParamHook, without: _ParamHook) -> None:
+    def __init__(self, before: _ParamHook, after: _ParamHook, without: _ParamHook, missed: _ParamHook) -> None:
         self._before = weakref.WeakMethod(before)
         self._after = weakref.WeakMethod(after)
         self._without = weakref.WeakMethod(without)
+        self._missed = weakref.WeakMethod(missed)
         self._handles: list[Any] = []
-        self._nodes: list[Any] = []  # AccumulateGrad nodes; a parameter holds its own only weakly
+        # By parameter: its AccumulateGrad node, which it holds only weakly itself.
+        self._nodes: MutableMapping[Tensor, tuple[Any, _Arrival]] = WeakIdKeyDictionary()
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Hook these parameters too."""
+        follow: weakref.WeakMethod[Callable[[Tensor], bool]] = weakref.WeakMethod(self.follow_nodes)
         with torch.inference_mode(False):  # in inference mode there are no autograd nodes
             for param in params:
                 leaf = user_param(param)
                 is_trained = leaf.requires_grad
-                node = _accumulator(leaf.requires_grad_(True))
-                self._nodes.append(node)
-                arrives = _Arrives()
-                before = _before_hook(self._before, self._without, param, arrives)
-                self._handles.append(node.register_prehook(before))
-                self._handles.append(leaf.register_post_accumulate_grad_hook(_after_hook(self._after, param, arrives)))
+                arrival = _Arrival()
+                self._hook_node(param, _accumulator(leaf.requires_grad_(True)), arrival)
+                after = _after_hook(self._after, self._missed, follow, param, arrival)
+                self._handles.append(leaf.register_post_accumulate_grad_hook(after))
                 leaf.requires_grad_(is_trained)
+
+    def _hook_node(self, param: Tensor, node: Any, arrival: _Arrival) -> None:
+        self._nodes[param] = node, arrival
+        self._handles.append(node.register_prehook(_before_hook(self._before, self._without, param, arrival)))
+
+    def follow_nodes(self, param: Tensor) -> bool:
+        """Whether torch has replaced this parameter's node; all nodes that it has replaced are hooked then."""
+        if self._nodes[param][0] is _accumulator(user_param(param)):
+            return False
+        for other, (known, arrival) in [*self._nodes.items()]:
+            node = _accumulator(user_param(other))
+            if node is not known:
+                self._hook_node(other, node, arrival)
+        return True
 
     def watch(self, params: Iterable[Tensor], arrived: Callable[[], None]) -> None:
         """Call `arrived()` after each gradient of these, which are frozen now."""
@@ -73,24 +93,24 @@ def _accumulator(leaf: Tensor) -> Any:
         return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
-class _Arrives:
-    """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too.
+class _Arrival:
+    """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too."""
 
-    The hook before is not called where fully_shard brings the gradient.
-    """
-
-    flag = True
+    has_grad: bool | None = None  # None: the hook before was not called
 
 
 def _before_hook(
-    before: weakref.WeakMethod[_ParamHook], without: weakref.WeakMethod[_ParamHook], param: Tensor, arrives: _Arrives
+    before: weakref.WeakMethod[_ParamHook],
+    without: weakref.WeakMethod[_ParamHook],
+    param: Tensor,
+    arrival: _Arrival,
 ) -> Callable[[Any], None]:
     weak_param = weakref.ref(param)  # the node lives as long as the parameter, and this lives on the node
 
     def before_hook(grads: Any) -> None:
         alive = weak_param()
-        arrives.flag = grads[0] is not None
-        if alive is not None and not arrives.flag:
+        arrival.has_grad = grads[0] is not None
+        if alive is not None and not arrival.has_grad:
             _call_eagerly(without, alive)
         elif alive is not None:
             _call_eagerly(before, alive)
@@ -100,31 +120,41 @@ def _before_hook(
     return before_hook
 
 
-def _after_hook(after: weakref.WeakMethod[_ParamHook], param: Tensor, arrives: _Arrives) -> _ParamHook:
+def _after_hook(
+    after: weakref.WeakMethod[_ParamHook],
+    missed: weakref.WeakMethod[_ParamHook],
+    follow: weakref.WeakMethod[Callable[[Tensor], bool]],
+    param: Tensor,
+    arrival: _Arrival,
+) -> _ParamHook:
     weak_param = weakref.ref(param)
 
     def after_hook(leaf: Tensor) -> None:
         alive = weak_param()
-        if alive is not None and arrives.flag:
-            if isinstance(alive, LocalParam):
-                alive.unpark()
-            _call_eagerly(after, alive)
+        has_grad, arrival.has_grad = arrival.has_grad, None
+        if alive is None or has_grad is False:
+            return
+        is_fsdp = isinstance(alive, LocalParam) and alive.is_fsdp  # their gradients come without the hook before
+        if has_grad is None and not is_fsdp and _call_eagerly(follow, alive):
+            _call_eagerly(missed, alive)
+        if isinstance(alive, LocalParam):
+            alive.unpark()
+        _call_eagerly(after, alive)
 
     return after_hook
 
 
-def _call(weak_method: weakref.WeakMethod[Callable[..., None]], *args: Tensor) -> None:
+def _call(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
     method = weak_method()
-    if method is not None:
-        method(*args)
+    return None if method is None else method(*args)
 
 
 _call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
 
 
-def _call_eagerly(weak_method: weakref.WeakMethod[Callable[..., None]], *args: Tensor) -> None:
+def _call_eagerly(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
     """Compiled autograd traces hooks; ours communicate."""
-    (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, *args)
+    return (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, *args)
 
 
 class BackwardEnd:

@@ -83,7 +83,9 @@ class ReducedGradients(Gradients):
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
         self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
-        self._hooks = GradientHooks(self._before_gradient, self._after_gradient, self._without_gradient)
+        self._hooks = GradientHooks(
+            self._before_gradient, self._after_gradient, self._without_gradient, self._missed_gradient
+        )
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
     def add(self, bucket: Bucket) -> None:
@@ -184,6 +186,16 @@ class ReducedGradients(Gradients):
             record.param.grad = None
             raise sparse_error(record.param, self._stats_exchange.name_of(record.number))
         record.after_arrival()
+
+    def _missed_gradient(self, param: Tensor) -> None:
+        """The gradient has come unannounced: what `.grad` holds is this rank's sum, as if assigned."""
+        grads, record = self._records[param]
+        arrived = record.set_aside()
+        try:
+            self._before_gradient(param)
+        finally:
+            record.take_unannounced(arrived)
+        self._observe(grads, record)
 
     def _without_gradient(self, param: Tensor) -> None:
         """The backward goes through the parameter, and leaves `.grad` alone."""

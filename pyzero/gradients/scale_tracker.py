@@ -65,10 +65,17 @@ class ScaleTracker:
         Raises:
             RuntimeError: `.grad` holds gradients of another scale, or of none.
         """
+        self._check_epoch(self._params)
+
+    def missed_gradient(self, param: Tensor) -> None:
+        """Called once backward has added to `.grad`, where it was not before. Raises RuntimeError as that does."""
+        self._check_epoch([other for other in self._params if other is not param])
+
+    def _check_epoch(self, params: Sequence[Tensor]) -> None:
         epoch = self._arriving[1]
         if not self.scales or epoch == self._epoch:
             return
-        if have_values([grad for param in self._params if (grad := param.grad) is not None and self._is_new(param)]):
+        if have_values([grad for param in params if (grad := param.grad) is not None and self._is_new(param)]):
             raise mixed_scale_error()
         self._epoch = epoch  # zeros carry any scale
 

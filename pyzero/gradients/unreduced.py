@@ -89,7 +89,9 @@ class UnreducedGradients(Gradients):
         self._rows = self._clean_rows.clone()  # of the last collect()
         row = self._rows[0]
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
-        self._hooks = GradientHooks(self._before_gradient, self._after_gradient, self._without_gradient)
+        self._hooks = GradientHooks(
+            self._before_gradient, self._after_gradient, self._without_gradient, self._scale_tracker.missed_gradient
+        )
         self._watched = 0  # buckets whose parameters have hooks
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
 

@@ -321,5 +321,6 @@ def _refusal(what: str, args: Sequence[Any]) -> RuntimeError:
     return RuntimeError(
         f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, isnan, "
         f"zero_ or multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
-        f"optimizer.set_full_grad(p, value) writes it, optimizer.clip_grad_norm_(max_norm) clips it"
+        f"optimizer.set_full_grad(p, value) writes it, optimizer.clip_grad_norm_(max_norm) clips it, "
+        f"optimizer.zero_grad() drops it, as is needed before a model is converted or moved"
     )
