@@ -121,7 +121,6 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._ready = False
         self._last = self._checkpoint_group = None
         self._is_torn = False
-        self._has_error = False  # which keeps this rank from the step under way
         self._model_names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         named = self._named_params()
@@ -261,19 +260,16 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     def _host_facts(self) -> HostFacts:
         checksum = self._hyper_parameters.checksum(self._param_groups)
-        return HostFacts(self._overflow.num_in_a_row, checksum, self._has_error)
+        return HostFacts(self._overflow.num_in_a_row, checksum)
 
     def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
         """`_collect`; an error of this rank's own is raised once the others know of it."""
         if error is None:
             return self._collect("step")
-        self._has_error = True
         try:
             self._gradients.tell_error("step")
         except Exception:  # as all others raise, or of what this rank's own is the cause of
             raise error from None
-        finally:
-            self._has_error = False
         raise error
 
     def _take_grad_scale(self) -> Tensor | None:

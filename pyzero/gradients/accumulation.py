@@ -272,7 +272,10 @@ class ParamGrad:
         """Called when a round has sent zeros for this parameter: a later one will send the local sum."""
         was_zero = self.is_zero or not self.is_reduced
         if self._local is None:
+            grad, was_seen = self.param.grad, self.param.grad is self._shown
             self.sent()
+            if not was_seen:  # where nobody could look: observe() is still to follow it
+                self.param.grad = grad
         self.is_reduced, self.is_zero = True, was_zero
 
     def replaced(self) -> None:

@@ -48,7 +48,6 @@ class HostFacts(NamedTuple):
 
     num_skips_in_a_row: int  # as far as it knows
     hyper_parameters: int  # their checksum
-    has_error: bool  # this rank cannot step
 
 
 class LocalGradStats(NamedTuple):
@@ -61,6 +60,7 @@ class LocalGradStats(NamedTuple):
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
     half_edited: int | None = None  # a parameter's number: this rank's unsent part was edited, beside a reduced one
+    has_error: bool = False  # this rank cannot go on
 
 
 @dataclass
@@ -141,30 +141,31 @@ class GradStatsExchange:
             RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one; or the ranks
                 step with different hyper-parameters. On all ranks, those with other parts of the model too.
         """
-        used, num_skips, hyper_parameters, has_error = tuple(mine.used), 0, 0, False
+        used, num_skips, hyper_parameters = tuple(mine.used), 0, 0
         unsent = {int(mine.unsent)}
         rows = mine.rows
         error: RuntimeError | None = None
         if self._group.size > 1 or self._model_parallel:
             facts = self._facts()
             assert facts is not None
-            num_skips, hyper_parameters, has_error = facts()
+            num_skips, hyper_parameters = facts()
         if self._group.size > 1:
             half_edited = -1 if mine.half_edited is None else mine.half_edited
             purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
-            head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, has_error, half_edited]
+            head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, mine.has_error]
+            edits = [half_edited, _checksum(mine.edits)]
             self._num_exports = 0
-            with self._awaited():
-                told, rows = self._group.gather_with_host([*head, _checksum(mine.edits), *_packed(used)], rows.view(-1))
+            with self.lockstep(CollectiveError):
+                told, rows = self._group.gather_with_host([*head, *edits, *_packed(used)], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
-            with self._group.lockstep(self._model_parallel, "the step's message", RuntimeError):
+            with self.lockstep(RuntimeError):
                 error = self._error_in(hosts, mine.edits)
             self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
             used = _union(hosts[:, _USED:], len(used))
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
-        elif has_error:
+        elif mine.has_error and self._model_parallel:
             error = _other_error([self._group.members()[0]])
         own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})
@@ -192,7 +193,7 @@ class GradStatsExchange:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
             row = torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()])
             head = [PURPOSES.index(purpose), num_skips, self.same_params and hyper_parameters, error is not None]
-            with self._awaited():
+            with self.lockstep(CollectiveError):
                 told, rows = beside.gather_with_host(head, row)
             purposes, skips, hyper, has_error = told.t().tolist()
             num_skips = int(max(skips))
@@ -212,9 +213,12 @@ class GradStatsExchange:
             return error
         return None
 
-    def _awaited(self) -> AbstractContextManager[None]:
-        """Around a message: the others act upon it, whatever breaks it off on this rank."""
-        return self._group.lockstep(self._model_parallel, "the step's message", CollectiveError)
+    def lockstep(self, but: type[Exception]) -> AbstractContextManager[None]:
+        """Around a message, which the others act upon or wait for, whatever breaks it off on this rank.
+
+        but: Exceptions of which they know.
+        """
+        return self._group.lockstep(self._model_parallel, "the step's message", but)
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
         """hosts: (size, _USED + n) fp64."""

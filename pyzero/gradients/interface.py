@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import Group
+from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
@@ -73,9 +73,24 @@ class Gradients(ABC):
             purpose: One of grad_stats.PURPOSES, the same on all ranks.
         """
 
+    @abstractmethod
     def tell_error(self, purpose: str) -> None:
-        """In place of collect(): the message of a rank that cannot go on, as HostFacts says; all ranks raise."""
-        self.collect(None, purpose)
+        """In place of collect(): the message of a rank that cannot go on; all ranks raise. What it holds is kept."""
+
+    @contextmanager
+    def _telling_errors(self, purpose: str) -> Iterator[None]:
+        """Around what the others wait for in collect(): an exception of this rank's own is raised by all."""
+        with self._stats_exchange.lockstep(but=Exception):
+            try:
+                yield
+            except CollectiveError:  # which they have, too
+                raise
+            except Exception as error:
+                try:
+                    self.tell_error(purpose)
+                except Exception:
+                    raise error from None
+                raise
 
     @abstractmethod
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:

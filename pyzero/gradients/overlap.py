@@ -171,8 +171,13 @@ class OverlappedGradients(ReducedGradients):
             for record in cleared:
                 record.param.grad = None
 
-    def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        super()._round(left_out)
+    def _send_zeros(self) -> None:
+        if self._is_sending:
+            self._round(self._is_deferred, sends_zeros=True)
+        super()._send_zeros()
+
+    def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
+        super()._round(left_out, sends_zeros)
         self._is_sending = False
         self._await_gradients()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import Group
+from pyzero.comm.group import CollectiveError, Group
 from pyzero.comm.transport import Transport
 from pyzero.gradients.accumulation import ParamGrad, sparse_error
 from pyzero.gradients.amp import GradScalerProxy
@@ -68,6 +68,7 @@ class ReducedGradients(Gradients):
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
         self._num_rounds_used = 0  # by the last step
         self._num_steps = 0
+        self._is_round_due = False  # the other ranks make one that this rank has not finished
         self._awaits_step = False  # a gradient has come since the last step
         self._generation = 0  # grows with every gradient that arrives, is sent or edited
         self._next = 0  # the bucket to send next in this round
@@ -246,31 +247,38 @@ class ReducedGradients(Gradients):
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
-    def _round(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        """Send the buckets that this round has not sent yet."""
+    def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
+        """Send the buckets that this round has not sent yet.
+
+        sends_zeros: In place of what this rank holds, which a later round sends.
+        """
         self._end.forget()
         while self._next < len(self._grads):
-            self._send_next(left_out)
+            self._send_next(left_out, sends_zeros)
         self._next = 0
         self._num_rounds += 1
+        self._is_round_due = False
         self._unsent_is_scaled &= any(record.has_local for record in self._by_number)
         self._group.where = f"after {self._num_rounds - self._num_rounds_used} backwards since step {self._num_steps}"
 
-    def _send_next(self, left_out: Callable[[ParamGrad], bool]) -> None:
+    def _send_next(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
         grads = self._grads[self._next]
         what = f"the reduce-scatter of gradient bucket {self._next}"
         if self._next == 0 or len(self._stats) < len(self._grads):
             self._stats = self._new_stats()
         stats = self._stats[self._next]
         self._generation += 1
-        for record in grads.records:
+        for record in [] if sends_zeros else grads.records:
             self._observe(grads, record)
+        is_skipped = all(left_out(record) for record in grads.records)  # on all ranks
+        if sends_zeros:
+            left_out = _everything
 
         def count() -> None:
             grads.mark_sent(left_out)
             self._next += 1
 
-        if all(left_out(record) for record in grads.records):
+        if is_skipped:
             count()
             return
         dtype = self._options.dtype or grads.bucket.dtype
@@ -388,19 +396,58 @@ class ReducedGradients(Gradients):
         if torch.is_inference_mode_enabled():  # shards are written outside it too
             with torch.inference_mode(False), torch.no_grad():
                 return self.collect(scaler_found_inf, purpose)
-        self._take_grad_scaler_factor()
-        self.finish_broken_round()
-        self._observe_all()
-        if self._num_rounds == self._num_rounds_used and self._inv_scale is None:
-            self._round(_nothing)
-        stats = self._gather(scaler_found_inf, purpose)
+        with self._telling_errors(purpose):
+            self._make_due_round()
+            mine = self._local_stats(scaler_found_inf, purpose)
+        stats = self._gather(mine)
         if stats.has_unsent:
-            self._unsent_is_scaled = stats.unsent_is_scaled
-            self._round(_nothing)
-            stats = self._gather(scaler_found_inf, purpose)
+            with self._telling_errors(purpose):
+                self._unsent_is_scaled = stats.unsent_is_scaled
+                self._is_round_due = True
+                self._make_due_round()
+                mine = self._local_stats(scaler_found_inf, purpose)
+            stats = self._gather(mine)
         return stats
 
-    def _gather(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
+    def tell_error(self, purpose: str) -> None:
+        """See Gradients. The round that the others make is made, of zeros where this rank cannot send what it holds."""
+        with self._stats_exchange.lockstep(CollectiveError):
+            try:
+                self._make_due_round()
+            except CollectiveError:
+                raise
+            except Exception:
+                self._send_zeros()
+            self._bucket_exchange.receive_all()
+        nobody = [False] * len(self._by_number)
+        rows = clean_rows(sum(len(grads.stats) for grads in self._grads) or 1, self._device)
+        self._gather(LocalGradStats(rows, nobody, purpose, num_rounds=self._num_rounds, has_error=True))
+
+    def _make_due_round(self) -> None:
+        """See what the caller has done to gradients, and make the round that a read of them asks for, if it does."""
+        self._take_grad_scaler_factor()
+        self.finish_broken_round()
+        self._note_due_round()
+        self._observe_all()
+        if self._is_round_due:
+            self._round(_nothing)
+
+    def _send_zeros(self) -> None:
+        """As `_make_due_round`, without a look at gradients."""
+        self._note_due_round()
+        if self._is_round_due:
+            self._round(_nothing, sends_zeros=True)
+
+    def _note_due_round(self) -> None:
+        self._is_round_due |= self._num_rounds == self._num_rounds_used and self._inv_scale is None
+
+    def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
+        known = self._stats_exchange.gather(mine, None)
+        for record in self._by_number:
+            record.is_zero |= not known.used[record.number]
+        return known
+
+    def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
         self._bucket_exchange.receive_all()
         if len({id(factor) for factor in self._factors()}) > 1:  # no one factor can be left to Adam
             for grads in self._grads:
@@ -412,7 +459,7 @@ class ReducedGradients(Gradients):
             found = flag_of(rows[0])
             torch.maximum(found, scaler_found_inf, out=found)
         records = self._by_number
-        stats = LocalGradStats(
+        return LocalGradStats(
             rows,
             used=[record.is_used for record in records],
             purpose=purpose,
@@ -421,10 +468,6 @@ class ReducedGradients(Gradients):
             num_rounds=self._num_rounds,
             half_edited=next((record.number for record in records if record.is_half_edited), None),
         )
-        known = self._stats_exchange.gather(stats, None)
-        for record in records:
-            record.is_zero |= not known.used[record.number]
-        return known
 
     def _unsent(self) -> Unsent:
         if not any(record.has_local for record in self._by_number):
@@ -518,3 +561,8 @@ class ReducedGradients(Gradients):
 def _nothing(record: ParamGrad) -> bool:
     """Which records to leave out of a round that was asked for: none."""
     return False
+
+
+def _everything(record: ParamGrad) -> bool:
+    """Which to leave out where nothing can be sent."""
+    return True

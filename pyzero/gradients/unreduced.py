@@ -164,7 +164,13 @@ class UnreducedGradients(Gradients):
             tracker.end()
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
-        """See Gradients. One pass over the gradients, which only reads."""
+        """See Gradients."""
+        with self._telling_errors(purpose):
+            mine = self._local_stats(scaler_found_inf, purpose)
+        return self._stats_exchange.gather(mine, self._scale_tracker.unscale)
+
+    def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
+        """One pass over the gradients, which only reads."""
         self.factor()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
@@ -187,12 +193,12 @@ class UnreducedGradients(Gradients):
             self._first_bad.copy_(self._locate())
         if scaler_found_inf is not None:
             torch.maximum(found, scaler_found_inf, out=found)
-        return self._stats_exchange.gather(LocalGradStats(self._rows, used, purpose), self._scale_tracker.unscale)
+        return LocalGradStats(self._rows, used, purpose)
 
     def tell_error(self, purpose: str) -> None:
         """See Gradients. `.grad`, which may be what is wrong, is not read."""
         nobody = [False] * sum(len(bucket.params) for bucket in self._buckets)
-        self._stats_exchange.gather(LocalGradStats(self._clean_rows, nobody, purpose), None)
+        self._stats_exchange.gather(LocalGradStats(self._clean_rows, nobody, purpose, has_error=True), None)
 
     def _pieces_of(self, bucket: Bucket, grads: list[Tensor | None]) -> list[GradPieces]:
         """By run of this rank's shard.

@@ -114,13 +114,13 @@ def test_so_it_is_by_all_to_all(run, tmp_path, where):
 
 
 @contextlib.contextmanager
-def short_of_memory(number: int) -> Iterator[list[int]]:
-    """The allocation of that number fails; 0: none. Counts them."""
+def short_of_memory(number: int, for_good: bool = False) -> Iterator[list[int]]:
+    """The allocation of that number fails, and all that follow if `for_good`; 0: none. Counts them."""
     empty, counted = memory.empty, [0]
 
     def failing(*args: Any) -> torch.Tensor:
         counted[0] += 1
-        if counted[0] == number:
+        if counted[0] == number or (for_good and counted[0] > number):
             raise torch.OutOfMemoryError("on purpose")
         return empty(*args)
 
@@ -172,6 +172,103 @@ def test_a_backward_that_runs_out_of_memory_on_one_rank_can_be_left_out(run, tra
         job = (through_peers, out_of_memory, "peer")
     for got, wanted in zip(run(2, *job, True), run(2, *job, False), strict=True):
         assert all(map(torch.equal, got, wanted))
+
+
+def step_short_of_memory(group: Any, stage: int, transport: str, then: str) -> list[torch.Tensor]:
+    """Weights after steps between those in which one rank was short of memory, which are left out or tried again."""
+    model = build(torch.bfloat16)
+    options = {"process_group": group, "stage": stage, "transport": transport, "bucket_cap_mb": 3e-3}
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, **options)
+
+    def backward(index: int) -> None:
+        with optimizer.no_sync():
+            loss_of(model, micro_batch(index, group.rank())).backward()
+
+    def step(failing: int = 0) -> int:
+        with short_of_memory(failing) as counted:
+            optimizer.step()
+        return counted[0]
+
+    backward(0)
+    step()
+    optimizer.zero_grad()
+    backward(1)
+    num_allocations = torch.tensor(step())
+    optimizer.zero_grad()
+    dist.all_reduce(num_allocations, dist.ReduceOp.MAX, group=group)
+    num_failed = 0
+    for number in range(1, int(num_allocations) + 1):
+        if then != "nothing":
+            backward(100 if then == "left out" else number + 1)
+            if group.rank() != BAD_RANK:
+                with pytest.raises(RuntimeError, match=r"got an error on ranks \[1\]"):
+                    step()
+            else:
+                with pytest.raises(torch.OutOfMemoryError):
+                    step(number)
+                num_failed += 1
+            if then == "left out":
+                optimizer.zero_grad()
+        if then != "tried again":
+            backward(number + 1)
+        step()
+        optimizer.zero_grad()
+    assert then == "nothing" or group.rank() != BAD_RANK or num_failed > 1
+    return params_of(model)
+
+
+@pytest.mark.parametrize("then", ["left out", "tried again"])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("transport", ["exact", "peer"])
+def test_a_step_that_runs_out_of_memory_on_one_rank_raises_on_all(run, transport, stage, then):
+    got, wanted = (run(2, step_short_of_memory, stage, transport, what)[0] for what in (then, "nothing"))
+    assert all(map(torch.equal, got, wanted))
+
+
+def step_out_of_memory(group: Any, stage: int) -> None:
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, stage=stage, transport="exact")
+    with optimizer.no_sync():
+        loss_of(model, micro_batch(0, group.rank())).backward()
+    is_bad = group.rank() == BAD_RANK
+    with pytest.raises(torch.OutOfMemoryError if is_bad else pyzero.CollectiveError):
+        with short_of_memory(1, for_good=True) if is_bad else contextlib.nullcontext():
+            optimizer.step()
+    with pytest.raises(pyzero.CollectiveError):
+        optimizer.zero_grad()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_whose_memory_is_at_its_end_breaks_off_on_all(run, stage):
+    run(2, step_out_of_memory, stage)
+
+
+def step_with_anothers_gradient(group: Any, stage: int) -> str:
+    """The message of a step before which one rank has assigned another parameter's gradient; what follows is right."""
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, stage=stage)
+    weight, bias = model.norm.weight, model.norm.bias
+    loss_of(model, micro_batch(0, group.rank())).backward()
+    optimizer.full_grad(weight)
+    if group.rank() == BAD_RANK:
+        weight.grad, bias.grad = bias.grad, weight.grad
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    before = params_of(model)
+    optimizer.zero_grad()
+    loss_of(model, micro_batch(0, group.rank())).backward()
+    grad = optimizer.full_grad(weight)
+    assert all(map(torch.equal, before, params_of(build(torch.float32))))
+    optimizer.step()
+    assert grad is not None and grad.any()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_one_rank_cannot_take_is_told_to_all(run, stage):
+    others, bad = run(2, step_with_anothers_gradient, stage)
+    assert "got an error on ranks [1]" in others and "of another gradient" in bad
 
 
 def broken_again(group: Any, where: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
