@@ -341,8 +341,8 @@ class Group:
         """(size * n,): every rank's (n,) shard."""
         if self.size == 1:
             return shard
-        flat = shard.new_empty(self.size * shard.numel())
         with self.awaited(what):
+            flat = shard.new_empty(self.size * shard.numel())
             self.start(what, _all_gather, flat, shard).wait()
         return flat
 
