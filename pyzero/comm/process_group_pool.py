@@ -94,7 +94,7 @@ def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_group
     """A group over these ranks, with the backends of another, and gloo for CPU tensors beside NCCL. Collective.
 
     Args:
-        ranks: Of the default group.
+        ranks: Of the default group, in the order in which the group is to number them.
         like: The other.
         timeout: Of a collective.
         most_groups: The largest of these ranks' `num_groups()`.
@@ -104,12 +104,13 @@ def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_group
     has_nccl = "nccl" in process.backends_of(like).values()
     backend = dist.get_backend(like) if not has_nccl else "gloo" if on_host else "cpu:gloo,cuda:nccl"
     _let_gloo_finish_at_exit()
+    in_order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}  # of newer torch
     with _gloo_explained():
         if len(ranks) == dist.get_world_size():
-            return dist.new_group(ranks, timeout=timeout, backend=backend)
+            return dist.new_group(ranks, timeout=timeout, backend=backend, **in_order)
         # Only members may be asked for a smaller group.
         with _named(most_groups), _unbound():
-            return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+            return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True, **in_order)
 
 
 @contextmanager

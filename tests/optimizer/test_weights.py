@@ -276,6 +276,35 @@ def test_a_rank_outside_the_group(ranks):
     assert all("got one that rank" in message for message in others)
 
 
+def numbered_backwards(group: Any, transport: str) -> tuple[bool, list[Tensor]] | None:
+    """Whether a rank keeps its own weights, and what they are after a step, in a group whose first rank is rank 2."""
+    import torch.distributed as dist
+
+    pair = dist.new_group([2, 0], sort_ranks=False)
+    if dist.get_rank() not in (0, 2):
+        return None
+    torch.manual_seed(dist.get_rank())
+    model = nn.Linear(300, 4)
+    before = params_of(model)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.1, process_group=pair, transport=transport)
+    is_kept = all(map(torch.equal, params_of(model), before))
+    model(randn(2, 300, seed=dist.get_rank())).square().sum().backward()
+    optimizer.step()
+    return is_kept, params_of(model)
+
+
+@pytest.mark.parametrize("transport", ["exact", "collective", "peer"])
+def test_ranks_in_the_order_of_their_group(ranks, transport):
+    try:
+        kept, _, first, _ = ranks.run(4, numbered_backwards, transport)
+    except AssertionError as error:
+        if "sort_ranks" not in str(error):
+            raise
+        pytest.skip("this torch sorts the ranks of every group")
+    assert not kept[0] and first[0]
+    assert_same(kept[1], first[1])
+
+
 def serials(group: Any) -> list[int]:
     """Serial numbers of the process groups of optimizers that live one after the other, and side by side."""
     made = []
