@@ -37,6 +37,7 @@ class ParamGrad:
         self.has_arrived = False  # in the present round
         self.is_used = False  # this rank has contributed to it
         self._is_arriving = False  # between before_arrival() and after_arrival(), which a hook that raises leaves out
+        self.is_in_backward = False  # after that, until the backward ends: hooks of the caller's may run
         self.life = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
 
         # The part in the shards:
@@ -132,8 +133,10 @@ class ParamGrad:
                 f"of another gradient (an earlier one, another parameter's, or of another optimizer over this one); "
                 f"keep optimizer.full_grad(p) and assign that, or delete the other optimizer and call model.zero_grad()"
             )
+        is_half_edited = self.is_in_backward and self.is_elsewhere  # by a hook, which saw this rank's part
         was_reduced = self.forget()
         if grad is not None:
+            self.is_half_edited = is_half_edited
             self._keep(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else awaited(grad), grad)
             self.show()
         return was_reduced
@@ -217,6 +220,7 @@ class ParamGrad:
             raise self._dtype_error(grad.dtype)
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
+        self.is_in_backward = True
         if grad is self._shown and self._local is not None:  # added in place
             self._keep(self._local, grad)
         elif self.main_grad is not None and self._local is not None and self._shown is not None:

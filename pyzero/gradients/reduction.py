@@ -210,7 +210,10 @@ class ReducedGradients(Gradients):
         self._end.forget()
         if self.sync:  # ranks may run backward unequally often in no_sync()
             self._join_unfrozen()
-        for record in self._by_number:
+        for grads, record in self._records.values():
+            if record.is_in_backward:
+                self._observe(grads, record)
+                record.is_in_backward = False
             record.show()
 
     def _join_unfrozen(self) -> None:
@@ -225,6 +228,7 @@ class ReducedGradients(Gradients):
         self._end.forget()
         for record in self._by_number:
             record.finish_arrival()
+            record.is_in_backward = False
 
     @property
     def _is_unfinished(self) -> bool:

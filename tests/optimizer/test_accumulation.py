@@ -943,6 +943,39 @@ def test_a_hook_may_take_a_gradient_away(run, size, stage, dtype):
     run(size, taken_by_a_hook, stage, dtype)
 
 
+def masked_by_a_hook(group: Any, stage: int, dtype: torch.dtype, how: str, reads: bool) -> bool:
+    twins = Twins(group, stage, dtype)
+    mask = torch.arange(twins.second.numel()).view_as(twins.second).lt(100).to(dtype)
+
+    def hook(param: Tensor) -> None:  # behind the optimizer's own; the parameter's bucket waits for the other
+        if how == "assigns":
+            param.grad = param.grad * mask
+        else:
+            param.grad.mul_(mask)
+
+    twins.second.register_post_accumulate_grad_hook(hook)
+    for factor in (1.0, 2.0):
+        (twins.loss(factor) + twins.loss(factor, index=1)).backward()
+        (twins.theirs[1] * twins.mean(factor) * mask).sum().backward()
+        twins.expect(twins.mean(factor))
+        if reads:
+            twins.optimizer.clip_grad_norm_(1e9) if factor == 1.0 else None
+    if is_refused(twins.optimizer.step):
+        return False
+    twins.adam.step()
+    twins.check()
+    return True
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("how", ["assigns", "edits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@UP_TO_TWO
+def test_what_a_hook_makes_of_a_gradient_counts_or_is_refused(run, size, stage, dtype, how, reads):
+    is_partly_reduced = size > 1 and (stage == 2 or reads)
+    assert run(size, masked_by_a_hook, stage, dtype, how, reads) == [not is_partly_reduced] * size
+
+
 def broken_by_a_hook(group: Any, stage: int, dtype: torch.dtype, sync: bool) -> None:
     """On the last rank a hook that was there before the optimizer's raises behind the second gradient."""
     raises = False
