@@ -39,6 +39,7 @@ class ScaleTracker:
         self._epoch: int | None = None  # of the scale that `.grad` carries
         self._arrived: dict[LocalParam, _GradState] = {}  # of fully_shard's: the gradient after the last backward
         self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
+        self._stepped: list[weakref.ref[Tensor] | None] = []  # gradients of the last step, if none has come since
 
     def add(self, params: Sequence[Tensor]) -> None:
         """Track these too."""
@@ -83,6 +84,7 @@ class ScaleTracker:
         """Called when backward has added to it. Raises RuntimeError as before_gradient()."""
         if self._arriving[1] != self._epoch and self.fsdp_param is not None:
             self._check_kept_gradients()
+        self._stepped.clear()
         self.unscale, self._epoch = self._arriving
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
@@ -105,9 +107,23 @@ class ScaleTracker:
         if have_values(kept):
             raise mixed_scale_error()
 
+    def after_step(self) -> None:
+        """Called after a step: `.grad` stays, with its scale, until the caller clears it."""
+        if self.unscale is not None:
+            grads = [param.grad for param in self._params]
+            self._stepped = [None if grad is None else weakref.ref(grad) for grad in grads]
+
+    def follow(self) -> None:
+        """Called before gradients are used: what was assigned once all of the last step's were cleared has no scale."""
+        if self._stepped and not any(
+            kept is not None and kept() is param.grad for kept, param in zip(self._stepped, self._params, strict=False)
+        ):
+            self.clear()
+
     def clear(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
         self.unscale = self._epoch = None
         self._arrived = {}
+        self._stepped.clear()
         left = ((param, param.grad) for param in self._params if self.scales)
         self._zeroed = {param: (weakref.ref(grad), grad._version) for param, grad in left if grad is not None}

@@ -171,6 +171,7 @@ class UnreducedGradients(Gradients):
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
         """One pass over the gradients, which only reads."""
+        self._scale_tracker.follow()
         self.factor()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
@@ -282,11 +283,18 @@ class UnreducedGradients(Gradients):
         """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
         if self.factor() is not None:
             self._deferred_clip.apply()  # the value is to be what is stepped with
-        self.norm_before_clip = None
         param = bucket.params[position]
-        if (unscale := self._scale_tracker.unscale) is not None:
-            value = value / unscale
-        param.grad = torch.empty_like(param).copy_(bucket.shaped(value, position))
+        unscale = self._scale_tracker.unscale
+        scaled = value if unscale is None else value / unscale
+        grad = torch.empty_like(param).copy_(bucket.shaped(scaled, position))
+        if unscale is not None and bool(value.isfinite().all()) and not bool(grad.isfinite().all()):
+            raise ValueError(
+                f"expected values that {param.dtype} holds times the loss scale of the other gradients, "
+                f"{1 / unscale:g}, got one of magnitude {value.abs().max():g}; call zero_grad() and set all, or pass a "
+                f"smaller loss_scale"
+            )
+        self.norm_before_clip = None
+        param.grad = grad
 
     def norm_power(self, norm_type: float) -> Tensor:
         """See Gradients."""
@@ -303,6 +311,7 @@ class UnreducedGradients(Gradients):
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
         self._pieces.clear()
+        self._scale_tracker.after_step()
         self._deferred_clip.note_used()
         if self._deferred_clip.factor is None:
             self.norm_before_clip = None

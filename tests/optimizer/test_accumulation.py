@@ -421,6 +421,52 @@ def test_scaled_and_plain_backwards_mix_rightly_or_not_at_all(run, size, stage, 
         assert results[0] == [False, False]  # each is reduced by itself
 
 
+def assigned_after_scaled(group: Any, stage: int, dtype: torch.dtype, drop: str) -> None:
+    twins = Twins(group, stage, dtype, loss_scale=1024.0)
+    for repeats in (1, 2):
+        twins.optimizer.backward(twins.loss(4.0))
+        twins.expect(twins.mean(4.0))
+        for _ in range(repeats):
+            twins.step()
+        twins.check()
+        twins.drop(drop)
+        twins.first.grad = torch.full_like(twins.first, 2.0)
+        twins.expect(2.0)
+        twins.step()
+        twins.check()
+        twins.drop(drop)
+
+
+@pytest.mark.parametrize("drop", ["optimizer", "model", "p.grad = None"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@UP_TO_TWO
+def test_what_is_assigned_after_a_scaled_step_has_no_scale(run, size, stage, dtype, drop):
+    run(size, assigned_after_scaled, stage, dtype, drop)
+
+
+def set_beyond_fp16(group: Any, stage: int) -> str | None:
+    twins = Twins(group, stage, torch.float16, loss_scale=65536.0)
+    twins.optimizer.backward(twins.loss(2.0**-6))
+    twins.optimizer.backward(twins.loss(2.0**-6, index=1))
+    before = twins.optimizer.full_grad(twins.first)
+    message = None
+    try:
+        twins.optimizer.set_full_grad(twins.first, torch.full_like(twins.first, 2.0))
+    except ValueError as error:
+        message = str(error)
+    wanted = before if message else torch.full((64,), 2.0)
+    assert torch.equal(twins.optimizer.full_grad(twins.first), wanted)
+    twins.optimizer.step()
+    assert not twins.optimizer.skipped_steps
+    return message
+
+
+@UP_TO_TWO
+def test_a_gradient_that_fp16_cannot_hold_with_its_scale_is_set_or_refused(run, size, stage):
+    for message in run(size, set_beyond_fp16, stage):
+        assert message is None if size > 1 else "times the loss scale of the other gradients, 65536" in message
+
+
 # ---- edits of `.grad` ----------------------------------------------------------------------------------------------
 
 
