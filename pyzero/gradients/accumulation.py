@@ -45,6 +45,9 @@ class ParamGrad:
         self.is_zero = False  # it is known to be zeros, on all ranks
         self.is_forgotten = False  # the shards still hold a part of a gradient that has been cleared
         self.num_edits = 0  # by the caller; the same on all ranks
+        self.product = (
+            1.0  # of the numbers that the caller has multiplied it by, as far as the host knows them; so is it
+        )
         self.is_half_edited = False  # the other part was edited in place meanwhile: refused when gradients are read
         self.factor: Tensor | None = None  # 0-D: what it is still to be multiplied by
 
@@ -157,6 +160,7 @@ class ParamGrad:
         """Count that the reduced part is gone, once after each round: edits that ranks did not share go with it."""
         owner = self._owner()
         self.num_edits = _MOST_EDITS * (1 + owner.num_rounds if owner else 0)
+        self.product = 1.0
         self.is_half_edited = False
 
     def _leave_shown(self, has_rest: bool) -> None:

@@ -56,7 +56,8 @@ class LocalGradStats(NamedTuple):
     rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/gradients/stats_rows.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
-    edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
+    # By parameter number: how often what was reduced of it has been edited since, and the product of the factors.
+    edits: Sequence[tuple[int, float]] = ()
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
     half_edited: int | None = None  # a parameter's number: this rank's unsent part was edited, beside a reduced one
@@ -166,7 +167,7 @@ class GradStatsExchange:
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
         elif mine.has_error and self._model_parallel:
-            error = _other_error([self._group.members()[0]])
+            error = _other_error(mine.purpose, [self._group.members()[0]])
         own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
@@ -199,12 +200,13 @@ class GradStatsExchange:
             num_skips = int(max(skips))
             error = error or _difference(purposes, hyper, beside)
             if error is None and any(has_error):
-                error = _other_error([rank for rank, has in zip(beside.members(), has_error, strict=True) if has])
+                ranks = [rank for rank, has in zip(beside.members(), has_error, strict=True) if has]
+                error = _other_error(purpose, ranks)
         if error is not None:
             raise error
         return rows, num_skips
 
-    def _error_in(self, hosts: np.ndarray[Any, Any], edits: Sequence[int]) -> RuntimeError | None:
+    def _error_in(self, hosts: np.ndarray[Any, Any], edits: Sequence[tuple[int, float]]) -> RuntimeError | None:
         """What the ranks of this group have told each other that does not fit."""
         try:
             self._check(hosts)
@@ -226,7 +228,8 @@ class GradStatsExchange:
         if isinstance(error, CollectiveError):
             raise error
         if hosts[:, _HAS_ERROR].any():
-            raise _other_error([self._group.members()[place] for place in hosts[:, _HAS_ERROR].nonzero()[0]])
+            ranks = [self._group.members()[place] for place in hosts[:, _HAS_ERROR].nonzero()[0]]
+            raise _other_error(PURPOSES[int(hosts[0, _PURPOSE])], ranks)
         rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
         if len(set(rounds)) > 1:
             raise CollectiveError(
@@ -245,13 +248,20 @@ class GradStatsExchange:
                 f"optimizer.clip_grad_norm_ or optimizer.set_full_grad(p, value), which see all of it"
             )
 
-    def _check_edits(self, checksums: np.ndarray[Any, Any], mine: Sequence[int]) -> None:
+    def _check_edits(self, checksums: np.ndarray[Any, Any], mine: Sequence[tuple[int, float]]) -> None:
         """checksums: (size,) those of every rank's edits."""
         if (checksums == checksums[0]).all():
             return
         edits = np.array(self._group.gather_objects(list(mine), "the comparison of edits"))  # they differ: all ask
-        number = int((edits != edits[0]).any(0).argmax())
-        nums = edits[:, number].tolist()
+        bits = edits.view(np.int64)  # a NaN is the same as itself
+        number = int((bits != bits[0]).any((0, 2)).argmax())
+        nums, products = edits[:, number].T.tolist()
+        if len(set(nums)) == 1:
+            raise RuntimeError(
+                f"expected the reduced gradient of {self.name_of(number)} multiplied by the same number on every rank, "
+                f"got products {products} by rank; it is the mean over ranks already: multiply each rank's loss before "
+                f"backward, or take a number that all ranks share, such as the total of all_reduce"
+            )
         ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
         raise RuntimeError(
             f"expected the reduced gradient of {self.name_of(number)} edited alike on every rank, got .grad "
@@ -302,17 +312,17 @@ def _difference(purposes: Sequence[float], hyper: Sequence[float], group: Group)
     return None
 
 
-def _other_error(ranks: Sequence[int]) -> RuntimeError:
-    """The error of a step that other ranks cannot take."""
+def _other_error(purpose: str, ranks: Sequence[int]) -> RuntimeError:
+    """The error of what other ranks have failed in."""
     return RuntimeError(
-        f"expected a step that every rank can take, got an error on ranks {list(ranks)}; nothing was changed on any "
+        f"expected every rank to finish {purpose}, got an error on ranks {list(ranks)}; nothing was changed on any "
         f"rank. Their output says what the error is"
     )
 
 
-def _checksum(edits: Sequence[int]) -> int:
+def _checksum(edits: Sequence[tuple[int, float]]) -> int:
     """The same for the same numbers: 0 where nothing was edited."""
-    return zlib.crc32(np.array(edits, np.int64).tobytes()) if any(edits) else 0
+    return zlib.crc32(np.array(edits, np.float64).tobytes()) if any(num for num, _ in edits) else 0
 
 
 def _packed(used: Sequence[bool]) -> list[float]:

@@ -20,7 +20,7 @@ from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
-from pyzero.gradients.stats_rows import clean_rows, flag_of
+from pyzero.gradients.stats_rows import clean_rows, flag_of, values_of
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
 from pyzero.sharding.local_param import user_param
@@ -348,6 +348,7 @@ class ReducedGradients(Gradients):
         """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
         self._begin_edit()
         factor = self._as_factor(factor, inverse)
+        known = values_of(factor).item() if factor.is_cpu else 1.0
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
         for record in records:
             if not record.is_reduced:
@@ -357,6 +358,7 @@ class ReducedGradients(Gradients):
                 products[key] = factor if record.factor is None else record.factor * factor
             record.factor = products[key]
             record.num_edits += 1
+            record.product *= known
 
     def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
         """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
@@ -467,7 +469,7 @@ class ReducedGradients(Gradients):
             rows,
             used=[record.is_used for record in records],
             purpose=purpose,
-            edits=[record.num_edits for record in records],
+            edits=[(record.num_edits, record.product) for record in records],
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
             half_edited=next((record.number for record in records if record.is_half_edited), None),

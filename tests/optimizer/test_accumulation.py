@@ -1186,6 +1186,33 @@ def test_a_function_that_gives_none_leaves_the_gradient_alone(run, size, stage, 
         assert found == [2.0, 2.0, 4.0]
 
 
+# ---- factors of one rank's own --------------------------------------------------------------------------------------
+
+
+def multiplied_unequally(group: Any, stage: int, how: str) -> str:
+    twins = Twins(group, stage)
+    twins.loss(1.0).backward()
+    twins.optimizer.clip_grad_norm_(1e9)
+    factor: Any = 0.5 + twins.rank
+    if how == "NaN on all":
+        factor = math.nan
+    twins.first.grad.mul_(torch.tensor(factor) if how == "tensor" else factor)
+    try:
+        twins.optimizer.full_grad(twins.first)
+    except pyzero.CollectiveError:
+        raise
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@STAGES
+@pytest.mark.parametrize("how", ["number", "tensor", "NaN on all"])
+def test_reduced_gradients_multiplied_by_other_numbers_are_refused(run, stage, how):
+    for message in run(2, multiplied_unequally, stage, how):
+        assert message == "no error" if how == "NaN on all" else "got products [0.5, 1.5] by rank" in message
+
+
 # ---- conversions there and back: torch drops the autograd nodes that hooks are on -----------------------------------
 
 
