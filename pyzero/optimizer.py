@@ -201,13 +201,15 @@ class ZeroOptimizer(StateDicts, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
+        is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         error = self._prepare_step()
         exchanges = self._buckets or self._topology.model  # others of the model wait for a rank without any buckets
         if error is not None and not (exchanges and self._num_ranks > 1):
             raise error
         if exchanges:
             self._take_step(error)
+        if is_captured:
+            self._updater.keep_for_graph(self._param_buckets.steps)
         return loss
 
     def _prepare_step(self) -> Exception | None:

@@ -40,6 +40,7 @@ class ShardUpdater:
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
         self._used = torch.empty(0, dtype=torch.float32)  # StepScalars.used of all buckets, side by side
+        self._seen_by_graphs: list[Tensor] = []  # CUDA graphs keep no memory alive that was there before the capture
         self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
         norm, clip, grad_scale = self._out[1:].unbind()
         self._scalars = StepScalars(self._out[:1], norm, clip, grad_scale, used=())
@@ -95,6 +96,13 @@ class ShardUpdater:
         used_by_bucket = self._used.split([len(bucket.numbers) for bucket in buckets])
         self._scalars = self._scalars._replace(used=used_by_bucket)
 
+    def keep_for_graph(self, steps: Tensor) -> None:
+        """Called after a step that a CUDA graph has captured: keep what may be replaced, of which it has the address.
+
+        steps: As in `count_step`.
+        """
+        self._seen_by_graphs += [self._used, steps]
+
     def update(
         self,
         bucket: Bucket,
@@ -125,10 +133,10 @@ class ShardUpdater:
             del grad
 
 
-def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> None:
-    """Raise where a CUDA graph being captured would replay this step wrongly, before anything is recorded."""
+def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a CUDA graph is being captured. Raises, before anything is recorded, where it would replay wrongly."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return
+        return False
     wanted = "expected a step that a CUDA graph can replay"
     if num_ranks > 1:
         raise RuntimeError(
@@ -147,6 +155,7 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
                 f"{wanted}, got lr as a tensor on {lr.device}; pass torch.tensor({float(lr)}, device='cuda'), and "
                 f"change it with fill_()"
             )
+    return True
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:

@@ -33,10 +33,12 @@ class ScaleTracker:
     def __init__(self, scales: bool) -> None:
         self.scales = scales
         self.unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
+        self._memory: Tensor | None = None  # of that: the same for good, as a CUDA graph of the step reads it
         self.fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
         self._params: list[Tensor] = []
         self._arriving: tuple[Tensor | None, int | None] = _NO_SCALE  # (0-D 1 / loss scale, epoch) of those that come
-        self._epoch: int | None = None  # of the scale that `.grad` carries
+        self._is_taken = False  # the arriving scale is the one that `.grad` carries
+        self._epoch: int | None = None  # of that one
         self._arrived: dict[LocalParam, _GradState] = {}  # of fully_shard's: the gradient after the last backward
         self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
         self._stepped: list[weakref.ref[Tensor] | None] = []  # gradients of the last step, if none has come since
@@ -49,12 +51,23 @@ class ScaleTracker:
 
     def begin(self, inv_scale: Tensor, epoch: int) -> None:
         """From now on gradients arrive that carry the loss scale whose inverse this is."""
-        self._arriving = (inv_scale.clone(), epoch)
+        self._arriving, self._is_taken = (inv_scale, epoch), False
 
     def take_over_if_empty(self) -> None:
         """Where there is no gradient, the arriving scale counts: another rank may be the only one that gets any."""
         if all(param.grad is None for param in self._params):
-            self.unscale, self._epoch = self._arriving
+            self._take()
+
+    def _take(self) -> None:
+        """From now on `.grad` carries the arriving scale."""
+        inv_scale, self._epoch = self._arriving
+        if inv_scale is None:
+            self.unscale = None
+        elif self._memory is None:
+            self.unscale = self._memory = inv_scale.clone()
+        elif not self._is_taken:
+            self.unscale = self._memory.copy_(inv_scale)
+        self._is_taken = True
 
     def end(self) -> None:
         """From now on they carry none."""
@@ -85,7 +98,7 @@ class ScaleTracker:
         if self._arriving[1] != self._epoch and self.fsdp_param is not None:
             self._check_kept_gradients()
         self._stepped.clear()
-        self.unscale, self._epoch = self._arriving
+        self._take()
         if isinstance(param, LocalParam) and param.is_fsdp:
             self._arrived[param] = _state_of(param.dtensor.grad)
 

@@ -90,6 +90,44 @@ def test_a_captured_step_equals_an_eager_one_with_a_changing_rate(dtype, backend
     assert found[0] == found[1] and found[0][0] == 1
 
 
+def scaled_run(captured: bool) -> tuple[list[Tensor], list[Tensor], float]:
+    """fp16: a captured step behind eager backwards, with an eager one between for another pattern of gradients."""
+    model = build(torch.float16).cuda()
+    params = list(model.parameters())
+    rate = torch.tensor(1e-2, device="cuda")
+    scale = pyzero.LossScale(init_scale=1024.0, growth_interval=2)
+    optimizer = pyzero.FusedZeroAdamW(params, lr=rate, loss_scale=scale)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(8):
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.backward(loss_of(model, micro_batch(step, 0).cuda()))
+            if step in (0, 4):
+                kept = params[-2].grad
+                if step == 4:
+                    params[-2].grad = None  # the gain's: another pattern
+                optimizer.step()
+                params[-2].grad = kept
+            elif captured and step == 1:
+                with torch.cuda.graph(graph, stream=stream):
+                    optimizer.step()
+                graph.replay()
+            elif captured:
+                graph.replay()
+            else:
+                optimizer.step()
+            torch.empty(4096, device="cuda").fill_(float("nan"))  # where anything was freed
+    torch.cuda.synchronize()
+    return params_of(model), [optimizer.full_state(param)["step"] for param in params], float(optimizer.loss_scale)
+
+
+def test_a_captured_step_follows_the_loss_scale_and_outlives_other_patterns():
+    for got, wanted in zip(scaled_run(True), scaled_run(False), strict=True):
+        assert_same(got, wanted) if isinstance(got, list) else None
+        assert isinstance(got, list) or got == wanted
+
+
 def captured_step(optimizer: pyzero.FusedZeroAdamW) -> None:
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()

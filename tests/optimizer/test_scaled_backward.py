@@ -11,6 +11,7 @@ from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
+from pyzero import ops
 from pyzero.gradients import scale_tracker
 
 SCALE = pyzero.LossScale(init_scale=2.0**12)
@@ -214,3 +215,23 @@ def test_a_policy_that_cannot_work_is_refused(field, value, wanted):
     if field == "init_scale":
         with pytest.raises(ValueError, match=re.escape(f"expected {wanted}")):
             pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], loss_scale=value)
+
+
+def test_a_step_reads_the_inverse_of_the_scale_at_one_address(monkeypatch):
+    """As a CUDA graph of the step does, whatever backwards come between."""
+    whole, addresses = ops.step_scalars_, []
+
+    def step_scalars(*args: Any, unscale: Any, **options: Any) -> None:
+        addresses.append((unscale.data_ptr(), 1.0 / float(unscale)))
+        whole(*args, unscale=unscale, **options)
+
+    monkeypatch.setattr(ops, "step_scalars_", step_scalars)
+    param = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    scale = pyzero.LossScale(init_scale=8.0, growth_interval=1)
+    optimizer = pyzero.FusedZeroSGD([param], lr=0.0, loss_scale=scale)
+    for _ in range(3):
+        optimizer.backward(param.float().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len({address for address, _ in addresses}) == 1
+    assert [value for _, value in addresses] == [8.0, 16.0, 32.0]
