@@ -151,6 +151,18 @@ def test_accelerate_loop(results):
     assert "got AdamW on 2 ranks" in two["torch"] and "reduce_grads=False" in two["reduced"]
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_accelerate_saves_two_models_of_one_optimizer(results, size):
+    found = result_of(results, size, "accelerate_models", "accelerate")
+    assert found["resumed"] == found["straight"] and len(set(found["straight"])) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accelerate_scales_no_loss_of_another_optimizer(results, size):
+    found = result_of(results, size, "accelerate_models", "accelerate")
+    assert "got 2, 1 with a loss scale" in found["scaled"] and not found["has_grad"]
+
+
 def test_accelerates_own_reduces_for_us(results):
     one, two = (result_of(results, size, "accelerate_plain", "accelerate") for size in (1, 2))
     assert one["weights"] == pytest.approx(two["weights"], rel=OTHER_ORDER, abs=1e-5)

@@ -273,6 +273,49 @@ def accelerate_loop(folder):
     return result
 
 
+def accelerate_models(folder):
+    """Two models of one optimizer, on from their save; and a loss scale beside an optimizer that has none."""
+    from accelerate.state import AcceleratorState
+
+    from pyzero import FusedZeroAdamW
+    from pyzero.accelerate import Accelerator
+
+    def build():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        models = torch.nn.Linear(8, 4).bfloat16(), torch.nn.Linear(4, 2).bfloat16()
+        params = [param for model in models for param in model.parameters()]
+        return accelerator, *accelerator.prepare(*models, FusedZeroAdamW(params, lr=1e-2))
+
+    def step(number, accelerator, first, second, optimizer):
+        torch.manual_seed(number * SIZE + RANK)
+        loss = second(first(torch.randn(4, 8).bfloat16())).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    built = build()
+    for number in range(2):
+        step(number, *built)
+    built[0].save_state(str(folder / f"models_{SIZE}"))
+    result = {"straight": [step(number, *built) for number in range(2, 5)]}
+    built = build()
+    built[0].load_state(str(folder / f"models_{SIZE}"))
+    result["resumed"] = [step(number, *built) for number in range(2, 5)]
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    models = torch.nn.Linear(4, 4).half(), torch.nn.Linear(4, 4)
+    optimizers = [FusedZeroAdamW(model.parameters()) for model in models]
+    accelerator.prepare(*models, *optimizers)
+    loss = models[1](torch.ones(2, 4)).sum()
+    result["scaled"] = message_of(ValueError, lambda: accelerator.backward(loss))
+    result["has_grad"] = models[1].weight.grad is not None
+    return result
+
+
 def accelerate_plain(folder):
     """accelerate's own Accelerator over DDP, and an optimizer that leaves reduction to it."""
     from accelerate import Accelerator
@@ -405,6 +448,7 @@ RUNS = {  # the packages that each needs
     trainer_bf16: ("transformers", "accelerate"),
     trainer_lora: ("transformers", "accelerate", "peft"),
     accelerate_loop: ("accelerate",),
+    accelerate_models: ("accelerate",),
     accelerate_plain: ("accelerate",),
     accelerate_grad_scaler: ("accelerate",),
     lightning_module: ("lightning",),
