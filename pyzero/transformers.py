@@ -82,6 +82,7 @@ class ZeroTrainerMixin:
             optimizer=optimizer,
             step=self.state.global_step,
             exclude_frozen_parameters=True,  # Trainer saves the weights beside it, and of peft the adapters alone
+            exclude_gradients=True,  # of an accumulation that an epoch's end or a callback has broken off
         )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)

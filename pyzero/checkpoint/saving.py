@@ -30,6 +30,7 @@ def save_checkpoint(
     step: int,
     keep: int | None = None,
     exclude_frozen_parameters: bool = False,
+    exclude_gradients: bool = False,
     **extra: Any,
 ) -> Path:
     """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
@@ -50,6 +51,8 @@ def save_checkpoint(
         keep: Remove all but this many of the newest; None: remove none.
         exclude_frozen_parameters: Leave out those that are not trained, as the base under LoRA. A load leaves them as
             they are.
+        exclude_gradients: Save also where a backward has run since the last step(), without its gradients, which stay
+            for the next step() of this run, as torch does.
         **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
 
     Returns:
@@ -64,7 +67,8 @@ def save_checkpoint(
         RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
             `.grad` is torch's, on one rank or with `reduce_grads=False`.
     """
-    writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=False)
+    options = (exclude_frozen_parameters, exclude_gradients)
+    writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=False)
     return writer.run(lambda: wait([*_under_way]))  # another optimizer's too: it may go into the same directory
 
 
@@ -76,6 +80,7 @@ def async_save_checkpoint(
     step: int,
     keep: int | None = None,
     exclude_frozen_parameters: bool = False,
+    exclude_gradients: bool = False,
     **extra: Any,
 ) -> Future[Path]:
     """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
@@ -86,7 +91,8 @@ def async_save_checkpoint(
     Returns:
         `result()` waits, and gives the folder or raises.
     """
-    writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True)
+    options = (exclude_frozen_parameters, exclude_gradients)
+    writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=True)
     devices = (param.device for group in optimizer.param_groups for param in group["params"])
     device = next(devices, torch.device("cpu"))
 
@@ -134,13 +140,14 @@ def _writer(
     step: int,
     keep: int | None,
     excludes_frozen: bool,
+    excludes_gradients: bool,
     extra: dict[str, Any],
     copies: bool,
 ) -> Writer:
     """A Writer of a model and its optimizer. copies: Copy all values to the host, so that training may go on."""
 
     def give() -> Content:
-        optimizer.check_between_steps()
+        optimizer.check_between_steps(with_gradients=not excludes_gradients)
         content = collect(model, optimizer, extra, excludes_frozen)
         return replace(content, state=_on_host(content.state)) if copies else content
 

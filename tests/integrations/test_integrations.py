@@ -114,6 +114,14 @@ def test_a_skipped_step_of_bf16_does_not_move_the_schedule(results, size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
+def test_trainer_saves_where_a_stream_ends_in_an_accumulation(results, size):
+    found = result_of(results, size, "trainer_stream", "transformers", "accelerate")
+    ours, theirs = found["ours"], found["torch"]
+    assert ours["saved"] == theirs["saved"] and len(ours["saved"]) == 3
+    assert column(ours["logs"], "loss") == pytest.approx(column(theirs["logs"], "loss"), rel=OTHER_ORDER)
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_trainer_saves_adapters_alone(results, size):
     found = result_of(results, size, "trainer_lora", "transformers", "accelerate", "peft")
     assert found["names"] and all(".lora_" in name for name in found["names"])

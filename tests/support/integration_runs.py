@@ -136,6 +136,30 @@ def trainer_bf16(folder):
     return {"logs": trained(folder / f"bf16_{SIZE}", dtype=torch.bfloat16, trainer_class=kind)[0]}
 
 
+def trainer_stream(folder):
+    """A stream whose end breaks off an accumulation, saved at the end of each of its rounds."""
+    import transformers
+
+    from pyzero.transformers import Trainer
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __iter__(self):
+            return iter(self.rows)
+
+    def run(kind, name):
+        def build(train_dataset, **options):
+            return kind(train_dataset=Stream(train_dataset[:40]), **options)  # 5 batches of 8; a step takes 2
+
+        place = folder / f"{name}_{SIZE}"
+        logs, _ = trained(place, trainer_class=build, save_strategy="epoch")
+        return {"logs": logs, "saved": sorted(path.name for path in place.glob("checkpoint-*"))}
+
+    return {"ours": run(Trainer, "stream"), "torch": run(transformers.Trainer, "torch_stream")}
+
+
 def trainer_lora(folder):
     """The names that are in a checkpoint of adapters, and the losses after it."""
     from peft import LoraConfig, get_peft_model
@@ -446,6 +470,7 @@ RUNS = {  # the packages that each needs
     trainer: ("transformers", "accelerate"),
     trainer_fp16: ("transformers", "accelerate"),
     trainer_bf16: ("transformers", "accelerate"),
+    trainer_stream: ("transformers", "accelerate"),
     trainer_lora: ("transformers", "accelerate", "peft"),
     accelerate_loop: ("accelerate",),
     accelerate_models: ("accelerate",),
