@@ -89,23 +89,32 @@ def async_save_checkpoint(
     its process group before, call `result()` first.
 
     Returns:
-        `result()` waits, and gives the folder or raises.
+        `result()` waits, and gives the folder or raises. It cannot be cancelled, for the other ranks write it too.
     """
     options = (exclude_frozen_parameters, exclude_gradients)
     writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=True)
     devices = (param.device for group in optimizer.param_groups for param in group["params"])
     device = next(devices, torch.device("cpu"))
 
-    def run() -> Path:
-        with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory
-            return writer.run()
-
-    future = _thread.submit(run)
+    future: Future[Path] = Future()
+    future.set_running_or_notify_cancel()
+    _thread.submit(_run, writer, device, future)
     _under_way.add(future)
     future.add_done_callback(_under_way.discard)
     future.add_done_callback(_log_failure)
     _in_thread[optimizer] = future
     return future
+
+
+def _run(writer: Writer, device: torch.device, future: Future[Path]) -> None:
+    try:
+        with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory
+            folder = writer.run()
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # which the error's traceback would hold in a cycle
+    else:
+        future.set_result(folder)
 
 
 def _log_failure(future: Future[Path]) -> None:
@@ -118,6 +127,18 @@ def _log_failure(future: Future[Path]) -> None:
 _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
 _in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()  # the last save of each
 _under_way: set[Future[Path]] = set()
+
+
+def _forget() -> None:
+    """In a forked child, which has the thread's queue and what it was writing, but not the thread."""
+    global _thread
+    _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")
+    _in_thread.clear()
+    _under_way.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def begin(optimizer: ZeroOptimizer) -> Group:
