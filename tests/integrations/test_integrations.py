@@ -122,6 +122,12 @@ def test_trainer_saves_where_a_stream_ends_in_an_accumulation(results, size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
+def test_trainer_warns_where_a_checkpoint_has_weights_alone(results, size):
+    (line,) = result_of(results, size, "trainer_weights", "transformers", "accelerate")["warned"]
+    assert "moments, step counts and the learning rate's schedule begin anew" in line
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_trainer_saves_adapters_alone(results, size):
     found = result_of(results, size, "trainer_lora", "transformers", "accelerate", "peft")
     assert found["names"] and all(".lora_" in name for name in found["names"])

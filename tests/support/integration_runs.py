@@ -160,6 +160,14 @@ def trainer_stream(folder):
     return {"ours": run(Trainer, "stream"), "torch": run(transformers.Trainer, "torch_stream")}
 
 
+def trainer_weights(folder):
+    """Warnings of going on from weights alone."""
+    place, lines = folder / f"weights_{SIZE}", []
+    trained(place, save_only_model=True)
+    warned(lambda: trained(place, resume=str(place / "checkpoint-3")), lines)
+    return {"warned": lines}
+
+
 def trainer_lora(folder):
     """The names that are in a checkpoint of adapters, and the losses after it."""
     from peft import LoraConfig, get_peft_model
@@ -471,6 +479,7 @@ RUNS = {  # the packages that each needs
     trainer_fp16: ("transformers", "accelerate"),
     trainer_bf16: ("transformers", "accelerate"),
     trainer_stream: ("transformers", "accelerate"),
+    trainer_weights: ("transformers", "accelerate"),
     trainer_lora: ("transformers", "accelerate", "peft"),
     accelerate_loop: ("accelerate",),
     accelerate_models: ("accelerate",),
