@@ -104,12 +104,13 @@ class Accelerator(accelerate.Accelerator):
         scaling = [one for one in self._zero_optimizers() if one.scales_loss]
         if self.scaler is not None or not scaling:
             super().backward(loss, **kwargs)
-        elif len(scaling) == 1:
+        elif len(self._optimizers) == 1:
             scaling[0].backward(loss / self.gradient_accumulation_steps, **kwargs)
-        else:
+        else:  # nobody could take the scale of one out of the gradients of another
             raise ValueError(
-                f"expected one optimizer with a loss scale, got {len(scaling)}; call the backward of the one that the "
-                f"loss is for: prepared.optimizer.backward(loss)"
+                f"expected one optimizer where one has a loss scale, got {len(self._optimizers)}, {len(scaling)} with "
+                f"a loss scale; call the backward of the one that the loss is for, prepared.optimizer.backward(loss), "
+                f"or give all parameters of the loss to one optimizer"
             )
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
@@ -165,14 +166,26 @@ class Accelerator(accelerate.Accelerator):
 
     def _each(self, folder: str | Path, act: Callable[..., Any]) -> None:
         for index, optimizer in enumerate(self._zero_optimizers()):
-            params = {param for group in optimizer.param_groups for param in group["params"]}
-            model = next((m for m in self._models if any(param in params for param in m.parameters())), None)
-            if model is None:
-                raise ValueError(
-                    "expected the model of each optimizer to be prepared, got an optimizer without; pass both to "
-                    "accelerator.prepare(model, optimizer)"
-                )
+            model = self._model_of(optimizer)
             act(Path(folder) / (f"{FOLDER}_{index}" if index else FOLDER), model=model, optimizer=optimizer)
+
+    def _model_of(self, optimizer: ZeroOptimizer) -> nn.Module:
+        """What holds the optimizer's parameters: a prepared model, or several as one."""
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        models: list[nn.Module] = []
+        model: nn.Module
+        for model in self._models:
+            held = params.intersection(model.parameters())
+            if held == params:
+                return model
+            if held:
+                models.append(model)
+        if not models:
+            raise ValueError(
+                "expected the model of each optimizer to be prepared, got an optimizer without; pass both to "
+                "accelerator.prepare(model, optimizer)"
+            )
+        return models[0] if len(models) == 1 else nn.ModuleList(models)
 
 
 def zero_optimizer_of(optimizer: Any) -> ZeroOptimizer | None:

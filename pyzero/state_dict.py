@@ -57,10 +57,13 @@ class StateDicts(Status):
         """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
         self._place_unfrozen()
 
-    def check_between_steps(self) -> None:
-        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn."""
+    def check_between_steps(self, with_gradients: bool = True) -> None:
+        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn.
+
+        with_gradients: False: gradients may be left out.
+        """
         self._check_whole()
-        if self._gradients.has_pending_gradients():
+        if with_gradients and self._gradients.has_pending_gradients():
             raise RuntimeError(
                 "expected a save after step() or zero_grad(), got one after a backward, whose gradients would be lost; "
                 "save after the step that they belong to"

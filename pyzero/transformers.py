@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
 from pyzero.accelerate import FOLDER, Accelerator, zero_optimizer_of
 from pyzero.checkpoint.loading import load_checkpoint
@@ -16,11 +17,14 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.optimizers.adam import FusedZeroAdam, FusedZeroAdamW
 from pyzero.optimizers.sgd import FusedZeroSGD
 
+log = logging.getLogger("pyzero")
+
 _OURS: dict[Any, type[ZeroOptimizer]] = {
     torch.optim.AdamW: FusedZeroAdamW,
     torch.optim.Adam: FusedZeroAdam,
     torch.optim.SGD: FusedZeroSGD,
 }
+_STATE_OF_TORCH = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)  # files of transformers' own
 
 
 class ZeroTrainerMixin:
@@ -82,6 +86,7 @@ class ZeroTrainerMixin:
             optimizer=optimizer,
             step=self.state.global_step,
             exclude_frozen_parameters=True,  # Trainer saves the weights beside it, and of peft the adapters alone
+            exclude_gradients=True,  # of an accumulation that an epoch's end or a callback has broken off
         )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -89,6 +94,13 @@ class ZeroTrainerMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = zero_optimizer_of(self.optimizer)
         if optimizer is None or checkpoint is None or not (Path(checkpoint) / FOLDER).is_dir():
+            has_state = checkpoint is None or any((Path(checkpoint) / name).exists() for name in _STATE_OF_TORCH)
+            if not has_state and self.args.process_index == 0:
+                log.warning(
+                    "resuming from %s, which has weights alone: moments, step counts and the learning rate's schedule "
+                    "begin anew; save without save_only_model=True to keep them",
+                    checkpoint,
+                )
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         load_checkpoint(Path(checkpoint) / FOLDER, model=self.model, optimizer=optimizer)

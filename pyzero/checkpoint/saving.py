@@ -30,6 +30,7 @@ def save_checkpoint(
     step: int,
     keep: int | None = None,
     exclude_frozen_parameters: bool = False,
+    exclude_gradients: bool = False,
     **extra: Any,
 ) -> Path:
     """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
@@ -50,6 +51,8 @@ def save_checkpoint(
         keep: Remove all but this many of the newest; None: remove none.
         exclude_frozen_parameters: Leave out those that are not trained, as the base under LoRA. A load leaves them as
             they are.
+        exclude_gradients: Save also where a backward has run since the last step(), without its gradients, which stay
+            for the next step() of this run, as torch does.
         **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
 
     Returns:
@@ -64,7 +67,8 @@ def save_checkpoint(
         RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
             `.grad` is torch's, on one rank or with `reduce_grads=False`.
     """
-    writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=False)
+    options = (exclude_frozen_parameters, exclude_gradients)
+    writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=False)
     return writer.run(lambda: wait([*_under_way]))  # another optimizer's too: it may go into the same directory
 
 
@@ -76,6 +80,7 @@ def async_save_checkpoint(
     step: int,
     keep: int | None = None,
     exclude_frozen_parameters: bool = False,
+    exclude_gradients: bool = False,
     **extra: Any,
 ) -> Future[Path]:
     """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
@@ -84,22 +89,32 @@ def async_save_checkpoint(
     its process group before, call `result()` first.
 
     Returns:
-        `result()` waits, and gives the folder or raises.
+        `result()` waits, and gives the folder or raises. It cannot be cancelled, for the other ranks write it too.
     """
-    writer = _writer(directory, model, optimizer, step, keep, exclude_frozen_parameters, extra, copies=True)
+    options = (exclude_frozen_parameters, exclude_gradients)
+    writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=True)
     devices = (param.device for group in optimizer.param_groups for param in group["params"])
     device = next(devices, torch.device("cpu"))
 
-    def run() -> Path:
-        with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory
-            return writer.run()
-
-    future = _thread.submit(run)
+    future: Future[Path] = Future()
+    future.set_running_or_notify_cancel()
+    _thread.submit(_run, writer, device, future)
     _under_way.add(future)
     future.add_done_callback(_under_way.discard)
     future.add_done_callback(_log_failure)
     _in_thread[optimizer] = future
     return future
+
+
+def _run(writer: Writer, device: torch.device, future: Future[Path]) -> None:
+    try:
+        with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory
+            folder = writer.run()
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # which the error's traceback would hold in a cycle
+    else:
+        future.set_result(folder)
 
 
 def _log_failure(future: Future[Path]) -> None:
@@ -112,6 +127,18 @@ def _log_failure(future: Future[Path]) -> None:
 _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")  # starts its thread when it is first used
 _in_thread: WeakKeyDictionary[ZeroOptimizer, Future[Path]] = WeakKeyDictionary()  # the last save of each
 _under_way: set[Future[Path]] = set()
+
+
+def _forget() -> None:
+    """In a forked child, which has the thread's queue and what it was writing, but not the thread."""
+    global _thread
+    _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")
+    _in_thread.clear()
+    _under_way.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def begin(optimizer: ZeroOptimizer) -> Group:
@@ -134,13 +161,14 @@ def _writer(
     step: int,
     keep: int | None,
     excludes_frozen: bool,
+    excludes_gradients: bool,
     extra: dict[str, Any],
     copies: bool,
 ) -> Writer:
     """A Writer of a model and its optimizer. copies: Copy all values to the host, so that training may go on."""
 
     def give() -> Content:
-        optimizer.check_between_steps()
+        optimizer.check_between_steps(with_gradients=not excludes_gradients)
         content = collect(model, optimizer, extra, excludes_frozen)
         return replace(content, state=_on_host(content.state)) if copies else content
 

@@ -172,6 +172,29 @@ def test_a_save_between_backward_and_step_is_refused(ranks, tmp_path):
         assert "got one after a backward, whose gradients would be lost" in text
 
 
+def in_an_accumulation(group: Any, path: Path) -> tuple[bool, bool]:
+    models = [build(torch.bfloat16, 0) for _ in range(3)]
+    optimizers = [make("adamw", model, group) for model in models]
+    for saves, model, optimizer in zip((False, True), models, optimizers, strict=False):
+        step(optimizer, model, 0, group.rank(), group.size())
+        optimizer.zero_grad()
+        optimizer.backward(sum(param.square().sum() for param in model.parameters()))
+        if saves:
+            pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1, exclude_gradients=True)
+        optimizer.backward(sum(param.sum() for param in model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+    same_step = all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    pyzero.load_checkpoint(path, model=models[1], optimizer=optimizers[1])
+    step(optimizers[2], models[2], 0, group.rank(), group.size())
+    return same_step, all(map(torch.equal, models[1].parameters(), models[2].parameters()))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_save_in_an_accumulation_leaves_gradients_where_they_are(ranks, tmp_path, size):
+    assert ranks.run(size, in_an_accumulation, tmp_path) == [(True, True)] * size
+
+
 def lone(path: Path, **options: Any) -> tuple[nn.Module, Any]:
     model = nn.Linear(3, 2)
     return model, pyzero.FusedZeroAdamW(model.parameters(), **options)

@@ -7,6 +7,7 @@ import copy
 import io
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,63 @@ def test_a_program_that_ends_waits_for_an_asynchronous_save(tmp_path):
     model = nn.Linear(512, 512)
     optimizer = pyzero.FusedZeroAdamW(model.parameters())
     assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["step"] == 1
+
+
+FORK = """
+import os
+import sys
+import threading
+import torch
+import pyzero
+from pyzero.checkpoint import files
+
+parent, child = sys.argv[1:]
+model = torch.nn.Linear(2, 2)  # no OpenMP, whose threads a child has not either
+optimizer = pyzero.FusedZeroAdamW(model.parameters())
+forked, commit = threading.Event(), files.commit
+files.commit = lambda *args: (forked.wait(), commit(*args))
+saving = pyzero.async_save_checkpoint(parent, model=model, optimizer=optimizer, step=1)
+pid = os.fork()
+if not pid:
+    files.commit = commit
+    pyzero.save_checkpoint(child, model=model, optimizer=optimizer, step=2)
+    pyzero.async_save_checkpoint(child, model=model, optimizer=optimizer, step=3).result()
+    os._exit(0)
+status = os.waitpid(pid, 0)[1]
+forked.set()
+saving.result()
+sys.exit(status != 0)
+"""
+
+
+def test_a_forked_child_waits_for_no_save_of_its_parent(tmp_path):
+    """Whose thread it has not."""
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    subprocess.run([sys.executable, "-c", FORK, str(parent), str(child)], check=True, timeout=60)
+    assert [pyzero.latest_checkpoint(folder).name for folder in (parent, child)] == ["step_1", "step_3"]
+
+
+def cancelled(group: Any, path: Path) -> list[Any]:
+    """What becomes of a save that one rank wants to cancel while it waits for another's end, and of the next one."""
+    models = [nn.Linear(2, 2) for _ in range(2)]
+    optimizers = [pyzero.FusedZeroAdamW(model.parameters(), process_group=group) for model in models]
+    before, commit = threading.Event(), files.commit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "commit", lambda *args: (before.wait(), commit(*args)))
+        first, second = (
+            pyzero.async_save_checkpoint(path / str(number), model=model, optimizer=optimizer, step=1)
+            for number, (model, optimizer) in enumerate(zip(models, optimizers, strict=True))
+        )
+        found = [group.rank() == 0 and second.cancel()]
+        before.set()
+        names = [saving.result().name for saving in (first, second)]
+    names.append(pyzero.save_checkpoint(path / "1", model=models[1], optimizer=optimizers[1], step=2).name)
+    return found + names
+
+
+@NUM_RANKS
+def test_a_save_that_waits_is_not_cancelled(ranks, tmp_path, size):
+    assert ranks.run(size, cancelled, tmp_path) == [[False, "step_1", "step_1", "step_2"]] * size
 
 
 def interrupted(group: Any, path: Path, error: type[BaseException], interrupted_rank: int) -> list[str]:

@@ -114,6 +114,20 @@ def test_a_skipped_step_of_bf16_does_not_move_the_schedule(results, size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
+def test_trainer_saves_where_a_stream_ends_in_an_accumulation(results, size):
+    found = result_of(results, size, "trainer_stream", "transformers", "accelerate")
+    ours, theirs = found["ours"], found["torch"]
+    assert ours["saved"] == theirs["saved"] and len(ours["saved"]) == 3
+    assert column(ours["logs"], "loss") == pytest.approx(column(theirs["logs"], "loss"), rel=OTHER_ORDER)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_trainer_warns_where_a_checkpoint_has_weights_alone(results, size):
+    (line,) = result_of(results, size, "trainer_weights", "transformers", "accelerate")["warned"]
+    assert "moments, step counts and the learning rate's schedule begin anew" in line
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_trainer_saves_adapters_alone(results, size):
     found = result_of(results, size, "trainer_lora", "transformers", "accelerate", "peft")
     assert found["names"] and all(".lora_" in name for name in found["names"])
@@ -149,6 +163,18 @@ def test_accelerate_loop(results):
     assert one["resumed"] == pytest.approx(two["resumed"], rel=OTHER_ORDER)
     assert one["torch"] is None and one["reduced"] is None  # on one rank nobody has to reduce
     assert "got AdamW on 2 ranks" in two["torch"] and "reduce_grads=False" in two["reduced"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accelerate_saves_two_models_of_one_optimizer(results, size):
+    found = result_of(results, size, "accelerate_models", "accelerate")
+    assert found["resumed"] == found["straight"] and len(set(found["straight"])) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accelerate_scales_no_loss_of_another_optimizer(results, size):
+    found = result_of(results, size, "accelerate_models", "accelerate")
+    assert "got 2, 1 with a loss scale" in found["scaled"] and not found["has_grad"]
 
 
 def test_accelerates_own_reduces_for_us(results):

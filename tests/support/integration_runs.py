@@ -136,6 +136,38 @@ def trainer_bf16(folder):
     return {"logs": trained(folder / f"bf16_{SIZE}", dtype=torch.bfloat16, trainer_class=kind)[0]}
 
 
+def trainer_stream(folder):
+    """A stream whose end breaks off an accumulation, saved at the end of each of its rounds."""
+    import transformers
+
+    from pyzero.transformers import Trainer
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __iter__(self):
+            return iter(self.rows)
+
+    def run(kind, name):
+        def build(train_dataset, **options):
+            return kind(train_dataset=Stream(train_dataset[:40]), **options)  # 5 batches of 8; a step takes 2
+
+        place = folder / f"{name}_{SIZE}"
+        logs, _ = trained(place, trainer_class=build, save_strategy="epoch")
+        return {"logs": logs, "saved": sorted(path.name for path in place.glob("checkpoint-*"))}
+
+    return {"ours": run(Trainer, "stream"), "torch": run(transformers.Trainer, "torch_stream")}
+
+
+def trainer_weights(folder):
+    """Warnings of going on from weights alone."""
+    place, lines = folder / f"weights_{SIZE}", []
+    trained(place, save_only_model=True)
+    warned(lambda: trained(place, resume=str(place / "checkpoint-3")), lines)
+    return {"warned": lines}
+
+
 def trainer_lora(folder):
     """The names that are in a checkpoint of adapters, and the losses after it."""
     from peft import LoraConfig, get_peft_model
@@ -273,6 +305,49 @@ def accelerate_loop(folder):
     return result
 
 
+def accelerate_models(folder):
+    """Two models of one optimizer, on from their save; and a loss scale beside an optimizer that has none."""
+    from accelerate.state import AcceleratorState
+
+    from pyzero import FusedZeroAdamW
+    from pyzero.accelerate import Accelerator
+
+    def build():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        models = torch.nn.Linear(8, 4).bfloat16(), torch.nn.Linear(4, 2).bfloat16()
+        params = [param for model in models for param in model.parameters()]
+        return accelerator, *accelerator.prepare(*models, FusedZeroAdamW(params, lr=1e-2))
+
+    def step(number, accelerator, first, second, optimizer):
+        torch.manual_seed(number * SIZE + RANK)
+        loss = second(first(torch.randn(4, 8).bfloat16())).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    built = build()
+    for number in range(2):
+        step(number, *built)
+    built[0].save_state(str(folder / f"models_{SIZE}"))
+    result = {"straight": [step(number, *built) for number in range(2, 5)]}
+    built = build()
+    built[0].load_state(str(folder / f"models_{SIZE}"))
+    result["resumed"] = [step(number, *built) for number in range(2, 5)]
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    models = torch.nn.Linear(4, 4).half(), torch.nn.Linear(4, 4)
+    optimizers = [FusedZeroAdamW(model.parameters()) for model in models]
+    accelerator.prepare(*models, *optimizers)
+    loss = models[1](torch.ones(2, 4)).sum()
+    result["scaled"] = message_of(ValueError, lambda: accelerator.backward(loss))
+    result["has_grad"] = models[1].weight.grad is not None
+    return result
+
+
 def accelerate_plain(folder):
     """accelerate's own Accelerator over DDP, and an optimizer that leaves reduction to it."""
     from accelerate import Accelerator
@@ -403,8 +478,11 @@ RUNS = {  # the packages that each needs
     trainer: ("transformers", "accelerate"),
     trainer_fp16: ("transformers", "accelerate"),
     trainer_bf16: ("transformers", "accelerate"),
+    trainer_stream: ("transformers", "accelerate"),
+    trainer_weights: ("transformers", "accelerate"),
     trainer_lora: ("transformers", "accelerate", "peft"),
     accelerate_loop: ("accelerate",),
+    accelerate_models: ("accelerate",),
     accelerate_plain: ("accelerate",),
     accelerate_grad_scaler: ("accelerate",),
     lightning_module: ("lightning",),
