@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import pyzero.deepspeed as deepspeed
-from pyzero.deepspeed.pipe import PipelineModule
+from pyzero.deepspeed.pipe import LayerSpec, PipelineModule
 from pyzero.deepspeed.pipe.engine import PipelineError
 
 WIDTH, NUM_MICRO = 6, 3
@@ -153,6 +155,37 @@ def test_a_layer_edits_no_data_of_the_caller(ranks):
     assert ranks.run(4, edits) == [True] * 4
 
 
+class Weighted(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return ((outputs - labels) * self.weight).square().mean()
+
+
+def loss_with_weights(group: Any, folder: str, num_stages: int, saves: bool) -> list[Any]:
+    engine = initialize([Layer(seed) for seed in range(4)], Weighted(), num_stages)
+    if saves:
+        losses_of(engine, batches(2 * NUM_MICRO))
+        engine.save_checkpoint(folder)
+    else:
+        engine.load_checkpoint(folder)
+    return [p.detach().tolist() for name, p in engine.module.named_parameters() if name == "loss_fn.weight"]
+
+
+def test_a_loss_with_weights_is_the_last_stages(ranks, tmp_path):
+    saved = ranks.run(4, loss_with_weights, str(tmp_path), 2, True)
+    assert saved[:2] == [[], []] and saved[2] == saved[3] != [[1.0] * WIDTH]
+    assert ranks.run(4, loss_with_weights, str(tmp_path), 1, False) == [saved[2]] * 4
+
+
+class Own(Exception):
+    """A layer's."""
+
+
 def alone(group: Any) -> None:
     """In a pipeline of one stage no rank is left waiting."""
     for loss_fn, error, message in (
@@ -167,3 +200,38 @@ def alone(group: Any) -> None:
 
 def test_a_loss_of_several_elements_is_refused(ranks):
     ranks.run(4, alone)
+
+
+def failing_constructor(group: Any) -> str:
+    class Failing(Layer):
+        def __init__(self) -> None:
+            if dist.get_rank() == 3:
+                raise Own("no memory")
+            super().__init__(3)
+
+    try:
+        initialize([Layer(0), Layer(1), Layer(2), LayerSpec(Failing)])
+    except (Own, PipelineError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_stage_that_cannot_be_built_fails_on_all_ranks(ranks):
+    *others, own = ranks.run(4, failing_constructor)
+    assert own == "Own: no memory"
+    assert others == ["PipelineError: a PipelineModule failed on rank 3: Own: no memory"] * 3
+
+
+def num_groups(group: Any) -> tuple[list[int], timedelta]:
+    counts = []
+    for _ in range(3):
+        module = PipelineModule([Layer(0), Layer(1)], num_stages=2, partition_method="uniform")
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    backend = module.grid.get_pipe_parallel_group()._get_backend(torch.device("cpu"))
+    return counts, backend.options._timeout
+
+
+def test_modules_of_one_topology_share_process_groups(ranks):
+    for counts, timeout in ranks.run(4, num_groups):
+        assert counts[1] == counts[2] == counts[0]
+        assert timeout == timedelta(seconds=60)  # the default group's

@@ -14,13 +14,9 @@ from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import tensors
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.parallel.mesh import Parallelism
-from pyzero.deepspeed.pipe.module import PipelineModule
+from pyzero.deepspeed.pipe.module import PipelineError, PipelineModule
 from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
 from pyzero.optimizer import ZeroOptimizer
-
-
-class PipelineError(RuntimeError):
-    """What a pipeline cannot do."""
 
 
 class PipelineEngine(Engine):
