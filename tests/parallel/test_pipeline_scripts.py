@@ -48,9 +48,9 @@ def batches(num: int, rows: int = 2, seed: int = 0) -> list[tuple[Tensor, Tensor
     return [(torch.randn(rows, WIDTH, generator=draw), torch.randn(rows, WIDTH, generator=draw)) for _ in range(num)]
 
 
-def initialize(layers: list[Any], loss_fn: Any = mse, num_stages: int = 2, **options: Any) -> Any:
-    module = PipelineModule(layers, num_stages=num_stages, loss_fn=loss_fn, partition_method="uniform", **options)
-    return deepspeed.initialize(model=module, config=CONFIG)[0]
+def initialize(layers: list[Any], loss_fn: Any = mse, num_stages: int = 2, **config: Any) -> Any:
+    module = PipelineModule(layers, num_stages=num_stages, loss_fn=loss_fn, partition_method="uniform")
+    return deepspeed.initialize(model=module, config={**CONFIG, **config})[0]
 
 
 def losses_of(engine: Any, data: list[Any], steps: int = 2) -> list[float]:
@@ -235,3 +235,17 @@ def test_modules_of_one_topology_share_process_groups(ranks):
     for counts, timeout in ranks.run(4, num_groups):
         assert counts[1] == counts[2] == counts[0]
         assert timeout == timedelta(seconds=60)  # the default group's
+
+
+def monitored(group: Any, folder: str) -> float:
+    section = {"enabled": True, "output_path": folder, "job_name": "job"}
+    engine = initialize([Layer(0), Layer(1)], csv_monitor=section)
+    losses_of(engine, batches(NUM_MICRO), steps=1)
+    return float(engine.eval_batch(iter(batches(NUM_MICRO))))
+
+
+def test_an_evaluation_is_written_to_the_monitors(ranks, tmp_path):
+    loss = ranks.run(4, monitored, str(tmp_path))[0]
+    lines = (tmp_path / "job" / "Train_Samples_eval_loss.csv").read_text().split()
+    assert lines[0] == "step,eval_loss" and lines[1].startswith("12,")
+    assert float(lines[1].partition(",")[2]) == pytest.approx(loss)

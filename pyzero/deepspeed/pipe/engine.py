@@ -34,7 +34,7 @@ class PipelineEngine(Engine):
         leaves_group: bool,
     ) -> None:
         super().__init__(module, optimizer, lr_scheduler, config, parallel, leaves_group)
-        self.grid = module.grid
+        self.grid = self.mpu = module.grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn: Callable[[Any], Any] | None = None
@@ -50,6 +50,13 @@ class PipelineEngine(Engine):
     def is_last_stage(self) -> bool:
         """Whether this rank reads labels."""
         return self.stage_id == self.num_stages - 1
+
+    def get_pipeline_parallel_rank(self) -> int:
+        """The number of this rank's stage."""
+        return self.stage_id
+
+    def set_has_attention_mask(self, value: bool) -> None:
+        """Nothing: what stages send tells by itself which of it has gradients."""
 
     def set_dataloader(self, loader: Iterable[Any]) -> None:
         """Where train_batch() takes micro-batches from; see pyzero.deepspeed.utils.RepeatingLoader."""
@@ -200,11 +207,16 @@ class PipelineEngine(Engine):
         try:
             micro, shapes = self._pull_on_all_ranks(data_iter, num_micro)
             if self.num_stages > 1:
-                return self._loss_of_all(self._runner(False, shapes, num_micro).evaluate(micro))
-            losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
-            return self._loss_of_all(torch.stack(losses).mean())
+                mean = self._runner(False, shapes, num_micro).evaluate(micro)
+            else:
+                losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
+                mean = torch.stack(losses).mean()
+            loss = self._loss_of_all(mean)
         finally:
             self.module.train(was_training)
+        if self.monitor.enabled:
+            self.monitor.write_events([("Train/Samples/eval_loss", float(loss), self.global_samples)])
+        return loss
 
     def _runner(self, trains: bool, shapes: float, num_micro: int | None = None) -> Runner:
         key = num_micro or self.batches.accumulation, trains

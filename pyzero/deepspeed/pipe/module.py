@@ -206,7 +206,7 @@ class PipelineModule(nn.Module):
 
     def topology(self) -> ProcessTopology:
         """Of all ranks."""
-        return self.grid.topology
+        return self.grid.topology()
 
     def mpu(self) -> PipelineParallelGrid:
         """Where this rank is."""
