@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pyzero.comm import process
+from pyzero.comm import process, process_group_pool
 
 _early_group: Any = None  # the group of join_early()
+# By default group, and the ranks of each.
+_subgroups: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], ...], Any]] = weakref.WeakKeyDictionary()
 
 
 def device() -> torch.device:
@@ -79,12 +82,17 @@ def claim_early_group() -> bool:
 
 
 def subgroup(members: Sequence[Sequence[int]]) -> Any:
-    """Make groups of these ranks, on all ranks alike; returns the one that this rank is in, or None."""
-    rank, found = dist.get_rank(), None
-    for ranks in members:
-        handle = dist.new_group(list(ranks))
-        found = handle if rank in ranks else found
-    return found
+    """Groups of these ranks, on all ranks alike; returns the one that this rank is in, or None.
+
+    They live as long as the default group: who asks for the same again gets the same. It has their timeout.
+    """
+    made = _subgroups.setdefault(dist.group.WORLD, {})
+    wanted = tuple(map(tuple, members))
+    if wanted not in made:
+        rank, timeout = dist.get_rank(), process_group_pool.timeout_of(dist.group.WORLD)
+        handles = [dist.new_group(list(ranks), timeout=timeout) for ranks in wanted]
+        made[wanted] = next((handle for handle, ranks in zip(handles, wanted, strict=True) if rank in ranks), None)
+    return made[wanted]
 
 
 def leave() -> None:

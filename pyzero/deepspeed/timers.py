@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -133,6 +134,84 @@ class SynchronizedWallClockTimer:
         parts = [f"{n}: {self(n).elapsed(reset) / normalizer:.2f}" for n in names if n in self.timers]
         if comm.get_rank() in (ranks or (0,)):
             log.info("time (ms) | %s", " | ".join(parts))
+
+
+class ThroughputTimer:
+    """Samples per second, of the steps between start() and stop().
+
+    Args:
+        config: Has `enabled` and `synchronized`, which waits for the GPU at both ends.
+        batch_size: Samples of a global step.
+        start_step: So many global steps are not counted.
+        steps_per_output: Log once in so many global steps; None: never.
+        monitor_memory: Not supported.
+        logging_fn: Called with the line; default: the log.
+
+    Raises:
+        ValueError: monitor_memory is set.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int | None,
+        start_step: int = 2,
+        steps_per_output: int | None = None,
+        monitor_memory: bool = False,
+        logging_fn: Callable[[str], object] | None = None,
+    ) -> None:
+        if monitor_memory:
+            raise ValueError("got monitor_memory=True, which is not supported; log psutil.virtual_memory() yourself")
+        self.config, self.batch_size = config, 1 if batch_size is None else batch_size
+        self.start_step, self.steps_per_output = start_step, steps_per_output
+        self.logging = logging_fn or log.info
+        self.epoch_count = self.micro_step_count = self.global_step_count = 0
+        self.total_elapsed_time = self.step_elapsed_time = 0.0
+        self.started = False
+        self._begin: float | None = None  # None: this step is not counted
+
+    def update_epoch_count(self) -> None:
+        """Another epoch begins."""
+        self.epoch_count, self.micro_step_count = self.epoch_count + 1, 0
+
+    def start(self) -> None:
+        """A step begins."""
+        if not self.config.enabled:
+            return
+        self.started = True
+        self._begin = self._now() if self.global_step_count >= self.start_step else None
+
+    def stop(self, global_step: bool = False, report_speed: bool = True) -> None:
+        """It ends. global_step: It was the last micro-batch of a global one. report_speed: Log it where it is due."""
+        if not self.started:
+            return
+        self.started = False
+        self.micro_step_count += 1
+        self.global_step_count += int(global_step)
+        if self._begin is None:
+            return
+        passed = self._now() - self._begin
+        self.total_elapsed_time += passed
+        self.step_elapsed_time += passed
+        if not global_step:
+            return
+        if report_speed and self.steps_per_output and self.global_step_count % self.steps_per_output == 0:
+            now = self.batch_size / max(self.step_elapsed_time, 1e-9)
+            self.logging(
+                f"epoch={self.epoch_count}, micro_step={self.micro_step_count}, global_step={self.global_step_count}, "
+                f"samples/s: {self.avg_samples_per_sec():.3f} on average, {now:.3f} now"
+            )
+        self.step_elapsed_time = 0.0
+
+    def avg_samples_per_sec(self) -> float:
+        """Of all steps that were counted; -inf before."""
+        steps = self.global_step_count - self.start_step
+        return self.batch_size * steps / max(self.total_elapsed_time, 1e-9) if steps > 0 else float("-inf")
+
+    def _now(self) -> float:
+        if self.config.synchronized:
+            _wait_for_gpu()
+        return time.perf_counter()
 
 
 def _wait_for_gpu() -> None:

@@ -49,11 +49,11 @@ LAYERS = (
             "launcher",
             "accelerator arguments checkpoint_constants comm config config.keys engine engine.param_owners "
             "engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel parallel.mesh "
-            "pipe.layers pipe.runner pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
+            "pipe.layers pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
             "zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
             "config.tensor_parallel_section config.zero_section engine.plain_backward ops.adam ops.lamb ops.lion "
-            "parallel.groups stage_3.shard timers",
+            "parallel.groups pipe.runner stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
             "config.reader engine.data engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
             "pipe.module profiling",

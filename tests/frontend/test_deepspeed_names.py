@@ -80,6 +80,24 @@ def test_timers(caplog, monkeypatch):
         clock("backward").start()
 
 
+def test_a_timer_of_samples(monkeypatch):
+    now = iter([0.0, 1.0, 10.0, 12.0, 20.0, 21.0])
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: next(now))
+    config, lines = argparse.Namespace(enabled=True, synchronized=True), []
+    timer = timers.ThroughputTimer(config, 6, start_step=1, steps_per_output=2, logging_fn=lines.append)
+    for is_last in (False, True, False, True, True):  # the first global step is not counted
+        timer.start()
+        timer.stop(global_step=is_last)
+    assert lines == ["epoch=0, micro_step=4, global_step=2, samples/s: 2.000 on average, 2.000 now"]
+    assert timer.avg_samples_per_sec() == 3.0 and timer.global_step_count == 3
+    disabled = timers.ThroughputTimer(argparse.Namespace(enabled=False, synchronized=True), 6)
+    disabled.start()
+    disabled.stop(global_step=True)
+    assert disabled.avg_samples_per_sec() == float("-inf")
+    with pytest.raises(ValueError, match="monitor_memory=True.*psutil"):
+        timers.ThroughputTimer(config, 6, monitor_memory=True)
+
+
 def store_on_nodes(group: Any, num_hosts: int) -> str:
     real, platform.node = platform.node, lambda: f"host{comm.get_rank() % num_hosts}"
     config = {"train_batch_size": 8, "optimizer": ADAM, "checkpoint": {"use_node_local_storage": True}}

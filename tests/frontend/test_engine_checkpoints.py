@@ -12,6 +12,7 @@ import pyzero
 from pyzero.checkpoint import files
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.schedules import WarmupLR
+from pyzero.deepspeed.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}}
 SECTIONS = {
@@ -142,6 +143,22 @@ def test_tags(tmp_path):
     assert engine.global_steps == 3 and len(list((tmp_path / "best").glob("step_*"))) == 1
 
 
+def test_tags_in_folders(tmp_path):
+    """As DeepSpeed's: the name of a run and that of a checkpoint."""
+    engine = start(2, "bf16")
+    for step in range(2):
+        train(engine, range(step, step + 1))
+        engine.save_checkpoint(tmp_path, tag=f"run/epoch{step}")
+    found = values(engine)
+    assert (tmp_path / "latest").read_text() == "run/epoch1"
+    assert engine.load_checkpoint(tmp_path, tag="run/epoch0")[0] == str(tmp_path / "run" / "epoch0")
+    assert engine.global_steps == 1
+    engine.load_checkpoint(tmp_path)
+    assert engine.global_steps == 2 and all(torch.equal(a, b) for a, b in zip(values(engine), found, strict=True))
+    weights = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert weights.keys() == engine.module.state_dict().keys()
+
+
 def loads_of(group: Any, path: str, texts: list[bytes]) -> list[str]:
     """What load_checkpoint says of each content of `latest`; nothing changes."""
     engine = start(2, "bf16")
@@ -157,7 +174,7 @@ def loads_of(group: Any, path: str, texts: list[bytes]) -> list[str]:
             engine.load_checkpoint(path)
         said.append(str(caught.value))
         assert all(torch.equal(a, b) for a, b in zip(values(engine), before, strict=True))
-    tag = "a/b" if comm.get_rank() == comm.get_world_size() - 1 else "best"
+    tag = "../b" if comm.get_rank() == comm.get_world_size() - 1 else "best"
     with pytest.raises((ValueError, pyzero.CheckpointError), match="expected a tag that can name a folder"):
         engine.save_checkpoint(path, tag=tag)
     with pytest.raises((ValueError, pyzero.CheckpointError), match="expected a tag that can name a folder"):
@@ -199,7 +216,9 @@ def test_where_there_is_none(ranks, tmp_path):
         start(2, "fp32").load_checkpoint(tmp_path, tag="other")
 
 
-@pytest.mark.parametrize("tag", ["../up", "a/b", ".hidden", "", "a\nb", "latest"])
+@pytest.mark.parametrize(
+    "tag", ["../up", "a/../b", "/a", "a/", "a//b", "a/.b", "a/latest", "a/step_3", ".hidden", "", "a\nb", "latest"]
+)
 def test_tags_that_name_no_folder(tmp_path, tag):
     engine = start(2, "fp32")
     with pytest.raises(ValueError, match="expected a tag that can name a folder"):

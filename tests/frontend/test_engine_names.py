@@ -649,3 +649,13 @@ def test_the_last_batch_is_dropped_where_the_config_says_so():
         config = {"train_batch_size": 4, "optimizer": ADAM, "dataloader_drop_last": drops}
         engine, _, loader, _ = pyzero.initialize(model=Net(), training_data=data, config=config)
         assert [len(batch) for (batch,) in loader] == sizes and engine.training_dataloader is loader
+
+
+def test_states_stay_where_they_are(monkeypatch):
+    engine = start()
+    monkeypatch.setattr(engine, "device", torch.device("cpu"))
+    engine.offload_states(include=None, device="cpu", pin_memory=True, non_blocking=False)
+    engine.reload_states(non_blocking=True)
+    monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
+    with pytest.raises(NotImplementedError, match=r"offload_states\(\) on cuda:0.*offload_optimizer.device to cpu"):
+        engine.offload_states()

@@ -410,6 +410,20 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         """The module's: torch.compile in place."""
         self.module.compile(*args, **kwargs)
 
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing on a CPU, whose states lie in memory of the host. Refused on a GPU.
+
+        Raises:
+            NotImplementedError: On a GPU.
+        """
+        if self.device.type != "cpu":
+            raise NotImplementedError(
+                f"got offload_states() on {self.device}, which is not supported: states stay where they are; set "
+                f"zero_optimization.offload_optimizer.device to cpu, which keeps them in memory of the host"
+            )
+
+    reload_states = offload_states
+
     def empty_partition_cache(self) -> None:
         """Have modules of stage 3 let go of whole weights."""
         reshard(self.module)

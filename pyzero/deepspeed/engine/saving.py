@@ -27,7 +27,8 @@ from pyzero.optimizer import ZeroOptimizer
 log = logging.getLogger("pyzero")
 
 _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
-_TAG = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
+_TAG_PART = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
+_OWN_FOLDER = re.compile(r"step_\d+(\.\d+)?")  # in that of a tag
 _COUNTERS = ("global_steps", "global_samples")
 
 
@@ -209,10 +210,12 @@ class EngineCheckpoints:
 
 
 def _checked(tag: str) -> str:
-    if not _TAG.fullmatch(tag):
+    first, *others = tag.split("/")
+    are_names = all(_TAG_PART.fullmatch(part) for part in (first, *others))
+    if not are_names or any(_OWN_FOLDER.fullmatch(part) for part in others):
         raise ValueError(
-            f"expected a tag that can name a folder, got {tag!r}; leave out slashes and leading dots, and "
-            f"{files.LATEST!r}, which is a file"
+            f"expected a tag that can name a folder, got {tag!r}; leave out leading dots, {files.LATEST!r}, which is a "
+            f"file, and step_ and a number after a slash, which a checkpoint's own folders are called"
         )
     return tag
 

@@ -16,9 +16,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return _map(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors to a device, in tuples, lists and dicts too."""
-    return _map(value, lambda tensor: tensor.to(device))
+def to_device(value: Any, device: torch.device, copy: bool = False) -> Any:
+    """Tensors to a device, in tuples, lists and dicts too. copy: They are other tensors, there too."""
+    return _map(value, lambda tensor: tensor.to(device, copy=copy))
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -13,13 +14,9 @@ from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import tensors
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.parallel.mesh import Parallelism
-from pyzero.deepspeed.pipe.module import PipelineModule
+from pyzero.deepspeed.pipe.module import PipelineError, PipelineModule
 from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
 from pyzero.optimizer import ZeroOptimizer
-
-
-class PipelineError(RuntimeError):
-    """What a pipeline cannot do."""
 
 
 class PipelineEngine(Engine):
@@ -37,12 +34,12 @@ class PipelineEngine(Engine):
         leaves_group: bool,
     ) -> None:
         super().__init__(module, optimizer, lr_scheduler, config, parallel, leaves_group)
-        self.grid = module.grid
+        self.grid = self.mpu = module.grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn: Callable[[Any], Any] | None = None
         self._everyone = Group()
-        self._runners: dict[tuple[int, bool], Runner] = {}
+        self._runners: dict[tuple[int, bool], tuple[float, Runner]] = {}  # with the shapes that each is for
 
     # ---- data ------------------------------------------------------------------------------------------------------
 
@@ -53,6 +50,13 @@ class PipelineEngine(Engine):
     def is_last_stage(self) -> bool:
         """Whether this rank reads labels."""
         return self.stage_id == self.num_stages - 1
+
+    def get_pipeline_parallel_rank(self) -> int:
+        """The number of this rank's stage."""
+        return self.stage_id
+
+    def set_has_attention_mask(self, value: bool) -> None:
+        """Nothing: what stages send tells by itself which of it has gradients."""
 
     def set_dataloader(self, loader: Iterable[Any]) -> None:
         """Where train_batch() takes micro-batches from; see pyzero.deepspeed.utils.RepeatingLoader."""
@@ -68,7 +72,7 @@ class PipelineEngine(Engine):
         self.batch_fn = fn
 
     def reset_activation_shape(self) -> None:
-        """Before micro-batches of another shape than those so far: on every rank, as DeepSpeed's."""
+        """As DeepSpeed's; train_batch() sees by itself that inputs are of another shape than those before."""
         self._runners.clear()
 
     def _pull(self, data_iter: Iterator[Any] | None, num_micro: int) -> list[MicroBatch]:
@@ -89,12 +93,24 @@ class PipelineEngine(Engine):
                     f"expected micro-batches as (inputs, labels), got {type(batch).__name__}; give such pairs, or call "
                     f"engine.set_batch_fn()"
                 )
-            inputs, labels = (tensors.to_device(part, self.device) for part in batch)
-            micro.append((self._cast(inputs), labels))
+            inputs, labels = map(_as_tuple, batch)
+            inputs = tensors.to_device(inputs, self.device, copy=self.is_first_stage())  # layers may edit them in place
+            micro.append((self._cast(inputs), tensors.to_device(labels, self.device)))
+        shapes = [_shapes(inputs) for inputs, _ in micro] if self.is_first_stage() and self.num_stages > 1 else []
+        other = next((at for at, found in enumerate(shapes) if found != shapes[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"expected micro-batches of one shape in a batch, got inputs of {shapes[0]} in the first and "
+                f"{shapes[other]} in number {other}; pad them, or have the loader leave out the last, smaller one "
+                f"(dataloader_drop_last in the config, drop_last=True)"
+            )
         return micro
 
-    def _pull_on_all_ranks(self, data_iter: Iterator[Any] | None, num_micro: int) -> list[MicroBatch]:
-        """`_pull`; where the data end or fail on one rank, no rank begins the batch. Collective."""
+    def _pull_on_all_ranks(self, data_iter: Iterator[Any] | None, num_micro: int) -> tuple[list[MicroBatch], float]:
+        """`_pull`, and a number that stands for the shapes of this pipeline's inputs, on all of its ranks.
+
+        Where the data end or fail on one rank, no rank begins the batch. Collective.
+        """
         micro: list[MicroBatch] = []
         problem: Exception | None = None
         try:
@@ -102,15 +118,17 @@ class PipelineEngine(Engine):
         except Exception as error:  # of any kind: the other ranks wait to hear of it
             problem = error
         code = 0.0 if problem is None else 1.0 if isinstance(problem, StopIteration) else 2.0
-        row = torch.tensor([code], dtype=torch.float64, device="cpu")
-        codes = self._everyone.gather_rows(row, "the agreement on a batch").view(-1).tolist()
+        shapes = float(zlib.crc32(repr(_shapes(micro[0][0])).encode())) if micro else 0.0
+        row = torch.tensor([code, shapes], dtype=torch.float64, device="cpu")
+        rows = self._everyone.gather_rows(row, "the agreement on a batch").view(-1, 2)
+        codes = rows[:, 0].tolist()
         if problem is not None:
             raise problem
         if 2.0 in codes:
             raise PipelineError(f"got an error in the data of ranks {_where(codes, 2.0)}; see their output")
         if 1.0 in codes:
             raise StopIteration(f"the data of ranks {_where(codes, 1.0)} ended")
-        return micro
+        return micro, float(rows[self.grid.stage_to_global(0), 1])
 
     # ---- a batch ---------------------------------------------------------------------------------------------------
 
@@ -136,9 +154,9 @@ class PipelineEngine(Engine):
             self.set_dataiterator(data_iter)
         self.module.train()
         num_micro = self.batches.accumulation
-        micro = self._pull_on_all_ranks(self.data_iterator, num_micro)
+        micro, shapes = self._pull_on_all_ranks(self.data_iterator, num_micro)
         with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
-            mean = self._train_alone(micro) if self.num_stages == 1 else self._runner(True).train(micro)
+            mean = self._train_alone(micro) if self.num_stages == 1 else self._runner(True, shapes).train(micro)
             loss = self._loss_of_all(mean)
         if self.module.has_ties:
             self.optimizer.sum_tied_grads(self.module.tied_params())
@@ -187,18 +205,25 @@ class PipelineEngine(Engine):
         self.module.eval()
         num_micro = self.batches.accumulation if num_micro_batches is None else num_micro_batches
         try:
-            micro = self._pull_on_all_ranks(data_iter, num_micro)
+            micro, shapes = self._pull_on_all_ranks(data_iter, num_micro)
             if self.num_stages > 1:
-                return self._loss_of_all(self._runner(False, num_micro).evaluate(micro))
-            losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
-            return self._loss_of_all(torch.stack(losses).mean())
+                mean = self._runner(False, shapes, num_micro).evaluate(micro)
+            else:
+                losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
+                mean = torch.stack(losses).mean()
+            loss = self._loss_of_all(mean)
         finally:
             self.module.train(was_training)
+        if self.monitor.enabled:
+            self.monitor.write_events([("Train/Samples/eval_loss", float(loss), self.global_samples)])
+        return loss
 
-    def _runner(self, trains: bool, num_micro: int | None = None) -> Runner:
+    def _runner(self, trains: bool, shapes: float, num_micro: int | None = None) -> Runner:
         key = num_micro or self.batches.accumulation, trains
+        if key in self._runners and self._runners[key][0] != shapes:
+            self._runners.pop(key)[1].free()
         if key not in self._runners:
-            self._runners[key] = Runner(
+            runner = Runner(
                 self.module,
                 run=self._layers,
                 loss_fn=self._loss,
@@ -209,15 +234,23 @@ class PipelineEngine(Engine):
                 device=self.device,
                 group=self.grid.get_pipe_parallel_group(),
             )
-        return self._runners[key]
+            self._runners[key] = shapes, runner
+        return self._runners[key][1]
 
     def _layers(self, inputs: Any) -> Any:
         with self._autocast():
             return self.module(inputs)
 
     def _loss(self, outputs: Any, labels: Any) -> Tensor:
-        loss: Tensor = outputs if self.module.loss_fn is None else self.module.loss_fn(outputs, labels)
-        return loss
+        loss_fn = self.module.loss_fn
+        loss: Any = outputs if loss_fn is None else loss_fn(outputs, labels)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise (ValueError if isinstance(loss, Tensor) else TypeError)(
+                f"expected a tensor of one element as the loss from {'loss_fn' if loss_fn else 'the last layer'}, got "
+                f"{got}; give the loss alone, as a mean, and keep what else is wanted elsewhere"
+            )
+        return loss.reshape(())
 
     def _train_alone(self, micro: list[MicroBatch]) -> Tensor:
         losses = []
@@ -257,6 +290,15 @@ class PipelineEngine(Engine):
             "a rank has the weights of its stage alone; call save_checkpoint(), and `python -m pyzero export FOLDER "
             "model.safetensors` on what it wrote"
         )
+
+
+def _as_tuple(part: Any) -> Any:
+    """torch's loaders make lists of tuples; layers look for a tuple."""
+    return tuple(part) if type(part) is list else part
+
+
+def _shapes(inputs: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors.find(inputs)]
 
 
 def _where(codes: list[float], code: float) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,10 @@ from pyzero.deepspeed import launcher
 from pyzero.deepspeed.checkpointing import checkpoint
 from pyzero.deepspeed.pipe.layers import LayerSpec, TiedLayerSpec, partition
 from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid, ProcessTopology
+
+
+class PipelineError(RuntimeError):
+    """What a pipeline cannot do."""
 
 
 class PipelineModule(nn.Module):
@@ -37,6 +42,7 @@ class PipelineModule(nn.Module):
 
     Raises:
         ValueError: An argument that does not fit the ranks or the layers, or two stages that share a parameter.
+        PipelineError: Another rank failed to build its stage.
     """
 
     builds_own_layers = True  # other ranks build others: not in zero.Init
@@ -72,24 +78,47 @@ class PipelineModule(nn.Module):
                 f"expected a layer for each stage, got {len(self.layer_specs)} layers and {self.num_stages} stages; "
                 f"take fewer stages"
             )
-        self.parts = partition(self.layer_specs, self.num_stages, partition_method)
-        self.loss_fn = loss_fn
         self.activation_checkpoint_interval = activation_checkpoint_interval
         self.activation_checkpoint_func = activation_checkpoint_func
         self.checkpointable_layers = checkpointable_layers
         self.forward_funcs: list[Callable[[Any], Any]] = []
         self.tied_modules = nn.ModuleDict()
-        self._check_apart()
-        self._build(seed_layers, seed_fn or torch.manual_seed, base_seed)
+        if self.stage_id == self.num_stages - 1:
+            self.loss_fn = loss_fn
+        else:
+            self.__dict__["loss_fn"] = loss_fn  # where it is a module, its weights are the last stage's
+        with self._failing_on_all_ranks():
+            self.parts = partition(self.layer_specs, self.num_stages, partition_method)
+            self._check_apart()
+            self._build(seed_layers, seed_fn or torch.manual_seed, base_seed)
+            self._check_trained()
         self._tied_groups = self._connect_tied()
+
+    # ---- construction ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _failing_on_all_ranks(self) -> Iterator[None]:
+        """Where one rank fails in here the others would wait for it. Collective."""
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # of any kind: the other ranks wait to hear of it
+            problem = error
+        told = None if problem is None else f"{type(problem).__name__}: {problem}"
+        failures = Group().gather_objects(told, "the agreement on a PipelineModule")
+        if problem is not None:
+            raise problem
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise PipelineError(f"a PipelineModule failed on rank {rank}: {failure}")
+
+    def _check_trained(self) -> None:
         if not any(param.requires_grad for param in self.parameters()):
             first, end = self.parts[self.stage_id : self.stage_id + 2]
             raise ValueError(
                 f"expected trained parameters on every stage, got none in layers {first} to {end - 1} of stage "
                 f"{self.stage_id}; choose another partition_method, or fewer stages"
             )
-
-    # ---- construction ----------------------------------------------------------------------------------------------
 
     def _check_apart(self) -> None:
         """Refuse modules that share a parameter over stages: their copies would part."""
@@ -177,7 +206,7 @@ class PipelineModule(nn.Module):
 
     def topology(self) -> ProcessTopology:
         """Of all ranks."""
-        return self.grid.topology
+        return self.grid.topology()
 
     def mpu(self) -> PipelineParallelGrid:
         """Where this rank is."""
@@ -197,11 +226,11 @@ class PipelineModule(nn.Module):
         value = forward_input
         for start in range(0, len(self.forward_funcs), every):
             run = self.forward_funcs[start : start + every]
+            inputs = value if isinstance(value, tuple) else (value,)
             if self._is_checkpointable(run):
-                inputs = value if isinstance(value, tuple) else (value,)
                 value = self.activation_checkpoint_func(partial(_run_on, run), *inputs)
             else:
-                value = _run(run, value)
+                value = _run_on(run, *inputs)
         return value
 
     def _is_checkpointable(self, functions: list[Callable[[Any], Any]]) -> bool:
@@ -217,4 +246,5 @@ def _run(functions: list[Callable[[Any], Any]], value: Any) -> Any:
 
 
 def _run_on(functions: list[Callable[[Any], Any]], *inputs: Any) -> Any:
+    """A tuple of one is the one in it, as in DeepSpeed where it recomputes."""
     return _run(functions, inputs[0] if len(inputs) == 1 else inputs)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyzero.deepspeed.engine import tensors
+
 MicroBatch = tuple[Any, Any]  # inputs, labels
+_ALONE_SHAPE = (1,) * 7  # of a tensor of int8 that is sent beside the one of a tuple: torch gives it for a bare one
 
 
 class Runner:
@@ -46,16 +49,21 @@ class Runner:
         self._loss_fn, self._scale, self._num_micro = loss_fn, scale, num_micro
         self._micro: Sequence[MicroBatch] = ()
         self._losses: dict[int, Tensor] = {}
-        layers = _StageLayers(module, run, self._inputs if stage == 0 else None)
-        self._stage = PipelineStage(layers, stage, num_stages, device, group=group)
+        is_last = stage == num_stages - 1
+        self._layers = _StageLayers(module, run, self._inputs if stage == 0 else None, is_last)
+        self._stage = PipelineStage(self._layers, stage, num_stages, device, group=group)
         schedule = Schedule1F1B if num_micro >= num_stages else ScheduleGPipe  # 1F1B takes no fewer
         self._schedule = schedule(self._stage, num_micro, loss_fn=self._loss, scale_grads=False)
+
+    def free(self) -> None:
+        """Let go of torch's buffers at once: they and this one hold each other."""
+        del self._schedule, self._stage, self._layers
 
     def _inputs(self, number: Tensor) -> Any:
         return self._micro[int(number)][0]
 
-    def _loss(self, outputs: Any, number: Tensor) -> Tensor:
-        loss = self._loss_fn(outputs, self._micro[int(number)][1])
+    def _loss(self, _: Any, number: Tensor) -> Tensor:
+        loss = self._loss_fn(self._layers.take_last(), self._micro[int(number)][1])
         self._losses[int(number)] = loss.detach()
         return self._scale(loss / self._num_micro)
 
@@ -78,24 +86,32 @@ class Runner:
                 return_outputs=False,
             )
             losses = [self._losses[number].float() for number in sorted(self._losses)]
+        except RuntimeError as error:
+            if error.__cause__ is None or "failed to run forward" not in str(error):
+                raise
+            raise error.__cause__ from None  # a layer's own, of its own class
         finally:
             self._micro, self._losses = (), {}
         return torch.stack(losses).mean() if losses else None
 
 
 class _StageLayers(nn.Module):
-    """What PipelineStage calls. inputs: on the first stage, gives those of a number."""
+    """What PipelineStage calls. inputs: on the first stage, gives those of a number. is_last: Nothing is sent on."""
 
-    def __init__(self, module: nn.Module, run: Callable[[Any], Any], inputs: Callable[[Tensor], Any] | None) -> None:
+    def __init__(
+        self, module: nn.Module, run: Callable[[Any], Any], inputs: Callable[[Tensor], Any] | None, is_last: bool
+    ) -> None:
         super().__init__()
         self._module, self._run_module = module, run
-        self._inputs = inputs
+        self._inputs, self._is_last = inputs, is_last
         # torch's first call is to learn shapes, on later stages with uninitialised memory, and may run backward.
         self._asks_shapes = True
         self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were before it
+        self._sent: Any = None  # shape and dtype of what it gave: others expect them
+        self._last: Any = None
 
     def forward(self, *received: Tensor) -> Any:
-        """The module's."""
+        """The module's, as tensors that can be sent; of the last stage what torch can look at."""
         with torch.no_grad():
             if self._asks_shapes:
                 self._before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
@@ -105,10 +121,50 @@ class _StageLayers(nn.Module):
                 for buffer, before in self._before:
                     buffer.copy_(before)
                 self._before = []
+        outputs = self._run_module(self._received(received) if self._inputs is None else self._inputs(received[0]))
+        if self._is_last:
+            self._last = outputs
+            sent = tuple(tensors.find(outputs))
+        else:
+            sent = self._sendable(outputs)
         self._asks_shapes = False
-        return self._call(received)
+        return sent
 
-    def _call(self, received: tuple[Tensor, ...]) -> Any:
-        if self._inputs is not None:
-            return self._run_module(self._inputs(received[0]))
-        return self._run_module(received[0] if len(received) == 1 else received)
+    def take_last(self) -> Any:
+        """What the module of the last stage gave last, of whatever kind."""
+        outputs, self._last = self._last, None
+        return outputs
+
+    def _received(self, received: tuple[Tensor, ...]) -> Any:
+        mine = tuple(_editable(tensor) if tensor.requires_grad else tensor for tensor in received)
+        if len(mine) == 2 and mine[1].dtype == torch.int8 and mine[1].shape == _ALONE_SHAPE:
+            return mine[:1]
+        return mine[0] if len(mine) == 1 else mine
+
+    def _sendable(self, outputs: Any) -> tuple[Tensor, ...]:
+        several = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+        others = [type(value).__name__ for value in several if not isinstance(value, Tensor)]
+        if others or not several:
+            raise TypeError(
+                f"expected a tensor, or a tuple of tensors, from the last layer of a stage, got "
+                f"{', '.join(others) or 'an empty one'} in its place; leave it out of what is sent on, or "
+                f"choose another partition_method"
+            )
+        found = [(tuple(value.shape), value.dtype) for value in several]
+        if self._asks_shapes:
+            self._sent = found
+        elif self._sent != found:
+            raise ValueError(
+                f"expected a stage to send {self._sent} of each micro-batch, as of the first, got {found}; have layers "
+                f"give the same shapes for inputs of the same shapes"
+            )
+        sent = tuple(value.contiguous() for value in several)
+        is_alone = len(several) == 1 and not isinstance(outputs, Tensor)
+        return (*sent, sent[0].new_zeros(_ALONE_SHAPE, dtype=torch.int8)) if is_alone else sent
+
+
+def _editable(received: Tensor) -> Tensor:
+    """A copy, which layers may edit in place, and whose gradient can be sent."""
+    copy = received.clone()
+    copy.register_hook(Tensor.contiguous)
+    return copy

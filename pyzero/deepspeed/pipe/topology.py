@@ -27,6 +27,13 @@ class ProcessTopology:
         """From the slowest to the fastest."""
         return self.axes
 
+    def get_rank_repr(
+        self, rank: int, omit_axes: Sequence[str] = ("data", "pipe"), inner_sep: str = "_", outer_sep: str = "-"
+    ) -> str:
+        """A rank's place on the other axes, for names of files."""
+        place = self.get_coord(rank)._asdict()
+        return outer_sep.join(f"{axis}{inner_sep}{at:02d}" for axis, at in place.items() if axis not in omit_axes)
+
     def get_dim(self, axis: str) -> int:
         """Its length; 0 where there is none of that name."""
         return self.dims[self.axes.index(axis)] if axis in self.axes else 0
@@ -91,7 +98,7 @@ class PipelineParallelGrid:
     """
 
     def __init__(self, topology: ProcessTopology) -> None:
-        self.topology = topology
+        self._topo = topology
         self.global_rank, size = process.rank_and_size()
         if topology.world_size() != size:
             raise ValueError(
@@ -108,14 +115,19 @@ class PipelineParallelGrid:
         self.stage_id: int = place.pipe
         self.data_parallel_id: int = place.data
         self.pipe_parallel_size, self.data_parallel_size = topology.get_dim("pipe"), topology.get_dim("data")
-        self.model_parallel_size = 1
+        self.model_parallel_size = self.slice_parallel_size = 1
+        self.is_first_stage, self.is_last_stage = self.stage_id == 0, self.stage_id == self.pipe_parallel_size - 1
         self._dp = launcher.subgroup(topology.get_axis_comm_lists("data")) if size > 1 else None
         self._pp = launcher.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
 
     def stage_to_global(self, stage_id: int, data: int | None = None) -> int:
         """The rank of another stage, in this pipeline or in that of another replica."""
-        place = self.topology.get_coord(self.global_rank)._asdict() | {"pipe": stage_id}
-        return self.topology.get_rank(**(place if data is None else place | {"data": data}))
+        place = self._topo.get_coord(self.global_rank)._asdict() | {"pipe": stage_id}
+        return self._topo.get_rank(**(place if data is None else place | {"data": data}))
+
+    def topology(self) -> ProcessTopology:
+        """Of all ranks."""
+        return self._topo
 
     def get_stage_id(self) -> int:
         """Which stage this rank is, from 0 on."""
@@ -128,6 +140,14 @@ class PipelineParallelGrid:
     def get_data_parallel_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.data_parallel_id
+
+    def get_data_parallel_id(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.data_parallel_id
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """The ranks that hold the same stage."""
+        return self._topo.filter_match(pipe=self.stage_id)
 
     def get_data_parallel_world_size(self) -> int:
         """How many replicas there are."""
@@ -149,10 +169,21 @@ class PipelineParallelGrid:
         """The ranks of this pipeline; None where there is one process."""
         return self._pp
 
-    def get_model_parallel_rank(self) -> int:
+    get_pipeline_model_parallel_rank = get_pipe_parallel_rank
+    get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
+
+    # Of all that hold parts of one model, as DeepSpeed has it: here its stages.
+    get_model_parallel_rank = get_pipe_parallel_rank
+    get_model_parallel_world_size = get_pipe_parallel_world_size
+    get_model_parallel_group = get_pipe_parallel_group
+
+    def get_slice_parallel_rank(self) -> int:
         """0: there is no tensor parallelism."""
         return 0
 
-    def get_model_parallel_world_size(self) -> int:
+    def get_slice_parallel_world_size(self) -> int:
         """1."""
         return 1
+
+    get_tensor_model_parallel_rank = get_slice_parallel_rank
+    get_tensor_model_parallel_world_size = get_slice_parallel_world_size
