@@ -313,8 +313,8 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
     layouts = chosen.layouts
     all_grads = sum(chosen.grads(layout) for layout in layouts)
     if not chosen.reduces:  # a rule that reads no lists has them packed, one run of a shard at a time
-        bounds = [(layout, *layout.run_bounds(run, 0)) for layout in layouts for run in layout.runs]
-        packed = [(high - low) * chosen.element_bytes[layout.key] for layout, low, high in bounds]
+        runs = [(layout.key, run) for layout in layouts for run in layout.shard_runs(0)]
+        packed = [(run.high - run.low) * chosen.element_bytes[key] for key, run in runs]
         return all_grads, all_grads + (0 if chosen.reads_lists else max(packed, default=0))
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]

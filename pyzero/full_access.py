@@ -249,7 +249,8 @@ class FullAccess:
         """What `full_grad` gives, of this rank's part of a DTensor. Collective."""
         self._place_unfrozen()
         place = self._find(param)
-        return None if place is None else self._local_grad(*place, self._collect("full_grad"))
+        local = None if place is None else self._local_grad(*place, self._collect("full_grad"))
+        return None if local is None else local.clone()
 
     @torch.no_grad()
     def set_local_state(self, param: Tensor, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.pieces import Pieces
 from pyzero.gradients.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket
+from pyzero.sharding.layout import ShardRun
 
 
 class BucketGrads:
@@ -130,25 +131,22 @@ class BucketGrads:
             accumulate: Add to the shard, if there is one, instead of replacing it.
             stats: (num_runs, 3) clean rows, which become the shard's statistics.
         """
-        layout = self.bucket.layout
         accumulate &= self.shard is not None
         before, self.stats = self.first_bad, stats
         if accumulate:
             self.first_bad.copy_(before)
         self.shard = shard
         found_inf = self.found_inf
-        for index, run in enumerate(layout.runs):
-            low, high = layout.run_bounds(run, self.bucket.rank)
-            if low < high:
-                ops.reduce_scatter_(
-                    shard[low:high],
-                    [piece[low:high] for piece in slices],
-                    scale=scale,
-                    accumulate=accumulate,
-                    found_inf=found_inf,
-                    sumsq=sumsq_of(stats[index]) if run.key.in_norm else None,
-                    backend=self._backend,
-                )
+        for run in self.bucket.runs:
+            ops.reduce_scatter_(
+                shard[run.low : run.high],
+                [piece[run.low : run.high] for piece in slices],
+                scale=scale,
+                accumulate=accumulate,
+                found_inf=found_inf,
+                sumsq=self._squares(run),
+                backend=self._backend,
+            )
         self._stats_are_stale = False
 
     def apply_factors(self) -> None:
@@ -171,14 +169,16 @@ class BucketGrads:
         """Recompute flag and squares where the shard has changed since."""
         if not self._stats_are_stale or self.shard is None:
             return
-        layout, found_inf = self.bucket.layout, self.found_inf
+        found_inf = self.found_inf
         self._clear_flag_and_squares()
-        for index, run in enumerate(layout.runs):
-            low, high = layout.run_bounds(run, self.bucket.rank)
-            if low < high:
-                squares = sumsq_of(self.stats[index]) if run.key.in_norm else None
-                ops.unscale_([self.shard[low:high]], 1.0, found_inf=found_inf, sumsq=squares, backend=self._backend)
+        for run in self.bucket.runs:
+            part = [self.shard[run.low : run.high]]
+            ops.unscale_(part, 1.0, found_inf=found_inf, sumsq=self._squares(run), backend=self._backend)
         self._stats_are_stale = False
+
+    def _squares(self, run: ShardRun) -> Tensor | None:
+        """(1,) fp64: where its sum of squares goes."""
+        return sumsq_of(self.stats[run.index]) if run.key.in_norm else None
 
     def _clear_flag_and_squares(self) -> None:
         self.stats[:, :FIRST_BAD].zero_()

@@ -537,10 +537,9 @@ class ReducedGradients(Gradients):
         """See Gradients."""
         parts = []
         for grads in self._grads:
-            for run in grads.bucket.layout.runs:
-                low, high = grads.bucket.layout.run_bounds(run, self._group.rank)
+            for run in grads.bucket.runs:
                 if run.key.in_norm and grads.shard is not None:
-                    parts.append(grads.shard[low:high])
+                    parts.append(grads.shard[run.low : run.high])
         return power_sum(parts, norm_type, self._device)
 
     def locate_nonfinite(self, always: bool) -> None:

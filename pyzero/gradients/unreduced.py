@@ -25,7 +25,7 @@ from pyzero.gradients.scale_tracker import ScaleTracker
 from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, is_set, sumsq_of
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
-from pyzero.sharding.layout import GRANULE
+from pyzero.sharding.layout import GRANULE, ShardRun
 from pyzero.sharding.local_param import user_param
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
@@ -58,11 +58,9 @@ def _readable(pieces: GradPieces, bucket: Bucket, backend: str) -> Sequence[Tens
 
 @dataclass
 class _RunGrads:
-    """A run of a bucket in this rank's shard, of whose elements it has [low, high)."""
+    """The gradients of a run in this rank's shard."""
 
-    in_norm: bool
-    low: int
-    high: int
+    shard_run: ShardRun
     pieces: Pieces
     apart: list[int] | None = None  # addresses of gradients, none of which is in the buckets' memory
 
@@ -111,13 +109,9 @@ class UnreducedGradients(Gradients):
         for run in chain.from_iterable(self._runs.values()):
             run.apart = None
         begin, _ = bucket.layout.shard_bounds(self._group.rank)
-        bounds = [(run, *bucket.layout.run_bounds(run, self._group.rank)) for run in bucket.layout.runs]
         self._runs[bucket] = [
-            _RunGrads(
-                run.key.in_norm, low, high, Pieces(bucket, begin + low, begin + high, not bucket.rule.reads_lists)
-            )
-            for run, low, high in bounds
-            if low < high
+            _RunGrads(run, Pieces(bucket, begin + run.low, begin + run.high, not bucket.rule.reads_lists))
+            for run in bucket.runs
         ]
 
     def move_to(self, buckets: list[Bucket]) -> None:
@@ -185,7 +179,7 @@ class UnreducedGradients(Gradients):
                 used[number] = grad is not None
             found_pieces[bucket] = self._pieces_of(bucket, grads)
             for run, pieces in zip(self._runs[bucket], found_pieces[bucket], strict=True):
-                (counted if run.in_norm else others).extend(pieces.tensors)
+                (counted if run.shard_run.key.in_norm else others).extend(pieces.tensors)
         ops.unscale_(counted, 1.0, found_inf=found, sumsq=self._sumsq, backend=self._backend)
         if others:
             ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
@@ -249,17 +243,17 @@ class UnreducedGradients(Gradients):
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
         """See Gradients. A list for a rule that reads one; packed otherwise."""
         for run, pieces in zip(self._runs[bucket], self._pieces[bucket], strict=True):
-            tensors, size = pieces.tensors, run.high - run.low
+            tensors, size = pieces.tensors, run.shard_run.high - run.shard_run.low
             needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
             if bucket.rule.reads_lists and tensors and not needs_zeros:
-                yield run.low, GradList(_readable(pieces, bucket, self._backend), pieces.offsets, size)
+                yield run.shard_run.low, GradList(_readable(pieces, bucket, self._backend), pieces.offsets, size)
             elif tensors or needs_zeros:
                 dtype = torch.float32 if _is_mixed(tensors, bucket) else bucket.dtype
                 packed = memory.empty(size, dtype, bucket.device)
                 if needs_zeros:
                     packed.zero_()  # a parameter may have a gradient on another rank alone
                 ops.pack_(packed, tensors, offsets=pieces.offsets, backend=self._backend)
-                yield run.low, packed
+                yield run.shard_run.low, packed
 
     def _multiply(self, factor: Tensor) -> None:
         self.factor()
@@ -301,7 +295,7 @@ class UnreducedGradients(Gradients):
         counted: list[Tensor] = []
         for bucket, found in self._pieces.items():
             for run, pieces in zip(self._runs[bucket], found, strict=True):
-                counted += pieces.tensors if run.in_norm else []
+                counted += pieces.tensors if run.shard_run.key.in_norm else []
         return power_sum(counted, norm_type, self._device)
 
     def locate_nonfinite(self, always: bool) -> None:

@@ -110,8 +110,7 @@ class Bucket:
         # (num_params,) fp64, `numbers` where kernels read them
         self.numbers_on_device = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
-        runs = [(run.key.group_index, *layout.run_bounds(run, rank)) for run in layout.runs]
-        self._runs = [(group_index, low, high) for group_index, low, high in runs if low < high]
+        self.runs = layout.shard_runs(rank)
         self._run_shards: dict[tuple[int, int], list[RunShard]] = {}
 
     def keep_steps_in(self, steps: Tensor) -> None:
@@ -205,7 +204,7 @@ class Bucket:
         """Views of elements [low, high) of this rank's shard, run by run."""
         found = self._run_shards.get((low, high))
         if found is None:
-            cut = [(group_index, max(begin, low), min(end, high)) for group_index, begin, end in self._runs]
+            cut = [(run.key.group_index, max(run.low, low), min(run.high, high)) for run in self.runs]
             found = [self._run_shard(*run) for run in cut if run[1] < run[2]]
             self._run_shards[low, high] = found
         return found

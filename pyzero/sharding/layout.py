@@ -90,6 +90,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class ShardRun:
+    """The part of a run that a shard holds: [low, high), in elements of the shard."""
+
+    index: int  # among the bucket's runs
+    key: RunKey
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
 class BucketLayout:
     """One bucket: its parameters, and how it is cut."""
 
@@ -108,11 +118,14 @@ class BucketLayout:
         """[begin, end) of a rank's shard, in elements of the bucket."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
-    def run_bounds(self, run: Run, rank: int) -> tuple[int, int]:
-        """[begin, end) of a run's part in a rank's shard, in elements of the shard."""
+    def shard_runs(self, rank: int) -> list[ShardRun]:
+        """The runs that a rank's shard holds a part of."""
         begin, end = self.shard_bounds(rank)
-        low, high = max(run.begin, begin), min(run.end, end)
-        return (low - begin, high - begin) if low < high else (0, 0)
+        clipped = [
+            ShardRun(index, run.key, max(run.begin, begin) - begin, min(run.end, end) - begin)
+            for index, run in enumerate(self.runs)
+        ]
+        return [run for run in clipped if run.low < run.high]
 
     def in_norm(self, position: int) -> bool:
         """Whether a parameter counts for the global norm on this rank."""

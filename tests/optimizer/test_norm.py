@@ -251,5 +251,6 @@ def test_flags_of_parameters_travel_as_bits(num_params):
 
 
 def test_edits_travel_as_a_checksum():
-    sums = [grad_stats._checksum(edits) for edits in ([], [0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 1])]
-    assert sums[:2] == [0, 0] and len({*sums[1:]}) == 5
+    counts = ([], [0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 1])
+    sums = [grad_stats._checksum([(num, product) for num in nums]) for nums in counts for product in (1.0, 0.5)]
+    assert sums[:4] == [0] * 4 and len({*sums[3:]}) == 9
