@@ -101,6 +101,7 @@ class StateDicts(Status):
 
         Every rank calls it; the latter two are given whole to each. Where it does not fit on one rank, nothing is
         changed on any. Gradients stay; with a loss scale those that were held back are reduced first.
+        A fixed loss scale stays as it was built; a dynamic one becomes the saved one, inside its bounds.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters; or another rule's.
