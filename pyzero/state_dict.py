@@ -17,7 +17,6 @@ from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.sharding import rank_state
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
-from pyzero.sharding.local_param import user_param
 from pyzero.status import Status
 from pyzero.streams import on_device
 
@@ -125,6 +124,7 @@ class StateDicts(Status):
         if cut is not None:
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
             self._gradients.learns_arrival &= not cut.has_learned
+        saved.reorder(self._param_buckets, self._group)
         saved.copy_into(self)
         has_scale = saved.scaler is not None and self._scaler.load(saved.scaler)
         if saved.scaler is not None:
@@ -184,8 +184,7 @@ class StateDicts(Status):
         learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
-        buckets = [[places[user_param(param)] for param in bucket.params] for bucket in self._buckets]
-        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
+        return rank_state.describe(self._group.rank, self._group.size, self._buckets, places, learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""
