@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from resume import assert_equal
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import pyzero
@@ -93,8 +93,8 @@ def test_another_memory_format_goes_on_bit_for_bit(ranks, tmp_path, size, way, d
         assert_equal(later, wanted_later)
 
 
-def into_another_shape(group: Any, shapes: tuple[Any, Any], only: int | None) -> tuple[str, bool]:
-    """What is said, and whether all is as before. only: The rank that has the file of another model; None: each."""
+def into_another_shape(group: Any, shapes: tuple[Any, Any], only: int | None) -> str:
+    """What is said, where all is as before then. only: The rank that has the file of another model; None: each."""
     saved, mine = (pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(s))], process_group=group) for s in shapes)
     theirs = through_a_file(saved.state_dict())
     own = through_a_file(mine.state_dict())
@@ -123,7 +123,7 @@ def test_another_shape_of_as_many_elements_is_refused_on_one_rank(ranks):
         assert "parameter 0" in said and str(shapes[0]) in said and str(shapes[1]) in said
 
 
-def without_shapes(group: Any) -> list[Tensor]:
+def without_shapes(group: Any) -> list[Any]:
     """What a state dict gives that was saved before shapes were."""
     model = build(torch.bfloat16, "others")
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
