@@ -520,16 +520,25 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._transport.reserve(sizes, len(self._param_buckets.params))
 
     def _place_unfrozen(self) -> None:
-        """Give buckets to parameters that are no longer frozen. Collective where there are any.
+        """Give buckets to parameters that are no longer frozen. Collective where there are any."""
+        self._place_found(self._find_unfrozen())
+
+    def _find_unfrozen(self) -> list[int]:
+        """Indices of groups with parameters that are no longer frozen.
 
         First comes the round of a backward that an exception has ended: other ranks have sent theirs, which may have
         placed those parameters.
         """
         self._gradients.finish_broken_round()
-        with_grads = self._group.size == 1 and not self._topology.model  # others cannot see this rank's `.grad`
-        unplaced = self._param_buckets.unplaced(self._param_groups, self.state, with_grads)
-        if unplaced:
-            self._place(unplaced, with_grads)
+        return self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
+
+    def _place_found(self, group_indices: list[int]) -> None:
+        if group_indices:
+            self._place(group_indices, self._trains_by_grad())
+
+    def _trains_by_grad(self) -> bool:
+        """Whether a frozen parameter with a `.grad` is trained: other ranks could not see this one's."""
+        return self._group.size == 1 and not self._topology.model
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""

@@ -5,23 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyzero.comm.group import Group
+from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import Unsent
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.sharding import rank_state
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
-from pyzero.sharding.local_param import user_param
 from pyzero.status import Status
 from pyzero.streams import on_device
 
 log = logging.getLogger("pyzero")
+
+_T = TypeVar("_T")
 
 
 class StateDicts(Status):
@@ -33,6 +34,12 @@ class StateDicts(Status):
     _is_torn: bool  # a step or a load has begun to write
 
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
+        raise NotImplementedError
+
+    def _find_unfrozen(self) -> list[int]:
+        raise NotImplementedError
+
+    def _place_found(self, group_indices: list[int]) -> None:
         raise NotImplementedError
 
     # ---- for checkpoints --------------------------------------------------------------------------------------------
@@ -53,9 +60,13 @@ class StateDicts(Status):
                 self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
 
-    def place_unfrozen(self) -> None:
+    def find_unfrozen(self) -> list[int]:
+        """What `place_unfrozen` takes; apart from that, for it may raise on one rank alone. Before any collective."""
+        return self._find_unfrozen()
+
+    def place_unfrozen(self, found: list[int]) -> None:
         """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
-        self._place_unfrozen()
+        self._place_found(found)
 
     def check_between_steps(self, with_gradients: bool = True) -> None:
         """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn.
@@ -104,16 +115,13 @@ class StateDicts(Status):
 
         Every rank calls it; the latter two are given whole to each. Where it does not fit on one rank, nothing is
         changed on any. Gradients stay; with a loss scale those that were held back are reduced first.
+        A fixed loss scale stays as it was built; a dynamic one becomes the saved one, inside its bounds.
 
         Raises:
             ValueError: Another rank's, another number of ranks', or other parameters; or another rule's.
         """
         state_dict = {} if state_dict is None else state_dict.copy()  # a rank that has none says so to all
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        self._place_unfrozen()
-        for bucket in self._buckets:
-            bucket.flat_params.foreign_writes()  # raises where it cannot follow them
+        state_dict = self._prepare_load(state_dict)
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
         with self._writing(replaces_all=True):
@@ -121,12 +129,48 @@ class StateDicts(Status):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What hooks make of it, once parameters and weights have been found fit on all ranks. Collective."""
+        problem, unfrozen = None, []
+        try:
+            for before in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = before(self, state_dict) or state_dict
+            unfrozen = self._find_unfrozen()
+            for bucket in self._buckets:
+                bucket.flat_params.foreign_writes()  # raises where it cannot follow them
+        except CollectiveError:  # which the others have, too
+            raise
+        except Exception as error:
+            problem = error
+        found = self._tell(problem, unfrozen)
+        if any(theirs != found[0] for theirs in found):
+            raise ValueError(
+                f"expected the same parameters to be trained on every rank, got groups {found} by rank with ones that "
+                f"are no longer frozen; unfreeze them on all ranks, then load"
+            )
+        self._place_found(unfrozen)
+        return state_dict
+
+    def _tell(self, problem: Exception | None, answer: _T) -> list[_T]:
+        """Every rank's answer; where one has a problem, all raise. Collective."""
+        kind = "" if problem is None or isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+        told = self._group.gather_objects(
+            (None if problem is None else f"{kind}{problem}", answer), "the agreement on a load"
+        )
+        if problem is not None:
+            raise problem
+        for rank, (text, _) in enumerate(told):
+            if text is not None:
+                raise ValueError(f"nothing was loaded, for rank {rank} could not: {text}")
+        return [one for _, one in told]
+
     def _load(self, saved: rank_state.RankState, cut: rank_state.SavedCut | None) -> None:
         saved.forget_unloaded_masters(self, self._param_buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
             self._gradients.learns_arrival &= not cut.has_learned
+        saved.reorder(self._param_buckets, self._group)
         saved.copy_into(self)
         has_scale = saved.scaler is not None and self._scaler.load(saved.scaler)
         if saved.scaler is not None:
@@ -142,24 +186,17 @@ class StateDicts(Status):
         the ranks have not sent. Collective.
         """
         saved, problem, unsent = None, None, Unsent.NONE
-        answer: str | rank_state.Summary
         try:
             saved = rank_state.RankState.parse(
                 self, self._as_ours(state_dict), self._param_buckets, self._group.rank, self._group.size
             )
-            answer, unsent = saved.summary(), self._gradients.unsent()
+            summary, unsent = saved.summary(), self._gradients.unsent()
         except Exception as error:  # of any kind: the other ranks wait to hear of it
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem, answer = error, f"{kind}{error}"
-        told = self._group.gather_objects((answer, unsent))
-        answers = [one for one, _ in told]
-        if problem is not None:
-            raise problem
-        for rank, other in enumerate(answers):
-            if isinstance(other, str):
-                raise ValueError(f"nothing was loaded, for rank {rank} could not: {other}")
+            problem, summary = error, None
+        told = self._tell(problem, (summary, unsent))
         assert saved is not None
-        return saved, rank_state.agreed_cut(answers), {kind for _, kind in told}
+        summaries = [of_rank for of_rank, _ in told if of_rank is not None]
+        return saved, rank_state.agreed_cut(summaries), {kind for _, kind in told}
 
     def _as_ours(self, state_dict: Any) -> Any:
         """Hook for subclasses: add what torch's optimizer of this rule does not save, such as step counts."""
@@ -186,8 +223,7 @@ class StateDicts(Status):
         learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
         places = {param: place for place, param in enumerate(params)}
-        buckets = [[places[user_param(param)] for param in bucket.params] for bucket in self._buckets]
-        return rank_state.describe(self._group.rank, self._group.size, buckets, learned)
+        return rank_state.describe(self._group.rank, self._group.size, self._buckets, places, learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""

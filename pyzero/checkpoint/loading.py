@@ -121,11 +121,15 @@ class _Load:
         """Names in the checkpoint that some model-parallel rank loads."""
         if self._optimizer.model_parallel_rank is None:
             return set()
+        mine = run_on_all_ranks(self._group, what, self._names_here)
+        return set().union(*self._group.gather_objects(mine, what))
+
+    def _names_here(self) -> list[str]:
+        """Names in the checkpoint of what this rank has."""
         keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
         names = names_of(self._model, self._optimizer).values()
         state = [f"optim.state.{name}.{key}" for name in names for key in keys]
-        mine = [*state, *(f"model.{name}" for name in model_state(self._model, self._optimizer)[0])]
-        return set().union(*self._group.gather_objects(mine, what))
+        return [*state, *(f"model.{name}" for name in model_state(self._model, self._optimizer)[0])]
 
     def _find(self) -> Path | None:
         """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""

@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.content import Content, collect
 from pyzero.checkpoint.writer import Writer
-from pyzero.comm.group import Group
+from pyzero.comm.group import CollectiveError, Group
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.streams import on_device
 
@@ -142,7 +143,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def begin(optimizer: ZeroOptimizer) -> Group:
-    """Begin a save or a load: wait for the save before, which uses the same process group; returns that group."""
+    """Begin a save or a load: wait for the save before, which uses the same process group; returns that group.
+
+    Raises:
+        CheckpointError, TypeError, ValueError: On all ranks: parameters of one are not as its optimizer needs them.
+    """
     if not isinstance(optimizer, ZeroOptimizer):
         raise TypeError(
             f"expected optimizer as one of pyzero's, got {type(optimizer).__name__}; pass FusedZeroAdamW or its like "
@@ -150,8 +155,23 @@ def begin(optimizer: ZeroOptimizer) -> Group:
         )
     if optimizer in _in_thread:
         _in_thread.pop(optimizer).exception()  # waits; whoever started it hears of a failure
-    optimizer.place_unfrozen()
-    return optimizer.checkpoint_group()
+    found: list[int] = []
+    problem: Exception | None = None
+    try:
+        found = optimizer.find_unfrozen()
+    except CollectiveError:  # which the others have, too
+        raise
+    except Exception as error:
+        problem = error
+
+    def tell() -> None:
+        if problem is not None:
+            raise problem
+
+    group = optimizer.checkpoint_group()
+    run_on_all_ranks(group, "the look for parameters that are no longer frozen", tell)
+    optimizer.place_unfrozen(found)
+    return group
 
 
 def _writer(

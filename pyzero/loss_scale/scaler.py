@@ -59,6 +59,11 @@ class LossScale:
             if not holds:
                 raise ValueError(f"expected {condition}, got {self}; correct that field")
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the scale stays at `init_scale`, whatever the bounds."""
+        return self.growth_factor == self.backoff_factor == 1
+
     def op_policy(self) -> LossScalePolicy:
         """What the op goes by."""
         return LossScalePolicy(**{name: getattr(self, name) for name in LossScalePolicy._fields})
@@ -92,8 +97,12 @@ class Scaler:
         self.enabled = policy is not None
         self._backend = backend
         policy = policy or static(1.0)
-        self._policy = policy.op_policy()._asdict()
-        self._frozen_policy = {**self._policy, "growth_factor": 1.0, "backoff_factor": 1.0}
+        own = policy.op_policy()._asdict()
+        # Nor do bounds move the scale: the op would clamp it to them.
+        stays = {"growth_factor": 1.0, "backoff_factor": 1.0, "min_scale": _SMALLEST, "max_scale": _LARGEST}
+        self._frozen_policy = {**own, **stays}
+        self._is_fixed = policy.is_fixed
+        self._policy = self._frozen_policy if self._is_fixed else own
         self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
         self.epoch = 0  # the scale is the same as long as this is
         self.inv_scale = torch.empty((), dtype=torch.float32, device=device)  # 1 / scale; fixed between two updates
@@ -119,14 +128,20 @@ class Scaler:
     def load(self, state: Tensor) -> bool:
         """Take over a saved state: of one with a scale into one without, or the other way, the counts of skips alone.
 
+        A fixed scale stays. A dynamic one becomes what was saved, inside its own bounds.
+
         Returns:
             Whether it has a scale.
         """
-        has_scale = float(state[_SCALE]) != 0.0
-        first = _SKIPPED if has_scale != self.enabled else _SCALE if has_scale else _SCALE + 1
-        self.epoch += first == _SCALE and float(self.scale) != float(state[_SCALE])
+        saved = float(state[_SCALE])
+        has_scale = saved != 0.0
+        first = _SKIPPED if has_scale != self.enabled else _SCALE + 1
         self.state[first:].copy_(state[first:])
-        self._refresh()
+        if has_scale and self.enabled and not self._is_fixed:
+            scale = min(max(saved, self._policy["min_scale"]), self._policy["max_scale"])
+            self.epoch += scale != float(self.scale)
+            self.scale.fill_(scale)
+            self._refresh()
         return has_scale
 
     def _refresh(self) -> None:
@@ -146,7 +161,7 @@ class Scaler:
             return
         policy = self._frozen_policy if only_count else self._policy
         ops.loss_scale_update_(self.state, found_inf, **policy, backend=self._backend)
-        if (policy["growth_factor"], policy["backoff_factor"]) != (1.0, 1.0):
+        if policy is not self._frozen_policy:  # which writes no scale
             self.epoch += 1
             self._refresh()
 

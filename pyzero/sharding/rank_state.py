@@ -33,12 +33,23 @@ ZERO, SCALER, RULE = "zero", "scaler", "rule"
 STEPS = "master_steps"  # in a full state dict: which steps its masters are of; torch leaves both as they are
 
 
-def describe(rank: int, num_ranks: int, buckets: list[list[int]], has_learned: bool) -> str:
+def describe(rank: int, num_ranks: int, buckets: Sequence[Bucket], places: dict[Tensor, int], has_learned: bool) -> str:
     """Which rank's a state dict is, and which buckets its parts are cut from; a string, which helpers leave whole.
 
-    buckets: Parameters by their place in the groups, which does not depend on when they were unfrozen.
+    places: Of parameters in the groups, which do not depend on when they were unfrozen.
     """
-    return json.dumps({"rank": rank, "num_ranks": num_ranks, "buckets": buckets, "has_learned": has_learned})
+    cut = [[places[user_param(param)] for param in bucket.params] for bucket in buckets]
+    tensors = [[_tensor(bucket, at, num_ranks) for at in range(len(bucket.params))] for bucket in buckets]
+    described = {"rank": rank, "num_ranks": num_ranks, "buckets": cut, "has_learned": has_learned, "tensors": tensors}
+    return json.dumps(described)
+
+
+def _tensor(bucket: Bucket, position: int, num_ranks: int) -> list[Any]:
+    """[shape, stride] of what the parts of a parameter are cut from, and where that lies in a DTensor."""
+    param = bucket.params[position]
+    is_part = isinstance(param, LocalParam) and num_ranks > 1  # one rank has no parts of that
+    offsets = [[*box_of(user_param(param))[1]]] if is_part else []
+    return [[*bucket.flat_params.shapes[position]], [*bucket.strides[position]], *offsets]
 
 
 def note_master_steps(group: dict[str, Any], steps: list[float]) -> None:
@@ -107,6 +118,7 @@ class SavedParam:
     param: Tensor
     whole: dict[str, Any] = field(default_factory=dict)  # the step too
     parts: dict[str, Tensor] = field(default_factory=dict)  # flat
+    stride: tuple[int, ...] | None = None  # in whose memory order the parts are; None: in the parameter's
 
     def forget_old_master(self, step: float, view: Tensor) -> bool:
         """Drop a stale master: torch's optimizers carry it along unchanged while the state's step count moves on.
@@ -134,6 +146,7 @@ class SavedCut(NamedTuple):
 
     buckets: list[list[int]]  # of parameters, by their place in the groups
     has_learned: bool  # in the order of arrival
+    tensors: list[list[list[Any]]] | None  # see _tensor(); None: saved before these were
 
     def layouts(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> list[BucketLayout]:
         """The buckets' layouts on so many ranks.
@@ -156,6 +169,27 @@ class SavedCut(NamedTuple):
             )
         return [lay_out(bucket, num_ranks) for bucket in members]
 
+    def strides(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> dict[int, tuple[int, ...]]:
+        """The saved strides of parameters that lie in another memory order now, by their place in the groups.
+
+        Raises:
+            ValueError: One has another shape now, or is another part of a DTensor.
+        """
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        found = {}
+        for places, tensors in zip(self.buckets, self.tensors or (), strict=self.tensors is not None):
+            for place, saved in zip(places, tensors, strict=True):
+                mine = _tensor(*param_buckets.places[params[place]], num_ranks)
+                (shape, stride, *offsets), (my_shape, my_stride, *my_offsets) = saved, mine
+                if (shape, offsets) != (my_shape, my_offsets):
+                    raise ValueError(
+                        f"expected the state of parameter {place} of shape {_spell_box(my_shape, my_offsets)}, got it "
+                        f"of shape {_spell_box(shape, offsets)}; build the model and its groups as they were when saved"
+                    )
+                if _order(shape, stride) != _order(shape, my_stride):
+                    found[place] = tuple(stride)
+        return found
+
 
 class Summary(NamedTuple):
     """What one rank's state dict must have in common with the others'."""
@@ -163,6 +197,7 @@ class Summary(NamedTuple):
     steps: list[float]  # of each parameter
     cut: SavedCut | None  # None: whole tensors, as are those of which all parts lie on one rank there
     loss_scale: float | None
+    reordered: list[int]  # places of parameters whose parts lie in another memory order
 
 
 def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
@@ -173,11 +208,12 @@ def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
     """
     cuts = [summary.cut for summary in summaries]
     first = next((rank for rank, cut in enumerate(cuts) if cut is not None), 0)
-    for rank, (steps, cut, loss_scale) in enumerate(summaries):
+    for rank, (steps, cut, loss_scale, reordered) in enumerate(summaries):
         differs = {
             "other steps": steps != summaries[0].steps,
             "other buckets": cut is not None and cut != cuts[first],
             "another loss scale": loss_scale != summaries[0].loss_scale,
+            "other memory formats": reordered != summaries[0].reordered,
         }
         what = next((what for what, is_so in differs.items() if is_so), None)
         if what is not None:
@@ -195,6 +231,7 @@ class RankState:
     cut: SavedCut | None  # that its parts are of; None: whole tensors
     is_ours: bool
     params: list[SavedParam]
+    places: list[int]  # of these in the groups
     groups: list[dict[str, Any]]
     scaler: Tensor | None
 
@@ -223,8 +260,11 @@ class RankState:
         described = {} if origin is None else json.loads(origin)
         if described and any(saved.parts for saved in found):
             _check_origin(described, rank, num_ranks)
-            cut = SavedCut(described["buckets"], described["has_learned"])
+            cut = SavedCut(described["buckets"], described["has_learned"], described.get("tensors"))
             lengths = _lengths(cut.layouts(optimizer, param_buckets, num_ranks), rank)
+            strides = cut.strides(optimizer, param_buckets, num_ranks)
+            for place, saved in zip(places, found, strict=True):
+                saved.stride = strides.get(place)
         for place, saved in zip(places, found, strict=True):
             _check(saved, param_buckets, lengths.get(numbers[place]), place)
         steps = _master_steps(saved_groups[0])
@@ -236,12 +276,14 @@ class RankState:
                 "leave them; they follow the model's weights instead",
                 sum(forgotten),
             )
-        return RankState(cut, ZERO in saved_groups[0], found, saved_groups, saved_groups[0].get(SCALER))
+        return RankState(cut, ZERO in saved_groups[0], found, places, saved_groups, saved_groups[0].get(SCALER))
 
     def summary(self) -> Summary:
         """For agreed_cut()."""
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
-        return Summary(steps, self.cut, None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")]))
+        scale = None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")])
+        reordered = [at for at, saved in zip(self.places, self.params, strict=True) if saved.stride is not None]
+        return Summary(steps, self.cut, scale, reordered)
 
     def forget_unloaded_masters(self, optimizer: Optimizer, param_buckets: ParamBuckets) -> None:
         """Drop masters that a checkpoint was not read into, so that they follow the weights.
@@ -255,6 +297,22 @@ class RankState:
                 if not bucket.masters_were_written():
                     saved.whole.pop(MASTER, None)
                     saved.parts.pop(MASTER, None)
+
+    def reorder(self, param_buckets: ParamBuckets, group: Group) -> None:
+        """Cut parts anew in the parameters' own memory order, one whole tensor at a time. Collective where any differ.
+
+        The buckets are those of the saved state by now.
+        """
+        for saved in self.params:
+            if saved.stride is None:
+                continue
+            bucket, position = param_buckets.places[saved.param]
+            lengths, (_, in_param) = part_lengths(group.size, bucket, position), bucket.shard_part(position)
+            for name in bucket.state_names:
+                own = saved.parts[name].to(bucket.device, bucket.sharded(name).dtype)
+                flat = gather_parts(group, own, lengths)
+                whole = flat.as_strided(bucket.flat_params.shapes[position], saved.stride)
+                saved.parts[name] = bucket.flat_of(whole, position)[in_param].clone()
 
     def copy_into(self, optimizer: Any) -> None:
         """Write it to the optimizer's state and groups, whose buckets are those of the saved state by now."""
@@ -319,6 +377,15 @@ def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) 
     return saved, origin
 
 
+def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """The strides that tell where elements lie: equal for equal orders."""
+    return [step for size, step in zip(shape, stride, strict=True) if size != 1] if 0 not in shape else []
+
+
+def _spell_box(shape: Sequence[int], offsets: Sequence[Sequence[int]]) -> str:
+    return f"{tuple(shape)}" + "".join(f" at {tuple(of_dtensor)} of its DTensor" for of_dtensor in offsets)
+
+
 def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
     if (origin["rank"], origin["num_ranks"]) != (rank, num_ranks):
         raise ValueError(
@@ -360,6 +427,11 @@ def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, p
         if saved.has(name) and not isinstance({**saved.whole, **saved.parts}[name], Tensor):
             raise ValueError(f"expected {name} of parameter {place} as a tensor, got {saved.whole[name]!r:.80}")
     per_value = {slot.name: slot.elements_per_value for slot in rule.slots}
+    if saved.stride is not None and ({*shapes} - {*saved.parts} or any(each > 1 for each in per_value.values())):
+        raise ValueError(
+            f"expected parameter {place} with strides {saved.stride}, in whose order its state was saved, got it with "
+            f"{tuple(saved.param.stride())}; build the model in the memory format in which it was saved"
+        )
     for name, part in saved.parts.items():
         wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
         if tuple(part.shape) != (wanted,):

@@ -364,6 +364,92 @@ def test_files_of_different_saves_are_refused(ranks, stage):
         assert "expected state dicts that all ranks saved at once" in text
 
 
+# ---- one rank that is not as the others -----------------------------------------------------------------------------
+
+
+def spoiled(group: Any, path: Path, call: str, harm: str, model_parallel: bool) -> str:
+    """What is raised where the last rank's parameters are not as its optimizer has them; then all goes on."""
+    options: dict[str, Any] = {"process_group": group}
+    if model_parallel:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        options = {"process_group": mesh["dp"], "model_parallel_group": mesh["tp"]}
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
+    model[1].requires_grad_(False)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), **options)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    state = optimizer.full_state_dict()
+    weight, params = model[0].weight, optimizer.param_groups[0]["params"]
+    is_bad = group.rank() == group.size() - 1
+    if harm == "unfrozen":
+        model[1].requires_grad_(True)
+    if is_bad and harm == "converted":
+        weight.data = weight.data.double()
+    elif is_bad:
+        del params[0]
+    if is_bad and harm == "hook":
+        params.insert(0, weight)
+        optimizer.register_load_state_dict_pre_hook(lambda *_: {}["of the caller"])
+
+    def act() -> None:
+        if call == "load_state_dict":
+            optimizer.load_state_dict(state)
+        elif call == "load":
+            pyzero.load_checkpoint(path, model=model, optimizer=optimizer, strict=harm != "unfrozen")
+        else:
+            pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=2)
+
+    with pytest.raises((LookupError, RuntimeError, TypeError, ValueError)) as raised:
+        act()
+    if is_bad and harm == "converted":
+        weight.data = weight.data.float()
+    elif is_bad and harm != "hook":
+        params.insert(0, weight)
+    optimizer._optimizer_load_state_dict_pre_hooks.clear()
+    if harm == "unfrozen" and call == "load_state_dict":
+        state = optimizer.full_state_dict()
+    act()
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    ("call", "harm"),
+    [(call, harm) for call in ("load_state_dict", "load", "save") for harm in ("converted", "taken out", "unfrozen")]
+    + [("load_state_dict", "hook")],
+)
+def test_a_rank_whose_parameters_do_not_fit_is_told_of_on_all(ranks, tmp_path, call, harm):
+    """At once: it left the others to wait until their collective timed out, and ranks out of step."""
+    other, bad = ranks.run(2, spoiled, tmp_path, call, harm, False)
+    said = {"converted": "TypeError: expected a parameter in float32", "hook": "KeyError: 'of the caller'"}
+    assert said.get(harm, "ValueError: expected the parameters in the groups") in bad
+    assert "on rank 1 of 2" in other or "rank 1 could not" in other
+    assert bad.split(": ", 1)[1][:40] in other
+
+
+@pytest.mark.parametrize("call", ["load", "save"])
+def test_so_is_one_of_another_part_of_the_model(ranks, tmp_path, call):
+    for harm in ("converted", "taken out"):
+        *others, _ = ranks.run(4, spoiled, tmp_path / harm, call, harm, True)
+        assert all("on rank 3 of 4: " in other for other in others)
+
+
+def unfrozen_alone(group: Any) -> str:
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
+    model[1].requires_grad_(False)
+    optimizer = pyzero.FusedZeroAdamW([{"params": part.parameters()} for part in model], process_group=group)
+    state = optimizer.full_state_dict()
+    model[1].requires_grad_(group.rank() == 1)
+    with pytest.raises(ValueError, match="got groups") as raised:
+        optimizer.load_state_dict(state)
+    model[1].requires_grad_(False)
+    optimizer.load_state_dict(state)
+    return str(raised.value)
+
+
+def test_parameters_unfrozen_on_one_rank_alone_are_told_of(ranks):
+    for said in ranks.run(2, unfrozen_alone):
+        assert "got groups [[], [1]] by rank with ones that are no longer frozen; unfreeze them on all ranks" in said
+
+
 # ---- names, steps, folders ------------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,68 @@ def test_the_same_scale_may_be_loaded_between_two_backwards_on_one_rank():
     assert torch.equal(optimizer.full_grad(param), torch.full((4,), 2.0))
 
 
+def goes_on(saved_at: Any, loss_scale: Any) -> list[float]:
+    """How far lr=1.0 moves a weight in each clean step after a load, and the scale then; an overflow comes between."""
+    weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    before = pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=saved_at)
+    optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=loss_scale)
+    optimizer.load_state_dict(before.state_dict())
+    seen = []
+    for factor in (1.0, math.inf, 1.0, 1.0):
+        optimizer.zero_grad()
+        was = weight.detach().clone()
+        optimizer.backward((weight.float() * factor).sum())
+        optimizer.step()
+        seen += [(was - weight.detach())[0].item(), optimizer.loss_scale] if factor == 1.0 else []
+    return seen
+
+
+QUICK = {"growth_interval": 2, "max_scale": 128.0, "min_scale": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "loss_scale", "scales"),
+    [
+        (64.0, 1024.0, [1024.0] * 3),
+        (1024.0, 64.0, [64.0] * 3),
+        (pyzero.LossScale(64.0), 1024.0, [1024.0] * 3),
+        (64.0, pyzero.LossScale(1024.0, growth_factor=1.0, backoff_factor=1.0, max_scale=128.0), [1024.0] * 3),
+        (64.0, pyzero.LossScale(32.0, **QUICK), [64.0, 32.0, 64.0]),
+        (1024.0, pyzero.LossScale(32.0, **QUICK), [128.0, 64.0, 128.0]),
+        (1.0, pyzero.LossScale(32.0, **QUICK), [16.0, 16.0, 32.0]),
+        (1.0, pyzero.LossScale(32.0, growth_factor=1.0, min_scale=16.0), [16.0] * 3),
+    ],
+)
+def test_gradients_are_unscaled_by_the_scale_that_they_carry_after_another_was_loaded(saved_at, loss_scale, scales):
+    """A fixed scale stays what it was built with; a dynamic one becomes the saved one, inside its bounds."""
+    assert goes_on(saved_at, loss_scale) == [1.0, scales[0], 1.0, scales[1], 1.0, scales[2]]
+
+
+def test_a_first_scale_outside_its_bounds_unscales_by_what_it_becomes():
+    for policy in (pyzero.LossScale(1024.0, **QUICK), pyzero.LossScale(1.0, **QUICK)):
+        assert goes_on(8.0, policy)[::2] == [1.0] * 3
+        weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+        optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=policy)
+        for step in range(1, 5):
+            optimizer.zero_grad()
+            optimizer.backward(weight.float().sum())
+            optimizer.step()
+            assert (weight == -step).all()
+
+
+def test_what_grad_scaler_steps_leaves_the_scale_alone():
+    weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=pyzero.LossScale(1.0, **QUICK))
+    grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    grad_scaler.scale((weight.float() * math.inf).sum()).backward()
+    grad_scaler.step(optimizer)
+    optimizer.zero_grad()
+    assert optimizer.loss_scale == 1.0
+    optimizer.backward(weight.float().sum())
+    optimizer.step()
+    assert (weight == -1).all()
+
+
 @pytest.mark.parametrize(
     ("how", "is_told"), [("plain", True), ("backward", False), ("scale", False), ("GradScaler", False), ("None", False)]
 )

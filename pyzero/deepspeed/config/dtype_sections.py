@@ -34,7 +34,7 @@ class Fp16Section(Section):
         Flag | None,
         Done("false leaves inputs alone; without it they are cast to the weights' dtype, with a warning that says so"),
     ] = None
-    loss_scale: Annotated[Size | float, Field(ge=0), Done("0: dynamic; otherwise the fixed scale")] = 0.0
+    loss_scale: Annotated[Size | float, Field(ge=0), Done("0: dynamic; else the fixed scale, after a load too")] = 0.0
     initial_scale_power: Annotated[Size, Field(le=126), Done("the first scale is 2 to this power")] = 16
     loss_scale_window: Annotated[Count, Done("clean steps until the scale doubles, one more at first")] = 1000
     hysteresis: Annotated[Size, Done("overflows until the scale is halved; 0 is refused: it never would be")] = 2
