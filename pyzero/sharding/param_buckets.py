@@ -323,7 +323,8 @@ class ParamBuckets:
         seen = self._group.first_ranks(arrival, len(self.params), "the broadcast of bucket order")
         if not seen:
             return None
-        rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
+        came = set(seen)
+        rest = [number for bucket in self.buckets for number in bucket.numbers if number not in came]
         return plan(self.specs, self._options.bucket_cap_bytes, self._group.size, [*seen, *rest])
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
