@@ -25,6 +25,7 @@ from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
+from pyzero.sharding.agreement import agree_on_options
 from pyzero.sharding.layout import BucketLayout, cap_bytes
 from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
@@ -83,8 +84,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
         backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        ValueError: An argument out of range, or parameters that differ between ranks or lie on several devices, or
-            DTensors on meshes that do not tell who holds the same weights.
+        ValueError: An argument out of range, or arguments or parameters that differ between ranks, or parameters on
+            several devices, or DTensors on meshes that do not tell who holds the same weights.
         TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number.
         RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
@@ -134,6 +135,21 @@ class ZeroOptimizer(StateDicts, Optimizer):
             topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
         self._group = topology.data
         rank, self._num_ranks = topology.rank_and_size()
+        options = {
+            "rule": rule.name,
+            "stage": stage,
+            "max_grad_norm": max_grad_norm,
+            "loss_scale": loss_scale,
+            "bucket_cap_mb": bucket_cap_mb,
+            "overlap": overlap,
+            "grad_reduce_dtype": grad_reduce_dtype,
+            "reduce_grads": reduce_grads,
+            "init_sync": init_sync,
+            "cpu_offload": cpu_offload,
+            "max_consecutive_skips": max_consecutive_skips,
+            "transport": transport,
+        }
+        agree_on_options(self._group, options, topology.model_groups)
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         self._transport = make_transport(transport, self._group, self._device)

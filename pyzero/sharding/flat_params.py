@@ -21,6 +21,11 @@ def flatten(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def strides_in_slot(param: Tensor) -> tuple[int, ...]:
+    """The strides that a parameter has in flat memory: its own where it is dense, contiguous ones otherwise."""
+    return torch.empty_like(param.data, device="meta").stride()
+
+
 def conversion_error(param: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> TypeError:
     """The error for a parameter that was converted or moved after the optimizer was built."""
 
@@ -57,9 +62,8 @@ class FlatParams:
         self._flat = flat
         self._dtype, self._device = params[0].dtype, params[0].device
         self.shapes = [param.shape for param in params]
-        # Each parameter's own where it is dense, contiguous ones otherwise. Others may give it others later on
-        # (channels_last); in here it keeps these.
-        self.strides = [torch.empty_like(param.data, device="meta").stride() for param in params]
+        # Others may give a parameter other ones later on (channels_last); in here it keeps these.
+        self.strides = [strides_in_slot(param) for param in params]
         self._layouts: object = None  # of all parameters when none had been moved
         self._versions = [0] * len(params)
         self._addresses = [0] * len(params)

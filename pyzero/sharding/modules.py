@@ -6,7 +6,7 @@ A search looks at every object of the process, some 0.1 s for a million: at cons
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,3 +86,21 @@ def _holds_directly(module: nn.Module, params: Collection[Tensor]) -> bool:
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:
     """A module's parameters, then its buffers, by name in the order of registration; each once."""
     return {**dict(root.named_parameters()), **dict(root.named_buffers())}
+
+
+def names_of(roots: Iterable[nn.Module]) -> dict[Tensor, list[str]]:
+    """Parameters of these modules, with the name that each of them has for it."""
+    names: dict[Tensor, list[str]] = {}
+    for root in roots:
+        for name, param in root.named_parameters():
+            names.setdefault(param, []).append(name)
+    return names
+
+
+def order_of(places: dict[Tensor, int], roots: Iterable[nn.Module]) -> list[int] | None:
+    """The order in which one module registers all parameters, which their groups may have mixed up, or None."""
+    for root in roots:
+        order = [places[param] for param in root.parameters() if param in places]
+        if len(order) == len(places):
+            return order
+    return None

@@ -15,6 +15,7 @@ from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_ga
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
+from pyzero.sharding.agreement import Joining, ParamRecord, agree_on_params
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
@@ -77,6 +78,7 @@ class ParamBuckets:
         self._in_norm = in_norm
         self._options = options
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
+        self._module_names: dict[Tensor, list[str]] = {}  # over several ranks: each parameter's in modules
 
     def unplaced(
         self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], with_grads: bool
@@ -210,8 +212,8 @@ class ParamBuckets:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
         ours = {user_param(param): place for place, param in enumerate(params)}
-        roots = modules.find_roots({*ours, *frozen}) if self._group.size > 1 and not first else []
-        order = self._agree(params, specs, _model_order(ours, roots))
+        roots = self._find_roots({*ours, *frozen})
+        order = self._agree(param_groups, params, specs, frozen, modules.order_of(ours, [] if first else roots))
         if self._options.init_sync and self._group.size > 1:
             self._sync_others(roots, frozen, {*ours})
         if not params:
@@ -239,18 +241,20 @@ class ParamBuckets:
         indices: Iterable[int],
         fsdp: Mapping[Tensor, ShardedPlace],
         with_grads: bool,
-    ) -> tuple[list[Tensor], list[ParamSpec], list[Tensor]]:
-        """Trained parameters of these groups that are in no bucket, with their specs; frozen ones not yet rank 0's."""
+    ) -> tuple[list[Tensor], list[ParamSpec], dict[Tensor, int]]:
+        """Trained parameters of these groups that are in no bucket, and their specs; frozen ones that are not yet rank
+        0's, and their groups.
+        """
         params: list[Tensor] = []
         specs: list[ParamSpec] = []
-        frozen: list[Tensor] = []
+        frozen: dict[Tensor, int] = {}
         in_groups = [(index, param) for index in indices for param in param_groups[index]["params"]]
         for group_index, param in in_groups:
             if param in self._group_of:
                 continue
             if not _is_trained(param, with_grads):
                 if param not in self._synced:
-                    frozen.append(param)
+                    frozen[param] = group_index
                 continue
             number = len(self.params) + len(params)
             check_device(param, self._device)
@@ -264,7 +268,38 @@ class ParamBuckets:
             params.append(own)
         return params, specs, frozen
 
-    def _sync_others(self, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
+    def _find_roots(self, joining: set[Tensor]) -> list[nn.Module]:
+        """Modules that hold parameters that join, for the first ones or what is new among them; learns their names."""
+        if self._group.size == 1 or (self.params and joining <= self._module_names.keys()):
+            return []
+        roots = modules.find_roots(joining)
+        names = modules.names_of(roots)
+        self._module_names.update({param: names.get(param, []) for param in joining})
+        return roots
+
+    def _agree(
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        params: list[Tensor],
+        specs: list[ParamSpec],
+        frozen: Mapping[Tensor, int],
+        order: list[int] | None,
+    ) -> list[int] | None:
+        """Raise where ranks have other parameters; returns rank 0's `order`."""
+        if self._group.size == 1:
+            return order
+        named = (zip(group["params"], group.get("param_names", ()), strict=False) for group in param_groups)
+        given = {param: [name] for group in named for param, name in group}
+
+        def record(local: Tensor, param: Tensor, group: int, rule: str | None) -> ParamRecord:
+            return ParamRecord.of(local, group, rule, given.get(param, []), self._module_names[param])
+
+        trained = [record(p, user_param(p), s.run.group_index, s.key.rule) for p, s in zip(params, specs, strict=True)]
+        synced = frozen if self._options.init_sync else {}
+        unused = [record(local_of(param), param, group, None) for param, group in synced.items()]
+        return agree_on_params(self._group, Joining(trained, unused, order))
+
+    def _sync_others(self, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
         """Once for each: a parameter may be unfrozen between a forward and its backward, whose graph has the others."""
         is_first = not self.params and not self._synced  # the same on all ranks, which roots are not
         if is_first or frozen:
@@ -295,25 +330,6 @@ class ParamBuckets:
         self._views = {param: self._state[param] for param in self.places}
         self._views_ids = list(map(id, self._state.values()))
 
-    def _agree(self, params: list[Tensor], specs: list[ParamSpec], order: list[int] | None) -> list[int] | None:
-        """Raise where ranks have other parameters; returns rank 0's `order`."""
-        mine = [(tuple(p.shape), str(p.dtype), spec.run.group_index) for p, spec in zip(params, specs, strict=True)]
-        answers = self._group.gather_objects((mine, order))
-        rows = [row for row, _ in answers]
-        for rank, theirs in enumerate(rows):
-            if theirs == rows[0]:
-                continue
-            where = next((i for i, (a, b) in enumerate(zip(rows[0], theirs, strict=False)) if a != b), None)
-            if where is None:
-                where = min(len(rows[0]), len(theirs))
-            first, other = (_spell(row[where]) if where < len(row) else "nothing" for row in (rows[0], theirs))
-            raise ValueError(
-                f"expected the same parameters on every rank, got parameter {where} as {first} on rank 0 "
-                f"and {other} on rank {rank}; build the model and its groups alike on every rank"
-            )
-        rank_0s: list[int] | None = answers[0][1]
-        return rank_0s
-
     def plan_by_arrival(self, arrival: Sequence[int]) -> list[BucketLayout] | None:
         """Buckets in the order in which rank 0's gradients came; None where none came. Collective.
 
@@ -323,7 +339,8 @@ class ParamBuckets:
         seen = self._group.first_ranks(arrival, len(self.params), "the broadcast of bucket order")
         if not seen:
             return None
-        rest = [number for bucket in self.buckets for number in bucket.numbers if number not in set(seen)]
+        came = set(seen)
+        rest = [number for bucket in self.buckets for number in bucket.numbers if number not in came]
         return plan(self.specs, self._options.bucket_cap_bytes, self._group.size, [*seen, *rest])
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
@@ -374,16 +391,7 @@ def _is_trained(param: Tensor, with_grads: bool) -> bool:
     return param.requires_grad or (with_grads and param.grad is not None)
 
 
-def _model_order(places: dict[Tensor, int], roots: list[nn.Module]) -> list[int] | None:
-    """The order in which one module registers all parameters, which their groups may have mixed up, or None."""
-    for root in roots:
-        order = [places[param] for param in root.parameters() if param in places]
-        if len(order) == len(places):
-            return order
-    return None
-
-
-def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tensor], ours: set[Tensor]) -> None:
+def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
     Modules that only some ranks have, or have twice, are left alone, and so are DTensors of other parts.
@@ -400,8 +408,3 @@ def _sync_module_states(group: Group, roots: list[nn.Module], frozen: list[Tenso
     rows = group.gather_objects(unique)
     common = set.intersection(*(set(row) for row in rows))
     group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])
-
-
-def _spell(row: tuple[tuple[int, ...], str, int]) -> str:
-    shape, dtype, group = row
-    return f"{shape} {dtype.removeprefix('torch.')} in group {group}"

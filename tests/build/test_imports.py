@@ -22,7 +22,7 @@ LAYERS = (
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
     {"sharding.flat_params"},
-    {"sharding.buckets"},
+    {"sharding.agreement", "sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
     {"sharding.rank_state"},
     {"gradients", "gradients.backward", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},

@@ -238,6 +238,25 @@ def test_launch_order_is_that_of_the_last_arrival():
     assert order == [[4, 3], [5, 1], [2, 0]]
 
 
+class CountedNumber(int):
+    """A parameter's number that counts how often it is looked up."""
+
+    num_hashes = 0
+
+    def __hash__(self) -> int:
+        CountedNumber.num_hashes += 1
+        return int(self)
+
+
+def test_a_plan_of_many_parameters_takes_time_in_proportion(monkeypatch):
+    optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(4)) for _ in range(300)])
+    came = [CountedNumber(number) for number in range(150)]
+    monkeypatch.setattr(optimizer._group, "first_ranks", lambda *_: came)
+    layouts = optimizer._param_buckets.plan_by_arrival(came)
+    assert sum(len(layout.param_slots) for layout in layouts or ()) == 300
+    assert CountedNumber.num_hashes < 10 * len(came)
+
+
 def moved_bytes(group: Any) -> tuple[int, int]:
     """Bytes that ranks receive for one parameter's whole state, and the parameter's."""
     from pyzero.comm.group import Group

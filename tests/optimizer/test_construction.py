@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
@@ -55,6 +56,168 @@ def disagreeing_otherwise(group: Any, what: str) -> str:
 def test_dtypes_groups_and_what_is_frozen_must_agree(ranks, what, words):
     for message in ranks.run(2, disagreeing_otherwise, what):
         assert words in message
+
+
+OPTIONS: dict[str, tuple[Any, Any]] = {  # on rank 0, and on the others
+    "stage": (1, 2),
+    "max_grad_norm": (0.001, 1000),
+    "loss_scale": (None, 128),
+    "bucket_cap_mb": (1, 0.002),
+    "overlap": (True, False),
+    "grad_reduce_dtype": (None, torch.bfloat16),
+    "reduce_grads": (True, False),
+    "init_sync": (True, False),
+    "cpu_offload": (False, True),
+    "max_consecutive_skips": (50, None),
+    "transport": ("auto", "exact"),
+}
+
+
+def error_of(construct: Any) -> str:
+    try:
+        construct()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def with_another_option(group: Any, name: str, is_of_other_parts: bool) -> str:
+    options = {name: OPTIONS[name][min(group.rank(), 1)], "process_group": group}
+    if is_of_other_parts:
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        options |= {"process_group": alone, "model_parallel_group": group}
+    return error_of(lambda: pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], **options))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_differ_are_named_on_all_ranks(run, name):
+    first, other = OPTIONS[name]
+    for message in run(3, with_another_option, name, False):
+        assert f"got {name}={first!r} on rank 0 and {other!r} on ranks 1, 2; pass" in message
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_ranks_with_other_parts_of_the_model_share_what_concerns_all_of_it(run, name):
+    is_shared = name in ("max_grad_norm", "loss_scale", "max_consecutive_skips")
+    for message in run(2, with_another_option, name, True):
+        assert (f"got {name}=" in message) == is_shared
+
+
+def with_another_rule(group: Any) -> str:
+    kind = pyzero.FusedZeroLion if group.rank() else pyzero.FusedZeroAdam
+    return error_of(lambda: kind([nn.Parameter(torch.zeros(3))], process_group=group))
+
+
+def test_rules_must_agree(ranks):
+    for message in ranks.run(2, with_another_rule):
+        assert "got rule='adam' on rank 0 and 'lion' on rank 1" in message
+
+
+def with_a_norm_in_other_words(group: Any) -> str:
+    norm: Any = [1, 1.0, torch.tensor(1.0)][group.rank()]
+    params = [nn.Parameter(torch.zeros(3))]
+    return error_of(lambda: pyzero.FusedZeroAdam(params, process_group=group, max_grad_norm=norm))
+
+
+def test_equal_options_are_equal_however_they_are_written(ranks):
+    assert ranks.run(3, with_a_norm_in_other_words) == ["no error"] * 3
+
+
+def with_other_strides(group: Any) -> str:
+    weight = torch.arange(12.0).view(3, 4)
+    if group.rank() == 1:
+        weight = weight.t().contiguous().t()
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(weight)]
+    return error_of(lambda: pyzero.FusedZeroAdam(params, process_group=group))
+
+
+def test_strides_must_agree(ranks):
+    for message in ranks.run(2, with_other_strides):
+        where = "got parameter 1 as (3, 4) float32 in group 0 with strides"
+        assert f"{where} (4, 1) on rank 0 and (3, 4) float32 in group 0 with strides (1, 3) on rank 1" in message
+
+
+def with_strides_of_no_matter(group: Any) -> str:
+    """Of a dimension of one element, and of a tensor with gaps, whose slot has none."""
+    odd = group.rank() == 1
+    column = torch.ones(3, 1).as_strided((3, 1), (1, 7 if odd else 1))
+    gaps = torch.ones(3, 8)[:, :4] if odd else torch.ones(3, 4)
+    params = [nn.Parameter(column), nn.Parameter(gaps), nn.Parameter(torch.ones(0, 2 + odd)[:, :2])]
+    return error_of(lambda: pyzero.FusedZeroAdam(params, process_group=group))
+
+
+def test_strides_that_order_nothing_may_differ(ranks):
+    assert ranks.run(2, with_strides_of_no_matter) == ["no error"] * 2
+
+
+class Twins(nn.Module):
+    """Parameters of one shape, some of them frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.norm = nn.LayerNorm(3)
+        self.frozen = nn.ParameterList(nn.Parameter(torch.zeros(3), requires_grad=False) for _ in range(2))
+
+
+EXCHANGED = {  # two places of model.parameters() that rank 1 exchanges, and what is said
+    "weights": (0, 2, "parameter 0 as layers.0.weight on rank 0 and layers.1.weight on rank 1"),
+    "roles": (6, 7, "parameter 6 as norm.weight on rank 0 and norm.bias on rank 1"),
+    "frozen": (8, 9, "frozen parameter 0 as frozen.0 on rank 0 and frozen.1 on rank 1"),
+    "wrapped": (0, 2, "number 0 of the model as parameter 0 on rank 0 and parameter 2 on rank 1"),
+    "given": (0, 2, "parameter 0 as 0 on rank 0 and 2 on rank 1"),
+    "later": (2, 4, "parameter 0 as layers.1.weight on rank 0 and layers.2.weight on rank 1"),
+}
+
+
+def in_another_order(group: Any, how: str) -> str:
+    model = Twins()
+    params: list[Any] = list(model.parameters())
+    if how == "given":
+        params = [(str(place), param.detach().clone().requires_grad_()) for place, param in enumerate(params)]
+    one, other, _ = EXCHANGED[how]
+    kept = model
+    if group.rank() == 1:
+        params[one], params[other] = params[other], params[one]
+        kept = nn.ModuleDict({"inner": model}) if how == "wrapped" else model
+    if how == "later":
+        optimizer = pyzero.FusedZeroAdam(params[:2], process_group=group)
+        found = error_of(lambda: optimizer.add_param_group({"params": params[2:]}))
+        assert len(optimizer.param_groups) == 1
+    else:
+        found = error_of(lambda: pyzero.FusedZeroAdam(params, process_group=group))
+    assert list(kept.parameters())
+    return found
+
+
+@pytest.mark.parametrize("how", EXCHANGED)
+def test_parameters_in_another_order_are_told_by_name(ranks, how):
+    for message in ranks.run(2, in_another_order, how):
+        assert f"got {EXCHANGED[how][2]}; the groups list" in message
+
+
+def otherwise_held(group: Any, how: str) -> str:
+    """The same parameters in the same order, which one rank has in other modules, or under other names."""
+    model = Twins()
+    params: list[Any] = list(model.parameters())
+    others: Any = None
+    if group.rank() == 1:
+        if how == "wrapped":
+            others = nn.Sequential(nn.Identity(), model)
+        elif how == "in a second module":
+            others = nn.Sequential(*reversed(model.layers))
+        elif how == "in none":
+            model = None  # type: ignore[assignment]
+        elif how == "named":
+            params = list(model.named_parameters("module"))
+    found = error_of(lambda: pyzero.FusedZeroAdam(params, process_group=group))
+    del model, others
+    return found
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in a second module", "in none", "named"])
+def test_modules_around_them_may_differ(ranks, how):
+    assert ranks.run(2, otherwise_held, how) == ["no error"] * 2
 
 
 def tiny(group: Any, stage: int, dtype: torch.dtype) -> list[Any]:

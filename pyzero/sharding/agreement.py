@@ -1,0 +1,194 @@
+"""What ranks must have alike, as each holds a part of it: an optimizer's options, and the parameters that join it.
+
+All ranks gather what each has, come to one verdict, and raise alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyzero.comm.group import Group
+from pyzero.sharding.flat_params import strides_in_slot
+
+# Options that ranks with other parts of the model share too: one norm, one verdict on overflow.
+_OF_WHOLE_MODEL = ("max_grad_norm", "loss_scale", "max_consecutive_skips")
+_MOST_RANKS_NAMED = 8
+
+
+def agree_on_options(group: Group, options: Mapping[str, object], beside: Sequence[Group] = ()) -> None:
+    """Raise on all ranks where they were given other options. Collective; before anything that goes by one of them.
+
+    beside: The ranks with other parts of the model, dimension by dimension.
+    """
+    mine = {name: _spell(value) for name, value in options.items()}
+    problem = _differing_option(group, mine)
+    for others in beside:  # whoever has seen a difference says so there
+        of_model = {name: mine[name] for name in _OF_WHOLE_MODEL}
+        told = others.gather_objects(problem, "the comparison of options")
+        problem = problem or next(filter(None, told), None) or _differing_option(others, of_model)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _differing_option(group: Group, mine: dict[str, str]) -> str | None:
+    rows = group.gather_objects(mine, "the comparison of options")
+    differing = [name for name in mine if any(row[name] != mine[name] for row in rows)]
+    if not differing:
+        return None
+    told = "; ".join(f"{name}={_by_value(group, [row[name] for row in rows])}" for name in differing)
+    return f"expected the same options on every rank, got {told}; pass the same to the optimizer on every rank"
+
+
+def _by_value(group: Group, values: list[str]) -> str:
+    """Each value, with the ranks that have it."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, value in zip(group.members(), values, strict=True):
+        ranks_of.setdefault(value, []).append(rank)
+    return " and ".join(f"{value} on {_spell_ranks(ranks)}" for value, ranks in ranks_of.items())
+
+
+def _spell_ranks(ranks: list[int]) -> str:
+    named = ", ".join(map(str, ranks[:_MOST_RANKS_NAMED]))
+    rest = f" and {len(ranks) - _MOST_RANKS_NAMED} more" if len(ranks) > _MOST_RANKS_NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {named}{rest}"
+
+
+def _spell(value: object) -> str:
+    """Equal for equal options: 1 and 1.0 are, and a tensor's number is its number."""
+    is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
+    if not is_number:
+        return repr(value)
+    number = float(value)  # type: ignore[arg-type]
+    return repr(int(number) if number.is_integer() else number)
+
+
+class ParamRecord(NamedTuple):
+    """What ranks compare of a parameter that joins."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    group: int  # its index in param_groups
+    rule: str | None  # the name of its update rule; None of a frozen one
+    strides: tuple[int, ...]  # in its slot, of the dimensions longer than 1; () of a frozen one
+    given_names: tuple[str, ...]  # the caller's, where the group has names
+    module_names: tuple[str, ...]  # in each module that holds it and lies in no other
+
+    @staticmethod
+    def of(
+        param: Tensor, group: int, rule: str | None, given_names: Sequence[str], module_names: Sequence[str]
+    ) -> ParamRecord:
+        """This rank's. param: A local tensor."""
+        shape = tuple(param.shape)
+        orders = rule is not None and bool(param.numel())  # how an empty one lies is no matter, nor a frozen one
+        strides = zip(shape, strides_in_slot(param), strict=True) if orders else ()
+        laid_out = tuple(stride for size, stride in strides if size > 1)
+        dtype = str(param.dtype).removeprefix("torch.")
+        return ParamRecord(shape, dtype, group, rule, laid_out, tuple(given_names), tuple(sorted(module_names)))
+
+
+class Joining(NamedTuple):
+    """The parameters that join an optimizer, in the order of their groups."""
+
+    trained: list[ParamRecord]
+    frozen: list[ParamRecord]  # that are to be made rank 0's
+    order: list[int] | None  # places of the trained in the order of the one module that holds them all, if there is one
+
+
+def agree_on_params(group: Group, mine: Joining) -> list[int] | None:
+    """Raise on all ranks where other parameters join there; returns rank 0's `order`. Collective.
+
+    Digests first: the records of many parameters are long, and usually the same.
+    """
+    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+    if len({*group.gather_objects(digest)}) == 1:
+        return mine.order
+    rows = group.gather_objects(mine)
+    for rank, theirs in zip(group.members(), rows, strict=True):
+        found = _difference(rows[0], theirs)
+        if found is not None:
+            what, first, other, remedy = found
+            raise ValueError(
+                f"expected the same parameters on every rank, got {what} as {first} on rank {group.members()[0]} and "
+                f"{other} on rank {rank}; {remedy}"
+            )
+    rank_0s: list[int] | None = rows[0].order
+    return rank_0s
+
+
+class _Difference(NamedTuple):
+    what: str  # differs
+    first: str  # how it is on the first rank
+    other: str
+    remedy: str
+
+
+_BUILD_ALIKE = "build the model and its groups alike on every rank"
+_LAY_OUT_ALIKE = (
+    "its elements lie in another order in memory, as load_state_dict(assign=True) may leave them; lay it out alike on "
+    "every rank (p.data = p.data.contiguous())"
+)
+_ORDER_ALIKE = (
+    "the groups list their parameters in another order, as Python's sets do in each process; build them from lists or "
+    "dicts in the order of model.named_parameters() on every rank"
+)
+
+
+def _difference(first: Joining, other: Joining) -> _Difference | None:
+    """What differs first between two ranks."""
+    pairs = (("parameter", first.trained, other.trained), ("frozen parameter", first.frozen, other.frozen))
+    for kind, ours, theirs in pairs:
+        found = _differing_record(kind, ours, theirs)
+        if found is not None:
+            return found
+    for kind, ours, theirs in pairs:
+        for field in ("given_names", "module_names"):
+            found = _exchanged(kind, [getattr(r, field) for r in ours], [getattr(r, field) for r in theirs])
+            if found is not None:
+                return found
+    return _reordered(first, other)
+
+
+def _differing_record(kind: str, ours: list[ParamRecord], theirs: list[ParamRecord]) -> _Difference | None:
+    """The first place in which two ranks have another shape, dtype, group, rule or strides, or one of them nothing."""
+    both = zip(ours, theirs, strict=False)
+    where = next((i for i, (a, b) in enumerate(both) if a[:5] != b[:5]), min(len(ours), len(theirs)))
+    if where == len(ours) == len(theirs):
+        return None
+    a, b = (rows[where] if where < len(rows) else None for rows in (ours, theirs))
+    first, other = ("nothing" if r is None else f"{r.shape} {r.dtype} in group {r.group}" for r in (a, b))
+    remedy = _BUILD_ALIKE
+    if a is not None and b is not None and a[:3] == b[:3]:
+        if a.rule != b.rule:
+            first, other = f"{first} of the rule {a.rule}", f"{other} of the rule {b.rule}"
+        else:
+            first, other = f"{first} with strides {a.strides}", f"{other} with strides {b.strides}"
+            remedy = _LAY_OUT_ALIKE
+    return _Difference(f"{kind} {where}", first, other, remedy)
+
+
+def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> _Difference | None:
+    """The first place whose names on one rank are those of another place on the other.
+
+    A name that only one of them knows tells nothing: a module may be wrapped there alone.
+    """
+    known = {name for names in ours for name in names} & {name for names in theirs for name in names}
+    for place, (mine, others) in enumerate(zip(ours, theirs, strict=True)):
+        if mine and others and not {*mine} & {*others} and {*mine, *others} & known:
+            return _Difference(f"{kind} {place}", " or ".join(mine), " or ".join(others), _ORDER_ALIKE)
+    return None
+
+
+def _reordered(first: Joining, other: Joining) -> _Difference | None:
+    """Where one module holds all and no names are shared: the first place of its order that has another parameter."""
+    both = zip(first.trained, other.trained, strict=True)
+    if first.order is None or other.order is None or all({*a.module_names} & {*b.module_names} for a, b in both):
+        return None
+    for place, (mine, others) in enumerate(zip(first.order, other.order, strict=True)):
+        if mine != others:
+            return _Difference(f"number {place} of the model", f"parameter {mine}", f"parameter {others}", _ORDER_ALIKE)
+    return None
