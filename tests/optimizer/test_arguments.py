@@ -527,7 +527,8 @@ def test_a_state_dict_that_does_not_fit_on_one_rank_is_loaded_on_none(ranks):
 def test_a_state_dict_says_whose_it_is():
     saved = pyzero.FusedZeroAdamW(weights()).state_dict()
     zero = json.loads(saved["param_groups"][0]["zero"])
-    assert zero == {"rank": 0, "num_ranks": 1, "buckets": [[1, 0]], "has_learned": False}
+    tensors = [[[[4], [1]], [[3], [1]]]]  # by bucket and parameter: shape, strides
+    assert zero == {"rank": 0, "num_ranks": 1, "buckets": [[1, 0]], "tensors": tensors, "has_learned": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pyzero.FusedZeroAdamW(weights()).load_state_dict(saved)
