@@ -25,7 +25,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -204,6 +204,7 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
             raise CheckpointError(f"{folder} is not complete: {error}; the checkpoint before it stays") from error
     body = json.dumps(index)
     write_file(folder / INDEX, json.dumps({"crc32": zlib.crc32(body.encode()), "index": body}).encode())
+    _keep_in_order(folder / INDEX, [path / INDEX for path in _complete(directory)])
     flush_folder(folder)
     complete = directory / name
     folder.rename(complete)
@@ -217,6 +218,14 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
         except OSError as error:  # the new one is there, which is what was asked for
             log.warning("%s could not be removed: %s", old, error.strerror)
     return complete
+
+
+def _keep_in_order(index: Path, others: list[Path]) -> None:
+    """Have it be the newest by its time, also where the clock was set back since the last save."""
+    newest = max((other.stat().st_mtime_ns for other in others), default=0)
+    if index.stat().st_mtime_ns <= newest:
+        with suppress(OSError):  # a file system that does not know it
+            os.utime(index, ns=(newest + 1, newest + 1))
 
 
 def write_latest(directory: Path, text: str) -> None:
@@ -243,9 +252,14 @@ def _delete(path: Path) -> None:
 
 
 def _complete(directory: Path) -> list[Path]:
-    """Complete checkpoints, the oldest first."""
+    """Complete checkpoints, the first saved first. Not by step: a run may go back to an earlier one, and on from it."""
     found = [p for p in directory.iterdir() if _FOLDER.fullmatch(p.name) and (p / INDEX).is_file()]
-    return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, path.name))
+    return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, _numbers(path.name)))
+
+
+def _numbers(name: str) -> list[int]:
+    """Of step_1000.1: 1000 and 1."""
+    return [int(number) for number in name.removeprefix("step_").split(".")]
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

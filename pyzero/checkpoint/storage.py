@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
+import contextvars
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load, load_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save, save_state_dict
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -36,8 +36,8 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from pyzero import memory
 from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Interrupted, Span
 
-# torch 2.6's save() and load() cannot be told to leave the other ranks alone; those that they took the place of can.
-_save, _load = (save, load) if "no_dist" in inspect.signature(save).parameters else (save_state_dict, load_state_dict)
+# _save_state_dict and _load_state_dict are what torch's save() and load() call. Those warn of a rank alone, and filters
+# of warnings are those of all threads.
 _READERS = 2  # threads: a CRC-32 takes twice as long as the copies after it
 Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
 
@@ -153,7 +153,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
         )
     with _as_ours(f"the save to {folder}", group), _without_torchs_crc():
         writer = ChecksummedWriter(folder, crcs, progress)
-        found: Metadata = _save(
+        found: Metadata = _save_state_dict(
             state, storage_writer=writer, planner=_AliasPlanner(), process_group=group, no_dist=group is None
         )
     return found
@@ -166,31 +166,39 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
         CheckpointError: A file is missing, cut or damaged.
     """
     with _as_ours(f"the load of {folder}"):
-        _load(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
+        _load_state_dict(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
 
 
 @contextmanager
 def _without_torchs_crc() -> Iterator[None]:
-    """Switch off the CRC-32 that torch.save takes and torch.load ignores, in this process, while boxes are written."""
+    """Switch off the CRC-32 that torch.save takes and torch.load ignores, while boxes are written.
+
+    In an older torch the switch is one for all threads, and a save in the background leaves it.
+    """
     before = get_crc32_options()
+    is_on_elsewhere = contextvars.Context().run(get_crc32_options)
     set_crc32_options(False)
+    if is_on_elsewhere and not contextvars.Context().run(get_crc32_options) and not _is_main_thread():
+        set_crc32_options(before)
     try:
         yield
     finally:
-        set_crc32_options(before)
+        if get_crc32_options() != before:
+            set_crc32_options(before)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
 def _as_ours(what: str, group: Any = None) -> Iterator[None]:
-    """Raise torch's failures as CheckpointError, and silence its warnings: of a rank alone, and of _save and _load.
+    """Raise torch's failures as CheckpointError.
 
     Torch takes an interrupt for a failure too: this rank's own is raised as Interrupted, for `run_on_all_ranks`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)
-            yield
+        yield
     except CheckpointException as error:  # no Exception: nobody else would catch it
         mine, _ = error.failures.get(0 if group is None else group.rank(), (None, None))
         if isinstance(mine, (KeyboardInterrupt, SystemExit)):

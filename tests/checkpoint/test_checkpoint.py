@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,20 @@ def test_the_newest_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_3", "step_10", "step_4"}
     assert pyzero.latest_checkpoint(tmp_path) == tmp_path / "step_4"
     assert pyzero.load_checkpoint(tmp_path / "step_10", model=model, optimizer=optimizer)["step"] == 10
+
+
+def test_the_newest_are_kept_where_the_clock_was_set_back(tmp_path):
+    model, optimizer = lone(tmp_path)
+    for number in (9, 10, 11, 12):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=number, keep=2)
+        if number < 11:
+            os.utime(tmp_path / f"step_{number}" / "index.json", (4e9 + number, 4e9 + number))
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_11", "step_12"}
+    for number in (11, 12):  # a file system whose times are seconds, or a copy of the folder
+        os.utime(tmp_path / f"step_{number}" / "index.json", (4e9, 4e9))
+    for number in (100, 3):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=number, keep=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_12", "step_100", "step_3"}
 
 
 def test_a_link_to_a_checkpoint_elsewhere_is_pruned_alone(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from resume import SAVED_AT, STEPS, assert_equal, build, make
 from test_dcp import outcome, train, uninterrupted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.serialization import get_crc32_options
 
 import pyzero
 from pyzero.checkpoint import files, saving, storage
@@ -89,6 +91,34 @@ model = torch.nn.Linear(512, 512)
 optimizer = pyzero.FusedZeroAdamW(model.parameters())
 pyzero.async_save_checkpoint(sys.argv[1], model=model, optimizer=optimizer, step=1)
 """
+
+
+def test_an_asynchronous_save_changes_nothing_for_other_threads(tmp_path, monkeypatch):
+    """Filters of warnings are one list for all threads; what two of them put back in turn is not what it was."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    is_writing, may_go_on = threading.Event(), threading.Event()
+    lookup = storage._AliasPlanner.lookup_object
+
+    def slow(*args: Any) -> Any:
+        is_writing.set()
+        assert may_go_on.wait(60)
+        return lookup(*args)
+
+    monkeypatch.setattr(storage._AliasPlanner, "lookup_object", slow)
+    before = [*warnings.filters], get_crc32_options()
+    saving = pyzero.async_save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    try:
+        assert is_writing.wait(60)
+        assert ([*warnings.filters], get_crc32_options()) == before
+    finally:
+        may_go_on.set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saving.result()
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=2)
+        assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["step"] == 2
+    assert ([*warnings.filters], get_crc32_options()) == before
 
 
 def test_a_program_that_ends_waits_for_an_asynchronous_save(tmp_path):
