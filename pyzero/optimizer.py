@@ -518,12 +518,14 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _place(self, group_indices: Iterable[int], with_grads: bool = False) -> None:
         """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
         group_indices = list(group_indices)
-        for bucket in self._param_buckets.add(self._param_groups, group_indices, with_grads):
-            take_over(bucket.params)
-            self._gradients.add(bucket)
-        params = [param for index in group_indices for param in self._param_groups[index]["params"]]
-        self._gradients.watch([param for param in params if not param.requires_grad], self._place_unfrozen)
-        self._reserve()
+        own_errors = TypeError, ValueError  # of what all compare, or of a rank that has not begun
+        with self._group.lockstep(self._topology.model_groups, "the placement of parameters", own_errors):
+            for bucket in self._param_buckets.add(self._param_groups, group_indices, with_grads):
+                take_over(bucket.params)
+                self._gradients.add(bucket)
+            params = [param for index in group_indices for param in self._param_groups[index]["params"]]
+            self._gradients.watch([param for param in params if not param.requires_grad], self._place_unfrozen)
+            self._reserve()
 
     def _reserve(self) -> None:
         """Have the transport make room for all buckets. Collective."""

@@ -219,20 +219,22 @@ class ParamBuckets:
         if not params:
             return []
         self._tell_of_shared_memory(params)
-        self.params += params
-        self.specs += specs
-        owners = dict.fromkeys(fsdp[user_param(param)].owner for param in params if user_param(param) in fsdp)
-        self._fsdp_modules += map(weakref.ref, owners)
-        self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs, strict=True)})
         arrival = None if order is None else [first + place for place in reversed(order)]
         layouts = plan(specs, self._options.bucket_cap_bytes, self._group.size, arrival)
-        made = [self._make(layout, len(self.buckets) + index) for index, layout in enumerate(layouts)]
+        params, specs = [*self.params, *params], [*self.specs, *specs]
+        made = [self._make(layout, len(self.buckets) + index, params, specs) for index, layout in enumerate(layouts)]
         for bucket in made:
             if self._options.init_sync:
                 self._group.broadcast(bucket.flat)
             bucket.masters_from_weights()
+        steps = self._new_steps([*self.buckets, *made])
+        # Nothing is allocated from here on: where memory ended before, the next call finds all as it was.
+        self.params, self.specs = params, specs
+        owners = dict.fromkeys(fsdp[user_param(param)].owner for param in params[first:] if user_param(param) in fsdp)
+        self._fsdp_modules += map(weakref.ref, owners)
+        self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs[first:], strict=True)})
         self.buckets += made
-        self._join_steps()
+        self._join_steps(steps)
         return made
 
     def _find_new(
@@ -306,29 +308,36 @@ class ParamBuckets:
             _sync_module_states(self._group, roots if is_first else [], frozen, ours)
         self._synced.update(frozen)
 
-    def _make(self, layout: BucketLayout, index: int) -> Bucket:
+    def _make(
+        self, layout: BucketLayout, index: int, every_param: Sequence[Tensor], every_spec: Sequence[ParamSpec]
+    ) -> Bucket:
+        """A bucket, into which its parameters move. every_param, every_spec: By number."""
         numbers = [slot.number for slot in layout.param_slots]
-        params = [self.params[number] for number in numbers]
-        rule = self._rules[self.specs[numbers[0]].run.group_index]
+        params = [every_param[number] for number in numbers]
+        rule = self._rules[every_spec[numbers[0]].run.group_index]
         weights = self._transport.weights(layout.numel, params[0].dtype, params[0].device)
-        bucket = Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._options.cpu_offload)
-        for position, param in enumerate(bucket.params):
-            self._state[user_param(param)] = bucket.state_views(position)
-        return bucket
+        return Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._options.cpu_offload)
 
-    def _join_steps(self) -> None:
-        """Have the step counts of all buckets lie in one tensor: a step counts them in one launch."""
+    def _new_steps(self, buckets: Sequence[Bucket]) -> Tensor:
+        """(num_params,) fp32: room for the step counts of all these."""
+        return torch.empty(sum(len(b.numbers) for b in buckets), dtype=torch.float32, device=buckets[0].device)
+
+    def _join_steps(self, steps: Tensor) -> None:
+        """Have the step counts of all buckets lie in `steps`, as a step counts them in one launch; show all state."""
+        self.steps = steps
         counts = [len(bucket.numbers) for bucket in self.buckets]
-        self.steps = torch.empty(sum(counts), dtype=torch.float32, device=self.buckets[0].device)
-        for bucket, steps in zip(self.buckets, self.steps.split(counts), strict=True):
-            bucket.keep_steps_in(steps)
-            for param, step in zip(bucket.params, steps, strict=True):
-                self._state[user_param(param)] = StateViews({**self._state[user_param(param)], STEP: step})
+        for bucket, own in zip(self.buckets, steps.split(counts), strict=True):
+            bucket.keep_steps_in(own)
+            self._show_state(bucket)
         self.places = {
             user_param(p): (bucket, place) for bucket in self.buckets for place, p in enumerate(bucket.params)
         }
         self._views = {param: self._state[param] for param in self.places}
         self._views_ids = list(map(id, self._state.values()))
+
+    def _show_state(self, bucket: Bucket) -> None:
+        for position, param in enumerate(bucket.params):
+            self._state[user_param(param)] = bucket.state_views(position)
 
     def plan_by_arrival(self, arrival: Sequence[int]) -> list[BucketLayout] | None:
         """Buckets in the order in which rank 0's gradients came; None where none came. Collective.
@@ -356,8 +365,9 @@ class ParamBuckets:
         old, self.buckets, self._views = self.buckets, [], {}
         moved: set[int] = set()
         for index, layout in enumerate(layouts):
-            bucket = self._make(layout, index)
+            bucket = self._make(layout, index, self.params, self.specs)
             bucket.masters_from_weights()
+            self._show_state(bucket)  # not the old one's, whose memory is to be let go
             self.buckets.append(bucket)
             self.places.update({user_param(param): (bucket, place) for place, param in enumerate(bucket.params)})
             moved.update(bucket.numbers)
@@ -367,7 +377,7 @@ class ParamBuckets:
                 if keeps_state:
                     self._move_state(other, is_fresh)
                 other.release()
-        self._join_steps()
+        self._join_steps(self._new_steps(self.buckets))
         return True
 
     def _is_fresh(self) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from models import build, loss_of, micro_batch, params_of
 from own_groups import OwnGroups
 from test_symmetric_memory_transport import through_peers
+from torch import nn
 
 import pyzero
 from pyzero import memory
@@ -114,9 +115,9 @@ def test_so_it_is_by_all_to_all(run, tmp_path, where):
 
 
 @contextlib.contextmanager
-def short_of_memory(number: int, for_good: bool = False) -> Iterator[list[int]]:
-    """The allocation of that number fails, and all that follow if `for_good`; 0: none. Counts them."""
-    empty, counted = memory.empty, [0]
+def short_of_memory(number: int, for_good: bool = False, name: str = "empty") -> Iterator[list[int]]:
+    """The call of that number of memory's function fails, and all that follow if `for_good`; 0: none. Counts them."""
+    empty, counted = getattr(memory, name), [0]
 
     def failing(*args: Any) -> torch.Tensor:
         counted[0] += 1
@@ -125,7 +126,7 @@ def short_of_memory(number: int, for_good: bool = False) -> Iterator[list[int]]:
         return empty(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "empty", failing)
+        patch.setattr(memory, name, failing)
         yield counted
 
 
@@ -269,6 +270,58 @@ def step_with_anothers_gradient(group: Any, stage: int) -> str:
 def test_a_gradient_that_one_rank_cannot_take_is_told_to_all(run, stage):
     others, bad = run(2, step_with_anothers_gradient, stage)
     assert "got an error on ranks [1]" in others and "of another gradient" in bad
+
+
+def unfrozen(dtype: torch.dtype, group: Any, **options: Any) -> tuple[nn.Linear, nn.Linear, Any]:
+    """Two layers, of which the second is unfrozen after a step; it will fill several buckets."""
+    first, second = nn.Linear(8, 8).to(dtype), nn.Linear(8, 8).to(dtype)
+    second.requires_grad_(False)
+    params = [*first.parameters(), *second.parameters()]
+    optimizer = pyzero.FusedZeroAdamW(params, lr=0.1, process_group=group, bucket_cap_mb=1e-5, **options)
+    second.requires_grad_(True)
+    return first, second, optimizer
+
+
+def placed_short_of_memory(number: int) -> tuple[list[torch.Tensor], int]:
+    """Weights after a step before which the placement failed at that allocation, 0: at none; how many it began."""
+    torch.manual_seed(0)
+    first, second, optimizer = unfrozen(torch.bfloat16, None)
+    second(first(torch.ones(2, 8).bfloat16())).sum().backward()
+    with short_of_memory(number, name="zeros") as counted:
+        with pytest.raises(torch.OutOfMemoryError) if number else contextlib.nullcontext():
+            optimizer.step()
+    if number:
+        assert optimizer.state.keys() == {*first.parameters()}
+        optimizer.step()
+    assert optimizer.state.keys() == {*first.parameters(), *second.parameters()}
+    return params_of(first) + params_of(second), counted[0]
+
+
+def test_a_placement_that_runs_out_of_memory_can_be_tried_again():
+    wanted, num_allocations = placed_short_of_memory(0)
+    assert num_allocations > 4
+    for number in range(1, num_allocations + 1):
+        got, _ = placed_short_of_memory(number)
+        assert all(map(torch.equal, got, wanted))
+
+
+def placement_broken_off(group: Any, stage: int) -> None:
+    torch.manual_seed(0)
+    first, second, optimizer = unfrozen(torch.bfloat16, group, stage=stage, transport="exact")
+    is_bad = group.rank() == BAD_RANK
+    with pytest.raises(torch.OutOfMemoryError if is_bad else pyzero.CollectiveError) as error:
+        with short_of_memory(1, name="zeros") if is_bad else contextlib.nullcontext():
+            second(first(torch.ones(2, 8).bfloat16())).sum().backward()
+            optimizer.step()
+    assert is_bad or "rank 1 sends nothing more, for the placement of parameters was broken off" in str(error.value)
+    with pytest.raises(pyzero.CollectiveError):
+        optimizer.zero_grad()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_placement_that_breaks_off_on_one_rank_is_told_to_all(ranks, stage):
+    OwnGroups(ranks)(2, placement_broken_off, stage)
 
 
 def broken_again(group: Any, where: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
