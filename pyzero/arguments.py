@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 UNSUPPORTED = ("amsgrad", "differentiable")
 IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result here
+RESERVED = ("zero", "scaler", "rule", "master_steps")  # keys of a saved group that are pyzero's own notes
 _SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
 # What other libraries and papers call options.
@@ -106,6 +107,12 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
     """
     known = {*options, *UNSUPPORTED, *IGNORED}
     given = {*given}
+    for name in RESERVED:
+        if name in given:
+            raise ValueError(
+                f"expected other names than {', '.join(RESERVED)} in a parameter group, which state dicts use for "
+                f"notes of pyzero's, got {name!r}; give yours another name"
+            )
     for name in given - known - {"params", "param_names"}:  # a loop may keep values of its own there
         if name in ZeroOptions.__annotations__:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
@@ -320,18 +327,43 @@ def check_device(param: Tensor, device: torch.device) -> None:
 
 
 def check_disjoint(named: dict[Tensor, str]) -> None:
-    """Two parameters over one memory would come apart when they move into flat buffers."""
+    """Two parameters over one memory would come apart when they move into flat buffers; interleaved ones share none."""
     spans = []
     for whole, name in named.items():
         param = local_of(whole)
         if param.numel() and param.device.type != "meta":
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
             begin = param.data_ptr()
-            spans.append((begin, begin + extent * param.element_size(), name))
-    spans.sort()
-    for (_, end, one), (begin, _, other) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise ValueError(
-                f"expected parameters with memory of their own, got {one} and {other} over the same; tie them by one "
-                f"Parameter object (b.weight = a.weight), or give one a copy (.clone())"
-            )
+            spans.append((begin, begin + _extent(param) * param.element_size(), name, param))
+    spans.sort(key=lambda span: span[:3])
+    beside: list[tuple[int, int, str, Tensor]] = []  # earlier ones that may reach as far
+    for span in spans:
+        beside = [earlier for earlier in beside if span[0] < earlier[1]]
+        for _, _, one, param in beside:
+            if _share_elements(param, span[3]):
+                raise ValueError(
+                    f"expected parameters with memory of their own, got {one} and {span[2]} over the same; tie them by "
+                    f"one Parameter object (b.weight = a.weight), or give one a copy (.clone())"
+                )
+        beside.append(span)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from its first to its last in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _share_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors whose spans of memory overlap have bytes in common; taken for granted for different dtypes."""
+    size = one.element_size()
+    are_dense = (_extent(one), _extent(other)) == (one.numel(), other.numel())
+    if are_dense or size != other.element_size() or (one.data_ptr() - other.data_ptr()) % size:
+        return True
+    return bool(torch.isin(_addresses(one), _addresses(other)).any())
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    """(numel,) of its elements."""
+    found = torch.tensor([tensor.data_ptr()], device="cpu")
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found = (found[:, None] + torch.arange(size, device="cpu") * (stride * tensor.element_size())).flatten()
+    return found

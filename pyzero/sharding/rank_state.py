@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyzero import memory
-from pyzero.arguments import refuse_unsupported
+from pyzero.arguments import RESERVED, refuse_unsupported
 from pyzero.comm.group import Group
 from pyzero.ops.loss_scale import STATE_SLOTS
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
@@ -29,8 +29,8 @@ from pyzero.sharding.param_buckets import ParamBuckets
 log = logging.getLogger("pyzero")
 
 # Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
-ZERO, SCALER, RULE = "zero", "scaler", "rule"
-STEPS = "master_steps"  # in a full state dict: which steps its masters are of; torch leaves both as they are
+# STEPS is in a full state dict: which steps its masters are of; torch leaves both as they are.
+ZERO, SCALER, RULE, STEPS = RESERVED
 
 
 def describe(rank: int, num_ranks: int, buckets: Sequence[Bucket], places: dict[Tensor, int], has_learned: bool) -> str:
@@ -55,6 +55,12 @@ def _tensor(bucket: Bucket, position: int, num_ranks: int) -> list[Any]:
 def note_master_steps(group: dict[str, Any], steps: list[float]) -> None:
     """Say in the first group of a full state dict which steps its masters are of, by place; -1 where there is none."""
     group[STEPS] = json.dumps(steps)
+
+
+def _notes(group: dict[str, Any]) -> dict[str, Any]:
+    """What was noted in the first group; nothing in a torch optimizer's, where a caller may use these names."""
+    is_ours = isinstance(group.get(SCALER), Tensor) or isinstance(group.get(ZERO), str)
+    return {key: group[key] for key in RESERVED if is_ours and key in group}
 
 
 def _master_steps(group: dict[str, Any]) -> list[float]:
@@ -248,7 +254,8 @@ class RankState:
         ids = [i for group in saved_groups for i in group["params"]]
         params = [param for group in groups for param in group["params"]]
         numbers = _numbers(optimizer, param_buckets)
-        origin: str | None = saved_groups[0].get(ZERO)
+        notes = _notes(saved_groups[0])
+        origin: str | None = notes.get(ZERO)
         found, places, lengths = [], [], {}
         for place, (i, param) in enumerate(zip(ids, params, strict=True)):
             if place in numbers:
@@ -267,7 +274,7 @@ class RankState:
                 saved.stride = strides.get(place)
         for place, saved in zip(places, found, strict=True):
             _check(saved, param_buckets, lengths.get(numbers[place]), place)
-        steps = _master_steps(saved_groups[0])
+        steps = _master_steps(notes)
         pairs = zip(places, found, strict=True) if len(steps) == len(params) else ()
         forgotten = [saved.forget_old_master(steps[at], optimizer.state[saved.param][MASTER]) for at, saved in pairs]
         if any(forgotten) and rank == 0:
@@ -276,7 +283,7 @@ class RankState:
                 "leave them; they follow the model's weights instead",
                 sum(forgotten),
             )
-        return RankState(cut, ZERO in saved_groups[0], found, places, saved_groups, saved_groups[0].get(SCALER))
+        return RankState(cut, ZERO in notes, found, places, saved_groups, notes.get(SCALER))
 
     def summary(self) -> Summary:
         """For agreed_cut()."""
@@ -329,7 +336,7 @@ class RankState:
         for group, saved_group in zip(optimizer.param_groups, self.groups, strict=True):
             for key, value in saved_group.items():
                 is_foreign = key == "decoupled_weight_decay" and not self.is_ours
-                if key not in ("params", ZERO, SCALER, RULE, STEPS) and not is_foreign:
+                if key not in ("params", *RESERVED) and not is_foreign:
                     group[key] = value.clone() if isinstance(value, Tensor) else value
 
 
@@ -341,7 +348,7 @@ def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
             f"{[*state_dict][:3]}; pass what state_dict() or full_state_dict() gave, whole on every rank"
         )
     saved: list[dict[str, Any]] = state_dict["param_groups"]
-    rule = saved[0].get(RULE) if saved else None  # none in a torch optimizer's
+    rule = _notes(saved[0]).get(RULE) if saved else None  # none in a torch optimizer's
     if not optimizer.takes_rule(rule):
         raise ValueError(
             f"expected the state of the update rule {optimizer.rule_name}, got that of {rule}; load it into an "

@@ -191,6 +191,8 @@ def test_parameters_without_memory_are_refused(param, words):
         ({"amsgrad": True}, "amsgrad=True"),
         ({"differentiable": True}, "differentiable=True"),
         ({"stage": 1}, "got stage in a parameter group"),
+        ({"rule": "mine"}, "which state dicts use for notes of pyzero's, got 'rule'; give yours another name"),
+        ({"scaler": 2.0}, "expected other names than zero, scaler, rule, master_steps in a parameter group"),
         ({"max_grad_norm": 1.0}, "got max_grad_norm in a parameter group"),
         ({"cpu_offload": True}, "got cpu_offload in a parameter group"),
         ({"backend": "reference"}, "got backend in a parameter group"),

@@ -180,6 +180,20 @@ def test_state_of_another_rule_is_refused(exported):
     assert optimizer.param_groups[0]["lr"] == 0.5 and "max_coeff" not in optimizer.param_groups[0]
 
 
+def test_a_torch_optimizers_caller_may_have_our_names():
+    model = nn.Linear(3, 2)
+    own = {"rule": "mine", "zero": 0, "scaler": 2.0, "master_steps": 7}
+    theirs = torch.optim.AdamW([{"params": [*model.parameters()], **own}], lr=0.25)
+    model(torch.ones(1, 3)).sum().backward()
+    theirs.step()
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    optimizer.load_state_dict(theirs.state_dict())
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.25 and not own.keys() & group.keys()
+    assert torch.equal(optimizer.full_state(model.weight)["exp_avg"], theirs.state[model.weight]["exp_avg"])
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def load_spoiled(group: Any) -> list[str]:
     """Rank 1 has no state dict, or one of which a value makes no sense."""
     optimizer = pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters(), process_group=group)

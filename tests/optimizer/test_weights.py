@@ -201,6 +201,24 @@ def test_parameters_over_one_memory_are_refused_by_name():
     assert len(optimizer.param_groups) == 1
 
 
+def test_interleaved_weights_train_and_those_that_share_an_element_are_told():
+    whole = torch.randn(6, 4)
+    views = [whole[:, 0], whole[:, 1:3], whole[::2, 3], whole[1::2, 3]]
+    apart = [nn.Parameter(view.clone()) for view in views]
+    params = [nn.Parameter(view) for view in views]
+    ours, wanted = pyzero.FusedZeroAdamW(params, lr=0.1), torch.optim.AdamW(apart, lr=0.1)
+    for _ in range(2):
+        for optimizer, of in ((ours, params), (wanted, apart)):
+            sum(param.square().sum() for param in of).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for param, other in zip(params, apart, strict=True):
+        torch.testing.assert_close(param, other)
+    for shared in ([whole[:, 0], whole[:, 1], whole[2:, 0]], [whole[:, 1:], whole[:, 3]], [whole, whole[:, 2]]):
+        with pytest.raises(ValueError, match="expected parameters with memory of their own, got"):
+            pyzero.FusedZeroAdamW([nn.Parameter(view) for view in shared])
+
+
 # ---- other ranks ----------------------------------------------------------------------------------------------------
 
 
