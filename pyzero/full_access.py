@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import Group
+from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.interface import Gradients
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
@@ -50,8 +51,7 @@ class FullAccess:
         if place is None:
             whole: Tensor = whole_of(param.detach())
             return whole.float().clone()
-        self._param_buckets.follow_weights()
-        self._check_alike("the master", *place, is_whole=True)
+        self._follow_alike("the master", *place, is_whole=True)
         return self._gather(MASTER, *place)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -63,8 +63,7 @@ class FullAccess:
         place = self._find(param)
         if place is None:
             return {}
-        self._param_buckets.follow_weights()
-        self._check_alike("the state", *place, is_whole=True)
+        self._follow_alike("the state", *place, is_whole=True)
         bucket, position = place
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
 
@@ -87,10 +86,9 @@ class FullAccess:
         if to is not None and not 0 <= to < size:
             raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
         self._place_unfrozen()
-        self._param_buckets.follow_weights()
         is_wanted = to is None or to == rank
         values: dict[Tensor, dict[str, Tensor]] = {}
-        self._group.check_alike("the full state dict", self._mesh_groups())
+        self._follow("the full state dict", self._mesh_groups())
         for bucket in self._buckets:
             for name in bucket.state_names:
                 flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
@@ -240,8 +238,7 @@ class FullAccess:
         place = self._find(param)
         if place is None:
             return {MASTER: local_of(param.detach()).float().clone()}
-        self._param_buckets.follow_weights()
-        self._check_alike("the state", *place)
+        self._follow_alike("the state", *place)
         return {name: self._gather_local(name, *place).clone() for name in place[0].state_names}
 
     @torch.no_grad()
@@ -293,8 +290,25 @@ class FullAccess:
 
     def _check_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
         """Parameters of one size would be mixed where ranks read different ones. is_whole: of a DTensor, all parts."""
+        self._group.check_alike(*self._spelled(what, bucket, position, is_whole))
+
+    def _follow_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
+        """`_check_alike`, before state that is to follow the weights is read."""
+        self._follow(*self._spelled(what, bucket, position, is_whole))
+
+    def _spelled(self, what: str, bucket: Bucket, position: int, is_whole: bool) -> tuple[str, Sequence[Group]]:
         beside = self._mesh_groups() if is_whole and isinstance(bucket.params[position], LocalParam) else []
-        self._group.check_alike(f"{what} of parameter {bucket.numbers[position]}", beside)
+        return f"{what} of parameter {bucket.numbers[position]}", beside
+
+    def _follow(self, what: str, beside: Sequence[Group]) -> None:
+        """Have the masters follow the weights; an error of this rank's own is one on all."""
+        try:
+            self._param_buckets.follow_weights()
+        except (TypeError, ValueError):
+            with suppress(CollectiveError):  # which the others raise
+                self._group.check_alike("nothing: it has an error", beside)
+            raise
+        self._group.check_alike(what, beside)
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)

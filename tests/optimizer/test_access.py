@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from models import DTYPES, build, loss_of, micro_batch
+from own_groups import OwnGroups
 from torch import Tensor, nn
 
 import pyzero
@@ -20,6 +21,11 @@ def make(group: Any, dtype: torch.dtype, stage: int, **options: Any) -> tuple[nn
 def backward(model: nn.Module, optimizer: Any, step: int, rank: int) -> None:
     x = torch.ones(1, 3, 4, 4, dtype=model.conv.weight.dtype).mul_(0.5)
     optimizer.backward(loss_of(model, micro_batch(step, rank)) + (model.conv(x) * (rank + 1)).float().square().mean())
+
+
+@pytest.fixture(scope="module")
+def run(ranks):
+    return OwnGroups(ranks)
 
 
 def read(group: Any, dtype: torch.dtype, stage: int) -> list[dict[str, Any]]:
@@ -194,3 +200,29 @@ def test_ranks_that_read_different_whole_tensors_are_told(ranks):
         strict=True,
     ):
         assert words == f"{theirs}. Read whole tensors equally often and in the same order on every rank"
+
+
+def read_of_a_model_converted_on_one_rank(group: Any) -> list[str]:
+    model = nn.Linear(3, 5)
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), process_group=group)
+    if group.rank() == 1:
+        model.double()
+    said = []
+    for read in (
+        lambda: optimizer.full_master(model.weight),
+        lambda: optimizer.full_state(model.bias),
+        lambda: optimizer.local_state(model.bias),
+        lambda: optimizer.full_state_dict(),
+    ):
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            read()
+        said.append(str(caught.value))
+    model.float()
+    assert torch.equal(optimizer.full_master(model.weight), model.weight)
+    return said
+
+
+def test_an_error_of_one_rank_in_a_read_is_told_to_all(run):
+    there, here = run(2, read_of_a_model_converted_on_one_rank)
+    assert all("rank 1 reads nothing: it has an error" in words for words in there)
+    assert all("expected a parameter in float32" in words for words in here)
