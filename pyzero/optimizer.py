@@ -293,10 +293,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
         unscale = amp.inverse_of(self.__dict__.get("grad_scale"))
-        if unscale is not None and isinstance(self._gradients, ReducedGradients):
-            self._gradients.unscale(unscale)
-            return None
-        return unscale
+        return None if unscale is None else self._gradients.unscale(unscale)
 
     def _last_step(self, scalars: StepScalars, unscale: Tensor | None) -> LastStep:
         """What can be asked of this step: its norm is of before clipping, also by clip_grad_norm_."""
@@ -455,7 +452,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
-        if amp.grad_scaler_is_asking() and isinstance(self._gradients, ReducedGradients):
+        if amp.grad_scaler_is_asking() and self._gradients.reduces:
             with torch.no_grad():
                 return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
         return self._param_groups

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from pyzero.full_access import FullAccess
 from pyzero.gradients import nonfinite
 from pyzero.gradients.grad_stats import GradStatsExchange
-from pyzero.gradients.reduction import ReducedGradients
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import Scaler
 from pyzero.sharding.local_param import is_dtensor, user_param
@@ -113,7 +112,7 @@ class Status(FullAccess, Optimizer):
     @property
     def reduces_grads(self) -> bool:
         """Whether it averages gradients over its ranks; False where there is one rank, or another averages them."""
-        return isinstance(self._gradients, ReducedGradients)
+        return self._gradients.reduces
 
     @property
     def model_parallel_rank(self) -> int | None:

@@ -23,6 +23,7 @@ class Gradients(ABC):
     multiplied by `unscale` of the stats and by `factor()`.
     """
 
+    reduces = False  # averages over the ranks; else another does, or there is one
     learns_arrival = False  # records the order in which gradients come, for buckets in that order
     arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
 
@@ -107,6 +108,10 @@ class Gradients(ABC):
         Raises:
             RuntimeError: `.grad` has been edited since it was clipped.
         """
+
+    def unscale(self, factor: Tensor) -> Tensor | None:
+        """Multiply all gradients by a 0-D tensor, or return it, where the update is to."""
+        return factor
 
     def clip(self, coefficient: Tensor, norm: Tensor) -> None:
         """Multiply all gradients by a 0-D tensor, now or when they are used. After collect(). norm: Their 2-norm."""

@@ -43,6 +43,8 @@ class ReducedGradients(Gradients):
     has been made since the last step, or where any rank says in the step's message that it holds unsent gradients.
     """
 
+    reduces = True
+
     def __init__(
         self,
         group: Group,
@@ -332,7 +334,7 @@ class ReducedGradients(Gradients):
         self._generation += 1
 
     def unscale(self, factor: Tensor) -> None:
-        """Multiply all reduced gradients, and the norm from before they were clipped, by a 0-D tensor."""
+        """See Gradients. So is the norm from before they were clipped."""
         self.scale(self._by_number, factor)
         if self.norm_before_clip is not None:
             self.norm_before_clip = self.norm_before_clip * factor
