@@ -70,7 +70,10 @@ def test_steps_go_on_after_failures(tmp_path, monkeypatch, capsys):
 
 def test_a_step_that_takes_too_long_may_still_say_what_it_knows(tmp_path):
     """As pytest does, whose failures are printed last."""
-    code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('2 failed, 30 passed')"
+    code = (  # whoever starts the tests in the background of a shell has SIGINT ignored
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try: time.sleep(600)\nexcept KeyboardInterrupt: print('2 failed, 30 passed')"
+    )
     results = gpu_check.run([Step("interrupted", python(code), 5.0)], tmp_path, 60, {})
     assert (results[0].status, results[0].note) == ("timed out", "2 failed, 30 passed")
 
