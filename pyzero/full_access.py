@@ -36,7 +36,7 @@ class FullAccess:
     def _collect(self, purpose: str) -> GlobalGradStats:
         raise NotImplementedError
 
-    def _place_unfrozen(self) -> None:
+    def _place_unfrozen(self, purpose: str | None = None) -> None:
         raise NotImplementedError
 
     def full_master(self, param: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class FullAccess:
         It is clipped where clip_grad_norm_ has been called; `max_grad_norm` acts in step() only. Finishes the
         reduction. Raises ValueError as `full_master`.
         """
-        self._place_unfrozen()
+        self._place_unfrozen("full_grad")
         place = self._find(param)
         if place is None:
             return None
@@ -152,7 +152,7 @@ class FullAccess:
             tied: (parameter, process group of the ranks that hold its copies in this pipeline), in the same order on
                 these. All copies but the first stage's go without `.model_parallel`.
         """
-        self._place_unfrozen()
+        self._place_unfrozen("full_grad")
         stats = self._collect("full_grad")
         sums = []
         for param, group in tied:
@@ -244,7 +244,7 @@ class FullAccess:
     @torch.no_grad()
     def local_grad(self, param: Tensor) -> Tensor | None:
         """What `full_grad` gives, of this rank's part of a DTensor. Collective."""
-        self._place_unfrozen()
+        self._place_unfrozen("full_grad")
         place = self._find(param)
         local = None if place is None else self._local_grad(*place, self._collect("full_grad"))
         return None if local is None else local.clone()

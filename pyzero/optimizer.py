@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyzero import arguments
-from pyzero.comm.group import Work
+from pyzero.comm.group import CollectiveError, Work
 from pyzero.comm.make_transport import make_transport
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
@@ -238,7 +238,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
         for prepare in (self._check_groups, self._place_unfrozen, self._param_buckets.follow_weights):
             try:
                 prepare()
-            except (TypeError, ValueError, LookupError, ArithmeticError) as found:
+            except CollectiveError:  # which the others have, too
+                raise
+            except Exception as found:
                 error = error or found
         return error
 
@@ -284,11 +286,15 @@ class ZeroOptimizer(StateDicts, Optimizer):
         """`_collect`; an error of this rank's own is raised once the others know of it."""
         if error is None:
             return self._collect("step")
+        self._tell_error(error, "step")
+        raise error
+
+    def _tell_error(self, error: Exception, purpose: str) -> None:
+        """Have the others raise, who wait for this rank in what is collected for `purpose`."""
         try:
-            self._gradients.tell_error("step")
+            self._gradients.tell_error(purpose)
         except Exception:  # as all others raise, or of what this rank's own is the cause of
             raise error from None
-        raise error
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
@@ -405,7 +411,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
             raise ValueError(
                 f"expected norm_type above 0, got {norm_type}; 2.0 is the usual one, inf the largest value"
             )
-        self._place_unfrozen()
+        self._place_unfrozen("clip_grad_norm_")
         with torch.no_grad():
             stats = self._collect("clip_grad_norm_")
             factor = self._gradients.factor()
@@ -534,9 +540,19 @@ class ZeroOptimizer(StateDicts, Optimizer):
         with self._group.lockstep():  # without room for its buckets an optimizer cannot go on
             self._transport.reserve(sizes, len(self._param_buckets.params))
 
-    def _place_unfrozen(self) -> None:
-        """Give buckets to parameters that are no longer frozen. Collective where there are any."""
-        self._place_found(self._find_unfrozen())
+    def _place_unfrozen(self, purpose: str | None = None) -> None:
+        """Give buckets to parameters that are no longer frozen. Collective where there are any.
+
+        purpose: What gradients are collected for next, where they are: this rank's own error is told to those who wait.
+        """
+        try:
+            self._place_found(self._find_unfrozen())
+        except CollectiveError:  # which the others have, too
+            raise
+        except Exception as error:
+            if purpose is not None:
+                self._tell_error(error, purpose)
+            raise
 
     def _find_unfrozen(self) -> list[int]:
         """Indices of groups with parameters that are no longer frozen.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,13 +44,11 @@ class GradientHooks:
         follow: weakref.WeakMethod[Callable[[Tensor], bool]] = weakref.WeakMethod(self.follow_nodes)
         with torch.inference_mode(False):  # in inference mode there are no autograd nodes
             for param in params:
-                leaf = user_param(param)
-                is_trained = leaf.requires_grad
-                arrival = _Arrival()
-                self._hook_node(param, _accumulator(leaf.requires_grad_(True)), arrival)
+                leaf, arrival = user_param(param), _Arrival()
                 after = _after_hook(self._after, self._missed, follow, param, arrival)
-                self._handles.append(leaf.register_post_accumulate_grad_hook(after))
-                leaf.requires_grad_(is_trained)
+                with _trained(leaf):
+                    self._hook_node(param, _accumulator(leaf), arrival)
+                    self._handles.append(leaf.register_post_accumulate_grad_hook(after))
 
     def _hook_node(self, param: Tensor, node: Any, arrival: _Arrival) -> None:
         self._nodes[param] = node, arrival
@@ -60,7 +59,8 @@ class GradientHooks:
         if self._nodes[param][0] is _accumulator(user_param(param)):
             return False
         for other, (known, arrival) in [*self._nodes.items()]:
-            node = _accumulator(user_param(other))
+            with _trained(leaf := user_param(other)):
+                node = _accumulator(leaf)
             if node is not known:
                 self._hook_node(other, node, arrival)
         return True
@@ -85,11 +85,22 @@ class GradientHooks:
         self.remove()
 
 
+@contextmanager
+def _trained(leaf: Tensor) -> Iterator[None]:
+    """A context in which a frozen parameter is none: torch shows the nodes of no others, and hooks none."""
+    is_trained = leaf.requires_grad
+    leaf.requires_grad_(True)
+    try:
+        yield
+    finally:
+        leaf.requires_grad_(is_trained)
+
+
 def _accumulator(leaf: Tensor) -> Any:
     """The AccumulateGrad node. torch finds it through a view, which DTensor refuses where an empty one is split."""
-    if leaf.numel():
-        return get_gradient_edge(leaf).node
-    with torch.enable_grad():
+    with torch.enable_grad():  # in a hook there is none
+        if leaf.numel():
+            return get_gradient_edge(leaf).node
         return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
@@ -109,13 +120,14 @@ def _before_hook(
 
     def before_hook(grads: Any) -> None:
         alive = weak_param()
-        arrival.has_grad = grads[0] is not None
-        if alive is not None and not arrival.has_grad:
+        has_grad = grads[0] is not None
+        if alive is not None and not has_grad:
             _call_eagerly(without, alive)
         elif alive is not None:
             _call_eagerly(before, alive)
             if isinstance(alive, LocalParam):
                 alive.park()
+        arrival.has_grad = has_grad
 
     return before_hook
 

@@ -29,6 +29,7 @@ PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of 
 
 # Columns of a host's part of the message; from _USED on, a bit per parameter.
 _PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HAS_ERROR, _HALF_EDITED, _EDITS, _USED = range(10)
+_ROUNDING = 1e-5  # of a factor that each rank computes for itself
 _NUM_BITS = 48  # of a number: fp64 holds 53 exactly
 _SHIFTS = np.arange(_NUM_BITS)
 _BITS = 2.0**_SHIFTS
@@ -56,8 +57,8 @@ class LocalGradStats(NamedTuple):
     rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/gradients/stats_rows.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
-    # By parameter number: how often what was reduced of it has been edited since, and the product of the factors.
-    edits: Sequence[tuple[int, float]] = ()
+    edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
+    products: Sequence[float] = ()  # of the numbers it was multiplied by, where any is known and not 1
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
     half_edited: int | None = None  # a parameter's number: this rank's unsent part was edited, beside a reduced one
@@ -154,14 +155,14 @@ class GradStatsExchange:
             half_edited = -1 if mine.half_edited is None else mine.half_edited
             purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
             head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, mine.has_error]
-            edits = [half_edited, _checksum(mine.edits)]
+            edits = [half_edited, _checksum(mine.edits, mine.products)]
             self._num_exports = 0
             with self.lockstep(CollectiveError):
                 told, rows = self._group.gather_with_host([*head, *edits, *_packed(used)], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             with self.lockstep(RuntimeError):
-                error = self._error_in(hosts, mine.edits)
+                error = self._error_in(hosts, mine)
             self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
             used = _union(hosts[:, _USED:], len(used))
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
@@ -206,11 +207,11 @@ class GradStatsExchange:
             raise error
         return rows, num_skips
 
-    def _error_in(self, hosts: np.ndarray[Any, Any], edits: Sequence[tuple[int, float]]) -> RuntimeError | None:
+    def _error_in(self, hosts: np.ndarray[Any, Any], mine: LocalGradStats) -> RuntimeError | None:
         """What the ranks of this group have told each other that does not fit."""
         try:
             self._check(hosts)
-            self._check_edits(hosts[:, _EDITS], edits)
+            self._check_edits(hosts[:, _EDITS], mine)
         except RuntimeError as error:
             return error
         return None
@@ -248,19 +249,25 @@ class GradStatsExchange:
                 f"optimizer.clip_grad_norm_ or optimizer.set_full_grad(p, value), which see all of it"
             )
 
-    def _check_edits(self, checksums: np.ndarray[Any, Any], mine: Sequence[tuple[int, float]]) -> None:
+    def _check_edits(self, checksums: np.ndarray[Any, Any], mine: LocalGradStats) -> None:
         """checksums: (size,) those of every rank's edits."""
         if (checksums == checksums[0]).all():
             return
-        edits = np.array(self._group.gather_objects(list(mine), "the comparison of edits"))  # they differ: all ask
-        bits = edits.view(np.int64)  # a NaN is the same as itself
-        number = int((bits != bits[0]).any((0, 2)).argmax())
-        nums, products = edits[:, number].T.tolist()
-        if len(set(nums)) == 1:
+        told = self._group.gather_objects(
+            (list(mine.edits), list(mine.products) or [1.0] * len(mine.edits)), "the comparison of edits"
+        )  # checksums differ: all ask
+        edits, products = (np.array(rows) for rows in zip(*told, strict=True))
+        number = int((edits != edits[0]).any(0).argmax())
+        nums = edits[:, number].tolist()
+        if len(set(nums)) == 1:  # hosts may round otherwise
+            is_other = ~np.isclose(products, products[0], rtol=_ROUNDING, atol=0.0, equal_nan=True).all(0)
+            if not is_other.any():
+                return
+            number = int(is_other.argmax())
             raise RuntimeError(
                 f"expected the reduced gradient of {self.name_of(number)} multiplied by the same number on every rank, "
-                f"got products {products} by rank; it is the mean over ranks already: multiply each rank's loss before "
-                f"backward, or take a number that all ranks share, such as the total of all_reduce"
+                f"got products {products[:, number].tolist()} by rank; it is the mean over ranks already: multiply "
+                f"each rank's loss before backward, or take a number that all share, such as the total of all_reduce"
             )
         ranks = [rank for rank, num in enumerate(nums) if num != min(nums)]
         raise RuntimeError(
@@ -320,9 +327,11 @@ def _other_error(purpose: str, ranks: Sequence[int]) -> RuntimeError:
     )
 
 
-def _checksum(edits: Sequence[tuple[int, float]]) -> int:
+def _checksum(edits: Sequence[int], products: Sequence[float]) -> int:
     """The same for the same numbers: 0 where nothing was edited."""
-    return zlib.crc32(np.array(edits, np.float64).tobytes()) if any(num for num, _ in edits) else 0
+    if not any(edits):
+        return 0
+    return zlib.crc32(np.array(products, np.float64).tobytes(), zlib.crc32(np.array(edits, np.int64).tobytes()))
 
 
 def _packed(used: Sequence[bool]) -> list[float]:

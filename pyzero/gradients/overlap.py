@@ -174,6 +174,8 @@ class OverlappedGradients(ReducedGradients):
     def _send_zeros(self) -> None:
         if self._is_sending:
             self._round(self._is_deferred, sends_zeros=True)
+            self._bucket_exchange.receive_at_end()
+            self._join_unfrozen()
         super()._send_zeros()
 
     def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:

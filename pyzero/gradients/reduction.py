@@ -467,11 +467,13 @@ class ReducedGradients(Gradients):
             found = flag_of(rows[0])
             torch.maximum(found, scaler_found_inf, out=found)
         records = self._by_number
+        products = [record.product for record in records]
         return LocalGradStats(
             rows,
             used=[record.is_used for record in records],
             purpose=purpose,
-            edits=[(record.num_edits, record.product) for record in records],
+            edits=[record.num_edits for record in records],
+            products=products if any(product != 1.0 for product in products) else (),
             unsent=self._unsent(),
             num_rounds=self._num_rounds,
             half_edited=next((record.number for record in records if record.is_half_edited), None),

@@ -65,8 +65,8 @@ class ScaleTracker:
             self.unscale = None
         elif self._memory is None:
             self.unscale = self._memory = inv_scale.clone()
-        elif not self._is_taken:
-            self.unscale = self._memory.copy_(inv_scale)
+        else:
+            self.unscale = self._memory if self._is_taken else self._memory.copy_(inv_scale)
         self._is_taken = True
 
     def end(self) -> None:
@@ -127,11 +127,21 @@ class ScaleTracker:
             self._stepped = [None if grad is None else weakref.ref(grad) for grad in grads]
 
     def follow(self) -> None:
-        """Called before gradients are used: what was assigned once all of the last step's were cleared has no scale."""
-        if self._stepped and not any(
-            kept is not None and kept() is param.grad for kept, param in zip(self._stepped, self._params, strict=False)
-        ):
-            self.clear()
+        """Called before gradients are used.
+
+        Raises:
+            RuntimeError: Other tensors were assigned in place of all that the last step used, whose scale is not known.
+        """
+        both = zip(self._stepped, self._params, strict=False)
+        if not self._stepped or any(kept is not None and kept() is param.grad for kept, param in both):
+            return
+        if any(param.grad is not None for param in self._params):
+            raise RuntimeError(
+                "expected the gradients of the last step, which carry its loss scale, or those of another backward, "
+                "got other tensors in every .grad; call optimizer.zero_grad() before you assign gradients without a "
+                "scale, and edit those with one in place (p.grad.mul_(0.5))"
+            )
+        self.clear()
 
     def clear(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""

@@ -174,11 +174,14 @@ def _differing_record(kind: str, ours: list[ParamRecord], theirs: list[ParamReco
 def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> _Difference | None:
     """The first place whose names on one rank are those of another place on the other.
 
-    A name that only one of them knows tells nothing: a module may be wrapped there alone.
+    Names that only one of them knows tell nothing, nor do the others then: a module may be wrapped there alone, which
+    gives its second layer the name of the first elsewhere.
     """
     known = {name for names in ours for name in names} & {name for names in theirs for name in names}
+    if not all({*names} & known for names in (*ours, *theirs)):
+        return None
     for place, (mine, others) in enumerate(zip(ours, theirs, strict=True)):
-        if mine and others and not {*mine} & {*others} and {*mine, *others} & known:
+        if not {*mine} & {*others}:
             return _Difference(f"{kind} {place}", " or ".join(mine), " or ".join(others), _ORDER_ALIKE)
     return None
 

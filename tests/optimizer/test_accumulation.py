@@ -431,6 +431,10 @@ def assigned_after_scaled(group: Any, stage: int, dtype: torch.dtype, drop: str)
         twins.check()
         twins.drop(drop)
         twins.first.grad = torch.full_like(twins.first, 2.0)
+        if twins.size == 1 and drop != "optimizer":  # it may be of the scaled ones, as far as anybody knows
+            assert is_refused(twins.optimizer.step)
+            twins.optimizer.zero_grad()
+            twins.first.grad = torch.full_like(twins.first, 2.0)
         twins.expect(2.0)
         twins.step()
         twins.check()
@@ -440,8 +444,31 @@ def assigned_after_scaled(group: Any, stage: int, dtype: torch.dtype, drop: str)
 @pytest.mark.parametrize("drop", ["optimizer", "model", "p.grad = None"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @UP_TO_TWO
-def test_what_is_assigned_after_a_scaled_step_has_no_scale(run, size, stage, dtype, drop):
+def test_what_is_assigned_after_a_scaled_step_has_no_scale_or_is_refused(run, size, stage, dtype, drop):
     run(size, assigned_after_scaled, stage, dtype, drop)
+
+
+def dropped_in_a_context(group: Any, stage: int, drop: str, steps: bool) -> None:
+    twins = Twins(group, stage, torch.bfloat16, loss_scale=1024.0)
+    with twins.optimizer.scaled_gradients():
+        for factor in (1.0, 2.0, 4.0):
+            twins.optimizer.scale(twins.loss(factor)).backward()
+            twins.expect(twins.mean(factor))
+            if steps:
+                twins.step()
+                twins.check()
+            if factor < 4.0:
+                twins.drop(drop)
+    if not steps:
+        twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("steps", [True, False])
+@pytest.mark.parametrize("drop", ["optimizer", "model"])
+@UP_TO_TWO
+def test_backwards_in_one_context_keep_their_scale(run, size, stage, drop, steps):
+    run(size, dropped_in_a_context, stage, drop, steps)
 
 
 def set_beyond_fp16(group: Any, stage: int) -> str | None:
@@ -1243,6 +1270,29 @@ def converted_and_back(group: Any, stage: int, sync: bool, dtype: torch.dtype, s
 @UP_TO_TWO
 def test_a_model_converted_and_back_trains_on(run, size, stage, sync, dtype, scale):
     run(size, converted_and_back, stage, sync, dtype, scale)
+
+
+def converted_with_frozen(group: Any, stage: int, scale: float | None) -> None:
+    twins = Twins(group, stage, torch.bfloat16, loss_scale=scale)
+    for step in range(3):
+        for param, other in zip(twins.model, twins.theirs, strict=True):
+            param.requires_grad_(step != 1 or param is not twins.second)
+            other.requires_grad_(param.requires_grad)
+        if step == 1:
+            convert_and_back(twins.model, torch.bfloat16)
+        for index, param in enumerate((twins.first, twins.second)):
+            if param.requires_grad:
+                twins.optimizer.backward(twins.loss(2.0, index))
+                twins.expect(twins.mean(2.0), index)
+        twins.step()
+        twins.check()
+        twins.drop("model")
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@UP_TO_TWO
+def test_so_does_one_of_which_a_part_is_frozen(run, size, stage, scale):
+    run(size, converted_with_frozen, stage, scale)
 
 
 def converted_with_a_gradient(group: Any, stage: int, dtype: torch.dtype, scale: float | None) -> None:

@@ -226,6 +226,41 @@ def test_a_step_that_runs_out_of_memory_on_one_rank_raises_on_all(run, transport
     assert all(map(torch.equal, got, wanted))
 
 
+def finished_short_of_memory(group: Any, call: str) -> list[torch.Tensor]:
+    """Weights after a batch that is left out: memory ended in its backward on one rank, and where that was finished."""
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-2, process_group=group, bucket_cap_mb=3e-3)
+
+    def train(index: int) -> None:
+        loss_of(model, micro_batch(index, group.rank())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train(0)
+    train(1)
+    if call:
+        is_bad = group.rank() == BAD_RANK
+        with contextlib.suppress(torch.OutOfMemoryError), short_of_memory(2 if is_bad else 0):
+            loss_of(model, micro_batch(100, group.rank())).backward()
+        calls = {
+            "step": optimizer.step,
+            "clip": lambda: optimizer.clip_grad_norm_(1.0),
+            "read": lambda: optimizer.full_grad(model.gain),
+        }
+        with pytest.raises(torch.OutOfMemoryError) if is_bad else pytest.raises(RuntimeError, match="got an error on"):
+            with short_of_memory(1 if is_bad else 0):
+                calls[call]()
+        optimizer.zero_grad()
+    train(2)
+    return params_of(model)
+
+
+@pytest.mark.parametrize("call", ["step", "clip", "read"])
+def test_so_does_one_that_cannot_finish_a_broken_backward(run, call):
+    got, wanted = (run(2, finished_short_of_memory, what)[0] for what in (call, ""))
+    assert all(map(torch.equal, got, wanted))
+
+
 def step_out_of_memory(group: Any, stage: int) -> None:
     model = build(torch.bfloat16)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, stage=stage, transport="exact")

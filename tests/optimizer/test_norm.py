@@ -252,5 +252,5 @@ def test_flags_of_parameters_travel_as_bits(num_params):
 
 def test_edits_travel_as_a_checksum():
     counts = ([], [0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 1])
-    sums = [grad_stats._checksum([(num, product) for num in nums]) for nums in counts for product in (1.0, 0.5)]
+    sums = [grad_stats._checksum(nums, products) for nums in counts for products in ([], [0.5] * len(nums))]
     assert sums[:4] == [0] * 4 and len({*sums[3:]}) == 9
