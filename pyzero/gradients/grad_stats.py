@@ -125,6 +125,7 @@ class GradStatsExchange:
         self._may_warn = group.rank == 0
         self._group = group
         self._model_parallel = model_parallel
+        self.is_alone = group.size == 1 and not model_parallel  # nothing is sent
 
     def name_of(self, number: int) -> str:
         """A parameter's name for messages, by its number."""
@@ -147,7 +148,7 @@ class GradStatsExchange:
         unsent = {int(mine.unsent)}
         rows = mine.rows
         error: RuntimeError | None = None
-        if self._group.size > 1 or self._model_parallel:
+        if not self.is_alone:
             facts = self._facts()
             assert facts is not None
             num_skips, hyper_parameters = facts()
@@ -167,7 +168,7 @@ class GradStatsExchange:
             used = _union(hosts[:, _USED:], len(used))
             unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
             num_skips = int(max(hosts[:, _SKIPS].tolist()))
-        elif mine.has_error and self._model_parallel:
+        elif mine.has_error and not self.is_alone:
             error = _other_error(mine.purpose, [self._group.members()[0]])
         own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})

@@ -15,6 +15,8 @@ from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unse
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
 
+_NOBODY = nullcontext()  # waits
+
 
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
@@ -78,9 +80,12 @@ class Gradients(ABC):
     def tell_error(self, purpose: str) -> None:
         """In place of collect(): the message of a rank that cannot go on; all ranks raise. What it holds is kept."""
 
-    @contextmanager
-    def _telling_errors(self, purpose: str) -> Iterator[None]:
+    def _telling_errors(self, purpose: str) -> AbstractContextManager[None]:
         """Around what the others wait for in collect(): an exception of this rank's own is raised by all."""
+        return _NOBODY if self._stats_exchange.is_alone else self._telling(purpose)
+
+    @contextmanager
+    def _telling(self, purpose: str) -> Iterator[None]:
         with self._stats_exchange.lockstep(but=Exception):
             try:
                 yield

@@ -132,8 +132,10 @@ class ScaleTracker:
         Raises:
             RuntimeError: Other tensors were assigned in place of all that the last step used, whose scale is not known.
         """
+        if not self._stepped:
+            return
         both = zip(self._stepped, self._params, strict=False)
-        if not self._stepped or any(kept is not None and kept() is param.grad for kept, param in both):
+        if any(kept is not None and kept() is param.grad for kept, param in both):
             return
         if any(param.grad is not None for param in self._params):
             raise RuntimeError(
