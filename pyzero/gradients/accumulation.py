@@ -45,9 +45,7 @@ class ParamGrad:
         self.is_zero = False  # it is known to be zeros, on all ranks
         self.is_forgotten = False  # the shards still hold a part of a gradient that has been cleared
         self.num_edits = 0  # by the caller; the same on all ranks
-        self.product = (
-            1.0  # of the numbers that the caller has multiplied it by, as far as the host knows them; so is it
-        )
+        self.product = 1.0  # of the numbers that the caller has multiplied it by, as far as the host knows them
         self.is_half_edited = False  # the other part was edited in place meanwhile: refused when gradients are read
         self.factor: Tensor | None = None  # 0-D: what it is still to be multiplied by
 

@@ -59,6 +59,9 @@ class Gradients(ABC):
         epoch: The same number as long as the scale cannot have changed.
         """
 
+    def renew_scale(self, inv_scale: Tensor, epoch: int) -> None:  # noqa: B027
+        """Called after a step inside `scaled_by`, which may have changed what that was given."""
+
     def in_backward(self) -> AbstractContextManager[None]:
         """Around a backward: one that raises before the first gradient counts as broken off, too."""
         return nullcontext()

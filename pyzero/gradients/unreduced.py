@@ -157,6 +157,10 @@ class UnreducedGradients(Gradients):
         finally:
             tracker.end()
 
+    def renew_scale(self, inv_scale: Tensor, epoch: int) -> None:
+        """See Gradients."""
+        self._scale_tracker.begin(inv_scale, epoch)
+
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients."""
         with self._telling_errors(purpose):

@@ -90,6 +90,8 @@ class ScaledBackward:
     def after_step(self, has_grad_scaler: bool) -> bool:
         """Whether the step's gradients came from here. Warn once of one on fp16 gradients that nobody scaled."""
         self.end()
+        if self._running is not None:  # a context of the caller's goes on
+            self._gradients.renew_scale(self._scaler.inv_scale, self._scaler.epoch)
         if self._may_warn and not self._has_run and not has_grad_scaler:
             self._may_warn = False
             log.warning(

@@ -244,9 +244,7 @@ class ParamBuckets:
         fsdp: Mapping[Tensor, ShardedPlace],
         with_grads: bool,
     ) -> tuple[list[Tensor], list[ParamSpec], dict[Tensor, int]]:
-        """Trained parameters of these groups that are in no bucket, and their specs; frozen ones that are not yet rank
-        0's, and their groups.
-        """
+        """Trained parameters of these groups in no bucket, with their specs; frozen ones not yet rank 0's, by group."""
         params: list[Tensor] = []
         specs: list[ParamSpec] = []
         frozen: dict[Tensor, int] = {}
@@ -298,8 +296,8 @@ class ParamBuckets:
 
         trained = [record(p, user_param(p), s.run.group_index, s.key.rule) for p, s in zip(params, specs, strict=True)]
         synced = frozen if self._options.init_sync else {}
-        unused = [record(local_of(param), param, group, None) for param, group in synced.items()]
-        return agree_on_params(self._group, Joining(trained, unused, order))
+        untrained = [record(local_of(param), param, group, None) for param, group in synced.items()]
+        return agree_on_params(self._group, Joining(trained, untrained, order))
 
     def _sync_others(self, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
         """Once for each: a parameter may be unfrozen between a forward and its backward, whose graph has the others."""

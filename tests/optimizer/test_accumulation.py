@@ -449,7 +449,7 @@ def test_what_is_assigned_after_a_scaled_step_has_no_scale_or_is_refused(run, si
 
 
 def dropped_in_a_context(group: Any, stage: int, drop: str, steps: bool) -> None:
-    twins = Twins(group, stage, torch.bfloat16, loss_scale=1024.0)
+    twins = Twins(group, stage, torch.bfloat16, loss_scale=pyzero.LossScale(init_scale=1024.0, growth_interval=1))
     with twins.optimizer.scaled_gradients():
         for factor in (1.0, 2.0, 4.0):
             twins.optimizer.scale(twins.loss(factor)).backward()
