@@ -349,8 +349,8 @@ class ReducedGradients(Gradients):
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
         """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
         self._begin_edit()
+        known = _number_of(factor, inverse)
         factor = self._as_factor(factor, inverse)
-        known = values_of(factor).item() if factor.is_cpu else 1.0
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
         for record in records:
             if not record.is_reduced:
@@ -565,6 +565,15 @@ class ReducedGradients(Gradients):
         """See Gradients."""
         self._observe_all()
         self._bucket_exchange.receive_all()
+
+
+def _number_of(factor: Tensor | float, inverse: bool) -> float:
+    """What is multiplied by; 1 where the host would have to wait for it."""
+    if isinstance(factor, Tensor):
+        if not factor.is_cpu:
+            return 1.0
+        factor = values_of(factor.detach().reshape(()).float()).item()
+    return 1.0 / factor if inverse and factor else factor
 
 
 def _nothing(record: ParamGrad) -> bool:

@@ -126,7 +126,7 @@ def norm_after_a_read(group: Any, stage: int) -> tuple[float, Tensor]:
 def test_max_grad_norm_clips_by_the_norm_at_the_step(run, size, stage):
     for norm, exp_avg in run(size, norm_after_a_read, stage):
         assert norm == 8008.0
-        torch.testing.assert_close(exp_avg, torch.full((64,), 0.5 / 8), rtol=1e-6, atol=0)
+        torch.testing.assert_close(exp_avg, torch.full_like(exp_avg, 0.5 / 8), rtol=1e-6, atol=0)
 
 
 def used_after_a_read(group: Any, stage: int, read: str) -> None:
@@ -182,7 +182,7 @@ def clipped_before_more(group: Any, stage: int) -> tuple[list[float], Tensor]:
 def test_clip_grad_norm_scales_the_gradient_as_it_is_then(run, size, stage):
     for norms, grad in run(size, clipped_before_more, stage):
         assert norms == pytest.approx([8.0, 8.5, 8.5], rel=1e-6)  # torch divides by the norm and 1e-6
-        torch.testing.assert_close(grad, torch.full((64,), 1.0625), rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, torch.full_like(grad, 1.0625), rtol=1e-6, atol=0)
 
 
 def read_after_each_step(group: Any, stage: int) -> tuple[list[bool], list[float]]:
@@ -920,7 +920,7 @@ READS_OF_A_PART = {
     "p.grad = p.grad / 2": lambda twins, total: setattr(twins.first, "grad", twins.first.grad / 2),
     "add_": lambda twins, total: total.add_(twins.first.grad),
     "foreach": lambda twins, total: torch._foreach_add_([total], [twins.first.grad]),
-    "numpy": lambda twins, total: twins.first.grad.numpy(),
+    "numpy": lambda twins, total: twins.first.grad.cpu().numpy(),
     "clone": lambda twins, total: twins.first.grad.clone(),
 }
 
@@ -1223,7 +1223,7 @@ def multiplied_unequally(group: Any, stage: int, how: str) -> str:
     factor: Any = 0.5 + twins.rank
     if how == "NaN on all":
         factor = math.nan
-    twins.first.grad.mul_(torch.tensor(factor) if how == "tensor" else factor)
+    twins.first.grad.mul_(torch.tensor(factor, device="cpu") if how == "tensor" else factor)
     try:
         twins.optimizer.full_grad(twins.first)
     except pyzero.CollectiveError:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from models import build, loss_of, micro_batch, params_of
 from own_groups import OwnGroups
+from ranks import ON_GPU
 from test_symmetric_memory_transport import through_peers
 from torch import nn
 
@@ -24,6 +25,9 @@ from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.rank_state import RankState
 from pyzero.update import ShardUpdater
 
+through_host_memory = pytest.mark.skipif(
+    ON_GPU or sys.platform != "linux", reason="the peer transport of CPUs goes by futexes of Linux"
+)
 TIMEOUT_S = 3  # with "exact" the others wait so long
 BAD_RANK = 1
 IN_TORN_STATE = "update", "move", "load"
@@ -103,7 +107,7 @@ def run(ranks):
     return OwnGroups(ranks, TIMEOUT_S)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peer transport goes by futexes of Linux")
+@through_host_memory
 @pytest.mark.parametrize("where", PLACES)
 def test_it_is_told_to_all_ranks_and_nothing_is_saved(run, tmp_path, where):
     run(2, broken_off, "peer", where, MemoryError, tmp_path)
@@ -166,7 +170,9 @@ def out_of_memory(group: Any, transport: str, fails: bool) -> list[torch.Tensor]
     return params_of(model)
 
 
-@pytest.mark.parametrize("transport", ["exact", "collective", "peer", "peer of GPUs"])
+@pytest.mark.parametrize(
+    "transport", ["exact", "collective", pytest.param("peer", marks=through_host_memory), "peer of GPUs"]
+)
 def test_a_backward_that_runs_out_of_memory_on_one_rank_can_be_left_out(run, transport):
     job: tuple[Any, ...] = (out_of_memory, transport)
     if transport == "peer of GPUs":

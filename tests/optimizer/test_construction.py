@@ -1,6 +1,5 @@
 """What FusedZeroAdam makes of its parameters: agreement of ranks, tiny shards, several optimizers, few launches."""
 
-import os
 from collections import Counter
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import assert_same, build, loss_of, micro_batch, params_of
+from ranks import ON_GPU
 from torch import Tensor, nn
 
 import pyzero
@@ -324,16 +324,14 @@ def test_launches_grow_with_buckets_not_with_parameters(ranks, size, stage):
         assert num_buckets == 10  # 4,194 bytes hold 104 parameters of 40
         assert counts["adam_"] == num_buckets
         assert counts.get("gather", 0) == (num_buckets if size > 1 else 0)
-        on_gpu = (
-            "PYZERO_TEST_DEVICE" in os.environ
-        )  # whose host does not know of a clean step that there is nothing to count
-        assert counts.get("loss_scale_update_", 0) == on_gpu and counts.get("gather_rows", 0) == (size > 1)
+        # A GPU's host does not know of a clean step that there is nothing to count.
+        assert counts.get("loss_scale_update_", 0) == ON_GPU and counts.get("gather_rows", 0) == (size > 1)
         if size == 1:
             assert "pack_" not in counts and counts["unscale_"] <= 2
         else:
             assert counts["start"] == counts["reduce_scatter_"] == num_buckets
             # Gradients; and, where ranks share memory, weights out of the shard, and the others' in.
-            assert counts["pack_"] == num_buckets * (1 if on_gpu else 3)
+            assert counts["pack_"] == num_buckets * (1 if ON_GPU else 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters")

@@ -128,6 +128,47 @@ def test_a_captured_step_follows_the_loss_scale_and_outlives_other_patterns():
         assert isinstance(got, list) or got == wanted
 
 
+def whole_run(captured: bool, dtype: torch.dtype, clips: bool) -> tuple[list[Tensor], tuple[float, int]]:
+    """Iterations of forward, backward, clip and step, of which one overflows; one graph for all but the first two."""
+    model = build(dtype).cuda()
+    scale = pyzero.LossScale(init_scale=1024.0, growth_interval=2) if dtype == torch.float16 else None
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=torch.tensor(1e-2, device="cuda"), loss_scale=scale)
+        batch, factor = micro_batch(0, 0).cuda(), torch.ones((), device="cuda")
+
+        def iterate() -> None:
+            optimizer.backward(loss_of(model, batch) * factor)
+            if clips:
+                optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+
+        for step in range(8):
+            batch.copy_(micro_batch(step, 0).cuda())
+            factor.fill_(float("inf") if step == 5 else 1.0)
+            if step < 3 or not captured:
+                optimizer.zero_grad()
+            if step < 2 or not captured:
+                iterate()
+                continue
+            if step == 2:
+                with torch.cuda.graph(graph, stream=side):
+                    iterate()
+            graph.replay()
+            torch.empty(4096, device="cuda").fill_(float("nan"))  # where anything was freed
+    torch.cuda.synchronize()
+    return params_of(model), (float(optimizer.loss_scale), optimizer.skipped_steps)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_whole_iteration_can_be_captured(dtype, clips):
+    (got, after), (wanted, after_eager) = (whole_run(captured, dtype, clips) for captured in (True, False))
+    assert_same(got, wanted)
+    assert after == after_eager and after[1] == 1
+
+
 def captured_step(optimizer: pyzero.FusedZeroAdamW) -> None:
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()

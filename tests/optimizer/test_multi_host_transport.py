@@ -1,6 +1,5 @@
 """Ranks on several hosts: memory inside each, collectives between them, the bits of "exact", and the fewest bytes."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hosts import place
 from models import assert_same
+from ranks import ON_GPU
 from torch import Tensor, nn
 from transport_program import SMALL_BUCKETS, averaged_elsewhere, bits_of_exact, program
 
@@ -17,7 +17,7 @@ from pyzero.comm.group import Group
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="ranks of a host share memory by futexes of Linux"),
-    pytest.mark.skipif("PYZERO_TEST_DEVICE" in os.environ, reason="ranks on GPUs exchange by collectives"),
+    pytest.mark.skipif(ON_GPU, reason="ranks on GPUs exchange by collectives"),
 ]
 HOSTS = [(0, 1, 0), (0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 1, 0)]  # of each rank
 OPTIONS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bits import assert_same
-from models import DTYPES, build, loss_of, micro_batch
+from models import DTYPES, build, loss_of, micro_batch, randn
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -51,12 +51,11 @@ def test_every_p(ranks, dtype, size, options):
 
 def clipped_weights(group: Any, dtype: torch.dtype, p: float) -> list[Tensor]:
     """After steps on gradients of many magnitudes, alike on all ranks."""
-    generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (1320, 7000, 4096, 258)]
     optimizer = pyzero.FusedZeroSGD(params, lr=1.0, process_group=group, loss_scale=None, reduce_grads=False)
-    for _ in range(3):
+    for step in range(3):
         for index, param in enumerate(params):
-            param.grad = (torch.randn(param.shape, generator=generator) * 10.0 ** (index - 2)).to(dtype)
+            param.grad = (randn(*param.shape, seed=10 * step + index) * 10.0 ** (index - 2)).to(dtype)
         optimizer.clip_grad_norm_(0.5, p)
         optimizer.step()
     return [optimizer.full_master(param).clone() for param in params]

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logs import logged
 from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
+from ranks import ON_GPU
 from torch import Tensor, nn
 from transport_program import SMALL_BUCKETS, averaged_elsewhere, bits_of_exact, program
 
@@ -32,7 +33,7 @@ from pyzero.gradients import exchange
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the peer transport goes by futexes of Linux"),
-    pytest.mark.skipif("PYZERO_TEST_DEVICE" in os.environ, reason="the peer transport is of CPUs"),
+    pytest.mark.skipif(ON_GPU, reason="the peer transport is of CPUs"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 TRANSPORTS = ("exact", "peer")

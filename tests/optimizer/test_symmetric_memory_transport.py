@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import DTYPES, assert_same, build, loss_of, micro_batch, params_of
+from ranks import ON_GPU
 from torch import Tensor, nn
 from transport_program import SMALL_BUCKETS, bits_of_exact, program
 
@@ -18,7 +19,6 @@ from pyzero.comm.group import Group
 from pyzero.comm.shared_memory import SharedMemory
 from pyzero.comm.symmetric_memory_transport import SymmetricBytes, SymmetricMemoryTransport
 
-ON_GPU = "PYZERO_TEST_DEVICE" in os.environ
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks of a host share memory by futexes of Linux")
 OPTIONS: list[dict[str, Any]] = [
     {"stage": 1, **SMALL_BUCKETS},

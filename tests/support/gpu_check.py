@@ -30,6 +30,7 @@ LEAST_S = 15.0
 GRACE_S = 10.0  # for an interrupted step to say what it knows: pytest then prints its failures
 TAIL_LINES, SHOWN_LINES, MAX_COLUMNS = 15, 40, 160  # of a log, for the report
 MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
+MAX_POOLS = 4  # of four ranks each, which hold one each
 DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload", "muon")  # of gpu_drive.py
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 
@@ -176,7 +177,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
         Step("lists", lists, 90, environ, shows=True),
         *(Step(case, (python, drive, case), 36, environ) for case in DRIVES),
         Step("tests", _pytest("cuda and not slow"), 240 if quick else 600, environ),
-        Step("ranks", _pytest_ranks(), 120 if quick else 180, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
+        Step("ranks", _pytest_ranks(), 120 if quick else 300, (*environ, ("PYZERO_TEST_DEVICE", "cuda"))),
         _sanitizer("memcheck", (python, smoke, "cuda"), is_amd, environ),
         _sanitizer("racecheck", (python, smoke, "cuda"), is_amd, environ),
         Step("benchmarks", (*bench, "--quick") if quick else bench, 120 if quick else 360, environ),
@@ -186,9 +187,18 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
 
 def _pytest_ranks() -> tuple[str, ...]:
     """Several gloo ranks whose tensors all lie on the one GPU."""
-    files = ("test_symmetric_memory_transport.py", "test_bucket_order.py", "test_zero_lion.py", "test_update_rule.py")
-    paths = [str(ROOT / "tests" / "optimizer" / name) for name in files]
-    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
+    subjects = (
+        *("symmetric_memory_transport", "bucket_order", "zero_lion", "update_rule", "scaled_backward", "broken_off"),
+        *("accumulation", "skips", "torch_clip", "norm", "access"),
+    )
+    paths = [str(ROOT / "tests" / "optimizer" / f"test_{subject}.py") for subject in subjects]
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_workers(MAX_POOLS), *paths)
+
+
+def _workers(most: int) -> tuple[str, ...]:
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return ("-n", str(min(len(os.sched_getaffinity(0)), most)))
 
 
 def _pytest(marker: str) -> tuple[str, ...]:
@@ -207,9 +217,7 @@ def _pytest(marker: str) -> tuple[str, ...]:
         "-p",
         "no:benchmark",
     ]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(len(os.sched_getaffinity(0)), MAX_WORKERS))]
-    return (*command, "-m", marker, *map(str, folders))
+    return (*command, *_workers(MAX_WORKERS), "-m", marker, *map(str, folders))
 
 
 def _sanitizer(tool: str, command: tuple[str, ...], is_amd: bool, environ: tuple[tuple[str, str], ...]) -> Step:

@@ -23,7 +23,8 @@ TIMEOUT_S = 60
 MAX_JOBS = 500  # of a worker, more or less: what tests have imported and left behind slows it down by up to five times
 MAX_GROUPS = 1000  # made by one job
 MAX_THREADS = 200  # three for each process group; with up to 900 tests/parallel took 8 min, renewed 4
-FORKS = "PYZERO_TEST_DEVICE" not in os.environ  # no fork survives a CUDA that runs
+ON_GPU = "PYZERO_TEST_DEVICE" in os.environ
+FORKS = not ON_GPU  # no fork survives a CUDA that runs
 
 
 def _fork_workers(rank: int, inbox: Any, outbox: Any, told: Any) -> None:
@@ -73,7 +74,7 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if "PYZERO_TEST_DEVICE" in os.environ:
+    if ON_GPU:
         torch.set_default_device(os.environ["PYZERO_TEST_DEVICE"])
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
