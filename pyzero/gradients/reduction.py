@@ -569,11 +569,13 @@ class ReducedGradients(Gradients):
 
 def _number_of(factor: Tensor | float, inverse: bool) -> float:
     """What is multiplied by; 1 where the host would have to wait for it."""
-    if isinstance(factor, Tensor):
-        if not factor.is_cpu:
-            return 1.0
-        factor = values_of(factor.detach().reshape(()).float()).item()
-    return 1.0 / factor if inverse and factor else factor
+    if not isinstance(factor, Tensor):
+        number = factor
+    elif factor.is_cpu:
+        number = values_of(factor.detach().reshape(()).float()).item()
+    else:
+        return 1.0
+    return 1.0 / number if inverse and number else number
 
 
 def _nothing(record: ParamGrad) -> bool:
