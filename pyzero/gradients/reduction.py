@@ -349,8 +349,8 @@ class ReducedGradients(Gradients):
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
         """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
         self._begin_edit()
-        known = _number_of(factor, inverse)
-        factor = self._as_factor(factor, inverse)
+        given, factor = factor, self._as_factor(factor, inverse)
+        known = values_of(factor).item() if factor.is_cpu else _number_of(given, inverse)
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
         for record in records:
             if not record.is_reduced:
@@ -568,14 +568,10 @@ class ReducedGradients(Gradients):
 
 
 def _number_of(factor: Tensor | float, inverse: bool) -> float:
-    """What is multiplied by; 1 where the host would have to wait for it."""
-    if not isinstance(factor, Tensor):
-        number = factor
-    elif factor.is_cpu:
-        number = values_of(factor.detach().reshape(()).float()).item()
-    else:
-        return 1.0
-    return 1.0 / number if inverse and number else number
+    """What gradients on a GPU are multiplied by; 1 where the host would have to wait for it."""
+    if isinstance(factor, Tensor):
+        return float(factor.float().reciprocal() if inverse else factor) if factor.is_cpu else 1.0
+    return 1.0 / factor if inverse else factor
 
 
 def _nothing(record: ParamGrad) -> bool:
