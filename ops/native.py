@@ -240,7 +240,7 @@ class NativeBackend:
         self.module.step_scalars_(
             args.out.data_ptr(),
             args.rows.data_ptr(),
-            len(args.rows),
+            args.rows.shape[0],
             -1.0 if args.max_norm is None else args.max_norm,
             _scalar(args.unscale),
             _scalar(args.factor),

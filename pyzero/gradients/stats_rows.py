@@ -40,6 +40,20 @@ def values_of(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
+class HostView:
+    """`values_of` the same tensor in call after call: a view takes 1.2 us to make, and is kept."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+        self._values = np.empty(0)
+
+    def of(self, tensor: Tensor) -> np.ndarray[Any, Any]:
+        """Its values, not copied."""
+        if tensor is not self._tensor:
+            self._tensor, self._values = tensor, values_of(tensor)
+        return self._values
+
+
 def sumsq_of(row: Tensor) -> Tensor:
     """(1,) fp64 of a (3,) row."""
     return row[SUMSQ : SUMSQ + 1]

@@ -22,7 +22,7 @@ from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
 from pyzero.gradients.scale_tracker import ScaleTracker
-from pyzero.gradients.stats_rows import clean_rows, first_bad_of, flag_of, is_set, sumsq_of
+from pyzero.gradients.stats_rows import HostView, clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, ShardRun
@@ -87,6 +87,7 @@ class UnreducedGradients(Gradients):
         self._rows = self._clean_rows.clone()  # of the last collect()
         row = self._rows[0]
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
+        self._found_view = HostView()
         self._hooks = GradientHooks(
             self._before_gradient, self._after_gradient, self._without_gradient, self._scale_tracker.missed_gradient
         )
@@ -188,7 +189,7 @@ class UnreducedGradients(Gradients):
         if others:
             ops.unscale_(others, 1.0, found_inf=found, backend=self._backend)
         self._pieces = {bucket: [*map(self._kept, self._runs[bucket], of)] for bucket, of in found_pieces.items()}
-        if self._buckets and (self._locates or is_set(found)):
+        if self._buckets and (self._locates or (found.is_cpu and self._found_view.of(found)[0])):
             self._first_bad.copy_(self._locate())
         if scaler_found_inf is not None:
             torch.maximum(found, scaler_found_inf, out=found)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.nonfinite import NOT_FOUND
-from pyzero.gradients.stats_rows import values_of
+from pyzero.gradients.stats_rows import HostView, values_of
 from pyzero.ops.loss_scale import STATE_SLOTS
 
 log = logging.getLogger("pyzero")
@@ -43,6 +43,7 @@ class OverflowMonitor:
         self._on_gpu = device.type == "cuda"
         self._state = torch.zeros(len(STATE_SLOTS), dtype=torch.float32, device="cpu", pin_memory=self._on_gpu)
         self._first_bad = torch.zeros(1, dtype=torch.float64, device="cpu", pin_memory=self._on_gpu)
+        self._view = HostView()
         self._values = values_of(self._state)
         self._arrived = torch.cuda.Event() if self._on_gpu else None
         self._under_way = False  # a copy to the host has been started, and not looked at
@@ -69,7 +70,7 @@ class OverflowMonitor:
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             return
         if self._arrived is None:
-            self._values = values_of(state)
+            self._values = self._view.of(state)
             self._is_scaled = is_scaled
             if self._values[_SKIPPED] > self._num_warned_of:
                 self._first_bad.copy_(stats.first_bad)

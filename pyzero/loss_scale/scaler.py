@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.gradients.stats_rows import is_set, values_of
+from pyzero.gradients.stats_rows import HostView
 from pyzero.ops.backend import LossScalePolicy
 from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state
 
@@ -104,6 +104,7 @@ class Scaler:
         self._is_fixed = policy.is_fixed
         self._policy = self._frozen_policy if self._is_fixed else own
         self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
+        self._found, self._counts = HostView(), HostView()
         self.epoch = 0  # the scale is the same as long as this is
         self.inv_scale = torch.empty((), dtype=torch.float32, device=device)  # 1 / scale; fixed between two updates
         self._refresh()
@@ -167,4 +168,4 @@ class Scaler:
 
     def _has_nothing_to_count(self, found_inf: Tensor) -> bool:
         """Whether a clean step ends no run of skipped ones, as far as the host knows without a wait."""
-        return found_inf.is_cpu and not is_set(found_inf) and not values_of(self.state)[_IN_A_ROW]
+        return found_inf.is_cpu and not self._found.of(found_inf)[0] and not self._counts.of(self.state)[_IN_A_ROW]
