@@ -263,7 +263,17 @@ class ParamGrad:
 
     def local_sum(self) -> Tensor | None:
         """This rank's unsent sum: of the parameter's shape, or (numel,) in the bucket's memory order."""
-        return self._local if self.main_grad is None else self.main_grad
+        if self.main_grad is None or self._local is None:
+            return self._local
+        self._take_unseen_writes(self.main_grad, self._local)
+        return self.main_grad
+
+    def _take_unseen_writes(self, main_grad: Tensor, local: Tensor) -> None:
+        """Have the fp32 sum follow `.grad` where collectives or `.data` have written to it, which no version shows."""
+        flat = flatten(local, self._stride)
+        rounded = main_grad.to(flat.dtype)
+        if not main_grad.is_cpu or not torch.equal(rounded, flat):
+            torch.where(rounded == flat, main_grad, flat.float(), out=main_grad)
 
     def sent(self) -> None:
         """Called when the local sum, if any, has been sent: `.grad` becomes a ShardedGrad."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from pyzero.gradients.norms import have_values
 from pyzero.sharding.local_param import LocalParam
 
+_SAME_NORM = 1e-6  # relative difference of sums of squares of the same gradients, on other threads
+
 
 class DeferredClip:
     """A factor that is kept until `.grad` is used, added to, or replaced."""
@@ -19,20 +21,37 @@ class DeferredClip:
     def __init__(self) -> None:
         self.factor: Tensor | None = None  # 0-D
         self._applies_to: dict[Tensor, tuple[Any, int]] = {}  # (a weak reference to `.grad`, its version) as clipped
+        self._sumsq: Tensor | None = None  # 0-D, of all gradients as clipped, without the factor
         self._is_used = False  # a step has multiplied by it
 
-    def multiply(self, factor: Tensor, params: Iterable[Tensor]) -> None:
-        """Multiply the gradients that these parameters have now. After check()."""
-        self.factor = factor if self.factor is None else self.factor * factor
+    def multiply(self, factor: Tensor, params: Iterable[Tensor], sumsq: Tensor) -> None:
+        """Multiply the gradients that these parameters have now. After check(). sumsq: As in `factor_of`."""
+        before = self.factor_of(sumsq)
+        self.factor = factor if before is None else before * factor
+        self._sumsq = sumsq.clone()
         self._applies_to = {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
         self._is_used = False
         if any(isinstance(param, LocalParam) for param in self._applies_to):  # not every edit of a DTensor can be seen
             self.apply()
 
+    def factor_of(self, sumsq: Tensor) -> Tensor | None:
+        """0-D: what gradients are to be multiplied by, or None. After check().
+
+        Once a step has used the factor, new gradients may have come that no version shows (a replayed CUDA graph, a
+        collective): a norm of another magnitude tells, and the factor is not theirs. One of the same is clipped alike.
+
+        Args:
+            sumsq: 0-D: the sum of squares of all gradients, as they are now, without the factor.
+        """
+        if self.factor is None or self._sumsq is None or not self._is_used:
+            return self.factor
+        is_same = (sumsq - self._sumsq).abs() <= _SAME_NORM * self._sumsq
+        return torch.where(is_same, self.factor, torch.ones_like(self.factor))
+
     def check(self, params: Iterable[Tensor]) -> bool:
         """Whether all gradients that were clipped are there still, and as they were.
 
-        Where others have come that the factor is not of, it is multiplied into the rest.
+        Where some are gone, or others have come that the factor is not of, it is multiplied into the rest.
 
         Raises:
             RuntimeError: One has been edited since, or others with values have come before a step.
@@ -53,10 +72,10 @@ class DeferredClip:
                 "or assigned, while the clip coefficient is kept beside it; call torch.nn.utils.clip_grad_norm_, which "
                 "multiplies .grad at once, or optimizer.zero_grad() before new gradients"
             )
-        if edited or new:
+        if edited or new or not is_whole:
             self.apply()
             return False
-        return is_whole
+        return True
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -74,4 +93,5 @@ class DeferredClip:
 
     def clear(self) -> None:
         """There is nothing to multiply by."""
-        self.factor, self._applies_to = None, {}
+        self.factor = self._sumsq = None
+        self._applies_to = {}

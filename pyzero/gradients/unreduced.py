@@ -22,7 +22,7 @@ from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
 from pyzero.gradients.scale_tracker import ScaleTracker
-from pyzero.gradients.stats_rows import HostView, clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.gradients.stats_rows import SUMSQ, HostView, clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, ShardRun
@@ -85,6 +85,7 @@ class UnreducedGradients(Gradients):
         self._locates = False
         self._clean_rows = clean_rows(1, device)
         self._rows = self._clean_rows.clone()  # of the last collect()
+        self._stats_rows = self._rows  # of all ranks
         row = self._rows[0]
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._found_view = HostView()
@@ -132,7 +133,8 @@ class UnreducedGradients(Gradients):
             yield from bucket.params
 
     def _before_gradient(self, param: Tensor) -> None:
-        if self._deferred_clip.factor is not None and self.factor() is not None:
+        self._check_clip()
+        if self._deferred_clip.factor is not None:
             self._deferred_clip.apply()
         self._scale_tracker.before_gradient()
 
@@ -166,12 +168,14 @@ class UnreducedGradients(Gradients):
         """See Gradients."""
         with self._telling_errors(purpose):
             mine = self._local_stats(scaler_found_inf, purpose)
-        return self._stats_exchange.gather(mine, self._scale_tracker.unscale)
+        stats = self._stats_exchange.gather(mine, self._scale_tracker.unscale)
+        self._stats_rows = stats.rows
+        return stats
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
         """One pass over the gradients, which only reads."""
         self._scale_tracker.follow()
-        self.factor()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
+        self._check_clip()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -261,16 +265,23 @@ class UnreducedGradients(Gradients):
                 yield run.shard_run.low, packed
 
     def _multiply(self, factor: Tensor) -> None:
-        self.factor()
-        self._deferred_clip.multiply(factor, self._params())
+        self._check_clip()
+        self._deferred_clip.multiply(factor, self._params(), self._sumsq_of_all())
         self._watch()  # the next backward must not add to a gradient that is still to be multiplied
 
     def factor(self) -> Tensor | None:
         """See Gradients."""
+        self._check_clip()
+        return None if self._deferred_clip.factor is None else self._deferred_clip.factor_of(self._sumsq_of_all())
+
+    def _check_clip(self) -> None:
         clip = self._deferred_clip
         if clip.factor is not None and not clip.check(self._params()):
             self.norm_before_clip = None
-        return clip.factor
+
+    def _sumsq_of_all(self) -> Tensor:
+        """0-D fp64: of the gradients of all ranks at the last collect()."""
+        return self._stats_rows[:, SUMSQ].sum()
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
@@ -280,7 +291,8 @@ class UnreducedGradients(Gradients):
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
-        if self.factor() is not None:
+        self._check_clip()
+        if self._deferred_clip.factor is not None:
             self._deferred_clip.apply()  # the value is to be what is stepped with
         param = bucket.params[position]
         unscale = self._scale_tracker.unscale
@@ -312,8 +324,7 @@ class UnreducedGradients(Gradients):
         self._pieces.clear()
         self._scale_tracker.after_step()
         self._deferred_clip.note_used()
-        if self._deferred_clip.factor is None:
-            self.norm_before_clip = None
+        self.norm_before_clip = None  # of the step after the clip; a later one has what is left of it
 
     def has_pending_gradients(self) -> bool:
         """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from own_groups import OwnGroups, is_refused
 from torch import Tensor, nn
 
@@ -1211,6 +1212,34 @@ def without_a_gradient(group: Any, stage: int, dtype: torch.dtype, sync: bool) -
 def test_a_function_that_gives_none_leaves_the_gradient_alone(run, size, stage, sync, dtype):
     for found in run(size, without_a_gradient, stage, dtype, sync):
         assert found == [2.0, 2.0, 4.0]
+
+
+# ---- writes that no version counter shows ---------------------------------------------------------------------------
+
+
+def summed_by_hand(group: Any, stage: int, dtype: torch.dtype, num_backwards: int, how: str) -> list[float]:
+    """Weights after a step of SGD on gradients that the caller has summed over ranks, as of a weight on two stages."""
+    weight = nn.Parameter(torch.zeros(70, dtype=dtype))
+    optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, process_group=group, stage=stage, loss_scale=None)
+    with optimizer.no_sync():
+        for _ in range(num_backwards):
+            weight.sum().backward()
+    if how == "all_reduce":
+        dist.all_reduce(weight.grad, group=group)
+    else:
+        weight.grad.data.mul_(group.size())
+    optimizer.step()
+    found: list[float] = weight.detach().float().unique().tolist()
+    return found
+
+
+@STAGES
+@pytest.mark.parametrize("how", ["all_reduce", "data"])
+@pytest.mark.parametrize("num_backwards", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_collective_on_grad_counts(run, stage, dtype, num_backwards, how):
+    for weights in run(2, summed_by_hand, stage, dtype, num_backwards, how):
+        assert weights == [-2.0 * num_backwards]
 
 
 # ---- factors of one rank's own --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from bits import assert_same
 from models import DTYPES, build, loss_of, micro_batch, randn
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import pyzero
 from pyzero.gradients import grad_stats
@@ -144,6 +144,39 @@ def test_the_norm_of_a_step_is_of_before_clipping(ranks, size, stage, between):
         assert norm == pytest.approx(set_to if between == "set" else wanted, rel=1e-6)
         assert between != "clear" or wanted == pytest.approx(4.0 * 200 / math.hypot(20, 200), rel=1e-5)
         assert clipped == pytest.approx(after, rel=1e-5)
+
+
+@pytest.mark.parametrize("clips", [(1, 1, 1, 1), (1, 0, 1, 0)], ids=["each", "every other"])
+def test_a_clip_is_not_of_gradients_that_come_unseen(clips):
+    """As a replayed graph writes them: into the same tensors, whose versions stay."""
+    ours, theirs = (nn.Parameter(torch.zeros(100)) for _ in range(2))
+    optimizers = pyzero.FusedZeroSGD([ours], lr=1.0), torch.optim.SGD([theirs], lr=1.0)
+    ours.grad, theirs.grad = torch.zeros(100), torch.zeros(100)
+    for size, does_clip in zip((10.0, 0.5, None, 3.0), clips, strict=True):  # None: the gradient of the step before
+        norms = []
+        for param, clip in ((ours, optimizers[0].clip_grad_norm_), (theirs, lambda by: clip_grad_norm_([theirs], by))):
+            if size is not None:
+                param.grad.data.fill_(size / 10)
+            norms.append(float(clip(1.0)) if does_clip else 0.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+        assert optimizers[0].grad_norm == pytest.approx(
+            float(theirs.grad.norm()) if not does_clip else norms[1], rel=1e-5
+        )
+
+
+def test_a_clip_stays_with_the_gradients_that_are_left():
+    params = [nn.Parameter(torch.zeros(100)) for _ in range(2)]
+    optimizer = pyzero.FusedZeroSGD(params, lr=1.0)
+    (sum(params) * 2).sum().backward()
+    optimizer.clip_grad_norm_(2.0**0.5)  # then 0.1 each
+    optimizer.step()
+    params[0].grad = None
+    optimizer.step()
+    assert params[0].unique().item() == pytest.approx(-0.1, rel=1e-5)
+    assert params[1].unique().item() == pytest.approx(-0.2, rel=1e-5)
 
 
 def test_the_largest_value_by_name():
