@@ -64,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--bucket-cap-mb", type=float, metavar="MB", help="default: the optimizer's")
     estimate.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="that the ranks train on")
     estimate.add_argument("--cpu-offload", action="store_true", help="masters and moments in memory of the host")
+    estimate.add_argument(
+        "--accumulate",
+        action="store_true",
+        help="gradients of several backwards wait on a rank: stage 1, no_sync()",
+    )
     commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
     imports = commands.add_parser("import-deepspeed", help="turn a ZeRO-1 or -2 checkpoint of DeepSpeed into ours")
     imports.add_argument("directory", metavar="DIR", help="where DeepSpeed saved")
@@ -85,7 +90,7 @@ def _estimate(args: argparse.Namespace) -> None:
     blocks = _BLOCKS if args.blocks is None else args.blocks
     options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, blocks, args.cpu_offload)
     on_gpu = args.device == "cuda" or args.cpu_offload
-    found = estimate.estimate_numel(args.model_params, dtype, *options, on_gpu=on_gpu)
+    found = estimate.estimate_numel(args.model_params, dtype, *options, on_gpu=on_gpu, accumulates=args.accumulate)
     print(estimate.table(found, "on GPUs" if on_gpu else "on CPUs"))
     if args.blocks is None and args.stage == 3 and args.ranks > 1:
         print(f"for {blocks} blocks of one size, of which two are gathered at a time; --blocks N takes another number")

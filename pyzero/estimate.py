@@ -58,6 +58,7 @@ class _Setup:
     reduces: bool = True
     cpu_offload: bool = False
     transport: str = "auto"
+    accumulates: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class _Plan:
     reduces: bool
     reads_lists: bool  # the rule
     shares_memory: bool
+    accumulates: bool
+
+    @property
+    def defers(self) -> bool:
+        """All gradients wait on their rank until they are reduced, not those of one bucket."""
+        return self.stage == 1 or self.accumulates
 
     def shared(self) -> int:
         """Room for two buckets; for their shards alone where no gradients are sent."""
@@ -82,6 +89,17 @@ class _Plan:
     def grads(self, layout: BucketLayout) -> int:
         return sum(slot.numel for slot in layout.param_slots) * self.element_bytes[layout.key]
 
+    def largest(self, layouts: Sequence[BucketLayout]) -> int:
+        """The largest gradient, which comes beside its sum, or is compared with it where that is sent."""
+        sizes = [slot.numel * self.element_bytes[layout.key] for layout in layouts for slot in layout.param_slots]
+        return max(sizes, default=0) if self.accumulates else 0
+
+    def local_sums(self, layout: BucketLayout) -> int:
+        """Gradients, and where 16-bit ones of several backwards wait, the fp32 sum behind them."""
+        size = self.element_bytes[layout.key]
+        behind = _FP32 if self.accumulates and size < _FP32 else 0
+        return self.grads(layout) // size * (size + behind)
+
 
 def estimate(
     model: nn.Module | Iterable[Tensor],
@@ -93,6 +111,7 @@ def estimate(
     rule: UpdateRule | None = None,
     cpu_offload: bool = False,
     transport: str = "auto",
+    accumulates: bool = False,
 ) -> Estimate:
     """Bytes per rank of a model or its parameters under FusedZeroAdam, or another rule's optimizer.
 
@@ -103,9 +122,12 @@ def estimate(
             masters; dtypes are those that the model computes in.
         bucket_cap_mb: As ZeroOptimizer's.
         reduce_grads: As ZeroOptimizer's.
-        rule: The update rule; default: Adam's.
+        rule: The update rule; default: Adam's. What an update makes for itself is not counted: ZeroLamb's takes some 23
+            bytes per element of the largest bucket's shard, ZeroMuon's 4.
         cpu_offload: As ZeroOptimizer's, counted as of GPUs.
         transport: As ZeroOptimizer's; "auto" counts as "peer" on CPUs.
+        accumulates: Whether gradients of several backwards are summed on their rank before they are reduced: in stage 1
+            before step(), in stage 2 in no_sync(), as transformers' Trainer does.
 
     Raises:
         ValueError: An argument out of range.
@@ -124,6 +146,7 @@ def estimate(
         reduces=reduce_grads,
         cpu_offload=cpu_offload,
         transport=transport,
+        accumulates=accumulates,
     )
     return _estimate(shapes, setup)
 
@@ -138,6 +161,7 @@ def estimate_numel(
     num_blocks: int = 32,
     cpu_offload: bool = False,
     on_gpu: bool = True,
+    accumulates: bool = False,
 ) -> Estimate:
     """The same for so many parameters of one dtype in tensors that fill the buckets evenly.
 
@@ -151,6 +175,7 @@ def estimate_numel(
         num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
         cpu_offload: As ZeroOptimizer's, counted as of GPUs.
         on_gpu: Whether the ranks train on GPUs, where buckets are larger, or on CPUs, where ranks share memory.
+        accumulates: As in `estimate`.
 
     Raises:
         ValueError: An argument out of range.
@@ -171,7 +196,7 @@ def estimate_numel(
     )
     if stage != 3 or num_ranks <= 1:  # on one rank stage 3 is 2
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
-        setup = replace(on_one, num_ranks=num_ranks, stage=2 if stage == 3 else stage)
+        setup = replace(on_one, num_ranks=num_ranks, stage=2 if stage == 3 else stage, accumulates=accumulates)
         return replace(_estimate(_evenly(own, dtype.itemsize, cap), setup), num_params=num_params)
     found = _estimate(_evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu)), on_one)
     numel = -(-own // num_blocks)
@@ -280,7 +305,8 @@ def _estimate(shapes: Sequence[tuple[int, int, bool]], setup: _Setup) -> Estimat
     layouts = plan(specs, cap_bytes(setup.bucket_cap_mb, num_ranks, setup.on_gpu), num_ranks)
     sizes = {key: size for size, key in keys.items()}
     shares_memory = num_ranks > 1 and not setup.on_gpu and setup.transport in ("auto", "peer")
-    chosen = _Plan(layouts, sizes, stage, setup.reduces and num_ranks > 1, rule.reads_lists, shares_memory)
+    reduces = setup.reduces and num_ranks > 1
+    chosen = _Plan(layouts, sizes, stage, reduces, rule.reads_lists, shares_memory, setup.accumulates)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     sharded = sum(_sharded(layout, sizes[layout.key], rule.slots) for layout in layouts)
@@ -311,26 +337,27 @@ def _counters(layout: BucketLayout) -> int:
 def _gradients(chosen: _Plan) -> tuple[int, int]:
     """(held after backward, the most at any moment), by walking through a round of buckets."""
     layouts = chosen.layouts
-    all_grads = sum(chosen.grads(layout) for layout in layouts)
     if not chosen.reduces:  # a rule that reads no lists has them packed, one run of a shard at a time
         runs = [(layout.key, run) for layout in layouts for run in layout.shard_runs(0)]
+        all_grads = sum(chosen.grads(layout) for layout in layouts)
         packed = [(run.high - run.low) * chosen.element_bytes[key] for key, run in runs]
-        return all_grads, all_grads + (0 if chosen.reads_lists else max(packed, default=0))
+        return all_grads, all_grads + max(chosen.largest(layouts), 0 if chosen.reads_lists else max(packed, default=0))
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]
     # Sent and received; in memory that is shared anyway nothing more.
     moving = [0 if chosen.shares_memory else 2 * chosen.weights(layout) for layout in layouts]
-    grads = [chosen.grads(layout) for layout in layouts]
+    grads = [chosen.local_sums(layout) for layout in layouts]
     worst = sum(shards) + (moving[-1] if moving else 0)
     for index in range(len(layouts)):
-        # In stage 1 all gradients wait for the round, in stage 2 those of a bucket; each bucket frees its own.
-        waiting = sum(grads[index + 1 :]) if chosen.stage == 1 else 0
+        # All gradients wait for the round, or in stage 2 those of a bucket; each bucket frees its own.
+        waiting = sum(grads[index + 1 :]) if chosen.defers else 0
         in_front = moving[index - 1] if index else 0  # the bucket before is still on its way
-        packing = waiting + grads[index] + moving[index] // 2 + in_front + sum(shards[: max(index - 1, 0)])
+        sending = moving[index] // 2 + chosen.largest([layouts[index]])
+        packing = waiting + grads[index] + sending + in_front + sum(shards[: max(index - 1, 0)])
         worst = max(worst, packing, waiting + moving[index] + in_front + sum(shards[:index]))
-    if chosen.stage == 1:
-        return all_grads, max(worst, all_grads)
-    return sum(shards), worst
+    if chosen.defers:
+        worst = max(worst, sum(grads) + chosen.largest(layouts))
+    return sum(grads) if chosen.stage == 1 else sum(shards), worst
 
 
 def table(found: Estimate, where: str = "") -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero.__main__ import _count, main
-from pyzero.estimate import estimate, estimate_numel
+from pyzero.estimate import Estimate, estimate, estimate_numel
 
 WITHIN = 0.03
 SHAPES = [(700, 300), (300,), (300, 400), (400,), (17,), (400, 500), (1000, 333), (5, 5, 5)]
@@ -34,23 +35,25 @@ class Ones(torch.autograd.Function):
         return grad, torch.ones(shape, dtype=dtype)
 
 
-def measure(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
+def measure(group: Any, dtype: torch.dtype, *args: Any) -> dict[str, int]:
     with gloo_lets_go():
-        return measured(group, dtype, options)
+        return measured(group, dtype, *args)
 
 
-def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, int]:
+def measured(group: Any, dtype: torch.dtype, options: dict[str, Any], num_backwards: int = 1) -> dict[str, int]:
     with Meter() as meter:
         params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
         optimizer = pyzero.FusedZeroAdamW(params, process_group=group, loss_scale=None, **options)
         for _ in range(2):
             meter.know_shared(optimizer)
             meter.most = 0
-            loss = torch.zeros((), requires_grad=True)
-            for param in params:
-                loss = Ones.apply(loss, param)
-            loss.backward()
-            del loss
+            for number in range(num_backwards):
+                loss = torch.zeros((), requires_grad=True)
+                for param in params:
+                    loss = Ones.apply(loss, param)
+                with optimizer.no_sync() if number < num_backwards - 1 else nullcontext():
+                    loss.backward()
+                del loss
             after_backward = meter.now
             optimizer.step()
             optimizer.zero_grad()
@@ -76,11 +79,26 @@ def measured(group: Any, dtype: torch.dtype, options: dict[str, Any]) -> dict[st
 def test_within_three_percent_of_what_is_measured(ranks, dtype, size, options, cap):
     params = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in SHAPES]
     predicted = estimate(params, num_ranks=size, bucket_cap_mb=cap, **options)
-    found = ranks.run(size, measure, dtype, {**options, "bucket_cap_mb": cap})
+    check(predicted, ranks.run(size, measure, dtype, {**options, "bucket_cap_mb": cap}))
+
+
+def check(predicted: Estimate, found: list[dict[str, int]]) -> None:
     for one in found:
         assert one["idle"] == pytest.approx(predicted.idle, rel=WITHIN)
         assert one["after backward"] == pytest.approx(predicted.idle + predicted.gradients, rel=WITHIN)
     assert max(one["peak"] for one in found) == pytest.approx(predicted.peak, rel=WITHIN)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2, {"stage": 1, "transport": "exact"}), (2, {"stage": 2, "transport": "exact"}), (2, {"stage": 2}), (1, {})],
+    ids=str,
+)
+def test_sums_of_several_backwards_are_counted(ranks, dtype, size, options):
+    params = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in SHAPES]
+    predicted = estimate(params, num_ranks=size, bucket_cap_mb=0.25, accumulates=True, **options)
+    check(predicted, ranks.run(size, measure, dtype, {**options, "bucket_cap_mb": 0.25}, 3))
 
 
 class GatheringMeter(Meter):
