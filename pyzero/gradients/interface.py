@@ -28,10 +28,10 @@ class Gradients(ABC):
     reduces = False  # averages over the ranks; else another does, or there is one
     learns_arrival = False  # records the order in which gradients come, for buckets in that order
     arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
+    norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
 
     def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self.sync = True  # False inside no_sync
-        self.norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
         self._group = group
         self._stats_exchange = stats_exchange
         self._device = device

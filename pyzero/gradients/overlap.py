@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.grad_stats import GlobalGradStats, Unsent
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
@@ -55,6 +54,7 @@ class OverlappedGradients(ReducedGradients):
     def add(self, bucket: Bucket) -> None:
         """See ReducedGradients."""
         super().add(bucket)
+        self._records.buckets[-1].num_awaited = len(bucket.params)
         for param in bucket.params:
             _reducing[user_param(param)] = self._self
 
@@ -78,16 +78,12 @@ class OverlappedGradients(ReducedGradients):
         """See Gradients."""
         return Unsent.NONE if self._is_retired else super().unsent()
 
-    def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
-        grads = super()._place(bucket, records)
-        grads.num_awaited = len(records)
-        return grads
-
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients."""
-        waiting = {record for grads in self._grads if grads.waits_for_end for record in grads.records}
+        waiting = {record for grads in self._records.buckets if grads.waits_for_end for record in grads.records}
         super().move_to(buckets)
-        for grads in self._grads:
+        for grads in self._records.buckets:
+            grads.num_awaited = len(grads.records)
             grads.waits_for_end = any(record in waiting for record in grads.records)
 
     @property
@@ -106,7 +102,7 @@ class OverlappedGradients(ReducedGradients):
             is_owed = self.sync and not self._is_retired and self._num_rounds == num_rounds
             if is_owed and not self._is_sending:
                 self._is_sending = True  # no gradient has come, but the other ranks may send theirs
-                for record in self._by_number:
+                for record in self._records.by_number:
                     record.show()  # whoever clears it then is noticed
             raise
 
@@ -118,7 +114,7 @@ class OverlappedGradients(ReducedGradients):
 
     def _after_gradient(self, param: Tensor) -> None:
         super()._after_gradient(param)
-        grads, record = self._records[param]
+        grads, record = self._records.by_param[param]
         if self.learns_arrival:
             self._arrived.pop(record.number, None)
             self._arrived[record.number] = None
@@ -134,11 +130,12 @@ class OverlappedGradients(ReducedGradients):
             return
         grads.num_awaited -= not record.has_arrived
         record.has_arrived = True
-        while self._options.overlap and self._next < len(self._grads) and self._is_full(self._grads[self._next]):
+        while self._options.overlap and self._is_next_full():
             self._send_next(self._is_deferred)
 
-    def _is_full(self, grads: BucketGrads) -> bool:
-        return grads.num_awaited == 0 and not grads.waits_for_end
+    def _is_next_full(self) -> bool:
+        grads = self._records.buckets[self._next] if self._next < len(self._records.buckets) else None
+        return grads is not None and grads.num_awaited == 0 and not grads.waits_for_end
 
     def _is_deferred(self, record: ParamGrad) -> bool:
         return record in self._deferred
@@ -158,9 +155,9 @@ class OverlappedGradients(ReducedGradients):
         super().finish_broken_round()
         if not self._is_sending:
             return
-        cleared = [record for record in self._by_number if record.is_cleared]
+        cleared = [record for record in self._records.by_number if record.is_cleared]
         if cleared:
-            cleared = [record for record in self._by_number if record.param.grad is None]
+            cleared = [record for record in self._records.by_number if record.param.grad is None]
         for record in cleared:
             record.restore()
         try:
@@ -185,7 +182,7 @@ class OverlappedGradients(ReducedGradients):
 
     def _await_gradients(self) -> None:
         """Begin a round: no gradient has arrived."""
-        for grads in self._grads:
+        for grads in self._records.buckets:
             grads.num_awaited = 0
             for record in grads.records:
                 record.has_arrived = False
@@ -200,6 +197,6 @@ class OverlappedGradients(ReducedGradients):
         """See Gradients. Defers what no rank used."""
         super().after_step(used)
         self._undeferrable |= {record for record in self._deferred if used[record.number]}
-        unused = {record for record in self._by_number if not used[record.number]}
+        unused = {record for record in self._records.by_number if not used[record.number]}
         self._deferred = unused - self._undeferrable if any(used) else set()
         self._await_gradients()

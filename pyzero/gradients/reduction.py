@@ -15,11 +15,11 @@ from pyzero.comm.transport import Transport
 from pyzero.gradients.accumulation import ParamGrad, sparse_error
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.backward import BackwardEnd, GradientHooks
-from pyzero.gradients.bucket_grads import BucketGrads
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
+from pyzero.gradients.records import GradRecords
 from pyzero.gradients.stats_rows import clean_rows, flag_of, values_of
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
@@ -61,10 +61,8 @@ class ReducedGradients(Gradients):
         self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
         self._grad_scaler_proxy = grad_scaler_proxy
         self._bucket_exchange = BucketExchange(stats_exchange.names, transport, device)
-        self._grads: list[BucketGrads] = []
-        self._records: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
-        self._by_number: list[ParamGrad] = []
         self._self = weakref.ref(self)
+        self._records = GradRecords(self._bucket_exchange, self._self, backend)
 
         # Rounds; where each gradient is, ParamGrad and BucketGrads know.
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
@@ -72,7 +70,6 @@ class ReducedGradients(Gradients):
         self._num_steps = 0
         self._is_round_due = False  # the other ranks make one that this rank has not finished
         self._awaits_step = False  # a gradient has come since the last step
-        self._generation = 0  # grows with every gradient that arrives, is sent or edited
         self._next = 0  # the bucket to send next in this round
         self._clean_rows = clean_rows(0, device)  # of all buckets' runs
         self._stats: Sequence[Tensor] = ()  # by bucket: rows for this round
@@ -80,7 +77,6 @@ class ReducedGradients(Gradients):
 
         self._is_scaled = False  # gradients that arrive carry the loss scale
         self._unsent_is_scaled = False
-        self._param_norms: tuple[int, float, Tensor] | None = None  # (generation, p, (num_params,) norms)
         self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
@@ -94,46 +90,25 @@ class ReducedGradients(Gradients):
     def add(self, bucket: Bucket) -> None:
         """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
         self._bucket_exchange.receive_all()  # the transport may make room anew
-        rows = zip(bucket.params, bucket.numbers, bucket.strides, strict=True)
-        new = [row for row in rows if row[0] not in self._records]
-        records = {param: ParamGrad(param, number, stride, self._self) for param, number, stride in new}
-        self._place(bucket, [records[param] for param in bucket.params])
-        self._by_number = sorted((r for _, r in self._records.values()), key=lambda record: record.number)
-        self._hooks.add(records)
-        for param in records:
+        self._records.add(bucket)
+        self._buckets.append(bucket)
+        self._hooks.add(bucket.params)
+        for param in bucket.params:
             self._frozen.pop(user_param(param), None)
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
         """See Gradients."""
-        known = {*self._frozen, *map(user_param, self._records)}  # what was frozen again has its bucket
+        known = {*self._frozen, *map(user_param, self._records.by_param)}  # what was frozen again has its bucket
         new = dict.fromkeys(param for param in frozen if param not in known)
         self._frozen |= new
         self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
         self._hooks.watch(new, self._after_unfrozen)
 
-    def _place(self, bucket: Bucket, records: list[ParamGrad]) -> BucketGrads:
-        grads = BucketGrads(bucket, records, self._backend)
-        self._buckets.append(bucket)
-        self._grads.append(grads)
-        for position, record in enumerate(records):
-            record.position = position
-            self._records[record.param] = (grads, record)
-        return grads
-
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients."""
         self._bucket_exchange.receive_all()
-        old, records = self._grads, {param: record for param, (_, record) in self._records.items()}
-        self._buckets, self._grads = [], []
-        for bucket in buckets:
-            self._place(bucket, [records[param] for param in bucket.params])
-        what = "the all-gather of gradients that move to other buckets"
-        for grads in old:  # one bucket's at a time lies here whole
-            if grads.shard is not None:
-                flat = self._group.gather_shards(grads.shard, what)
-                grads.shard = None
-                for slot, record in zip(grads.bucket.layout.param_slots, grads.records, strict=True):
-                    self._records[record.param][0].write(record, flat[slot.offset : slot.offset + slot.numel])
+        self._buckets = list(buckets)
+        self._records.move_to(buckets, self._group)
 
     # ---- arrival ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +123,7 @@ class ReducedGradients(Gradients):
 
     def check_arrived(self) -> None:
         """See Gradients."""
-        if any(record.is_touched for record in self._by_number):
+        if any(record.is_touched for record in self._records.by_number):
             raise RuntimeError(
                 "expected gradients that backward adds to .grad in scaled_gradients(), got one that was assigned or "
                 "edited, as zero-bubble schedules do; take a schedule of whole backwards (1F1B, GPipe), or one replica"
@@ -162,17 +137,16 @@ class ReducedGradients(Gradients):
                 f"expected a backward that a CUDA graph can replay, got {self._group.size} ranks that reduce gradients "
                 f"in it; run backward and step() eagerly"
             )
-        grads, record = self._records[param]
+        grads, record = self._records.by_param[param]
         record.check_grad_dtype()
         self._begin_backward()
         self._awaits_step = True
         self._take_grad_scaler_factor()
-        self._generation += 1
-        self.norm_before_clip = None
-        self._observe(grads, record)
+        self._records.forget_norms()
+        self._records.observe(grads, record)
         if self._is_scaled != self._unsent_is_scaled:
-            self._observe_all()  # the caller may have cleared what carries the other scale
-            if self._has_unsent_values():
+            self._records.observe_all()  # the caller may have cleared what carries the other scale
+            if self._records.have_local_values():
                 raise mixed_scale_error()
             self._unsent_is_scaled = self._is_scaled
         record.before_arrival()
@@ -183,7 +157,7 @@ class ReducedGradients(Gradients):
         self._end.await_end()
 
     def _after_gradient(self, param: Tensor) -> None:
-        _, record = self._records[param]
+        _, record = self._records.by_param[param]
         grad = record.param.grad
         if grad is not None and grad.layout != torch.strided:
             record.param.grad = None
@@ -192,13 +166,13 @@ class ReducedGradients(Gradients):
 
     def _missed_gradient(self, param: Tensor) -> None:
         """The gradient has come unannounced: what `.grad` holds is this rank's sum, as if assigned."""
-        grads, record = self._records[param]
+        grads, record = self._records.by_param[param]
         arrived = record.set_aside()
         try:
             self._before_gradient(param)
         finally:
             record.take_unannounced(arrived)
-        self._observe(grads, record)
+        self._records.observe(grads, record)
 
     def _without_gradient(self, param: Tensor) -> None:
         """The backward goes through the parameter, and leaves `.grad` alone."""
@@ -212,9 +186,9 @@ class ReducedGradients(Gradients):
         self._end.forget()
         if self.sync:  # ranks may run backward unequally often in no_sync()
             self._join_unfrozen()
-        for grads, record in self._records.values():
+        for grads, record in self._records.by_param.values():
             if record.is_in_backward:
-                self._observe(grads, record)
+                self._records.observe(grads, record)
                 record.is_in_backward = False
             record.show()
 
@@ -223,12 +197,12 @@ class ReducedGradients(Gradients):
         place_unfrozen = self._place_unfrozen and self._place_unfrozen()
         if place_unfrozen and any(param.requires_grad for param in self._frozen):
             place_unfrozen()
-            self._observe_all()
+            self._records.observe_all()
 
     def finish_broken_round(self) -> None:
         """See Gradients. There is none: nothing is sent in a backward."""
         self._end.forget()
-        for record in self._by_number:
+        for record in self._records.by_number:
             record.finish_arrival()
             record.is_in_backward = False
 
@@ -238,13 +212,22 @@ class ReducedGradients(Gradients):
         return self._end.is_awaited
 
     def _check_unwrapped(self) -> None:
-        wrapped = find_ddp_wrapper({user_param(param) for param in self._records})
+        wrapped = find_ddp_wrapper({user_param(param) for param in self._records.by_param})
         if wrapped is not None:
             raise RuntimeError(
                 f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
                 f"DistributedDataParallel; pass reduce_grads=False to the optimizer, or the bare model to the loop"
             )
         self._is_checked = True
+
+    @property
+    def norm_before_clip(self) -> Tensor | None:
+        """See Gradients."""
+        return self._records.norm_before_clip
+
+    @norm_before_clip.setter
+    def norm_before_clip(self, norm: Tensor | None) -> None:
+        self._records.norm_before_clip = norm
 
     @property
     def num_rounds(self) -> int:
@@ -259,23 +242,23 @@ class ReducedGradients(Gradients):
         sends_zeros: In place of what this rank holds, which a later round sends.
         """
         self._end.forget()
-        while self._next < len(self._grads):
+        while self._next < len(self._records.buckets):
             self._send_next(left_out, sends_zeros)
         self._next = 0
         self._num_rounds += 1
         self._is_round_due = False
-        self._unsent_is_scaled &= any(record.has_local for record in self._by_number)
+        self._unsent_is_scaled &= self._records.have_local()
         self._group.where = f"after {self._num_rounds - self._num_rounds_used} backwards since step {self._num_steps}"
 
     def _send_next(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
-        grads = self._grads[self._next]
+        grads = self._records.buckets[self._next]
         what = f"the reduce-scatter of gradient bucket {self._next}"
-        if self._next == 0 or len(self._stats) < len(self._grads):
+        if self._next == 0 or len(self._stats) < len(self._records.buckets):
             self._stats = self._new_stats()
         stats = self._stats[self._next]
-        self._generation += 1
+        self._records.param_norms = None
         for record in [] if sends_zeros else grads.records:
-            self._observe(grads, record)
+            self._records.observe(grads, record)
         is_skipped = all(left_out(record) for record in grads.records)  # on all ranks
         if sends_zeros:
             left_out = _everything
@@ -292,7 +275,7 @@ class ReducedGradients(Gradients):
 
     def _new_stats(self) -> Sequence[Tensor]:
         """Clean rows of statistics for all buckets of a round, in one launch."""
-        counts = [len(grads.bucket.layout.runs) for grads in self._grads]
+        counts = [len(grads.bucket.layout.runs) for grads in self._records.buckets]
         if len(self._clean_rows) != sum(counts):
             self._clean_rows = clean_rows(sum(counts), self._device)
         rows: Sequence[Tensor] = self._clean_rows.clone().split(counts)
@@ -309,17 +292,6 @@ class ReducedGradients(Gradients):
 
     # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
-    def _observe(self, grads: BucketGrads, record: ParamGrad) -> None:
-        if record.observe():
-            self._bucket_exchange.receive_bucket(grads)
-            self._generation += 1
-            self.norm_before_clip = None
-            grads.drop_forgotten()
-
-    def _observe_all(self) -> None:
-        for grads, record in self._records.values():
-            self._observe(grads, record)
-
     def _take_grad_scaler_factor(self) -> None:
         """Multiply reduced gradients by the factor that GradScaler's unscale_ has applied to its proxy."""
         factor = self._grad_scaler_proxy.take_factor()
@@ -331,19 +303,19 @@ class ReducedGradients(Gradients):
         if self._is_unfinished and torch._C._current_graph_task_id() == -1:  # no backward runs: one was broken off
             self.finish_broken_round()
         self._bucket_exchange.receive_all()
-        self._generation += 1
+        self._records.param_norms = None
 
     def unscale(self, factor: Tensor) -> None:
         """See Gradients. So is the norm from before they were clipped."""
-        self.scale(self._by_number, factor)
+        self.scale(self._records.by_number, factor)
         if self.norm_before_clip is not None:
             self.norm_before_clip = self.norm_before_clip * factor
 
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
         self._begin_edit()
-        self.norm_before_clip = None
-        self._records[record.param][0].zero(record)
+        self._records.forget_norms()
+        self._records.by_param[record.param][0].zero(record)
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
@@ -381,21 +353,14 @@ class ReducedGradients(Gradients):
                 "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
                 "optimizer.clip_grad_norm_(max_norm), which knows them"
             )
-        known = self._param_norms
-        if known is None or known[:2] != (self._generation, norm_type):
+        known = self._records.param_norms
+        if known is None or known[0] != norm_type:
             self.collect(None, "a norm of .grad")
-            for grads in self._grads:
+            for grads in self._records.buckets:
                 grads.apply_factors()
-            parts = [self._part(*self._records[record.param]) for record in self._by_number]
-            norms = self._stats_exchange.norm(powers_of(parts, norm_type, self._device), norm_type, None)
-            known = self._param_norms = (self._generation, norm_type, norms)
-        return known[2][record.number].clone()  # the caller may add to it
-
-    def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:
-        """This rank's part of a reduced gradient; empty where another rank counts it for the norm."""
-        if grads.shard is None or not grads.bucket.layout.in_norm(record.position):
-            return torch.empty(0, dtype=torch.float32, device=self._device)
-        return grads.part(record)
+            powers = powers_of(self._records.parts(), norm_type, self._device)
+            known = self._records.param_norms = (norm_type, self._stats_exchange.norm(powers, norm_type, None))
+        return known[1][record.number].clone()  # the caller may add to it
 
     # ---- what a step asks ------------------------------------------------------------------------------------------
 
@@ -427,8 +392,8 @@ class ReducedGradients(Gradients):
             except Exception:
                 self._send_zeros()
             self._bucket_exchange.receive_all()
-        nobody = [False] * len(self._by_number)
-        rows = clean_rows(sum(len(grads.stats) for grads in self._grads) or 1, self._device)
+        nobody = [False] * len(self._records.by_number)
+        rows = clean_rows(sum(len(grads.stats) for grads in self._records.buckets) or 1, self._device)
         self._gather(LocalGradStats(rows, nobody, purpose, num_rounds=self._num_rounds, has_error=True))
 
     def _make_due_round(self) -> None:
@@ -436,7 +401,7 @@ class ReducedGradients(Gradients):
         self._take_grad_scaler_factor()
         self.finish_broken_round()
         self._note_due_round()
-        self._observe_all()
+        self._records.observe_all()
         if self._is_round_due:
             self._round(_nothing)
 
@@ -451,22 +416,22 @@ class ReducedGradients(Gradients):
 
     def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
         known = self._stats_exchange.gather(mine, None)
-        for record in self._by_number:
+        for record in self._records.by_number:
             record.is_zero |= not known.used[record.number]
         return known
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
         self._bucket_exchange.receive_all()
         if len({id(factor) for factor in self._factors()}) > 1:  # no one factor can be left to Adam
-            for grads in self._grads:
+            for grads in self._records.buckets:
                 grads.apply_factors()
-        for grads in self._grads:
+        for grads in self._records.buckets:
             grads.refresh_stats()
-        rows = torch.cat([grads.stats for grads in self._grads] or [clean_rows(1, self._device)])
+        rows = torch.cat([grads.stats for grads in self._records.buckets] or [clean_rows(1, self._device)])
         if scaler_found_inf is not None:
             found = flag_of(rows[0])
             torch.maximum(found, scaler_found_inf, out=found)
-        records = self._by_number
+        records = self._records.by_number
         products = [record.product for record in records]
         return LocalGradStats(
             rows,
@@ -480,17 +445,17 @@ class ReducedGradients(Gradients):
         )
 
     def _unsent(self) -> Unsent:
-        if not any(record.has_local for record in self._by_number):
+        if not self._records.have_local():
             return Unsent.NONE
         if self._unsent_is_scaled:
-            return Unsent.SCALED if any(record.has_values for record in self._by_number) else Unsent.ZEROS
-        return Unsent.PLAIN if self._inv_scale is None or self._has_unsent_values() else Unsent.ZEROS
+            return Unsent.SCALED if any(record.has_values for record in self._records.by_number) else Unsent.ZEROS
+        return Unsent.PLAIN if self._inv_scale is None or self._records.have_local_values() else Unsent.ZEROS
 
     def unsent(self) -> Unsent:
         """See Gradients."""
         if self._inv_scale is None:
             return Unsent.NONE
-        self._observe_all()
+        self._records.observe_all()
         return self._unsent()
 
     def send_unsent(self, kinds: set[Unsent]) -> None:
@@ -502,15 +467,12 @@ class ReducedGradients(Gradients):
             self._round(_nothing)
         self._bucket_exchange.receive_all()  # before buckets move
 
-    def _has_unsent_values(self) -> bool:
-        return any(record.has_values and not record.local_is_zeros() for record in self._by_number)
-
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
         """See Gradients. In fp32, averaged over ranks, unscaled."""
         yield 0, self._shard(bucket)
 
     def _shard(self, bucket: Bucket) -> Tensor:
-        shard = self._grads[bucket.index].shard
+        shard = self._records.buckets[bucket.index].shard
         assert shard is not None
         return shard
 
@@ -519,10 +481,10 @@ class ReducedGradients(Gradients):
         return next(self._factors(), None)
 
     def _factors(self) -> Iterator[Tensor | None]:
-        return (record.factor for record in self._by_number if record.is_reduced)
+        return (record.factor for record in self._records.by_number if record.is_reduced)
 
     def _multiply(self, factor: Tensor) -> None:
-        self.scale(self._by_number, factor)
+        self.scale(self._records.by_number, factor)
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
@@ -531,16 +493,16 @@ class ReducedGradients(Gradients):
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
         """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
         self._begin_edit()
-        self.norm_before_clip = None
-        grads = self._grads[bucket.index]
+        self._records.forget_norms()
+        grads = self._records.buckets[bucket.index]
         record = grads.records[position]
-        self._observe(grads, record)
+        self._records.observe(grads, record)
         grads.replace(record, value)
 
     def norm_power(self, norm_type: float) -> Tensor:
         """See Gradients."""
         parts = []
-        for grads in self._grads:
+        for grads in self._records.buckets:
             for run in grads.bucket.runs:
                 if run.key.in_norm and grads.shard is not None:
                     parts.append(grads.shard[run.low : run.high])
@@ -559,11 +521,11 @@ class ReducedGradients(Gradients):
 
     def has_pending_gradients(self) -> bool:
         """See Gradients."""
-        return self._awaits_step and any(record.param.grad is not None for record in self._by_number)
+        return self._awaits_step and any(record.param.grad is not None for record in self._records.by_number)
 
     def reset(self) -> None:
         """See Gradients."""
-        self._observe_all()
+        self._records.observe_all()
         self._bucket_exchange.receive_all()
 
 

@@ -29,6 +29,7 @@ LAYERS = (
     {"gradients.accumulation", "gradients.amp", "gradients.grad_stats", "gradients.norms"},
     {"gradients.bucket_grads", "gradients.deferred_clip", "gradients.interface", "gradients.scale_tracker", "update"},
     {"gradients.exchange", "gradients.unreduced"},
+    {"gradients.records"},
     {"gradients.reduction"},
     {"gradients.overlap"},
     {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},

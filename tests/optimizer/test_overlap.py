@@ -351,7 +351,7 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
         second, first = params[1] * 3, params[0] * 2
         (first + second).sum().backward()
     optimizer.step()
-    return sent[0], optimizer._gradients._grads[0].waits_for_end, params_of(nn.ParameterList(params))
+    return sent[0], optimizer._gradients._records.buckets[0].waits_for_end, params_of(nn.ParameterList(params))
 
 
 def test_a_bucket_that_was_half_filled_starts_anew(ranks):
@@ -379,7 +379,7 @@ def late_and_broken_off(group: Any, breaks: bool) -> tuple[int, list[Tensor]]:
     if breaks:
         with pytest.raises(ArithmeticError):
             backward(True)
-        assert any(record.has_local for record in optimizer._gradients._by_number)
+        assert any(record.has_local for record in optimizer._gradients._records.by_number)
     optimizer.zero_grad()
     with counted_starts(optimizer) as sent:
         backward(False)

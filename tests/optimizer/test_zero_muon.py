@@ -122,7 +122,7 @@ def weights_and_zeros(group: Any, most_zeros: int) -> tuple[list[Tensor], int]:
             optimizer.step()
     held = {
         piece.zeros.untyped_storage().data_ptr(): piece.zeros.untyped_storage().nbytes()
-        for grads in optimizer._gradients._grads
+        for grads in optimizer._gradients._records.buckets
         for piece in grads._pieces._pieces
         if piece.zeros is not None
     }
