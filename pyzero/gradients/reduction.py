@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
 from pyzero.gradients.records import GradRecords
 from pyzero.gradients.stats_rows import clean_rows, flag_of, values_of
+from pyzero.gradients.unsent_scale import UnsentScale
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
 from pyzero.sharding.local_param import user_param
@@ -58,11 +59,11 @@ class ReducedGradients(Gradients):
     ) -> None:
         super().__init__(group, stats_exchange, device, backend)
         self._options = options
-        self._inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
         self._grad_scaler_proxy = grad_scaler_proxy
         self._bucket_exchange = BucketExchange(stats_exchange.names, transport, device)
         self._self = weakref.ref(self)
         self._records = GradRecords(self._bucket_exchange, self._self, backend)
+        self._unsent_scale = UnsentScale(self._records, inv_scale)
 
         # Rounds; where each gradient is, ParamGrad and BucketGrads know.
         self._num_rounds = 0  # since the optimizer was built: the same on all ranks
@@ -73,10 +74,7 @@ class ReducedGradients(Gradients):
         self._next = 0  # the bucket to send next in this round
         self._clean_rows = clean_rows(0, device)  # of all buckets' runs
         self._stats: Sequence[Tensor] = ()  # by bucket: rows for this round
-        self._scaled_mean: tuple[int, Tensor] | None = None  # (version, value): 1 / loss scale / size, 0-D
 
-        self._is_scaled = False  # gradients that arrive carry the loss scale
-        self._unsent_is_scaled = False
         self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
@@ -112,14 +110,9 @@ class ReducedGradients(Gradients):
 
     # ---- arrival ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
+    def scaled_by(self, inv_scale: Tensor, epoch: int) -> AbstractContextManager[None]:
         """See Gradients."""
-        self._is_scaled = True  # the scale changes in step() and load_state_dict(), once all that carried it is sent
-        try:
-            yield
-        finally:
-            self._is_scaled = False
+        return self._unsent_scale.arriving()
 
     def check_arrived(self) -> None:
         """See Gradients."""
@@ -144,11 +137,7 @@ class ReducedGradients(Gradients):
         self._take_grad_scaler_factor()
         self._records.forget_norms()
         self._records.observe(grads, record)
-        if self._is_scaled != self._unsent_is_scaled:
-            self._records.observe_all()  # the caller may have cleared what carries the other scale
-            if self._records.have_local_values():
-                raise mixed_scale_error()
-            self._unsent_is_scaled = self._is_scaled
+        self._unsent_scale.before_gradient()
         record.before_arrival()
 
     def _begin_backward(self) -> None:
@@ -247,7 +236,7 @@ class ReducedGradients(Gradients):
         self._next = 0
         self._num_rounds += 1
         self._is_round_due = False
-        self._unsent_is_scaled &= self._records.have_local()
+        self._unsent_scale.after_round()
         self._group.where = f"after {self._num_rounds - self._num_rounds_used} backwards since step {self._num_steps}"
 
     def _send_next(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
@@ -271,7 +260,8 @@ class ReducedGradients(Gradients):
             count()
             return
         dtype = self._options.dtype or grads.bucket.dtype
-        self._bucket_exchange.send(grads, dtype, self._mean_factor(), left_out, count, what, stats)
+        scale = self._unsent_scale.mean_factor(self._group.size)
+        self._bucket_exchange.send(grads, dtype, scale, left_out, count, what, stats)
 
     def _new_stats(self) -> Sequence[Tensor]:
         """Clean rows of statistics for all buckets of a round, in one launch."""
@@ -280,15 +270,6 @@ class ReducedGradients(Gradients):
             self._clean_rows = clean_rows(sum(counts), self._device)
         rows: Sequence[Tensor] = self._clean_rows.clone().split(counts)
         return rows
-
-    def _mean_factor(self) -> float | Tensor:
-        """The factor from a sum over ranks to the unscaled mean; computed once per loss scale."""
-        if not self._unsent_is_scaled or self._inv_scale is None:
-            return 1.0 / self._group.size
-        version = self._inv_scale._version
-        if self._scaled_mean is None or self._scaled_mean[0] != version:
-            self._scaled_mean = version, self._inv_scale / self._group.size
-        return self._scaled_mean[1]
 
     # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
@@ -375,7 +356,7 @@ class ReducedGradients(Gradients):
         stats = self._gather(mine)
         if stats.has_unsent:
             with self._telling_errors(purpose):
-                self._unsent_is_scaled = stats.unsent_is_scaled
+                self._unsent_scale.is_carried = stats.unsent_is_scaled
                 self._is_round_due = True
                 self._make_due_round()
                 mine = self._local_stats(scaler_found_inf, purpose)
@@ -412,7 +393,7 @@ class ReducedGradients(Gradients):
             self._round(_nothing, sends_zeros=True)
 
     def _note_due_round(self) -> None:
-        self._is_round_due |= self._num_rounds == self._num_rounds_used and self._inv_scale is None
+        self._is_round_due |= self._num_rounds == self._num_rounds_used and self._unsent_scale.inv_scale is None
 
     def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
         known = self._stats_exchange.gather(mine, None)
@@ -439,31 +420,24 @@ class ReducedGradients(Gradients):
             purpose=purpose,
             edits=[record.num_edits for record in records],
             products=products if any(product != 1.0 for product in products) else (),
-            unsent=self._unsent(),
+            unsent=self._unsent_scale.kind(),
             num_rounds=self._num_rounds,
             half_edited=next((record.number for record in records if record.is_half_edited), None),
         )
 
-    def _unsent(self) -> Unsent:
-        if not self._records.have_local():
-            return Unsent.NONE
-        if self._unsent_is_scaled:
-            return Unsent.SCALED if any(record.has_values for record in self._records.by_number) else Unsent.ZEROS
-        return Unsent.PLAIN if self._inv_scale is None or self._records.have_local_values() else Unsent.ZEROS
-
     def unsent(self) -> Unsent:
         """See Gradients."""
-        if self._inv_scale is None:
+        if self._unsent_scale.inv_scale is None:
             return Unsent.NONE
         self._records.observe_all()
-        return self._unsent()
+        return self._unsent_scale.kind()
 
     def send_unsent(self, kinds: set[Unsent]) -> None:
         """See Gradients."""
         if {Unsent.PLAIN, Unsent.SCALED} <= kinds:
             raise mixed_scale_error()
         if kinds != {Unsent.NONE}:
-            self._unsent_is_scaled = Unsent.SCALED in kinds
+            self._unsent_scale.is_carried = Unsent.SCALED in kinds
             self._round(_nothing)
         self._bucket_exchange.receive_all()  # before buckets move
 

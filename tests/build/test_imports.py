@@ -30,6 +30,7 @@ LAYERS = (
     {"gradients.bucket_grads", "gradients.deferred_clip", "gradients.interface", "gradients.scale_tracker", "update"},
     {"gradients.exchange", "gradients.unreduced"},
     {"gradients.records"},
+    {"gradients.unsent_scale"},
     {"gradients.reduction"},
     {"gradients.overlap"},
     {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
