@@ -95,11 +95,11 @@ class OverlappedGradients(ReducedGradients):
         """See Gradients."""
         if self._is_sending and torch._C._current_graph_task_id() == -1:
             self.finish_broken_round()  # of an earlier one: this may break off too
-        num_rounds = self._num_rounds
+        num_rounds = self._rounds.num_finished
         try:
             yield
         except BaseException:
-            is_owed = self.sync and not self._is_retired and self._num_rounds == num_rounds
+            is_owed = self.sync and not self._is_retired and self._rounds.num_finished == num_rounds
             if is_owed and not self._is_sending:
                 self._is_sending = True  # no gradient has come, but the other ranks may send theirs
                 for record in self._records.by_number:
@@ -123,7 +123,7 @@ class OverlappedGradients(ReducedGradients):
         self._bucket_exchange.note_writer_stream()
         if record in self._deferred:
             return
-        if grads.bucket.index < self._next:
+        if grads.bucket.index < self._rounds.next:
             # A weight in two reentrant checkpoints, after its bucket was sent: this gradient goes with the next round,
             # and from then on the bucket waits for the end of backward.
             grads.waits_for_end = True
@@ -131,10 +131,10 @@ class OverlappedGradients(ReducedGradients):
         grads.num_awaited -= not record.has_arrived
         record.has_arrived = True
         while self._options.overlap and self._is_next_full():
-            self._send_next(self._is_deferred)
+            self._rounds.send_next(self._is_deferred)
 
     def _is_next_full(self) -> bool:
-        grads = self._records.buckets[self._next] if self._next < len(self._records.buckets) else None
+        grads = self._records.buckets[self._rounds.next] if self._rounds.next < len(self._records.buckets) else None
         return grads is not None and grads.num_awaited == 0 and not grads.waits_for_end
 
     def _is_deferred(self, record: ParamGrad) -> bool:

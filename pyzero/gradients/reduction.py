@@ -20,6 +20,7 @@ from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Loca
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
 from pyzero.gradients.records import GradRecords
+from pyzero.gradients.rounds import Rounds, nothing
 from pyzero.gradients.stats_rows import clean_rows, flag_of, values_of
 from pyzero.gradients.unsent_scale import UnsentScale
 from pyzero.sharding.buckets import Bucket
@@ -37,12 +38,7 @@ class ReductionOptions:
 
 
 class ReducedGradients(Gradients):
-    """Reduces the gradients of all ranks into this rank's shards, in rounds.
-
-    A round sends every bucket once, in the same order on all ranks, with zeros for parameters without a gradient.
-    Whether there is a round never depends on what this rank alone has seen: a read of gradients makes one where none
-    has been made since the last step, or where any rank says in the step's message that it holds unsent gradients.
-    """
+    """Reduces the gradients of all ranks into this rank's shards, in rounds (rounds.py)."""
 
     reduces = True
 
@@ -65,16 +61,8 @@ class ReducedGradients(Gradients):
         self._records = GradRecords(self._bucket_exchange, self._self, backend)
         self._unsent_scale = UnsentScale(self._records, inv_scale)
 
-        # Rounds; where each gradient is, ParamGrad and BucketGrads know.
-        self._num_rounds = 0  # since the optimizer was built: the same on all ranks
-        self._num_rounds_used = 0  # by the last step
-        self._num_steps = 0
-        self._is_round_due = False  # the other ranks make one that this rank has not finished
+        self._rounds = Rounds(group, self._records, self._bucket_exchange, self._unsent_scale, options.dtype, device)
         self._awaits_step = False  # a gradient has come since the last step
-        self._next = 0  # the bucket to send next in this round
-        self._clean_rows = clean_rows(0, device)  # of all buckets' runs
-        self._stats: Sequence[Tensor] = ()  # by bucket: rows for this round
-
         self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
@@ -221,55 +209,12 @@ class ReducedGradients(Gradients):
     @property
     def num_rounds(self) -> int:
         """See sharded_grad.GradOwner."""
-        return self._num_rounds
-
-    # ---- rounds ----------------------------------------------------------------------------------------------------
+        return self._rounds.num_finished
 
     def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
-        """Send the buckets that this round has not sent yet.
-
-        sends_zeros: In place of what this rank holds, which a later round sends.
-        """
+        """See Rounds.finish."""
         self._end.forget()
-        while self._next < len(self._records.buckets):
-            self._send_next(left_out, sends_zeros)
-        self._next = 0
-        self._num_rounds += 1
-        self._is_round_due = False
-        self._unsent_scale.after_round()
-        self._group.where = f"after {self._num_rounds - self._num_rounds_used} backwards since step {self._num_steps}"
-
-    def _send_next(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
-        grads = self._records.buckets[self._next]
-        what = f"the reduce-scatter of gradient bucket {self._next}"
-        if self._next == 0 or len(self._stats) < len(self._records.buckets):
-            self._stats = self._new_stats()
-        stats = self._stats[self._next]
-        self._records.param_norms = None
-        for record in [] if sends_zeros else grads.records:
-            self._records.observe(grads, record)
-        is_skipped = all(left_out(record) for record in grads.records)  # on all ranks
-        if sends_zeros:
-            left_out = _everything
-
-        def count() -> None:
-            grads.mark_sent(left_out)
-            self._next += 1
-
-        if is_skipped:
-            count()
-            return
-        dtype = self._options.dtype or grads.bucket.dtype
-        scale = self._unsent_scale.mean_factor(self._group.size)
-        self._bucket_exchange.send(grads, dtype, scale, left_out, count, what, stats)
-
-    def _new_stats(self) -> Sequence[Tensor]:
-        """Clean rows of statistics for all buckets of a round, in one launch."""
-        counts = [len(grads.bucket.layout.runs) for grads in self._records.buckets]
-        if len(self._clean_rows) != sum(counts):
-            self._clean_rows = clean_rows(sum(counts), self._device)
-        rows: Sequence[Tensor] = self._clean_rows.clone().split(counts)
-        return rows
+        self._rounds.finish(left_out, sends_zeros)
 
     # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
@@ -357,7 +302,7 @@ class ReducedGradients(Gradients):
         if stats.has_unsent:
             with self._telling_errors(purpose):
                 self._unsent_scale.is_carried = stats.unsent_is_scaled
-                self._is_round_due = True
+                self._rounds.is_due = True
                 self._make_due_round()
                 mine = self._local_stats(scaler_found_inf, purpose)
             stats = self._gather(mine)
@@ -375,25 +320,22 @@ class ReducedGradients(Gradients):
             self._bucket_exchange.receive_all()
         nobody = [False] * len(self._records.by_number)
         rows = clean_rows(sum(len(grads.stats) for grads in self._records.buckets) or 1, self._device)
-        self._gather(LocalGradStats(rows, nobody, purpose, num_rounds=self._num_rounds, has_error=True))
+        self._gather(LocalGradStats(rows, nobody, purpose, num_rounds=self._rounds.num_finished, has_error=True))
 
     def _make_due_round(self) -> None:
         """See what the caller has done to gradients, and make the round that a read of them asks for, if it does."""
         self._take_grad_scaler_factor()
         self.finish_broken_round()
-        self._note_due_round()
+        self._rounds.note_read()
         self._records.observe_all()
-        if self._is_round_due:
-            self._round(_nothing)
+        if self._rounds.is_due:
+            self._round(nothing)
 
     def _send_zeros(self) -> None:
         """As `_make_due_round`, without a look at gradients."""
-        self._note_due_round()
-        if self._is_round_due:
-            self._round(_nothing, sends_zeros=True)
-
-    def _note_due_round(self) -> None:
-        self._is_round_due |= self._num_rounds == self._num_rounds_used and self._unsent_scale.inv_scale is None
+        self._rounds.note_read()
+        if self._rounds.is_due:
+            self._round(nothing, sends_zeros=True)
 
     def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
         known = self._stats_exchange.gather(mine, None)
@@ -421,7 +363,7 @@ class ReducedGradients(Gradients):
             edits=[record.num_edits for record in records],
             products=products if any(product != 1.0 for product in products) else (),
             unsent=self._unsent_scale.kind(),
-            num_rounds=self._num_rounds,
+            num_rounds=self._rounds.num_finished,
             half_edited=next((record.number for record in records if record.is_half_edited), None),
         )
 
@@ -438,7 +380,7 @@ class ReducedGradients(Gradients):
             raise mixed_scale_error()
         if kinds != {Unsent.NONE}:
             self._unsent_scale.is_carried = Unsent.SCALED in kinds
-            self._round(_nothing)
+            self._round(nothing)
         self._bucket_exchange.receive_all()  # before buckets move
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
@@ -488,10 +430,8 @@ class ReducedGradients(Gradients):
 
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
-        self._num_steps += 1
+        self._rounds.after_step()
         self._awaits_step = False
-        self._num_rounds_used = self._num_rounds
-        self._group.where = f"in or after step {self._num_steps}"
 
     def has_pending_gradients(self) -> bool:
         """See Gradients."""
@@ -508,13 +448,3 @@ def _number_of(factor: Tensor | float, inverse: bool) -> float:
     if isinstance(factor, Tensor):
         return float(factor.float().reciprocal() if inverse else factor) if factor.is_cpu else 1.0
     return 1.0 / factor if inverse else factor
-
-
-def _nothing(record: ParamGrad) -> bool:
-    """Which records to leave out of a round that was asked for: none."""
-    return False
-
-
-def _everything(record: ParamGrad) -> bool:
-    """Which to leave out where nothing can be sent."""
-    return True

@@ -31,6 +31,7 @@ LAYERS = (
     {"gradients.exchange", "gradients.unreduced"},
     {"gradients.records"},
     {"gradients.unsent_scale"},
+    {"gradients.rounds"},
     {"gradients.reduction"},
     {"gradients.overlap"},
     {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},

@@ -564,7 +564,7 @@ def add_a_group_in_a_broken_round(group: Any) -> tuple[int, list[Tensor]]:
     optimizer = pyzero.FusedZeroAdamW(params, process_group=group, bucket_cap_mb=4e-4)  # one parameter in each
     with pytest.raises(RuntimeError, match="broken"):
         (_Breaks.apply(params[0]) * params[2]).sum().backward()
-    num_sent = optimizer._gradients._next
+    num_sent = optimizer._gradients._rounds.next
     more = nn.Parameter(torch.ones(100))
     optimizer.add_param_group({"params": [more]})
     optimizer.step()

@@ -1,0 +1,117 @@
+"""Rounds: every bucket is sent once in each, in the same order on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyzero.comm.group import Group
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.records import GradRecords
+from pyzero.gradients.stats_rows import clean_rows
+from pyzero.gradients.unsent_scale import UnsentScale
+
+_LeftOut = Callable[[ParamGrad], bool]  # whether a round sends zeros for it: the same on all ranks
+
+
+class Rounds:
+    """Sends what this rank holds in rounds, with zeros for parameters without a gradient.
+
+    Whether there is a round never depends on what this rank alone has seen: a backward makes one (stage 2), or a read
+    of gradients where none has been made since the last step, or where any rank says in the step's message that it
+    holds unsent gradients.
+
+    Args:
+        dtype: To send in; None: that of the weights.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        records: GradRecords,
+        exchange: BucketExchange,
+        unsent_scale: UnsentScale,
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self.num_finished = 0  # since the optimizer was built: the same on all ranks
+        self.next = 0  # the bucket to send next
+        self.is_due = False  # the other ranks make one that this rank has not finished
+        self._num_used = 0  # by the last step
+        self._num_steps = 0
+        self._clean_rows = clean_rows(0, device)  # of all buckets' runs
+        self._stats: Sequence[Tensor] = ()  # by bucket: rows for this round
+        self._group = group
+        self._records = records
+        self._exchange = exchange
+        self._unsent_scale = unsent_scale
+        self._dtype = dtype
+
+    def note_read(self) -> None:
+        """Called where gradients are read on all ranks: a round is due where none was made since the last step."""
+        self.is_due |= self.num_finished == self._num_used and self._unsent_scale.inv_scale is None
+
+    def after_step(self) -> None:
+        """Called after a step, which has used all that was sent."""
+        self._num_steps += 1
+        self._num_used = self.num_finished
+        self._group.where = f"in or after step {self._num_steps}"
+
+    def finish(self, left_out: _LeftOut, sends_zeros: bool = False) -> None:
+        """Send the buckets that this round has not sent yet. Collective.
+
+        sends_zeros: In place of what this rank holds, which a later round sends.
+        """
+        while self.next < len(self._records.buckets):
+            self.send_next(left_out, sends_zeros)
+        self.next = 0
+        self.num_finished += 1
+        self.is_due = False
+        self._unsent_scale.after_round()
+        self._group.where = f"after {self.num_finished - self._num_used} backwards since step {self._num_steps}"
+
+    def send_next(self, left_out: _LeftOut, sends_zeros: bool = False) -> None:
+        """Send one bucket. Collective."""
+        grads = self._records.buckets[self.next]
+        what = f"the reduce-scatter of gradient bucket {self.next}"
+        if self.next == 0 or len(self._stats) < len(self._records.buckets):
+            self._stats = self._new_stats()
+        stats = self._stats[self.next]
+        self._records.param_norms = None
+        for record in [] if sends_zeros else grads.records:
+            self._records.observe(grads, record)
+        is_skipped = all(left_out(record) for record in grads.records)  # on all ranks
+        if sends_zeros:
+            left_out = everything
+
+        def count() -> None:
+            grads.mark_sent(left_out)
+            self.next += 1
+
+        if is_skipped:
+            count()
+            return
+        dtype = self._dtype or grads.bucket.dtype
+        scale = self._unsent_scale.mean_factor(self._group.size)
+        self._exchange.send(grads, dtype, scale, left_out, count, what, stats)
+
+    def _new_stats(self) -> Sequence[Tensor]:
+        """Clean rows of statistics for all buckets of a round, in one launch."""
+        counts = [len(grads.bucket.layout.runs) for grads in self._records.buckets]
+        if len(self._clean_rows) != sum(counts):
+            self._clean_rows = clean_rows(sum(counts), self._clean_rows.device)
+        rows: Sequence[Tensor] = self._clean_rows.clone().split(counts)
+        return rows
+
+
+def nothing(record: ParamGrad) -> bool:
+    """What to leave out of a round that was asked for."""
+    return False
+
+
+def everything(record: ParamGrad) -> bool:
+    """What to leave out where nothing can be sent."""
+    return True
