@@ -15,13 +15,14 @@ from pyzero.comm.transport import Transport
 from pyzero.gradients.accumulation import ParamGrad, sparse_error
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.backward import BackwardEnd, GradientHooks
+from pyzero.gradients.deferred_factors import DeferredFactors
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
 from pyzero.gradients.records import GradRecords
 from pyzero.gradients.rounds import Rounds, nothing
-from pyzero.gradients.stats_rows import clean_rows, flag_of, values_of
+from pyzero.gradients.stats_rows import clean_rows, flag_of
 from pyzero.gradients.unsent_scale import UnsentScale
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
@@ -63,7 +64,7 @@ class ReducedGradients(Gradients):
 
         self._rounds = Rounds(group, self._records, self._bucket_exchange, self._unsent_scale, options.dtype, device)
         self._awaits_step = False  # a gradient has come since the last step
-        self._known_factor: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
+        self._factors = DeferredFactors(self._records, device)
 
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
@@ -245,31 +246,9 @@ class ReducedGradients(Gradients):
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
-        """See sharded_grad.GradOwner. The factor is kept beside the shards; the next step or round multiplies by it."""
+        """See sharded_grad.GradOwner."""
         self._begin_edit()
-        given, factor = factor, self._as_factor(factor, inverse)
-        known = values_of(factor).item() if factor.is_cpu else _number_of(given, inverse)
-        products: dict[int, Tensor] = {}  # one object for all records that have one factor
-        for record in records:
-            if not record.is_reduced:
-                continue
-            key = id(record.factor)
-            if key not in products:
-                products[key] = factor if record.factor is None else record.factor * factor
-            record.factor = products[key]
-            record.num_edits += 1
-            record.product *= known
-
-    def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
-        """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
-        if not isinstance(value, Tensor):
-            return torch.full((), 1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
-        key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
-        known = self._known_factor
-        if known is None or key is None or known[0] is not value or known[1] != key:
-            factor = value.detach().reshape(()).to(self._device, torch.float32, copy=True)
-            known = self._known_factor = (value, key, factor.reciprocal() if inverse else factor)
-        return known[2]
+        self._factors.multiply(records, factor, inverse)
 
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
@@ -282,8 +261,7 @@ class ReducedGradients(Gradients):
         known = self._records.param_norms
         if known is None or known[0] != norm_type:
             self.collect(None, "a norm of .grad")
-            for grads in self._records.buckets:
-                grads.apply_factors()
+            self._factors.apply()
             powers = powers_of(self._records.parts(), norm_type, self._device)
             known = self._records.param_norms = (norm_type, self._stats_exchange.norm(powers, norm_type, None))
         return known[1][record.number].clone()  # the caller may add to it
@@ -345,9 +323,7 @@ class ReducedGradients(Gradients):
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
         self._bucket_exchange.receive_all()
-        if len({id(factor) for factor in self._factors()}) > 1:  # no one factor can be left to Adam
-            for grads in self._records.buckets:
-                grads.apply_factors()
+        self._factors.apply_different()
         for grads in self._records.buckets:
             grads.refresh_stats()
         rows = torch.cat([grads.stats for grads in self._records.buckets] or [clean_rows(1, self._device)])
@@ -394,10 +370,7 @@ class ReducedGradients(Gradients):
 
     def factor(self) -> Tensor | None:
         """See Gradients. All reduced gradients have the same one, or none."""
-        return next(self._factors(), None)
-
-    def _factors(self) -> Iterator[Tensor | None]:
-        return (record.factor for record in self._records.by_number if record.is_reduced)
+        return self._factors.common()
 
     def _multiply(self, factor: Tensor) -> None:
         self.scale(self._records.by_number, factor)
@@ -441,10 +414,3 @@ class ReducedGradients(Gradients):
         """See Gradients."""
         self._records.observe_all()
         self._bucket_exchange.receive_all()
-
-
-def _number_of(factor: Tensor | float, inverse: bool) -> float:
-    """What gradients on a GPU are multiplied by; 1 where the host would have to wait for it."""
-    if isinstance(factor, Tensor):
-        return float(factor.float().reciprocal() if inverse else factor) if factor.is_cpu else 1.0
-    return 1.0 / factor if inverse else factor

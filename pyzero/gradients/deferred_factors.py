@@ -1,0 +1,68 @@
+"""What callers multiply reduced gradients by: kept beside the shards until a step, a round or a norm uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.records import GradRecords
+from pyzero.gradients.stats_rows import values_of
+
+
+class DeferredFactors:
+    """The factor of each reduced gradient: one object for all where one clip has made them."""
+
+    def __init__(self, records: GradRecords, device: torch.device) -> None:
+        self._records = records
+        self._device = device
+        self._known: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
+
+    def multiply(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
+        """Multiply what is reduced of these by one number, or divide it by that."""
+        given, factor = factor, self._as_factor(factor, inverse)
+        known = values_of(factor).item() if factor.is_cpu else _number_of(given, inverse)
+        products: dict[int, Tensor] = {}  # one object for all records that have one factor
+        for record in records:
+            if not record.is_reduced:
+                continue
+            key = id(record.factor)
+            if key not in products:
+                products[key] = factor if record.factor is None else record.factor * factor
+            record.factor = products[key]
+            record.num_edits += 1
+            record.product *= known
+
+    def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
+        """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
+        if not isinstance(value, Tensor):
+            return torch.full((), 1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
+        key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
+        known = self._known
+        if known is None or key is None or known[0] is not value or known[1] != key:
+            factor = value.detach().reshape(()).to(self._device, torch.float32, copy=True)
+            known = self._known = (value, key, factor.reciprocal() if inverse else factor)
+        return known[2]
+
+    def common(self) -> Tensor | None:
+        """0-D: the factor of all, after apply_different(); or None."""
+        return next((record.factor for record in self._records.by_number if record.is_reduced), None)
+
+    def apply_different(self) -> None:
+        """Multiply them into the shards where they differ, as no one factor can be left to Adam then."""
+        if len({id(record.factor) for record in self._records.by_number if record.is_reduced}) > 1:
+            self.apply()
+
+    def apply(self) -> None:
+        """Multiply them into the shards."""
+        for grads in self._records.buckets:
+            grads.apply_factors()
+
+
+def _number_of(factor: Tensor | float, inverse: bool) -> float:
+    """What gradients on a GPU are multiplied by; 1 where the host would have to wait for it."""
+    if isinstance(factor, Tensor):
+        return float(factor.float().reciprocal() if inverse else factor) if factor.is_cpu else 1.0
+    return 1.0 / factor if inverse else factor
