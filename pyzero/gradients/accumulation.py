@@ -34,7 +34,6 @@ class ParamGrad:
         self._param = weakref.ref(param)  # `.grad`, which holds this, must not keep it: no collector sees through there
         self.number = number  # among the optimizer's parameters
         self.position = 0  # in its bucket
-        self.has_arrived = False  # in the present round
         self.is_used = False  # this rank has contributed to it
         self._is_arriving = False  # between before_arrival() and after_arrival(), which a hook that raises leaves out
         self.is_in_backward = False  # after that, until the backward ends: hooks of the caller's may run

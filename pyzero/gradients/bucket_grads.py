@@ -29,8 +29,6 @@ class BucketGrads:
         self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, but for `factor`
         # (num_runs, 3): the shard's overflow flag and first bad parameter in the first row; sums of squares by run.
         self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
-        self.num_awaited = 0  # parameters whose gradients have not come in this round
-        self.waits_for_end = False  # sent at the end of backward: in an earlier round a gradient came after it was sent
         self._stats_are_stale = False  # the shard has changed since flag and squares were computed
         self._pieces = Pieces(bucket, 0, bucket.layout.numel)
         self._backend = backend

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.grad_stats import GlobalGradStats, Unsent
+from pyzero.gradients.readiness import Readiness
 from pyzero.gradients.reduction import ReducedGradients
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import user_param
@@ -31,18 +32,13 @@ def take_over(params: Iterable[Tensor]) -> None:
 
 
 class OverlappedGradients(ReducedGradients):
-    """Makes a round in every backward, so every rank must run backward equally often between two steps.
-
-    Parameters that no rank used in the last step are deferred: no bucket waits for them in backward, and what gradients
-    they get are sent when gradients are read.
-    """
+    """Makes a round in every backward, so every rank must run backward equally often between two steps."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.learns_arrival = self._options.overlap
         self._is_sending = False  # a round has begun in a backward
-        self._deferred: set[ParamGrad] = set()  # unused in the last step on all ranks
-        self._undeferrable: set[ParamGrad] = set()  # got a gradient once while they were deferred
+        self._readiness = Readiness(self._records)
         self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
         self._is_retired = False  # another optimizer has taken over
 
@@ -54,7 +50,7 @@ class OverlappedGradients(ReducedGradients):
     def add(self, bucket: Bucket) -> None:
         """See ReducedGradients."""
         super().add(bucket)
-        self._records.buckets[-1].num_awaited = len(bucket.params)
+        self._readiness.add()
         for param in bucket.params:
             _reducing[user_param(param)] = self._self
 
@@ -80,11 +76,8 @@ class OverlappedGradients(ReducedGradients):
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients."""
-        waiting = {record for grads in self._records.buckets if grads.waits_for_end for record in grads.records}
         super().move_to(buckets)
-        for grads in self._records.buckets:
-            grads.num_awaited = len(grads.records)
-            grads.waits_for_end = any(record in waiting for record in grads.records)
+        self._readiness.move()
 
     @property
     def _is_unfinished(self) -> bool:
@@ -121,28 +114,20 @@ class OverlappedGradients(ReducedGradients):
         if not self.sync:
             return
         self._bucket_exchange.note_writer_stream()
-        if record in self._deferred:
+        if self._readiness.is_deferred(record):
             return
         if grads.bucket.index < self._rounds.next:
             # A weight in two reentrant checkpoints, after its bucket was sent: this gradient goes with the next round,
             # and from then on the bucket waits for the end of backward.
-            grads.waits_for_end = True
+            self._readiness.note_late(grads)
             return
-        grads.num_awaited -= not record.has_arrived
-        record.has_arrived = True
-        while self._options.overlap and self._is_next_full():
-            self._rounds.send_next(self._is_deferred)
-
-    def _is_next_full(self) -> bool:
-        grads = self._records.buckets[self._rounds.next] if self._rounds.next < len(self._records.buckets) else None
-        return grads is not None and grads.num_awaited == 0 and not grads.waits_for_end
-
-    def _is_deferred(self, record: ParamGrad) -> bool:
-        return record in self._deferred
+        self._readiness.note(grads, record)
+        while self._options.overlap and self._readiness.is_full(self._rounds.next):
+            self._rounds.send_next(self._readiness.is_deferred)
 
     def _end_of_backward(self) -> None:
         if self._is_sending:
-            self._round(self._is_deferred)
+            self._round(self._readiness.is_deferred)
             self._bucket_exchange.receive_at_end()
         super()._end_of_backward()
 
@@ -161,7 +146,7 @@ class OverlappedGradients(ReducedGradients):
         for record in cleared:
             record.restore()
         try:
-            self._round(self._is_deferred)
+            self._round(self._readiness.is_deferred)
             self._bucket_exchange.receive_at_end()  # in one order with sends on all ranks: barriers meet in pairs
             self._join_unfrozen()  # as after the same round on the other ranks
         finally:  # what this has not sent is restored again by the next attempt
@@ -170,7 +155,7 @@ class OverlappedGradients(ReducedGradients):
 
     def _send_zeros(self) -> None:
         if self._is_sending:
-            self._round(self._is_deferred, sends_zeros=True)
+            self._round(self._readiness.is_deferred, sends_zeros=True)
             self._bucket_exchange.receive_at_end()
             self._join_unfrozen()
         super()._send_zeros()
@@ -178,15 +163,7 @@ class OverlappedGradients(ReducedGradients):
     def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
         super()._round(left_out, sends_zeros)
         self._is_sending = False
-        self._await_gradients()
-
-    def _await_gradients(self) -> None:
-        """Begin a round: no gradient has arrived."""
-        for grads in self._records.buckets:
-            grads.num_awaited = 0
-            for record in grads.records:
-                record.has_arrived = False
-                grads.num_awaited += record not in self._deferred
+        self._readiness.begin_round()
 
     def reset(self) -> None:
         """See Gradients. A batch that is left out decides on no order of buckets."""
@@ -194,9 +171,6 @@ class OverlappedGradients(ReducedGradients):
         self._arrived.clear()
 
     def after_step(self, used: Sequence[bool]) -> None:
-        """See Gradients. Defers what no rank used."""
+        """See Gradients."""
         super().after_step(used)
-        self._undeferrable |= {record for record in self._deferred if used[record.number]}
-        unused = {record for record in self._records.by_number if not used[record.number]}
-        self._deferred = unused - self._undeferrable if any(used) else set()
-        self._await_gradients()
+        self._readiness.after_step(used)

@@ -30,7 +30,7 @@ LAYERS = (
     {"gradients.bucket_grads", "gradients.deferred_clip", "gradients.interface", "gradients.scale_tracker", "update"},
     {"gradients.exchange", "gradients.unreduced"},
     {"gradients.records"},
-    {"gradients.deferred_factors", "gradients.unsent_scale"},
+    {"gradients.deferred_factors", "gradients.readiness", "gradients.unsent_scale"},
     {"gradients.rounds"},
     {"gradients.reduction"},
     {"gradients.overlap"},

@@ -351,7 +351,7 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
         second, first = params[1] * 3, params[0] * 2
         (first + second).sum().backward()
     optimizer.step()
-    return sent[0], optimizer._gradients._records.buckets[0].waits_for_end, params_of(nn.ParameterList(params))
+    return sent[0], optimizer._gradients._readiness.waits_for_end(0), params_of(nn.ParameterList(params))
 
 
 def test_a_bucket_that_was_half_filled_starts_anew(ranks):
