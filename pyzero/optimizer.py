@@ -17,7 +17,7 @@ from pyzero.comm.make_transport import make_transport
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.interface import Gradients
-from pyzero.gradients.overlap import OverlappedGradients, take_over
+from pyzero.gradients.overlap import take_over
 from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
 from pyzero.gradients.unreduced import UnreducedGradients
 from pyzero.loss_scale import scaler
@@ -373,11 +373,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """A context in which backward sends nothing: gradients stay local until a backward outside, or a read."""
-        before, self._gradients.sync = self._gradients.sync, False
-        try:
+        with self._gradients.no_sync():
             yield
-        finally:
-            self._gradients.sync = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradient shards are freed too."""
@@ -443,13 +440,12 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:
             return UnreducedGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
-        kind = OverlappedGradients if stage == 2 else ReducedGradients
-        return kind(
+        return ReducedGradients(
             self._group,
             self._stats_exchange,
             self._transport,
             self._device,
-            ReductionOptions(overlap, self._grad_reduce_dtype),
+            ReductionOptions(stage == 2, overlap, self._grad_reduce_dtype),
             self._scaler.inv_scale if self._scaler.enabled else None,
             self._grad_scaler_proxy,
             backend,
@@ -574,7 +570,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""
         if self._gradients.learns_arrival:
-            layouts = self._param_buckets.plan_by_arrival(self._gradients.arrival)
+            layouts = self._param_buckets.plan_by_arrival(self._gradients.arrival())
             if layouts is not None:
                 self._gradients.learns_arrival = False
                 self._move_to(layouts)

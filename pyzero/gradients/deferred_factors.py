@@ -35,6 +35,12 @@ class DeferredFactors:
             record.num_edits += 1
             record.product *= known
 
+    def unscale(self, factor: Tensor) -> None:
+        """Multiply what is reduced of all, and the norm from before it was clipped."""
+        self.multiply(self._records.by_number, factor)
+        norm = self._records.norm_before_clip
+        self._records.norm_before_clip = None if norm is None else norm * factor
+
     def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
         """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
         if not isinstance(value, Tensor):

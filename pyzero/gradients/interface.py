@@ -1,4 +1,4 @@
-"""Where a step's gradients come from: the interface that unreduced.py, reduction.py and overlap.py implement."""
+"""Where a step's gradients come from: the interface that unreduced.py and reduction.py implement."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ class Gradients(ABC):
 
     reduces = False  # averages over the ranks; else another does, or there is one
     learns_arrival = False  # records the order in which gradients come, for buckets in that order
-    arrival: Sequence[int] = ()  # parameter numbers in that order, on this rank
     norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
 
     def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
-        self.sync = True  # False inside no_sync
         self._group = group
         self._stats_exchange = stats_exchange
         self._device = device
@@ -52,6 +50,10 @@ class Gradients(ABC):
     def move_to(self, buckets: list[Bucket]) -> None:
         """Take other buckets of the same parameters. Collective over several ranks."""
 
+    def arrival(self) -> list[int]:
+        """Parameter numbers in the order in which this rank's gradients have come, where that is learned."""
+        return []
+
     @abstractmethod
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:
         """A context in which gradients arrive that carry the loss scale whose inverse this is.
@@ -61,6 +63,10 @@ class Gradients(ABC):
 
     def renew_scale(self, inv_scale: Tensor, epoch: int) -> None:  # noqa: B027
         """Called after a step inside `scaled_by`, which may have changed what that was given."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which backward sends nothing."""
+        return nullcontext()
 
     def in_backward(self) -> AbstractContextManager[None]:
         """Around a backward: one that raises before the first gradient counts as broken off, too."""

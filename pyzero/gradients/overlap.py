@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.grad_stats import GlobalGradStats, Unsent
+from pyzero.gradients.grad_stats import Unsent
 from pyzero.gradients.readiness import Readiness
-from pyzero.gradients.reduction import ReducedGradients
+from pyzero.gradients.reducer import Reducer
+from pyzero.gradients.rounds import nothing
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import user_param
 
@@ -31,57 +33,58 @@ def take_over(params: Iterable[Tensor]) -> None:
             earlier().retire()
 
 
-class OverlappedGradients(ReducedGradients):
-    """Makes a round in every backward, so every rank must run backward equally often between two steps."""
+class OverlappedReducer(Reducer):
+    """Makes a round in every backward, so every rank must run backward equally often between two steps.
 
-    def __init__(self, *args: Any) -> None:
+    Args:
+        overlap: A full bucket leaves while backward goes on.
+    """
+
+    def __init__(self, overlap: bool, *args: Any) -> None:
         super().__init__(*args)
-        self.learns_arrival = self._options.overlap
-        self._is_sending = False  # a round has begun in a backward
+        self.learns_arrival = overlap
+        self._overlap = overlap
         self._readiness = Readiness(self._records)
-        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
+        self._is_sending = False  # a round has begun in a backward
         self._is_retired = False  # another optimizer has taken over
+        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
 
-    @property
-    def arrival(self) -> list[int]:  # type: ignore[override]
-        """Parameter numbers in the order in which this rank's gradients have come."""
+    def arrival(self) -> list[int]:
+        """See Gradients."""
         return list(self._arrived)
 
     def add(self, bucket: Bucket) -> None:
-        """See ReducedGradients."""
+        """See Reducer."""
         super().add(bucket)
         self._readiness.add()
+        weak_self = weakref.ref(self)
         for param in bucket.params:
-            _reducing[user_param(param)] = self._self
+            _reducing[user_param(param)] = weak_self
+
+    def move(self) -> None:
+        """See Reducer."""
+        self._readiness.move()
 
     def retire(self) -> None:
         """Do nothing in backward from now on, and refuse steps: another optimizer has some of these parameters."""
         self._hooks.remove()
         self._end.forget()
-        self._is_sending = self._awaits_step = False
+        self._is_sending = self.awaits_step = False
         self._is_retired = True
 
-    def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
-        """See Gradients."""
+    def check_active(self) -> None:
+        """See Reducer."""
         if self._is_retired:
             raise RuntimeError(
                 "expected the optimizer that was built last over its parameters, got an earlier one, whose gradients "
                 "that one reduces now; step that one, or build this one anew"
             )
-        return super().collect(scaler_found_inf, purpose)
 
     def unsent(self) -> Unsent:
         """See Gradients."""
         return Unsent.NONE if self._is_retired else super().unsent()
 
-    def move_to(self, buckets: list[Bucket]) -> None:
-        """See Gradients."""
-        super().move_to(buckets)
-        self._readiness.move()
-
-    @property
-    def _is_unfinished(self) -> bool:
-        return self._is_sending or super()._is_unfinished
+    # ---- a backward ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
@@ -92,7 +95,7 @@ class OverlappedGradients(ReducedGradients):
         try:
             yield
         except BaseException:
-            is_owed = self.sync and not self._is_retired and self._rounds.num_finished == num_rounds
+            is_owed = self._sync and not self._is_retired and self._rounds.num_finished == num_rounds
             if is_owed and not self._is_sending:
                 self._is_sending = True  # no gradient has come, but the other ranks may send theirs
                 for record in self._records.by_number:
@@ -103,7 +106,7 @@ class OverlappedGradients(ReducedGradients):
         if self._is_sending and not self._end.is_awaited:
             self.finish_broken_round()  # what was to finish it has been broken off too
         super()._begin_backward()
-        self._is_sending |= self.sync  # the other ranks send theirs, whatever breaks off this one's backward
+        self._is_sending |= self._sync  # the other ranks send theirs, whatever breaks off this one's backward
 
     def _after_gradient(self, param: Tensor) -> None:
         super()._after_gradient(param)
@@ -111,9 +114,9 @@ class OverlappedGradients(ReducedGradients):
         if self.learns_arrival:
             self._arrived.pop(record.number, None)
             self._arrived[record.number] = None
-        if not self.sync:
+        if not self._sync:
             return
-        self._bucket_exchange.note_writer_stream()
+        self._exchange.note_writer_stream()
         if self._readiness.is_deferred(record):
             return
         if grads.bucket.index < self._rounds.next:
@@ -122,14 +125,18 @@ class OverlappedGradients(ReducedGradients):
             self._readiness.note_late(grads)
             return
         self._readiness.note(grads, record)
-        while self._options.overlap and self._readiness.is_full(self._rounds.next):
+        while self._overlap and self._readiness.is_full(self._rounds.next):
             self._rounds.send_next(self._readiness.is_deferred)
 
     def _end_of_backward(self) -> None:
         if self._is_sending:
-            self._round(self._readiness.is_deferred)
-            self._bucket_exchange.receive_at_end()
+            self.make_round(self._readiness.is_deferred)
+            self._exchange.receive_at_end()
         super()._end_of_backward()
+
+    @property
+    def _is_unfinished(self) -> bool:
+        return self._is_sending or super()._is_unfinished
 
     def finish_broken_round(self) -> None:
         """See Gradients. On the other ranks the backward may have got further, or less far.
@@ -146,31 +153,35 @@ class OverlappedGradients(ReducedGradients):
         for record in cleared:
             record.restore()
         try:
-            self._round(self._readiness.is_deferred)
-            self._bucket_exchange.receive_at_end()  # in one order with sends on all ranks: barriers meet in pairs
+            self.make_round(self._readiness.is_deferred)
+            self._exchange.receive_at_end()  # in one order with sends on all ranks: barriers meet in pairs
             self._join_unfrozen()  # as after the same round on the other ranks
         finally:  # what this has not sent is restored again by the next attempt
             for record in cleared:
                 record.param.grad = None
 
-    def _send_zeros(self) -> None:
-        if self._is_sending:
-            self._round(self._readiness.is_deferred, sends_zeros=True)
-            self._bucket_exchange.receive_at_end()
-            self._join_unfrozen()
-        super()._send_zeros()
+    # ---- between backwards -----------------------------------------------------------------------------------------
 
-    def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
-        super()._round(left_out, sends_zeros)
+    def send_zeros(self) -> None:
+        """See Reducer."""
+        if self._is_sending:
+            self.make_round(self._readiness.is_deferred, sends_zeros=True)
+            self._exchange.receive_at_end()
+            self._join_unfrozen()
+        super().send_zeros()
+
+    def make_round(self, left_out: Callable[[ParamGrad], bool] = nothing, sends_zeros: bool = False) -> None:
+        """See Reducer."""
+        super().make_round(left_out, sends_zeros)
         self._is_sending = False
         self._readiness.begin_round()
-
-    def reset(self) -> None:
-        """See Gradients. A batch that is left out decides on no order of buckets."""
-        super().reset()
-        self._arrived.clear()
 
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
         super().after_step(used)
         self._readiness.after_step(used)
+
+    def reset(self) -> None:
+        """See Gradients. A batch that is left out decides on no order of buckets."""
+        super().reset()
+        self._arrived.clear()

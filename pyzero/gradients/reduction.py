@@ -1,4 +1,4 @@
-"""Stage 1: gradients of all ranks reduced into this rank's shards when they are first read. Stage 2: overlap.py."""
+"""Gradients of all ranks, reduced into this rank's shards: what callers do to them, and what a step asks."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.comm.transport import Transport
-from pyzero.gradients.accumulation import ParamGrad, sparse_error
+from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.amp import GradScalerProxy
-from pyzero.gradients.backward import BackwardEnd, GradientHooks
 from pyzero.gradients.deferred_factors import DeferredFactors
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
+from pyzero.gradients.overlap import OverlappedReducer
 from pyzero.gradients.records import GradRecords
-from pyzero.gradients.rounds import Rounds, nothing
+from pyzero.gradients.reducer import Reducer
+from pyzero.gradients.rounds import Rounds
 from pyzero.gradients.stats_rows import clean_rows, flag_of
 from pyzero.gradients.unsent_scale import UnsentScale
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
-from pyzero.sharding.local_param import user_param
-from pyzero.sharding.modules import find_ddp_wrapper
 
 
 @dataclass(frozen=True)
 class ReductionOptions:
     """How gradients travel."""
 
-    overlap: bool  # stage 2: a full bucket leaves while backward goes on
+    in_backward: bool  # stage 2: each backward makes a round
+    overlap: bool  # in which a full bucket leaves while backward goes on
     dtype: torch.dtype | None  # to send in; None: that of the weights
 
 
 class ReducedGradients(Gradients):
-    """Reduces the gradients of all ranks into this rank's shards, in rounds (rounds.py)."""
+    """The shards of a Reducer, which fills them in rounds."""
 
     reduces = True
 
@@ -55,49 +55,46 @@ class ReducedGradients(Gradients):
         backend: str,
     ) -> None:
         super().__init__(group, stats_exchange, device, backend)
-        self._options = options
-        self._grad_scaler_proxy = grad_scaler_proxy
-        self._bucket_exchange = BucketExchange(stats_exchange.names, transport, device)
-        self._self = weakref.ref(self)
-        self._records = GradRecords(self._bucket_exchange, self._self, backend)
+        self._exchange = BucketExchange(stats_exchange.names, transport, device)
+        self._records = GradRecords(self._exchange, weakref.ref(self), backend)
         self._unsent_scale = UnsentScale(self._records, inv_scale)
-
-        self._rounds = Rounds(group, self._records, self._bucket_exchange, self._unsent_scale, options.dtype, device)
-        self._awaits_step = False  # a gradient has come since the last step
         self._factors = DeferredFactors(self._records, device)
-
-        self._is_checked = False  # no DistributedDataParallel reduces these gradients too
-        self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
-        self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
-        self._hooks = GradientHooks(
-            self._before_gradient, self._after_gradient, self._without_gradient, self._missed_gradient
-        )
-        self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
+        self._rounds = Rounds(group, self._records, self._exchange, self._unsent_scale, options.dtype, device)
+        parts = self._records, self._exchange, self._rounds, self._unsent_scale, self._factors
+        args = group, device, *parts, grad_scaler_proxy, stats_exchange.name_of
+        self._reducer = OverlappedReducer(options.overlap, *args) if options.in_backward else Reducer(*args)
 
     def add(self, bucket: Bucket) -> None:
         """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
-        self._bucket_exchange.receive_all()  # the transport may make room anew
+        self._exchange.receive_all()  # the transport may make room anew
         self._records.add(bucket)
         self._buckets.append(bucket)
-        self._hooks.add(bucket.params)
-        for param in bucket.params:
-            self._frozen.pop(user_param(param), None)
-
-    def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
-        """See Gradients."""
-        known = {*self._frozen, *map(user_param, self._records.by_param)}  # what was frozen again has its bucket
-        new = dict.fromkeys(param for param in frozen if param not in known)
-        self._frozen |= new
-        self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
-        self._hooks.watch(new, self._after_unfrozen)
+        self._reducer.add(bucket)
 
     def move_to(self, buckets: list[Bucket]) -> None:
         """See Gradients."""
-        self._bucket_exchange.receive_all()
+        self._exchange.receive_all()
         self._buckets = list(buckets)
         self._records.move_to(buckets, self._group)
+        self._reducer.move()
 
-    # ---- arrival ---------------------------------------------------------------------------------------------------
+    # ---- backward --------------------------------------------------------------------------------------------------
+
+    def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
+        """See Gradients."""
+        self._reducer.watch(frozen, place_unfrozen)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """See Gradients."""
+        return self._reducer.no_sync()
+
+    def in_backward(self) -> AbstractContextManager[None]:
+        """See Gradients."""
+        return self._reducer.in_backward()
+
+    def finish_broken_round(self) -> None:
+        """See Gradients."""
+        self._reducer.finish_broken_round()
 
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> AbstractContextManager[None]:
         """See Gradients."""
@@ -111,92 +108,25 @@ class ReducedGradients(Gradients):
                 "edited, as zero-bubble schedules do; take a schedule of whole backwards (1F1B, GPipe), or one replica"
             )
 
-    def _before_gradient(self, param: Tensor) -> None:
-        if not self._is_checked:
-            self._check_unwrapped()
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"expected a backward that a CUDA graph can replay, got {self._group.size} ranks that reduce gradients "
-                f"in it; run backward and step() eagerly"
-            )
-        grads, record = self._records.by_param[param]
-        record.check_grad_dtype()
-        self._begin_backward()
-        self._awaits_step = True
-        self._take_grad_scaler_factor()
-        self._records.forget_norms()
-        self._records.observe(grads, record)
-        self._unsent_scale.before_gradient()
-        record.before_arrival()
+    @property
+    def learns_arrival(self) -> bool:
+        """See Gradients."""
+        return self._reducer.learns_arrival
 
-    def _begin_backward(self) -> None:
-        """Called before each gradient; the first one ends a backward that was broken off."""
-        self._end.begin()
-        self._end.await_end()
+    @learns_arrival.setter
+    def learns_arrival(self, learns: bool) -> None:
+        self._reducer.learns_arrival = learns
 
-    def _after_gradient(self, param: Tensor) -> None:
-        _, record = self._records.by_param[param]
-        grad = record.param.grad
-        if grad is not None and grad.layout != torch.strided:
-            record.param.grad = None
-            raise sparse_error(record.param, self._stats_exchange.name_of(record.number))
-        record.after_arrival()
+    def arrival(self) -> list[int]:
+        """See Gradients."""
+        return self._reducer.arrival()
 
-    def _missed_gradient(self, param: Tensor) -> None:
-        """The gradient has come unannounced: what `.grad` holds is this rank's sum, as if assigned."""
-        grads, record = self._records.by_param[param]
-        arrived = record.set_aside()
-        try:
-            self._before_gradient(param)
-        finally:
-            record.take_unannounced(arrived)
-        self._records.observe(grads, record)
-
-    def _without_gradient(self, param: Tensor) -> None:
-        """The backward goes through the parameter, and leaves `.grad` alone."""
-        self._begin_backward()
-
-    def _after_unfrozen(self) -> None:
-        self._end.begin()
-        self._end.await_end()
-
-    def _end_of_backward(self) -> None:
-        self._end.forget()
-        if self.sync:  # ranks may run backward unequally often in no_sync()
-            self._join_unfrozen()
-        for grads, record in self._records.by_param.values():
-            if record.is_in_backward:
-                self._records.observe(grads, record)
-                record.is_in_backward = False
-            record.show()
-
-    def _join_unfrozen(self) -> None:
-        """Have parameters that are no longer frozen placed; what `.grad` holds counts as unsent."""
-        place_unfrozen = self._place_unfrozen and self._place_unfrozen()
-        if place_unfrozen and any(param.requires_grad for param in self._frozen):
-            place_unfrozen()
-            self._records.observe_all()
-
-    def finish_broken_round(self) -> None:
-        """See Gradients. There is none: nothing is sent in a backward."""
-        self._end.forget()
-        for record in self._records.by_number:
-            record.finish_arrival()
-            record.is_in_backward = False
+    # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
     @property
-    def _is_unfinished(self) -> bool:
-        """A backward runs, or was broken off and has not been finished."""
-        return self._end.is_awaited
-
-    def _check_unwrapped(self) -> None:
-        wrapped = find_ddp_wrapper({user_param(param) for param in self._records.by_param})
-        if wrapped is not None:
-            raise RuntimeError(
-                f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
-                f"DistributedDataParallel; pass reduce_grads=False to the optimizer, or the bare model to the loop"
-            )
-        self._is_checked = True
+    def num_rounds(self) -> int:
+        """See sharded_grad.GradOwner."""
+        return self._rounds.num_finished
 
     @property
     def norm_before_clip(self) -> Tensor | None:
@@ -207,48 +137,35 @@ class ReducedGradients(Gradients):
     def norm_before_clip(self, norm: Tensor | None) -> None:
         self._records.norm_before_clip = norm
 
-    @property
-    def num_rounds(self) -> int:
-        """See sharded_grad.GradOwner."""
-        return self._rounds.num_finished
-
-    def _round(self, left_out: Callable[[ParamGrad], bool], sends_zeros: bool = False) -> None:
-        """See Rounds.finish."""
-        self._end.forget()
-        self._rounds.finish(left_out, sends_zeros)
-
-    # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
-
-    def _take_grad_scaler_factor(self) -> None:
-        """Multiply reduced gradients by the factor that GradScaler's unscale_ has applied to its proxy."""
-        factor = self._grad_scaler_proxy.take_factor()
-        if factor is not None:
-            self.unscale(factor)
-
-    def _begin_edit(self) -> None:
-        """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
-        if self._is_unfinished and torch._C._current_graph_task_id() == -1:  # no backward runs: one was broken off
-            self.finish_broken_round()
-        self._bucket_exchange.receive_all()
-        self._records.param_norms = None
-
-    def unscale(self, factor: Tensor) -> None:
-        """See Gradients. So is the norm from before they were clipped."""
-        self.scale(self._records.by_number, factor)
-        if self.norm_before_clip is not None:
-            self.norm_before_clip = self.norm_before_clip * factor
-
     def zero(self, record: ParamGrad) -> None:
         """See sharded_grad.GradOwner."""
-        self._begin_edit()
+        self._reducer.begin_edit()
         self._records.forget_norms()
         self._records.by_param[record.param][0].zero(record)
 
     @torch.no_grad()
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
         """See sharded_grad.GradOwner."""
-        self._begin_edit()
+        self._reducer.begin_edit()
         self._factors.multiply(records, factor, inverse)
+
+    def _multiply(self, factor: Tensor) -> None:
+        self.scale(self._records.by_number, factor)
+
+    @torch.no_grad()
+    def unscale(self, factor: Tensor) -> None:
+        """See Gradients."""
+        self._reducer.begin_edit()
+        self._factors.unscale(factor)
+
+    def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
+        """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
+        self._reducer.begin_edit()
+        self._records.forget_norms()
+        grads = self._records.buckets[bucket.index]
+        record = grads.records[position]
+        self._records.observe(grads, record)
+        grads.replace(record, value)
 
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
@@ -270,18 +187,19 @@ class ReducedGradients(Gradients):
 
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients."""
+        self._reducer.check_active()
         if torch.is_inference_mode_enabled():  # shards are written outside it too
             with torch.inference_mode(False), torch.no_grad():
                 return self.collect(scaler_found_inf, purpose)
         with self._telling_errors(purpose):
-            self._make_due_round()
+            self._reducer.make_due_round()
             mine = self._local_stats(scaler_found_inf, purpose)
         stats = self._gather(mine)
         if stats.has_unsent:
             with self._telling_errors(purpose):
                 self._unsent_scale.is_carried = stats.unsent_is_scaled
                 self._rounds.is_due = True
-                self._make_due_round()
+                self._reducer.make_due_round()
                 mine = self._local_stats(scaler_found_inf, purpose)
             stats = self._gather(mine)
         return stats
@@ -290,30 +208,15 @@ class ReducedGradients(Gradients):
         """See Gradients. The round that the others make is made, of zeros where this rank cannot send what it holds."""
         with self._stats_exchange.lockstep(CollectiveError):
             try:
-                self._make_due_round()
+                self._reducer.make_due_round()
             except CollectiveError:
                 raise
             except Exception:
-                self._send_zeros()
-            self._bucket_exchange.receive_all()
+                self._reducer.send_zeros()
+            self._exchange.receive_all()
         nobody = [False] * len(self._records.by_number)
         rows = clean_rows(sum(len(grads.stats) for grads in self._records.buckets) or 1, self._device)
         self._gather(LocalGradStats(rows, nobody, purpose, num_rounds=self._rounds.num_finished, has_error=True))
-
-    def _make_due_round(self) -> None:
-        """See what the caller has done to gradients, and make the round that a read of them asks for, if it does."""
-        self._take_grad_scaler_factor()
-        self.finish_broken_round()
-        self._rounds.note_read()
-        self._records.observe_all()
-        if self._rounds.is_due:
-            self._round(nothing)
-
-    def _send_zeros(self) -> None:
-        """As `_make_due_round`, without a look at gradients."""
-        self._rounds.note_read()
-        if self._rounds.is_due:
-            self._round(nothing, sends_zeros=True)
 
     def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
         known = self._stats_exchange.gather(mine, None)
@@ -322,7 +225,7 @@ class ReducedGradients(Gradients):
         return known
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
-        self._bucket_exchange.receive_all()
+        self._exchange.receive_all()
         self._factors.apply_different()
         for grads in self._records.buckets:
             grads.refresh_stats()
@@ -345,10 +248,7 @@ class ReducedGradients(Gradients):
 
     def unsent(self) -> Unsent:
         """See Gradients."""
-        if self._unsent_scale.inv_scale is None:
-            return Unsent.NONE
-        self._records.observe_all()
-        return self._unsent_scale.kind()
+        return self._reducer.unsent()
 
     def send_unsent(self, kinds: set[Unsent]) -> None:
         """See Gradients."""
@@ -356,8 +256,8 @@ class ReducedGradients(Gradients):
             raise mixed_scale_error()
         if kinds != {Unsent.NONE}:
             self._unsent_scale.is_carried = Unsent.SCALED in kinds
-            self._round(nothing)
-        self._bucket_exchange.receive_all()  # before buckets move
+            self._reducer.make_round()
+        self._exchange.receive_all()  # before buckets move
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
         """See Gradients. In fp32, averaged over ranks, unscaled."""
@@ -372,21 +272,9 @@ class ReducedGradients(Gradients):
         """See Gradients. All reduced gradients have the same one, or none."""
         return self._factors.common()
 
-    def _multiply(self, factor: Tensor) -> None:
-        self.scale(self._records.by_number, factor)
-
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
         return gather_param(self._group, bucket, position, self._shard(bucket))
-
-    def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
-        self._begin_edit()
-        self._records.forget_norms()
-        grads = self._records.buckets[bucket.index]
-        record = grads.records[position]
-        self._records.observe(grads, record)
-        grads.replace(record, value)
 
     def norm_power(self, norm_type: float) -> Tensor:
         """See Gradients."""
@@ -399,18 +287,16 @@ class ReducedGradients(Gradients):
 
     def locate_nonfinite(self, always: bool) -> None:
         """See Gradients."""
-        self._bucket_exchange.locates = always
+        self._exchange.locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
         """See Gradients."""
-        self._rounds.after_step()
-        self._awaits_step = False
+        self._reducer.after_step(used)
 
     def has_pending_gradients(self) -> bool:
         """See Gradients."""
-        return self._awaits_step and any(record.param.grad is not None for record in self._records.by_number)
+        return self._reducer.awaits_step and any(record.param.grad is not None for record in self._records.by_number)
 
     def reset(self) -> None:
         """See Gradients."""
-        self._records.observe_all()
-        self._bucket_exchange.receive_all()
+        self._reducer.reset()

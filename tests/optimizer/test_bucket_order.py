@@ -215,7 +215,7 @@ def loaded_over_gradients_in_flight(group: Any) -> tuple[bool, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Work, "is_done", lambda self, patience_s: False)  # as where the other rank is late
         (other(tokens).float().sum() * float("inf")).backward()
-    in_flight = bool(optimizers[1]._gradients._bucket_exchange._in_flight)
+    in_flight = bool(optimizers[1]._gradients._exchange._in_flight)
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     optimizers[1].step()
     return in_flight, optimizers[1].skipped_steps

@@ -94,7 +94,7 @@ def trained(
                 loss = model(x).float().square().mean()
                 if late and device.type == "cuda":
                     torch.cuda.synchronize()
-                    with torch.cuda.stream(gradients._bucket_exchange._stream):
+                    with torch.cuda.stream(gradients._exchange._stream):
                         torch.cuda._sleep(LATE_CYCLES)
                 optimizer.backward(loss)
                 overwrite_freed_memory(device)

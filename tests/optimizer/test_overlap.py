@@ -351,7 +351,7 @@ def first_bucket_half_filled(group: Any, breaks: bool) -> tuple[int, bool, list[
         second, first = params[1] * 3, params[0] * 2
         (first + second).sum().backward()
     optimizer.step()
-    return sent[0], optimizer._gradients._readiness.waits_for_end(0), params_of(nn.ParameterList(params))
+    return sent[0], optimizer._gradients._reducer._readiness.waits_for_end(0), params_of(nn.ParameterList(params))
 
 
 def test_a_bucket_that_was_half_filled_starts_anew(ranks):
@@ -499,7 +499,7 @@ def references(group: Any) -> list[int]:
     loss, counts = y.square().mean(), []
     for _ in range(12):
         loss.backward(retain_graph=True)
-        counts.append(sys.getrefcount(optimizer._gradients))
+        counts.append(sys.getrefcount(optimizer._gradients._reducer))
     return counts
 
 
@@ -618,7 +618,7 @@ def captured_backward(group: Any) -> str:
     """As on a GPU, into a CUDA graph: its replay runs no hook."""
     param = nn.Parameter(torch.ones(3))
     optimizer = pyzero.FusedZeroAdam([param], process_group=group)
-    optimizer._gradients._device = torch.device("cuda")
+    optimizer._gradients._reducer._device = torch.device("cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError) as caught:

@@ -1,0 +1,244 @@
+"""Stage 1: follows gradients through backward, and sends them when they are first read. Stage 2: overlap.py."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from pyzero.comm.group import Group
+from pyzero.gradients.accumulation import ParamGrad, sparse_error
+from pyzero.gradients.amp import GradScalerProxy
+from pyzero.gradients.backward import BackwardEnd, GradientHooks
+from pyzero.gradients.deferred_factors import DeferredFactors
+from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.grad_stats import Unsent
+from pyzero.gradients.records import GradRecords
+from pyzero.gradients.rounds import Rounds, nothing
+from pyzero.gradients.unsent_scale import UnsentScale
+from pyzero.sharding.buckets import Bucket
+from pyzero.sharding.local_param import user_param
+from pyzero.sharding.modules import find_ddp_wrapper
+
+
+class Reducer:
+    """Has hooks on the parameters, and makes the rounds.
+
+    Args:
+        name_of: A parameter's name for messages, by its number.
+    """
+
+    learns_arrival = False  # see Gradients
+
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        records: GradRecords,
+        exchange: BucketExchange,
+        rounds: Rounds,
+        unsent_scale: UnsentScale,
+        factors: DeferredFactors,
+        grad_scaler_proxy: GradScalerProxy,
+        name_of: Callable[[int], str],
+    ) -> None:
+        self.awaits_step = False  # a gradient has come since the last step
+        self._sync = True  # False inside no_sync
+        self._group = group
+        self._device = device
+        self._records = records
+        self._exchange = exchange
+        self._rounds = rounds
+        self._unsent_scale = unsent_scale
+        self._factors = factors
+        self._grad_scaler_proxy = grad_scaler_proxy
+        self._name_of = name_of
+        self._is_checked = False  # no DistributedDataParallel reduces these gradients too
+        self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
+        self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
+        self._hooks = GradientHooks(
+            self._before_gradient, self._after_gradient, self._without_gradient, self._missed_gradient
+        )
+        self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
+
+    def add(self, bucket: Bucket) -> None:
+        """Hook the parameters of a bucket that has been appended."""
+        self._hooks.add(bucket.params)
+        for param in bucket.params:
+            self._frozen.pop(user_param(param), None)
+
+    def arrival(self) -> list[int]:
+        """See Gradients."""
+        return []
+
+    def move(self) -> None:
+        """Called where the gradients have moved to other buckets."""
+
+    def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
+        """See Gradients."""
+        known = {*self._frozen, *map(user_param, self._records.by_param)}  # what was frozen again has its bucket
+        new = dict.fromkeys(param for param in frozen if param not in known)
+        self._frozen |= new
+        self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
+        self._hooks.watch(new, self._after_unfrozen)
+
+    # ---- a backward ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """See Gradients."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def in_backward(self) -> AbstractContextManager[None]:
+        """See Gradients."""
+        return nullcontext()
+
+    def _before_gradient(self, param: Tensor) -> None:
+        if not self._is_checked:
+            self._check_unwrapped()
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"expected a backward that a CUDA graph can replay, got {self._group.size} ranks that reduce gradients "
+                f"in it; run backward and step() eagerly"
+            )
+        grads, record = self._records.by_param[param]
+        record.check_grad_dtype()
+        self._begin_backward()
+        self.awaits_step = True
+        self._take_grad_scaler_factor()
+        self._records.forget_norms()
+        self._records.observe(grads, record)
+        self._unsent_scale.before_gradient()
+        record.before_arrival()
+
+    def _check_unwrapped(self) -> None:
+        wrapped = find_ddp_wrapper({user_param(param) for param in self._records.by_param})
+        if wrapped is not None:
+            raise RuntimeError(
+                f"expected a model whose gradients nobody else reduces, got parameters of {wrapped} in "
+                f"DistributedDataParallel; pass reduce_grads=False to the optimizer, or the bare model to the loop"
+            )
+        self._is_checked = True
+
+    def _begin_backward(self) -> None:
+        """Called before each gradient; the first one ends a backward that was broken off."""
+        self._end.begin()
+        self._end.await_end()
+
+    def _after_gradient(self, param: Tensor) -> None:
+        _, record = self._records.by_param[param]
+        grad = record.param.grad
+        if grad is not None and grad.layout != torch.strided:
+            record.param.grad = None
+            raise sparse_error(record.param, self._name_of(record.number))
+        record.after_arrival()
+
+    def _missed_gradient(self, param: Tensor) -> None:
+        """The gradient has come unannounced: what `.grad` holds is this rank's sum, as if assigned."""
+        grads, record = self._records.by_param[param]
+        arrived = record.set_aside()
+        try:
+            self._before_gradient(param)
+        finally:
+            record.take_unannounced(arrived)
+        self._records.observe(grads, record)
+
+    def _without_gradient(self, param: Tensor) -> None:
+        """The backward goes through the parameter, and leaves `.grad` alone."""
+        self._begin_backward()
+
+    def _after_unfrozen(self) -> None:
+        self._end.begin()
+        self._end.await_end()
+
+    def _end_of_backward(self) -> None:
+        self._end.forget()
+        if self._sync:  # ranks may run backward unequally often in no_sync()
+            self._join_unfrozen()
+        for grads, record in self._records.by_param.values():
+            if record.is_in_backward:
+                self._records.observe(grads, record)
+                record.is_in_backward = False
+            record.show()
+
+    def _join_unfrozen(self) -> None:
+        """Have parameters that are no longer frozen placed; what `.grad` holds counts as unsent."""
+        place_unfrozen = self._place_unfrozen and self._place_unfrozen()
+        if place_unfrozen and any(param.requires_grad for param in self._frozen):
+            place_unfrozen()
+            self._records.observe_all()
+
+    @property
+    def _is_unfinished(self) -> bool:
+        """A backward runs, or was broken off and has not been finished."""
+        return self._end.is_awaited
+
+    def finish_broken_round(self) -> None:
+        """See Gradients. There is none: nothing is sent in a backward."""
+        self._end.forget()
+        for record in self._records.by_number:
+            record.finish_arrival()
+            record.is_in_backward = False
+
+    # ---- between backwards -----------------------------------------------------------------------------------------
+
+    def begin_edit(self) -> None:
+        """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
+        if self._is_unfinished and torch._C._current_graph_task_id() == -1:  # no backward runs: one was broken off
+            self.finish_broken_round()
+        self._exchange.receive_all()
+        self._records.param_norms = None
+
+    def _take_grad_scaler_factor(self) -> None:
+        """Multiply reduced gradients by the factor that GradScaler's unscale_ has applied to its proxy."""
+        factor = self._grad_scaler_proxy.take_factor()
+        if factor is not None:
+            self.begin_edit()
+            self._factors.unscale(factor)
+
+    def make_due_round(self) -> None:
+        """See what the caller has done to gradients, and make the round that a read of them asks for, if it does."""
+        self._take_grad_scaler_factor()
+        self.finish_broken_round()
+        self._rounds.note_read()
+        self._records.observe_all()
+        if self._rounds.is_due:
+            self.make_round()
+
+    def send_zeros(self) -> None:
+        """As make_due_round(), without a look at gradients, which a later round sends."""
+        self._rounds.note_read()
+        if self._rounds.is_due:
+            self.make_round(sends_zeros=True)
+
+    def make_round(self, left_out: Callable[[ParamGrad], bool] = nothing, sends_zeros: bool = False) -> None:
+        """See Rounds.finish."""
+        self._end.forget()
+        self._rounds.finish(left_out, sends_zeros)
+
+    def check_active(self) -> None:
+        """Raise RuntimeError where another optimizer reduces these gradients now."""
+
+    def unsent(self) -> Unsent:
+        """See Gradients."""
+        if self._unsent_scale.inv_scale is None:
+            return Unsent.NONE
+        self._records.observe_all()
+        return self._unsent_scale.kind()
+
+    def after_step(self, used: Sequence[bool]) -> None:
+        """See Gradients."""
+        self._rounds.after_step()
+        self.awaits_step = False
+
+    def reset(self) -> None:
+        """See Gradients."""
+        self._records.observe_all()
+        self._exchange.receive_all()
