@@ -25,7 +25,9 @@ from pyzero.sharding.modules import find_ddp_wrapper
 
 
 class Reducer:
-    """Has hooks on the parameters, and makes the rounds.
+    """Follows gradients from the hooks on their parameters to the rounds that send them.
+
+    In a backward it only notes what has come; a read of gradients makes a round, if one is due.
 
     Args:
         name_of: A parameter's name for messages, by its number.

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,11 @@ class ReductionOptions:
 
 
 class ReducedGradients(Gradients):
-    """The shards of a Reducer, which fills them in rounds."""
+    """The mean over ranks, which lies in this rank's shards once a Reducer has made a round.
+
+    The parts: GradRecords is what there is of each gradient, BucketExchange what is in flight, UnsentScale and
+    DeferredFactors what they are still to be multiplied by. Rounds sends; the Reducer says when.
+    """
 
     reduces = True
 
@@ -60,9 +65,18 @@ class ReducedGradients(Gradients):
         self._unsent_scale = UnsentScale(self._records, inv_scale)
         self._factors = DeferredFactors(self._records, device)
         self._rounds = Rounds(group, self._records, self._exchange, self._unsent_scale, options.dtype, device)
-        parts = self._records, self._exchange, self._rounds, self._unsent_scale, self._factors
-        args = group, device, *parts, grad_scaler_proxy, stats_exchange.name_of
-        self._reducer = OverlappedReducer(options.overlap, *args) if options.in_backward else Reducer(*args)
+        kind = partial(OverlappedReducer, options.overlap) if options.in_backward else Reducer
+        self._reducer: Reducer = kind(
+            group,
+            device,
+            self._records,
+            self._exchange,
+            self._rounds,
+            self._unsent_scale,
+            self._factors,
+            grad_scaler_proxy,
+            stats_exchange.name_of,
+        )
 
     def add(self, bucket: Bucket) -> None:
         """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
