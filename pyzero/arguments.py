@@ -133,8 +133,7 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
                 f"optimizer over the bare model, which it shards by itself"
             )
         if param.requires_grad:
-            _check_memory(param, f"parameter {index} of the group")
-            check_dtype(param, f"parameter {index} of the group")
+            check_trained(param, f"parameter {index} of the group")
 
 
 def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
@@ -184,8 +183,8 @@ def _comparable(value: Any) -> Any:
     return _comparable(float(value)) if isinstance(value, numbers.Real) else type(value).__name__
 
 
-def _check_memory(param: Tensor, name: str) -> None:
-    """Raise for a parameter without dense memory."""
+def check_trained(param: Tensor, name: str) -> None:
+    """Check the memory and the dtype of a parameter that is to be trained; a frozen one may have any."""
     if param.is_meta:
         raise TypeError(
             f"expected parameters with values, got {name} on the meta device; call model.to_empty(device=...) and load "
@@ -196,10 +195,6 @@ def _check_memory(param: Tensor, name: str) -> None:
             f"expected dense parameters, got {name} in layout {str(param.layout).removeprefix('torch.')}; pass "
             f"torch.optim.SparseAdam those"
         )
-
-
-def check_dtype(param: Tensor, name: str) -> None:
-    """Check the dtype of a parameter that is to be trained; a frozen one may have any."""
     if param.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"expected parameters in float32, bfloat16 or float16, got {name} in "
@@ -331,8 +326,8 @@ def check_disjoint(named: dict[Tensor, str]) -> None:
     spans = []
     for whole, name in named.items():
         param = local_of(whole)
-        if param.numel() and param.device.type != "meta":
-            begin = param.data_ptr()
+        begin = param.data_ptr() if param.layout == torch.strided else 0  # 0 of what has no memory of its own
+        if param.numel() and begin:
             spans.append((begin, begin + _extent(param) * param.element_size(), name, param))
     spans.sort(key=lambda span: span[:3])
     beside: list[tuple[int, int, str, Tensor]] = []  # earlier ones that may reach as far

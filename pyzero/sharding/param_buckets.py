@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_gathered, check_whole
+from pyzero.arguments import check_device, check_fsdp, check_not_gathered, check_trained, check_whole
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
@@ -258,7 +258,7 @@ class ParamBuckets:
                 continue
             number = len(self.params) + len(params)
             check_device(param, self._device)
-            check_dtype(param, f"parameter {number}")
+            check_trained(param, f"parameter {number}")
             rule = self._rules[group_index]
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
             run = RunKey(group_index, self._in_norm(param))
@@ -402,7 +402,7 @@ def _is_trained(param: Tensor, with_grads: bool) -> bool:
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Modules that only some ranks have, or have twice, are left alone, and so are DTensors of other parts.
+    Modules that only some ranks have, or have twice, are left alone; so are sparse tensors, and DTensors of other parts.
     """
     ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
@@ -412,7 +412,7 @@ def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection
             if tensor not in known and is_same_part(tensor, ranks):
                 key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
                 found.setdefault(key, []).append(tensor)
-    unique = [key for key, tensors in found.items() if len(tensors) == 1]
+    unique = [key for key, tensors in found.items() if len(tensors) == 1 and tensors[0].layout == torch.strided]
     rows = group.gather_objects(unique)
     common = set.intersection(*(set(row) for row in rows))
     group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])
