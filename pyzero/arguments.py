@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.ops.env import BACKEND_CHOICES
 from pyzero.sharding.local_param import LocalParam, local_of, user_param
+from pyzero.sharding.spans import extent, repeats_elements, share_elements
 
 if TYPE_CHECKING:
     from pyzero.loss_scale.scaler import LossScale
@@ -195,6 +196,12 @@ def check_trained(param: Tensor, name: str) -> None:
             f"expected dense parameters, got {name} in layout {str(param.layout).removeprefix('torch.')}; pass "
             f"torch.optim.SparseAdam those"
         )
+    if repeats_elements(local_of(param)):
+        raise ValueError(
+            f"expected parameters whose elements have memory of their own, got {name} of shape {tuple(param.shape)} "
+            f"with strides {tuple(param.stride())}, as expand() gives them, which a step would tear apart; train the "
+            f"tensor before the expand(), and expand it in forward, or pass a .clone()"
+        )
     if param.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"expected parameters in float32, bfloat16 or float16, got {name} in "
@@ -328,37 +335,15 @@ def check_disjoint(named: dict[Tensor, str]) -> None:
         param = local_of(whole)
         begin = param.data_ptr() if param.layout == torch.strided else 0  # 0 of what has no memory of its own
         if param.numel() and begin:
-            spans.append((begin, begin + _extent(param) * param.element_size(), name, param))
+            spans.append((begin, begin + extent(param) * param.element_size(), name, param))
     spans.sort(key=lambda span: span[:3])
     beside: list[tuple[int, int, str, Tensor]] = []  # earlier ones that may reach as far
     for span in spans:
         beside = [earlier for earlier in beside if span[0] < earlier[1]]
         for _, _, one, param in beside:
-            if _share_elements(param, span[3]):
+            if share_elements(param, span[3]):
                 raise ValueError(
                     f"expected parameters with memory of their own, got {one} and {span[2]} over the same; tie them by "
                     f"one Parameter object (b.weight = a.weight), or give one a copy (.clone())"
                 )
         beside.append(span)
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from its first to its last in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _share_elements(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors whose spans of memory overlap have bytes in common; taken for granted for different dtypes."""
-    size = one.element_size()
-    are_dense = (_extent(one), _extent(other)) == (one.numel(), other.numel())
-    if are_dense or size != other.element_size() or (one.data_ptr() - other.data_ptr()) % size:
-        return True
-    return bool(torch.isin(_addresses(one), _addresses(other)).any())
-
-
-def _addresses(tensor: Tensor) -> Tensor:
-    """(numel,) of its elements."""
-    found = torch.tensor([tensor.data_ptr()], device="cpu")
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        found = (found[:, None] + torch.arange(size, device="cpu") * (stride * tensor.element_size())).flatten()
-    return found

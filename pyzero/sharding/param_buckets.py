@@ -402,7 +402,7 @@ def _is_trained(param: Tensor, with_grads: bool) -> bool:
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Modules that only some ranks have, or have twice, are left alone; so are sparse tensors, and DTensors of other parts.
+    Modules that only some ranks have, or have twice, are left alone; so are sparse tensors and DTensors of other parts.
     """
     ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}

@@ -17,7 +17,7 @@ LAYERS = (
     {"comm.shared_memory_transport", "comm.symmetric_memory_transport"},
     {"comm.multi_host_transport"},
     {"comm.make_transport"},
-    {"sharding", "sharding.blocks", "sharding.fsdp", "sharding.layout", "sharding.modules"},
+    {"sharding", "sharding.blocks", "sharding.fsdp", "sharding.layout", "sharding.modules", "sharding.spans"},
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},

@@ -219,6 +219,49 @@ def test_interleaved_weights_train_and_those_that_share_an_element_are_told():
             pyzero.FusedZeroAdamW([nn.Parameter(view) for view in shared])
 
 
+@pytest.mark.parametrize(
+    "repeating",
+    [
+        torch.zeros(1, 3).expand(4, 3),
+        torch.zeros(4, 1).expand(4, 3),
+        torch.zeros(5).unfold(0, 3, 1),
+        torch.zeros(11).as_strided((2, 3, 2), (4, 2, 2)),
+    ],
+    ids=["rows", "columns", "windows", "inner"],
+)
+def test_a_parameter_whose_elements_share_memory_is_refused_unless_frozen(repeating):
+    param, other = nn.Parameter(repeating), nn.Parameter(torch.ones(3))
+    words = r"expected parameters whose elements have memory of their own, got parameter 0.* strides .*\.clone\(\)$"
+    with pytest.raises(ValueError, match=words):
+        pyzero.FusedZeroAdamW([param])
+    param.requires_grad_(False)
+    optimizer = pyzero.FusedZeroAdamW([param, other])
+    assert param.data_ptr() == repeating.data_ptr()
+    param.requires_grad_(True)
+    with pytest.raises(ValueError, match="elements have memory of their own"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        torch.ones(6).as_strided((2, 3), (1, 2)),
+        torch.ones(8).as_strided((3, 2), (2, 3)),  # rows begin before the one before has ended
+        torch.ones(1, 3).expand(1, 3),
+        torch.ones(1, 0).expand(3, 0),
+        torch.ones(()),
+    ],
+    ids=["transposed", "interleaved", "one row", "empty", "0-D"],
+)
+def test_a_parameter_of_any_strides_trains(apart):
+    param, other = nn.Parameter(apart), nn.Parameter(apart.clone())
+    for each, rule in ((param, pyzero.FusedZeroAdamW), (other, torch.optim.AdamW)):
+        optimizer = rule([each], lr=0.1)
+        each.square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(param, other)
+
+
 # ---- other ranks ----------------------------------------------------------------------------------------------------
 
 
