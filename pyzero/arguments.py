@@ -196,6 +196,11 @@ def check_trained(param: Tensor, name: str) -> None:
             f"expected dense parameters, got {name} in layout {str(param.layout).removeprefix('torch.')}; pass "
             f"torch.optim.SparseAdam those"
         )
+    if param.is_inference():
+        raise TypeError(
+            f"expected parameters that autograd tracks, got {name} made under torch.inference_mode(); build the model "
+            f"outside of it, or outside of it copy the parameter (nn.Parameter(p.clone()))"
+        )
     if repeats_elements(local_of(param)):
         raise ValueError(
             f"expected parameters whose elements have memory of their own, got {name} of shape {tuple(param.shape)} "
