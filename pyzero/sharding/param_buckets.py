@@ -379,8 +379,12 @@ class ParamBuckets:
         return True
 
     def _is_fresh(self) -> bool:
-        """Whether nobody has written state yet: masters are the weights, the rule's slots zero. Collective."""
-        written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
+        """Whether nobody can have written state yet: masters are the weights, the rule's slots zero. Collective.
+
+        Decided without a look at the values, for which the host would wait for the device.
+        """
+        was_read = any(views.was_read for views in self._views.values())
+        written = self.has_stepped or was_read or any(bucket.state_was_written() for bucket in self.buckets)
         return not self._group.any_rank(written, "the agreement on state that was written")
 
     def _move_state(self, old: Bucket, is_fresh: bool) -> None:
