@@ -347,8 +347,13 @@ def check_disjoint(named: dict[Tensor, str]) -> None:
         beside = [earlier for earlier in beside if span[0] < earlier[1]]
         for _, _, one, param in beside:
             if share_elements(param, span[3]):
-                raise ValueError(
-                    f"expected parameters with memory of their own, got {one} and {span[2]} over the same; tie them by "
-                    f"one Parameter object (b.weight = a.weight), or give one a copy (.clone())"
-                )
+                raise shared_memory_error(one, span[2])
         beside.append(span)
+
+
+def shared_memory_error(one: str, other: str) -> ValueError:
+    """The error for two tensors of a model over one memory, by their names."""
+    return ValueError(
+        f"expected parameters with memory of their own, got {one} and {other} over the same; tie them by one Parameter "
+        f"object (b.weight = a.weight), or give one a copy (.clone())"
+    )

@@ -16,6 +16,7 @@ from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.agreement import Joining, ParamRecord, agree_on_params
+from pyzero.sharding.aliases import refuse_aliases, tell_of_aliases
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
@@ -198,7 +199,8 @@ class ParamBuckets:
         """New buckets for these groups' trained parameters, which move in. Collective. with_grads: See `unplaced`.
 
         Raises:
-            ValueError: Ranks have other parameters, or one lies on another device.
+            ValueError: Ranks have other parameters, or one lies on another device, or over one memory with another
+                tensor of its model.
         """
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
@@ -208,6 +210,7 @@ class ParamBuckets:
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
                 check_whole(param, spec.number, spec.key.rule)
+        refuse_aliases(params, warns=self._group.rank == 0)
         if self._options.reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
@@ -359,6 +362,8 @@ class ParamBuckets:
         """
         if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
+        if self._group.rank == 0:
+            tell_of_aliases(self.params)
         is_fresh = keeps_state and self._is_fresh()
         old, self.buckets, self._views = self.buckets, [], {}
         moved: set[int] = set()

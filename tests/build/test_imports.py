@@ -21,7 +21,7 @@ LAYERS = (
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
-    {"sharding.flat_params"},
+    {"sharding.aliases", "sharding.flat_params"},
     {"sharding.agreement", "sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
     {"sharding.rank_state"},
