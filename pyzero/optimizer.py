@@ -226,7 +226,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         if exchanges:
             self._take_step(error)
         if is_captured:
-            self._updater.keep_for_graph(self._param_buckets.steps)
+            self._updater.keep_for_graph(self._param_buckets.steps, self._param_groups)
         return loss
 
     def _prepare_step(self) -> Exception | None:
