@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.ops.env import BACKEND_CHOICES
 from pyzero.sharding.local_param import LocalParam, local_of, user_param
+from pyzero.sharding.spans import extent, repeats_elements, share_elements
 
 if TYPE_CHECKING:
     from pyzero.loss_scale.scaler import LossScale
@@ -133,8 +134,7 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
                 f"optimizer over the bare model, which it shards by itself"
             )
         if param.requires_grad:
-            _check_memory(param, f"parameter {index} of the group")
-            check_dtype(param, f"parameter {index} of the group")
+            check_trained(param, f"parameter {index} of the group")
 
 
 def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
@@ -184,8 +184,8 @@ def _comparable(value: Any) -> Any:
     return _comparable(float(value)) if isinstance(value, numbers.Real) else type(value).__name__
 
 
-def _check_memory(param: Tensor, name: str) -> None:
-    """Raise for a parameter without dense memory."""
+def check_trained(param: Tensor, name: str) -> None:
+    """Check the memory and the dtype of a parameter that is to be trained; a frozen one may have any."""
     if param.is_meta:
         raise TypeError(
             f"expected parameters with values, got {name} on the meta device; call model.to_empty(device=...) and load "
@@ -196,10 +196,17 @@ def _check_memory(param: Tensor, name: str) -> None:
             f"expected dense parameters, got {name} in layout {str(param.layout).removeprefix('torch.')}; pass "
             f"torch.optim.SparseAdam those"
         )
-
-
-def check_dtype(param: Tensor, name: str) -> None:
-    """Check the dtype of a parameter that is to be trained; a frozen one may have any."""
+    if param.is_inference():
+        raise TypeError(
+            f"expected parameters that autograd tracks, got {name} made under torch.inference_mode(); build the model "
+            f"outside of it, or outside of it copy the parameter (nn.Parameter(p.clone()))"
+        )
+    if repeats_elements(local_of(param)):
+        raise ValueError(
+            f"expected parameters whose elements have memory of their own, got {name} of shape {tuple(param.shape)} "
+            f"with strides {tuple(param.stride())}, as expand() gives them, which a step would tear apart; train the "
+            f"tensor before the expand(), and expand it in forward, or pass a .clone()"
+        )
     if param.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"expected parameters in float32, bfloat16 or float16, got {name} in "
@@ -331,39 +338,22 @@ def check_disjoint(named: dict[Tensor, str]) -> None:
     spans = []
     for whole, name in named.items():
         param = local_of(whole)
-        if param.numel() and param.device.type != "meta":
-            begin = param.data_ptr()
-            spans.append((begin, begin + _extent(param) * param.element_size(), name, param))
+        begin = param.data_ptr() if param.layout == torch.strided else 0  # 0 of what has no memory of its own
+        if param.numel() and begin:
+            spans.append((begin, begin + extent(param) * param.element_size(), name, param))
     spans.sort(key=lambda span: span[:3])
     beside: list[tuple[int, int, str, Tensor]] = []  # earlier ones that may reach as far
     for span in spans:
         beside = [earlier for earlier in beside if span[0] < earlier[1]]
         for _, _, one, param in beside:
-            if _share_elements(param, span[3]):
-                raise ValueError(
-                    f"expected parameters with memory of their own, got {one} and {span[2]} over the same; tie them by "
-                    f"one Parameter object (b.weight = a.weight), or give one a copy (.clone())"
-                )
+            if share_elements(param, span[3]):
+                raise shared_memory_error(one, span[2])
         beside.append(span)
 
 
-def _extent(tensor: Tensor) -> int:
-    """Elements from its first to its last in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _share_elements(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors whose spans of memory overlap have bytes in common; taken for granted for different dtypes."""
-    size = one.element_size()
-    are_dense = (_extent(one), _extent(other)) == (one.numel(), other.numel())
-    if are_dense or size != other.element_size() or (one.data_ptr() - other.data_ptr()) % size:
-        return True
-    return bool(torch.isin(_addresses(one), _addresses(other)).any())
-
-
-def _addresses(tensor: Tensor) -> Tensor:
-    """(numel,) of its elements."""
-    found = torch.tensor([tensor.data_ptr()], device="cpu")
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        found = (found[:, None] + torch.arange(size, device="cpu") * (stride * tensor.element_size())).flatten()
-    return found
+def shared_memory_error(one: str, other: str) -> ValueError:
+    """The error for two tensors of a model over one memory, by their names."""
+    return ValueError(
+        f"expected parameters with memory of their own, got {one} and {other} over the same; tie them by one Parameter "
+        f"object (b.weight = a.weight), or give one a copy (.clone())"
+    )

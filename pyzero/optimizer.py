@@ -91,6 +91,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
 
+    @torch.inference_mode(False)  # as in what else makes buckets: no tensor of that mode can be written outside of it
     def __init__(
         self,
         params: Any,
@@ -225,7 +226,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         if exchanges:
             self._take_step(error)
         if is_captured:
-            self._updater.keep_for_graph(self._param_buckets.steps)
+            self._updater.keep_for_graph(self._param_buckets.steps, self._param_groups)
         return loss
 
     def _prepare_step(self) -> Exception | None:
@@ -514,6 +515,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         """Have messages call parameters by their names in a model, where the caller gave none."""
         self._model_names = {param: name for name, param in model.named_parameters()}
 
+    @torch.inference_mode(False)
     def _place(self, group_indices: Iterable[int], with_grads: bool = False) -> None:
         """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
         group_indices = list(group_indices)
@@ -575,6 +577,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 self._gradients.learns_arrival = False
                 self._move_to(layouts)
 
+    @torch.inference_mode(False)
     def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
         if self._param_buckets.move_to(layouts, keeps_state):
             self._gradients.move_to(self._buckets)

@@ -96,12 +96,15 @@ class ShardUpdater:
         used_by_bucket = self._used.split([len(bucket.numbers) for bucket in buckets])
         self._scalars = self._scalars._replace(used=used_by_bucket)
 
-    def keep_for_graph(self, steps: Tensor) -> None:
+    def keep_for_graph(self, steps: Tensor, param_groups: Sequence[dict[str, Any]]) -> None:
         """Called after a step that a CUDA graph has captured: keep what may be replaced, of which it has the address.
 
-        steps: As in `count_step`.
+        Args:
+            steps: As in `count_step`.
+            param_groups: The optimizer's, in whose place of a learning rate a load puts another tensor.
         """
-        self._seen_by_graphs += [self._used, steps]
+        rates = [group["lr"] for group in param_groups if isinstance(group.get("lr"), Tensor)]
+        self._seen_by_graphs += [self._used, steps, *rates]
 
     def update(
         self,

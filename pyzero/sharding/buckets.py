@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,42 @@ MASTER, STEP = "master", "step"  # state that every parameter has, beside the ru
 
 
 class StateViews(dict[str, Tensor]):
-    """One parameter's state in `optimizer.state`: views of the shards, into which goes what is assigned."""
+    """One parameter's state in `optimizer.state`: views of the shards, into which goes what is assigned.
+
+    Attributes:
+        was_read: Whether anybody has got hold of more than the step count, and may write it unseen by version counters.
+    """
+
+    was_read = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.was_read |= name != STEP
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dict's."""
+        return self[name] if name in self else default
+
+    def __iter__(self) -> Iterator[str]:
+        """As a dict's; where it is overridden, dict(views) and {**views} read by `__getitem__` too."""
+        return super().__iter__()
+
+    def values(self) -> Any:
+        """As a dict's."""
+        self.was_read = True
+        return super().values()
+
+    def items(self) -> Any:
+        """As a dict's."""
+        self.was_read = True
+        return super().items()
+
+    def copy(self) -> dict[str, Tensor]:
+        """A dict of its own, with the same tensors."""
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
 
     def __setitem__(self, name: str, value: Any) -> None:
         own = self.get(name)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.arguments import check_device, check_dtype, check_fsdp, check_not_gathered, check_whole
+from pyzero.arguments import check_device, check_fsdp, check_not_gathered, check_trained, check_whole
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.sharding import modules
 from pyzero.sharding.agreement import Joining, ParamRecord, agree_on_params
+from pyzero.sharding.aliases import refuse_aliases, tell_of_aliases
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
@@ -198,7 +199,8 @@ class ParamBuckets:
         """New buckets for these groups' trained parameters, which move in. Collective. with_grads: See `unplaced`.
 
         Raises:
-            ValueError: Ranks have other parameters, or one lies on another device.
+            ValueError: Ranks have other parameters, or one lies on another device, or over one memory with another
+                tensor of its model.
         """
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
@@ -208,6 +210,7 @@ class ParamBuckets:
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
                 check_whole(param, spec.number, spec.key.rule)
+        refuse_aliases(params, warns=self._group.rank == 0)
         if self._options.reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
@@ -258,7 +261,7 @@ class ParamBuckets:
                 continue
             number = len(self.params) + len(params)
             check_device(param, self._device)
-            check_dtype(param, f"parameter {number}")
+            check_trained(param, f"parameter {number}")
             rule = self._rules[group_index]
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
             run = RunKey(group_index, self._in_norm(param))
@@ -359,6 +362,8 @@ class ParamBuckets:
         """
         if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
+        if self._group.rank == 0:
+            tell_of_aliases(self.params)
         is_fresh = keeps_state and self._is_fresh()
         old, self.buckets, self._views = self.buckets, [], {}
         moved: set[int] = set()
@@ -379,8 +384,12 @@ class ParamBuckets:
         return True
 
     def _is_fresh(self) -> bool:
-        """Whether nobody has written state yet: masters are the weights, the rule's slots zero. Collective."""
-        written = self.has_stepped or any(bucket.state_was_written() for bucket in self.buckets)
+        """Whether nobody can have written state yet: masters are the weights, the rule's slots zero. Collective.
+
+        Decided without a look at the values, for which the host would wait for the device.
+        """
+        was_read = any(views.was_read for views in self._views.values())
+        written = self.has_stepped or was_read or any(bucket.state_was_written() for bucket in self.buckets)
         return not self._group.any_rank(written, "the agreement on state that was written")
 
     def _move_state(self, old: Bucket, is_fresh: bool) -> None:
@@ -402,7 +411,7 @@ def _is_trained(param: Tensor, with_grads: bool) -> bool:
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Modules that only some ranks have, or have twice, are left alone, and so are DTensors of other parts.
+    Modules that only some ranks have, or have twice, are left alone; so are sparse tensors and DTensors of other parts.
     """
     ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
@@ -412,7 +421,7 @@ def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection
             if tensor not in known and is_same_part(tensor, ranks):
                 key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
                 found.setdefault(key, []).append(tensor)
-    unique = [key for key, tensors in found.items() if len(tensors) == 1]
+    unique = [key for key, tensors in found.items() if len(tensors) == 1 and tensors[0].layout == torch.strided]
     rows = group.gather_objects(unique)
     common = set.intersection(*(set(row) for row in rows))
     group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])

@@ -2,11 +2,13 @@
 
 import collections
 import copy
+import gc
 import inspect
 import json
 import math
 import re
 import warnings
+import weakref
 from typing import Any
 
 import numpy
@@ -457,6 +459,26 @@ def test_a_rate_that_is_a_tensor_is_copied_on_load():
     other.load_state_dict(saved)
     other.param_groups[0]["lr"].fill_(5.0)
     assert optimizer.param_groups[0]["lr"] == torch.tensor(0.1)
+
+
+def test_a_load_on_one_rank_leaves_what_a_cuda_graph_has_addresses_of():
+    params, other = weights(), pyzero.FusedZeroAdamW(weights(), bucket_cap_mb=1.0)
+    optimizer = pyzero.FusedZeroAdamW([{"params": params, "lr": torch.tensor(0.1)}], bucket_cap_mb=1e-6)
+    (params[0].sum() + params[1].sum()).backward()
+    optimizer.step()
+    optimizer._updater.keep_for_graph(optimizer._param_buckets.steps, optimizer.param_groups)
+    rate = weakref.ref(optimizer.param_groups[0]["lr"])
+
+    def addresses() -> list[int]:
+        buckets = [(b.flat, b.master, b.steps, *b.state.values()) for b in optimizer._buckets]
+        return [tensor.data_ptr() for tensor in [*params, *(tensor for bucket in buckets for tensor in bucket)]]
+
+    before = addresses()
+    for state in (other.state_dict(), other.full_state_dict(), copy.deepcopy(optimizer.state_dict())):
+        optimizer.load_state_dict(state)
+        assert addresses() == before
+    gc.collect()
+    assert rate() is not None and rate() is not optimizer.param_groups[0]["lr"]
 
 
 def trained(model: nn.Module, optimizer: Any, steps: range) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Buckets in the order in which gradients come: how many of them are alive in a backward, whatever the groups."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -201,6 +202,56 @@ def held_while_buckets_move(group: Any, steps_before: int) -> tuple[float, float
 def test_few_buckets_are_there_twice_while_they_move(ranks, loads):
     for most, after in ranks.run(2, held_while_buckets_move, loads):
         assert most <= 1.35 and after == 1.0
+
+
+def nothing_read(optimizer: Any, param: nn.Parameter) -> None:
+    optimizer.state[param]["step"] += 0  # which moves in any case
+
+
+WRITES: dict[str, Any] = {  # into exp_avg, each as torch's version counters do not show it
+    "data": lambda optimizer, p: optimizer.state[p]["exp_avg"].data.fill_(8),
+    "dlpack": lambda optimizer, p: torch.from_dlpack(optimizer.state[p]["exp_avg"]).fill_(8),
+    "get": lambda optimizer, p: optimizer.state[p].get("exp_avg").data.fill_(8),
+    "values": lambda optimizer, p: [v.data.fill_(8) for v in optimizer.state[p].values() if v.dim()],
+    "items": lambda optimizer, p: [v.data.fill_(8) for n, v in optimizer.state[p].items() if n == "exp_avg"],
+    "dict": lambda optimizer, p: dict(optimizer.state[p])["exp_avg"].data.fill_(8),
+    "unpacked": lambda optimizer, p: {**optimizer.state[p]}["exp_avg"].data.fill_(8),
+    "copied": lambda optimizer, p: copy.copy(optimizer.state[p])["exp_avg"].data.fill_(8),
+    "copy()": lambda optimizer, p: optimizer.state[p].copy()["exp_avg"].data.fill_(8),
+    "joined": lambda optimizer, p: (optimizer.state[p] | {})["exp_avg"].data.fill_(8),
+    "joined to": lambda optimizer, p: ({} | optimizer.state[p])["exp_avg"].data.fill_(8),
+    "state_dict": lambda optimizer, p: [
+        s["exp_avg"].to_local().data.fill_(8) for s in optimizer.state_dict()["state"].values()
+    ],
+    "nothing": nothing_read,
+}
+
+
+def written_before_the_first_step(group: Any) -> list[tuple[str, float, int]]:
+    """By way: the first moment after a step of no gradient that moves buckets, and how many shards were sent."""
+    found = []
+    for way, write in WRITES.items():
+        params = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(4)]
+        optimizer = pyzero.FusedZeroAdamW(params, betas=(0.5, 0.5), process_group=group, bucket_cap_mb=1e-3)
+        before = [bucket.layout for bucket in optimizer._buckets]
+        for param in params:
+            write(optimizer, param)
+        for param in params:  # the reverse of how they lie
+            (param.float() * 0).sum().backward()
+        sent: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bucket, "to_send", lambda self, name, sent=sent: sent.append(name) or self.sharded(name))
+            optimizer.step()
+        assert [bucket.layout for bucket in optimizer._buckets] != before, "no bucket has moved"
+        (moment,) = {float(value) for p in params for value in optimizer.full_state(p)["exp_avg"]}
+        found.append((way, moment, len(sent)))
+    return found
+
+
+def test_state_that_was_written_before_the_first_step_moves_however_it_was_written(ranks):
+    for found in ranks.run(2, written_before_the_first_step):
+        for way, moment, num_sent in found:
+            assert (moment, num_sent > 0) == ((0.0, False) if way == "nothing" else (4.0, True)), way
 
 
 def loaded_over_gradients_in_flight(group: Any) -> tuple[bool, int]:

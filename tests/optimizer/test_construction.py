@@ -1,5 +1,6 @@
 """What FusedZeroAdam makes of its parameters: agreement of ranks, tiny shards, several optimizers, few launches."""
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -220,6 +221,49 @@ def otherwise_held(group: Any, how: str) -> str:
 @pytest.mark.parametrize("how", ["wrapped", "a layer further", "in a second module", "in none", "named"])
 def test_modules_around_them_may_differ(ranks, how):
     assert ranks.run(2, otherwise_held, how) == ["no error"] * 2
+
+
+def in_inference_mode(group: Any, stage: int, what: str) -> list[Tensor]:
+    """Two steps; `what` is done under torch.inference_mode()."""
+
+    def within(name: str) -> Any:
+        return torch.inference_mode(name == what)
+
+    model = build(torch.bfloat16)
+    first, *rest = model.parameters()
+    rest[0].requires_grad_(what != "unfreeze")
+    with within("build"):
+        optimizer = pyzero.FusedZeroAdamW([first], process_group=group, stage=stage)
+    with within("add"):
+        optimizer.add_param_group({"params": rest})
+    rest[0].requires_grad_(True)
+    with within("unfreeze"):
+        optimizer.place_unfrozen(optimizer.find_unfrozen())
+    for step in range(2):
+        loss_of(model, micro_batch(step, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = copy.deepcopy(optimizer.state_dict())
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    other = pyzero.FusedZeroAdamW(groups, process_group=group, stage=stage, bucket_cap_mb=1e-3)
+    with within("load"):
+        other.load_state_dict(saved)
+    loss_of(model, micro_batch(2, 0)).backward()
+    other.step()
+    return [*params_of(model), *(other.full_master(param) for param in model.parameters())]
+
+
+@pytest.mark.parametrize("what", ["build", "add", "unfreeze", "load"])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_what_is_built_in_inference_mode_trains_on(ranks, size, stage, what):
+    assert_same(*(ranks.run(size, in_inference_mode, stage, how)[0] for how in (what, "nothing")))
+
+
+def test_parameters_of_inference_mode_are_refused_by_name():
+    with torch.inference_mode():
+        frozen, param = nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=r"got parameter 1 of the group made under torch.inference_mode\(\); .*clone"):
+        pyzero.FusedZeroAdamW([frozen, param])
 
 
 def tiny(group: Any, stage: int, dtype: torch.dtype) -> list[Any]:

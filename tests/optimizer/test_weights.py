@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from logs import logged
 from models import assert_same, build, loss_of, micro_batch, params_of, randn
 from torch import Tensor, nn
 
@@ -217,6 +218,160 @@ def test_interleaved_weights_train_and_those_that_share_an_element_are_told():
     for shared in ([whole[:, 0], whole[:, 1], whole[2:, 0]], [whole[:, 1:], whole[:, 3]], [whole, whole[:, 2]]):
         with pytest.raises(ValueError, match="expected parameters with memory of their own, got"):
             pyzero.FusedZeroAdamW([nn.Parameter(view) for view in shared])
+
+
+class Tied(nn.Module):
+    """A head over the memory of an embedding, which is not tied to it as torch ties them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        memory = self.embedding.weight.data
+        if how == "frozen":
+            self.head.weight.requires_grad_(False)
+            self.head.weight.data = memory
+        elif how == "a row":
+            self.register_buffer("padding", memory[1])
+        elif how != "apart":
+            del self.head.weight
+        if how == "buffer":
+            self.head.register_buffer("weight", memory)
+        elif how == "attribute":
+            self.head.weight = memory
+
+    def trained(self) -> list[nn.Parameter]:
+        return [param for param in self.parameters() if param.requires_grad]
+
+
+@pytest.mark.parametrize(("how", "other"), [("frozen", "head.weight"), ("buffer", "head.weight"), ("a row", "padding")])
+def test_what_else_of_a_model_lies_over_a_parameter_is_told_before_that_moves(how, other):
+    model = Tied(how)
+    where = model.embedding.weight.data_ptr()
+    with pytest.raises(ValueError, match=f"got embedding.weight and {other} over the same; tie them by one Parameter"):
+        pyzero.FusedZeroAdamW(model.trained())
+    assert model.embedding.weight.data_ptr() == where
+
+
+KEPT: dict[str, Any] = {  # what a script holds over memory of its parameters, and of which
+    "attribute": (lambda model: None, ["embedding.weight"]),
+    "detached": (lambda model: model.head.weight.detach(), ["head.weight"]),
+    "state dict": (lambda model: model.state_dict(), ["embedding.weight", "head.weight"]),
+    "other bits": (lambda model: model.head.weight.data.view(torch.int32), ["head.weight"]),
+    "another model": (lambda model: nn.ParameterList([nn.Parameter(model.head.weight.data[1:])]), ["head.weight"]),
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_a_tensor_that_a_script_holds_over_a_parameter_is_warned_of(caplog, how):
+    keep, names = KEPT[how]
+    model = Tied("attribute" if how == "attribute" else "apart")
+    kept = keep(model)
+    optimizer = pyzero.FusedZeroAdamW(model.trained())
+    (warning,) = caplog.messages
+    assert warning.startswith(f"the memory of {', '.join(names)} is that of other tensors too")
+    del kept, optimizer
+
+
+def flat_pair() -> list[nn.Parameter]:
+    flat = torch.ones(6)
+    return [nn.Parameter(flat[:3]), nn.Parameter(flat[3:])]
+
+
+def test_a_flat_vector_is_warned_of_where_it_is_kept_by_the_parameters_numbers(caplog):
+    params = flat_pair()
+    flat = params[0].data.as_strided((6,), (1,))
+    optimizer = pyzero.FusedZeroAdamW(params)
+    assert caplog.messages[0].startswith("the memory of parameter 0, parameter 1 is that of other tensors too")
+    del flat, optimizer
+
+
+def lstm_half_frozen() -> list[nn.Parameter]:
+    lstm = nn.LSTM(3, 4)
+    whole = torch.cat([param.data.flatten() for param in lstm.parameters()])
+    pieces = whole.split([param.numel() for param in lstm.parameters()])
+    for param, piece in zip(lstm.parameters(), pieces, strict=True):  # as cuDNN has them
+        param.data = piece.view_as(param)
+    return [param for name, param in lstm.named_parameters() if "hh" in name]
+
+
+def saved_and_cloned() -> list[nn.Parameter]:
+    model = Tied("apart")
+    model.average = copy.deepcopy(model.state_dict())
+    return model.trained()
+
+
+@pytest.mark.parametrize("make", [flat_pair, lstm_half_frozen, saved_and_cloned])
+def test_parameters_that_share_a_storage_alone_are_not_warned_of(caplog, make):
+    params = make()
+    for _ in range(2):
+        optimizer = pyzero.FusedZeroAdamW(params)
+        sum(param.sum() for param in params).backward()
+        optimizer.step()
+    assert caplog.messages == []
+
+
+def aliased_before_the_first_step(group: Any, kept: bool) -> list[str]:
+    """What is said when buckets move in a step."""
+    params = [nn.Parameter(torch.ones(4096)) for _ in range(4)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group, bucket_cap_mb=1e-3)
+    view = params[2].data if kept else None
+    pending = (params[1] * params[1].exp()).sum()  # its graph holds memory, which nobody can look into
+    for param in params:
+        param.square().sum().backward()
+    with logged() as said:
+        optimizer.step()
+    del view, pending
+    return said
+
+
+def test_a_tensor_over_a_parameter_that_the_first_step_moves_is_warned_of(ranks):
+    (warning,), none = ranks.run(2, aliased_before_the_first_step, True)
+    assert "WARNING: the memory of parameter 2 is that of other tensors too" in warning and none == []
+    assert ranks.run(2, aliased_before_the_first_step, False) == [[], []]
+
+
+@pytest.mark.parametrize(
+    "repeating",
+    [
+        torch.zeros(1, 3).expand(4, 3),
+        torch.zeros(4, 1).expand(4, 3),
+        torch.zeros(5).unfold(0, 3, 1),
+        torch.zeros(11).as_strided((2, 3, 2), (4, 2, 2)),
+    ],
+    ids=["rows", "columns", "windows", "inner"],
+)
+def test_a_parameter_whose_elements_share_memory_is_refused_unless_frozen(repeating):
+    param, other = nn.Parameter(repeating), nn.Parameter(torch.ones(3))
+    words = r"expected parameters whose elements have memory of their own, got parameter 0.* strides .*\.clone\(\)$"
+    with pytest.raises(ValueError, match=words):
+        pyzero.FusedZeroAdamW([param])
+    param.requires_grad_(False)
+    optimizer = pyzero.FusedZeroAdamW([param, other])
+    assert param.data_ptr() == repeating.data_ptr()
+    param.requires_grad_(True)
+    with pytest.raises(ValueError, match="elements have memory of their own"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        torch.ones(6).as_strided((2, 3), (1, 2)),
+        torch.ones(8).as_strided((3, 2), (2, 3)),  # rows begin before the one before has ended
+        torch.ones(1, 3).expand(1, 3),
+        torch.ones(1, 0).expand(3, 0),
+        torch.ones(()),
+    ],
+    ids=["transposed", "interleaved", "one row", "empty", "0-D"],
+)
+def test_a_parameter_of_any_strides_trains(apart):
+    param, other = nn.Parameter(apart), nn.Parameter(apart.clone())
+    for each, rule in ((param, pyzero.FusedZeroAdamW), (other, torch.optim.AdamW)):
+        optimizer = rule([each], lr=0.1)
+        each.square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(param, other)
 
 
 # ---- other ranks ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Tensors over the memory of parameters, as `.data`, detach() and state_dict() give them: they stay when those move.
+
+They are searched for among all living objects, as memory does not know its tensors; but only where their number tells
+that there are more than the parameters. Those that nothing in Python holds, as an autograd graph's, are not found.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyzero.arguments import shared_memory_error
+from pyzero.sharding import modules
+from pyzero.sharding.local_param import LocalParam, is_dtensor
+from pyzero.sharding.spans import extent, share_elements
+
+log = logging.getLogger("pyzero")
+
+_Pairs = list[tuple[Tensor, Tensor]]
+_MOST_NAMED = 3
+_count: Any = getattr(torch._C, "_storage_Use_Count", None)  # torch's own name, which a build may lack
+
+
+def refuse_aliases(params: Sequence[Tensor], warns: bool) -> None:
+    """Called before parameters move into buckets for the first time.
+
+    warns: Of tensors that are not the modules', such as those of a state dict that somebody keeps.
+
+    Raises:
+        ValueError: A buffer, or another parameter of the modules that hold these, lies in the memory of one.
+    """
+    found = _find(params)
+    names = _names_by_module(found)
+    labels = _labels(params, names)
+    for param, alias in found:
+        if id(alias) in names:
+            raise shared_memory_error(labels[id(param)], names[id(alias)])
+    if warns:
+        _warn(found, labels)
+
+
+def tell_of_aliases(params: Sequence[Tensor]) -> None:
+    """Called before parameters move from buckets to others: warn of tensors that stay."""
+    found = _find(params)
+    _warn(found, _labels(params, _names_by_module(found)))
+
+
+def _names_by_module(found: _Pairs) -> dict[int, str]:
+    """By id: of all parameters and buffers of the modules that hold parameters with aliases."""
+    roots = modules.find_roots({param for param, _ in found}) if found else []
+    return {id(tensor): name for root in roots for name, tensor in modules.named_tensors(root).items()}
+
+
+def _labels(params: Sequence[Tensor], names: dict[int, str]) -> dict[int, str]:
+    return {id(param): names.get(id(param), f"parameter {number}") for number, param in enumerate(params)}
+
+
+def _warn(found: _Pairs, labels: dict[int, str]) -> None:
+    if not found:
+        return
+    told = list(dict.fromkeys(labels[id(param)] for param, _ in found))
+    log.warning(
+        "the memory of %s%s is that of other tensors too (.data, detach() and state_dict() make such), which keep the "
+        "present values, for the optimizer moves the parameters: make them afterwards, or copy them (.clone())",
+        ", ".join(told[:_MOST_NAMED]),
+        f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else "",
+    )
+
+
+def _find(params: Sequence[Tensor]) -> _Pairs:
+    """(parameter, another tensor with an element in one place); not of DTensors, whose memory fully_shard holds."""
+    by_storage: dict[int, list[Tensor]] = {}
+    for param in params:
+        if _count is not None and param.numel() and not isinstance(param, LocalParam):
+            by_storage.setdefault(param.untyped_storage()._cdata, []).append(param)
+    shared = {storage: own for storage, own in by_storage.items() if _count(storage) > len(own)}
+    if not shared:
+        return []
+    ours = {id(param) for own in shared.values() for param in own}
+    found = []
+    with torch._C.DisableTorchFunctionSubclass():
+        for tensor in _living_tensors():
+            own = () if id(tensor) in ours else shared.get(_storage_of(tensor), ())
+            found += [(param, tensor) for param in own if _share_memory(param, tensor)]
+    return found
+
+
+def _living_tensors() -> list[Tensor]:
+    of_kind: dict[int, bool] = {}  # by id of the class: one with a metaclass of its own may not be hashable
+    found = []
+    for candidate in gc.get_objects():
+        cls = type(candidate)  # not isinstance(), which would run properties of proxies
+        is_tensor = of_kind.get(id(cls))
+        if is_tensor is None:
+            is_tensor = of_kind[id(cls)] = any(base is Tensor for base in cls.__mro__)
+        if is_tensor and not is_dtensor(candidate):
+            found.append(candidate)
+    return found
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """Where torch has its storage; 0 where it has none, as sparse ones and those of a transform."""
+    try:
+        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    spans = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (one, other) if t.numel()]
+    return len(spans) == 2 and max(spans)[0] < min(end for _, end in spans) and share_elements(one, other)
