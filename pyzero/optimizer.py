@@ -334,6 +334,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """`loss.backward(**kwargs)`, scaled where there is a loss scale.
 
+        Parameters of another ZeroOptimizer that the loss reaches get gradients of that one's loss scale, or of none.
         Parameters that are no longer frozen get buckets first, so that it is known that their gradients are scaled:
         collective then. Where it raises on one rank before any gradient has come, as in the loss, this rank still takes
         part in the other ranks' reduction, as after a later error; a plain `loss.backward()` cannot know of it.
