@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ def load_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer, st
     return _Load(directory, model, optimizer, strict, weights_only=True).run()
 
 
+def read_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every weight and buffer of a checkpoint, whole, in host memory; and what load_weights returns. Loads nothing."""
+    return _Load(directory, model, optimizer, strict=False, weights_only=True).read_whole()
+
+
 class _Load:
     """One load: all is read into host memory and checked, then copied."""
 
@@ -101,12 +106,7 @@ class _Load:
 
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
-        what = f"the load of {self._given}"
-        self._elsewhere = self._on_other_ranks(what)
-        found = run_on_all_ranks(self._group, what, self._find)
-        name = self._group.gather_objects(found, what)[0]  # one that all ranks load
-        run_on_all_ranks(self._group, what, lambda: self._read(self._directory / name))
-        self._compare(what)
+        self._read_on_all_ranks(self._read)
         if not self._weights_only:  # first of all, for it may refuse
             self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         with torch.no_grad():
@@ -118,6 +118,19 @@ class _Load:
                         torch.autograd.graph.increment_version(local_of(param))
         set_extra_state(self._model, self._common["model"])
         return {"step": self._index["step"], **self._extra}
+
+    def read_whole(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See read_weights."""
+        self._read_on_all_ranks(self._read_whole)
+        return {**self._whole, **self._common["model"]}, {"step": self._index["step"], **self._extra}
+
+    def _read_on_all_ranks(self, read: Callable[[Path], None]) -> None:
+        what = f"the load of {self._given}"
+        self._elsewhere = self._on_other_ranks(what)
+        found = run_on_all_ranks(self._group, what, self._find)
+        name = self._group.gather_objects(found, what)[0]  # one that all ranks load
+        run_on_all_ranks(self._group, what, lambda: read(self._directory / name))
+        self._compare(what)
 
     def _on_other_ranks(self, what: str) -> set[str]:
         """Names in the checkpoint that some model-parallel rank loads."""
@@ -156,12 +169,25 @@ class _Load:
                     f"{one[0]}, on rank {rank}; pass the same directory, on a file system that all ranks share"
                 )
 
-    def _read(self, folder: Path) -> None:
+    def _open(self, folder: Path) -> None:
         self._index = files.read_index(folder)
         self._common = files.load_file(folder, files.COMMON, self._index)
         check_parts(self._model, self._optimizer, self._common.get(PARTS, 0), folder)
         is_same = self._index["num_ranks"] == self._group.size
         self._extra = files.load_file(folder, files.rank_file(self._group.rank if is_same else 0), self._index)
+
+    def _read_whole(self, folder: Path) -> None:
+        self._open(folder)
+        wanted = {
+            name: torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="cpu")
+            for name, tensor in self._index["tensors"].items()
+            if name.startswith("model.")
+        }
+        self._fill(wanted, folder)
+        self._whole = {name.removeprefix("model."): tensor for name, tensor in wanted.items()}
+
+    def _read(self, folder: Path) -> None:
+        self._open(folder)
         wanted = self._plan()
         if self._problems and self._strict:
             raise CheckpointError(
@@ -171,6 +197,9 @@ class _Load:
             )
         for problem in self._problems:
             log.info("loading %s: %s", folder, problem)
+        self._fill(wanted, folder)
+
+    def _fill(self, wanted: dict[str, Tensor], folder: Path) -> None:
         from pyzero.checkpoint import storage
 
         storage.read(wanted, folder, self._index)
