@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -287,6 +287,15 @@ class ZeroOptimizer(StateDicts, Optimizer):
         if error is None:
             return self._collect("step")
         self._tell_error(error, "step")
+        raise error
+
+    def raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
+        """Raise it in place of the call for which the others are to collect gradients: they raise that it failed here.
+
+        purpose: One of grad_stats.PURPOSES.
+        """
+        with torch.no_grad():
+            self._tell_error(error, purpose)
         raise error
 
     def _tell_error(self, error: Exception, purpose: str) -> None:
