@@ -106,7 +106,7 @@ class Accelerator(accelerate.Accelerator):
             super().backward(loss, **kwargs)
         elif len(self._optimizers) == 1:
             scaling[0].backward(loss / self.gradient_accumulation_steps, **kwargs)
-        else:  # nobody could take the scale of one out of the gradients of another
+        else:  # whose loss scale this loss is to have, the caller knows
             raise ValueError(
                 f"expected one optimizer where one has a loss scale, got {len(self._optimizers)}, {len(scaling)} with "
                 f"a loss scale; call the backward of the one that the loss is for, prepared.optimizer.backward(loss), "

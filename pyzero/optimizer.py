@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -290,6 +290,15 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._tell_error(error, "step")
         raise error
 
+    def raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
+        """Raise it in place of the call for which the others are to collect gradients: they raise that it failed here.
+
+        purpose: One of grad_stats.PURPOSES.
+        """
+        with torch.no_grad():
+            self._tell_error(error, purpose)
+        raise error
+
     def _tell_error(self, error: Exception, purpose: str) -> None:
         """Have the others raise, who wait for this rank in what is collected for `purpose`."""
         try:
@@ -335,6 +344,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """`loss.backward(**kwargs)`, scaled where there is a loss scale.
 
+        Parameters of another ZeroOptimizer that the loss reaches get gradients of that one's loss scale, or of none.
         Parameters that are no longer frozen get buckets first, so that it is known that their gradients are scaled:
         collective then. Where it raises on one rank before any gradient has come, as in the loss, this rank still takes
         part in the other ranks' reduction, as after a later error; a plain `loss.backward()` cannot know of it.

@@ -15,6 +15,7 @@ from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import Unsent
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.sharding import rank_state
+from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
 from pyzero.status import Status
@@ -63,6 +64,19 @@ class StateDicts(Status):
     def find_unfrozen(self) -> list[int]:
         """What `place_unfrozen` takes; apart from that, for it may raise on one rank alone. Before any collective."""
         return self._find_unfrozen()
+
+    def describe_unfrozen(self, found: list[int]) -> Unfrozen:
+        """What the ranks compare of it before they place them."""
+        return {
+            (index, place): self._name(index, place)
+            for index in found
+            for place, param in enumerate(self._param_groups[index]["params"])
+            if param.requires_grad and param not in self._param_buckets.places
+        }
+
+    def members(self) -> list[int]:
+        """The ranks that share this optimizer's state, and so train the same parameters."""
+        return self._group.members()
 
     def place_unfrozen(self, found: list[int]) -> None:
         """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
@@ -132,22 +146,22 @@ class StateDicts(Status):
     def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What hooks make of it, once parameters and weights have been found fit on all ranks. Collective."""
         problem, unfrozen = None, []
+        told: Unfrozen = {}
         try:
             for before in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = before(self, state_dict) or state_dict
             unfrozen = self._find_unfrozen()
+            told = self.describe_unfrozen(unfrozen)
             for bucket in self._buckets:
                 bucket.flat_params.foreign_writes()  # raises where it cannot follow them
         except CollectiveError:  # which the others have, too
             raise
         except Exception as error:
             problem = error
-        found = self._tell(problem, unfrozen)
-        if any(theirs != found[0] for theirs in found):
-            raise ValueError(
-                f"expected the same parameters to be trained on every rank, got groups {found} by rank with ones that "
-                f"are no longer frozen; unfreeze them on all ranks, then load"
-            )
+        try:
+            check_unfrozen(self.members(), self._tell(problem, told))
+        finally:
+            problem = None  # its traceback holds this frame, and the callers'
         self._place_found(unfrozen)
         return state_dict
 
@@ -157,8 +171,11 @@ class StateDicts(Status):
         told = self._group.gather_objects(
             (None if problem is None else f"{kind}{problem}", answer), "the agreement on a load"
         )
-        if problem is not None:
-            raise problem
+        try:
+            if problem is not None:
+                raise problem
+        finally:
+            problem = None
         for rank, (text, _) in enumerate(told):
             if text is not None:
                 raise ValueError(f"nothing was loaded, for rank {rank} could not: {text}")
@@ -193,7 +210,10 @@ class StateDicts(Status):
             summary, unsent = saved.summary(), self._gradients.unsent()
         except Exception as error:  # of any kind: the other ranks wait to hear of it
             problem, summary = error, None
-        told = self._tell(problem, (summary, unsent))
+        try:
+            told = self._tell(problem, (summary, unsent))
+        finally:
+            problem = None
         assert saved is not None
         summaries = [of_rank for of_rank, _ in told if of_rank is not None]
         return saved, rank_state.agreed_cut(summaries), {kind for _, kind in told}

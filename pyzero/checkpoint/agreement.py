@@ -9,10 +9,23 @@ from pyzero.checkpoint.files import CheckpointError, Interrupted
 from pyzero.comm.group import Group
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 def run_on_all_ranks(group: Group, what: str, act: Callable[[], _T]) -> _T:
     """Run it on every rank; where it fails on one, or is interrupted, all ranks raise."""
+    result, _ = _run(group, what, act, lambda result: None)
+    return result
+
+
+def gather_from_all_ranks(group: Group, what: str, act: Callable[[], _T]) -> list[_T]:
+    """The same, and every rank's result, which is to be small."""
+    _, results = _run(group, what, act, lambda result: result)
+    return results
+
+
+def _run(group: Group, what: str, act: Callable[[], _T], told_of: Callable[[_T], _S]) -> tuple[_T, list[_S]]:
+    """This rank's result, and what is told of every rank's."""
     problem: Exception | None = None
     interrupt: BaseException | None = None
     try:
@@ -23,13 +36,17 @@ def run_on_all_ranks(group: Group, what: str, act: Callable[[], _T]) -> _T:
         problem = error
     except BaseException as error:
         interrupt = error
-    told = interrupt or problem
-    failed = None if told is None else f"{type(told).__name__}: {told}"
-    for rank, text in enumerate(group.gather_objects(failed, f"the agreement on {what}")):
-        if interrupt is not None:
-            raise interrupt
-        if text is not None:
-            if isinstance(problem, (CheckpointError, TypeError, ValueError)):
-                raise problem
-            raise CheckpointError(f"{what} failed on rank {rank} of {group.size}: {text}") from problem
-    return result
+    try:
+        told = interrupt or problem
+        mine = (None, told_of(result)) if told is None else (f"{type(told).__name__}: {told}", None)
+        rows = group.gather_objects(mine, f"the agreement on {what}")
+        for rank, (text, _) in enumerate(rows):
+            if interrupt is not None:
+                raise interrupt
+            if text is not None:
+                if isinstance(problem, (CheckpointError, TypeError, ValueError)):
+                    raise problem
+                raise CheckpointError(f"{what} failed on rank {rank} of {group.size}: {text}") from problem
+        return result, [theirs for _, theirs in rows]
+    finally:
+        told = interrupt = problem = None  # their tracebacks hold this frame, and the callers'

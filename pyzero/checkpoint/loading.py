@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger("pyzero")
 
 _MOST_SHOWN = 5  # names in a report
 _DECOUPLED = "decoupled_weight_decay"  # what tells AdamW from Adam
+_STATE = "optim.state."  # begins the names of a parameter's state
 _NO_OPTIONS = ("params", "param_names", SCALER)  # keys of a group that are no hyper-parameters
 
 
@@ -78,6 +80,11 @@ def load_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer, st
     return _Load(directory, model, optimizer, strict, weights_only=True).run()
 
 
+def read_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every weight and buffer of a checkpoint, whole, in host memory; and what load_weights returns. Loads nothing."""
+    return _Load(directory, model, optimizer, strict=False, weights_only=True).read_whole()
+
+
 class _Load:
     """One load: all is read into host memory and checked, then copied."""
 
@@ -99,12 +106,7 @@ class _Load:
 
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
-        what = f"the load of {self._given}"
-        self._elsewhere = self._on_other_ranks(what)
-        found = run_on_all_ranks(self._group, what, self._find)
-        name = self._group.gather_objects(found, what)[0]  # one that all ranks load
-        run_on_all_ranks(self._group, what, lambda: self._read(self._directory / name))
-        self._compare(what)
+        self._read_on_all_ranks(self._read)
         if not self._weights_only:  # first of all, for it may refuse
             self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         with torch.no_grad():
@@ -117,6 +119,19 @@ class _Load:
         set_extra_state(self._model, self._common["model"])
         return {"step": self._index["step"], **self._extra}
 
+    def read_whole(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See read_weights."""
+        self._read_on_all_ranks(self._read_whole)
+        return {**self._whole, **self._common["model"]}, {"step": self._index["step"], **self._extra}
+
+    def _read_on_all_ranks(self, read: Callable[[Path], None]) -> None:
+        what = f"the load of {self._given}"
+        self._elsewhere = self._on_other_ranks(what)
+        found = run_on_all_ranks(self._group, what, self._find)
+        name = self._group.gather_objects(found, what)[0]  # one that all ranks load
+        run_on_all_ranks(self._group, what, lambda: read(self._directory / name))
+        self._compare(what)
+
     def _on_other_ranks(self, what: str) -> set[str]:
         """Names in the checkpoint that some model-parallel rank loads."""
         if self._optimizer.model_parallel_rank is None:
@@ -128,7 +143,7 @@ class _Load:
         """Names in the checkpoint of what this rank has."""
         keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
         names = names_of(self._model, self._optimizer).values()
-        state = [f"optim.state.{name}.{key}" for name in names for key in keys]
+        state = [f"{_STATE}{name}.{key}" for name in names for key in keys]
         return [*state, *(f"model.{name}" for name in model_state(self._model, self._optimizer)[0])]
 
     def _find(self) -> Path | None:
@@ -154,12 +169,25 @@ class _Load:
                     f"{one[0]}, on rank {rank}; pass the same directory, on a file system that all ranks share"
                 )
 
-    def _read(self, folder: Path) -> None:
+    def _open(self, folder: Path) -> None:
         self._index = files.read_index(folder)
         self._common = files.load_file(folder, files.COMMON, self._index)
         check_parts(self._model, self._optimizer, self._common.get(PARTS, 0), folder)
         is_same = self._index["num_ranks"] == self._group.size
         self._extra = files.load_file(folder, files.rank_file(self._group.rank if is_same else 0), self._index)
+
+    def _read_whole(self, folder: Path) -> None:
+        self._open(folder)
+        wanted = {
+            name: torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="cpu")
+            for name, tensor in self._index["tensors"].items()
+            if name.startswith("model.")
+        }
+        self._fill(wanted, folder)
+        self._whole = {name.removeprefix("model."): tensor for name, tensor in wanted.items()}
+
+    def _read(self, folder: Path) -> None:
+        self._open(folder)
         wanted = self._plan()
         if self._problems and self._strict:
             raise CheckpointError(
@@ -169,6 +197,9 @@ class _Load:
             )
         for problem in self._problems:
             log.info("loading %s: %s", folder, problem)
+        self._fill(wanted, folder)
+
+    def _fill(self, wanted: dict[str, Tensor], folder: Path) -> None:
         from pyzero.checkpoint import storage
 
         storage.read(wanted, folder, self._index)
@@ -178,7 +209,7 @@ class _Load:
         if self._weights_only or self._optimizer.takes_rule(self._common.get(RULE)):
             return ""
         mine = {key for of_param in self._state.values() for key in of_param} - {MASTER, STEP}
-        saved = {name.rpartition(".")[2] for name in self._index["tensors"] if name.startswith("optim.state.")}
+        saved = {name.rpartition(".")[2] for name in self._index["tensors"] if name.startswith(_STATE)}
         said = []
         if dropped := saved - mine - {MASTER, STEP}:
             said.append(f"drops the saved {', '.join(sorted(dropped))}")
@@ -217,9 +248,9 @@ class _Load:
         """The name in the checkpoint of each value of a parameter's state, by the parameter's number."""
         saved = self._index["tensors"]
         places = {
-            number: {key: f"optim.state.{names[number]}.{key}" for key in values}
+            number: {key: f"{_STATE}{names[number]}.{key}" for key in values}
             for number, values in state.items()
-            if params[number].numel() or f"optim.state.{names[number]}.{STEP}" in saved
+            if params[number].numel() or f"{_STATE}{names[number]}.{STEP}" in saved
         }
         for number, of_param in places.items():
             if of_param[MASTER] not in saved:
@@ -228,7 +259,7 @@ class _Load:
 
     def _place_of_weight(self, name: str, value: Tensor) -> str:
         """The name in the checkpoint of what the model has beside what the optimizer loads."""
-        master = f"optim.state.{self._common['tied'].get(name, name)}.{MASTER}"
+        master = f"{_STATE}{self._common['tied'].get(name, name)}.{MASTER}"
         takes_master = self._weights_only and value.dtype == torch.float32 and master in self._index["tensors"]
         return master if takes_master else f"model.{name}"
 
@@ -249,8 +280,17 @@ class _Load:
             known |= {name for name in saved if name.startswith("optim.")}
         left_out = {f"model.{name}" for name in self._common.get(EXCLUDED, ()) if name in others}
         shapes = {name: (saved[name]["shape"], list(like[name].shape)) for name in like if name in saved}
-        self._report("missing", [name for name in like if name not in saved and name not in left_out])
-        self._report("unexpected", [name for name in saved if name not in known and name not in self._elsewhere])
+        missing = [name for name in like if name not in saved and name not in left_out]
+        unexpected = [name for name in saved if name not in known and name not in self._elsewhere]
+        not_here, not_there = _untrained_of(unexpected, like, known), _untrained_of(missing, saved, saved)
+        self._report("missing", [name for name in missing if _param_of(name) not in not_there])
+        self._report("unexpected", [name for name in unexpected if _param_of(name) not in not_here])
+        self._report("state of parameters that do not train here (unfreeze them before the load)", not_here)
+        self._report(
+            "no state of parameters that did not train there (build the optimizer with them frozen, and unfreeze them "
+            "after the load)",
+            not_there,
+        )
         self._report(
             "of another shape", [f"{n} {got}, wanted {want}" for n, (got, want) in shapes.items() if got != want]
         )
@@ -281,9 +321,20 @@ class _Load:
         matched[0][SCALER] = saved[0][SCALER]
         return matched
 
-    def _report(self, what: str, names: list[str]) -> None:
+    def _report(self, what: str, names: Collection[str]) -> None:
         if names:
             shown = ", ".join(sorted(names)[:_MOST_SHOWN]) + (
                 f" and {len(names) - _MOST_SHOWN} more" * (len(names) > _MOST_SHOWN)
             )
             self._problems.append(f"{what}: {shown}")
+
+
+def _param_of(name: str) -> str | None:
+    """The parameter of whose state a checkpoint's name is a value; None of any other name."""
+    return name.removeprefix(_STATE).rpartition(".")[0] if name.startswith(_STATE) else None
+
+
+def _untrained_of(names: Iterable[str], trained: Iterable[str], weights: Collection[str]) -> set[str]:
+    """Parameters whose weights are there, of whose state these names are, and of whose the trained ones are not."""
+    found = {_param_of(name) for name in names} - {_param_of(name) for name in trained}
+    return {param for param in found if param is not None and f"model.{param}" in weights}

@@ -13,11 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from pyzero.checkpoint.agreement import run_on_all_ranks
+from pyzero.checkpoint.agreement import gather_from_all_ranks
 from pyzero.checkpoint.content import Content, collect
 from pyzero.checkpoint.writer import Writer
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.streams import on_device
 
 log = logging.getLogger("pyzero")
@@ -164,12 +165,18 @@ def begin(optimizer: ZeroOptimizer) -> Group:
     except Exception as error:
         problem = error
 
-    def tell() -> None:
+    def tell() -> tuple[list[int], Unfrozen]:
         if problem is not None:
             raise problem
+        return optimizer.members(), optimizer.describe_unfrozen(found)
 
-    group = optimizer.checkpoint_group()
-    run_on_all_ranks(group, "the look for parameters that are no longer frozen", tell)
+    try:
+        group = optimizer.checkpoint_group()
+        told = gather_from_all_ranks(group, "the look for parameters that are no longer frozen", tell)
+    finally:
+        problem = None  # its traceback holds this frame, and the callers'
+    for members, _ in told:  # ranks with other parts of the model have other parameters
+        check_unfrozen(members, [unfrozen for theirs, unfrozen in told if theirs == members])
     optimizer.place_unfrozen(found)
     return group
 

@@ -17,6 +17,30 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyzero.sharding.local_param import LocalParam, user_param
 
 _ParamHook = Callable[[Tensor], None]
+_Factor = Callable[[Tensor], Tensor | None]
+
+_hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()  # by parameter: its GradientHooks
+_scaled: dict[int, weakref.ref[Any]] = {}  # by graph task: whose loss scale its gradients carry
+
+
+def note_scale(owner: Any) -> None:
+    """Called in a backward whose gradients carry the owner's loss scale."""
+    _scaled[torch._C._current_graph_task_id()] = weakref.ref(owner)
+
+
+def forget_scale(owner: Any) -> None:
+    """Called once the owner's backwards have ended."""
+    for task, noted in [*_scaled.items()]:
+        if noted() is owner or noted() is None:
+            _scaled.pop(task, None)
+
+
+def scale_of_backward() -> Any:
+    """Whose loss scale the gradients carry that arrive now; None where nobody's was noted."""
+    noted = _scaled.get(torch._C._current_graph_task_id())
+    if noted is None and _outermost_python_node() is not None:  # a backward inside that one, as of a checkpoint
+        noted = next(reversed([*_scaled.values()]), None)
+    return None if noted is None else noted()
 
 
 class GradientHooks:
@@ -28,7 +52,13 @@ class GradientHooks:
     torch drops a parameter's AccumulateGrad node, and what hooks it, where the parameter is converted or moved to
     another kind of device, and back: `missed(param)` is then called in place of `before`, once, with the gradient in
     `.grad` already.
+
+    Attributes:
+        factor: Asked before `before` in a backward that carries somebody's loss scale: what the gradient of a parameter
+            is to be multiplied by, or None.
     """
+
+    factor: weakref.WeakMethod[_Factor] | None = None
 
     def __init__(self, before: _ParamHook, after: _ParamHook, without: _ParamHook, missed: _ParamHook) -> None:
         self._before = weakref.WeakMethod(before)
@@ -42,17 +72,33 @@ class GradientHooks:
     def add(self, params: Iterable[Tensor]) -> None:
         """Hook these parameters too."""
         follow: weakref.WeakMethod[Callable[[Tensor], bool]] = weakref.WeakMethod(self.follow_nodes)
+        factor: weakref.WeakMethod[_Factor] = weakref.WeakMethod(self._factor_of)
         with torch.inference_mode(False):  # in inference mode there are no autograd nodes
             for param in params:
                 leaf, arrival = user_param(param), _Arrival()
-                after = _after_hook(self._after, self._missed, follow, param, arrival)
+                _hooked[leaf] = [*(ref for ref in _hooked.get(leaf, ()) if ref() is not None), weakref.ref(self)]
+                after = _after_hook(self._after, self._missed, factor, follow, param, arrival)
                 with _trained(leaf):
                     self._hook_node(param, _accumulator(leaf), arrival)
                     self._handles.append(leaf.register_post_accumulate_grad_hook(after))
 
     def _hook_node(self, param: Tensor, node: Any, arrival: _Arrival) -> None:
         self._nodes[param] = node, arrival
-        self._handles.append(node.register_prehook(_before_hook(self._before, self._without, param, arrival)))
+        factor: weakref.WeakMethod[_Factor] = weakref.WeakMethod(self._factor_of)
+        self._handles.append(node.register_prehook(_before_hook(self._before, self._without, factor, param, arrival)))
+
+    def has(self, param: Tensor) -> bool:
+        """Whether a parameter has these hooks, maybe as another optimizer's LocalParam."""
+        return any(ref() is self for ref in _hooked.get(user_param(param), ()))
+
+    def is_latest(self, param: Tensor) -> bool:
+        """Whether, of all hooks of a parameter that are still there, these were added last."""
+        alive = [hooks for ref in _hooked[user_param(param)] if (hooks := ref()) is not None]
+        return alive[-1] is self
+
+    def _factor_of(self, param: Tensor) -> Tensor | None:
+        factor = self.factor and self.factor()
+        return factor(param) if factor else None
 
     def follow_nodes(self, param: Tensor) -> bool:
         """Whether torch has replaced this parameter's node; all nodes that it has replaced are hooked then."""
@@ -113,21 +159,26 @@ class _Arrival:
 def _before_hook(
     before: weakref.WeakMethod[_ParamHook],
     without: weakref.WeakMethod[_ParamHook],
+    factor_of: weakref.WeakMethod[_Factor],
     param: Tensor,
     arrival: _Arrival,
 ) -> Callable[[Any], None]:
     weak_param = weakref.ref(param)  # the node lives as long as the parameter, and this lives on the node
 
-    def before_hook(grads: Any) -> None:
-        alive = weak_param()
+    def before_hook(grads: Any) -> Any:
+        alive, factor = weak_param(), None
         has_grad = grads[0] is not None
         if alive is not None and not has_grad:
             _call_eagerly(without, alive)
         elif alive is not None:
+            factor = _call_eagerly(factor_of, alive) if _scaled else None
             _call_eagerly(before, alive)
             if isinstance(alive, LocalParam):
                 alive.park()
         arrival.has_grad = has_grad
+        if factor is None:
+            return None
+        return ((grads[0].float() * factor.to(grads[0].device)).to(grads[0].dtype),)  # 16 bits may not hold the factor
 
     return before_hook
 
@@ -135,6 +186,7 @@ def _before_hook(
 def _after_hook(
     after: weakref.WeakMethod[_ParamHook],
     missed: weakref.WeakMethod[_ParamHook],
+    factor_of: weakref.WeakMethod[_Factor],
     follow: weakref.WeakMethod[Callable[[Tensor], bool]],
     param: Tensor,
     arrival: _Arrival,
@@ -148,6 +200,11 @@ def _after_hook(
             return
         is_fsdp = isinstance(alive, LocalParam) and alive.is_fsdp  # their gradients come without the hook before
         if has_grad is None and not is_fsdp and _call_eagerly(follow, alive):
+            if _scaled and _call_eagerly(factor_of, alive) is not None:
+                raise RuntimeError(
+                    "expected a first backward of their own for parameters that were converted or moved and back, got "
+                    "one that carries another optimizer's loss scale; clear their gradients and run it again"
+                )
             _call_eagerly(missed, alive)
         if isinstance(alive, LocalParam):
             alive.unpark()

@@ -25,7 +25,8 @@ from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, f
 log = logging.getLogger("pyzero")
 
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
-PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", "a norm of .grad", "unscale_ of GradScaler")
+_OF_GRAD = "a norm of .grad"
+PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", _OF_GRAD, "unscale_ of GradScaler")
 
 # Columns of a host's part of the message; from _USED on, a bit per parameter.
 _PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HAS_ERROR, _HALF_EDITED, _EDITS, _USED = range(10)
@@ -306,9 +307,13 @@ def _difference(purposes: Sequence[float], hyper: Sequence[float], group: Group)
         ranks = group.members()
     if len(set(calls)) > 1:
         called = ", ".join(f"{purpose} on rank {rank}" for rank, purpose in zip(ranks, calls, strict=True))
+        kept = (
+            "; where all did, a backward ran on some ranks only between two norms, and the others took the one that "
+            "they had: run as many on each"
+        )
         return CollectiveError(
             f"expected the same call on every rank, got {called}; steps, norms and whole tensors are collective: call "
-            f"them on all ranks, and print on one"
+            f"them on all ranks, and print on one{kept * (_OF_GRAD in calls)}"
         )
     if calls[0] == "step" and len(set(hyper)) > 1:
         others = [rank for rank, checksum in zip(ranks, hyper, strict=True) if checksum != hyper[0]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
+from pyzero.gradients.backward import GradientHooks
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
@@ -27,6 +28,7 @@ class Gradients(ABC):
 
     reduces = False  # averages over the ranks; else another does, or there is one
     learns_arrival = False  # records the order in which gradients come, for buckets in that order
+    hooks: GradientHooks  # of the parameters
     norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
 
     def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
@@ -71,6 +73,9 @@ class Gradients(ABC):
     def in_backward(self) -> AbstractContextManager[None]:
         """Around a backward: one that raises before the first gradient counts as broken off, too."""
         return nullcontext()
+
+    def expect_scales(self) -> None:  # noqa: B027
+        """Called where gradients may come that carry another optimizer's loss scale: all parameters get hooks."""
 
     @abstractmethod
     def check_arrived(self) -> None:

@@ -67,7 +67,7 @@ class OverlappedReducer(Reducer):
 
     def retire(self) -> None:
         """Do nothing in backward from now on, and refuse steps: another optimizer has some of these parameters."""
-        self._hooks.remove()
+        self.hooks.remove()
         self._end.forget()
         self._is_sending = self.awaits_step = False
         self._is_retired = True

@@ -61,14 +61,14 @@ class Reducer:
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
         self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
-        self._hooks = GradientHooks(
+        self.hooks = GradientHooks(
             self._before_gradient, self._after_gradient, self._without_gradient, self._missed_gradient
         )
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
     def add(self, bucket: Bucket) -> None:
         """Hook the parameters of a bucket that has been appended."""
-        self._hooks.add(bucket.params)
+        self.hooks.add(bucket.params)
         for param in bucket.params:
             self._frozen.pop(user_param(param), None)
 
@@ -85,7 +85,7 @@ class Reducer:
         new = dict.fromkeys(param for param in frozen if param not in known)
         self._frozen |= new
         self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
-        self._hooks.watch(new, self._after_unfrozen)
+        self.hooks.watch(new, self._after_unfrozen)
 
     # ---- a backward ------------------------------------------------------------------------------------------------
 

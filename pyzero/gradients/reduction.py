@@ -77,6 +77,7 @@ class ReducedGradients(Gradients):
             grad_scaler_proxy,
             stats_exchange.name_of,
         )
+        self.hooks = self._reducer.hooks
 
     def add(self, bucket: Bucket) -> None:
         """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""

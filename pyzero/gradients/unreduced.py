@@ -89,18 +89,19 @@ class UnreducedGradients(Gradients):
         row = self._rows[0]
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._found_view = HostView()
-        self._hooks = GradientHooks(
+        self.hooks = GradientHooks(
             self._before_gradient, self._after_gradient, self._without_gradient, self._scale_tracker.missed_gradient
         )
         self._watched = 0  # buckets whose parameters have hooks
+        self._expects_scales = False  # another optimizer has a loss scale
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
 
     def add(self, bucket: Bucket) -> None:
-        """See Gradients. Parameters get hooks where they are needed: with a loss scale, two meshes, or once clipped."""
+        """See Gradients. Parameters get hooks where they are needed: with loss scales, two meshes, or once clipped."""
         self._place(bucket)
         self._scale_tracker.add(bucket.params)
         self._mixes_meshes = not are_on_one_mesh(list(self._params()))
-        if self._scale_tracker.scales or self._watched or self._mixes_meshes:
+        if self._scale_tracker.scales or self._expects_scales or self._watched or self._mixes_meshes:
             self._watch()
 
     def _place(self, bucket: Bucket) -> None:
@@ -123,9 +124,14 @@ class UnreducedGradients(Gradients):
             self._place(bucket)
         self._watched = len(buckets) if self._watched else 0
 
+    def expect_scales(self) -> None:
+        """See Gradients."""
+        self._expects_scales = True
+        self._watch()
+
     def _watch(self) -> None:
         for bucket in self._buckets[self._watched :]:
-            self._hooks.add(bucket.params)
+            self.hooks.add(bucket.params)
         self._watched = len(self._buckets)
 
     def _params(self) -> Iterator[Tensor]:

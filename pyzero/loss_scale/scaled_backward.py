@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,14 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyzero.gradients.backward import forget_scale, note_scale, scale_of_backward
 from pyzero.gradients.interface import Gradients
 from pyzero.loss_scale.scaler import Scaler
 
 log = logging.getLogger("pyzero")
 
+_everyone: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # of all optimizers, with a loss scale or without
+
 
 class ScaledBackward:
     """Runs backward passes of scaled losses, and lets the Gradients know that what arrives is scaled.
+
+    A loss may reach parameters of another optimizer. What arrives there is multiplied so that it carries the loss scale
+    of that one, or none; while it does, that one is a guest.
 
     Args:
         scaler: The loss scale, enabled.
@@ -31,7 +38,15 @@ class ScaledBackward:
         self._running: AbstractContextManager[None] | None = None
         self._is_held = False  # in scaled_gradients(): what arrives is scaled until that ends
         self._has_run = False  # since the last step
+        self._is_guest = False  # what runs is another's backward
+        self._guests: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # in this one's
         self._may_warn = has_fp16
+        gradients.hooks.factor = weakref.WeakMethod(self._factor_of_other)
+        _everyone.add(self)
+        everyone = [*_everyone]
+        if any(one._scaler.enabled for one in everyone):
+            for one in everyone:
+                one._gradients.expect_scales()
 
     @property
     def is_running(self) -> bool:
@@ -42,7 +57,10 @@ class ScaledBackward:
         """Backward of the scaled loss."""
         self._begin()
         try:
-            self._scaler.scale_loss(loss).backward(**kwargs)
+            scaled = self._scaler.scale_loss(loss)
+            if scaled.requires_grad:
+                scaled.register_hook(self._note_in_backward)
+            scaled.backward(**kwargs)
         finally:
             self.end()
 
@@ -67,9 +85,31 @@ class ScaledBackward:
 
     def _begin_in_backward(self, grad: Tensor) -> None:
         self._begin()
+        self._note_in_backward(grad)
         # Twice, to come after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
+
+    def _note_in_backward(self, grad: Tensor) -> None:
+        _note(self)
+
+    def _factor_of_other(self, param: Tensor) -> Tensor | None:
+        """What a gradient that arrives is to be multiplied by, where it carries the loss scale of another optimizer."""
+        if self._running is not None and not self._is_guest:
+            return None
+        host = scale_of_backward()
+        if host in (None, self) or host._gradients.hooks.has(param) or not self._gradients.hooks.is_latest(param):
+            if self._is_guest:  # of a backward that an exception has ended
+                self.end()
+            return None
+        unscale: Tensor = host._scaler.inv_scale
+        if not self._scaler.enabled:
+            return unscale
+        if not self._is_guest:
+            self._begin()
+            self._is_guest = True
+            host._guests.add(self)
+        return unscale.to(self._scaler.scale.device) * self._scaler.scale
 
     def _begin(self) -> None:
         if self._is_held:
@@ -83,6 +123,11 @@ class ScaledBackward:
         """Gradients that arrive from now on carry no scale."""
         if self._is_held:
             return
+        forget_scale(self)
+        for guest in [*self._guests]:
+            guest.end()
+        self._guests.clear()
+        self._is_guest = False
         running, self._running = self._running, None
         if running is not None:
             running.__exit__(None, None, None)
@@ -100,3 +145,6 @@ class ScaledBackward:
             )
         has_run, self._has_run = self._has_run, False
         return has_run and not has_grad_scaler
+
+
+_note = torch._disable_dynamo(note_scale)  # type: ignore[attr-defined]  # compiled autograd traces hooks

@@ -120,6 +120,20 @@ def agree_on_params(group: Group, mine: Joining) -> list[int] | None:
     return rank_0s
 
 
+Unfrozen = dict[tuple[int, int], str]  # names of parameters that are no longer frozen, by group and place in it
+
+
+def check_unfrozen(ranks: Sequence[int], told: Sequence[Unfrozen]) -> None:
+    """Raise ValueError where a parameter is no longer frozen on some of these ranks only. told: By each of them."""
+    for place, name in {place: name for unfrozen in told for place, name in unfrozen.items()}.items():
+        those = [rank for rank, unfrozen in zip(ranks, told, strict=True) if place in unfrozen]
+        if len(those) < len(ranks):
+            raise ValueError(
+                f"expected the same parameters to be trained on every rank, got {name} no longer frozen on "
+                f"{_spell_ranks(those)} of {len(ranks)} alone; unfreeze it on all ranks, or freeze it again"
+            )
+
+
 class _Difference(NamedTuple):
     what: str  # differs
     first: str  # how it is on the first rank

@@ -392,3 +392,36 @@ def test_a_run_without_a_loss_scale_leaves_none_to_one_with(tmp_path, how):
     assert scale_after(brain, half) == [1.0, 1, 2.0**16, 1]
     assert scale_after(half, brain) == [2.0**15, 1, 1.0, 1]
     assert scale_after(half, half) == [2.0**15, 1, 2.0**15, 1]
+
+
+def loaded_with_others_frozen(group: Any, path: Path, trains_then: bool) -> tuple[str, list[Any]]:
+    """What a load says where weights.0 trains on one side alone, and state after the load that it asks for."""
+    model = build(torch.bfloat16, 0)
+    model.weights[0].requires_grad_(trains_then)
+    optimizer = make("adamw", model, group)
+    train(optimizer, model, range(SAVED_AT), group)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT)
+    model = build(torch.bfloat16, 1)
+    model.weights[0].requires_grad_(not trains_then)
+    optimizer = make("adamw", model, group)
+    with pytest.raises(pyzero.CheckpointError) as raised:
+        pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    if not trains_then:
+        model.weights[0].requires_grad_(False)
+        optimizer = make("adamw", model, group)
+    model.weights[0].requires_grad_(trains_then)
+    pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    return str(raised.value), [bool(optimizer.full_state(model.weights[0]))]
+
+
+@pytest.mark.parametrize(
+    ("trains_then", "said"),
+    [
+        (True, "parameters that do not train here (unfreeze them before the load): weights.0. Build"),
+        (False, "train there (build the optimizer with them frozen, and unfreeze them after the load): weights.0."),
+    ],
+)
+def test_a_load_with_others_frozen_says_what_to_do(ranks, tmp_path, trains_then, said):
+    for text, (has_state,) in ranks.run(2, loaded_with_others_frozen, tmp_path, trains_then):
+        assert said in text and "missing" not in text and "unexpected" not in text
+        assert has_state == trains_then

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -462,22 +464,65 @@ def test_so_is_one_of_another_part_of_the_model(ranks, tmp_path, call):
         assert all("on rank 3 of 4: " in other for other in others)
 
 
-def unfrozen_alone(group: Any) -> str:
+def unfrozen_alone(group: Any, path: Path, call: str) -> tuple[str, float]:
+    """What is said, and after how many seconds."""
     model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
     model[1].requires_grad_(False)
     optimizer = pyzero.FusedZeroAdamW([{"params": part.parameters()} for part in model], process_group=group)
     state = optimizer.full_state_dict()
-    model[1].requires_grad_(group.rank() == 1)
-    with pytest.raises(ValueError, match="got groups") as raised:
-        optimizer.load_state_dict(state)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=0)
+
+    def act() -> None:
+        if call == "load_state_dict":
+            optimizer.load_state_dict(state)
+        elif call == "save":
+            pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+        else:
+            pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+
+    model[1].bias.requires_grad_(group.rank() == 1)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="expected the same parameters to be trained") as raised:
+        act()
+    took = time.monotonic() - begin
     model[1].requires_grad_(False)
-    optimizer.load_state_dict(state)
-    return str(raised.value)
+    act()
+    return str(raised.value), took
 
 
-def test_parameters_unfrozen_on_one_rank_alone_are_told_of(ranks):
-    for said in ranks.run(2, unfrozen_alone):
-        assert "got groups [[], [1]] by rank with ones that are no longer frozen; unfreeze them on all ranks" in said
+@pytest.mark.parametrize("call", ["load_state_dict", "load", "save"])
+def test_parameters_unfrozen_on_one_rank_alone_are_told_of(ranks, tmp_path, call):
+    for said, took in ranks.run(2, unfrozen_alone, tmp_path, call):
+        assert "got parameter 1 of group 1 no longer frozen on rank 1 of 2 alone; unfreeze it on all ranks" in said
+        assert took < 4.0  # after 5 s a rank that waits asks the others
+
+
+def test_an_error_of_a_load_or_a_save_keeps_nothing_alive(tmp_path):
+    """Neither what was given, nor what the callers have: a state dict may be the most that a process has."""
+    model = nn.Linear(3, 4)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+
+    def fails(act: Any) -> weakref.ref[Tensor]:
+        kept = torch.ones(4)
+        with contextlib.suppress(ValueError, pyzero.CheckpointError):
+            act({"state": {0: {"exp_avg": kept}}, "param_groups": []})
+            raise AssertionError
+        return weakref.ref(kept)
+
+    found = []
+    gc.collect()
+    gc.disable()
+    try:
+        found.append(fails(optimizer.load_state_dict))
+        found.append(fails(lambda _: pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)))
+        found.append(fails(lambda _: pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=-1)))
+        del optimizer.param_groups[0]["params"][1]
+        found.append(fails(optimizer.load_state_dict))
+        found.append(fails(lambda _: pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)))
+        alive = [ref() is not None for ref in found]
+    finally:
+        gc.enable()
+    assert not any(alive)
 
 
 # ---- names, steps, folders ------------------------------------------------------------------------------------------

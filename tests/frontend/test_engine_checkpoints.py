@@ -454,3 +454,59 @@ def test_what_is_not_supported_says_so(tmp_path):
     engine = start(2, "fp32")
     with pytest.raises(ValueError, match="custom_load_fn"):
         engine.load_checkpoint(tmp_path, custom_load_fn=print)
+
+
+def load_by_hand(group: Any, path: str, dtype: str, options: dict[str, bool]) -> list[bool]:
+    """Into a module whose last layer has other names."""
+    saved = start(2, dtype)
+    train(saved, range(2))
+    saved.save_checkpoint(path, client_state={"seen": 1})
+
+    def load(src: dict[str, Tensor], dst: nn.Module) -> None:
+        found.update(src)
+        with torch.no_grad():
+            dst[3][0].weight.copy_(src["3.weight"])
+            dst[2].running_mean.copy_(src["2.running_mean"] + 1.0)
+
+    found: dict[str, Tensor] = {}
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 70), nn.ReLU(), nn.BatchNorm1d(70), nn.Sequential(nn.Linear(70, 3)))
+    config = {"train_batch_size": 8, "optimizer": {"type": "AdamW"}, **SECTIONS[dtype]}
+    engine = pyzero.initialize(model=model, config=config)[0]
+    before = engine.module[0].weight.detach().clone()
+    _, client_state = engine.load_checkpoint(path, custom_load_fn=load, **options)
+    weight = engine.module[3][0].weight
+    return [
+        found.keys() == saved.module.state_dict().keys(),
+        torch.equal(weight, saved.module[3].weight),
+        torch.equal(engine.optimizer.full_master(weight), weight.float()),
+        torch.equal(engine.module[0].weight, before),
+        torch.equal(engine.module[2].running_mean, saved.module[2].running_mean + 1.0),
+        client_state == {"seen": 1},
+        engine.global_steps == (0 if options.get("load_module_only") else 2),
+    ]
+
+
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+@pytest.mark.parametrize("dtype", SECTIONS)
+def test_a_function_of_the_callers_loads_the_weights(ranks, tmp_path, dtype, options):
+    for held in ranks.run(4, load_by_hand, str(tmp_path), dtype, options):
+        assert held == [True] * 7
+
+
+def fails_on_one(group: Any, path: str) -> str:
+    engine = start(2, "fp32")
+    engine.save_checkpoint(path)
+
+    def load(src: Any, dst: Any) -> None:
+        if comm.get_rank():
+            raise KeyError("as planned")
+
+    with pytest.raises(pyzero.CheckpointError) as raised:
+        engine.load_checkpoint(path, load_module_only=True, custom_load_fn=load)
+    return str(raised.value)
+
+
+def test_where_it_fails_on_one_rank_all_are_told(ranks, tmp_path):
+    for said in ranks.run(4, fails_on_one, str(tmp_path)):
+        assert "failed on rank 1 of 4: KeyError: 'as planned'" in said

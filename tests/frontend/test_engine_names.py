@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import itertools
 import logging
 import subprocess
 import sys
@@ -184,14 +185,29 @@ def test_gradients_are_divided_once(use, how):
 
 def test_two_fp16_engines_in_one_graph():
     first, second = (start(Parts(), fp16={"enabled": True, "initial_scale_power": 8}) for _ in range(2))
-    loss = second(first(ones())["logits"])["loss"]
-    with pytest.raises(RuntimeError, match=r"another engine.*module.requires_grad_\(False\)"):
-        first.backward(loss)
+    first.backward(second(first(ones())["logits"])["loss"])
+    second.backward(second(ones())["loss"])
+    second.step()
+    assert second.was_step_applied()
     first.zero_grad()
     second.module.requires_grad_(False)
     first.backward(second(first(ones())["logits"])["loss"])
     first.step()
     assert first.was_step_applied() and all(param.grad is None for param in second.module.parameters())
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.product(["fp16", "bf16"], repeat=2)], ids=str)
+def test_each_engine_has_gradients_of_its_own_scale(dtypes):
+    sections = {"fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}}, "bf16": {"bf16": {"enabled": True}}}
+    first, second = (start(WithLogits(), **sections[dtype]) for dtype in dtypes)
+    loss = second(first(ones(8.0))["logits"])["loss"]
+    if dtypes == ("bf16", "fp16"):
+        with pytest.raises(RuntimeError, match=r"another engine, which has none.*module.requires_grad_\(False\)"):
+            first.backward(loss)
+        return
+    first.backward(loss)
+    for engine in (first, second):
+        assert engine.optimizer.full_grad(engine.module.weight).tolist() == [8.0] * 4
 
 
 @pytest.mark.parametrize("how", ["loss", "engine"])

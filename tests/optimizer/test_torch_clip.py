@@ -581,3 +581,25 @@ def read_on_one_rank(group: Any, stage: int) -> str:
 def test_a_norm_read_on_one_rank_alone_is_an_error_on_all(run, size, stage):
     for message in run(size, read_on_one_rank, stage):
         assert "got a norm of .grad on rank 0, step on rank 1" in message
+
+
+def read_after_a_backward_on_one_rank(group: Any) -> str:
+    param = nn.Parameter(torch.ones(70))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=1)
+    for is_run in (True, group.rank() == 0):
+        if is_run:
+            param.sum().backward()
+        try:
+            param.grad.norm()  # of which rank 1 knows the earlier one
+        except pyzero.CollectiveError as error:
+            return str(error)
+    with pytest.raises(pyzero.CollectiveError) as raised:
+        optimizer.step()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("size", [2])
+def test_a_norm_that_some_ranks_know_from_before_a_backward_of_the_others_is_told(run, size):
+    for message in run(size, read_after_a_backward_on_one_rank):
+        assert "got a norm of .grad on rank 0, step on rank 1" in message
+        assert "a backward ran on some ranks only between two norms" in message

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -390,3 +391,93 @@ def test_topology():
     assert topology.get_axis_comm_lists("pipe") == [[0, 3], [1, 4], [2, 5]]
     assert topology.get_axis_list("data", 1) == [1, 4]
     assert (topology.get_dim("pipe"), topology.get_dim("model"), topology.world_size()) == (2, 0, 6)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+class Failing(nn.Module):
+    """Fails in the calls of these numbers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.calls, self.fails_in = nn.Linear(width, width), 0, ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls in self.fails_in:
+            raise KeyError("as planned")
+        return torch.tanh(self.linear(x))
+
+
+def layer_fails(
+    group: Any, stage: int, call: int, how: str, num_stages: int = 4, **sections: Any
+) -> tuple[list[str], float, list[float]]:
+    """What a rank says of a batch in which a layer fails on one stage, or the loss; seconds; losses of other batches.
+
+    call: Which one of the layer's fails; 100 more: after a batch.
+    """
+    torch.manual_seed(0)
+    layers: list[Any] = [LayerSpec(Failing, WIDTH) for _ in range(4)]
+    model = PipelineModule(
+        layers, num_stages=num_stages, loss_fn=lambda y, x: fail_in_loss(y, x), partition_method="uniform"
+    )
+    config = {**CONFIG, **sections}
+    engine = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())[0]
+    is_victim = engine.stage_id == stage and engine.dp_rank == 0
+    generator = torch.Generator().manual_seed(1)
+    x = [torch.randn(MICRO_ROWS, WIDTH, generator=generator) for _ in range(4 * ACCUMULATION)]
+    losses = []
+
+    def fail_in_loss(y: Tensor, x: Tensor) -> Tensor:
+        if how == "loss" and is_victim and not said:
+            raise KeyError("as planned")
+        return (y - x).square().mean()
+
+    said: list[str] = ["none yet"]
+    data = iter([(one, one) for one in x])
+    data = data if engine.is_first_stage() or engine.is_last_stage() else None
+    run = engine.eval_batch if how == "eval" else engine.train_batch
+    if call > 100:  # once shapes are known
+        losses.append(float(run(data)))
+    said.clear()
+    layer = next(module for module in engine.module.modules() if isinstance(module, Failing))
+    layer.fails_in = (layer.calls + call % 100,) if is_victim and how != "loss" else ()
+    before = [param.detach().clone() for param in engine.module.parameters()]
+    begin = time.monotonic()
+    try:
+        run(data)
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+    took = time.monotonic() - begin
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    losses.append(float(run(data)))
+    return said, took, losses
+
+
+@pytest.mark.parametrize(
+    ("stage", "call", "how"),
+    [
+        *((stage, call, "train") for stage in (0, 1, 3) for call in (1, 3, 102)),
+        *((stage, call, "eval") for stage in (0, 3) for call in (1, 102)),
+        *((3, call, "loss") for call in (1, 101)),
+    ],
+)
+def test_a_layer_that_fails_is_told_of_on_all_stages(ranks, stage, call, how):
+    results = ranks.run(4, layer_fails, stage, call, how)
+    for at, ((said,), took, _) in enumerate(results):
+        told = "PipelineError: got an error in the layers of another rank" if how == "eval" else f"on ranks [{stage}]"
+        assert "KeyError: 'as planned'" in said if at == stage else told in said
+        assert took < 4.0
+    assert len({tuple(losses) for _, _, losses in results}) == 1
+
+
+@pytest.mark.parametrize("call", [1, 102])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_so_are_their_replicas(ranks, stage, call):
+    sections = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True, "initial_scale_power": 8}}
+    results = ranks.run(4, functools.partial(layer_fails, num_stages=2, **sections), 1, call, "train")
+    for at, ((said,), took, _) in enumerate(results):
+        assert "KeyError: 'as planned'" in said if at == 2 else "expected every rank to finish step" in said
+        assert took < 4.0
+    assert len({tuple(losses) for _, _, losses in results}) == 1

@@ -181,12 +181,12 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         running = Engine._in_backward
         if running is self:
             return None
-        if self.is_scaled and not self.optimizer.is_scaled_backward:
+        if self.is_scaled and not self.optimizer.is_scaled_backward and not self._is_rescaled(running):
             if running is not None:
                 raise RuntimeError(
                     "expected gradients that carry this engine's loss scale, got a backward of another engine, which "
-                    "has its own or none; freeze this model before its forward by module.requires_grad_(False) "
-                    "where its gradients are not wanted, or enable bf16 in place of fp16"
+                    "has none, or its own, which stage 3 cannot take out; freeze this model before its forward by "
+                    "module.requires_grad_(False) where its gradients are not wanted, or enable bf16 in place of fp16"
                 )
             raise RuntimeError(
                 "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
@@ -194,10 +194,15 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             )
         return None if running is not None else grad / self.batches.accumulation
 
+    def _is_rescaled(self, running: Engine | None) -> bool:
+        """Whether another engine's backward runs whose loss scale the optimizer exchanges for its own."""
+        return running is not None and running.is_scaled and self.zero_optimization_stage() < 3
+
     def _refuse_edited(self) -> None:
         running = Engine._in_backward
         is_scaled_alone = self.is_scaled and self.optimizer.is_scaled_backward and self.batches.accumulation == 1
-        if running is self or is_scaled_alone or (running is not None and not self.is_scaled):
+        is_of_other = running is not None and not self.is_scaled
+        if running is self or is_scaled_alone or is_of_other or self._is_rescaled(running):
             return
         raise RuntimeError(
             "expected outputs as the engine gave them, got one that is a view and was edited in place, past which a "

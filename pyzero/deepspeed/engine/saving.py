@@ -17,7 +17,7 @@ from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.files import CheckpointError
-from pyzero.checkpoint.loading import load_checkpoint, load_weights
+from pyzero.checkpoint.loading import load_checkpoint, load_weights, read_weights
 from pyzero.checkpoint.saving import begin, save_checkpoint
 from pyzero.comm.group import CollectiveError
 from pyzero.deepspeed.config.schema import Batches
@@ -126,20 +126,26 @@ class EngineCheckpoints:
             load_lr_scheduler_states: False leaves the schedule as it is, with its rates. One of the config takes the
                 count alone, and goes on by the config.
             load_module_only: Weights alone; counters, optimizer and schedule stay.
-            custom_load_fn: Not supported.
+            custom_load_fn: Called as `custom_load_fn(src=weights, dst=engine.module)` in place of the load of weights,
+                on every rank, with all weights and buffers by name, whole, on the CPU, as they were saved; masters
+                follow what it writes. With load_module_only, or without load_optimizer_states.
 
         Returns:
             (folder, client_state): this rank's on as many ranks as saved it, else the first rank's; (None, None) where
             no tag is given and there is no latest.
 
         Raises:
-            ValueError: The tag is no name of a folder, or there is a custom_load_fn.
+            ValueError: The tag is no name of a folder, or there is a custom_load_fn beside the optimizer's state.
             CheckpointError: `latest` is damaged; and see pyzero.load_checkpoint.
             CollectiveError: See pyzero.load_checkpoint.
             FileNotFoundError: A file of DeepSpeed's is missing.
         """
-        if custom_load_fn is not None:
-            raise ValueError("got custom_load_fn, which is not supported; load into engine.module by yourself")
+        loads_all = load_optimizer_states and not load_module_only
+        if custom_load_fn is not None and loads_all:
+            raise ValueError(
+                "expected custom_load_fn for weights alone, got it beside the optimizer's state, whose masters would "
+                "overwrite what it writes; pass load_optimizer_states=False, or load_module_only=True"
+            )
         group, what = begin(self.optimizer), f"the load of {load_dir}"
 
         def find() -> str | None:
@@ -155,9 +161,14 @@ class EngineCheckpoints:
             log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
         folder = Path(load_dir) / name
-        load = load_checkpoint if load_optimizer_states and not load_module_only else load_weights
+        load = load_checkpoint if loads_all else load_weights
         with self._as_ours(folder) as ours:
-            loaded = load(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
+            if custom_load_fn is None:
+                loaded = load(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
+            else:
+                weights, loaded = read_weights(ours, self.module, self.optimizer)
+                run_on_all_ranks(group, what, lambda: custom_load_fn(src=weights, dst=self.module))
+                self.optimizer.refresh_fp32_params()
         if not load_module_only:
             steps = loaded["step"]
             theirs = {"global_steps": steps, "global_samples": steps * self.batches.train}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import Group
+from pyzero.comm.group import CollectiveError, Group
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import tensors
 from pyzero.deepspeed.engine.engine import Engine
@@ -147,6 +148,8 @@ class PipelineEngine(Engine):
             StopIteration: The data ended, on this rank or another: raised on all.
                 pyzero.deepspeed.utils.RepeatingLoader starts it anew.
             PipelineError: Another rank's data raised an error.
+            RuntimeError: A layer's forward or the loss function failed on another rank; there it is raised as it is. No
+                rank has stepped, and training may go on.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("expected gradients to be enabled, got train_batch() in no_grad(); call eval_batch()")
@@ -155,16 +158,21 @@ class PipelineEngine(Engine):
         self.module.train()
         num_micro = self.batches.accumulation
         micro, shapes = self._pull_on_all_ranks(self.data_iterator, num_micro)
+        runner = None if self.num_stages == 1 else self._runner(True, shapes)
         with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
-            mean = self._train_alone(micro) if self.num_stages == 1 else self._runner(True, shapes).train(micro)
+            mean = self._train_alone(micro) if runner is None else runner.train(micro)
             loss = self._loss_of_all(mean)
-        if self.module.has_ties:
-            self.optimizer.sum_tied_grads(self.module.tied_params())
-        self._stepped = True
-        self.micro_steps += num_micro
-        self._num_backwards = num_micro
-        with self.timers.phase("step"):
-            self._take_step({})
+        with self._leaving_out():
+            problem = None if runner is None else runner.take_problem()
+            if problem is not None:
+                self.optimizer.raise_on_all_ranks(problem, "full_grad" if self.module.has_ties else "step")
+            if self.module.has_ties:
+                self.optimizer.sum_tied_grads(self.module.tied_params())
+            self._stepped = True
+            self.micro_steps += num_micro
+            self._num_backwards = num_micro
+            with self.timers.phase("step"):
+                self._take_step({})
         if self.monitor.enabled:
             self._loss_sum = loss
         self._report()
@@ -207,7 +215,7 @@ class PipelineEngine(Engine):
         try:
             micro, shapes = self._pull_on_all_ranks(data_iter, num_micro)
             if self.num_stages > 1:
-                mean = self._runner(False, shapes, num_micro).evaluate(micro)
+                mean = self._evaluate(self._runner(False, shapes, num_micro), micro)
             else:
                 losses = [self._loss(self._layers(inputs), labels).float() for inputs, labels in micro]
                 mean = torch.stack(losses).mean()
@@ -217,6 +225,27 @@ class PipelineEngine(Engine):
         if self.monitor.enabled:
             self.monitor.write_events([("Train/Samples/eval_loss", float(loss), self.global_samples)])
         return loss
+
+    def _evaluate(self, runner: Runner, micro: list[MicroBatch]) -> Tensor | None:
+        mean = runner.evaluate(micro)
+        problem = runner.take_problem()
+        with self._leaving_out():
+            if self._everyone.any_rank(problem is not None, "the agreement on an evaluation"):
+                raise problem or PipelineError("got an error in the layers of another rank; see its output")
+        return mean
+
+    @contextmanager
+    def _leaving_out(self) -> Iterator[None]:
+        """A batch that fails in here does on all ranks, and leaves nothing: no gradients, and no runners."""
+        try:
+            yield
+        except CollectiveError:
+            raise
+        except Exception:
+            while self._runners:  # which may have failed before they knew what is sent
+                self._runners.popitem()[1][1].free()
+            self.optimizer.zero_grad()
+            raise
 
     def _runner(self, trains: bool, shapes: float, num_micro: int | None = None) -> Runner:
         key = num_micro or self.batches.accumulation, trains

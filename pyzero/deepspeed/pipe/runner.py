@@ -1,8 +1,12 @@
-"""Micro-batches through the stages of a pipeline, by torch.distributed.pipelining."""
+"""Micro-batches through the stages of a pipeline, by torch.distributed.pipelining.
+
+A layer that fails on one stage would leave the others waiting for what it was to send. So that stage goes on to the end
+of the pass, and sends zeros; then it says so, and all ranks are in step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +16,11 @@ from pyzero.deepspeed.engine import tensors
 
 MicroBatch = tuple[Any, Any]  # inputs, labels
 _ALONE_SHAPE = (1,) * 7  # of a tensor of int8 that is sent beside the one of a tuple: torch gives it for a bare one
+_FAILED_SHAPE = (1,) * 8  # of what is sent where a stage has failed before it knew what it sends
+
+
+class _StageBefore(Exception):
+    """An earlier stage failed."""
 
 
 class Runner:
@@ -50,7 +59,7 @@ class Runner:
         self._micro: Sequence[MicroBatch] = ()
         self._losses: dict[int, Tensor] = {}
         is_last = stage == num_stages - 1
-        self._layers = _StageLayers(module, run, self._inputs if stage == 0 else None, is_last)
+        self._layers = _StageLayers(module, run, self._inputs if stage == 0 else None, is_last, device)
         self._stage = PipelineStage(self._layers, stage, num_stages, device, group=group)
         schedule = Schedule1F1B if num_micro >= num_stages else ScheduleGPipe  # 1F1B takes no fewer
         self._schedule = schedule(self._stage, num_micro, loss_fn=self._loss, scale_grads=False)
@@ -62,10 +71,22 @@ class Runner:
     def _inputs(self, number: Tensor) -> Any:
         return self._micro[int(number)][0]
 
-    def _loss(self, _: Any, number: Tensor) -> Tensor:
-        loss = self._loss_fn(self._layers.take_last(), self._micro[int(number)][1])
+    def _loss(self, outputs: Any, number: Tensor) -> Tensor:
+        last, loss = self._layers.take_last(), None
+        if self._layers.problem is None:
+            try:
+                loss = self._loss_fn(last, self._micro[int(number)][1])
+            except Exception as error:  # as in the layers
+                self._layers.problem = error
+        if loss is None:
+            loss = _zero_of(tensors.find(outputs)).to(self._stage.device)
         self._losses[int(number)] = loss.detach()
         return self._scale(loss / self._num_micro)
+
+    def take_problem(self) -> Exception | None:
+        """What has failed on this stage in the last pass."""
+        problem, self._layers.problem = self._layers.problem, None
+        return None if isinstance(problem, _StageBefore) else problem
 
     def train(self, micro: Sequence[MicroBatch]) -> Tensor | None:
         """Forward and backward of all; the mean of the losses on the last stage. micro: empty on stages between."""
@@ -86,10 +107,10 @@ class Runner:
                 return_outputs=False,
             )
             losses = [self._losses[number].float() for number in sorted(self._losses)]
-        except RuntimeError as error:
-            if error.__cause__ is None or "failed to run forward" not in str(error):
+        except RuntimeError:
+            if self._layers.problem is None:
                 raise
-            raise error.__cause__ from None  # a layer's own, of its own class
+            raise self._layers.problem from None  # zeros could not be sent in place of it
         finally:
             self._micro, self._losses = (), {}
         return torch.stack(losses).mean() if losses else None
@@ -99,9 +120,15 @@ class _StageLayers(nn.Module):
     """What PipelineStage calls. inputs: on the first stage, gives those of a number. is_last: Nothing is sent on."""
 
     def __init__(
-        self, module: nn.Module, run: Callable[[Any], Any], inputs: Callable[[Tensor], Any] | None, is_last: bool
+        self,
+        module: nn.Module,
+        run: Callable[[Any], Any],
+        inputs: Callable[[Tensor], Any] | None,
+        is_last: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self._device = device
         self._module, self._run_module = module, run
         self._inputs, self._is_last = inputs, is_last
         # torch's first call is to learn shapes, on later stages with uninitialised memory, and may run backward.
@@ -109,18 +136,40 @@ class _StageLayers(nn.Module):
         self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were before it
         self._sent: Any = None  # shape and dtype of what it gave: others expect them
         self._last: Any = None
+        self._like: list[tuple[Any, torch.dtype, bool]] = []  # shape, dtype, and whether it has a gradient, of each
+        self.problem: Exception | None = None  # what has failed in this pass, here or on a stage before
 
     def forward(self, *received: Tensor) -> Any:
-        """The module's, as tensors that can be sent; of the last stage what torch can look at."""
+        """The module's, as tensors that can be sent; of the last stage what torch can look at. Zeros once it failed."""
+        if self.problem is None:
+            try:
+                sent = self._run(received)
+                self._like = [(value.shape, value.dtype, value.requires_grad) for value in sent]
+                return sent
+            except Exception as error:  # of any kind: the other stages wait
+                self.problem = error
+                self._restore_buffers()
+        zero = _zero_of([*map(_mine, received), *self._module.parameters()])
+        like = self._like or [(_FAILED_SHAPE, torch.float32, torch.is_grad_enabled())]
+        zeros = [(torch.zeros(shape, dtype=dtype, device=self._device), has_grad) for shape, dtype, has_grad in like]
+        return tuple(value + zero.to(value) if has_grad else value for value, has_grad in zeros)
+
+    def _restore_buffers(self) -> None:
+        with torch.no_grad():
+            for buffer, before in self._before:
+                buffer.copy_(before)
+        self._before = []
+
+    def _run(self, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if any(tensor.shape == _FAILED_SHAPE for tensor in received):
+            raise _StageBefore
         with torch.no_grad():
             if self._asks_shapes:
                 self._before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
                 for tensor in received if self._inputs is None else ():
                     tensor.zero_()
             else:
-                for buffer, before in self._before:
-                    buffer.copy_(before)
-                self._before = []
+                self._restore_buffers()
         outputs = self._run_module(self._received(received) if self._inputs is None else self._inputs(received[0]))
         if self._is_last:
             self._last = outputs
@@ -136,7 +185,7 @@ class _StageLayers(nn.Module):
         return outputs
 
     def _received(self, received: tuple[Tensor, ...]) -> Any:
-        mine = tuple(_editable(tensor) if tensor.requires_grad else tensor for tensor in received)
+        mine = tuple(map(_mine, received))
         if len(mine) == 2 and mine[1].dtype == torch.int8 and mine[1].shape == _ALONE_SHAPE:
             return mine[:1]
         return mine[0] if len(mine) == 1 else mine
@@ -163,8 +212,16 @@ class _StageLayers(nn.Module):
         return (*sent, sent[0].new_zeros(_ALONE_SHAPE, dtype=torch.int8)) if is_alone else sent
 
 
-def _editable(received: Tensor) -> Tensor:
-    """A copy, which layers may edit in place, and whose gradient can be sent."""
+def _zero_of(values: Iterable[Tensor]) -> Tensor:
+    """0-D zero with gradients of zeros for all of these that have any."""
+    terms = [value.sum(dtype=torch.float32) * 0.0 for value in values if value.requires_grad]
+    return torch.stack([term.nan_to_num() for term in terms]).sum() if terms else torch.zeros(())
+
+
+def _mine(received: Tensor) -> Tensor:
+    """Where it has a gradient, a copy, which layers may edit in place, and whose gradient can be sent."""
+    if not received.requires_grad:
+        return received
     copy = received.clone()
     copy.register_hook(Tensor.contiguous)
     return copy

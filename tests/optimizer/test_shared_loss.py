@@ -1,0 +1,197 @@
+"""A loss that reaches parameters of another optimizer: each gets its own gradients, whatever scale the loss has."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import assert_same
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pyzero
+
+SCALE = pyzero.LossScale(init_scale=2.0**10)
+OTHER = pyzero.LossScale(init_scale=2.0**4)
+
+
+def layers(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+
+
+def inputs(step: int, rank: int) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(step * 4 + rank))
+
+
+class Cast(nn.Module):
+    """Layers of any dtype between fp32 tensors."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers, self.dtype = layers(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.to(self.dtype)).float()
+
+
+def train(group: Any, stage: int, dtype: torch.dtype, other_scale: Any, how: str) -> list[list[Tensor]]:
+    """Gradients that an optimizer gets of its own loss and of another's."""
+    rank = group.rank()
+    first, second = Cast(torch.float32), Cast(dtype)
+    head = nn.Linear(4, 8)
+    scale = None if how == "plain" else SCALE
+    common: dict[str, Any] = {"process_group": group, "stage": stage}
+    other = pyzero.FusedZeroSGD(second.parameters(), lr=0.5, loss_scale=other_scale, **common)
+    optimizer = pyzero.FusedZeroSGD([*first.parameters(), *head.parameters()], lr=0.5, loss_scale=scale, **common)
+    seen = []
+    for step in range(3):
+        loss = (second(head(first(inputs(step, rank)))) ** 2).mean()
+        if how == "checkpoint":
+            loss = (checkpoint(second, head(first(inputs(step, rank))), use_reentrant=True) ** 2).mean()
+        if how in ("backward", "plain", "checkpoint"):
+            optimizer.backward(loss)
+        elif how == "scale":
+            optimizer.scale(loss).backward()
+        elif how == "held":
+            with optimizer.scaled_gradients():
+                optimizer.scale(loss).backward()
+        other.backward((second(inputs(step + 8, rank)) ** 2).mean())
+        assert not other.is_scaled_backward
+        seen.append([other.full_grad(param) for param in second.parameters()])
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+    seen.append([param.detach().float().clone() for param in (*first.parameters(), *second.parameters())])
+    return seen
+
+
+def check(run: Any, size: int, stage: int, dtype: torch.dtype, other_scale: Any, how: str) -> None:
+    for scaled, plain in zip(
+        run(size, train, stage, dtype, other_scale, how), run(size, train, stage, dtype, None, "plain"), strict=True
+    ):
+        for mine, wanted in zip(scaled, plain, strict=True):
+            assert_same(mine, wanted)
+
+
+@pytest.mark.parametrize("scales", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, OTHER)], ids=str)
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_gradients_are_those_without_a_scale(run, size, stage, scales):
+    check(run, size, stage, *scales, "backward")
+
+
+@pytest.mark.parametrize("how", ["scale", "held", "checkpoint"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_so_they_are_however_backward_runs(run, size, how):
+    check(run, size, 2, torch.float32, OTHER, how)
+
+
+def pair(first_scale: Any, second_scale: Any, is_first_built_last: bool = False) -> list[Any]:
+    """Two weights of ones, in fp32, and their optimizers."""
+    order = -1 if is_first_built_last else 1
+    built = [(nn.Parameter(torch.ones(4)), scale) for scale in (first_scale, second_scale)][::order]
+    made = [(weight, pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=scale)) for weight, scale in built]
+    return [one for both in zip(*made[::order], strict=True) for one in both]
+
+
+@pytest.mark.parametrize("is_first_built_last", [False, True])
+def test_one_without_a_scale_notices_whatever_was_built_first(is_first_built_last):
+    first, second, optimizer, other = pair(SCALE, None, is_first_built_last)
+    optimizer.backward((first * second).sum())
+    assert torch.equal(second.grad, torch.ones(4))
+    assert torch.equal(other.full_grad(second), torch.ones(4))
+    assert torch.equal(optimizer.full_grad(first), torch.ones(4))
+
+
+class Failing(torch.autograd.Function):
+    """Its backward does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ValueError("as planned")
+
+
+@pytest.mark.parametrize("other_scale", [OTHER, None], ids=["scaled", "plain"])
+def test_a_backward_that_breaks_off_leaves_no_trace_in_the_other(other_scale):
+    first, second, optimizer, other = pair(SCALE, other_scale)
+    with pytest.raises(ValueError, match="as planned"):
+        optimizer.scale((Failing.apply(first) * second).sum()).backward()
+    second.grad = None
+    (second * 3.0).sum().backward()
+    assert not other.is_scaled_backward
+    assert torch.equal(second.grad, torch.full((4,), 3.0))
+    assert torch.equal(other.full_grad(second), torch.full((4,), 3.0))
+
+
+def test_what_both_have_keeps_the_scale_of_the_one_whose_backward_it_is():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=SCALE)
+    other = pyzero.FusedZeroSGD([weight], lr=1.0, loss_scale=None)
+    optimizer.backward(weight.sum())
+    assert torch.equal(weight.grad, torch.full((4,), SCALE.init_scale))
+    optimizer.step()
+    assert optimizer.grad_norm == 2.0
+    assert other is not None
+
+
+def test_gradients_of_a_loss_without_the_scale_are_refused_in_the_same_sum():
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    second.sum().backward()
+    with pytest.raises(RuntimeError, match="call optimizer.backward"):
+        optimizer.backward((first * second).sum())
+    other.zero_grad()
+    optimizer.zero_grad()
+    optimizer.backward((first * second).sum())
+    assert torch.equal(other.full_grad(second), torch.ones(4))
+
+
+def adversaries(group: Any, stage: int, dtype: torch.dtype) -> list[Tensor]:
+    """A generator and a discriminator after a few steps, each with its optimizer, as in torch's tutorial."""
+    torch.manual_seed(5)
+    generator, discriminator = (nn.Linear(4, 4).to(dtype) for _ in range(2))
+    scale = SCALE if dtype == torch.float16 else None
+    nets = (discriminator, generator)
+    optimizers = [
+        pyzero.FusedZeroSGD(net.parameters(), lr=0.125, process_group=group, stage=stage, loss_scale=scale)
+        for net in nets
+    ]
+    for step in range(3):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step * 4 + group.rank())).to(dtype)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        fake = generator(x)
+        optimizers[0].backward((discriminator(fake.detach()) - discriminator(x)).float().tanh().mean())
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        optimizers[1].backward(-discriminator(fake).float().tanh().mean())
+        optimizers[1].step()
+        for optimizer in optimizers:
+            assert optimizer.was_step_applied
+            optimizer.zero_grad()
+        # A loss for both, as of an encoder and a decoder:
+        optimizers[1].backward((discriminator(generator(x)) ** 2).float().mean())
+        for optimizer in optimizers:
+            optimizer.step()
+    return [param.detach().float() for net in nets for param in net.parameters()]
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_adversaries_in_fp16_follow_those_in_fp32(run, size, stage):
+    both = zip(run(size, adversaries, stage, torch.float16), run(size, adversaries, stage, torch.float32), strict=True)
+    for mine, wanted in both:
+        for a, b in zip(mine, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)  # weights are rounded to 11 bits in each step
+
+
+def test_under_compiled_autograd():
+    from torch._dynamo import compiled_autograd
+
+    enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    with enable(torch.compile(backend="eager")):
+        optimizer.backward((first * second).sum())
+    assert torch.equal(other.full_grad(second), torch.ones(4))
+    assert torch.equal(optimizer.full_grad(first), torch.ones(4))
