@@ -12,6 +12,7 @@ from pyzero.deepspeed.engine import tensors
 
 MicroBatch = tuple[Any, Any]  # inputs, labels
 _ALONE_SHAPE = (1,) * 7  # of a tensor of int8 that is sent beside the one of a tuple: torch gives it for a bare one
+_SENDS_INTEGERS = torch.__version__ >= "2.13"  # compared as versions; before, all that is received wants a gradient
 
 
 class Runner:
@@ -87,6 +88,7 @@ class Runner:
             )
             losses = [self._losses[number].float() for number in sorted(self._losses)]
         except RuntimeError as error:
+            self._layers.check_dtypes()  # torch fails on the stages that receive
             if error.__cause__ is None or "failed to run forward" not in str(error):
                 raise
             raise error.__cause__ from None  # a layer's own, of its own class
@@ -108,10 +110,13 @@ class _StageLayers(nn.Module):
         self._asks_shapes = True
         self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were before it
         self._sent: Any = None  # shape and dtype of what it gave: others expect them
+        self._integers: set[str] = set()  # dtypes received or sent that have no gradients
         self._last: Any = None
 
     def forward(self, *received: Tensor) -> Any:
         """The module's, as tensors that can be sent; of the last stage what torch can look at."""
+        if not self._asks_shapes:  # in the first call others wait for shapes
+            self.check_dtypes()
         with torch.no_grad():
             if self._asks_shapes:
                 self._before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
@@ -127,8 +132,20 @@ class _StageLayers(nn.Module):
             sent = tuple(tensors.find(outputs))
         else:
             sent = self._sendable(outputs)
+        if self._asks_shapes:
+            passed = (*(received if self._inputs is None else ()), *(() if self._is_last else sent))
+            self._integers = {str(tensor.dtype) for tensor in passed if not tensor.is_floating_point()}
         self._asks_shapes = False
         return sent
+
+    def check_dtypes(self) -> None:
+        """Refuse what an older torch cannot pass on."""
+        if self._integers and not _SENDS_INTEGERS:
+            raise TypeError(
+                f"expected floating-point tensors between stages, for torch {torch.__version__} sends no others, got "
+                f"{', '.join(sorted(self._integers))} (a tuple of one tensor adds int8); install torch 2.13 or newer, "
+                f"or have layers give masks as floats, and a tensor instead of a tuple of one"
+            )
 
     def take_last(self) -> Any:
         """What the module of the last stage gave last, of whatever kind."""
@@ -159,8 +176,14 @@ class _StageLayers(nn.Module):
                 f"give the same shapes for inputs of the same shapes"
             )
         sent = tuple(value.contiguous() for value in several)
+        if not _SENDS_INTEGERS and torch.is_grad_enabled():
+            sent = tuple(_with_gradient(value) for value in sent)
         is_alone = len(several) == 1 and not isinstance(outputs, Tensor)
         return (*sent, sent[0].new_zeros(_ALONE_SHAPE, dtype=torch.int8)) if is_alone else sent
+
+
+def _with_gradient(sent: Tensor) -> Tensor:
+    return sent if sent.requires_grad or not sent.is_floating_point() else sent.detach().requires_grad_()
 
 
 def _editable(received: Tensor) -> Tensor:
