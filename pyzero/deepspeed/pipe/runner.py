@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ class Runner:
     ) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # half a second
 
+        if "scale_grads" not in inspect.signature(ScheduleGPipe).parameters:
+            raise RuntimeError(
+                f"expected a torch whose pipelines take scale_grads for more than one stage, got torch "
+                f"{torch.__version__}; install torch 2.11 or newer, or take num_stages=1"
+            )
         self._loss_fn, self._scale, self._num_micro = loss_fn, scale, num_micro
         self._micro: Sequence[MicroBatch] = ()
         self._losses: dict[int, Tensor] = {}
