@@ -71,7 +71,7 @@ def mapped_names() -> set[str]:
 
 def last_error(printed: str) -> str:
     """The last line of a traceback; a library may tell of leaks after it."""
-    return [line for line in printed.splitlines() if re.match(r"[\w.]+Error: ", line)][-1]
+    return [line for line in printed.splitlines() if re.match(r"(\[rank\d+\]: )?[\w.]+Error: ", line)][-1]
 
 
 def group_lives(pgid: int) -> bool:
