@@ -78,7 +78,7 @@ text = data.load(args.data, CONTEXT)
 for step in tqdm(range(first, first + args.steps), disable=dist.get_rank() != 0):
     rows = text.batch(step, ROWS, CONTEXT + 1, seed=0).tensor_split(mesh["dp"].size())[replica]
     losses: list[Tensor] = []
-    inputs = (rows[:, :-1],) if stage.is_first else ()
+    inputs = (rows[:, :-1].contiguous(),) if stage.is_first else ()  # torch 2.11 refuses strides of a part
     schedule.step(*inputs, target=rows[:, 1:] if stage.is_last else None, losses=losses, return_outputs=False)
     optimizer.step()  # stage 2: each micro-batch's gradients were reduced over "dp" in its backward
     optimizer.zero_grad()

@@ -108,11 +108,15 @@ def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, T
 
 
 def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Hand extra state, by torch.distributed.checkpoint's names, to those modules that the model has."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    """Hand extra state, by torch.distributed.checkpoint's names, to those modules that the model has.
 
-    if state:
-        set_model_state_dict(model, state, options=StateDictOptions(strict=False))
+    One by one: where DDP or torch.compile adds to names, torch 2.6 wants every weight beside it.
+    """
+    for name, module in model.named_modules(remove_duplicate=False) if state else ():
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            (fqn,) = _fqns(model, f"{name}.{_EXTRA_STATE_KEY_SUFFIX}".removeprefix("."))
+            if fqn in state:
+                module.set_extra_state(state[fqn])
 
 
 @dataclass

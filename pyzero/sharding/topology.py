@@ -192,11 +192,20 @@ def _data_group(dtensors: list[Any], model: dict[_Ranks, Any], split: set[_Ranks
 
 def _root_dims(dtensors: list[Any]) -> Iterator[tuple[_Ranks, Any]]:
     """Dimensions of the meshes that the DTensors' were sliced from."""
-    for root in dict.fromkeys(param.device_mesh._get_root_mesh() for param in dtensors):
+    for root in dict.fromkeys(_root_of(param.device_mesh) for param in dtensors):
         for index in range(root.ndim):
             if root.size(index) > 1:
                 handle = root.get_group(index)
                 yield _ranks_of(handle), handle
+
+
+def _root_of(mesh: Any) -> Any:
+    """The mesh that one was sliced from; itself where there is none."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed import device_mesh  # of torch 2.6
+
+    return getattr(device_mesh, "_mesh_resources").get_root_mesh(mesh)  # noqa: B009  newer ones have it no more
 
 
 def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:

@@ -327,7 +327,7 @@ def test_torch_loads_it_without_us(tmp_path):
     other = nn.Linear(3, 2)
     theirs = torch.optim.AdamW(other.parameters(), lr=1.0)
     state = dict(zip(("model", "optim"), get_state_dict(other, theirs), strict=True))
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    dcp.load(state, checkpoint_id=folder)
     set_state_dict(other, theirs, model_state_dict=state["model"], optim_state_dict=state["optim"])
     for param, mine in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(param, mine)

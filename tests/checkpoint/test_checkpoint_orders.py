@@ -256,7 +256,7 @@ def test_extra_state_of_modules_comes_back(tmp_path, kind, wrap):
         counts.append(module.count)
     assert counts == [7, 7]
     theirs = {"model": nn.ModuleDict({"inner": Counting(kind, 0)}).state_dict()}
-    dcp.load(theirs, checkpoint_id=folder, no_dist=True)
+    dcp.load(theirs, checkpoint_id=folder)
     assert_equal(theirs["model"]["inner._extra_state"], Counting(kind, 7).get_extra_state())
 
 

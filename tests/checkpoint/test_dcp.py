@@ -82,6 +82,8 @@ def test_any_number_of_ranks_goes_on_bit_for_bit(ranks, tmp_path, size, kind, dt
 
 @pytest.mark.parametrize("how", ["state_dict()", "async", "cpu_offload"])
 def test_ways_to_save(ranks, tmp_path, how):
+    if how == "async" and torch.__version__ < "2.7":
+        pytest.skip("async_save() of torch 2.6 writes what lies in host memory as it is by then")
     ranks.run(3, saved, "adamw", torch.bfloat16, how, tmp_path)
     wanted = ranks.run(3, uninterrupted, "adamw", torch.bfloat16)[0]
     for got in ranks.run(2, resumed, "adamw", torch.bfloat16, how, tmp_path):

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_torch_goes_on(ranks, tmp_path, sharded):
 def test_masters_that_a_checkpoint_lacks_follow_the_weights(ranks, tmp_path):
     ranks.run(1, their_run, tmp_path, False)
     model = make_mlp(1).bfloat16()
-    dcp.load({"model": (state := model.state_dict())}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"model": (state := model.state_dict())}, checkpoint_id=tmp_path)
     for size in (1, 2):
         for got in ranks.run(size, our_resume, tmp_path, torch.bfloat16):
             for name, value in state.items():

@@ -584,6 +584,8 @@ def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tenso
 
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 def test_compiled_autograd_runs_the_hooks(ranks, size, stage):
+    if size > 1 and torch.__version__ < "2.7":
+        pytest.skip("compiled autograd of torch 2.6 runs no hooks of parameters")
     wanted = ranks.run(size, with_compiled_autograd, stage, False)[0]
     for got in ranks.run(size, with_compiled_autograd, stage, True):
         assert_same(got, wanted)

@@ -355,6 +355,8 @@ def test_profiler_of_all_threads():
 
     params, optimizer = lone(pyzero.FusedZeroAdam)
     give_gradients(params, 0)
+    if "profile_all_threads" not in (_ExperimentalConfig.__init__.__doc__ or ""):
+        pytest.skip("this torch does not profile all threads")
     everyones = _ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(experimental_config=everyones) as profile:
         thread = threading.Thread(target=optimizer.step)

@@ -158,6 +158,18 @@ def test_weights_swapped_with_an_average_by_pointer():
     assert (average == 2.0).all()
 
 
+def test_garbage_does_not_hold_what_weights_have_left():
+    """A cycle, which the collector has yet to find."""
+    model = nn.Linear(3, 1).bfloat16()
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    cycle: list[Any] = [model.weight.data]
+    cycle.append(cycle)
+    model.weight.data = model.weight.data + 1
+    wanted = model.weight.detach().float()
+    del cycle
+    assert torch.equal(optimizer.full_master(model.weight), wanted)
+
+
 def test_a_backward_through_weights_that_a_step_has_changed_is_an_error():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = pyzero.FusedZeroAdamW(model.parameters())

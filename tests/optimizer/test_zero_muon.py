@@ -14,6 +14,7 @@ from pyzero.sharding.layout import Cut, Key, ParamSpec, plan
 STEPS = 4
 MUON = dict(lr=0.02, weight_decay=0.1, momentum=0.9)
 ADAMW = dict(lr=3e-3, betas=(0.8, 0.95), weight_decay=0.05)
+needs_torchs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
 
 class Net(nn.Module):
@@ -94,6 +95,7 @@ def by_torch(before: list[Tensor], grads: list[list[Tensor]], options: dict[str,
     ]
 
 
+@needs_torchs_muon
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("size", "stage", "options"),
@@ -211,6 +213,7 @@ def test_a_matrix_that_went_to_adamw(tmp_path):
     optimizer.step()
 
 
+@needs_torchs_muon
 def test_state_of_torchs_muon_is_taken():
     mine, theirs = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(3))
     optimizer, torchs = pyzero.ZeroMuon([mine]), torch.optim.Muon([theirs], **MUON)

@@ -16,6 +16,7 @@ from pyzero.deepspeed.pipe import LayerSpec, PipelineModule
 from pyzero.deepspeed.pipe.engine import PipelineError
 
 WIDTH, NUM_MICRO = 6, 3
+SENDS_INTEGERS = torch.__version__ >= "2.13"
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": NUM_MICRO,
@@ -66,11 +67,19 @@ def bare(value: Any) -> Tensor:
     return inner
 
 
+def one(value: Tensor) -> Any:
+    return (value,)
+
+
+def with_mask(value: Tensor) -> Any:
+    return value, value > 0
+
+
 def kinds(name: str) -> tuple[list[Any], Any]:
     """Four layers, cut in the middle, and a loss function."""
     between: dict[str, tuple[Any, Any]] = {
         "plain": (None, None),
-        "a tuple of one": (lambda x: (x,), bare),
+        "a tuple of one": (one, bare),
         "a transposed tensor": (lambda x: x.T, lambda x: x.T),
         "two views": (lambda x: (x[:, :3], x[:, 3:]), lambda pair: torch.cat(pair, 1)),
         "edited in place": (None, lambda x: x.mul_(1.0)),
@@ -92,13 +101,33 @@ def train(group: Any, name: str) -> list[float]:
 
 @pytest.mark.parametrize(
     "name",
-    ["a tuple of one", "a transposed tensor", "two views", "edited in place", "a dict from the last layer"],
+    [
+        pytest.param(
+            "a tuple of one", marks=pytest.mark.skipif(not SENDS_INTEGERS, reason="this torch sends floats alone")
+        ),
+        "a transposed tensor",
+        "two views",
+        "edited in place",
+        "a dict from the last layer",
+    ],
 )
 def test_what_layers_give(ranks, name):
     wanted = ranks.run(4, train, "plain")[0]
     for found in ranks.run(4, train, name):
         assert found == pytest.approx(wanted)
     assert wanted[1] < wanted[0]
+
+
+def integers(group: Any, after: Callable[[Tensor], Any]) -> None:
+    engine = initialize([Layer(0), Layer(1, after=after), Layer(2, before=lambda pair: pair[0]), Layer(3)])
+    with pytest.raises(TypeError, match="floating-point tensors between .*got torch.(int8|bool).*install torch 2.13"):
+        engine.train_batch(iter(batches(NUM_MICRO)))
+
+
+@pytest.mark.skipif(SENDS_INTEGERS, reason="torch from 2.13 on sends integers")
+@pytest.mark.parametrize("after", [one, with_mask])
+def test_integers_between_stages_are_refused_on_all_of_them(ranks, after):
+    ranks.run(4, integers, after)
 
 
 def other_shapes(group: Any, num_stages: int) -> list[float]:

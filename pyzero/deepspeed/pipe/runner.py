@@ -16,6 +16,7 @@ from pyzero.deepspeed.engine import tensors
 
 MicroBatch = tuple[Any, Any]  # inputs, labels
 _ALONE_SHAPE = (1,) * 7  # of a tensor of int8 that is sent beside the one of a tuple: torch gives it for a bare one
+_SENDS_INTEGERS = torch.__version__ >= "2.13"  # compared as versions; before, all that is received wants a gradient
 _FAILED_SHAPE = (1,) * 8  # of what is sent where a stage has failed before it knew what it sends
 
 
@@ -208,14 +209,33 @@ class _StageLayers(nn.Module):
                 f"give the same shapes for inputs of the same shapes"
             )
         sent = tuple(value.contiguous() for value in several)
-        is_alone = len(several) == 1 and not isinstance(outputs, Tensor)
-        return (*sent, sent[0].new_zeros(_ALONE_SHAPE, dtype=torch.int8)) if is_alone else sent
+        if len(several) == 1 and not isinstance(outputs, Tensor):
+            sent = (*sent, sent[0].new_zeros(_ALONE_SHAPE, dtype=torch.int8))
+        if _SENDS_INTEGERS:
+            return sent
+        _check_floats(sent)
+        return tuple(map(_with_gradient, sent)) if torch.is_grad_enabled() else sent
 
 
 def _zero_of(values: Iterable[Tensor]) -> Tensor:
     """0-D zero with gradients of zeros for all of these that have any."""
     terms = [value.sum(dtype=torch.float32) * 0.0 for value in values if value.requires_grad]
     return torch.stack([term.nan_to_num() for term in terms]).sum() if terms else torch.zeros(())
+
+
+def _check_floats(sent: Iterable[Tensor]) -> None:
+    """Refuse what an older torch cannot pass on."""
+    integers = {str(tensor.dtype) for tensor in sent if not tensor.is_floating_point()}
+    if integers:
+        raise TypeError(
+            f"expected floating-point tensors between stages, for torch {torch.__version__} sends no others, got "
+            f"{', '.join(sorted(integers))} (a tuple of one tensor adds int8); install torch 2.13 or newer, "
+            f"or have layers give masks as floats, and a tensor instead of a tuple of one"
+        )
+
+
+def _with_gradient(sent: Tensor) -> Tensor:
+    return sent if sent.requires_grad else sent.detach().requires_grad_()
 
 
 def _mine(received: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -48,6 +49,11 @@ def shard(
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise RuntimeError(
+            f"expected a torch whose fully_shard takes ignored_params for stage 3, got torch {torch.__version__}; "
+            f"install torch 2.11 or newer, or take stage 2"
+        )
     group = Group(parallel.data_group)
     if is_sharded(model):
         _check_as_wanted(model, group, dtype)
