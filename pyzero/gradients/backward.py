@@ -56,6 +56,7 @@ class GradientHooks:
     Attributes:
         factor: Asked before `before` in a backward that carries somebody's loss scale: what the gradient of a parameter
             is to be multiplied by, or None.
+        own: Not asked while this is set, of a backward of the optimizer's own.
     """
 
     factor: weakref.WeakMethod[_Factor] | None = None
@@ -65,6 +66,7 @@ class GradientHooks:
         self._after = weakref.WeakMethod(after)
         self._without = weakref.WeakMethod(without)
         self._missed = weakref.WeakMethod(missed)
+        self.own = _Own()
         self._handles: list[Any] = []
         # By parameter: its AccumulateGrad node, which it holds only weakly itself.
         self._nodes: MutableMapping[Tensor, tuple[Any, _Arrival]] = WeakIdKeyDictionary()
@@ -85,7 +87,9 @@ class GradientHooks:
     def _hook_node(self, param: Tensor, node: Any, arrival: _Arrival) -> None:
         self._nodes[param] = node, arrival
         factor: weakref.WeakMethod[_Factor] = weakref.WeakMethod(self._factor_of)
-        self._handles.append(node.register_prehook(_before_hook(self._before, self._without, factor, param, arrival)))
+        self._handles.append(
+            node.register_prehook(_before_hook(self._before, self._without, factor, self.own, param, arrival))
+        )
 
     def has(self, param: Tensor) -> bool:
         """Whether a parameter has these hooks, maybe as another optimizer's LocalParam."""
@@ -98,7 +102,7 @@ class GradientHooks:
 
     def _factor_of(self, param: Tensor) -> Tensor | None:
         factor = self.factor and self.factor()
-        return factor(param) if factor else None
+        return factor(param) if factor and not self.own.runs else None
 
     def follow_nodes(self, param: Tensor) -> bool:
         """Whether torch has replaced this parameter's node; all nodes that it has replaced are hooked then."""
@@ -150,6 +154,12 @@ def _accumulator(leaf: Tensor) -> Any:
         return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
+class _Own:
+    """Whether a scaled backward of the optimizer's own runs: known without a call for each gradient."""
+
+    runs = False
+
+
 class _Arrival:
     """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too."""
 
@@ -160,6 +170,7 @@ def _before_hook(
     before: weakref.WeakMethod[_ParamHook],
     without: weakref.WeakMethod[_ParamHook],
     factor_of: weakref.WeakMethod[_Factor],
+    own: _Own,
     param: Tensor,
     arrival: _Arrival,
 ) -> Callable[[Any], None]:
@@ -171,7 +182,7 @@ def _before_hook(
         if alive is not None and not has_grad:
             _call_eagerly(without, alive)
         elif alive is not None:
-            factor = _call_eagerly(factor_of, alive) if _scaled else None
+            factor = _call_eagerly(factor_of, alive) if _scaled and not own.runs else None
             _call_eagerly(before, alive)
             if isinstance(alive, LocalParam):
                 alive.park()

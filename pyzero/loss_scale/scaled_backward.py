@@ -95,8 +95,6 @@ class ScaledBackward:
 
     def _factor_of_other(self, param: Tensor) -> Tensor | None:
         """What a gradient that arrives is to be multiplied by, where it carries the loss scale of another optimizer."""
-        if self._running is not None and not self._is_guest:
-            return None
         host = scale_of_backward()
         if host in (None, self) or host._gradients.hooks.has(param) or not self._gradients.hooks.is_latest(param):
             if self._is_guest:  # of a backward that an exception has ended
@@ -106,18 +104,18 @@ class ScaledBackward:
         if not self._scaler.enabled:
             return unscale
         if not self._is_guest:
-            self._begin()
-            self._is_guest = True
+            self._begin(as_guest=True)
             host._guests.add(self)
         return unscale.to(self._scaler.scale.device) * self._scaler.scale
 
-    def _begin(self) -> None:
+    def _begin(self, as_guest: bool = False) -> None:
         if self._is_held:
             return
         self.end()  # of one that an exception has ended
         running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
         running.__enter__()  # raises where `.grad` carries another scale
         self._running, self._has_run = running, True
+        self._is_guest, self._gradients.hooks.own.runs = as_guest, not as_guest
 
     def end(self) -> None:
         """Gradients that arrive from now on carry no scale."""
@@ -127,7 +125,7 @@ class ScaledBackward:
         for guest in [*self._guests]:
             guest.end()
         self._guests.clear()
-        self._is_guest = False
+        self._is_guest = self._gradients.hooks.own.runs = False
         running, self._running = self._running, None
         if running is not None:
             running.__exit__(None, None, None)
