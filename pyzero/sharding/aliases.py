@@ -34,7 +34,7 @@ def refuse_aliases(params: Sequence[Tensor], warns: bool) -> None:
     Raises:
         ValueError: A buffer, or another parameter of the modules that hold these, lies in the memory of one.
     """
-    found = _find(params)
+    found = _find_lasting(params)
     names = _names_by_module(found)
     labels = _labels(params, names)
     for param, alias in found:
@@ -46,7 +46,7 @@ def refuse_aliases(params: Sequence[Tensor], warns: bool) -> None:
 
 def tell_of_aliases(params: Sequence[Tensor]) -> None:
     """Called before parameters move from buckets to others: warn of tensors that stay."""
-    found = _find(params)
+    found = _find_lasting(params)
     _warn(found, _labels(params, _names_by_module(found)))
 
 
@@ -70,6 +70,14 @@ def _warn(found: _Pairs, labels: dict[int, str]) -> None:
         ", ".join(told[:_MOST_NAMED]),
         f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else "",
     )
+
+
+def _find_lasting(params: Sequence[Tensor]) -> _Pairs:
+    """`_find`, without what goes by itself: garbage, and what a collective that has ended has not let go of yet."""
+    if not _find(params):
+        return []
+    gc.collect()
+    return _find(params)
 
 
 def _find(params: Sequence[Tensor]) -> _Pairs:

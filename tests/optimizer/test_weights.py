@@ -313,7 +313,14 @@ def saved_and_cloned() -> list[nn.Parameter]:
     return model.trained()
 
 
-@pytest.mark.parametrize("make", [flat_pair, lstm_half_frozen, saved_and_cloned])
+def with_garbage() -> list[nn.Parameter]:
+    model = Tied("apart")
+    cycle: list[Any] = [model.state_dict()]
+    cycle.append(cycle)
+    return model.trained()
+
+
+@pytest.mark.parametrize("make", [flat_pair, lstm_half_frozen, saved_and_cloned, with_garbage])
 def test_parameters_that_share_a_storage_alone_are_not_warned_of(caplog, make):
     params = make()
     for _ in range(2):
