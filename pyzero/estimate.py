@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.arguments import check_bucket_cap
+from pyzero.gradients.accumulation import elements_compared_at_once
 from pyzero.optimizers.adam import AdamRule
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
@@ -72,6 +73,7 @@ class _Plan:
     reads_lists: bool  # the rule
     shares_memory: bool
     accumulates: bool
+    on_gpu: bool
 
     @property
     def defers(self) -> bool:
@@ -89,10 +91,17 @@ class _Plan:
     def grads(self, layout: BucketLayout) -> int:
         return sum(slot.numel for slot in layout.param_slots) * self.element_bytes[layout.key]
 
-    def largest(self, layouts: Sequence[BucketLayout]) -> int:
-        """The largest gradient, which comes beside its sum, or is compared with it where that is sent."""
-        sizes = [slot.numel * self.element_bytes[layout.key] for layout in layouts for slot in layout.param_slots]
+    def arriving(self) -> int:
+        """The largest gradient, which comes beside its sum."""
+        sizes = [slot.numel * self.element_bytes[layout.key] for layout in self.layouts for slot in layout.param_slots]
         return max(sizes, default=0) if self.accumulates else 0
+
+    def comparing(self, layout: BucketLayout) -> int:
+        """What it takes to compare a 16-bit gradient with the fp32 sum behind it, before that is sent."""
+        if not self.accumulates or self.element_bytes[layout.key] == _FP32:
+            return 0
+        most = max(slot.numel for slot in layout.param_slots)
+        return min(most, elements_compared_at_once(not self.on_gpu)) * (7 if self.on_gpu else 2)
 
     def local_sums(self, layout: BucketLayout) -> int:
         """Gradients, and where 16-bit ones of several backwards wait, the fp32 sum behind them."""
@@ -306,7 +315,7 @@ def _estimate(shapes: Sequence[tuple[int, int, bool]], setup: _Setup) -> Estimat
     sizes = {key: size for size, key in keys.items()}
     shares_memory = num_ranks > 1 and not setup.on_gpu and setup.transport in ("auto", "peer")
     reduces = setup.reduces and num_ranks > 1
-    chosen = _Plan(layouts, sizes, stage, reduces, rule.reads_lists, shares_memory, setup.accumulates)
+    chosen = _Plan(layouts, sizes, stage, reduces, rule.reads_lists, shares_memory, setup.accumulates, setup.on_gpu)
     frozen = sum(numel * size for numel, size, requires_grad in shapes if not requires_grad)
     held, worst = _gradients(chosen)
     sharded = sum(_sharded(layout, sizes[layout.key], rule.slots) for layout in layouts)
@@ -341,7 +350,7 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
         runs = [(layout.key, run) for layout in layouts for run in layout.shard_runs(0)]
         all_grads = sum(chosen.grads(layout) for layout in layouts)
         packed = [(run.high - run.low) * chosen.element_bytes[key] for key, run in runs]
-        return all_grads, all_grads + max(chosen.largest(layouts), 0 if chosen.reads_lists else max(packed, default=0))
+        return all_grads, all_grads + max(chosen.arriving(), 0 if chosen.reads_lists else max(packed, default=0))
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]
     # Sent and received; in memory that is shared anyway nothing more.
@@ -352,11 +361,11 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
         # All gradients wait for the round, or in stage 2 those of a bucket; each bucket frees its own.
         waiting = sum(grads[index + 1 :]) if chosen.defers else 0
         in_front = moving[index - 1] if index else 0  # the bucket before is still on its way
-        sending = moving[index] // 2 + chosen.largest([layouts[index]])
+        sending = moving[index] // 2 + chosen.comparing(layouts[index])
         packing = waiting + grads[index] + sending + in_front + sum(shards[: max(index - 1, 0)])
         worst = max(worst, packing, waiting + moving[index] + in_front + sum(shards[:index]))
     if chosen.defers:
-        worst = max(worst, sum(grads) + chosen.largest(layouts))
+        worst = max(worst, sum(grads) + chosen.arriving())
     return sum(grads) if chosen.stage == 1 else sum(shards), worst
 
 

@@ -38,7 +38,8 @@ class DeferredClip:
         """0-D: what gradients are to be multiplied by, or None. After check().
 
         Once a step has used the factor, new gradients may have come that no version shows (a replayed CUDA graph, a
-        collective): a norm of another magnitude tells, and the factor is not theirs. One of the same is clipped alike.
+        collective): a norm of another magnitude tells, and the factor is not theirs. One of the same is clipped alike,
+        to the norm of before.
 
         Args:
             sumsq: 0-D: the sum of squares of all gradients, as they are now, without the factor.

@@ -1221,10 +1221,12 @@ def summed_by_hand(group: Any, stage: int, dtype: torch.dtype, num_backwards: in
     """Weights after a step of SGD on gradients that the caller has summed over ranks, as of a weight on two stages."""
     weight = nn.Parameter(torch.zeros(70, dtype=dtype))
     optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, process_group=group, stage=stage, loss_scale=None)
+    if how == "all_reduce, from an odd address":
+        weight.grad = torch.zeros(71, dtype=dtype)[1:]
     with optimizer.no_sync():
         for _ in range(num_backwards):
             weight.sum().backward()
-    if how == "all_reduce":
+    if how.startswith("all_reduce"):
         dist.all_reduce(weight.grad, group=group)
     else:
         weight.grad.data.mul_(group.size())
@@ -1234,7 +1236,7 @@ def summed_by_hand(group: Any, stage: int, dtype: torch.dtype, num_backwards: in
 
 
 @STAGES
-@pytest.mark.parametrize("how", ["all_reduce", "data"])
+@pytest.mark.parametrize("how", ["all_reduce", "all_reduce, from an odd address", "data"])
 @pytest.mark.parametrize("num_backwards", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_collective_on_grad_counts(run, stage, dtype, num_backwards, how):
