@@ -165,6 +165,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
         tensors = {name: value for name, value in tensors.items() if name not in lent}
     excluded = _frozen(model, optimizer, values) if excludes_frozen else set()
     tensors = {name: value for name, value in tensors.items() if name not in excluded}
+    _check_layouts(tensors)
     first: dict[tuple[object, ...], str] = {}
     tied = {n: first.setdefault(place_of(local_of(v)), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {
@@ -178,6 +179,16 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     part = None if index is None else Part(index, owned, common)
     state = {"model": {**tensors, **others}, "optim": {"state": values, "param_groups": groups}}
     return Content(state, common, extra, part, buffers=sorted(_own_buffers(model) & set(tensors)))
+
+
+def _check_layouts(tensors: dict[str, Tensor]) -> None:
+    layouts = {name: local_of(tensor).layout for name, tensor in tensors.items()}
+    sparse = [f"{name} as {layout}" for name, layout in layouts.items() if layout != torch.strided]
+    if sparse:
+        raise CheckpointError(
+            f"expected parameters and buffers of layout torch.strided, got {', '.join(sparse)}; hold each in a "
+            f"buffer that is not saved (register_buffer(..., persistent=False)), or build it when the model is loaded"
+        )
 
 
 def join(parts: list[Part]) -> dict[str, Any]:

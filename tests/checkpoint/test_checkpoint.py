@@ -356,6 +356,25 @@ def test_tied_and_frozen_parameters_and_wrappers(tmp_path):
     assert other["embed"].weight is other["head"].weight
 
 
+@pytest.mark.parametrize("how", ["parameter", "buffer", "unsaved"])
+def test_a_sparse_tensor_is_told_of_by_name(tmp_path, how):
+    model = nn.Linear(3, 3)
+    sparse = torch.eye(3).to_sparse()
+    if how == "parameter":
+        model.graph = nn.Parameter(sparse, requires_grad=False)
+    else:
+        model.register_buffer("graph", sparse, persistent=how == "buffer")
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    model(torch.sparse.mm(model.graph, torch.ones(3, 3))).sum().backward()
+    optimizer.step()
+    if how == "unsaved":
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+        return
+    with pytest.raises(pyzero.CheckpointError, match=r"got graph as torch.sparse_coo; .*persistent=False"):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=0)
+
+
 def test_counters_of_the_loss_scale(tmp_path):
     model = nn.Linear(3, 2)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), loss_scale=pyzero.LossScale(init_scale=8.0))
