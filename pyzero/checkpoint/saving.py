@@ -168,15 +168,17 @@ def begin(optimizer: ZeroOptimizer) -> Group:
     def tell() -> tuple[list[int], Unfrozen]:
         if problem is not None:
             raise problem
-        return optimizer.members(), optimizer.describe_unfrozen(found)
+        unfrozen = optimizer.describe_unfrozen(found)
+        return optimizer.members() if unfrozen else [], unfrozen
 
     try:
         group = optimizer.checkpoint_group()
         told = gather_from_all_ranks(group, "the look for parameters that are no longer frozen", tell)
     finally:
         problem = None  # its traceback holds this frame, and the callers'
-    for members, _ in told:  # ranks with other parts of the model have other parameters
-        check_unfrozen(members, [unfrozen for theirs, unfrozen in told if theirs == members])
+    by_rank = {rank: unfrozen for rank, (_, unfrozen) in zip(group.members(), told, strict=True)}
+    for members in {tuple(members): None for members, unfrozen in told if unfrozen}:  # each has a part of the model
+        check_unfrozen(members, [by_rank[rank] for rank in members])
     optimizer.place_unfrozen(found)
     return group
 

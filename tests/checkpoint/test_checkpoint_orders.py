@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -495,6 +496,24 @@ def test_parameters_unfrozen_on_one_rank_alone_are_told_of(ranks, tmp_path, call
     for said, took in ranks.run(2, unfrozen_alone, tmp_path, call):
         assert "got parameter 1 of group 1 no longer frozen on rank 1 of 2 alone; unfreeze it on all ranks" in said
         assert took < 4.0  # after 5 s a rank that waits asks the others
+
+
+def comparisons(group: Any, path: Path) -> list[int]:
+    """How often a save compares what is no longer frozen: before and after something is."""
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)])
+    model[1].requires_grad_(False)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    found = []
+    for is_unfrozen in (False, True):
+        model[1].requires_grad_(is_unfrozen)
+        with mock.patch.object(saving, "check_unfrozen", wraps=saving.check_unfrozen) as check:
+            pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=0)
+        found.append(check.call_count)
+    return found
+
+
+def test_a_save_compares_what_is_no_longer_frozen_once(ranks, tmp_path):
+    assert ranks.run(3, comparisons, tmp_path) == [[0, 1]] * 3
 
 
 def test_an_error_of_a_load_or_a_save_keeps_nothing_alive(tmp_path):
