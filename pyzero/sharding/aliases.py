@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -92,10 +94,37 @@ def _find(params: Sequence[Tensor]) -> _Pairs:
     ours = {id(param) for own in shared.values() for param in own}
     found = []
     with torch._C.DisableTorchFunctionSubclass():
+        spans_in = {storage: _Spans(own) for storage, own in shared.items()}
         for tensor in _living_tensors():
-            own = () if id(tensor) in ours else shared.get(_storage_of(tensor), ())
-            found += [(param, tensor) for param in own if _share_memory(param, tensor)]
+            spans = None if id(tensor) in ours else spans_in.get(_storage_of(tensor))
+            if spans is not None and tensor.numel():
+                found += [(param, tensor) for param in spans.reached_by(tensor) if share_elements(param, tensor)]
     return found
+
+
+class _Spans:
+    """The spans of memory of parameters in one storage, which may be many."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._params = sorted(params, key=Tensor.data_ptr)
+        spans = [_span(param) for param in self._params]
+        self._begins = [begin for begin, _ in spans]
+        self._reach = list(accumulate((end for _, end in spans), max))  # the last end up to here: spans may overlap
+
+    def reached_by(self, tensor: Tensor) -> list[Tensor]:
+        """The parameters whose span overlaps with this tensor's."""
+        begin, end = _span(tensor)
+        return [
+            param
+            for param in self._params[bisect_right(self._reach, begin) : bisect_left(self._begins, end)]
+            if _span(param)[1] > begin
+        ]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """(begin, end) in bytes of memory; not of an empty one."""
+    begin = tensor.data_ptr()
+    return begin, begin + extent(tensor) * tensor.element_size()
 
 
 def _living_tensors() -> list[Tensor]:
@@ -106,19 +135,14 @@ def _living_tensors() -> list[Tensor]:
         is_tensor = of_kind.get(id(cls))
         if is_tensor is None:
             is_tensor = of_kind[id(cls)] = any(base is Tensor for base in cls.__mro__)
-        if is_tensor and not is_dtensor(candidate):
+        if is_tensor:
             found.append(candidate)
     return found
 
 
 def _storage_of(tensor: Tensor) -> int:
-    """Where torch has its storage; 0 where it has none, as sparse ones and those of a transform."""
+    """Where torch has its storage; 0 of a DTensor, and of what has none, as sparse ones and those of a transform."""
     try:
-        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
-    except (NotImplementedError, RuntimeError):
+        return 0 if is_dtensor(tensor) else tensor.untyped_storage()._cdata
+    except Exception:  # of any kind: a stranger's class may answer as it likes
         return 0
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    spans = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (one, other) if t.numel()]
-    return len(spans) == 2 and max(spans)[0] < min(end for _, end in spans) and share_elements(one, other)

@@ -14,6 +14,8 @@ from models import assert_same, build, loss_of, micro_batch, params_of, randn
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.sharding import aliases
+from pyzero.sharding.spans import extent
 
 # ---- memory of their own --------------------------------------------------------------------------------------------
 
@@ -296,6 +298,42 @@ def test_a_flat_vector_is_warned_of_where_it_is_kept_by_the_parameters_numbers(c
     optimizer = pyzero.FusedZeroAdamW(params)
     assert caplog.messages[0].startswith("the memory of parameter 0, parameter 1 is that of other tensors too")
     del flat, optimizer
+
+
+@pytest.mark.parametrize("name", ["untyped_storage", "device_mesh"])
+def test_a_tensor_of_a_class_that_raises_is_passed_over(caplog, name):
+    def fail(self: Tensor) -> None:
+        raise KeyError(name)
+
+    stranger = torch.ones(2).as_subclass(type("Stranger", (Tensor,), {name: property(fail)}))
+    params = flat_pair()
+    kept = params[1].data
+    optimizer = pyzero.FusedZeroAdamW(params)
+    assert caplog.messages[0].startswith("the memory of parameter 1 is that of other tensors too")
+    del stranger, kept, optimizer
+
+
+def test_views_of_many_parameters_in_one_storage_are_each_compared_with_few(monkeypatch, caplog):
+    looks = []
+    monkeypatch.setattr(aliases, "extent", lambda tensor: looks.append(tensor.data_ptr()) or extent(tensor))
+    number = 200
+    flat = torch.zeros(number * 8)
+    params = [nn.Parameter(part) for part in flat.split(8)]
+    kept = [param.data for param in params]
+    optimizer = pyzero.FusedZeroAdamW(params)
+    assert f"parameter 0, parameter 1, parameter 2 and {number - 3} more is that" in caplog.messages[0]
+    assert len(looks) < 20 * number
+    del kept, optimizer
+
+
+def test_a_view_is_found_under_parameters_that_interleave(caplog):
+    whole = torch.ones(8, 4)
+    params = [nn.Parameter(whole[:, 0]), nn.Parameter(whole[2, 1:3]), nn.Parameter(whole[5, 1:3])]
+    del whole
+    row = params[0].data.as_strided((2,), (1,), 28)
+    optimizer = pyzero.FusedZeroAdamW(params)
+    assert caplog.messages[0].startswith("the memory of parameter 0 is that of other tensors too")
+    del row, optimizer
 
 
 def lstm_half_frozen() -> list[nn.Parameter]:
