@@ -75,11 +75,16 @@ def _warn(found: _Pairs, labels: dict[int, str]) -> None:
 
 
 def _find_lasting(params: Sequence[Tensor]) -> _Pairs:
-    """`_find`, without what goes by itself: garbage, and what a collective that has ended has not let go of yet."""
+    """`_find`, without what goes by itself: garbage, and what a collective that has ended has not let go of yet.
+
+    Nor what a module replaces before it reads it.
+    """
     if not _find(params):
         return []
     gc.collect()
-    return _find(params)
+    found = _find(params)
+    replaced = modules.replaced_in_forward() if found else set()
+    return [(param, alias) for param, alias in found if id(alias) not in replaced]
 
 
 def _find(params: Sequence[Tensor]) -> _Pairs:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 def _living(kind: type) -> list[Any]:
@@ -81,6 +82,16 @@ def find_roots(params: Collection[Tensor]) -> list[nn.Module]:
 def _holds_directly(module: nn.Module, params: Collection[Tensor]) -> bool:
     own = module.__dict__.get("_parameters") or {}
     return any(param is not None and param in params for param in own.values())
+
+
+def replaced_in_forward() -> set[int]:
+    """Ids of the tensors that torch.nn.utils.spectral_norm lets stand for a weight until the next forward."""
+    hooked = ((module, hook) for module in _living(nn.Module) for hook in _pre_hooks(module))
+    return {id(module.__dict__.get(hook.name)) for module, hook in hooked if isinstance(hook, SpectralNorm)}
+
+
+def _pre_hooks(module: nn.Module) -> list[Any]:
+    return list((module.__dict__.get("_forward_pre_hooks") or {}).values())
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:

@@ -358,7 +358,14 @@ def with_garbage() -> list[nn.Parameter]:
     return model.trained()
 
 
-@pytest.mark.parametrize("make", [flat_pair, lstm_half_frozen, saved_and_cloned, with_garbage])
+def spectrally_normed() -> list[nn.Parameter]:
+    layer = nn.utils.spectral_norm(nn.Linear(3, 4))
+    assert layer.weight.data_ptr() == layer.weight_orig.data_ptr()  # until its first forward
+    layer.weight_orig.layer = layer  # which nobody else holds
+    return list(layer.parameters())
+
+
+@pytest.mark.parametrize("make", [flat_pair, lstm_half_frozen, saved_and_cloned, with_garbage, spectrally_normed])
 def test_parameters_that_share_a_storage_alone_are_not_warned_of(caplog, make):
     params = make()
     for _ in range(2):
