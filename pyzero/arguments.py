@@ -355,5 +355,5 @@ def shared_memory_error(one: str, other: str) -> ValueError:
     """The error for two tensors of a model over one memory, by their names."""
     return ValueError(
         f"expected parameters with memory of their own, got {one} and {other} over the same; tie them by one Parameter "
-        f"object (b.weight = a.weight), or give one a copy (.clone())"
+        f"object (b.weight = a.weight), make a row or a transpose of one in forward, or give one a copy (.clone())"
     )

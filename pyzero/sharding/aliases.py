@@ -67,8 +67,10 @@ def _warn(found: _Pairs, labels: dict[int, str]) -> None:
         return
     told = list(dict.fromkeys(labels[id(param)] for param, _ in found))
     log.warning(
-        "the memory of %s%s is that of other tensors too (.data, detach() and state_dict() make such), which keep the "
-        "present values, for the optimizer moves the parameters: make them afterwards, or copy them (.clone())",
+        "the memory of %s%s is that of other tensors too (.data, detach() and state_dict() make such, as do "
+        "nn.Parameter(tensor), from_pretrained(tensor) and load_state_dict(assign=True)), which keep the present "
+        "values, for the optimizer moves the parameters: make them afterwards, copy them (.clone()), or del them where "
+        "nobody reads them again, as a loop's variable",
         ", ".join(told[:_MOST_NAMED]),
         f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else "",
     )
