@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -20,27 +21,65 @@ _ParamHook = Callable[[Tensor], None]
 _Factor = Callable[[Tensor], Tensor | None]
 
 _hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()  # by parameter: its GradientHooks
-_scaled: dict[int, weakref.ref[Any]] = {}  # by graph task: whose loss scale its gradients carry
+_scaled: dict[int, weakref.ref[_Note]] = {}  # by id: notes of the scaled backwards that run
 
 
-def note_scale(owner: Any) -> None:
-    """Called in a backward whose gradients carry the owner's loss scale."""
-    _scaled[torch._C._current_graph_task_id()] = weakref.ref(owner)
+class _Note:
+    """Whose loss scale the gradients of a graph task carry.
+
+    It is a callback of the task, and torch drops those with their task, whether they were called or not.
+    """
+
+    def __init__(self, owner: Any, ended: Callable[[], None] | None) -> None:
+        self.task = torch._C._current_graph_task_id()
+        self.thread = _caller_thread()
+        self.owner = weakref.ref(owner)
+        self._ended = ended
+
+    def __call__(self) -> None:
+        """Nothing is to be done at the end."""
+
+    def __del__(self) -> None:
+        _scaled.pop(id(self), None)
+        if self._ended is not None:
+            self._ended()
+
+
+def note_scale(owner: Any, ended: Callable[[], None] | None = None) -> None:
+    """Called in a backward whose gradients carry the owner's loss scale.
+
+    ended: Called once it has ended or was broken off, maybe on another thread: must not raise, nor communicate.
+    """
+    note = _Note(owner, ended)
+    _scaled[id(note)] = weakref.ref(note)
+    torch.autograd.Variable._execution_engine.queue_callback(note)
 
 
 def forget_scale(owner: Any) -> None:
     """Called once the owner's backwards have ended."""
-    for task, noted in [*_scaled.items()]:
-        if noted() is owner or noted() is None:
-            _scaled.pop(task, None)
+    for key, ref in [*_scaled.items()]:
+        note = ref()
+        if note is not None and note.owner() is owner:
+            _scaled.pop(key, None)
 
 
-def scale_of_backward() -> Any:
-    """Whose loss scale the gradients carry that arrive now; None where nobody's was noted."""
-    noted = _scaled.get(torch._C._current_graph_task_id())
-    if noted is None and _outermost_python_node() is not None:  # a backward inside that one, as of a checkpoint
-        noted = next(reversed([*_scaled.values()]), None)
-    return None if noted is None else noted()
+def scales_of_backward() -> list[Any]:
+    """Whose loss scales gradients carry that arrive now: of several where the scaled losses share a backward."""
+    notes = [note for ref in [*_scaled.values()] if (note := ref()) is not None]
+    task = torch._C._current_graph_task_id()
+    if notes and task not in [note.task for note in notes] and _outermost_python_node() is not None:
+        mine = _caller_thread()  # in a backward inside another, as of a checkpoint
+        notes = [note for note in notes if mine is None or note.thread in (None, mine)]
+        task = notes[-1].task if notes else task
+    owners = [owner for note in notes if note.task == task and (owner := note.owner()) is not None]
+    return [*dict.fromkeys(owners)]
+
+
+def _caller_thread() -> int | None:
+    """The thread that runs a backward of its own, or None: one of torch's, as for a GPU, serves all backwards."""
+    mine = threading.get_ident()
+    threads = (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))
+    return mine if any(thread.ident == mine for thread in threads) else None
 
 
 class GradientHooks:
@@ -96,13 +135,16 @@ class GradientHooks:
         return any(ref() is self for ref in _hooked.get(user_param(param), ()))
 
     def is_latest(self, param: Tensor) -> bool:
-        """Whether, of all hooks of a parameter that are still there, these were added last."""
-        alive = [hooks for ref in _hooked[user_param(param)] if (hooks := ref()) is not None]
-        return alive[-1] is self
+        """Whether, of all hooks of a parameter that are still there, these were added last, or there are none."""
+        alive = [hooks for ref in _hooked.get(user_param(param), ()) if (hooks := ref()) is not None]
+        return not alive or alive[-1] is self
 
     def _factor_of(self, param: Tensor) -> Tensor | None:
         factor = self.factor and self.factor()
         return factor(param) if factor and not self.own.runs else None
+
+    def _factor_of_unfrozen(self, param: Tensor) -> Tensor | None:
+        return None if self.has(param) else self._factor_of(param)
 
     def follow_nodes(self, param: Tensor) -> bool:
         """Whether torch has replaced this parameter's node; all nodes that it has replaced are hooked then."""
@@ -116,12 +158,15 @@ class GradientHooks:
         return True
 
     def watch(self, params: Iterable[Tensor], arrived: Callable[[], None]) -> None:
-        """Call `arrived()` after each gradient of these, which are frozen now."""
-        weak = weakref.WeakMethod(arrived)
+        """Call `arrived()` after each gradient of these, which are frozen now.
+
+        Until they are added, a gradient that carries another optimizer's loss scale raises RuntimeError.
+        """
+        hook = _watch_hook(weakref.WeakMethod(arrived), weakref.WeakMethod(self._factor_of_unfrozen))
         for param in params:
-            if param.is_floating_point() and not param.is_inference():  # others cannot be trained
+            if can_be_trained(param):
                 param.requires_grad_(True)
-                self._handles.append(param.register_post_accumulate_grad_hook(lambda leaf: _call_eagerly(weak)))
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
                 param.requires_grad_(False)
 
     def remove(self) -> None:
@@ -133,6 +178,11 @@ class GradientHooks:
 
     def __del__(self) -> None:
         self.remove()
+
+
+def can_be_trained(param: Tensor) -> bool:
+    """Whether a frozen parameter can be anything else."""
+    return param.is_floating_point() and not param.is_inference()
 
 
 @contextmanager
@@ -222,6 +272,19 @@ def _after_hook(
         _call_eagerly(after, alive)
 
     return after_hook
+
+
+def _watch_hook(arrived: weakref.WeakMethod[Callable[[], None]], factor_of: weakref.WeakMethod[_Factor]) -> _ParamHook:
+    def watch_hook(leaf: Tensor) -> None:
+        if _scaled and _call_eagerly(factor_of, leaf) is not None:
+            raise RuntimeError(
+                "expected a first backward of their own for parameters that are no longer frozen, got one that carries "
+                "another optimizer's loss scale; clear their gradients, and run a backward and a step of their own "
+                "optimizer's loss first"
+            )
+        _call_eagerly(arrived)
+
+    return watch_hook
 
 
 def _call(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:

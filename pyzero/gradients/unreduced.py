@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -15,7 +15,7 @@ from pyzero import memory, ops
 from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import sparse_error
-from pyzero.gradients.backward import GradientHooks
+from pyzero.gradients.backward import GradientHooks, can_be_trained
 from pyzero.gradients.deferred_clip import DeferredClip
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats
 from pyzero.gradients.interface import Gradients
@@ -26,7 +26,7 @@ from pyzero.gradients.stats_rows import SUMSQ, HostView, clean_rows, first_bad_o
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, ShardRun
-from pyzero.sharding.local_param import user_param
+from pyzero.sharding.local_param import is_dtensor, user_param
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
 
@@ -94,6 +94,8 @@ class UnreducedGradients(Gradients):
         )
         self._watched = 0  # buckets whose parameters have hooks
         self._expects_scales = False  # another optimizer has a loss scale
+        self._frozen: dict[Tensor, None] = {}  # all parameters that were frozen when they came
+        self._watched_frozen = 0  # of those
         self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
 
     def add(self, bucket: Bucket) -> None:
@@ -124,6 +126,12 @@ class UnreducedGradients(Gradients):
             self._place(bucket)
         self._watched = len(buckets) if self._watched else 0
 
+    def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
+        """See Gradients. step() places them; hooks are for another optimizer's loss scale, which may come before."""
+        self._frozen |= dict.fromkeys(filter(can_be_trained, frozen))
+        if self._expects_scales:
+            self._watch()
+
     def expect_scales(self) -> None:
         """See Gradients."""
         self._expects_scales = True
@@ -131,8 +139,16 @@ class UnreducedGradients(Gradients):
 
     def _watch(self) -> None:
         for bucket in self._buckets[self._watched :]:
-            self.hooks.add(bucket.params)
+            self.hooks.add(param for param in bucket.params if not self.hooks.has(param))
         self._watched = len(self._buckets)
+        if self._expects_scales:
+            new = [param for param in [*self._frozen][self._watched_frozen :] if not self.hooks.has(param)]
+            self.hooks.add(param for param in new if not is_dtensor(param))
+            self.hooks.watch((param for param in new if is_dtensor(param)), self._after_unfrozen)
+            self._watched_frozen = len(self._frozen)
+
+    def _after_unfrozen(self) -> None:
+        """A DTensor without a bucket has got a gradient, which carries nobody's scale, or raised."""
 
     def _params(self) -> Iterator[Tensor]:
         for bucket in self._buckets:

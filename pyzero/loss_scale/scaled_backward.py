@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.gradients.backward import forget_scale, note_scale, scale_of_backward
+from pyzero.gradients.backward import forget_scale, note_scale, scales_of_backward
 from pyzero.gradients.interface import Gradients
 from pyzero.loss_scale.scaler import Scaler
 
@@ -59,7 +59,7 @@ class ScaledBackward:
         try:
             scaled = self._scaler.scale_loss(loss)
             if scaled.requires_grad:
-                scaled.register_hook(self._note_in_backward)
+                scaled.register_hook(lambda grad: _note(self))
             scaled.backward(**kwargs)
         finally:
             self.end()
@@ -85,21 +85,34 @@ class ScaledBackward:
 
     def _begin_in_backward(self, grad: Tensor) -> None:
         self._begin()
-        self._note_in_backward(grad)
+        _note_until_end(self)
         # Twice, to come after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
 
-    def _note_in_backward(self, grad: Tensor) -> None:
-        _note(self)
+    def end_of(self, running: AbstractContextManager[None] | None) -> None:
+        """Called where a backward has ended or was broken off: then its own end() has not come."""
+        if running is not None and running is self._running:
+            self.end()
 
     def _factor_of_other(self, param: Tensor) -> Tensor | None:
-        """What a gradient that arrives is to be multiplied by, where it carries the loss scale of another optimizer."""
-        host = scale_of_backward()
-        if host in (None, self) or host._gradients.hooks.has(param) or not self._gradients.hooks.is_latest(param):
+        """What a gradient that arrives is to be multiplied by, where it carries the loss scale of another optimizer.
+
+        Raises:
+            RuntimeError: It carries one of several.
+        """
+        hosts: list[ScaledBackward] = scales_of_backward()
+        is_own = self in hosts or any(host._gradients.hooks.has(param) for host in hosts)
+        if not hosts or is_own or not self._gradients.hooks.is_latest(param):
             if self._is_guest:  # of a backward that an exception has ended
                 self.end()
             return None
+        *others, host = hosts
+        if any(not torch.equal(other._scaler.inv_scale, host._scaler.inv_scale) for other in others):
+            raise RuntimeError(
+                "expected one loss scale in a backward that reaches another optimizer's parameters, got scaled losses "
+                "of several optimizers, whose scales differ; run each loss's backward by itself"
+            )
         unscale: Tensor = host._scaler.inv_scale
         if not self._scaler.enabled:
             return unscale
@@ -119,12 +132,13 @@ class ScaledBackward:
 
     def end(self) -> None:
         """Gradients that arrive from now on carry no scale."""
+        guests = [*self._guests]
+        self._guests.clear()
+        for guest in guests:
+            guest.end()
         if self._is_held:
             return
         forget_scale(self)
-        for guest in [*self._guests]:
-            guest.end()
-        self._guests.clear()
         self._is_guest = self._gradients.hooks.own.runs = False
         running, self._running = self._running, None
         if running is not None:
@@ -145,4 +159,17 @@ class ScaledBackward:
         return has_run and not has_grad_scaler
 
 
-_note = torch._disable_dynamo(note_scale)  # type: ignore[attr-defined]  # compiled autograd traces hooks
+def _note_with_end(one: ScaledBackward) -> None:
+    weak, running = weakref.ref(one), one._running
+
+    def ended() -> None:
+        alive = weak()
+        if alive is not None:
+            alive.end_of(running)
+
+    note_scale(one, ended)
+
+
+# Compiled autograd traces hooks.
+_note = torch._disable_dynamo(note_scale)  # type: ignore[attr-defined]
+_note_until_end = torch._disable_dynamo(_note_with_end)  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """A loss that reaches parameters of another optimizer: each gets its own gradients, whatever scale the loss has."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -124,6 +125,195 @@ def test_a_backward_that_breaks_off_leaves_no_trace_in_the_other(other_scale):
     assert not other.is_scaled_backward
     assert torch.equal(second.grad, torch.full((4,), 3.0))
     assert torch.equal(other.full_grad(second), torch.full((4,), 3.0))
+
+
+def break_off(optimizer: Any, weight: Tensor, factor: Any = 1.0) -> None:
+    with pytest.raises(ValueError, match="as planned"):
+        optimizer.scale((Failing.apply(weight) * factor).sum()).backward()
+
+
+def assert_checkpointed_alone_is_unscaled(weight: Tensor) -> None:
+    x = torch.ones(4, requires_grad=True)
+    checkpoint(lambda x: x * weight, x, use_reentrant=True).sum().backward()
+    assert torch.equal(weight.grad, torch.ones(4))
+
+
+def test_a_backward_that_broke_off_is_not_taken_for_the_one_around_a_checkpoint():
+    first, second, optimizer, _other = pair(SCALE, None)
+    break_off(optimizer, first)
+    assert_checkpointed_alone_is_unscaled(second)
+
+
+@pytest.mark.parametrize("how", ["scale", "backward"])
+def test_nor_is_one_that_has_ended_in_scaled_gradients(how):
+    first, second, optimizer, other = pair(SCALE, None)
+    with optimizer.scaled_gradients():
+        if how == "scale":
+            optimizer.scale(first.sum()).backward()
+        else:
+            optimizer.backward(first.sum())
+        assert_checkpointed_alone_is_unscaled(second)
+    assert torch.equal(other.full_grad(second), torch.ones(4))
+
+
+class Waiting(torch.autograd.Function):
+    """Its backward runs until it is let go on."""
+
+    runs, may_go_on = threading.Event(), threading.Event()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Waiting.runs.set()
+        assert Waiting.may_go_on.wait(20.0)
+        return grad
+
+
+def test_nor_is_one_of_another_thread():
+    first, second, optimizer, _other = pair(SCALE, None)
+    thread = threading.Thread(target=lambda: optimizer.backward(Waiting.apply(first).sum()))
+    thread.start()
+    try:
+        assert Waiting.runs.wait(20.0)
+        assert_checkpointed_alone_is_unscaled(second)
+    finally:
+        Waiting.may_go_on.set()
+        thread.join()
+    assert torch.equal(optimizer.full_grad(first), torch.ones(4))
+
+
+def test_a_guest_of_a_backward_that_broke_off_is_none_once_its_host_is_gone():
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    break_off(optimizer, first, second)
+    assert not other.is_scaled_backward
+    del optimizer
+    second.grad = None
+    (second * 3.0).sum().backward()
+    assert torch.equal(other.full_grad(second), torch.full((4,), 3.0))
+
+
+def test_a_guest_in_scaled_gradients_is_none_once_the_backward_has_ended():
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    with optimizer.scaled_gradients():
+        optimizer.scale((first * second).sum()).backward()
+        assert not other.is_scaled_backward
+        second.grad = None
+        other.zero_grad()
+        second.sum().backward()
+    assert torch.equal(other.full_grad(second), torch.ones(4))
+
+
+def test_a_backward_that_broke_off_is_over():
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    break_off(other, second)
+    assert not other.is_scaled_backward
+    optimizer.backward((first * second).sum())
+    assert torch.equal(other.full_grad(second), torch.ones(4))
+    other.zero_grad()
+    break_off(other, second)
+    (second * 2.0).sum().backward()
+    assert torch.equal(other.full_grad(second), torch.full((4,), 2.0))
+
+
+def test_scaled_losses_of_several_optimizers_in_one_backward():
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    third = nn.Parameter(torch.ones(4))
+    alone = pyzero.FusedZeroSGD([third], lr=1.0, loss_scale=None)
+    (other.scale((second**2).sum()) + optimizer.scale((first**2).sum())).backward()
+    for one, weight in ((optimizer, first), (other, second)):
+        assert torch.equal(one.full_grad(weight), torch.full((4,), 2.0))
+        one.zero_grad()
+    for order in (1, -1):
+        losses = [optimizer.scale((first * third).sum()), other.scale((second**2).sum())][::order]
+        with pytest.raises(RuntimeError, match="run each loss's backward by itself"):
+            torch.autograd.backward(losses)
+        for one in (optimizer, other, alone):
+            one.zero_grad()
+    optimizer.backward((first * third).sum())
+    assert torch.equal(alone.full_grad(third), torch.ones(4))
+
+
+def test_of_one_scale_they_may_reach_a_third():
+    first, second, optimizer, other = pair(SCALE, SCALE)
+    third = nn.Parameter(torch.ones(4))
+    alone = pyzero.FusedZeroSGD([third], lr=1.0, loss_scale=None)
+    (optimizer.scale((first * third).sum()) + other.scale((second * third).sum())).backward()
+    for one, weight, wanted in ((alone, third, 2.0), (optimizer, first, 1.0), (other, second, 1.0)):
+        assert torch.equal(one.full_grad(weight), torch.full((4,), wanted))
+
+
+def unfrozen(group: Any, stage: int, scale: Any) -> tuple[Any, list[Tensor]]:
+    """What a loss of another's says where it reaches a parameter that was frozen, and gradients after the own loss."""
+    weights = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+    common: dict[str, Any] = {"lr": 1.0, "process_group": group, "stage": stage}
+    optimizer = pyzero.FusedZeroSGD(weights[:1], loss_scale=SCALE, **common)
+    weights[2].requires_grad_(False)
+    other = pyzero.FusedZeroSGD(weights[1:], loss_scale=scale, **common)
+    weights[2].requires_grad_(True)
+    error = None
+    try:
+        optimizer.backward((weights[0] * weights[1] * weights[2]).sum())
+    except RuntimeError as raised:
+        error = str(raised)
+        for one in (optimizer, other):
+            one.zero_grad()
+        weights[2].grad = None
+        other.backward((weights[1] * weights[2]).sum())
+        other.zero_grad()
+        for _ in range(2):
+            optimizer.backward((weights[0] * weights[1] * weights[2]).sum() / 2.0)
+    return error, [other.full_grad(weight) for weight in weights[1:]]
+
+
+@pytest.mark.parametrize("scale", [None, OTHER], ids=["plain", "scaled"])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_what_is_no_longer_frozen_gets_no_scale_of_another(run, size, stage, scale):
+    for error, grads in run(size, unfrozen, stage, scale):
+        assert (error is None) == (size == 1)
+        if error is not None:
+            assert "a backward and a step of their own optimizer's loss first" in error
+        for grad in grads:
+            assert torch.equal(grad, torch.ones(4))
+
+
+def test_a_dtensor_that_is_no_longer_frozen_is_refused_on_one_rank_too(run):
+    [(error, grad)] = run(1, unfrozen_dtensor)
+    assert "a backward and a step of their own optimizer's loss first" in error
+    assert torch.equal(grad, torch.ones(4))
+
+
+def unfrozen_dtensor(group: Any) -> tuple[Any, Tensor]:
+    """As unfrozen()."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    mesh = DeviceMesh.from_group(group, "cpu")
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, process_group=group, loss_scale=SCALE)
+    frozen = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]), requires_grad=False)
+    other = pyzero.FusedZeroSGD([frozen], lr=1.0, process_group=group, loss_scale=None)
+    frozen.requires_grad_(True)
+
+    def loss() -> Tensor:
+        return (DTensor.from_local(weight, mesh, [Replicate()]) * frozen).to_local().sum()
+
+    error = None
+    try:
+        optimizer.backward(loss())
+    except RuntimeError as raised:
+        error = str(raised)
+        frozen.grad = None
+        optimizer.zero_grad()
+        other.backward(loss())
+        other.step()
+        for one in (optimizer, other):
+            one.zero_grad()
+        optimizer.backward(loss())
+    grad = other.full_grad(frozen)
+    return error, grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
 def test_what_both_have_keeps_the_scale_of_the_one_whose_backward_it_is():
