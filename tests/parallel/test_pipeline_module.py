@@ -13,6 +13,7 @@ import torch.distributed as dist
 from resume import assert_equal
 from tolerances import ADAM, UNIT
 from torch import Tensor, nn
+from torch.distributed import pipelining
 
 import pyzero
 import pyzero.deepspeed as deepspeed
@@ -348,6 +349,22 @@ def test_refusals(ranks):
     ranks.run(4, refusals)
     with pytest.raises(TypeError, match="a class of"):
         LayerSpec(torch.tanh)  # type: ignore[arg-type]
+
+
+def older_torch(group: Any) -> None:
+    class ScheduleGPipe:
+        def __init__(self, stage: Any, n_microbatches: int, loss_fn: Any = None) -> None:
+            raise AssertionError
+
+    engine = initialize(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelining, "ScheduleGPipe", ScheduleGPipe)
+        with pytest.raises(RuntimeError, match="take scale_grads .*install torch 2.11 or newer, or take num_stages=1"):
+            engine.train_batch(data_of(engine))
+
+
+def test_a_torch_whose_pipelines_scale_gradients_is_refused(ranks):
+    ranks.run(4, older_torch)
 
 
 # ---- where layers go ------------------------------------------------------------------------------------------------

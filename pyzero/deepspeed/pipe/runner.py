@@ -6,6 +6,7 @@ of the pass, and sends zeros; then it says so, and all ranks are in step.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -56,6 +57,11 @@ class Runner:
     ) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # half a second
 
+        if "scale_grads" not in inspect.signature(ScheduleGPipe).parameters:
+            raise RuntimeError(
+                f"expected a torch whose pipelines take scale_grads for more than one stage, got torch "
+                f"{torch.__version__}; install torch 2.11 or newer, or take num_stages=1"
+            )
         self._loss_fn, self._scale, self._num_micro = loss_fn, scale, num_micro
         self._micro: Sequence[MicroBatch] = ()
         self._losses: dict[int, Tensor] = {}
