@@ -121,10 +121,13 @@ class PipelineEngine(Engine):
         code = 0.0 if problem is None else 1.0 if isinstance(problem, StopIteration) else 2.0
         shapes = float(zlib.crc32(repr(_shapes(micro[0][0])).encode())) if micro else 0.0
         row = torch.tensor([code, shapes], dtype=torch.float64, device="cpu")
-        rows = self._everyone.gather_rows(row, "the agreement on a batch").view(-1, 2)
-        codes = rows[:, 0].tolist()
-        if problem is not None:
-            raise problem
+        try:
+            rows = self._everyone.gather_rows(row, "the agreement on a batch").view(-1, 2)
+            codes = rows[:, 0].tolist()
+            if problem is not None:
+                raise problem
+        finally:
+            problem = None  # its traceback holds this frame, and the callers'
         if 2.0 in codes:
             raise PipelineError(f"got an error in the data of ranks {_where(codes, 2.0)}; see their output")
         if 1.0 in codes:
@@ -165,8 +168,11 @@ class PipelineEngine(Engine):
             loss = self._loss_of_all(mean)
         with self._leaving_out(buffers):
             problem = None if runner is None else runner.take_problem()
-            if problem is not None:
-                self.optimizer.raise_on_all_ranks(problem, "full_grad" if self.module.has_ties else "step")
+            try:
+                if problem is not None:
+                    self.optimizer.raise_on_all_ranks(problem, "full_grad" if self.module.has_ties else "step")
+            finally:
+                problem = None  # its traceback holds this frame, and those of the layers
             if self.module.has_ties:
                 self.optimizer.sum_tied_grads(self.module.tied_params())
             self._stepped = True
@@ -232,8 +238,11 @@ class PipelineEngine(Engine):
         mean = runner.evaluate(micro)
         problem = runner.take_problem()
         with self._leaving_out(buffers):
-            if self._everyone.any_rank(problem is not None, "the agreement on an evaluation"):
-                raise problem or PipelineError("got an error in the layers of another rank; see its output")
+            try:
+                if self._everyone.any_rank(problem is not None, "the agreement on an evaluation"):
+                    raise problem or PipelineError("got an error in the layers of another rank; see its output")
+            finally:
+                problem = None
         return mean
 
     @contextmanager
