@@ -295,9 +295,12 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
         purpose: One of grad_stats.PURPOSES.
         """
-        with torch.no_grad():
-            self._tell_error(error, purpose)
-        raise error
+        try:
+            with torch.no_grad():
+                self._tell_error(error, purpose)
+            raise error
+        finally:
+            del error  # its traceback holds this frame, and the callers'
 
     def _tell_error(self, error: Exception, purpose: str) -> None:
         """Have the others raise, who wait for this rank in what is collected for `purpose`."""
@@ -305,6 +308,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._gradients.tell_error(purpose)
         except Exception:  # as all others raise, or of what this rank's own is the cause of
             raise error from None
+        finally:
+            del error
 
     def _take_grad_scale(self) -> Tensor | None:
         """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""

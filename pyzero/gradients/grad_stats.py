@@ -175,7 +175,10 @@ class GradStatsExchange:
         has_unsent = bool(unsent - {Unsent.NONE})
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
         if error is not None or not has_unsent:
-            rows, num_skips = self._gather_beside(mine.purpose, rows, num_skips, hyper_parameters, error)
+            try:
+                rows, num_skips = self._gather_beside(mine.purpose, rows, num_skips, hyper_parameters, error)
+            finally:
+                error = None  # its traceback holds this frame, and the callers'
         return GlobalGradStats(
             rows=rows,
             rows_of_same_params=rows if self.same_params else own_rows,
@@ -205,8 +208,11 @@ class GradStatsExchange:
             if error is None and any(has_error):
                 ranks = [rank for rank, has in zip(beside.members(), has_error, strict=True) if has]
                 error = _other_error(purpose, ranks)
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
         return rows, num_skips
 
     def _error_in(self, hosts: np.ndarray[Any, Any], mine: LocalGradStats) -> RuntimeError | None:

@@ -510,3 +510,21 @@ def fails_on_one(group: Any, path: str) -> str:
 def test_where_it_fails_on_one_rank_all_are_told(ranks, tmp_path):
     for said in ranks.run(4, fails_on_one, str(tmp_path)):
         assert "failed on rank 1 of 4: KeyError: 'as planned'" in said
+
+
+def assigns(group: Any, path: str) -> str:
+    engine = start(2, "fp32")
+    engine.save_checkpoint(path)
+
+    def load(src: Any, dst: Any) -> None:
+        dst.load_state_dict(src, assign=comm.get_rank() == 1)
+
+    with pytest.raises((ValueError, pyzero.CheckpointError)) as raised:
+        engine.load_checkpoint(path, load_module_only=True, custom_load_fn=load)
+    return str(raised.value)
+
+
+def test_one_that_replaces_parameters_is_refused(ranks, tmp_path):
+    """No step would move them."""
+    for said in ranks.run(4, assigns, str(tmp_path)):
+        assert "got 6 of 6 replaced by others, 0.bias first; build the engine anew, and copy into them" in said

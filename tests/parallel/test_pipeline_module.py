@@ -13,6 +13,7 @@ import torch.distributed as dist
 from resume import assert_equal
 from tolerances import ADAM, UNIT
 from torch import Tensor, nn
+from torch.distributed import pipelining
 
 import pyzero
 import pyzero.deepspeed as deepspeed
@@ -350,6 +351,22 @@ def test_refusals(ranks):
         LayerSpec(torch.tanh)  # type: ignore[arg-type]
 
 
+def older_torch(group: Any) -> None:
+    class ScheduleGPipe:
+        def __init__(self, stage: Any, n_microbatches: int, loss_fn: Any = None) -> None:
+            raise AssertionError
+
+    engine = initialize(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelining, "ScheduleGPipe", ScheduleGPipe)
+        with pytest.raises(RuntimeError, match="take scale_grads .*install torch 2.11 or newer, or take num_stages=1"):
+            engine.train_batch(data_of(engine))
+
+
+def test_a_torch_whose_pipelines_scale_gradients_is_refused(ranks):
+    ranks.run(4, older_torch)
+
+
 # ---- where layers go ------------------------------------------------------------------------------------------------
 
 
@@ -405,12 +422,15 @@ class Failing(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear, self.calls, self.fails_in = nn.Linear(width, width), 0, ()
+        self.norm = nn.BatchNorm1d(width)
+        self.register_buffer("mean", torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         if self.calls in self.fails_in:
             raise KeyError("as planned")
-        return torch.tanh(self.linear(x))
+        self.mean = self.mean / 2 + x.detach().mean(0) / 2
+        return torch.tanh(self.norm(self.linear(x)))
 
 
 def layer_fails(
@@ -446,14 +466,15 @@ def layer_fails(
     said.clear()
     layer = next(module for module in engine.module.modules() if isinstance(module, Failing))
     layer.fails_in = (layer.calls + call % 100,) if is_victim and how != "loss" else ()
-    before = [param.detach().clone() for param in engine.module.parameters()]
+    before = {name: value.clone() for name, value in engine.module.state_dict().items()}
     begin = time.monotonic()
     try:
         run(data)
     except Exception as error:
         said.append(f"{type(error).__name__}: {error}")
     took = time.monotonic() - begin
-    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    after = engine.module.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
     losses.append(float(run(data)))
     return said, took, losses
 

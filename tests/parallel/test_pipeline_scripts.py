@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -233,6 +236,44 @@ def alone(group: Any) -> None:
 
 def test_a_loss_of_several_elements_is_refused(ranks):
     ranks.run(4, alone)
+
+
+def caught(group: Any, how: str) -> list[bool]:
+    """Whether what frames held is still there, once the error is caught."""
+    held = []
+
+    def keep() -> Tensor:
+        kept = torch.ones(4)
+        held.append(weakref.ref(kept))
+        return kept
+
+    def fail(value: Any) -> Any:
+        kept = keep()  # noqa: F841
+        if dist.get_rank() == 2:
+            raise KeyError("as planned")
+        return value
+
+    def run() -> None:
+        kept = keep()  # noqa: F841
+        data = map(fail, batches(NUM_MICRO)) if how == "data" else iter(batches(NUM_MICRO))
+        with contextlib.suppress(KeyError, RuntimeError):
+            (engine.eval_batch if how == "evaluation" else engine.train_batch)(data)
+            raise AssertionError
+
+    engine = initialize([Layer(0), Layer(1), Layer(2, after=None if how == "data" else fail), Layer(3)])
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        return [ref() is not None for ref in held]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["data", "training", "evaluation"])
+def test_an_error_that_is_caught_keeps_nothing_alive(ranks, how):
+    for alive in ranks.run(4, caught, how):
+        assert alive and not any(alive)
 
 
 def failing_constructor(group: Any) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pyzero.checkpoint import files
 from pyzero.checkpoint.agreement import run_on_all_ranks
+from pyzero.checkpoint.content import names_of
 from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.loading import load_checkpoint, load_weights, read_weights
@@ -23,6 +24,7 @@ from pyzero.comm.group import CollectiveError
 from pyzero.deepspeed.config.schema import Batches
 from pyzero.deepspeed.schedules import Schedule, set_rate
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.sharding.fsdp import reshard
 
 log = logging.getLogger("pyzero")
 
@@ -135,7 +137,8 @@ class EngineCheckpoints:
             no tag is given and there is no latest.
 
         Raises:
-            ValueError: The tag is no name of a folder, or there is a custom_load_fn beside the optimizer's state.
+            ValueError: The tag is no name of a folder, or there is a custom_load_fn beside the optimizer's state, or it
+                has replaced parameters, on any rank.
             CheckpointError: `latest` is damaged; and see pyzero.load_checkpoint.
             CollectiveError: See pyzero.load_checkpoint.
             FileNotFoundError: A file of DeepSpeed's is missing.
@@ -167,7 +170,7 @@ class EngineCheckpoints:
                 loaded = load(ours, model=self.module, optimizer=self.optimizer, strict=load_module_strict)
             else:
                 weights, loaded = read_weights(ours, self.module, self.optimizer)
-                run_on_all_ranks(group, what, lambda: custom_load_fn(src=weights, dst=self.module))
+                run_on_all_ranks(group, what, lambda: self._load_by(custom_load_fn, weights))
                 self.optimizer.refresh_fp32_params()
         if not load_module_only:
             steps = loaded["step"]
@@ -179,6 +182,18 @@ class EngineCheckpoints:
             self.zero_grad()  # of an accumulation that the load has broken off
             self._load_schedule(loaded.get("lr_scheduler") if load_lr_scheduler_states else None, load_optimizer_states)
         return str(folder), loaded.get("client_state", {})  # none of pyzero.save_checkpoint
+
+    def _load_by(self, custom_load_fn: Any, weights: dict[str, Any]) -> None:
+        names = names_of(self.module, self.optimizer)
+        custom_load_fn(src=weights, dst=self.module)
+        reshard(self.module)
+        lost = [names[param] for param in names.keys() - set(self.module.parameters())]
+        if lost:
+            raise ValueError(
+                f"expected custom_load_fn to write into the parameters that the optimizer trains, got {len(lost)} of "
+                f"{len(names)} replaced by others, {min(lost)} first; build the engine anew, and copy into them, as "
+                f"load_state_dict() does without assign=True"
+            )
 
     def _load_schedule(self, state: dict[str, Any] | None, has_groups: bool) -> None:
         """state: None leaves the schedule as it is. has_groups: Whether the groups' rates were loaded.

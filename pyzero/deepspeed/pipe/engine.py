@@ -16,7 +16,7 @@ from pyzero.deepspeed.engine import tensors
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.pipe.module import PipelineError, PipelineModule
-from pyzero.deepspeed.pipe.runner import MicroBatch, Runner
+from pyzero.deepspeed.pipe.runner import Buffers, MicroBatch, Runner
 from pyzero.optimizer import ZeroOptimizer
 
 
@@ -121,10 +121,13 @@ class PipelineEngine(Engine):
         code = 0.0 if problem is None else 1.0 if isinstance(problem, StopIteration) else 2.0
         shapes = float(zlib.crc32(repr(_shapes(micro[0][0])).encode())) if micro else 0.0
         row = torch.tensor([code, shapes], dtype=torch.float64, device="cpu")
-        rows = self._everyone.gather_rows(row, "the agreement on a batch").view(-1, 2)
-        codes = rows[:, 0].tolist()
-        if problem is not None:
-            raise problem
+        try:
+            rows = self._everyone.gather_rows(row, "the agreement on a batch").view(-1, 2)
+            codes = rows[:, 0].tolist()
+            if problem is not None:
+                raise problem
+        finally:
+            problem = None  # its traceback holds this frame, and the callers'
         if 2.0 in codes:
             raise PipelineError(f"got an error in the data of ranks {_where(codes, 2.0)}; see their output")
         if 1.0 in codes:
@@ -159,13 +162,17 @@ class PipelineEngine(Engine):
         num_micro = self.batches.accumulation
         micro, shapes = self._pull_on_all_ranks(self.data_iterator, num_micro)
         runner = None if self.num_stages == 1 else self._runner(True, shapes)
+        buffers = None if runner is None else Buffers(self.module)
         with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
             mean = self._train_alone(micro) if runner is None else runner.train(micro)
             loss = self._loss_of_all(mean)
-        with self._leaving_out():
+        with self._leaving_out(buffers):
             problem = None if runner is None else runner.take_problem()
-            if problem is not None:
-                self.optimizer.raise_on_all_ranks(problem, "full_grad" if self.module.has_ties else "step")
+            try:
+                if problem is not None:
+                    self.optimizer.raise_on_all_ranks(problem, "full_grad" if self.module.has_ties else "step")
+            finally:
+                problem = None  # its traceback holds this frame, and those of the layers
             if self.module.has_ties:
                 self.optimizer.sum_tied_grads(self.module.tied_params())
             self._stepped = True
@@ -227,16 +234,23 @@ class PipelineEngine(Engine):
         return loss
 
     def _evaluate(self, runner: Runner, micro: list[MicroBatch]) -> Tensor | None:
+        buffers = Buffers(self.module)
         mean = runner.evaluate(micro)
         problem = runner.take_problem()
-        with self._leaving_out():
-            if self._everyone.any_rank(problem is not None, "the agreement on an evaluation"):
-                raise problem or PipelineError("got an error in the layers of another rank; see its output")
+        with self._leaving_out(buffers):
+            try:
+                if self._everyone.any_rank(problem is not None, "the agreement on an evaluation"):
+                    raise problem or PipelineError("got an error in the layers of another rank; see its output")
+            finally:
+                problem = None
         return mean
 
     @contextmanager
-    def _leaving_out(self) -> Iterator[None]:
-        """A batch that fails in here does on all ranks, and leaves nothing: no gradients, and no runners."""
+    def _leaving_out(self, buffers: Buffers | None) -> Iterator[None]:
+        """A batch that fails in here does on all ranks, and leaves nothing: no gradients, and no runners.
+
+        buffers: Of before the batch; stages after the one that failed have put its zeros into theirs.
+        """
         try:
             yield
         except CollectiveError:
@@ -244,6 +258,8 @@ class PipelineEngine(Engine):
         except Exception:
             while self._runners:  # which may have failed before they knew what is sent
                 self._runners.popitem()[1][1].free()
+            if buffers is not None:
+                buffers.restore()
             self.optimizer.zero_grad()
             raise
 

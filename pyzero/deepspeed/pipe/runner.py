@@ -6,6 +6,7 @@ of the pass, and sends zeros; then it says so, and all ranks are in step.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,26 @@ _FAILED_SHAPE = (1,) * 8  # of what is sent where a stage has failed before it k
 
 class _StageBefore(Exception):
     """An earlier stage failed."""
+
+
+class Buffers:
+    """A module's buffers, as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            self._kept: list[tuple[nn.Module, str, Tensor | None, Any]] = [
+                (owner, name, buffer, None if buffer is None else buffer.clone())
+                for owner in module.modules()
+                for name, buffer in owner._buffers.items()
+            ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were, and the tensors that they were."""
+        for owner, name, buffer, before in self._kept:
+            if buffer is not None:
+                buffer.copy_(before)
+            setattr(owner, name, buffer)
 
 
 class Runner:
@@ -56,6 +77,11 @@ class Runner:
     ) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # half a second
 
+        if "scale_grads" not in inspect.signature(ScheduleGPipe).parameters:
+            raise RuntimeError(
+                f"expected a torch whose pipelines take scale_grads for more than one stage, got torch "
+                f"{torch.__version__}; install torch 2.11 or newer, or take num_stages=1"
+            )
         self._loss_fn, self._scale, self._num_micro = loss_fn, scale, num_micro
         self._micro: Sequence[MicroBatch] = ()
         self._losses: dict[int, Tensor] = {}
@@ -134,7 +160,7 @@ class _StageLayers(nn.Module):
         self._inputs, self._is_last = inputs, is_last
         # torch's first call is to learn shapes, on later stages with uninitialised memory, and may run backward.
         self._asks_shapes = True
-        self._before: list[tuple[Tensor, Tensor]] = []  # buffers as they were before it
+        self._before: Buffers | None = None  # of before it
         self._sent: Any = None  # shape and dtype of what it gave: others expect them
         self._last: Any = None
         self._like: list[tuple[Any, torch.dtype, bool]] = []  # shape, dtype, and whether it has a gradient, of each
@@ -149,28 +175,22 @@ class _StageLayers(nn.Module):
                 return sent
             except Exception as error:  # of any kind: the other stages wait
                 self.problem = error
-                self._restore_buffers()
         zero = _zero_of([*map(_mine, received), *self._module.parameters()])
         like = self._like or [(_FAILED_SHAPE, torch.float32, torch.is_grad_enabled())]
         zeros = [(torch.zeros(shape, dtype=dtype, device=self._device), has_grad) for shape, dtype, has_grad in like]
         return tuple(value + zero.to(value) if has_grad else value for value, has_grad in zeros)
 
-    def _restore_buffers(self) -> None:
-        with torch.no_grad():
-            for buffer, before in self._before:
-                buffer.copy_(before)
-        self._before = []
-
     def _run(self, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if any(tensor.shape == _FAILED_SHAPE for tensor in received):
             raise _StageBefore
-        with torch.no_grad():
-            if self._asks_shapes:
-                self._before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        if self._asks_shapes:
+            self._before = Buffers(self._module)
+            with torch.no_grad():
                 for tensor in received if self._inputs is None else ():
                     tensor.zero_()
-            else:
-                self._restore_buffers()
+        elif self._before is not None:
+            self._before.restore()
+            self._before = None
         outputs = self._run_module(self._received(received) if self._inputs is None else self._inputs(received[0]))
         if self._is_last:
             self._last = outputs
