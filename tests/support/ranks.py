@@ -70,6 +70,7 @@ def _fork_workers(rank: int, inbox: Any, outbox: Any, told: Any) -> None:
 
 
 def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
+    import pytest
     import torch
     import torch.distributed as dist
 
@@ -89,7 +90,7 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
         gc.freeze()  # the search for modules at construction looks at this job's objects alone, not at a million others
         try:
             outbox.put((number, rank, True, fn(groups[size], *args)))
-        except Exception:  # handed to the test, which fails with it
+        except (Exception, pytest.fail.Exception):  # handed to the test, which fails with it
             outbox.put((number, rank, False, traceback.format_exc()))
     dist.destroy_process_group()
 
