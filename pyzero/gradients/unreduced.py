@@ -26,7 +26,7 @@ from pyzero.gradients.stats_rows import SUMSQ, HostView, clean_rows, first_bad_o
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, ShardRun
-from pyzero.sharding.local_param import is_dtensor, user_param
+from pyzero.sharding.local_param import user_param
 from pyzero.sharding.mesh_grad import are_on_one_mesh, make_norms_plain
 from pyzero.update_rule import GradList
 
@@ -143,12 +143,11 @@ class UnreducedGradients(Gradients):
         self._watched = len(self._buckets)
         if self._expects_scales:
             new = [param for param in [*self._frozen][self._watched_frozen :] if not self.hooks.has(param)]
-            self.hooks.add(param for param in new if not is_dtensor(param))
-            self.hooks.watch((param for param in new if is_dtensor(param)), self._after_unfrozen)
+            self.hooks.watch(new, self._after_unfrozen)
             self._watched_frozen = len(self._frozen)
 
     def _after_unfrozen(self) -> None:
-        """A DTensor without a bucket has got a gradient, which carries nobody's scale, or raised."""
+        """Without a bucket it is not followed: another optimizer's, maybe, which lists it as trained."""
 
     def _params(self) -> Iterator[Tensor]:
         for bucket in self._buckets:

@@ -328,7 +328,6 @@ STRIDED = {
     "transposed": lambda: torch.ones(4, 6).mT,
     "channels_last": lambda: torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last),
     "every second": lambda: torch.ones(4, 6)[:, ::2],
-    "expanded": lambda: torch.ones(4, 1).expand(4, 6),
 }
 
 

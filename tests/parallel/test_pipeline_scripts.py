@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import pyzero.deepspeed as deepspeed
 from pyzero.deepspeed.pipe import LayerSpec, PipelineModule
 from pyzero.deepspeed.pipe.engine import PipelineError
+from pyzero.deepspeed.pipe.runner import Buffers
 
 WIDTH, NUM_MICRO = 6, 3
 SENDS_INTEGERS = torch.__version__ >= "2.13"
@@ -135,6 +136,18 @@ def test_integers_between_stages_are_refused_on_all_of_them(ranks, after):
     told = ranks.run(4, integers, after)
     own = [said for said in told if re.search("floating-point tensors between .*got torch.(int8|bool)", said)]
     assert own and all("error on ranks" in said for said in told if said not in own)
+
+
+def test_buffers_that_nobody_can_write_are_left_alone():
+    module = nn.Module()
+    module.register_buffer("plain", torch.ones(3))
+    module.register_buffer("expanded", torch.ones(1).expand(3))
+    with torch.inference_mode():
+        module.register_buffer("inferred", torch.ones(3))
+    kept = Buffers(module)
+    module.plain.add_(1.0)
+    kept.restore()
+    assert all(torch.equal(buffer, torch.ones(3)) for buffer in module.buffers())
 
 
 def other_shapes(group: Any, num_stages: int) -> list[float]:

@@ -258,9 +258,9 @@ class PipelineEngine(Engine):
         except Exception:
             while self._runners:  # which may have failed before they knew what is sent
                 self._runners.popitem()[1][1].free()
+            self.optimizer.zero_grad()
             if buffers is not None:
                 buffers.restore()
-            self.optimizer.zero_grad()
             raise
 
     def _runner(self, trains: bool, shapes: float, num_micro: int | None = None) -> Runner:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.deepspeed.engine import tensors
+from pyzero.sharding.spans import repeats_elements
 
 MicroBatch = tuple[Any, Any]  # inputs, labels
 _ALONE_SHAPE = (1,) * 7  # of a tensor of int8 that is sent beside the one of a tuple: torch gives it for a bare one
@@ -31,7 +32,7 @@ class Buffers:
     def __init__(self, module: nn.Module) -> None:
         with torch.no_grad():
             self._kept: list[tuple[nn.Module, str, Tensor | None, Any]] = [
-                (owner, name, buffer, None if buffer is None else buffer.clone())
+                (owner, name, buffer, buffer.clone() if buffer is not None and _can_be_written(buffer) else None)
                 for owner in module.modules()
                 for name, buffer in owner._buffers.items()
             ]
@@ -40,9 +41,13 @@ class Buffers:
     def restore(self) -> None:
         """Make them what they were, and the tensors that they were."""
         for owner, name, buffer, before in self._kept:
-            if buffer is not None:
+            if buffer is not None and before is not None:
                 buffer.copy_(before)
             setattr(owner, name, buffer)
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    return not buffer.is_inference() and not (buffer.layout == torch.strided and repeats_elements(buffer))
 
 
 class Runner:
