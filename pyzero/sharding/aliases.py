@@ -102,7 +102,7 @@ def _find(params: Sequence[Tensor]) -> _Pairs:
     found = []
     with torch._C.DisableTorchFunctionSubclass():
         spans_in = {storage: _Spans(own) for storage, own in shared.items()}
-        for tensor in _living_tensors():
+        for tensor in modules.living(Tensor):
             spans = None if id(tensor) in ours else spans_in.get(_storage_of(tensor))
             if spans is not None and tensor.numel():
                 found += [(param, tensor) for param in spans.reached_by(tensor) if share_elements(param, tensor)]
@@ -132,19 +132,6 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """(begin, end) in bytes of memory; not of an empty one."""
     begin = tensor.data_ptr()
     return begin, begin + extent(tensor) * tensor.element_size()
-
-
-def _living_tensors() -> list[Tensor]:
-    of_kind: dict[int, bool] = {}  # by id of the class: one with a metaclass of its own may not be hashable
-    found = []
-    for candidate in gc.get_objects():
-        cls = type(candidate)  # not isinstance(), which would run properties of proxies
-        is_tensor = of_kind.get(id(cls))
-        if is_tensor is None:
-            is_tensor = of_kind[id(cls)] = any(base is Tensor for base in cls.__mro__)
-        if is_tensor:
-            found.append(candidate)
-    return found
 
 
 def _storage_of(tensor: Tensor) -> int:

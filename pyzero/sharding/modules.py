@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 
-def _living(kind: type) -> list[Any]:
-    """Every living module of this class or a subclass, once its constructor has run."""
+def living(kind: type) -> list[Any]:
+    """Every living object of this class or a subclass."""
     of_kind: dict[int, bool] = {}  # by id of the class: a class with a metaclass of its own may not be hashable
     found = []
     for candidate in gc.get_objects():
@@ -23,9 +23,14 @@ def _living(kind: type) -> list[Any]:
         matches = of_kind.get(id(cls))
         if matches is None:
             matches = of_kind[id(cls)] = any(base is kind for base in cls.__mro__)
-        if matches and "_parameters" in candidate.__dict__ and "_modules" in candidate.__dict__:
+        if matches:
             found.append(candidate)
     return found
+
+
+def _living_modules(kind: type) -> list[Any]:
+    """Every living module of this class or a subclass, once its constructor has run."""
+    return [module for module in living(kind) if "_parameters" in module.__dict__ and "_modules" in module.__dict__]
 
 
 def _submodules(root: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
@@ -51,7 +56,7 @@ def _held(module: nn.Module, params: Collection[Tensor]) -> bool:
 
 def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
     """The class name of a DistributedDataParallel module that holds one of these parameters, or None."""
-    for wrapper in _living(DistributedDataParallel):
+    for wrapper in _living_modules(DistributedDataParallel):
         if _held(wrapper, params):
             return type(wrapper.__dict__["_modules"].get("module")).__name__
     return None
@@ -59,10 +64,10 @@ def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
 
 def find_roots(params: Collection[Tensor]) -> list[nn.Module]:
     """The outermost modules that hold one of these parameters, in no particular order."""
-    living = _living(nn.Module)
-    holders = [module for module in living if _holds_directly(module, params)]
+    everyone = _living_modules(nn.Module)
+    holders = [module for module in everyone if _holds_directly(module, params)]
     parents: dict[int, list[nn.Module]] = {}
-    for module in living:
+    for module in everyone:
         for child in (module.__dict__.get("_modules") or {}).values():
             parents.setdefault(id(child), []).append(module)
     roots: dict[int, nn.Module] = {}
@@ -86,7 +91,7 @@ def _holds_directly(module: nn.Module, params: Collection[Tensor]) -> bool:
 
 def replaced_in_forward() -> set[int]:
     """Ids of the tensors that torch.nn.utils.spectral_norm lets stand for a weight until the next forward."""
-    hooked = ((module, hook) for module in _living(nn.Module) for hook in _pre_hooks(module))
+    hooked = ((module, hook) for module in _living_modules(nn.Module) for hook in _pre_hooks(module))
     return {id(module.__dict__.get(hook.name)) for module, hook in hooked if isinstance(hook, SpectralNorm)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same, build, loss_of, micro_batch, params_of
+from models import Failing, assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
@@ -70,16 +70,6 @@ def fp16_weight() -> tuple[nn.Parameter, pyzero.FusedZeroAdam]:
 @pytest.mark.parametrize("then", ["backward", "loss"])
 def test_a_scaled_backward_that_fails_leaves_no_trace(then):
     param, optimizer = fp16_weight()
-
-    class Failing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise ValueError("as planned")
-
     with pytest.raises(ValueError, match="as planned"):
         optimizer.scale(Failing.apply(param).float().sum()).backward()
     if then == "loss":

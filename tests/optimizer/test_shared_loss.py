@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same
+from models import Failing, assert_same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -101,18 +101,6 @@ def test_one_without_a_scale_notices_whatever_was_built_first(is_first_built_las
     assert torch.equal(second.grad, torch.ones(4))
     assert torch.equal(other.full_grad(second), torch.ones(4))
     assert torch.equal(optimizer.full_grad(first), torch.ones(4))
-
-
-class Failing(torch.autograd.Function):
-    """Its backward does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise ValueError("as planned")
 
 
 @pytest.mark.parametrize("other_scale", [OTHER, None], ids=["scaled", "plain"])

@@ -1,5 +1,7 @@
 """A small real model for the tests of the optimizer, and what they all do with it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,18 @@ class Net(nn.Module):
         x = self.embedding(tokens)
         x = x + self.back(torch.relu(self.norm(self.hidden(x)))) * self.gain
         return self.head(x) + self.empty.sum()
+
+
+class Failing(torch.autograd.Function):
+    """Its backward does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ValueError("as planned")
 
 
 def build(dtype: torch.dtype) -> Net:
