@@ -75,6 +75,11 @@ def scales_of_backward() -> list[Any]:
     return [*dict.fromkeys(owners)]
 
 
+def is_inner_backward() -> bool:
+    """Whether the backward that runs was called in another one's, as of a reentrant checkpoint."""
+    return _outermost_python_node() is not None
+
+
 def _caller_thread() -> int | None:
     """The thread that runs a backward of its own, or None: one of torch's, as for a GPU, serves all backwards."""
     mine = threading.get_ident()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.gradients.backward import forget_scale, note_scale, scales_of_backward
+from pyzero.gradients.backward import forget_scale, is_inner_backward, note_scale, scales_of_backward
 from pyzero.gradients.interface import Gradients
 from pyzero.loss_scale.scaler import Scaler
 
@@ -84,6 +84,12 @@ class ScaledBackward:
             self.end()
 
     def _begin_in_backward(self, grad: Tensor) -> None:
+        if not self._is_held and _is_inner():
+            raise RuntimeError(
+                "expected optimizer.scale(loss) outside of reentrant checkpoints, got a loss scaled inside one, "
+                "or in the backward of an autograd.Function: gradients of what comes before it would be taken for "
+                "unscaled; scale what the checkpoint returns, or pass use_reentrant=False"
+            )
         self._begin()
         _note_until_end(self)
         # Twice, to come after callbacks that this backward queues: fully_shard reduces its last gradients in one.
@@ -171,5 +177,6 @@ def _note_with_end(one: ScaledBackward) -> None:
 
 
 # Compiled autograd traces hooks.
+_is_inner = torch._disable_dynamo(is_inner_backward)  # type: ignore[attr-defined]
 _note = torch._disable_dynamo(note_scale)  # type: ignore[attr-defined]
 _note_until_end = torch._disable_dynamo(_note_with_end)  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """optimizer.scale(loss).backward() is optimizer.backward(loss); fp16 gradients that nobody scaled are told of, once."""
 
+import contextlib
 import logging
 import math
 import re
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import Failing, assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pyzero
 from pyzero import ops
@@ -78,6 +80,33 @@ def test_a_scaled_backward_that_fails_leaves_no_trace(then):
     else:
         optimizer.backward(param.float().sum())
     assert torch.equal(optimizer.full_grad(param), torch.ones(4))
+
+
+def loss_scaled_in_a_checkpoint(optimizer: pyzero.FusedZeroAdam, use_reentrant: bool) -> tuple[nn.Parameter, Tensor]:
+    before, after = optimizer.param_groups[0]["params"]
+    loss: Tensor = checkpoint(lambda x: optimizer.scale((x * after).sum()), before * 2.0, use_reentrant=use_reentrant)
+    return before, loss
+
+
+def two_weights() -> pyzero.FusedZeroAdam:
+    return pyzero.FusedZeroAdam([nn.Parameter(torch.ones(4)) for _ in range(2)], loss_scale=SCALE)
+
+
+def test_a_loss_scaled_inside_a_reentrant_checkpoint_is_refused():
+    optimizer = two_weights()
+    _, loss = loss_scaled_in_a_checkpoint(optimizer, True)
+    with pytest.raises(RuntimeError, match="scale what the checkpoint returns"):
+        loss.backward()
+    assert not optimizer.is_scaled_backward
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_inside_others_and_in_scaled_gradients_it_counts(is_held):
+    optimizer = two_weights()
+    before, loss = loss_scaled_in_a_checkpoint(optimizer, is_held)
+    with optimizer.scaled_gradients() if is_held else contextlib.nullcontext():
+        loss.backward()
+    assert torch.equal(optimizer.full_grad(before), torch.full((4,), 2.0))
 
 
 def norm_with_a_load(group: Any, stage: int, scale: float | None) -> tuple[float, float]:
