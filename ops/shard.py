@@ -17,6 +17,7 @@ from pyzero.ops.checks import (
     check_offsets,
     is_vector,
 )
+from pyzero.ops.rounding import ceil_div
 from pyzero.ops.rows import (
     ALIGNED,
     ALIGNMENT_BYTES,
@@ -163,7 +164,7 @@ def _check_per_segment(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _check_segment_ids(segment_ids: Tensor, master: Tensor) -> None:
-    num_granules = -(-master.numel() // SEGMENT_GRANULE)
+    num_granules = ceil_div(master.numel(), SEGMENT_GRANULE)
     if is_vector(segment_ids, torch.int32, num_granules, master.device):
         return
     check_dtype("segment_ids", segment_ids, (torch.int32,), "convert it with .to(torch.int32)")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyzero.arguments import check_bucket_cap
 from pyzero.gradients.accumulation import elements_compared_at_once
+from pyzero.ops.rounding import ceil_div
 from pyzero.optimizers.adam import AdamRule
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.layout import GRANULE, BucketLayout, Key, ParamSpec, cap_bytes, plan
@@ -194,7 +195,7 @@ def estimate_numel(
             f"expected tensor_parallel and num_blocks from 1, got {tensor_parallel} and {num_blocks}; correct them"
         )
     check_bucket_cap(bucket_cap_mb)
-    own, on_gpu = -(-num_params // tensor_parallel), cpu_offload or on_gpu
+    own, on_gpu = ceil_div(num_params, tensor_parallel), cpu_offload or on_gpu
     on_one = _Setup(
         num_ranks=1,
         stage=2,
@@ -207,10 +208,10 @@ def estimate_numel(
         cap = cap_bytes(bucket_cap_mb, num_ranks, on_gpu)
         setup = replace(on_one, num_ranks=num_ranks, stage=2 if stage == 3 else stage, accumulates=accumulates)
         return replace(_estimate(_evenly(own, dtype.itemsize, cap), setup), num_params=num_params)
-    found = _estimate(_evenly(-(-own // num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu)), on_one)
-    numel = -(-own // num_blocks)
+    found = _estimate(_evenly(ceil_div(own, num_ranks), _FP32, cap_bytes(bucket_cap_mb, 1, on_gpu)), on_one)
+    numel = ceil_div(own, num_blocks)
     whole = numel * dtype.itemsize
-    block = _Gathered(whole, whole, numel * _FP32, -(-numel // num_ranks) * _FP32)
+    block = _Gathered(whole, whole, numel * _FP32, ceil_div(numel, num_ranks) * _FP32)
     worst = _walk([block] * num_blocks, _Gathered(0, 0, 0, 0), 0)
     return replace(found, buckets=max(found.buckets, worst - found.gradients), num_params=num_params)
 
@@ -239,7 +240,7 @@ def _of_blocks(
 def _rows(param: Tensor, num_ranks: int) -> int:
     """Elements of a shard, with padding."""
     num_rows = param.shape[0] if param.dim() else 1
-    return -(-num_rows // num_ranks) * (param.numel() // max(num_rows, 1))
+    return ceil_div(num_rows, num_ranks) * (param.numel() // max(num_rows, 1))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pyzero.gradients.interface import Gradients
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param
 from pyzero.sharding.local_param import LocalParam, local_of, part_of, user_param, whole_of
-from pyzero.sharding.param_buckets import ParamBuckets
+from pyzero.sharding.param_buckets import Location, ParamBuckets
 from pyzero.sharding.topology import Topology
 from pyzero.streams import on_device
 
@@ -47,12 +47,12 @@ class FullAccess:
             CollectiveError: On all ranks, as in other reads: another rank reads another tensor.
         """
         self._place_unfrozen()
-        place = self._find(param)
-        if place is None:
+        location = self._find(param)
+        if location is None:
             whole: Tensor = whole_of(param.detach())
             return whole.float().clone()
-        self._follow_alike("the master", *place, is_whole=True)
-        return self._gather(MASTER, *place)
+        self._follow_alike("the master", *location, is_whole=True)
+        return self._gather(MASTER, *location)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
         """Copies of "step" (0-D), "master" and the update rule's slots ("exp_avg", ...), in the parameter's shape.
@@ -60,12 +60,12 @@ class FullAccess:
         A slot with one value per 64 elements is flat. A frozen parameter has none. Raises ValueError as `full_master`.
         """
         self._place_unfrozen()
-        place = self._find(param)
-        if place is None:
+        location = self._find(param)
+        if location is None:
             return {}
-        self._follow_alike("the state", *place, is_whole=True)
-        bucket, position = place
-        return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *place) for n in bucket.state_names}}
+        self._follow_alike("the state", *location, is_whole=True)
+        bucket, position = location
+        return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *location) for n in bucket.state_names}}
 
     @torch.no_grad()
     def full_state_dict(self, to: int | None = None) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class FullAccess:
                     if is_wanted or isinstance(param, LocalParam):
                         values.setdefault(user_param(param), {})[name] = bucket.whole_of(name, flat, position)
         for param in self._param_buckets.params:  # by number: parts of other sizes lie in other buckets
-            bucket, position = self._param_buckets.places[user_param(param)]
+            bucket, position = self._param_buckets.locations[user_param(param)]
             for name, local in values[user_param(param)].items() if isinstance(param, LocalParam) else ():
                 values[user_param(param)][name] = _widen(bucket, name, position, local)
         for bucket in self._buckets if is_wanted else ():
@@ -119,10 +119,10 @@ class FullAccess:
         reduction. Raises ValueError as `full_master`.
         """
         self._place_unfrozen("full_grad")
-        place = self._find(param)
-        if place is None:
+        location = self._find(param)
+        if location is None:
             return None
-        return self._whole_grad(*place, self._collect("full_grad"))
+        return self._whole_grad(*location, self._collect("full_grad"))
 
     def _whole_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
         local = self._local_grad(bucket, position, stats, is_whole=True)
@@ -152,8 +152,8 @@ class FullAccess:
             tied: (parameter, process group of the ranks that hold its copies in this pipeline), in the same order on
                 these. All copies but the first stage's go without `.model_parallel`.
         """
-        self._place_unfrozen("full_grad")
-        stats = self._collect("full_grad")
+        self._place_unfrozen("sum_tied_grads")
+        stats = self._collect("sum_tied_grads")
         sums = []
         for param, group in tied:
             if not param.requires_grad:
@@ -235,18 +235,18 @@ class FullAccess:
         its master alone. Raises ValueError as `full_master`.
         """
         self._place_unfrozen()
-        place = self._find(param)
-        if place is None:
+        location = self._find(param)
+        if location is None:
             return {MASTER: local_of(param.detach()).float().clone()}
-        self._follow_alike("the state", *place)
-        return {name: self._gather_local(name, *place).clone() for name in place[0].state_names}
+        self._follow_alike("the state", *location)
+        return {name: self._gather_local(name, *location).clone() for name in location.bucket.state_names}
 
     @torch.no_grad()
     def local_grad(self, param: Tensor) -> Tensor | None:
         """What `full_grad` gives, of this rank's part of a DTensor. Collective."""
-        self._place_unfrozen("full_grad")
-        place = self._find(param)
-        local = None if place is None else self._local_grad(*place, self._collect("full_grad"))
+        self._place_unfrozen("local_grad")
+        location = self._find(param)
+        local = None if location is None else self._local_grad(*location, self._collect("local_grad"))
         return None if local is None else local.clone()
 
     @torch.no_grad()
@@ -261,15 +261,15 @@ class FullAccess:
         """Write this rank's part of the gradient that the next step() takes. As `set_full_grad`."""
         bucket, position = self._find_trained(param)
         _check_shape("the gradient", value, bucket.params[position].shape)
-        self._collect("set_full_grad")
+        self._collect("set_local_grad")
         self._gradients.replace(bucket, position, bucket.flat_of(value.float(), position))
 
     # ---- where it lies ----------------------------------------------------------------------------------------------
 
-    def _find(self, param: Tensor) -> tuple[Bucket, int] | None:
-        """The bucket and the position that a parameter lies at; None for a frozen one."""
-        if param in self._param_buckets.places:
-            return self._param_buckets.places[param]
+    def _find(self, param: Tensor) -> Location | None:
+        """Where a parameter lies; None for a frozen one."""
+        if param in self._param_buckets.locations:
+            return self._param_buckets.locations[param]
         groups = self.param_groups  # type: ignore[attr-defined]
         if any(candidate is param for group in groups for candidate in group["params"]):
             return None
@@ -278,15 +278,15 @@ class FullAccess:
             f"pass one that the optimizer was built with"
         )
 
-    def _find_trained(self, param: Tensor) -> tuple[Bucket, int]:
-        place = self._find(param)
-        if place is None:
+    def _find_trained(self, param: Tensor) -> Location:
+        location = self._find(param)
+        if location is None:
             raise ValueError("expected a parameter in training, got a frozen one; unfreeze it and take a step first")
-        return place
+        return location
 
     def _mesh_groups(self) -> list[Group]:
         """Of the ranks that hold other parts of DTensors."""
-        return [dim.group for dim in self._topology.model if dim.is_of_mesh]
+        return [dim.group for dim in self._topology.model_dims if dim.is_of_mesh]
 
     def _check_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
         """Parameters of one size would be mixed where ranks read different ones. is_whole: of a DTensor, all parts."""
@@ -297,18 +297,18 @@ class FullAccess:
         self._follow(*self._spelled(what, bucket, position, is_whole))
 
     def _spelled(self, what: str, bucket: Bucket, position: int, is_whole: bool) -> tuple[str, Sequence[Group]]:
-        beside = self._mesh_groups() if is_whole and isinstance(bucket.params[position], LocalParam) else []
-        return f"{what} of parameter {bucket.numbers[position]}", beside
+        mesh_groups = self._mesh_groups() if is_whole and isinstance(bucket.params[position], LocalParam) else []
+        return f"{what} of parameter {bucket.numbers[position]}", mesh_groups
 
-    def _follow(self, what: str, beside: Sequence[Group]) -> None:
+    def _follow(self, what: str, mesh_groups: Sequence[Group]) -> None:
         """Have the masters follow the weights; an error of this rank's own is one on all."""
         try:
             self._param_buckets.follow_weights()
         except (TypeError, ValueError):
             with suppress(CollectiveError):  # which the others raise
-                self._group.check_alike("nothing: it has an error", beside)
+                self._group.check_alike("nothing: it has an error", mesh_groups)
             raise
-        self._group.check_alike(what, beside)
+        self._group.check_alike(what, mesh_groups)
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)

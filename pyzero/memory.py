@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from pyzero.ops.rounding import round_up
 from pyzero.streams import on_device
 
 _PAGE_BYTES = 2 << 20
@@ -97,7 +98,7 @@ def _reuse(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    return round_up(num_bytes, _PAGE_BYTES)
 
 
 def _map(num_bytes: int) -> mmap.mmap:

@@ -220,7 +220,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 loss = closure()
         is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         error = self._prepare_step()
-        exchanges = self._buckets or self._topology.model  # others of the model wait for a rank without any buckets
+        exchanges = self._buckets or self._topology.model_dims  # whose ranks wait for one without any buckets
         if error is not None and not (exchanges and self._num_ranks > 1):
             raise error
         if exchanges:
@@ -484,11 +484,11 @@ class ZeroOptimizer(StateDicts, Optimizer):
         given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses what is none
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # torch warns of a parameter that comes twice; its first place counts.
-        kept = {param: place for place, param in reversed([*enumerate(group["params"])])}
+        # torch warns of a parameter that comes twice; the first counts.
+        kept = {param: position for position, param in reversed([*enumerate(group["params"])])}
         for key in ("params", "param_names"):
             if key in group:
-                group[key] = [group[key][place] for place in sorted(kept.values())]
+                group[key] = [group[key][position] for position in sorted(kept.values())]
         try:
             arguments.check_group(group, given, self.defaults)
             rule = self._rule_of(group)
@@ -517,14 +517,14 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _named_params(self) -> dict[Tensor, str]:
         """All parameters, and their names for messages."""
         groups = enumerate(self._param_groups)
-        return {p: self._name(index, place) for index, group in groups for place, p in enumerate(group["params"])}
+        return {p: self._name(index, position) for index, group in groups for position, p in enumerate(group["params"])}
 
-    def _name(self, group_index: int, place: int) -> str:
-        """A parameter's name for messages: the caller's, its model's, or its place in its group."""
+    def _name(self, group_index: int, position: int) -> str:
+        """A parameter's name for messages: the caller's, its model's, or its position in its group."""
         group = self._param_groups[group_index]
         if "param_names" in group:
-            return str(group["param_names"][place])
-        return self._model_names.get(group["params"][place]) or f"parameter {place} of group {group_index}"
+            return str(group["param_names"][position])
+        return self._model_names.get(group["params"][position]) or f"parameter {position} of group {group_index}"
 
     def take_names(self, model: nn.Module) -> None:
         """Have messages call parameters by their names in a model, where the caller gave none."""
@@ -582,7 +582,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     def _trains_by_grad(self) -> bool:
         """Whether a frozen parameter with a `.grad` is trained: other ranks could not see this one's."""
-        return self._group.size == 1 and not self._topology.model
+        return self._group.size == 1 and not self._topology.model_dims
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""

@@ -68,10 +68,10 @@ class StateDicts(Status):
     def describe_unfrozen(self, found: list[int]) -> Unfrozen:
         """What the ranks compare of it before they place them."""
         return {
-            (index, place): self._name(index, place)
+            (index, position): self._name(index, position)
             for index in found
-            for place, param in enumerate(self._param_groups[index]["params"])
-            if param.requires_grad and param not in self._param_buckets.places
+            for position, param in enumerate(self._param_groups[index]["params"])
+            if param.requires_grad and param not in self._param_buckets.locations
         }
 
     def members(self) -> list[int]:
@@ -234,7 +234,7 @@ class StateDicts(Status):
             first += len(params)
         groups[0][rank_state.SCALER] = self._scaler.saved().cpu()
         groups[0][rank_state.RULE] = self.rule_name
-        steps = [float(state[place][STEP]) if place in state else -1.0 for place in range(first)]
+        steps = [float(state[i][STEP]) if i in state else -1.0 for i in range(first)]
         rank_state.note_master_steps(groups[0], steps)
         return {"state": state, "param_groups": groups}
 
@@ -242,8 +242,8 @@ class StateDicts(Status):
         """Which rank's a state dict is, and from which buckets its parts are cut."""
         learned = self.reduces_grads and not self._gradients.learns_arrival
         params = (param for group in self._param_groups for param in group["params"])
-        places = {param: place for place, param in enumerate(params)}
-        return rank_state.describe(self._group.rank, self._group.size, self._buckets, places, learned)
+        param_ids = {param: i for i, param in enumerate(params)}
+        return rank_state.describe(self._group.rank, self._group.size, self._buckets, param_ids, learned)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would lose its hooks and its process group."""

@@ -38,7 +38,7 @@ class Status(FullAccess, Optimizer):
     # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
     _last: LastStep | None
 
-    def _name(self, group_index: int, place: int) -> str:
+    def _name(self, group_index: int, position: int) -> str:
         raise NotImplementedError
 
     # ---- the last step ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from pyzero.ops.backend import SEGMENT_GRANULE, AdamArgs, LionArgs, SgdArgs
+from pyzero.ops.rounding import ceil_div
 
 Args = TypeVar("Args", AdamArgs, LionArgs, SgdArgs)
 
@@ -22,5 +23,5 @@ def each_grad(args: Args) -> Iterator[tuple[Tensor, Args]]:
         part: dict[str, Any] = {name: tensor[begin:end] for name, tensor in cut.items() if tensor is not None}
         part["param_outs"] = [out[begin:end] for out in args.param_outs]
         if args.segment_ids is not None:
-            part["segment_ids"] = args.segment_ids[begin // SEGMENT_GRANULE : -(-end // SEGMENT_GRANULE)]
+            part["segment_ids"] = args.segment_ids[begin // SEGMENT_GRANULE : ceil_div(end, SEGMENT_GRANULE)]
         yield grad.reshape(-1), args._replace(**part)

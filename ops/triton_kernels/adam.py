@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyzero.ops.rounding import ceil_div
+
 from ..backend import SEGMENT_GRANULE, AdamArgs, AdamHyper, Scalar
 from .common import as_f32, as_f64, launch, load_f32, load_scalar
 from .shard_grads import launch_over_grads, read_row, store_weights
@@ -229,7 +231,7 @@ def _device_constants(
     table = torch.empty(num_segments, NUM_CONSTANTS, dtype=torch.float32, device=master.device)
     block = 128
     launch(
-        adam_constants_kernel, -(-num_segments // block), master,
+        adam_constants_kernel, ceil_div(num_segments, block), master,
         table, 0.0 if lr_tensor is not None else float(lr), lr_tensor, 1 if step_tensor is not None else int(step),
         step_tensor, num_segments, hyper.beta1, hyper.beta2, hyper.weight_decay,
         DECAYS=decays, BLOCK=block,

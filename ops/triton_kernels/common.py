@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyzero.ops.rounding import ceil_div
+
 BLOCK = 2048  # elements: 4 warps with 16 each, that is 2 (16-bit) to 4 (fp32) 16-byte loads in flight per thread
 NUM_WARPS = 2 if torch.version.hip else 4  # 128 threads: an AMD wave has 64
 # A program takes whole chunks, so that the fp64 partial sums stay few. A constant, not a property of the device:
@@ -140,8 +142,8 @@ def new_partials(sumsq: Tensor | None, num_programs: int) -> Tensor | None:
 
 def chunk_numel(numel: int) -> int:
     """Elements per program: whole blocks, few enough programs."""
-    num_blocks = -(-numel // BLOCK)
-    return BLOCK * max(1, -(-num_blocks // MAX_PROGRAMS))
+    num_blocks = ceil_div(numel, BLOCK)
+    return BLOCK * max(1, ceil_div(num_blocks, MAX_PROGRAMS))
 
 
 def is_aligned(*addresses: int) -> bool:

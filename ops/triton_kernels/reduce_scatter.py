@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyzero.ops.rounding import ceil_div
+
 from ..backend import ReduceScatterArgs
 from ..rows import addresses
 from .address_table import pointer_table
@@ -97,7 +99,7 @@ def reduce_scatter_(args: ReduceScatterArgs) -> None:
         return
     _, *sources = addresses(args.rows)
     chunk = chunk_numel(n)
-    num_programs = -(-n // chunk)
+    num_programs = ceil_div(n, chunk)
     partials = new_partials(args.sumsq, num_programs)
     is_tensor = isinstance(scale, Tensor)
     launch(

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyzero.ops.rounding import ceil_div
+
 from ..backend import AdamArgs, LionArgs, SgdArgs
 from ..rows import addresses, numels
 from .address_table import AddressTable, Upload, address_tables, kept, pointer_table
@@ -64,7 +66,7 @@ def launch_over_grads(
     constants |= {"NUM_PEERS": len(peers), "PEERS_ALIGNED": is_aligned(*peer_addresses)}
     if len(grads) == 1 and grads[0].numel() == master.numel():
         n = master.numel()
-        launch(flat_kernel, -(-n // BLOCK), master, *shard, grads[0], n, *others, BLOCK=BLOCK, **constants)
+        launch(flat_kernel, ceil_div(n, BLOCK), master, *shard, grads[0], n, *others, BLOCK=BLOCK, **constants)
         return
     for table in _tables(args):
         launch(

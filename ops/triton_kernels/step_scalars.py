@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyzero.ops.rounding import ceil_div
+
 from ..backend import StepScalarsArgs
 from .common import as_f32, launch, load_scalar
 
@@ -55,7 +57,7 @@ def step_scalars_(args: StepScalarsArgs) -> None:
     """Scalars and step counts, in one launch."""
     num_params = args.steps.numel()
     launch(
-        step_scalars_kernel, max(1, -(-num_params // _PARAMS)), args.out,
+        step_scalars_kernel, max(1, ceil_div(num_params, _PARAMS)), args.out,
         args.out, args.rows, len(args.rows), args.max_norm or 0.0, args.unscale, args.factor,
         args.steps, args.used, num_params,
         CLIPS=args.max_norm is not None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from pyzero.checkpoint.export import place_of
+from pyzero.checkpoint.export import memory_identity
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER
@@ -167,7 +167,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     tensors = {name: value for name, value in tensors.items() if name not in excluded}
     _check_layouts(tensors)
     first: dict[tuple[object, ...], str] = {}
-    tied = {n: first.setdefault(place_of(local_of(v)), n) for n, v in tensors.items() if local_of(v).numel()}
+    tied = {n: first.setdefault(memory_identity(local_of(v)), n) for n, v in tensors.items() if local_of(v).numel()}
     common = {
         "param_groups": groups,
         "model": others,

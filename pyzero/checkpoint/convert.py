@@ -86,9 +86,9 @@ def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = 
             f"expected a file NAME.safetensors, for that is its format, got {path}; pass {stem}.safetensors"
         )
     weights = _Weights.find(directory, dtype)
-    like = {name: weights.empty(name, "meta") for name in weights.places}
+    like = {name: weights.empty(name, "meta") for name in weights.saved_names}
     export_safetensors(like, path, dtype, tied=weights.tied, load=weights.read)
-    return Exported(len(weights.places) - len(weights.tied), weights.index["step"])
+    return Exported(len(weights.saved_names) - len(weights.tied), weights.index["step"])
 
 
 def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:
@@ -102,9 +102,9 @@ def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:
         ValueError: Weights are saved in parts.
     """
     weights = _Weights.find(directory, torch.float32)
-    found = {name: weights.read(name) for name in weights.places if name not in weights.tied}
+    found = {name: weights.read(name) for name in weights.saved_names if name not in weights.tied}
     found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
-    return {name: found[weights.tied.get(name, name)] for name in weights.places}
+    return {name: found[weights.tied.get(name, name)] for name in weights.saved_names}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Weights:
 
     folder: Path
     index: dict[str, Any]
-    places: dict[str, str]  # by name, the tensor among those saved
+    saved_names: dict[str, str]  # by name, the tensor among those saved
     tied: dict[str, str]  # the name that is in place of each
 
     @classmethod
@@ -133,18 +133,18 @@ class _Weights:
         tied = common["tied"]
         names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
         masters = {name: f"optim.state.{name}.{MASTER}" for name in names}
-        places = {n: masters[n] if dtype == torch.float32 and masters[n] in saved else f"model.{n}" for n in names}
-        return cls(folder, index, places, {a: b for a, b in tied.items() if a in places and b in places})
+        saved_names = {n: masters[n] if dtype == torch.float32 and masters[n] in saved else f"model.{n}" for n in names}
+        return cls(folder, index, saved_names, {a: b for a, b in tied.items() if a in saved_names and b in saved_names})
 
     def empty(self, name: str, device: str) -> Tensor:
-        saved = self.index["tensors"][self.places[name]]
+        saved = self.index["tensors"][self.saved_names[name]]
         return torch.empty(saved["shape"], dtype=getattr(torch, saved["dtype"]), device=device)
 
     def read(self, name: str) -> Tensor:
         from pyzero.checkpoint import storage  # half a second
 
         tensor = self.empty(name, "cpu")
-        where = {self.places[name]: tensor}
+        where = {self.saved_names[name]: tensor}
         # Alone: for an interrupt, which torch takes for a failure, to be raised as itself.
         run_on_all_ranks(
             Group(is_alone=True), f"the read of {name}", lambda: storage.read(where, self.folder, self.index)

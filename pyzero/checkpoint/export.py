@@ -97,12 +97,12 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         if not tensor.numel() or tensor.is_meta:
             continue
-        if (before := first.setdefault(place_of(tensor), name)) != name:
+        if (before := first.setdefault(memory_identity(tensor), name)) != name:
             shared[name] = before
     return shared
 
 
-def place_of(tensor: Tensor) -> tuple[object, ...]:
+def memory_identity(tensor: Tensor) -> tuple[object, ...]:
     """What tied tensors have in common; another view of the same memory, as a transposed one, has another."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

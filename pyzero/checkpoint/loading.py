@@ -224,40 +224,44 @@ class _Load:
         by_param = names_of(self._model, self._optimizer)
         names = [by_param[param] for param in params]
         self._model_state, _ = model_state(self._model, self._optimizer)
-        places = {} if self._weights_only else self._places(state["state"], params, names)
-        others = self._untrained({names[number]: params[number] for number in places})
-        place_of = {name: self._place_of_weight(name, value) for name, value in others.items()}
-        like = {place: state["state"][n][key] for n, of_param in places.items() for key, place in of_param.items()}
-        like.update({place_of[name]: value for name, value in others.items() if place_of[name] not in like})
+        saved_names = {} if self._weights_only else self._saved_names(state["state"], params, names)
+        others = self._untrained({names[number]: params[number] for number in saved_names})
+        saved_name_of = {name: self._saved_name_of(name, value) for name, value in others.items()}
+        like = {
+            saved_name: state["state"][n][key]
+            for n, of_param in saved_names.items()
+            for key, saved_name in of_param.items()
+        }
+        like.update({saved_name_of[name]: value for name, value in others.items() if saved_name_of[name] not in like})
         wanted = self._fitting(like, others)
         self._state = {
             number: {
-                key: wanted.get(place, state["state"][number][key])
-                for key, place in of_param.items()
-                if key != MASTER or place in wanted
+                key: wanted.get(saved_name, state["state"][number][key])
+                for key, saved_name in of_param.items()
+                if key != MASTER or saved_name in wanted
             }
-            for number, of_param in places.items()
+            for number, of_param in saved_names.items()
         }
-        self._others = {name: wanted[place] for name, place in place_of.items() if place in wanted}
+        self._others = {name: wanted[saved_name] for name, saved_name in saved_name_of.items() if saved_name in wanted}
         self._groups = [] if self._weights_only else self._match_groups(state["param_groups"], names)
         return wanted
 
-    def _places(
+    def _saved_names(
         self, state: dict[int, dict[str, Tensor]], params: list[Tensor], names: list[str]
     ) -> dict[int, dict[str, str]]:
         """The name in the checkpoint of each value of a parameter's state, by the parameter's number."""
         saved = self._index["tensors"]
-        places = {
+        saved_names = {
             number: {key: f"{_STATE}{names[number]}.{key}" for key in values}
             for number, values in state.items()
             if params[number].numel() or f"{_STATE}{names[number]}.{STEP}" in saved
         }
-        for number, of_param in places.items():
+        for number, of_param in saved_names.items():
             if of_param[MASTER] not in saved:
                 of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
-        return places
+        return saved_names
 
-    def _place_of_weight(self, name: str, value: Tensor) -> str:
+    def _saved_name_of(self, name: str, value: Tensor) -> str:
         """The name in the checkpoint of what the model has beside what the optimizer loads."""
         master = f"{_STATE}{self._common['tied'].get(name, name)}.{MASTER}"
         takes_master = self._weights_only and value.dtype == torch.float32 and master in self._index["tensors"]

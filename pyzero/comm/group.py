@@ -213,13 +213,13 @@ class Group:
     @contextmanager
     def lockstep(
         self,
-        beside: Sequence[Group] = (),
+        model_groups: Sequence[Group] = (),
         what: str = "a step",
         but: type[BaseException] | tuple[type[BaseException], ...] = (),
     ) -> Iterator[None]:
         """What every rank goes through to its end: where an exception leaves it on this one, nothing is sent after.
 
-        beside: Groups of other ranks that go through it, too.
+        model_groups: Of the ranks that hold other parts of the model, which go through it, too.
         but: Exceptions that every rank raises by itself.
         """
         try:
@@ -227,16 +227,16 @@ class Group:
         except but:
             raise
         except BaseException as error:
-            self.break_off(error, what, beside)
+            self.break_off(error, what, model_groups)
             raise
 
-    def break_off(self, error: BaseException, what: str, beside: Sequence[Group] = ()) -> None:
-        """Send nothing more, in this group and those beside it: what all go through to its end has failed here.
+    def break_off(self, error: BaseException, what: str, model_groups: Sequence[Group] = ()) -> None:
+        """Send nothing more, in this group and in model_groups: what all go through to its end has failed here.
 
         Who waits long for this rank finds the reason in the store; of a collective that failed, by itself.
         """
         reason = f"{what} was broken off by {type(error).__name__}"
-        for group in (self, *beside):
+        for group in (self, *model_groups):
             group._give_up(reason)
             if group.handle is not None and not isinstance(error, CollectiveError):
                 with contextlib.suppress(RuntimeError, ValueError):  # where the store is gone, so are they
@@ -346,16 +346,16 @@ class Group:
             self.start(what, _all_gather, flat, shard).wait()
         return flat
 
-    def check_alike(self, what: str, beside: Sequence[Group] = ()) -> None:
+    def check_alike(self, what: str, model_groups: Sequence[Group] = ()) -> None:
         """Have every rank be about to read the same. Collective; host memory alone is sent.
 
-        beside: The other dimensions of the ranks' mesh.
+        model_groups: The other dimensions of the ranks' mesh.
 
         Raises:
-            CollectiveError: They differ, on all ranks of this group and of those beside. Nothing else has been sent.
+            CollectiveError: They differ, on all ranks of this group and of model_groups. Nothing else has been sent.
         """
         differs = self._difference(what)
-        for group in beside:  # whoever has seen a difference says so there
+        for group in model_groups:  # whoever has seen a difference says so there
             told = group._difference("other tensors" if differs else what)
             differs = differs or told
         if differs:

@@ -24,6 +24,7 @@ from torch import Tensor
 from pyzero.comm import futex
 from pyzero.comm.futex import Counter
 from pyzero.comm.shared_pages import SharedPages
+from pyzero.ops.rounding import round_up
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _LINE = 64  # bytes of a cache line, which a counter has for itself
@@ -262,7 +263,7 @@ class SharedMemory:
 
 
 def _pages(num_bytes: int) -> int:
-    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return round_up(num_bytes, mmap.PAGESIZE)
 
 
 class _Life:

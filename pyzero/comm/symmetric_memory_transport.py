@@ -22,6 +22,7 @@ from pyzero.comm.group import Group, Work
 from pyzero.comm.shared_memory import HostError, find_hosts, raise_first
 from pyzero.comm.transport import Exchange, FlatWeights, Transport
 from pyzero.ops.backend import MAX_PARAM_OUTS
+from pyzero.ops.rounding import round_up
 from pyzero.streams import on_stream
 
 _NUM_SLOTS = 2
@@ -126,7 +127,7 @@ class SymmetricMemoryTransport(Transport):
             return
         if self._memory is not None and self._last is not None:
             torch.cuda.synchronize(self._device)  # after a barrier: all have read what lies in the old memory
-        slot_bytes = -(-slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        slot_bytes = round_up(slot_bytes, _SLOT_ALIGNMENT)
         self._memory = self._allocate(_NUM_SLOTS * slot_bytes)
         self._slot_bytes = slot_bytes
 

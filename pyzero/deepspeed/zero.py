@@ -16,7 +16,7 @@ from pyzero.deepspeed.stage_3.init import Init as Init
 from pyzero.deepspeed.stage_3.kept_views import is_gathered, keep_views
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus, gathered
 from pyzero.sharding import fsdp
-from pyzero.sharding.fsdp import ShardedPlace
+from pyzero.sharding.fsdp import FsdpParamUse
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
 
 
@@ -90,7 +90,7 @@ class GatheredParameters:
         self._params = [params] if isinstance(params, Tensor) else [param for param in params if param is not None]
         self._enabled = enabled
         self._source = modifier_rank
-        self._places: dict[Any, ShardedPlace] = {}  # of those that no context around this one has gathered
+        self._uses: dict[Any, FsdpParamUse] = {}  # of those that no context around this one has gathered
         self._owners: list[Any] = []  # what gathers them, and what none around this one has had gather others
         self._built: list[Any] = []  # those of zero.Init, before initialize()
         self._cut: list[Any] = []  # DTensors that fully_shard has not sharded: tensor parallelism's
@@ -103,9 +103,9 @@ class GatheredParameters:
             self._built = [param for param in self._params if isinstance(param, ShardedParam)]
             self._stack.enter_context(gathered(self._built, self._source))
         if self._enabled and any(is_dtensor(param) for param in self._params):
-            known = fsdp.find_fsdp_places()
+            known = fsdp.find_fsdp_params()
             fresh = [param for param in dict.fromkeys(self._params) if not _is_shown(param)]
-            self._places = {param: known[param] for param in fresh if param in known}
+            self._uses = {param: known[param] for param in fresh if param in known}
             taken = {param.gathered_in.owner for param in known if hasattr(param, "gathered_in")}
             self._show_shards(taken)
             self._cut = [param for param in fresh if param not in known and is_dtensor(param)]
@@ -117,23 +117,23 @@ class GatheredParameters:
 
     def _show_shards(self, taken: Collection[Any]) -> None:
         """What fully_shard has sharded. taken: Modules that a context around this one has had gather."""
-        owners = dict.fromkeys(place.owner for place in self._places.values())
+        owners = dict.fromkeys(use.owner for use in self._uses.values())
         self._owners = [owner for owner in owners if owner not in taken]
         for owner in self._owners:
             owner.unshard()
             keep_views(owner)
         self._stack.enter_context(fsdp.whole_state_dicts(self._owners))
-        for param, place in self._places.items():
-            param.gathered_in = place
-            place.record.init_dtype_attrs = _know_dtypes
+        for param, use in self._uses.items():
+            param.gathered_in = use
+            use.record.init_dtype_attrs = _know_dtypes
             param.ds_status = ZeroParamStatus.AVAILABLE
             param.__class__ = _gathered(type(param))  # type: ignore[arg-type]
 
     def _hide_shards(self) -> None:
-        for param, place in self._places.items():
+        for param, use in self._uses.items():
             _hide(param)
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-            del param.gathered_in, place.record.init_dtype_attrs
+            del param.gathered_in, use.record.init_dtype_attrs
         for owner in self._owners:
             owner.reshard()
 
@@ -198,7 +198,7 @@ class GatheredParameters:
 def _sharded(params: list[Tensor]) -> list[Tensor]:
     """The shards of those that a forward has left whole, which are gathered anew; the others as they are."""
     whole = fsdp.find_left_whole(params)
-    for owner in dict.fromkeys(place.owner for _, place in whole.values()):
+    for owner in dict.fromkeys(use.owner for _, use in whole.values()):
         if not is_gathered(owner):
             owner.reshard()
     return [whole[id(param)][0] if id(param) in whole else param for param in params]

@@ -26,7 +26,10 @@ log = logging.getLogger("pyzero")
 
 # What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
 _OF_GRAD = "a norm of .grad"
-PURPOSES = ("step", "clip_grad_norm_", "full_grad", "set_full_grad", _OF_GRAD, "unscale_ of GradScaler")
+PURPOSES = (
+    *("step", "clip_grad_norm_", "full_grad", "set_full_grad", "local_grad", "set_local_grad", "sum_tied_grads"),
+    *(_OF_GRAD, "unscale_ of GradScaler"),
+)
 
 # Columns of a host's part of the message; from _USED on, a bit per parameter.
 _PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HAS_ERROR, _HALF_EDITED, _EDITS, _USED = range(10)
@@ -103,7 +106,7 @@ class GradStatsExchange:
 
     Args:
         group: The ranks that share the optimizer's state.
-        model_parallel: Ranks that hold other parts of the same model, a group for each dimension of them: they skip
+        model_groups: Of the ranks that hold other parts of the same model, one for each dimension: they skip
             together and share one norm.
         same_params: Those ranks have the same parameters by number, of which they hold other parts.
         name_of: A method of the optimizer's: a parameter's name for messages, by its number.
@@ -113,7 +116,7 @@ class GradStatsExchange:
     def __init__(
         self,
         group: Group,
-        model_parallel: Sequence[Group],
+        model_groups: Sequence[Group],
         same_params: bool,
         name_of: Callable[[int], str],
         facts: Callable[[], HostFacts],
@@ -121,12 +124,12 @@ class GradStatsExchange:
         self.same_params = same_params
         self._name_of = weakref.WeakMethod(name_of)
         self._facts = weakref.WeakMethod(facts)
-        self.names = _names(group, shares_params=same_params and bool(model_parallel))
+        self.names = _names(group, shares_params=same_params and bool(model_groups))
         self._num_exports = 0  # calls of state_dict() on this rank since the last message
         self._may_warn = group.rank == 0
         self._group = group
-        self._model_parallel = model_parallel
-        self.is_alone = group.size == 1 and not model_parallel  # nothing is sent
+        self._model_groups = model_groups
+        self.is_alone = group.size == 1 and not model_groups  # nothing is sent
 
     def name_of(self, number: int) -> str:
         """A parameter's name for messages, by its number."""
@@ -176,7 +179,7 @@ class GradStatsExchange:
         # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
         if error is not None or not has_unsent:
             try:
-                rows, num_skips = self._gather_beside(mine.purpose, rows, num_skips, hyper_parameters, error)
+                rows, num_skips = self._gather_over_model_groups(mine.purpose, rows, num_skips, hyper_parameters, error)
             finally:
                 error = None  # its traceback holds this frame, and the callers'
         return GlobalGradStats(
@@ -189,24 +192,24 @@ class GradStatsExchange:
             unscale=unscale,
         )
 
-    def _gather_beside(
+    def _gather_over_model_groups(
         self, purpose: str, rows: Tensor, num_skips: int, hyper_parameters: int, error: RuntimeError | None
     ) -> tuple[Tensor, int]:
         """The rows, and the most skips in a row, of the ranks that hold other parts of the model too.
 
         error: What this rank's group has found: raised on all of them.
         """
-        for beside in self._model_parallel:
+        for group in self._model_groups:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
             row = torch.stack([found.double(), sumsq, rows[:, FIRST_BAD].amin()])
             head = [PURPOSES.index(purpose), num_skips, self.same_params and hyper_parameters, error is not None]
             with self.lockstep(CollectiveError):
-                told, rows = beside.gather_with_host(head, row)
+                told, rows = group.gather_with_host(head, row)
             purposes, skips, hyper, has_error = told.t().tolist()
             num_skips = int(max(skips))
-            error = error or _difference(purposes, hyper, beside)
+            error = error or _difference(purposes, hyper, group)
             if error is None and any(has_error):
-                ranks = [rank for rank, has in zip(beside.members(), has_error, strict=True) if has]
+                ranks = [rank for rank, has in zip(group.members(), has_error, strict=True) if has]
                 error = _other_error(purpose, ranks)
         try:
             if error is not None:
@@ -229,7 +232,7 @@ class GradStatsExchange:
 
         but: Exceptions of which they know.
         """
-        return self._group.lockstep(self._model_parallel, "the step's message", but)
+        return self._group.lockstep(self._model_groups, "the step's message", but)
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
         """hosts: (size, _USED + n) fp64."""
@@ -299,7 +302,7 @@ class GradStatsExchange:
 
     def norm(self, power: Tensor, norm_type: float, unscale: Tensor | None) -> Tensor:
         """Collective: global p-norms, fp32 (n,), of every rank's (n,) fp64 sums of |g|^p, or largest |g| for inf."""
-        for group in (self._group, *self._model_parallel):
+        for group in (self._group, *self._model_groups):
             rows = group.gather_rows(power)
             power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
         norm = power if math.isinf(norm_type) else power.pow(1 / norm_type)

@@ -20,14 +20,14 @@ _OF_WHOLE_MODEL = ("max_grad_norm", "loss_scale", "max_consecutive_skips")
 _MOST_RANKS_NAMED = 8
 
 
-def agree_on_options(group: Group, options: Mapping[str, object], beside: Sequence[Group] = ()) -> None:
+def agree_on_options(group: Group, options: Mapping[str, object], model_groups: Sequence[Group] = ()) -> None:
     """Raise on all ranks where they were given other options. Collective; before anything that goes by one of them.
 
-    beside: The ranks with other parts of the model, dimension by dimension.
+    model_groups: Of the ranks with other parts of the model, one for each dimension.
     """
     mine = {name: _spell(value) for name, value in options.items()}
     problem = _differing_option(group, mine)
-    for others in beside:  # whoever has seen a difference says so there
+    for others in model_groups:  # whoever has seen a difference says so there
         of_model = {name: mine[name] for name in _OF_WHOLE_MODEL}
         told = others.gather_objects(problem, "the comparison of options")
         problem = problem or next(filter(None, told), None) or _differing_option(others, of_model)
@@ -120,13 +120,13 @@ def agree_on_params(group: Group, mine: Joining) -> list[int] | None:
     return rank_0s
 
 
-Unfrozen = dict[tuple[int, int], str]  # names of parameters that are no longer frozen, by group and place in it
+Unfrozen = dict[tuple[int, int], str]  # names of parameters that are no longer frozen, by group and position in it
 
 
 def check_unfrozen(ranks: Sequence[int], told: Sequence[Unfrozen]) -> None:
     """Raise ValueError where a parameter is no longer frozen on some of these ranks only. told: By each of them."""
-    for place, name in {place: name for unfrozen in told for place, name in unfrozen.items()}.items():
-        those = [rank for rank, unfrozen in zip(ranks, told, strict=True) if place in unfrozen]
+    for position, name in {position: name for unfrozen in told for position, name in unfrozen.items()}.items():
+        those = [rank for rank, unfrozen in zip(ranks, told, strict=True) if position in unfrozen]
         if len(those) < len(ranks):
             raise ValueError(
                 f"expected the same parameters to be trained on every rank, got {name} no longer frozen on "
@@ -168,7 +168,7 @@ def _difference(first: Joining, other: Joining) -> _Difference | None:
 
 
 def _differing_record(kind: str, ours: list[ParamRecord], theirs: list[ParamRecord]) -> _Difference | None:
-    """The first place in which two ranks have another shape, dtype, group, rule or strides, or one of them nothing."""
+    """The first position at which two ranks have another shape, dtype, group, rule or strides, or one has nothing."""
     both = zip(ours, theirs, strict=False)
     where = next((i for i, (a, b) in enumerate(both) if a[:5] != b[:5]), min(len(ours), len(theirs)))
     if where == len(ours) == len(theirs):
@@ -186,7 +186,7 @@ def _differing_record(kind: str, ours: list[ParamRecord], theirs: list[ParamReco
 
 
 def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> _Difference | None:
-    """The first place whose names on one rank are those of another place on the other.
+    """The first position whose names on one rank are those of another position on the other.
 
     Names that only one of them knows tell nothing, nor do the others then: a module may be wrapped there alone, which
     gives its second layer the name of the first elsewhere.
@@ -194,18 +194,20 @@ def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, .
     known = {name for names in ours for name in names} & {name for names in theirs for name in names}
     if not all({*names} & known for names in (*ours, *theirs)):
         return None
-    for place, (mine, others) in enumerate(zip(ours, theirs, strict=True)):
+    for position, (mine, others) in enumerate(zip(ours, theirs, strict=True)):
         if not {*mine} & {*others}:
-            return _Difference(f"{kind} {place}", " or ".join(mine), " or ".join(others), _ORDER_ALIKE)
+            return _Difference(f"{kind} {position}", " or ".join(mine), " or ".join(others), _ORDER_ALIKE)
     return None
 
 
 def _reordered(first: Joining, other: Joining) -> _Difference | None:
-    """Where one module holds all and no names are shared: the first place of its order that has another parameter."""
+    """Where one module holds all and no names are shared: the first position in its order of another parameter."""
     both = zip(first.trained, other.trained, strict=True)
     if first.order is None or other.order is None or all({*a.module_names} & {*b.module_names} for a, b in both):
         return None
-    for place, (mine, others) in enumerate(zip(first.order, other.order, strict=True)):
+    for position, (mine, others) in enumerate(zip(first.order, other.order, strict=True)):
         if mine != others:
-            return _Difference(f"number {place} of the model", f"parameter {mine}", f"parameter {others}", _ORDER_ALIKE)
+            return _Difference(
+                f"number {position} of the model", f"parameter {mine}", f"parameter {others}", _ORDER_ALIKE
+            )
     return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.comm.transport import FlatWeights
+from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.flat_params import FlatParams, flatten
 from pyzero.sharding.layout import GRANULE, BucketLayout
 from pyzero.sharding.local_param import user_param
@@ -98,7 +99,7 @@ class Bucket:
         layout: Where parameters lie, and how it is cut into shards.
         params: The parameters, in the order of layout.param_slots.
         numbers: Their numbers among the optimizer's, which stay whatever bucket they lie in.
-        index: The bucket's place among the optimizer's.
+        index: The bucket's position among the optimizer's.
         rank: This rank in the group that shares the bucket.
         rule: The update rule.
         weights: Memory for the weights of all ranks, zeros.
@@ -220,10 +221,9 @@ class Bucket:
 
     def shard_slot(self, position: int) -> slice:
         """This rank's part of one parameter and of the gap after it, as a slice of the shard."""
-        slots, (begin, end) = self.layout.param_slots, self.layout.shard_bounds(self.rank)
-        stop = slots[position + 1].offset if position + 1 < len(slots) else self.layout.numel
-        low = min(max(slots[position].offset, begin), end)
-        return slice(low - begin, max(min(stop, end), low) - begin)
+        begin, end = self.layout.shard_bounds(self.rank)
+        low = min(max(self.layout.param_slots[position].offset, begin), end)
+        return slice(low - begin, max(min(self.layout.slot_end(position), end), low) - begin)
 
     def shaped(self, flat: Tensor, position: int) -> Tensor:
         """(numel,) elements in a parameter's memory order as a tensor of its shape and strides; the same memory."""
@@ -254,7 +254,7 @@ class Bucket:
             [there[low:high] for there in self.peer_shards],
             {name: self.state[name][self._values(name, low, high)] for name in self.state},
             self.steps,
-            self.segment_ids[low // GRANULE : -(-high // GRANULE)],
+            self.segment_ids[low // GRANULE : ceil_div(high, GRANULE)],
             tuple(self._parts(low, high)),
         )
 
@@ -269,7 +269,7 @@ class Bucket:
         """Which values of a slot belong to elements [low, high); low is where a granule begins."""
         per_value = self.elements_per_value(name)
         first = low // per_value
-        return slice(first, first + -(-(high - low) // per_value))
+        return slice(first, first + ceil_div(high - low, per_value))
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -295,7 +295,7 @@ class Bucket:
     def whole_shape(self, name: str, position: int) -> torch.Size:
         """The shape of one parameter's masters, or values of a slot, as a whole tensor."""
         shape = self.flat_params.shapes[position]
-        return torch.Size([-(-shape.numel() // self.elements_per_value(name))]) if self.is_flat(name) else shape
+        return torch.Size([ceil_div(shape.numel(), self.elements_per_value(name))]) if self.is_flat(name) else shape
 
     def whole_stride(self, name: str, position: int) -> tuple[int, ...]:
         """The strides that go with `whole_shape`."""
@@ -305,7 +305,7 @@ class Bucket:
         """One parameter's values on the CPU, in its shape. flat: Masters, or a slot's values, of the whole bucket."""
         slot, per_value = self.layout.param_slots[position], self.elements_per_value(name)
         begin = slot.offset // per_value
-        own = flat[begin : begin + -(-slot.numel // per_value)].to("cpu", copy=True)
+        own = flat[begin : begin + ceil_div(slot.numel, per_value)].to("cpu", copy=True)
         return own if self.is_flat(name) else self.shaped(own, position)
 
     def shard_values(self, name: str, position: int) -> tuple[slice, slice]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-class ShardedPlace(NamedTuple):
+class FsdpParamUse(NamedTuple):
     """Where a parameter that fully_shard has sharded is used."""
 
     owner: Any  # the module that gathers it
@@ -43,17 +43,17 @@ def fsdp_groups(module: Any) -> list[Any]:
     return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group]
 
 
-def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
+def find_fsdp_params() -> dict[Tensor, FsdpParamUse]:
     """Where each parameter that fully_shard has sharded is used.
 
     Raises:
         RuntimeError: This torch keeps other records.
     """
     found = {
-        record.sharded_param: ShardedPlace(owner, record._module_info.module, record._module_info.param_name, record)
+        record.sharded_param: FsdpParamUse(owner, record._module_info.module, record._module_info.param_name, record)
         for owner, record in _fsdp_records()
     }
-    if not all(hasattr(place.record, "_sharded_param_data") for place in found.values()):
+    if not all(hasattr(use.record, "_sharded_param_data") for use in found.values()):
         raise RuntimeError(
             f"expected fully_shard to keep its shards in _sharded_param_data, as torch 2.11 to 2.15 do, got torch "
             f"{torch.__version__}, which does not; install one of these"
@@ -61,11 +61,11 @@ def find_fsdp_places() -> dict[Tensor, ShardedPlace]:
     return found
 
 
-def find_left_whole(params: Iterable[Tensor]) -> dict[int, tuple[Tensor, ShardedPlace]]:
+def find_left_whole(params: Iterable[Tensor]) -> dict[int, tuple[Tensor, FsdpParamUse]]:
     """By id, those of these parameters that fully_shard has gathered: the shard of each, and where it is used."""
     wanted = {id(param) for param in params}
-    places = find_fsdp_places() if "torch.distributed.fsdp" in sys.modules else {}
-    found = ((id(getattr(place.record, "_unsharded_param", None)), (shard, place)) for shard, place in places.items())
+    uses = find_fsdp_params() if "torch.distributed.fsdp" in sys.modules else {}
+    found = ((id(getattr(use.record, "_unsharded_param", None)), (shard, use)) for shard, use in uses.items())
     return {number: of_shard for number, of_shard in found if number in wanted}
 
 

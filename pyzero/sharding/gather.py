@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
+from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.buckets import Bucket
 
 
@@ -32,7 +33,7 @@ def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, ele
 def part_lengths(num_ranks: int, bucket: Bucket, position: int, elements_per_value: int = 1) -> list[int]:
     """How many values of the parameter at `position` each rank has."""
     bounds = (bucket.layout.overlap(bucket.layout.param_slots[position], rank) for rank in range(num_ranks))
-    return [-(-(high - low) // elements_per_value) for low, high in bounds]
+    return [ceil_div(high - low, elements_per_value) for low, high in bounds]
 
 
 def gather_parts(group: Group, part: Tensor, lengths: Sequence[int]) -> Tensor:

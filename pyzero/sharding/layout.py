@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from pyzero.ops.backend import SEGMENT_GRANULE
+from pyzero.ops.rounding import ceil_div, round_up
 
 GRANULE = SEGMENT_GRANULE  # elements: where a parameter may start, and a shard end
 
@@ -139,25 +140,24 @@ class BucketLayout:
         high = min(max(end - slot.offset, 0), slot.numel)
         return low, high
 
+    def slot_end(self, position: int) -> int:
+        """Where a parameter's slot ends, with the gap after it."""
+        return self.param_slots[position + 1].offset if position + 1 < len(self.param_slots) else self.numel
+
     def granule_owners(self, rank: int) -> list[tuple[int, int]]:
         """Runs of (position of the slot, number of granules) over a rank's shard; a gap goes to the slot before."""
         begin, end = self.shard_bounds(rank)
         runs = []
         for position, slot in enumerate(self.param_slots):
-            stop = self.param_slots[position + 1].offset if position + 1 < len(self.param_slots) else self.numel
-            low, high = max(slot.offset, begin), min(stop, end)
+            low, high = max(slot.offset, begin), min(self.slot_end(position), end)
             if low < high:
                 runs.append((position, (high - low) // GRANULE))
         return runs
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def _size(spec: ParamSpec) -> int:
     """Elements of its slot; an empty one has a slot of its own too."""
-    return max(_round_up(max(spec.numel, spec.padded_numel), GRANULE), GRANULE)
+    return max(round_up(max(spec.numel, spec.padded_numel), GRANULE), GRANULE)
 
 
 def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
@@ -165,7 +165,7 @@ def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
     cut = specs[0].key.cut
     ordered = sorted(specs, key=lambda spec: spec.run)  # stable: the given order inside a run
     sizes = [_size(spec) for spec in ordered]
-    shard_numel = _round_up(-(-sum(sizes) // num_ranks), GRANULE)
+    shard_numel = round_up(ceil_div(sum(sizes), num_ranks), GRANULE)
     if cut is Cut.WHOLE:
         shard_numel = _smallest_shard(sizes, num_ranks, shard_numel)
     slots: list[ParamSlot] = []
@@ -173,7 +173,7 @@ def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
     offset = 0
     for spec, size in zip(ordered, sizes, strict=True):
         if cut is Cut.WHOLE and offset // shard_numel != (offset + size - 1) // shard_numel:
-            offset = _round_up(offset, shard_numel)
+            offset = round_up(offset, shard_numel)
         starts.setdefault(spec.run, offset)
         slots.append(ParamSlot(spec.number, offset, spec.numel))
         offset += size
@@ -226,12 +226,12 @@ def plan(
     filling: dict[Key, list[ParamSpec]] = {}
     num_bytes: dict[Key, int] = {}
     full: list[tuple[int, BucketLayout]] = []  # (when the last of its parameters is expected, layout)
-    place = {index: position for position, index in enumerate(arrival)}
+    arrives_as = {index: position for position, index in enumerate(arrival)}
     caps = {key: _cap(key, specs, bucket_cap_bytes, num_ranks) for key in {spec.key for spec in specs}}
 
     def close(key: Key) -> None:
         members = filling.pop(key)
-        arrives = max(place[spec.number] for spec in members)
+        arrives = max(arrives_as[spec.number] for spec in members)
         if key.cut is Cut.WHOLE:
             members = _spread(members, num_ranks)
         full.append((arrives, lay_out(members, num_ranks)))

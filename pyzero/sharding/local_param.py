@@ -109,9 +109,9 @@ class LocalParam(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(dtensor: Any, place: Any = None) -> LocalParam:
-        """Made for a DTensor. place: Its entry in fsdp.find_fsdp_places(), if it has one."""
-        fsdp = None if place is None else place.record
+    def of(dtensor: Any, use: Any = None) -> LocalParam:
+        """Made for a DTensor. use: Its entry in fsdp.find_fsdp_params(), if it has one."""
+        fsdp = None if use is None else use.record
         made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
         made.dtensor, made._fsdp = dtensor, fsdp
         made.padded_numel = 0 if fsdp is None else fsdp._sharded_param_data.numel()

@@ -113,10 +113,10 @@ def names_of(roots: Iterable[nn.Module]) -> dict[Tensor, list[str]]:
     return names
 
 
-def order_of(places: dict[Tensor, int], roots: Iterable[nn.Module]) -> list[int] | None:
+def order_of(positions: dict[Tensor, int], roots: Iterable[nn.Module]) -> list[int] | None:
     """The order in which one module registers all parameters, which their groups may have mixed up, or None."""
     for root in roots:
-        order = [places[param] for param in root.parameters() if param in places]
-        if len(order) == len(places):
+        order = [positions[param] for param in root.parameters() if param in positions]
+        if len(order) == len(positions):
             return order
     return None

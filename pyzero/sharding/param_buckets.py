@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from pyzero.arguments import check_device, check_fsdp, check_not_gathered, check_trained, check_whole
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
+from pyzero.ops.rounding import ceil_div
 from pyzero.sharding import modules
 from pyzero.sharding.agreement import Joining, ParamRecord, agree_on_params
 from pyzero.sharding.aliases import refuse_aliases, tell_of_aliases
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
-from pyzero.sharding.fsdp import ShardedPlace, find_fsdp_places
+from pyzero.sharding.fsdp import FsdpParamUse, find_fsdp_params
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, user_param
 from pyzero.update_rule import Cut, UpdateRule
@@ -34,6 +35,13 @@ class PlacementOptions:
     reduces: bool  # the optimizer averages gradients over ranks
     init_sync: bool  # make weights, frozen parameters and buffers what they are on rank 0
     cpu_offload: bool  # see Bucket
+
+
+class Location(NamedTuple):
+    """Where a parameter lies."""
+
+    bucket: Bucket
+    position: int  # in it
 
 
 class ParamBuckets:
@@ -62,7 +70,7 @@ class ParamBuckets:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
-        self.places: dict[Tensor, tuple[Bucket, int]] = {}  # by parameter as the groups have it: where it lies
+        self.locations: dict[Tensor, Location] = {}  # by parameter as the groups have it
         # (num_params,) fp32: applied steps, bucket by bucket
         self.steps = torch.empty(0, dtype=torch.float32, device=device)
         self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
@@ -180,7 +188,7 @@ class ParamBuckets:
             gather.wait()
         self.finish_weight_write()
 
-    # ---- places -----------------------------------------------------------------------------------------------------
+    # ---- placement --------------------------------------------------------------------------------------------------
 
     def rule_of(self, param: Tensor) -> UpdateRule:
         """A parameter's update rule."""
@@ -189,7 +197,7 @@ class ParamBuckets:
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
         """Whole shapes of a parameter's master and of its rule's slots."""
         slots = self.rule_of(param).slots
-        flat = {slot.name: torch.Size([-(-param.numel() // slot.elements_per_value)]) for slot in slots}
+        flat = {slot.name: torch.Size([ceil_div(param.numel(), slot.elements_per_value)]) for slot in slots}
         per_element = {slot.name: param.shape for slot in slots if slot.elements_per_value == 1}
         return {MASTER: param.shape, **flat, **per_element}
 
@@ -204,9 +212,9 @@ class ParamBuckets:
         """
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
-        fsdp = find_fsdp_places() if any(map(is_dtensor, everything)) else {}
+        fsdp = find_fsdp_params() if any(map(is_dtensor, everything)) else {}
         params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
-        check_not_gathered(params, (place.record for place in fsdp.values()))
+        check_not_gathered(params, (use.record for use in fsdp.values()))
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
                 check_whole(param, spec.number, spec.key.rule)
@@ -214,7 +222,7 @@ class ParamBuckets:
         if self._options.reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
-        ours = {user_param(param): place for place, param in enumerate(params)}
+        ours = {user_param(param): position for position, param in enumerate(params)}
         roots = self._find_roots({*ours, *frozen})
         order = self._agree(param_groups, params, specs, frozen, modules.order_of(ours, [] if first else roots))
         if self._options.init_sync and self._group.size > 1:
@@ -222,7 +230,7 @@ class ParamBuckets:
         if not params:
             return []
         self._tell_of_shared_memory(params)
-        arrival = None if order is None else [first + place for place in reversed(order)]
+        arrival = None if order is None else [first + position for position in reversed(order)]
         layouts = plan(specs, self._options.bucket_cap_bytes, self._group.size, arrival)
         params, specs = [*self.params, *params], [*self.specs, *specs]
         made = [self._make(layout, len(self.buckets) + index, params, specs) for index, layout in enumerate(layouts)]
@@ -244,7 +252,7 @@ class ParamBuckets:
         self,
         param_groups: Sequence[dict[str, Any]],
         indices: Iterable[int],
-        fsdp: Mapping[Tensor, ShardedPlace],
+        fsdp: Mapping[Tensor, FsdpParamUse],
         with_grads: bool,
     ) -> tuple[list[Tensor], list[ParamSpec], dict[Tensor, int]]:
         """Trained parameters of these groups in no bucket, with their specs; frozen ones not yet rank 0's, by group."""
@@ -330,10 +338,12 @@ class ParamBuckets:
         for bucket, own in zip(self.buckets, steps.split(counts), strict=True):
             bucket.keep_steps_in(own)
             self._show_state(bucket)
-        self.places = {
-            user_param(p): (bucket, place) for bucket in self.buckets for place, p in enumerate(bucket.params)
+        self.locations = {
+            user_param(p): Location(bucket, position)
+            for bucket in self.buckets
+            for position, p in enumerate(bucket.params)
         }
-        self._views = {param: self._state[param] for param in self.places}
+        self._views = {param: self._state[param] for param in self.locations}
         self._views_ids = list(map(id, self._state.values()))
 
     def _show_state(self, bucket: Bucket) -> None:
@@ -372,7 +382,9 @@ class ParamBuckets:
             bucket.masters_from_weights()
             self._show_state(bucket)  # not the old one's, whose memory is to be let go
             self.buckets.append(bucket)
-            self.places.update({user_param(param): (bucket, place) for place, param in enumerate(bucket.params)})
+            self.locations.update(
+                {user_param(param): Location(bucket, position) for position, param in enumerate(bucket.params)}
+            )
             moved.update(bucket.numbers)
             empty = [other for other in old if moved.issuperset(other.numbers)]
             old = [other for other in old if other not in empty]
@@ -396,11 +408,11 @@ class ParamBuckets:
         for name in () if is_fresh else old.state_names:
             flat, per_value = self._group.gather_shards(old.to_send(name)), old.elements_per_value(name)
             for param, slot in zip(old.params, old.layout.param_slots, strict=True):
-                bucket, position = self.places[user_param(param)]
-                begin, num_values = slot.offset // per_value, -(-slot.numel // per_value)
+                bucket, position = self.locations[user_param(param)]
+                begin, num_values = slot.offset // per_value, ceil_div(slot.numel, per_value)
                 bucket.write_state(position, {name: flat[begin : begin + num_values]})
         for param, steps in zip(old.params, old.steps, strict=True):
-            bucket, position = self.places[user_param(param)]
+            bucket, position = self.locations[user_param(param)]
             bucket.write_state(position, {STEP: steps})
 
 

@@ -20,6 +20,7 @@ from pyzero import memory
 from pyzero.arguments import RESERVED, refuse_unsupported
 from pyzero.comm.group import Group
 from pyzero.ops.loss_scale import STATE_SLOTS
+from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
 from pyzero.sharding.layout import BucketLayout, lay_out
@@ -33,12 +34,14 @@ log = logging.getLogger("pyzero")
 ZERO, SCALER, RULE, STEPS = RESERVED
 
 
-def describe(rank: int, num_ranks: int, buckets: Sequence[Bucket], places: dict[Tensor, int], has_learned: bool) -> str:
+def describe(
+    rank: int, num_ranks: int, buckets: Sequence[Bucket], param_ids: dict[Tensor, int], has_learned: bool
+) -> str:
     """Which rank's a state dict is, and which buckets its parts are cut from; a string, which helpers leave whole.
 
-    places: Of parameters in the groups, which do not depend on when they were unfrozen.
+    param_ids: A state dict's, which do not depend on when parameters were unfrozen.
     """
-    cut = [[places[user_param(param)] for param in bucket.params] for bucket in buckets]
+    cut = [[param_ids[user_param(param)] for param in bucket.params] for bucket in buckets]
     tensors = [[_tensor(bucket, at, num_ranks) for at in range(len(bucket.params))] for bucket in buckets]
     described = {"rank": rank, "num_ranks": num_ranks, "buckets": cut, "has_learned": has_learned, "tensors": tensors}
     return json.dumps(described)
@@ -53,7 +56,7 @@ def _tensor(bucket: Bucket, position: int, num_ranks: int) -> list[Any]:
 
 
 def note_master_steps(group: dict[str, Any], steps: list[float]) -> None:
-    """Say in the first group of a full state dict which steps its masters are of, by place; -1 where there is none."""
+    """Say in the first group of a full state dict which steps its masters are of, by param_id; -1: none."""
     group[STEPS] = json.dumps(steps)
 
 
@@ -75,13 +78,13 @@ def _master_steps(group: dict[str, Any]) -> list[float]:
 def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
     """Give the tensors of a torch state dict the parameters' shapes: over several ranks they become ShardedStates."""
     origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.same_params
-    places = param_buckets.places
+    locations = param_buckets.locations
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, number in zip(live["params"], packed["params"], strict=True):
-            if param in places:
+            if param in locations:
                 values = state_dict["state"][number].items()
                 state_dict["state"][number] = {
-                    n: _shaped(n, v, *places[param], group, origin, same_params) for n, v in values
+                    n: _shaped(n, v, *locations[param], group, origin, same_params) for n, v in values
                 }
     for bucket in param_buckets.buckets:
         bucket.note_masters_exported()
@@ -150,7 +153,7 @@ class SavedParam:
 class SavedCut(NamedTuple):
     """The buckets that the parts of all ranks were cut from."""
 
-    buckets: list[list[int]]  # of parameters, by their place in the groups
+    buckets: list[list[int]]  # param_ids: positions in all groups, one after the other
     has_learned: bool  # in the order of arrival
     tensors: list[list[list[Any]]] | None  # see _tensor(); None: saved before these were
 
@@ -161,13 +164,13 @@ class SavedCut(NamedTuple):
             ValueError: Other parameters are trained now, or in other dtypes.
         """
         numbers, specs = _numbers(optimizer, param_buckets), param_buckets.specs
-        found = [place for bucket in self.buckets for place in bucket]
+        found = [param_id for bucket in self.buckets for param_id in bucket]
         if sorted(found) != sorted(numbers):
             raise ValueError(
                 f"expected the state of {len(specs)} trained parameters, got that of {len(found)}; freeze the same "
                 f"ones as when it was saved"
             )
-        members = [[specs[numbers[place]] for place in bucket] for bucket in self.buckets]
+        members = [[specs[numbers[param_id]] for param_id in bucket] for bucket in self.buckets]
         if any(len({spec.key for spec in bucket}) != 1 for bucket in members):
             raise ValueError(
                 "expected parameters in the dtypes in which they were saved, got others; convert the model before the "
@@ -176,24 +179,24 @@ class SavedCut(NamedTuple):
         return [lay_out(bucket, num_ranks) for bucket in members]
 
     def strides(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> dict[int, tuple[int, ...]]:
-        """The saved strides of parameters that lie in another memory order now, by their place in the groups.
+        """The saved strides of parameters that lie in another memory order now, by param_id.
 
         Raises:
             ValueError: One has another shape now, or is another part of a DTensor.
         """
         params = [param for group in optimizer.param_groups for param in group["params"]]
         found = {}
-        for places, tensors in zip(self.buckets, self.tensors or (), strict=self.tensors is not None):
-            for place, saved in zip(places, tensors, strict=True):
-                mine = _tensor(*param_buckets.places[params[place]], num_ranks)
+        for param_ids, tensors in zip(self.buckets, self.tensors or (), strict=self.tensors is not None):
+            for param_id, saved in zip(param_ids, tensors, strict=True):
+                mine = _tensor(*param_buckets.locations[params[param_id]], num_ranks)
                 (shape, stride, *offsets), (my_shape, my_stride, *my_offsets) = saved, mine
                 if (shape, offsets) != (my_shape, my_offsets):
                     raise ValueError(
-                        f"expected the state of parameter {place} of shape {_spell_box(my_shape, my_offsets)}, got it "
-                        f"of shape {_spell_box(shape, offsets)}; build the model and its groups as they were when saved"
+                        f"expected the state of parameter {param_id} of shape {_spell_box(my_shape, my_offsets)}, "
+                        f"got it of shape {_spell_box(shape, offsets)}; build model and groups as when saved"
                     )
                 if _order(shape, stride) != _order(shape, my_stride):
-                    found[place] = tuple(stride)
+                    found[param_id] = tuple(stride)
         return found
 
 
@@ -203,7 +206,7 @@ class Summary(NamedTuple):
     steps: list[float]  # of each parameter
     cut: SavedCut | None  # None: whole tensors, as are those of which all parts lie on one rank there
     loss_scale: float | None
-    reordered: list[int]  # places of parameters whose parts lie in another memory order
+    reordered: list[int]  # param_ids of those whose parts lie in another memory order
 
 
 def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
@@ -237,7 +240,7 @@ class RankState:
     cut: SavedCut | None  # that its parts are of; None: whole tensors
     is_ours: bool
     params: list[SavedParam]
-    places: list[int]  # of these in the groups
+    param_ids: list[int]  # of these
     groups: list[dict[str, Any]]
     scaler: Tensor | None
 
@@ -251,18 +254,18 @@ class RankState:
             ValueError: It does not fit.
         """
         groups, saved_groups = optimizer.param_groups, _checked_groups(optimizer, state_dict)
-        ids = [i for group in saved_groups for i in group["params"]]
+        saved_ids = [saved_id for group in saved_groups for saved_id in group["params"]]
         params = [param for group in groups for param in group["params"]]
         numbers = _numbers(optimizer, param_buckets)
         notes = _notes(saved_groups[0])
         origin: str | None = notes.get(ZERO)
-        found, places, lengths = [], [], {}
-        for place, (i, param) in enumerate(zip(ids, params, strict=True)):
-            if place in numbers:
-                saved, its_origin = _sort(param, state_dict["state"].get(i, {}), param_buckets.shapes_of(param))
+        found, param_ids, lengths = [], [], {}
+        for param_id, (saved_id, param) in enumerate(zip(saved_ids, params, strict=True)):
+            if param_id in numbers:
+                saved, its_origin = _sort(param, state_dict["state"].get(saved_id, {}), param_buckets.shapes_of(param))
                 origin = its_origin or origin
                 found.append(saved)
-                places.append(place)
+                param_ids.append(param_id)
         cut = None
         described = {} if origin is None else json.loads(origin)
         if described and any(saved.parts for saved in found):
@@ -270,12 +273,12 @@ class RankState:
             cut = SavedCut(described["buckets"], described["has_learned"], described.get("tensors"))
             lengths = _lengths(cut.layouts(optimizer, param_buckets, num_ranks), rank)
             strides = cut.strides(optimizer, param_buckets, num_ranks)
-            for place, saved in zip(places, found, strict=True):
-                saved.stride = strides.get(place)
-        for place, saved in zip(places, found, strict=True):
-            _check(saved, param_buckets, lengths.get(numbers[place]), place)
+            for param_id, saved in zip(param_ids, found, strict=True):
+                saved.stride = strides.get(param_id)
+        for param_id, saved in zip(param_ids, found, strict=True):
+            _check(saved, param_buckets, lengths.get(numbers[param_id]), param_id)
         steps = _master_steps(notes)
-        pairs = zip(places, found, strict=True) if len(steps) == len(params) else ()
+        pairs = zip(param_ids, found, strict=True) if len(steps) == len(params) else ()
         forgotten = [saved.forget_old_master(steps[at], optimizer.state[saved.param][MASTER]) for at, saved in pairs]
         if any(forgotten) and rank == 0:
             log.warning(
@@ -283,13 +286,13 @@ class RankState:
                 "leave them; they follow the model's weights instead",
                 sum(forgotten),
             )
-        return RankState(cut, ZERO in notes, found, places, saved_groups, notes.get(SCALER))
+        return RankState(cut, ZERO in notes, found, param_ids, saved_groups, notes.get(SCALER))
 
     def summary(self) -> Summary:
         """For agreed_cut()."""
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
         scale = None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")])
-        reordered = [at for at, saved in zip(self.places, self.params, strict=True) if saved.stride is not None]
+        reordered = [at for at, saved in zip(self.param_ids, self.params, strict=True) if saved.stride is not None]
         return Summary(steps, self.cut, scale, reordered)
 
     def forget_unloaded_masters(self, optimizer: Optimizer, param_buckets: ParamBuckets) -> None:
@@ -300,7 +303,7 @@ class RankState:
         for saved in self.params:
             view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
             if MASTER in values and local_of(values[MASTER]).data_ptr() == view.data_ptr() and view.numel():
-                bucket, _ = param_buckets.places[saved.param]
+                bucket, _ = param_buckets.locations[saved.param]
                 if not bucket.masters_were_written():
                     saved.whole.pop(MASTER, None)
                     saved.parts.pop(MASTER, None)
@@ -313,7 +316,7 @@ class RankState:
         for saved in self.params:
             if saved.stride is None:
                 continue
-            bucket, position = param_buckets.places[saved.param]
+            bucket, position = param_buckets.locations[saved.param]
             lengths, (_, in_param) = part_lengths(group.size, bucket, position), bucket.shard_part(position)
             for name in bucket.state_names:
                 own = saved.parts[name].to(bucket.device, bucket.sharded(name).dtype)
@@ -403,10 +406,10 @@ def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
 
 
 def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int]:
-    """The number of each trained parameter, by its place in the groups."""
+    """The number of each trained parameter, by param_id."""
     numbers = {user_param(param): number for number, param in enumerate(param_buckets.params)}
     params = (param for group in optimizer.param_groups for param in group["params"])
-    return {place: numbers[param] for place, param in enumerate(params) if param in numbers}
+    return {param_id: numbers[param] for param_id, param in enumerate(params) if param in numbers}
 
 
 def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
@@ -414,7 +417,7 @@ def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
     return {index: high - low for index, (low, high) in bounds.items()}
 
 
-def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, place: int) -> None:
+def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, param_id: int) -> None:
     """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
     if not saved.whole and not saved.parts:
         return  # never updated, as in a torch optimizer
@@ -422,30 +425,31 @@ def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, p
     for slot in rule.slots:
         if not saved.has(slot.name):
             raise ValueError(
-                f"expected {slot.name} of parameter {place}, got none; load the state of an optimizer of the same kind"
+                f"expected {slot.name} of parameter {param_id}, got none; load the state of an optimizer of the same "
+                f"kind"
             )
     unknown = {*saved.whole, *saved.parts} - {MASTER, STEP, *(slot.name for slot in rule.slots)}
     if unknown:
         raise ValueError(
-            f"got {', '.join(sorted(unknown))} of parameter {place}, which the rule {rule.name} has not; "
+            f"got {', '.join(sorted(unknown))} of parameter {param_id}, which the rule {rule.name} has not; "
             f"load the state of an optimizer of the same kind"
         )
     for name in shapes:
         if saved.has(name) and not isinstance({**saved.whole, **saved.parts}[name], Tensor):
-            raise ValueError(f"expected {name} of parameter {place} as a tensor, got {saved.whole[name]!r:.80}")
+            raise ValueError(f"expected {name} of parameter {param_id} as a tensor, got {saved.whole[name]!r:.80}")
     per_value = {slot.name: slot.elements_per_value for slot in rule.slots}
     if saved.stride is not None and ({*shapes} - {*saved.parts} or any(each > 1 for each in per_value.values())):
         raise ValueError(
-            f"expected parameter {place} with strides {saved.stride}, in whose order its state was saved, got it with "
-            f"{tuple(saved.param.stride())}; build the model in the memory format in which it was saved"
+            f"expected parameter {param_id} with strides {saved.stride}, in whose order its state was saved, got it "
+            f"with {tuple(saved.param.stride())}; build the model in the memory format in which it was saved"
         )
     for name, part in saved.parts.items():
-        wanted = None if length is None or name not in shapes else -(-length // per_value.get(name, 1))
+        wanted = None if length is None or name not in shapes else ceil_div(length, per_value.get(name, 1))
         if tuple(part.shape) != (wanted,):
             also = "" if wanted is None else f", or ({wanted},) of this rank"
             raise ValueError(
-                f"expected {name} of parameter {place} with shape {tuple(shapes.get(name, ()))}{also}, got "
+                f"expected {name} of parameter {param_id} with shape {tuple(shapes.get(name, ()))}{also}, got "
                 f"{tuple(part.shape)}; load a state of the same parameters"
             )
     if not saved.has(STEP):
-        raise ValueError(f"expected a step count of parameter {place}, got none; load a whole state dict")
+        raise ValueError(f"expected a step count of parameter {param_id}, got none; load a whole state dict")

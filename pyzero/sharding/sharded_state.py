@@ -24,6 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from pyzero.ops.rounding import ceil_div, round_up
+
 
 class Box(NamedTuple):
     """A rectangular part of a tensor, whose elements lie in order in a flat fragment."""
@@ -40,12 +42,12 @@ def boxes_of(shape: Sequence[int], low: int, high: int) -> Iterator[Box]:
         yield Box((), ())
         return
     row = prod(shape[1:])
-    first, last = low // row, -(-high // row)  # rows that it touches
+    first, last = low // row, ceil_div(high, row)  # rows that it touches
     if last - first == 1:
         cuts = [(low, high)]
     else:
         cuts = [(low, (first + 1) * row)] if low % row else []
-        begin, end = -(-low // row) * row, high // row * row
+        begin, end = round_up(low, row), high // row * row
         cuts += [(begin, end)] if begin < end else []
         cuts += [(end, high)] if high % row else []
     for begin, end in cuts:
@@ -92,11 +94,11 @@ class Fragment:
     def views(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
         """Boxes in the order of the tensor's dimensions, each with a view of its elements in the flat fragment."""
         order = sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])  # outermost in memory first
-        back = sorted(range(len(order)), key=lambda place: order[place])
+        back = sorted(range(len(order)), key=order.__getitem__)
         begin = 0
         for box in boxes_of([self.shape[dim] for dim in order], self.low, self.high):
             end = begin + prod(box.sizes)
-            offsets, sizes = ([values[place] for place in back] for values in box)
+            offsets, sizes = ([values[i] for i in back] for values in box)
             if self.part is not None:
                 offsets = [own + base for own, base in zip(offsets, self.part.offsets, strict=True)]
             yield Box(tuple(offsets), tuple(sizes)), local[begin:end].view(box.sizes).permute(back)

@@ -38,23 +38,23 @@ class Topology:
 
     Attributes:
         data: The ranks that hold the same weights, and share state and gradients.
-        model: The dimensions along which other ranks hold other parts of the model.
+        model_dims: The dimensions along which other ranks hold other parts of the model.
         everyone: The process group of all ranks that hold a part of the DTensors; None: those of `data`.
     """
 
     data: Group
-    model: tuple[ModelDim, ...]
+    model_dims: tuple[ModelDim, ...]
     everyone: Any = None
 
     @property
     def same_params(self) -> bool:
         """All ranks have the same parameters by number, whole or parts of them: DTensors say which."""
-        return all(dim.is_of_mesh for dim in self.model)
+        return all(dim.is_of_mesh for dim in self.model_dims)
 
     @property
     def model_groups(self) -> list[Group]:
         """Those of the ranks that hold other parts of the model, one for each dimension."""
-        return [dim.group for dim in self.model]
+        return [dim.group for dim in self.model_dims]
 
     def rank_and_size(self) -> tuple[int, int]:
         """This process's among all ranks that hold a part of the model."""
@@ -65,11 +65,11 @@ class Topology:
     @property
     def unmeshed(self) -> Group | None:
         """The ranks of model_parallel_group, where they hold parts of the model that are not DTensors."""
-        return next((dim.group for dim in self.model if not dim.is_of_mesh and dim.group.size > 1), None)
+        return next((dim.group for dim in self.model_dims if not dim.is_of_mesh and dim.group.size > 1), None)
 
     def owns(self, param: Tensor) -> bool:
         """Whether this is the one rank of `unmeshed` that saves the parameter, or saves a part of its own."""
-        return all(dim.is_of_mesh or dim.group.rank == 0 or _is_split(param, dim) for dim in self.model)
+        return all(dim.is_of_mesh or dim.group.rank == 0 or _is_split(param, dim) for dim in self.model_dims)
 
     def check_meshes(self, params: Iterable[Tensor]) -> None:
         """Check parameters that join later.
@@ -77,7 +77,7 @@ class Topology:
         Raises:
             ValueError: A DTensor's mesh has a dimension that no parameter had so far: it may hold other parts there.
         """
-        known = {dim.ranks for dim in self.model if dim.is_of_mesh}
+        known = {dim.ranks for dim in self.model_dims if dim.is_of_mesh}
         for own in (dim for param in params if is_dtensor(param) for dim in _dims_of(param)):
             is_shared = own.placement.is_replicate() and self.data.size > 1 and own.ranks == _ranks_of(self.data.handle)
             if own.ranks not in known and not is_shared:
@@ -97,9 +97,9 @@ class Topology:
             return Group(self.everyone, on_host=True)
         group = self.data
         if self.unmeshed is not None:
-            for dim in self.model:
+            for dim in self.model_dims:
                 group = group.spread_over(dim.group)
-        elif any(dim.is_of_mesh for dim in self.model):
+        elif any(dim.is_of_mesh for dim in self.model_dims):
             raise ValueError(
                 "expected a process group of all ranks that hold a part of the model, got DTensors on meshes that "
                 "reach a part of the ranks; slice them from one mesh of all ranks"
@@ -108,7 +108,7 @@ class Topology:
 
     def in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""
-        return all(dim.group.rank == 0 or _is_split(user_param(param), dim) for dim in self.model)
+        return all(dim.group.rank == 0 or _is_split(user_param(param), dim) for dim in self.model_dims)
 
 
 def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_group: Any) -> Topology:
@@ -125,18 +125,18 @@ def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_g
     of_mesh = [dim for param in dtensors for dim in _dims_of(param)]
     found = {dim.ranks: dim.process_group for dim in of_mesh}
     split = {dim.ranks for dim in of_mesh if not dim.placement.is_replicate()}
-    beside = {_ranks_of(handle): handle for handle in model_parallel}
+    asked_model = {_ranks_of(handle): handle for handle in model_parallel}
     asked = process_group_of(process_group)
-    data_handle = _data_group(dtensors, {**beside, **found}, split, asked)
+    data_handle = _data_group(dtensors, {**asked_model, **found}, split, asked)
     data = Group(is_alone=True) if data_handle is None else Group(data_handle)
-    model = {**found, **beside}
+    handles = {**found, **asked_model}
     if data_handle is not None:
-        model.pop(_ranks_of(data_handle), None)
+        handles.pop(_ranks_of(data_handle), None)
     shared = [] if data_handle is None else [_ranks_of(data_handle)]
     wholes = [handle for handle in (asked, dist.group.WORLD) if handle is not None]
-    everyone = next((handle for handle in wholes if _covers([*model, *shared], _ranks_of(handle))), None)
-    dims = tuple(ModelDim(Group(handle), ranks, ranks in found) for ranks, handle in model.items())
-    return Topology(data, dims, everyone if model and model.keys() == found.keys() - set(shared) else None)
+    everyone = next((handle for handle in wholes if _covers([*handles, *shared], _ranks_of(handle))), None)
+    dims = tuple(ModelDim(Group(handle), ranks, ranks in found) for ranks, handle in handles.items())
+    return Topology(data, dims, everyone if handles and handles.keys() == found.keys() - set(shared) else None)
 
 
 def _ranks_of(process_group: Any) -> _Ranks:

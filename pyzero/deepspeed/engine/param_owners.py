@@ -30,8 +30,8 @@ def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
         ValueError: No optimizer of an engine trains it.
     """
     if param not in _owners:
-        for shard, place in find_left_whole([param]).values():
-            place.owner.reshard()
+        for shard, use in find_left_whole([param]).values():
+            use.owner.reshard()
             param = shard
     reference = _owners.get(param)
     found = None if reference is None else reference()

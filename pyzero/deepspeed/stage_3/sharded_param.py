@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyzero.comm.group import Group
+from pyzero.ops.rounding import ceil_div
 
 _ids = itertools.count()
 
@@ -52,14 +53,14 @@ class Rows:
 
     def cut(self, whole: Tensor) -> None:
         """Keep a copy of this rank's rows of a whole weight."""
-        per_rank = -(-whole.shape[0] // self.group.size)
+        per_rank = ceil_div(whole.shape[0], self.group.size)
         low = min(self.group.rank * per_rank, whole.shape[0])
         own = whole[low : low + per_rank].to(self.device or whole.device)
         self.local = own.clone(memory_format=torch.contiguous_format)
 
     def whole(self, like: Tensor) -> Tensor:
         """All rows, on every rank. like: of the whole shape."""
-        per_rank = -(-like.shape[0] // self.group.size)
+        per_rank = ceil_div(like.shape[0], self.group.size)
         padded = like.new_zeros(per_rank, *like.shape[1:])
         padded[: len(self.local)] = self.local
         flat = self.group.gather_shards(padded.view(-1), f"zero: the all-gather of a weight of shape {_shape(like)}")
