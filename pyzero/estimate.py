@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyzero.arguments import check_bucket_cap
+from pyzero.arguments.options import check_bucket_cap
 from pyzero.gradients.accumulation import elements_compared_at_once
 from pyzero.ops.rounding import ceil_div
 from pyzero.optimizers.adam import AdamRule

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyzero import arguments
+from pyzero.arguments.groups import check_group, check_no_grad
+from pyzero.arguments.hyper_parameters import HyperParameters
+from pyzero.arguments.options import ZeroOptions, check_options
+from pyzero.arguments.params import check_disjoint, check_params
 from pyzero.comm.group import CollectiveError, Work
 from pyzero.comm.make_transport import make_transport
 from pyzero.gradients import amp
@@ -113,31 +116,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
         transport: str = "auto",
         backend: str = "auto",
     ) -> None:
-        arguments.check_params(params)
-        arguments.check_arguments(
-            stage, max_grad_norm, bucket_cap_mb, grad_reduce_dtype, max_consecutive_skips, backend
-        )
-        rule.check(defaults)
-        self._rule = rule
-        self._rules: list[UpdateRule] = []  # by parameter group
-        self._ready = False
-        self._last = self._checkpoint_group = None
-        self._is_torn = False
-        self._model_names: dict[Tensor, str] = {}
-        super().__init__(params, defaults)
-        named = self._named_params()
-        arguments.check_disjoint(named)
-        parameters = list(named)
-        trained_first = sorted(parameters, key=lambda param: not param.requires_grad)
-        self._device = next((param.device for param in trained_first), torch.device("cpu"))
-        policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
-
-        with on_device(self._device):  # a script may have moved its model and not called set_device()
-            topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
-        self._group = topology.data
-        rank, self._num_ranks = topology.rank_and_size()
-        options = {
-            "rule": rule.name,
+        check_params(params)
+        options: ZeroOptions = {
             "stage": stage,
             "max_grad_norm": max_grad_norm,
             "loss_scale": loss_scale,
@@ -149,8 +129,29 @@ class ZeroOptimizer(StateDicts, Optimizer):
             "cpu_offload": cpu_offload,
             "max_consecutive_skips": max_consecutive_skips,
             "transport": transport,
+            "backend": backend,
         }
-        agree_on_options(self._group, options, topology.model_groups)
+        check_options(options)
+        rule.check(defaults)
+        self._rule = rule
+        self._rules: list[UpdateRule] = []  # by parameter group
+        self._ready = False
+        self._last = self._checkpoint_group = None
+        self._is_torn = False
+        self._model_names: dict[Tensor, str] = {}
+        super().__init__(params, defaults)
+        named = self._named_params()
+        check_disjoint(named)
+        parameters = list(named)
+        trained_first = sorted(parameters, key=lambda param: not param.requires_grad)
+        self._device = next((param.device for param in trained_first), torch.device("cpu"))
+        policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
+
+        with on_device(self._device):  # a script may have moved its model and not called set_device()
+            topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
+        self._group = topology.data
+        rank, self._num_ranks = topology.rank_and_size()
+        agree_on_options(self._group, rule.name, options, topology.model_groups)
         if cpu_offload and self._device.type == "cpu":
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         self._transport = make_transport(transport, self._group, self._device)
@@ -171,7 +172,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
         self._tied_groups = {}
-        self._hyper_parameters = arguments.HyperParameters(self.defaults)
+        self._hyper_parameters = HyperParameters(self.defaults)
         self._scaler = Scaler(policy, self._device, backend)
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
         self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=rank == 0)
@@ -490,14 +491,14 @@ class ZeroOptimizer(StateDicts, Optimizer):
             if key in group:
                 group[key] = [group[key][position] for position in sorted(kept.values())]
         try:
-            arguments.check_group(group, given, self.defaults)
+            check_group(group, given, self.defaults)
             rule = self._rule_of(group)
             rule.check(group)
             self._rules.append(rule)
             if self._ready:
                 if self._scaler.enabled:
-                    arguments.check_no_grad(group)
-                arguments.check_disjoint(self._named_params())
+                    check_no_grad(group)
+                check_disjoint(self._named_params())
                 self._topology.check_meshes(group["params"])
                 self._gradients.finish_broken_round()
                 self._place([len(self.param_groups) - 1])

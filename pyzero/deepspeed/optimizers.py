@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from pyzero.arguments import IGNORED, UNSUPPORTED
+from pyzero.arguments.groups import IGNORED, UNSUPPORTED
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import FusedLion

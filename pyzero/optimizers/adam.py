@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments import check_betas, check_lr, check_not_negative, refuse_unsupported
+from pyzero.arguments.groups import refuse_unsupported
+from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.arguments import ZeroOptions
+    from pyzero.arguments.options import ZeroOptions
 
 
 # At this step count beta^step is below 2^-54 for every beta up to _LARGEST_BETA, so that 1 - beta^step is exactly 1.

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments import as_number, check_betas, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import as_number, check_betas, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, RunShard, StateSlot
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.arguments import ZeroOptions
+    from pyzero.arguments.options import ZeroOptions
 
 
 class LambRule:

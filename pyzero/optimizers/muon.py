@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments import as_number, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.optimizers.adam import AdamRule
 from pyzero.state_dict import with_step_counts
@@ -17,7 +17,7 @@ from pyzero.update_rule import Cut, RunShard, StateSlot, UpdateRule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.arguments import ZeroOptions
+    from pyzero.arguments.options import ZeroOptions
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw")
 _MOST_ITERATIONS = 99  # torch's limit

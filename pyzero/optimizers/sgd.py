@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments import as_number, check_lr, check_not_negative, refuse_unsupported
+from pyzero.arguments.groups import refuse_unsupported
+from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state_dict import with_step_counts
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
@@ -15,7 +16,7 @@ from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from pyzero.arguments import ZeroOptions
+    from pyzero.arguments.options import ZeroOptions
 
 
 class SGDRule:

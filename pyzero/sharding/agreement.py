@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from pyzero.arguments.options import ZeroOptions
 from pyzero.comm.group import Group
 from pyzero.sharding.flat_params import strides_in_slot
 
 # Options that ranks with other parts of the model share too: one norm, one verdict on overflow.
 _OF_WHOLE_MODEL = ("max_grad_norm", "loss_scale", "max_consecutive_skips")
+_MAY_DIFFER = ("backend",)  # all give the same bits
 _MOST_RANKS_NAMED = 8
 
 
-def agree_on_options(group: Group, options: Mapping[str, object], model_groups: Sequence[Group] = ()) -> None:
+def agree_on_options(group: Group, rule: str, options: ZeroOptions, model_groups: Sequence[Group] = ()) -> None:
     """Raise on all ranks where they were given other options. Collective; before anything that goes by one of them.
 
     model_groups: Of the ranks with other parts of the model, one for each dimension.
     """
-    mine = {name: _spell(value) for name, value in options.items()}
+    mine = {"rule": _spell(rule), **{name: _spell(value) for name, value in options.items() if name not in _MAY_DIFFER}}
     problem = _differing_option(group, mine)
     for others in model_groups:  # whoever has seen a difference says so there
         of_model = {name: mine[name] for name in _OF_WHOLE_MODEL}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments import shared_memory_error
+from pyzero.arguments.params import shared_memory_error
 from pyzero.sharding import modules
 from pyzero.sharding.local_param import LocalParam, is_dtensor
 from pyzero.sharding.spans import extent, share_elements

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyzero.arguments import check_device, check_fsdp, check_not_gathered, check_trained, check_whole
+from pyzero.arguments.params import check_device, check_fsdp, check_not_gathered, check_trained, check_whole
 from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.ops.rounding import ceil_div

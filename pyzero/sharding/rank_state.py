@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyzero import memory
-from pyzero.arguments import RESERVED, refuse_unsupported
+from pyzero.arguments.groups import RESERVED, refuse_unsupported
 from pyzero.comm.group import Group
 from pyzero.ops.loss_scale import STATE_SLOTS
 from pyzero.ops.rounding import ceil_div

@@ -21,6 +21,9 @@ LAYERS = (
     {"sharding.sharded_grad", "sharding.sharded_state"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
+    {"arguments.hyper_parameters", "arguments.params"},
+    {"arguments.options"},
+    {"arguments.groups"},
     {"sharding.aliases", "sharding.flat_params"},
     {"sharding.agreement", "sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
@@ -70,7 +73,7 @@ LAYERS = (
     {"__main__", "accelerate", "compat"},
     {"transformers"},
 )
-FOLDERS = ("checkpoint", "comm", "deepspeed", "gradients", "loss_scale", "optimizers", "sharding")
+FOLDERS = ("arguments", "checkpoint", "comm", "deepspeed", "gradients", "loss_scale", "optimizers", "sharding")
 MODULES = {*PYZERO.glob("*.py"), *(p for f in FOLDERS for p in (PYZERO / f).rglob("*.py"))} - {PYZERO / "__init__.py"}
 
 

@@ -18,7 +18,7 @@ from models import assert_same, build, loss_of, micro_batch, params_of
 from torch import Tensor, nn
 
 import pyzero
-from pyzero.arguments import HyperParameters
+from pyzero.arguments.hyper_parameters import HyperParameters
 
 PAIRS = [(pyzero.FusedZeroAdam, torch.optim.Adam), (pyzero.FusedZeroAdamW, torch.optim.AdamW)]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pyzero.arguments import OTHER_NAMES
+from pyzero.arguments.groups import OTHER_NAMES
 from pyzero.deepspeed.config.keys import Section, rows, section_of
 from pyzero.deepspeed.config.schema import Config
 

@@ -1,0 +1,92 @@
+"""Checks of parameter groups: the names in them, and that buckets can hold their parameters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pyzero.arguments.options import ZeroOptions
+from pyzero.arguments.params import check_trained
+
+UNSUPPORTED = ("amsgrad", "differentiable")
+IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result here
+RESERVED = ("zero", "scaler", "rule", "master_steps")  # keys of a saved group that are pyzero's own notes
+_SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+_MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
+# What other libraries and papers call options.
+OTHER_NAMES = {
+    "LR": "lr",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
+    "beta1": "betas",
+    "beta2": "betas",
+    "beta_1": "betas",
+    "beta_2": "betas",
+}
+
+
+def refuse_unsupported(options: dict[str, Any]) -> None:
+    """Raise for options of torch.optim.Adam that would change the result and are not supported."""
+    for name in UNSUPPORTED:
+        if options.get(name):
+            raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")
+
+
+def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[str]) -> None:
+    """Check the names of a group's options, and that its parameters are ones that buckets can hold.
+
+    given: The caller's names, without the defaults.
+    """
+    known = {*options, *UNSUPPORTED, *IGNORED}
+    given = {*given}
+    for name in RESERVED:
+        if name in given:
+            raise ValueError(
+                f"expected other names than {', '.join(RESERVED)} in a parameter group, which state dicts use for "
+                f"notes of pyzero's, got {name!r}; give yours another name"
+            )
+    for name in given - known - {"params", "param_names"}:  # a loop may keep values of its own there
+        if name in ZeroOptions.__annotations__:
+            raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
+        meant = _meant_option(name, known, given)
+        if meant is not None:
+            raise ValueError(f"got {name!r} in a parameter group, expected {meant!r}; correct the name")
+    refuse_unsupported(group)
+    for index, param in enumerate(group["params"]):
+        if any(placement.is_partial() for placement in getattr(param, "placements", ())):
+            raise TypeError(
+                f"expected DTensors that are sharded or replicated, got parameter {index} of the group as partial "
+                f"sums; redistribute it first"
+            )
+        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+            raise TypeError(
+                f"expected whole parameters, alike on every rank, got parameter {index} of the group as this rank's "
+                f"part of one, of FullyShardedDataParallel; pass torch.optim.AdamW(fused=True) those, or build the "
+                f"optimizer over the bare model, which it shards by itself"
+            )
+        if param.requires_grad:
+            check_trained(param, f"parameter {index} of the group")
+
+
+def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
+    """The option that a name is meant to be; None of a name of the caller's own, as weight_decay_mult is."""
+    other = OTHER_NAMES.get(name)
+    if other in known:
+        return other
+    close = next(iter(difflib.get_close_matches(name, known, 1, _MISSPELT)), None)
+    if close is None or close in given or name in _SCHEDULERS_KEYS:
+        return None
+    is_longer = len(name) > len(close) + 1 and (name.startswith(f"{close}_") or name.endswith(f"_{close}"))
+    return None if is_longer else close
+
+
+def check_no_grad(group: dict[str, Any]) -> None:
+    """Check a group that joins an optimizer with a loss scale: no one knows whether its gradients carry that."""
+    for index, param in enumerate(group["params"]):
+        if param.grad is not None:
+            raise ValueError(
+                f"expected no gradients in a group that is added to an optimizer with a loss scale, got .grad in "
+                f"parameter {index}; add the group before backward, or set p.grad = None"
+            )

@@ -1,0 +1,65 @@
+"""The options that all optimizers share, and checks of their values."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from pyzero.arguments.hyper_parameters import as_number
+from pyzero.ops.checks import FLOAT_DTYPES
+from pyzero.ops.env import BACKEND_CHOICES
+
+if TYPE_CHECKING:
+    from pyzero.loss_scale.scaler import LossScale
+
+
+class ZeroOptions(TypedDict, total=False):
+    """Keyword arguments of ZeroOptimizer that all rules share."""
+
+    stage: int
+    process_group: Any
+    model_parallel_group: Any
+    max_grad_norm: float | None
+    loss_scale: str | float | LossScale | None
+    bucket_cap_mb: float | None
+    overlap: bool
+    grad_reduce_dtype: torch.dtype | None
+    reduce_grads: bool
+    init_sync: bool
+    cpu_offload: bool
+    max_consecutive_skips: int | None
+    transport: str
+    backend: str
+
+
+def check_options(options: ZeroOptions) -> None:
+    """Check the values of all that have a range."""
+    stage, backend, grad_reduce_dtype = options["stage"], options["backend"], options["grad_reduce_dtype"]
+    max_grad_norm, max_consecutive_skips = options["max_grad_norm"], options["max_consecutive_skips"]
+    if stage not in (1, 2):
+        remedy = "call torch's fully_shard(model) for stage 3, and pass its parameters" if stage in (3, "3") else ""
+        raise ValueError(f"expected stage 1 or 2, got {stage!r}; {remedy or 'pass stage=2'}")
+    if backend not in BACKEND_CHOICES:
+        raise ValueError(f"expected backend as one of {', '.join(BACKEND_CHOICES)}, got {backend!r}; pass one of these")
+    if max_grad_norm is not None and not as_number("max_grad_norm", max_grad_norm) > 0:
+        raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
+    check_bucket_cap(options["bucket_cap_mb"])
+    if grad_reduce_dtype is not None and grad_reduce_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"expected grad_reduce_dtype as torch.float32, torch.bfloat16 or torch.float16, got {grad_reduce_dtype!r}; "
+            f"pass one of these, or None to send gradients in their own dtype"
+        )
+    if max_consecutive_skips is not None and as_number("max_consecutive_skips", max_consecutive_skips) < 1:
+        raise ValueError(
+            f"expected max_consecutive_skips from 1, got {max_consecutive_skips}; pass None for any number of skips"
+        )
+
+
+def check_bucket_cap(bucket_cap_mb: float | None) -> None:
+    """Above 0, and finite."""
+    if bucket_cap_mb is None:
+        return
+    if not 0 < as_number("bucket_cap_mb", bucket_cap_mb) < math.inf:
+        raise ValueError(f"expected bucket_cap_mb above 0, got {bucket_cap_mb}; pass None for the default, 25 on CPUs")
