@@ -17,6 +17,7 @@ from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
 from pyzero.comm.group import CollectiveError, Work
 from pyzero.comm.make_transport import make_transport
+from pyzero.comm.process import rank_and_size
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.interface import Gradients
@@ -117,6 +118,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         backend: str = "auto",
     ) -> None:
         check_params(params)
+        self._subclass_attributes = dict(self.__dict__)  # those that are there before this is called
         options: ZeroOptions = {
             "stage": stage,
             "max_grad_norm": max_grad_norm,
@@ -132,6 +134,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
             "backend": backend,
         }
         check_options(options)
+        self._options = options
         rule.check(defaults)
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
@@ -453,6 +456,31 @@ class ZeroOptimizer(StateDicts, Optimizer):
             return self._gradients.collect(found_inf, purpose)
 
     # ---- construction ---------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is built from: for pickle and copy.deepcopy, on one rank. As in torch, hooks stay behind."""
+        if self._num_ranks > 1 or rank_and_size()[1] > 1:
+            raise TypeError(
+                f"expected {type(self).__name__} to be pickled or deep-copied on one rank, got several, whose process "
+                f"group a copy would lose; save state_dict(), build another over the copied model, and load it"
+            )
+        groups = [
+            {**group, "params": [*zip(group["param_names"], group["params"], strict=True)]}
+            if "param_names" in group
+            else {**group}
+            for group in self._param_groups
+        ]
+        return {
+            "attributes": self._subclass_attributes,
+            "arguments": (groups, self._rule, self.defaults),
+            "options": self._options,
+            "state_dict": self.full_state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state["attributes"])
+        ZeroOptimizer.__init__(self, *state["arguments"], **state["options"])
+        self.load_state_dict(state["state_dict"])
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:

@@ -245,13 +245,6 @@ class StateDicts(Status):
         param_ids = {param: i for i, param in enumerate(params)}
         return rank_state.describe(self._group.rank, self._group.size, self._buckets, param_ids, learned)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Refused: a copy would lose its hooks and its process group."""
-        raise TypeError(
-            f"expected {type(self).__name__} not to be pickled or deep-copied, which would lose its hooks and its "
-            f"process group; save state_dict(), build another over the copied model, and load it"
-        )
-
 
 def with_step_counts(state_dict: Any) -> Any:
     """A copy in which every parameter with a momentum buffer has a step count: torch.optim.SGD and Muon keep none.

@@ -314,11 +314,12 @@ class Bucket:
         return self._values(name, in_shard.start, in_shard.stop), self._values(name, in_param.start, in_param.stop)
 
     def state_views(self, position: int) -> StateViews:
-        """This rank's part of one parameter's state, as flat views."""
+        """One parameter's state, as views: in its shape on one rank, and of several this rank's part, flat."""
         views = {STEP: self.steps[position]}
         for name in (*self.state_slots, MASTER):
             in_shard, _ = self.shard_values(name, position)
-            views[name] = self.sharded(name)[in_shard]
+            flat = self.sharded(name)[in_shard]
+            views[name] = self.shaped(flat, position) if self.layout.num_ranks == 1 and not self.is_flat(name) else flat
         return StateViews(views)
 
     def write_state(self, position: int, state: dict[str, Tensor]) -> None:

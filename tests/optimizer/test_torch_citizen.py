@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import threading
 from typing import Any
 
@@ -193,15 +194,78 @@ def test_zero_grad_to_zeros():
     assert all(param.grad is None for param in params)
 
 
-def test_state_shows_this_ranks_views():
+def test_on_one_rank_state_has_the_parameters_shape():
     params, optimizer = lone(pyzero.FusedZeroAdam)
     give_gradients(params, 0)
     optimizer.step()
     for param in params:
         state = optimizer.state[param]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq", "master"}
-        assert state["step"] == 1 and torch.equal(state["master"], param.detach().view(-1))
-        assert torch.equal(state["exp_avg"].view_as(param), (param.grad * (1.0 - 0.9)))
+        assert state["step"] == 1 and torch.equal(state["master"], param.detach())
+        assert torch.equal(state["exp_avg"], (param.grad * (1.0 - 0.9)))
+
+
+def test_rows_of_state_can_be_edited_as_in_torch():
+    table = nn.Parameter(torch.ones(4, 3).t().contiguous().t())  # column by column
+    optimizer = pyzero.FusedZeroAdam([table])
+    table.grad = torch.ones(4, 3)
+    optimizer.step()
+    optimizer.state[table]["exp_avg"][2] = 0.0
+    assert optimizer.full_state(table)["exp_avg"].ne(0.0).all(1).tolist() == [True, True, False, True]
+    optimizer.state[table]["exp_avg_sq"] = torch.zeros_like(table)
+    assert not optimizer.full_state(table)["exp_avg_sq"].any()
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda both: pickle.loads(pickle.dumps(both))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (pyzero.FusedZeroAdamW, {"weight_decay": 0.1, "max_grad_norm": 1.0}),
+        (pyzero.FusedZeroAdam, {"loss_scale": pyzero.LossScale(growth_interval=2)}),
+        (pyzero.FusedZeroSGD, {"momentum": 0.9}),
+        (pyzero.FusedZeroLion, {}),
+        (pyzero.ZeroLamb, {}),
+        (pyzero.ZeroMuon, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_copies_train_on_bit_for_bit(kind, options, how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False)).bfloat16()
+    optimizer = kind(
+        [{"params": [*model[0].named_parameters()], "lr": 0.05}, {"params": [*model[2].named_parameters()]}], **options
+    )
+    x = torch.randn(8, 5).bfloat16()
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            optimizer.backward(model(x).float().square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(model, optimizer)
+    twin, other = COPIES[how]((model, optimizer))
+    assert type(other) is kind and other.param_groups[0]["params"][0] is twin[0].weight
+    assert other.param_groups[0]["param_names"] == ["weight"] and other.param_groups[0]["lr"] == 0.05
+    train(model, optimizer)
+    train(twin, other)
+    assert_same([*twin.parameters()], [*model.parameters()])
+    assert other.loss_scale == optimizer.loss_scale
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same([*other.full_state(theirs).values()], [*optimizer.full_state(mine).values()])
+
+
+def copied(group: Any) -> None:
+    optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], process_group=group)
+    with pytest.raises(TypeError, match="build another over the copied model"):
+        copy.deepcopy(optimizer)
+
+
+def test_copies_are_refused_over_several_ranks(ranks):
+    ranks.run(2, copied)
 
 
 def test_state_dict_is_plain_data():
