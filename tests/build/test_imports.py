@@ -59,8 +59,8 @@ LAYERS = (
             "pipe.layers pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
             "zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
-            "config.tensor_parallel_section config.zero_section engine.plain_backward ops.adam ops.lamb ops.lion "
-            "parallel.groups pipe.runner stage_3.shard timers",
+            "config.tensor_parallel_section config.zero_section engine.output_hooks engine.plain_backward ops.adam "
+            "ops.lamb ops.lion parallel.groups pipe.runner stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
             "config.reader engine.data engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
             "pipe.module profiling",

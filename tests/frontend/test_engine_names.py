@@ -3,11 +3,13 @@
 import copy
 import csv
 import dataclasses
+import gc
 import itertools
 import logging
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,22 @@ def test_each_backward_divides_by_the_number_of_accumulation_steps(ranks, how, s
     wanted = ([2.0] * 4, 8.0, 1)
     assert moments(None, how, section, stage) == wanted
     assert ranks.run(4, moments, how, section, stage) == [wanted] * 4
+
+
+@pytest.mark.parametrize("section", [{}, {"fp16": {"enabled": True}}], ids=["fp32", "fp16"])
+def test_a_loss_that_is_kept_keeps_no_engine(section):
+    engine = start(gradient_accumulation_steps=2, **section)
+    weight, loss = engine.module.weight, engine(ones()).float().sum()
+    optimizer = weakref.ref(engine.optimizer)
+    del engine
+    gc.collect()
+    assert optimizer() is None
+    if section:
+        with pytest.raises(RuntimeError, match="call engine.backward"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert torch.equal(weight.grad, torch.full((4,), 0.5))
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
 from pyzero.deepspeed.engine.data import EngineData
+from pyzero.deepspeed.engine.output_hooks import OutputHooks
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
 from pyzero.deepspeed.engine.settings import EngineSettings
@@ -42,8 +43,6 @@ _STEPS_PER_PRINT = 10  # of phases, where the config says nothing
 
 class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineWeights, nn.Module):
     """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
-
-    _in_backward: ClassVar[Engine | None] = None  # it divides the loss: hooks on any engine's outputs leave gradients
 
     def __init__(
         self,
@@ -114,8 +113,9 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             module: Any = self.module
             module.reshard()  # what is left whole would be out of date where weights are written before the next step
         if watches:
-            undo = self._undo_division if divides else None
-            plain_backward.watch(outputs, inputs, self._on_plain_backward, undo, self._refuse_edited)
+            hooks = OutputHooks(self)
+            undo = hooks.undo_division if divides else None
+            plain_backward.watch(outputs, inputs, hooks.arrived, undo, hooks.refuse_edited)
         return outputs
 
     def _cast(self, inputs: Any) -> Any:
@@ -176,43 +176,6 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         dtype = self.config.torch_autocast.enabled_dtype()
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _on_plain_backward(self, grad: Tensor) -> Tensor | None:
-        """A gradient that arrives at an output of the module."""
-        running = Engine._in_backward
-        if running is self:
-            return None
-        if self.is_scaled and not self.optimizer.is_scaled_backward and not self._is_rescaled(running):
-            if running is not None:
-                raise RuntimeError(
-                    "expected gradients that carry this engine's loss scale, got a backward of another engine, which "
-                    "has none, or its own, which stage 3 cannot take out; freeze this model before its forward by "
-                    "module.requires_grad_(False) where its gradients are not wanted, or enable bf16 in place of fp16"
-                )
-            raise RuntimeError(
-                "expected a loss that carries the loss scale, got a plain loss.backward(), whose fp16 gradients would "
-                "underflow; call engine.backward(loss), or engine.scale(loss).backward()"
-            )
-        return None if running is not None else grad / self.batches.accumulation
-
-    def _is_rescaled(self, running: Engine | None) -> bool:
-        """Whether another engine's backward runs whose loss scale the optimizer exchanges for its own."""
-        return running is not None and running.is_scaled and self.zero_optimization_stage() < 3
-
-    def _refuse_edited(self) -> None:
-        running = Engine._in_backward
-        is_scaled_alone = self.is_scaled and self.optimizer.is_scaled_backward and self.batches.accumulation == 1
-        is_of_other = running is not None and not self.is_scaled
-        if running is self or is_scaled_alone or is_of_other or self._is_rescaled(running):
-            return
-        raise RuntimeError(
-            "expected outputs as the engine gave them, got one that is a view and was edited in place, past which a "
-            "plain backward cannot be divided by the accumulation steps; edit another tensor (outputs = outputs / 2), "
-            "or call engine.backward(loss)"
-        )
-
-    def _undo_division(self, grad: Tensor) -> Tensor:
-        return grad if Engine._in_backward is not None else grad * self.batches.accumulation
-
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
 
@@ -228,9 +191,8 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         tensors.check_loss(loss)
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
         self._num_backwards += 1
-        before, Engine._in_backward = Engine._in_backward, self
         try:
-            with self.timers.phase("backward"):
+            with OutputHooks.in_backward_of(self), self.timers.phase("backward"):
                 self.optimizer.backward(divided, retain_graph=retain_graph)
         except RuntimeError as error:
             if "Found dtype" not in str(error):
@@ -240,8 +202,6 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
                 f"got tensors of two dtypes in a loss ({error}), wanted one: torch has no backward of huber_loss "
                 "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
             ) from error
-        finally:
-            Engine._in_backward = before
         if self.monitor.enabled:
             self._loss_sum = divided.detach() + (0 if self._loss_sum is None else self._loss_sum)
         return divided
