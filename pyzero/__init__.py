@@ -6,6 +6,7 @@ Adam, AdamW, Lion, SGD, LAMB and Muon; the latter two update in plain PyTorch.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value  # the next access does not come here
     return value
+
+
+def exports(module: str, *names: str) -> Callable[[str], Any]:
+    """A `__getattr__` for a module of this package, by which it has some of these names too."""
+
+    def getattr_of_module(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return __getattr__(name)
+
+    return getattr_of_module
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import pyzero
 from pyzero.arguments.groups import check_group, check_no_grad
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
@@ -635,3 +636,6 @@ def _product(*factors: Any) -> Any:
         if factor is not None:
             result = factor if result is None else result * factor
     return result
+
+
+__getattr__ = pyzero.exports(__name__, "FusedZeroAdam", "FusedZeroAdamW")

@@ -1,1 +1,7 @@
 """Checkpoints: saved by any number of ranks, loaded by any other; DeepSpeed's folders in, safetensors files out."""
+
+import pyzero
+
+__getattr__ = pyzero.exports(
+    __name__, "CheckpointError", "async_save_checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"
+)

@@ -1,7 +1,12 @@
 """Which file of pyzero/ may import which: from the rows above its own, so that no cycle can come about."""
 
 import ast
+import importlib
 from pathlib import Path
+
+import pytest
+
+import pyzero
 
 PYZERO = Path(__file__).resolve().parents[2] / "pyzero"
 
@@ -145,3 +150,15 @@ def test_imports_are_found(tmp_path: Path):
         "deepspeed.config.sections",
         "deepspeed.comm",
     }
+
+
+def test_public_names_are_found_beside_their_files_too():
+    from pyzero.checkpoint import load_checkpoint, save_checkpoint
+    from pyzero.optimizer import FusedZeroAdam
+    from pyzero.optimizers import FusedZeroAdamW
+
+    assert (load_checkpoint, save_checkpoint) == (pyzero.load_checkpoint, pyzero.save_checkpoint)
+    assert (FusedZeroAdam, FusedZeroAdamW) == (pyzero.FusedZeroAdam, pyzero.FusedZeroAdamW)
+    for module in ("checkpoint", "optimizer", "optimizers"):
+        with pytest.raises(AttributeError, match="has no attribute 'FusedAdam'"):
+            getattr(importlib.import_module(f"pyzero.{module}"), "FusedAdam")  # noqa: B009
