@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
-from pyzero.gradients.backward import GradientHooks
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
+from pyzero.gradients.hooks import GradientHooks
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from pyzero.comm.group import Group
 from pyzero.gradients.accumulation import ParamGrad, sparse_error
 from pyzero.gradients.amp import GradScalerProxy
-from pyzero.gradients.backward import BackwardEnd, GradientHooks
+from pyzero.gradients.backward_end import BackwardEnd
 from pyzero.gradients.deferred_factors import DeferredFactors
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import Unsent
+from pyzero.gradients.hooks import GradientHooks
 from pyzero.gradients.records import GradRecords
 from pyzero.gradients.rounds import Rounds, nothing
 from pyzero.gradients.unsent_scale import UnsentScale

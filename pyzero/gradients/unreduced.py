@@ -15,9 +15,9 @@ from pyzero import memory, ops
 from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
 from pyzero.gradients.accumulation import sparse_error
-from pyzero.gradients.backward import GradientHooks, can_be_trained
 from pyzero.gradients.deferred_clip import DeferredClip
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats
+from pyzero.gradients.hooks import GradientHooks, can_be_trained
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
