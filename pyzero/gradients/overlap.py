@@ -99,7 +99,7 @@ class OverlappedReducer(Reducer):
             if is_owed and not self._is_sending:
                 self._is_sending = True  # no gradient has come, but the other ranks may send theirs
                 for record in self._records.by_number:
-                    record.show()  # whoever clears it then is noticed
+                    record.publish()  # whoever clears it then is noticed
             raise
 
     def _begin_backward(self) -> None:

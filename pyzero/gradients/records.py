@@ -68,7 +68,7 @@ class GradRecords:
         if record.observe():
             self._exchange.receive_bucket(grads)
             self.forget_norms()
-            grads.drop_forgotten()
+            grads.clear_stale()
 
     def observe_all(self) -> None:
         """Follow what the caller has done to any `.grad`."""

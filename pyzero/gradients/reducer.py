@@ -169,7 +169,7 @@ class Reducer:
             if record.is_in_backward:
                 self._records.observe(grads, record)
                 record.is_in_backward = False
-            record.show()
+            record.publish()
 
     def _join_unfrozen(self) -> None:
         """Have parameters that are no longer frozen placed; what `.grad` holds counts as unsent."""

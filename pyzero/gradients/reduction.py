@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.comm.transport import Transport
-from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.accumulation import InShards, ParamGrad
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.deferred_factors import DeferredFactors
 from pyzero.gradients.exchange import BucketExchange
@@ -117,7 +117,7 @@ class ReducedGradients(Gradients):
 
     def check_arrived(self) -> None:
         """See Gradients."""
-        if any(record.is_touched for record in self._records.by_number):
+        if any(record.was_reassigned_or_edited for record in self._records.by_number):
             raise RuntimeError(
                 "expected gradients that backward adds to .grad in scaled_gradients(), got one that was assigned or "
                 "edited, as zero-bubble schedules do; take a schedule of whole backwards (1F1B, GPipe), or one replica"
@@ -236,7 +236,8 @@ class ReducedGradients(Gradients):
     def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
         known = self._stats_exchange.gather(mine, None)
         for record in self._records.by_number:
-            record.is_zero |= not known.used[record.number]
+            if record.is_reduced and not known.used[record.number]:
+                record.in_shards = InShards.ZEROS
         return known
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
