@@ -27,7 +27,6 @@ class Gradients(ABC):
     """
 
     reduces = False  # averages over the ranks; else another does, or there is one
-    learns_arrival = False  # records the order in which gradients come, for buckets in that order
     hooks: GradientHooks  # of the parameters
     norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
 
@@ -51,10 +50,6 @@ class Gradients(ABC):
     @abstractmethod
     def move_to(self, buckets: list[Bucket]) -> None:
         """Take other buckets of the same parameters. Collective over several ranks."""
-
-    def arrival(self) -> list[int]:
-        """Parameter numbers in the order in which this rank's gradients have come, where that is learned."""
-        return []
 
     @abstractmethod
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.gradients.accumulation import ParamGrad
+from pyzero.gradients.arrival_order import ArrivalOrder
 from pyzero.gradients.grad_stats import Unsent
 from pyzero.gradients.readiness import Readiness
 from pyzero.gradients.reducer import Reducer
@@ -40,18 +41,13 @@ class OverlappedReducer(Reducer):
         overlap: A full bucket leaves while backward goes on.
     """
 
-    def __init__(self, overlap: bool, *args: Any) -> None:
+    def __init__(self, overlap: bool, arrival_order: ArrivalOrder, *args: Any) -> None:
         super().__init__(*args)
-        self.learns_arrival = overlap
         self._overlap = overlap
         self._readiness = Readiness(self._records)
         self._is_sending = False  # a round has begun in a backward
         self._is_retired = False  # another optimizer has taken over
-        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
-
-    def arrival(self) -> list[int]:
-        """See Gradients."""
-        return list(self._arrived)
+        self._arrival_order = arrival_order
 
     def add(self, bucket: Bucket) -> None:
         """See Reducer."""
@@ -111,9 +107,7 @@ class OverlappedReducer(Reducer):
     def _after_gradient(self, param: Tensor) -> None:
         super()._after_gradient(param)
         grads, record = self._records.by_param[param]
-        if self.learns_arrival:
-            self._arrived.pop(record.number, None)
-            self._arrived[record.number] = None
+        self._arrival_order.note(record.number)
         if not self._sync:
             return
         self._exchange.note_writer_stream()
@@ -184,4 +178,4 @@ class OverlappedReducer(Reducer):
     def reset(self) -> None:
         """See Gradients. A batch that is left out decides on no order of buckets."""
         super().reset()
-        self._arrived.clear()
+        self._arrival_order.restart()

@@ -34,8 +34,6 @@ class Reducer:
         name_of: A parameter's name for messages, by its number.
     """
 
-    learns_arrival = False  # see Gradients
-
     def __init__(
         self,
         group: Group,
@@ -72,10 +70,6 @@ class Reducer:
         self.hooks.add(bucket.params)
         for param in bucket.params:
             self._frozen.pop(user_param(param), None)
-
-    def arrival(self) -> list[int]:
-        """See Gradients."""
-        return []
 
     def move(self) -> None:
         """Called where the gradients have moved to other buckets."""

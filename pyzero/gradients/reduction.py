@@ -15,6 +15,7 @@ from pyzero.comm.group import CollectiveError, Group
 from pyzero.comm.transport import Transport
 from pyzero.gradients.accumulation import InShards, ParamGrad
 from pyzero.gradients.amp import GradScalerProxy
+from pyzero.gradients.arrival_order import ArrivalOrder
 from pyzero.gradients.deferred_factors import DeferredFactors
 from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
@@ -55,6 +56,7 @@ class ReducedGradients(Gradients):
         transport: Transport,
         device: torch.device,
         options: ReductionOptions,
+        arrival_order: ArrivalOrder,
         inv_scale: Tensor | None,
         grad_scaler_proxy: GradScalerProxy,
         backend: str,
@@ -65,7 +67,7 @@ class ReducedGradients(Gradients):
         self._unsent_scale = UnsentScale(self._records, inv_scale)
         self._factors = DeferredFactors(self._records, device)
         self._rounds = Rounds(group, self._records, self._exchange, self._unsent_scale, options.dtype, device)
-        kind = partial(OverlappedReducer, options.overlap) if options.in_backward else Reducer
+        kind = partial(OverlappedReducer, options.overlap, arrival_order) if options.in_backward else Reducer
         self._reducer: Reducer = kind(
             group,
             device,
@@ -122,19 +124,6 @@ class ReducedGradients(Gradients):
                 "expected gradients that backward adds to .grad in scaled_gradients(), got one that was assigned or "
                 "edited, as zero-bubble schedules do; take a schedule of whole backwards (1F1B, GPipe), or one replica"
             )
-
-    @property
-    def learns_arrival(self) -> bool:
-        """See Gradients."""
-        return self._reducer.learns_arrival
-
-    @learns_arrival.setter
-    def learns_arrival(self, learns: bool) -> None:
-        self._reducer.learns_arrival = learns
-
-    def arrival(self) -> list[int]:
-        """See Gradients."""
-        return self._reducer.arrival()
 
     # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
