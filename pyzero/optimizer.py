@@ -19,12 +19,12 @@ from pyzero.comm.group import CollectiveError, Work
 from pyzero.comm.make_transport import make_transport
 from pyzero.comm.process import rank_and_size
 from pyzero.gradients import amp
-from pyzero.gradients.arrival_order import ArrivalOrder
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.interface import Gradients
-from pyzero.gradients.overlap import take_over
-from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
-from pyzero.gradients.unreduced import UnreducedGradients
+from pyzero.gradients.local.unreduced import UnreducedGradients
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
+from pyzero.gradients.reduced.reduction import ReducedGradients, ReductionOptions
+from pyzero.gradients.reduced.stage2_reducer import take_over
 from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward

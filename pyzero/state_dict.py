@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyzero.comm.group import CollectiveError, Group
-from pyzero.gradients.arrival_order import ArrivalOrder
 from pyzero.gradients.grad_stats import Unsent
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.sharding import rank_state
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen

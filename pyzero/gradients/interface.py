@@ -1,4 +1,4 @@
-"""Where a step's gradients come from: the interface that unreduced.py and reduction.py implement."""
+"""Where a step's gradients come from: the interface that local/unreduced.py and reduced/reduction.py implement."""
 
 from __future__ import annotations
 
@@ -179,3 +179,12 @@ class Gradients(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
+
+
+def sparse_error(param: Tensor, name: str) -> TypeError:
+    """The error for a sparse gradient, which no bucket can hold."""
+    return TypeError(
+        f"expected dense gradients, got a sparse one for {name}, shape {tuple(param.shape)}; "
+        f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "
+        f"torch.optim.SparseAdam"
+    )

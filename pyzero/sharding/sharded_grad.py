@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pyzero.gradients.accumulation import ParamGrad
+    from pyzero.gradients.reduced.accumulation import ParamGrad
 
 
 class GradOwner(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyzero import memory, ops
 from pyzero.gradients import nonfinite
-from pyzero.gradients.accumulation import InShards, ParamGrad
 from pyzero.gradients.pieces import Pieces
+from pyzero.gradients.reduced.accumulation import InShards, ParamGrad
 from pyzero.gradients.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import ShardRun

@@ -326,12 +326,3 @@ def _are_same_bits(one: Tensor, other: Tensor) -> bool:
     is_wide = not any(n % 4 for n in (one.numel(), one.storage_offset(), other.storage_offset()))
     wide = torch.int64 if is_wide else torch.int16
     return torch.equal(one.view(wide), other.view(wide))
-
-
-def sparse_error(param: Tensor, name: str) -> TypeError:
-    """The error for a sparse gradient, which no bucket can hold."""
-    return TypeError(
-        f"expected dense gradients, got a sparse one for {name}, shape {tuple(param.shape)}; "
-        f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "
-        f"torch.optim.SparseAdam"
-    )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.bucket_grads import BucketGrads
-from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.bucket_grads import BucketGrads
+from pyzero.gradients.reduced.exchange import BucketExchange
 from pyzero.sharding.buckets import Bucket
 
 

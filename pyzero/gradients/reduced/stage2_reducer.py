@@ -5,18 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.arrival_order import ArrivalOrder
 from pyzero.gradients.grad_stats import Unsent
-from pyzero.gradients.readiness import Readiness
-from pyzero.gradients.reducer import Reducer
-from pyzero.gradients.rounds import nothing
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
+from pyzero.gradients.reduced.readiness import Readiness
+from pyzero.gradients.reduced.rounds import nothing
+from pyzero.gradients.reduced.stage1_reducer import ReducerParts, Stage1Reducer
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import user_param
 
@@ -34,15 +33,15 @@ def take_over(params: Iterable[Tensor]) -> None:
             earlier().retire()
 
 
-class OverlappedReducer(Reducer):
+class Stage2Reducer(Stage1Reducer):
     """Makes a round in every backward, so every rank must run backward equally often between two steps.
 
     Args:
         overlap: A full bucket leaves while backward goes on.
     """
 
-    def __init__(self, overlap: bool, arrival_order: ArrivalOrder, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, parts: ReducerParts, overlap: bool, arrival_order: ArrivalOrder) -> None:
+        super().__init__(parts)
         self._overlap = overlap
         self._readiness = Readiness(self._records)
         self._is_sending = False  # a round has begun in a backward
@@ -50,7 +49,7 @@ class OverlappedReducer(Reducer):
         self._arrival_order = arrival_order
 
     def add(self, bucket: Bucket) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         super().add(bucket)
         self._readiness.add()
         weak_self = weakref.ref(self)
@@ -58,7 +57,7 @@ class OverlappedReducer(Reducer):
             _reducing[user_param(param)] = weak_self
 
     def move(self) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         self._readiness.move()
 
     def retire(self) -> None:
@@ -69,7 +68,7 @@ class OverlappedReducer(Reducer):
         self._is_retired = True
 
     def check_active(self) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         if self._is_retired:
             raise RuntimeError(
                 "expected the optimizer that was built last over its parameters, got an earlier one, whose gradients "
@@ -157,7 +156,7 @@ class OverlappedReducer(Reducer):
     # ---- between backwards -----------------------------------------------------------------------------------------
 
     def send_zeros(self) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         if self._is_sending:
             self.make_round(self._readiness.is_deferred, sends_zeros=True)
             self._exchange.receive_at_end()
@@ -165,7 +164,7 @@ class OverlappedReducer(Reducer):
         super().send_zeros()
 
     def make_round(self, left_out: Callable[[ParamGrad], bool] = nothing, sends_zeros: bool = False) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         super().make_round(left_out, sends_zeros)
         self._is_sending = False
         self._readiness.begin_round()
