@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzero.arguments.options import check_bucket_cap
-from pyzero.gradients.accumulation import elements_compared_at_once
+from pyzero.gradients.reduced.accumulation import elements_compared_at_once
 from pyzero.ops.rounding import ceil_div
 from pyzero.optimizers.adam import AdamRule
 from pyzero.sharding.blocks import blocks_of

@@ -22,9 +22,10 @@ from pyzero.comm.process import rank_and_size
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.interface import Gradients
-from pyzero.gradients.overlap import take_over
-from pyzero.gradients.reduction import ReducedGradients, ReductionOptions
-from pyzero.gradients.unreduced import UnreducedGradients
+from pyzero.gradients.local.unreduced import UnreducedGradients
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
+from pyzero.gradients.reduced.reduction import ReducedGradients, ReductionOptions
+from pyzero.gradients.reduced.stage2_reducer import take_over
 from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
@@ -184,7 +185,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._group, topology.model_groups, topology.same_params, self._name_of, self._host_facts
         )
         self._grad_reduce_dtype = grad_reduce_dtype
-        self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
+        reduces = reduce_grads and self._group.size > 1
+        self._arrival_order = ArrivalOrder(reduces and stage == 2 and overlap)
+        self._gradients = self._make_gradients(reduces, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
         self._hook_state_dict()
@@ -492,6 +495,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._transport,
             self._device,
             ReductionOptions(stage == 2, overlap, self._grad_reduce_dtype),
+            self._arrival_order,
             self._scaler.inv_scale if self._scaler.enabled else None,
             self._grad_scaler_proxy,
             backend,
@@ -616,10 +620,10 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     def _learn_arrival(self) -> None:
         """Once, in the first step: move to buckets in the order in which gradients have arrived."""
-        if self._gradients.learns_arrival:
-            layouts = self._param_buckets.plan_by_arrival(self._gradients.arrival())
+        if self._arrival_order.is_learning:
+            layouts = self._param_buckets.plan_by_arrival(self._arrival_order.order())
             if layouts is not None:
-                self._gradients.learns_arrival = False
+                self._arrival_order.finish()
                 self._move_to(layouts)
 
     @torch.inference_mode(False)

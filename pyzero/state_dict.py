@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import Unsent
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.sharding import rank_state
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
@@ -30,6 +31,7 @@ class StateDicts(Status):
     """The part of ZeroOptimizer that its state goes out by and comes in by."""
 
     _overflow: OverflowMonitor
+    _arrival_order: ArrivalOrder
     # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
     _checkpoint_group: Group | None
     _is_torn: bool  # a step or a load has begun to write
@@ -186,7 +188,8 @@ class StateDicts(Status):
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
             self._move_to(cut.layouts(self, self._param_buckets, self._group.size), keeps_state=False)
-            self._gradients.learns_arrival &= not cut.has_learned
+            if cut.has_learned:
+                self._arrival_order.finish()
         saved.reorder(self._param_buckets, self._group)
         saved.copy_into(self)
         has_scale = saved.scaler is not None and self._scaler.load(saved.scaler)
@@ -240,7 +243,7 @@ class StateDicts(Status):
 
     def _zero_state(self) -> str:
         """Which rank's a state dict is, and from which buckets its parts are cut."""
-        learned = self.reduces_grads and not self._gradients.learns_arrival
+        learned = self.reduces_grads and not self._arrival_order.is_learning
         params = (param for group in self._param_groups for param in group["params"])
         param_ids = {param: i for i, param in enumerate(params)}
         return rank_state.describe(self._group.rank, self._group.size, self._buckets, param_ids, learned)

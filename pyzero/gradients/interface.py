@@ -1,4 +1,4 @@
-"""Where a step's gradients come from: the interface that unreduced.py and reduction.py implement."""
+"""Where a step's gradients come from: the interface that local/unreduced.py and reduced/reduction.py implement."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
-from pyzero.gradients.backward import GradientHooks
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
+from pyzero.gradients.hooks import GradientHooks
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
 
@@ -27,7 +27,6 @@ class Gradients(ABC):
     """
 
     reduces = False  # averages over the ranks; else another does, or there is one
-    learns_arrival = False  # records the order in which gradients come, for buckets in that order
     hooks: GradientHooks  # of the parameters
     norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
 
@@ -51,10 +50,6 @@ class Gradients(ABC):
     @abstractmethod
     def move_to(self, buckets: list[Bucket]) -> None:
         """Take other buckets of the same parameters. Collective over several ranks."""
-
-    def arrival(self) -> list[int]:
-        """Parameter numbers in the order in which this rank's gradients have come, where that is learned."""
-        return []
 
     @abstractmethod
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:
@@ -184,3 +179,12 @@ class Gradients(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
+
+
+def sparse_error(param: Tensor, name: str) -> TypeError:
+    """The error for a sparse gradient, which no bucket can hold."""
+    return TypeError(
+        f"expected dense gradients, got a sparse one for {name}, shape {tuple(param.shape)}; "
+        f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "
+        f"torch.optim.SparseAdam"
+    )

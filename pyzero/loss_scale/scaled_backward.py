@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.gradients.backward import forget_scale, is_inner_backward, note_scale, scales_of_backward
+from pyzero.gradients.backward_end import is_inner_backward
+from pyzero.gradients.carried_scale import forget_scale, mark_backward_scaled, scale_owners_of_backward
 from pyzero.gradients.interface import Gradients
 from pyzero.loss_scale.scaler import Scaler
 
@@ -41,7 +42,7 @@ class ScaledBackward:
         self._is_guest = False  # what runs is another's backward
         self._guests: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # in this one's
         self._may_warn = has_fp16
-        gradients.hooks.factor = weakref.WeakMethod(self._factor_of_other)
+        gradients.hooks.rescale = weakref.WeakMethod(self._factor_of_other)
         _everyone.add(self)
         everyone = [*_everyone]
         if any(one._scaler.enabled for one in everyone):
@@ -59,7 +60,7 @@ class ScaledBackward:
         try:
             scaled = self._scaler.scale_loss(loss)
             if scaled.requires_grad:
-                scaled.register_hook(lambda grad: _note(self))
+                scaled.register_hook(lambda grad: _mark(self))
             scaled.backward(**kwargs)
         finally:
             self.end()
@@ -91,7 +92,7 @@ class ScaledBackward:
                 "unscaled; scale what the checkpoint returns, or pass use_reentrant=False"
             )
         self._begin()
-        _note_until_end(self)
+        _mark_until_end(self)
         # Twice, to come after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
@@ -107,7 +108,7 @@ class ScaledBackward:
         Raises:
             RuntimeError: It carries one of several.
         """
-        hosts: list[ScaledBackward] = scales_of_backward()
+        hosts: list[ScaledBackward] = scale_owners_of_backward()
         is_own = self in hosts or any(host._gradients.hooks.has(param) for host in hosts)
         if not hosts or is_own or not self._gradients.hooks.is_latest(param):
             if self._is_guest:  # of a backward that an exception has ended
@@ -134,7 +135,7 @@ class ScaledBackward:
         running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
         running.__enter__()  # raises where `.grad` carries another scale
         self._running, self._has_run = running, True
-        self._is_guest, self._gradients.hooks.own.runs = as_guest, not as_guest
+        self._is_guest, self._gradients.hooks.own_backward.runs = as_guest, not as_guest
 
     def end(self) -> None:
         """Gradients that arrive from now on carry no scale."""
@@ -145,7 +146,7 @@ class ScaledBackward:
         if self._is_held:
             return
         forget_scale(self)
-        self._is_guest = self._gradients.hooks.own.runs = False
+        self._is_guest = self._gradients.hooks.own_backward.runs = False
         running, self._running = self._running, None
         if running is not None:
             running.__exit__(None, None, None)
@@ -165,7 +166,7 @@ class ScaledBackward:
         return has_run and not has_grad_scaler
 
 
-def _note_with_end(one: ScaledBackward) -> None:
+def _mark_with_end(one: ScaledBackward) -> None:
     weak, running = weakref.ref(one), one._running
 
     def ended() -> None:
@@ -173,10 +174,10 @@ def _note_with_end(one: ScaledBackward) -> None:
         if alive is not None:
             alive.end_of(running)
 
-    note_scale(one, ended)
+    mark_backward_scaled(one, ended)
 
 
 # Compiled autograd traces hooks.
 _is_inner = torch._disable_dynamo(is_inner_backward)  # type: ignore[attr-defined]
-_note = torch._disable_dynamo(note_scale)  # type: ignore[attr-defined]
-_note_until_end = torch._disable_dynamo(_note_with_end)  # type: ignore[attr-defined]
+_mark = torch._disable_dynamo(mark_backward_scaled)  # type: ignore[attr-defined]
+_mark_until_end = torch._disable_dynamo(_mark_with_end)  # type: ignore[attr-defined]

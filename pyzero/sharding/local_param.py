@@ -175,7 +175,7 @@ class LocalParam(torch.Tensor):
     def grad(self, value: Tensor | None) -> None:
         shown: Any = value
         if isinstance(value, (LocalGrad, ShardedGrad)):
-            shown = ShardedGrad.placeholder(self.dtensor, value._record, value._owner)
+            shown = ShardedGrad.placeholder(self.dtensor, value.record, value.owner)
             shown.stands_for = value
             self._shown, self._inner = shown, value
         else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pyzero.gradients.accumulation import ParamGrad
+    from pyzero.gradients.reduced.accumulation import ParamGrad
 
 
 class GradOwner(Protocol):
@@ -55,17 +55,17 @@ _CLAMPS = (
 class _Gradient(torch.Tensor):
     """A gradient that its optimizer reduces over ranks."""
 
-    _record: ParamGrad
-    _owner: weakref.ref[Any]
-    _life: int  # of the gradient; see ParamGrad
+    record: ParamGrad
+    owner: weakref.ref[Any]
+    generation: int  # of the gradient; see ParamGrad
 
     def _attach(self, record: ParamGrad, owner: weakref.ref[Any]) -> None:
-        self._record, self._owner, self._life = record, owner, record.life
+        self.record, self.owner, self.generation = record, owner, record.generation
 
     @property
     def _is_current(self) -> bool:
         """This gradient has neither been cleared nor replaced since it was read from `.grad`."""
-        return self._record.is_current(self._life)
+        return self.record.is_current(self.generation)
 
     @property
     def _is_plain(self) -> bool:
@@ -109,7 +109,7 @@ class _Gradient(torch.Tensor):
         raise NotImplementedError
 
     def _norm(self, call: NormCall) -> Tensor:
-        owner = self._owner()
+        owner = self.owner()
         if owner is None or not call.is_plain:
             what = "a norm over dimensions, of a matrix, or of another order than p > 0" if owner else "a norm"
             raise _refusal(what, [self])
@@ -118,7 +118,7 @@ class _Gradient(torch.Tensor):
                 f"got a norm of a .grad of shape {tuple(self.shape)} that has been cleared or replaced since it was "
                 f"read, expected one of the present .grad; ask for it before that, or keep optimizer.full_grad(p)"
             )
-        return call.cast(owner.param_norm(self._record, call.norm_type))
+        return call.cast(owner.param_norm(self.record, call.norm_type))
 
     def __deepcopy__(self, memo: Any) -> Any:
         """Refused, as all that would copy one rank's part for the whole."""
@@ -153,15 +153,15 @@ class LocalGrad(_Gradient):
     @property
     def _has_rest(self) -> bool:
         """A part of its gradient is in the shards, and not in it."""
-        return self.is_part or (self._life == self._record.life and self._record.is_elsewhere)
+        return self.is_part or (self.generation == self.record.generation and self.record.has_reduced_values)
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not self._is_current:
             return NotImplemented
-        current = self._record.param.grad
+        current = self.record.param.grad
         if current is not self and isinstance(current, _Gradient):
             return func(current, *args[1:], **kwargs)  # it has been reduced since it was read from `.grad`
-        owner = self._owner()
+        owner = self.owner()
         if owner is None:
             return NotImplemented
         if func in _UNCHANGING:
@@ -170,10 +170,10 @@ class LocalGrad(_Gradient):
             return self.copy_(args[1])  # the sum that is sent lies in this memory
         if func is not Tensor.zero_:
             return NotImplemented
-        owner.zero(self._record)  # what of it has been reduced
+        owner.zero(self.record)  # what of it has been reduced
         with torch._C.DisableTorchFunctionSubclass():
             func(*args, **kwargs)
-        self._record.local_was_zeroed()
+        self.record.local_was_zeroed()
         return self
 
 
@@ -200,21 +200,21 @@ class ShardedGrad(_Gradient):
         if isinstance(self.stands_for, LocalGrad) and func not in (*_UNCHANGING, _SET_DATA):
             func(self.stands_for, *args[1:], **kwargs)
             return self
-        owner = self._owner()
+        owner = self.owner()
         if owner is None or func == _SET_DATA:
             raise _refusal("an assignment to .data" if func == _SET_DATA else func.__name__, args)
         if func in _UNCHANGING or not self._is_current:  # what was dropped is nobody's any more
             return self
-        current = self._record.param.grad
+        current = self.record.param.grad
         if isinstance(current, LocalGrad):  # more has come since it was read
             func(current, *args[1:], **kwargs)
         elif func is Tensor.zero_:
-            owner.zero(self._record)
+            owner.zero(self.record)
         elif kwargs.get("rounding_mode") is not None:
             raise _refusal("division with a rounding mode", args)
         else:
             factor = _checked_factor(args[1] if len(args) > 1 else kwargs.get("other"), self)
-            owner.scale([self._record], factor, inverse=func in _INVERSE_SCALES)
+            owner.scale([self.record], factor, inverse=func in _INVERSE_SCALES)
         return self
 
     @classmethod
@@ -294,15 +294,15 @@ def _scale_each(func: Callable[..., Any], tensors: Sequence[Tensor], factor: Any
             tensor = tensor.stands_for
         current: Any = tensor
         if isinstance(tensor, _Gradient) and tensor._is_current:
-            current = tensor._record.param.grad
+            current = tensor.record.param.grad
         if not isinstance(current, ShardedGrad) or not current._is_current:
             current.div_(one) if inverse else current.mul_(one)
             continue
-        owner = current._owner()
+        owner = current.owner()
         if owner is None:
             raise _refusal(func.__name__, [current])
         found = together.setdefault((id(owner), id(one)), (owner, [], _checked_factor(one, current)))
-        found[1].append(current._record)
+        found[1].append(current.record)
     for owner, records, value in together.values():
         owner.scale(records, value, inverse)
 

@@ -33,16 +33,21 @@ LAYERS = (
     {"sharding.agreement", "sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
     {"sharding.rank_state"},
-    {"gradients", "gradients.backward", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
-    {"gradients.accumulation", "gradients.amp", "gradients.grad_stats", "gradients.norms"},
-    {"gradients.bucket_grads", "gradients.deferred_clip", "gradients.interface", "gradients.scale_tracker", "update"},
-    {"gradients.exchange", "gradients.unreduced"},
-    {"gradients.records"},
-    {"gradients.deferred_factors", "gradients.readiness", "gradients.unsent_scale"},
-    {"gradients.rounds"},
-    {"gradients.reducer"},
-    {"gradients.overlap"},
-    {"gradients.reduction"},
+    {"gradients", "gradients.backward_end", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
+    {"gradients.amp", "gradients.carried_scale", "gradients.grad_stats", "gradients.norms"},
+    {"gradients.hooks"},
+    {"gradients.interface", "update"},
+    {"gradients.local", "gradients.local.deferred_clip", "gradients.local.scale_tracker"},
+    {"gradients.local.unreduced"},
+    {"gradients.reduced", "gradients.reduced.accumulation", "gradients.reduced.arrival_order"},
+    {"gradients.reduced.bucket_grads"},
+    {"gradients.reduced.exchange"},
+    {"gradients.reduced.records"},
+    {"gradients.reduced.deferred_factors", "gradients.reduced.readiness", "gradients.reduced.unsent_scale"},
+    {"gradients.reduced.rounds"},
+    {"gradients.reduced.stage1_reducer"},
+    {"gradients.reduced.stage2_reducer"},
+    {"gradients.reduced.reduction"},
     {"loss_scale", "loss_scale.overflow", "loss_scale.scaler"},
     {"loss_scale.scaled_backward"},
     {"full_access"},
@@ -133,6 +138,12 @@ def test_imports_go_one_way():
                 assert not wrong, f"pyzero/{name} imports {sorted(wrong)}, which lie beside or above it"
         below |= layer
     assert below - {"ops"} == {name_of(path) for path in MODULES}
+
+
+def test_local_and_reduced_gradients_know_nothing_of_each_other():
+    for folder, other in (("local", "reduced"), ("reduced", "local")):
+        for path in (PYZERO / "gradients" / folder).glob("*.py"):
+            assert not [name for name in imported(path) if name.startswith(f"gradients.{other}")], path
 
 
 def test_imports_are_found(tmp_path: Path):

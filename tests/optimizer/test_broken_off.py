@@ -19,8 +19,8 @@ import pyzero
 from pyzero import memory
 from pyzero.comm.group import Work
 from pyzero.comm.transport import ExactTransport
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.bucket_grads import BucketGrads
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.bucket_grads import BucketGrads
 from pyzero.sharding.param_buckets import ParamBuckets
 from pyzero.sharding.rank_state import RankState
 from pyzero.update import ShardUpdater

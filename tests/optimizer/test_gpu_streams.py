@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero.comm import group
-from pyzero.gradients.exchange import BucketExchange
-from pyzero.gradients.reduction import ReducedGradients
+from pyzero.gradients.reduced.exchange import BucketExchange
+from pyzero.gradients.reduced.reduction import ReducedGradients
 
 LATE_CYCLES = 30_000_000  # some 15 ms
 WIDTH, DEPTH, STEPS = 256, 6, 3

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyzero
 from pyzero import ops
-from pyzero.gradients import scale_tracker
+from pyzero.gradients.local import scale_tracker
 
 SCALE = pyzero.LossScale(init_scale=2.0**12)
 

@@ -29,7 +29,7 @@ from pyzero.comm import futex, make_transport, shared_memory, shared_memory_tran
 from pyzero.comm.group import Group, Work
 from pyzero.comm.shared_pages import SharedPages
 from pyzero.comm.transport import ExactTransport, Exchange
-from pyzero.gradients import exchange
+from pyzero.gradients.reduced import exchange
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the peer transport goes by futexes of Linux"),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyzero import memory, ops
 from pyzero.gradients import nonfinite
-from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.pieces import Pieces
+from pyzero.gradients.reduced.accumulation import InShards, ParamGrad
 from pyzero.gradients.stats_rows import FIRST_BAD, clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import ShardRun
@@ -48,26 +48,26 @@ class BucketGrads:
         """The shard holds a part of some gradient."""
         return any(record.is_reduced for record in self.records)
 
-    def drop_forgotten(self) -> None:
+    def clear_stale(self) -> None:
         """Zero the parts of gradients that were cleared, whichever of the bucket's; drop the shard if none is left."""
-        forgotten = [record for record in self.records if record.observe() or record.is_forgotten]
+        stale = [record for record in self.records if record.observe() or record.shard_is_stale]
         if self.is_reduced:
-            for record in forgotten:
-                self._fill(record, 0.0)
+            for record in stale:
+                self._zero_part(record)
         else:
             self.shard = None
             self.first_bad.fill_(nonfinite.NOT_FOUND)
             self._clear_flag_and_squares()
             self._stats_are_stale = False
-        for record in forgotten:
-            record.is_forgotten = False
+        for record in stale:
+            record.shard_is_stale = False
 
     def write(self, record: ParamGrad, value: Tensor) -> None:
         """Write this rank's part of (numel,) `value`, in memory order, into the shard."""
         if self.shard is None:
             self.shard = torch.zeros(self.bucket.layout.shard_numel, dtype=torch.float32, device=self.bucket.device)
         _, in_param = self.bucket.shard_part(record.position)
-        self._fill(record, 0.0)
+        self._zero_part(record)
         self.part(record).copy_(value[in_param])
 
     def part(self, record: ParamGrad) -> Tensor:
@@ -76,10 +76,10 @@ class BucketGrads:
         in_shard, _ = self.bucket.shard_part(record.position)
         return self.shard[in_shard]
 
-    def _fill(self, record: ParamGrad, value: float) -> None:
-        """Fill this rank's part and the gap behind it: a factor that is NaN has made the gap NaN."""
+    def _zero_part(self, record: ParamGrad) -> None:
+        """Zero this rank's part and the gap behind it: a factor that is NaN has made the gap NaN."""
         if self.shard is not None:
-            self.shard[self.bucket.shard_slot(record.position)].fill_(value)
+            self.shard[self.bucket.shard_slot(record.position)].zero_()
             self._stats_are_stale = True
 
     def zero(self, record: ParamGrad) -> None:
@@ -87,13 +87,13 @@ class BucketGrads:
         if record.is_reduced:
             record.factor = None
             record.count_clear()
-            record.is_zero = True
-            self._fill(record, 0.0)
+            record.in_shards = InShards.ZEROS
+            self._zero_part(record)
 
     def replace(self, record: ParamGrad, value: Tensor) -> None:
         """Replace one gradient, local and reduced, by (numel,) `value`, in memory order."""
         self.write(record, value)
-        record.replaced()
+        record.mark_replaced()
 
     def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
         """Pack local gradients into (numel,) `send`, zeros where there is none."""
@@ -109,7 +109,7 @@ class BucketGrads:
     def mark_sent(self, left_out: Callable[[ParamGrad], bool]) -> None:
         """Mark each record as sent, whose `.grad` becomes a ShardedGrad, or as left out of this round."""
         for record in self.records:
-            record.sent_as_zeros() if left_out(record) else record.sent()
+            record.mark_sent_as_zeros() if left_out(record) else record.mark_reduced()
 
     def shard_memory(self) -> Tensor:
         """The shard, or memory for one."""
@@ -152,7 +152,7 @@ class BucketGrads:
 
         Neighbours with the same factor take one launch. What is known to be zeros stays so: the factor may be NaN.
         """
-        factors = [None if record.is_zero else record.factor for record in self.records]
+        factors = [record.factor if record.has_reduced_values else None for record in self.records]
         for _, neighbours in groupby(range(len(factors)), key=lambda position: id(factors[position])):
             first, *rest = neighbours
             factor, last = factors[first], (rest or [first])[-1]

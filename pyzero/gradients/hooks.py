@@ -1,9 +1,7 @@
-"""Autograd hooks: before and after each parameter's gradient, and at the end of the outermost backward."""
+"""Autograd hooks before and after each parameter's gradient."""
 
 from __future__ import annotations
 
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -11,80 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyzero.gradients.backward_end import call_if_alive
+from pyzero.gradients.carried_scale import scaled_backwards
 from pyzero.sharding.local_param import LocalParam, user_param
 
 _ParamHook = Callable[[Tensor], None]
 _Factor = Callable[[Tensor], Tensor | None]
 
 _hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()  # by parameter: its GradientHooks
-_scaled: dict[int, weakref.ref[_Note]] = {}  # by id: notes of the scaled backwards that run
-
-
-class _Note:
-    """Whose loss scale the gradients of a graph task carry.
-
-    It is a callback of the task, and torch drops those with their task, whether they were called or not.
-    """
-
-    def __init__(self, owner: Any, ended: Callable[[], None] | None) -> None:
-        self.task = torch._C._current_graph_task_id()
-        self.thread = _caller_thread()
-        self.owner = weakref.ref(owner)
-        self._ended = ended
-
-    def __call__(self) -> None:
-        """Nothing is to be done at the end."""
-
-    def __del__(self) -> None:
-        _scaled.pop(id(self), None)
-        if self._ended is not None:
-            self._ended()
-
-
-def note_scale(owner: Any, ended: Callable[[], None] | None = None) -> None:
-    """Called in a backward whose gradients carry the owner's loss scale.
-
-    ended: Called once it has ended or was broken off, maybe on another thread: must not raise, nor communicate.
-    """
-    note = _Note(owner, ended)
-    _scaled[id(note)] = weakref.ref(note)
-    torch.autograd.Variable._execution_engine.queue_callback(note)
-
-
-def forget_scale(owner: Any) -> None:
-    """Called once the owner's backwards have ended."""
-    for key, ref in [*_scaled.items()]:
-        note = ref()
-        if note is not None and note.owner() is owner:
-            _scaled.pop(key, None)
-
-
-def scales_of_backward() -> list[Any]:
-    """Whose loss scales gradients carry that arrive now: of several where the scaled losses share a backward."""
-    notes = [note for ref in [*_scaled.values()] if (note := ref()) is not None]
-    task = torch._C._current_graph_task_id()
-    if notes and task not in [note.task for note in notes] and _outermost_python_node() is not None:
-        mine = _caller_thread()  # in a backward inside another, as of a checkpoint
-        notes = [note for note in notes if mine is None or note.thread in (None, mine)]
-        task = notes[-1].task if notes else task
-    owners = [owner for note in notes if note.task == task and (owner := note.owner()) is not None]
-    return [*dict.fromkeys(owners)]
-
-
-def is_inner_backward() -> bool:
-    """Whether the backward that runs was called in another one's, as of a reentrant checkpoint."""
-    return _outermost_python_node() is not None
-
-
-def _caller_thread() -> int | None:
-    """The thread that runs a backward of its own, or None: one of torch's, as for a GPU, serves all backwards."""
-    mine = threading.get_ident()
-    threads = (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))
-    return mine if any(thread.ident == mine for thread in threads) else None
 
 
 class GradientHooks:
@@ -98,19 +33,19 @@ class GradientHooks:
     `.grad` already.
 
     Attributes:
-        factor: Asked before `before` in a backward that carries somebody's loss scale: what the gradient of a parameter
+        rescale: Asked before `before` in a backward that carries somebody's loss scale: what the parameter's gradient
             is to be multiplied by, or None.
-        own: Not asked while this is set, of a backward of the optimizer's own.
+        own_backward: Not asked while this is set, of a backward of the optimizer's own.
     """
 
-    factor: weakref.WeakMethod[_Factor] | None = None
+    rescale: weakref.WeakMethod[_Factor] | None = None
 
     def __init__(self, before: _ParamHook, after: _ParamHook, without: _ParamHook, missed: _ParamHook) -> None:
         self._before = weakref.WeakMethod(before)
         self._after = weakref.WeakMethod(after)
         self._without = weakref.WeakMethod(without)
         self._missed = weakref.WeakMethod(missed)
-        self.own = _Own()
+        self.own_backward = _OwnBackward()
         self._handles: list[Any] = []
         # By parameter: its AccumulateGrad node, which it holds only weakly itself.
         self._nodes: MutableMapping[Tensor, tuple[Any, _Arrival]] = WeakIdKeyDictionary()
@@ -132,7 +67,7 @@ class GradientHooks:
         self._nodes[param] = node, arrival
         factor: weakref.WeakMethod[_Factor] = weakref.WeakMethod(self._factor_of)
         self._handles.append(
-            node.register_prehook(_before_hook(self._before, self._without, factor, self.own, param, arrival))
+            node.register_prehook(_before_hook(self._before, self._without, factor, self.own_backward, param, arrival))
         )
 
     def has(self, param: Tensor) -> bool:
@@ -145,8 +80,8 @@ class GradientHooks:
         return not alive or alive[-1] is self
 
     def _factor_of(self, param: Tensor) -> Tensor | None:
-        factor = self.factor and self.factor()
-        return factor(param) if factor and not self.own.runs else None
+        rescale = self.rescale and self.rescale()
+        return rescale(param) if rescale and not self.own_backward.runs else None
 
     def _factor_of_unfrozen(self, param: Tensor) -> Tensor | None:
         return None if self.has(param) else self._factor_of(param)
@@ -209,7 +144,7 @@ def _accumulator(leaf: Tensor) -> Any:
         return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
-class _Own:
+class _OwnBackward:
     """Whether a scaled backward of the optimizer's own runs: known without a call for each gradient."""
 
     runs = False
@@ -225,7 +160,7 @@ def _before_hook(
     before: weakref.WeakMethod[_ParamHook],
     without: weakref.WeakMethod[_ParamHook],
     factor_of: weakref.WeakMethod[_Factor],
-    own: _Own,
+    own_backward: _OwnBackward,
     param: Tensor,
     arrival: _Arrival,
 ) -> Callable[[Any], None]:
@@ -237,7 +172,7 @@ def _before_hook(
         if alive is not None and not has_grad:
             _call_eagerly(without, alive)
         elif alive is not None:
-            factor = _call_eagerly(factor_of, alive) if _scaled and not own.runs else None
+            factor = _call_eagerly(factor_of, alive) if scaled_backwards and not own_backward.runs else None
             _call_eagerly(before, alive)
             if isinstance(alive, LocalParam):
                 alive.park()
@@ -266,7 +201,7 @@ def _after_hook(
             return
         is_fsdp = isinstance(alive, LocalParam) and alive.is_fsdp  # their gradients come without the hook before
         if has_grad is None and not is_fsdp and _call_eagerly(follow, alive):
-            if _scaled and _call_eagerly(factor_of, alive) is not None:
+            if scaled_backwards and _call_eagerly(factor_of, alive) is not None:
                 raise RuntimeError(
                     "expected a first backward of their own for parameters that were converted or moved and back, got "
                     "one that carries another optimizer's loss scale; clear their gradients and run it again"
@@ -281,7 +216,7 @@ def _after_hook(
 
 def _watch_hook(arrived: weakref.WeakMethod[Callable[[], None]], factor_of: weakref.WeakMethod[_Factor]) -> _ParamHook:
     def watch_hook(leaf: Tensor) -> None:
-        if _scaled and _call_eagerly(factor_of, leaf) is not None:
+        if scaled_backwards and _call_eagerly(factor_of, leaf) is not None:
             raise RuntimeError(
                 "expected a first backward of their own for parameters that are no longer frozen, got one that carries "
                 "another optimizer's loss scale; clear their gradients, and run a backward and a step of their own "
@@ -292,82 +227,9 @@ def _watch_hook(arrived: weakref.WeakMethod[Callable[[], None]], factor_of: weak
     return watch_hook
 
 
-def _call(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
-    method = weak_method()
-    return None if method is None else method(*args)
-
-
-_call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
+_call_from_compiled = torch._disable_dynamo(call_if_alive)  # type: ignore[attr-defined]
 
 
 def _call_eagerly(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
     """Compiled autograd traces hooks; ours communicate."""
-    return (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak_method, *args)
-
-
-class BackwardEnd:
-    """Calls `ended()` once at the end of each outermost backward in which `await_end()` was called.
-
-    A reentrant checkpoint runs a backward of its own inside the outer one, and its end is not the outer one's. The node
-    that runs it is found on the Python stack; the nodes behind that node run in the outer backward, and there a prehook
-    queues the callback. (torch runs the callbacks of an inner backward with the inner one as current, so they cannot
-    reach the outer.)
-    """
-
-    def __init__(self, ended: Callable[[], None], broken_off: Callable[[], None]) -> None:
-        self._ended = weakref.WeakMethod(ended)
-        self._broken_off = weakref.WeakMethod(broken_off)
-        self._tasks: set[int] = set()  # graph tasks whose end, or whose parent's end, is being waited for
-        self._outermost: int | None = None  # the task at whose end `ended` is called
-        self._prehooks: list[Any] = []  # on the nodes of an outer backward
-
-    @property
-    def is_awaited(self) -> bool:
-        """A backward runs, or was broken off, whose end is awaited."""
-        return bool(self._tasks)
-
-    def begin(self) -> None:
-        """Called before a gradient arrives; calls `broken_off` where an error has ended the awaited backward."""
-        if self._outermost is None or torch._C._current_graph_task_id() in self._tasks:
-            return
-        if _outermost_python_node() is None:
-            _call(self._broken_off)
-
-    def await_end(self) -> None:
-        """Have `ended` called at the end of the outermost backward that is running."""
-        task = torch._C._current_graph_task_id()
-        if task in self._tasks:
-            return
-        self._tasks.add(task)
-        node = _outermost_python_node()
-        if node is None:
-            self._outermost = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._run)
-            return
-        nodes = [behind for behind, _ in node.next_functions if behind is not None]
-        weak = weakref.WeakMethod(self.await_end)
-        self._prehooks += [behind.register_prehook(lambda grads: _call(weak)) for behind in nodes]
-
-    def _run(self) -> None:
-        if self._outermost is not None:
-            _call(self._ended)
-
-    def forget(self) -> None:
-        """Stop waiting."""
-        self._tasks.clear()
-        self._outermost = None
-        while self._prehooks:
-            self._prehooks.pop().remove()
-
-
-_PYTHON_BACKWARD = BackwardCFunction.apply.__code__
-
-
-def _outermost_python_node() -> Any:
-    """The outermost autograd node written in Python that is running on this thread, or None."""
-    frame, found = sys._getframe(1), None
-    while frame is not None:
-        if frame.f_code is _PYTHON_BACKWARD:
-            found = frame
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if found is None else found.f_locals["self"]
+    return (_call_from_compiled if torch.compiler.is_compiling() else call_if_alive)(weak_method, *args)

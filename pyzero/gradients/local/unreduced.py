@@ -14,14 +14,13 @@ from torch import Tensor
 from pyzero import memory, ops
 from pyzero.comm.group import Group
 from pyzero.gradients import nonfinite
-from pyzero.gradients.accumulation import sparse_error
-from pyzero.gradients.backward import GradientHooks, can_be_trained
-from pyzero.gradients.deferred_clip import DeferredClip
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats
-from pyzero.gradients.interface import Gradients
+from pyzero.gradients.hooks import GradientHooks, can_be_trained
+from pyzero.gradients.interface import Gradients, sparse_error
+from pyzero.gradients.local.deferred_clip import DeferredClip
+from pyzero.gradients.local.scale_tracker import ScaleTracker
 from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
-from pyzero.gradients.scale_tracker import ScaleTracker
 from pyzero.gradients.stats_rows import SUMSQ, HostView, clean_rows, first_bad_of, flag_of, sumsq_of
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket

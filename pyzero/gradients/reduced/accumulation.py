@@ -1,6 +1,6 @@
 """Where a parameter's gradient is: in this rank's own sum, in the shards that hold the mean, or in both.
 
-It is in one of four states (the picture is in docs/design.md):
+It is in one of four states (the picture is in docs/design.md), which `has_local` and `is_reduced` tell apart:
 
     none      `.grad` is None
     local     `.grad` is a LocalGrad: this rank's sum of one or more backwards, not sent yet
@@ -14,6 +14,7 @@ done. A gradient lives until it is cleared, as torch's do; step() leaves it as i
 from __future__ import annotations
 
 import weakref
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 _MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
 
 
+class InShards(Enum):
+    """Which part of a parameter's gradient the shards hold."""
+
+    NOTHING = auto()
+    ZEROS = auto()  # known to be, on all ranks
+    VALUES = auto()
+
+
 class ParamGrad:
     """One parameter's gradient on this rank."""
 
@@ -37,12 +46,11 @@ class ParamGrad:
         self.is_used = False  # this rank has contributed to it
         self._is_arriving = False  # between before_arrival() and after_arrival(), which a hook that raises leaves out
         self.is_in_backward = False  # after that, until the backward ends: hooks of the caller's may run
-        self.life = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
+        self.generation = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
 
         # The part in the shards:
-        self.is_reduced = False  # there is one, maybe zeros
-        self.is_zero = False  # it is known to be zeros, on all ranks
-        self.is_forgotten = False  # the shards still hold a part of a gradient that has been cleared
+        self.in_shards = InShards.NOTHING
+        self.shard_is_stale = False  # the shards still hold a part of a gradient that has been cleared
         self.num_edits = 0  # by the caller; the same on all ranks
         self.product = 1.0  # of the numbers that the caller has multiplied it by, as far as the host knows them
         self.is_half_edited = False  # the other part was edited in place meanwhile: refused when gradients are read
@@ -54,7 +62,7 @@ class ParamGrad:
         self._version = 0  # of `_local` when it was last seen
         self._zeroed_version = -1  # of `_local` when it was filled with zeros
 
-        self._shown: Tensor | None = None  # what was put in `.grad` last
+        self._published: Tensor | None = None  # what was put in `.grad` last
         self._owner = owner
         self._dtype, self._device, self._shape = param.dtype, param.device, param.shape
         self._stride = stride  # in the bucket, which the parameter's may differ from by now
@@ -85,32 +93,37 @@ class ParamGrad:
     @property
     def is_cleared(self) -> bool:
         """`.grad` was set to None since it was last seen."""
-        return self.param.grad is None and self._shown is not None
+        return self.param.grad is None and self._published is not None
 
     @property
-    def is_touched(self) -> bool:
+    def was_reassigned_or_edited(self) -> bool:
         """`.grad` was assigned or edited since it was last seen."""
         grad = self.param.grad
-        is_new = grad is not None and grad is not self._shown
+        is_new = grad is not None and grad is not self._published
         return is_new or (self._local is not None and self._local._version != self._version)
 
     @property
-    def is_elsewhere(self) -> bool:
-        """A part of the gradient, not all zeros, lies in the shards."""
-        return self.is_reduced and not self.is_zero
+    def is_reduced(self) -> bool:
+        """A part of the gradient, maybe zeros, lies in the shards."""
+        return self.in_shards is not InShards.NOTHING
+
+    @property
+    def has_reduced_values(self) -> bool:
+        """A part of it that is not known to be zeros does."""
+        return self.in_shards is InShards.VALUES
 
     @property
     def param(self) -> Tensor:
         """The parameter, which lives as long as the optimizer does."""
         return self._param()  # type: ignore[return-value]
 
-    def is_current(self, life: int) -> bool:
-        """Whether `.grad` is still the gradient of that life: neither cleared nor replaced since."""
-        return life == self.life and self._param() is not None and self.param.grad is self._shown
+    def is_current(self, generation: int) -> bool:
+        """Whether `.grad` is still the gradient of that generation: neither cleared nor replaced since."""
+        return generation == self.generation and self._param() is not None and self.param.grad is self._published
 
     def restore(self) -> None:
         """Put back into `.grad` what the caller has cleared."""
-        self.param.grad = self._shown
+        self.param.grad = self._published
 
     def observe(self) -> bool:
         """Follow what the caller has done to `.grad`; returns whether that drops the part in the shards.
@@ -120,9 +133,9 @@ class ParamGrad:
         """
         self.finish_arrival()
         grad = self.param.grad
-        if grad is self._shown:
+        if grad is self._published:
             if self._local is not None and self._local._version != self._version:
-                self.is_half_edited |= self.is_elsewhere
+                self.is_half_edited |= self.has_reduced_values
                 self.main_grad = None  # .grad was edited, so .grad is the sum
                 self._version = self._local._version
             return False
@@ -133,24 +146,24 @@ class ParamGrad:
                 f"of another gradient (an earlier one, another parameter's, or of another optimizer over this one); "
                 f"keep optimizer.full_grad(p) and assign that, or delete the other optimizer and call model.zero_grad()"
             )
-        is_half_edited = self.is_in_backward and self.is_elsewhere  # by a hook, which saw this rank's part
-        was_reduced = self.forget()
+        is_half_edited = self.is_in_backward and self.has_reduced_values  # by a hook, which saw this rank's part
+        was_reduced = self.drop()
         if grad is not None:
             self.is_half_edited = is_half_edited
-            self._keep(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else awaited(grad), grad)
-            self.show()
+            self._set_local(grad.as_subclass(torch.Tensor) if isinstance(grad, LocalGrad) else awaited(grad), grad)
+            self.publish()
         return was_reduced
 
-    def forget(self) -> bool:
+    def drop(self) -> bool:
         """Drop the gradient; returns whether the shards still hold a part of it."""
         was_reduced = self.is_reduced
         if was_reduced:
             self.count_clear()
-        self.is_forgotten |= was_reduced
-        self._leave_shown(self.is_elsewhere)
-        self.life += 1
-        self.is_reduced = self.is_zero = self.is_used = False
-        self.factor = self.main_grad = self._shown = self._local = None
+        self.shard_is_stale |= was_reduced
+        self._leave_published(self.has_reduced_values)
+        self.generation += 1
+        self.in_shards, self.is_used = InShards.NOTHING, False
+        self.factor = self.main_grad = self._published = self._local = None
         return was_reduced
 
     def count_clear(self) -> None:
@@ -160,28 +173,28 @@ class ParamGrad:
         self.product = 1.0
         self.is_half_edited = False
 
-    def _leave_shown(self, has_rest: bool) -> None:
+    def _leave_published(self, has_rest: bool) -> None:
         """Called when `.grad` gets another tensor. has_rest: The one that was shown is not the whole gradient."""
-        if isinstance(self._shown, LocalGrad) and self._shown._record is self:
-            self._shown.is_part |= has_rest
+        if isinstance(self._published, LocalGrad) and self._published.record is self:
+            self._published.is_part |= has_rest
 
-    def _keep(self, plain: Tensor, shown: Tensor) -> None:
-        self._local, self._shown, self._version = plain, shown, plain._version
+    def _set_local(self, plain: Tensor, shown: Tensor) -> None:
+        self._local, self._published, self._version = plain, shown, plain._version
         self._zeroed_version = -1
         self.is_used = True
 
-    def show(self) -> None:
+    def publish(self) -> None:
         """Put into `.grad` what the caller may read: a LocalGrad, or a ShardedGrad where only others have a part."""
-        if self.param.grad is not self._shown:
+        if self.param.grad is not self._published:
             return  # the caller has cleared or assigned it, which observe() follows
         if self._local is not None:
-            if not isinstance(self._shown, LocalGrad) or self._shown._record is not self:
-                self._shown = LocalGrad.wrap(self._local, self, self._owner)
-                self.param.grad = self._shown
-            self._shown._life = self.life  # it may have been set aside meanwhile, and put back
-        elif self._shown is None and self.param.requires_grad:
-            self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
-            self.param.grad = self._shown
+            if not isinstance(self._published, LocalGrad) or self._published.record is not self:
+                self._published = LocalGrad.wrap(self._local, self, self._owner)
+                self.param.grad = self._published
+            self._published.generation = self.generation  # it may have been set aside meanwhile, and put back
+        elif self._published is None and self.param.requires_grad:
+            self._published = ShardedGrad.placeholder(self.param, self, self._owner)
+            self.param.grad = self._published
 
     def check_grad_dtype(self) -> None:
         """Raise TypeError where gradients will come in another dtype."""
@@ -222,20 +235,20 @@ class ParamGrad:
         if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
             raise conversion_error(self.param, self._dtype, self._device, self._shape)
         self.is_in_backward = True
-        if grad is self._shown and self._local is not None:  # added in place
-            self._keep(self._local, grad)
-        elif self.main_grad is not None and self._local is not None and self._shown is not None:
+        if grad is self._published and self._local is not None:  # added in place
+            self._set_local(self._local, grad)
+        elif self.main_grad is not None and self._local is not None and self._published is not None:
             self.main_grad.add_(flatten(grad, self._stride))
             self._local.copy_(self.main_grad.as_strided(self._shape, self._stride))
-            self.param.grad = self._shown
-            self._keep(self._local, self._shown)
+            self.param.grad = self._published
+            self._set_local(self._local, self._published)
         else:
-            self._keep(awaited(grad), grad)
+            self._set_local(awaited(grad), grad)
 
     def set_aside(self) -> Tensor | None:
         """Called where backward has added already: returns `.grad`, which is cleared unless that was in place."""
         grad = self.param.grad
-        if grad is not self._shown:
+        if grad is not self._published:
             self.param.grad = None
         return grad
 
@@ -275,30 +288,30 @@ class ParamGrad:
             if not ours.is_cpu or not _are_same_bits(rounded, theirs):
                 torch.where(rounded == theirs, ours, theirs.float(), out=ours)
 
-    def sent(self) -> None:
+    def mark_reduced(self) -> None:
         """Called when the local sum, if any, has been sent: `.grad` becomes a ShardedGrad."""
-        if not isinstance(self._shown, ShardedGrad):
-            self._leave_shown(has_rest=True)
-            self._shown = ShardedGrad.placeholder(self.param, self, self._owner)
+        if not isinstance(self._published, ShardedGrad):
+            self._leave_published(has_rest=True)
+            self._published = ShardedGrad.placeholder(self.param, self, self._owner)
         self.main_grad = self._local = None
-        self.is_reduced, self.is_zero = True, False
-        self.param.grad = self._shown
+        self.in_shards = InShards.VALUES
+        self.param.grad = self._published
 
-    def sent_as_zeros(self) -> None:
+    def mark_sent_as_zeros(self) -> None:
         """Called when a round has sent zeros for this parameter: a later one will send the local sum."""
-        was_zero = self.is_zero or not self.is_reduced
+        had_values = self.has_reduced_values
         if self._local is None:
-            grad, was_seen = self.param.grad, self.param.grad is self._shown
-            self.sent()
+            grad, was_seen = self.param.grad, self.param.grad is self._published
+            self.mark_reduced()
             if not was_seen:  # where nobody could look: observe() is still to follow it
                 self.param.grad = grad
-        self.is_reduced, self.is_zero = True, was_zero
+        self.in_shards = InShards.VALUES if had_values else InShards.ZEROS
 
-    def replaced(self) -> None:
+    def mark_replaced(self) -> None:
         """Called when the caller's own value has been written into the shards, on every rank."""
-        self._leave_shown(has_rest=True)
-        self._shown = self.factor = None
-        self.sent()
+        self._leave_published(has_rest=True)
+        self._published = self.factor = None
+        self.mark_reduced()
         self.is_used = True
         self.num_edits += 1
 
@@ -313,12 +326,3 @@ def _are_same_bits(one: Tensor, other: Tensor) -> bool:
     is_wide = not any(n % 4 for n in (one.numel(), one.storage_offset(), other.storage_offset()))
     wide = torch.int64 if is_wide else torch.int16
     return torch.equal(one.view(wide), other.view(wide))
-
-
-def sparse_error(param: Tensor, name: str) -> TypeError:
-    """The error for a sparse gradient, which no bucket can hold."""
-    return TypeError(
-        f"expected dense gradients, got a sparse one for {name}, shape {tuple(param.shape)}; "
-        f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "
-        f"torch.optim.SparseAdam"
-    )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.bucket_grads import BucketGrads
-from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.bucket_grads import BucketGrads
+from pyzero.gradients.reduced.exchange import BucketExchange
 from pyzero.sharding.buckets import Bucket
 
 
@@ -68,7 +68,7 @@ class GradRecords:
         if record.observe():
             self._exchange.receive_bucket(grads)
             self.forget_norms()
-            grads.drop_forgotten()
+            grads.clear_stale()
 
     def observe_all(self) -> None:
         """Follow what the caller has done to any `.grad`."""

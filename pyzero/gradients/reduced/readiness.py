@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.bucket_grads import BucketGrads
-from pyzero.gradients.records import GradRecords
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.bucket_grads import BucketGrads
+from pyzero.gradients.reduced.records import GradRecords
 
 
 @dataclass

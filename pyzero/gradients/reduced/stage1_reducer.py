@@ -1,63 +1,65 @@
-"""Stage 1: follows gradients through backward, and sends them when they are first read. Stage 2: overlap.py."""
+"""Stage 1: follows gradients through backward, and sends them when they are first read."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.gradients.accumulation import ParamGrad, sparse_error
 from pyzero.gradients.amp import GradScalerProxy
-from pyzero.gradients.backward import BackwardEnd, GradientHooks
-from pyzero.gradients.deferred_factors import DeferredFactors
-from pyzero.gradients.exchange import BucketExchange
+from pyzero.gradients.backward_end import BackwardEnd
 from pyzero.gradients.grad_stats import Unsent
-from pyzero.gradients.records import GradRecords
-from pyzero.gradients.rounds import Rounds, nothing
-from pyzero.gradients.unsent_scale import UnsentScale
+from pyzero.gradients.hooks import GradientHooks
+from pyzero.gradients.interface import sparse_error
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.deferred_factors import DeferredFactors
+from pyzero.gradients.reduced.exchange import BucketExchange
+from pyzero.gradients.reduced.records import GradRecords
+from pyzero.gradients.reduced.rounds import Rounds, nothing
+from pyzero.gradients.reduced.unsent_scale import UnsentScale
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import user_param
 from pyzero.sharding.modules import find_ddp_wrapper
 
 
-class Reducer:
+@dataclass(frozen=True)
+class ReducerParts:
+    """What a reducer works on and with."""
+
+    group: Group
+    device: torch.device
+    records: GradRecords
+    exchange: BucketExchange
+    rounds: Rounds
+    unsent_scale: UnsentScale
+    factors: DeferredFactors
+    grad_scaler_proxy: GradScalerProxy
+    name_of: Callable[[int], str]  # a parameter's name for messages, by its number
+
+
+class Stage1Reducer:
     """Follows gradients from the hooks on their parameters to the rounds that send them.
 
     In a backward it only notes what has come; a read of gradients makes a round, if one is due.
-
-    Args:
-        name_of: A parameter's name for messages, by its number.
     """
 
-    learns_arrival = False  # see Gradients
-
-    def __init__(
-        self,
-        group: Group,
-        device: torch.device,
-        records: GradRecords,
-        exchange: BucketExchange,
-        rounds: Rounds,
-        unsent_scale: UnsentScale,
-        factors: DeferredFactors,
-        grad_scaler_proxy: GradScalerProxy,
-        name_of: Callable[[int], str],
-    ) -> None:
+    def __init__(self, parts: ReducerParts) -> None:
         self.awaits_step = False  # a gradient has come since the last step
         self._sync = True  # False inside no_sync
-        self._group = group
-        self._device = device
-        self._records = records
-        self._exchange = exchange
-        self._rounds = rounds
-        self._unsent_scale = unsent_scale
-        self._factors = factors
-        self._grad_scaler_proxy = grad_scaler_proxy
-        self._name_of = name_of
+        self._group = parts.group
+        self._device = parts.device
+        self._records = parts.records
+        self._exchange = parts.exchange
+        self._rounds = parts.rounds
+        self._unsent_scale = parts.unsent_scale
+        self._factors = parts.factors
+        self._grad_scaler_proxy = parts.grad_scaler_proxy
+        self._name_of = parts.name_of
         self._is_checked = False  # no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
         self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
@@ -71,10 +73,6 @@ class Reducer:
         self.hooks.add(bucket.params)
         for param in bucket.params:
             self._frozen.pop(user_param(param), None)
-
-    def arrival(self) -> list[int]:
-        """See Gradients."""
-        return []
 
     def move(self) -> None:
         """Called where the gradients have moved to other buckets."""
@@ -168,7 +166,7 @@ class Reducer:
             if record.is_in_backward:
                 self._records.observe(grads, record)
                 record.is_in_backward = False
-            record.show()
+            record.publish()
 
     def _join_unfrozen(self) -> None:
         """Have parameters that are no longer frozen placed; what `.grad` holds counts as unsent."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyzero.comm.transport import Exchange, Transport
 from pyzero.gradients import nonfinite
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.bucket_grads import BucketGrads
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.bucket_grads import BucketGrads
 from pyzero.gradients.stats_rows import is_set
 from pyzero.profiling import profile_range
 from pyzero.streams import on_stream

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.records import GradRecords
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.records import GradRecords
 from pyzero.gradients.stats_rows import values_of
 
 

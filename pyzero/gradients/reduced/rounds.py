@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pyzero.comm.group import Group
-from pyzero.gradients.accumulation import ParamGrad
-from pyzero.gradients.exchange import BucketExchange
-from pyzero.gradients.records import GradRecords
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.exchange import BucketExchange
+from pyzero.gradients.reduced.records import GradRecords
+from pyzero.gradients.reduced.unsent_scale import UnsentScale
 from pyzero.gradients.stats_rows import clean_rows
-from pyzero.gradients.unsent_scale import UnsentScale
 
 _LeftOut = Callable[[ParamGrad], bool]  # whether a round sends zeros for it: the same on all ranks
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.grad_stats import Unsent
-from pyzero.gradients.readiness import Readiness
-from pyzero.gradients.reducer import Reducer
-from pyzero.gradients.rounds import nothing
+from pyzero.gradients.reduced.accumulation import ParamGrad
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
+from pyzero.gradients.reduced.readiness import Readiness
+from pyzero.gradients.reduced.rounds import nothing
+from pyzero.gradients.reduced.stage1_reducer import ReducerParts, Stage1Reducer
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import user_param
 
@@ -33,28 +33,23 @@ def take_over(params: Iterable[Tensor]) -> None:
             earlier().retire()
 
 
-class OverlappedReducer(Reducer):
+class Stage2Reducer(Stage1Reducer):
     """Makes a round in every backward, so every rank must run backward equally often between two steps.
 
     Args:
         overlap: A full bucket leaves while backward goes on.
     """
 
-    def __init__(self, overlap: bool, *args: Any) -> None:
-        super().__init__(*args)
-        self.learns_arrival = overlap
+    def __init__(self, parts: ReducerParts, overlap: bool, arrival_order: ArrivalOrder) -> None:
+        super().__init__(parts)
         self._overlap = overlap
         self._readiness = Readiness(self._records)
         self._is_sending = False  # a round has begun in a backward
         self._is_retired = False  # another optimizer has taken over
-        self._arrived: dict[int, None] = {}  # parameter numbers, in the order of their last gradients
-
-    def arrival(self) -> list[int]:
-        """See Gradients."""
-        return list(self._arrived)
+        self._arrival_order = arrival_order
 
     def add(self, bucket: Bucket) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         super().add(bucket)
         self._readiness.add()
         weak_self = weakref.ref(self)
@@ -62,7 +57,7 @@ class OverlappedReducer(Reducer):
             _reducing[user_param(param)] = weak_self
 
     def move(self) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         self._readiness.move()
 
     def retire(self) -> None:
@@ -73,7 +68,7 @@ class OverlappedReducer(Reducer):
         self._is_retired = True
 
     def check_active(self) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         if self._is_retired:
             raise RuntimeError(
                 "expected the optimizer that was built last over its parameters, got an earlier one, whose gradients "
@@ -99,7 +94,7 @@ class OverlappedReducer(Reducer):
             if is_owed and not self._is_sending:
                 self._is_sending = True  # no gradient has come, but the other ranks may send theirs
                 for record in self._records.by_number:
-                    record.show()  # whoever clears it then is noticed
+                    record.publish()  # whoever clears it then is noticed
             raise
 
     def _begin_backward(self) -> None:
@@ -111,9 +106,7 @@ class OverlappedReducer(Reducer):
     def _after_gradient(self, param: Tensor) -> None:
         super()._after_gradient(param)
         grads, record = self._records.by_param[param]
-        if self.learns_arrival:
-            self._arrived.pop(record.number, None)
-            self._arrived[record.number] = None
+        self._arrival_order.note(record.number)
         if not self._sync:
             return
         self._exchange.note_writer_stream()
@@ -163,7 +156,7 @@ class OverlappedReducer(Reducer):
     # ---- between backwards -----------------------------------------------------------------------------------------
 
     def send_zeros(self) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         if self._is_sending:
             self.make_round(self._readiness.is_deferred, sends_zeros=True)
             self._exchange.receive_at_end()
@@ -171,7 +164,7 @@ class OverlappedReducer(Reducer):
         super().send_zeros()
 
     def make_round(self, left_out: Callable[[ParamGrad], bool] = nothing, sends_zeros: bool = False) -> None:
-        """See Reducer."""
+        """See Stage1Reducer."""
         super().make_round(left_out, sends_zeros)
         self._is_sending = False
         self._readiness.begin_round()
@@ -184,4 +177,4 @@ class OverlappedReducer(Reducer):
     def reset(self) -> None:
         """See Gradients. A batch that is left out decides on no order of buckets."""
         super().reset()
-        self._arrived.clear()
+        self._arrival_order.restart()

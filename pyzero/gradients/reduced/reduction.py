@@ -6,26 +6,26 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.comm.transport import Transport
-from pyzero.gradients.accumulation import ParamGrad
 from pyzero.gradients.amp import GradScalerProxy
-from pyzero.gradients.deferred_factors import DeferredFactors
-from pyzero.gradients.exchange import BucketExchange
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.interface import Gradients
 from pyzero.gradients.norms import power_sum, powers_of
-from pyzero.gradients.overlap import OverlappedReducer
-from pyzero.gradients.records import GradRecords
-from pyzero.gradients.reducer import Reducer
-from pyzero.gradients.rounds import Rounds
+from pyzero.gradients.reduced.accumulation import InShards, ParamGrad
+from pyzero.gradients.reduced.arrival_order import ArrivalOrder
+from pyzero.gradients.reduced.deferred_factors import DeferredFactors
+from pyzero.gradients.reduced.exchange import BucketExchange
+from pyzero.gradients.reduced.records import GradRecords
+from pyzero.gradients.reduced.rounds import Rounds
+from pyzero.gradients.reduced.stage1_reducer import ReducerParts, Stage1Reducer
+from pyzero.gradients.reduced.stage2_reducer import Stage2Reducer
+from pyzero.gradients.reduced.unsent_scale import UnsentScale
 from pyzero.gradients.stats_rows import clean_rows, flag_of
-from pyzero.gradients.unsent_scale import UnsentScale
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.gather import gather_param
 
@@ -40,10 +40,10 @@ class ReductionOptions:
 
 
 class ReducedGradients(Gradients):
-    """The mean over ranks, which lies in this rank's shards once a Reducer has made a round.
+    """The mean over ranks, which lies in this rank's shards once the reducer has made a round.
 
     The parts: GradRecords is what there is of each gradient, BucketExchange what is in flight, UnsentScale and
-    DeferredFactors what they are still to be multiplied by. Rounds sends; the Reducer says when.
+    DeferredFactors what they are still to be multiplied by. Rounds sends; the reducer says when.
     """
 
     reduces = True
@@ -55,6 +55,7 @@ class ReducedGradients(Gradients):
         transport: Transport,
         device: torch.device,
         options: ReductionOptions,
+        arrival_order: ArrivalOrder,
         inv_scale: Tensor | None,
         grad_scaler_proxy: GradScalerProxy,
         backend: str,
@@ -65,17 +66,19 @@ class ReducedGradients(Gradients):
         self._unsent_scale = UnsentScale(self._records, inv_scale)
         self._factors = DeferredFactors(self._records, device)
         self._rounds = Rounds(group, self._records, self._exchange, self._unsent_scale, options.dtype, device)
-        kind = partial(OverlappedReducer, options.overlap) if options.in_backward else Reducer
-        self._reducer: Reducer = kind(
-            group,
-            device,
-            self._records,
-            self._exchange,
-            self._rounds,
-            self._unsent_scale,
-            self._factors,
-            grad_scaler_proxy,
-            stats_exchange.name_of,
+        parts = ReducerParts(
+            group=group,
+            device=device,
+            records=self._records,
+            exchange=self._exchange,
+            rounds=self._rounds,
+            unsent_scale=self._unsent_scale,
+            factors=self._factors,
+            grad_scaler_proxy=grad_scaler_proxy,
+            name_of=stats_exchange.name_of,
+        )
+        self._reducer = (
+            Stage2Reducer(parts, options.overlap, arrival_order) if options.in_backward else Stage1Reducer(parts)
         )
         self.hooks = self._reducer.hooks
 
@@ -117,24 +120,11 @@ class ReducedGradients(Gradients):
 
     def check_arrived(self) -> None:
         """See Gradients."""
-        if any(record.is_touched for record in self._records.by_number):
+        if any(record.was_reassigned_or_edited for record in self._records.by_number):
             raise RuntimeError(
                 "expected gradients that backward adds to .grad in scaled_gradients(), got one that was assigned or "
                 "edited, as zero-bubble schedules do; take a schedule of whole backwards (1F1B, GPipe), or one replica"
             )
-
-    @property
-    def learns_arrival(self) -> bool:
-        """See Gradients."""
-        return self._reducer.learns_arrival
-
-    @learns_arrival.setter
-    def learns_arrival(self, learns: bool) -> None:
-        self._reducer.learns_arrival = learns
-
-    def arrival(self) -> list[int]:
-        """See Gradients."""
-        return self._reducer.arrival()
 
     # ---- what the caller does to `.grad` ---------------------------------------------------------------------------
 
@@ -236,7 +226,8 @@ class ReducedGradients(Gradients):
     def _gather(self, mine: LocalGradStats) -> GlobalGradStats:
         known = self._stats_exchange.gather(mine, None)
         for record in self._records.by_number:
-            record.is_zero |= not known.used[record.number]
+            if record.is_reduced and not known.used[record.number]:
+                record.in_shards = InShards.ZEROS
         return known
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from pyzero.gradients.grad_stats import Unsent, mixed_scale_error
-from pyzero.gradients.records import GradRecords
+from pyzero.gradients.reduced.records import GradRecords
 
 
 class UnsentScale:

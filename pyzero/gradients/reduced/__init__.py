@@ -1,0 +1,1 @@
+"""Gradients that this optimizer averages over several ranks."""
