@@ -21,7 +21,7 @@ from pyzero.comm.shared_memory import HostError, SharedMemory, find_hosts
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_PATIENCE_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
+_ASKS_AFTER_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
 _GAVE_UP = -1  # in the place of a collective's number
 _WORDS_BYTES = 64  # of what a rank says that it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
@@ -112,7 +112,7 @@ class Group:
         self._blocks = False
         self._mesh: Any = None
         self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
-        self.host: SharedMemory | None = None
+        self.shared_memory: SharedMemory | None = None
         if self.size > 1:
             self._timeout = process_group_pool.timeout_of(parent)
             is_gloo = on_host or set(process.backends_of(parent).values()) == {"gloo"}
@@ -165,8 +165,8 @@ class Group:
     def _give_up(self, reason: str) -> None:
         """Send nothing more, and tell the ranks that share memory."""
         self._lease.is_broken = True
-        if self.host is not None:
-            self.host.give_up(reason)
+        if self.shared_memory is not None:
+            self.shared_memory.give_up(reason)
 
     def _store(self) -> Any:
         """What the ranks say of what they wait for, by rank."""
@@ -179,13 +179,13 @@ class Group:
         Raises:
             HostError: They cannot share memory, or no two are on one host.
         """
-        if self.host is None:
+        if self.shared_memory is None:
             self.hosts = find_hosts(self.gather_objects)
             if len(self.hosts) == self.size:
                 raise HostError("each rank runs on another host")
             mine = next(ranks for ranks in self.hosts if self.rank in ranks)
-            self.host = SharedMemory(self.rank, mine, self.gather_objects, self._timeout)
-        return self.host
+            self.shared_memory = SharedMemory(self.rank, mine, self.gather_objects, self._timeout)
+        return self.shared_memory
 
     def timeout(self) -> str:
         """How long a collective may take, for messages."""
@@ -280,7 +280,7 @@ class Group:
         with self.error_context(what):
             while blocks:
                 try:
-                    handle.wait(timedelta(seconds=_PATIENCE_S))
+                    handle.wait(timedelta(seconds=_ASKS_AFTER_S))
                     return
                 except RuntimeError:
                     if handle.is_completed():  # it failed, or came this moment; else it is only slow
@@ -374,11 +374,11 @@ class Group:
 
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
         """(size, k): every rank's (k,) row, in rank order."""
-        host = self.host
-        if host is not None and len(self.hosts) == 1 and host.can_send(row):
+        memory = self.shared_memory
+        if memory is not None and len(self.hosts) == 1 and memory.can_send(row):
             with self.awaited(what):
-                self.launch(what, lambda: host.send(row), blocks=True).wait()
-                return host.messages(row).view(self.size, -1)
+                self.launch(what, lambda: memory.send(row), blocks=True).wait()
+                return memory.messages(row).view(self.size, -1)
         return self.gather_shards(row, what).view(self.size, -1)
 
     def gather_with_host(self, values: Sequence[float], row: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class MultiHostTransport(SharedMemoryTransport):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        mine = self._host.ranks
+        mine = self._memory.ranks
         self._elsewhere = [rank for rank in range(group.size) if rank not in mine]
         sources = [_sources(ranks, group.hosts) for ranks in group.hosts]
         self._max_shards = 1 + max(len(ranks) for host in sources for ranks in host.values())
@@ -51,7 +51,7 @@ class MultiHostTransport(SharedMemoryTransport):
             lambda: _Both(self._posted(self._post(send)), self._from_others(received, sent, numels, numels)),
             blocks=True,
         )
-        slices = dict(zip(self._host.ranks, self._slices(send), strict=True))
+        slices = dict(zip(self._memory.ranks, self._slices(send), strict=True))
         slices |= zip(self._elsewhere, received.view(len(self._elsewhere), -1), strict=True)
         return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._mark_read)
 
@@ -71,7 +71,7 @@ class MultiHostTransport(SharedMemoryTransport):
                 self._numels(self._takers, shard.numel()),
             )
             self._ring.take(chunk)
-            self._deferred.append(Deferred(chunk, shards, [handle, self._host.read(chunk.after)]))
+            self._deferred.append(Deferred(chunk, shards, [handle, self._memory.read(chunk.after)]))
             return chunk
 
         return self._launch_gather(flat, post)
@@ -82,7 +82,7 @@ class MultiHostTransport(SharedMemoryTransport):
     def _from_others(
         self, received: Tensor, sent: Tensor, received_numels: Sequence[int], sent_numels: Sequence[int]
     ) -> _FromOthers:
-        return _FromOthers(self._host, self.group.begin_all_to_all(received, sent, received_numels, sent_numels))
+        return _FromOthers(self._memory, self.group.begin_all_to_all(received, sent, received_numels, sent_numels))
 
 
 def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
@@ -98,8 +98,8 @@ def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, l
 class _FromOthers:
     """A Handle: a collective between hosts; where it fails, the ranks of this host learn of it."""
 
-    def __init__(self, host: SharedMemory, handle: Handle) -> None:
-        self._host = host
+    def __init__(self, memory: SharedMemory, handle: Handle) -> None:
+        self._memory = memory
         self._handle = handle
 
     def is_completed(self) -> bool:
@@ -115,7 +115,7 @@ class _FromOthers:
         try:  # it came this moment, or has failed
             self._handle.wait()
         except RuntimeError as error:
-            self._host.give_up(str(error))
+            self._memory.give_up(str(error))
             raise
 
 

@@ -22,7 +22,7 @@ from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.shared_memory import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
 
-_PATIENCE_S = 2.0  # to wait for room in the ring; then a bucket is packed elsewhere, and copied when there is room
+_ROOM_WAIT_S = 2.0  # for room in the ring; then a bucket is packed elsewhere, and copied when there is room
 _MESSAGE_BYTES = 256  # of the step's message, besides one number for each parameter; what is larger goes by sockets
 _NUMBER_BYTES = 8
 
@@ -106,26 +106,26 @@ class SharedMemoryTransport(Transport):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._host = group.share_memory()
+        self._memory = group.share_memory()
         self._ring = Ring()
         self._room: Tensor | None = None  # in the ring, given out by `buffer`
         self._deferred: deque[Deferred] = deque()
         self._gathers: deque[_Gather] = deque()
-        self._shards_in = {rank: [rank] for rank in self._host.ranks}  # whose weights lie in each one's ring
+        self._shards_in = {rank: [rank] for rank in self._memory.ranks}  # whose weights lie in each one's ring
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
         """See Transport."""
         largest = max((max(pair) for pair in buckets), default=0)
         message_bytes = _MESSAGE_BYTES + _NUMBER_BYTES * num_params
         try:
-            is_new = self._host.reserve(2 * largest, message_bytes, self.group.gather_objects)
+            is_new = self._memory.reserve(2 * largest, message_bytes, self.group.gather_objects)
         except HostError as error:
             raise HostError(
                 f"expected {2 * largest:,} bytes to share for two buckets, got none: {error}; pass a smaller "
                 f"bucket_cap_mb, or transport='exact'"
             ) from error
         if is_new:
-            self._ring.resize(self._host.ring_bytes)
+            self._ring.resize(self._memory.ring_bytes)
 
     def buffer(
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
@@ -135,15 +135,15 @@ class SharedMemoryTransport(Transport):
         self._room = None
         if self._deferred or not self._is_free(chunk):
             return memory.empty(numel, dtype, device)
-        self._room = self._host.tensor(self.group.rank, chunk.begin, numel, dtype)
+        self._room = self._memory.tensor(self.group.rank, chunk.begin, numel, dtype)
         return self._room
 
     def _is_free(self, chunk: Chunk) -> bool:
         """Whether all ranks have read what lay there, or do so within the patience."""
-        if not self._host.has_read(chunk.after):
+        if not self._memory.has_read(chunk.after):
             return False  # it is this rank that is late
         try:
-            self._host.read(chunk.after).wait(timedelta(seconds=_PATIENCE_S))
+            self._memory.read(chunk.after).wait(timedelta(seconds=_ROOM_WAIT_S))
         except RuntimeError:  # whoever waits for the chunk will say why
             return False
         return True
@@ -153,9 +153,9 @@ class SharedMemoryTransport(Transport):
         chunk = self._ring.next(send.nbytes)
         self._ring.take(chunk)
         if send is self._room:
-            self._host.post()
+            self._memory.post()
         else:
-            self._deferred.append(Deferred(chunk, send, [self._host.read(chunk.after)]))
+            self._deferred.append(Deferred(chunk, send, [self._memory.read(chunk.after)]))
         self._room = None
         return chunk
 
@@ -169,9 +169,9 @@ class SharedMemoryTransport(Transport):
             chunk, data, awaited = self._deferred[0]
             for handle in awaited:
                 handle.wait(*() if timeout is None else (timeout,))
-            self._host.tensor(self.group.rank, chunk.begin, data.numel(), data.dtype).copy_(data)
+            self._memory.tensor(self.group.rank, chunk.begin, data.numel(), data.dtype).copy_(data)
             self._deferred.popleft()
-            self._host.post()
+            self._memory.post()
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
@@ -182,10 +182,10 @@ class SharedMemoryTransport(Transport):
         """This rank's slice of every rank's `send`, which has been posted last."""
         numel = send.numel() // self.group.size
         begin = self._ring.last.begin + self.group.rank * numel * send.itemsize
-        return [self._host.tensor(rank, begin, numel, send.dtype) for rank in self._host.ranks]
+        return [self._memory.tensor(rank, begin, numel, send.dtype) for rank in self._memory.ranks]
 
     def _posted(self, chunk: Chunk) -> _PostedChunks:
-        return _PostedChunks(self, chunk.number, self._host.posted(chunk.number))
+        return _PostedChunks(self, chunk.number, self._memory.posted(chunk.number))
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
         """See Transport. The shard is copied at once."""
@@ -197,7 +197,7 @@ class SharedMemoryTransport(Transport):
     def _read_gathers_for(self, num_bytes: int) -> Chunk:
         """The next chunk; waits for gathers whose weights, not copied by this rank yet, lie in its bytes."""
         chunk = self._ring.next(num_bytes)
-        while self._gathers and not self._host.has_read(chunk.after):
+        while self._gathers and not self._memory.has_read(chunk.after):
             self._gathers[0].work.wait()
         return chunk
 
@@ -211,7 +211,7 @@ class SharedMemoryTransport(Transport):
 
     def _mark_read(self) -> None:
         with self.group.broken_unless_finished():
-            self._host.mark_read()
+            self._memory.mark_read()
 
     def _copy(self, number: int) -> None:
         """Copy other ranks' weights, of chunks up to that number, into the flat buffers."""
@@ -220,7 +220,7 @@ class SharedMemoryTransport(Transport):
             numel = flat.numel() // self.group.size
             found: dict[int, Tensor] = {}  # by whose weights they are
             for rank, sources in self._shards_in.items():
-                there = self._host.tensor(rank, chunk.begin, len(sources) * numel, flat.dtype)
+                there = self._memory.tensor(rank, chunk.begin, len(sources) * numel, flat.dtype)
                 found.update(zip(sources, there.split(numel), strict=True))
             others = sorted(found.keys() - {self.group.rank})
             try:

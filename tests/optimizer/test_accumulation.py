@@ -849,7 +849,7 @@ def unequal_backwards(group: Any, counts: tuple[int, ...]) -> tuple[str, str, fl
     begin = time.monotonic()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(comm_group, "_PATIENCE_S", 1.0)
+            patch.setattr(comm_group, "_ASKS_AFTER_S", 1.0)
             for _ in range(counts[twins.rank]):
                 twins.loss(1.0).backward()
             twins.optimizer.step()

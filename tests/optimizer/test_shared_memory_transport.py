@@ -92,8 +92,9 @@ def in_another_order(group: Any, transport: str, crossed: bool) -> tuple[list[Te
     deferred = shared_memory_transport.Deferred
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory_transport, "Deferred", counting)
-        for module in (shared_memory_transport, exchange) if crossed else ():
-            patch.setattr(module, "_PATIENCE_S", 0.05)
+        if crossed:
+            patch.setattr(shared_memory_transport, "_ROOM_WAIT_S", 0.05)
+            patch.setattr(exchange, "_BUCKET_WAIT_S", 0.05)
         for step in range(3):
             for index in (0, 1) if not crossed or group.rank() == 0 else (1, 0):
                 optimizers[index].zero_grad()
@@ -141,7 +142,7 @@ def slow_reader(group: Any) -> list[bool]:
         return transport.start(buffer.fill_(value + rank), f"a bucket of {value}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_memory_transport, "_PATIENCE_S", 0.05)
+        patch.setattr(shared_memory_transport, "_ROOM_WAIT_S", 0.05)
         sent = [send(10.0), send(20.0)]
         for exchange in sent:
             exchange.work.wait()
@@ -541,7 +542,7 @@ def forked(group: Any, after_backward: bool) -> tuple[int, list[Tensor], list[Te
     optimizer.step()
     if after_backward:
         backward()
-    shared = optimizer._group.host._mapped[group.rank()].pages
+    shared = optimizer._group.shared_memory._mapped[group.rank()].pages
     before, bytes_before = params_of(model), shared[:]
     pid = os.fork()
     if pid == 0:

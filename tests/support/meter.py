@@ -61,12 +61,12 @@ class Meter(TorchDispatchMode):
 
     def know_shared(self, optimizer: pyzero.FusedZeroAdam) -> None:
         """Memory that ranks share counts once for each: the others' is theirs."""
-        host = optimizer._group.host
-        if host is None:
+        memory = optimizer._group.shared_memory
+        if memory is None:
             return
-        self.now += host.ring_bytes - self._shared
-        self._shared = host.ring_bytes
-        for rank, shared in host._mapped.items():
+        self.now += memory.ring_bytes - self._shared
+        self._shared = memory.ring_bytes
+        for rank, shared in memory._mapped.items():
             begin = shared.tensor(0, 1, torch.uint8).data_ptr()
             self._known[-1 - rank] = begin, begin + shared.num_bytes
 

@@ -21,8 +21,8 @@ _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two b
 
 # A backward does not wait for ever: another rank may be in the backward of another optimizer, waiting there for this
 # rank. Whoever reads gradients waits for what is still in flight.
-_PATIENCE_S = 2.0  # for one of many buckets
-_PATIENCE_AT_END_S = 0.2
+_BUCKET_WAIT_S = 2.0  # for one of many
+_LAST_BUCKET_WAIT_S = 0.2
 
 
 class _Sum(NamedTuple):
@@ -96,7 +96,7 @@ class BucketExchange:
 
     def _receive_surplus(self) -> None:
         """Receive what is in flight beside the bucket that was sent last, unless other ranks are slow."""
-        while len(self._in_flight) > _MAX_IN_FLIGHT and self._is_first_done(_PATIENCE_S):
+        while len(self._in_flight) > _MAX_IN_FLIGHT and self._is_first_done(_BUCKET_WAIT_S):
             self._receive()
 
     def send_packed(self) -> None:
@@ -122,7 +122,7 @@ class BucketExchange:
     def receive_at_end(self) -> None:
         """At the end of a backward: receive what the other ranks have sent by now, or do soon."""
         self.send_packed()
-        while self._in_flight and self._is_first_done(_PATIENCE_AT_END_S):
+        while self._in_flight and self._is_first_done(_LAST_BUCKET_WAIT_S):
             self._receive()
 
     def receive_all(self) -> None:
