@@ -39,21 +39,21 @@ def report(cluster: Cluster, num_params: float, tokens: float) -> str:
     head = (
         f"{cluster.name}: {num_params / 1e9:g}B bf16 parameters, {tokens:,.0f} tokens per rank and step, forward and "
         f"backward {step(STRATEGIES[0], RANKS[0]).compute_s * 1e3:.0f} ms. Assumed: inside a host "
-        f"{_link(cluster.inside)}, across {_link(cluster.across)} per rank; memory "
+        f"{_link(cluster.inside)}, between hosts {_link(cluster.across)} per rank; memory "
         f"{cluster.memory_bytes_per_s / 1e12:g} TB/s, {cluster.flops / 1e12:g} TFLOP/s."
     )
     parts = {
         "Milliseconds of a step beyond forward and backward, at default bucket sizes:": _table(
             lambda strategy, ranks: f"{step(strategy, ranks).exposed_s * 1e3:.0f}"
         ),
-        "The bucket whose latency takes as long as its bytes, MiB (smaller ones are bound by latency):": _table(
+        "Bucket size at which latency takes as long as the bytes, MiB (smaller buckets are bound by latency):": _table(
             lambda strategy, ranks: f"{balanced_bytes(strategy.reduce, cluster, ranks) / 2**20:,.0f}",
             STRATEGIES[:_OURS],
         ),
-        "Latency of all its messages, hidden or not, ms:": _table(
+        "Latency of all messages of a step, hidden or not, ms:": _table(
             lambda strategy, ranks: f"{step(strategy, ranks).latency_s * 1e3:.0f}"
         ),
-        "The bucket to choose, MiB: ms beyond forward and backward with it:": _table(
+        "Best bucket size, MiB, and with it the ms beyond forward and backward:": _table(
             lambda strategy, ranks: _best(strategy, cluster, ranks, num_params, tokens), STRATEGIES[:_OURS]
         ),
         "Bytes that a rank sends per parameter and step:": _table(

@@ -65,8 +65,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
         stage: 1 partitions masters and state and sends gradients when they are first read, in step() usually; 2
             sends them in every backward, and frees them as it goes.
         process_group: A process group or one dimension of a DeviceMesh; default: the default group, if there is one.
-            With DTensors: the ranks that hold the same local tensors, or all that take part, where the meshes tell the
-            rest: those of fully_shard are one rank's own, and parallelize_module leaves the mesh's other dimension.
+            With DTensors: either the ranks that hold the same local tensors, or all ranks that take part if the meshes
+            determine the rest (fully_shard's parameters belong to one rank; with parallelize_module, ZeRO shards over
+            the mesh's other dimension).
         model_parallel_group: The ranks that hold other parts of the same model, a process group or one dimension of a
             DeviceMesh: they skip steps together and share one gradient norm. Parameters with the attribute
             `tensor_model_parallel` (Megatron's) or `model_parallel` set to True are split over it; all others are
