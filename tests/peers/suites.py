@@ -42,9 +42,6 @@ SUITES = (
         "torch",
         "test_optim.py",
         (
-            Difference(
-                "test_deepcopy_copies_all_public_attrs", "a copy would lose hooks and process group: " + _REFUSES
-            ),
             Difference("test_errors_Adam", "a tensor as lr is refused by torch with foreach=True, and works here"),
             Difference("_cpu_float64", "parameters in fp64 are refused by name"),
             Difference(
@@ -175,7 +172,7 @@ SUITES = (
             Difference(
                 r"test_lr_range_test_staircase_\w+|_config_from_args|in_its_config_params|keep_their_config_params|"
                 r"second_stair_count_falls_back|test_cycle_momentum_",
-                "add_tuning_arguments and its like, which make a config of command-line arguments, are not there",
+                "a config made of the command-line arguments of add_tuning_arguments is not there",
             ),
             Difference("unknown_warmup_type_falls_back", "an unknown warmup_type is an error"),
             Difference("test_one_cycle_allows_zero_second_step_size", _INSIDES),
