@@ -29,9 +29,9 @@ class Init:
 
     On several ranks and in stage 3, each module's parameters take rank 0's values as its __init__ ends, and this rank
     keeps its rows alone. They stay the same objects, of the whole shape; writes to them (`nn.init.normal_`, `copy_`,
-    load_state_dict) act on whole weights, one at a time, and are collective; so are GatheredParameters and reads
-    of `w.data` or under no_grad(). Other reads are an error until initialize(). Buffers stay whole. On one rank, below stage 3, or without `enabled`, the
-    model is built as without it.
+    load_state_dict) act on whole weights, one at a time, and are collective; so are GatheredParameters and reads of
+    `w.data` or under no_grad(). Other reads are an error until initialize(). Buffers stay whole. On one rank, below
+    stage 3, or without `enabled`, the model is built as without it.
 
     Args:
         module: One that is built already: sharded at once.
