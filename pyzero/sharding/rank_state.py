@@ -193,7 +193,8 @@ class SavedCut(NamedTuple):
                 if (shape, offsets) != (my_shape, my_offsets):
                     raise ValueError(
                         f"expected the state of parameter {param_id} of shape {_spell_box(my_shape, my_offsets)}, "
-                        f"got it of shape {_spell_box(shape, offsets)}; build model and groups as when saved"
+                        f"got it of shape {_spell_box(shape, offsets)}; build the model and its groups as they were "
+                        f"when saved"
                     )
                 if _order(shape, stride) != _order(shape, my_stride):
                     found[param_id] = tuple(stride)
