@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -144,10 +145,22 @@ def _first_available(op: str, device_type: str) -> Backend:
         reasons.append(f"{row.name}: {loaded}")
     assert not isinstance(loaded, str), "the reference runs everywhere"
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    if reasons and row.name == "reference":
+    if reasons and row.name == "reference" and _logs():
         _warn_once(device_type, why)
-    log.info("%s on %s tensors: backend %s%s", op, device_type, row.name, why)
+    if _logs():
+        log.info("%s on %s tensors: backend %s%s", op, device_type, row.name, why)
     return loaded
+
+
+def _logs() -> bool:
+    """Whether this process logs for the ranks of its host, which all have what it has. Not in each call of an op."""
+    if "LOCAL_RANK" in os.environ:
+        return os.environ["LOCAL_RANK"] == "0"
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 @functools.cache

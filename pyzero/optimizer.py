@@ -152,7 +152,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._group = topology.data
         rank, self._num_ranks = topology.rank_and_size()
         agree_on_options(self._group, rule.name, options, topology.model_groups)
-        if cpu_offload and self._device.type == "cpu":
+        if cpu_offload and self._device.type == "cpu" and rank == 0:
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
@@ -168,6 +168,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 init_sync=init_sync,
                 cpu_offload=cpu_offload,
             ),
+            logs=rank == 0,
         )
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
@@ -182,7 +183,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._grad_reduce_dtype = grad_reduce_dtype
         self._gradients = self._make_gradients(reduce_grads and self._group.size > 1, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
-        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
+        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, warns=has_fp16 and rank == 0)
         self._hook_state_dict()
         self._place(range(len(self.param_groups)))
         self._ready = True
