@@ -9,6 +9,7 @@ from pyzero.ops import registry
 from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
 from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, is_vector
 
+_REMEDY = "make it with pyzero.ops.loss_scale.loss_scale_state()"
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
 
 
@@ -32,7 +33,7 @@ def loss_scale_update_(
     scale last grew (with `consecutive_hysteresis`: since the last clean step) leave it alone.
 
     Args:
-        state: (5,) fp32, see `loss_scale_state`.
+        state: (5,) fp32, which `pyzero.ops.loss_scale.loss_scale_state` makes.
         found_inf: 1-element fp32 tensor; not zero: this step overflowed.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
         **policy: Fields of `ops.backend.LossScalePolicy`, as in `growth_interval=1000`; the defaults are torch's.
@@ -51,8 +52,6 @@ def loss_scale_update_(
 
 
 def _refuse(state: Tensor) -> None:
-    check_dtype("state", state, (torch.float32,), "make it with loss_scale_state()")
+    check_dtype("state", state, (torch.float32,), _REMEDY)
     check_flat("state", state)
-    raise ValueError(
-        f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; make it with loss_scale_state()"
-    )
+    raise ValueError(f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; {_REMEDY}")

@@ -115,6 +115,12 @@ def pick(op: str, backend: str, device: torch.device) -> Backend:
     return found
 
 
+def check_name(backend: str) -> None:
+    """Raise ValueError where there is no backend of that name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"got backend={backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
+
+
 def forget() -> None:
     """Decide anew at the next pick(): the environment has changed (tests)."""
     _picked.clear()
@@ -128,8 +134,7 @@ def _choose(op: str, name: str, device_type: str) -> Backend:
         name = env.default_backend()
     if name == "auto":
         return _first_available(op, device_type)
-    if name not in BACKENDS:
-        raise ValueError(f"got backend={name!r}, wanted one of auto, {', '.join(BACKENDS)}")
+    check_name(name)
     loaded = _try(BACKENDS[name], op, device_type)
     if isinstance(loaded, str):
         raise BackendUnavailableError(f'backend "{name}" cannot run {op} on {device_type} tensors: {loaded}')

@@ -192,6 +192,12 @@ SGD = {
     ),
 }
 UNSCALE = {
+    "one-tensor": (
+        {"tensors": ones(7, 10)},
+        TypeError,
+        r"expected tensors as a list of tensors, got a tensor of shape \(7, 10\); pass \[tensor\], or its rows",
+    ),
+    "nothing-by-nobody": ({"tensors": [], "backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
     "dtype": ({"tensors": [ones(70), ones(3).double()]}, TypeError, r"tensors\[1\] in .*got float64; convert"),
     "device": ({"tensors": [ones(70), ones(3, device="meta")]}, ValueError, r"tensors\[1\] on cpu, got meta; move"),
     "strided": (
@@ -213,6 +219,8 @@ UNSCALE = {
     "scale-device": ({"inv_scale": ones(1, device="meta")}, ValueError, "expected inv_scale on cpu, got meta; move"),
 }
 PACK = {
+    "one-tensor": ({"tensors": ones(7)}, TypeError, "expected tensors as a list of tensors, got a tensor of shape"),
+    "nothing-by-nobody": ({"tensors": [], "backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
     "bucket-dtype": ({"bucket": ones(70).double()}, TypeError, "expected bucket in .*, got float64; make the bucket"),
     "bucket-2-d": ({"bucket": ones(7, 10)}, ValueError, r"expected bucket to be a contiguous 1-D.*got shape \(7, 10\)"),
     "dtype": ({"tensors": [ones(3).int()]}, TypeError, r"tensors\[0\] in .*got int32; convert"),
@@ -236,6 +244,7 @@ PACK = {
     "scale-device": ({"scale": ones(1, device="meta")}, ValueError, "expected scale on cpu, got meta; move"),
 }
 REDUCE_SCATTER = {
+    "one-tensor": ({"slices": ones(2, 70)}, TypeError, "expected slices as a list of tensors, got a tensor of shape"),
     "no-slices": ({"slices": []}, ValueError, r"expected one slice per rank, got none; pass \[bucket\]"),
     "shard-dtype": (
         {"shard": ones(70).bfloat16()},
@@ -259,12 +268,12 @@ LOSS_SCALE = {
     "dtype": (
         {"state": ones(5).double()},
         TypeError,
-        "expected state in float32, got float64; make it with",
+        "expected state in float32, got float64; make it with pyzero.ops.loss_scale.loss_scale_state",
     ),
     "numel": (
         {"state": ones(4)},
         ValueError,
-        "expected state to have 5 elements, got 4; make it with",
+        "expected state to have 5 elements, got 4; make it with pyzero.ops.loss_scale.loss_scale_state",
     ),
     "flag-dtype": ({"found_inf": ones(1).double()}, TypeError, "expected found_inf in float32, got float64; make it"),
     "flag-device": ({"found_inf": ones(1, device="meta")}, ValueError, "expected found_inf on cpu, got meta; move"),
