@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyzero.arguments.groups import check_group, check_no_grad
+from pyzero.arguments.groups import check_group, check_no_grad, refuse_unknown
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
@@ -89,7 +89,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
     Raises:
         ValueError: An argument out of range, or arguments or parameters that differ between ranks, or parameters on
             several devices, or DTensors on meshes that do not tell who holds the same weights.
-        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number.
+        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number,
+            or for True or False; an argument that there is not.
         RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
@@ -115,7 +116,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
         max_consecutive_skips: int | None = 50,
         transport: str = "auto",
         backend: str = "auto",
+        **unknown: Any,  # refused
     ) -> None:
+        refuse_unknown(unknown, type(self))
         check_params(params)
         options: ZeroOptions = {
             "stage": stage,
@@ -421,7 +424,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 assigned since the last clip.
             ValueError: norm_type is not above 0.
         """
-        norm_type = float(norm_type)
+        max_norm, norm_type = float(max_norm), float(norm_type)  # as torch, which takes text too
         if not norm_type > 0:
             raise ValueError(
                 f"expected norm_type above 0, got {norm_type}; 2.0 is the usual one, inf the largest value"

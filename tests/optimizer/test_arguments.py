@@ -589,3 +589,50 @@ def test_compiled_autograd_runs_the_hooks(ranks, size, stage):
     wanted = ranks.run(size, with_compiled_autograd, stage, False)[0]
     for got in ranks.run(size, with_compiled_autograd, stage, True):
         assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("amsgradd", "amsgrad"),
+        ("overlap_grad_sync", "overlap"),
+        ("grad_sync_dtype", "grad_reduce_dtype"),
+        ("learning_rate", "lr"),
+        ("beta1", "betas"),
+        ("stages", "stage"),
+        ("foo", "one of lr, betas, eps, .*, backend"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_refused_with_the_closest(name, meant):
+    for optimizer in (pyzero.FusedZeroAdam, pyzero.FusedZeroAdamW):
+        message = f"^got '{name}' as an argument of {optimizer.__name__}, expected {meant}; correct the name$"
+        with pytest.raises(TypeError, match=message):
+            optimizer(weights(), **{name: True})
+    if name == "beta1":
+        with pytest.raises(TypeError, match="got 'beta1' as an argument of FusedZeroSGD, expected (?!betas)"):
+            pyzero.FusedZeroSGD(weights(), beta1=0.9)
+
+
+@pytest.mark.parametrize("name", ["reduce_grads", "overlap", "init_sync", "cpu_offload"])
+def test_what_is_on_or_off_is_true_or_false(name):
+    for value in (None, "no", "", 2, 0.5, []):
+        with pytest.raises(TypeError, match=re.escape(f"expected {name} as True or False, got {value!r}; pass one")):
+            pyzero.FusedZeroAdam(weights(), **{name: value})
+    for value in (True, False, 1, 0):
+        pyzero.FusedZeroAdam(weights(), **{name: value})
+
+
+def test_a_largest_norm_is_read_as_torch_reads_it():
+    for max_norm in ("1", torch.tensor(1.0), numpy.float32(1.0)):
+        params = weights()
+        optimizer = pyzero.FusedZeroSGD(params, lr=1.0)
+        twins = [nn.Parameter(param.detach().clone()) for param in params]
+        for param in (*params, *twins):
+            param.grad = torch.full_like(param, 3.0)
+        wanted = torch.nn.utils.clip_grad_norm_(twins, max_norm)
+        torch.testing.assert_close(optimizer.clip_grad_norm_(max_norm), wanted)
+        optimizer.step()
+        for param, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(param.detach(), (twin - twin.grad).detach())
+    with pytest.raises(ValueError, match="could not convert"):
+        optimizer.clip_grad_norm_("much")
