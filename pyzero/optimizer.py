@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyzero.arguments.groups import check_group, check_no_grad, refuse_unknown
+from pyzero.arguments.groups import check_group, check_no_grad, refuse_unknown, refuse_unsupported
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
@@ -216,8 +216,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 changed on any rank.
             TypeError: The model was converted or moved to another device after the optimizer was built, or a group's
                 hyper-parameter was set to what is no number.
-            ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
-                `p.data` while something holds the memory that it had.
+            ValueError: A group's hyper-parameters were set to values out of range, or taken out, or one that is not
+                supported was set (amsgrad, differentiable); or another tensor was assigned to `p.data` while something
+                holds the memory that it had.
         """
         loss = None
         if closure is not None:
@@ -251,8 +252,16 @@ class ZeroOptimizer(StateDicts, Optimizer):
         return error
 
     def _check_groups(self) -> None:
-        for group, rule in zip(self._param_groups, self._rules, strict=False):  # _place_unfrozen tells of missing ones
-            rule.check(group)
+        pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen tells of missing ones
+        for index, (group, rule) in enumerate(pairs):
+            refuse_unsupported(group)
+            try:
+                rule.check(group)
+            except KeyError as error:
+                raise ValueError(
+                    f"expected {error} in param_groups[{index}], a hyper-parameter of the rule {rule.name}, got a "
+                    f"group without; set optimizer.param_groups[{index}][{error}]"
+                ) from None
 
     def _take_step(self, error: Exception | None) -> None:
         stats, unscale = self._collect_for_step(error), self._take_grad_scale()

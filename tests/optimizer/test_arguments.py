@@ -636,3 +636,49 @@ def test_a_largest_norm_is_read_as_torch_reads_it():
             torch.testing.assert_close(param.detach(), (twin - twin.grad).detach())
     with pytest.raises(ValueError, match="could not convert"):
         optimizer.clip_grad_norm_("much")
+
+
+RULES = ["FusedZeroAdam", "FusedZeroLion", "FusedZeroSGD", "ZeroLamb", "ZeroMuon"]
+CHANGE_NOTHING = ("params", "param_names", "foreach", "capturable", "fused", "amsgrad", "differentiable")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_group_that_lacks_what_its_rule_needs_is_named(rule):
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "use_muon": False} if rule == "ZeroMuon" else params[1:]]
+    groups = [group if isinstance(group, dict) else {"params": group} for group in groups]
+    optimizer = getattr(pyzero, rule)(groups)
+    needed = {0: {*optimizer.defaults}, 1: {*optimizer.defaults}}
+    if rule == "ZeroMuon":
+        needed[1] = {"lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "bias_correction"}
+    for index, names in needed.items():
+        for name in names.difference(CHANGE_NOTHING):
+            group = optimizer.param_groups[index]
+            value = group.pop(name)
+            for param in params:
+                param.grad = torch.ones_like(param)
+            before = params_of(nn.ParameterList(params))
+            said = f"expected '{name}' in param_groups[{index}], a hyper-parameter of the rule "
+            with pytest.raises(ValueError, match=re.escape(said) + rf".*; set optimizer.param_groups\[{index}\]"):
+                optimizer.step()
+            assert_same(params_of(nn.ParameterList(params)), before)
+            group[name] = value
+    for name in CHANGE_NOTHING[2:]:
+        optimizer.param_groups[0].pop(name, None)
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "differentiable"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_not_supported_is_refused_after_construction_too(rule, name):
+    params = [nn.Parameter(torch.ones(3, 4))]
+    optimizer = getattr(pyzero, rule)(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=f"got {name}=True, which is not supported; leave it out"):
+        optimizer.step()
+    assert torch.equal(params[0], torch.ones(3, 4))
+    optimizer.param_groups[0][name] = False
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(3, 4))
