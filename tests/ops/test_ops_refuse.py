@@ -265,6 +265,15 @@ REDUCE_SCATTER = {
     "scale-shape": ({"scale": ones(2)}, ValueError, r"expected scale as a number.*got shape \(2,\); pass one"),
 }
 LOSS_SCALE = {
+    "backoff": (
+        {"backoff_factor": -1.0},
+        ValueError,
+        r"expected 0 < backoff_factor <= 1, got LossScalePolicy\(.*backoff_factor=-1.0.*; correct that field",
+    ),
+    "interval-0": ({"growth_interval": 0}, ValueError, "expected growth_interval >= 1, got LossScalePolicy"),
+    "interval-2.5": ({"growth_interval": 2.5}, ValueError, "expected growth_interval as a whole number, got LossScal"),
+    "bounds": ({"min_scale": 2.0, "max_scale": 1.0}, ValueError, "expected min_scale <= max_scale, got LossScalePoli"),
+    "text": ({"growth_factor": "2"}, TypeError, "expected growth_factor as a number, got '2'; pass one"),
     "dtype": (
         {"state": ones(5).double()},
         TypeError,
