@@ -69,6 +69,8 @@ def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
     if type(value) is float:
         return value
     if not isinstance(value, Tensor):
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"expected {name} as a number or a tensor of one element, got {value!r}; pass one of these")
         return float(value)
     check_device(name, value, device)
     if value.dim() == 0 and value.dtype is torch.float32 and not value.requires_grad:
