@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all that use the device"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ranks", type=int, default=_DEFAULT_RANKS, metavar="W", help="of train and transport")
+    parser.add_argument("--ranks", type=_positive, default=_DEFAULT_RANKS, metavar="W", help="of train and transport")
     parser.add_argument(
         "--peers", default="auto", metavar="NAMES", help=f"auto (all that import), none, or of {','.join(peers.PEERS)}"
     )
@@ -60,8 +61,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="smaller tensors, fewer repeats: some 5 minutes on 2 cores"
     )
-    parser.add_argument("--threads", type=int, help="of torch and of pyzero; default: torch's choice")
-    parser.add_argument("--numel", type=int, help="elements, in place of each bench's own sizes")
+    parser.add_argument("--threads", type=_positive, help="of torch and of pyzero; default: torch's choice")
+    parser.add_argument("--numel", type=_positive, help="elements, in place of each bench's own sizes")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in _MODULES]
     if unknown:
@@ -69,7 +70,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("got --device cuda, but this torch sees no GPU; leave it out to run on the CPU")
     args.peers = _peers(parser, args.peers)
+    if args.out is not None:
+        _make_folder(parser, args.out)
     return args
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return number
+
+
+def _make_folder(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Before anything is timed, for it would be lost."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        parser.error(f"got --out {out}, wanted a folder to write to ({error.strerror}); pass another")
 
 
 def _peers(parser: argparse.ArgumentParser, text: str) -> frozenset[str] | None:

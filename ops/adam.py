@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import AdamArgs, AdamHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_active, checked_step, read_shard
+from pyzero.ops.shard import LARGEST, as_list, as_lr, check_active, checked_step, read_shard, refuse_hyper
 
 _STATES = ("master", "exp_avg", "exp_avg_sq")
 
@@ -66,10 +66,16 @@ def adam_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above.
-        ValueError: Shapes, devices, overlap or alignment that do not fit.
+        TypeError: A dtype that is not one of the above, or no number where one is wanted.
+        ValueError: A number out of range; shapes, devices, overlap or alignment that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
+    try:
+        fits = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps <= LARGEST and 0.0 <= weight_decay <= LARGEST
+    except TypeError:
+        fits = False
+    if not fits:
+        refuse_hyper({"beta1": beta1, "beta2": beta2}, {"eps": eps, "weight_decay": weight_decay})
     outs = as_list(param_out)
     shard = (master, exp_avg, exp_avg_sq, *outs)
     grads, offsets, rows = read_shard(_STATES, shard, grad, grad_offsets, segment_ids, backend)
@@ -88,7 +94,7 @@ def adam_(
         offsets=offsets,
         rows=rows,
         hyper=AdamHyper(beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize),
-        lr=as_scalar("lr", lr, device),
+        lr=as_lr(lr, device),
         step=step,
         grad_scale=as_scalar("grad_scale", grad_scale, device),
         found_inf=found_inf,

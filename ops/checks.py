@@ -41,6 +41,15 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"expected {name} on {device}, got {tensor.device}; move it with {name}.to({str(device)!r})")
 
 
+def check_list(name: str, tensors: Sequence[Tensor]) -> None:
+    """A list of tensors, and not one, whose rows a loop would take for them."""
+    if isinstance(tensors, Tensor):
+        raise TypeError(
+            f"expected {name} as a list of tensors, got a tensor of shape {tuple(tensors.shape)}; pass [tensor], or "
+            f"its rows, list(tensor)"
+        )
+
+
 def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
     """A list of contiguous fp32, bf16 or fp16 tensors on one device."""
     for index, tensor in enumerate(tensors):
@@ -60,6 +69,8 @@ def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
     if type(value) is float:
         return value
     if not isinstance(value, Tensor):
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"expected {name} as a number or a tensor of one element, got {value!r}; pass one of these")
         return float(value)
     check_device(name, value, device)
     if value.dim() == 0 and value.dtype is torch.float32 and not value.requires_grad:

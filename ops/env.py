@@ -81,7 +81,11 @@ def num_threads() -> int | None:
 
 def cxx() -> tuple[str, ...]:
     """The C++ compiler asked for by $CXX, split into words; empty where unset."""
-    return tuple(shlex.split(os.environ.get("CXX", "")))
+    value = os.environ.get("CXX", "")
+    try:
+        return tuple(shlex.split(value))
+    except ValueError as error:
+        raise ValueError(f"got CXX={value}, wanted a command ({error}); correct it or unset it") from None
 
 
 def cuda_home() -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import LionArgs, LionHyper, Scalar
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_active, read_shard
+from pyzero.ops.shard import LARGEST, as_list, as_lr, check_active, read_shard, refuse_hyper
 
 _STATES = ("master", "exp_avg")
 
@@ -57,10 +57,16 @@ def lion_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above.
-        ValueError: Shapes, devices, overlap or alignment that do not fit.
+        TypeError: A dtype that is not one of the above, or no number where one is wanted.
+        ValueError: A number out of range; shapes, devices, overlap or alignment that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
+    try:
+        fits = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= weight_decay <= LARGEST
+    except TypeError:
+        fits = False
+    if not fits:
+        refuse_hyper({"beta1": beta1, "beta2": beta2}, {"weight_decay": weight_decay})
     outs = as_list(param_out)
     grads, offsets, rows = read_shard(_STATES, (master, exp_avg, *outs), grad, grad_offsets, segment_ids, backend)
     device = master.device
@@ -76,7 +82,7 @@ def lion_(
         offsets=offsets,
         rows=rows,
         hyper=LionHyper(beta1, beta2, weight_decay, maximize),
-        lr=as_scalar("lr", lr, device),
+        lr=as_lr(lr, device),
         grad_scale=as_scalar("grad_scale", grad_scale, device),
         found_inf=found_inf,
         segment_ids=segment_ids,

@@ -1,5 +1,8 @@
 """loss_scale_update_: the loss-scale state machine, one step, on the device."""
 
+import functools
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -9,6 +12,8 @@ from pyzero.ops import registry
 from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
 from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, is_vector
 
+_REMEDY = "make it with pyzero.ops.loss_scale.loss_scale_state()"
+_WHOLE = {"growth_interval": 1, "hysteresis": 1, "growth_delay": 0}  # fields, and their least values
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
 
 
@@ -32,27 +37,55 @@ def loss_scale_update_(
     scale last grew (with `consecutive_hysteresis`: since the last clean step) leave it alone.
 
     Args:
-        state: (5,) fp32, see `loss_scale_state`.
+        state: (5,) fp32, which `pyzero.ops.loss_scale.loss_scale_state` makes.
         found_inf: 1-element fp32 tensor; not zero: this step overflowed.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
         **policy: Fields of `ops.backend.LossScalePolicy`, as in `growth_interval=1000`; the defaults are torch's.
 
     Raises:
-        TypeError: A state or flag that is not fp32, or a field that there is not.
-        ValueError: Shapes or devices that do not fit.
+        TypeError: A state or flag that is not fp32, or a field that there is not, or is no number.
+        ValueError: Shapes or devices that do not fit, or a field out of range.
         BackendUnavailableError: The backend asked for cannot run here.
     """
     device = state.device
     if not is_vector(state, torch.float32, len(STATE_SLOTS), device):
         _refuse(state)
     check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    args = LossScaleArgs(state, found_inf, LossScalePolicy(**policy))
+    args = LossScaleArgs(state, found_inf, _checked(LossScalePolicy(**policy)))
     registry.pick("loss_scale_update_", backend, device).loss_scale_update_(args)
 
 
-def _refuse(state: Tensor) -> None:
-    check_dtype("state", state, (torch.float32,), "make it with loss_scale_state()")
-    check_flat("state", state)
-    raise ValueError(
-        f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; make it with loss_scale_state()"
+@functools.lru_cache(32)  # of as many optimizers: each has one or two, for all steps
+def _checked(policy: LossScalePolicy) -> LossScalePolicy:
+    wanted = wanted_of_policy(policy)
+    if wanted is not None:
+        raise ValueError(f"expected {wanted}, got {policy}; correct that field")
+    return policy._replace(
+        growth_interval=int(policy.growth_interval),
+        hysteresis=int(policy.hysteresis),
+        growth_delay=int(policy.growth_delay),
     )
+
+
+def wanted_of_policy(policy: LossScalePolicy) -> str | None:
+    """What a policy was expected to be and is not; None where it can work. TypeError where a field is no number."""
+    for name, value in policy._asdict().items():
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"expected {name} as a number, got {value!r}; pass one, or leave {name} out")
+    holds = {
+        "1 <= growth_factor < inf": 1 <= policy.growth_factor < math.inf,
+        "0 < backoff_factor <= 1": 0 < policy.backoff_factor <= 1,
+        "min_scale >= 0": policy.min_scale >= 0,
+        "min_scale <= max_scale": policy.min_scale <= policy.max_scale,
+    }
+    for name, least in _WHOLE.items():
+        value = getattr(policy, name)
+        holds[f"{name} >= {least}"] = value >= least
+        holds[f"{name} as a whole number"] = float(value).is_integer()
+    return next((condition for condition, is_met in holds.items() if not is_met), None)
+
+
+def _refuse(state: Tensor) -> None:
+    check_dtype("state", state, (torch.float32,), _REMEDY)
+    check_flat("state", state)
+    raise ValueError(f"expected state to have {len(STATE_SLOTS)} elements, got {state.numel()}; {_REMEDY}")

@@ -13,6 +13,7 @@ from pyzero.ops.checks import (
     check_dtype,
     check_flat,
     check_gradients,
+    check_list,
     check_offsets,
 )
 from pyzero.ops.rows import FIRST_APART, FLOAT_DTYPES, checked_rows, numels, rows_of
@@ -36,10 +37,11 @@ def pack_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above.
+        TypeError: A dtype that is not one of the above, or a tensor in place of a list.
         ValueError: Tensors that do not fit the bucket, overlap in it, or overlap it.
         BackendUnavailableError: The backend asked for cannot run here.
     """
+    check_list("tensors", tensors)
     device = bucket.device
     rows = checked_rows([bucket, *tensors], rules=FIRST_APART) if bucket.dim() == 1 else None
     if rows is None:
@@ -49,6 +51,7 @@ def pack_(
         offsets = list(accumulate(counts, initial=0))[:-1]
     check_offsets("a bucket", bucket.numel(), counts, offsets)
     if not tensors:
+        registry.check_name(backend)
         return
     args = PackArgs(
         bucket=bucket,

@@ -14,6 +14,7 @@ from pyzero.ops.checks import (
     check_dtype,
     check_flat,
     check_grad_stats,
+    check_list,
 )
 from pyzero.ops.rows import FIRST_APART, FLAT, FLOAT_DTYPES, ONE_DTYPE, checked_rows, rows_of
 
@@ -40,10 +41,11 @@ def reduce_scatter_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or slices of several.
+        TypeError: A dtype that is not one of the above, or slices of several; or a tensor in place of a list.
         ValueError: No slices, or shapes, devices or memory that do not fit.
         BackendUnavailableError: The backend asked for cannot run here.
     """
+    check_list("slices", slices)
     device = shard.device
     if not slices:
         raise ValueError("expected one slice per rank, got none; pass [bucket] on a single rank")

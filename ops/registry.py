@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -114,6 +115,12 @@ def pick(op: str, backend: str, device: torch.device) -> Backend:
     return found
 
 
+def check_name(backend: str) -> None:
+    """Raise ValueError where there is no backend of that name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"got backend={backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
+
+
 def forget() -> None:
     """Decide anew at the next pick(): the environment has changed (tests)."""
     _picked.clear()
@@ -127,8 +134,7 @@ def _choose(op: str, name: str, device_type: str) -> Backend:
         name = env.default_backend()
     if name == "auto":
         return _first_available(op, device_type)
-    if name not in BACKENDS:
-        raise ValueError(f"got backend={name!r}, wanted one of auto, {', '.join(BACKENDS)}")
+    check_name(name)
     loaded = _try(BACKENDS[name], op, device_type)
     if isinstance(loaded, str):
         raise BackendUnavailableError(f'backend "{name}" cannot run {op} on {device_type} tensors: {loaded}')
@@ -144,10 +150,22 @@ def _first_available(op: str, device_type: str) -> Backend:
         reasons.append(f"{row.name}: {loaded}")
     assert not isinstance(loaded, str), "the reference runs everywhere"
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    if reasons and row.name == "reference":
+    if reasons and row.name == "reference" and _logs():
         _warn_once(device_type, why)
-    log.info("%s on %s tensors: backend %s%s", op, device_type, row.name, why)
+    if _logs():
+        log.info("%s on %s tensors: backend %s%s", op, device_type, row.name, why)
     return loaded
+
+
+def _logs() -> bool:
+    """Whether this process logs for the ranks of its host, which all have what it has. Not in each call of an op."""
+    if "LOCAL_RANK" in os.environ:
+        return os.environ["LOCAL_RANK"] == "0"
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from torch import Tensor
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, SgdArgs, SgdHyper
 from pyzero.ops.checks import FLAG_DTYPES, as_scalar, check_one
-from pyzero.ops.shard import as_list, check_active, checked_step, read_shard
+from pyzero.ops.shard import LARGEST, as_list, as_lr, check_active, checked_step, read_shard, refuse_hyper
 
 _STATES = ("master", "momentum_buffer")
 
@@ -62,9 +62,9 @@ def sgd_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above.
-        ValueError: Shapes, devices, overlap or alignment that do not fit; momentum without a buffer, dampening without
-            a step count.
+        TypeError: A dtype that is not one of the above, or no number where one is wanted.
+        ValueError: A number out of range; shapes, devices, overlap or alignment that do not fit; momentum without a
+            buffer, dampening without a step count.
         BackendUnavailableError: The backend asked for cannot run here.
     """
     is_dampened = momentum_buffer is not None and dampening != 0
@@ -72,6 +72,13 @@ def sgd_(
         raise ValueError(f"expected momentum 0 without momentum_buffer, got {momentum}; pass torch.zeros_like(master)")
     if is_dampened and step is None:
         raise ValueError(f"expected step with dampening {dampening}, got none; pass the step count, from 1")
+    try:
+        fits = 0.0 <= momentum <= LARGEST and -LARGEST <= dampening <= LARGEST and 0.0 <= weight_decay <= LARGEST
+    except TypeError:
+        fits = False
+    if not fits:
+        numbers = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        refuse_hyper({}, numbers, signed=("dampening",))
     outs = as_list(param_out)
     states = (master,) if momentum_buffer is None else (master, momentum_buffer)
     shard = (*states, *outs)
@@ -91,7 +98,7 @@ def sgd_(
         offsets=offsets,
         rows=rows,
         hyper=SgdHyper(momentum, dampening, weight_decay, nesterov, maximize),
-        lr=as_scalar("lr", lr, device),
+        lr=as_lr(lr, device),
         step=step if is_dampened else None,
         grad_scale=as_scalar("grad_scale", grad_scale, device),
         found_inf=found_inf,

@@ -1,7 +1,7 @@
 """What adam_, lion_ and sgd_ check of a flat shard: the tensors side by side, its gradients, its segments."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,33 @@ from pyzero.ops.rows import (
     rows_of,
 )
 
+LARGEST = torch.finfo(torch.float32).max  # of the numbers of an update, all of which are rounded to fp32
+_MAX_STEP = 2**31 - 1  # all backends hold it as an int32
+
 Read: TypeAlias = tuple[Sequence[Tensor], Sequence[int], bytes]  # gradients, their offsets, rows of shard and gradients
+
+
+def as_lr(lr: Scalar, device: torch.device) -> Scalar:
+    """`as_scalar`; a number is one that fp32 holds."""
+    lr = as_scalar("lr", lr, device)
+    if type(lr) is float and not -LARGEST <= lr <= LARGEST:
+        raise ValueError(f"expected lr as a finite number in fp32, got {lr}; correct it")
+    return lr
+
+
+def refuse_hyper(decays: dict[str, Any], others: dict[str, Any], signed: Sequence[str] = ()) -> None:
+    """Say which of an update's numbers is none, or out of range: decays at 1, others at 0 and what fp32 holds.
+
+    signed: Of the others, those that may be below 0.
+    """
+    for name, value in {**decays, **others}.items():
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"expected {name} as a number, got {value!r}; pass one")
+        if name in decays and not 0.0 <= value < 1.0:
+            raise ValueError(f"expected 0 <= {name} < 1, got {value}; correct it")
+        if not (-LARGEST if name in signed else 0.0) <= value <= LARGEST:
+            least = "" if name in signed else f"{name} >= 0, and "
+            raise ValueError(f"expected {least or f'{name} '}finite in fp32, got {value}; correct it")
 
 
 def as_list(param_out: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
@@ -150,8 +176,9 @@ def checked_step(step: Scalar, segment_ids: Tensor | None, active: Tensor | None
             check_flat("active", active, numel=step.numel())
     else:
         raise TypeError("expected step as a (num_segments,) fp32 tensor with segment_ids, got a number; pass a tensor")
-    if not isinstance(step, Tensor) and step < 1:
-        raise ValueError(f"expected step to count from 1, got {step}; add 1 before the call")
+    if not isinstance(step, Tensor) and not 1 <= step <= _MAX_STEP:
+        remedy = "pass fewer than 2**31" if step > 1 else "add 1 before the call"
+        raise ValueError(f"expected step to count from 1, got {step}; {remedy}")
     return step
 
 

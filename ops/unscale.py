@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyzero.ops import registry
 from pyzero.ops.backend import Scalar, UnscaleArgs
-from pyzero.ops.checks import as_scalar, check_disjoint, check_grad_stats, check_gradients
+from pyzero.ops.checks import as_scalar, check_disjoint, check_grad_stats, check_gradients, check_list
 from pyzero.ops.rows import APART, checked_rows, rows_of
 
 
@@ -32,11 +32,13 @@ def unscale_(
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above.
-        ValueError: A tensor that is not contiguous, lies on another device, or overlaps another.
+        TypeError: A dtype that is not one of the above, or a tensor in place of a list.
+        ValueError: A tensor that is not contiguous, lies on another device, or overlaps another; or no such backend.
         BackendUnavailableError: The backend asked for cannot run here.
     """
+    check_list("tensors", tensors)
     if not tensors:
+        registry.check_name(backend)
         return
     device = tensors[0].device
     reads_only = not isinstance(inv_scale, Tensor) and inv_scale == 1.0

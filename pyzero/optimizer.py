@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import pyzero
-from pyzero.arguments.groups import check_group, check_no_grad
+from pyzero.arguments.groups import check_group, check_no_grad, refuse_unknown, refuse_unsupported
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
@@ -93,7 +93,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
     Raises:
         ValueError: An argument out of range, or arguments or parameters that differ between ranks, or parameters on
             several devices, or DTensors on meshes that do not tell who holds the same weights.
-        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number.
+        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number,
+            or for True or False; an argument that there is not.
         RuntimeError: transport="peer", and the ranks cannot share memory.
         CollectiveError: From any method that communicates, where another rank died or stalled.
     """
@@ -119,7 +120,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
         max_consecutive_skips: int | None = 50,
         transport: str = "auto",
         backend: str = "auto",
+        **unknown: Any,  # refused
     ) -> None:
+        refuse_unknown(unknown, type(self))
         check_params(params)
         self._subclass_attributes = dict(self.__dict__)  # those that are there before this is called
         options: ZeroOptions = {
@@ -158,7 +161,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._group = topology.data
         rank, self._num_ranks = topology.rank_and_size()
         agree_on_options(self._group, rule.name, options, topology.model_groups)
-        if cpu_offload and self._device.type == "cpu":
+        if cpu_offload and self._device.type == "cpu" and rank == 0:
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
         self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
@@ -174,6 +177,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 init_sync=init_sync,
                 cpu_offload=cpu_offload,
             ),
+            logs=rank == 0,
         )
         self._updater = ShardUpdater(self._device, backend)
         self._max_grad_norm = max_grad_norm
@@ -190,7 +194,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._arrival_order = ArrivalOrder(reduces and stage == 2 and overlap)
         self._gradients = self._make_gradients(reduces, stage, overlap, backend)
         has_fp16 = any(param.dtype == torch.float16 for param in parameters)
-        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, has_fp16)
+        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, warns=has_fp16 and rank == 0)
         self._hook_state_dict()
         self._place(range(len(self.param_groups)))
         self._ready = True
@@ -220,8 +224,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 changed on any rank.
             TypeError: The model was converted or moved to another device after the optimizer was built, or a group's
                 hyper-parameter was set to what is no number.
-            ValueError: A group's hyper-parameters were set to values out of range, or another tensor was assigned to
-                `p.data` while something holds the memory that it had.
+            ValueError: A group's hyper-parameters were set to values out of range, or taken out, or one that is not
+                supported was set (amsgrad, differentiable); or another tensor was assigned to `p.data` while something
+                holds the memory that it had.
         """
         loss = None
         if closure is not None:
@@ -255,8 +260,16 @@ class ZeroOptimizer(StateDicts, Optimizer):
         return error
 
     def _check_groups(self) -> None:
-        for group, rule in zip(self._param_groups, self._rules, strict=False):  # _place_unfrozen tells of missing ones
-            rule.check(group)
+        pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen tells of missing ones
+        for index, (group, rule) in enumerate(pairs):
+            refuse_unsupported(group)
+            try:
+                rule.check(group)
+            except KeyError as error:
+                raise ValueError(
+                    f"expected {error} in param_groups[{index}], a hyper-parameter of the rule {rule.name}, got a "
+                    f"group without; set optimizer.param_groups[{index}][{error}]"
+                ) from None
 
     def _take_step(self, error: Exception | None) -> None:
         stats, unscale = self._collect_for_step(error), self._take_grad_scale()
@@ -428,7 +441,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 assigned since the last clip.
             ValueError: norm_type is not above 0.
         """
-        norm_type = float(norm_type)
+        max_norm, norm_type = float(max_norm), float(norm_type)  # as torch, which takes text too
         if not norm_type > 0:
             raise ValueError(
                 f"expected norm_type above 0, got {norm_type}; 2.0 is the usual one, inf the largest value"

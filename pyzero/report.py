@@ -29,6 +29,9 @@ def lines() -> Iterator[str]:
     except ImportError as error:
         yield f"torch cannot be imported ({error}): nothing of pyzero runs without it; pip install torch"
         return
+    wrong = list(_wrong_variables())
+    if wrong:
+        yield from ("", "environment variables", *(f"  {line}" for line in wrong))
     for title, section in (("GPUs", _gpus(torch)), ("compilers", _compilers()), ("native modules", _modules())):
         yield ""
         yield title
@@ -51,6 +54,25 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "is not installed"
+
+
+def _wrong_variables() -> Iterator[str]:
+    """What is wrong with the values of environment variables, a line each."""
+    from pyzero.ops import env
+
+    readers: tuple[Callable[[], object], ...] = (
+        env.build,
+        env.cuda_archs,
+        env.jit_enabled,
+        env.default_backend,
+        env.num_threads,
+        env.cxx,
+    )
+    for read in readers:
+        try:
+            read()
+        except ValueError as error:
+            yield str(error)
 
 
 def _gpus(torch: ModuleType) -> Iterator[str]:
@@ -77,7 +99,7 @@ def _compilers() -> Iterator[str]:
             command = find()
             version = build_spec.compiler_version(command).splitlines()
             yield f"{name}: {' '.join(command)}: {next((line for line in version if 'release' in line), version[0])}"
-        except build_spec.ToolchainError as error:
+        except (build_spec.ToolchainError, ValueError) as error:
             yield f"{name}: {error}"
 
 
@@ -92,16 +114,18 @@ def _modules() -> Iterator[str]:
         else:
             stamp = build_spec.read_stamp(path)
             yield f"{kind}, ahead of time: " + (stale or f"{path}, build {stamp[1] if stamp else 'unknown'}")
-        if reason := jit.unavailable_reason(kind):
-            yield f"{kind}, at first use: cannot be built: {reason}"
-            continue
         try:
+            if reason := jit.unavailable_reason(kind):
+                yield f"{kind}, at first use: cannot be built: {reason}"
+                continue
             module = jit.module_path(jit.make_spec(kind), env.cache_dir())
             if failure := jit.last_failure(kind):
                 yield f"{kind}, at first use: the last build failed, and each start tries again, {module}"
                 yield from (f"  {line}" for line in failure.splitlines()[:_FAILURE_LINES])
                 continue
             yield f"{kind}, at first use: {'built' if module.exists() else 'would be built'}, {module}"
+        except ValueError as error:
+            yield f"{kind}, at first use: cannot be built: {error}"
         except (OSError, RuntimeError) as error:
             yield f"{kind}, at first use: would be built in the temporary directory: {error}"
 
@@ -118,17 +142,40 @@ def _failed_build(backend: str) -> str | None:
     return None
 
 
-def _backends(device_type: str) -> Iterator[str]:
-    from pyzero.ops import registry
+def _reason(backend: str, device_type: str) -> str | ValueError | None:
+    """Why a backend does not run, or None; an error where asking for it raises that, and "auto" does not go on."""
+    from pyzero.ops import env, registry
 
-    ladder = [row.name for row in registry.ladder(device_type)]
-    rows = registry.BACKENDS.items()
-    reasons = {name: row.unavailable_reason(device_type) or _failed_build(name) for name, row in rows}
-    taken = next(name for name in ladder if reasons[name] is None)
-    yield f"ops on {device_type} tensors (auto tries {', '.join(ladder)})"
+    try:
+        reason = registry.BACKENDS[backend].unavailable_reason(device_type) or _failed_build(backend)
+        if backend == "cpu" and reason is None:
+            env.num_threads()  # read where it is loaded
+    except ValueError as error:
+        return error
+    return reason
+
+
+def _backends(device_type: str) -> Iterator[str]:
+    from pyzero.ops import env, registry
+
+    reasons = {name: _reason(name, device_type) for name in registry.BACKENDS}
+    names, by, problem = [row.name for row in registry.ladder(device_type)], "", None
+    try:
+        asked = env.default_backend()
+        if asked != "auto":
+            names, by = [asked], ", as PYZERO_BACKEND says"
+    except ValueError as error:
+        problem = str(error)
+    taken = next((name for name in names if not isinstance(reasons[name], str)), names[-1])
+    if problem is None and reasons[taken] is not None:
+        problem = f"{taken}: {reasons[taken]}"
+    yield f"ops on {device_type} tensors (auto tries {', '.join(names)}{by})"
+    auto = f"auto takes {taken}" if problem is None else "auto fails"
     states = [f"{name} {'no' if reason else 'available'}" for name, reason in reasons.items()]
     for op in registry.OPS:
-        yield f"  {op + ':':20} auto takes {taken}; {', '.join(states)}"
+        yield f"  {op + ':':20} {auto}; {', '.join(states)}"
+    if problem is not None:
+        yield f"  no auto: {problem}"
     for name, reason in reasons.items():
         if reason:
             yield f"  no {name}: {reason}"

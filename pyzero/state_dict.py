@@ -195,7 +195,7 @@ class StateDicts(Status):
         has_scale = saved.scaler is not None and self._scaler.load(saved.scaler)
         if saved.scaler is not None:
             self._overflow.start_from(self.skipped_steps)
-        if self._scaler.enabled and not has_scale:
+        if self._scaler.enabled and not has_scale and self._topology.rank_and_size()[0] == 0:
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._param_buckets.publish_masters()
 

@@ -103,7 +103,7 @@ class UpdateRule(Protocol):
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a group's hyper-parameters are out of range, TypeError where they are no numbers.
 
-        Called before each step: reads no GPU.
+        Called before each step: reads no GPU. A KeyError where the group lacks one becomes a ValueError that names it.
         """
 
     def update(

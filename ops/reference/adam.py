@@ -12,6 +12,7 @@ from pyzero.ops.reference.scalars import round_to, scalar
 _MAX_STEP_BITS = 31
 
 
+@torch.no_grad()
 def adam_(args: AdamArgs) -> None:
     """See `pyzero.ops.adam_`."""
     for grad, part in each_grad(args):

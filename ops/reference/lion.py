@@ -8,6 +8,7 @@ from pyzero.ops.reference.parts import each_grad
 from pyzero.ops.reference.scalars import round_to, scalar
 
 
+@torch.no_grad()
 def lion_(args: LionArgs) -> None:
     """See `pyzero.ops.lion_`."""
     for grad, part in each_grad(args):

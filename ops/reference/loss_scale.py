@@ -5,6 +5,7 @@ import torch
 from pyzero.ops.backend import LossScaleArgs
 
 
+@torch.no_grad()
 def loss_scale_update_(args: LossScaleArgs) -> None:
     """See `pyzero.ops.loss_scale_update_`."""
     policy = args.policy

@@ -6,6 +6,7 @@ from pyzero.ops.backend import PackArgs
 from pyzero.ops.reference.scalars import scalar
 
 
+@torch.no_grad()
 def pack_(args: PackArgs) -> None:
     """See `pyzero.ops.pack_`."""
     for tensor, offset in zip(args.tensors, args.offsets, strict=True):

@@ -6,6 +6,7 @@ from pyzero.ops.backend import ReduceScatterArgs
 from pyzero.ops.reference.scalars import add_grad_stats, scalar
 
 
+@torch.no_grad()
 def reduce_scatter_(args: ReduceScatterArgs) -> None:
     """See `pyzero.ops.reduce_scatter_`."""
     total = args.slices[0].float()

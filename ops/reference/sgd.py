@@ -8,6 +8,7 @@ from pyzero.ops.reference.parts import each_grad
 from pyzero.ops.reference.scalars import round_to, scalar
 
 
+@torch.no_grad()
 def sgd_(args: SgdArgs) -> None:
     """See `pyzero.ops.sgd_`."""
     for grad, part in each_grad(args):

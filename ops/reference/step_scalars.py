@@ -6,6 +6,7 @@ from pyzero.ops.backend import StepScalarsArgs
 from pyzero.ops.reference.scalars import round_to, scalar
 
 
+@torch.no_grad()
 def step_scalars_(args: StepScalarsArgs) -> None:
     """See `pyzero.ops.step_scalars_`."""
     flags, sums, _ = args.rows.unbind(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result 
 RESERVED = ("zero", "scaler", "rule", "master_steps")  # keys of a saved group that are pyzero's own notes
 _SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
+_SIMILAR = 0.5  # the same of a name that is refused in any case
 # What other libraries and papers call options.
 OTHER_NAMES = {
     "LR": "lr",
@@ -28,10 +30,28 @@ OTHER_NAMES = {
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
-    """Raise for options of torch.optim.Adam that would change the result and are not supported."""
+    """Raise for options of torch.optim.Adam that would change the result and are not supported. Asked in each step."""
+    if not (options.get("amsgrad") or options.get("differentiable")):
+        return
     for name in UNSUPPORTED:
         if options.get(name):
             raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")
+
+
+def refuse_unknown(unknown: Iterable[str], optimizer: type) -> None:
+    """Raise for arguments that an optimizer does not have, naming what each may be meant to be."""
+    for name in unknown:
+        known = _arguments_of(optimizer)
+        close = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in known else None
+        close = close or difflib.get_close_matches(name, known, 1, _SIMILAR) or [f"one of {', '.join(known)}"]
+        raise TypeError(f"got {name!r} as an argument of {optimizer.__name__}, expected {close[0]}; correct the name")
+
+
+def _arguments_of(optimizer: type) -> list[str]:
+    """Names of what can be passed by name, beside the parameters."""
+    own = inspect.signature(optimizer).parameters.values()
+    named = [each.name for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    return [name for name in dict.fromkeys((*named, *ZeroOptions.__annotations__)) if name != "params"]
 
 
 def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[str]) -> None:

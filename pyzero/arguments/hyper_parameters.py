@@ -54,6 +54,12 @@ def check_not_negative(what: str, name: str, group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid {what} value: {group[name]}; expected {name} >= 0, and finite")
 
 
+def check_there(group: dict[str, Any], *names: str) -> None:
+    """Raise KeyError where the group lacks one whose value may be any: an update would find out half-way through."""
+    for name in names:
+        group[name]
+
+
 class HyperParameters:
     """What ranks compare of their parameter groups: one number, computed anew where a value has changed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import torch
 
@@ -34,8 +34,12 @@ class ZeroOptions(TypedDict, total=False):
     backend: str
 
 
+_Switch: TypeAlias = Literal["overlap", "reduce_grads", "init_sync", "cpu_offload"]
+_SWITCHES: tuple[_Switch, ...] = ("overlap", "reduce_grads", "init_sync", "cpu_offload")
+
+
 def check_options(options: ZeroOptions) -> None:
-    """Check the values of all that have a range."""
+    """Check the values of all that have a range, and that those that are True or False are."""
     stage, backend, grad_reduce_dtype = options["stage"], options["backend"], options["grad_reduce_dtype"]
     max_grad_norm, max_consecutive_skips = options["max_grad_norm"], options["max_consecutive_skips"]
     if stage not in (1, 2):
@@ -46,6 +50,10 @@ def check_options(options: ZeroOptions) -> None:
     if max_grad_norm is not None and not as_number("max_grad_norm", max_grad_norm) > 0:
         raise ValueError(f"expected max_grad_norm above 0, got {max_grad_norm}; pass None not to clip")
     check_bucket_cap(options["bucket_cap_mb"])
+    for name in _SWITCHES:
+        value = options[name]
+        if not isinstance(value, bool) and not (isinstance(value, int) and value in (0, 1)):
+            raise TypeError(f"expected {name} as True or False, got {value!r}; pass one of these")
     if grad_reduce_dtype is not None and grad_reduce_dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"expected grad_reduce_dtype as torch.float32, torch.bfloat16 or torch.float16, got {grad_reduce_dtype!r}; "

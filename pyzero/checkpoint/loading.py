@@ -317,7 +317,7 @@ class _Load:
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})
-            if matched[-1].get(_DECOUPLED) != group.get(_DECOUPLED):
+            if matched[-1].get(_DECOUPLED) != group.get(_DECOUPLED) and self._group.rank == 0:
                 log.warning(
                     "group %d goes on with %s=%s, as it was saved; set it in param_groups after the load for another",
                     *(index, _DECOUPLED, matched[-1].get(_DECOUPLED)),

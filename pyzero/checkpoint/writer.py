@@ -103,7 +103,8 @@ class Writer:
                 shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its space back
             raise
         complete = folder.with_name(files.name_of(folder))
-        log.info("step %d is saved in %s", self._step, complete)
+        if is_first:
+            log.info("step %d is saved in %s", self._step, complete)
         return complete
 
     def _write(self, folder: Path) -> None:

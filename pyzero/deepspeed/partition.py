@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyzero.comm import process
 from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.parallel import tensor_parallel
@@ -60,7 +61,7 @@ class Partition:
     def gather(self) -> None:
         """Below stage 3: make what zero.Init has sharded whole."""
         sharded = [param for param in self._model.parameters() if isinstance(param, ShardedParam)]
-        if sharded:
+        if sharded and process.rank_and_size()[0] == 0:
             log.warning(
                 "zero.Init sharded %d weights, which are made whole below stage 3; pass zero.Init this config",
                 len(sharded),

@@ -30,10 +30,11 @@ class ScaledBackward:
     Args:
         scaler: The loss scale, enabled.
         gradients: Where the gradients arrive.
-        has_fp16: Whether there are fp16 weights, whose gradients underflow without a scale.
+        warns: Whether to warn of gradients that nobody scaled: where there are fp16 weights, whose gradients underflow
+            then, on the rank that logs.
     """
 
-    def __init__(self, scaler: Scaler, gradients: Gradients, has_fp16: bool) -> None:
+    def __init__(self, scaler: Scaler, gradients: Gradients, warns: bool) -> None:
         self._scaler = scaler
         self._gradients = gradients
         self._running: AbstractContextManager[None] | None = None
@@ -41,7 +42,7 @@ class ScaledBackward:
         self._has_run = False  # since the last step
         self._is_guest = False  # what runs is another's backward
         self._guests: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # in this one's
-        self._may_warn = has_fp16
+        self._may_warn = warns
         gradients.hooks.rescale = weakref.WeakMethod(self._factor_of_other)
         _everyone.add(self)
         everyone = [*_everyone]

@@ -1,15 +1,15 @@
 """Loss scaling: the policy, and the scale that lives on the device."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyzero import ops
+from pyzero.arguments.hyper_parameters import as_number
 from pyzero.gradients.stats_rows import HostView
 from pyzero.ops.backend import LossScalePolicy
-from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state
+from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state, wanted_of_policy
 
 _SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 _OP = LossScalePolicy()  # the defaults, min_scale aside: a scale of 0 has no inverse
@@ -45,19 +45,13 @@ class LossScale:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        wanted = {
-            "2**-126 <= init_scale < 2**128": _SMALLEST <= self.init_scale <= _LARGEST,  # it is kept in fp32
-            "1 <= growth_factor < inf": 1 <= self.growth_factor < math.inf,
-            "0 < backoff_factor <= 1": 0 < self.backoff_factor <= 1,
-            "growth_interval >= 1": self.growth_interval >= 1,
-            "2**-126 <= min_scale < 2**128": _SMALLEST <= self.min_scale <= _LARGEST,
-            "min_scale <= max_scale": self.min_scale <= self.max_scale,
-            "hysteresis >= 1": self.hysteresis >= 1,
-            "growth_delay >= 0": self.growth_delay >= 0,
-        }
-        for condition, holds in wanted.items():
-            if not holds:
-                raise ValueError(f"expected {condition}, got {self}; correct that field")
+        wanted = wanted_of_policy(self.op_policy())
+        for name in ("min_scale", "init_scale"):  # they are kept in fp32
+            scale = as_number(name, getattr(self, name))
+            if not _SMALLEST <= scale <= _LARGEST:
+                wanted = f"2**-126 <= {name} < 2**128"
+        if wanted is not None:
+            raise ValueError(f"expected {wanted}, got {self}; correct that field")
 
     @property
     def is_fixed(self) -> bool:

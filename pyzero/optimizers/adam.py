@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyzero import ops
 from pyzero.arguments.groups import refuse_unsupported
-from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 
@@ -36,6 +36,7 @@ class AdamRule:
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
+        check_there(group, "decoupled_weight_decay", "maximize")
         check_lr(group)
         check_not_negative("epsilon", "eps", group)
         check_betas(group)

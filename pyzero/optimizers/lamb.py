@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments.hyper_parameters import as_number, check_betas, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import as_number, check_betas, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, RunShard, StateSlot
 
@@ -32,6 +32,7 @@ class LambRule:
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
+        check_there(group, "bias_correction")
         check_lr(group)
         check_betas(group)
         check_not_negative("epsilon", "eps", group)

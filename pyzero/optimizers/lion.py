@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
 
@@ -28,6 +28,7 @@ class LionRule:
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
+        check_there(group, "maximize")
         check_lr(group)
         check_betas(group)
         check_not_negative("weight_decay", "weight_decay", group)

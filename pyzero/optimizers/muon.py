@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.optimizers.adam import AdamRule
 from pyzero.state_dict import with_step_counts
@@ -49,6 +49,7 @@ class MuonRule:
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
         _check_use(group, True)
+        check_there(group, "nesterov")
         check_lr(group)
         check_not_negative("weight_decay", "weight_decay", group)
         check_not_negative("epsilon", "eps", group)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyzero import ops
 from pyzero.arguments.groups import refuse_unsupported
-from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative
+from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state_dict import with_step_counts
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
@@ -36,6 +36,7 @@ class SGDRule:
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
+        check_there(group, "maximize")
         check_lr(group)
         check_not_negative("momentum", "momentum", group)
         check_not_negative("weight_decay", "weight_decay", group)

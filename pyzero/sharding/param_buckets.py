@@ -55,6 +55,7 @@ class ParamBuckets:
         state: The optimizer's `state`, which shows this rank's part of each parameter's.
         in_norm: Whether a parameter counts for the norm on this rank.
         options: How parameters are placed.
+        logs: Whether this rank logs what is the same on all.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ParamBuckets:
         state: MutableMapping[Tensor, Any],
         in_norm: Callable[[Tensor], bool],
         options: PlacementOptions,
+        logs: bool,
     ) -> None:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
@@ -86,6 +88,7 @@ class ParamBuckets:
         self._state = state
         self._in_norm = in_norm
         self._options = options
+        self._logs = logs
         self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
         self._module_names: dict[Tensor, list[str]] = {}  # over several ranks: each parameter's in modules
 
@@ -146,7 +149,8 @@ class ParamBuckets:
                 for bucket, positions in zip(self.buckets, written, strict=True):
                     self._tell_of_shared_memory([bucket.params[position] for position in positions])
                     bucket.refresh_masters(positions, keep_masters)
-            log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
+            if self._logs:
+                log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
     def _tell_of_shared_memory(self, params: Iterable[Tensor]) -> None:
         """Warn before weights move out of what share_memory() made, for other processes see no later step.
@@ -218,7 +222,7 @@ class ParamBuckets:
         for param, spec in zip(params, specs, strict=True):
             if spec.key.cut is Cut.WHOLE:
                 check_whole(param, spec.number, spec.key.rule)
-        refuse_aliases(params, warns=self._group.rank == 0)
+        refuse_aliases(params, warns=self._logs)
         if self._options.reduces:
             has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
             check_fsdp([*self.params, *params], self._group.members(), has_frozen)
@@ -372,7 +376,7 @@ class ParamBuckets:
         """
         if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
-        if self._group.rank == 0:
+        if self._logs:
             tell_of_aliases(self.params)
         is_fresh = keeps_state and self._is_fresh()
         old, self.buckets, self._views = self.buckets, [], {}

@@ -206,6 +206,22 @@ def test_unknown_words_are_refused(argument, word, capsys):
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--numel", "--threads", "--ranks"])
+@pytest.mark.parametrize("value", ["0", "-5", "1.5", "many"])
+def test_what_is_no_positive_number_is_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["adam", *TINY, f"{option}={value}"])
+    assert f"argument {option}: expected a whole number from 1 on, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_timing(out, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        bench.main(["adam", *TINY, "--out", str(tmp_path / out)])
+    assert f"got --out {tmp_path / out}, wanted a folder to write to (" in capsys.readouterr().err
+
+
 def fake_contenders(monkeypatch, durations):
     """Each takes what it says in the next round."""
     order = []

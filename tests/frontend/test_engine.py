@@ -1,10 +1,12 @@
 """initialize() and the engine, alone and on four ranks."""
 
 import copy
+import logging
 from contextlib import nullcontext
 
 import pytest
 import torch
+from logs import logged
 from torch import nn
 from torch.nn.functional import huber_loss, l1_loss, mse_loss
 
@@ -435,3 +437,17 @@ def evaluated(group, stage):
             act()
         errors.append(str(caught.value))
     return outputs.detach(), wanted.detach(), outputs.dtype, errors
+
+
+def told_by_an_engine(group, folder):
+    with logged(logging.INFO) as lines:
+        engine, *_ = start({**FP32, "bf16": {"enabled": True}})
+        engine(torch.ones(1, 4))
+        engine.load_checkpoint(folder)
+    return [line for line in lines if "config:" not in line]
+
+
+def test_what_concerns_all_ranks_is_told_by_the_first(ranks, tmp_path):
+    first, *others = ranks.run(4, told_by_an_engine, str(tmp_path))
+    assert "inputs in torch.float32 are rounded" in first[0] and "no checkpoint is loaded" in first[1]
+    assert others == [[]] * 3

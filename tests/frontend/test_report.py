@@ -136,3 +136,60 @@ def test_what_auto_takes_is_what_pick_takes(monkeypatch: pytest.MonkeyPatch) -> 
         picked = registry.pick("adam_", "auto", torch.device("cpu"))
         assert (picked is registry.pick("adam_", "reference", torch.device("cpu"))) == (taken == "reference")
     registry.forget()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda", "cpuu"])
+def test_auto_is_what_the_variable_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYZERO_BACKEND", backend)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    registry.forget()
+    text = "\n".join(report.lines()).partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+    try:
+        picked = registry.pick("adam_", "auto", torch.device("cpu"))
+    except (ValueError, registry.BackendUnavailableError) as error:
+        assert "auto takes" not in text and "auto fails; " in text
+        (line,) = (line for line in text.splitlines() if "no auto: " in line)
+        assert line.partition("no auto: ")[2].removeprefix(f"{backend}: ") in str(error)
+    else:
+        assert picked is registry.pick("adam_", backend, torch.device("cpu"))
+        assert f"(auto tries {backend}, as PYZERO_BACKEND says)" in text and f"auto takes {backend}; " in text
+    registry.forget()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PYZERO_JIT", "yes", "got PYZERO_JIT=yes, wanted one of 1, 0; correct it or unset it"),
+        ("PYZERO_CUDA_ARCHS", "hopper", "got 'hopper' in PYZERO_CUDA_ARCHS, wanted numbers as in 80;90; correct it"),
+        ("PYZERO_BACKEND", "cpuu", "got PYZERO_BACKEND=cpuu, wanted one of auto, "),
+        ("PYZERO_BUILD", "all of it", "got PYZERO_BUILD=all of it, wanted one of auto, "),
+        ("PYZERO_NUM_THREADS", "0", "got PYZERO_NUM_THREADS=0, wanted a number from 1; correct it or unset it"),
+        ("CXX", "'c++", "got CXX='c++, wanted a command (No closing quotation); correct it or unset it"),
+    ],
+)
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_value_that_no_variable_can_have_is_a_line(
+    name: str, value: str, said: str, is_built: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nvcc").touch()
+    monkeypatch.setattr(build_spec, "find_nvcc", lambda home: (str(tmp_path / "nvcc"),))
+    monkeypatch.setattr(build_spec, "compiler_version", lambda command: "release 13.0")
+    monkeypatch.setenv("PYZERO_JIT", "1")
+    monkeypatch.setenv(name, value)
+    if not is_built:
+        monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: None)
+    registry.forget()
+    text = "\n".join(report.lines())
+    assert said in text.partition("\nenvironment variables\n")[2].partition("\n\n")[0]
+    on_cpu = text.partition("ops on cpu tensors")[2].partition("ops on cuda")[0]
+    fails = name in ("PYZERO_BACKEND", "PYZERO_NUM_THREADS") or (not is_built and name in ("PYZERO_JIT", "CXX"))
+    assert ("auto fails" in on_cpu) == fails
+    if fails:
+        with pytest.raises(ValueError, match=name):
+            registry.pick("adam_", "auto", torch.device("cpu"))
+    monkeypatch.undo()
+    registry.forget()
+
+
+def test_without_wrong_values_nothing_is_said_of_variables() -> None:
+    assert "environment variables" not in "\n".join(report.lines())

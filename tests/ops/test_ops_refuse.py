@@ -20,6 +20,22 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 _SHARED = ones(100)
 
 # What to replace in a good call, the error, and what its message says of what it got and wanted.
+LR = {
+    "lr-text": ({"lr": "0.1"}, TypeError, "expected lr as a number or a tensor of one element, got '0.1'; pass one"),
+    "lr-none": ({"lr": None}, TypeError, "expected lr as a number or a tensor of one element, got None; pass one"),
+    "lr-nan": ({"lr": math.nan}, ValueError, "expected lr as a finite number in fp32, got nan; correct it"),
+    "lr-1e39": ({"lr": 1e39}, ValueError, r"expected lr as a finite number in fp32, got 1e\+39; correct it"),
+    "decay-nan": ({"weight_decay": math.nan}, ValueError, "expected weight_decay >= 0, and finite in fp32, got nan"),
+    "decay-text": ({"weight_decay": "0.1"}, TypeError, "expected weight_decay as a number, got '0.1'; pass one"),
+    "scale-text": ({"grad_scale": "1"}, TypeError, "expected grad_scale as a number or a tensor of one element, got"),
+}
+BETAS = {
+    "beta1-1": ({"beta1": 1.0}, ValueError, "expected 0 <= beta1 < 1, got 1.0; correct it"),
+    "beta2-1.5": ({"beta2": 1.5}, ValueError, "expected 0 <= beta2 < 1, got 1.5; correct it"),
+    "beta2-nan": ({"beta2": math.nan}, ValueError, "expected 0 <= beta2 < 1, got nan; correct it"),
+    "beta1-text": ({"beta1": "0.9"}, TypeError, "expected beta1 as a number, got '0.9'; pass one"),
+    "beta1-none": ({"beta1": None}, TypeError, "expected beta1 as a number, got None; pass one"),
+}
 OUTS = {
     "outs-mixed": ({"param_out": [ones(70), ones(70).half()]}, TypeError, r"param_out of one dtype, got \[.*; convert"),
     "outs-many": ({"param_out": [ones(70)] * 17}, ValueError, "up to 16 tensors as param_out, got 17; copy"),
@@ -30,6 +46,11 @@ OUTS = {
     ),
 }
 ADAM = {
+    **LR,
+    **BETAS,
+    "eps": ({"eps": -1e-8}, ValueError, "expected eps >= 0, and finite in fp32, got -1e-08; correct it"),
+    "step-nan": ({"step": math.nan}, ValueError, "expected step to count from 1, got nan; add 1"),
+    "step-inf": ({"step": math.inf}, ValueError, r"expected step to count from 1, got inf; pass fewer than 2\*\*31"),
     "master-bf16": (
         {"master": ones(70).bfloat16()},
         TypeError,
@@ -118,6 +139,8 @@ ADAM = {
     "backend": ({"backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
 }
 LION = {
+    **LR,
+    **BETAS,
     "master-bf16": ({"master": ones(70).bfloat16()}, TypeError, "expected master in float32, got bfloat16; pass"),
     "moment-fp64": ({"exp_avg": ones(70).double()}, TypeError, "expected exp_avg in float32, got float64; pass"),
     "grad-int": ({"grad": ones(70).int()}, TypeError, "expected grad in float32 or bfloat16 or float16, got int32"),
@@ -142,6 +165,13 @@ LION = {
     ),
 }
 SGD = {
+    **LR,
+    "momentum": ({"momentum": -0.1}, ValueError, "expected momentum >= 0, and finite in fp32, got -0.1; correct it"),
+    "dampening": (
+        {"dampening": math.inf, "step": 1},
+        ValueError,
+        "expected dampening finite in fp32, got inf; correct",
+    ),
     "master-bf16": ({"master": ones(70).bfloat16()}, TypeError, "expected master in float32, got bfloat16; pass"),
     "buffer-fp64": (
         {"momentum_buffer": ones(70).double()},
@@ -192,6 +222,12 @@ SGD = {
     ),
 }
 UNSCALE = {
+    "one-tensor": (
+        {"tensors": ones(7, 10)},
+        TypeError,
+        r"expected tensors as a list of tensors, got a tensor of shape \(7, 10\); pass \[tensor\], or its rows",
+    ),
+    "nothing-by-nobody": ({"tensors": [], "backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
     "dtype": ({"tensors": [ones(70), ones(3).double()]}, TypeError, r"tensors\[1\] in .*got float64; convert"),
     "device": ({"tensors": [ones(70), ones(3, device="meta")]}, ValueError, r"tensors\[1\] on cpu, got meta; move"),
     "strided": (
@@ -213,6 +249,8 @@ UNSCALE = {
     "scale-device": ({"inv_scale": ones(1, device="meta")}, ValueError, "expected inv_scale on cpu, got meta; move"),
 }
 PACK = {
+    "one-tensor": ({"tensors": ones(7)}, TypeError, "expected tensors as a list of tensors, got a tensor of shape"),
+    "nothing-by-nobody": ({"tensors": [], "backend": "cpuu"}, ValueError, "got backend='cpuu', wanted one of auto, "),
     "bucket-dtype": ({"bucket": ones(70).double()}, TypeError, "expected bucket in .*, got float64; make the bucket"),
     "bucket-2-d": ({"bucket": ones(7, 10)}, ValueError, r"expected bucket to be a contiguous 1-D.*got shape \(7, 10\)"),
     "dtype": ({"tensors": [ones(3).int()]}, TypeError, r"tensors\[0\] in .*got int32; convert"),
@@ -236,6 +274,7 @@ PACK = {
     "scale-device": ({"scale": ones(1, device="meta")}, ValueError, "expected scale on cpu, got meta; move"),
 }
 REDUCE_SCATTER = {
+    "one-tensor": ({"slices": ones(2, 70)}, TypeError, "expected slices as a list of tensors, got a tensor of shape"),
     "no-slices": ({"slices": []}, ValueError, r"expected one slice per rank, got none; pass \[bucket\]"),
     "shard-dtype": (
         {"shard": ones(70).bfloat16()},
@@ -256,15 +295,24 @@ REDUCE_SCATTER = {
     "scale-shape": ({"scale": ones(2)}, ValueError, r"expected scale as a number.*got shape \(2,\); pass one"),
 }
 LOSS_SCALE = {
+    "backoff": (
+        {"backoff_factor": -1.0},
+        ValueError,
+        r"expected 0 < backoff_factor <= 1, got LossScalePolicy\(.*backoff_factor=-1.0.*; correct that field",
+    ),
+    "interval-0": ({"growth_interval": 0}, ValueError, "expected growth_interval >= 1, got LossScalePolicy"),
+    "interval-2.5": ({"growth_interval": 2.5}, ValueError, "expected growth_interval as a whole number, got LossScal"),
+    "bounds": ({"min_scale": 2.0, "max_scale": 1.0}, ValueError, "expected min_scale <= max_scale, got LossScalePoli"),
+    "text": ({"growth_factor": "2"}, TypeError, "expected growth_factor as a number, got '2'; pass one"),
     "dtype": (
         {"state": ones(5).double()},
         TypeError,
-        "expected state in float32, got float64; make it with",
+        "expected state in float32, got float64; make it with pyzero.ops.loss_scale.loss_scale_state",
     ),
     "numel": (
         {"state": ones(4)},
         ValueError,
-        "expected state to have 5 elements, got 4; make it with",
+        "expected state to have 5 elements, got 4; make it with pyzero.ops.loss_scale.loss_scale_state",
     ),
     "flag-dtype": ({"found_inf": ones(1).double()}, TypeError, "expected found_inf in float32, got float64; make it"),
     "flag-device": ({"found_inf": ones(1, device="meta")}, ValueError, "expected found_inf on cpu, got meta; move"),
@@ -358,3 +406,28 @@ def test_refuses(op: str, case: str, reader: str, monkeypatch: pytest.MonkeyPatc
         call(**arguments)
     for after, was in zip(_tensors(arguments), before, strict=True):
         assert torch.equal(after, was), "written before it was refused"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("op", ["adam_", "lion_", "sgd_"])
+def test_numbers_are_refused_alike_by_all_backends(op: str, backend: str) -> None:
+    call, good, cases = OPS[op]
+    for change, error, message in (cases[case] for case in {**LR, **BETAS} if case in cases):
+        with pytest.raises(error, match=message):
+            call(**good() | change, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_parameters_are_written_as_tensors_are(op: str, backend: str) -> None:
+    call, good, _ = OPS[op]
+    wanted, arguments = good(), good()
+    call(**wanted, backend=backend)
+    for name in ("master", "bucket", "shard", "state", "out", "param_out"):
+        if name in arguments:
+            arguments[name] = torch.nn.Parameter(arguments[name])  # type: ignore[arg-type]
+    if "tensors" in arguments:
+        arguments["tensors"] = [torch.nn.Parameter(tensor) for tensor in arguments["tensors"]]  # type: ignore[attr-defined]
+    call(**arguments, backend=backend)
+    for left, right in zip(_tensors(arguments), _tensors(wanted), strict=True):
+        assert torch.equal(left, right) and left.grad_fn is None

@@ -589,3 +589,96 @@ def test_compiled_autograd_runs_the_hooks(ranks, size, stage):
     wanted = ranks.run(size, with_compiled_autograd, stage, False)[0]
     for got in ranks.run(size, with_compiled_autograd, stage, True):
         assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("amsgradd", "amsgrad"),
+        ("overlap_grad_sync", "overlap"),
+        ("grad_sync_dtype", "grad_reduce_dtype"),
+        ("learning_rate", "lr"),
+        ("beta1", "betas"),
+        ("stages", "stage"),
+        ("foo", "one of lr, betas, eps, .*, backend"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_refused_with_the_closest(name, meant):
+    for optimizer in (pyzero.FusedZeroAdam, pyzero.FusedZeroAdamW):
+        message = f"^got '{name}' as an argument of {optimizer.__name__}, expected {meant}; correct the name$"
+        with pytest.raises(TypeError, match=message):
+            optimizer(weights(), **{name: True})
+    if name == "beta1":
+        with pytest.raises(TypeError, match="got 'beta1' as an argument of FusedZeroSGD, expected (?!betas)"):
+            pyzero.FusedZeroSGD(weights(), beta1=0.9)
+
+
+@pytest.mark.parametrize("name", ["reduce_grads", "overlap", "init_sync", "cpu_offload"])
+def test_what_is_on_or_off_is_true_or_false(name):
+    for value in (None, "no", "", 2, 0.5, []):
+        with pytest.raises(TypeError, match=re.escape(f"expected {name} as True or False, got {value!r}; pass one")):
+            pyzero.FusedZeroAdam(weights(), **{name: value})
+    for value in (True, False, 1, 0):
+        pyzero.FusedZeroAdam(weights(), **{name: value})
+
+
+def test_a_largest_norm_is_read_as_torch_reads_it():
+    for max_norm in ("1", torch.tensor(1.0), numpy.float32(1.0)):
+        params = weights()
+        optimizer = pyzero.FusedZeroSGD(params, lr=1.0)
+        twins = [nn.Parameter(param.detach().clone()) for param in params]
+        for param in (*params, *twins):
+            param.grad = torch.full_like(param, 3.0)
+        wanted = torch.nn.utils.clip_grad_norm_(twins, max_norm)
+        torch.testing.assert_close(optimizer.clip_grad_norm_(max_norm), wanted)
+        optimizer.step()
+        for param, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(param.detach(), (twin - twin.grad).detach())
+    with pytest.raises(ValueError, match="could not convert"):
+        optimizer.clip_grad_norm_("much")
+
+
+RULES = ["FusedZeroAdam", "FusedZeroLion", "FusedZeroSGD", "ZeroLamb", "ZeroMuon"]
+CHANGE_NOTHING = ("params", "param_names", "foreach", "capturable", "fused", "amsgrad", "differentiable")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_group_that_lacks_what_its_rule_needs_is_named(rule):
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "use_muon": False} if rule == "ZeroMuon" else params[1:]]
+    groups = [group if isinstance(group, dict) else {"params": group} for group in groups]
+    optimizer = getattr(pyzero, rule)(groups)
+    needed = {0: {*optimizer.defaults}, 1: {*optimizer.defaults}}
+    if rule == "ZeroMuon":
+        needed[1] = {"lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "bias_correction"}
+    for index, names in needed.items():
+        for name in names.difference(CHANGE_NOTHING):
+            group = optimizer.param_groups[index]
+            value = group.pop(name)
+            for param in params:
+                param.grad = torch.ones_like(param)
+            before = params_of(nn.ParameterList(params))
+            said = f"expected '{name}' in param_groups[{index}], a hyper-parameter of the rule "
+            with pytest.raises(ValueError, match=re.escape(said) + rf".*; set optimizer.param_groups\[{index}\]"):
+                optimizer.step()
+            assert_same(params_of(nn.ParameterList(params)), before)
+            group[name] = value
+    for name in CHANGE_NOTHING[2:]:
+        optimizer.param_groups[0].pop(name, None)
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "differentiable"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_not_supported_is_refused_after_construction_too(rule, name):
+    params = [nn.Parameter(torch.ones(3, 4))]
+    optimizer = getattr(pyzero, rule)(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=f"got {name}=True, which is not supported; leave it out"):
+        optimizer.step()
+    assert torch.equal(params[0], torch.ones(3, 4))
+    optimizer.param_groups[0][name] = False
+    optimizer.step()
+    assert not torch.equal(params[0], torch.ones(3, 4))

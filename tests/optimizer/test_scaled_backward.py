@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from models import Failing, assert_same, build, loss_of, micro_batch, params_of
@@ -288,6 +289,10 @@ def test_zeros_of_zero_grad_are_not_looked_at(monkeypatch):
         ("max_scale", 2.0**-20, "min_scale <= max_scale"),
         ("hysteresis", 0, "hysteresis >= 1"),
         ("growth_delay", -1, "growth_delay >= 0"),
+        ("growth_interval", 2.5, "growth_interval as a whole number"),
+        ("growth_interval", math.inf, "growth_interval as a whole number"),
+        ("hysteresis", 1.5, "hysteresis as a whole number"),
+        ("growth_delay", 0.5, "growth_delay as a whole number"),
     ],
 )
 def test_a_policy_that_cannot_work_is_refused(field, value, wanted):
@@ -296,6 +301,21 @@ def test_a_policy_that_cannot_work_is_refused(field, value, wanted):
     if field == "init_scale":
         with pytest.raises(ValueError, match=re.escape(f"expected {wanted}")):
             pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], loss_scale=value)
+
+
+@pytest.mark.parametrize("field", ["init_scale", "growth_factor", "growth_interval", "max_scale"])
+def test_a_policy_of_other_than_numbers_is_refused(field):
+    with pytest.raises(TypeError, match=f"expected {field} as a number, got (the text )?'2'; pass"):
+        pyzero.LossScale(**{field: "2"})
+
+
+def test_a_whole_number_may_be_a_float():
+    param = nn.Parameter(torch.ones(3))
+    policy = pyzero.LossScale(8.0, growth_interval=1e0, hysteresis=numpy.float32(1))
+    optimizer = pyzero.FusedZeroAdam([param], loss_scale=policy)
+    optimizer.backward(param.sum())
+    optimizer.step()
+    assert optimizer.loss_scale == 16.0
 
 
 def test_a_step_reads_the_inverse_of_the_scale_at_one_address(monkeypatch):

@@ -73,7 +73,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.monitor = Monitor(config, is_first=self.rank == 0)
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: they are left alone
-        self._warns_of_cast = config.auto_cast() is None
+        self._warns_of_cast = config.auto_cast() is None and self.rank == 0
         self._leaves_group = leaves_group
         self._boundary: bool | None = None  # what the caller says of the coming step()
         self._stepped = False

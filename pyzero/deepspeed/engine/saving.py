@@ -161,7 +161,8 @@ class EngineCheckpoints:
             raise ValueError(f"expected the same tag on every rank, got {[*tags]}; pass one to all, or None to all")
         name = names[0]
         if name is None:
-            log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
+            if self.rank == 0:
+                log.warning("no checkpoint is loaded, for there is no file %s; pass a tag, or save one", files.LATEST)
             return None, None
         folder = Path(load_dir) / name
         load = load_checkpoint if loads_all else load_weights

@@ -72,9 +72,11 @@ class Init:
             return
         zero = None if given is None else load(given).zero_optimization
         launcher.join_early(launcher.backend_to_join(from_host=zero is not None and zero.offloads_params()))
+        rank, num_ranks = process.rank_and_size()
         if zero is not None and zero.stage < 3:
-            log.info("zero.Init: the model is built whole, as without it, for the config's stage is below 3")
-        elif process.rank_and_size()[1] == 1:
+            if rank == 0:
+                log.info("zero.Init: the model is built whole, as without it, for the config's stage is below 3")
+        elif num_ranks == 1:
             log.info("zero.Init: the model is built whole, as without it, for there is one rank")
         else:
             handle = data_parallel_group if mpu is None else mpu.get_data_parallel_group()
