@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import pyzero
+from pyzero import copies
 from pyzero.arguments.groups import check_group, check_no_grad, refuse_unknown, refuse_unsupported
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
 from pyzero.comm.group import CollectiveError, Work
 from pyzero.comm.make_transport import make_transport
-from pyzero.comm.process import rank_and_size
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.interface import Gradients
@@ -124,7 +124,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     ) -> None:
         refuse_unknown(unknown, type(self))
         check_params(params)
-        self._subclass_attributes = dict(self.__dict__)  # those that are there before this is called
+        self._subclass_attributes = [*self.__dict__]  # names of those that are there before this is called
         options: ZeroOptions = {
             "stage": stage,
             "max_grad_norm": max_grad_norm,
@@ -476,29 +476,27 @@ class ZeroOptimizer(StateDicts, Optimizer):
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is built from: for pickle and copy.deepcopy, on one rank. As in torch, hooks stay behind."""
-        if self._num_ranks > 1 or rank_and_size()[1] > 1:
-            raise TypeError(
-                f"expected {type(self).__name__} to be pickled or deep-copied on one rank, got several, whose process "
-                f"group a copy would lose; save state_dict(), build another over the copied model, and load it"
-            )
-        groups = [
-            {**group, "params": [*zip(group["param_names"], group["params"], strict=True)]}
-            if "param_names" in group
-            else {**group}
-            for group in self._param_groups
-        ]
+        """What a copy is built from, for pickle and copy.deepcopy on one rank. As in torch, hooks stay behind."""
+        attributes = {name: self.__dict__[name] for name in self._subclass_attributes if name in self.__dict__}
         return {
-            "attributes": self._subclass_attributes,
-            "arguments": (groups, self._rule, self.defaults),
+            "attributes": attributes,
+            "rule": self._rule,
+            "defaults": self.defaults,
             "options": self._options,
-            "state_dict": self.full_state_dict(),
+            **copies.contents(self, self._num_ranks, self._param_buckets.params),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state["attributes"])
-        ZeroOptimizer.__init__(self, *state["arguments"], **state["options"])
-        self.load_state_dict(state["state_dict"])
+        with copies.ready_to_build(state["trained"]):
+            ZeroOptimizer.__init__(self, state["groups"], state["rule"], state["defaults"], **state["options"])
+        copies.restore(self, state["state"])
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            f"expected copy.deepcopy() of {type(self).__name__}, got copy.copy(), whose copy would move the same "
+            f"parameters; deep-copy it together with its model: copy.deepcopy((model, optimizer))"
+        )
 
     def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
         if not reduces:

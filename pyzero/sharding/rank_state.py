@@ -330,7 +330,7 @@ class RankState:
         for saved in self.params:
             views = optimizer.state[saved.param]
             for name, part in saved.parts.items():
-                views[name].copy_(part)
+                views[name].as_strided(part.shape, (1,)).copy_(part)  # flat, where the view has the parameter's shape
             if saved.whole:
                 optimizer.set_full_state(saved.param, {n: saved.whole[n] for n in views if n in saved.whole})
             elif not saved.parts:

@@ -53,6 +53,7 @@ LAYERS = (
     {"full_access"},
     {"status"},
     {"state_dict"},
+    {"copies"},
     {"optimizer"},
     {"optimizers", "optimizers.adam", "optimizers.lamb", "optimizers.lion", "optimizers.sgd"},
     {"optimizers.muon"},

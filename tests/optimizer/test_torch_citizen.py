@@ -258,6 +258,92 @@ def test_copies_train_on_bit_for_bit(kind, options, how):
         assert_same([*other.full_state(theirs).values()], [*optimizer.full_state(mine).values()])
 
 
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_have_the_state_of_what_is_frozen_now_and_what_groups_say(how, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["learning_rate"] = "a note of the caller's"
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(2):
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(model, optimizer)
+    model[0].requires_grad_(False)
+    train(model, optimizer)
+    twin, other = COPIES[how]((model, optimizer))
+    assert not twin[0].weight.requires_grad and not caplog.records
+    assert other.param_groups[0]["learning_rate"] == "a note of the caller's"
+    for one, its_optimizer in ((model, optimizer), (twin, other)):
+        one[0].requires_grad_(True)
+        train(one, its_optimizer)
+    assert_same([*twin.parameters()], [*model.parameters()])
+
+
+class Counting(pyzero.FusedZeroAdam):
+    def __init__(self, params: Any) -> None:
+        self.count = 0
+        super().__init__(params)
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        return super().step(closure)
+
+
+def test_copies_have_a_subclass_attributes_as_they_are_now():
+    optimizer = Counting([nn.Parameter(torch.ones(3))])
+    for _ in range(3):
+        optimizer.step()
+    assert copy.deepcopy(optimizer).count == 3
+
+
+def test_copies_that_would_be_wrong_are_refused(tmp_path):
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdam([param], lr=0.1)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(TypeError, match="expected copy.deepcopy"):
+        copy.copy(optimizer)
+    torch.save((param, optimizer), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(TypeError, match="save in torch's present format"):
+        torch.load(tmp_path / "old.pt", weights_only=False)
+    torch.save((param, optimizer), tmp_path / "new.pt")
+    weight, _ = torch.load(tmp_path / "new.pt", weights_only=False)
+    assert torch.equal(weight, param)
+    leaf = torch.ones(3, requires_grad=True)
+    of_leaf = pyzero.FusedZeroAdam([leaf])
+    leaf.grad = torch.ones(3)
+    with pytest.raises(TypeError, match="call zero_grad"):
+        copy.deepcopy(of_leaf)
+
+
+def given_to_a_process(optimizer: Any) -> None:
+    """Nothing: it does not come so far."""
+
+
+def test_an_optimizer_is_not_given_to_a_process_that_is_spawned():
+    optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))])
+    process = torch.multiprocessing.get_context("spawn").Process(target=given_to_a_process, args=(optimizer,))
+    with pytest.raises(TypeError, match="pass the model and state_dict"):
+        process.start()
+
+
+def test_flat_state_of_one_rank_is_loaded():
+    params, optimizer = lone(pyzero.FusedZeroAdam)
+    give_gradients(params, 0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    wanted = copy.deepcopy(saved)
+    for values in saved["state"].values():
+        values.update({name: values[name].clone().reshape(-1) for name in ("exp_avg", "exp_avg_sq", "master")})
+    _, other = lone(pyzero.FusedZeroAdam)
+    other.load_state_dict(saved)
+    for mine, theirs in zip(other.state_dict()["state"].values(), wanted["state"].values(), strict=True):
+        assert_same([*mine.values()], [*theirs.values()])
+
+
 def copied(group: Any) -> None:
     optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.zeros(3))], process_group=group)
     with pytest.raises(TypeError, match="build another over the copied model"):

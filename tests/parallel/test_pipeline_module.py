@@ -434,7 +434,7 @@ class Failing(nn.Module):
 
 
 def layer_fails(
-    group: Any, stage: int, call: int, how: str, num_stages: int = 4, **sections: Any
+    group: Any, stage: int, call: int, how: str, num_stages: int = 4, ties: bool = False, **sections: Any
 ) -> tuple[list[str], float, list[float]]:
     """What a rank says of a batch in which a layer fails on one stage, or the loss; seconds; losses of other batches.
 
@@ -442,6 +442,8 @@ def layer_fails(
     """
     torch.manual_seed(0)
     layers: list[Any] = [LayerSpec(Failing, WIDTH) for _ in range(4)]
+    if ties:
+        layers[0] = layers[3] = TiedLayerSpec("ends", nn.Linear, WIDTH, WIDTH)
     model = PipelineModule(
         layers, num_stages=num_stages, loss_fn=lambda y, x: fail_in_loss(y, x), partition_method="uniform"
     )
@@ -492,6 +494,16 @@ def test_a_layer_that_fails_is_told_of_on_all_stages(ranks, stage, call, how):
     for at, ((said,), took, _) in enumerate(results):
         told = "PipelineError: got an error in the layers of another rank" if how == "eval" else f"on ranks [{stage}]"
         assert "KeyError: 'as planned'" in said if at == stage else told in said
+        assert took < 4.0
+    assert len({tuple(losses) for _, _, losses in results}) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_so_it_is_where_layers_are_tied(ranks, stage):
+    results = ranks.run(4, functools.partial(layer_fails, num_stages=2, ties=True), stage, 1, "train")
+    for at, ((said,), took, _) in enumerate(results):
+        told = "expected every rank to finish sum_tied_grads"
+        assert "KeyError: 'as planned'" in said if at == 2 * stage else told in said
         assert took < 4.0
     assert len({tuple(losses) for _, _, losses in results}) == 1
 

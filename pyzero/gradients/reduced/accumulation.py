@@ -36,6 +36,9 @@ class InShards(Enum):
     VALUES = auto()
 
 
+_NOTHING, _ZEROS, _VALUES = InShards  # to read one of an enum's class takes as long as ten names do
+
+
 class ParamGrad:
     """One parameter's gradient on this rank."""
 
@@ -49,7 +52,7 @@ class ParamGrad:
         self.generation = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
 
         # The part in the shards:
-        self.in_shards = InShards.NOTHING
+        self.in_shards = _NOTHING
         self.shard_is_stale = False  # the shards still hold a part of a gradient that has been cleared
         self.num_edits = 0  # by the caller; the same on all ranks
         self.product = 1.0  # of the numbers that the caller has multiplied it by, as far as the host knows them
@@ -105,12 +108,12 @@ class ParamGrad:
     @property
     def is_reduced(self) -> bool:
         """A part of the gradient, maybe zeros, lies in the shards."""
-        return self.in_shards is not InShards.NOTHING
+        return self.in_shards is not _NOTHING
 
     @property
     def has_reduced_values(self) -> bool:
         """A part of it that is not known to be zeros does."""
-        return self.in_shards is InShards.VALUES
+        return self.in_shards is _VALUES
 
     @property
     def param(self) -> Tensor:
@@ -162,7 +165,7 @@ class ParamGrad:
         self.shard_is_stale |= was_reduced
         self._leave_published(self.has_reduced_values)
         self.generation += 1
-        self.in_shards, self.is_used = InShards.NOTHING, False
+        self.in_shards, self.is_used = _NOTHING, False
         self.factor = self.main_grad = self._published = self._local = None
         return was_reduced
 
@@ -294,7 +297,7 @@ class ParamGrad:
             self._leave_published(has_rest=True)
             self._published = ShardedGrad.placeholder(self.param, self, self._owner)
         self.main_grad = self._local = None
-        self.in_shards = InShards.VALUES
+        self.in_shards = _VALUES
         self.param.grad = self._published
 
     def mark_sent_as_zeros(self) -> None:
@@ -305,7 +308,7 @@ class ParamGrad:
             self.mark_reduced()
             if not was_seen:  # where nobody could look: observe() is still to follow it
                 self.param.grad = grad
-        self.in_shards = InShards.VALUES if had_values else InShards.ZEROS
+        self.in_shards = _VALUES if had_values else _ZEROS
 
     def mark_replaced(self) -> None:
         """Called when the caller's own value has been written into the shards, on every rank."""
