@@ -31,7 +31,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The ops without their emulators, and of the optimizer its norm and its bits; see CONTRIBUTING.md.
-QUICK := tests/ops tests/build/test_build_spec.py tests/frontend/test_config.py tests/optimizer/test_norm.py \
+QUICK := tests/ops tests/build/test_build_spec.py tests/engine/test_config.py tests/gradients/test_norm.py \
 	tests/optimizer/test_optimizer.py::test_sharded_equals_unsharded_bit_for_bit
 
 test-quick: $(VENV)/.test

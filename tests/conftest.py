@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with torch: its idle
 
 import pytest
 import torch
+from own_groups import OwnGroups
 from ranks import Ranks
 
 from pyzero.ops import env
@@ -28,6 +29,12 @@ def _pool() -> Iterator[Ranks]:
 def ranks(_pool: Ranks) -> Ranks:
     """Four gloo workers for all tests; see tests/support/ranks.py."""
     return _pool
+
+
+@pytest.fixture(scope="module")
+def run(ranks: Ranks) -> OwnGroups:
+    """`ranks.run` with process groups of the call's own."""
+    return OwnGroups(ranks)
 
 
 @pytest.fixture(scope="module", autouse=True)

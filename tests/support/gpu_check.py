@@ -187,11 +187,13 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
 
 def _pytest_ranks() -> tuple[str, ...]:
     """Several gloo ranks whose tensors all lie on the one GPU."""
-    subjects = (
-        *("symmetric_memory_transport", "bucket_order", "zero_lion", "update_rule", "scaled_backward", "broken_off"),
-        *("accumulation", "skips", "torch_clip", "norm", "access"),
-    )
-    paths = [str(ROOT / "tests" / "optimizer" / f"test_{subject}.py") for subject in subjects]
+    subjects = {
+        "comm": ("symmetric_memory_transport",),
+        "gradients": ("accumulation", "broken_off", "norm", "scaled_backward", "skips", "torch_clip"),
+        "optimizer": ("access", "bucket_order", "update_rule", "zero_lion"),
+    }
+    files = (ROOT / "tests" / folder / f"test_{name}.py" for folder, names in subjects.items() for name in names)
+    paths = [str(file) for file in files]
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_workers(MAX_POOLS), *paths)
 
 
@@ -203,7 +205,7 @@ def _workers(most: int) -> tuple[str, ...]:
 
 def _pytest(marker: str) -> tuple[str, ...]:
     """In the folders whose tests may need a GPU: the others import packages that a GPU machine need not have."""
-    others = ("build", "frontend", "support", "__pycache__")
+    others = ("build", "engine", "programs", "tools", "support", "__pycache__")
     folders = [path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and path.name not in others]
     command = [
         sys.executable,

@@ -99,7 +99,7 @@ def test_the_steps(is_amd, tmp_path):
     assert (steps["memcheck"].needs is not None) or not is_amd
     words = steps["tests"].command
     assert words[words.index("-m", 3) + 1] == "cuda and not slow"
-    assert str(ROOT / "tests" / "ops") in words and str(ROOT / "tests" / "frontend") not in words
+    assert str(ROOT / "tests" / "ops") in words and str(ROOT / "tests" / "engine") not in words
 
 
 def test_what_comes_first_in_eight_minutes(tmp_path):

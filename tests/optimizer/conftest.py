@@ -1,9 +1,0 @@
-"""Fixtures of the optimizer's tests."""
-
-import pytest
-from own_groups import OwnGroups
-
-
-@pytest.fixture(scope="module")
-def run(ranks):
-    return OwnGroups(ranks)
