@@ -1,4 +1,4 @@
-"""The fused ops. Importing this compiles nothing; an op's backend is loaded when it is first called."""
+"""The fused ops. Importing this compiles nothing. The first call of an op loads its backend."""
 
 from __future__ import annotations
 

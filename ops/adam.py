@@ -40,35 +40,36 @@ def adam_(
     arXiv 1711.05101) with `decoupled_weight_decay`. Every backend gives the same bits.
 
     Args:
-        master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
+        master: (numel,) fp32 weights. The reference backend also takes fp64, and then computes in fp64.
         exp_avg: (numel,) fp32 first moment.
         exp_avg_sq: (numel,) fp32 second moment.
-        grad: (numel,) fp32, bf16 or fp16; read only. Or a list of contiguous tensors of one of these dtypes and any
-            shape, each read where it is; elements that none of them covers are left alone.
+        grad: (numel,) fp32, bf16 or fp16, only read. Or a list of contiguous tensors of one of these dtypes and any
+            shape, each read in place. Elements without a gradient are left alone.
         lr: Learning rate, a number or a 0-D tensor on the same device.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the denominator.
         weight_decay: L2 penalty, or decoupled decay.
         step: Step count, from 1: a number or a 0-D tensor; with `segment_ids`, (num_segments,) fp32.
-        decoupled_weight_decay: AdamW's decay instead of Adam's.
+        decoupled_weight_decay: Use AdamW's decay instead of Adam's.
         maximize: Ascend instead of descend.
-        grad_scale: Multiplies the gradient in registers: clip coefficient, 1/loss-scale. A number or a 0-D tensor.
-        found_inf: 1-element fp32 tensor; where it is not zero nothing is written.
-        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even. Or up to 16 such
-            tensors of one dtype, which all receive them: this rank's weights, and those of peers in memory that this
+        grad_scale: Factor for the gradient, applied in registers: clip coefficient, 1 / loss scale. A number or a 0-D
+            tensor.
+        found_inf: 1-element fp32 tensor. If it is not zero, nothing is written.
+        param_out: (numel,) bf16, fp16 or fp32. Receives the updated weights, rounded to nearest even. Or up to 16 such
+            tensors of one dtype that all receive them: this rank's weights, and those of peers in memory that this
             device can write.
-        segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
-            that start at a multiple of 16 bytes.
-        active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
-        grad_offsets: Where each tensor of a list begins in `master`, in elements: ascending multiples of 64. Goes with
-            a list, and needs the other tensors to start at a multiple of 16 bytes.
+        segment_ids: (ceil(numel / 64),) int32. Element i belongs to segment `segment_ids[i // 64]`. All other tensors
+            must then start at a multiple of 16 bytes.
+        active: (num_segments,) fp32. Elements of a segment with 0 are left alone. Needs `segment_ids`.
+        grad_offsets: Where each tensor of a list begins in `master`, in elements: ascending multiples of 64. Needs a
+            list, and all tensors but the gradients must start at a multiple of 16 bytes.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or no number where one is wanted.
-        ValueError: A number out of range; shapes, devices, overlap or alignment that do not fit.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above, or a number is not a number.
+        ValueError: A number is out of range; shapes, devices or alignment do not fit; or tensors overlap.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     try:
         fits = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps <= LARGEST and 0.0 <= weight_decay <= LARGEST

@@ -1,7 +1,7 @@
-"""The contract between ops and backends: one frozen object of arguments per op, as in csrc/args.h, and who takes it.
+"""The contract between ops and backends: an immutable tuple of arguments per op, as in csrc/args.h, and a protocol.
 
-An op has checked what it hands over; a backend trusts it. `rows` are the same tensors as plain numbers, see
-`pyzero.ops.rows`: for backends that launch by address.
+An op checks the arguments, and a backend trusts them. `rows` are the same tensors as plain numbers, for backends that
+launch by address; see `pyzero.ops.rows`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 Scalar: TypeAlias = float | Tensor  # a number, or a 0-D fp32 tensor on the tensors' device
 
 SEGMENT_GRANULE = 64  # elements that share one entry of segment_ids; kSegmentGranule in csrc/args.h
-MAX_PARAM_OUTS = 16  # of one call; kMaxParamOuts in csrc/args.h
+MAX_PARAM_OUTS = 16  # per call; kMaxParamOuts in csrc/args.h
 
 
 class AdamHyper(NamedTuple):
-    """What stays the same from step to step; the order is that of AdamHyper in csrc/math/adam.h."""
+    """Hyper-parameters that stay the same from step to step, in the order of AdamHyper in csrc/math/adam.h."""
 
     beta1: float
     beta2: float
@@ -49,7 +49,7 @@ class AdamArgs(NamedTuple):
 
 
 class LionHyper(NamedTuple):
-    """What stays the same from step to step; the order is that of LionHyper in csrc/math/lion.h."""
+    """Hyper-parameters that stay the same from step to step, in the order of LionHyper in csrc/math/lion.h."""
 
     beta1: float
     beta2: float
@@ -75,7 +75,7 @@ class LionArgs(NamedTuple):
 
 
 class SgdHyper(NamedTuple):
-    """What stays the same from step to step; the order is that of SgdHyper in csrc/math/sgd.h."""
+    """Hyper-parameters that stay the same from step to step, in the order of SgdHyper in csrc/math/sgd.h."""
 
     momentum: float
     dampening: float
@@ -92,10 +92,10 @@ class SgdArgs(NamedTuple):
     param_outs: Sequence[Tensor]  # (numel,) each, of one dtype: fp32, bf16 or fp16; up to MAX_PARAM_OUTS
     grads: Sequence[Tensor]  # contiguous, of one dtype, fp32, bf16 or fp16; what none of them covers is left alone
     offsets: Sequence[int]  # element of the shard at which each begins, a multiple of SEGMENT_GRANULE
-    rows: bytes  # of all of the above that there are, in this order; none for the fp64 oracle
+    rows: bytes  # of all tensors above that are not None, in this order; empty for the fp64 oracle
     hyper: SgdHyper
     lr: Scalar
-    step: Scalar | None  # where a buffer is dampened, as in AdamArgs; at 1 the gradient is not
+    step: Scalar | None  # as in AdamArgs, if there is dampening; at step 1 the gradient is not dampened
     grad_scale: Scalar
     found_inf: Tensor | None  # (1,) fp32; not zero: nothing is written
     segment_ids: Tensor | None  # (ceil(numel / SEGMENT_GRANULE),) int32
@@ -135,16 +135,16 @@ class ReduceScatterArgs(NamedTuple):
 
 
 class LossScalePolicy(NamedTuple):
-    """When the scale grows and when it backs off; the order is that of LossScalePolicy in csrc/math/loss_scale.h."""
+    """When the scale grows and when it backs off, in the order of LossScalePolicy in csrc/math/loss_scale.h."""
 
-    growth_factor: float = 2.0  # multiplies the scale after `growth_interval` clean steps in a row
-    backoff_factor: float = 0.5  # multiplies it after an overflow
+    growth_factor: float = 2.0  # factor for the scale after `growth_interval` clean steps in a row
+    backoff_factor: float = 0.5  # factor for the scale after an overflow
     growth_interval: int = 2000  # steps
     min_scale: float = 0.0  # the scale never falls below it
     max_scale: float = math.inf  # the scale never grows above it
-    hysteresis: int = 1  # overflows it takes before the scale falls; they count since the scale last grew
-    growth_delay: int = 0  # clean steps more that the first growth after an overflow takes; DeepSpeed's is 1
-    consecutive_hysteresis: bool = False  # overflows count since the last clean step instead
+    hysteresis: int = 1  # overflows before the scale falls, counted since the scale last grew
+    growth_delay: int = 0  # additional clean steps before the first growth after an overflow; DeepSpeed has 1
+    consecutive_hysteresis: bool = False  # count overflows since the last clean step instead
 
 
 class LossScaleArgs(NamedTuple):
@@ -168,7 +168,7 @@ class StepScalarsArgs(NamedTuple):
 
 
 class Backend(Protocol):
-    """A module or an object with these functions; one that lacks an op is passed over for it."""
+    """A module or an object with these functions. It may lack some: then "auto" picks another backend for them."""
 
     def adam_(self, args: AdamArgs, /) -> None:
         """See `pyzero.ops.adam_`."""

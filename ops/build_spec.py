@@ -1,6 +1,6 @@
-"""How the native modules are built: sources, flags, hash, commands. setup.py and jit.py both read it: no drift.
+"""How the native modules are built: sources, flags, hash, commands. setup.py and jit.py share it, so they agree.
 
-Stdlib only, and free of imports from the package: setup.py loads this file by its path.
+Imports only the standard library, because setup.py loads this file by its path.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# Beside this folder in a checkout and in an installed package alike.
+# Beside this folder, in a checkout and in an installed package.
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
 DEFAULT_CUDA_ARCHS = ("80", "90", "100")
 MAX_OUTPUT_LINES = 60
 
-# No -march=native: a wheel runs on other machines. Contraction off: an fma would change the bits. Without
-# -fno-math-errno sqrtf is not vectorised.
+# No -march=native, because a wheel runs on other machines. Contraction is off, because an fma would change the bits.
+# Without -fno-math-errno, sqrtf is not vectorised.
 _HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 _CXX_FLAGS = ("-O3", "-std=c++17", *_HOST_FLAGS)
 _NVCC_FLAGS = ("-O3", "-std=c++17", "--fmad=false", "-Xcompiler", ",".join(_HOST_FLAGS))
@@ -38,7 +38,7 @@ _X86_ISA_FLAGS = {
 
 
 class CompileError(RuntimeError):
-    """A compiler's failure: the command and the first lines of what it said."""
+    """A compiler failed. Has the command and the first lines of its output."""
 
     def __init__(self, command: Sequence[str], output: str) -> None:
         self.command = shlex.join(command)
@@ -47,7 +47,7 @@ class CompileError(RuntimeError):
 
 
 class ToolchainError(RuntimeError):
-    """Something that a build needs is not on this machine; the message says what, and the remedy."""
+    """Something that a build needs is missing. The message says what, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Spec:
-    """One extension module: what it is made of and what makes it."""
+    """One extension module: its sources, compiler and flags."""
 
     name: str  # as in PyInit_<name>
     root: Path  # the sources' folder
@@ -75,22 +75,22 @@ class Spec:
     compiler: tuple[str, ...]
     flags: tuple[str, ...]
     link_flags: tuple[str, ...] = ("-shared", "-pthread")
-    includes: tuple[str, ...] = ()  # left out of the hash: the same headers lie elsewhere in another environment
+    includes: tuple[str, ...] = ()  # not in the hash, because the same headers lie elsewhere in another environment
     fingerprint: str = ""  # versions of the compiler, of Python's ABI and of pybind11
-    archs: tuple[str, ...] = ()  # of GPUs that it has code for; in the stamp
+    archs: tuple[str, ...] = ()  # GPU architectures that it has code for; in the stamp
 
     def source_hash(self) -> str:
-        """Hash of the names and contents of all sources and headers."""
+        """Return the hash of the names and contents of all sources and headers."""
         return source_hash(self.root, (unit.source for unit in self.units))
 
     def build_hash(self) -> str:
-        """Hash of the sources and of everything else that shapes the module."""
+        """Return the hash of the sources and of everything else that affects the module."""
         units = [(unit.source, unit.flags, unit.tag, unit.stamped) for unit in self.units]
         what = (self.name, self.source_hash(), units, self.flags, self.link_flags, self.fingerprint)
         return _digest([repr(what).encode()])
 
     def compile_commands(self, build_dir: Path) -> list[list[str]]:
-        """One command per object; the last compiles the stamp that read_stamp() finds."""
+        """Return one command per object. The last compiles the stamp that read_stamp() finds."""
         hashes = {"PYZERO_SOURCE_HASH": self.source_hash(), "PYZERO_BUILD_HASH": self.build_hash()}
         stamp_flags = [f'-D{key}="{value}"' for key, value in hashes.items()]
         common = [*self.compiler, *self.flags, f"-I{self.root}", *(f"-I{folder}" for folder in self.includes)]
@@ -103,12 +103,12 @@ class Spec:
         return [*commands, [*self.compiler, *self.flags, *stamp]]
 
     def link_command(self, build_dir: Path, output: Path) -> list[str]:
-        """The command that makes the module from the objects."""
+        """Return the command that links the objects into the module."""
         objects = [str(build_dir / name) for name in (*(unit.object_name for unit in self.units), "stamp.o")]
         return [*self.compiler, *self.link_flags, *objects, "-o", str(output)]
 
     def build(self, build_dir: Path, output: Path) -> None:
-        """Compile and link, with as many compilers at once as there are CPUs. Raises CompileError."""
+        """Compile and link, with one compiler at a time per CPU. Raises CompileError."""
         build_dir.mkdir(parents=True, exist_ok=True)
         text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:{','.join(self.archs)}"
         declared = 'extern "C" { extern const char pyzero_stamp[]; const char pyzero_stamp[] = "%s"; }\n'
@@ -119,48 +119,48 @@ class Spec:
 
 
 def source_hash(root: Path, sources: Iterable[str]) -> str:
-    """Hash of the named sources and of all headers below root."""
+    """Return the hash of the named sources and of all headers below root."""
     headers = (str(path.relative_to(root)) for pattern in ("*.h", "*.cuh") for path in root.rglob(pattern))
     names = sorted({*sources, *headers})
     return _digest(part for name in names for part in (name.encode(), (root / name).read_bytes()))
 
 
 def read_stamp(module: Path) -> tuple[str, str] | None:
-    """(source hash, build hash) of a built module, read from its bytes without loading it."""
+    """Return (source hash, build hash) of a built module. Reads its bytes and does not load it."""
     found = re.search(rb"pyzero-stamp:([0-9a-f]+):([0-9a-f]+):", module.read_bytes())
     return (found[1].decode(), found[2].decode()) if found else None
 
 
 def read_archs(module: Path) -> tuple[str, ...]:
-    """Architectures of GPUs that a built module has code for, as its stamp says; none where it does not."""
+    """Return the GPU architectures that a built module has code for, from its stamp; empty if it names none."""
     found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:([0-9af,]+)\0", module.read_bytes())
     return tuple(found[1].decode().split(",")) if found else ()
 
 
 def runs_on(archs: Sequence[str], gpu: str) -> bool:
-    """Whether `cuda_spec(archs)` has code for a GPU: of an earlier one of its generation, or PTX of any earlier one."""
+    """Whether `cuda_spec(archs)` has code for a GPU: for an earlier one of its generation, or PTX for any earlier."""
     return any(_covers(arch, int(gpu), has_ptx=arch == max(archs, key=_arch_number)) for arch in archs)
 
 
 def _covers(arch: str, gpu: int, has_ptx: bool) -> bool:
     number = _arch_number(arch)
-    if not arch.isdigit():  # 90a: of that GPU alone
+    if not arch.isdigit():  # 90a: only for that GPU
         return number == gpu
     return number <= gpu and (has_ptx or number // 10 == gpu // 10)
 
 
 def cpu_sources(root: Path = CSRC) -> list[str]:
-    """The CPU module's sources, relative to root."""
+    """Return the CPU module's sources, relative to root."""
     return [*(f"cpu/{path.name}" for path in sorted((root / "cpu").glob("*.cpp"))), "bind_cpu.cpp"]
 
 
 def cuda_sources(root: Path = CSRC) -> list[str]:
-    """The CUDA module's sources, relative to root; the slowest to compile first, so that it does not end up alone."""
+    """Return the CUDA module's sources, relative to root. The slowest comes first, so that it runs beside others."""
     return ["bind_cuda.cpp", *(f"cuda/{path.name}" for path in sorted((root / "cuda").glob("*.cu")))]
 
 
 def cpu_spec(cxx: Sequence[str], root: Path = CSRC, machine: str = platform.machine()) -> Spec:
-    """The CPU module: cpu/kernels.cpp once per instruction set, everything else once."""
+    """Return the CPU module's spec: cpu/kernels.cpp once per instruction set, everything else once."""
     isas = _X86_ISA_FLAGS if machine.lower() in ("x86_64", "amd64") else {"baseline": ()}
     have = tuple(f"-DPYZERO_HAVE_{isa.upper()}" for isa in isas if isa != "baseline")
     units = []
@@ -175,7 +175,7 @@ def cpu_spec(cxx: Sequence[str], root: Path = CSRC, machine: str = platform.mach
 
 
 def cuda_spec(nvcc: Sequence[str], archs: Sequence[str] = (), root: Path = CSRC) -> Spec:
-    """The CUDA module for the named architectures, with PTX of the highest for later ones."""
+    """Return the CUDA module's spec for these architectures, with PTX of the highest for later ones."""
     archs = sorted(archs, key=_arch_number) or default_cuda_archs(nvcc)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -187,7 +187,7 @@ def cuda_spec(nvcc: Sequence[str], archs: Sequence[str] = (), root: Path = CSRC)
 
 
 def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:
-    """Those of DEFAULT_CUDA_ARCHS that this nvcc knows."""
+    """Return those of DEFAULT_CUDA_ARCHS that this nvcc knows. Raises ToolchainError if it knows none."""
     known = _output([*nvcc, "--list-gpu-code"]).split()
     archs = [arch for arch in DEFAULT_CUDA_ARCHS if f"sm_{arch}" in known]
     if not archs:
@@ -196,7 +196,7 @@ def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:
 
 
 def find_cxx(asked: Sequence[str] = ()) -> tuple[str, ...]:
-    """The C++ compiler's command: `asked` ($CXX), c++, g++ or clang++. Raises ToolchainError."""
+    """Return the C++ compiler's command: `asked` ($CXX), c++, g++ or clang++. Raises ToolchainError."""
     for command in [tuple(asked)] if asked else [("c++",), ("g++",), ("clang++",)]:
         if os.name == "posix" and shutil.which(command[0]):
             return command
@@ -205,7 +205,7 @@ def find_cxx(asked: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def find_nvcc(cuda_home: str | None = None) -> tuple[str, ...]:
-    """nvcc's command: in `cuda_home`, else on PATH, else in /usr/local/cuda. Raises ToolchainError."""
+    """Return nvcc's command: in `cuda_home` if given, else on PATH or in /usr/local/cuda. Raises ToolchainError."""
     folders = [str(Path(cuda_home, "bin"))] if cuda_home else [None, "/usr/local/cuda/bin"]
     for folder in folders:
         if found := shutil.which("nvcc", path=folder):
@@ -215,7 +215,7 @@ def find_nvcc(cuda_home: str | None = None) -> tuple[str, ...]:
 
 
 def python_includes() -> tuple[str, ...]:
-    """Folders of Python's and pybind11's headers. Raises ToolchainError."""
+    """Return the folders of Python's and pybind11's headers. Raises ToolchainError."""
     folders = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
     if not any(Path(folder, "Python.h").is_file() for folder in folders):
         raise ToolchainError(f"no Python.h in {', '.join(folders)}; install Python's headers (python3-dev)")
@@ -226,12 +226,12 @@ def python_includes() -> tuple[str, ...]:
 
 
 def compiler_version(compiler: Sequence[str]) -> str:
-    """What the compiler says of itself."""
+    """Return the output of the compiler's --version."""
     return _output([*compiler, "--version"]).strip()
 
 
 def num_cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

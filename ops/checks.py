@@ -1,4 +1,4 @@
-"""What every op checks at the door: got, wanted, remedy, before anything is written."""
+"""The checks that every op makes before it writes anything. Their errors say got, wanted and remedy."""
 
 from collections.abc import Iterable, Sequence
 from operator import add, gt
@@ -14,7 +14,7 @@ SUMSQ_DTYPES = (torch.float32, torch.float64)
 
 
 def check_flat(name: str, tensor: Tensor, *, numel: int | None = None) -> None:
-    """A 1-D contiguous tensor, of `numel` elements where that is given."""
+    """Raise unless it is a 1-D contiguous tensor, of `numel` elements if that is given."""
     if tensor.dim() != 1 or not tensor.is_contiguous():
         raise ValueError(
             f"expected {name} to be a contiguous 1-D tensor, got shape {tuple(tensor.shape)} with strides "
@@ -28,7 +28,7 @@ def check_flat(name: str, tensor: Tensor, *, numel: int | None = None) -> None:
 
 
 def check_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], remedy: str) -> None:
-    """One of the wanted dtypes."""
+    """Raise unless the dtype is one of the wanted ones."""
     if tensor.dtype not in wanted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
         got = str(tensor.dtype).removeprefix("torch.")
@@ -36,13 +36,13 @@ def check_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], remedy
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """The device that the op runs on."""
+    """Raise unless the tensor is on the op's device."""
     if tensor.device != device:
         raise ValueError(f"expected {name} on {device}, got {tensor.device}; move it with {name}.to({str(device)!r})")
 
 
 def check_list(name: str, tensors: Sequence[Tensor]) -> None:
-    """A list of tensors, and not one, whose rows a loop would take for them."""
+    """Raise TypeError if it is one tensor instead of a list: a loop would take its rows for tensors."""
     if isinstance(tensors, Tensor):
         raise TypeError(
             f"expected {name} as a list of tensors, got a tensor of shape {tuple(tensors.shape)}; pass [tensor], or "
@@ -51,7 +51,7 @@ def check_list(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
-    """A list of contiguous fp32, bf16 or fp16 tensors on one device."""
+    """Raise unless all are contiguous fp32, bf16 or fp16 tensors on the device."""
     for index, tensor in enumerate(tensors):
         if tensor.dtype in FLOAT_DTYPES and tensor.is_contiguous() and tensor.device == device:
             continue
@@ -65,7 +65,7 @@ def check_gradients(name: str, tensors: Sequence[Tensor], device: torch.device) 
 
 
 def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
-    """A python number as float; a tensor as a 0-D fp32 tensor on `device`, with no host read."""
+    """Return a Python number as float, or a tensor as a 0-D fp32 tensor on `device`, without a host read."""
     if type(value) is float:
         return value
     if not isinstance(value, Tensor):
@@ -74,7 +74,7 @@ def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
         return float(value)
     check_device(name, value, device)
     if value.dim() == 0 and value.dtype is torch.float32 and not value.requires_grad:
-        return value  # what follows takes 3 us
+        return value  # the rest takes 3 us
     if value.numel() != 1:
         raise ValueError(
             f"expected {name} as a number or a tensor of one element, got shape {tuple(value.shape)}; "
@@ -84,7 +84,7 @@ def as_scalar(name: str, value: Scalar, device: torch.device) -> Scalar:
 
 
 def check_offsets(name: str, numel: int, counts: Sequence[int], offsets: Sequence[int]) -> None:
-    """Where tensors of `counts` elements go in a flat one of `numel`: side by side or apart, in order."""
+    """Raise unless tensors of `counts` elements fit at these offsets in a flat one of `numel`, in order."""
     if len(offsets) != len(counts):
         raise ValueError(f"expected {len(counts)} offsets, one per tensor, got {len(offsets)}; pass one each")
     ends = [0, *map(add, offsets, counts)]
@@ -99,7 +99,7 @@ def check_offsets(name: str, numel: int, counts: Sequence[int], offsets: Sequenc
 
 
 def is_vector(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> bool:
-    """A flat tensor of `numel` elements on the device: the checks above in one, where all is well."""
+    """Whether it is a flat tensor of this dtype, `numel` and device. The checks above say what is wrong."""
     return (
         tensor.dtype is dtype
         and tensor.dim() == 1
@@ -110,7 +110,7 @@ def is_vector(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.devi
 
 
 def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """A tensor of one element."""
+    """Raise unless it is a tensor of one element, of one of the dtypes, on the device."""
     if tensor.dtype in dtypes and tensor.numel() == 1 and tensor.device == device:
         return
     check_dtype(name, tensor, dtypes, "make it with torch.zeros(1)")
@@ -119,7 +119,7 @@ def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: 
 
 
 def check_grad_stats(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
-    """The two places where a pass over gradients reports."""
+    """Check the two outputs of a pass over gradients."""
     if found_inf is not None:
         check_one("found_inf", found_inf, FLAG_DTYPES, device)
     if sumsq is not None:
@@ -127,7 +127,7 @@ def check_grad_stats(found_inf: Tensor | None, sumsq: Tensor | None, device: tor
 
 
 def check_disjoint(named: Iterable[tuple[str, Tensor]]) -> None:
-    """No two of them share memory."""
+    """Raise if two of them share memory."""
     spans = sorted(
         (start, start + tensor.numel() * tensor.element_size(), name)
         for name, tensor in named

@@ -33,21 +33,21 @@ def _words(name: str) -> tuple[str, ...]:
 
 
 def build() -> str:
-    """What setup.py builds: one of BUILD_CHOICES."""
+    """Return what setup.py builds: one of BUILD_CHOICES."""
     return _choice("PYZERO_BUILD", BUILD_CHOICES)
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """Architectures asked for, as in ("80", "90"); empty where unset."""
+    """Return the architectures asked for, as in ("80", "90"); empty if unset."""
     archs = tuple(arch.removeprefix("sm_").replace(".", "") for arch in _words("PYZERO_CUDA_ARCHS"))
     for arch in archs:
-        if not arch[:-1].isdigit():  # 90a is one too
+        if not arch[:-1].isdigit():  # 90a is valid too
             raise ValueError(f"got {arch!r} in PYZERO_CUDA_ARCHS, wanted numbers as in 80;90; correct it or unset it")
     return archs
 
 
 def cache_dir() -> Path:
-    """Where modules built at first use are kept. Raises RuntimeError where this user has no home to keep them in."""
+    """Return the folder of modules built at first use. Raises RuntimeError if this user has no home folder."""
     if asked := os.environ.get("PYZERO_CACHE_DIR"):
         return Path(asked).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -55,12 +55,12 @@ def cache_dir() -> Path:
 
 
 def jit_enabled() -> bool:
-    """False where PYZERO_JIT=0."""
+    """Whether kernels may be built at first use: PYZERO_JIT is not 0."""
     return _choice("PYZERO_JIT", ("1", "0")) == "1"
 
 
 def default_backend() -> str:
-    """What backend="auto" stands for: one of BACKEND_CHOICES."""
+    """Return the meaning of backend="auto": one of BACKEND_CHOICES."""
     return _choice("PYZERO_BACKEND", BACKEND_CHOICES)
 
 
@@ -80,7 +80,7 @@ def num_threads() -> int | None:
 
 
 def cxx() -> tuple[str, ...]:
-    """The C++ compiler asked for by $CXX, split into words; empty where unset."""
+    """Return the C++ compiler of $CXX, split into words; empty if unset."""
     value = os.environ.get("CXX", "")
     try:
         return tuple(shlex.split(value))
@@ -89,10 +89,10 @@ def cxx() -> tuple[str, ...]:
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit asked for by $CUDA_HOME or $CUDA_PATH."""
+    """Return the CUDA toolkit of $CUDA_HOME or $CUDA_PATH, or None."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
 
 
 def triton_interpreted() -> bool:
-    """True where Triton's kernels run in its interpreter (triton's own variable)."""
+    """Whether Triton's kernels run in its interpreter. Reads Triton's own variable."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -1,4 +1,4 @@
-"""Builds a native module at first use: once per machine, however many processes ask, and never half."""
+"""Build a native module at first use: once for all processes with the same cache folder, and never half a file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ except ImportError:  # not POSIX: without a lock several processes may compile, 
     fcntl = None  # type: ignore[assignment]
 
 Kind = Literal["cpu", "cuda"]
-_SECONDS = {"cpu": 15, "cuda": 30}  # to tell the user what to expect: 2 cores, one CUDA architecture
+_SECONDS = {"cpu": 15, "cuda": 30}  # told to the user; measured with 2 cores and one CUDA architecture
 
 log = logging.getLogger("pyzero")
 
 
 class JitError(RuntimeError):
-    """Kernels could not be built at first use; the message has the reason or the compiler's output, and the remedy."""
+    """Kernels could not be built at first use. The message has the reason or the compiler's output, and the remedy."""
 
 
 def make_spec(kind: Kind) -> Spec:
-    """The spec for this machine. Raises ToolchainError where something is missing."""
+    """Return the spec for this machine. Raises ToolchainError if something is missing."""
     if kind == "cpu":
         return build_spec.cpu_spec(build_spec.find_cxx(env.cxx()))
     nvcc = build_spec.find_nvcc(env.cuda_home())
@@ -42,7 +42,7 @@ def make_spec(kind: Kind) -> Spec:
 
 
 def present_cuda_archs() -> tuple[str, ...]:
-    """Architectures of the visible GPUs, as in ("90",). Raises ToolchainError where there is none."""
+    """Return the architectures of the visible GPUs, as in ("90",). Raises ToolchainError if there is none."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -52,7 +52,7 @@ def present_cuda_archs() -> tuple[str, ...]:
 
 
 def unavailable_reason(kind: Kind) -> str | None:
-    """Why load() cannot even try, or None. Builds nothing."""
+    """Return why load() cannot even try, or None. Builds nothing."""
     if not env.jit_enabled():
         return "building at first use is switched off by PYZERO_JIT=0"
     try:
@@ -63,7 +63,7 @@ def unavailable_reason(kind: Kind) -> str | None:
 
 
 def last_failure(kind: Kind) -> str | None:
-    """The command and the compiler's words of a build that failed, and has not succeeded since; or None. Not cheap."""
+    """Return the command and output of a failed build, unless a later one succeeded; or None. Not cheap."""
     with contextlib.suppress(OSError, RuntimeError):  # nothing noted, or nothing to build with
         module = module_path(make_spec(kind), env.cache_dir())
         return None if module.exists() else _note_of_failure(module).read_text()
@@ -71,7 +71,7 @@ def last_failure(kind: Kind) -> str | None:
 
 
 def load(kind: Kind) -> ModuleType:
-    """The module for this machine, built now if no process of this user has built it yet. Raises JitError."""
+    """Return the module for this machine. Build it if the cache folder lacks it. Raises JitError."""
     if reason := unavailable_reason(kind):
         raise JitError(f"cannot build the {kind} kernels: {reason}")
     spec = make_spec(kind)
@@ -98,21 +98,21 @@ def import_file(name: str, path: Path) -> ModuleType:
 
 
 def module_path(spec: Spec, folder: Path) -> Path:
-    """Where the module lies within a cache folder."""
+    """Return the module's path in a cache folder."""
     return folder / f"{spec.name}-{spec.build_hash()}{build_spec.EXT_SUFFIX}"
 
 
 def build(spec: Spec, seconds: int = 0) -> Path:
-    """Path of the built module. Compiles at most once per cache folder; raises JitError with the compiler's output."""
-    with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be looked into, or a user without a home
+    """Return the path of the built module. Compiles at most once per cache folder. Raises JitError."""
+    with contextlib.suppress(OSError, RuntimeError):  # the folder cannot be read, or the user has no home folder
         module = module_path(spec, env.cache_dir())
-        if module.exists():  # a read-only cache that somebody else has filled will do
+        if module.exists():  # a read-only cache will do if another user has filled it
             return module
     module = module_path(spec, _writable_folder())
     with _locked(module.with_suffix(".lock")) as is_alone:
         if module.exists():  # another process was faster
             return module
-        leftovers = module.parent.glob(f"{module.stem}.*.build") if is_alone else ()  # of builds that were killed
+        leftovers = module.parent.glob(f"{module.stem}.*.build") if is_alone else ()  # from builds that were killed
         for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
         log.warning("building %s with %s, once; about %d s", spec.name, spec.compiler[0], seconds)
@@ -121,7 +121,7 @@ def build(spec: Spec, seconds: int = 0) -> Path:
 
 
 def _note_of_failure(module: Path) -> Path:
-    """For `last_failure`. A start tries all the same: what was wrong may not show in the module's name."""
+    """Return the file that `last_failure` reads. Later builds ignore it: the cause may be gone under the same name."""
     return module.with_suffix(".failed")
 
 
@@ -130,7 +130,7 @@ def _build_into(spec: Spec, module: Path) -> None:
     try:
         unfinished = Path(folder, module.name)
         spec.build(Path(folder), unfinished)
-        _fsync(unfinished)  # else a power cut could leave an empty file under the final name
+        _fsync(unfinished)  # otherwise a power cut could leave an empty file under the final name
         unfinished.replace(module)
         with contextlib.suppress(OSError):
             _note_of_failure(module).unlink()
@@ -152,17 +152,17 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock that the kernel takes back when its holder dies; yields whether there is one to hold."""
+    """Hold a lock that the kernel releases when its holder dies. Yield whether it holds one."""
     try:
         file = path.open("a")
-    except PermissionError:  # made by another user, who shares the folder
+    except PermissionError:  # another user who shares the folder has made it
         file = path.open("r")
     with file:
         yield fcntl is not None and _flock(file, path.stem)
 
 
 def _flock(file: TextIO, name: str) -> bool:
-    """False where the file system has no locks: then several processes may compile, and the last rename wins."""
+    """Lock a file. Return False if the file system has no locks; then several processes may compile at once."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,7 +174,7 @@ def _flock(file: TextIO, name: str) -> bool:
 
 
 def _writable_folder() -> Path:
-    """The cache folder, or one in the temporary directory where the cache cannot be written."""
+    """Return the cache folder, or one in the temporary directory if the cache cannot be written."""
     try:
         wanted = env.cache_dir()
         wanted.mkdir(parents=True, exist_ok=True)
@@ -193,4 +193,4 @@ def _temporary_folder() -> Path:
         found = folder.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
             return folder
-    return Path(tempfile.mkdtemp(prefix="pyzero-"))  # the name is somebody else's: never load code from there
+    return Path(tempfile.mkdtemp(prefix="pyzero-"))  # another user has that folder: never load code from there

@@ -32,34 +32,33 @@ def lion_(
 ) -> None:
     """Update `master` and `exp_avg` in place by one step of Lion, in fp32.
 
-    The formula is that of Chen et al. (arXiv 2302.06675), with decoupled weight decay: `master` is multiplied by
-    `1 - lr * weight_decay`, then moves by `lr` against the sign of `beta1 * exp_avg + (1 - beta1) * grad`, not at all
-    where that is 0; `exp_avg` becomes `beta2 * exp_avg + (1 - beta2) * grad`. Every backend gives the same bits.
+    The formula is that of Chen et al. (arXiv 2302.06675), with decoupled weight decay. `master` is multiplied by
+    `1 - lr * weight_decay`, and then moves by `lr` against the sign of `beta1 * exp_avg + (1 - beta1) * grad`; it does
+    not move if that is 0. `exp_avg` becomes `beta2 * exp_avg + (1 - beta2) * grad`. Every backend gives the same bits.
 
     Args:
-        master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
+        master: (numel,) fp32 weights. The reference backend also takes fp64, and then computes in fp64.
         exp_avg: (numel,) fp32 moment.
-        grad: (numel,) fp32, bf16 or fp16; read only. Or a list, as in adam_.
+        grad: (numel,) fp32, bf16 or fp16, only read. Or a list, as in adam_.
         lr: Learning rate, a number or a 0-D tensor on the same device.
         beta1: Weight of the moment in the update.
         beta2: Decay of the moment.
         weight_decay: Decoupled decay.
         maximize: Ascend instead of descend.
-        grad_scale: Multiplies the gradient in registers: clip coefficient, 1/loss-scale. A number or a 0-D tensor.
-        found_inf: 1-element fp32 tensor; where it is not zero nothing is written. Without it a NaN gradient makes NaN.
-        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even. Or up to 16 such
-            tensors of one dtype, which all receive them: this rank's weights, and those of peers in memory that this
-            device can write.
-        segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
-            that start at a multiple of 16 bytes. Matters where some segment is not active.
-        active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
+        grad_scale: Factor for the gradient, applied in registers, as in adam_. A number or a 0-D tensor.
+        found_inf: 1-element fp32 tensor. If it is not zero, nothing is written. Without it a NaN gradient makes NaN.
+        param_out: (numel,) bf16, fp16 or fp32. Receives the updated weights, rounded to nearest even. Or up to 16 such
+            tensors of one dtype, as in adam_.
+        segment_ids: (ceil(numel / 64),) int32. Element i belongs to segment `segment_ids[i // 64]`. All other tensors
+            must then start at a multiple of 16 bytes. Matters only if some segment is not active.
+        active: (num_segments,) fp32. Elements of a segment with 0 are left alone. Needs `segment_ids`.
         grad_offsets: Where each tensor of a list begins, as in adam_.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or no number where one is wanted.
-        ValueError: A number out of range; shapes, devices, overlap or alignment that do not fit.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above, or a number is not a number.
+        ValueError: A number is out of range; shapes, devices or alignment do not fit; or tensors overlap.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     try:
         fits = 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= weight_decay <= LARGEST

@@ -1,4 +1,4 @@
-"""loss_scale_update_: the loss-scale state machine, one step, on the device."""
+"""loss_scale_update_: one step of the loss-scale state machine, on the device."""
 
 import functools
 import math
@@ -13,12 +13,12 @@ from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
 from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, is_vector
 
 _REMEDY = "make it with pyzero.ops.loss_scale.loss_scale_state()"
-_WHOLE = {"growth_interval": 1, "hysteresis": 1, "growth_delay": 0}  # fields, and their least values
+_WHOLE = {"growth_interval": 1, "hysteresis": 1, "growth_delay": 0}  # fields with whole numbers, and their least values
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
 
 
 def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str, growth_delay: int = 0) -> Tensor:
-    """A fresh (5,) fp32 state: scale, growth tracker, hysteresis left, skipped steps, skips in a row."""
+    """Make a (5,) fp32 state: scale, growth tracker, hysteresis left, skipped steps, skips in a row."""
     fresh = [init_scale, 0.0 - growth_delay, float(hysteresis), 0.0, 0.0]
     return torch.tensor(fresh, dtype=torch.float32, device=device)
 
@@ -30,22 +30,22 @@ def loss_scale_update_(
     backend: str = "auto",
     **policy: Any,
 ) -> None:
-    """Advance the loss scale by one step in place, with no host read.
+    """Advance the loss scale by one step in place, without a host read.
 
-    The rule is torch.amp.GradScaler's: after an overflow the scale is multiplied by `backoff_factor`; after
-    `growth_interval` clean steps in a row by `growth_factor`. With `hysteresis` h the first h - 1 overflows since the
-    scale last grew (with `consecutive_hysteresis`: since the last clean step) leave it alone.
+    The rule is torch.amp.GradScaler's. An overflow multiplies the scale by `backoff_factor`, and `growth_interval`
+    clean steps in a row multiply it by `growth_factor`. With `hysteresis` h, the first h - 1 overflows since the scale
+    last grew (with `consecutive_hysteresis`: since the last clean step) do not change it.
 
     Args:
-        state: (5,) fp32, which `pyzero.ops.loss_scale.loss_scale_state` makes.
-        found_inf: 1-element fp32 tensor; not zero: this step overflowed.
+        state: (5,) fp32, from `pyzero.ops.loss_scale.loss_scale_state`.
+        found_inf: 1-element fp32 tensor. If it is not zero, this step overflowed.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
         **policy: Fields of `ops.backend.LossScalePolicy`, as in `growth_interval=1000`; the defaults are torch's.
 
     Raises:
-        TypeError: A state or flag that is not fp32, or a field that there is not, or is no number.
-        ValueError: Shapes or devices that do not fit, or a field out of range.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: The state or the flag is not fp32, or a field does not exist or is not a number.
+        ValueError: Shapes or devices do not fit, or a field is out of range.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     device = state.device
     if not is_vector(state, torch.float32, len(STATE_SLOTS), device):
@@ -55,7 +55,7 @@ def loss_scale_update_(
     registry.pick("loss_scale_update_", backend, device).loss_scale_update_(args)
 
 
-@functools.lru_cache(32)  # of as many optimizers: each has one or two, for all steps
+@functools.lru_cache(32)  # each optimizer has one or two for all steps
 def _checked(policy: LossScalePolicy) -> LossScalePolicy:
     wanted = wanted_of_policy(policy)
     if wanted is not None:
@@ -68,7 +68,7 @@ def _checked(policy: LossScalePolicy) -> LossScalePolicy:
 
 
 def wanted_of_policy(policy: LossScalePolicy) -> str | None:
-    """What a policy was expected to be and is not; None where it can work. TypeError where a field is no number."""
+    """Return the condition that a policy does not meet, or None. Raise TypeError if a field is not a number."""
     for name, value in policy._asdict().items():
         if not isinstance(value, numbers.Real):
             raise TypeError(f"expected {name} as a number, got {value!r}; pass one, or leave {name} out")

@@ -1,4 +1,4 @@
-"""The C++ and CUDA modules: loaded (built ahead of time, else jit.py's), and called with pointers for tensors."""
+"""Load the C++ and CUDA modules (built ahead of time, else by jit.py), and call them with pointers for tensors."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _loading = threading.Lock()
 
 
 def ahead_of_time_path(kind: Kind) -> Path | None:
-    """The module that pip built, stale or not; None where there is none."""
-    # Not importlib.util.find_spec: once the JIT's module is loaded, it answers with that.
+    """Return the path of the module that pip built, stale or not; None if there is none."""
+    # Not importlib.util.find_spec, because that finds the JIT's module once it is loaded.
     found = PathFinder.find_spec(f"_native_{kind}", pyzero.__path__)
     return Path(found.origin) if found is not None and found.origin is not None else None
 
 
 def stale_reason(kind: Kind) -> str | None:
-    """Why the module that pip built does not fit the sources beside the package, or this machine's GPUs; or None."""
+    """Return why the module that pip built does not fit the sources in the package or this machine's GPUs; or None."""
     path = ahead_of_time_path(kind)
     if path is None or not build_spec.CSRC.is_dir():
         return None
@@ -70,7 +70,7 @@ def _foreign_reason(path: Path) -> str | None:
 
 
 def unavailable_reason(kind: Kind) -> str | None:
-    """Why load() cannot even try, or None. Cheap: builds and imports nothing."""
+    """Return why load() cannot even try, or None. Cheap: builds and imports nothing."""
     stale = stale_reason(kind)
     if stale is None and ahead_of_time_path(kind) is not None:
         return None
@@ -79,7 +79,7 @@ def unavailable_reason(kind: Kind) -> str | None:
 
 
 def load(kind: Kind) -> ModuleType:
-    """The module, built now if need be. Raises JitError; a failed build is not tried twice in one process."""
+    """Return the module. Build it if needed. Raises JitError; a process does not try a failed build twice."""
     with _loading:
         loaded = _load(kind)
     if isinstance(loaded, JitError):
@@ -102,15 +102,15 @@ def _load(kind: Kind) -> ModuleType | JitError:
 
 
 def forget() -> None:
-    """Look anew at the next load(): the environment has changed (tests)."""
+    """Forget loaded modules, so that the next load() looks again. For tests that change the environment."""
     _load.cache_clear()
     backend.cache_clear()
 
 
 def share_row_reader() -> None:
-    """Let the C++ module read tensors for a backend that is not in C++, where pip has built it: see `rows`."""
+    """If pip has built the C++ module, let it read tensors for a backend that is not in C++; see `rows`."""
     if ahead_of_time_path("cpu") is not None and stale_reason("cpu") is None:
-        with contextlib.suppress(JitError):  # it cannot be imported; python reads, too
+        with contextlib.suppress(JitError):  # it cannot be imported: Python reads them
             backend("cpu")
 
 
@@ -122,19 +122,19 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _scalar(value: Scalar) -> float | int:
-    """A float is a number, an int the address of one: see csrc/bind_common.h."""
+    """Return a number as float, or a tensor's address as int; see csrc/bind_common.h."""
     return value if isinstance(value, float) else value.data_ptr()
 
 
 class NativeBackend:
-    """The ops over one native module; a subclass says what memory and launch arguments its launches want."""
+    """The ops over one native module. A subclass gives the workspace and the last arguments of a launch."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
         rows.use_reader_of(module)
 
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
-        """The last arguments of every launch."""
+        """Return the last arguments of every launch."""
         raise NotImplementedError
 
     def _adam_workspace(self, device: torch.device, num_segments: int) -> Tensor | None:
@@ -144,7 +144,7 @@ class NativeBackend:
         return None
 
     def _with_workspace(self, workspace: Tensor | None, device: torch.device) -> tuple[int, ...]:
-        """The last arguments of a launch that may need a workspace."""
+        """Return the last arguments of a launch that may need a workspace."""
         return self._launch_args(device)
 
     def adam_(self, args: AdamArgs) -> None:
@@ -252,21 +252,21 @@ class NativeBackend:
 
 
 class CpuBackend(NativeBackend):
-    """The C++ module: a launch takes the number of threads, and no workspace."""
+    """The ops over the C++ module. A launch takes the number of threads, and no workspace."""
 
     def __init__(self, module: ModuleType) -> None:
         super().__init__(module)
-        self.num_threads = env.num_threads()  # None: torch's, whatever that is at the launch
+        self.num_threads = env.num_threads()  # None: torch's number at the launch
 
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
-        of_torch = torch.get_num_threads()  # asked in any case: in a new thread torch tells OpenMP by it
+        of_torch = torch.get_num_threads()  # always called: in a new thread this sets OpenMP's number
         return (self.num_threads or of_torch,)
 
 
 class CudaBackend(NativeBackend):
-    """The CUDA module: a launch takes a workspace, the device and the caller's current stream.
+    """The ops over the CUDA module. A launch takes a workspace, the device and the caller's current stream.
 
-    A workspace may be dropped once the launch is queued: the caching allocator hands its memory on in stream order.
+    A workspace may be freed once the launch is queued, because the caching allocator reuses memory in stream order.
     """
 
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
@@ -284,5 +284,5 @@ class CudaBackend(NativeBackend):
 
 @functools.cache
 def backend(kind: Kind) -> NativeBackend:
-    """The internal ops of the C++ or the CUDA module. Raises JitError where it cannot be built."""
+    """Return the ops of the C++ or the CUDA module. Raises JitError if it cannot be built."""
     return CpuBackend(load(kind)) if kind == "cpu" else CudaBackend(load(kind))

@@ -1,4 +1,4 @@
-"""pack_: gather the gradients of one bucket, with the cast, in one launch."""
+"""pack_: copy and cast the gradients of one bucket in one launch."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -31,15 +31,15 @@ def pack_(
 
     Args:
         bucket: (numel,) fp32, bf16 or fp16.
-        tensors: Contiguous fp32, bf16 or fp16 tensors of any shape, dtypes mixed or not. May be empty.
+        tensors: Contiguous fp32, bf16 or fp16 tensors of any shape; dtypes may be mixed. May be empty.
         offsets: Where each tensor starts, in elements, ascending. None: back to back from 0.
-        scale: Multiplies in fp32 before the rounding; a number or a 0-D tensor on the same device.
+        scale: A factor, applied in fp32 before the rounding; a number or a 0-D tensor on the same device.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or a tensor in place of a list.
-        ValueError: Tensors that do not fit the bucket, overlap in it, or overlap it.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above, or a tensor is passed instead of a list.
+        ValueError: Tensors do not fit into the bucket, overlap in it, or share memory with it.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     check_list("tensors", tensors)
     device = bucket.device

@@ -1,4 +1,4 @@
-"""reduce_scatter_: the arithmetic half of a reduce-scatter, and all that follows it, in one pass."""
+"""reduce_scatter_: the sum of a reduce-scatter, with scale, check and sum of squares, in one pass."""
 
 from collections.abc import Sequence
 
@@ -29,21 +29,21 @@ def reduce_scatter_(
     sumsq: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """`shard = [shard +] scale * (slices[0] + slices[1] + ...)`, summed in rank order and in fp32.
+    """Compute `shard = [shard +] scale * (slices[0] + slices[1] + ...)`, summed in rank order and in fp32.
 
     Args:
         shard: (numel,) fp32, this rank's part of the bucket.
         slices: One (numel,) tensor per rank, all fp32, all bf16 or all fp16, in rank order.
         scale: 1 / world size, 1 / loss scale, or their product; a number or a 0-D tensor on the same device.
-        accumulate: Add to what the shard holds instead of replacing it.
-        found_inf: 1-element fp32 tensor, set to 1 if the shard then holds an inf or a NaN; or None.
-        sumsq: 1-element fp32 or fp64 tensor, to which the sum of squares of the shard as it then is, is added.
+        accumulate: Add to the shard's values instead of replacing them.
+        found_inf: 1-element fp32 tensor, set to 1 if the new shard holds an inf or a NaN; or None.
+        sumsq: 1-element fp32 or fp64 tensor. The sum of squares of the new shard is added to it. Or None.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or slices of several; or a tensor in place of a list.
-        ValueError: No slices, or shapes, devices or memory that do not fit.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above, slices have several, or a tensor is passed instead of a list.
+        ValueError: There are no slices; shapes or devices do not fit; or a slice shares memory with the shard.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     check_list("slices", slices)
     device = shard.device

@@ -1,4 +1,4 @@
-"""The table of backends: whom each serves, why one is unavailable, and which one an op takes."""
+"""The table of backends: each one's devices, why one is unavailable, and which one runs an op."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOGGED_LINES = 8  # of a compiler's output, when "auto" goes on without it
 
 
 class BackendUnavailableError(RuntimeError):
-    """The backend that was asked for cannot run; the message says why."""
+    """The chosen backend cannot run. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ BACKENDS = {
 
 
 def ladder(device_type: str) -> list[Entry]:
-    """The backends that "auto" tries for a device type, best first."""
+    """Return the backends that "auto" tries for a device type, best first."""
     rows = [row for row in BACKENDS.values() if device_type in row.auto_for or "*" in row.auto_for]
     return [row for row in rows if row.name != "triton" or not env.triton_interpreted()]
 
@@ -102,11 +102,11 @@ _picked: dict[tuple[str, str, torch.device], Backend] = {}
 
 
 def pick(op: str, backend: str, device: torch.device) -> Backend:
-    """The backend that runs `op` (as in "adam_") on `device`; decided once.
+    """Return the backend that runs `op` (as in "adam_") on `device`. It is chosen once.
 
     Raises:
-        ValueError: there is no backend of that name.
-        BackendUnavailableError: the backend was asked for by name and cannot run.
+        ValueError: There is no backend of that name.
+        BackendUnavailableError: The caller named the backend, and it cannot run.
     """
     key = (op, backend, device)
     found = _picked.get(key)
@@ -116,13 +116,13 @@ def pick(op: str, backend: str, device: torch.device) -> Backend:
 
 
 def check_name(backend: str) -> None:
-    """Raise ValueError where there is no backend of that name."""
+    """Raise ValueError if there is no backend of that name."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"got backend={backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
 
 
 def forget() -> None:
-    """Decide anew at the next pick(): the environment has changed (tests)."""
+    """Forget the choices, so that the next pick() chooses again. For tests that change the environment."""
     _picked.clear()
     native.forget()
     _warn_once.cache_clear()
@@ -174,7 +174,7 @@ def _warn_once(device_type: str, why: str) -> None:
 
 
 def _try(row: Entry, op: str, device_type: str) -> Backend | str:
-    """The loaded backend, or why not."""
+    """Return the loaded backend, or the reason why it cannot run the op."""
     if reason := row.unavailable_reason(device_type):
         return reason
     try:

@@ -1,7 +1,7 @@
-"""Tensors as plain numbers: address, numel and dtype code of each, in one bytes object, for kernels that take those.
+"""Tensors as plain numbers for kernels: address, numel and dtype code of each tensor, in one bytes object.
 
-They are checked on the way. A native module reads them from C where torch has DLPack's exchange API
-(csrc/tensor_rows.h); without one, and what it does not like, is read here.
+They are checked when they are read. If torch has DLPack's exchange API, a native module reads them from C
+(csrc/tensor_rows.h). Without one, and for tensors that it rejects, Python reads them here.
 """
 
 from array import array
@@ -17,10 +17,10 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their code: 
 _BYTES = (4, 2, 2)
 _CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
 
-# What a list must be beyond contiguous, in FLOAT_DTYPES and on one device: RowRule in csrc/tensor_rows.h.
+# Rules for a list, besides contiguous, in FLOAT_DTYPES and on one device: RowRule in csrc/tensor_rows.h.
 FLAT = 1  # all 1-D, of one numel
 APART = 2  # no two share memory
-FIRST_APART = 4  # the first shares none with the others
+FIRST_APART = 4  # the first shares no memory with the others
 ONE_DTYPE = 8  # all but the first are of one dtype
 ALIGNED = 16  # all start at a multiple of ALIGNMENT_BYTES
 ALIGNMENT_BYTES = 16
@@ -30,36 +30,36 @@ _native: Any = None  # the module that reads
 
 
 def use_reader_of(module: ModuleType) -> None:
-    """Let a native module read tensors from now on, if it can with this torch."""
+    """Use a native module to read tensors from now on, if it can with this torch."""
     global _native
     if module.use_exchange_api(Tensor, torch.nn.Parameter):
         _native = module
 
 
 def checked_rows(tensors: Sequence[Tensor], num_fp32: int = 0, rules: int = 0) -> bytes | None:
-    """Rows where all is as wanted, the first `num_fp32` of them fp32; None where not: the caller says what."""
+    """Return rows if all tensors keep the rules and the first `num_fp32` are fp32. None: the caller explains."""
     rows = None if _native is None else _native.rows_of(tensors, num_fp32, rules)
     return read_in_python(tensors, num_fp32, rules) if rows is None else rows
 
 
 def native_rows(tensors: Sequence[Tensor | None], rules: int = 0) -> bytes | None:
-    """The same by a native module alone: None too where there is none, or a tensor is none or of a subclass."""
+    """Return the same, but only from a native module. None also without one, or if a tensor is None or a subclass."""
     return None if _native is None else _native.rows_of(tensors, 0, rules)
 
 
 def native_shard_rows(
     shard: Sequence[Tensor], num_fp32: int, grads: Sequence[Tensor], offsets: Sequence[int]
 ) -> bytes | None:
-    """Rows of a shard, then of the gradients that lie at `offsets` in it, where all is as an op wants it; else None.
+    """Return rows of a shard and of the gradients that lie at `offsets` in it, if they fit an op; else None.
 
-    None too without a native module, and of other sequences than a tuple and lists.
+    None also without a native module, and for other sequences than a tuple and two lists.
     """
     usual = type(shard) is tuple and type(grads) is list and type(offsets) is list
     return _native.shard_rows_of(shard, num_fp32, grads, offsets) if usual and _native is not None else None
 
 
 def read_in_python(tensors: Sequence[Tensor], num_fp32: int, rules: int) -> bytes | None:
-    """The same without a native module, attribute by attribute: some 400 ns per tensor."""
+    """Return the same without a native module, attribute by attribute: some 400 ns per tensor."""
     if not tensors:
         return b""
     device = tensors[0].device
@@ -92,15 +92,15 @@ def _check_memory(tensors: Sequence[Tensor]) -> None:
 
 
 def rows_of(tensors: Sequence[Tensor]) -> bytes:
-    """One row per tensor: 3 int64. Nothing is checked."""
+    """Return one row per tensor: 3 int64. Checks nothing."""
     codes = [_CODES[tensor.dtype] for tensor in tensors]
     return _packed([tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors], codes)
 
 
 def layouts_of(tensors: list[Tensor]) -> object:
-    """Equal to what it returned before where each has the same address, shape, strides, dtype and device still.
+    """Return a value that is equal if each tensor has the same address, shape, strides, dtype and device as before.
 
-    Some 80 ns per tensor by a native module; other values, and 500 ns, without one.
+    A native module takes some 80 ns per tensor. Without one the value is another, and takes 500 ns.
     """
     layouts = None if _native is None else _native.layouts_of(tensors)
     if layouts is not None:
@@ -125,21 +125,21 @@ def _are_apart(starts: list[int], counts: list[int], codes: list[int], rules: in
     if 0 in counts:
         starts = [start for start, count in zip(starts, counts, strict=True) if count]
         ends = [end for end, count in zip(ends, counts, strict=True) if count]
-    # Sorted each by itself, they still tell: no two overlap exactly where each end is no larger than the next start.
+    # Starts and ends may be sorted separately: no two overlap exactly if each end is no larger than the next start.
     later, sooner = sorted(starts)[1:], sorted(ends)
     return not any(map(gt, sooner, later))
 
 
 def addresses(rows: bytes) -> list[int]:
-    """The first column."""
+    """Return the first column: each tensor's address."""
     return memoryview(rows).cast("q")[0::3].tolist()
 
 
 def numels(rows: bytes) -> list[int]:
-    """The second column."""
+    """Return the second column: each tensor's numel."""
     return memoryview(rows).cast("q")[1::3].tolist()
 
 
 def dtypes(rows: bytes) -> list[torch.dtype]:
-    """The third column."""
+    """Return the third column: each tensor's dtype."""
     return [FLOAT_DTYPES[code] for code in memoryview(rows).cast("q")[2::3]]

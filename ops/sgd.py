@@ -1,4 +1,4 @@
-"""sgd_: one fused pass of SGD, with momentum or without, over a flat shard."""
+"""sgd_: one fused pass of SGD, with or without momentum, over a flat shard."""
 
 from collections.abc import Sequence
 
@@ -34,38 +34,37 @@ def sgd_(
 ) -> None:
     """Update `master` and `momentum_buffer` in place by one step of SGD, in fp32.
 
-    The formula is torch.optim.SGD's. `g = grad + weight_decay * master`; the buffer becomes
-    `momentum * buffer + (1 - dampening) * g`, at the first step with dampening `g` as it is; `master` moves by `lr`
-    against the buffer, against `g + momentum * buffer` with `nesterov`, or against `g` where there is no buffer. Every
-    backend gives the same bits.
+    The formula is torch.optim.SGD's: `g = grad + weight_decay * master`. The buffer becomes
+    `momentum * buffer + (1 - dampening) * g`; in the first step with dampening it becomes `g`. `master` moves by `lr`
+    against the buffer, with `nesterov` against `g + momentum * buffer`, and without a buffer against `g`. Every backend
+    gives the same bits.
 
     Args:
-        master: (numel,) fp32 weights. fp64 too with the reference backend, which then computes in fp64.
-        momentum_buffer: (numel,) fp32, zero at first; or None: no momentum, and `dampening` says nothing.
-        grad: (numel,) fp32, bf16 or fp16; read only. Or a list, as in adam_.
+        master: (numel,) fp32 weights. The reference backend also takes fp64, and then computes in fp64.
+        momentum_buffer: (numel,) fp32, zero at first. None: no momentum, and `dampening` has no effect.
+        grad: (numel,) fp32, bf16 or fp16, only read. Or a list, as in adam_.
         lr: Learning rate, a number or a 0-D tensor on the same device.
         momentum: Decay of the buffer.
-        dampening: Of the gradient in the buffer.
+        dampening: Dampening of the gradient in the buffer.
         weight_decay: L2 penalty.
-        nesterov: Nesterov's momentum.
+        nesterov: Use Nesterov momentum.
         maximize: Ascend instead of descend.
-        step: Step count, from 1, as in adam_. Needed where there is dampening.
-        grad_scale: Multiplies the gradient in registers: clip coefficient, 1/loss-scale. A number or a 0-D tensor.
-        found_inf: 1-element fp32 tensor; where it is not zero nothing is written.
-        param_out: (numel,) bf16, fp16 or fp32; receives the updated weights, rounded to nearest even. Or up to 16 such
-            tensors of one dtype, which all receive them: this rank's weights, and those of peers in memory that this
-            device can write.
-        segment_ids: (ceil(numel / 64),) int32; element i belongs to segment `segment_ids[i // 64]`. Needs tensors
-            that start at a multiple of 16 bytes. Matters with dampening, and where some segment is not active.
-        active: (num_segments,) fp32; the elements of a segment with 0 are left alone. Goes with `segment_ids`.
+        step: Step count, from 1, as in adam_. Needed with dampening.
+        grad_scale: Factor for the gradient, applied in registers, as in adam_. A number or a 0-D tensor.
+        found_inf: 1-element fp32 tensor. If it is not zero, nothing is written.
+        param_out: (numel,) bf16, fp16 or fp32. Receives the updated weights, rounded to nearest even. Or up to 16 such
+            tensors of one dtype, as in adam_.
+        segment_ids: (ceil(numel / 64),) int32. Element i belongs to segment `segment_ids[i // 64]`. All other tensors
+            must then start at a multiple of 16 bytes. Matters with dampening, or if some segment is not active.
+        active: (num_segments,) fp32. Elements of a segment with 0 are left alone. Needs `segment_ids`.
         grad_offsets: Where each tensor of a list begins, as in adam_.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or no number where one is wanted.
-        ValueError: A number out of range; shapes, devices, overlap or alignment that do not fit; momentum without a
-            buffer, dampening without a step count.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above, or a number is not a number.
+        ValueError: A number is out of range; shapes, devices or alignment do not fit; tensors overlap; there is
+            momentum without a buffer, or dampening without a step count.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     is_dampened = momentum_buffer is not None and dampening != 0
     if momentum_buffer is None and momentum != 0:

@@ -1,4 +1,4 @@
-"""What adam_, lion_ and sgd_ check of a flat shard: the tensors side by side, its gradients, its segments."""
+"""The checks of adam_, lion_ and sgd_ for a flat shard: its tensors, its gradients, its segments."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -38,7 +38,7 @@ Read: TypeAlias = tuple[Sequence[Tensor], Sequence[int], bytes]  # gradients, th
 
 
 def as_lr(lr: Scalar, device: torch.device) -> Scalar:
-    """`as_scalar`; a number is one that fp32 holds."""
+    """Return `as_scalar` of lr. Raise ValueError if it is a number that fp32 cannot hold."""
     lr = as_scalar("lr", lr, device)
     if type(lr) is float and not -LARGEST <= lr <= LARGEST:
         raise ValueError(f"expected lr as a finite number in fp32, got {lr}; correct it")
@@ -46,9 +46,9 @@ def as_lr(lr: Scalar, device: torch.device) -> Scalar:
 
 
 def refuse_hyper(decays: dict[str, Any], others: dict[str, Any], signed: Sequence[str] = ()) -> None:
-    """Say which of an update's numbers is none, or out of range: decays at 1, others at 0 and what fp32 holds.
+    """Raise for the update's number that is not a number, or out of range: decays in [0, 1), others from 0, in fp32.
 
-    signed: Of the others, those that may be below 0.
+    signed: The names of others that may be below 0.
     """
     for name, value in {**decays, **others}.items():
         if isinstance(value, str) or not hasattr(value, "__float__"):
@@ -61,7 +61,7 @@ def refuse_hyper(decays: dict[str, Any], others: dict[str, Any], signed: Sequenc
 
 
 def as_list(param_out: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """What an update writes its weights to."""
+    """Return the tensors that an update writes its weights to."""
     if param_out is None:
         return ()
     if isinstance(param_out, Tensor):
@@ -81,10 +81,10 @@ def read_shard(
     segment_ids: Tensor | None,
     backend: str,
 ) -> Read:
-    """A checked shard: the fp32 `states`, the master first, then what receives the weights; and its gradients.
+    """Check a shard and its gradients, and return them. shard: the fp32 `states`, master first, then `param_out`.
 
-    With `segment_ids` or a list of gradients all but these must start where a vector may, so that none straddles two
-    segments. The reference also computes in fp64, as an oracle: no rows then.
+    With `segment_ids` or a list of gradients, all other tensors must be aligned for vectors, so that no vector
+    straddles two segments. The reference can also compute in fp64, as an oracle; there are no rows then.
     """
     if isinstance(grad, Tensor):
         if grad_offsets is not None:
@@ -107,7 +107,7 @@ def read_shard(
 
 
 def _names(states: Sequence[str], shard: Sequence[Tensor]) -> Sequence[str]:
-    """Of the shard's tensors, for messages."""
+    """Return names of the shard's tensors, for messages."""
     num_outs = len(shard) - len(states)
     return (*states, "param_out") if num_outs == 1 else (*states, *(f"param_out[{i}]" for i in range(num_outs)))
 
@@ -150,7 +150,7 @@ def _read_list(
 
 
 def _explain_grads(names: Sequence[str], shard: Sequence[Tensor], grads: Sequence[Tensor]) -> bytes:
-    """Gradients may share memory with each other."""
+    """Raise for what is wrong with the gradients. They may share memory with each other."""
     check_gradients("grad", grads, shard[0].device)
     for index, grad in enumerate(grads):
         check_disjoint([*zip(names, shard, strict=False), (f"grad[{index}]", grad)])
@@ -158,7 +158,7 @@ def _explain_grads(names: Sequence[str], shard: Sequence[Tensor], grads: Sequenc
 
 
 def check_active(active: Tensor | None, segment_ids: Tensor | None, device: torch.device) -> None:
-    """One fp32 value per segment."""
+    """Raise unless `active` is fp32 and flat, with one value per segment."""
     if active is None:
         return
     if segment_ids is None:
@@ -167,7 +167,7 @@ def check_active(active: Tensor | None, segment_ids: Tensor | None, device: torc
 
 
 def checked_step(step: Scalar, segment_ids: Tensor | None, active: Tensor | None, device: torch.device) -> Scalar:
-    """A step count: a number or a 0-D tensor; with segments, one for each, as many as in `active`."""
+    """Return a step count: a number or a 0-D tensor. With segments it has one value for each, as many as `active`."""
     if segment_ids is None:
         step = as_scalar("step", step, device)
     elif isinstance(step, Tensor):

@@ -1,4 +1,4 @@
-"""step_scalars_: what every element of a step shares, and the step counts, in one launch."""
+"""step_scalars_: the numbers that all elements of a step share, and the step counts, in one launch."""
 
 import torch
 from torch import Tensor
@@ -22,26 +22,26 @@ def step_scalars_(
     factor: Scalar = 1.0,
     backend: str = "auto",
 ) -> None:
-    """Write `out`, and count the step of the parameters that have a gradient, with no host read.
+    """Write `out`, and count the step of the parameters that have a gradient, without a host read.
 
     `out` is: overflow flag; gradient norm, `sqrt(sum of squares) * unscale * |factor|`; clip coefficient,
-    `min(1, max_norm / (norm + 1e-6))` as torch.nn.utils.clip_grad_norm_ has it, or 1; and what gradients are to be
-    multiplied by, `clip * factor * unscale`. Every backend gives the same bits.
+    `min(1, max_norm / (norm + 1e-6))` as in torch.nn.utils.clip_grad_norm_, or 1; and the factor for the gradients,
+    `clip * factor * unscale`. Every backend gives the same bits.
 
     Args:
         out: (4,) fp32.
         rows: (n, 3) fp64, n >= 1: overflow flag (0 is none), sum of squares, and a column that is not read.
-        steps: (num_params,) fp32; `used` is added, unless a flag is set.
+        steps: (num_params,) fp32. `used` is added to it, unless a flag is set.
         used: (num_params,) fp32, 1 for a parameter with a gradient, else 0.
-        max_norm: Clip to this norm, from 0; None: do not.
-        unscale: 1 / loss scale, a number or a 0-D tensor on the same device; multiplies the norm in fp64.
-        factor: Another factor of the gradients, in fp32.
+        max_norm: Clip to this norm, from 0; None: do not clip.
+        unscale: 1 / loss scale, a number or a 0-D tensor on the same device. It multiplies the norm in fp64.
+        factor: Another factor for the gradients, in fp32; a number or a 0-D tensor on the same device.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above.
-        ValueError: Shapes or devices that do not fit, or a max_norm below 0 or NaN.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above.
+        ValueError: Shapes or devices do not fit, or max_norm is below 0 or NaN.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     device = rows.device
     check_dtype("rows", rows, (torch.float64,), "make it with dtype=torch.float64")

@@ -19,22 +19,23 @@ def unscale_(
     sumsq: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Multiply every tensor by `inv_scale` in place; one launch for the whole list.
+    """Multiply every tensor by `inv_scale` in place, in one launch for the whole list.
 
-    With the number 1.0 the pass only reads: a check and a norm at half the bytes.
+    With the number 1.0 the pass only reads: it checks and sums squares, and moves half the bytes.
 
     Args:
         tensors: Contiguous fp32, bf16 or fp16 tensors of any shape on one device. May be empty.
         inv_scale: 1 / loss scale, a number or a 0-D tensor on the same device.
         found_inf: 1-element fp32 tensor, set to 1 if a stored value is inf or NaN, and never cleared; or None.
-        sumsq: 1-element fp32 or fp64 tensor, to which the sum of squares of the stored values is added. The sum is
-            taken in fp64, in one order, so it is the same from run to run.
+        sumsq: 1-element fp32 or fp64 tensor. The sum of squares of the stored values is added to it. The sum is taken
+            in fp64 in a fixed order, so it is the same from run to run. Or None.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        TypeError: A dtype that is not one of the above, or a tensor in place of a list.
-        ValueError: A tensor that is not contiguous, lies on another device, or overlaps another; or no such backend.
-        BackendUnavailableError: The backend asked for cannot run here.
+        TypeError: A tensor has another dtype than above, or a tensor is passed instead of a list.
+        ValueError: A tensor is not contiguous, lies on another device, or, unless the pass only reads, overlaps
+            another; or there is no such backend.
+        BackendUnavailableError: The chosen backend cannot run here.
     """
     check_list("tensors", tensors)
     if not tensors:

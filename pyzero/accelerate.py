@@ -1,4 +1,4 @@
-"""accelerate's Accelerator for ZeRO optimizers: the model stays bare, and a saved state holds every rank's shards."""
+"""An Accelerator for ZeRO optimizers: the model is not wrapped, and a saved state has every rank's shards."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pyzero.checkpoint.saving import save_checkpoint
 from pyzero.comm import process
 from pyzero.optimizer import ZeroOptimizer
 
-FOLDER = "pyzero"  # in a folder of save_state: the first optimizer's checkpoint; pyzero_1 the second's
+FOLDER = "pyzero"  # in a folder of save_state: the first optimizer's checkpoint; the second's is pyzero_1
 _OF_OTHERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 class PreparedOptimizer(AcceleratedOptimizer):
-    """accelerate's wrapper, which knows a step that was skipped. Its `optimizer` is the ZeroOptimizer."""
+    """accelerate's wrapper of an optimizer, which reports skipped steps. Its `optimizer` is the ZeroOptimizer."""
 
     @property
     def step_was_skipped(self) -> bool:
@@ -34,26 +34,26 @@ class PreparedOptimizer(AcceleratedOptimizer):
 class Accelerator(accelerate.Accelerator):
     """accelerate.Accelerator for optimizers that reduce gradients and shard their state.
 
-    The model is prepared without DistributedDataParallel; `accumulate` and `no_sync` delay the optimizer's reduction;
-    `clip_grad_norm_` and `backward` go by its norm and its loss scale; `save_state` writes a checkpoint of pyzero's in
-    the place of rank 0's optimizer state, and `load_state` reads it on any number of ranks.
+    It prepares the model without DistributedDataParallel. `accumulate` and `no_sync` delay the optimizer's reduction.
+    `clip_grad_norm_` and `backward` use its norm and its loss scale. `save_state` writes a pyzero checkpoint instead of
+    rank 0's optimizer state, and `load_state` reads it on any number of ranks.
 
     Raises:
-        ValueError: In `prepare`: another one is to partition the model, or the optimizer would reduce nothing.
-        TypeError: In `prepare`: an optimizer of torch's on several ranks, whose gradients nobody would average.
+        ValueError: In `prepare`: the launch partitions the model in another way, or nothing would reduce gradients.
+        TypeError: In `prepare`: it is torch's optimizer on several ranks, and nothing would average its gradients.
     """
 
-    _optimizers: list[Any]  # accelerate's: what prepare_optimizer made
+    _optimizers: list[Any]  # accelerate's list of what prepare_optimizer returned
 
     @classmethod
     def take_over(cls, accelerator: accelerate.Accelerator) -> None:
-        """Make an Accelerator that somebody else has built, as transformers' Trainer does, one of these."""
+        """Turn an accelerate.Accelerator, such as the one that transformers' Trainer builds, into one of this class."""
         if type(accelerator) is not accelerate.Accelerator:
             raise TypeError(f"expected an accelerate.Accelerator, got a {type(accelerator).__name__}")
         accelerator.__class__ = cls
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """As accelerate's."""
+        """Prepare objects as accelerate does."""
         kind = self.distributed_type.name
         if kind in _OF_OTHERS:
             raise ValueError(
@@ -65,11 +65,11 @@ class Accelerator(accelerate.Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = True
     ) -> Any:
-        """As accelerate's (autocast, torch.compile, device) without a wrapper that reduces."""
+        """Prepare a model as accelerate does (autocast, torch.compile, device), but without DDP around it."""
         return super().prepare_model(model, device_placement, evaluation_mode=True)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
-        """As accelerate's, without a detour of the state through a state dict."""
+        """Prepare an optimizer as accelerate does, but do not pass its state through a state dict."""
         if isinstance(optimizer, PreparedOptimizer):
             return super().prepare_optimizer(optimizer)
         _, num_ranks = process.rank_and_size()
@@ -100,13 +100,13 @@ class Accelerator(accelerate.Accelerator):
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """As accelerate's; fp16 weights get the optimizer's loss scale where there is no GradScaler."""
+        """Run backward as accelerate does, with the optimizer's loss scale if there is one and no GradScaler."""
         scaling = [one for one in self._zero_optimizers() if one.scales_loss]
         if self.scaler is not None or not scaling:
             super().backward(loss, **kwargs)
         elif len(self._optimizers) == 1:
             scaling[0].backward(loss / self.gradient_accumulation_steps, **kwargs)
-        else:  # whose loss scale this loss is to have, the caller knows
+        else:  # only the caller knows which optimizer's loss scale this loss should have
             raise ValueError(
                 f"expected one optimizer where one has a loss scale, got {len(self._optimizers)}, {len(scaling)} with "
                 f"a loss scale; call the backward of the one that the loss is for, prepared.optimizer.backward(loss), "
@@ -114,7 +114,7 @@ class Accelerator(accelerate.Accelerator):
             )
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        """As accelerate's; the optimizer clips where these are its parameters."""
+        """Clip as accelerate does. If these are a ZeRO optimizer's parameters, that optimizer clips."""
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         trained = {param for param in params if param.requires_grad}
         for optimizer in self._zero_optimizers():
@@ -126,7 +126,7 @@ class Accelerator(accelerate.Accelerator):
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """As accelerate's: of the optimizers that train this model."""
+        """A context in which the optimizers that train this model do not reduce gradients."""
         params = set(model.parameters())
         with ExitStack() as stack:
             for optimizer in self._zero_optimizers():
@@ -137,14 +137,14 @@ class Accelerator(accelerate.Accelerator):
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def save_state(self, output_dir: Any = None, safe_serialization: bool = True, **save_model_func_kwargs: Any) -> Any:
-        """As accelerate's, with a checkpoint for each ZeRO optimizer in the folder. Every rank calls it."""
+        """Save as accelerate does, with a checkpoint of each ZeRO optimizer in the folder. Every rank calls it."""
         with self._without_zero_optimizers():
             folder = super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
         self._each(folder, lambda place, **pair: save_checkpoint(place, step=0, **pair))
         return folder
 
     def load_state(self, input_dir: Any = None, load_kwargs: Any = None, **load_model_func_kwargs: Any) -> None:
-        """As accelerate's, on any number of ranks. Every rank calls it."""
+        """Load as accelerate does, on any number of ranks. Every rank calls it."""
         folders: list[str] = []
         hook = self.register_load_state_pre_hook(lambda models, folder: folders.append(folder))
         try:
@@ -156,7 +156,7 @@ class Accelerator(accelerate.Accelerator):
 
     @contextmanager
     def _without_zero_optimizers(self) -> Iterator[None]:
-        """accelerate saves what rank 0 has of an optimizer's state, and would load that on every rank."""
+        """Hide ZeRO optimizers from accelerate, which would save rank 0's part and load it on every rank."""
         prepared = self._optimizers
         self._optimizers = [one for one in prepared if not isinstance(one, PreparedOptimizer)]
         try:
@@ -170,7 +170,7 @@ class Accelerator(accelerate.Accelerator):
             act(Path(folder) / (f"{FOLDER}_{index}" if index else FOLDER), model=model, optimizer=optimizer)
 
     def _model_of(self, optimizer: ZeroOptimizer) -> nn.Module:
-        """What holds the optimizer's parameters: a prepared model, or several as one."""
+        """Return the prepared model that holds the optimizer's parameters, or several models as one module."""
         params = {param for group in optimizer.param_groups for param in group["params"]}
         models: list[nn.Module] = []
         model: nn.Module
@@ -189,6 +189,6 @@ class Accelerator(accelerate.Accelerator):
 
 
 def zero_optimizer_of(optimizer: Any) -> ZeroOptimizer | None:
-    """The ZeroOptimizer in what `prepare` returned; None where it is another's."""
+    """Return the ZeroOptimizer in what `prepare` returned; None for another optimizer."""
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return inner if isinstance(inner, ZeroOptimizer) else None

@@ -1,4 +1,4 @@
-"""`import deepspeed` for scripts that cannot be edited: compat.install() makes it mean pyzero.deepspeed."""
+"""compat.install() makes `import deepspeed` mean pyzero.deepspeed, for scripts that cannot be edited."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 _OURS = "pyzero.deepspeed"
 
-# deepspeed.X -> pyzero.deepspeed.Y; "" is a package that holds others alone.
+# deepspeed.X -> pyzero.deepspeed.Y; "" is a package that only contains others.
 _MODULES = {
     "": _OURS,
     "accelerator": f"{_OURS}.accelerator",
@@ -71,11 +71,11 @@ _OTHER_NAMES = {"runtime.engine": {"DeepSpeedEngine": "Engine"}}
 
 
 class _Facade(ModuleType):
-    """A module of DeepSpeed's name, whose attributes are those of one of ours."""
+    """A module with DeepSpeed's name and the attributes of one of pyzero's modules."""
 
     def __init__(self, name: str, below: str, target: str) -> None:
         super().__init__(name, f"Stands in for {name}: see {target or 'the modules below it'}.")
-        self.__path__: list[str] = []  # a package, in which nothing is found but by the finder
+        self.__path__: list[str] = []  # a package; only _Finder finds modules in it
         self._below = below
         self._target = importlib.import_module(target) if target else None
 
@@ -91,10 +91,10 @@ class _Facade(ModuleType):
 
 
 class _Metadata(Distribution):
-    """Of a package deepspeed: transformers and accelerate ask for its version before they import it."""
+    """Metadata of a package deepspeed: transformers and accelerate ask for its version before they import it."""
 
     def read_text(self, filename: str) -> str | None:
-        """Its name and version."""
+        """Return the package's name and version."""
         version = importlib.import_module(_OURS).__version__
         return {
             "METADATA": f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\nSummary: pyzero stands in\n",
@@ -102,23 +102,23 @@ class _Metadata(Distribution):
         }.get(filename)
 
     def locate_file(self, path: str | os.PathLike[str]) -> Path:
-        """There are no files of its own."""
+        """Return a path beside this file, because the package has no files."""
         return Path(__file__).parent / path
 
 
 class _Finder(DistributionFinder, Loader):
     def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
-        """Ours, where all are asked for, or DeepSpeed's."""
+        """Yield the metadata if the caller asks for all distributions, or for deepspeed."""
         if context is None or context.name in (None, "deepspeed"):
             yield _Metadata()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Ours, of what is DeepSpeed's.
+        """Find the stand-in for a module of DeepSpeed; None for other packages.
 
         Raises:
-            ModuleNotFoundError: DeepSpeed may have it, and pyzero has nothing in its place.
+            ModuleNotFoundError: pyzero has no stand-in for this module of DeepSpeed.
         """
         package, _, below = fullname.partition(".")
         if package != "deepspeed":
@@ -135,16 +135,16 @@ class _Finder(DistributionFinder, Loader):
         return _Facade(spec.name, below, _MODULES[below])
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: it is ready."""
+        """Do nothing, because the module is ready."""
 
 
 def install() -> None:
-    """From now on `import deepspeed`, and what scripts import of it, mean pyzero.deepspeed in this process.
+    """Make `import deepspeed`, and imports from it, mean pyzero.deepspeed in this process.
 
-    Called twice it does nothing more.
+    A second call does nothing.
 
     Raises:
-        RuntimeError: The real deepspeed has been imported already.
+        RuntimeError: The real deepspeed was imported before.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return

@@ -1,7 +1,7 @@
 """`python -m pyzero estimate` and `estimate(model)`: bytes per rank, before anything is built.
 
-Counted is what a rank's parameters, their gradients and FusedZeroAdam take, with its default transport: on CPUs that of
-ranks that share a host. Activations, the allocator's slack and whatever else the process holds come on top.
+They count a rank's parameters, their gradients and FusedZeroAdam with its default transport; CPU ranks are assumed to
+share one host. Activations, the allocator's slack and the rest of the process come on top.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Estimate:
     """Bytes on each rank."""
 
     weights: int  # in the dtype of the model
-    state: int  # masters (none of their own for fp32 weights), moments, step counts
+    state: int  # masters (fp32 weights have no extra ones), moments, step counts
     gradients: int  # held from the end of backward to zero_grad()
-    shared: int  # held for gradients and weights on their way, where ranks share memory
-    buckets: int  # more for a while at the worst moment: gradients on their way, and in stage 3 whole blocks
+    shared: int  # held for gradients and weights that ranks exchange, if they share memory
+    buckets: int  # needed in addition at the worst moment: gradients being sent, and in stage 3 whole blocks
     num_params: int
-    host: int = 0  # masters and moments in memory of the host, by cpu_offload
+    host: int = 0  # masters and moments in host memory, with cpu_offload
 
     @property
     def idle(self) -> int:
-        """After step() and zero_grad()."""
+        """Bytes after step() and zero_grad()."""
         return self.weights + self.state + self.shared
 
     @property
     def peak(self) -> int:
-        """The most at any moment of backward and step."""
+        """The most bytes at any moment of backward and step."""
         return self.idle + self.gradients + self.buckets
 
 
@@ -65,7 +65,7 @@ class _Setup:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What decides how long a gradient lives."""
+    """The facts that decide how long a gradient lives."""
 
     layouts: Sequence[BucketLayout]  # in launch order
     element_bytes: dict[Key, int]
@@ -78,11 +78,11 @@ class _Plan:
 
     @property
     def defers(self) -> bool:
-        """All gradients wait on their rank until they are reduced, not those of one bucket."""
+        """Whether all gradients wait on their rank until they are reduced, not only those of one bucket."""
         return self.stage == 1 or self.accumulates
 
     def shared(self) -> int:
-        """Room for two buckets; for their shards alone where no gradients are sent."""
+        """Bytes of room for two buckets, or for two shards if no gradients are sent."""
         sent = [self.weights(layout) // (1 if self.reduces else layout.num_ranks) for layout in self.layouts]
         return 2 * max(sent, default=0) if self.shares_memory else 0
 
@@ -93,19 +93,19 @@ class _Plan:
         return sum(slot.numel for slot in layout.param_slots) * self.element_bytes[layout.key]
 
     def arriving(self) -> int:
-        """The largest gradient, which comes beside its sum."""
+        """Bytes of the largest gradient, which exists beside its sum when it arrives."""
         sizes = [slot.numel * self.element_bytes[layout.key] for layout in self.layouts for slot in layout.param_slots]
         return max(sizes, default=0) if self.accumulates else 0
 
     def comparing(self, layout: BucketLayout) -> int:
-        """What it takes to compare a 16-bit gradient with the fp32 sum behind it, before that is sent."""
+        """Bytes needed to compare a 16-bit gradient with its fp32 sum, before the sum is sent."""
         if not self.accumulates or self.element_bytes[layout.key] == _FP32:
             return 0
         most = max(slot.numel for slot in layout.param_slots)
         return min(most, elements_compared_at_once(not self.on_gpu)) * (7 if self.on_gpu else 2)
 
     def local_sums(self, layout: BucketLayout) -> int:
-        """Gradients, and where 16-bit ones of several backwards wait, the fp32 sum behind them."""
+        """Bytes of gradients, and of the fp32 sums of 16-bit gradients if those of several backwards wait."""
         size = self.element_bytes[layout.key]
         behind = _FP32 if self.accumulates and size < _FP32 else 0
         return self.grads(layout) // size * (size + behind)
@@ -123,24 +123,24 @@ def estimate(
     transport: str = "auto",
     accumulates: bool = False,
 ) -> Estimate:
-    """Bytes per rank of a model or its parameters under FusedZeroAdam, or another rule's optimizer.
+    """Estimate the bytes per rank of a model or its parameters with FusedZeroAdam, or with another rule's optimizer.
 
     Args:
-        model: A module or its parameters; on the meta device too. Frozen ones count as weights alone.
-        num_ranks: Of the process group.
-        stage: 1 to 3. In 3, of a module, counted is what initialize() makes of it: fp32 shards, their own
-            masters; dtypes are those that the model computes in.
-        bucket_cap_mb: As ZeroOptimizer's.
-        reduce_grads: As ZeroOptimizer's.
-        rule: The update rule; default: Adam's. What an update makes for itself is not counted: ZeroLamb's takes some 23
-            bytes per element of the largest bucket's shard, ZeroMuon's 4.
-        cpu_offload: As ZeroOptimizer's, counted as of GPUs.
-        transport: As ZeroOptimizer's; "auto" counts as "peer" on CPUs.
-        accumulates: Whether gradients of several backwards are summed on their rank before they are reduced: in stage 1
-            before step(), in stage 2 in no_sync(), as transformers' Trainer does.
+        model: A module or its parameters; the meta device will do. Frozen parameters count only as weights.
+        num_ranks: Ranks of the process group.
+        stage: 1 to 3. Stage 3 needs a module, and counts it as initialize() shards it: fp32 shards that are their own
+            masters. The model's dtypes are those that it computes in.
+        bucket_cap_mb: See ZeroOptimizer.
+        reduce_grads: See ZeroOptimizer.
+        rule: The update rule; default: Adam's. Temporary memory of an update is not counted: ZeroLamb needs some 23
+            bytes per element of the largest bucket's shard, ZeroMuon 4.
+        cpu_offload: See ZeroOptimizer. Counts as for GPUs.
+        transport: See ZeroOptimizer. "auto" counts as "peer" on CPUs.
+        accumulates: Whether ranks sum gradients of several backwards before they reduce them: in stage 1 before step(),
+            in stage 2 in no_sync(), as transformers' Trainer does.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
     """
     if stage == 3 and num_ranks > 1:
         return _of_blocks(model, num_ranks, bucket_cap_mb, rule or AdamRule(), cpu_offload)
@@ -173,22 +173,22 @@ def estimate_numel(
     on_gpu: bool = True,
     accumulates: bool = False,
 ) -> Estimate:
-    """The same for so many parameters of one dtype in tensors that fill the buckets evenly.
+    """Estimate the same for a number of parameters of one dtype, in tensors that fill the buckets evenly.
 
     Args:
-        num_params: Of the whole model.
-        dtype: That the model computes in.
-        num_ranks: That hold the same part of the model.
-        stage: 1 to 3. In 3, which is fully_shard, shards of weights are fp32, and their own masters.
-        bucket_cap_mb: As ZeroOptimizer's.
-        tensor_parallel: Ranks over which all weights are split before.
-        num_blocks: Of one size, that fully_shard gathers one after the other, the next one ahead (stage 3).
-        cpu_offload: As ZeroOptimizer's, counted as of GPUs.
-        on_gpu: Whether the ranks train on GPUs, where buckets are larger, or on CPUs, where ranks share memory.
+        num_params: Parameters of the whole model.
+        dtype: dtype that the model computes in.
+        num_ranks: Ranks that hold the same part of the model.
+        stage: 1 to 3. Stage 3 is fully_shard: shards of weights are in fp32, and are their own masters.
+        bucket_cap_mb: See ZeroOptimizer.
+        tensor_parallel: Ranks that all weights are split over first.
+        num_blocks: Number of equal blocks that fully_shard gathers one by one, each ahead of its use (stage 3).
+        cpu_offload: See ZeroOptimizer. Counts as for GPUs.
+        on_gpu: Whether ranks train on GPUs, with larger buckets, or on CPUs, which share memory.
         accumulates: As in `estimate`.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
     """
     if min(tensor_parallel, num_blocks) < 1:
         raise ValueError(
@@ -219,7 +219,7 @@ def estimate_numel(
 def _of_blocks(
     model: nn.Module | Iterable[Tensor], num_ranks: int, bucket_cap_mb: float | None, rule: UpdateRule, offload: bool
 ) -> Estimate:
-    """Stage 3: shards of one rank, and what a backward gathers beside them."""
+    """Estimate stage 3: the shards of one rank, and what a backward gathers beside them."""
     if not isinstance(model, nn.Module):
         raise ValueError("expected a module for stage 3, whose blocks count, got parameters; pass the module")
     params = list(model.parameters())
@@ -238,7 +238,7 @@ def _of_blocks(
 
 
 def _rows(param: Tensor, num_ranks: int) -> int:
-    """Elements of a shard, with padding."""
+    """Return the elements of a shard, with padding."""
     num_rows = param.shape[0] if param.dim() else 1
     return ceil_div(num_rows, num_ranks) * (param.numel() // max(num_rows, 1))
 
@@ -265,7 +265,7 @@ class _Gathered:
 
 
 def _gathered_at_most(model: nn.Module, num_ranks: int) -> int:
-    """The most bytes in a backward, of gradients too. The rest of the model is whole from its forward on."""
+    """Return the most bytes in a backward, with gradients. Parameters outside of blocks stay whole from forward on."""
     blocks = blocks_of(model)
     in_blocks = {param for block in blocks for param in block.parameters()}
     params = list(model.parameters())
@@ -276,15 +276,15 @@ def _gathered_at_most(model: nn.Module, num_ranks: int) -> int:
 
 
 def _walk(blocks: Sequence[_Gathered], rest: _Gathered, early: int) -> int:
-    """The most bytes in a backward, block by block from the last one.
+    """Return the most bytes in a backward, block by block from the last one.
 
-    A block is at work with its gradient, and the next is gathered ahead; or its gradient lies beside the fp32 copy that
-    is sent, while fully_shard still keeps that of the block before.
+    Either a block computes with its gradient, while the next is gathered ahead. Or its gradient lies beside the fp32
+    copy that is sent, while fully_shard still keeps the copy of the block before.
 
     Args:
-        blocks: In the order of backward.
-        rest: What the root gathers.
-        early: Of the gradients of the rest, bytes that come before those of the blocks.
+        blocks: The blocks in the order of backward.
+        rest: The parameters that the root gathers.
+        early: Bytes of the rest's gradients that come before those of the blocks.
     """
     worst = shards = sent = 0
     for place, block in enumerate(blocks):
@@ -297,14 +297,14 @@ def _walk(blocks: Sequence[_Gathered], rest: _Gathered, early: int) -> int:
 
 
 def _evenly(num_params: int, element_bytes: int, bucket_bytes: int) -> list[tuple[int, int, bool]]:
-    """Shapes of parameters that fill the buckets."""
+    """Return shapes of parameters that fill the buckets."""
     whole = max(bucket_bytes // element_bytes // GRANULE * GRANULE, GRANULE)
     sizes = [whole] * (num_params // whole) + [num_params % whole] * (num_params % whole > 0)
     return [(size, element_bytes, True) for size in sizes]
 
 
 def _estimate(shapes: Sequence[tuple[int, int, bool]], setup: _Setup) -> Estimate:
-    """shapes: Of each parameter its elements, bytes of each, and whether it is trained."""
+    """Estimate from shapes: each parameter's elements, bytes per element, and whether it is trained."""
     num_ranks, stage, rule = setup.num_ranks, setup.stage, setup.rule
     if num_ranks < 1 or stage not in (1, 2):
         raise ValueError(f"expected num_ranks from 1 and stage 1 to 3, got {num_ranks} and {stage}; correct them")
@@ -332,36 +332,36 @@ def _estimate(shapes: Sequence[tuple[int, int, bool]], setup: _Setup) -> Estimat
 
 
 def _sharded(layout: BucketLayout, element_bytes: int, slots: Sequence[StateSlot]) -> int:
-    """Masters and the rule's slots."""
+    """Return the bytes of masters and the rule's slots."""
     masters = 0 if element_bytes == _FP32 else _FP32 * layout.shard_numel
     values = sum(slot.dtype.itemsize * layout.shard_numel // slot.elements_per_value for slot in slots)
     return masters + values
 
 
 def _counters(layout: BucketLayout) -> int:
-    """The map from granules to parameters, and step counts."""
+    """Return the bytes of the map from granules to parameters, and of step counts."""
     per_granule, per_param = 4, 4
     return per_granule * (layout.shard_numel // GRANULE) + per_param * len(layout.param_slots)
 
 
 def _gradients(chosen: _Plan) -> tuple[int, int]:
-    """(held after backward, the most at any moment), by walking through a round of buckets."""
+    """Return the bytes (held after backward, the most at any moment), from a walk through a round of buckets."""
     layouts = chosen.layouts
-    if not chosen.reduces:  # a rule that reads no lists has them packed, one run of a shard at a time
+    if not chosen.reduces:  # for a rule that reads no lists, gradients are packed, one run of a shard at a time
         runs = [(layout.key, run) for layout in layouts for run in layout.shard_runs(0)]
         all_grads = sum(chosen.grads(layout) for layout in layouts)
         packed = [(run.high - run.low) * chosen.element_bytes[key] for key, run in runs]
         return all_grads, all_grads + max(chosen.arriving(), 0 if chosen.reads_lists else max(packed, default=0))
 
     shards = [_FP32 * layout.shard_numel for layout in layouts]
-    # Sent and received; in memory that is shared anyway nothing more.
+    # Sent and received. Shared memory needs nothing in addition.
     moving = [0 if chosen.shares_memory else 2 * chosen.weights(layout) for layout in layouts]
     grads = [chosen.local_sums(layout) for layout in layouts]
     worst = sum(shards) + (moving[-1] if moving else 0)
     for index in range(len(layouts)):
-        # All gradients wait for the round, or in stage 2 those of a bucket; each bucket frees its own.
+        # All gradients wait for the round, or in stage 2 those of one bucket. Each bucket frees its own.
         waiting = sum(grads[index + 1 :]) if chosen.defers else 0
-        in_front = moving[index - 1] if index else 0  # the bucket before is still on its way
+        in_front = moving[index - 1] if index else 0  # the bucket before is still being sent
         sending = moving[index] // 2 + chosen.comparing(layouts[index])
         packing = waiting + grads[index] + sending + in_front + sum(shards[: max(index - 1, 0)])
         worst = max(worst, packing, waiting + moving[index] + in_front + sum(shards[:index]))
@@ -371,7 +371,7 @@ def _gradients(chosen: _Plan) -> tuple[int, int]:
 
 
 def table(found: Estimate, where: str = "") -> str:
-    """The estimate for a person. where: Added to the head, as in "on GPUs"."""
+    """Format the estimate as a table. where: Added to the head, as in "on GPUs"."""
     rows = {
         "weights": found.weights,
         "masters and moments": found.state,

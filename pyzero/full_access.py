@@ -1,4 +1,4 @@
-"""Reading and writing whole tensors of a parameter whose state lies in shards."""
+"""Read and write a parameter's whole tensors, although their values lie in shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyzero.streams import on_device
 
 
 class FullAccess:
-    """`full_*` and `set_full_*` of ZeroOptimizer. All ranks call them alike; reading is collective."""
+    """`full_*` and `set_full_*` of ZeroOptimizer. All ranks make the same calls; reading is collective."""
 
     _param_buckets: ParamBuckets
     _group: Group
@@ -40,11 +40,11 @@ class FullAccess:
         raise NotImplementedError
 
     def full_master(self, param: Tensor) -> Tensor:
-        """The fp32 master of a parameter, in its shape and memory order: a copy, the same on every rank.
+        """Return a copy of a parameter's fp32 master, in its shape and memory order, the same on every rank.
 
         Raises:
-            ValueError: Not a parameter of this optimizer.
-            CollectiveError: On all ranks, as in other reads: another rank reads another tensor.
+            ValueError: It is not a parameter of this optimizer.
+            CollectiveError: Another rank reads another tensor. All ranks raise it, in the other reads too.
         """
         self._place_unfrozen()
         location = self._find(param)
@@ -55,9 +55,9 @@ class FullAccess:
         return self._gather(MASTER, *location)
 
     def full_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Copies of "step" (0-D), "master" and the update rule's slots ("exp_avg", ...), in the parameter's shape.
+        """Return copies of "step" (0-D), "master" and the rule's slots ("exp_avg", ...), in the parameter's shape.
 
-        A slot with one value per 64 elements is flat. A frozen parameter has none. Raises ValueError as `full_master`.
+        A slot with one value per 64 elements is flat. The dict of a frozen parameter is empty. Raises as `full_master`.
         """
         self._place_unfrozen()
         location = self._find(param)
@@ -69,14 +69,14 @@ class FullAccess:
 
     @torch.no_grad()
     def full_state_dict(self, to: int | None = None) -> dict[str, Any]:
-        """All state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
+        """Return all state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
 
-        `load_state_dict` takes it on any number of ranks, in any stage and with any buckets, and training goes on bit
-        for bit. torch.optim.Adam and AdamW load it too, without the masters and the loss scale. On the device it needs
+        `load_state_dict` accepts it on any number of ranks, in any stage and with any buckets, and training continues
+        bit for bit. torch.optim.Adam and AdamW load it too, without the masters and the loss scale. It needs device
         memory for one bucket's values of one slot.
 
         Args:
-            to: The one rank of the group (with DTensors, of all that hold a part) that gets it; the others get an
+            to: The rank of the group that gets it (with DTensors, of all ranks that hold a part). The others get an
                 empty dict. None: all ranks get it.
 
         Raises:
@@ -95,7 +95,7 @@ class FullAccess:
                 for position, param in enumerate(bucket.params):
                     if is_wanted or isinstance(param, LocalParam):
                         values.setdefault(user_param(param), {})[name] = bucket.whole_of(name, flat, position)
-        for param in self._param_buckets.params:  # by number: parts of other sizes lie in other buckets
+        for param in self._param_buckets.params:  # in order of number: ranks may have parts in different buckets
             bucket, position = self._param_buckets.locations[user_param(param)]
             for name, local in values[user_param(param)].items() if isinstance(param, LocalParam) else ():
                 values[user_param(param)][name] = _widen(bucket, name, position, local)
@@ -105,7 +105,7 @@ class FullAccess:
         return self._as_state_dict(values) if is_wanted else {}
 
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any]:
-        """`full_state_dict(to)`, under the name of torch's ZeroRedundancyOptimizer; it returns the state as well."""
+        """Return `full_state_dict(to)`, under the name that torch's ZeroRedundancyOptimizer uses."""
         return self.full_state_dict(to)
 
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
@@ -113,10 +113,10 @@ class FullAccess:
 
     @torch.no_grad()
     def full_grad(self, param: Tensor) -> Tensor | None:
-        """The gradient that the next step() takes: averaged over ranks and unscaled, fp32; None where no rank has one.
+        """Return the gradient that the next step() uses: averaged over ranks, unscaled, fp32; None if no rank has one.
 
-        It is clipped where clip_grad_norm_ has been called; `max_grad_norm` acts in step() only. Finishes the
-        reduction. Raises ValueError as `full_master`.
+        It is clipped if clip_grad_norm_ was called; `max_grad_norm` acts in step() only. Finishes the reduction. Raises
+        as `full_master`.
         """
         self._place_unfrozen("full_grad")
         location = self._find(param)
@@ -142,15 +142,15 @@ class FullAccess:
 
     @torch.no_grad()
     def sum_tied_grads(self, tied: Iterable[tuple[Tensor, Any]]) -> None:
-        """Sum the gradients of a weight over its copies on several pipeline stages, into each copy's gradient.
+        """Sum the gradients of a weight over its copies on several pipeline stages, and give each copy the sum.
 
-        To be called between backward and clipping or step(), on every rank of process_group and model_parallel_group,
-        with or without such a weight: it is collective over all. A weight without a gradient on any stage stays without
-        one. Reads the device.
+        Call it between backward and clipping or step(), on every rank of process_group and model_parallel_group, even
+        without such a weight: it is collective over all of them. A weight that has no gradient on any stage gets none.
+        Reads the device.
 
         Args:
             tied: (parameter, process group of the ranks that hold its copies in this pipeline), in the same order on
-                these. All copies but the first stage's go without `.model_parallel`.
+                these ranks. No copy but the first stage's has the attribute `model_parallel`.
         """
         self._place_unfrozen("sum_tied_grads")
         stats = self._collect("sum_tied_grads")
@@ -176,19 +176,19 @@ class FullAccess:
             self._gradients.replace(bucket, position, flat)
 
     def set_full_master(self, param: Tensor, value: Tensor) -> None:
-        """Write a master, and the weights with it. value: of the parameter's shape, the same on every rank.
+        """Write a master and its weights. value: in the parameter's shape, the same on every rank.
 
         Raises:
-            ValueError: Not a parameter of this optimizer, or another shape.
+            ValueError: It is not a parameter of this optimizer, or the value has another shape.
         """
         self.set_full_state(param, {MASTER: value})
 
     @torch.no_grad()
     def set_full_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Write some or all of what `full_state` returns.
+        """Write some or all of the tensors that `full_state` returns.
 
         Raises:
-            ValueError: Not a parameter of this optimizer, an unknown name, or another shape; nothing is written then.
+            ValueError: Not a parameter of this optimizer, an unknown name, or another shape. Nothing is written.
         """
         bucket, position = self._find_trained(param)
         self._check_state(bucket, position, state, param.shape)
@@ -207,7 +207,7 @@ class FullAccess:
                 _check_shape(name, value, bucket.whole_shape(name, position) if bucket.is_flat(name) else shape)
 
     def _write_state(self, bucket: Bucket, position: int, own: dict[str, Any]) -> None:
-        """own: of the local tensor's shape, where it has one."""
+        """Write tensors in the local tensor's shape. A flat slot and the step have their own."""
         flat = {n: v if n == STEP or bucket.is_flat(n) else bucket.flat_of(v, position) for n, v in own.items()}
         bucket.write_state(position, flat)
         if MASTER in own:
@@ -216,10 +216,10 @@ class FullAccess:
 
     @torch.no_grad()
     def set_full_grad(self, param: Tensor, value: Tensor) -> None:
-        """Write the gradient that the next step() takes, averaged and unscaled; a later backward adds to it.
+        """Write the gradient that the next step() uses, averaged and unscaled. A later backward adds to it.
 
-        value: of the parameter's shape, the same on every rank. Finishes the reduction first, so it is collective.
-        Raises ValueError as `set_full_master`.
+        value: in the parameter's shape, the same on every rank. Collective, because it finishes the reduction first.
+        Raises as `set_full_master`.
         """
         bucket, position = self._find_trained(param)
         _check_shape("the gradient", value, param.shape)
@@ -229,10 +229,10 @@ class FullAccess:
     # ---- this rank's part of a DTensor ------------------------------------------------------------------------------
 
     def local_state(self, param: Tensor) -> dict[str, Tensor]:
-        """What `full_state` gives, of this rank's part of a DTensor: copies in the shape of `param.to_local()`.
+        """Return this rank's part of a DTensor's state: copies in the shape of `param.to_local()`, without the step.
 
-        All ranks that hold the same part call it alike; those of fully_shard hold one each. A frozen parameter has
-        its master alone. Raises ValueError as `full_master`.
+        All ranks that hold the same part make the same call. With fully_shard, each part is on one rank. A frozen
+        parameter has only its master. Raises as `full_master`.
         """
         self._place_unfrozen()
         location = self._find(param)
@@ -243,7 +243,7 @@ class FullAccess:
 
     @torch.no_grad()
     def local_grad(self, param: Tensor) -> Tensor | None:
-        """What `full_grad` gives, of this rank's part of a DTensor. Collective."""
+        """Return this rank's part of a DTensor's `full_grad`. Collective."""
         self._place_unfrozen("local_grad")
         location = self._find(param)
         local = None if location is None else self._local_grad(*location, self._collect("local_grad"))
@@ -251,14 +251,14 @@ class FullAccess:
 
     @torch.no_grad()
     def set_local_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Write what is given of what `local_state` gives. Raises ValueError as `set_full_state`."""
+        """Write some or all of the tensors that `local_state` returns, and the step. Raises as `set_full_state`."""
         bucket, position = self._find_trained(param)
         self._check_state(bucket, position, state, bucket.params[position].shape)
         self._write_state(bucket, position, state)
 
     @torch.no_grad()
     def set_local_grad(self, param: Tensor, value: Tensor) -> None:
-        """Write this rank's part of the gradient that the next step() takes. As `set_full_grad`."""
+        """Write this rank's part of the gradient that the next step() uses, as `set_full_grad` does."""
         bucket, position = self._find_trained(param)
         _check_shape("the gradient", value, bucket.params[position].shape)
         self._collect("set_local_grad")
@@ -267,7 +267,7 @@ class FullAccess:
     # ---- where it lies ----------------------------------------------------------------------------------------------
 
     def _find(self, param: Tensor) -> Location | None:
-        """Where a parameter lies; None for a frozen one."""
+        """Return where a parameter lies; None if it is frozen."""
         if param in self._param_buckets.locations:
             return self._param_buckets.locations[param]
         groups = self.param_groups  # type: ignore[attr-defined]
@@ -285,15 +285,15 @@ class FullAccess:
         return location
 
     def _mesh_groups(self) -> list[Group]:
-        """Of the ranks that hold other parts of DTensors."""
+        """Return the groups of ranks that hold other parts of DTensors."""
         return [dim.group for dim in self._topology.model_dims if dim.is_of_mesh]
 
     def _check_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
-        """Parameters of one size would be mixed where ranks read different ones. is_whole: of a DTensor, all parts."""
+        """Raise if ranks read different parameters: parts of two would be mixed. is_whole: Read all of a DTensor."""
         self._group.check_alike(*self._spelled(what, bucket, position, is_whole))
 
     def _follow_alike(self, what: str, bucket: Bucket, position: int, is_whole: bool = False) -> None:
-        """`_check_alike`, before state that is to follow the weights is read."""
+        """Have the masters follow the weights, and do `_check_alike`. Called before state is read."""
         self._follow(*self._spelled(what, bucket, position, is_whole))
 
     def _spelled(self, what: str, bucket: Bucket, position: int, is_whole: bool) -> tuple[str, Sequence[Group]]:
@@ -301,11 +301,11 @@ class FullAccess:
         return f"{what} of parameter {bucket.numbers[position]}", mesh_groups
 
     def _follow(self, what: str, mesh_groups: Sequence[Group]) -> None:
-        """Have the masters follow the weights; an error of this rank's own is one on all."""
+        """Have the masters follow the weights. If this rank fails, all ranks raise."""
         try:
             self._param_buckets.follow_weights()
         except (TypeError, ValueError):
-            with suppress(CollectiveError):  # which the others raise
+            with suppress(CollectiveError):  # the other ranks raise it
                 self._group.check_alike("nothing: it has an error", mesh_groups)
             raise
         self._group.check_alike(what, mesh_groups)
@@ -320,7 +320,7 @@ class FullAccess:
 
 
 def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
-    """The whole tensor of a DTensor parameter, from its local one: collective over its mesh. Otherwise as it is."""
+    """Return a DTensor's whole tensor, from its local one; collective over its mesh. Return others as they are."""
     param = bucket.params[position]
     if not isinstance(param, LocalParam) or bucket.is_flat(name):
         return local

@@ -1,8 +1,8 @@
-"""Flat buffers: on their device, or in pinned memory of the host. Large ones on a CPU lie in huge pages.
+"""Flat buffers, on their device or in pinned host memory. Large ones on a CPU lie in huge pages.
 
-A buffer that is made in every step costs a page fault for every 4 KiB that is first written, some 10 ms for 48 MB;
-with pages of 2 MiB it is a fifth of that, and nothing where the pages of a freed buffer are used again
-(docs/experiments.md). At most 64 MiB of freed pages are kept, about what malloc keeps.
+The first write to each 4 KiB of a new buffer is a page fault. A buffer of 48 MB made in every step costs some 10 ms.
+With pages of 2 MiB it costs a fifth, and nothing if the pages of a freed buffer are reused (docs/experiments.md).
+At most 64 MiB of freed pages are kept, about as much as malloc keeps.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from pyzero.streams import on_device
 
 _PAGE_BYTES = 2 << 20
 _KEPT_BYTES = 64 << 20
-_SMALLEST_BYTES = 2 * _PAGE_BYTES  # below, rounding up to whole pages would cost too much
+_SMALLEST_BYTES = 2 * _PAGE_BYTES  # for smaller buffers, rounding up to whole pages would cost too much
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(numel,) of any contents, as torch.empty."""
+    """Return (numel,) of any contents, as torch.empty does."""
     return torch.empty(numel, dtype=dtype, device=device) if _is_small(numel, dtype, device) else _reuse(numel, dtype)
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(numel,) zeros, as torch.zeros. For what stays: the end of it lies in small pages, not in half of a huge one."""
+    """Return (numel,) zeros, as torch.zeros does. For buffers that stay: their end lies in small pages."""
     if _is_small(numel, dtype, device):
         return torch.zeros(numel, dtype=dtype, device=device)
     return torch.frombuffer(_map(numel * dtype.itemsize), dtype=dtype, count=numel)
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor with a storage of its own. torch exports from the current GPU alone."""
+    """Return a tensor over the same memory, with another storage. torch exports only from the current GPU."""
     with on_device(tensor.device):
         return from_dlpack(tensor)
 
 
 def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(numel,) zeros in pinned host memory, as a CUDA tensor: kernels read and write it over the bus.
+    """Return (numel,) zeros in pinned host memory, as a CUDA tensor. Kernels read and write it over the bus.
 
     Raises:
-        RuntimeError: The host has no memory left that can be pinned.
+        RuntimeError: The host cannot pin that much memory.
     """
     if not numel:
         return torch.zeros(0, dtype=dtype, device=device)
@@ -55,11 +55,11 @@ def pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _PinnedPages:
-    """Whole pages, pinned as long as a tensor lies on them; torch's own are rounded up to a power of two."""
+    """Whole pages, pinned while a tensor lies on them. torch's pinned memory is rounded up to a power of two."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._pages = _map(num_bytes)
-        # A fork copies at once whatever a device may write to: a data loader's workers, all masters and state each.
+        # A fork copies pinned memory at once, so each worker of a data loader would copy all masters and state.
         self._pages.madvise(mmap.MADV_DONTFORK)
         self._address = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
         with torch.cuda.device(device):
@@ -73,7 +73,7 @@ class _PinnedPages:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Read by torch.as_tensor, which keeps this object."""
+        """Describe the memory to torch.as_tensor, whose tensor keeps this object alive."""
         shape, place = (len(self._pages),), (self._address, False)
         return {"shape": shape, "typestr": "|u1", "data": place, "strides": None, "version": 2}
 
@@ -89,7 +89,7 @@ def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _reuse(numel: int, dtype: torch.dtype) -> Tensor:
-    """(numel,) of any contents; when its last tensor is freed, the pages are kept for the next buffer of that size."""
+    """Return (numel,) of any contents. When its last tensor is freed, the next buffer of that size gets the pages."""
     num_bytes = _whole_pages(numel * dtype.itemsize)
     pages = _kept.take(num_bytes) or _map(num_bytes)
     view = memoryview(pages)
@@ -102,7 +102,7 @@ def _whole_pages(num_bytes: int) -> int:
 
 
 def _map(num_bytes: int) -> mmap.mmap:
-    """Fresh pages, which the system has zeroed."""
+    """Map fresh pages, zeroed by the system."""
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # EINVAL from a kernel without huge pages: small ones will do
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -110,7 +110,7 @@ def _map(num_bytes: int) -> mmap.mmap:
 
 
 class _Kept:
-    """A few freed pages, the latest last."""
+    """Freed pages, the latest last."""
 
     def __init__(self) -> None:
         self._pages: list[mmap.mmap] = []
@@ -118,7 +118,7 @@ class _Kept:
     def take(self, num_bytes: int) -> mmap.mmap | None:
         for pages in reversed(self._pages.copy()):
             if len(pages) == num_bytes:
-                with contextlib.suppress(ValueError):  # a finalizer runs at any moment, and may have dropped them
+                with contextlib.suppress(ValueError):  # a finalizer may run at any moment and drop them
                     self._pages.remove(pages)
                     return pages
         return None

@@ -1,4 +1,4 @@
-"""ZeroOptimizer: an update rule whose masters and state are partitioned over ranks."""
+"""ZeroOptimizer: runs an update rule, and partitions its masters and state over the ranks."""
 
 from __future__ import annotations
 
@@ -45,61 +45,62 @@ log = logging.getLogger("pyzero")
 
 
 class ZeroOptimizer(StateDicts, Optimizer):
-    """An update rule over fp32 masters, whose state is partitioned over the ranks of a process group.
+    """An optimizer that runs an update rule on fp32 masters, and partitions them over the ranks of a process group.
 
-    The model is not wrapped: the optimizer reduces gradients by itself, in hooks. Gradients live as torch's do, until
-    they are cleared; step() does not use them up. With one rank, or with `reduce_grads=False`, `.grad` is torch's. With
-    several it is this rank's own sum until it is reduced, and a ShardedGrad from then on, which answers norms and takes
-    factors as the averaged gradient would, and refuses all else: `full_grad(p)` gathers it.
+    It does not wrap the model: it reduces gradients in hooks. Gradients live until they are cleared, as in torch;
+    step() does not use them up. With one rank, or with `reduce_grads=False`, `.grad` is torch's. With several ranks
+    `.grad` is this rank's own sum until it is reduced. From then on it is a ShardedGrad: it gives norms and takes
+    factors as the averaged gradient would, and refuses everything else. `full_grad(p)` gathers it.
 
-    A step is: finish the reduction; exchange one small message (overflow flag, sum of squares, which parameters had a
-    gradient); the rule on this rank's shards; their weights to all ranks. Nothing in it reads the device from the host.
+    A step finishes the reduction. It exchanges one small message (overflow flag, sum of squares, which parameters had
+    a gradient). It runs the rule on this rank's shards, and sends their weights to all ranks. The host never waits for
+    the device in a step.
 
     Args:
-        params: Parameters or groups, as for torch.optim; bf16, fp16 or fp32. Each rank passes the same. Rank 0's
-            values are broadcast. The optimizer moves them into flat buffers: `p.data` is another tensor, with a
-            storage of its own, after construction, and once more after the first step in stage 2, when the buckets
-            take the order in which gradients have come. Convert and move the model before.
+        params: Parameters or groups, as for torch.optim, in bf16, fp16 or fp32. Each rank passes the same ones, and
+            gets rank 0's values. The optimizer moves them into flat buffers: after construction `p.data` is another
+            tensor with its own storage. In stage 2 it is another one again after the first step, when the buckets take
+            the order in which gradients arrive. Convert and move the model before you build the optimizer.
         rule: The update rule.
         defaults: Hyper-parameters of groups that do not name their own.
-        stage: 1 partitions masters and state and sends gradients when they are first read, in step() usually; 2
-            sends them in every backward, and frees them as it goes.
+        stage: 1 partitions masters and state, and sends gradients when they are first read, usually in step(). 2 also
+            partitions gradients: it sends them in every backward, and frees them as it goes.
         process_group: A process group or one dimension of a DeviceMesh; default: the default group, if there is one.
-            With DTensors: either the ranks that hold the same local tensors, or all ranks that take part if the meshes
-            determine the rest (fully_shard's parameters belong to one rank; with parallelize_module, ZeRO shards over
-            the mesh's other dimension).
-        model_parallel_group: The ranks that hold other parts of the same model, a process group or one dimension of a
-            DeviceMesh: they skip steps together and share one gradient norm. Parameters with the attribute
-            `tensor_model_parallel` (Megatron's) or `model_parallel` set to True are split over it; all others are
-            replicated, and counted once. The dimensions of DTensors' meshes need not be named.
-        max_grad_norm: Clip the global 2-norm in every step.
-        loss_scale: "auto" (dynamic where there are fp16 parameters), None, a number, "dynamic" or a LossScale. Use
-            `opt.backward(loss)` with it.
+            With DTensors, pass the ranks that hold the same local tensors. Or pass all ranks that take part, if the
+            meshes determine the rest (with fully_shard each rank keeps its own shards; with parallelize_module, ZeRO
+            shards over the mesh's other dimension).
+        model_parallel_group: The ranks that hold the other parts of the same model: a process group or one dimension
+            of a DeviceMesh. They skip steps together and share one gradient norm. Parameters with the attribute
+            `tensor_model_parallel` (Megatron's) or `model_parallel` set to True are split over it. All others are
+            replicated, and counted once. You need not name the dimensions of DTensors' meshes.
+        max_grad_norm: Clip the global 2-norm to this in every step.
+        loss_scale: "auto" (dynamic if there are fp16 parameters), None, a number, "dynamic" or a LossScale. With a
+            loss scale, call `opt.backward(loss)`.
         bucket_cap_mb: Size of a bucket, in MiB of weights; default: 25, and on GPUs 25 * sqrt(2 * ranks), at most 800.
-            256 at least on a GPU alone, which sends none.
+            On one GPU, which sends no gradients, it is at least 256.
         overlap: Send a bucket while backward goes on (stage 2).
         grad_reduce_dtype: dtype in which gradients are sent; default: the parameter's.
-        reduce_grads: False where gradients are already averaged over ranks (DDP, a trainer).
-        init_sync: As DDP's: make parameters, frozen ones too, and the buffers of the modules that hold them, what they
-            are on rank 0.
-        cpu_offload: Keep masters and state of parameters on a GPU in pinned memory of the host, where the GPU's kernels
-            read and write them over the bus: the same bits, nothing waits, each step moves them once in each direction.
-        max_consecutive_skips: This many skipped steps in a row raise RuntimeError; None: any number is fine.
+        reduce_grads: False if DDP or a trainer already averages the gradients over the ranks.
+        init_sync: Copy rank 0's parameters, frozen ones too, and the buffers of the modules that hold them, to all
+            ranks, as in DDP.
+        cpu_offload: Keep masters and state of parameters on a GPU in pinned host memory. The GPU's kernels read and
+            write them over the bus, with the same bits. Nothing waits. Each step moves them once in each direction.
+        max_consecutive_skips: Raise RuntimeError after this many skipped steps in a row; None: never.
         transport: "peer" (memory that the ranks of a host share, and, on CPUs, all-to-all between hosts), "exact"
-            (all-to-all), both summed in fp32 in rank order, with the same bits; or "collective" (the library's
-            reduce-scatter). "auto" is "peer" where CPUs share memory, and "exact" elsewhere.
-        backend: Of the ops: "auto", "cuda", "cpu", "triton" or "reference".
+            (all-to-all) or "collective" (the library's reduce-scatter). "peer" and "exact" sum in fp32 in rank order,
+            and give the same bits. "auto" is "peer" if CPUs share memory, and "exact" elsewhere.
+        backend: Backend of the ops: "auto", "cuda", "cpu", "triton" or "reference".
 
     Raises:
-        ValueError: An argument out of range, or arguments or parameters that differ between ranks, or parameters on
-            several devices, or DTensors on meshes that do not tell who holds the same weights.
-        TypeError: Parameters in a dtype other than these, or DTensors that are partial sums; text or None for a number,
-            or for True or False; an argument that there is not.
-        RuntimeError: transport="peer", and the ranks cannot share memory.
-        CollectiveError: From any method that communicates, where another rank died or stalled.
+        ValueError: An argument is out of range; arguments or parameters differ between ranks; parameters lie on
+            several devices; or the DTensors' meshes do not say which ranks hold the same weights.
+        TypeError: A parameter has another dtype; a DTensor is a partial sum; text or None is given for a number, True
+            or False; or there is no such argument.
+        RuntimeError: transport="peer", but the ranks cannot share memory.
+        CollectiveError: Another rank died or stalled. Any method that communicates can raise it.
     """
 
-    @torch.inference_mode(False)  # as in what else makes buckets: no tensor of that mode can be written outside of it
+    @torch.inference_mode(False)  # bucket tensors made in inference mode could not be written outside of it
     def __init__(
         self,
         params: Any,
@@ -124,7 +125,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     ) -> None:
         refuse_unknown(unknown, type(self))
         check_params(params)
-        self._subclass_attributes = [*self.__dict__]  # names of those that are there before this is called
+        self._subclass_attributes = [*self.__dict__]  # names of those set before this constructor is called
         options: ZeroOptions = {
             "stage": stage,
             "max_grad_norm": max_grad_norm,
@@ -205,28 +206,28 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """GradScaler hands over its flag and scale where True, and reads nothing on the host.
+        """True makes GradScaler pass its flag and scale to step() without reading them on the host.
 
-        Lightning refuses to clip where True, and has GradScaler unscale first otherwise, which is as good here.
+        Lightning refuses to clip if this is True. If it is False, Lightning has GradScaler unscale first, which works
+        as well, so Lightning gets False.
         """
         return not amp.lightning_is_asking()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on all ranks, skipped on all where any gradient on any rank was inf or NaN.
+        """Take one step on all ranks. All ranks skip it if any gradient on any rank is inf or NaN.
 
         Args:
-            closure: Reevaluates the model and returns the loss, as torch's.
+            closure: Reevaluates the model and returns the loss, as in torch.
 
         Raises:
-            RuntimeError: `max_consecutive_skips` steps in a row were skipped, or gradients were edited on some ranks
-                only, or hyper-parameters differ between ranks, or another rank has one of the errors below; nothing is
+            RuntimeError: `max_consecutive_skips` steps in a row were skipped; gradients were edited on some ranks
+                only; hyper-parameters differ between ranks; or another rank has one of the errors below. Nothing is
                 changed on any rank.
             TypeError: The model was converted or moved to another device after the optimizer was built, or a group's
-                hyper-parameter was set to what is no number.
-            ValueError: A group's hyper-parameters were set to values out of range, or taken out, or one that is not
-                supported was set (amsgrad, differentiable); or another tensor was assigned to `p.data` while something
-                holds the memory that it had.
+                hyper-parameter is not a number.
+            ValueError: A group's hyper-parameter is out of range, was removed, or is not supported (amsgrad,
+                differentiable); or another tensor was assigned to `p.data` while something holds its former memory.
         """
         loss = None
         if closure is not None:
@@ -234,7 +235,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 loss = closure()
         is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         error = self._prepare_step()
-        exchanges = self._buckets or self._topology.model_dims  # whose ranks wait for one without any buckets
+        exchanges = self._buckets or self._topology.model_dims  # a rank without buckets answers these too
         if error is not None and not (exchanges and self._num_ranks > 1):
             raise error
         if exchanges:
@@ -244,23 +245,23 @@ class ZeroOptimizer(StateDicts, Optimizer):
         return loss
 
     def _prepare_step(self) -> Exception | None:
-        """Check the hyper-parameters, and follow what others have done to parameters and weights.
+        """Check the hyper-parameters, place unfrozen parameters, and have masters follow weights written by others.
 
         Returns:
-            What keeps this rank from the step. The others wait for its message, which says so.
+            The error that keeps this rank from the step, or None. The caller tells it to the other ranks.
         """
         error = None
         for prepare in (self._check_groups, self._place_unfrozen, self._param_buckets.follow_weights):
             try:
                 prepare()
-            except CollectiveError:  # which the others have, too
+            except CollectiveError:  # the other ranks raise it too
                 raise
             except Exception as found:
                 error = error or found
         return error
 
     def _check_groups(self) -> None:
-        pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen tells of missing ones
+        pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen reports missing ones
         for index, (group, rule) in enumerate(pairs):
             refuse_unsupported(group)
             try:
@@ -275,7 +276,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         stats, unscale = self._collect_for_step(error), self._take_grad_scale()
         self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
         self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
-        # Ranks that have updated their shards count on the other shards.
+        # A rank that has updated its shards needs the shards of all others.
         with self._writing():
             self._learn_arrival()
             factor = self._gradients.factor()
@@ -298,7 +299,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._overflow.after_step(self._scaler.state, stats, self._describe, is_scaled)
         skips = self._overflow.num_in_a_row
         self._gradients.locate_nonfinite(always=skips > 0)
-        if self._device.type == "cpu":  # all hosts know as much
+        if self._device.type == "cpu":  # all hosts know the same count
             self._overflow.check(skips, self._describe)
 
     def _host_facts(self) -> HostFacts:
@@ -306,16 +307,16 @@ class ZeroOptimizer(StateDicts, Optimizer):
         return HostFacts(self._overflow.num_in_a_row, checksum)
 
     def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
-        """`_collect`; an error of this rank's own is raised once the others know of it."""
+        """Return `_collect("step")`. Raise this rank's own error once the other ranks know of it."""
         if error is None:
             return self._collect("step")
         self._tell_error(error, "step")
         raise error
 
     def raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
-        """Raise it in place of the call for which the others are to collect gradients: they raise that it failed here.
+        """Raise this rank's error, and have the other ranks raise too: they are about to collect gradients.
 
-        purpose: One of grad_stats.PURPOSES.
+        purpose: What they collect them for, one of grad_stats.PURPOSES.
         """
         try:
             with torch.no_grad():
@@ -325,27 +326,27 @@ class ZeroOptimizer(StateDicts, Optimizer):
             del error  # its traceback holds this frame, and the callers'
 
     def _tell_error(self, error: Exception, purpose: str) -> None:
-        """Have the others raise, who wait for this rank in what is collected for `purpose`."""
+        """Make the ranks that collect gradients for `purpose` raise because of this rank's error."""
         try:
             self._gradients.tell_error(purpose)
-        except Exception:  # as all others raise, or of what this rank's own is the cause of
+        except Exception:  # the one that all others raise, or a consequence of this rank's error
             raise error from None
         finally:
             del error
 
     def _take_grad_scale(self) -> Tensor | None:
-        """0-D: 1 / the scale that torch's GradScaler left in the gradients, where the update is still to apply it."""
+        """Return 1 / the scale that torch's GradScaler left in the gradients (0-D), if the update has to apply it."""
         unscale = amp.inverse_of(self.__dict__.get("grad_scale"))
         return None if unscale is None else self._gradients.unscale(unscale)
 
     def _last_step(self, scalars: StepScalars, unscale: Tensor | None) -> LastStep:
-        """What can be asked of this step: its norm is of before clipping, also by clip_grad_norm_."""
+        """Return this step's record. Its norm is the one before any clipping, by clip_grad_norm_ too."""
         before = self._gradients.norm_before_clip
         norm = scalars.norm if before is None else _product(before, unscale)
         return LastStep(scalars.found_inf, norm, scalars.norm, scalars.clip)
 
     def _update_and_gather(self, stats: GlobalGradStats, scalars: StepScalars) -> list[Work]:
-        """The rule on this rank's shards, bucket by bucket, each followed by its weights to all ranks."""
+        """Run the rule on this rank's shards, bucket by bucket, and send each bucket's weights to all ranks."""
         used = [bucket for bucket in self._buckets if any(stats.used[number] for number in bucket.numbers)]
         gathers = []
         self._transport.begin_update()
@@ -359,25 +360,25 @@ class ZeroOptimizer(StateDicts, Optimizer):
         return gathers
 
     def refresh_fp32_params(self) -> None:
-        """Make all masters follow the weights, also where torch's version counters do not show a write.
+        """Make all masters follow the weights, even after writes that torch's version counters do not show.
 
-        They do not after writes through `param.data`, collectives on a parameter, numpy or DLPack views, and
-        torch._foreach ops on DTensors.
+        The counters do not show writes through `param.data`, collectives on a parameter, writes through numpy or DLPack
+        views, and torch._foreach ops on DTensors.
         """
         self._param_buckets.follow_weights(every=True)
 
     # ---- gradients ------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """`loss.backward(**kwargs)`, scaled where there is a loss scale.
+        """Call `loss.backward(**kwargs)`, with a scaled loss if there is a loss scale.
 
-        Parameters of another ZeroOptimizer that the loss reaches get gradients of that one's loss scale, or of none.
-        Parameters that are no longer frozen get buckets first, so that it is known that their gradients are scaled:
-        collective then. Where it raises on one rank before any gradient has come, as in the loss, this rank still takes
-        part in the other ranks' reduction, as after a later error; a plain `loss.backward()` cannot know of it.
+        If the loss reaches parameters of another ZeroOptimizer, their gradients get that optimizer's loss scale, or
+        none if it has none. With a loss scale, parameters that are no longer frozen get buckets first; this is
+        collective. If backward raises on one rank before any gradient has come, this rank still takes part in the
+        other ranks' reduction, as after a later error. A plain `loss.backward()` cannot do that.
 
         Raises:
-            RuntimeError: `.grad` holds gradients of another scale, or of none.
+            RuntimeError: `.grad` holds gradients with another scale, or with none.
         """
         if self._scaler.enabled:
             self._place_unfrozen()
@@ -385,9 +386,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._scaled_backward.run(loss, **kwargs) if self._scaler.enabled else loss.backward(**kwargs)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, for a backward of the caller's: `optimizer.scale(loss).backward()`.
+        """Return the loss times the loss scale, for the caller's own `optimizer.scale(loss).backward()`.
 
-        Parameters that are no longer frozen get buckets, as in `backward`, where the loss can run one.
+        Parameters that are no longer frozen get buckets, as in `backward`, if the loss requires a gradient.
         """
         if not self._scaler.enabled:
             return loss
@@ -397,9 +398,9 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     @contextmanager
     def scaled_gradients(self) -> Iterator[None]:
-        """A context for backwards that start from scaled gradients, as another pipeline stage sends them.
+        """A context for backwards that start from scaled gradients, such as those that another pipeline stage sends.
 
-        Around `schedule.step(...)` on every stage, whose loss function ends in `scale(loss)`.
+        Use it around `schedule.step(...)` on every stage. The loss function returns `optimizer.scale(loss)`.
         """
         if not self._scaler.enabled:
             yield
@@ -410,12 +411,12 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """A context in which backward sends nothing: gradients stay local until a backward outside, or a read."""
+        """A context in which backward sends nothing. Gradients stay local until a backward outside it, or a read."""
         with self._gradients.no_sync():
             yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; the gradient shards are freed too."""
+        """Clear the gradients as torch does, and free the gradient shards."""
         self._gradients.finish_broken_round()
         self._scaled_backward.end()
         super().zero_grad(set_to_none)
@@ -425,19 +426,19 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scale the gradients down to a global norm of `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
 
-        The coefficient is kept, and multiplied where the gradients are used next: on one rank `.grad` reads as before,
-        and is not to be edited until step(). Where the norm is not finite the step is skipped.
+        The optimizer keeps the coefficient, and applies it when the gradients are used next. On one rank `.grad` reads
+        as before; do not edit it until step(). If the norm is not finite, the step is skipped.
 
         Args:
             max_norm: The largest norm.
             norm_type: p of the p-norm, above 0; inf for the largest absolute value.
-            error_if_nonfinite: Raise where the norm is inf or NaN. Reads the device.
+            error_if_nonfinite: Raise if the norm is inf or NaN. Reads the device.
 
         Returns:
             0-D fp32 tensor on the device: the norm before clipping, of the averaged and unscaled gradients.
 
         Raises:
-            RuntimeError: The norm is not finite, and error_if_nonfinite is set; or, on one rank, `.grad` was edited or
+            RuntimeError: The norm is not finite and error_if_nonfinite is set, or, on one rank, `.grad` was edited or
                 assigned since the last clip.
             ValueError: norm_type is not above 0.
         """
@@ -466,7 +467,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         return norm.clone() if norm is norm_2 else norm  # the caller may write to it
 
     def _collect(self, purpose: str) -> GlobalGradStats:
-        """Finish the reduction, and exchange the step's message. Under no_grad. purpose: One of grad_stats.PURPOSES."""
+        """Finish the reduction, and exchange the step's message. Call it under no_grad, with one of PURPOSES."""
         with profile_range("pyzero::collect"):
             found_inf = self.__dict__.get("found_inf")  # set by torch's GradScaler, which has checked `.grad`
             if found_inf is not None:
@@ -476,7 +477,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is built from, for pickle and copy.deepcopy on one rank. As in torch, hooks stay behind."""
+        """Return what pickle and copy.deepcopy rebuild the optimizer from, on one rank. Hooks are lost, as in torch."""
         attributes = {name: self.__dict__[name] for name in self._subclass_attributes if name in self.__dict__}
         return {
             "attributes": attributes,
@@ -515,7 +516,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As torch's. torch.amp.GradScaler finds a proxy for gradients that are reduced; see gradients/amp.py."""
+        """The groups, as in torch. For reduced gradients torch.amp.GradScaler gets a proxy; see gradients/amp.py."""
         if amp.grad_scaler_is_asking() and self._gradients.reduces:
             with torch.no_grad():
                 return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
@@ -526,11 +527,11 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._param_groups = groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group gets buckets of its own. Collective over several ranks."""
-        given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses what is none
+        """Add a group, as in torch. It gets its own buckets. Collective over several ranks."""
+        given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses anything else
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # torch warns of a parameter that comes twice; the first counts.
+        # torch warns of a parameter that comes twice. The first one counts.
         kept = {param: position for position, param in reversed([*enumerate(group["params"])])}
         for key in ("params", "param_names"):
             if key in group:
@@ -553,34 +554,34 @@ class ZeroOptimizer(StateDicts, Optimizer):
             raise
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
-        """The update rule of a group that is added; for optimizers of several rules to override."""
+        """Return the update rule for a new group. Optimizers with several rules override it."""
         return self._rule
 
     def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
-        """Whether a group with these options instead of its own, as a saved one has them, keeps its update rule."""
+        """Whether the group keeps its update rule if it takes these options, which a saved group has."""
         return self._rule_of({**self._param_groups[group_index], **options}) is self._rules[group_index]
 
     def _named_params(self) -> dict[Tensor, str]:
-        """All parameters, and their names for messages."""
+        """Return all parameters, with their names for messages."""
         groups = enumerate(self._param_groups)
         return {p: self._name(index, position) for index, group in groups for position, p in enumerate(group["params"])}
 
     def _name(self, group_index: int, position: int) -> str:
-        """A parameter's name for messages: the caller's, its model's, or its position in its group."""
+        """Return a name for messages: the caller's, the one in the model, or the position in the group."""
         group = self._param_groups[group_index]
         if "param_names" in group:
             return str(group["param_names"][position])
         return self._model_names.get(group["params"][position]) or f"parameter {position} of group {group_index}"
 
     def take_names(self, model: nn.Module) -> None:
-        """Have messages call parameters by their names in a model, where the caller gave none."""
+        """Use the parameters' names in a model for messages, unless the caller gave names."""
         self._model_names = {param: name for name, param in model.named_parameters()}
 
     @torch.inference_mode(False)
     def _place(self, group_indices: Iterable[int], with_grads: bool = False) -> None:
         """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
         group_indices = list(group_indices)
-        own_errors = TypeError, ValueError  # of what all compare, or of a rank that has not begun
+        own_errors = TypeError, ValueError  # raised on all ranks after a comparison, or before this rank begins
         with self._group.lockstep(self._topology.model_groups, "the placement of parameters", own_errors):
             for bucket in self._param_buckets.add(self._param_groups, group_indices, with_grads):
                 take_over(bucket.params)
@@ -600,13 +601,13 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._transport.reserve(sizes, len(self._param_buckets.params))
 
     def _place_unfrozen(self, purpose: str | None = None) -> None:
-        """Give buckets to parameters that are no longer frozen. Collective where there are any.
+        """Give buckets to parameters that are no longer frozen. Collective if there are any.
 
-        purpose: What gradients are collected for next, where they are: this rank's own error is told to those who wait.
+        purpose: What the ranks collect gradients for next, if they do. An error is then told to those who wait.
         """
         try:
             self._place_found(self._find_unfrozen())
-        except CollectiveError:  # which the others have, too
+        except CollectiveError:  # the other ranks raise it too
             raise
         except Exception as error:
             if purpose is not None:
@@ -614,10 +615,10 @@ class ZeroOptimizer(StateDicts, Optimizer):
             raise
 
     def _find_unfrozen(self) -> list[int]:
-        """Indices of groups with parameters that are no longer frozen.
+        """Return the indices of groups with parameters that are no longer frozen.
 
-        First comes the round of a backward that an exception has ended: other ranks have sent theirs, which may have
-        placed those parameters.
+        If an exception has ended a backward, finish its round first: the other ranks have sent their part of it, and
+        may have placed those parameters.
         """
         self._gradients.finish_broken_round()
         return self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
@@ -627,11 +628,11 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._place(group_indices, self._trains_by_grad())
 
     def _trains_by_grad(self) -> bool:
-        """Whether a frozen parameter with a `.grad` is trained: other ranks could not see this one's."""
+        """Whether a frozen parameter with a `.grad` counts as trained. Only on one rank: others cannot see `.grad`."""
         return self._group.size == 1 and not self._topology.model_dims
 
     def _learn_arrival(self) -> None:
-        """Once, in the first step: move to buckets in the order in which gradients have arrived."""
+        """In the first step, move parameters to buckets in the order in which their gradients arrived."""
         if self._arrival_order.is_learning:
             layouts = self._param_buckets.plan_by_arrival(self._arrival_order.order())
             if layouts is not None:
@@ -646,7 +647,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
 
 def _product(*factors: Any) -> Any:
-    """The product of those that are not None; None where all are."""
+    """Return the product of the factors that are not None, or None if all are."""
     result = None
     for factor in factors:
         if factor is not None:

@@ -1,4 +1,4 @@
-"""What a ZeroOptimizer saves and loads: its state dicts, and what a checkpoint asks of it."""
+"""What a ZeroOptimizer saves and loads: its state dicts, and the methods that checkpoints call."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _T = TypeVar("_T")
 
 
 class StateDicts(Status):
-    """The part of ZeroOptimizer that its state goes out by and comes in by."""
+    """The part of ZeroOptimizer that saves and loads its state."""
 
     _overflow: OverflowMonitor
     _arrival_order: ArrivalOrder
-    # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
+    # No class attributes: Lightning's wrappers inherit the class, and would find them before the optimizer's own.
     _checkpoint_group: Group | None
     _is_torn: bool  # a step or a load has begun to write
 
@@ -48,27 +48,27 @@ class StateDicts(Status):
     # ---- for checkpoints --------------------------------------------------------------------------------------------
 
     def checkpoint_group(self) -> Group:
-        """All ranks that hold a part of the model, over a process group that training does not use.
+        """Return a group of all ranks that hold a part of the model, over a process group that training does not use.
 
-        So a save in a thread meets no collective of a step. Collective when it is first called.
+        A save in a thread then cannot meet a collective of a step. The first call is collective.
 
         Raises:
-            ValueError: No group that the optimizer knows has all ranks that DTensors' meshes reach.
+            ValueError: No group that the optimizer knows contains all ranks of the DTensors' meshes.
         """
         if self._checkpoint_group is None:
             what = "the lease of a process group for checkpoints"
             self._group.check_unbroken(what)
-            # Ranks agree on it over the optimizer's own, which the next optimizer must not get half-way through that.
+            # Ranks agree over the optimizer's own group, which no other optimizer may get before they are done.
             with on_device(self._device), self._group.lockstep(what=what, but=ValueError):
                 self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
 
     def find_unfrozen(self) -> list[int]:
-        """What `place_unfrozen` takes; apart from that, for it may raise on one rank alone. Before any collective."""
+        """Return the argument of `place_unfrozen`. May raise on one rank alone, so call it before any collective."""
         return self._find_unfrozen()
 
     def describe_unfrozen(self, found: list[int]) -> Unfrozen:
-        """What the ranks compare of it before they place them."""
+        """Return what the ranks compare before they place the parameters found."""
         return {
             (index, position): self._name(index, position)
             for index in found
@@ -77,17 +77,17 @@ class StateDicts(Status):
         }
 
     def members(self) -> list[int]:
-        """The ranks that share this optimizer's state, and so train the same parameters."""
+        """Return the ranks that share this optimizer's state, and so train the same parameters."""
         return self._group.members()
 
     def place_unfrozen(self, found: list[int]) -> None:
-        """Give parameters that are no longer frozen their state now, not in the next step. Collective then."""
+        """Give state to parameters that are no longer frozen, before the next step does it. Collective if any are."""
         self._place_found(found)
 
     def check_between_steps(self, with_gradients: bool = True) -> None:
-        """Raise RuntimeError where gradients wait for step(), which a checkpoint does not hold, or state is torn.
+        """Raise RuntimeError if gradients wait for step(), because a checkpoint has none, or if the state is torn.
 
-        with_gradients: False: gradients may be left out.
+        with_gradients: False allows gradients to wait.
         """
         self._check_whole()
         if with_gradients and self._gradients.has_pending_gradients():
@@ -98,9 +98,9 @@ class StateDicts(Status):
 
     @contextmanager
     def _writing(self, replaces_all: bool = False) -> Iterator[None]:
-        """Around what writes weights and state on all ranks: broken off on one, nothing is sent or saved after it.
+        """A context around a write of weights and state on all ranks. If one rank fails in it, all later sends fail.
 
-        replaces_all: As a load does: what an earlier step has torn is whole again.
+        A save then raises, too. replaces_all: The write is a load, so state that was torn before is whole after it.
         """
         was_torn, self._is_torn = self._is_torn, True
         try:
@@ -111,7 +111,7 @@ class StateDicts(Status):
         self._is_torn = was_torn and not replaces_all
 
     def _check_whole(self) -> None:
-        """Raise RuntimeError where a step or a load was broken off."""
+        """Raise RuntimeError if a step or a load was broken off."""
         if self._is_torn:
             raise RuntimeError(
                 "expected weights and state of one step to save, got those of a step() or load_state_dict() that was "
@@ -121,22 +121,22 @@ class StateDicts(Status):
     # ---- state dicts ------------------------------------------------------------------------------------------------
 
     def _hook_state_dict(self) -> None:
-        """Extend torch's own `state_dict()` by hooks that run before and after it."""
+        """Extend torch's `state_dict()` by hooks that run before and after it."""
         self.register_state_dict_pre_hook(_follow_weights)
         self.register_state_dict_post_hook(_export_state, prepend=True)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` gave on the same rank of as many ranks, a full_state_dict(), or a torch optimizer's.
+        """Load a `state_dict()` of the same rank of as many ranks, a `full_state_dict()`, or a torch optimizer's.
 
-        Every rank calls it; the latter two are given whole to each. Where it does not fit on one rank, nothing is
-        changed on any. Gradients stay; with a loss scale those that were held back are reduced first.
-        A fixed loss scale stays as it was built; a dynamic one becomes the saved one, inside its bounds.
+        Every rank calls it. A full or torch state dict is passed whole to each rank. If it does not fit on one rank,
+        nothing changes on any rank. Gradients stay; with a loss scale, gradients that were held back are reduced first.
+        A fixed loss scale stays. A dynamic one becomes the saved one, inside its bounds.
 
         Raises:
-            ValueError: Another rank's, another number of ranks', or other parameters; or another rule's.
+            ValueError: It is another rank's, or of another number of ranks, other parameters or another update rule.
         """
-        state_dict = {} if state_dict is None else state_dict.copy()  # a rank that has none says so to all
+        state_dict = {} if state_dict is None else state_dict.copy()  # a rank without one tells all ranks
         state_dict = self._prepare_load(state_dict)
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
@@ -146,7 +146,7 @@ class StateDicts(Status):
             after(self)
 
     def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What hooks make of it, once parameters and weights have been found fit on all ranks. Collective."""
+        """Return what the pre-hooks make of the state dict. Raise if any rank's parameters do not fit. Collective."""
         problem, unfrozen = None, []
         told: Unfrozen = {}
         try:
@@ -155,8 +155,8 @@ class StateDicts(Status):
             unfrozen = self._find_unfrozen()
             told = self.describe_unfrozen(unfrozen)
             for bucket in self._buckets:
-                bucket.flat_params.foreign_writes()  # raises where it cannot follow them
-        except CollectiveError:  # which the others have, too
+                bucket.flat_params.foreign_writes()  # raises if masters cannot follow the writes
+        except CollectiveError:  # the other ranks raise it too
             raise
         except Exception as error:
             problem = error
@@ -168,7 +168,7 @@ class StateDicts(Status):
         return state_dict
 
     def _tell(self, problem: Exception | None, answer: _T) -> list[_T]:
-        """Every rank's answer; where one has a problem, all raise. Collective."""
+        """Return every rank's answer. If one rank has a problem, all raise. Collective."""
         kind = "" if problem is None or isinstance(problem, ValueError) else f"{type(problem).__name__}: "
         told = self._group.gather_objects(
             (None if problem is None else f"{kind}{problem}", answer), "the agreement on a load"
@@ -202,8 +202,9 @@ class StateDicts(Status):
     def _parse(
         self, state_dict: dict[str, Any]
     ) -> tuple[rank_state.RankState, rank_state.SavedCut | None, set[Unsent]]:
-        """The state, once all ranks have found that theirs fits, the buckets that its parts are of, and what gradients
-        the ranks have not sent. Collective.
+        """Return the state, the buckets of its parts, and which gradients the ranks have not sent.
+
+        Raise on all ranks if it does not fit on one. Collective.
         """
         saved, problem, unsent = None, None, Unsent.NONE
         try:
@@ -211,7 +212,7 @@ class StateDicts(Status):
                 self, self._as_ours(state_dict), self._param_buckets, self._group.rank, self._group.size
             )
             summary, unsent = saved.summary(), self._gradients.unsent()
-        except Exception as error:  # of any kind: the other ranks wait to hear of it
+        except Exception as error:  # any error: the other ranks wait for this rank's answer
             problem, summary = error, None
         try:
             told = self._tell(problem, (summary, unsent))
@@ -222,11 +223,11 @@ class StateDicts(Status):
         return saved, rank_state.agreed_cut(summaries), {kind for _, kind in told}
 
     def _as_ours(self, state_dict: Any) -> Any:
-        """Hook for subclasses: add what torch's optimizer of this rule does not save, such as step counts."""
+        """Add what torch's optimizer of this rule does not save, such as step counts. A hook for subclasses."""
         return state_dict
 
     def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
-        """Whole values by parameter, in torch's layout."""
+        """Return whole values, given by parameter, in the layout of torch's state dicts."""
         state: dict[int, dict[str, Tensor]] = {}
         groups, first = [], 0
         for group in self._param_groups:
@@ -242,7 +243,7 @@ class StateDicts(Status):
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:
-        """Which rank's a state dict is, and from which buckets its parts are cut."""
+        """Describe the rank that a state dict belongs to, and the buckets that its parts are cut from."""
         learned = self.reduces_grads and not self._arrival_order.is_learning
         params = (param for group in self._param_groups for param in group["params"])
         param_ids = {param: i for i, param in enumerate(params)}
@@ -250,11 +251,10 @@ class StateDicts(Status):
 
 
 def with_step_counts(state_dict: Any) -> Any:
-    """A copy in which every parameter with a momentum buffer has a step count: torch.optim.SGD and Muon keep none.
+    """Return a copy that has a step count for each momentum buffer, because torch.optim.SGD and Muon save none.
 
-    1 stands for any number: these rules ask at most whether a step is a parameter's first. A buffer of None, as older
-    torch saved it without momentum, is no state. What is no state dict is returned as it is, for load_state_dict to
-    refuse.
+    The count is 1: these rules ask at most whether a step is a parameter's first. A buffer of None, which older torch
+    saved without momentum, is dropped. Anything but a state dict is returned unchanged, and load_state_dict refuses it.
     """
     state = state_dict.get("state") if isinstance(state_dict, dict) else None
     if not isinstance(state, dict):
@@ -268,17 +268,17 @@ def with_step_counts(state_dict: Any) -> Any:
 
 
 def _follow_weights(optimizer: Optimizer) -> None:
-    """A state_dict hook: have masters follow weights that were written since the last step."""
+    """Make masters follow weights that were written since the last step. A hook of state_dict()."""
     assert isinstance(optimizer, StateDicts)
-    if optimizer._group.size > 1:  # on one rank it may be loaded into, and goes on
+    if optimizer._group.size > 1:  # on one rank a torn optimizer may load a state dict and continue
         optimizer._check_whole()
     optimizer._param_buckets.follow_weights()
 
 
 def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """A state_dict hook: add the loss scale's five numbers and the rule, and give tensors the parameters' shapes.
+    """Add the loss scale's five numbers and the rule, and give tensors the parameters' shapes. A hook of state_dict().
 
-    The five are a copy: what is read into them counts only once it is loaded, for other values depend on them.
+    The five are a copy, because other values depend on them: new values count only once they are loaded.
     """
     assert isinstance(optimizer, StateDicts)
     state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.saved()

@@ -1,4 +1,4 @@
-"""What can be read of a ZeroOptimizer between steps: of the last step, and of how it was built."""
+"""What a ZeroOptimizer reports between steps: about the last step, and about how it was built."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pyzero.update_rule import UpdateRule
 
 
 class LastStep(NamedTuple):
-    """What can be asked of the last step."""
+    """The numbers of the last step."""
 
     found_inf: Tensor  # (1,) fp32
-    norm: Tensor  # 0-D fp32, before clipping by anyone
-    factored_norm: Tensor  # 0-D fp32, with all that clip_grad_norm_ and the caller have multiplied
-    clip: Tensor  # 0-D fp32, what max_grad_norm still multiplied; 1 where it does not clip
+    norm: Tensor  # 0-D fp32, before any clipping
+    factored_norm: Tensor  # 0-D fp32, with the factors of clip_grad_norm_ and of the caller
+    clip: Tensor  # 0-D fp32, the factor of max_grad_norm; 1 if it did not clip
 
 
 class Status(FullAccess, Optimizer):
-    """The part of ZeroOptimizer that says what the last step was, and how the optimizer was built."""
+    """The part of ZeroOptimizer that reports on the last step, and on how the optimizer was built."""
 
     _scaler: Scaler
     _scaled_backward: ScaledBackward
@@ -35,7 +35,7 @@ class Status(FullAccess, Optimizer):
     _param_groups: list[dict[str, Any]]
     _device: torch.device
     _rule: UpdateRule
-    # No values here: Lightning's wrappers inherit the class and look up in the optimizer what they do not have.
+    # No class attributes: Lightning's wrappers inherit the class, and would find them before the optimizer's own.
     _last: LastStep | None
 
     def _name(self, group_index: int, position: int) -> str:
@@ -45,12 +45,12 @@ class Status(FullAccess, Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """0-D tensor: the global 2-norm in the last step, before clipping; None before the first."""
-        return None if self._last is None else self._last.norm.clone()  # the next step writes there
+        """0-D tensor: the global 2-norm in the last step, before clipping; None before the first step."""
+        return None if self._last is None else self._last.norm.clone()  # the next step overwrites it
 
     @property
     def clipped_grad_norm(self) -> Tensor | None:
-        """0-D tensor: the global 2-norm in the last step, after clipping; None before the first."""
+        """0-D tensor: the global 2-norm in the last step, after clipping; None before the first step."""
         return None if self._last is None else self._last.factored_norm * self._last.clip
 
     @property
@@ -69,12 +69,12 @@ class Status(FullAccess, Optimizer):
         return int(self._scaler.num_skipped)
 
     def _describe(self, code: float) -> str:
-        """The gradient that a code of pyzero/gradients/nonfinite.py means, in words."""
+        """Put into words which gradient a code of pyzero/gradients/nonfinite.py means."""
         number, rank = nonfinite.decode(code, self._stats_exchange.names.num_ranks)
         if number is None:
             if self.model_parallel_rank is not None:
                 return "a gradient of another rank of model_parallel_group, or the sum of gradients over replicas"
-            if self._device.type == "cpu" and self._group.size > 1:  # each rank's were looked at
+            if self._device.type == "cpu" and self._group.size > 1:  # each rank's own gradients were found finite
                 return "the sum of the gradients over ranks"
             return "a gradient, whose parameter is looked for from the next step on"
         param, name = user_param(self._param_buckets.params[number]), self._name_of(number)
@@ -82,7 +82,7 @@ class Status(FullAccess, Optimizer):
         return f"the gradient of {name}, shape {tuple(param.shape)},{where}".removesuffix(",")
 
     def _name_of(self, number: int) -> str:
-        """A parameter's name for messages, by its number."""
+        """Return a parameter's name for messages, by its number."""
         param = user_param(self._param_buckets.params[number])
         group_index = self._param_buckets.specs[number].run.group_index
         members = self._param_groups[group_index]["params"]
@@ -92,16 +92,16 @@ class Status(FullAccess, Optimizer):
 
     @property
     def rule_name(self) -> str:
-        """The update rule's name; Adam's and AdamW's is one."""
+        """The update rule's name. Adam and AdamW have the same one."""
         return self._rule.name
 
     def takes_rule(self, name: str | None) -> bool:
-        """Whether state that was saved under this rule's name may be this optimizer's; None: a torch optimizer's."""
+        """Whether this optimizer can load state that was saved under this rule's name. None: saved by torch."""
         return name in (None, self.rule_name)
 
     @property
     def scales_loss(self) -> bool:
-        """Whether there is a loss scale, and `backward` applies it."""
+        """Whether there is a loss scale. `backward` applies it."""
         return self._scaler.enabled
 
     @property
@@ -111,30 +111,30 @@ class Status(FullAccess, Optimizer):
 
     @property
     def reduces_grads(self) -> bool:
-        """Whether it averages gradients over its ranks; False where there is one rank, or another averages them."""
+        """Whether it averages gradients over its ranks. False with one rank, or with `reduce_grads=False`."""
         return self._gradients.reduces
 
     @property
     def model_parallel_rank(self) -> int | None:
-        """This rank among those that have other parts of the model; None where it has all of it."""
+        """This rank's index among the ranks of `model_parallel_group`; None without other ranks there."""
         others = self._topology.unmeshed
         return None if others is None else others.rank
 
     @property
     def model_parallel_size(self) -> int:
-        """How many ranks have other parts of the model, this one included; 1 where it has all of it."""
+        """The number of ranks of `model_parallel_group`; 1 without such a group."""
         others = self._topology.unmeshed
         return 1 if others is None else others.size
 
     @property
     def same_params(self) -> bool:
-        """Whether all ranks have the same parameters, whole or parts of them that DTensors describe."""
+        """Whether all ranks have the same parameters, whole ones or their parts as DTensors."""
         return self._topology.same_params
 
     def owns(self, param: Tensor) -> bool:
-        """Whether this model-parallel rank is the one that counts and saves the parameter."""
+        """Whether this model-parallel rank counts and saves the parameter."""
         return self._topology.owns(param)
 
     def state_bytes(self) -> int:
-        """Bytes of masters and the rule's state on this rank."""
+        """Return the bytes of masters and the rule's state on this rank."""
         return sum(bucket.num_state_bytes() for bucket in self._buckets)

@@ -1,4 +1,4 @@
-"""Running work on a side stream of a GPU, and on a GPU that is not the current one."""
+"""Run work on a side stream of a GPU, or on a GPU that is not the current one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None, *used: Tensor) -> Iterator[None]:
-    """Run on `stream`, after what the current stream has queued; `used` tensors stay allocated for it. None: no-op."""
+    """Run on `stream` after the current stream's work, and keep `used` tensors allocated for it. None: do nothing."""
     if stream is None:
         yield
         return
@@ -24,5 +24,5 @@ def on_stream(stream: torch.cuda.Stream | None, *used: Tensor) -> Iterator[None]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one, which the caller's may not be: NCCL sends python objects from there, for one."""
+    """Make a GPU the current one, because the caller may have another. NCCL sends objects from the current GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

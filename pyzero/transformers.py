@@ -24,17 +24,16 @@ _OURS: dict[Any, type[ZeroOptimizer]] = {
     torch.optim.Adam: FusedZeroAdam,
     torch.optim.SGD: FusedZeroSGD,
 }
-_STATE_OF_TORCH = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)  # files of transformers' own
+_STATE_OF_TORCH = (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)  # files that transformers writes for torch's optimizers
 
 
 class ZeroTrainerMixin:
-    """For a Trainer of any kind: `class ZeroSFTTrainer(ZeroTrainerMixin, SFTTrainer)`.
+    """A mixin for any Trainer: `class ZeroSFTTrainer(ZeroTrainerMixin, SFTTrainer)`.
 
-    TrainingArguments stay as they are. The optimizer is FusedZeroAdamW where `optim` names AdamW (the default),
-    FusedZeroSGD where it names SGD, or what `optimizer_cls_and_kwargs` and `optimizers` give. The model is not wrapped
-    in DistributedDataParallel. Logs show `skipped_steps`, and `loss_scale` where there is one. A checkpoint has the
-    folder pyzero in the place of optimizer.pt, and is resumed on any number of ranks; one of torch's AdamW is taken
-    too.
+    TrainingArguments stay as they are. The optimizer is FusedZeroAdamW if `optim` names AdamW (the default), and
+    FusedZeroSGD if it names SGD. `optimizer_cls_and_kwargs` and `optimizers` override it. The model is not wrapped in
+    DistributedDataParallel. Logs show `skipped_steps`, and `loss_scale` if there is one. A checkpoint has the folder
+    pyzero instead of optimizer.pt, and resumes on any number of ranks. A checkpoint with torch's AdamW resumes too.
     """
 
     args: Any
@@ -45,16 +44,16 @@ class ZeroTrainerMixin:
     state: Any
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; then the accelerator is pyzero's."""
+        """Create the accelerator as Trainer does, and turn it into pyzero's."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         Accelerator.take_over(self.accelerator)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """pyzero's class for the one that TrainingArguments name.
+        """Return pyzero's class for the optimizer that TrainingArguments name, and its arguments.
 
         Raises:
-            ValueError: There is none.
+            ValueError: pyzero has no such optimizer.
         """
         named, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         if named not in _OURS:
@@ -65,7 +64,7 @@ class ZeroTrainerMixin:
         return _OURS[named], kwargs
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with `skipped_steps`, and `loss_scale` where there is one."""
+        """Log as Trainer does, with `skipped_steps`, and with `loss_scale` if there is one."""
         optimizer = zero_optimizer_of(self.optimizer)
         if "grad_norm" in logs and optimizer is not None:
             if self.accelerator.scaler is not None:
@@ -85,8 +84,8 @@ class ZeroTrainerMixin:
             model=self.model,
             optimizer=optimizer,
             step=self.state.global_step,
-            exclude_frozen_parameters=True,  # Trainer saves the weights beside it, and of peft the adapters alone
-            exclude_gradients=True,  # of an accumulation that an epoch's end or a callback has broken off
+            exclude_frozen_parameters=True,  # Trainer saves the weights in another file (with peft, only adapters)
+            exclude_gradients=True,  # an epoch's end or a callback may interrupt an accumulation
         )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)

@@ -1,4 +1,4 @@
-"""The update of this rank's shards: which parameters take part, their step counts, and the rule, slice by slice."""
+"""The update of this rank's shards: picks the parameters, counts their steps, and runs the rule slice by slice."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ log = logging.getLogger("pyzero")
 
 
 class StepScalars(NamedTuple):
-    """The numbers that all elements of one step share, valid until the next; see pyzero.ops.step_scalars_."""
+    """The numbers that all elements of one step share. Valid until the next step. See pyzero.ops.step_scalars_."""
 
-    found_inf: Tensor  # (1,) fp32; where it is not zero nothing is written
+    found_inf: Tensor  # (1,) fp32; if it is not zero, nothing is written
     norm: Tensor  # 0-D fp32: global 2-norm of the gradients with all factors, before clipping to max_norm
-    clip: Tensor  # 0-D fp32: the coefficient
-    grad_scale: Tensor  # 0-D fp32: multiplies the gradients
+    clip: Tensor  # 0-D fp32: the clip coefficient
+    grad_scale: Tensor  # 0-D fp32: factor for the gradients
     used: Sequence[Tensor]  # by bucket: (num_params,) fp32, 1 for a parameter with a gradient on any rank
 
 
@@ -32,15 +32,15 @@ class ShardUpdater:
     """Runs update rules over buckets.
 
     Args:
-        device: Where the buckets lie.
-        backend: The ops'.
+        device: Device of the buckets.
+        backend: Backend of the ops.
     """
 
     def __init__(self, device: torch.device, backend: str) -> None:
         self._backend = backend
         self._pattern: tuple[tuple[Bucket, ...], tuple[bool, ...]] | None = None
         self._used = torch.empty(0, dtype=torch.float32)  # StepScalars.used of all buckets, side by side
-        self._seen_by_graphs: list[Tensor] = []  # CUDA graphs keep no memory alive that was there before the capture
+        self._seen_by_graphs: list[Tensor] = []  # a CUDA graph does not keep memory alive that is older than it
         self._out = torch.zeros(NUM_SCALARS, dtype=torch.float32, device=device)  # written by each step
         norm, clip, grad_scale = self._out[1:].unbind()
         self._scalars = StepScalars(self._out[:1], norm, clip, grad_scale, used=())
@@ -53,14 +53,14 @@ class ShardUpdater:
         max_norm: float | None,
         factor: Tensor | None,
     ) -> StepScalars:
-        """Compute the step's scalars, and count the step for parameters with a gradient, unless it is skipped.
+        """Compute the step's scalars. Count the step for parameters with a gradient, unless it is skipped.
 
         Args:
             buckets: All buckets.
-            steps: (num_params,) fp32, their step counts side by side.
-            stats: The gradients'.
+            steps: (num_params,) fp32, the buckets' step counts side by side.
+            stats: Statistics of the gradients.
             max_norm: The norm to clip to, or None.
-            factor: 0-D: multiplies the gradients beside `stats.unscale`, or None.
+            factor: 0-D, a factor for the gradients beside `stats.unscale`, or None.
         """
         self.take_pattern(tuple(buckets), stats.used, stats.rows.device)
         ops.step_scalars_(
@@ -76,10 +76,10 @@ class ShardUpdater:
         return self._scalars
 
     def take_pattern(self, buckets: tuple[Bucket, ...], used: tuple[bool, ...], device: torch.device) -> None:
-        """Copy to the device which parameters have a gradient, if that changed since the last step.
+        """Copy to the device which parameters have a gradient, if these changed since the last step.
 
         Raises:
-            RuntimeError: A CUDA graph is being captured, and it differs.
+            RuntimeError: They changed while a CUDA graph is being captured.
         """
         if self._pattern == (buckets, used):
             return
@@ -90,18 +90,18 @@ class ShardUpdater:
             )
         rows = [used[number] for bucket in buckets for number in bucket.numbers]
         self._pattern = buckets, used
-        # Pinned, so that the host does not wait: the pattern may change in every step (experts, heads).
+        # Pinned, so that the host does not wait, because the pattern may change in every step (experts, heads).
         on_host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
         self._used = on_host.to(device, non_blocking=True)
         used_by_bucket = self._used.split([len(bucket.numbers) for bucket in buckets])
         self._scalars = self._scalars._replace(used=used_by_bucket)
 
     def keep_for_graph(self, steps: Tensor, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Called after a step that a CUDA graph has captured: keep what may be replaced, of which it has the address.
+        """Keep tensors alive whose addresses a CUDA graph has captured. Called after the captured step.
 
         Args:
             steps: As in `count_step`.
-            param_groups: The optimizer's, in whose place of a learning rate a load puts another tensor.
+            param_groups: The optimizer's groups. A load may replace their learning rates by other tensors.
         """
         rates = [group["lr"] for group in param_groups if isinstance(group.get("lr"), Tensor)]
         self._seen_by_graphs += [self._used, steps, *rates]
@@ -116,9 +116,9 @@ class ShardUpdater:
         """Update this rank's shard of one bucket.
 
         Args:
-            bucket: Masters, weights and state of its shard are written.
-            grads: Its gradients: where each begins in the shard, and (n,) values, or those of one run as a list.
-            param_groups: The optimizer's.
+            bucket: The bucket. Masters, weights and state of its shard are written.
+            grads: Its gradients: where each begins in the shard, and (n,) values, or a GradList of one run.
+            param_groups: The optimizer's groups.
             scalars: From `count_step`.
         """
         for begin, grad in grads:
@@ -137,7 +137,7 @@ class ShardUpdater:
 
 
 def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether a CUDA graph is being captured. Raises, before anything is recorded, where it would replay wrongly."""
+    """Whether a CUDA graph is being captured. Raise, before anything is recorded, if it would replay wrongly."""
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return False
     wanted = "expected a step that a CUDA graph can replay"
@@ -162,7 +162,7 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """The group, with a learning rate that is a tensor made 0-D on the device."""
+    """Return the group. If its learning rate is a tensor, make that 0-D and on the device."""
     lr = group.get("lr")
     if not isinstance(lr, Tensor):
         return group

@@ -1,6 +1,6 @@
 """The interface of an update rule: its state, where its shards may be cut, and the update of one slice of a shard.
 
-Buckets, whole-tensor access, checkpoints, the estimate and step() go by a rule's slots, and know no rule by name.
+Buckets, whole-tensor access, checkpoints, the estimate and step() use a rule's slots, and know no rule by name.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Values(Enum):
     """How many values a slot has."""
 
     PER_ELEMENT = auto()
-    PER_GRANULE = auto()  # one for each GRANULE elements, as block-wise quantised moments keep their scales
+    PER_GRANULE = auto()  # one per GRANULE elements, such as the scales of block-wise quantised moments
 
 
 @dataclass(frozen=True)
 class StateSlot:
-    """A tensor of state for each shard, zero at first. The optimizer itself keeps masters and step counts."""
+    """A state tensor of each shard, zero at first. The optimizer itself keeps masters and step counts."""
 
-    name: str  # in optimizer.state and in state dicts; torch's name where torch has the rule
+    name: str  # in optimizer.state and in state dicts; torch's name if torch has the rule
     dtype: torch.dtype = torch.float32
     values: Values = Values.PER_ELEMENT
 
@@ -50,7 +50,7 @@ class Part:
     strides: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter, in its shape, of a tensor over the RunShard: for rules with Cut.WHOLE."""
+        """View this parameter, in its shape, in a flat tensor of the RunShard. For rules with Cut.WHOLE."""
         return flat[self.begin : self.end].as_strided(self.shape, self.strides)
 
 
@@ -62,48 +62,48 @@ class RunShard:
     low: int  # elements of the rank's shard of the bucket
     high: int
     master: Tensor  # (high - low,) fp32
-    weights: Tensor | None  # (high - low,) in the parameters' dtype, to be written; None: the masters are the weights
-    peer_weights: Sequence[Tensor]  # the same in other ranks' memory, for a rule that `writes_peer_weights`
+    weights: Tensor | None  # (high - low,) in the parameters' dtype, to write; None: the masters are the weights
+    peer_weights: Sequence[Tensor]  # the same in other ranks' memory, if the rule `writes_peer_weights`
     state: dict[str, Tensor]  # by slot
-    steps: Tensor  # (num_params,) fp32, of the bucket: steps applied, this one counted
+    steps: Tensor  # (num_params,) fp32, of the bucket: steps applied, with this one
     segment_ids: Tensor  # ((high - low) / GRANULE,), rounded up, int32: the position of the parameter in the bucket
     parts: tuple[Part, ...]
 
     @property
     def weights_out(self) -> list[Tensor]:
-        """All that is to hold the updated weights, beside the masters: `param_out` of an op."""
+        """The tensors that an update writes the weights to, beside the masters: `param_out` of an op."""
         return [*self.peer_weights] if self.weights is None else [self.weights, *self.peer_weights]
 
     def spread(self, values: Tensor) -> Tensor:
-        """(num_params,) of the bucket -> (high - low,): each element its parameter's."""
+        """Give each element its parameter's value: (num_params,) of the bucket -> (high - low,)."""
         return values[self.segment_ids.long()].repeat_interleave(GRANULE)[: self.master.numel()]
 
 
 class GradList(NamedTuple):
-    """The gradients of a RunShard, each where it is; what none of them covers is to be left alone."""
+    """The gradients of a RunShard, each where it lies. An update leaves elements without a gradient alone."""
 
     tensors: Sequence[Tensor]  # contiguous, fp32 or in the parameters' dtype
     offsets: Sequence[int]  # where each begins, in elements of the RunShard: ascending multiples of GRANULE
     size: int  # elements of the RunShard
 
     def numel(self) -> int:
-        """As a tensor's over all of it."""
+        """Return `size`, as a tensor over the whole RunShard would."""
         return self.size
 
 
 class UpdateRule(Protocol):
-    """One way of updating weights from gradients."""
+    """A formula that updates weights from gradients."""
 
-    name: str  # of the range in a profile: pyzero::name
+    name: str  # in state dicts, and of the range in a profile: pyzero::name
     slots: tuple[StateSlot, ...]
     cut: Cut
-    reads_lists: bool  # `update` takes a GradList too. Otherwise gradients are packed for it, where they lie apart
-    writes_peer_weights: bool  # `update` writes `peer_weights` too. Otherwise weights are copied there after it
+    reads_lists: bool  # `update` accepts a GradList. Otherwise gradients that lie apart are packed first
+    writes_peer_weights: bool  # `update` writes `peer_weights` too. Otherwise the transport copies them afterwards
 
     def check(self, group: dict[str, Any]) -> None:
-        """Raise ValueError where a group's hyper-parameters are out of range, TypeError where they are no numbers.
+        """Raise ValueError if a hyper-parameter of the group is out of range, and TypeError if it is no number.
 
-        Called before each step: reads no GPU. A KeyError where the group lacks one becomes a ValueError that names it.
+        Called before each step, so it must not read a GPU. The caller turns a KeyError into a ValueError.
         """
 
     def update(
@@ -120,11 +120,11 @@ class UpdateRule(Protocol):
         """Write masters, weights and state of one slice.
 
         Args:
-            shard: What to update.
+            shard: The slice to update.
             grad: (high - low,) averaged over ranks, fp32 or in the parameters' dtype; or a GradList.
             group: The hyper-parameters.
-            grad_scale: Multiplies the gradient: loss scale and clipping. A number or a 0-D fp32 tensor.
-            found_inf: (1,) fp32; where it is not zero nothing may be written.
-            used: (num_params,) fp32; parameters with 0 have no gradient and stay as they are.
-            backend: Of the ops.
+            grad_scale: Factor for the gradient, from loss scale and clipping. A number or a 0-D fp32 tensor.
+            found_inf: (1,) fp32. If it is not zero, write nothing.
+            used: (num_params,) fp32. Parameters with 0 have no gradient: leave them alone.
+            backend: Backend of the ops.
         """

@@ -1,4 +1,4 @@
-"""Checkpoints from others and for others: DeepSpeed's folders in, safetensors files out."""
+"""Convert checkpoints: import DeepSpeed's folders, and export safetensors files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _OTHER_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = None) -> Path:
-    """Turn what DeepSpeed saved in ZeRO stage 1 or 2, on any number of ranks, into what load_checkpoint takes.
+    """Convert a DeepSpeed checkpoint (ZeRO stage 1 or 2, any number of ranks) into one for load_checkpoint.
 
-    DeepSpeed need not be installed, and nothing in its files is run. `load_checkpoint` then also returns its
+    DeepSpeed need not be installed, and no code in its files is run. `load_checkpoint` then also returns DeepSpeed's
     "client_state" and "lr_scheduler".
 
     Args:
-        directory: The folder with `latest`, or with the folders of the tags.
-        out: The directory of pyzero's checkpoint.
-        tag: Which one; default: that which `latest` names.
+        directory: The folder that contains `latest`, or the folders of the tags.
+        out: The directory for pyzero's checkpoint.
+        tag: The checkpoint to convert; default: the one that `latest` names.
 
     Returns:
-        The folder of the checkpoint.
+        The folder of the new checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: See from_deepspeed.read.
@@ -60,9 +60,9 @@ def import_deepspeed(directory: str | Path, out: str | Path, tag: str | None = N
 
 
 class Exported(NamedTuple):
-    """What a file of `export` holds."""
+    """What `export` has written."""
 
-    num_tensors: int  # tied ones are one
+    num_tensors: int  # tied ones count once
     step: int
 
 
@@ -70,13 +70,13 @@ def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = 
     """Write a checkpoint's weights and buffers to a safetensors file that transformers' `from_pretrained` loads.
 
     Args:
-        directory: Of the checkpoint: the latest is taken. Or the folder of one.
-        path: Of the file, NAME.safetensors; it appears whole or not at all.
-        dtype: Of floating-point weights: fp32 takes the masters. None: what the model had.
+        directory: The directory of checkpoints, to use the latest, or the folder of one checkpoint.
+        path: The file, NAME.safetensors. It appears whole or not at all.
+        dtype: dtype of floating-point weights. fp32 uses the masters; None keeps the model's dtypes.
 
     Raises:
         CheckpointError: There is no checkpoint, or it is damaged.
-        ValueError: See export_safetensors; or weights are saved in parts, or the file is named otherwise.
+        ValueError: See export_safetensors. Or weights are saved in parts, or the file has another suffix.
         OSError: The file could not be written.
     """
     path = Path(path)
@@ -92,7 +92,7 @@ def export(directory: str | Path, path: str | Path, dtype: torch.dtype | None = 
 
 
 def fp32_state_dict(directory: str | Path) -> dict[str, Tensor]:
-    """A checkpoint's weights, fp32 where they are floating-point, and buffers by name, on the CPU. Tied ones are one.
+    """Return a checkpoint's weights and buffers by name, on the CPU, floating-point ones in fp32. Tied ones are shared.
 
     Args:
         directory: As for `export`.
@@ -113,12 +113,12 @@ class _Weights:
 
     folder: Path
     index: dict[str, Any]
-    saved_names: dict[str, str]  # by name, the tensor among those saved
-    tied: dict[str, str]  # the name that is in place of each
+    saved_names: dict[str, str]  # the saved tensor's name, by the weight's
+    tied: dict[str, str]  # the name that a tied one is saved under
 
     @classmethod
     def find(cls, directory: str | Path, dtype: torch.dtype | None) -> _Weights:
-        """dtype: fp32 takes the masters."""
+        """Find the weights of a checkpoint. dtype: fp32 selects the masters."""
         folder = files.find(Path(directory))
         if folder is None:
             raise CheckpointError(f"expected a checkpoint in {directory}, got none; pass where save_checkpoint() saved")
@@ -145,7 +145,7 @@ class _Weights:
 
         tensor = self.empty(name, "cpu")
         where = {self.saved_names[name]: tensor}
-        # Alone: for an interrupt, which torch takes for a failure, to be raised as itself.
+        # Through run_on_all_ranks, so that an interrupt, which torch turns into a failure, is raised as itself.
         run_on_all_ranks(
             Group(is_alone=True), f"the read of {name}", lambda: storage.read(where, self.folder, self.index)
         )

@@ -1,7 +1,7 @@
-"""Weights as one safetensors file, streamed: what is converted or loaded is in memory one tensor at a time.
+"""Write weights to one safetensors file, with one converted or loaded tensor in memory at a time.
 
 The format: 8 bytes with the length of the header, the header in JSON, the bytes of all tensors. The safetensors package
-writes it from a dict that holds every tensor as it is to be written.
+is not used, because it needs all converted tensors in memory at once.
 """
 
 from __future__ import annotations
@@ -45,24 +45,25 @@ def export_safetensors(
 ) -> None:
     """Write a model's weights and buffers by name to a file that transformers' `from_pretrained` loads.
 
-    The file appears whole or not at all: what was at `path` stays until the new one is on the disk.
+    The file appears whole or not at all. A file that was at `path` stays until the new one is on disk.
 
     Args:
-        tensors: By name, as of `model.state_dict()` or of fp32 masters. With `load` those on the meta device will do.
-        path: Of the file.
-        dtype: Floating-point tensors are converted to it; None: each is written as it is.
-        tied: Names that are not written, and the name that is in place of each. Default: a tensor that lies in the same
-            memory as one before it is not written; loading ties it again.
-        load: Called once per name when its tensor is written, and returns it: so one after the other is in memory.
+        tensors: Tensors by name, such as `model.state_dict()` or fp32 masters. With `load` they may be on the meta
+            device.
+        path: The file.
+        dtype: Convert floating-point tensors to it. None: write each in its own dtype.
+        tied: Names that are not written, each with the written name that replaces it. Default: a tensor in the same
+            memory as one before it is not written, and loading the model ties it again.
+        load: Returns the tensor of a name. It is called when that tensor is written, so one is in memory at a time.
 
     Raises:
-        ValueError: A dtype that the format lacks, values too large for `dtype`, a name of `tied` that is not there,
-            or a loaded tensor of another shape.
+        ValueError: The format lacks a dtype, values are too large for `dtype`, a tied name's replacement is not
+            written, or a loaded tensor has another shape or dtype.
         OSError: The file could not be written.
     """
     names = _names(tensors, _shared(tensors) if tied is None else tied)
     dtypes = {name: _dtype_of(name, tensors[name], dtype) for name in names}
-    names.sort(key=lambda name: (-dtypes[name].itemsize, name))  # the package's order, so that each is aligned
+    names.sort(key=lambda name: (-dtypes[name].itemsize, name))  # the package's order; it aligns each tensor
     header = _header({name: (dtypes[name], tensors[name].shape) for name in names})
     with atomic_file(Path(path)) as file:
         file.write(len(header).to_bytes(8, "little"))
@@ -74,7 +75,7 @@ def export_safetensors(
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is written and on the disk, or leaves nothing behind."""
+    """Open a file that replaces `path` once it is written and on disk. On an error it leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     file = open(temporary, "xb")
     try:
@@ -91,7 +92,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are one that came before, and its name."""
+    """Return the names of tensors that repeat an earlier one, each with the earlier name."""
     first: dict[tuple[object, ...], str] = {}
     shared = {}
     for name, tensor in tensors.items():
@@ -103,7 +104,7 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def memory_identity(tensor: Tensor) -> tuple[object, ...]:
-    """What tied tensors have in common; another view of the same memory, as a transposed one, has another."""
+    """Return a key that is equal for tied tensors. Other views of the same memory, such as a transpose, differ."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
@@ -125,7 +126,7 @@ def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dty
 
 
 def _header(tensors: Mapping[str, tuple[torch.dtype, torch.Size]]) -> bytes:
-    entries: dict[str, object] = {_METADATA: {"format": "pt"}}  # without which transformers refuses the file
+    entries: dict[str, object] = {_METADATA: {"format": "pt"}}  # transformers refuses a file without it
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + shape.numel() * dtype.itemsize

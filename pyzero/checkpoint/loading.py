@@ -1,4 +1,4 @@
-"""load_checkpoint: on any number of ranks, and nothing changes before all of it is read and checked."""
+"""load_checkpoint: loads on any number of ranks, and changes nothing before all of it is read and checked."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pyzero.sharding.rank_state import RULE, SCALER
 log = logging.getLogger("pyzero")
 
 _MOST_SHOWN = 5  # names in a report
-_DECOUPLED = "decoupled_weight_decay"  # what tells AdamW from Adam
-_STATE = "optim.state."  # begins the names of a parameter's state
-_NO_OPTIONS = ("params", "param_names", SCALER)  # keys of a group that are no hyper-parameters
+_DECOUPLED = "decoupled_weight_decay"  # tells AdamW from Adam
+_STATE = "optim.state."  # prefix of the names of a parameter's state
+_NO_OPTIONS = ("params", "param_names", SCALER)  # keys of a group that are not hyper-parameters
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The folder that load_checkpoint would take; None where there is no checkpoint yet.
+    """Return the folder that load_checkpoint would load; None if there is no checkpoint yet.
 
     Raises:
         CheckpointError: `latest` is damaged.
@@ -47,46 +47,48 @@ def load_checkpoint(
     optimizer: ZeroOptimizer,
     strict: bool = True,
 ) -> dict[str, Any]:
-    """Load what save_checkpoint saved, on any number of ranks, in any stage, with any buckets, groups in any order.
+    """Load what save_checkpoint saved, on any number of ranks, in any stage, with any buckets and order of groups.
 
-    Training goes on bit for bit where the gradients are the same. Every rank of the optimizer's process group calls it,
-    and of its model_parallel_group.
-    All of it is read and checked before anything is changed.
+    With the same gradients, training continues bit for bit. Every rank of the optimizer's process group and of its
+    model_parallel_group calls it. All of it is read and checked before anything is changed.
 
     Args:
-        directory: Where it was saved: the latest is taken. Or the folder of one.
-        model: Of the same parameter names. Other dtypes will do: masters are fp32 on both sides.
-        optimizer: With the same update rule, over the same parameters.
-        strict: False leaves what the checkpoint lacks as it is, and ignores what the model lacks; the options of
-            another update rule too.
+        directory: The directory of save_checkpoint, to load the latest, or the folder of one checkpoint.
+        model: A model with the same parameter names. Its dtypes may differ, because masters are fp32 on both sides.
+        optimizer: An optimizer with the same update rule, over the same parameters.
+        strict: False leaves alone what the checkpoint lacks, and ignores what the model lacks. It also ignores the
+            options of another update rule.
 
     Returns:
-        "step", and what was given as `extra`: this rank's on as many ranks, else the first rank's.
+        A dict of "step" and the saved `extra`: this rank's on as many ranks, otherwise the first rank's.
 
     Raises:
-        CheckpointError: There is none; a file is missing, cut or damaged; it has other parameters, or another update
-            rule's state; or parts of weights of another number of model-parallel ranks. On all ranks.
-        TypeError: `optimizer` is none of pyzero's, or `model` no module.
+        CheckpointError: There is no checkpoint; a file is missing, cut or damaged; it has other parameters or another
+            update rule's state; or it has parts of another number of model-parallel ranks. On all ranks.
+        TypeError: `optimizer` is not one of pyzero's, or `model` is not a module.
     """
     return _Load(directory, model, optimizer, strict).run()
 
 
 def load_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer, strict: bool) -> dict[str, Any]:
-    """As load_checkpoint, of the model alone: whatever optimizer it was saved with, of whichever parameters.
+    """Load only the model of a checkpoint, whatever optimizer and trained parameters it was saved with.
 
-    The optimizer's masters follow the weights, which are read from the saved masters where they are fp32; its state,
-    groups and loss scale stay.
+    fp32 weights are read from the saved masters. The optimizer's masters follow the weights; its state, groups and loss
+    scale stay.
     """
     return _Load(directory, model, optimizer, strict, weights_only=True).run()
 
 
 def read_weights(directory: Path, model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every weight and buffer of a checkpoint, whole, in host memory; and what load_weights returns. Loads nothing."""
+    """Return all weights and buffers of a checkpoint, whole, in host memory, and what load_weights returns.
+
+    Changes neither model nor optimizer.
+    """
     return _Load(directory, model, optimizer, strict=False, weights_only=True).read_whole()
 
 
 class _Load:
-    """One load: all is read into host memory and checked, then copied."""
+    """One load. It reads all into host memory and checks it, and then copies it."""
 
     def __init__(
         self,
@@ -107,12 +109,12 @@ class _Load:
     def run(self) -> dict[str, Any]:
         """Read on every rank, agree, and copy."""
         self._read_on_all_ranks(self._read)
-        if not self._weights_only:  # first of all, for it may refuse
+        if not self._weights_only:  # before all else, because it may refuse
             self._optimizer.load_state_dict({"state": self._state, "param_groups": self._groups})
         with torch.no_grad():
             for name, value in self._others.items():
                 local_of(self._model_state[name]).copy_(local_of(value))
-            if self._weights_only:  # a write through a DTensor's local tensor shows in no version counter
+            if self._weights_only:  # no version counter shows a write through a DTensor's local tensor
                 for param, name in names_of(self._model, self._optimizer).items():
                     if name in self._others:
                         torch.autograd.graph.increment_version(local_of(param))
@@ -128,26 +130,26 @@ class _Load:
         what = f"the load of {self._given}"
         self._elsewhere = self._on_other_ranks(what)
         found = run_on_all_ranks(self._group, what, self._find)
-        name = self._group.gather_objects(found, what)[0]  # one that all ranks load
+        name = self._group.gather_objects(found, what)[0]  # all ranks load the same folder
         run_on_all_ranks(self._group, what, lambda: read(self._directory / name))
         self._compare(what)
 
     def _on_other_ranks(self, what: str) -> set[str]:
-        """Names in the checkpoint that some model-parallel rank loads."""
+        """Return the names in the checkpoint that any model-parallel rank loads."""
         if self._optimizer.model_parallel_rank is None:
             return set()
         mine = run_on_all_ranks(self._group, what, self._names_here)
         return set().union(*self._group.gather_objects(mine, what))
 
     def _names_here(self) -> list[str]:
-        """Names in the checkpoint of what this rank has."""
+        """Return the names in the checkpoint of all that this rank has."""
         keys = {key for values in self._optimizer.state_dict()["state"].values() for key in values}
         names = names_of(self._model, self._optimizer).values()
         state = [f"{_STATE}{name}.{key}" for name in names for key in keys]
         return [*state, *(f"model.{name}" for name in model_state(self._model, self._optimizer)[0])]
 
     def _find(self) -> Path | None:
-        """The folder in the directory, on the first rank: a shared file system may show others an older `latest`."""
+        """Return the folder's name, on the first rank only: a shared file system may show others an older `latest`."""
         self._directory = Path(self._given)
         if self._group.rank:
             return None
@@ -160,7 +162,7 @@ class _Load:
         return folder.relative_to(self._directory)
 
     def _compare(self, what: str) -> None:
-        """Raise where ranks have read different checkpoints."""
+        """Raise if ranks have read different checkpoints."""
         found = self._group.gather_objects((self._index["step"], zlib.crc32(json.dumps(self._index).encode())), what)
         for rank, one in enumerate(found):
             if one != found[0]:
@@ -205,7 +207,7 @@ class _Load:
         storage.read(wanted, folder, self._index)
 
     def _lost_state(self) -> str:
-        """What becomes of the state of another rule that is loaded all the same; empty for this rule's."""
+        """Say what strict=False would do with the state of another update rule. Empty for the same rule."""
         if self._weights_only or self._optimizer.takes_rule(self._common.get(RULE)):
             return ""
         mine = {key for of_param in self._state.values() for key in of_param} - {MASTER, STEP}
@@ -218,7 +220,7 @@ class _Load:
         return f", which {' and '.join(said)}" if said else ""
 
     def _plan(self) -> dict[str, Tensor]:
-        """Host memory for what is to be read, by its name in the checkpoint; what does not fit goes to `_problems`."""
+        """Return host memory for all that is to be read, by name in the checkpoint. Report misfits in `_problems`."""
         state = self._optimizer.state_dict()
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         by_param = names_of(self._model, self._optimizer)
@@ -249,7 +251,7 @@ class _Load:
     def _saved_names(
         self, state: dict[int, dict[str, Tensor]], params: list[Tensor], names: list[str]
     ) -> dict[int, dict[str, str]]:
-        """The name in the checkpoint of each value of a parameter's state, by the parameter's number."""
+        """Return the name in the checkpoint of each value of a parameter's state, by the parameter's number."""
         saved = self._index["tensors"]
         saved_names = {
             number: {key: f"{_STATE}{names[number]}.{key}" for key in values}
@@ -258,17 +260,17 @@ class _Load:
         }
         for number, of_param in saved_names.items():
             if of_param[MASTER] not in saved:
-                of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or all that there is
+                of_param[MASTER] = f"model.{names[number]}"  # the weight is its own master, or no master was saved
         return saved_names
 
     def _saved_name_of(self, name: str, value: Tensor) -> str:
-        """The name in the checkpoint of what the model has beside what the optimizer loads."""
+        """Return the name in the checkpoint of a model's tensor that the optimizer does not load."""
         master = f"{_STATE}{self._common['tied'].get(name, name)}.{MASTER}"
         takes_master = self._weights_only and value.dtype == torch.float32 and master in self._index["tensors"]
         return master if takes_master else f"model.{name}"
 
     def _untrained(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors, by name, that are neither trained parameters nor tied to one."""
+        """Return the model's tensors, by name, that are neither trained parameters nor tied to one."""
         addresses = {local_of(param).data_ptr() for param in trained.values() if local_of(param).numel()}
         return {
             name: value
@@ -277,7 +279,7 @@ class _Load:
         }
 
     def _fitting(self, like: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Host memory for those of `like` that the checkpoint has in the same shape; reports what differs."""
+        """Return host memory for the tensors of `like` that the checkpoint has in the same shape. Report the others."""
         saved = self._index["tensors"]
         known = {*like, *(f"model.{name}" for name in self._model_state)}
         if self._weights_only:
@@ -301,11 +303,11 @@ class _Load:
         return {name: empty_on_host(like[name]) for name, (got, want) in shapes.items() if got == want}
 
     def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-        """The optimizer's groups with the hyper-parameters that their parameters were saved with."""
+        """Return the optimizer's groups with the hyper-parameters that their parameters were saved with."""
         saved, rule = self._common["param_groups"], self._common.get(RULE)
         if not self._optimizer.takes_rule(rule):
             self._problems.insert(0, f"of the update rule {rule}, wanted {self._optimizer.rule_name}")
-            saved = [{"params": [], SCALER: group.get(SCALER)} for group in saved]  # its options are none of ours
+            saved = [{"params": [], SCALER: group.get(SCALER)} for group in saved]  # the rule's options do not fit here
         group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
         matched = []
         for index, group in enumerate(groups):
@@ -334,11 +336,11 @@ class _Load:
 
 
 def _param_of(name: str) -> str | None:
-    """The parameter of whose state a checkpoint's name is a value; None of any other name."""
+    """Return the parameter whose state a name in a checkpoint belongs to; None for other names."""
     return name.removeprefix(_STATE).rpartition(".")[0] if name.startswith(_STATE) else None
 
 
 def _untrained_of(names: Iterable[str], trained: Iterable[str], weights: Collection[str]) -> set[str]:
-    """Parameters whose weights are there, of whose state these names are, and of whose the trained ones are not."""
+    """Return the parameters of the state in `names` that have weights in `weights`, but no state in `trained`."""
     found = {_param_of(name) for name in names} - {_param_of(name) for name in trained}
     return {param for param in found if param is not None and f"model.{param}" in weights}

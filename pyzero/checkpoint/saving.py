@@ -35,27 +35,28 @@ def save_checkpoint(
     exclude_gradients: bool = False,
     **extra: Any,
 ) -> Path:
-    """Save a model and its optimizer, each rank what it holds. Every rank of the optimizer's process group calls it.
+    """Save a model and its optimizer. Each rank saves what it holds. Every rank of the process group calls it.
 
-    With a model_parallel_group every rank of both calls it, with its part of the model under the whole model's names.
-    Of a weight marked `tensor_model_parallel`, as Megatron's layers do, each saves its part, for as many ranks.
+    With a model_parallel_group every rank of both groups calls it, with its part of the model under the whole model's
+    names. Each rank saves its part of a weight marked `tensor_model_parallel`, as in Megatron's layers. Such a
+    checkpoint loads on as many model-parallel ranks only.
 
-    The folder is complete, flushed to disk and named by `directory`/latest when this returns; until then `latest` names
-    the one before, whatever happens. It is a checkpoint of torch.distributed.checkpoint too: `dcp.load` reads it, into
-    `{"model": ..., "optim": ...}` of get_state_dict() by `planner=DefaultLoadPlanner(allow_partial_load=True)`.
+    When this returns, the folder is complete and flushed to disk, and `directory`/latest names it. Until then `latest`
+    names the checkpoint before, whatever happens. torch.distributed.checkpoint reads it too: `dcp.load` into
+    `{"model": ..., "optim": ...}` of get_state_dict(), with `planner=DefaultLoadPlanner(allow_partial_load=True)`.
 
     Args:
-        directory: Seen by all ranks. The checkpoint goes into a folder of its own in there. One job at a time saves
-            into it.
-        model: Whose parameters the optimizer has. Weights, the first rank's buffers and frozen parameters are saved.
+        directory: A directory that all ranks see. The checkpoint gets its own folder in it. Only one job at a time may
+            save into it.
+        model: The model of the optimizer's parameters. Weights, the first rank's buffers and frozen parameters are
+            saved.
         optimizer: Its masters, state, step counts, parameter groups and loss scale are saved.
-        step: Number of the step, from 0 on, which names the folder. One of the same step is replaced.
-        keep: Remove all but this many of the newest; None: remove none.
-        exclude_frozen_parameters: Leave out those that are not trained, as the base under LoRA. A load leaves them as
-            they are.
-        exclude_gradients: Save also where a backward has run since the last step(), without its gradients, which stay
-            for the next step() of this run, as torch does.
-        **extra: More of this rank: plain data, as state dicts of schedulers and dataloaders, and tensors.
+        step: Number of the step, from 0 on. It names the folder, and replaces a checkpoint of the same step.
+        keep: Remove all but this many of the newest checkpoints; None: remove none.
+        exclude_frozen_parameters: Leave out frozen parameters, such as the base under LoRA. A load leaves them alone.
+        exclude_gradients: Save even if a backward has run since the last step(), without its gradients. They stay for
+            the next step() of this run, as in torch.
+        **extra: More data of this rank: tensors and plain data, such as state dicts of schedulers and dataloaders.
 
     Returns:
         The folder.
@@ -63,15 +64,15 @@ def save_checkpoint(
     Raises:
         CheckpointError: A file could not be written on some rank. Raised on all ranks.
         CollectiveError: A rank died.
-        TypeError: `extra` holds objects that cannot be loaded without running code; `optimizer` is none of pyzero's, or
-            `model` no module.
-        ValueError: `step`, `keep` or the model is none to save, or ranks pass different steps.
-        RuntimeError: A backward has run since the last step(): its gradients would be lost. Not noticed where
-            `.grad` is torch's, on one rank or with `reduce_grads=False`.
+        TypeError: `extra` holds objects that cannot be loaded without running code; `optimizer` is not one of pyzero's;
+            or `model` is not a module.
+        ValueError: `step` or `keep` is out of range, the model cannot be saved, or ranks pass different steps.
+        RuntimeError: A backward has run since the last step(), and its gradients would be lost. It is not noticed if
+            `.grad` is torch's (one rank, or `reduce_grads=False`).
     """
     options = (exclude_frozen_parameters, exclude_gradients)
     writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=False)
-    return writer.run(lambda: wait([*_under_way]))  # another optimizer's too: it may go into the same directory
+    return writer.run(lambda: wait([*_under_way]))  # other optimizers' saves may use the directory
 
 
 def async_save_checkpoint(
@@ -85,13 +86,14 @@ def async_save_checkpoint(
     exclude_gradients: bool = False,
     **extra: Any,
 ) -> Future[Path]:
-    """As save_checkpoint, in a thread: returns once all has been copied to host memory, and training may go on.
+    """Save as save_checkpoint does, in a thread. Return once all is copied to host memory; training may then continue.
 
-    The optimizer's next save or load waits until it is written. So does the end of the program; but where that destroys
-    its process group before, call `result()` first.
+    The optimizer's next save or load waits until this one is written, and so does the end of the program. Call
+    `result()` before you destroy the process group.
 
     Returns:
-        `result()` waits, and gives the folder or raises. It cannot be cancelled, for the other ranks write it too.
+        A future. `result()` waits, and returns the folder or raises. You cannot cancel it, because the other ranks
+        write the checkpoint too.
     """
     options = (exclude_frozen_parameters, exclude_gradients)
     writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=True)
@@ -110,11 +112,11 @@ def async_save_checkpoint(
 
 def _run(writer: Writer, device: torch.device, future: Future[Path]) -> None:
     try:
-        with on_device(device):  # a thread begins on the first GPU, on which each rank would take memory
+        with on_device(device):  # a thread begins on the first GPU, and each rank would take memory there
             folder = writer.run()
     except BaseException as error:
         future.set_exception(error)
-        del future  # which the error's traceback would hold in a cycle
+        del future  # the error's traceback would hold it in a cycle
     else:
         future.set_result(folder)
 
@@ -132,7 +134,7 @@ _under_way: set[Future[Path]] = set()
 
 
 def _forget() -> None:
-    """In a forked child, which has the thread's queue and what it was writing, but not the thread."""
+    """Reset in a forked child: it inherits the thread's queue and running saves, but not the thread."""
     global _thread
     _thread = ThreadPoolExecutor(1, "pyzero-checkpoint")
     _in_thread.clear()
@@ -144,10 +146,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def begin(optimizer: ZeroOptimizer) -> Group:
-    """Begin a save or a load: wait for the save before, which uses the same process group; returns that group.
+    """Begin a save or a load: wait for the optimizer's last save, and return the process group that both use.
 
     Raises:
-        CheckpointError, TypeError, ValueError: On all ranks: parameters of one are not as its optimizer needs them.
+        CheckpointError, TypeError, ValueError: The optimizer cannot use its parameters on some rank. On all ranks.
+        TypeError: `optimizer` is not one of pyzero's.
     """
     if not isinstance(optimizer, ZeroOptimizer):
         raise TypeError(
@@ -155,12 +158,12 @@ def begin(optimizer: ZeroOptimizer) -> Group:
             f"itself, not what wraps it, and save torch's own with torch.distributed.checkpoint"
         )
     if optimizer in _in_thread:
-        _in_thread.pop(optimizer).exception()  # waits; whoever started it hears of a failure
+        _in_thread.pop(optimizer).exception()  # waits; a failure was logged
     found: list[int] = []
     problem: Exception | None = None
     try:
         found = optimizer.find_unfrozen()
-    except CollectiveError:  # which the others have, too
+    except CollectiveError:  # the other ranks raise it too
         raise
     except Exception as error:
         problem = error
@@ -194,7 +197,7 @@ def _writer(
     extra: dict[str, Any],
     copies: bool,
 ) -> Writer:
-    """A Writer of a model and its optimizer. copies: Copy all values to the host, so that training may go on."""
+    """Return a Writer of a model and its optimizer. copies: Copy all values to the host, so that training can go on."""
 
     def give() -> Content:
         optimizer.check_between_steps(with_gradients=not excludes_gradients)
@@ -205,7 +208,7 @@ def _writer(
 
 
 def _on_host(value: Any) -> Any:
-    """A copy in host memory, through dicts."""
+    """Copy tensors to host memory, in nested dicts too."""
     if isinstance(value, dict):
         return {key: _on_host(item) for key, item in value.items()}
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value

@@ -1,4 +1,4 @@
-"""A counter in shared memory that other processes wait for, on Linux's futex. No compiled code is needed."""
+"""A counter in shared memory that other processes can wait for, by Linux's futex. It needs no compiled code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Timespec(ctypes.Structure):
 
 
 def unsupported_reason() -> str | None:
-    """Why there are no futexes here; None where there are."""
+    """Return why futexes cannot be used here; None if they can."""
     if sys.platform != "linux":
         return f"{sys.platform} has no futex of Linux"
     if platform.machine() not in _SYS_FUTEX or sys.maxsize < 2**32:
@@ -38,7 +38,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _futex(address: int, operation: int, value: int, fourth: Any, other: int, sixth: int) -> int:
-    """The system call, without the interpreter's lock; returns its error number, or 0."""
+    """Make the system call without the interpreter's lock. Return its error number, or 0."""
     failed = _libc().syscall(
         ctypes.c_long(_SYS_FUTEX[platform.machine()]),
         ctypes.c_void_p(address),
@@ -52,15 +52,15 @@ def _futex(address: int, operation: int, value: int, fourth: Any, other: int, si
 
 
 class Counter:
-    """A 32-bit counter in shared memory that one process advances and all may wait for. It wraps around."""
+    """A 32-bit counter in shared memory. One process advances it, and all may wait for it. It wraps around."""
 
     def __init__(self, pages: mmap.mmap, offset: int) -> None:
         self._word = ctypes.c_uint32.from_buffer(pages, offset)
         self._address = ctypes.addressof(self._word)
 
     def advance(self, by: int = 1) -> None:
-        """Add up to 2047, and wake the waiting. Who sees the sum sees what this process wrote before."""
-        # The kernel adds, atomically: Python could not order its own store after those to the data on every CPU.
+        """Add up to 2047, and wake waiting processes. If they see the sum, they see this process's earlier writes."""
+        # The kernel adds, atomically, because Python cannot order its store after those to the data on every CPU.
         code = _OP_ADD << 28 | by << 12
         failed = _futex(self._address, _WAKE_OP, _ALL, ctypes.c_long(0), self._address, code)
         if failed:
@@ -71,11 +71,11 @@ class Counter:
         if (self._word.value - number) % _NUM_VALUES >= _NUM_VALUES // 2:
             return False
         if not _LOADS_IN_ORDER:  # pragma: no cover
-            self.advance(0)  # a barrier: what is read next was written before the count
+            self.advance(0)  # a barrier: later reads see writes before the count
         return True
 
     def wait(self, number: int, timeout_s: float) -> bool:
-        """Sleep until the count has reached a number or the time is up, or less; returns whether it has."""
+        """Sleep until the count has reached a number or the time is up, or wake early. Return whether it has."""
         seen = self._word.value
         if self.has_reached(number):
             return True

@@ -1,4 +1,4 @@
-"""The ranks that share an optimizer's state, and what they say to each other by collectives of torch.distributed."""
+"""The ranks that share an optimizer's state, and their collectives through torch.distributed."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from pyzero.comm.shared_memory import HostError, SharedMemory, find_hosts
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_ASKS_AFTER_S = 5.0  # a rank that has waited so long asks the others what they are waiting for
-_GAVE_UP = -1  # in the place of a collective's number
-_WORDS_BYTES = 64  # of what a rank says that it reads
+_ASKS_AFTER_S = 5.0  # after this wait a rank asks the others what they are waiting for
+_GAVE_UP = -1  # stands instead of a collective's number
+_WORDS_BYTES = 64  # of the text in which a rank names what it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
 
 
 class CollectiveError(RuntimeError):
-    """A collective did not complete: another rank died, stalled, or took part in something else."""
+    """A collective did not complete, because another rank died, stalled, or took part in another one."""
 
 
 class Handle(Protocol):
-    """What a Work waits for: torch.distributed's own, or one of a transport."""
+    """What a Work waits for: a work of torch.distributed, or a transport's own."""
 
     def is_completed(self) -> bool:
-        """Whether it is over, in failure too. Does not wait."""
+        """Whether it has ended, successfully or not. Does not wait."""
 
     def wait(self, timeout: timedelta = ..., /) -> object:
-        """Return when it is done; raises RuntimeError where it has failed, or is not done in time."""
+        """Return when it is done. Raises RuntimeError if it failed, or is not done in time."""
 
 
 class Work:
@@ -57,41 +57,41 @@ class Work:
         self._group = group
         self._what = what
         self._number = number  # among the group's collectives
-        self._then = then  # what is left to do once it has arrived
+        self._then = then  # called once it has arrived
         self._blocks = blocks  # the handle's wait returns with the result, on the host
 
     def wait(self) -> None:
-        """Return when what follows may use the result.
+        """Return when the code after it may use the result.
 
         Raises:
             CollectiveError: It failed, took longer than the group's timeout, or another rank waits for another
-                collective in its place.
+                collective instead.
         """
         if self._handle is not None:
             self._group.wait(self._handle, self._what, self._number, self._blocks)
             if self._then is not None:
                 self._then()
-            self._handle = None  # last: a wait that was broken off can be made again
+            self._handle = None  # last, so that an interrupted wait can be repeated
 
     def is_done(self, patience_s: float) -> bool:
-        """Whether `wait` would return at once; waits for at most `patience_s`."""
+        """Whether `wait` would return at once. Waits at most `patience_s` to see."""
         return self._handle is None or self._group.is_done(self._handle, patience_s, self._blocks)
 
 
 class Group:
-    """The ranks that share one optimizer's state. Without a process group it is one rank and nothing is sent.
+    """The ranks that share one optimizer's state. Without a process group it is one rank, and sends nothing.
 
-    Its collectives run on a process group of its own over the same ranks: two optimizers that are used in another order
-    on another rank do not meet each other's.
+    Each Group has its own process group over the same ranks. So the collectives of two optimizers cannot mix if ranks
+    use them in different orders.
     """
 
     def __init__(self, process_group: Any = None, *, is_alone: bool = False, on_host: bool = False) -> None:
-        """Over the ranks of a process group, or all.
+        """Make a group of the ranks of a process group. Collective over them.
 
         Args:
             process_group: A ProcessGroup, or a DeviceMesh of one dimension; None: the default group.
-            is_alone: One rank, whatever has been initialised.
-            on_host: It sends memory of the host alone.
+            is_alone: Make a group of one rank, even if torch.distributed is initialised.
+            on_host: The group sends only host memory.
         """
         process_group = process.process_group_of(process_group)
         initialized = not is_alone and dist.is_available() and dist.is_initialized()
@@ -105,13 +105,13 @@ class Group:
             )
         self.size: int = dist.get_world_size(parent) if initialized else 1
         self.rank: int = dist.get_rank(parent) if initialized else 0
-        self.where = "before the first backward"  # for messages: what the optimizer is at
+        self.where = "before the first backward"  # for messages: the optimizer's present phase
         self.handle: Any = None
-        self._lease = process_group_pool.LeasedGroup(None, serial=0)  # alone: nothing is sent in it
+        self._lease = process_group_pool.LeasedGroup(None, serial=0)  # for one rank: sends nothing
         self._timeout: timedelta | None = None
         self._blocks = False
         self._mesh: Any = None
-        self.hosts: list[list[int]] = []  # the ranks of each, where memory is shared
+        self.hosts: list[list[int]] = []  # the ranks of each host, once memory is shared
         self.shared_memory: SharedMemory | None = None
         if self.size > 1:
             self._timeout = process_group_pool.timeout_of(parent)
@@ -124,11 +124,11 @@ class Group:
             weakref.finalize(self, leased_from.give_back, self._lease)
 
     def members(self) -> list[int]:
-        """Its ranks, as the default group numbers them."""
+        """Return its ranks, as the default group numbers them."""
         return dist.get_process_group_ranks(self.handle) if self.size > 1 else [process.rank_and_size()[0]]
 
     def spread_over(self, other: Group) -> Group:
-        """All ranks of the mesh that this group and `other` are two dimensions of. Collective over both."""
+        """Return the group of all ranks of a mesh; this group and `other` are its dimensions. Collective over both."""
         if other.size == 1 or self.size == 1:
             group = self if other.size == 1 else other
             return Group(group.handle) if group.size > 1 else group
@@ -147,7 +147,7 @@ class Group:
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
-        """Failures in here say which collective failed, and the timeout that it ran under."""
+        """A context in which a RuntimeError becomes a CollectiveError with the collective's name and its timeout."""
         try:
             yield
         except CollectiveError:
@@ -163,21 +163,21 @@ class Group:
             ) from error
 
     def _give_up(self, reason: str) -> None:
-        """Send nothing more, and tell the ranks that share memory."""
+        """Mark the group as broken, so that it sends nothing more, and tell the ranks that share memory."""
         self._lease.is_broken = True
         if self.shared_memory is not None:
             self.shared_memory.give_up(reason)
 
     def _store(self) -> Any:
-        """What the ranks say of what they wait for, by rank."""
+        """Return the store in which each rank says what it waits for."""
         everyones = dist.distributed_c10d._get_default_store()
         return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}/{self._lease.token}", everyones)
 
     def share_memory(self) -> SharedMemory:
-        """Connect the ranks of each host by shared memory; on one host, gather_rows uses it from then on. Collective.
+        """Connect the ranks of each host by shared memory. On one host gather_rows then uses it. Collective.
 
         Raises:
-            HostError: They cannot share memory, or no two are on one host.
+            HostError: The ranks cannot share memory, or no two are on one host.
         """
         if self.shared_memory is None:
             self.hosts = find_hosts(self.gather_objects)
@@ -188,24 +188,24 @@ class Group:
         return self.shared_memory
 
     def timeout(self) -> str:
-        """How long a collective may take, for messages."""
+        """Return how long a collective may take, as text for messages."""
         return "its timeout" if self._timeout is None else f"{self._timeout.total_seconds():g} s"
 
     def timeout_ms(self) -> int:
-        """How long a collective may take, in milliseconds; 0: any time."""
+        """Return how long a collective may take, in milliseconds; 0: without a limit."""
         return 0 if self._timeout is None else int(self._timeout.total_seconds() * 1000)
 
     def start(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
-        """Launch a collective of torch.distributed; `what` names it where it fails, the same on every rank.
+        """Launch a collective of torch.distributed. `what` names it in errors, and is the same on every rank.
 
-        args: The first is a tensor: of the host, beside NCCL too, it goes by gloo.
+        args: The first is a tensor. A host tensor goes by gloo, even if the group has NCCL too.
         """
         on_host = args[0].device.type == "cpu"
         return self.launch(what, lambda: collective(*args, group=self.handle, async_op=True, **kwargs), blocks=on_host)
 
     @contextmanager
     def broken_unless_finished(self) -> Iterator[None]:
-        """What puts ranks out of step where a KeyboardInterrupt breaks it off: nothing is sent after that."""
+        """A context that ranks must leave alike. If an interrupt breaks it off, the group sends nothing more."""
         was_broken, self._lease.is_broken = self._lease.is_broken, True
         yield
         self._lease.is_broken = was_broken
@@ -217,10 +217,10 @@ class Group:
         what: str = "a step",
         but: type[BaseException] | tuple[type[BaseException], ...] = (),
     ) -> Iterator[None]:
-        """What every rank goes through to its end: where an exception leaves it on this one, nothing is sent after.
+        """A context that every rank must finish. If an exception leaves it here, the group sends nothing more.
 
-        model_groups: Of the ranks that hold other parts of the model, which go through it, too.
-        but: Exceptions that every rank raises by itself.
+        model_groups: Groups of ranks with other parts of the model, which must finish it too.
+        but: Exceptions that every rank raises by itself, so that the group stays usable.
         """
         try:
             yield
@@ -231,28 +231,28 @@ class Group:
             raise
 
     def break_off(self, error: BaseException, what: str, model_groups: Sequence[Group] = ()) -> None:
-        """Send nothing more, in this group and in model_groups: what all go through to its end has failed here.
+        """Send nothing more in this group and in model_groups, because something that all must finish failed here.
 
-        Who waits long for this rank finds the reason in the store; of a collective that failed, by itself.
+        A rank that waits long for this one finds the reason in the store. A failed collective fails there by itself.
         """
         reason = f"{what} was broken off by {type(error).__name__}"
         for group in (self, *model_groups):
             group._give_up(reason)
             if group.handle is not None and not isinstance(error, CollectiveError):
-                with contextlib.suppress(RuntimeError, ValueError):  # where the store is gone, so are they
+                with contextlib.suppress(RuntimeError, ValueError):  # without the store the other ranks are gone too
                     group._store().set(str(group.rank), json.dumps([_GAVE_UP, reason, group.where]))
 
     def awaited(self, what: str) -> AbstractContextManager[None]:
-        """Around a collective that is begun and waited for: broken off, its result is lost to this rank alone."""
+        """A context around a launch and its wait. If it is broken off, only this rank lacks the result."""
         return self.lockstep(what=what, but=CollectiveError)
 
     @property
     def num_launched(self) -> int:
-        """How many collectives have been launched."""
+        """The number of collectives launched so far."""
         return self._lease.num_collectives
 
     def check_unbroken(self, what: str) -> None:
-        """Raise CollectiveError where nothing is sent any more."""
+        """Raise CollectiveError if the group is broken and sends nothing more."""
         if self.size > 1 and self._lease.is_broken:
             with self.error_context(what):
                 raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
@@ -264,9 +264,9 @@ class Group:
         then: Callable[[], None] | None = None,
         blocks: bool = False,
     ) -> Work:
-        """Launch what `begin` begins; `then` is called once, when its handle has been waited for.
+        """Launch a collective by `begin`. `then` is called once, after the wait for its handle.
 
-        blocks: Waiting for it blocks the host, also where the group's other collectives do not.
+        blocks: The wait blocks the host, even if those for the group's other collectives do not.
         """
         self.check_unbroken(what)
         with self.error_context(what):
@@ -283,23 +283,23 @@ class Group:
                     handle.wait(timedelta(seconds=_ASKS_AFTER_S))
                     return
                 except RuntimeError:
-                    if handle.is_completed():  # it failed, or came this moment; else it is only slow
+                    if handle.is_completed():  # it failed, or has just arrived; otherwise it is only slow
                         break
                 self._compare(what, number)
             handle.wait()
 
     def is_done(self, handle: Handle, patience_s: float, blocks: bool) -> bool:
-        """Whether a collective is done within so many seconds; see Work."""
+        """Whether a collective is done within `patience_s` seconds; see Work."""
         if not blocks or handle.is_completed():
             return True
         try:
             handle.wait(timedelta(seconds=patience_s))
-        except RuntimeError:  # too slow, or failed, which wait() tells
+        except RuntimeError:  # too slow, or failed: then wait() raises
             return bool(handle.is_completed())
         return True
 
     def _compare(self, what: str, number: int) -> None:
-        """Tell the others what this rank waits for; raise where another waits for something else in its place."""
+        """Tell the others what this rank waits for. Raise if another rank waits for another collective instead."""
         store = self._store()
         store.set(str(self.rank), json.dumps([number, what, self.where]))
         seen = {self.rank: [number, what, self.where]}
@@ -326,19 +326,19 @@ class Group:
     def begin_all_to_all(
         self, received: Tensor, sent: Tensor, received_numels: Sequence[int], sent_numels: Sequence[int]
     ) -> Handle:
-        """For `launch`: so many elements from and to each rank."""
+        """Begin an all-to-all, for `launch`. The numels are elements from and to each rank."""
         handle: Handle = dist.all_to_all_single(
             received, sent, list(received_numels), list(sent_numels), group=self.handle, async_op=True
         )
         return handle
 
     def all_gather_into(self, flat: Tensor, shard: Tensor) -> Work:
-        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which may be this rank's part of it."""
+        """Fill (size * n,) `flat` with every rank's (n,) `shard`. `shard` may be this rank's part of `flat`."""
         what = "the all-gather of weights"
         return Work(None, self, what) if self.size == 1 else self.start(what, _all_gather, flat, shard)
 
     def gather_shards(self, shard: Tensor, what: str = "the all-gather of a whole tensor") -> Tensor:
-        """(size * n,): every rank's (n,) shard."""
+        """Return every rank's (n,) shard: (size * n,)."""
         if self.size == 1:
             return shard
         with self.awaited(what):
@@ -347,22 +347,23 @@ class Group:
         return flat
 
     def check_alike(self, what: str, model_groups: Sequence[Group] = ()) -> None:
-        """Have every rank be about to read the same. Collective; host memory alone is sent.
+        """Check that every rank is about to read the same. Collective; sends only host memory.
 
         model_groups: The other dimensions of the ranks' mesh.
 
         Raises:
-            CollectiveError: They differ, on all ranks of this group and of model_groups. Nothing else has been sent.
+            CollectiveError: They differ. Raised on all ranks of this group and of model_groups, before anything else
+                is sent.
         """
         differs = self._difference(what)
-        for group in model_groups:  # whoever has seen a difference says so there
+        for group in model_groups:  # a rank that has seen a difference tells these too
             told = group._difference("other tensors" if differs else what)
             differs = differs or told
         if differs:
             raise CollectiveError(f"{differs}. Read whole tensors equally often and in the same order on every rank")
 
     def _difference(self, what: str) -> str | None:
-        """What each rank reads, where that differs."""
+        """Return what each rank reads, as text, if they differ; else None."""
         if self.size == 1:
             return None
         mine = torch.tensor([*what.encode()[:_WORDS_BYTES].ljust(_WORDS_BYTES)], dtype=torch.uint8, device="cpu")
@@ -373,7 +374,7 @@ class Group:
         return "; ".join(f"rank {rank} reads {theirs}" for rank, theirs in enumerate(words))
 
     def gather_rows(self, row: Tensor, what: str = "the all-gather of overflow flag and norm") -> Tensor:
-        """(size, k): every rank's (k,) row, in rank order."""
+        """Return every rank's (k,) row, in rank order: (size, k)."""
         memory = self.shared_memory
         if memory is not None and len(self.hosts) == 1 and memory.can_send(row):
             with self.awaited(what):
@@ -382,10 +383,10 @@ class Group:
         return self.gather_shards(row, what).view(self.size, -1)
 
     def gather_with_host(self, values: Sequence[float], row: Tensor) -> tuple[Tensor, Tensor]:
-        """Every rank's numbers, (size, n) on the host, and its (k,) row, (size, k) on the device; fp64, in rank order.
+        """Return every rank's numbers, (size, n) on the host, and its row, (size, k) on the device; in fp64.
 
-        One message where the device is the host. On a GPU the numbers travel from host to host, and nobody waits for
-        the device.
+        On a CPU both travel in one message. On a GPU the numbers travel from host to host, and no host waits for its
+        device.
         """
         host = torch.tensor(values, dtype=torch.float64, device="cpu")
         if row.device.type == "cpu":
@@ -395,7 +396,7 @@ class Group:
         return hosts, self.gather_rows(row)
 
     def gather_objects(self, value: object, what: str = "the comparison of parameters") -> list[Any]:
-        """Every rank's small python object, in rank order."""
+        """Return every rank's small Python object, in rank order."""
         if self.size == 1:
             return [value]
         with self.awaited(what):
@@ -407,7 +408,7 @@ class Group:
             return [pickle.loads(row[:size].numpy()) for row, size in zip(rows, sizes, strict=True)]
 
     def mesh(self, device_type: str) -> Any:
-        """A one-dimensional DeviceMesh over the same ranks, for DTensors."""
+        """Return a one-dimensional DeviceMesh over the same ranks, for DTensors."""
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh  # half a second
 
@@ -415,18 +416,18 @@ class Group:
         return self._mesh
 
     def any_rank(self, flag: bool, what: str) -> bool:
-        """Whether the flag is True on any rank. Host tensors alone are sent."""
+        """Whether the flag is True on any rank. Sends only host tensors."""
         host = torch.tensor([float(flag)], dtype=torch.float64, device="cpu")
         return any(self.gather_shards(host, what).tolist())
 
     def broadcast(self, tensor: Tensor, what: str = "the broadcast of weights", source: int = 0) -> None:
-        """Overwrite with one rank's of the group."""
+        """Overwrite the tensor with that of one rank of the group."""
         if self.size > 1:
             with self.awaited(what):
                 self.start(what, dist.broadcast, tensor, src=dist.get_global_rank(self.handle, source)).wait()
 
     def broadcast_all(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite each with the first rank's; those of one dtype and device travel together, up to 25 MiB."""
+        """Overwrite each tensor with the first rank's. Those of one dtype and device travel in batches up to 25 MiB."""
         for batch in _batches(tensors):
             is_one = len(batch) == 1 and batch[0].is_contiguous() and not (batch[0].is_conj() or batch[0].is_neg())
             joined = batch[0].view(-1) if is_one else torch.cat([tensor.reshape(-1) for tensor in batch])
@@ -437,18 +438,18 @@ class Group:
             for tensor, part in zip(batch, flat.split([tensor.numel() for tensor in batch]), strict=True):
                 part = part.view(tensor.shape)
                 for dim, stride in enumerate(tensor.stride()):
-                    if stride == 0 < tensor.shape[dim]:  # expanded: one memory location, which is written once
+                    if stride == 0 < tensor.shape[dim]:  # expanded: one memory location, to write once
                         tensor, part = tensor.narrow(dim, 0, 1), part.narrow(dim, 0, 1)
                 tensor.copy_(part)
 
     def sum(self, tensor: Tensor, what: str) -> None:
-        """Overwrite with the sum over ranks."""
+        """Overwrite the tensor with its sum over the ranks."""
         if self.size > 1:
             with self.awaited(what):
                 self.start(what, dist.all_reduce, tensor).wait()
 
     def first_ranks(self, values: Sequence[int], most: int, what: str) -> list[int]:
-        """The first rank's list of at most `most` numbers, each 0 or more."""
+        """Return the first rank's list of at most `most` numbers, each 0 or more."""
         host = torch.full((most,), -1, dtype=torch.int64, device="cpu")
         host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)
@@ -456,7 +457,7 @@ class Group:
 
 
 def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Of one dtype and device, in order, each of at most _BATCH_BYTES or of one tensor."""
+    """Yield batches of tensors of one dtype and device, in order. A batch has up to _BATCH_BYTES, or one tensor."""
     batches: dict[tuple[Any, ...], tuple[list[Tensor], int]] = {}
     for tensor in tensors:
         key = tensor.dtype, tensor.device

@@ -1,4 +1,4 @@
-"""Chooses the transport of a group of ranks, by name or by what memory the ranks share."""
+"""Choose the transport of a group of ranks, by name or by the memory that the ranks share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _through_memory(group: Group, device: torch.device) -> Transport:
 
 
 def _warn_of_threads(group: Group) -> None:
-    """Log, once for each host, that its ranks have more threads than it has CPUs: each waits for the others'."""
+    """Warn once per host if its ranks have more threads than it has CPUs, because they wait for each other."""
     num_ranks = next(len(ranks) for ranks in group.hosts if group.rank in ranks)
     num_threads, num_cpus = torch.get_num_threads(), os.cpu_count() or 1
     is_first = any(ranks[0] == group.rank for ranks in group.hosts)
@@ -48,13 +48,13 @@ _NAMES = ("auto", *_BY_COLLECTIVES, "peer")
 
 
 def make_transport(name: str, group: Group, device: torch.device) -> Transport:
-    """The transport of that name; "auto" is peer on CPUs of which some share a host, and exact elsewhere. Collective.
+    """Make the transport of that name. Collective. "auto" is "peer" if CPU ranks share a host, "exact" otherwise.
 
-    On GPUs peer must be asked for: it has run with two ranks on one GPU, and not over NVLink yet.
+    On GPUs you must ask for "peer": it has run with two ranks on one GPU, but not over NVLink yet.
 
     Raises:
-        ValueError: There is none of that name.
-        HostError: "peer", and the ranks cannot share memory.
+        ValueError: There is no transport of that name.
+        HostError: The name is "peer", but the ranks cannot share memory.
     """
     if name not in _NAMES:
         raise ValueError(f"expected transport to be one of {', '.join(_NAMES)}, got {name!r}; choose one of these")

@@ -1,7 +1,7 @@
-"""The transport of ranks on several hosts: through memory inside each, by all-to-alls from one to another.
+"""The transport of ranks on several hosts: through shared memory inside a host, by all-to-all between hosts.
 
-Gradients go as ExactTransport sends them, slice by slice, so their sum has its bits; what stays on a host is read where
-it lies. Weights come to each host once: a rank takes in other hosts' shards for all ranks of its own.
+Gradients travel slice by slice, as with ExactTransport, so their sum has the same bits. Slices of the same host are
+read in place. Weights come to each host once: one of its ranks receives another host's shard for all of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pyzero.comm.transport import Exchange
 
 
 class MultiHostTransport(SharedMemoryTransport):
-    """Shared memory inside hosts and all-to-alls between them, with the bits of ExactTransport.
+    """Exchanges through shared memory inside hosts and all-to-all between them. Same bits as ExactTransport.
 
     Raises:
-        HostError: Each rank has a host of its own, or those of one cannot share memory.
+        HostError: Each rank has its own host, or the ranks of one host cannot share memory.
     """
 
     def __init__(self, group: Group) -> None:
@@ -56,7 +56,7 @@ class MultiHostTransport(SharedMemoryTransport):
         return Exchange(work, [slices[rank] for rank in range(self.group.size)], send, release=self._mark_read)
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
-        """See Transport. Other hosts' shards are handed on when their work is waited for."""
+        """See Transport. The wait for the work passes other hosts' shards on to this host's ranks."""
         sources = self._shards_in[self.group.rank]
         shards = memory.empty(len(sources) * shard.numel(), shard.dtype, shard.device)
         shards[: shard.numel()] = shard
@@ -86,7 +86,7 @@ class MultiHostTransport(SharedMemoryTransport):
 
 
 def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-    """For each rank of a host, whose weights it receives for its host: other hosts' ranks, dealt out in turn."""
+    """For each rank of a host, return the ranks of other hosts whose weights it receives, dealt out in turn."""
     found: dict[int, list[int]] = {rank: [] for rank in mine}
     for ranks in hosts:
         if ranks != mine:
@@ -96,7 +96,7 @@ def _sources(mine: Sequence[int], hosts: Sequence[Sequence[int]]) -> dict[int, l
 
 
 class _FromOthers:
-    """A Handle: a collective between hosts; where it fails, the ranks of this host learn of it."""
+    """A Handle of a collective between hosts. If it fails, it tells the ranks of this host."""
 
     def __init__(self, memory: SharedMemory, handle: Handle) -> None:
         self._memory = memory
@@ -112,7 +112,7 @@ class _FromOthers:
         except RuntimeError:
             if not self._handle.is_completed():  # only slow
                 raise
-        try:  # it came this moment, or has failed
+        try:  # it has just arrived, or has failed
             self._handle.wait()
         except RuntimeError as error:
             self._memory.give_up(str(error))
@@ -120,7 +120,7 @@ class _FromOthers:
 
 
 class _Both:
-    """A Handle: two as one."""
+    """A Handle that is done when all of several handles are."""
 
     def __init__(self, *handles: Any) -> None:
         self._handles = handles

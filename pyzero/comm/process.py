@@ -1,4 +1,4 @@
-"""What torch.distributed says of this process and of a group, and whether a launcher has started others beside it."""
+"""Facts from torch.distributed about this process and a group, and whether a launcher has started other processes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch.distributed as dist
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's in the default group; (0, 1) without one."""
+    """Return this process's rank and the size of the default group; (0, 1) without one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def process_group_of(process_group: Any) -> Any:
-    """A ProcessGroup: itself, or that of a DeviceMesh of one dimension; None stays None."""
+    """Return a ProcessGroup as it is, or the one of a DeviceMesh of one dimension. None stays None."""
     return process_group.get_group() if hasattr(process_group, "get_group") else process_group
 
 
 def backends_of(process_group: Any) -> dict[str, str]:
-    """Of each type of device."""
+    """Return the backend of each type of device."""
     return dict(dist.BackendConfig(dist.Backend(dist.get_backend_config(process_group))).get_device_backend_map())
 
 
 def check_alone(process_group: Any) -> None:
-    """Refuse to run alone where a process group is given, or a launcher has started other ranks."""
+    """Raise ValueError if a process group is given, or a launcher has started other ranks."""
     if process_group is not None:
         raise ValueError(
             "expected an initialised process group, got a process_group with none; "

@@ -1,4 +1,4 @@
-"""Process groups that optimizers have for themselves: made when wanted, and used again when their optimizer is gone."""
+"""Process groups for one optimizer each. They are made when needed, and reused after their optimizer is gone."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ import torch.distributed as dist
 from pyzero.comm import process
 
 _COUNTS_CALLS = torch.__version__ >= "2.14"  # compared as versions; see _named
-_FIRST_NUMBER = 10**9  # above any that torch gives
+_FIRST_NUMBER = 10**9  # above any number that torch gives
 _num_named = 0
 
 
 @dataclass
 class LeasedGroup:
-    """A process group that one optimizer has for itself, so that its collectives meet nobody else's."""
+    """A process group that only one optimizer uses, so that its collectives do not mix with others."""
 
     handle: Any
-    serial: int  # among those of one record; the same on all ranks
-    token: str = ""  # the same on all ranks: torch may give its name to another group later
+    serial: int  # in its pool; the same on all ranks
+    token: str = ""  # the same on all ranks; tells it from a later group to which torch gives the same name
     num_collectives: int = 0
-    is_broken: bool = False  # a collective failed: it is never used again
+    is_broken: bool = False  # a collective failed, so it is never used again
 
 
 @dataclass
 class ProcessGroupPool:
-    """Those over the ranks of a parent group; on_host: that send memory of the host alone."""
+    """The process groups over the ranks of a parent group. on_host: They send only host memory."""
 
     on_host: bool = False
     num_made: int = 0
     free: list[LeasedGroup] = field(default_factory=list)
 
     def lease(self, handle: Any, timeout: timedelta | None) -> LeasedGroup:
-        """Collective: the free group of the lowest serial number on all ranks, or a new one.
+        """Return the free group with the lowest serial number on all ranks, or a new group. Collective.
 
-        Where ranks began unequally many collectives on one, as in a backward that broke off on some, it stays unused.
+        A group is not reused if ranks began different numbers of collectives on it, as after a broken backward.
         """
         free = {(leased.serial, leased.num_collectives): leased for leased in self.free}
         rows = gather_objects(handle, ([*free], self.num_made, num_groups(), secrets.token_hex(4)))
@@ -63,44 +63,46 @@ class ProcessGroupPool:
         return LeasedGroup(new_group(ranks, handle, timeout, most, self.on_host), self.num_made, rows[0][-1])
 
     def give_back(self, leased: LeasedGroup) -> None:
-        """Its optimizer is gone."""
+        """Take back a group after its optimizer is gone."""
         if not leased.is_broken:
             self.free.append(leased)
 
 
-# By default group: when that is destroyed its free groups go too, and their threads with them. Then by what they are
-# made of: a parent that takes the place of a destroyed one over the same ranks takes its groups too.
+# By default group: when it is destroyed, its free groups go too, with their threads. Then by ranks, backends and
+# timeout: if a parent replaces a destroyed one over the same ranks, it takes over its groups.
 _pools: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], ProcessGroupPool]] = weakref.WeakKeyDictionary()
 
 
 def pool_over(parent: Any, timeout: timedelta | None, on_host: bool = False) -> ProcessGroupPool:
-    """The one record of all parents with these ranks, backends and timeout, of either kind."""
+    """Return the pool that all parents with these ranks, backends and timeout share, for this `on_host`."""
     made_of = tuple(dist.get_process_group_ranks(parent)), dist.get_backend_config(parent), timeout, on_host
     return _pools.setdefault(dist.group.WORLD, {}).setdefault(made_of, ProcessGroupPool(on_host))
 
 
 @functools.cache  # once
 def _let_gloo_finish_at_exit() -> None:
-    """Sleep at exit: gloo's threads take the interpreter's lock to free tensors, and one that is too late aborts it."""
+    """Sleep at exit, because gloo's threads take the interpreter's lock to free tensors, and too late they abort."""
     atexit.register(time.sleep, 0.01)
 
 
 def num_groups() -> int:
-    """How many process groups `_named` has named, here or on ranks that it was used with."""
+    """Return the number of groups that `_named` has named, on this rank or on ranks that were in a group with it."""
     return _num_named
 
 
 def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_groups: int, on_host: bool = False) -> Any:
-    """A group over these ranks, with the backends of another, and gloo for CPU tensors beside NCCL. Collective.
+    """Make a group over these ranks, with another group's backends, and with gloo for CPU tensors beside NCCL.
+
+    Collective over the ranks.
 
     Args:
-        ranks: Of the default group, in the order in which the group is to number them.
-        like: The other.
-        timeout: Of a collective.
+        ranks: Ranks of the default group, in the order in which the new group numbers them.
+        like: The group with the backends.
+        timeout: Timeout of a collective.
         most_groups: The largest of these ranks' `num_groups()`.
-        on_host: It sends memory of the host alone: by gloo, without a communicator of NCCL.
+        on_host: The group sends only host memory: by gloo, without an NCCL communicator.
     """
-    # Not by get_backend() alone, which is "undefined" after init_process_group() without a backend: NCCL, on a GPU.
+    # get_backend() alone would not do: after init_process_group() without a backend (NCCL, on a GPU) it is "undefined".
     has_nccl = "nccl" in process.backends_of(like).values()
     backend = dist.get_backend(like) if not has_nccl else "gloo" if on_host else "cpu:gloo,cuda:nccl"
     _let_gloo_finish_at_exit()
@@ -108,14 +110,14 @@ def new_group(ranks: list[int], like: Any, timeout: timedelta | None, most_group
     with _gloo_explained():
         if len(ranks) == dist.get_world_size():
             return dist.new_group(ranks, timeout=timeout, backend=backend, **in_order)
-        # Only members may be asked for a smaller group.
+        # Only members call this for a smaller group.
         with _named(most_groups), _unbound():
             return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True, **in_order)
 
 
 @contextmanager
 def _gloo_explained() -> Iterator[None]:
-    """Say how gloo finds the other hosts, where it does not: NCCL's variables are not gloo's."""
+    """If gloo cannot reach the other hosts, say which variable to set, because gloo does not read NCCL's."""
     try:
         yield
     except RuntimeError as error:
@@ -130,11 +132,11 @@ def _gloo_explained() -> Iterator[None]:
 
 @contextmanager
 def _named(most_groups: int) -> Iterator[None]:
-    """Have torch give a group of which only members are asked a name that is new, and the same on all of them.
+    """Make torch give a group that only its members create a new name, the same on all of them.
 
-    It names it after its ranks and a number: of the groups that this process has, which may be a living one's where one
-    was destroyed, or, from 2.14 on, of all calls for a group. After the latter it names groups of which every rank is
-    asked, too, so it must not change here.
+    torch names it after its ranks and a number. Before 2.14 that is the number of this process's groups, so after a
+    group was destroyed the name may be a living group's. From 2.14 on it is the number of calls. torch uses that number
+    also for groups that every rank creates, so it is restored afterwards.
     """
     global _num_named
     c10d: Any = dist.distributed_c10d
@@ -157,10 +159,10 @@ def _named(most_groups: int) -> Iterator[None]:
 
 @contextmanager
 def _unbound() -> Iterator[None]:
-    """Have NCCL connect a smaller group's members alone.
+    """Make NCCL connect only a smaller group's members.
 
-    Where init_process_group() was told a device_id, torch splits the default group's communicator instead: a collective
-    over all of its ranks, in which those outside the new group take no part, so that the members would hang.
+    If init_process_group() was given a device_id, torch splits the default group's communicator instead. That is a
+    collective over all of its ranks. Ranks outside the new group do not take part, so the members would hang.
     """
     everyone = dist.group.WORLD
     assert everyone is not None
@@ -172,7 +174,7 @@ def _unbound() -> Iterator[None]:
 
 
 def gather_objects(handle: Any, value: object) -> list[Any]:
-    """Every rank's small python object, in rank order."""
+    """Return every rank's small Python object, in rank order."""
     values: list[Any] = [None] * dist.get_world_size(handle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -181,12 +183,12 @@ def gather_objects(handle: Any, value: object) -> list[Any]:
 
 
 def keep_forever(handle: Any) -> None:
-    """Never destroy a group with a collective that will not complete: that would wait for it, up to the timeout."""
+    """Never destroy this group: a collective on it will not complete, and the destruction would wait for it."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
 
 
 def timeout_of(group: Any) -> timedelta | None:
-    """How long a collective of a process group may take."""
+    """Return how long a collective of a process group may take."""
     device_type = next(iter(process.backends_of(group)))
     options = getattr(group._get_backend(torch.device(device_type)), "options", None)
     return None if options is None else options._timeout

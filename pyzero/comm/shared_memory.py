@@ -1,7 +1,7 @@
-"""The ranks of one host: memory that all of them have mapped, counters to wait for, and who is still alive.
+"""Shared memory of one host's ranks, counters to wait for, and which ranks are still alive.
 
-The memory has no name anywhere (memfd): it goes with the last process that maps it, however that ends, and the size of
-/dev/shm is no limit to it.
+The memory has no name (memfd). It is freed when the last process that maps it ends, in whatever way, and the size of
+/dev/shm does not limit it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pyzero.comm.shared_pages import SharedPages
 from pyzero.ops.rounding import round_up
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_LINE = 64  # bytes of a cache line, which a counter has for itself
+_LINE = 64  # bytes of a cache line; each counter has its own
 _CONTROL_BYTES = mmap.PAGESIZE
 _TOKEN_BYTES = 32
-_LOOK_S = 0.05  # how often a rank that waits looks whether the others are alive
+_LOOK_S = 0.05  # interval at which a waiting rank checks that the others are alive
 
 Gather = Callable[[object], list[Any]]  # every rank's small object, in rank order: a collective
 
 
 class HostError(RuntimeError):
-    """The ranks cannot share memory; says why, the same on each."""
+    """The ranks cannot share memory. The message says why, and is the same on each."""
 
 
 class _Offer(NamedTuple):
-    """Where the other ranks find a rank's pages, and what they must see there."""
+    """Where the other ranks find a rank's pages, and the token that they must see there."""
 
     pid: int
     descriptor: int
@@ -49,15 +49,15 @@ class _Offer(NamedTuple):
     @staticmethod
     def make(num_bytes: int) -> _Offer:
         """Make zeroed pages, with a token after their end."""
-        import fcntl  # not where there are no futexes
+        import fcntl  # not on systems without futexes
 
         descriptor = os.memfd_create("pyzero", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         token = secrets.token_bytes(_TOKEN_BYTES)
         try:
             os.fchmod(descriptor, 0o600)
-            os.posix_fallocate(descriptor, 0, num_bytes)  # pages that are there can be made huge
+            os.posix_fallocate(descriptor, 0, num_bytes)  # only allocated pages can be made huge
             os.pwrite(descriptor, token, num_bytes)
-            # Nobody can cut the file short under those who have mapped it.
+            # Seal the size, so that nobody can cut the file short while others have it mapped.
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except BaseException:
             os.close(descriptor)
@@ -65,11 +65,11 @@ class _Offer(NamedTuple):
         return _Offer(os.getpid(), descriptor, token)
 
     def map(self, rank: int, num_bytes: int) -> SharedPages:
-        """That rank's pages.
+        """Map a rank's pages.
 
         Raises:
-            HostError: It runs in a container with processes of its own.
-            OSError: They cannot be opened or mapped.
+            HostError: The rank runs in another container, with other process ids.
+            OSError: The pages cannot be opened or mapped.
         """
         descriptor = os.open(f"/proc/{self.pid}/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -81,7 +81,7 @@ class _Offer(NamedTuple):
 
 
 def find_hosts(gather: Gather) -> list[list[int]]:
-    """The ranks of each host, in rank order. Collective."""
+    """Return the ranks of each host, in rank order. Collective."""
     boot_id = ""
     with contextlib.suppress(OSError), open(_BOOT_ID) as file:
         boot_id = file.read().strip()
@@ -92,14 +92,14 @@ def find_hosts(gather: Gather) -> list[list[int]]:
 
 
 def raise_first(problems: Sequence[str | None]) -> None:
-    """Raise HostError for the first rank that has a problem: alike on all, which have gathered them."""
+    """Raise HostError for the first rank with a problem. All ranks pass the gathered problems, and raise the same."""
     for rank, problem in enumerate(problems):
         if problem is not None:
             raise HostError(f"on rank {rank}: {problem}")
 
 
 def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[int, SharedPages], dict[int, int]]:
-    """Map `num_bytes` zeroed bytes of each of these ranks; returns them, and process ids. Collective over all hosts.
+    """Map `num_bytes` zeroed bytes of each of these ranks. Return them, and process ids. Collective over all hosts.
 
     Raises:
         HostError: Some rank cannot map them.
@@ -118,7 +118,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
                 mapped = {rank: offers[rank].map(rank, num_bytes) for rank in ranks}
             except (OSError, HostError) as error:
                 problem = str(error)
-        problems = gather(problem)  # from here on nobody opens anything
+        problems = gather(problem)  # after it no rank opens anything any more
     finally:
         if offer is not None:
             os.close(offer.descriptor)
@@ -136,16 +136,16 @@ class _Word(IntEnum):
 
 
 class SharedMemory:
-    """The ranks of a group that share memory: a ring of bytes for each, and counters of what lies there.
+    """The memory that ranks of a group share: each rank's ring of bytes, and counters of its chunks. Collective.
 
     Args:
-        rank: This one, in the group.
-        ranks: Those of its host, in order.
-        gather: See Gather; over all hosts, on each of which this is done alike.
-        timeout: How long another rank may take; None: any time.
+        rank: This rank, in the group.
+        ranks: The ranks of its host, in order.
+        gather: See Gather. Over the ranks of all hosts, which must all make the same calls.
+        timeout: How long another rank may take; None: without a limit.
 
     Raises:
-        HostError: They cannot.
+        HostError: The ranks cannot share memory.
     """
 
     def __init__(self, rank: int, ranks: Sequence[int], gather: Gather, timeout: timedelta | None) -> None:
@@ -164,10 +164,10 @@ class SharedMemory:
         self._gave_up_because: str | None = None
 
     def reserve(self, ring_bytes: int, message_bytes: int, gather: Gather) -> bool:
-        """Have at least so many bytes; returns whether they were made anew. Collective; nothing may be under way.
+        """Make room of at least this size. Return whether it is new. Collective; nothing may be under way.
 
         Raises:
-            HostError: Some rank cannot map them.
+            HostError: Some rank cannot map it.
         """
         if ring_bytes <= self.ring_bytes and message_bytes <= self._message_bytes:
             return False
@@ -180,28 +180,28 @@ class SharedMemory:
     # ---- the ring ---------------------------------------------------------------------------------------------------
 
     def tensor(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """(numel,) in a rank's ring."""
+        """Return a (numel,) tensor in a rank's ring."""
         self._check_process()
         return self._mapped[rank].tensor(self._ring_at + offset, numel, dtype)
 
     def post(self) -> None:
-        """The next chunk in this rank's ring may be read."""
+        """Tell the others that they may read the next chunk in this rank's ring."""
         self._advance(_Word.POSTED)
 
     def mark_read(self) -> None:
-        """This rank has read the next chunk of every rank's ring."""
+        """Tell the others that this rank has read the next chunk of every rank's ring."""
         self._advance(_Word.READ)
 
     def has_read(self, number: int) -> bool:
-        """Whether this rank has read that chunk."""
+        """Whether this rank has read the chunk of that number."""
         return self._words[_Word.READ][self.rank].has_reached(number)
 
     def posted(self, number: int) -> Arrival:
-        """When every rank has posted the chunk of that number."""
+        """Return a handle that is done when every rank has posted the chunk of that number."""
         return Arrival(self, self._words[_Word.POSTED], number, self._timeout_s)
 
     def read(self, number: int) -> Arrival:
-        """When every rank has read the chunk of that number, whose bytes may then be written over."""
+        """Return a handle that is done when every rank has read the chunk of that number. Its bytes are then free."""
         return Arrival(self, self._words[_Word.READ], number, self._timeout_s)
 
     def _advance(self, word: _Word) -> None:
@@ -217,13 +217,13 @@ class SharedMemory:
     # ---- messages ---------------------------------------------------------------------------------------------------
 
     def can_send(self, row: Tensor) -> bool:
-        """Whether a message of that size fits."""
+        """Whether this message fits: it is on the CPU, and not too large."""
         return row.device.type == "cpu" and row.nbytes <= self._message_bytes
 
     def send(self, row: Tensor) -> Arrival:
-        """Send a message to all, of one size and dtype on each rank; returns the arrival of every rank's.
+        """Send a message to all ranks, of one size and dtype on each. Return a handle for the arrival of all messages.
 
-        Two places take turns: a rank that sends the next message but one has read this one.
+        Two places take turns: when a rank sends the next message but one, all have read this one.
         """
         self._num_messages += 1
         self._message(self.rank, row).copy_(row)
@@ -231,7 +231,7 @@ class SharedMemory:
         return Arrival(self, self._words[_Word.MESSAGE], self._num_messages, self._timeout_s)
 
     def messages(self, row: Tensor) -> Tensor:
-        """(num_ranks * k,): each rank's last message, in rank order; `row` is this rank's."""
+        """Return each rank's last message, in rank order: (num_ranks * k,). `row` is this rank's."""
         return torch.cat([self._message(rank, row) for rank in self.ranks])
 
     def _message(self, rank: int, row: Tensor) -> Tensor:
@@ -241,10 +241,10 @@ class SharedMemory:
     # ---- failure ----------------------------------------------------------------------------------------------------
 
     def give_up(self, why: str) -> str:
-        """Make every rank fail that waits for this one, now or later; returns the first reason given."""
+        """Make every rank fail that waits for this one, now or later. Return the first reason that was given."""
         if self._gave_up_because is None:
             self._gave_up_because = why
-            if os.getpid() == self._pid:  # a fork's failure is none of this rank's
+            if os.getpid() == self._pid:  # a forked child's failure is not this rank's
                 self._words[_Word.GAVE_UP][self.rank].advance()
         return self._gave_up_because
 
@@ -254,7 +254,7 @@ class SharedMemory:
         return self._gave_up_because is not None
 
     def who_gave_up(self) -> int | None:
-        """A rank that has given up, or None."""
+        """Return a rank that has given up, or None."""
         return next((rank for rank, word in self._words[_Word.GAVE_UP].items() if word.has_reached(1)), None)
 
     def has_ended(self, rank: int) -> bool:
@@ -267,7 +267,7 @@ def _pages(num_bytes: int) -> int:
 
 
 class _Life:
-    """Whether a process runs, as far as the kernel tells: from Linux 5.3 on."""
+    """Whether a process still runs. Linux tells it from 5.3 on."""
 
     def __init__(self, pid: int) -> None:
         self._poll = select.poll()
@@ -285,7 +285,7 @@ class _Life:
 
 
 class Arrival:
-    """Every rank's counter on its way to a number; a Handle of comm/group.py."""
+    """A Handle (comm/group.py) that is done when every rank's counter has reached a number."""
 
     def __init__(self, host: SharedMemory, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
         self._host = host
@@ -294,15 +294,15 @@ class Arrival:
         self._give_up_at = time.monotonic() + timeout_s
 
     def is_completed(self) -> bool:
-        """Whether all counters are there, or never will be."""
+        """Whether all counters have reached the number, or this rank has given up."""
         return self._host.has_given_up or all(word.has_reached(self._number) for word in self._words.values())
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Return when all are there.
+        """Return when all counters have reached the number.
 
         Raises:
-            RuntimeError: The time is up: `timeout`, or the group's, after which it has failed. Or a rank has ended or
-                failed itself.
+            RuntimeError: `timeout` is over; the group's timeout is over, and it has failed for good; or a rank has
+                ended or given up.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout.total_seconds()
         for rank, word in self._words.items():

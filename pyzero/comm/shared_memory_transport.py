@@ -1,9 +1,9 @@
-"""The transport of ranks that share a host: through memory that all of them have mapped, without sockets.
+"""The transport of ranks on one host: through memory that all of them have mapped, without sockets.
 
-Each rank has a ring of bytes that every rank can read. Gradients are packed straight into it, and summed from there:
-each rank reads its slice of every rank's. Updated weights are written there by the rank that holds their shard, and
-copied by the others into their own flat buffers. So parameters stay memory of their own process: an edit in place, or
-a forked child, changes nothing under another rank.
+Each rank has a ring of bytes that every rank can read. It packs gradients straight into its ring, and sums its slice
+from every rank's ring. It writes the updated weights of its shard into its ring, and the others copy them into their
+own flat buffers. So parameters stay in their own process's memory: an edit in place, or a forked child, changes nothing
+on another rank.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.shared_memory import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
 
-_ROOM_WAIT_S = 2.0  # for room in the ring; then a bucket is packed elsewhere, and copied when there is room
-_MESSAGE_BYTES = 256  # of the step's message, besides one number for each parameter; what is larger goes by sockets
+_ROOM_WAIT_S = 2.0  # wait for room in the ring; after it a bucket is packed elsewhere, and copied when there is room
+_MESSAGE_BYTES = 256  # of the step's message, besides one number per parameter; larger messages go by sockets
 _NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes [begin, end) of the ring that are sent at one time. They lie at the same place on all ranks."""
+    """Bytes [begin, end) of the ring that are sent together. They lie at the same place on all ranks."""
 
     number: int  # from 1 on
     begin: int
     end: int
-    after: int  # number of the last chunk that lay in these bytes: all ranks must have read it
+    after: int  # number of the last chunk in these bytes; all ranks must have read it first
 
 
 class Ring:
-    """Where each chunk lies: one behind the other in one half, then in the other. The same on all ranks.
+    """The place of each chunk: one behind the other in one half, then in the other. The same on all ranks.
 
-    So a chunk never waits for the one before it, whatever their sizes, up to half of the ring.
+    So a chunk of up to half the ring never waits for the one before it.
     """
 
     def __init__(self) -> None:
         self._half = 0
         self._num_chunks = 0
-        self._chunks: deque[Chunk] = deque()  # those whose bytes no later chunk has taken
+        self._chunks: deque[Chunk] = deque()  # whose bytes no later chunk has taken
 
     def resize(self, num_bytes: int) -> None:
-        """Start over in a ring of so many bytes; no chunk of the old one may be in use."""
+        """Start again with a ring of this size. No chunk of the old ring may be in use."""
         self._half = num_bytes // 2
         self._chunks.clear()
 
     def next(self, num_bytes: int) -> Chunk:
-        """The chunk that `take` would take."""
+        """Return the next chunk, for `take`."""
         begin = 0
         if self._chunks:
             last = self._chunks[-1]
@@ -74,7 +74,7 @@ class Ring:
         return self._chunks[-1]
 
     def take(self, chunk: Chunk) -> None:
-        """Place the chunk that `next` gave."""
+        """Place the chunk that `next` returned."""
         while self._chunks and self._chunks[0].number <= chunk.after:
             self._chunks.popleft()
         self._chunks.append(chunk)
@@ -82,11 +82,11 @@ class Ring:
 
 
 class Deferred(NamedTuple):
-    """A chunk whose data is not in the ring yet: there was no room, or other hosts' part has not arrived."""
+    """A chunk with data that is not in the ring yet: there was no room, or other hosts' part has not arrived."""
 
     chunk: Chunk
     data: Tensor
-    awaited: Sequence[Handle]  # after which it can be copied to the ring
+    awaited: Sequence[Handle]  # to wait for before the copy to the ring
 
 
 class _Gather(NamedTuple):
@@ -98,20 +98,20 @@ class _Gather(NamedTuple):
 
 
 class SharedMemoryTransport(Transport):
-    """Shared memory between the ranks of one host, with the bits of ExactTransport.
+    """Exchanges through shared memory of one host's ranks. Gives the same bits as ExactTransport.
 
     Raises:
-        HostError: They cannot share memory.
+        HostError: The ranks cannot share memory.
     """
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self._memory = group.share_memory()
         self._ring = Ring()
-        self._room: Tensor | None = None  # in the ring, given out by `buffer`
+        self._room: Tensor | None = None  # in the ring, returned by `buffer`
         self._deferred: deque[Deferred] = deque()
         self._gathers: deque[_Gather] = deque()
-        self._shards_in = {rank: [rank] for rank in self._memory.ranks}  # whose weights lie in each one's ring
+        self._shards_in = {rank: [rank] for rank in self._memory.ranks}  # by rank: whose weights lie in its ring
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
         """See Transport."""
@@ -130,7 +130,7 @@ class SharedMemoryTransport(Transport):
     def buffer(
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
     ) -> Tensor:
-        """See Transport. In the ring, or elsewhere where the other ranks do not make room in time."""
+        """See Transport. Takes the ring, or other memory if the other ranks do not make room in time."""
         chunk = self._ring.next(numel * dtype.itemsize)
         self._room = None
         if self._deferred or not self._is_free(chunk):
@@ -139,17 +139,17 @@ class SharedMemoryTransport(Transport):
         return self._room
 
     def _is_free(self, chunk: Chunk) -> bool:
-        """Whether all ranks have read what lay there, or do so within the patience."""
+        """Whether all ranks have read the bytes' last chunk, or do so within _ROOM_WAIT_S."""
         if not self._memory.has_read(chunk.after):
-            return False  # it is this rank that is late
+            return False  # this rank itself is late
         try:
             self._memory.read(chunk.after).wait(timedelta(seconds=_ROOM_WAIT_S))
-        except RuntimeError:  # whoever waits for the chunk will say why
+        except RuntimeError:  # the wait for the chunk will say why
             return False
         return True
 
     def _post(self, send: Tensor) -> Chunk:
-        """Let the others read `send`, now or when there is room. In a launch."""
+        """Let the others read `send`, now or when there is room. Call it in a launch."""
         chunk = self._ring.next(send.nbytes)
         self._ring.take(chunk)
         if send is self._room:
@@ -160,7 +160,7 @@ class SharedMemoryTransport(Transport):
         return chunk
 
     def post_deferred(self, number: int, timeout: timedelta | None) -> None:
-        """Copy chunks up to that number to where the others read them, when that can be done.
+        """Copy deferred chunks up to that number into the ring, once there is room, and let the others read them.
 
         Raises:
             RuntimeError: See Arrival.wait.
@@ -179,7 +179,7 @@ class SharedMemoryTransport(Transport):
         return Exchange(work, self._slices(send), send, release=self._mark_read)
 
     def _slices(self, send: Tensor) -> list[Tensor]:
-        """This rank's slice of every rank's `send`, which has been posted last."""
+        """Return this rank's slice of every rank's `send`. It must be the chunk posted last."""
         numel = send.numel() // self.group.size
         begin = self._ring.last.begin + self.group.rank * numel * send.itemsize
         return [self._memory.tensor(rank, begin, numel, send.dtype) for rank in self._memory.ranks]
@@ -188,21 +188,21 @@ class SharedMemoryTransport(Transport):
         return _PostedChunks(self, chunk.number, self._memory.posted(chunk.number))
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
-        """See Transport. The shard is copied at once."""
+        """See Transport. Copies the shard at once."""
         self._read_gathers_for(shard.nbytes)
         room = self.buffer(shard.numel(), shard.dtype, shard.device)
-        ops.pack_(room, [shard], offsets=[0])  # past the caches, as copy_ does not
+        ops.pack_(room, [shard], offsets=[0])  # bypasses the caches; copy_ does not
         return self._launch_gather(flat, lambda: self._post(room))
 
     def _read_gathers_for(self, num_bytes: int) -> Chunk:
-        """The next chunk; waits for gathers whose weights, not copied by this rank yet, lie in its bytes."""
+        """Return the next chunk. If weights that this rank has not copied yet lie in its bytes, wait and copy them."""
         chunk = self._ring.next(num_bytes)
         while self._gathers and not self._memory.has_read(chunk.after):
             self._gathers[0].work.wait()
         return chunk
 
     def _launch_gather(self, flat: Tensor, post: Callable[[], Chunk]) -> Work:
-        """Launch what `post` does; its chunk is copied to `flat` when the work is waited for."""
+        """Launch `post`. The wait for the returned work copies its chunk to `flat`."""
         what = "the all-gather of weights"
         work = self.group.launch(what, lambda: self._posted(post()), lambda: self._copy(chunk.number), blocks=True)
         chunk = self._ring.last
@@ -214,23 +214,23 @@ class SharedMemoryTransport(Transport):
             self._memory.mark_read()
 
     def _copy(self, number: int) -> None:
-        """Copy other ranks' weights, of chunks up to that number, into the flat buffers."""
+        """Copy other ranks' weights from chunks up to that number into the flat buffers."""
         while self._gathers and self._gathers[0].chunk.number <= number:
             chunk, flat, _ = self._gathers.popleft()
             numel = flat.numel() // self.group.size
-            found: dict[int, Tensor] = {}  # by whose weights they are
+            found: dict[int, Tensor] = {}  # by the rank whose weights they are
             for rank, sources in self._shards_in.items():
                 there = self._memory.tensor(rank, chunk.begin, len(sources) * numel, flat.dtype)
                 found.update(zip(sources, there.split(numel), strict=True))
             others = sorted(found.keys() - {self.group.rank})
             try:
                 ops.pack_(flat, [found[rank] for rank in others], offsets=[rank * numel for rank in others])
-            finally:  # after a KeyboardInterrupt too: the others wait for this room
+            finally:  # after a KeyboardInterrupt too, because the others wait for this room
                 self._mark_read()
 
 
 class _PostedChunks:
-    """A Handle: this rank's chunks up to a number posted, and every rank's."""
+    """A Handle that is done when every rank has posted its chunks up to a number. The wait posts this rank's."""
 
     def __init__(self, transport: SharedMemoryTransport, number: int, posted: Arrival) -> None:
         self._transport = transport

@@ -1,10 +1,10 @@
-"""The transport of ranks whose GPUs share a host: each reads the others' memory, over NVLink where there is some.
+"""The transport of GPU ranks on one host: each reads the others' memory, over NVLink if there is one.
 
-The memory is torch's symmetric memory. For gradients each rank has two slots, which take turns. What is sent is written
-to one; a barrier on the device, and every rank's is there; it is read where it lies, by the kernel that sums them;
-another barrier, and the slot may be written over. Weights lie there for good: between two barriers each rank writes
-those of its shards to all ranks, in the kernel that updates them or by copies. In backward and step the host waits for
-nothing.
+The memory is torch's symmetric memory. For gradients each rank has two slots, used in turn. A rank writes what it sends
+to a slot. After a barrier on the device every rank has written its slot, and the kernel that sums the gradients reads
+them in place. After another barrier the slot may be overwritten. Weights stay in symmetric memory. Between two
+barriers each rank writes the weights of its shards to all ranks, in the update kernel or by copies. The host never
+waits in backward and step.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SymmetricBytes:
-    """Equally many bytes of each rank, mapped by all of them.
+    """The same number of bytes of each rank, mapped by all of them.
 
     Attributes:
-        by_rank: (num_bytes,) uint8 each, on this rank's device. This rank's keeps its memory alive.
-        barrier: Makes every rank's current stream wait for those of the others.
-        owner: Keeps what this rank sees of the others' alive.
+        by_rank: (num_bytes,) uint8 each, on this rank's device. This rank's tensor keeps its memory alive.
+        barrier: Makes every rank's current stream wait for the other ranks' current streams.
+        owner: Keeps the mapping of the other ranks' memory alive.
     """
 
     by_rank: list[Tensor]
@@ -46,19 +46,19 @@ class SymmetricBytes:
 
 
 class SymmetricMemory(Protocol):
-    """What allocates SymmetricBytes, in two parts: where the first fails on one rank, no other waits in the second."""
+    """Allocates SymmetricBytes in two calls, so that no rank waits in the second if the first failed on another."""
 
-    num_shared: int  # how often this process has, in any group; torch pairs the ranks' calls of `share` by it
+    num_shared: int  # calls of `share` in this process, in any group; torch pairs the ranks' calls by it
 
     def empty(self, num_bytes: int) -> Tensor:
-        """(num_bytes,) uint8 of this rank. Raises RuntimeError or ImportError."""
+        """Allocate (num_bytes,) uint8 of this rank. Raises RuntimeError or ImportError."""
 
     def share(self, own: Tensor) -> SymmetricBytes:
-        """Map that of all ranks. Collective. Raises RuntimeError."""
+        """Map the memory of all ranks. Collective. Raises RuntimeError."""
 
 
 class TorchSymmetricMemory:
-    """torch.distributed._symmetric_memory."""
+    """SymmetricMemory by torch.distributed._symmetric_memory."""
 
     num_shared = 0
 
@@ -68,7 +68,7 @@ class TorchSymmetricMemory:
 
     def empty(self, num_bytes: int) -> Tensor:
         """See SymmetricMemory."""
-        import torch.distributed._symmetric_memory as symm_mem  # imports what most programs do not need
+        import torch.distributed._symmetric_memory as symm_mem  # heavy, and most programs do not need it
 
         return symm_mem.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
@@ -80,7 +80,7 @@ class TorchSymmetricMemory:
         handle = symm_mem.rendezvous(own, self._group.handle)
         size, rank = tuple(own.shape), self._group.rank
         by_rank = [handle.get_buffer(each, size, torch.uint8) for each in range(self._group.size)]
-        if by_rank[rank].data_ptr() != own.data_ptr():  # a torch that puts several tensors into one allocation
+        if by_rank[rank].data_ptr() != own.data_ptr():  # this torch puts several tensors into one allocation
             by_rank = [handle.get_remote_tensor(each, size, torch.uint8) for each in range(self._group.size)]
         by_rank[rank] = own  # the others are views that own nothing
         timeout_ms = self._group.timeout_ms()
@@ -88,14 +88,14 @@ class TorchSymmetricMemory:
 
 
 class SymmetricMemoryTransport(Transport):
-    """Peer memory between the GPUs of one host, with the bits of ExactTransport.
+    """Exchanges through peer memory between the GPUs of one host. Gives the same bits as ExactTransport.
 
-    Where a rank dies or stalls, the others' barriers fail on the device within the group's timeout.
+    If a rank dies or stalls, the others' barriers fail on the device within the group's timeout.
 
     Args:
         group: The ranks.
-        device: This rank's.
-        symmetric: Makes the memory; default: torch's.
+        device: This rank's device.
+        symmetric: Allocates the memory; default: torch's.
 
     Raises:
         HostError: The ranks run on several hosts, are too many, or cannot read each other's memory.
@@ -126,13 +126,13 @@ class SymmetricMemoryTransport(Transport):
         if slot_bytes <= self._slot_bytes:
             return
         if self._memory is not None and self._last is not None:
-            torch.cuda.synchronize(self._device)  # after a barrier: all have read what lies in the old memory
+            torch.cuda.synchronize(self._device)  # waits for the last barrier, so all ranks have read the old memory
         slot_bytes = round_up(slot_bytes, _SLOT_ALIGNMENT)
         self._memory = self._allocate(_NUM_SLOTS * slot_bytes)
         self._slot_bytes = slot_bytes
 
     def _allocate(self, num_bytes: int) -> SymmetricBytes:
-        """Symmetric memory; where it fails on one rank, an error on all."""
+        """Allocate symmetric memory. If it fails on one rank, all ranks raise."""
         own = self._on_all_ranks(num_bytes, lambda: self._symmetric.empty(num_bytes))
         counts = self.group.gather_objects(self._symmetric.num_shared)
         if len(set(counts)) > 1:
@@ -153,7 +153,7 @@ class SymmetricMemoryTransport(Transport):
         return made
 
     def _slot(self, rank: int, number: int, begin_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """(numel,) elements of the slot that a rank's message of that number lies in."""
+        """Return (numel,) elements of the slot of a rank's message, by the message's number."""
         assert self._memory is not None
         begin = number % _NUM_SLOTS * self._slot_bytes + begin_bytes
         return self._memory.by_rank[rank][begin : begin + numel * dtype.itemsize].view(dtype)
@@ -161,7 +161,7 @@ class SymmetricMemoryTransport(Transport):
     def buffer(
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
     ) -> Tensor:
-        """See Transport. A slot, which the current stream waits for."""
+        """See Transport. Returns a slot, once the current stream has waited for it."""
         number = self._num_sent
         if number - self._num_read >= _NUM_SLOTS:
             raise RuntimeError(f"expected a slot to pack a bucket into, got all {_NUM_SLOTS} unread")
@@ -171,7 +171,7 @@ class SymmetricMemoryTransport(Transport):
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """Order the current stream after the barrier before, whatever stream that ran on: barriers pair up in order."""
+        """A context for a barrier. It runs after the last barrier on any stream, because ranks pair them in order."""
         if self._last is None:
             yield
             return
@@ -181,7 +181,7 @@ class SymmetricMemoryTransport(Transport):
         self._last.record(current)
 
     def _post(self) -> int:
-        """Called when the slot is written: after the barrier every rank's is. Returns the message's number."""
+        """Tell the ranks that the slot is written: after the barrier every rank's is. Return the message's number."""
         assert self._memory is not None
         number = self._num_sent
         self._num_sent += 1
@@ -198,7 +198,7 @@ class SymmetricMemoryTransport(Transport):
             self._read[number % _NUM_SLOTS].record(torch.cuda.current_stream(self._device))
 
     def start(self, send: Tensor, what: str) -> Exchange:
-        """See Transport. `send` is what `buffer` gave."""
+        """See Transport. `send` must be the tensor that `buffer` returned."""
         number = -1
 
         def post() -> _Done:
@@ -213,7 +213,7 @@ class SymmetricMemoryTransport(Transport):
         return Exchange(work, slices, send, release=lambda: self._mark_read(number))
 
     def weights(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatWeights:
-        """See Transport. In symmetric memory."""
+        """See Transport. Allocates symmetric memory."""
         memory = self._allocate(max(numel * dtype.itemsize, _SLOT_ALIGNMENT))
         by_rank = [there[: numel * dtype.itemsize].view(dtype) for there in memory.by_rank]
         own = by_rank.pop(self.group.rank)
@@ -224,7 +224,7 @@ class SymmetricMemoryTransport(Transport):
         self._meet("the barrier before the update of weights")
 
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
-        """See Transport. The shard is copied to the peers, on a stream of its own."""
+        """See Transport. Copies the shard to the peers, on a separate stream."""
         return self.group.launch("the copies of weights to peers", lambda: self._copy(shard, peers))
 
     def _copy(self, shard: Tensor, peers: Sequence[Tensor]) -> _Done:
@@ -238,7 +238,7 @@ class SymmetricMemoryTransport(Transport):
         self._meet("the barrier after the update of weights")
 
     def _meet(self, what: str) -> None:
-        """All ranks' current streams wait for each other."""
+        """Make all ranks' current streams wait for each other."""
 
         def meet() -> _Done:
             assert self._memory is not None
@@ -250,7 +250,7 @@ class SymmetricMemoryTransport(Transport):
 
 
 class _Done:
-    """A Handle: all that the current stream has been given."""
+    """A Handle that is done when the current stream has done its work so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -263,6 +263,6 @@ class _Done:
         return True
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """The current stream waits; the host does not."""
+        """Make the current stream wait. The host does not wait."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)

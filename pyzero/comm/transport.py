@@ -1,4 +1,4 @@
-"""What a transport of gradients and weights is, and the two that use collectives of torch.distributed."""
+"""The interface of a transport of gradients and weights, and two that use collectives of torch.distributed."""
 
 from __future__ import annotations
 
@@ -20,82 +20,82 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 
 @dataclass
 class Exchange:
-    """A reduce-scatter under way: after `work.wait()` the slices are there to be summed, in rank order."""
+    """A reduce-scatter under way. After `work.wait()` the slices have arrived, to be summed in rank order."""
 
     work: Work
     slices: list[Tensor]  # (shard_numel,) each, in the dtype that was sent
-    send: Tensor  # kept until read by all
-    by_rank: bool = True  # slices[r] is rank r's; otherwise the one slice is a sum over ranks
+    send: Tensor  # kept until all ranks have read it
+    by_rank: bool = True  # slices[r] is rank r's; otherwise the only slice is a sum over ranks
     release: Callable[[], None] = lambda: None  # called once the slices have been read
 
 
 @dataclass(frozen=True)
 class FlatWeights:
-    """The memory that one bucket's weights lie in: this rank's, and where it can write them the other ranks'."""
+    """The memory of one bucket's weights: this rank's, and the other ranks' if this rank can write it."""
 
     flat: Tensor  # (numel,)
-    peers: Sequence[Tensor] = ()  # (numel,) each, written between begin_update and end_update alone; or none
+    peers: Sequence[Tensor] = ()  # (numel,) each, written only between begin_update and end_update; may be empty
     owner: Any = None  # keeps the memory alive
 
 
 class Transport(ABC):
-    """Brings a bucket's gradients to the ranks that hold its shards, and their weights back to all."""
+    """Sends a bucket's gradients to the ranks that hold its shards, and sends the shards' weights back to all."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     @abstractmethod
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """Make room for what one step sends. Collective, the same on all ranks; nothing may be under way.
+        """Make room for what one step sends. Collective, with the same arguments; nothing may be under way.
 
         Args:
-            buckets: For each bucket, bytes of gradients to send, and of weights in a shard.
-            num_params: How many parameters the optimizer has.
+            buckets: For each bucket, the bytes of gradients to send and of weights in a shard.
+            num_params: The number of the optimizer's parameters.
         """
 
     @abstractmethod
     def buffer(
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
     ) -> Tensor:
-        """(numel,) memory to pack what the next `start` sends into, on the current stream.
+        """Return (numel,) memory for what the next `start` sends. The caller packs it on the current stream.
 
-        side: The stream of a GPU that `start`, and whoever waits for its work, run on; None: the current one.
+        side: The GPU stream that `start` and the wait for its work run on; None: the current one.
         """
 
     @abstractmethod
     def start(self, send: Tensor, what: str) -> Exchange:
-        """Send each rank its slice of (size * n,) `send`; `what` names it where it fails."""
+        """Send each rank its slice of (size * n,) `send`. `what` names the collective in errors."""
 
     def weights(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatWeights:
-        """Zeros for the weights of a bucket. Collective, the same on all ranks."""
+        """Return zeros for the weights of a bucket. Collective, with the same arguments."""
         return FlatWeights(memory.zeros(numel, dtype, device))
 
-    def begin_update(self) -> None:  # noqa: B027  (most write no memory but their own)
-        """Called before a step writes weights, on all ranks: after it none of them still reads the old ones."""
+    def begin_update(self) -> None:  # noqa: B027  (most transports write only this rank's memory)
+        """Called on all ranks before a step writes weights. After it no rank still reads the old ones."""
 
     @abstractmethod
     def gather(self, flat: Tensor, shard: Tensor, peers: Sequence[Tensor] = ()) -> Work:
-        """Fill (size * n,) `flat` with every rank's (n,) `shard`, which is this rank's part of it.
+        """Fill (size * n,) `flat` with every rank's (n,) `shard`. `shard` is this rank's part of `flat`.
 
-        peers: (n,) each: the same part in the memory of the other ranks, where `weights` has given that.
+        peers: (n,) each: the same part in other ranks' memory, if `weights` has returned that memory.
         """
 
     def end_update(self) -> None:  # noqa: B027
-        """Called when all weights of a step are on their way: after it all are there, on all ranks."""
+        """Called when all weights of a step have been sent. After it all have arrived, on all ranks."""
 
 
 class _LibraryTransport(Transport):
     """Allocates buffers when they are needed, and gathers by torch.distributed."""
 
     def reserve(self, buckets: Sequence[tuple[int, int]], num_params: int) -> None:
-        """See Transport. Nothing is needed."""
+        """See Transport. Does nothing."""
 
     def buffer(
         self, numel: int, dtype: torch.dtype, device: torch.device, side: torch.cuda.Stream | None = None
     ) -> Tensor:
-        """See Transport. Of the side stream's memory, which that stream's waits have made free.
+        """See Transport. Takes memory of the side stream, which is free again after that stream's waits.
 
-        A host that runs ahead of its GPU would take new memory for each bucket from the current stream's.
+        From the current stream, a host that runs ahead of its GPU would take new memory for each bucket.
         """
         if side is None:
             return memory.empty(numel, dtype, device)
@@ -110,7 +110,7 @@ class _LibraryTransport(Transport):
 
 
 class ExactTransport(_LibraryTransport):
-    """Sends slices by all-to-all; the sum is ours: in fp32 and rank order, the same whatever else the bucket holds."""
+    """Sends slices by all-to-all. pyzero sums them in fp32 and rank order, so a sum does not depend on its bucket."""
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """See Transport."""
@@ -120,7 +120,7 @@ class ExactTransport(_LibraryTransport):
 
 
 class CollectiveTransport(_LibraryTransport):
-    """Uses the library's reduce-scatter, which sums in the dtype that is sent and in an order of its own."""
+    """Uses the library's reduce-scatter. It sums in the dtype that is sent, and in its own order."""
 
     def start(self, send: Tensor, what: str) -> Exchange:
         """Sum (size * n,) `send` over ranks; this rank receives its slice of the sum."""

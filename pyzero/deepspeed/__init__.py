@@ -1,4 +1,4 @@
-"""DeepSpeed's names, for its scripts: `import pyzero.deepspeed as deepspeed`."""
+"""DeepSpeed's names for DeepSpeed scripts: `import pyzero.deepspeed as deepspeed`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.19.8"  # the DeepSpeed whose names these are
 
-# Imported on first use: a name of a module, or a module.
+# Imported on first use: for each name, its module and its name there.
 _NAMES = {
     "DeepSpeedConfig": ("config.deepspeed_config", "DeepSpeedConfig"),
     "DeepSpeedEngine": ("engine.engine", "Engine"),
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; docs/deepspeed.md lists what it has")
     module, attribute = _NAMES[name]
     value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    globals()[name] = value  # for the submodule of that name too, which an import would put here
+    globals()[name] = value  # an import would bind a submodule of the same name here
     return value
 
 

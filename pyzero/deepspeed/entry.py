@@ -1,4 +1,4 @@
-"""initialize(): a DeepSpeed script's model, optimizer and config become an engine."""
+"""initialize(): makes an engine of a DeepSpeed script's model, optimizer and config."""
 
 from __future__ import annotations
 
@@ -55,44 +55,44 @@ def initialize(
     mesh: Any = None,
     tp_plan: Mapping[str, Any] | None = None,
 ) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
-    """DeepSpeed's entry point, with its argument names and order.
+    """Make an engine. This is DeepSpeed's entry point, with its argument names and order.
 
-    Joins the ranks that a launcher started (RANK and WORLD_SIZE are set); without one it runs alone. The GPU that the
-    launcher gives by LOCAL_RANK becomes the current one.
+    Joins the ranks that a launcher started (it sets RANK and WORLD_SIZE). Without a launcher it runs alone. The GPU of
+    LOCAL_RANK becomes the current one.
 
     Args:
-        args: An object with `deepspeed_config` (or `deepscale_config`, its older name), a path; used where `config` is
-            not given.
-        model: Any module. With fp16 or bf16 enabled its weights are converted, and buffers are not; its parameters stay
-            the same objects.
-        optimizer: A torch Adam, AdamW, SGD or Muon, or one of pyzero.deepspeed.ops, which becomes an optimizer of
-            ours with its groups and hyper-parameters, and shares `param_groups` with it; a function that makes one of
-            the parameters; or one of ours, which is used as it is. It goes before the config's `optimizer`.
-        model_parameters: Parameters or groups for the config's `optimizer` or the function; default: all of the
+        args: An object with the attribute `deepspeed_config` (or its older name `deepscale_config`), a path. Used if
+            `config` is not given.
+        model: Any module. With fp16 or bf16 enabled its weights are converted in place, as the same Parameter objects.
+            Buffers stay as they are, except a BatchNorm's and unless data_types.buffer_dtype is set.
+        optimizer: A torch Adam, AdamW, SGD or Muon, or one of pyzero.deepspeed.ops: it is replaced by pyzero's with the
+            same groups and hyper-parameters, and shares `param_groups` with it. Or a function from parameters to such
+            an optimizer. Or one of pyzero's, used as it is. Takes precedence over the config's `optimizer`.
+        model_parameters: Parameters or groups for the config's `optimizer` or for the function; default: all of the
             model's.
-        training_data: A dataset, for the data loader that is returned.
-        lr_scheduler: A torch scheduler, or a function from optimizer to scheduler. Goes before the config's.
-        distributed_port: Ignored; torchrun's is used.
-        mpu: DeepSpeed's: an object with get_data_parallel_group(), and get_model_parallel_group() or
+        training_data: A dataset for the data loader that is returned.
+        lr_scheduler: A torch scheduler, or a function from optimizer to scheduler. Takes precedence over the config's.
+        distributed_port: Ignored; torchrun's port is used.
+        mpu: An object as for DeepSpeed, with get_data_parallel_group(), and get_model_parallel_group() or
             get_tensor_model_parallel_group().
-        dist_init_required: False: the process group is there already, or not wanted.
-        collate_fn: Of the data loader.
+        dist_init_required: False if the process group exists already, or is not wanted.
+        collate_fn: collate_fn of the data loader.
         config: A dict, a path or JSON text; see docs/deepspeed.md.
         mesh_param: Not supported; see mesh.
         config_params: Old name of `config`.
-        mesh: A DeviceMesh of one or two dimensions: ZeRO shards over the one named dp or data, or the first; the model
-            is split over the other.
-        tp_plan: For `tensor_parallel.autotp_size`, how to split the model: from names of modules, in which * stands for
-            one part, to styles, by transformers' names ("colwise", "rowwise") or torch's ParallelStyle. Default: the
-            config's partition_config, or the plan that transformers has of the model.
+        mesh: A DeviceMesh of one or two dimensions. ZeRO shards over the one named dp or data, otherwise over the
+            first. The model is split over the other.
+        tp_plan: How to split the model for `tensor_parallel.autotp_size`: a dict from names of modules, in which *
+            stands for one part, to styles. A style is transformers' name ("colwise", "rowwise") or torch's
+            ParallelStyle. Default: the config's partition_config, or transformers' plan of the model.
 
     Returns:
-        (engine, optimizer, data loader or None, scheduler or None). Without an optimizer, given or in the config, the
-        engine is one of a model that is not trained, and the optimizer None.
+        (engine, optimizer, data loader or None, scheduler or None). If neither the arguments nor the config have an
+        optimizer or a scheduler, the engine's model is not trained, and the optimizer is None.
 
     Raises:
-        ValueError: In the config, or in what the optimizer asks for.
-        TypeError: An optimizer other than these, or no model.
+        ValueError: The config or an option of the optimizer is not supported, or a scheduler has no optimizer.
+        TypeError: The optimizer is of another kind, or there is no model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}; pass one as model=")
@@ -136,7 +136,7 @@ def initialize(
 
 
 def _settings_of(*given: Any) -> Config:
-    """The first that there is."""
+    """Load the first config that is given."""
     config = next((one for one in given if one is not None), None)
     if config is None:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
@@ -144,14 +144,14 @@ def _settings_of(*given: Any) -> Config:
 
 
 def _listed(item: Any) -> Any:
-    """The group with its parameters as a list: `model.parameters()` can be iterated only once. A parameter as it is."""
+    """Return a group with its parameters in a list, because an iterator can be read only once. Return others as is."""
     if not isinstance(item, dict) or "params" not in item or isinstance(item["params"], Tensor):
         return item
     return {**item, "params": list(item["params"])}
 
 
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
-    """Whether there is an optimizer, or what asks for one."""
+    """Whether there is an optimizer or a scheduler, given or in the config."""
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
@@ -184,7 +184,7 @@ def _parallelism_of_pipeline(model: PipelineModule, config: Config, mesh: Any, m
 
 
 def _check_accumulation(model: nn.Module, config: Config, parallel: Parallelism) -> None:
-    """data_types.grad_accum_dtype against what one rank does: it adds micro-batches in `.grad`, as torch does."""
+    """Raise if data_types.grad_accum_dtype is wider than the weights on one rank, which adds in `.grad`, as torch."""
     wanted = config.data_types.grad_accum_dtype
     dtype = config.weights_dtype() or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if wanted in (None, "auto") or dtype is None or parallel.data_size > 1:
@@ -199,7 +199,7 @@ def _check_accumulation(model: nn.Module, config: Config, parallel: Parallelism)
 
 
 def _check_storage(config: Config) -> None:
-    """checkpoint.use_node_local_storage against the hosts that there are. Collective where it is set."""
+    """Raise if checkpoint.use_node_local_storage is set and there are several hosts. Collective if it is set."""
     if not config.checkpoint.use_node_local_storage or comm.get_world_size() == 1:
         return
     hosts = [""] * comm.get_world_size()
@@ -212,7 +212,7 @@ def _check_storage(config: Config) -> None:
 
 
 class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr, and goes when somebody has configured logging; it filters too, to be asked first."""
+    """Writes to stderr until somebody configures logging. It is a filter too, because filters are asked first."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not logging.getLogger().handlers and log.handlers == [self]:
@@ -229,7 +229,7 @@ class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def _show_log() -> None:
-    """On rank 0, from level INFO on, where nobody has configured logging: scripts of DeepSpeed expect its lines."""
+    """Show the log on rank 0 from level INFO on, unless somebody configured logging: DeepSpeed shows it too."""
     levels = log.level, logging.getLogger().level
     is_configured = log.hasHandlers() or levels != (logging.NOTSET, logging.WARNING)  # as they are at first
     if process.rank_and_size()[0] > 0 or is_configured:
@@ -242,7 +242,7 @@ def _show_log() -> None:
 
 
 def _remark(config: Config, trains: bool) -> None:
-    """One line for each key that means something else here than its reader may think."""
+    """Log one line for each key of the config that works differently here than a reader may expect."""
     if process.rank_and_size()[0] > 0:
         return
     if config.optimizer is not None and config.optimizer.remark:
@@ -259,15 +259,15 @@ def _remark(config: Config, trains: bool) -> None:
 
 
 def _convert(model: nn.Module, config: Config, moves: bool) -> None:
-    """To the wanted dtypes and this rank's device, in place: an optimizer goes on holding the model's parameters.
+    """Convert the model to the wanted dtypes and this rank's device, in place, so that optimizers keep its parameters.
 
-    moves: False leaves it where it is, for it is split before it has to lie on one device.
+    moves: False leaves it on its device, because it is split before it has to fit on this one.
     """
     if config.zero_optimization.stage == 3 and is_sharded(model):
-        return  # its shards are of another dtype than it computes in
+        return  # its shards have another dtype than it computes in
     device, dtypes = launcher.device() if moves else None, _dtypes(model, config)
     if all(_lies_as(tensor, device, dtypes[id(tensor)]) for tensor in (*model.parameters(), *model.buffers())):
-        return  # torch converts no DTensor that an engine holds, not even to what it is
+        return  # torch cannot convert a DTensor that an engine holds, not even to the same dtype
     if tensor_parallel.is_split(model):
         raise ValueError(
             f"expected a model of whole weights to convert to {config.weights_dtype()}, got one that initialize() has "
@@ -279,9 +279,9 @@ def _convert(model: nn.Module, config: Config, moves: bool) -> None:
 
 
 def _dtypes(model: nn.Module, config: Config) -> dict[int, torch.dtype | None]:
-    """Of each parameter and buffer, by id; None: it stays. As with DeepSpeed buffers do, but for what the config says.
+    """Return the dtype of each parameter and buffer, by id. None: it stays. Buffers stay unless the config gives one.
 
-    torch takes the statistics of a BatchNorm in the dtype of its weights alone: those follow them.
+    A BatchNorm's buffers follow its weights, because torch requires one dtype for both.
     """
     dtype = config.weights_dtype()
     of_buffers = None if dtype is None else config.data_types.buffers_dtype()
@@ -299,7 +299,7 @@ def _converted(tensor: Tensor, device: torch.device | None, dtype: torch.dtype |
 def _partition(
     model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism, tp_size: int, tp_plan: Any
 ) -> Partition:
-    """The model split into layers' parts, and in stage 3 sharded."""
+    """Split the model's layers for tensor parallelism, and shard it in stage 3."""
     if isinstance(model, PipelineModule):
         model.broadcast_tied()
     partition = Partition(model, optimizer, config, parallel)
@@ -327,14 +327,14 @@ def _make_schedule(given: Any, optimizer: ZeroOptimizer, config: Config) -> Any:
         return given(optimizer)
     if isinstance(given, LRScheduler):
         _mark_as_scheduled(optimizer)
-    for schedule in (given, *getattr(given, "_schedulers", ())):  # those of a chain too
+    for schedule in (given, *getattr(given, "_schedulers", ())):  # the members of a chain too
         if hasattr(schedule, "optimizer"):
             schedule.optimizer = optimizer
     return given
 
 
 def _mark_as_scheduled(optimizer: Optimizer) -> None:
-    """A scheduler's constructor marks its optimizer's step(); one that finds another optimizer unmarked would warn."""
+    """Mark the optimizer's step() as a scheduler's constructor does. Without the mark a scheduler would warn."""
     rates = [group["lr"] for group in optimizer.param_groups]
     ConstantLR(optimizer, factor=1.0)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,1 +1,1 @@
-"""From `.grad` to this rank's shards: hooks, buckets on their way, statistics."""
+"""From `.grad` to this rank's shards: hooks, buckets in flight, statistics."""

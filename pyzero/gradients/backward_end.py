@@ -1,4 +1,4 @@
-"""Where the outermost backward ends, whatever backwards run inside it."""
+"""Finds the end of the outermost backward, even if other backwards run inside it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _PYTHON_BACKWARD = BackwardCFunction.apply.__code__
 class BackwardEnd:
     """Calls `ended()` once at the end of each outermost backward in which `await_end()` was called.
 
-    A reentrant checkpoint runs a backward of its own inside the outer one, and its end is not the outer one's. The node
-    that runs it is found on the Python stack; the nodes behind that node run in the outer backward, and there a prehook
-    queues the callback. (torch runs the callbacks of an inner backward with the inner one as current, so they cannot
-    reach the outer.)
+    A reentrant checkpoint runs its own backward inside the outer one, and that ends earlier. The node that runs the
+    inner backward is found on the Python stack. The nodes behind that node run in the outer backward, and a prehook on
+    them queues the callback. (Callbacks of an inner backward cannot reach the outer one, because torch makes the inner
+    one current while they run.)
     """
 
     def __init__(self, ended: Callable[[], None], broken_off: Callable[[], None]) -> None:
         self._ended = weakref.WeakMethod(ended)
         self._broken_off = weakref.WeakMethod(broken_off)
-        self._tasks: set[int] = set()  # graph tasks whose end, or whose parent's end, is being waited for
-        self._outermost: int | None = None  # the task at whose end `ended` is called
+        self._tasks: set[int] = set()  # graph tasks that wait for their own end, or for their parent's
+        self._outermost: int | None = None  # its end calls `ended`
         self._prehooks: list[Any] = []  # on the nodes of an outer backward
 
     @property
     def is_awaited(self) -> bool:
-        """A backward runs, or was broken off, whose end is awaited."""
+        """Whether a backward's end is awaited: it runs, or was broken off."""
         return bool(self._tasks)
 
     def begin(self) -> None:
-        """Called before a gradient arrives; calls `broken_off` where an error has ended the awaited backward."""
+        """Called before a gradient arrives. Call `broken_off` if an error has ended the awaited backward."""
         if self._outermost is None or torch._C._current_graph_task_id() in self._tasks:
             return
         if _outermost_python_node() is None:
             call_if_alive(self._broken_off)
 
     def await_end(self) -> None:
-        """Have `ended` called at the end of the outermost backward that is running."""
+        """Call `ended` at the end of the outermost running backward."""
         task = torch._C._current_graph_task_id()
         if task in self._tasks:
             return
@@ -69,12 +69,12 @@ class BackwardEnd:
 
 
 def is_inner_backward() -> bool:
-    """Whether the backward that runs was called in another one's, as of a reentrant checkpoint."""
+    """Whether the running backward was called inside another one, as by a reentrant checkpoint."""
     return _outermost_python_node() is not None
 
 
 def _outermost_python_node() -> Any:
-    """The outermost autograd node written in Python that is running on this thread, or None."""
+    """Return the outermost autograd node written in Python that runs on this thread, or None."""
     frame, found = sys._getframe(1), None
     while frame is not None:
         if frame.f_code is _PYTHON_BACKWARD:
@@ -84,6 +84,6 @@ def _outermost_python_node() -> Any:
 
 
 def call_if_alive(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
-    """What the method returns, or None where its object is gone."""
+    """Call the method and return its result, or return None if its object is gone."""
     method = weak_method()
     return None if method is None else method(*args)

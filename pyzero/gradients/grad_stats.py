@@ -1,4 +1,4 @@
-"""The step's one message: each rank's statistics of its gradients, gathered into those of all ranks."""
+"""The one message of a step: gathers each rank's statistics of its gradients into those of all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, f
 
 log = logging.getLogger("pyzero")
 
-# What the message is gathered for. A rank that reads a norm while others step would go on to another collective.
+# What the message is gathered for. If a rank read a norm while others step, it would go on to another collective.
 _OF_GRAD = "a norm of .grad"
 PURPOSES = (
     *("step", "clip_grad_norm_", "full_grad", "set_full_grad", "local_grad", "set_local_grad", "sum_tied_grads"),
@@ -33,84 +33,84 @@ PURPOSES = (
 
 # Columns of a host's part of the message; from _USED on, a bit per parameter.
 _PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HAS_ERROR, _HALF_EDITED, _EDITS, _USED = range(10)
-_ROUNDING = 1e-5  # of a factor that each rank computes for itself
-_NUM_BITS = 48  # of a number: fp64 holds 53 exactly
+_ROUNDING = 1e-5  # relative difference allowed in a factor that each rank computes itself
+_NUM_BITS = 48  # per number; fp64 holds 53 exactly
 _SHIFTS = np.arange(_NUM_BITS)
 _BITS = 2.0**_SHIFTS
 
 
 class Unsent(IntEnum):
-    """What a rank holds of gradients that no round has reduced."""
+    """The kind of gradients on a rank that no round has reduced."""
 
     NONE = 0
     PLAIN = 1
     SCALED = 2  # they carry the loss scale
-    ZEROS = 3  # which carry any
+    ZEROS = 3  # zeros fit any scale
 
 
 class HostFacts(NamedTuple):
     """What this rank's host tells the others in each message."""
 
-    num_skips_in_a_row: int  # as far as it knows
+    num_skips_in_a_row: int  # as far as this host knows
     hyper_parameters: int  # their checksum
 
 
 class LocalGradStats(NamedTuple):
-    """What one rank knows of its gradients."""
+    """What one rank knows about its gradients."""
 
     rows: Tensor  # (n, 3) fp64, n the same on all ranks; see pyzero/gradients/stats_rows.py
     used: Sequence[bool]  # by parameter number: this rank had a part in its gradient
     purpose: str  # one of PURPOSES
-    edits: Sequence[int] = ()  # by parameter number: how often what was reduced of it has been edited since
-    products: Sequence[float] = ()  # of the numbers it was multiplied by, where any is known and not 1
+    edits: Sequence[int] = ()  # by parameter number: how often its reduced gradient was edited
+    products: Sequence[float] = ()  # by parameter number: product of the known factors; empty if all are 1
     unsent: Unsent = Unsent.NONE  # gradients that no round has reduced
     num_rounds: int = 0  # since the optimizer was built
-    half_edited: int | None = None  # a parameter's number: this rank's unsent part was edited, beside a reduced one
+    half_edited: int | None = None  # number of a parameter whose unsent part was edited while another part is reduced
     has_error: bool = False  # this rank cannot go on
 
 
 @dataclass
 class GlobalGradStats:
-    """What all ranks know: the same on each. The tensors have not been read on the host."""
+    """What all ranks know. It is the same on each. The host has not read the tensors."""
 
     rows: Tensor  # (n, 3) fp64, of all ranks
     rows_of_same_params: Tensor  # (n, 3) fp64, of the ranks that have the same parameters, or parts of them
     used: tuple[bool, ...]  # by parameter number: some rank has a gradient
-    has_unsent: bool  # some rank has gradients that no round has reduced: to be gathered again after one
-    unsent_is_scaled: bool  # which carry the loss scale
-    num_skips_in_a_row: int  # as far as any host knows that has told it
-    unscale: Tensor | None  # 0-D fp32 that Adam is still to multiply by
+    has_unsent: bool  # some rank has gradients that no round has reduced: make one, and gather again
+    unsent_is_scaled: bool  # the unsent gradients carry the loss scale
+    num_skips_in_a_row: int  # the most that any host knows of
+    unscale: Tensor | None  # 0-D fp32, a factor that the update must apply
 
     @cached_property
     def first_bad(self) -> Tensor:
-        """(1,) fp64, code of the first bad parameter."""
+        """The code of the first bad parameter: (1,) fp64."""
         rows = self.rows_of_same_params
         return first_bad_of(rows[0]) if len(rows) == 1 else rows[:, FIRST_BAD].amin().reshape(1)
 
-    # step() has these of ops.step_scalars_; in separate launches for who asks before it.
+    # step() gets these from ops.step_scalars_. For callers before it they are computed in separate launches.
 
     @cached_property
     def found_inf(self) -> Tensor:
-        """(1,) fp32, 1 where any gradient on any rank was inf or NaN."""
+        """1 if any gradient on any rank is inf or NaN, else 0: (1,) fp32."""
         return (self.rows[:, FLAG] != 0).any().to(torch.float32).reshape(1)
 
     @cached_property
     def norm(self) -> Tensor:
-        """0-D fp32, global 2-norm of the gradients, averaged and unscaled, before clipping."""
+        """The global 2-norm of the gradients, averaged and unscaled, before clipping: 0-D fp32."""
         norm = self.rows[:, SUMSQ].sum().sqrt()
         return (norm if self.unscale is None else norm * self.unscale).to(torch.float32)
 
 
 class GradStatsExchange:
-    """Gathers what the ranks know.
+    """Gathers what the ranks know about their gradients.
 
     Args:
         group: The ranks that share the optimizer's state.
-        model_groups: Of the ranks that hold other parts of the same model, one for each dimension: they skip
+        model_groups: The groups of ranks with other parts of the same model, one for each dimension. They skip steps
             together and share one norm.
-        same_params: Those ranks have the same parameters by number, of which they hold other parts.
-        name_of: A method of the optimizer's: a parameter's name for messages, by its number.
-        facts: Another, asked for each message.
+        same_params: Whether these ranks have other parts of the same parameters, by number.
+        name_of: The optimizer's method that returns a parameter's name for messages, by its number.
+        facts: The optimizer's method that returns its HostFacts, called for each message.
     """
 
     def __init__(
@@ -132,21 +132,22 @@ class GradStatsExchange:
         self.is_alone = group.size == 1 and not model_groups  # nothing is sent
 
     def name_of(self, number: int) -> str:
-        """A parameter's name for messages, by its number."""
+        """Return a parameter's name for messages, by its number."""
         name_of = self._name_of()
         return f"parameter {number}" if name_of is None else name_of(number)
 
     def note_export(self) -> None:
-        """Called in state_dict(), which each rank is to call."""
+        """Note a call of state_dict(), which each rank should make."""
         self._num_exports += 1
 
     def gather(self, mine: LocalGradStats, unscale: Tensor | None) -> GlobalGradStats:
-        """Collective.
+        """Exchange the message. Collective.
 
         Raises:
             CollectiveError: The ranks ran backward a different number of times, or called different methods.
-            RuntimeError: A gradient that had been reduced was edited on some ranks only, or a part of one; or the ranks
-                step with different hyper-parameters. On all ranks, those with other parts of the model too.
+            RuntimeError: A reduced gradient was edited on some ranks only, or in part; unsent gradients carry the loss
+                scale on some ranks only; the ranks step with different hyper-parameters; or a rank has an error. All
+                ranks raise, those with other parts of the model too.
         """
         used, num_skips, hyper_parameters = tuple(mine.used), 0, 0
         unsent = {int(mine.unsent)}
@@ -176,7 +177,7 @@ class GradStatsExchange:
             error = _other_error(mine.purpose, [self._group.members()[0]])
         own_rows = rows
         has_unsent = bool(unsent - {Unsent.NONE})
-        # Not before the round that unsent gradients ask for: model-parallel ranks without any gather once, so do these.
+        # Not before the round for unsent gradients: model-parallel ranks without any gather once, so these must too.
         if error is not None or not has_unsent:
             try:
                 rows, num_skips = self._gather_over_model_groups(mine.purpose, rows, num_skips, hyper_parameters, error)
@@ -195,9 +196,9 @@ class GradStatsExchange:
     def _gather_over_model_groups(
         self, purpose: str, rows: Tensor, num_skips: int, hyper_parameters: int, error: RuntimeError | None
     ) -> tuple[Tensor, int]:
-        """The rows, and the most skips in a row, of the ranks that hold other parts of the model too.
+        """Return the rows and the most skips in a row, of the ranks with other parts of the model too.
 
-        error: What this rank's group has found: raised on all of them.
+        error: The error that this rank's group has found. All of these ranks raise one.
         """
         for group in self._model_groups:
             found, sumsq = (rows[:, FLAG] != 0).any(), rows[:, SUMSQ].sum()
@@ -219,7 +220,7 @@ class GradStatsExchange:
         return rows, num_skips
 
     def _error_in(self, hosts: np.ndarray[Any, Any], mine: LocalGradStats) -> RuntimeError | None:
-        """What the ranks of this group have told each other that does not fit."""
+        """Return the error if the messages of this group's ranks do not fit each other, or None."""
         try:
             self._check(hosts)
             self._check_edits(hosts[:, _EDITS], mine)
@@ -228,14 +229,14 @@ class GradStatsExchange:
         return None
 
     def lockstep(self, but: type[Exception]) -> AbstractContextManager[None]:
-        """Around a message, which the others act upon or wait for, whatever breaks it off on this rank.
+        """A context around a message that the others wait for or act upon. If it breaks off, the groups are broken.
 
-        but: Exceptions of which they know.
+        but: Exceptions that the others raise or are told of.
         """
         return self._group.lockstep(self._model_groups, "the step's message", but)
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
-        """hosts: (size, _USED + n) fp64."""
+        """Raise if the hosts' parts of the message do not fit. hosts: (size, _USED + n) fp64."""
         error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist(), self._group)
         if isinstance(error, CollectiveError):
             raise error
@@ -261,16 +262,16 @@ class GradStatsExchange:
             )
 
     def _check_edits(self, checksums: np.ndarray[Any, Any], mine: LocalGradStats) -> None:
-        """checksums: (size,) those of every rank's edits."""
+        """Raise if ranks have edited reduced gradients differently. checksums: (size,), of every rank's edits."""
         if (checksums == checksums[0]).all():
             return
         told = self._group.gather_objects(
             (list(mine.edits), list(mine.products) or [1.0] * len(mine.edits)), "the comparison of edits"
-        )  # checksums differ: all ask
+        )  # all ranks see that checksums differ
         edits, products = (np.array(rows) for rows in zip(*told, strict=True))
         number = int((edits != edits[0]).any(0).argmax())
         nums = edits[:, number].tolist()
-        if len(set(nums)) == 1:  # hosts may round otherwise
+        if len(set(nums)) == 1:  # hosts may round differently
             is_other = ~np.isclose(products, products[0], rtol=_ROUNDING, atol=0.0, equal_nan=True).all(0)
             if not is_other.any():
                 return
@@ -288,7 +289,7 @@ class GradStatsExchange:
         )
 
     def _warn_of_lost_shards(self, num_exports: list[float]) -> None:
-        """Once, where a rank called state_dict() and another did not: what the latter holds is in no file."""
+        """Warn once if only some ranks called state_dict(): the parts of the others are not saved."""
         without = [rank for rank, num in enumerate(num_exports) if not num]
         if self._may_warn and 0 < len(without) < len(num_exports):
             self._may_warn = False
@@ -301,7 +302,7 @@ class GradStatsExchange:
             )
 
     def norm(self, power: Tensor, norm_type: float, unscale: Tensor | None) -> Tensor:
-        """Collective: global p-norms, fp32 (n,), of every rank's (n,) fp64 sums of |g|^p, or largest |g| for inf."""
+        """Return global p-norms, (n,) fp32, of every rank's (n,) fp64 sums of |g|^p (inf: largest |g|). Collective."""
         for group in (self._group, *self._model_groups):
             rows = group.gather_rows(power)
             power = rows.amax(0) if math.isinf(norm_type) else rows.sum(0)
@@ -310,7 +311,7 @@ class GradStatsExchange:
 
 
 def _difference(purposes: Sequence[float], hyper: Sequence[float], group: Group) -> RuntimeError | None:
-    """The error where ranks have called different methods, or step with different hyper-parameters."""
+    """Return the error if ranks have called different methods, or step with different hyper-parameters, or None."""
     calls = [PURPOSES[int(purpose)] for purpose in purposes]
     if len(set(calls)) > 1 or len(set(hyper)) > 1:
         ranks = group.members()
@@ -335,7 +336,7 @@ def _difference(purposes: Sequence[float], hyper: Sequence[float], group: Group)
 
 
 def _other_error(purpose: str, ranks: Sequence[int]) -> RuntimeError:
-    """The error of what other ranks have failed in."""
+    """Make the error for a failure on other ranks."""
     return RuntimeError(
         f"expected every rank to finish {purpose}, got an error on ranks {list(ranks)}; nothing was changed on any "
         f"rank. Their output says what the error is"
@@ -343,14 +344,14 @@ def _other_error(purpose: str, ranks: Sequence[int]) -> RuntimeError:
 
 
 def _checksum(edits: Sequence[int], products: Sequence[float]) -> int:
-    """The same for the same numbers: 0 where nothing was edited."""
+    """Return a checksum of edits and products; 0 if nothing was edited."""
     if not any(edits):
         return 0
     return zlib.crc32(np.array(products, np.float64).tobytes(), zlib.crc32(np.array(edits, np.int64).tobytes()))
 
 
 def _packed(used: Sequence[bool]) -> list[float]:
-    """A bit for each parameter, _NUM_BITS to a number."""
+    """Pack one bit per parameter, _NUM_BITS in a number."""
     flags = np.zeros(-(-len(used) // _NUM_BITS) * _NUM_BITS)
     flags[: len(used)] = used
     words: list[float] = (flags.reshape(-1, _NUM_BITS) @ _BITS).tolist()
@@ -358,13 +359,13 @@ def _packed(used: Sequence[bool]) -> list[float]:
 
 
 def _union(words: np.ndarray[Any, Any], num_params: int) -> tuple[bool, ...]:
-    """The flags that any rank has set. words: (size, n), a row of `_packed` for each."""
+    """Return the flags that any rank has set. words: (size, n), a row of `_packed` for each rank."""
     anyones = np.bitwise_or.reduce(words.astype(np.int64), 0)
     return tuple((anyones[:, None] >> _SHIFTS & 1).astype(bool).ravel()[:num_params].tolist())
 
 
 def _names(group: Group, shares_params: bool) -> RankNames:
-    """shares_params: other ranks hold other parts of the same parameters."""
+    """Return the numbers of the group's ranks. shares_params: Other ranks hold other parts of the same parameters."""
     if not shares_params:
         return RankNames(tuple(range(group.size)), group.size)
     ranks = [dist.get_rank()] if group.handle is None else dist.get_process_group_ranks(group.handle)
@@ -372,7 +373,7 @@ def _names(group: Group, shares_params: bool) -> RankNames:
 
 
 def mixed_scale_error() -> RuntimeError:
-    """The error for a sum of gradients with different loss scales, or with and without one."""
+    """Make the error for a sum of gradients with different loss scales, or with and without one."""
     return RuntimeError(
         "expected all gradients of one sum to carry the same loss scale, got one from another backward on top of those "
         "in .grad; call optimizer.backward(loss) for every loss, and optimizer.zero_grad() after optimizer.step()"
@@ -380,5 +381,5 @@ def mixed_scale_error() -> RuntimeError:
 
 
 def clip_coefficient(max_norm: float, norm: Tensor) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_'s: min(1, max_norm / (norm + 1e-6)), 0-D."""
+    """Return the coefficient of torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), 0-D."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -19,23 +19,22 @@ from pyzero.sharding.local_param import LocalParam, user_param
 _ParamHook = Callable[[Tensor], None]
 _Factor = Callable[[Tensor], Tensor | None]
 
-_hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()  # by parameter: its GradientHooks
+_hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()  # by parameter: the GradientHooks
 
 
 class GradientHooks:
     """Calls `before(param)` before backward adds a gradient to `.grad`, and `after(param)` after it.
 
-    Where a function gives None for a gradient backward adds nothing: `without(param)` alone is called.
-    torch.autograd.grad adds to no `.grad` and calls none. The hooks keep nothing but the parameters alive.
+    If an autograd function returns None for a gradient, backward adds nothing, and only `without(param)` is called.
+    torch.autograd.grad adds to no `.grad`, and calls none of them. The hooks keep only the parameters alive.
 
-    torch drops a parameter's AccumulateGrad node, and what hooks it, where the parameter is converted or moved to
-    another kind of device, and back: `missed(param)` is then called in place of `before`, once, with the gradient in
-    `.grad` already.
+    If a parameter is converted or moved to another kind of device, and back, torch drops its AccumulateGrad node with
+    its hooks. Then `missed(param)` is called once instead of `before`, when the gradient is in `.grad` already.
 
     Attributes:
-        rescale: Asked before `before` in a backward that carries somebody's loss scale: what the parameter's gradient
-            is to be multiplied by, or None.
-        own_backward: Not asked while this is set, of a backward of the optimizer's own.
+        rescale: Called before `before` in a backward that carries a loss scale. Returns the factor for the parameter's
+            gradient, or None.
+        own_backward: While it is set, a backward of the optimizer's own runs, and `rescale` is not called.
     """
 
     rescale: weakref.WeakMethod[_Factor] | None = None
@@ -47,7 +46,7 @@ class GradientHooks:
         self._missed = weakref.WeakMethod(missed)
         self.own_backward = _OwnBackward()
         self._handles: list[Any] = []
-        # By parameter: its AccumulateGrad node, which it holds only weakly itself.
+        # By parameter: its AccumulateGrad node. The parameter itself holds it only weakly.
         self._nodes: MutableMapping[Tensor, tuple[Any, _Arrival]] = WeakIdKeyDictionary()
 
     def add(self, params: Iterable[Tensor]) -> None:
@@ -75,7 +74,7 @@ class GradientHooks:
         return any(ref() is self for ref in _hooked.get(user_param(param), ()))
 
     def is_latest(self, param: Tensor) -> bool:
-        """Whether, of all hooks of a parameter that are still there, these were added last, or there are none."""
+        """Whether these are the last hooks that were added to a parameter, of those that still exist, or none exist."""
         alive = [hooks for ref in _hooked.get(user_param(param), ()) if (hooks := ref()) is not None]
         return not alive or alive[-1] is self
 
@@ -87,7 +86,7 @@ class GradientHooks:
         return None if self.has(param) else self._factor_of(param)
 
     def follow_nodes(self, param: Tensor) -> bool:
-        """Whether torch has replaced this parameter's node; all nodes that it has replaced are hooked then."""
+        """Whether torch has replaced this parameter's node. If so, hook all nodes that it has replaced."""
         if self._nodes[param][0] is _accumulator(user_param(param)):
             return False
         for other, (known, arrival) in [*self._nodes.items()]:
@@ -98,7 +97,7 @@ class GradientHooks:
         return True
 
     def watch(self, params: Iterable[Tensor], arrived: Callable[[], None]) -> None:
-        """Call `arrived()` after each gradient of these, which are frozen now.
+        """Call `arrived()` after each gradient of these parameters, which are frozen now.
 
         Until they are added, a gradient that carries another optimizer's loss scale raises RuntimeError.
         """
@@ -121,13 +120,13 @@ class GradientHooks:
 
 
 def can_be_trained(param: Tensor) -> bool:
-    """Whether a frozen parameter can be anything else."""
+    """Whether a frozen parameter can be trained at all."""
     return param.is_floating_point() and not param.is_inference()
 
 
 @contextmanager
 def _trained(leaf: Tensor) -> Iterator[None]:
-    """A context in which a frozen parameter is none: torch shows the nodes of no others, and hooks none."""
+    """A context in which a parameter requires grad. torch shows and hooks only the nodes of such parameters."""
     is_trained = leaf.requires_grad
     leaf.requires_grad_(True)
     try:
@@ -137,21 +136,21 @@ def _trained(leaf: Tensor) -> Iterator[None]:
 
 
 def _accumulator(leaf: Tensor) -> Any:
-    """The AccumulateGrad node. torch finds it through a view, which DTensor refuses where an empty one is split."""
-    with torch.enable_grad():  # in a hook there is none
+    """Return the AccumulateGrad node. torch finds it through a view, but cannot view an empty, split DTensor."""
+    with torch.enable_grad():  # a hook runs without it
         if leaf.numel():
             return get_gradient_edge(leaf).node
         return leaf.clone().grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 class _OwnBackward:
-    """Whether a scaled backward of the optimizer's own runs: known without a call for each gradient."""
+    """Whether a scaled backward of the optimizer's own runs. An attribute saves a call for each gradient."""
 
     runs = False
 
 
 class _Arrival:
-    """What the hook before tells the one after: whether there is a gradient, for torch calls both without one, too."""
+    """Tells the hook after whether there is a gradient, because torch calls both hooks even without one."""
 
     has_grad: bool | None = None  # None: the hook before was not called
 
@@ -164,7 +163,7 @@ def _before_hook(
     param: Tensor,
     arrival: _Arrival,
 ) -> Callable[[Any], None]:
-    weak_param = weakref.ref(param)  # the node lives as long as the parameter, and this lives on the node
+    weak_param = weakref.ref(param)  # weak: this hook lives on the node, which lives as long as the parameter
 
     def before_hook(grads: Any) -> Any:
         alive, factor = weak_param(), None
@@ -231,5 +230,5 @@ _call_from_compiled = torch._disable_dynamo(call_if_alive)  # type: ignore[attr-
 
 
 def _call_eagerly(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
-    """Compiled autograd traces hooks; ours communicate."""
+    """Call outside of compiled autograd, which traces hooks, because these hooks communicate."""
     return (_call_from_compiled if torch.compiler.is_compiling() else call_if_alive)(weak_method, *args)

@@ -1,4 +1,4 @@
-"""Where a step's gradients come from: the interface that local/unreduced.py and reduced/reduction.py implement."""
+"""The interface of a step's gradients. local/unreduced.py and reduced/reduction.py implement it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _NOBODY = nullcontext()  # waits
 class Gradients(ABC):
     """The gradients of one step, bucket by bucket.
 
-    `collect()` finishes what is under way; after it `spans(bucket)` are this rank's gradients of a bucket, to be
-    multiplied by `unscale` of the stats and by `factor()`.
+    `collect()` finishes what is under way. After it, `spans(bucket)` yields this rank's gradients of a bucket. The
+    caller multiplies them by `unscale` of the stats and by `factor()`.
     """
 
-    reduces = False  # averages over the ranks; else another does, or there is one
+    reduces = False  # averages over the ranks; otherwise somebody else does, or there is one rank
     hooks: GradientHooks  # of the parameters
-    norm_before_clip: Tensor | None = None  # 0-D fp32, where clip() was called since the last gradient came
+    norm_before_clip: Tensor | None = None  # 0-D fp32, if clip() was called since the last gradient came
 
     def __init__(self, group: Group, stats_exchange: GradStatsExchange, device: torch.device, backend: str) -> None:
         self._group = group
@@ -42,9 +42,9 @@ class Gradients(ABC):
         """Append a bucket."""
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:  # noqa: B027
-        """Have `place_unfrozen()` called after the first backward in which some of these parameters are trained.
+        """Call `place_unfrozen()` after the first backward in which some of these parameters are trained.
 
-        Their gradients, too, are then the averaged ones before anybody reads them. Collective there, as backward is.
+        So their gradients are averaged too before anybody reads them. The call is collective, as backward is.
         """
 
     @abstractmethod
@@ -53,44 +53,44 @@ class Gradients(ABC):
 
     @abstractmethod
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Any:
-        """A context in which gradients arrive that carry the loss scale whose inverse this is.
+        """A context in which arriving gradients carry a loss scale. inv_scale: Its inverse.
 
         epoch: The same number as long as the scale cannot have changed.
         """
 
     def renew_scale(self, inv_scale: Tensor, epoch: int) -> None:  # noqa: B027
-        """Called after a step inside `scaled_by`, which may have changed what that was given."""
+        """Called after a step inside `scaled_by`, because the step may have changed the scale."""
 
     def no_sync(self) -> AbstractContextManager[None]:
         """A context in which backward sends nothing."""
         return nullcontext()
 
     def in_backward(self) -> AbstractContextManager[None]:
-        """Around a backward: one that raises before the first gradient counts as broken off, too."""
+        """A context around a backward. If it raises before the first gradient, the backward is broken off too."""
         return nullcontext()
 
     def expect_scales(self) -> None:  # noqa: B027
-        """Called where gradients may come that carry another optimizer's loss scale: all parameters get hooks."""
+        """Hook all parameters, because gradients may carry another optimizer's loss scale."""
 
     @abstractmethod
     def check_arrived(self) -> None:
-        """Raise RuntimeError where someone other than backward wrote `.grad`, so that its loss scale is not known."""
+        """Raise RuntimeError if something other than backward wrote `.grad`, so that its loss scale is unknown."""
 
     @abstractmethod
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """Finish what is under way, and exchange the step's message. Collective over several ranks.
 
         Args:
-            scaler_found_inf: (1,) fp32, the flag of torch's GradScaler, which has checked `.grad`; or None.
+            scaler_found_inf: (1,) fp32, the flag of torch's GradScaler if it has checked `.grad`; or None.
             purpose: One of grad_stats.PURPOSES, the same on all ranks.
         """
 
     @abstractmethod
     def tell_error(self, purpose: str) -> None:
-        """In place of collect(): the message of a rank that cannot go on; all ranks raise. What it holds is kept."""
+        """Send the message of a rank that cannot go on, instead of collect(). All ranks raise. Gradients are kept."""
 
     def _telling_errors(self, purpose: str) -> AbstractContextManager[None]:
-        """Around what the others wait for in collect(): an exception of this rank's own is raised by all."""
+        """A context around work that the others wait for in collect(). If it raises here, all ranks raise."""
         return _NOBODY if self._stats_exchange.is_alone else self._telling(purpose)
 
     @contextmanager
@@ -98,7 +98,7 @@ class Gradients(ABC):
         with self._stats_exchange.lockstep(but=Exception):
             try:
                 yield
-            except CollectiveError:  # which they have, too
+            except CollectiveError:  # the other ranks raise it too
                 raise
             except Exception as error:
                 try:
@@ -109,37 +109,37 @@ class Gradients(ABC):
 
     @abstractmethod
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
-        """This rank's gradients of a bucket, after collect(): where each span begins in the shard, and (n,) values.
+        """Yield this rank's gradients of a bucket, after collect(): where a span begins in the shard, and (n,) values.
 
-        Those of one run may come as a list. What no rank has a gradient for is left out, or undefined. A span is freed
-        before the next one is made.
+        The gradients of one run may come as a list. Parameters without a gradient on any rank are left out, or
+        undefined. A span is freed before the next one is made.
         """
 
     @abstractmethod
     def factor(self) -> Tensor | None:
-        """0-D: the factor that the gradients are still to be multiplied by, or None. After collect().
+        """Return the factor that the gradients still need (0-D), or None. Call it after collect().
 
         Raises:
             RuntimeError: `.grad` has been edited since it was clipped.
         """
 
     def unscale(self, factor: Tensor) -> Tensor | None:
-        """Multiply all gradients by a 0-D tensor, or return it, where the update is to."""
+        """Multiply all gradients by a 0-D tensor, or return it if the update must apply it."""
         return factor
 
     def clip(self, coefficient: Tensor, norm: Tensor) -> None:
-        """Multiply all gradients by a 0-D tensor, now or when they are used. After collect(). norm: Their 2-norm."""
+        """Multiply all gradients by a 0-D tensor, now or when they are used, after collect(). norm: Their 2-norm."""
         before = self.norm_before_clip
         self._multiply(coefficient)
         self.norm_before_clip = norm if before is None else before
 
     @abstractmethod
     def _multiply(self, factor: Tensor) -> None:
-        """Of clip()."""
+        """Multiply all gradients, for clip()."""
 
     @abstractmethod
     def whole(self, bucket: Bucket, position: int) -> Tensor:
-        """(numel,) fp32: one parameter's gradient, in memory order, without factors. Collective where reduced."""
+        """Return one parameter's gradient, (numel,) fp32, in memory order, without factors. Collective if reduced."""
 
     @abstractmethod
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
@@ -147,15 +147,15 @@ class Gradients(ABC):
 
     @abstractmethod
     def norm_power(self, norm_type: float) -> Tensor:
-        """(1,) fp64: the sum of |g|^p over this rank's part, or the largest |g| for inf. After collect()."""
+        """Return the sum of |g|^p over this rank's part, or the largest |g| for inf: (1,) fp64. After collect()."""
 
     @abstractmethod
     def locate_nonfinite(self, always: bool) -> None:
-        """always: Look for the first bad parameter in every step, not only where the host knows that there is one."""
+        """Look for the first bad parameter: in every step (always), or only if the host knows that there is one."""
 
     @abstractmethod
     def after_step(self, used: Sequence[bool]) -> None:
-        """Called after a step; the gradients stay. used: by parameter number, whether some rank had a gradient."""
+        """Called after a step. The gradients stay. used: By parameter number, whether some rank had a gradient."""
 
     @abstractmethod
     def has_pending_gradients(self) -> bool:
@@ -163,17 +163,17 @@ class Gradients(ABC):
 
     @abstractmethod
     def finish_broken_round(self) -> None:
-        """Finish the round of a backward that an exception has ended, where gradients are reduced."""
+        """If gradients are reduced, finish the round of a backward that an exception has ended."""
 
     def unsent(self) -> Unsent:
-        """What this rank holds that carries a loss scale, or would, and has not been reduced."""
+        """Return the kind of gradients that this rank has not reduced; NONE without a loss scale."""
         return Unsent.NONE
 
     def send_unsent(self, kinds: set[Unsent]) -> None:  # noqa: B027
-        """Reduce it. Collective. kinds: What the ranks hold.
+        """Reduce the gradients that have not been reduced. Collective. kinds: Each rank's `unsent()`.
 
         Raises:
-            RuntimeError: Some of it carries the loss scale, and some does not.
+            RuntimeError: Some of them carry the loss scale, and some do not.
         """
 
     @abstractmethod
@@ -182,7 +182,7 @@ class Gradients(ABC):
 
 
 def sparse_error(param: Tensor, name: str) -> TypeError:
-    """The error for a sparse gradient, which no bucket can hold."""
+    """Make the error for a sparse gradient, which no bucket can hold."""
     return TypeError(
         f"expected dense gradients, got a sparse one for {name}, shape {tuple(param.shape)}; "
         f"build its embedding with sparse=False, or leave its weight out of the parameters and give it to "

@@ -1,8 +1,8 @@
-"""The first parameter with an inf or a NaN in its gradient, and the rank that had it: found and sent as one number.
+"""Finds the first parameter with an inf or a NaN in its gradient, and its rank, as one number to send: a code.
 
-The number is parameter * (num_ranks + 1) + rank, so that the smallest of all ranks' is the first; the rank is num_ranks
-where it is not known, and the number is inf where nothing was found. Ranks are those of the group that shares state, or
-of all processes, where DTensors say that others hold other parts of the same parameters.
+The code is parameter * (num_ranks + 1) + rank, so the smallest code of all ranks is the first. The rank is num_ranks if
+it is not known, and the code is inf if nothing was found. Ranks are numbered in the group that shares state, or among
+all processes if DTensors say that other ranks hold other parts of the same parameters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ NOT_FOUND = math.inf
 
 
 class RankNames(NamedTuple):
-    """The numbers by which codes name the ranks of a group."""
+    """The numbers that codes use for the ranks of a group."""
 
     of_group: tuple[int, ...]
     num_ranks: int  # above all of them
 
 
 def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
-    """The parameter's number and the rank; None for what is not known."""
+    """Return the parameter's number and the rank. None if not known."""
     if math.isinf(code):
         return None, None
     number, rank = divmod(int(code), num_ranks + 1)
@@ -36,13 +36,13 @@ def decode(code: float, num_ranks: int) -> tuple[int | None, int | None]:
 
 
 def locate_in_slices(bucket: Bucket, slices: list[Tensor], names: RankNames, by_rank: bool) -> Tensor:
-    """(1,) fp64: the code of the first bad parameter in what was received for this rank's shard of a bucket.
+    """Return the code of the first bad parameter in the slices received for this rank's shard: (1,) fp64.
 
     Args:
         bucket: The bucket.
         slices: (shard_numel,) each.
-        names: Of the ranks.
-        by_rank: slices[r] is rank r's; else the one slice is a sum over ranks.
+        names: Names of the ranks.
+        by_rank: slices[r] is rank r's; otherwise the only slice is a sum over ranks.
     """
     numbers = bucket.numbers_on_device[bucket.segment_ids.long()]
     codes = []
@@ -55,13 +55,13 @@ def locate_in_slices(bucket: Bucket, slices: list[Tensor], names: RankNames, by_
 
 
 def locate_in_grads(numbers: Tensor, grads: Sequence[Tensor | None], rank: int, num_ranks: int) -> Tensor:
-    """0-D fp64: the code of the first bad parameter among this rank's own gradients of a bucket.
+    """Return the code of the first bad parameter among this rank's own gradients of a bucket: 0-D fp64.
 
     Args:
-        numbers: (num_params,) fp64, of the parameters.
-        grads: By position; None or empty where there is none.
-        rank: This one.
-        num_ranks: Of the group.
+        numbers: (num_params,) fp64, the parameters' numbers.
+        grads: Gradients by position; None or empty if there is none.
+        rank: This rank's number in codes.
+        num_ranks: As in RankNames.
     """
     present = [grad for grad in grads if grad is not None and grad.numel()]
     if not present:

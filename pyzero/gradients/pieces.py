@@ -1,4 +1,4 @@
-"""Which pieces of gradients lie in a part of a bucket, in order, with zeros for the gaps between parameters."""
+"""The pieces of gradients in a part of a bucket, in order, with zeros for the gaps between parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyzero.ops.rows import ALIGNED, ONE_DTYPE, addresses, native_rows
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import awaited
 
-_MOST_ZEROS = 2**18  # elements; a longer gap, as a rule of whole matrices leaves them, is filled by several pieces
+_MOST_ZEROS = 2**18  # elements; several pieces fill a longer gap, which rules for whole matrices leave
 
 
 class _Piece(NamedTuple):
@@ -22,7 +22,7 @@ class _Piece(NamedTuple):
     position: int
     begin: int
     end: int
-    zeros: Tensor | None  # what a gap is filled with, of one tensor for all
+    zeros: Tensor | None  # zeros for a gap, a view of one tensor for all gaps; None: not a gap
 
 
 class GradPieces(NamedTuple):
@@ -30,12 +30,12 @@ class GradPieces(NamedTuple):
 
     tensors: list[Tensor]  # contiguous
     offsets: list[int]  # where each begins
-    addresses: list[int]  # the same list again where all lie as they did before
-    is_list: bool  # an op reads each where it is: they are aligned, and in the weights' dtype
+    addresses: list[int]  # the same list object again if all lie as before
+    is_list: bool  # an op can read each in place: they are aligned, and in the weights' dtype
 
 
 class Pieces:
-    """The map of elements [low, high) of a bucket, with or without its gaps."""
+    """The map of elements [low, high) of a bucket to pieces, with or without its gaps."""
 
     def __init__(self, bucket: Bucket, low: int, high: int, fills_gaps: bool = True) -> None:
         self._bucket = bucket
@@ -54,17 +54,17 @@ class Pieces:
 
     @property
     def num_pieces(self) -> int:
-        """Where every parameter has a gradient."""
+        """The number of pieces if every parameter has a gradient."""
         return len(self._pieces)
 
     def has_any(self, grads: Sequence[Tensor | None]) -> bool:
-        """Some parameter in here has a gradient."""
+        """Whether some parameter in this part has a gradient."""
         return any(grads[position] is not None for position in self._positions)
 
     def as_they_lie(self, grads: Sequence[Tensor | None]) -> GradPieces | None:
-        """Pieces of `grads`, by position, in the usual case: each is there, and an op reads it where it is.
+        """Return pieces of `grads`, by position, in the usual case: all are there, and an op can read them in place.
 
-        None in any other, and without a native module that can tell.
+        None in any other case, and without a native module to check it.
         """
         if not self._are_plain or not self._pieces:
             return None
@@ -80,9 +80,9 @@ class Pieces:
         return GradPieces(tensors, self._offsets, self._last[1], is_list=True)
 
     def of(self, grads: Sequence[Tensor | None]) -> GradPieces:
-        """Pieces of `grads`, by position, and zeros for the gaps; offsets from `low`.
+        """Return pieces of `grads`, by position, and zeros for the gaps. Offsets count from `low`.
 
-        Where there is no gradient there is no piece: what lies there is not defined.
+        A parameter without a gradient has no piece. The values there are not defined.
         """
         pieces: list[Tensor] = []
         offsets: list[int] = []
@@ -103,7 +103,7 @@ class Pieces:
         return GradPieces(pieces, offsets, [piece.data_ptr() for piece in pieces], is_list=False)
 
     def _fill_in(self, grads: Sequence[Tensor | None]) -> list[Any]:
-        """Gradients between the gaps."""
+        """Return the gradients with the gaps' zeros between them."""
         filled: list[Any] = self._gaps.copy()
         for place, grad in zip(self._places, grads, strict=True):
             filled[place] = grad
@@ -111,7 +111,7 @@ class Pieces:
 
 
 def _is_negated(grad: Tensor | None) -> bool:
-    """An imaginary part of a conjugate, whose memory has the other sign: unaligned, as it follows a real part."""
+    """Whether memory has the other sign: an imaginary part of a conjugate. It is unaligned: a real part precedes it."""
     return grad is not None and grad.is_neg()
 
 

@@ -1,4 +1,4 @@
-"""Backward passes whose gradients carry the loss scale."""
+"""Runs backward passes with scaled losses, so that the gradients carry the loss scale."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _everyone: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # of all optimiz
 
 
 class ScaledBackward:
-    """Runs backward passes of scaled losses, and lets the Gradients know that what arrives is scaled.
+    """Runs backward passes of scaled losses, and tells the Gradients that arriving gradients are scaled.
 
-    A loss may reach parameters of another optimizer. What arrives there is multiplied so that it carries the loss scale
-    of that one, or none; while it does, that one is a guest.
+    A loss may reach parameters of another optimizer. Their gradients are then rescaled to the other optimizer's loss
+    scale, or unscaled if it has none. During such a backward the other optimizer is a guest.
 
     Args:
-        scaler: The loss scale, enabled.
-        gradients: Where the gradients arrive.
-        warns: Whether to warn of gradients that nobody scaled: where there are fp16 weights, whose gradients underflow
-            then, on the rank that logs.
+        scaler: The loss scale; it may be disabled.
+        gradients: The Gradients that receive the gradients.
+        warns: Whether to warn of gradients that nobody scaled: on the rank that logs, if there are fp16 weights. Their
+            gradients underflow without a scale.
     """
 
     def __init__(self, scaler: Scaler, gradients: Gradients, warns: bool) -> None:
         self._scaler = scaler
         self._gradients = gradients
         self._running: AbstractContextManager[None] | None = None
-        self._is_held = False  # in scaled_gradients(): what arrives is scaled until that ends
+        self._is_held = False  # in scaled_gradients(): all gradients are scaled until it ends
         self._has_run = False  # since the last step
-        self._is_guest = False  # what runs is another's backward
-        self._guests: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # in this one's
+        self._is_guest = False  # the backward that runs is another optimizer's
+        self._guests: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # in this optimizer's backward
         self._may_warn = warns
         gradients.hooks.rescale = weakref.WeakMethod(self._factor_of_other)
         _everyone.add(self)
@@ -56,7 +56,7 @@ class ScaledBackward:
         return self._running is not None
 
     def run(self, loss: Tensor, **kwargs: Any) -> None:
-        """Backward of the scaled loss."""
+        """Run backward of the scaled loss."""
         self._begin()
         try:
             scaled = self._scaler.scale_loss(loss)
@@ -67,7 +67,7 @@ class ScaledBackward:
             self.end()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The scaled loss, of which the caller runs backward, unless it is one of an evaluation."""
+        """Return the scaled loss. The caller runs its backward, unless it only evaluates."""
         scaled = self._scaler.scale_loss(loss)
         if scaled.requires_grad:
             scaled.register_hook(self._begin_in_backward)
@@ -75,7 +75,7 @@ class ScaledBackward:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """All gradients that arrive in here carry the scale."""
+        """A context in which all gradients that arrive carry the scale."""
         self._begin()
         self._is_held = True
         try:
@@ -94,25 +94,25 @@ class ScaledBackward:
             )
         self._begin()
         _mark_until_end(self)
-        # Twice, to come after callbacks that this backward queues: fully_shard reduces its last gradients in one.
+        # Queued twice, to run after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
 
     def end_of(self, running: AbstractContextManager[None] | None) -> None:
-        """Called where a backward has ended or was broken off: then its own end() has not come."""
+        """End the scaled backward if `running` is still its context, because it was broken off before its own end()."""
         if running is not None and running is self._running:
             self.end()
 
     def _factor_of_other(self, param: Tensor) -> Tensor | None:
-        """What a gradient that arrives is to be multiplied by, where it carries the loss scale of another optimizer.
+        """Return the factor for an arriving gradient that carries another optimizer's loss scale; None for others.
 
         Raises:
-            RuntimeError: It carries one of several.
+            RuntimeError: Several optimizers' different scales are in this backward.
         """
         hosts: list[ScaledBackward] = scale_owners_of_backward()
         is_own = self in hosts or any(host._gradients.hooks.has(param) for host in hosts)
         if not hosts or is_own or not self._gradients.hooks.is_latest(param):
-            if self._is_guest:  # of a backward that an exception has ended
+            if self._is_guest:  # an exception has ended the host's backward
                 self.end()
             return None
         *others, host = hosts
@@ -132,14 +132,14 @@ class ScaledBackward:
     def _begin(self, as_guest: bool = False) -> None:
         if self._is_held:
             return
-        self.end()  # of one that an exception has ended
+        self.end()  # if an exception has ended the one before
         running = self._gradients.scaled_by(self._scaler.inv_scale, self._scaler.epoch)
-        running.__enter__()  # raises where `.grad` carries another scale
+        running.__enter__()  # raises if `.grad` carries another scale
         self._running, self._has_run = running, True
         self._is_guest, self._gradients.hooks.own_backward.runs = as_guest, not as_guest
 
     def end(self) -> None:
-        """Gradients that arrive from now on carry no scale."""
+        """End the scaled backward: gradients that arrive from now on carry no scale."""
         guests = [*self._guests]
         self._guests.clear()
         for guest in guests:
@@ -153,9 +153,9 @@ class ScaledBackward:
             running.__exit__(None, None, None)
 
     def after_step(self, has_grad_scaler: bool) -> bool:
-        """Whether the step's gradients came from here. Warn once of one on fp16 gradients that nobody scaled."""
+        """Whether the step's gradients came from here. Warn once if nobody scaled the gradients of fp16 weights."""
         self.end()
-        if self._running is not None:  # a context of the caller's goes on
+        if self._running is not None:  # the caller's scaled_gradients() goes on
             self._gradients.renew_scale(self._scaler.inv_scale, self._scaler.epoch)
         if self._may_warn and not self._has_run and not has_grad_scaler:
             self._may_warn = False

@@ -12,25 +12,25 @@ from pyzero.ops.backend import LossScalePolicy
 from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state, wanted_of_policy
 
 _SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
-_OP = LossScalePolicy()  # the defaults, min_scale aside: a scale of 0 has no inverse
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # 1 / scale is to be finite too
+_OP = LossScalePolicy()  # the defaults, except min_scale: a scale of 0 has no inverse
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # so that 1 / scale is finite
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """When a dynamic loss scale grows and backs off. Names and defaults are torch.amp.GradScaler's.
+    """The policy of a dynamic loss scale. Names and defaults are torch.amp.GradScaler's.
 
     Attributes:
         init_scale: The first scale.
-        growth_factor: Multiplies the scale after `growth_interval` clean steps in a row.
-        backoff_factor: Multiplies it after an overflow.
-        growth_interval: Steps.
+        growth_factor: Factor for the scale after `growth_interval` clean steps in a row.
+        backoff_factor: Factor for the scale after an overflow.
+        growth_interval: Clean steps in a row before the scale grows.
         min_scale: The scale never falls below it.
         max_scale: The scale never grows above it.
         hysteresis: Overflows before the scale falls, counted since the scale last grew.
         consecutive_hysteresis: Count them since the last clean step instead.
-        growth_delay: Additional clean steps before the first growth, at the start and after an overflow; DeepSpeed's
-            is 1.
+        growth_delay: Additional clean steps before the first growth, at the start and after an overflow. DeepSpeed
+            has 1.
     """
 
     init_scale: float = 65536.0
@@ -44,7 +44,7 @@ class LossScale:
     growth_delay: int = _OP.growth_delay
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Raise ValueError if a field is out of range."""
         wanted = wanted_of_policy(self.op_policy())
         for name in ("min_scale", "init_scale"):  # they are kept in fp32
             scale = as_number(name, getattr(self, name))
@@ -59,17 +59,17 @@ class LossScale:
         return self.growth_factor == self.backoff_factor == 1
 
     def op_policy(self) -> LossScalePolicy:
-        """What the op goes by."""
+        """Return the policy for the op."""
         return LossScalePolicy(**{name: getattr(self, name) for name in LossScalePolicy._fields})
 
 
 def static(scale: float) -> LossScale:
-    """A scale that never changes; steps that overflow are skipped and counted all the same."""
+    """Return the policy of a scale that never changes. Steps that overflow are still skipped and counted."""
     return LossScale(scale, growth_factor=1.0, backoff_factor=1.0, min_scale=scale, max_scale=scale)
 
 
 def choose(loss_scale: "str | float | LossScale | None", dtypes: set[torch.dtype]) -> LossScale | None:
-    """The policy that ZeroOptimizer's argument `loss_scale` asks for, or None for no scaling."""
+    """Return the policy for ZeroOptimizer's argument `loss_scale`, or None for no scaling."""
     if isinstance(loss_scale, LossScale) or loss_scale is None:
         return loss_scale
     if loss_scale == "auto":
@@ -85,48 +85,48 @@ def choose(loss_scale: "str | float | LossScale | None", dtypes: set[torch.dtype
 
 
 class Scaler:
-    """The scale and its counters, on the device. Nothing here reads them back except the properties that say so."""
+    """The scale and its counters, on the device."""
 
     def __init__(self, policy: LossScale | None, device: torch.device, backend: str) -> None:
         self.enabled = policy is not None
         self._backend = backend
         policy = policy or static(1.0)
         own = policy.op_policy()._asdict()
-        # Nor do bounds move the scale: the op would clamp it to them.
+        # Without bounds either, because the op would clamp the scale to them.
         stays = {"growth_factor": 1.0, "backoff_factor": 1.0, "min_scale": _SMALLEST, "max_scale": _LARGEST}
         self._frozen_policy = {**own, **stays}
         self._is_fixed = policy.is_fixed
         self._policy = self._frozen_policy if self._is_fixed else own
         self.state = loss_scale_state(policy.init_scale, policy.hysteresis, device, policy.growth_delay)
         self._found, self._counts = HostView(), HostView()
-        self.epoch = 0  # the scale is the same as long as this is
+        self.epoch = 0  # grows whenever the scale may change
         self.inv_scale = torch.empty((), dtype=torch.float32, device=device)  # 1 / scale; fixed between two updates
         self._refresh()
 
     @property
     def scale(self) -> Tensor:
-        """0-D, on the device."""
+        """The loss scale: 0-D, on the device."""
         return self.state[_SCALE]
 
     @property
     def num_skipped(self) -> Tensor:
-        """0-D, on the device: steps skipped so far."""
+        """Steps skipped so far: 0-D, on the device."""
         return self.state[_SKIPPED]
 
     def saved(self) -> Tensor:
-        """A copy of the state for `load`, in which a scale of 0 stands for none."""
+        """Return a copy of the state for `load`. A scale of 0 in it means no loss scale."""
         state = self.state.clone()
         if not self.enabled:
             state[_SCALE] = 0.0
         return state
 
     def load(self, state: Tensor) -> bool:
-        """Take over a saved state: of one with a scale into one without, or the other way, the counts of skips alone.
+        """Load a saved state. If only one of the two has a loss scale, load only the counts of skips.
 
-        A fixed scale stays. A dynamic one becomes what was saved, inside its own bounds.
+        A fixed scale stays. A dynamic one becomes the saved one, inside its own bounds.
 
         Returns:
-            Whether it has a scale.
+            Whether the saved state has a scale.
         """
         saved = float(state[_SCALE])
         has_scale = saved != 0.0
@@ -143,23 +143,23 @@ class Scaler:
         torch.reciprocal(self.scale, out=self.inv_scale)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss times the scale."""
+        """Return the loss times the scale."""
         scaled: Tensor = loss * self.scale.to(loss.device)
         return scaled
 
     def update(self, found_inf: Tensor, only_count: bool = False) -> None:
-        """One step of the state machine; found_inf: (1,) fp32, the same on all ranks.
+        """Advance the state machine by one step. found_inf: (1,) fp32, the same on all ranks.
 
-        only_count: Another scaler made these gradients: steps and skips count, the scale stays.
+        only_count: Count the step and a skip, but keep the scale, because another scaler scaled these gradients.
         """
         if not self.enabled and self._has_nothing_to_count(found_inf):
             return
         policy = self._frozen_policy if only_count else self._policy
         ops.loss_scale_update_(self.state, found_inf, **policy, backend=self._backend)
-        if policy is not self._frozen_policy:  # which writes no scale
+        if policy is not self._frozen_policy:  # that policy does not change the scale
             self.epoch += 1
             self._refresh()
 
     def _has_nothing_to_count(self, found_inf: Tensor) -> bool:
-        """Whether a clean step ends no run of skipped ones, as far as the host knows without a wait."""
+        """Whether the step was clean and no skipped step came before it. False if the host would have to wait."""
         return found_inf.is_cpu and not self._found.of(found_inf)[0] and not self._counts.of(self.state)[_IN_A_ROW]

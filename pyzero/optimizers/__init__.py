@@ -1,4 +1,4 @@
-"""One optimizer per file: its update rule, and its arguments, which are torch's."""
+"""One optimizer per file, with its update rule and torch's arguments."""
 
 import pyzero
 

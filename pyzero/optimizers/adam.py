@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from pyzero.arguments.options import ZeroOptions
 
 
-# At this step count beta^step is below 2^-54 for every beta up to _LARGEST_BETA, so that 1 - beta^step is exactly 1.
-# All backends hold it exactly: it fits into an int32 and into fp32.
+# At this step count, beta^step is below 2^-54 for every beta up to _LARGEST_BETA, so that 1 - beta^step is exactly 1.
+# All backends represent the count exactly: it fits into an int32 and into fp32.
 _LATE = 2.0**30
 _LARGEST_BETA = 1.0 - 2.0**-24
 
 
 class AdamRule:
-    """torch.optim.Adam's and AdamW's rule; see pyzero.ops.adam_."""
+    """The rule of torch.optim.Adam and AdamW; see pyzero.ops.adam_."""
 
     name = "adam"
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
@@ -82,7 +82,7 @@ class AdamRule:
 
 
 class FusedZeroAdam(ZeroOptimizer):
-    """torch.optim.Adam with fp32 masters, whose state is partitioned over the ranks of a process group.
+    """torch.optim.Adam with fp32 masters. Masters and moments are partitioned over the ranks of a process group.
 
     Args:
         params: See ZeroOptimizer.
@@ -90,14 +90,14 @@ class FusedZeroAdam(ZeroOptimizer):
         betas: Decay of the two moments.
         eps: Added to the denominator.
         weight_decay: L2 penalty; decoupled in FusedZeroAdamW.
-        amsgrad: Refused, as is `differentiable`; `foreach`, `capturable` and `fused` change nothing here.
-        maximize: Ascend.
-        decoupled_weight_decay: AdamW's rule.
-        bias_correction: False takes the moments as they are, as if the first steps were late ones.
-        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        amsgrad: Refused, and so is `differentiable`. `foreach`, `capturable` and `fused` have no effect.
+        maximize: Maximize the loss.
+        decoupled_weight_decay: Decouple the weight decay, as AdamW does; default: the class's.
+        bias_correction: False uses the moments without bias correction.
+        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
         TypeError, CollectiveError: See ZeroOptimizer.
     """
 
@@ -130,7 +130,7 @@ class FusedZeroAdam(ZeroOptimizer):
             maximize=maximize,
             decoupled_weight_decay=self._decoupled if decoupled_weight_decay is None else decoupled_weight_decay,
             bias_correction=bias_correction,
-            amsgrad=amsgrad,  # these change nothing; torch's optimizers ask checkpoints for them
+            amsgrad=amsgrad,  # these have no effect here, but torch's optimizers look for them in checkpoints
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
@@ -140,7 +140,7 @@ class FusedZeroAdam(ZeroOptimizer):
 
 
 class FusedZeroAdamW(FusedZeroAdam):
-    """torch.optim.AdamW's rule, default weight decay and order of arguments; all else as FusedZeroAdam."""
+    """FusedZeroAdam with the rule, the default weight decay and the order of arguments of torch.optim.AdamW."""
 
     _decoupled = True
 

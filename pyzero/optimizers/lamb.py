@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class LambRule:
-    """LAMB's rule (You et al. 2019, arXiv 1904.00962), as DeepSpeed's FusedLamb has it.
+    """The rule of LAMB (You et al. 2019, arXiv 1904.00962), in the variant of DeepSpeed's FusedLamb.
 
-    A parameter moves by lr * clamp(|p| / |u|) * u, u = m / (sqrt(v) + eps) + weight_decay * p; the moments' bias
-    correction is in lr.
+    A parameter moves by lr * clamp(|p| / |u|) * u with u = m / (sqrt(v) + eps) + weight_decay * p. lr contains the bias
+    correction of the moments.
     """
 
     name = "lamb"
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
-    cut = Cut.WHOLE  # the norms are of whole parameters
+    cut = Cut.WHOLE  # the rule takes norms of whole parameters
     reads_lists = False
     writes_peer_weights = False
 
@@ -72,7 +72,7 @@ class LambRule:
             shard.weights.copy_(torch.where(applies, p.to(shard.weights.dtype), shard.weights))
 
     def _step_sizes(self, shard: RunShard, group: dict[str, Any], beta1: float, beta2: float) -> Tensor:
-        """(num_params,) fp64."""
+        """Return the learning rates with bias correction: (num_params,) fp64."""
         steps = shard.steps.double()
         lr: Tensor = torch.full((), 1.0, dtype=torch.float64, device=steps.device) * group["lr"]
         if not group["bias_correction"]:
@@ -80,7 +80,7 @@ class LambRule:
         return lr * (1.0 - beta2**steps).sqrt() / (1.0 - beta1**steps)
 
     def _coefficients(self, shard: RunShard, p: Tensor, u: Tensor, group: dict[str, Any], num_params: int) -> Tensor:
-        """(num_params,) fp64: the trust ratios; 1 where a norm is 0."""
+        """Return the trust ratios: (num_params,) fp64. A ratio is 1 if a norm is 0."""
         parts = [part for part in shard.parts if part.end > part.begin]
         nothing = torch.ones((), dtype=torch.float64, device=p.device)
         if not parts:
@@ -92,26 +92,26 @@ class LambRule:
         ratios = (p_norms / u_norms).clamp(group["min_coeff"], group["max_coeff"])
         ratios = torch.where((p_norms != 0) & (u_norms != 0), ratios, 1.0)
         by_position = dict(zip([part.position for part in parts], ratios.unbind(), strict=True))
-        # Stacked, not put in place by indices, whose copy to a GPU the host would wait for.
+        # Stacked: to write them by index, the host would copy the indices to the GPU and wait.
         return torch.stack([by_position.get(position, nothing) for position in range(num_params)])
 
 
 class ZeroLamb(ZeroOptimizer):
-    """LAMB with fp32 masters, for large batches. A parameter's state lies whole on one rank.
+    """LAMB with fp32 masters, for large batches. The whole state of a parameter lies on one rank.
 
     Args:
         params: See ZeroOptimizer.
         lr: Learning rate, a number or a 0-D tensor.
         betas: Decay of the two moments.
         eps: Added to the denominator.
-        weight_decay: Added to the update, before its norm is taken.
-        bias_correction: Of the moments, in the learning rate.
+        weight_decay: Added to the update, times the weight, before its norm is taken.
+        bias_correction: Correct the moments' bias, in the learning rate.
         max_coeff: The largest trust ratio.
-        min_coeff: The smallest one.
-        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        min_coeff: The smallest trust ratio.
+        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
         TypeError, CollectiveError: See ZeroOptimizer.
     """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LionRule:
-    """Lion's rule (Chen et al. 2023, arXiv 2302.06675); see pyzero.ops.lion_."""
+    """The rule of Lion (Chen et al. 2023, arXiv 2302.06675); see pyzero.ops.lion_."""
 
     name = "lion"
     slots: tuple[StateSlot, ...] = (StateSlot("exp_avg"),)
@@ -65,20 +65,20 @@ class LionRule:
 
 
 class FusedZeroLion(ZeroOptimizer):
-    """Lion with fp32 masters: one moment, and steps of one size for all elements, lr, in the moment's direction.
+    """Lion with fp32 masters. It keeps one moment, and moves every element by the same size, lr, up or down.
 
-    A learning rate 3 to 10 times smaller than Adam's and a weight decay as many times larger are usual.
+    Usual are a learning rate 3 to 10 times smaller than Adam's, and a weight decay larger by the same factor.
 
     Args:
         params: See ZeroOptimizer.
         lr: Learning rate, a number or a 0-D tensor.
-        betas: Weight of the moment in the direction, and its decay.
-        weight_decay: Decoupled.
-        maximize: Ascend.
-        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        betas: Weight of the moment in the direction, and decay of the moment.
+        weight_decay: Decoupled weight decay.
+        maximize: Maximize the loss.
+        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
         TypeError, CollectiveError: See ZeroOptimizer.
     """
 

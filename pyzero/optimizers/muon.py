@@ -1,4 +1,4 @@
-"""ZeroMuon: Muon with its state partitioned over ranks, matrix by matrix, and AdamW for what is no hidden matrix."""
+"""ZeroMuon: Muon with its state partitioned over ranks, matrix by matrix, and AdamW for the other parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _ADJUSTMENTS = (None, "original", "match_rms_adamw")
 _MOST_ITERATIONS = 99  # torch's limit
 
-# What a group with use_muon=False has where it names nothing else: torch.optim.AdamW's defaults.
+# Defaults of a group with use_muon=False: torch.optim.AdamW's.
 _ADAMW_DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
@@ -35,9 +35,9 @@ _ADAMW_DEFAULTS: dict[str, Any] = {
 
 
 class MuonRule:
-    """torch.optim.Muon's rule: a step along the momentum, orthogonalised (Jordan et al. 2024, Liu et al. 2025).
+    """The rule of torch.optim.Muon: a step along the orthogonalised momentum (Jordan et al. 2024, Liu et al. 2025).
 
-    Orthogonalised is the whole matrix, in bf16, by Newton-Schulz iterations on the rank that holds it.
+    The rank that holds a matrix orthogonalises all of it, in bf16, by Newton-Schulz iterations.
     """
 
     name = "muon"
@@ -95,7 +95,7 @@ class MuonRule:
             g = part.view(grad).float() * grad_scale
             buf_new = buf.lerp(g, 1.0 - momentum)
             direction = g.lerp(buf_new, momentum) if group["nesterov"] else buf_new
-            whole = direction.flatten(1)  # a convolution's is (out, in * kernel)
+            whole = direction.flatten(1)  # of a convolution: (out, in * kernel)
             move = _orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"]).reshape(p.shape)
             rate = lr * _lr_ratio(group["adjust_lr_fn"], whole.shape)
             p_new = p * (1.0 - lr * group["weight_decay"]) - rate * move.float()
@@ -117,7 +117,7 @@ def _check_use(group: dict[str, Any], use_muon: bool) -> None:
 
 
 def _orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float) -> Tensor:
-    """(rows, columns) bf16 with singular values near 1: a quintic Newton-Schulz iteration over the smaller side."""
+    """Return (rows, columns) bf16 with singular values near 1, by quintic Newton-Schulz over the smaller side."""
     a, b, c = coefficients
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()
@@ -137,7 +137,7 @@ def _lr_ratio(adjust_lr_fn: str | None, shape: torch.Size) -> float:
 
 
 class _AdamWRule(AdamRule):
-    """AdamW for the groups that are not Muon's."""
+    """AdamW for the groups with use_muon=False."""
 
     def check(self, group: dict[str, Any]) -> None:
         """See UpdateRule."""
@@ -146,28 +146,28 @@ class _AdamWRule(AdamRule):
 
 
 class ZeroMuon(ZeroOptimizer):
-    """Muon with fp32 masters for hidden matrices; AdamW, fused, for the other groups. A matrix lies whole on one rank.
+    """Muon with fp32 masters for hidden matrices, and fused AdamW for other groups. Each matrix is whole on one rank.
 
-    Groups with `use_muon=False` are AdamW's: embeddings, the output layer, norms and biases belong there. They take
-    `lr`, `betas`, `eps` and `weight_decay`, whose defaults there are torch.optim.AdamW's, whatever is passed below.
-    Each matrix is orthogonalised by the rank that holds it, so W ranks share that work out. Buckets are larger than
-    for Adam: with room for the largest matrix on each rank.
+    AdamW trains the groups with `use_muon=False`: put embeddings, the output layer, norms and biases there. These
+    groups take `lr`, `betas`, `eps` and `weight_decay`. Their defaults are torch.optim.AdamW's, not the arguments
+    below. Each rank orthogonalises the matrices that it holds, so W ranks divide that work. Buckets are larger than
+    with Adam: they have room for the largest matrix on each rank.
 
     Args:
-        params: See ZeroOptimizer; in Muon's groups of 2 dimensions or more: those after the first count as columns.
+        params: See ZeroOptimizer. Muon's parameters have 2 or more dimensions; those after the first count as columns.
         lr: Learning rate, a number or a 0-D tensor.
-        weight_decay: Decoupled.
+        weight_decay: Decoupled weight decay.
         momentum: Decay of the momentum.
-        nesterov: Nesterov's momentum.
-        ns_coefficients: Of the Newton-Schulz iteration.
-        eps: The least norm that a matrix is divided by.
-        ns_steps: Newton-Schulz iterations.
-        adjust_lr_fn: "original" (None too) multiplies lr by sqrt(max(1, rows / columns)); "match_rms_adamw" by
-            0.2 sqrt(max(rows, columns)), with which learning rates for AdamW fit.
-        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        nesterov: Use Nesterov momentum.
+        ns_coefficients: Coefficients of the Newton-Schulz iteration.
+        eps: Lower bound of the norm that a matrix is divided by.
+        ns_steps: Number of Newton-Schulz iterations.
+        adjust_lr_fn: "original" or None multiplies lr by sqrt(max(1, rows / columns)). "match_rms_adamw" multiplies it
+            by 0.2 sqrt(max(rows, columns)), so that learning rates for AdamW fit.
+        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
-        ValueError: An argument out of range, or a vector in a group of Muon's.
+        ValueError: An argument is out of range, or a group of Muon's has a vector.
         TypeError, CollectiveError: See ZeroOptimizer.
     """
 
@@ -199,15 +199,15 @@ class ZeroMuon(ZeroOptimizer):
         super().__init__(params, MuonRule(), defaults, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See ZeroOptimizer. With use_muon=False the group is AdamW's."""
-        is_group = isinstance(param_group, dict)  # torch refuses what is none
+        """See ZeroOptimizer. AdamW trains a group with use_muon=False."""
+        is_group = isinstance(param_group, dict)  # torch refuses anything else
         if is_group and not param_group.get("use_muon", True):
             param_group = {**_ADAMW_DEFAULTS, **param_group}
         super().add_param_group(param_group)
 
     def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """See ZeroOptimizer."""
-        if "dampening" in options and "ns_steps" not in options:  # torch.optim.SGD's, whose buffer has the same name
+        if "dampening" in options and "ns_steps" not in options:  # from torch.optim.SGD: its buffer has the same name
             return False
         return super().is_of_rule(group_index, options)
 

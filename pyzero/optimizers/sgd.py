@@ -1,4 +1,4 @@
-"""FusedZeroSGD: SGD with momentum, its state partitioned over ranks, on the fused op."""
+"""FusedZeroSGD: SGD with momentum and with its state partitioned over ranks, on the fused op."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class SGDRule:
-    """torch.optim.SGD's rule; see pyzero.ops.sgd_.
+    """The rule of torch.optim.SGD; see pyzero.ops.sgd_.
 
     Args:
-        has_momentum: Keep a momentum buffer. Without, groups cannot have momentum.
+        has_momentum: Keep a momentum buffer. Without one, groups cannot have momentum.
     """
 
     cut = Cut.ANYWHERE
@@ -40,7 +40,7 @@ class SGDRule:
         check_lr(group)
         check_not_negative("momentum", "momentum", group)
         check_not_negative("weight_decay", "weight_decay", group)
-        as_number("dampening", group["dampening"])  # of any size, as torch's
+        as_number("dampening", group["dampening"])  # any number, as in torch
         if group["nesterov"] and (not self.slots or group["dampening"] != 0):  # momentum may become 0 for a while
             raise ValueError(
                 f"Nesterov momentum requires a momentum and zero dampening; got momentum={group['momentum']} and "
@@ -66,7 +66,7 @@ class SGDRule:
         """See UpdateRule."""
         ops.sgd_(
             shard.master,
-            shard.state["momentum_buffer"] if group["momentum"] else None,  # as torch, which leaves it alone then
+            shard.state["momentum_buffer"] if group["momentum"] else None,  # without momentum torch leaves it alone
             grad.tensors if isinstance(grad, GradList) else grad,
             lr=group["lr"],
             momentum=group["momentum"],
@@ -91,16 +91,16 @@ class FusedZeroSGD(ZeroOptimizer):
     Args:
         params: See ZeroOptimizer.
         lr: Learning rate, a number or a 0-D tensor.
-        momentum: Decay of the momentum; 0: none, and no state.
-        dampening: Of the gradient in the momentum, but in a parameter's first step (step count 1).
+        momentum: Decay of the momentum. 0: no momentum, and no state.
+        dampening: Dampening of the gradient in the momentum, except in a parameter's first step (step count 1).
         weight_decay: Added to the gradient, times the weight.
-        nesterov: Nesterov's momentum.
-        maximize: Ascend.
-        differentiable: Refused; `foreach` and `fused` change nothing here.
-        **options: Those of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        nesterov: Use Nesterov momentum.
+        maximize: Maximize the loss.
+        differentiable: Refused. `foreach` and `fused` have no effect.
+        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
         TypeError, CollectiveError: See ZeroOptimizer.
     """
 
@@ -127,7 +127,7 @@ class FusedZeroSGD(ZeroOptimizer):
             weight_decay=weight_decay,
             nesterov=nesterov,
             maximize=maximize,
-            foreach=foreach,  # these change nothing; torch's optimizers ask checkpoints for them
+            foreach=foreach,  # these have no effect here, but torch's optimizers look for them in checkpoints
             differentiable=differentiable,
             fused=fused,
         )
@@ -136,12 +136,12 @@ class FusedZeroSGD(ZeroOptimizer):
 
     def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """See ZeroOptimizer. A group with a buffer may have been saved while its momentum was 0."""
-        if "ns_steps" in options:  # torch.optim.Muon's, whose buffer has the same name
+        if "ns_steps" in options:  # from torch.optim.Muon: its buffer has the same name
             return False
         return self._rules[group_index] is self._with_buffer or super().is_of_rule(group_index, options)
 
     def takes_rule(self, name: str | None) -> bool:
-        """See StateDicts. Momentum may be a group's own or all groups'."""
+        """See StateDicts. State saved with or without momentum fits, because groups may differ in it."""
         return name in (self._with_buffer.name, self._without_buffer.name) or super().takes_rule(name)
 
     def _as_ours(self, state_dict: Any) -> Any:

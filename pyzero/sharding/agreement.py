@@ -1,6 +1,6 @@
-"""What ranks must have alike, as each holds a part of it: an optimizer's options, and the parameters that join it.
+"""Checks that ranks agree, because each holds a part: on an optimizer's options, and on the parameters that join it.
 
-All ranks gather what each has, come to one verdict, and raise alike.
+All ranks gather what each has, reach the same verdict, and raise the same error.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pyzero.arguments.options import ZeroOptions
 from pyzero.comm.group import Group
 from pyzero.sharding.flat_params import strides_in_slot
 
-# Options that ranks with other parts of the model share too: one norm, one verdict on overflow.
+# Options that ranks with other parts of the model must share too, because they share the norm and skip together.
 _OF_WHOLE_MODEL = ("max_grad_norm", "loss_scale", "max_consecutive_skips")
 _MAY_DIFFER = ("backend",)  # all give the same bits
 _MOST_RANKS_NAMED = 8
 
 
 def agree_on_options(group: Group, rule: str, options: ZeroOptions, model_groups: Sequence[Group] = ()) -> None:
-    """Raise on all ranks where they were given other options. Collective; before anything that goes by one of them.
+    """Raise on all ranks if their options differ. Collective. Call it before anything that depends on an option.
 
-    model_groups: Of the ranks with other parts of the model, one for each dimension.
+    model_groups: The groups of ranks with other parts of the model, one for each dimension.
     """
     mine = {"rule": _spell(rule), **{name: _spell(value) for name, value in options.items() if name not in _MAY_DIFFER}}
     problem = _differing_option(group, mine)
-    for others in model_groups:  # whoever has seen a difference says so there
+    for others in model_groups:  # a rank that has seen a difference tells these too
         of_model = {name: mine[name] for name in _OF_WHOLE_MODEL}
         told = others.gather_objects(problem, "the comparison of options")
         problem = problem or next(filter(None, told), None) or _differing_option(others, of_model)
@@ -47,7 +47,7 @@ def _differing_option(group: Group, mine: dict[str, str]) -> str | None:
 
 
 def _by_value(group: Group, values: list[str]) -> str:
-    """Each value, with the ranks that have it."""
+    """Name each value, with the ranks that have it."""
     ranks_of: dict[str, list[int]] = {}
     for rank, value in zip(group.members(), values, strict=True):
         ranks_of.setdefault(value, []).append(rank)
@@ -61,7 +61,7 @@ def _spell_ranks(ranks: list[int]) -> str:
 
 
 def _spell(value: object) -> str:
-    """Equal for equal options: 1 and 1.0 are, and a tensor's number is its number."""
+    """Return a text that is equal for equal options. 1, 1.0 and a tensor of 1 are equal."""
     is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
     if not is_number:
         return repr(value)
@@ -70,23 +70,23 @@ def _spell(value: object) -> str:
 
 
 class ParamRecord(NamedTuple):
-    """What ranks compare of a parameter that joins."""
+    """What ranks compare about a parameter that joins."""
 
     shape: tuple[int, ...]
     dtype: str
     group: int  # its index in param_groups
-    rule: str | None  # the name of its update rule; None of a frozen one
-    strides: tuple[int, ...]  # in its slot, of the dimensions longer than 1; () of a frozen one
-    given_names: tuple[str, ...]  # the caller's, where the group has names
-    module_names: tuple[str, ...]  # in each module that holds it and lies in no other
+    rule: str | None  # the name of its update rule; None if frozen
+    strides: tuple[int, ...]  # in its slot, of the dimensions longer than 1; () if frozen
+    given_names: tuple[str, ...]  # the caller's, if the group has names
+    module_names: tuple[str, ...]  # in each outermost module that holds it
 
     @staticmethod
     def of(
         param: Tensor, group: int, rule: str | None, given_names: Sequence[str], module_names: Sequence[str]
     ) -> ParamRecord:
-        """This rank's. param: A local tensor."""
+        """Make this rank's record. param: A local tensor."""
         shape = tuple(param.shape)
-        orders = rule is not None and bool(param.numel())  # how an empty one lies is no matter, nor a frozen one
+        orders = rule is not None and bool(param.numel())  # strides matter only if trained and not empty
         strides = zip(shape, strides_in_slot(param), strict=True) if orders else ()
         laid_out = tuple(stride for size, stride in strides if size > 1)
         dtype = str(param.dtype).removeprefix("torch.")
@@ -97,14 +97,14 @@ class Joining(NamedTuple):
     """The parameters that join an optimizer, in the order of their groups."""
 
     trained: list[ParamRecord]
-    frozen: list[ParamRecord]  # that are to be made rank 0's
-    order: list[int] | None  # places of the trained in the order of the one module that holds them all, if there is one
+    frozen: list[ParamRecord]  # those that get rank 0's values
+    order: list[int] | None  # places of the trained ones in the order of one module that holds all, if there is one
 
 
 def agree_on_params(group: Group, mine: Joining) -> list[int] | None:
-    """Raise on all ranks where other parameters join there; returns rank 0's `order`. Collective.
+    """Raise on all ranks if different parameters join. Return rank 0's `order`. Collective.
 
-    Digests first: the records of many parameters are long, and usually the same.
+    Digests are compared first, because the records of many parameters are long, and usually the same.
     """
     digest = hashlib.sha256(repr(mine).encode()).hexdigest()
     if len({*group.gather_objects(digest)}) == 1:
@@ -126,7 +126,7 @@ Unfrozen = dict[tuple[int, int], str]  # names of parameters that are no longer 
 
 
 def check_unfrozen(ranks: Sequence[int], told: Sequence[Unfrozen]) -> None:
-    """Raise ValueError where a parameter is no longer frozen on some of these ranks only. told: By each of them."""
+    """Raise ValueError if only some of these ranks have unfrozen a parameter. told: What each of them has found."""
     for position, name in {position: name for unfrozen in told for position, name in unfrozen.items()}.items():
         those = [rank for rank, unfrozen in zip(ranks, told, strict=True) if position in unfrozen]
         if len(those) < len(ranks):
@@ -137,9 +137,9 @@ def check_unfrozen(ranks: Sequence[int], told: Sequence[Unfrozen]) -> None:
 
 
 class _Difference(NamedTuple):
-    what: str  # differs
-    first: str  # how it is on the first rank
-    other: str
+    what: str  # what differs
+    first: str  # its value on the first rank
+    other: str  # its value on the other rank
     remedy: str
 
 
@@ -155,7 +155,7 @@ _ORDER_ALIKE = (
 
 
 def _difference(first: Joining, other: Joining) -> _Difference | None:
-    """What differs first between two ranks."""
+    """Return the first difference between two ranks, or None."""
     pairs = (("parameter", first.trained, other.trained), ("frozen parameter", first.frozen, other.frozen))
     for kind, ours, theirs in pairs:
         found = _differing_record(kind, ours, theirs)
@@ -170,7 +170,7 @@ def _difference(first: Joining, other: Joining) -> _Difference | None:
 
 
 def _differing_record(kind: str, ours: list[ParamRecord], theirs: list[ParamRecord]) -> _Difference | None:
-    """The first position at which two ranks have another shape, dtype, group, rule or strides, or one has nothing."""
+    """Find the first position at which shape, dtype, group, rule or strides differ, or only one rank has something."""
     both = zip(ours, theirs, strict=False)
     where = next((i for i, (a, b) in enumerate(both) if a[:5] != b[:5]), min(len(ours), len(theirs)))
     if where == len(ours) == len(theirs):
@@ -188,10 +188,10 @@ def _differing_record(kind: str, ours: list[ParamRecord], theirs: list[ParamReco
 
 
 def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, ...]]) -> _Difference | None:
-    """The first position whose names on one rank are those of another position on the other.
+    """Find the first position with a name that another position has on the other rank.
 
-    Names that only one of them knows tell nothing, nor do the others then: a module may be wrapped there alone, which
-    gives its second layer the name of the first elsewhere.
+    If only one rank knows some names, names are not compared at all: a module may be wrapped on that rank only, and its
+    second layer may then have the name of the other rank's first.
     """
     known = {name for names in ours for name in names} & {name for names in theirs for name in names}
     if not all({*names} & known for names in (*ours, *theirs)):
@@ -203,7 +203,7 @@ def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, .
 
 
 def _reordered(first: Joining, other: Joining) -> _Difference | None:
-    """Where one module holds all and no names are shared: the first position in its order of another parameter."""
+    """If one module holds all and no names are shared, find the first place in its order with another parameter."""
     both = zip(first.trained, other.trained, strict=True)
     if first.order is None or other.order is None or all({*a.module_names} & {*b.module_names} for a, b in both):
         return None

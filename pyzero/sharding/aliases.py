@@ -1,7 +1,7 @@
-"""Tensors over the memory of parameters, as `.data`, detach() and state_dict() give them: they stay when those move.
+"""Finds tensors over the memory of parameters, such as `.data`, detach() and state_dict() give. They do not move along.
 
-They are searched for among all living objects, as memory does not know its tensors; but only where their number tells
-that there are more than the parameters. Those that nothing in Python holds, as an autograd graph's, are not found.
+Memory does not know its tensors, so the search looks at all living objects. It runs only if a storage's use count shows
+more tensors than the parameters. It misses tensors that no Python object holds, such as an autograd graph's.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _count: Any = getattr(torch._C, "_storage_Use_Count", None)  # torch's own name,
 
 
 def refuse_aliases(params: Sequence[Tensor], warns: bool) -> None:
-    """Called before parameters move into buckets for the first time.
+    """Check for aliases before parameters move into buckets for the first time.
 
-    warns: Of tensors that are not the modules', such as those of a state dict that somebody keeps.
+    warns: Warn of other aliases, such as the tensors of a state dict that somebody keeps.
 
     Raises:
-        ValueError: A buffer, or another parameter of the modules that hold these, lies in the memory of one.
+        ValueError: A buffer or another parameter of the parameters' modules lies in the memory of a parameter.
     """
     found = _find_lasting(params)
     names = _names_by_module(found)
@@ -47,13 +47,13 @@ def refuse_aliases(params: Sequence[Tensor], warns: bool) -> None:
 
 
 def tell_of_aliases(params: Sequence[Tensor]) -> None:
-    """Called before parameters move from buckets to others: warn of tensors that stay."""
+    """Warn of aliases before parameters move from buckets to others."""
     found = _find_lasting(params)
     _warn(found, _labels(params, _names_by_module(found)))
 
 
 def _names_by_module(found: _Pairs) -> dict[int, str]:
-    """By id: of all parameters and buffers of the modules that hold parameters with aliases."""
+    """Return the names of all parameters and buffers, by id, of the modules that hold parameters with aliases."""
     roots = modules.find_roots({param for param, _ in found}) if found else []
     return {id(tensor): name for root in roots for name, tensor in modules.named_tensors(root).items()}
 
@@ -77,9 +77,9 @@ def _warn(found: _Pairs, labels: dict[int, str]) -> None:
 
 
 def _find_lasting(params: Sequence[Tensor]) -> _Pairs:
-    """`_find`, without what goes by itself: garbage, and what a collective that has ended has not let go of yet.
+    """Return what `_find` finds, without garbage, tensors of ended collectives, and those that are replaced anyway.
 
-    Nor what a module replaces before it reads it.
+    A module replaces the last kind before it reads them.
     """
     if not _find(params):
         return []
@@ -90,7 +90,7 @@ def _find_lasting(params: Sequence[Tensor]) -> _Pairs:
 
 
 def _find(params: Sequence[Tensor]) -> _Pairs:
-    """(parameter, another tensor with an element in one place); not of DTensors, whose memory fully_shard holds."""
+    """Return (parameter, tensor that shares an element). Skip DTensors, because fully_shard holds their memory."""
     by_storage: dict[int, list[Tensor]] = {}
     for param in params:
         if _count is not None and param.numel() and not isinstance(param, LocalParam):
@@ -110,16 +110,16 @@ def _find(params: Sequence[Tensor]) -> _Pairs:
 
 
 class _Spans:
-    """The spans of memory of parameters in one storage, which may be many."""
+    """The spans of memory of the parameters in one storage, sorted, because there may be many."""
 
     def __init__(self, params: list[Tensor]) -> None:
         self._params = sorted(params, key=Tensor.data_ptr)
         spans = [_span(param) for param in self._params]
         self._begins = [begin for begin, _ in spans]
-        self._reach = list(accumulate((end for _, end in spans), max))  # the last end up to here: spans may overlap
+        self._reach = list(accumulate((end for _, end in spans), max))  # the last end so far, because spans may overlap
 
     def reached_by(self, tensor: Tensor) -> list[Tensor]:
-        """The parameters whose span overlaps with this tensor's."""
+        """Return the parameters whose span overlaps with this tensor's."""
         begin, end = _span(tensor)
         return [
             param
@@ -129,14 +129,14 @@ class _Spans:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """(begin, end) in bytes of memory; not of an empty one."""
+    """Return (begin, end), addresses in bytes. The tensor must not be empty."""
     begin = tensor.data_ptr()
     return begin, begin + extent(tensor) * tensor.element_size()
 
 
 def _storage_of(tensor: Tensor) -> int:
-    """Where torch has its storage; 0 of a DTensor, and of what has none, as sparse ones and those of a transform."""
+    """Return a number for the tensor's storage; 0 for DTensors, sparse tensors and others without a storage."""
     try:
         return 0 if is_dtensor(tensor) else tensor.untyped_storage()._cdata
-    except Exception:  # of any kind: a stranger's class may answer as it likes
+    except Exception:  # any error: the tensor may be of any subclass
         return 0

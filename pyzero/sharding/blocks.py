@@ -9,11 +9,11 @@ from torch import nn
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated modules of the largest lists: what fully_shard gathers one at a time.
+    """Return the repeated modules of the largest lists, which fully_shard gathers one at a time.
 
-    Of lists inside each other the larger is taken, which is the outer one. A container in it is not called, but what it
-    holds is. A block that shares a parameter with what lies outside it, or has one of register_external_parameter(), is
-    left to the root.
+    Of lists inside each other, the outer one counts. A container in a list is never called, so the modules in it count
+    instead. A block is left to the root if it shares a parameter with a module outside, or has a parameter of
+    register_external_parameter().
     """
     found: list[tuple[int, str, list[nn.Module]]] = []
     for path, module in model.named_modules():
@@ -33,7 +33,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, or of one without a forward, whose hooks never run, those in it that have one."""
+    """Yield the module, or, if it has no forward and so its hooks never run, the modules in it that have one."""
     if type(module).forward is not nn.Module.forward:
         yield module
     else:

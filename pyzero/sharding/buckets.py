@@ -1,4 +1,4 @@
-"""Buckets: the flat memory that parameters, masters and an update rule's state live in."""
+"""Buckets: the flat memory of parameters, masters and an update rule's state."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pyzero.sharding.layout import GRANULE, BucketLayout
 from pyzero.sharding.local_param import user_param
 from pyzero.update_rule import Part, RunShard, UpdateRule
 
-MASTER, STEP = "master", "step"  # state that every parameter has, beside the rule's slots
+MASTER, STEP = "master", "step"  # state that every parameter has besides the rule's slots
 
 
 class StateViews(dict[str, Tensor]):
-    """One parameter's state in `optimizer.state`: views of the shards, into which goes what is assigned.
+    """One parameter's state in `optimizer.state`: views of the shards. Assignment writes into the views.
 
     Attributes:
-        was_read: Whether anybody has got hold of more than the step count, and may write it unseen by version counters.
+        was_read: Whether anybody has read more than the step count, and may write it unseen by version counters.
     """
 
     was_read = False
@@ -33,25 +33,25 @@ class StateViews(dict[str, Tensor]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As a dict's."""
+        """See dict."""
         return self[name] if name in self else default
 
     def __iter__(self) -> Iterator[str]:
-        """As a dict's; where it is overridden, dict(views) and {**views} read by `__getitem__` too."""
+        """See dict. Overridden so that dict(views) and {**views} read by `__getitem__` too."""
         return super().__iter__()
 
     def values(self) -> Any:
-        """As a dict's."""
+        """See dict."""
         self.was_read = True
         return super().values()
 
     def items(self) -> Any:
-        """As a dict's."""
+        """See dict."""
         self.was_read = True
         return super().items()
 
     def copy(self) -> dict[str, Tensor]:
-        """A dict of its own, with the same tensors."""
+        """Return a plain dict with the same tensors."""
         return dict(self)
 
     def __or__(self, other: Any) -> Any:
@@ -75,7 +75,7 @@ class StateViews(dict[str, Tensor]):
             own.copy_(values)
 
     def update(self, *others: Any, **values: Any) -> None:
-        """As a dict's, by assignment."""
+        """See dict. Assigns each value."""
         for name, value in dict(*others, **values).items():
             self[name] = value
 
@@ -86,7 +86,7 @@ class StateViews(dict[str, Tensor]):
         )
 
     def __reduce__(self) -> Any:
-        """A copy, also one in a file, is a dict of its own."""
+        """Copy and pickle as a plain dict."""
         return dict, (dict(self),)
 
     __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
@@ -96,14 +96,14 @@ class Bucket:
     """The memory of one bucket on this rank.
 
     Args:
-        layout: Where parameters lie, and how it is cut into shards.
+        layout: Where parameters lie, and how the bucket is cut into shards.
         params: The parameters, in the order of layout.param_slots.
-        numbers: Their numbers among the optimizer's, which stay whatever bucket they lie in.
+        numbers: Their numbers among the optimizer's, which do not depend on the bucket.
         index: The bucket's position among the optimizer's.
         rank: This rank in the group that shares the bucket.
         rule: The update rule.
         weights: Memory for the weights of all ranks, zeros.
-        cpu_offload: Masters and state of a GPU lie in pinned memory of the host.
+        cpu_offload: Keep masters and state of a GPU in pinned host memory.
     """
 
     def __init__(
@@ -126,12 +126,12 @@ class Bucket:
         self.dtype, self.device = params[0].dtype, params[0].device
         self.is_master = self.dtype == torch.float32  # fp32 weights are their own masters
         self._on_host = cpu_offload and self.device.type == "cuda"
-        self._weights = weights  # which keeps the memory alive
+        self._weights = weights  # keeps the memory alive
         self.flat = weights.flat  # (layout.numel,) the weights of all ranks
         self.flat_params = FlatParams(params, layout.param_slots, weights.flat)
         self.strides = self.flat_params.strides
         begin, end = layout.shard_bounds(rank)
-        self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of them
+        self.weight_shard = self.flat[begin:end]  # (shard_numel,) this rank's part of the weights
         self.peer_shards = [there[begin:end] for there in weights.peers]  # the same in other ranks' memory, or none
 
         # (shard_numel,) fp32
@@ -143,7 +143,7 @@ class Bucket:
         }
         # (num_params,) applied steps of each parameter
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
-        # (num_params,) fp64, `numbers` where kernels read them
+        # (num_params,) fp64, `numbers` for kernels
         self.numbers_on_device = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         self.segment_ids = self._segment_ids(rank)  # (shard_numel / GRANULE,) int32, position of the parameter
         self.runs = layout.shard_runs(rank)
@@ -155,7 +155,7 @@ class Bucket:
         self._run_shards.clear()
 
     def release(self) -> None:
-        """Let go of all memory: the parameters and their state have moved to other buckets."""
+        """Free all memory, after the parameters and their state have moved to other buckets."""
         del self._weights, self.flat, self.flat_params, self.weight_shard, self.peer_shards
         del self.master, self.state, self.steps, self.segment_ids
         self._run_shards.clear()
@@ -175,7 +175,7 @@ class Bucket:
         return [tensor._version for tensor in self.state_tensors()]
 
     def state_tensors(self) -> list[Tensor]:
-        """Masters (fp32 weights are theirs) and slots: this rank's shards of them."""
+        """Return this rank's shards of masters and slots; without masters if fp32 weights are the masters."""
         own = [] if self.is_master else [self.master]
         return [*own, *self.state.values()]
 
@@ -184,20 +184,20 @@ class Bucket:
         return self._state_versions() != self._first_versions
 
     def refresh_masters(self, positions: Sequence[int], keep_masters: Collection[Tensor] = ()) -> None:
-        """Have flat memory and masters follow these parameters, which `FlatParams.foreign_writes` returned.
+        """Make flat memory and masters follow these parameters, which `FlatParams.foreign_writes` returned.
 
-        keep_masters: Parameters whose masters do not follow, as they are about to be loaded.
+        keep_masters: Parameters whose masters do not follow, because they are about to be loaded.
         """
         for position in positions:
             self.flat_params.copy_into_flat(position)
             if not self.is_master and user_param(self.params[position]) not in keep_masters:
                 in_shard, _ = self.shard_part(position)
                 master, weights = self.master[in_shard], self.weight_shard[in_shard]
-                # A master that rounds to the weight stays: weights may have been loaded after their masters.
+                # A master that rounds to the weight stays, because weights may have been loaded after their masters.
                 master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
 
     def note_masters_exported(self) -> None:
-        """Called when a state dict shows the masters: a checkpoint may be read into it."""
+        """Note that a state dict shows the masters, so that a checkpoint may be read into them."""
         self._exported_version = self.master._version
 
     def masters_were_written(self) -> bool:
@@ -213,30 +213,30 @@ class Bucket:
         return positions.repeat_interleave(counts).to(self.device)
 
     def shard_part(self, position: int) -> tuple[slice, slice]:
-        """This rank's part of one parameter: as a slice of the shard, and of the flat parameter."""
+        """Return this rank's part of one parameter: as a slice of the shard, and of the flat parameter."""
         slot = self.layout.param_slots[position]
         low, high = self.layout.overlap(slot, self.rank)
         at = slot.offset - self.rank * self.layout.shard_numel if high > low else -low
         return slice(at + low, at + high), slice(low, high)
 
     def shard_slot(self, position: int) -> slice:
-        """This rank's part of one parameter and of the gap after it, as a slice of the shard."""
+        """Return this rank's part of one parameter and of the gap after it, as a slice of the shard."""
         begin, end = self.layout.shard_bounds(self.rank)
         low = min(max(self.layout.param_slots[position].offset, begin), end)
         return slice(low - begin, max(min(self.layout.slot_end(position), end), low) - begin)
 
     def shaped(self, flat: Tensor, position: int) -> Tensor:
-        """(numel,) elements in a parameter's memory order as a tensor of its shape and strides; the same memory."""
+        """View (numel,) elements in a parameter's memory order as a tensor of its shape and strides."""
         return flat.as_strided(self.flat_params.shapes[position], self.strides[position])
 
     def flat_of(self, tensor: Tensor, position: int) -> Tensor:
-        """(numel,) elements of a tensor of a parameter's shape, in the parameter's memory order."""
+        """Return the elements of a tensor of a parameter's shape, (numel,), in the parameter's memory order."""
         return flatten(tensor, self.strides[position])
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
     def run_shards(self, low: int, high: int) -> list[RunShard]:
-        """Views of elements [low, high) of this rank's shard, run by run."""
+        """Return views of elements [low, high) of this rank's shard, run by run."""
         found = self._run_shards.get((low, high))
         if found is None:
             cut = [(run.key.group_index, max(run.low, low), min(run.high, high)) for run in self.runs]
@@ -266,55 +266,55 @@ class Bucket:
                 yield Part(position, begin, end, self.flat_params.shapes[position], self.strides[position])
 
     def _values(self, name: str, low: int, high: int) -> slice:
-        """Which values of a slot belong to elements [low, high); low is where a granule begins."""
+        """Return which values of a slot belong to elements [low, high). low must be the start of a granule."""
         per_value = self.elements_per_value(name)
         first = low // per_value
         return slice(first, first + ceil_div(high - low, per_value))
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """Names of the state that lies in shards: the master and the rule's slots."""
+        """The names of state in shards: the master and the rule's slots."""
         return (MASTER, *self.state_slots)
 
     def sharded(self, name: str) -> Tensor:
-        """This rank's shard of the masters, or of a slot."""
+        """Return this rank's shard of the masters, or of a slot."""
         return self.master if name == MASTER else self.state[name]
 
     def to_send(self, name: str) -> Tensor:
-        """`sharded(name)` in memory of the device, as collective libraries may not read pinned host memory."""
+        """Return `sharded(name)` in device memory, because collective libraries may not read pinned host memory."""
         return self.sharded(name).clone() if self._on_host else self.sharded(name)
 
     def elements_per_value(self, name: str) -> int:
-        """How many elements share one value of the masters, or of a slot."""
+        """Return how many elements share one value of the masters, or of a slot."""
         return 1 if name == MASTER else self.state_slots[name].elements_per_value
 
     def is_flat(self, name: str) -> bool:
-        """Whether whole values of that name are flat, without the parameter's shape."""
+        """Whether whole values of that name are flat instead of in the parameter's shape."""
         return self.elements_per_value(name) > 1
 
     def whole_shape(self, name: str, position: int) -> torch.Size:
-        """The shape of one parameter's masters, or values of a slot, as a whole tensor."""
+        """Return the shape of one parameter's whole master, or of its whole values of a slot."""
         shape = self.flat_params.shapes[position]
         return torch.Size([ceil_div(shape.numel(), self.elements_per_value(name))]) if self.is_flat(name) else shape
 
     def whole_stride(self, name: str, position: int) -> tuple[int, ...]:
-        """The strides that go with `whole_shape`."""
+        """Return the strides for `whole_shape`."""
         return (1,) if self.is_flat(name) else tuple(self.strides[position])
 
     def whole_of(self, name: str, flat: Tensor, position: int) -> Tensor:
-        """One parameter's values on the CPU, in its shape. flat: Masters, or a slot's values, of the whole bucket."""
+        """Return one parameter's values on the CPU. flat: Masters, or a slot's values, of the whole bucket."""
         slot, per_value = self.layout.param_slots[position], self.elements_per_value(name)
         begin = slot.offset // per_value
         own = flat[begin : begin + ceil_div(slot.numel, per_value)].to("cpu", copy=True)
         return own if self.is_flat(name) else self.shaped(own, position)
 
     def shard_values(self, name: str, position: int) -> tuple[slice, slice]:
-        """`shard_part` in values of a slot instead of elements."""
+        """Return `shard_part` in values of a slot instead of elements."""
         in_shard, in_param = self.shard_part(position)
         return self._values(name, in_shard.start, in_shard.stop), self._values(name, in_param.start, in_param.stop)
 
     def state_views(self, position: int) -> StateViews:
-        """One parameter's state, as views: in its shape on one rank, and of several this rank's part, flat."""
+        """Return views of one parameter's state: in its shape on one rank, with several ranks this rank's flat part."""
         views = {STEP: self.steps[position]}
         for name in (*self.state_slots, MASTER):
             in_shard, _ = self.shard_values(name, position)
@@ -332,5 +332,5 @@ class Bucket:
                 self.sharded(name)[in_shard].copy_(value[in_param])
 
     def num_state_bytes(self) -> int:
-        """Bytes of masters (none of their own for fp32 weights) and slots."""
+        """Return the bytes of masters (fp32 weights have no extra ones) and slots."""
         return sum(tensor.nbytes for tensor in self.state_tensors())

@@ -1,4 +1,4 @@
-"""A bucket's parameters as views of flat memory, and what others do to them."""
+"""A bucket's parameters as views of flat memory, and how others write or move them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pyzero.sharding.local_param import LocalParam, user_param
 
 
 def flatten(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """(numel,) elements of a tensor in the memory order of its slot's strides; a view where it has them."""
+    """Return a tensor's elements, (numel,), in the memory order of its slot's strides. A view if it has those."""
     if tensor.stride() != stride:
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def strides_in_slot(param: Tensor) -> tuple[int, ...]:
-    """The strides that a parameter has in flat memory: its own where it is dense, contiguous ones otherwise."""
+    """Return a parameter's strides in flat memory: its own if it is dense, otherwise contiguous ones."""
     return torch.empty_like(param.data, device="meta").stride()
 
 
 def conversion_error(param: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> TypeError:
-    """The error for a parameter that was converted or moved after the optimizer was built."""
+    """Make the error for a parameter that was converted or moved after the optimizer was built."""
 
     def spell(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> str:
         return f"{str(dtype).removeprefix('torch.')} on {device} of shape {tuple(shape)}"
@@ -49,11 +49,11 @@ def _shared_error(shape: Sequence[int]) -> ValueError:
 
 
 class FlatParams:
-    """Parameters whose `.data` lies in one flat tensor, and how the optimizer left each: versions, addresses, shapes.
+    """Parameters with `.data` in one flat tensor, and how the optimizer left each: versions, addresses, shapes.
 
     Args:
-        params: Of one dtype and device; their values move in.
-        slots: Where each goes.
+        params: Parameters of one dtype and device. Their values move in.
+        slots: The place of each.
         flat: The flat tensor.
     """
 
@@ -63,14 +63,14 @@ class FlatParams:
         self._flat = flat
         self._dtype, self._device = params[0].dtype, params[0].device
         self.shapes = [param.shape for param in params]
-        # Others may give a parameter other ones later on (channels_last); in here it keeps these.
+        # Callers may change a parameter's strides later (channels_last). In the flat tensor it keeps these.
         self.strides = [strides_in_slot(param) for param in params]
         self._layouts: object = None  # of all parameters when none had been moved
         self._versions = [0] * len(params)
         self._addresses = [0] * len(params)
         self._storages: list[StorageWeakRef | None] = [None] * len(params)
         self._has_locals = any(isinstance(param, LocalParam) for param in params)
-        for position, param in enumerate(params):  # its own memory is freed one parameter at a time
+        for position, param in enumerate(params):  # frees the old memory one parameter at a time
             self._take_in(position, param, param.data)
 
     def is_contiguous(self, position: int) -> bool:
@@ -80,11 +80,11 @@ class FlatParams:
     # ---- what others write ------------------------------------------------------------------------------------------
 
     def foreign_writes(self, every: bool = False) -> list[int]:
-        """Positions of parameters that others have written, or moved elsewhere; every: of all.
+        """Return the positions of parameters that others have written or moved. every: Return all.
 
         Raises:
             TypeError: One has another shape, dtype or device than when the optimizer was built.
-            ValueError: One moved, and somebody holds its memory, to which it would go back.
+            ValueError: One moved, and somebody holds the memory that it would go back to.
         """
         if not every and self._are_as_left():
             return []
@@ -105,7 +105,7 @@ class FlatParams:
         return found
 
     def _are_as_left(self) -> bool:
-        """Whether all parameters are as the optimizer left them, as far as a look at all of them tells."""
+        """Whether all parameters are as the optimizer left them, by one quick look at all of them."""
         params = self._params
         return [param._version for param in params] == self._versions and layouts_of(params) == self._layouts
 
@@ -113,26 +113,26 @@ class FlatParams:
         return param.data_ptr() != self._addresses[position] or param.stride() != self.strides[position]
 
     def _is_held(self, position: int, param: Tensor) -> bool:
-        """Whether others hold the memory that a parameter has left, and that its values are to go back to."""
+        """Whether others hold the memory that a parameter has left, and that its values would go back to."""
         left = self._storages[position]
         return left is not None and not left.expired() and left != StorageWeakRef(param.untyped_storage())
 
     def copy_into_flat(self, position: int) -> None:
-        """Have the flat tensor follow one that `foreign_writes` returned."""
+        """Make the flat tensor follow a parameter that `foreign_writes` returned."""
         param = self._params[position]
         if self._has_moved(position, param):
-            self._take_in(position, param, param.data.clone())  # it may be a view of the memory that it goes to
+            self._take_in(position, param, param.data.clone())  # cloned: it may be a view of its target
         self._versions[position] = param._version
 
     def _take_in(self, position: int, param: Tensor, values: Tensor) -> None:
         param.data = self._view(position, param).copy_(values)
         self._addresses[position] = param.data_ptr()
         self._versions[position] = param._version
-        if not isinstance(param, LocalParam):  # fully_shard's modules hold theirs too
+        if not isinstance(param, LocalParam):  # fully_shard's modules hold this memory too
             self._storages[position] = StorageWeakRef(param.untyped_storage())
 
     def _view(self, position: int, param: Tensor) -> Tensor:
-        """A parameter's slot as a tensor with a storage of its own: saving it saves nothing else of the bucket."""
+        """Return a parameter's slot with its own storage, so that saving it saves nothing else of the bucket."""
         slot, shape, strides = self._slots[position], self.shapes[position], self.strides[position]
         if not slot.numel:
             return torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -143,15 +143,15 @@ class FlatParams:
     # ---- what the optimizer writes ----------------------------------------------------------------------------------
 
     def note_written(self, position: int) -> None:
-        """Called when the optimizer has written one."""
+        """Note that the optimizer has written one parameter."""
         self._versions[position] = self._params[position]._version
 
     def note_all_written(self) -> None:
-        """Called when the optimizer has written them; none has been written since by anybody else."""
+        """Note that the optimizer has written all parameters, and nobody else has written one since."""
         self._versions = [param._version for param in self._params]
 
     def bump_versions(self, positions: Sequence[int] | None = None) -> None:
-        """Called when ops have written them, or those at `positions`: graphs that saved them notice."""
+        """Bump the versions of parameters that ops have written, so that graphs that saved them notice."""
         written = self._params if positions is None else [self._params[position] for position in positions]
         if written and self._has_locals:
             written = [*map(user_param, written), *(param.data for param in written if isinstance(param, LocalParam))]

@@ -1,4 +1,4 @@
-"""fully_shard's private records, in one file: what breaks with a new torch breaks here."""
+"""Access to fully_shard's private records, in one file, so that a new torch can break only this file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class FsdpParamUse(NamedTuple):
     """Where a parameter that fully_shard has sharded is used."""
 
     owner: Any  # the module that gathers it
-    module: nn.Module
-    name: str  # in that
-    record: Any  # torch's own
+    module: nn.Module  # the module that holds it
+    name: str  # in `module`
+    record: Any  # torch's record
 
 
 def _fsdp_records() -> Iterator[tuple[Any, Any]]:
-    """(module that gathers, torch's own record) of each parameter that fully_shard has sharded.
+    """Yield (module that gathers, torch's record) of each parameter that fully_shard has sharded.
 
-    By torch's own list of modules: the collector does not name objects of before `gc.freeze()`.
+    Reads torch's list of modules, because the collector does not list objects from before `gc.freeze()`.
     """
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule  # half a second
@@ -35,16 +35,16 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
 
 
 def fsdp_groups(module: Any) -> list[Any]:
-    """torch's own records of what one module of fully_shard gathers at once; none of another module."""
+    """Return torch's records of what one module of fully_shard gathers at once; empty for other modules."""
     if not hasattr(module, "_get_fsdp_state"):
         return []
     state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; 2.11 has one
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; 2.11 has only one group
     return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group]
 
 
 def find_fsdp_params() -> dict[Tensor, FsdpParamUse]:
-    """Where each parameter that fully_shard has sharded is used.
+    """Return where each parameter that fully_shard has sharded is used.
 
     Raises:
         RuntimeError: This torch keeps other records.
@@ -62,7 +62,7 @@ def find_fsdp_params() -> dict[Tensor, FsdpParamUse]:
 
 
 def find_left_whole(params: Iterable[Tensor]) -> dict[int, tuple[Tensor, FsdpParamUse]]:
-    """By id, those of these parameters that fully_shard has gathered: the shard of each, and where it is used."""
+    """Return the parameters among these that fully_shard has gathered: by id, the shard of each and its use."""
     wanted = {id(param) for param in params}
     uses = find_fsdp_params() if "torch.distributed.fsdp" in sys.modules else {}
     found = ((id(getattr(use.record, "_unsharded_param", None)), (shard, use)) for shard, use in uses.items())
@@ -70,15 +70,15 @@ def find_left_whole(params: Iterable[Tensor]) -> dict[int, tuple[Tensor, FsdpPar
 
 
 def fsdp_records(owner: Any) -> list[Any]:
-    """torch's own record of each parameter that one module of fully_shard gathers."""
+    """Return torch's record of each parameter that one module of fully_shard gathers."""
     return [record for group in fsdp_groups(owner) for record in group.fsdp_params]
 
 
 @contextmanager
 def whole_state_dicts(owners: Iterable[Any]) -> Iterator[None]:
-    """What these modules of fully_shard have gathered is in their state dicts, too: copies, for its memory is freed.
+    """A context in which these modules' state dicts have copies of the whole weights that fully_shard has gathered.
 
-    torch's hook, which reshards first, is taken out for as long. Nothing is sent: one rank may ask alone.
+    It removes torch's hook, which would reshard first. Nothing is sent, so one rank may use it alone.
     """
     handles: dict[Any, Any] = {}
     for owner in owners:
@@ -103,7 +103,7 @@ def _copy_own(module: nn.Module, state: dict[str, Any], prefix: str, local_metad
 
 @torch.no_grad()
 def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
-    """This rank's rows of parameters that fully_shard has made of meta tensors. shards: by name, unpadded."""
+    """Set this rank's rows of parameters that fully_shard made of meta tensors. shards: By name, unpadded."""
     params = dict(model.named_parameters(remove_duplicate=False))
     of_param = {params[name]: local for name, local in shards.items()}
     for module in model.modules():
@@ -113,11 +113,11 @@ def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
                 device = torch.device("cpu") if record.offload_to_cpu else record.device
                 local = record.to_sharded_dtensor(of_param[old].to(device))
                 record._setattr_on_modules(nn.Parameter(local, requires_grad=old.requires_grad))
-                record.reset_sharded_param()  # torch's own, which pads
+                record.reset_sharded_param()  # torch's method; it pads
 
 
 def reshard(model: nn.Module) -> None:
-    """Have fully_shard's modules hold shards again: after a forward without a backward some hold whole weights."""
+    """Make fully_shard's modules hold shards again. After a forward without a backward some hold whole weights."""
     module: Any
     for module in model.modules():
         if hasattr(module, "_get_fsdp_state"):
@@ -126,8 +126,8 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def without_gradient_sync(model: nn.Module) -> Iterator[None]:
-    """A context in which fully_shard's modules keep whole gradients in backward; the next one outside sends all."""
-    quieted: list[Any] = [  # without those that an enclosing context has quieted
+    """A context in which fully_shard's modules keep whole gradients. The next backward outside sends them."""
+    quieted: list[Any] = [  # without modules that an enclosing context has quieted
         module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
     ]
     for module in quieted:
@@ -148,7 +148,7 @@ def drop_unsent_gradients(model: nn.Module) -> None:
     """Drop the whole gradients that fully_shard's modules keep."""
     for record in _kept_gradients(model):
         record.unsharded_param.grad = None
-        if record.unsharded_accumulated_grad is not None:  # up to torch 2.14 it is no other name for .grad
+        if record.unsharded_accumulated_grad is not None:  # up to torch 2.14 not the same as .grad
             record.unsharded_accumulated_grad = None
 
 

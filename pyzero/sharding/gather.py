@@ -1,4 +1,4 @@
-"""One parameter's values, gathered from every rank's part."""
+"""Gather one parameter's values from every rank's part."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pyzero.sharding.buckets import Bucket
 
 
 def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, elements_per_value: int = 1) -> Tensor:
-    """The whole values of the parameter at `position`: (numel / elements_per_value,), rounded up. Collective.
+    """Return the whole values of the parameter at `position`: (numel / elements_per_value,), rounded up. Collective.
 
     Every rank sends as much as the largest part.
 
     Args:
         group: The ranks that hold the bucket.
         bucket: The bucket.
-        position: The parameter's in the bucket.
+        position: The parameter's position in the bucket.
         shard: (shard_numel / elements_per_value,) this rank's shard of the values.
         elements_per_value: 1, or GRANULE.
     """
@@ -31,13 +31,13 @@ def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, ele
 
 
 def part_lengths(num_ranks: int, bucket: Bucket, position: int, elements_per_value: int = 1) -> list[int]:
-    """How many values of the parameter at `position` each rank has."""
+    """Return how many values of the parameter at `position` each rank has."""
     bounds = (bucket.layout.overlap(bucket.layout.param_slots[position], rank) for rank in range(num_ranks))
     return [ceil_div(high - low, elements_per_value) for low, high in bounds]
 
 
 def gather_parts(group: Group, part: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(sum(lengths),): every rank's (lengths[rank],) part, in rank order. Collective."""
+    """Return every rank's (lengths[rank],) part, in rank order: (sum(lengths),). Collective."""
     padded = torch.nn.functional.pad(part, (0, max(lengths) - part.numel()))
     rows = group.gather_shards(padded, "the all-gather of a whole tensor").view(group.size, -1)
     return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])

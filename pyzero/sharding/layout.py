@@ -1,10 +1,10 @@
-"""The map from parameters to buckets and shards: integers only, no tensors, no communication.
+"""The map from parameters to buckets and shards: only integers, no tensors, no communication.
 
-A bucket is a flat run of parameters of one dtype and device, in the order in which backward is expected to finish their
-gradients. Inside it, parameters that share hyper-parameters lie side by side: a run. Each parameter starts at a
-multiple of `GRANULE` elements, so that matrix kernels see aligned weights. A bucket is padded until every rank's shard
-is a multiple of it too. Only this file decides where a shard is cut: at equal lengths whatever lies there, or between
-parameters for an update rule that needs them whole.
+A bucket is a flat sequence of parameters of one dtype and device, in the order in which backward is expected to finish
+their gradients. In it, parameters that share hyper-parameters lie side by side; they are a run. Each parameter starts
+at a multiple of `GRANULE` elements, so that matrix kernels see aligned weights. A bucket is padded until every rank's
+shard is a multiple of `GRANULE` too. Only this file decides where shards are cut: at equal lengths, or between
+parameters if the update rule needs them whole.
 """
 
 import math
@@ -31,15 +31,15 @@ _ONE_RANK_CAP_BYTES = 256 << 20
 
 
 def default_cap_mb(num_ranks: int, on_gpu: bool) -> float:
-    """MiB of weights in a bucket: 25; on GPUs 50 for 2 ranks, 100 for 8, 200 for 32, up to 800.
+    """Return the MiB of weights in a bucket: 25; on GPUs 50 for 2 ranks, 100 for 8, 200 for 32, up to 800.
 
-    A message is a bucket's part for one rank: its latency would outgrow its bytes (docs/scaling.md).
+    A message is a bucket's part for one rank. In small messages latency would dominate (docs/scaling.md).
     """
     return min(_CAP_MB * math.sqrt(2 * num_ranks), _MOST_CAP_MB) if on_gpu and num_ranks > 1 else _CAP_MB
 
 
 def cap_bytes(bucket_cap_mb: float | None, num_ranks: int, on_gpu: bool) -> int:
-    """Bytes of weights in a bucket. One rank sends nothing, and on a GPU fewer buckets mean fewer launches."""
+    """Return the bytes of weights in a bucket. At least 256 MiB on one GPU, where fewer buckets mean fewer launches."""
     asked = max(int((bucket_cap_mb or default_cap_mb(num_ranks, on_gpu)) * 2**20), 1)
     return max(asked, _ONE_RANK_CAP_BYTES) if num_ranks == 1 and on_gpu else asked
 
@@ -62,14 +62,14 @@ class RunKey(NamedTuple):
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What the layout must know of a parameter."""
+    """What the layout must know about a parameter."""
 
     number: int  # in the order of registration
     numel: int
     element_bytes: int
     key: Key  # only equal keys share a bucket
     run: RunKey = RunKey(0, True)
-    padded_numel: int = 0  # elements of memory that it needs, where they are more than `numel`
+    padded_numel: int = 0  # elements of memory that it needs, if more than `numel`
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ParamSlot:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours in a bucket that are updated and squared alike."""
+    """Neighbours in a bucket that are updated, and counted for the norm, in the same way."""
 
     key: RunKey
     begin: int  # elements of the bucket, multiples of GRANULE
@@ -116,11 +116,11 @@ class BucketLayout:
         return self.shard_numel * self.num_ranks
 
     def shard_bounds(self, rank: int) -> tuple[int, int]:
-        """[begin, end) of a rank's shard, in elements of the bucket."""
+        """Return [begin, end) of a rank's shard, in elements of the bucket."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def shard_runs(self, rank: int) -> list[ShardRun]:
-        """The runs that a rank's shard holds a part of."""
+        """Return the runs that a rank's shard holds a part of."""
         begin, end = self.shard_bounds(rank)
         clipped = [
             ShardRun(index, run.key, max(run.begin, begin) - begin, min(run.end, end) - begin)
@@ -134,18 +134,18 @@ class BucketLayout:
         return next(run.key.in_norm for run in self.runs if run.begin <= offset < run.end)
 
     def overlap(self, slot: ParamSlot, rank: int) -> tuple[int, int]:
-        """[begin, end) of the part of a parameter that a rank's shard holds, in elements of the parameter."""
+        """Return [begin, end) of the part of a parameter in a rank's shard, in elements of the parameter."""
         begin, end = self.shard_bounds(rank)
         low = min(max(begin - slot.offset, 0), slot.numel)
         high = min(max(end - slot.offset, 0), slot.numel)
         return low, high
 
     def slot_end(self, position: int) -> int:
-        """Where a parameter's slot ends, with the gap after it."""
+        """Return where a parameter's slot ends, with the gap after it."""
         return self.param_slots[position + 1].offset if position + 1 < len(self.param_slots) else self.numel
 
     def granule_owners(self, rank: int) -> list[tuple[int, int]]:
-        """Runs of (position of the slot, number of granules) over a rank's shard; a gap goes to the slot before."""
+        """Return (position of the slot, number of granules) along a rank's shard. A gap counts for the slot before."""
         begin, end = self.shard_bounds(rank)
         runs = []
         for position, slot in enumerate(self.param_slots):
@@ -156,12 +156,12 @@ class BucketLayout:
 
 
 def _size(spec: ParamSpec) -> int:
-    """Elements of its slot; an empty one has a slot of its own too."""
+    """Return the elements of a parameter's slot. An empty parameter has its own slot too."""
     return max(round_up(max(spec.numel, spec.padded_numel), GRANULE), GRANULE)
 
 
 def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
-    """One bucket of these parameters, which share a key; those of one run come to lie side by side."""
+    """Lay out one bucket of these parameters, which share a key. Those of one run lie side by side."""
     cut = specs[0].key.cut
     ordered = sorted(specs, key=lambda spec: spec.run)  # stable: the given order inside a run
     sizes = [_size(spec) for spec in ordered]
@@ -183,7 +183,7 @@ def lay_out(specs: Sequence[ParamSpec], num_ranks: int) -> BucketLayout:
 
 
 def _smallest_shard(sizes: Sequence[int], num_ranks: int, at_least: int) -> int:
-    """The shortest shard, a multiple of GRANULE, of which `num_ranks` hold these whole, in order."""
+    """Return the shortest shard, a multiple of GRANULE, with which `num_ranks` shards hold these whole, in order."""
 
     def fits(shard: int) -> bool:
         num_shards, left = 0, 0
@@ -206,19 +206,20 @@ def plan(
     num_ranks: int,
     arrival: Sequence[int] | None = None,
 ) -> list[BucketLayout]:
-    """Buckets of at most `bucket_cap_bytes` each (a larger parameter has one of its own), in launch order.
+    """Plan buckets of at most `bucket_cap_bytes` each (a larger parameter has its own bucket), in launch order.
 
-    Those cut between parameters may be larger: with room for the largest parameter on each rank, spread evenly.
+    Buckets that are cut between parameters may be larger: they have room for the largest parameter on each rank, and
+    spread the parameters evenly.
 
     Args:
         specs: The parameters.
-        bucket_cap_bytes: Of weights.
-        num_ranks: That a bucket is cut for.
-        arrival: Indices of the specs in the order in which backward is expected to finish their gradients; default:
-            the reverse of registration.
+        bucket_cap_bytes: Bytes of weights in a bucket.
+        num_ranks: Number of shards.
+        arrival: Numbers of the parameters in the order in which backward is expected to finish their gradients;
+            default: the reverse of registration.
 
-    Launch order is the order in which backward is expected to fill the buckets. It depends on nothing but the
-    arguments, so it is the same on all ranks.
+    Launch order is the order in which backward is expected to fill the buckets. It depends only on the arguments, so
+    it is the same on all ranks.
     """
     if arrival is None:
         arrival = sorted((spec.number for spec in specs), reverse=True)
@@ -251,7 +252,7 @@ def plan(
 
 
 def _cap(key: Key, specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks: int) -> int:
-    """Bytes of a bucket. Its shards are as long as the longest: of few whole parameters most would be padding."""
+    """Return a bucket's bytes. Shards are as long as the longest, so few whole parameters would be mostly padding."""
     if key.cut is Cut.ANYWHERE or num_ranks == 1:
         return bucket_cap_bytes
     largest = max(spec.numel * spec.element_bytes for spec in specs if spec.key == key)
@@ -259,7 +260,7 @@ def _cap(key: Key, specs: Sequence[ParamSpec], bucket_cap_bytes: int, num_ranks:
 
 
 def _spread(specs: Sequence[ParamSpec], num_ranks: int) -> list[ParamSpec]:
-    """Rank by rank: the largest first, each to the rank that has the fewest elements by then."""
+    """Return the parameters rank by rank. The largest is dealt first, each to the rank with the fewest elements."""
     shares: list[list[ParamSpec]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for spec in sorted(specs, key=lambda spec: -spec.numel):

@@ -1,7 +1,7 @@
-"""A DTensor parameter as this rank's plain tensor: memory, gradient and hooks are those of its local part.
+"""A DTensor parameter as this rank's plain tensor, with the memory, gradient and hooks of its local part.
 
-Buckets and gradients know plain tensors only. A LocalParam stands for a DTensor among them: what is read of it is read
-of the DTensor's local tensor, which FSDP or the caller may replace; what is put in its `.grad` goes to the DTensor's.
+Buckets and gradients know only plain tensors. A LocalParam stands for a DTensor there. Reading it reads the DTensor's
+local tensor, which FSDP or the caller may replace. Writing its `.grad` writes the DTensor's.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked without importing that, which takes half a second."""
+    """Whether it is a DTensor. Does not import DTensor, because that takes half a second."""
     return hasattr(tensor, "device_mesh")
 
 
 def user_param(param: Tensor) -> Tensor:
-    """The parameter that the caller knows: the DTensor that a LocalParam stands for, or the parameter itself."""
+    """Return the caller's parameter: the DTensor of a LocalParam, or the parameter itself."""
     return param.dtensor if isinstance(param, LocalParam) else param
 
 
 def local_of(tensor: Any) -> Tensor:
-    """A DTensor's local tensor, after pending collectives; any other tensor as it is."""
+    """Return a DTensor's local tensor, after pending collectives. Return any other tensor as it is."""
     local: Tensor = awaited(tensor._local_tensor if is_dtensor(tensor) else tensor)
     return local
 
 
 def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
-    """(shape, offsets) of this rank's part of a DTensor."""
+    """Return (shape, offsets) of this rank's part of a DTensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
@@ -43,7 +43,7 @@ def box_of(dtensor: Any) -> tuple[torch.Size, torch.Size]:
 
 
 def is_same_part(tensor: Any, ranks: Sequence[int]) -> bool:
-    """Whether these ranks, of which this is one, hold the same local tensor, as far as a DTensor's mesh tells."""
+    """Whether these ranks hold the same local tensor, as far as a DTensor's mesh tells. This rank is one of them."""
     if not is_dtensor(tensor):
         return True
     mesh = tensor.device_mesh.mesh
@@ -53,25 +53,25 @@ def is_same_part(tensor: Any, ranks: Sequence[int]) -> bool:
 
 
 def whole_of(value: Any) -> Any:
-    """The whole tensor of a DTensor: collective over its mesh. Anything else as it is."""
+    """Return the whole tensor of a DTensor; collective over its mesh. Return anything else as it is."""
     is_part = torch.is_tensor(value) and is_dtensor(value)
     return value.full_tensor() if is_part else value
 
 
 def awaited(tensor: Any) -> Any:
-    """The result of a functional collective, which a backward may give, as a tensor with memory; else as it is."""
+    """Wait for the result of a functional collective, which a backward may give. Return other tensors as they are."""
     return tensor.wait() if type(tensor).__name__ == "AsyncCollectiveTensor" else tensor
 
 
 def empty_on_host(tensor: Any) -> Tensor:
-    """torch.empty_like in host memory; for a DTensor, a DTensor of which this rank has the same part."""
+    """Return torch.empty_like in host memory. For a DTensor it is a DTensor with the same part on this rank."""
     if type(tensor).__name__ != "DTensor":
         return tensor.new_empty(tensor.shape, device="cpu")  # type: ignore[no-any-return]
     return _wrap(torch.empty_like(local_of(tensor), device="cpu"), tensor)
 
 
 def _wrap(local: Tensor, like: Any) -> DTensor:
-    """A tensor of the local shape as this rank's part of a DTensor placed as another is."""
+    """Wrap a tensor of the local shape as this rank's part of a DTensor with another's placement."""
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements
@@ -79,7 +79,7 @@ def _wrap(local: Tensor, like: Any) -> DTensor:
 
 
 def part_of(value: Any, param: Any) -> Tensor:
-    """This rank's part of a whole tensor, plain or a DTensor, for a parameter; a view where it can be one."""
+    """Return this rank's part of a whole tensor (plain or a DTensor) for a parameter. A view if possible."""
     if is_dtensor(value):
         if is_dtensor(param) and value.device_mesh == param.device_mesh:
             return local_of(value.redistribute(placements=param.placements))
@@ -96,21 +96,21 @@ class LocalParam(torch.Tensor):
 
     Attributes:
         dtensor: The DTensor.
-        padded_numel: Elements that its memory must hold, from its first on: FSDP sends shards of equal size, padded.
+        padded_numel: Elements that its memory must hold, because FSDP sends shards padded to equal size.
     """
 
     dtensor: DTensor
     padded_numel: int
     _fsdp: Any  # torch's record of a parameter that fully_shard has sharded
     _shown: Tensor | None  # a stand-in that was put in the DTensor's `.grad`
-    _inner: Tensor | None  # and what it stands for
+    _inner: Tensor | None  # the gradient that `_shown` stands for
     _parked: Tensor | None  # the sum so far, while backward adds to it
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(dtensor: Any, use: Any = None) -> LocalParam:
-        """Made for a DTensor. use: Its entry in fsdp.find_fsdp_params(), if it has one."""
+        """Make one for a DTensor. use: The DTensor's entry in fsdp.find_fsdp_params(), if it has one."""
         fsdp = None if use is None else use.record
         made: LocalParam = torch.Tensor._make_subclass(LocalParam, local_of(dtensor).detach())
         made.dtensor, made._fsdp = dtensor, fsdp
@@ -132,13 +132,13 @@ class LocalParam(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        """Replace the local tensor by one over `padded_numel` elements; FSDP reads weights there from now on."""
+        """Replace the local tensor by one over `padded_numel` elements. FSDP reads weights there from now on."""
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.dtensor._local_tensor = value
         if self._fsdp is not None and value.numel():
             self._fsdp._sharded_param_data = value.as_strided((self.padded_numel,), (1,))
 
-    # torch's own attributes would describe the memory that the tensor was made over.
+    # torch's own attributes would describe the memory at construction.
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
     device = property(lambda self: self.data.device)
@@ -157,7 +157,7 @@ class LocalParam(torch.Tensor):
 
     @property
     def grad(self) -> Tensor | None:
-        """This rank's part of the DTensor's gradient, placed as the parameter is; or what was put there."""
+        """This rank's part of the DTensor's gradient, in the parameter's placement, or the tensor put there."""
         shown: Any = self.dtensor.grad
         if shown is None:
             self._shown = self._inner = None
@@ -184,19 +184,19 @@ class LocalParam(torch.Tensor):
         self.dtensor.grad = shown
 
     def wrap(self, local: Tensor) -> DTensor:
-        """A tensor of the local shape as this rank's part of a DTensor placed as the parameter is."""
+        """Wrap a tensor of the local shape as this rank's part of a DTensor with the parameter's placement."""
         return _wrap(local, self.dtensor)
 
     def park(self) -> None:
-        """Called before backward adds to `.grad`: a ShardedGrad, to which nothing can be added, moves aside."""
+        """Called before backward adds to `.grad`. Move a ShardedGrad aside, because nothing can be added to it."""
         self._parked = None
         if isinstance(self.dtensor.grad, ShardedGrad):
             self._parked, self.grad = self.grad, None
 
     def unpark(self) -> None:
-        """Called after backward has added: put the gradient back, and add the new one to it."""
+        """Called after backward has added. Put the gradient back, and add the new one to it."""
         parked, self._parked = self._parked, None
         arrived = self.grad
-        if parked is not None and arrived is not None:  # it has gone where a backward broke off, and was cleared
+        if parked is not None and arrived is not None:  # None: a backward broke off, and `.grad` was cleared
             parked.as_subclass(torch.Tensor).add_(arrived)
             self.grad = parked

@@ -1,7 +1,7 @@
-"""DTensors in `.grad` of parameters that lie on several meshes, or on none: their norms are plain numbers.
+"""Make the norms of DTensors in `.grad` plain tensors, if parameters lie on several meshes, or some on none.
 
-torch.nn.utils.clip_grad_norm_ stacks the norms of all gradients, which torch refuses of DTensors on two meshes, and of
-DTensors beside tensors. Stage 3 with tensor parallelism has the former, tensor parallelism alone the latter.
+torch.nn.utils.clip_grad_norm_ stacks the norms of all gradients. torch cannot stack DTensors on two meshes (stage 3
+with tensor parallelism), nor DTensors and plain tensors (tensor parallelism alone).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def are_on_one_mesh(params: Sequence[Tensor]) -> bool:
 
 
 def make_norms_plain(grad: Any) -> None:
-    """Have a DTensor's norms be those of the whole gradient, as plain tensors: collective over its mesh."""
+    """Make a DTensor's norms those of the whole gradient, as plain tensors. They are collective over its mesh."""
     if is_dtensor(grad) and type(grad).__name__ == "DTensor":
         kind: Any = type(grad)
         grad.__class__ = _normed(kind)
@@ -57,7 +57,7 @@ def _normed(kind: Any) -> Any:
 
 
 def _largest(grad: Any) -> Tensor:
-    """0-D: torch has no largest value of a part without elements, as a rank may have of few rows."""
+    """Return the largest magnitude, 0-D. torch has none for an empty part, which a rank may have of few rows."""
     from torch.distributed.tensor import DTensor, Partial
 
     if any(placement.is_partial() for placement in grad.placements):

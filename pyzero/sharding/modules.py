@@ -1,6 +1,6 @@
-"""Modules that hold an optimizer's parameters: found among all living objects, as a parameter does not know them.
+"""Finds modules that hold an optimizer's parameters among all living objects, because a parameter does not know them.
 
-A search looks at every object of the process, some 0.1 s for a million: at construction, never in a step.
+A search looks at every object of the process, some 0.1 s for a million. It runs at construction, never in a step.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 def living(kind: type) -> list[Any]:
-    """Every living object of this class or a subclass."""
-    of_kind: dict[int, bool] = {}  # by id of the class: a class with a metaclass of its own may not be hashable
+    """Return every living object of this class or a subclass."""
+    of_kind: dict[int, bool] = {}  # by id of the class, because a class with its own metaclass may not be hashable
     found = []
     for candidate in gc.get_objects():
-        cls = type(candidate)  # not isinstance(), which would run properties of proxies
+        cls = type(candidate)  # not isinstance(): it would run properties of proxies
         matches = of_kind.get(id(cls))
         if matches is None:
             matches = of_kind[id(cls)] = any(base is kind for base in cls.__mro__)
@@ -29,12 +29,12 @@ def living(kind: type) -> list[Any]:
 
 
 def _living_modules(kind: type) -> list[Any]:
-    """Every living module of this class or a subclass, once its constructor has run."""
+    """Return every living module of this class or a subclass whose constructor has run."""
     return [module for module in living(kind) if "_parameters" in module.__dict__ and "_modules" in module.__dict__]
 
 
 def _submodules(root: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
-    """The module and all below it, without calling what a subclass may have overridden."""
+    """Yield the module and all below it. Calls no method, because a subclass may have overridden it."""
     waiting = [root]
     while waiting:
         module = waiting.pop()
@@ -55,7 +55,7 @@ def _held(module: nn.Module, params: Collection[Tensor]) -> bool:
 
 
 def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
-    """The class name of a DistributedDataParallel module that holds one of these parameters, or None."""
+    """Return the class name of the module in a DistributedDataParallel that holds one of these parameters, or None."""
     for wrapper in _living_modules(DistributedDataParallel):
         if _held(wrapper, params):
             return type(wrapper.__dict__["_modules"].get("module")).__name__
@@ -63,7 +63,7 @@ def find_ddp_wrapper(params: Collection[Tensor]) -> str | None:
 
 
 def find_roots(params: Collection[Tensor]) -> list[nn.Module]:
-    """The outermost modules that hold one of these parameters, in no particular order."""
+    """Return the outermost modules that hold one of these parameters, in no particular order."""
     everyone = _living_modules(nn.Module)
     holders = [module for module in everyone if _holds_directly(module, params)]
     parents: dict[int, list[nn.Module]] = {}
@@ -90,7 +90,7 @@ def _holds_directly(module: nn.Module, params: Collection[Tensor]) -> bool:
 
 
 def replaced_in_forward() -> set[int]:
-    """Ids of the tensors that torch.nn.utils.spectral_norm lets stand for a weight until the next forward."""
+    """Return the ids of the tensors that torch.nn.utils.spectral_norm uses as weights until the next forward."""
     hooked = ((module, hook) for module in _living_modules(nn.Module) for hook in _pre_hooks(module))
     return {id(module.__dict__.get(hook.name)) for module, hook in hooked if isinstance(hook, SpectralNorm)}
 
@@ -100,12 +100,12 @@ def _pre_hooks(module: nn.Module) -> list[Any]:
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters, then its buffers, by name in the order of registration; each once."""
+    """Return a module's parameters, then its buffers, by name in the order of registration, each once."""
     return {**dict(root.named_parameters()), **dict(root.named_buffers())}
 
 
 def names_of(roots: Iterable[nn.Module]) -> dict[Tensor, list[str]]:
-    """Parameters of these modules, with the name that each of them has for it."""
+    """Return the parameters of these modules, each with its name in each module."""
     names: dict[Tensor, list[str]] = {}
     for root in roots:
         for name, param in root.named_parameters():
@@ -114,7 +114,7 @@ def names_of(roots: Iterable[nn.Module]) -> dict[Tensor, list[str]]:
 
 
 def order_of(positions: dict[Tensor, int], roots: Iterable[nn.Module]) -> list[int] | None:
-    """The order in which one module registers all parameters, which their groups may have mixed up, or None."""
+    """Return the positions in the order in which one module registers all parameters; None if no module has all."""
     for root in roots:
         order = [positions[param] for param in root.parameters() if param in positions]
         if len(order) == len(positions):

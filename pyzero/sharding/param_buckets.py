@@ -1,4 +1,4 @@
-"""Which bucket each parameter lies in: the same on all ranks, planned again once the order of gradients is known."""
+"""Which bucket each parameter lies in. All ranks have the same plan, made again once gradients' order is known."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PlacementOptions:
 
     bucket_cap_bytes: int  # largest bytes of weights in a bucket
     reduces: bool  # the optimizer averages gradients over ranks
-    init_sync: bool  # make weights, frozen parameters and buffers what they are on rank 0
+    init_sync: bool  # copy rank 0's weights, frozen parameters and buffers to all ranks
     cpu_offload: bool  # see Bucket
 
 
@@ -41,18 +41,18 @@ class Location(NamedTuple):
     """Where a parameter lies."""
 
     bucket: Bucket
-    position: int  # in it
+    position: int  # in the bucket
 
 
 class ParamBuckets:
-    """The buckets of an optimizer, and the parameters in them. A parameter keeps its number whatever bucket it lies in.
+    """The buckets of an optimizer, and the parameters in them. A parameter keeps its number in whatever bucket.
 
     Args:
-        rules: The update rule of each parameter group; the optimizer appends to it.
+        rules: The update rule of each parameter group. The optimizer appends to it.
         device: Where parameters must lie.
         group: The ranks that share the state.
         transport: Gives memory for weights.
-        state: The optimizer's `state`, which shows this rank's part of each parameter's.
+        state: The optimizer's `state`. It shows this rank's part of each parameter's state.
         in_norm: Whether a parameter counts for the norm on this rank.
         options: How parameters are placed.
         logs: Whether this rank logs what is the same on all.
@@ -72,13 +72,13 @@ class ParamBuckets:
         self.buckets: list[Bucket] = []  # in launch order
         self.params: list[Tensor] = []  # by number
         self.specs: list[ParamSpec] = []  # by number
-        self.locations: dict[Tensor, Location] = {}  # by parameter as the groups have it
+        self.locations: dict[Tensor, Location] = {}  # by the groups' parameter (not a LocalParam)
         # (num_params,) fp32: applied steps, bucket by bucket
         self.steps = torch.empty(0, dtype=torch.float32, device=device)
         self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
         self._fsdp_modules: list[weakref.ref[Any]] = []  # the fully_shard modules that gather these parameters
         self._placed_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were found in place
-        self._views: dict[Tensor, StateViews] = {}  # the entries of `state` that are ours
+        self._views: dict[Tensor, StateViews] = {}  # our entries of `state`
         self._views_ids: list[int] = []
         self.has_stepped = False
         self._rules = rules
@@ -89,19 +89,19 @@ class ParamBuckets:
         self._in_norm = in_norm
         self._options = options
         self._logs = logs
-        self._synced: set[Tensor] = set()  # frozen parameters that are rank 0's
-        self._module_names: dict[Tensor, list[str]] = {}  # over several ranks: each parameter's in modules
+        self._synced: set[Tensor] = set()  # frozen parameters that have rank 0's values
+        self._module_names: dict[Tensor, list[str]] = {}  # each parameter's names in modules, with several ranks
 
     def unplaced(
         self, param_groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], with_grads: bool
     ) -> list[int]:
-        """Indices of groups with trained parameters that lie in no bucket, as they were frozen so far.
+        """Return the indices of groups with trained parameters in no bucket, because they were frozen so far.
 
-        state: The optimizer's, as it is now.
-        with_grads: A frozen one with a `.grad` is trained too, as torch's optimizers do not look at requires_grad.
+        state: The optimizer's present state.
+        with_grads: Count a frozen parameter with a `.grad` as trained: torch's optimizers ignore requires_grad.
 
         Raises:
-            ValueError: Parameters were taken out of their groups, or their state was taken out or replaced, by hand.
+            ValueError: The caller took parameters out of their groups, or took out or replaced their state.
         """
         ids = [list(map(id, group["params"])) for group in param_groups]
         is_shown = state is self._state and list(map(id, state.values())) == self._views_ids
@@ -131,14 +131,14 @@ class ParamBuckets:
                 "expected optimizer.state with the entries that show this rank's shards, got others assigned; write "
                 "into them (optimizer.state[p].update(values)), or use optimizer.set_full_state(p, values)"
             )
-        is_all = len(self.params) == sum(map(len, ids))  # no parameter is frozen, which may change
+        is_all = len(self.params) == sum(map(len, ids))  # no frozen parameter that could be unfrozen
         self._placed_ids = ids if is_all else None
         return sorted(found)
 
     # ---- weights and masters ----------------------------------------------------------------------------------------
 
     def follow_weights(self, every: bool = False, keep_masters: Collection[Tensor] = ()) -> None:
-        """Have masters follow weights that others have written, or raise for all.
+        """Make masters follow weights that others have written. If one cannot, raise before any is changed.
 
         keep_masters: See Bucket.refresh_masters.
         """
@@ -153,9 +153,9 @@ class ParamBuckets:
                 log.info("%d parameters were written outside the optimizer; their masters follow", num_written)
 
     def _tell_of_shared_memory(self, params: Iterable[Tensor]) -> None:
-        """Warn before weights move out of what share_memory() made, for other processes see no later step.
+        """Warn before weights move out of share_memory()'s memory, because other processes see no later step.
 
-        Over several ranks it is mp.spawn's own doing, which has handed them one model.
+        Not with several ranks: there mp.spawn has shared the model that it was given.
         """
         if self._group.size == 1 and self._device.type == "cpu" and any(param.data.is_shared() for param in params):
             log.warning(
@@ -165,7 +165,7 @@ class ParamBuckets:
             )
 
     def finish_weight_write(self, used: Sequence[bool] | None = None) -> None:
-        """Called when the optimizer has written weights. Two passes: views of one tensor share a version counter."""
+        """Note that the optimizer has written weights. In two passes, because views share a version counter."""
         some = None if used is None or all(used) else used
         for bucket in self.buckets:
             positions = None if some is None else [at for at, number in enumerate(bucket.numbers) if some[number]]
@@ -175,14 +175,14 @@ class ParamBuckets:
         self._reshard()
 
     def _reshard(self) -> None:
-        """Drop what fully_shard has gathered before, as a forward without a backward leaves it: it is out of date."""
+        """Drop outdated whole weights of fully_shard, which a forward without a backward leaves behind."""
         for ref in self._fsdp_modules:
             module = ref()
             if module is not None:
                 module.reshard()
 
     def publish_masters(self) -> None:
-        """Make the weights on all ranks what the masters say. Collective."""
+        """Write the masters to the weights of all ranks. Collective."""
         gathers = []
         for bucket in self.buckets:
             if not bucket.is_master:
@@ -195,11 +195,11 @@ class ParamBuckets:
     # ---- placement --------------------------------------------------------------------------------------------------
 
     def rule_of(self, param: Tensor) -> UpdateRule:
-        """A parameter's update rule."""
+        """Return a parameter's update rule."""
         return self._rules[self._group_of[param]]
 
     def shapes_of(self, param: Tensor) -> dict[str, torch.Size]:
-        """Whole shapes of a parameter's master and of its rule's slots."""
+        """Return the whole shapes of a parameter's master and of its rule's slots."""
         slots = self.rule_of(param).slots
         flat = {slot.name: torch.Size([ceil_div(param.numel(), slot.elements_per_value)]) for slot in slots}
         per_element = {slot.name: param.shape for slot in slots if slot.elements_per_value == 1}
@@ -208,10 +208,10 @@ class ParamBuckets:
     def add(
         self, param_groups: Sequence[dict[str, Any]], indices: Iterable[int], with_grads: bool = False
     ) -> list[Bucket]:
-        """New buckets for these groups' trained parameters, which move in. Collective. with_grads: See `unplaced`.
+        """Move these groups' trained parameters into new buckets. Collective. with_grads: See `unplaced`.
 
         Raises:
-            ValueError: Ranks have other parameters, or one lies on another device, or over one memory with another
+            ValueError: Ranks have different parameters, or one lies on another device, or shares memory with another
                 tensor of its model.
         """
         first = len(self.params)
@@ -243,7 +243,7 @@ class ParamBuckets:
                 self._group.broadcast(bucket.flat)
             bucket.masters_from_weights()
         steps = self._new_steps([*self.buckets, *made])
-        # Nothing is allocated from here on: where memory ended before, the next call finds all as it was.
+        # Nothing is allocated after this. If memory ran out before, the next call finds everything unchanged.
         self.params, self.specs = params, specs
         owners = dict.fromkeys(fsdp[user_param(param)].owner for param in params[first:] if user_param(param) in fsdp)
         self._fsdp_modules += map(weakref.ref, owners)
@@ -259,7 +259,7 @@ class ParamBuckets:
         fsdp: Mapping[Tensor, FsdpParamUse],
         with_grads: bool,
     ) -> tuple[list[Tensor], list[ParamSpec], dict[Tensor, int]]:
-        """Trained parameters of these groups in no bucket, with their specs; frozen ones not yet rank 0's, by group."""
+        """Return trained parameters in no bucket, their specs, and (by group) frozen ones without rank 0's values."""
         params: list[Tensor] = []
         specs: list[ParamSpec] = []
         frozen: dict[Tensor, int] = {}
@@ -284,7 +284,7 @@ class ParamBuckets:
         return params, specs, frozen
 
     def _find_roots(self, joining: set[Tensor]) -> list[nn.Module]:
-        """Modules that hold parameters that join, for the first ones or what is new among them; learns their names."""
+        """Return the modules of joining parameters, and learn their names. Empty on one rank, or if all are known."""
         if self._group.size == 1 or (self.params and joining <= self._module_names.keys()):
             return []
         roots = modules.find_roots(joining)
@@ -300,7 +300,7 @@ class ParamBuckets:
         frozen: Mapping[Tensor, int],
         order: list[int] | None,
     ) -> list[int] | None:
-        """Raise where ranks have other parameters; returns rank 0's `order`."""
+        """Raise if ranks have different parameters. Return rank 0's `order`."""
         if self._group.size == 1:
             return order
         named = (zip(group["params"], group.get("param_names", ()), strict=False) for group in param_groups)
@@ -315,8 +315,8 @@ class ParamBuckets:
         return agree_on_params(self._group, Joining(trained, untrained, order))
 
     def _sync_others(self, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
-        """Once for each: a parameter may be unfrozen between a forward and its backward, whose graph has the others."""
-        is_first = not self.params and not self._synced  # the same on all ranks, which roots are not
+        """Copy rank 0's frozen parameters and buffers, each once: later, a graph may have saved them for backward."""
+        is_first = not self.params and not self._synced  # the same on all ranks; `roots` may differ
         if is_first or frozen:
             _sync_module_states(self._group, roots if is_first else [], frozen, ours)
         self._synced.update(frozen)
@@ -324,7 +324,7 @@ class ParamBuckets:
     def _make(
         self, layout: BucketLayout, index: int, every_param: Sequence[Tensor], every_spec: Sequence[ParamSpec]
     ) -> Bucket:
-        """A bucket, into which its parameters move. every_param, every_spec: By number."""
+        """Make a bucket, and move its parameters into it. every_param, every_spec: By number."""
         numbers = [slot.number for slot in layout.param_slots]
         params = [every_param[number] for number in numbers]
         rule = self._rules[every_spec[numbers[0]].run.group_index]
@@ -332,11 +332,11 @@ class ParamBuckets:
         return Bucket(layout, params, numbers, index, self._group.rank, rule, weights, self._options.cpu_offload)
 
     def _new_steps(self, buckets: Sequence[Bucket]) -> Tensor:
-        """(num_params,) fp32: room for the step counts of all these."""
+        """Return room for the step counts of all these buckets: (num_params,) fp32."""
         return torch.empty(sum(len(b.numbers) for b in buckets), dtype=torch.float32, device=buckets[0].device)
 
     def _join_steps(self, steps: Tensor) -> None:
-        """Have the step counts of all buckets lie in `steps`, as a step counts them in one launch; show all state."""
+        """Put the step counts of all buckets into `steps`, because a step counts in one launch, and show all state."""
         self.steps = steps
         counts = [len(bucket.numbers) for bucket in self.buckets]
         for bucket, own in zip(self.buckets, steps.split(counts), strict=True):
@@ -355,7 +355,7 @@ class ParamBuckets:
             self._state[user_param(param)] = bucket.state_views(position)
 
     def plan_by_arrival(self, arrival: Sequence[int]) -> list[BucketLayout] | None:
-        """Buckets in the order in which rank 0's gradients came; None where none came. Collective.
+        """Plan buckets in the order in which rank 0's gradients came. None if none came. Collective.
 
         Args:
             arrival: Numbers of the parameters, in this rank's order.
@@ -368,11 +368,11 @@ class ParamBuckets:
         return plan(self.specs, self._options.bucket_cap_bytes, self._group.size, [*seen, *rest])
 
     def move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> bool:
-        """Move weights and state into other buckets of the same parameters; returns whether any moved. Collective.
+        """Move weights and state into other buckets of the same parameters. Return whether any moved. Collective.
 
-        New buckets are made one by one, and old ones let go as soon as they are empty.
+        New buckets are made one by one, and old ones freed as soon as they are empty.
 
-        keeps_state: False where the caller writes all state afterwards.
+        keeps_state: False if the caller writes all state afterwards.
         """
         if [layout.param_slots for layout in layouts] == [bucket.layout.param_slots for bucket in self.buckets]:
             return False
@@ -384,7 +384,7 @@ class ParamBuckets:
         for index, layout in enumerate(layouts):
             bucket = self._make(layout, index, self.params, self.specs)
             bucket.masters_from_weights()
-            self._show_state(bucket)  # not the old one's, whose memory is to be let go
+            self._show_state(bucket)  # instead of the old bucket's, so that its memory can be freed
             self.buckets.append(bucket)
             self.locations.update(
                 {user_param(param): Location(bucket, position) for position, param in enumerate(bucket.params)}
@@ -400,9 +400,9 @@ class ParamBuckets:
         return True
 
     def _is_fresh(self) -> bool:
-        """Whether nobody can have written state yet: masters are the weights, the rule's slots zero. Collective.
+        """Whether nobody can have written state yet, so masters equal weights and slots are zero. Collective.
 
-        Decided without a look at the values, for which the host would wait for the device.
+        It does not look at the values, because the host would wait for the device.
         """
         was_read = any(views.was_read for views in self._views.values())
         written = self.has_stepped or was_read or any(bucket.state_was_written() for bucket in self.buckets)
@@ -427,7 +427,7 @@ def _is_trained(param: Tensor, with_grads: bool) -> bool:
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Modules that only some ranks have, or have twice, are left alone; so are sparse tensors and DTensors of other parts.
+    Leave alone modules that only some ranks have, or that one has twice, sparse tensors and DTensors of other parts.
     """
     ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}

@@ -1,6 +1,7 @@
-"""State dicts, out of the buckets and into them.
+"""Make state dicts from buckets, and load them into buckets.
 
-`state_dict()` gives this rank's parts, for as many ranks; whole state, ours or a torch optimizer's, fits any number.
+`state_dict()` has this rank's parts, and loads on as many ranks. Whole state, pyzero's or a torch optimizer's, loads on
+any number.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from pyzero.sharding.param_buckets import ParamBuckets
 
 log = logging.getLogger("pyzero")
 
-# Keys in the first parameter group: torch.distributed.checkpoint's helpers drop what lies beside groups and state.
-# STEPS is in a full state dict: which steps its masters are of; torch leaves both as they are.
+# Keys in the first parameter group, because torch.distributed.checkpoint's helpers drop keys beside groups and state.
+# STEPS is in a full state dict: the step count of each master. torch leaves masters and STEPS unchanged.
 ZERO, SCALER, RULE, STEPS = RESERVED
 
 
 def describe(
     rank: int, num_ranks: int, buckets: Sequence[Bucket], param_ids: dict[Tensor, int], has_learned: bool
 ) -> str:
-    """Which rank's a state dict is, and which buckets its parts are cut from; a string, which helpers leave whole.
+    """Describe the rank of a state dict, and the buckets that its parts are cut from. A string: helpers keep it whole.
 
-    param_ids: A state dict's, which do not depend on when parameters were unfrozen.
+    param_ids: Numbers as in a state dict, which do not depend on when parameters were unfrozen.
     """
     cut = [[param_ids[user_param(param)] for param in bucket.params] for bucket in buckets]
     tensors = [[_tensor(bucket, at, num_ranks) for at in range(len(bucket.params))] for bucket in buckets]
@@ -48,26 +49,26 @@ def describe(
 
 
 def _tensor(bucket: Bucket, position: int, num_ranks: int) -> list[Any]:
-    """[shape, stride] of what the parts of a parameter are cut from, and where that lies in a DTensor."""
+    """Return [shape, stride] of the tensor that a parameter's parts are cut from, and its offsets in a DTensor."""
     param = bucket.params[position]
-    is_part = isinstance(param, LocalParam) and num_ranks > 1  # one rank has no parts of that
+    is_part = isinstance(param, LocalParam) and num_ranks > 1  # one rank has no parts
     offsets = [[*box_of(user_param(param))[1]]] if is_part else []
     return [[*bucket.flat_params.shapes[position]], [*bucket.strides[position]], *offsets]
 
 
 def note_master_steps(group: dict[str, Any], steps: list[float]) -> None:
-    """Say in the first group of a full state dict which steps its masters are of, by param_id; -1: none."""
+    """Note in the first group of a full state dict the step count of each master, by param_id; -1: no state."""
     group[STEPS] = json.dumps(steps)
 
 
 def _notes(group: dict[str, Any]) -> dict[str, Any]:
-    """What was noted in the first group; nothing in a torch optimizer's, where a caller may use these names."""
+    """Return the notes in the first group. Empty for a torch optimizer's, where a caller may use these names."""
     is_ours = isinstance(group.get(SCALER), Tensor) or isinstance(group.get(ZERO), str)
     return {key: group[key] for key in RESERVED if is_ours and key in group}
 
 
 def _master_steps(group: dict[str, Any]) -> list[float]:
-    """What `note_master_steps` has noted; empty where nothing is known."""
+    """Return what `note_master_steps` has noted; empty if there is none."""
     try:
         steps = json.loads(group.get(STEPS, "[]"))
         return [float(step) for step in steps]
@@ -76,7 +77,7 @@ def _master_steps(group: dict[str, Any]) -> list[float]:
 
 
 def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: ParamBuckets, group: Group) -> None:
-    """Give the tensors of a torch state dict the parameters' shapes: over several ranks they become ShardedStates."""
+    """Give the tensors of a torch state dict the parameters' shapes. With several ranks they become ShardedStates."""
     origin, same_params = state_dict["param_groups"][0][ZERO], optimizer.same_params
     locations = param_buckets.locations
     for live, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
@@ -93,7 +94,7 @@ def export_state(optimizer: Any, state_dict: dict[str, Any], param_buckets: Para
 def _shaped(
     name: str, local: Tensor, bucket: Bucket, position: int, group: Group, origin: str, same_params: bool
 ) -> Tensor:
-    """This rank's part of a parameter's state as a part of the whole tensor; the same memory."""
+    """Return this rank's part of a parameter's state as a part of the whole tensor, over the same memory."""
     if name == STEP:
         return local
     shape, param = bucket.whole_shape(name, position), bucket.params[position]
@@ -102,7 +103,7 @@ def _shaped(
         own = local.view(shape) if bucket.is_flat(name) else bucket.shaped(local, position)
         if not is_part:
             return own
-        # In a storage of its own: a DTensor says its offset in one as data_ptr(), which torch's staging takes for one.
+        # In its own storage: data_ptr() of a DTensor is its offset there, which torch's staging takes for an address.
         own = memory.alias(own) if own.storage_offset() else own
         return param.wrap(own)  # type: ignore[attr-defined,no-any-return]
     from pyzero.sharding.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
@@ -122,19 +123,19 @@ def _shaped(
 
 @dataclass
 class SavedParam:
-    """What a state dict holds of one parameter: each value whole, or this rank's part of it."""
+    """One parameter's values in a state dict: each whole, or this rank's part of it."""
 
     param: Tensor
-    whole: dict[str, Any] = field(default_factory=dict)  # the step too
+    whole: dict[str, Any] = field(default_factory=dict)  # with the step
     parts: dict[str, Tensor] = field(default_factory=dict)  # flat
-    stride: tuple[int, ...] | None = None  # in whose memory order the parts are; None: in the parameter's
+    stride: tuple[int, ...] | None = None  # strides for the parts' memory order; None: the parameter's
 
     def forget_old_master(self, step: float, view: Tensor) -> bool:
-        """Drop a stale master: torch's optimizers carry it along unchanged while the state's step count moves on.
+        """Drop a stale master. torch's optimizers keep it unchanged while the state's step count grows.
 
         Args:
             step: The step count at which the master was saved; negative: unknown.
-            view: The optimizer's own master. One that lies there is kept: a checkpoint was read into it in place.
+            view: The optimizer's own master. If the value is this memory, keep it: a checkpoint was read into it.
 
         Returns:
             Whether it was dropped.
@@ -154,11 +155,11 @@ class SavedCut(NamedTuple):
     """The buckets that the parts of all ranks were cut from."""
 
     buckets: list[list[int]]  # param_ids: positions in all groups, one after the other
-    has_learned: bool  # in the order of arrival
-    tensors: list[list[list[Any]]] | None  # see _tensor(); None: saved before these were
+    has_learned: bool  # the buckets are in the order of arrival
+    tensors: list[list[list[Any]]] | None  # see _tensor(); None: saved by a version without it
 
     def layouts(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> list[BucketLayout]:
-        """The buckets' layouts on so many ranks.
+        """Return the buckets' layouts on `num_ranks` ranks.
 
         Raises:
             ValueError: Other parameters are trained now, or in other dtypes.
@@ -179,10 +180,10 @@ class SavedCut(NamedTuple):
         return [lay_out(bucket, num_ranks) for bucket in members]
 
     def strides(self, optimizer: Optimizer, param_buckets: ParamBuckets, num_ranks: int) -> dict[int, tuple[int, ...]]:
-        """The saved strides of parameters that lie in another memory order now, by param_id.
+        """Return the saved strides of parameters that have another memory order now, by param_id.
 
         Raises:
-            ValueError: One has another shape now, or is another part of a DTensor.
+            ValueError: A parameter has another shape now, or is another part of a DTensor.
         """
         params = [param for group in optimizer.param_groups for param in group["params"]]
         found = {}
@@ -205,16 +206,16 @@ class Summary(NamedTuple):
     """What one rank's state dict must have in common with the others'."""
 
     steps: list[float]  # of each parameter
-    cut: SavedCut | None  # None: whole tensors, as are those of which all parts lie on one rank there
+    cut: SavedCut | None  # None: only whole tensors; a part with all of its tensor counts as whole
     loss_scale: float | None
-    reordered: list[int]  # param_ids of those whose parts lie in another memory order
+    reordered: list[int]  # param_ids of parts in another memory order
 
 
 def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
-    """The cut that all ranks' state dicts have in common; None where they hold whole tensors alone.
+    """Return the cut that all ranks' state dicts have in common; None if they hold only whole tensors.
 
     Raises:
-        ValueError: They were saved at different times, or cut in different ways, or have other loss scales.
+        ValueError: They were saved at different times, were cut in different ways, or have different loss scales.
     """
     cuts = [summary.cut for summary in summaries]
     first = next((rank for rank, cut in enumerate(cuts) if cut is not None), 0)
@@ -236,9 +237,9 @@ def agreed_cut(summaries: Sequence[Summary]) -> SavedCut | None:
 
 @dataclass
 class RankState:
-    """A state dict that has been found to fit."""
+    """A state dict that fits the optimizer."""
 
-    cut: SavedCut | None  # that its parts are of; None: whole tensors
+    cut: SavedCut | None  # the cut of its parts; None: whole tensors
     is_ours: bool
     params: list[SavedParam]
     param_ids: list[int]  # of these
@@ -290,16 +291,16 @@ class RankState:
         return RankState(cut, ZERO in notes, found, param_ids, saved_groups, notes.get(SCALER))
 
     def summary(self) -> Summary:
-        """For agreed_cut()."""
+        """Return this rank's summary, for agreed_cut()."""
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
         scale = None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")])
         reordered = [at for at, saved in zip(self.param_ids, self.params, strict=True) if saved.stride is not None]
         return Summary(steps, self.cut, scale, reordered)
 
     def forget_unloaded_masters(self, optimizer: Optimizer, param_buckets: ParamBuckets) -> None:
-        """Drop masters that a checkpoint was not read into, so that they follow the weights.
+        """Drop masters that no checkpoint was read into, so that they follow the weights.
 
-        Those values are the optimizer's own memory, as `state_dict()` gave it, in which nothing was written since.
+        These are the optimizer's own memory, as `state_dict()` returned it, and nothing was written into it since.
         """
         for saved in self.params:
             view, values = optimizer.state[saved.param][MASTER], {**saved.whole, **saved.parts}
@@ -310,9 +311,9 @@ class RankState:
                     saved.parts.pop(MASTER, None)
 
     def reorder(self, param_buckets: ParamBuckets, group: Group) -> None:
-        """Cut parts anew in the parameters' own memory order, one whole tensor at a time. Collective where any differ.
+        """Cut parts again in the parameters' own memory order, one whole tensor at a time. Collective if any differ.
 
-        The buckets are those of the saved state by now.
+        The optimizer's buckets must be those of the saved state.
         """
         for saved in self.params:
             if saved.stride is None:
@@ -326,7 +327,7 @@ class RankState:
                 saved.parts[name] = bucket.flat_of(whole, position)[in_param].clone()
 
     def copy_into(self, optimizer: Any) -> None:
-        """Write it to the optimizer's state and groups, whose buckets are those of the saved state by now."""
+        """Write it to the optimizer's state and groups. The buckets must be those of the saved state."""
         for saved in self.params:
             views = optimizer.state[saved.param]
             for name, part in saved.parts.items():
@@ -345,7 +346,7 @@ class RankState:
 
 
 def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """The saved groups; ValueError where they cannot be the optimizer's."""
+    """Return the saved groups. Raise ValueError if they do not fit the optimizer."""
     if not state_dict.keys() >= {"state", "param_groups"}:
         raise ValueError(
             f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys "
@@ -375,7 +376,7 @@ def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
 
 
 def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) -> tuple[SavedParam, Any]:
-    """Sort one parameter's values into whole ones and parts; returns the parts' origin too, where they have one."""
+    """Sort one parameter's values into whole ones and parts. Return these, and the parts' origin if they have one."""
     saved, origin = SavedParam(param), None
     for name, value in values.items():
         fragment = getattr(value, "fragment", None)
@@ -389,7 +390,7 @@ def _sort(param: Tensor, values: dict[str, Any], shapes: dict[str, torch.Size]) 
 
 
 def _order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """The strides that tell where elements lie: equal for equal orders."""
+    """Return the strides that determine the memory order. They are equal for equal orders."""
     return [step for size, step in zip(shape, stride, strict=True) if size != 1] if 0 not in shape else []
 
 
@@ -407,7 +408,7 @@ def _check_origin(origin: dict[str, Any], rank: int, num_ranks: int) -> None:
 
 
 def _numbers(optimizer: Optimizer, param_buckets: ParamBuckets) -> dict[int, int]:
-    """The number of each trained parameter, by param_id."""
+    """Return the number of each trained parameter, by param_id."""
     numbers = {user_param(param): number for number, param in enumerate(param_buckets.params)}
     params = (param for group in optimizer.param_groups for param in group["params"])
     return {param_id: numbers[param] for param_id, param in enumerate(params) if param in numbers}
@@ -419,7 +420,7 @@ def _lengths(layouts: list[BucketLayout], rank: int) -> dict[int, int]:
 
 
 def _check(saved: SavedParam, param_buckets: ParamBuckets, length: int | None, param_id: int) -> None:
-    """Raise ValueError where a value is missing or has another shape. length: of this rank's part, in elements."""
+    """Raise ValueError if a value is missing or has another shape. length: Elements of this rank's part."""
     if not saved.whole and not saved.parts:
         return  # never updated, as in a torch optimizer
     shapes, rule = param_buckets.shapes_of(saved.param), param_buckets.rule_of(saved.param)

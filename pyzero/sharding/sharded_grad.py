@@ -1,7 +1,7 @@
-"""The tensors in `.grad` where several ranks reduce: they answer for the averaged gradient, not for this rank's part.
+"""The tensors in `.grad` if several ranks reduce. They answer for the averaged gradient, not for this rank's part.
 
-Code that reads gradients is written for whole ones: torch.nn.utils.clip_grad_norm_, a logger of norms, a check for NaN.
-On one rank's part each would be silently wrong. On these tensors it is right, or an error that says what to call.
+Code that reads gradients expects whole ones: torch.nn.utils.clip_grad_norm_, a logger of norms, a check for NaN. On one
+rank's part it would be silently wrong. With these tensors it is right, or raises an error that says what to call.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class GradOwner(Protocol):
-    """What these tensors, and the records behind them, ask of the optimizer's gradients. `param_norm` is collective."""
+    """What these tensors, and their records, call of the optimizer's gradients. `param_norm` is collective."""
 
     @property
     def num_rounds(self) -> int:
-        """How often gradients have been reduced; the same on all ranks."""
+        """How often gradients have been reduced. It is the same on all ranks."""
 
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
-        """0-D fp32: the p-norm of one parameter's averaged gradient."""
+        """Return the p-norm of one parameter's averaged gradient: 0-D fp32."""
 
     def scale(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
         """Multiply the reduced parts of these gradients by one number, or divide them by it."""
@@ -37,13 +37,13 @@ class GradOwner(Protocol):
 
 NORMS = (torch.norm, torch.linalg.vector_norm, torch.linalg.norm, Tensor.norm)
 _FOREACH_NORM = torch._foreach_norm
-_CHECKS = (torch.isfinite, Tensor.isfinite, torch.isnan, Tensor.isnan)  # isinf: no norm tells inf beside NaN
+_CHECKS = (torch.isfinite, Tensor.isfinite, torch.isnan, Tensor.isnan)  # not isinf: a norm cannot show inf beside NaN
 _SCALES = (Tensor.mul_, Tensor.__imul__)
 _INVERSE_SCALES = (Tensor.div_, Tensor.true_divide_, Tensor.divide_, Tensor.__itruediv__)
 _GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 _UNCHANGING = (Tensor.detach, Tensor.detach_, Tensor.requires_grad_, _GET_DATA)  # zero_grad and old loops call them
 _IN_PLACE = (Tensor.zero_, *_SCALES, *_INVERSE_SCALES, *_UNCHANGING, _SET_DATA)
-_MEMORY = Tensor.as_subclass  # ours, and whoever wants just this rank's
+_MEMORY = Tensor.as_subclass  # used by pyzero, and by callers who want only this rank's part
 _VALUES = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _FOREACH_SCALES = (torch._foreach_mul_, torch._foreach_div_)
 _CLAMPS = (
@@ -64,19 +64,19 @@ class _Gradient(torch.Tensor):
 
     @property
     def _is_current(self) -> bool:
-        """This gradient has neither been cleared nor replaced since it was read from `.grad`."""
+        """Whether this gradient has neither been cleared nor replaced since it was read from `.grad`."""
         return self.record.is_current(self.generation)
 
     @property
     def _is_plain(self) -> bool:
-        """An ordinary tensor, which stands for no other values than its own."""
+        """Whether it is an ordinary tensor that stands only for its own values."""
         return False
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Norms and scaling of the averaged gradient; everything else is the class's own affair."""
+        """Handle norms and scaling of the averaged gradient. The class decides on everything else."""
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], _Gradient) and not args[0]._is_plain else None
         if func in NORMS and first is not None:
@@ -93,7 +93,7 @@ class _Gradient(torch.Tensor):
             return None
         if func in _CLAMPS:
             raise _refusal("clamp_ (clip_grad_value_)", args)
-        if func == _SET_DATA and args[0] is args[1]:  # nn.Module.to() does so where nothing is to be moved
+        if func == _SET_DATA and args[0] is args[1]:  # nn.Module.to() does this if nothing moves
             return None
         if func in _IN_PLACE and first is not None:
             result = first._in_place(func, args, kwargs)
@@ -105,7 +105,7 @@ class _Gradient(torch.Tensor):
         return result
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run one of _IN_PLACE; NotImplemented where it is to be run on the tensor's own memory alone."""
+        """Run one of _IN_PLACE. Return NotImplemented if it should run only on the tensor's own memory."""
         raise NotImplementedError
 
     def _norm(self, call: NormCall) -> Tensor:
@@ -121,26 +121,26 @@ class _Gradient(torch.Tensor):
         return call.cast(owner.param_norm(self.record, call.norm_type))
 
     def __deepcopy__(self, memo: Any) -> Any:
-        """Refused, as all that would copy one rank's part for the whole."""
+        """Refuse, because a copy of one rank's part would be taken for the whole."""
         raise _refusal("deepcopy", [self])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refused too: pickle."""
+        """Refuse to pickle, for the same reason."""
         raise _refusal("pickle", [self])
 
 
 class LocalGrad(_Gradient):
-    """This rank's own sum of gradients, not reduced yet: an ordinary tensor, except for norms and scaling.
+    """This rank's own sum of gradients, not reduced yet. An ordinary tensor, except for norms and scaling.
 
-    Once it has been cleared unreduced, it is an ordinary tensor altogether. Where a part of the gradient is in the
-    shards, its values are not for reading: they are neither this rank's sum nor the mean.
+    If it was cleared before it was reduced, it is an ordinary tensor in every way. If a part of the gradient is in the
+    shards, its values cannot be read, because they are neither this rank's sum nor the mean.
     """
 
-    is_part = False  # when it left `.grad`, or was reduced, a part of its gradient was in the shards
+    is_part = False  # a part of its gradient was in the shards when it left `.grad`, or it was reduced
 
     @staticmethod
     def wrap(grad: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> LocalGrad:
-        """Made over the same memory."""
+        """Make one over the same memory."""
         wrapped = grad.detach().as_subclass(LocalGrad)
         wrapped._attach(record, owner)
         return wrapped
@@ -152,7 +152,7 @@ class LocalGrad(_Gradient):
 
     @property
     def _has_rest(self) -> bool:
-        """A part of its gradient is in the shards, and not in it."""
+        """Whether a part of its gradient is in the shards, and not in it."""
         return self.is_part or (self.generation == self.record.generation and self.record.has_reduced_values)
 
     def _in_place(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -170,7 +170,7 @@ class LocalGrad(_Gradient):
             return self.copy_(args[1])  # the sum that is sent lies in this memory
         if func is not Tensor.zero_:
             return NotImplemented
-        owner.zero(self.record)  # what of it has been reduced
+        owner.zero(self.record)  # the reduced part
         with torch._C.DisableTorchFunctionSubclass():
             func(*args, **kwargs)
         self.record.local_was_zeroed()
@@ -178,18 +178,18 @@ class LocalGrad(_Gradient):
 
 
 class ShardedGrad(_Gradient):
-    """Stands for a reduced gradient, whose averaged values lie in shards over the ranks. It has no storage.
+    """Stands for a reduced gradient. The averaged values lie in shards over the ranks; it has no storage.
 
-    Norms, isfinite, isnan, zero_ and multiplication by one number are the whole gradient's; reading it is collective.
-    Anything else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, `optimizer.set_full_grad(p, v)`
-    writes them.
+    Norms, isfinite, isnan, zero_ and multiplication by one number apply to the whole gradient. Reading it is
+    collective. Anything else raises RuntimeError: `optimizer.full_grad(p)` gathers the values, and
+    `optimizer.set_full_grad(p, v)` writes them.
     """
 
-    stands_for: _Gradient | None = None  # in `.grad` of a DTensor: what stands for this rank's part of it
+    stands_for: _Gradient | None = None  # in `.grad` of a DTensor: the gradient of this rank's part
 
     @staticmethod
     def placeholder(param: Tensor, record: ParamGrad, owner: weakref.ref[Any]) -> ShardedGrad:
-        """Made with the parameter's shape, strides, dtype and device."""
+        """Make one with the parameter's shape, strides, dtype and device."""
         made: ShardedGrad = torch.Tensor._make_wrapper_subclass(
             ShardedGrad, param.shape, param.stride(), dtype=param.dtype, device=param.device, storage_size=0
         )
@@ -203,7 +203,7 @@ class ShardedGrad(_Gradient):
         owner = self.owner()
         if owner is None or func == _SET_DATA:
             raise _refusal("an assignment to .data" if func == _SET_DATA else func.__name__, args)
-        if func in _UNCHANGING or not self._is_current:  # what was dropped is nobody's any more
+        if func in _UNCHANGING or not self._is_current:  # a dropped gradient belongs to nobody
             return self
         current = self.record.param.grad
         if isinstance(current, LocalGrad):  # more has come since it was read
@@ -221,11 +221,11 @@ class ShardedGrad(_Gradient):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it disabled
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Refuses: there are no values here."""
+        """Refuse, because there are no values here."""
         raise _refusal(str(func).split(".")[-2], args)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Without values, of which there are none."""
+        """Name shape, dtype and device, because there are no values."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"ShardedGrad(shape={tuple(self.shape)}, dtype={dtype}, device={self.device})"
 
@@ -233,17 +233,17 @@ class ShardedGrad(_Gradient):
 class NormCall(NamedTuple):
     """What a call of a norm function asks for."""
 
-    norm_type: float  # p; NaN: a name that is no number's
-    dtype: torch.dtype | None = None  # of the result, where it is given
+    norm_type: float  # p; NaN: a name other than "fro"
+    dtype: torch.dtype | None = None  # of the result, if given
     is_plain: bool = True  # the p-norm of all elements, p > 0
 
     def cast(self, norm: Tensor) -> Tensor:
-        """The norm in the dtype that was asked for."""
+        """Return the norm in the dtype that was asked for."""
         return norm if self.dtype is None else norm.to(self.dtype)
 
 
 def read_norm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> NormCall:
-    """The arguments of one of NORMS, or of torch._foreach_norm."""
+    """Read the arguments of one of NORMS, or of torch._foreach_norm."""
     rest = dict(kwargs)
     given = args[1] if len(args) > 1 else next((rest.pop(n) for n in ("ord", "p") if n in rest), None)
     dtype = rest.pop("dtype", None)
@@ -257,7 +257,7 @@ def read_norm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 
 
 def _check_whole(func: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
-    """Raise where an op has read a LocalGrad of whose gradient a part is elsewhere; its edit is told in the message."""
+    """Raise if an op has read a LocalGrad with a part in the shards. The step's message refuses edits of one."""
     results = result if isinstance(result, (tuple, list)) else (result,)
     has_values = func in _VALUES or any(isinstance(each, Tensor) for each in results)
     is_foreach = result is None and args and isinstance(args[0], (tuple, list))
@@ -285,7 +285,7 @@ def _norm_of(tensor: Tensor, call: NormCall) -> Tensor:
 
 
 def _scale_each(func: Callable[..., Any], tensors: Sequence[Tensor], factor: Any) -> None:
-    """_foreach_mul_ and _foreach_div_, which clip_grad_norm_ calls."""
+    """Run _foreach_mul_ or _foreach_div_, which clip_grad_norm_ calls."""
     factors = list(factor) if isinstance(factor, (list, tuple)) else [factor] * len(tensors)
     inverse = func is torch._foreach_div_
     together: dict[tuple[int, int], tuple[Any, list[ParamGrad], Any]] = {}  # by owner and factor

@@ -1,11 +1,11 @@
-"""This rank's part of a tensor that lies flat over ranks, in the form that torch.distributed.checkpoint works with.
+"""This rank's part of a tensor that lies flat over ranks, in the form that torch.distributed.checkpoint needs.
 
-A flat fragment of a tensor is a few boxes of its shape: the end of a row, whole rows, the start of a row, in as many
-dimensions as it has. The checkpoint stores boxes, so it reads them back into any other fragments, into DTensors and
-into plain tensors, and nothing is gathered.
+A flat fragment of a tensor is a few boxes of its shape: the end of a row, whole rows, the start of a row, in each
+dimension. The checkpoint stores boxes, so it can read them into other fragments, DTensors and plain tensors, and
+nothing is gathered.
 
-Imported only where a state dict is made, as it needs torch.distributed.tensor. It relies on private names of torch's,
-which tests/checkpoint/test_sharded_state.py checks.
+This module is imported only when a state dict is made, because it needs torch.distributed.tensor. It relies on private
+names of torch. tests/checkpoint/test_sharded_state.py checks them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyzero.ops.rounding import ceil_div, round_up
 
 
 class Box(NamedTuple):
-    """A rectangular part of a tensor, whose elements lie in order in a flat fragment."""
+    """A rectangular part of a tensor. Its elements lie in order in a flat fragment."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -42,7 +42,7 @@ def boxes_of(shape: Sequence[int], low: int, high: int) -> Iterator[Box]:
         yield Box((), ())
         return
     row = prod(shape[1:])
-    first, last = low // row, ceil_div(high, row)  # rows that it touches
+    first, last = low // row, ceil_div(high, row)  # rows that the range touches
     if last - first == 1:
         cuts = [(low, high)]
     else:
@@ -61,7 +61,7 @@ def boxes_of(shape: Sequence[int], low: int, high: int) -> Iterator[Box]:
 
 @dataclass(frozen=True)
 class DTensorPart:
-    """The DTensor whose local tensor a fragment is a part of, and where the local tensor lies in it."""
+    """A DTensor, if a fragment is a part of its local tensor, and the place of that local tensor in it."""
 
     shape: torch.Size  # of the DTensor
     stride: tuple[int, ...]
@@ -71,13 +71,13 @@ class DTensorPart:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Which elements of a tensor a rank holds."""
+    """The elements of a tensor that a rank holds."""
 
     shape: torch.Size  # of the tensor that ranks share
     stride: tuple[int, ...]  # of that tensor, dense
     low: int  # first element, in memory order
     high: int  # one past the last
-    origin: str  # which rank's state it is, and how that is cut: rank_state.describe()
+    origin: str  # the rank of this state, and how it is cut: rank_state.describe()
     gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
     part: DTensorPart | None = None  # None: the tensor that ranks share is the whole one
     is_copy: bool = False  # another model-parallel rank saves the same tensor
@@ -88,11 +88,11 @@ class Fragment:
         return self.shape if self.part is None else self.part.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fragment:
-        """Returns itself: it is constant, and a process group cannot be copied."""
+        """Return itself, because it is constant and a process group cannot be copied."""
         return self
 
     def views(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
-        """Boxes in the order of the tensor's dimensions, each with a view of its elements in the flat fragment."""
+        """Yield boxes in the order of the tensor's dimensions, each with a view of its elements in the fragment."""
         order = sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])  # outermost in memory first
         back = sorted(range(len(order)), key=order.__getitem__)
         begin = 0
@@ -110,18 +110,18 @@ _MOVES = {"to", "cpu", "cuda", "clone", "detach", "pin_memory", "contiguous"}
 
 
 class ShardedState(DTensor):
-    """A tensor of an optimizer's state, of which this rank holds a flat fragment.
+    """A tensor of an optimizer's state. This rank holds a flat fragment of it.
 
-    It has the whole tensor's shape and takes part in what torch.distributed.checkpoint does with DTensors: save, load,
-    stage, move to the CPU, gather. Arithmetic is refused. `full_tensor()` gathers; `to_local()` is the fragment.
-    Pickled, it is the plain fragment.
+    It has the whole tensor's shape. torch.distributed.checkpoint can do with it what it does with DTensors: save, load,
+    stage, move to the CPU, gather. It refuses arithmetic. `full_tensor()` gathers it; `to_local()` is the fragment.
+    It pickles as the plain fragment.
     """
 
     fragment: Fragment
 
     @staticmethod
     def wrap(local: Tensor, fragment: Fragment, mesh: DeviceMesh) -> ShardedState:
-        """local: (high - low,), which is kept, not copied."""
+        """Wrap a fragment. local: (high - low,); kept, not copied."""
         stride = fragment.stride if fragment.part is None else fragment.part.stride
         meta = TensorMeta(fragment.whole_shape, stride, local.dtype)
         spec = DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
@@ -136,7 +136,7 @@ class ShardedState(DTensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Allows what needs no other rank: questions about the tensor, and copies of it."""
+        """Allow what needs no other rank: questions about the tensor, and copies of it. Refuse the rest."""
         name, kwargs = func.__name__, kwargs or {}
         if name == "__get__" or name in _READS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -149,24 +149,24 @@ class ShardedState(DTensor):
         )
 
     def data_ptr(self) -> int:
-        """0, no memory of its own, so that staging copies the fragment; torch would return the fragment's offset."""
+        """Return 0, which means no memory, so that staging copies the fragment. torch would return its offset."""
         return 0
 
     def new_empty(self, size: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """torch's; of its own shape the result is sharded alike, as staging for an asynchronous save needs."""
+        """Make an empty tensor. One of the same shape is sharded alike, as staging for an asynchronous save needs."""
         if torch.Size(size) == self.shape:
             return self._like(self._local_tensor.new_empty(self._local_tensor.shape, **kwargs))
         return self._local_tensor.new_empty(size, **kwargs)
 
     def to_local(self, **kwargs: Any) -> Tensor:
-        """(high - low,) this rank's fragment, in the parameter's memory order; the same memory."""
+        """Return this rank's fragment, (high - low,), in the parameter's memory order; the same memory."""
         return self._local_tensor.as_subclass(_Local).of(self.fragment)
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> DTensor:
-        """The whole tensor on every rank. Collective.
+        """Return the whole tensor on every rank. Collective.
 
         Raises:
-            ValueError: Another placement is asked for.
+            ValueError: The placement is not Replicate().
         """
         if not all(placement.is_replicate() for placement in placements or ()):
             raise ValueError(f"expected placements of [Replicate()], got {placements}; distribute full_tensor()")
@@ -174,23 +174,23 @@ class ShardedState(DTensor):
         whole = fragment.gather(self._local_tensor).as_strided(fragment.shape, fragment.stride)
         if fragment.part is not None:
             whole = fragment.part.wrap(whole).full_tensor()
-        whole = whole.contiguous()  # torch's broadcast of a full state dict sends memory as it lies
+        whole = whole.contiguous()  # torch's broadcast of a full state dict ignores strides
         return DTensor.from_local(whole, self.device_mesh, (Replicate(),), run_check=False)
 
     def full_tensor(self, **kwargs: Any) -> Tensor:
-        """The whole tensor on every rank. Collective."""
+        """Return the whole tensor on every rank. Collective."""
         return self.redistribute().to_local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedState:
-        """A copy with a local tensor of its own."""
+        """Return a copy with its own local tensor."""
         return self._like(self._local_tensor.__deepcopy__(memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles as the plain fragment, so that torch.load(weights_only=True) takes it without this package."""
+        """Pickle as the plain fragment, so that torch.load(weights_only=True) loads it without this package."""
         return self._local_tensor.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """The shape, and which elements this rank holds."""
+        """Name the shape, and the elements that this rank holds."""
         held = f"elements {self.fragment.low} to {self.fragment.high} of {self.numel()}"
         return f"ShardedState(shape={tuple(self.shape)}, {self.dtype}, {self.device}, {held} in memory order)"
 
@@ -219,7 +219,7 @@ class ShardedState(DTensor):
 
 
 class _Local(Tensor):
-    """A fragment into which a whole tensor can be copied too, as torch copies one into to_local() of a DTensor."""
+    """A fragment that a whole tensor can be copied into, because torch does so with to_local() of a DTensor."""
 
     fragment: Fragment
 

@@ -1,4 +1,4 @@
-"""Which ranks share an optimizer's state, and which hold other parts of the model: from the arguments and DTensors."""
+"""Finds the ranks that share an optimizer's state and those with other parts of the model, by arguments or DTensors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class _Dim(NamedTuple):
 
 
 class ModelDim(NamedTuple):
-    """A dimension along which the model is split: its ranks hold other parts of what is split, and the same rest."""
+    """A dimension along which the model is split. Its ranks hold different parts of split parameters, and the rest."""
 
     group: Group
     ranks: _Ranks
-    is_of_mesh: bool  # DTensors say what is split over it; otherwise an attribute of the parameter does
+    is_of_mesh: bool  # DTensors say what is split over it. If False, an attribute of the parameter does
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Topology:
     Attributes:
         data: The ranks that hold the same weights, and share state and gradients.
         model_dims: The dimensions along which other ranks hold other parts of the model.
-        everyone: The process group of all ranks that hold a part of the DTensors; None: those of `data`.
+        everyone: The process group of all ranks that hold a part of the DTensors; None: the ranks of `data`.
     """
 
     data: Group
@@ -48,34 +48,34 @@ class Topology:
 
     @property
     def same_params(self) -> bool:
-        """All ranks have the same parameters by number, whole or parts of them: DTensors say which."""
+        """Whether all ranks have the same parameters by number, whole ones or their parts as DTensors."""
         return all(dim.is_of_mesh for dim in self.model_dims)
 
     @property
     def model_groups(self) -> list[Group]:
-        """Those of the ranks that hold other parts of the model, one for each dimension."""
+        """The groups of ranks that hold other parts of the model, one for each dimension."""
         return [dim.group for dim in self.model_dims]
 
     def rank_and_size(self) -> tuple[int, int]:
-        """This process's among all ranks that hold a part of the model."""
+        """Return this process's rank among all ranks that hold a part of the model, and their number."""
         if self.everyone is None:
             return self.data.rank, self.data.size
         return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
 
     @property
     def unmeshed(self) -> Group | None:
-        """The ranks of model_parallel_group, where they hold parts of the model that are not DTensors."""
+        """The ranks of model_parallel_group, if they hold parts of the model that are not DTensors; else None."""
         return next((dim.group for dim in self.model_dims if not dim.is_of_mesh and dim.group.size > 1), None)
 
     def owns(self, param: Tensor) -> bool:
-        """Whether this is the one rank of `unmeshed` that saves the parameter, or saves a part of its own."""
+        """Whether this rank of `unmeshed` saves the parameter: it is the first one, or holds a part of its own."""
         return all(dim.is_of_mesh or dim.group.rank == 0 or _is_split(param, dim) for dim in self.model_dims)
 
     def check_meshes(self, params: Iterable[Tensor]) -> None:
         """Check parameters that join later.
 
         Raises:
-            ValueError: A DTensor's mesh has a dimension that no parameter had so far: it may hold other parts there.
+            ValueError: A DTensor's mesh has a dimension that no earlier parameter had, and may be split over it.
         """
         known = {dim.ranks for dim in self.model_dims if dim.is_of_mesh}
         for own in (dim for param in params if is_dtensor(param) for dim in _dims_of(param)):
@@ -88,10 +88,10 @@ class Topology:
                 )
 
     def make_group_of_all(self) -> Group:
-        """All ranks that hold a part of the model, over a process group of their own for the hosts. Collective.
+        """Return all ranks that hold a part of the model, over a separate process group for host memory. Collective.
 
         Raises:
-            ValueError: No known group has all ranks that DTensors' meshes reach.
+            ValueError: No known group contains all ranks of the DTensors' meshes.
         """
         if self.everyone is not None:
             return Group(self.everyone, on_host=True)
@@ -107,15 +107,15 @@ class Topology:
         return group if group.handle is None or group is not self.data else Group(group.handle, on_host=True)
 
     def in_norm(self, param: Tensor) -> bool:
-        """Whether a parameter counts for the norm on this rank: what is not split over ranks counts once."""
+        """Whether a parameter counts for the norm on this rank. One that is not split over ranks counts only once."""
         return all(dim.group.rank == 0 or _is_split(user_param(param), dim) for dim in self.model_dims)
 
 
 def make_topology(params: Iterable[Tensor], process_group: Any, model_parallel_group: Any) -> Topology:
-    """The topology that the optimizer's arguments and the meshes of its DTensors describe. Collective.
+    """Make the topology that the optimizer's arguments and the meshes of its DTensors describe. Collective.
 
     Raises:
-        ValueError: The DTensors' meshes do not tell which ranks hold the same weights.
+        ValueError: The DTensors' meshes do not say which ranks hold the same weights.
     """
     dtensors = [param for param in params if is_dtensor(param)]
     model_parallel = [] if model_parallel_group is None else [process_group_of(model_parallel_group)]
@@ -144,7 +144,7 @@ def _ranks_of(process_group: Any) -> _Ranks:
 
 
 def _dims_of(dtensor: Any) -> Iterator[_Dim]:
-    """The dimensions of its mesh that have more than one rank."""
+    """Yield the dimensions of a DTensor's mesh that have more than one rank."""
     mesh = dtensor.device_mesh
     for index, placement in enumerate(dtensor.placements):
         if mesh.size(index) > 1:
@@ -161,11 +161,11 @@ def _is_split(param: Any, dim: ModelDim) -> bool:
 
 
 def _data_group(dtensors: list[Any], model: dict[_Ranks, Any], split: set[_Ranks], asked: Any) -> Any:
-    """The process group of the ranks that hold the same local tensors as this one; None: this one alone.
+    """Return the process group of the ranks that hold the same local tensors as this one. None: only this one.
 
-    asked: The process_group argument. It is the answer where nothing is split over it and it crosses the meshes.
-    Otherwise it names all ranks that take part: the meshes cover them, or the mesh that they were sliced from has one
-    more dimension that does, and that dimension is the answer.
+    asked: The process_group argument. If nothing is split over it and it is orthogonal to the meshes, return it.
+    Otherwise it names all ranks that take part. If the meshes cover these, return None. If not, the mesh that they were
+    sliced from has one more dimension with which they do; return that dimension.
     """
     everyone = _ranks_of(dist.group.WORLD if asked is None else asked)
     if asked is not None and everyone not in split:
@@ -191,7 +191,7 @@ def _data_group(dtensors: list[Any], model: dict[_Ranks, Any], split: set[_Ranks
 
 
 def _root_dims(dtensors: list[Any]) -> Iterator[tuple[_Ranks, Any]]:
-    """Dimensions of the meshes that the DTensors' were sliced from."""
+    """Yield the dimensions of the meshes that the DTensors' meshes were sliced from."""
     for root in dict.fromkeys(_root_of(param.device_mesh) for param in dtensors):
         for index in range(root.ndim):
             if root.size(index) > 1:
@@ -200,16 +200,16 @@ def _root_dims(dtensors: list[Any]) -> Iterator[tuple[_Ranks, Any]]:
 
 
 def _root_of(mesh: Any) -> Any:
-    """The mesh that one was sliced from; itself where there is none."""
+    """Return the mesh that this one was sliced from, or itself."""
     if hasattr(mesh, "_get_root_mesh"):
         return mesh._get_root_mesh()
     from torch.distributed import device_mesh  # of torch 2.6
 
-    return getattr(device_mesh, "_mesh_resources").get_root_mesh(mesh)  # noqa: B009  newer ones have it no more
+    return getattr(device_mesh, "_mesh_resources").get_root_mesh(mesh)  # noqa: B009  newer torch lacks it
 
 
 def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:
-    """Any two of the dimensions have this rank in common, and no other."""
+    """Whether any two of the dimensions have only this rank in common."""
     seen: set[int] = set()
     rank = dist.get_rank()
     for ranks in dims:
@@ -221,7 +221,7 @@ def _are_orthogonal(dims: Iterable[_Ranks]) -> bool:
 
 
 def _covers(dims: Iterable[_Ranks], everyone: _Ranks) -> bool:
-    """Moving along the dimensions reaches exactly these ranks."""
+    """Whether moving along the dimensions reaches exactly these ranks."""
     dims = list(dims)
     num_reached = 1
     for ranks in dims:

@@ -1,4 +1,4 @@
-"""The engine's data loaders: each rank's part of a dataset."""
+"""The engine's data loaders, which give each rank its part of a dataset."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pyzero.deepspeed.config.schema import Batches, Config
 
 
 class Loader(DataLoader[Any]):
-    """torch's, with DeepSpeed's name of its sampler: `loader.data_sampler.set_epoch(epoch)`."""
+    """torch's DataLoader, with DeepSpeed's name for its sampler: `loader.data_sampler.set_epoch(epoch)`."""
 
     @property
     def data_sampler(self) -> Any:
-        """Its sampler."""
+        """The loader's sampler."""
         return self.sampler
 
 
 class EngineData:
-    """A part of Engine."""
+    """A part of Engine: data loaders."""
 
     config: Config
     batches: Batches
@@ -40,16 +40,16 @@ class EngineData:
         collate_fn: Callable[[Any], Any] | None = None,
         num_local_io_workers: int | None = None,
     ) -> Loader:
-        """A data loader of this rank's part of a dataset.
+        """Make a data loader of this rank's part of a dataset.
 
         Args:
-            dataset: With a length.
-            batch_size: Default: the micro-batch's.
+            dataset: A dataset with a length.
+            batch_size: Default: the micro-batch size.
             route: "train" shuffles; "eval" and "predict" do not.
-            pin_memory: Where there is a GPU.
-            data_sampler: Default: one that gives each rank a part.
+            pin_memory: Pin memory, if the engine is on a GPU.
+            data_sampler: Default: a sampler that gives each rank a part.
             collate_fn: Default: initialize()'s, or torch's.
-            num_local_io_workers: Processes that load; default: none.
+            num_local_io_workers: Number of loader processes; default: none.
         """
         if data_sampler is None:
             shuffles = route == "train"

@@ -1,4 +1,4 @@
-"""The engine: DeepSpeed's names over a plain model, an optimizer of ours and a schedule."""
+"""The engine: DeepSpeed's names over a plain model, one of pyzero's optimizers and a schedule."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from pyzero.sharding.fsdp import (
 log = logging.getLogger("pyzero")
 
 _MIXED_DTYPES = ("same dtype", "should be the same", "expected scalar type")  # in torch's errors of layers
-_STEPS_PER_PRINT = 10  # of phases, where the config says nothing
+_STEPS_PER_PRINT = 10  # between reports of phases, unless the config says otherwise
 
 
 class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineWeights, nn.Module):
-    """A model with its optimizer and schedule; `initialize` makes one. What it lacks is the module's."""
+    """A model with its optimizer and schedule, made by `initialize`. It forwards unknown attributes to the module."""
 
     def __init__(
         self,
@@ -63,19 +63,19 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.global_rank = self.rank  # DeepSpeed's name
         self.local_rank = launcher.local_rank()
         self.parallel = parallel
-        self.dp_rank, self.dp_world_size = parallel.data_rank, parallel.data_size  # among those that see different data
+        self.dp_rank, self.dp_world_size = parallel.data_rank, parallel.data_size  # among ranks that see different data
         self.batches = config.batches(parallel.num_batch_ranks)
         self.micro_steps = 0
         self.global_steps = 0  # optimizer steps, skipped ones too
-        self.global_samples = 0  # that went into them, on all ranks
+        self.global_samples = 0  # samples in these steps, on all ranks
         self.training_dataloader: Any = None
-        self.timers = PhaseTimers(config.wall_clock_breakdown and self.rank == 0, self.device)  # the others tell nobody
+        self.timers = PhaseTimers(config.wall_clock_breakdown and self.rank == 0, self.device)  # only rank 0 logs them
         self.monitor = Monitor(config, is_first=self.rank == 0)
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
-        self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: they are left alone
+        self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: no cast
         self._warns_of_cast = config.auto_cast() is None and self.rank == 0
         self._leaves_group = leaves_group
-        self._boundary: bool | None = None  # what the caller says of the coming step()
+        self._boundary: bool | None = None  # whether the coming step() acts, if the caller has said it
         self._stepped = False
         self._in_step = False
         self._used_no_sync = False  # since the last step
@@ -83,7 +83,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._loss_sum: Tensor | None = None  # of the divided losses since the last step
 
     def __getattr__(self, name: str) -> Any:
-        """What is not the engine's is the module's: `engine.generate(...)`."""
+        """Return an attribute of the module, as in `engine.generate(...)`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -95,13 +95,13 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
     # ---- forward and backward --------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, on inputs cast to the weights' dtype where fp16 or bf16 is enabled, and auto_cast not false.
+        """Run the module. With fp16 or bf16 enabled, cast inputs to the weights' dtype, unless auto_cast is false.
 
-        The outputs are left alone. A plain backward through them is divided by the number of accumulation steps, as
-        `backward` is; what torch.autograd.grad gives through them is, too.
+        Outputs are not changed. The gradients of a plain backward through them are divided by the number of
+        accumulation steps, as in `backward`. So are the results of torch.autograd.grad.
 
         Raises:
-            RuntimeError: Of the module; where it uses a weight of stage 3 outside its block, with what to do about it.
+            RuntimeError: The module raised it. If a stage-3 weight was used outside its block, it says what to do.
         """
         args, kwargs = self._cast(args), self._cast(kwargs)
         watches = torch.is_grad_enabled() and self._watches_backward()
@@ -111,7 +111,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             outputs = self._call(args, kwargs)
         if fsdp_groups(self.module) and not torch.is_grad_enabled() and not is_gathered(self.module):
             module: Any = self.module
-            module.reshard()  # what is left whole would be out of date where weights are written before the next step
+            module.reshard()  # weights left whole would miss writes before the next step
         if watches:
             hooks = OutputHooks(self)
             undo = hooks.undo_division if divides else None
@@ -119,7 +119,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return outputs
 
     def _cast(self, inputs: Any) -> Any:
-        """To the weights' dtype, if the config has one and does not say otherwise."""
+        """Cast inputs to the weights' dtype, if the config has one and auto_cast is not false."""
         dtype = self._input_dtype
         if dtype is None:
             return inputs
@@ -138,7 +138,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return tensors.cast(inputs, dtype)
 
     def _watches_backward(self) -> bool:
-        """Whether a plain backward has to be divided, or refused. One that reaches no weights of this model has not."""
+        """Whether a plain backward must be divided or refused. It need not if this model has no trained weights."""
         is_asked = self.batches.accumulation > 1 or self.is_scaled
         return is_asked and any(param.requires_grad for param in self.module.parameters())
 
@@ -152,7 +152,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             raise RuntimeError(remedy) from error
 
     def _remedy_for(self, error: str) -> str | None:
-        """What to do about an error of the module's forward, where the engine has to do with it."""
+        """Return a message with a remedy for an error in the module's forward, if the engine has a part in it."""
         if "mixed torch.Tensor and DTensor" in error and self.zero_optimization_stage() == 3:
             return (
                 f"got a weight that is used outside the block that gathers it ({error}), wanted it inside alone, in "
@@ -177,16 +177,16 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Backward of the loss divided by the number of accumulation steps, and scaled. Returns the divided loss.
+        """Divide the loss by the number of accumulation steps, scale it, and run backward. Return the divided loss.
 
         Args:
-            loss: Of one element.
-            retain_graph: As torch's.
+            loss: A tensor of one element.
+            retain_graph: As in torch.
             scale_wrt_gas: False: do not divide.
 
         Raises:
-            TypeError, ValueError: The loss is no tensor, or not of one element.
-            RuntimeError: In torch's backward; where a loss function mixed dtypes, with what to do about it.
+            TypeError, ValueError: The loss is not a tensor of one element.
+            RuntimeError: torch's backward raised it. If a loss function mixed dtypes, it says what to do.
         """
         tensors.check_loss(loss)
         divided = loss / self.batches.accumulation if scale_wrt_gas else loss
@@ -197,7 +197,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         except RuntimeError as error:
             if "Found dtype" not in str(error):
                 raise
-            # 16-bit outputs and fp32 targets, as a rule. torch's message names no loss and no remedy.
+            # Usually 16-bit outputs and fp32 targets. torch's message names no loss and no remedy.
             raise RuntimeError(
                 f"got tensors of two dtypes in a loss ({error}), wanted one: torch has no backward of huber_loss "
                 "(older torch: of mse_loss) for a mix; cast before the loss, as in mse_loss(outputs.float(), targets)"
@@ -207,19 +207,19 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return divided
 
     def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """The loss times the loss scale, for a backward of your own: `engine.scale(loss).backward()`.
+        """Return the loss times the loss scale, for your own `engine.scale(loss).backward()`.
 
         Args:
             loss: Any tensor that backward starts at.
-            retain_graph: Nothing here: what backward() is called with counts.
+            retain_graph: Ignored; pass it to backward().
         """
         return self.optimizer.scale(loss)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward in here sends nothing; see ZeroOptimizer.no_sync.
+        """A context in which backward sends nothing; see ZeroOptimizer.no_sync.
 
-        In stage 3 each rank keeps whole gradients meanwhile, and the last backward before step() must be outside.
+        In stage 3 each rank keeps whole gradients in it, and the last backward before step() must be outside.
         """
         self._used_no_sync = True
         with self.optimizer.no_sync(), without_gradient_sync(self.module):
@@ -227,7 +227,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
-        """Several backwards whose gradients are sent once, by the step() after them."""
+        """A context around several backwards. The step() after it sends their gradients, once."""
         if self._in_step:
             raise RuntimeError("expected coalesce_grad_reduction() around backwards, got it inside step(); move it out")
         before, self._boundary = self._boundary, False
@@ -241,7 +241,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
 
     @property
     def micro_steps(self) -> int:
-        """Calls of step(). To set it moves the boundary too: 0 begins a step."""
+        """The number of calls of step(). Setting it moves the boundary too: 0 begins a step."""
         return self._micro_steps
 
     @micro_steps.setter
@@ -250,7 +250,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._num_micro = value % self.batches.accumulation  # since the last step that acted
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the coming step() acts."""
+        """Whether the coming step() acts, as opposed to only counting a micro-batch."""
         if self._boundary is not None:
             return self._boundary
         if not self.config.managed_gradient_accumulation:
@@ -258,10 +258,10 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return self._num_micro + 1 >= self.batches.accumulation
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """Say whether the coming step() acts, from now on, in place of the count of micro-batches.
+        """Say from now on whether the coming step() acts, instead of counting micro-batches.
 
         Raises:
-            RuntimeError: With managed_gradient_accumulation=false every step() does.
+            RuntimeError: managed_gradient_accumulation is false, so every step() acts.
         """
         if not self.config.managed_gradient_accumulation:
             raise RuntimeError(
@@ -271,13 +271,13 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._boundary = is_boundary
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """At an accumulation boundary: the optimizer's step, cleared gradients, the schedule's step.
+        """At an accumulation boundary, take the optimizer's step, clear gradients and take the schedule's step.
 
-        After a step that was skipped for an overflow the schedule stays where it is. To know that is to wait for the
-        device, so it is asked only where there are both a schedule and a loss scale.
+        If the optimizer's step was skipped because of an overflow, the schedule does not advance. Asking for that waits
+        for the device, so the engine asks only if there are both a schedule and a loss scale.
 
         Args:
-            lr_kwargs: For the schedule's step.
+            lr_kwargs: Arguments of the schedule's step.
         """
         self._in_step = True
         try:
@@ -309,12 +309,12 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             self.lr_scheduler.step(**(lr_kwargs or self._increment()))
 
     def _increment(self) -> dict[str, int]:
-        """What Megatron's schedules want, which count samples: `step(increment)`."""
+        """Return the argument of Megatron's schedules, which count samples: `step(increment)`."""
         wanted = inspect.signature(self.lr_scheduler.step).parameters.get("increment")
         return {} if wanted is None or wanted.default is not wanted.empty else {"increment": self.batches.train}
 
     def _report(self) -> None:
-        """To the monitors and the log."""
+        """Write to the monitors and the log."""
         if self.monitor.enabled:
             self.monitor.write_events(self._events())
             self._loss_sum = None
@@ -333,7 +333,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return events
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's."""
+        """Clear the gradients, as the optimizer does."""
         if self._used_no_sync:
             drop_unsent_gradients(self.module)
         self.optimizer.zero_grad(set_to_none)
@@ -345,13 +345,13 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return self._stepped and self.optimizer.was_step_applied
 
     def get_global_grad_norm(self) -> float | None:
-        """2-norm of the averaged, unscaled gradients in the last step, before clipping. Reads the device."""
+        """Return the 2-norm of the averaged, unscaled gradients in the last step, before clipping. Reads the device."""
         norm = self.optimizer.grad_norm
         return None if norm is None else float(norm)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped for an overflow. Reads the device."""
+        """Steps skipped because of an overflow. Reads the device."""
         return self.optimizer.skipped_steps
 
     @property
@@ -368,15 +368,15 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_mom(self) -> list[Any]:
-        """The betas of each group."""
+        """The betas of each group, or its momentum."""
         return [group["betas"] if "betas" in group else group["momentum"] for group in self.optimizer.param_groups]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """The module's: torch.compile in place."""
+        """Compile the module in place with torch.compile."""
         self.module.compile(*args, **kwargs)
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing on a CPU, whose states lie in memory of the host. Refused on a GPU.
+        """Do nothing on a CPU, because states lie in host memory already. Refused on a GPU.
 
         Raises:
             NotImplementedError: On a GPU.
@@ -390,11 +390,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
     reload_states = offload_states
 
     def empty_partition_cache(self) -> None:
-        """Have modules of stage 3 let go of whole weights."""
+        """Free the whole weights that stage 3 has gathered."""
         reshard(self.module)
 
     def destroy(self) -> None:
-        """Leave the process group, if initialize() or zero.Init before it joined it. The engine is of no use then."""
+        """Leave the process group, if initialize() or zero.Init joined it. The engine cannot be used afterwards."""
         if self._leaves_group:
             launcher.leave()
             self._leaves_group = False

@@ -1,4 +1,4 @@
-"""The engine of a model that is not trained: a reference model, a reward model."""
+"""The engine of a model that is not trained, such as a reference model or a reward model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyzero.deepspeed.parallel.mesh import Parallelism
 
 
 class EvalEngine(Engine):
-    """What `initialize` gives where there is neither an optimizer nor one in the config: `optimizer` is None."""
+    """The engine that `initialize` returns without an optimizer or a scheduler. Its `optimizer` is None."""
 
     is_scaled = False
 
@@ -21,7 +21,7 @@ class EvalEngine(Engine):
         super().__init__(module, nothing, None, config, parallel, leaves_group)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """What trains, and what is saved of training.
+        """Refuse to train, and to save or load training state.
 
         Raises:
             RuntimeError: Always.
@@ -36,7 +36,7 @@ class EvalEngine(Engine):
     skipped_steps = cur_scale = property(_refuse)
 
     def _watches_backward(self) -> bool:
-        """Gradients pass through it to the model that is trained."""
+        """False: gradients pass through this model to one that is trained."""
         return False
 
     def get_lr(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""What an engine does to the gradients of a plain `loss.backward()`, at its module's outputs: see plain_backward.py."""
+"""The hooks by which an engine changes the gradients of a plain `loss.backward()`; see plain_backward.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyzero.deepspeed.engine.engine import Engine
 
-_running: list[weakref.ref[Engine]] = []  # whose backward() runs, the innermost last: it divides the loss by itself
+_running: list[weakref.ref[Engine]] = []  # engines inside their backward(), which divides the loss; innermost last
 
 
 class OutputHooks:
-    """The hooks on what one forward gave. The graph of a loss keeps them, so they keep no engine alive."""
+    """The hooks on the outputs of one forward. A loss's graph keeps them, so they hold the engine weakly."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
@@ -28,7 +28,7 @@ class OutputHooks:
     @staticmethod
     @contextmanager
     def in_backward_of(engine: Engine) -> Iterator[None]:
-        """A context in which hooks on any engine's outputs leave gradients as they are."""
+        """A context around engine.backward(). Hooks on any engine's outputs do not divide gradients in it."""
         _running.append(weakref.ref(engine))
         try:
             yield
@@ -36,7 +36,11 @@ class OutputHooks:
             _running.pop()
 
     def arrived(self, grad: Tensor) -> Tensor | None:
-        """Divide a gradient that arrives at an output of the module."""
+        """Divide a gradient that arrives at an output of the module by the accumulation steps.
+
+        Raises:
+            RuntimeError: The gradient lacks this engine's loss scale.
+        """
         running = _running_engine()
         if running is not None and running is self._engine():
             return None
@@ -54,11 +58,11 @@ class OutputHooks:
         return None if running is not None else grad / self._num_steps()
 
     def undo_division(self, grad: Tensor) -> Tensor:
-        """Take back what `arrived` has done."""
+        """Undo the division of `arrived`."""
         return grad if _running_engine() is not None else grad * self._num_steps()
 
     def refuse_edited(self) -> None:
-        """Called in a backward past the hooks: through a view that was edited in place.
+        """Check a gradient that bypasses the hooks, because its output is a view that was edited in place.
 
         Raises:
             RuntimeError: The gradient would have to be divided, or is not scaled.
@@ -76,7 +80,7 @@ class OutputHooks:
         )
 
     def _num_steps(self) -> int:
-        """Of accumulation, as they are now."""
+        """Return the present number of accumulation steps."""
         engine = self._engine()
         return self._accumulation if engine is None else engine.batches.accumulation
 
@@ -85,7 +89,7 @@ class OutputHooks:
         return optimizer is not None and optimizer.is_scaled_backward
 
     def _is_rescaled(self, running: Engine | None) -> bool:
-        """Whether another engine's backward runs whose loss scale the optimizer exchanges for its own."""
+        """Whether another engine's scaled backward runs, and the optimizer replaces that scale by its own."""
         return running is not None and running.is_scaled and not self._is_stage_3
 
 

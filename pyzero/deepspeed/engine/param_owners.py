@@ -1,4 +1,4 @@
-"""Which optimizer has a parameter: DeepSpeed's scripts ask with the parameter alone."""
+"""Finds the optimizer of a parameter, because DeepSpeed's functions get only the parameter."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _owners: MutableMapping[Tensor, weakref.ref[ZeroOptimizer]] = WeakIdKeyDictionar
 
 
 def register(optimizer: ZeroOptimizer) -> None:
-    """Its parameters are found from now on, as long as both live."""
+    """Make an optimizer's parameters known, as long as both live."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             _owners[param] = weakref.ref(optimizer)
 
 
 def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
-    """The optimizer that trains a parameter, and the parameter as that optimizer knows it.
+    """Return the optimizer that trains a parameter, and the parameter as that optimizer knows it.
 
-    A weight that a stage-3 forward left gathered is resharded first; the optimizer knows its shard.
+    If a stage-3 forward left a weight gathered, reshard it first, because the optimizer knows its shard.
 
     Raises:
         ValueError: No optimizer of an engine trains it.

@@ -1,9 +1,9 @@
-"""A plain `loss.backward()` through a module: known by where it enters, at the module's outputs.
+"""Change the gradients of a plain `loss.backward()` where they enter a module: at its outputs.
 
-A hook on each output divides what arrives from outside. A gradient from inside, of an output that another is made of (a
-loss and its logits), or that leaves for outputs which were given back in, was divided already: it is undone before
-the hook that would divide again. Outputs are handed out as they are; of one that is a view torch takes an edit in place
-to its base, past the hook, so that a witness there tells of it.
+A hook on each output divides gradients that arrive from outside. Some gradients come from inside and were divided
+already: one output may be computed from another (a loss from its logits), or an output may have gone back in as an
+input. Their division is undone before the hook that would divide again. Outputs themselves are not changed. If an
+output is a view and is edited in place, torch sends its gradient to its base, past the hook. A witness there notices.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _Edge = tuple[Any, int]  # an autograd node, and which of its outputs
 _Undo = Callable[[Tensor], Tensor]
 
 # In a node's metadata:
-_BEHIND_OUTPUTS = "pyzero: outputs went into it"  # True or False, once that is known
-_WATCHED = "pyzero: watched"  # which of its outputs have the hook
+_BEHIND_OUTPUTS = "pyzero: outputs went into it"  # True or False, once it is known
+_WATCHED = "pyzero: watched"  # the outputs of the node that have the hook
 
 
 def reentering(value: Any) -> set[_Edge]:
-    """Of the tensors that go into a module, those that outputs of a watched module went into."""
+    """Return the edges of a module's inputs that were computed from outputs of a watched module."""
     return {_edge(tensor) for tensor in tensors.find(value) if _is_behind_outputs(tensor.grad_fn)}
 
 
@@ -35,14 +35,14 @@ def watch(
     undo: _Undo | None,
     edited: Callable[[], None],
 ) -> None:
-    """Have a hook called for each gradient that comes into a module from outside.
+    """Call a hook for each gradient that comes into a module from outside.
 
     Args:
-        outputs: What the module gave: tensors in tuples, lists, dicts and dataclasses, and what else there is.
-        inputs: `reentering` of what it was given. One that comes out as it is gets no hook.
-        hook: Of a gradient at an output.
-        undo: What takes back the hook's change of a gradient, where it makes one.
-        edited: Called in a backward through a view that was edited in place since, whose gradients go past the hook.
+        outputs: The module's outputs: tensors in tuples, lists, dicts and dataclasses. Other values are ignored.
+        inputs: `reentering` of the module's inputs. An input that comes out unchanged gets no hook.
+        hook: Called with a gradient at an output.
+        undo: Undoes the hook's change of a gradient; None if the hook makes none.
+        edited: Called in a backward through an output that is a view and was edited in place, past the hook.
     """
     given = {_edge(t): t for t in tensors.find(outputs) if t.grad_fn is not None and _edge(t) not in inputs}
     again = {
@@ -64,7 +64,7 @@ def watch(
 
 def _tell_of_edits(tensor: Tensor, base: Tensor, edited: Callable[[], None]) -> None:
     witness = tensor.detach()
-    witness.data = witness.new_empty(0)  # without the memory; it goes on sharing the tensor's version
+    witness.data = witness.new_empty(0)  # frees the memory; the version is still shared with the tensor
     version = witness._version
     base.register_hook(lambda grad: edited() if witness._version != version else None)
 
@@ -74,7 +74,7 @@ def _edge(tensor: Tensor) -> _Edge:
 
 
 def _is_behind_outputs(start: Any) -> bool:
-    """Whether outputs went into a node. What was looked at once is not looked at again."""
+    """Whether a node was computed from watched outputs. Remembers the result for each node."""
     waiting: list[Any] = [start]
     seen: list[Any] = []
     while waiting:
@@ -86,7 +86,7 @@ def _is_behind_outputs(start: Any) -> bool:
             start.metadata[_BEHIND_OUTPUTS] = True
             for other in seen:
                 if other is not start:
-                    other.metadata.pop(_BEHIND_OUTPUTS)  # not known: the search has not come to its end
+                    other.metadata.pop(_BEHIND_OUTPUTS)  # unknown, because the search stops here
             return True
         if is_behind is None:
             node.metadata[_BEHIND_OUTPUTS] = False
@@ -96,10 +96,10 @@ def _is_behind_outputs(start: Any) -> bool:
 
 
 def _consumers(nodes: set[Any], ends: set[_Edge], wanted: set[_Edge]) -> dict[Any, list[int]]:
-    """The nodes of a module's graph whose gradients go along a wanted edge, and which of these do.
+    """Return the nodes of a module's graph that send gradients along a wanted edge, each with the indices that do.
 
-    A thread numbers nodes as it makes them, so that none behind the first wanted one has to be looked at. Those that a
-    forward makes in several threads may not be found.
+    A thread numbers nodes in the order in which it makes them, so the search stops at nodes before the first wanted
+    one. It may miss nodes if a forward makes them in several threads.
     """
     first = min(node._sequence_nr() for node, _ in wanted)
     found: dict[Any, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Who holds what, by DeepSpeed's names: of the engine, as deepspeed.utils.groups has it of a whole script."""
+"""The engine's ranks and groups, with DeepSpeed's names. deepspeed.utils.groups has them for a whole script."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pyzero.deepspeed.parallel.mesh import Parallelism
 
 
 class EngineRanks:
-    """A part of Engine."""
+    """The part of Engine that reports its ranks and groups."""
 
     config: Config
     parallel: Parallelism
 
     @property
     def mp_world_size(self) -> int:
-        """Ranks that split the layers of one model among them."""
+        """The number of ranks that split the layers of one model among them."""
         return self.parallel.tensor_place[1]
 
     def autotp_size(self) -> int:
-        """The config's tensor_parallel.autotp_size; 0: none."""
+        """The config's tensor_parallel.autotp_size; 0 without one."""
         return self.config.tensor_parallel.autotp_size
 
     def get_data_parallel_group(self) -> Any:
-        """Ranks that see different data; None without a process group."""
+        """The ranks that see different data; None without a process group."""
         return launcher.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
@@ -37,7 +37,7 @@ class EngineRanks:
         return self.parallel.data_size
 
     def get_model_parallel_group(self) -> Any:
-        """Ranks that split the layers of one model among them; None where they are whole."""
+        """The ranks that split the layers of one model among them; None if layers are whole."""
         return self.parallel.tensor_group
 
     def get_model_parallel_rank(self) -> int:

@@ -1,4 +1,4 @@
-"""The engine's checkpoints: DeepSpeed's folders by tag and its `latest`, with pyzero's checkpoints in them."""
+"""The engine's checkpoints: DeepSpeed's folders by tag and its `latest` file, with pyzero's checkpoints in them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ log = logging.getLogger("pyzero")
 
 _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoint's folder
 _TAG_PART = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
-_OWN_FOLDER = re.compile(r"step_\d+(\.\d+)?")  # in that of a tag
+_OWN_FOLDER = re.compile(r"step_\d+(\.\d+)?")  # in the folder of a tag
 _COUNTERS = ("global_steps", "global_samples")
 
 
 class EngineCheckpoints:
-    """A part of Engine. All ranks call its methods alike."""
+    """The part of Engine for checkpoints. All ranks make the same calls."""
 
     module: nn.Module
     optimizer: ZeroOptimizer
@@ -46,7 +46,7 @@ class EngineCheckpoints:
     batches: Batches
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The engine's."""
+        """See Engine."""
         raise NotImplementedError
 
     def save_checkpoint(
@@ -60,18 +60,18 @@ class EngineCheckpoints:
         """Save everything into save_dir/tag: weights, the optimizer's state, loss scale, schedule and counters.
 
         Args:
-            save_dir: Seen by all ranks.
-            tag: Name of the checkpoint; default: global_step and its number. The same on every rank.
-            client_state: More of this rank, plain data: `load_checkpoint` returns it.
-            save_latest: Have `load_checkpoint` find this one without its tag, once it is complete.
+            save_dir: A folder that all ranks see.
+            tag: Name of the checkpoint, the same on every rank; default: global_step and its number.
+            client_state: More plain data of this rank. `load_checkpoint` returns it.
+            save_latest: Make `load_checkpoint` find this checkpoint without its tag, once it is complete.
             exclude_frozen_parameters: See pyzero.save_checkpoint.
 
         Returns:
             True.
 
         Raises:
-            ValueError: The tag is no name of a folder, or `latest`; or save_dir is empty.
-            CheckpointError: In the middle of an accumulation too; see pyzero.save_checkpoint.
+            ValueError: The tag cannot name a folder, or is `latest`; or save_dir is empty.
+            CheckpointError: See pyzero.save_checkpoint. Or the save is in the middle of an accumulation.
             CollectiveError, TypeError: See pyzero.save_checkpoint.
         """
         if not save_dir:
@@ -98,7 +98,7 @@ class EngineCheckpoints:
         return True
 
     def _check_between_steps(self) -> None:
-        """Raise RuntimeError in the middle of an accumulation, on one rank too, where `.grad` is torch's."""
+        """Raise RuntimeError in the middle of an accumulation, also if `.grad` is torch's, as on one rank."""
         trained = (param for group in self.optimizer.param_groups for param in group["params"])
         if not self.optimizer.reduces_grads and any(param.grad is not None for param in trained):
             raise RuntimeError(
@@ -116,30 +116,30 @@ class EngineCheckpoints:
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load what `save_checkpoint` saved, ours or DeepSpeed's in stage 1 or 2, on any number of ranks.
+        """Load a checkpoint of `save_checkpoint`, or of DeepSpeed in stage 1 or 2, on any number of ranks.
 
-        What DeepSpeed saved is translated first, into a folder in load_dir that goes again.
+        A checkpoint of DeepSpeed is first translated into a temporary folder in load_dir.
 
         Args:
-            load_dir: Where it was saved.
-            tag: Which one; default: the latest.
-            load_module_strict: False leaves what the checkpoint lacks as it is.
-            load_optimizer_states: False loads the weights alone, whatever optimizer was saved; its masters follow them.
-            load_lr_scheduler_states: False leaves the schedule as it is, with its rates. One of the config takes the
-                count alone, and goes on by the config.
-            load_module_only: Weights alone; counters, optimizer and schedule stay.
-            custom_load_fn: Called as `custom_load_fn(src=weights, dst=engine.module)` in place of the load of weights,
-                on every rank, with all weights and buffers by name, whole, on the CPU, as they were saved; masters
-                follow what it writes. With load_module_only, or without load_optimizer_states.
+            load_dir: The save_dir of the checkpoint.
+            tag: Name of the checkpoint; default: the latest.
+            load_module_strict: False leaves alone what the checkpoint lacks.
+            load_optimizer_states: False loads only the weights, whatever optimizer was saved. The masters follow them.
+            load_lr_scheduler_states: False leaves the schedule and its rates alone. With True, a schedule of the config
+                loads only its count, and continues by the config.
+            load_module_only: Load only the weights. Counters, optimizer and schedule stay.
+            custom_load_fn: Called on every rank as `custom_load_fn(src=weights, dst=engine.module)`, instead of the
+                load of weights. `src` has all weights and buffers by name, whole, on the CPU, as they were saved. The
+                masters follow what it writes. Needs load_module_only=True or load_optimizer_states=False.
 
         Returns:
-            (folder, client_state): this rank's on as many ranks as saved it, else the first rank's; (None, None) where
-            no tag is given and there is no latest.
+            (folder, client_state). client_state is this rank's if as many ranks saved it, otherwise the first rank's.
+            (None, None) if no tag is given and there is no latest.
 
         Raises:
-            ValueError: The tag is no name of a folder, or there is a custom_load_fn beside the optimizer's state, or it
-                has replaced parameters, on any rank.
-            CheckpointError: `latest` is damaged; and see pyzero.load_checkpoint.
+            ValueError: The tag cannot name a folder, ranks pass different tags, or custom_load_fn is passed for a load
+                of the optimizer's state too, or replaced parameters on any rank.
+            CheckpointError: `latest` is damaged. See also pyzero.load_checkpoint.
             CollectiveError: See pyzero.load_checkpoint.
             FileNotFoundError: A file of DeepSpeed's is missing.
         """
@@ -154,7 +154,7 @@ class EngineCheckpoints:
         def find() -> str | None:
             if tag is not None:
                 return _checked(str(tag))
-            return None if group.rank else _latest(Path(load_dir))  # others may see an older one
+            return None if group.rank else _latest(Path(load_dir))  # other ranks may see an older file
 
         tags, names = zip(*group.gather_objects((tag, run_on_all_ranks(group, what, find)), what), strict=True)
         if len({str(one) for one in tags}) > 1:
@@ -180,9 +180,9 @@ class EngineCheckpoints:
             for counter in _COUNTERS:
                 setattr(self, counter, counters[counter])
             self.micro_steps = steps * self.batches.accumulation  # a step begins, whatever the saver had
-            self.zero_grad()  # of an accumulation that the load has broken off
+            self.zero_grad()  # drops gradients of an unfinished accumulation
             self._load_schedule(loaded.get("lr_scheduler") if load_lr_scheduler_states else None, load_optimizer_states)
-        return str(folder), loaded.get("client_state", {})  # none of pyzero.save_checkpoint
+        return str(folder), loaded.get("client_state", {})  # a checkpoint of pyzero.save_checkpoint has none
 
     def _load_by(self, custom_load_fn: Any, weights: dict[str, Any]) -> None:
         names = names_of(self.module, self.optimizer)
@@ -197,10 +197,10 @@ class EngineCheckpoints:
             )
 
     def _load_schedule(self, state: dict[str, Any] | None, has_groups: bool) -> None:
-        """state: None leaves the schedule as it is. has_groups: Whether the groups' rates were loaded.
+        """Load the schedule's state; None leaves it alone. has_groups: Whether the groups' rates were loaded.
 
-        Where the rates are of another schedule, or of before the load, the groups take the schedule's own: those of
-        torch that go on from the last rate would stay off for ever.
+        If only one of the two was loaded, the groups take the schedule's rates. Otherwise torch's schedules that
+        compute a rate from the last one would stay wrong for ever.
         """
         schedule = self.lr_scheduler
         if schedule is None:
@@ -215,7 +215,7 @@ class EngineCheckpoints:
 
     @contextmanager
     def _as_ours(self, folder: Path) -> Iterator[Path]:
-        """The checkpoint's folder; of DeepSpeed's a translation beside it, for as long. Ours in theirs is the later."""
+        """Yield the checkpoint's folder, or a temporary translation if it is DeepSpeed's. pyzero's goes first."""
         if (folder / files.LATEST).is_file() or not any(folder.glob(_THEIRS)):
             yield folder
             return
@@ -230,8 +230,8 @@ class EngineCheckpoints:
             run_on_all_ranks(group, f"the translation of DeepSpeed's checkpoint {folder}", translate)
             yield ours
         finally:
-            with suppress(CollectiveError):  # what has broken the group is what the caller is to see
-                group.gather_objects(None, f"the end of the load of {folder}")  # all have read it
+            with suppress(CollectiveError):  # the caller gets the error that broke the group
+                group.gather_objects(None, f"the end of the load of {folder}")  # wait until all have read it
             if group.rank == 0:
                 shutil.rmtree(ours, ignore_errors=True)
 
@@ -248,7 +248,7 @@ def _checked(tag: str) -> str:
 
 
 def _latest(folder: Path) -> str | None:
-    """The tag in `latest`; None where there is no such file."""
+    """Return the tag in `latest`; None if there is no such file."""
     path = folder / files.LATEST
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""What the engine says of its config, by DeepSpeed's names."""
+"""The engine's methods that report its config, with DeepSpeed's names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyzero.optimizer import ZeroOptimizer
 
 
 class EngineSettings:
-    """A part of Engine."""
+    """The part of Engine that reports its config."""
 
     config: Config
     batches: Batches
@@ -30,7 +30,7 @@ class EngineSettings:
         return self.batches.accumulation
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Another number of accumulation steps, from the next micro-batch on.
+        """Change the number of accumulation steps to fit this batch size, from the next micro-batch on.
 
         Raises:
             ValueError: The micro-batches of all ranks do not divide it.
@@ -38,7 +38,7 @@ class EngineSettings:
         self.batches = Batches.solve(train_batch_size, self.batches.micro, None, self.parallel.num_batch_ranks)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Another number of samples per backward on one rank, and per step with it.
+        """Change the number of samples per backward on one rank, and with it the number per step.
 
         Raises:
             ValueError: It is below 1.
@@ -76,7 +76,7 @@ class EngineSettings:
         return self.is_scaled and self.config.fp16.loss_scale == 0
 
     def loss_scale(self) -> float:
-        """The config's: 0 is a dynamic one. The present one is `get_loss_scale()`."""
+        """The config's loss scale; 0 means dynamic. `get_loss_scale()` returns the present one."""
         return self.config.fp16.loss_scale
 
     def zero_optimization(self) -> bool:
@@ -96,7 +96,7 @@ class EngineSettings:
         return self.config.zero_optimization.stage >= 3
 
     def gradient_clipping(self) -> float:
-        """The largest norm; 0.0 without clipping."""
+        """The norm that gradients are clipped to; 0.0 without clipping."""
         return self.config.max_grad_norm() or 0.0
 
     def steps_per_print(self) -> int | None:
@@ -108,19 +108,19 @@ class EngineSettings:
         return self.config.wall_clock_breakdown
 
     def optimizer_name(self) -> str | None:
-        """Of the config, in lower case."""
+        """The optimizer's name in the config, in lower case."""
         return self.config.optimizer_name()
 
     def optimizer_params(self) -> dict[str, Any] | None:
-        """Of the config, what is given."""
+        """The optimizer's parameters that the config gives."""
         return self.config.optimizer_params()
 
     def scheduler_name(self) -> str | None:
-        """Of the config."""
+        """The scheduler's name in the config."""
         return self.config.scheduler_name()
 
     def scheduler_params(self) -> dict[str, Any] | None:
-        """Of the config, what is given."""
+        """The scheduler's parameters that the config gives."""
         return self.config.scheduler_params()
 
     def communication_data_type(self) -> Any:

@@ -1,4 +1,4 @@
-"""Tensors inside what a module takes and gives: tuples, lists, dicts, dataclasses."""
+"""Find and convert tensors inside a module's inputs and outputs: tuples, lists, dicts, dataclasses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors to dtype, in tuples, lists and dicts too."""
+    """Convert floating-point tensors to a dtype, in tuples, lists and dicts too."""
     return _map(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def to_device(value: Any, device: torch.device, copy: bool = False) -> Any:
-    """Tensors to a device, in tuples, lists and dicts too. copy: They are other tensors, there too."""
+    """Move tensors to a device, in tuples, lists and dicts too. copy: Copy those that are there already."""
     return _map(value, lambda tensor: tensor.to(device, copy=copy))
 
 
@@ -35,7 +35,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _like(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """One of the same class, whose keys may be attributes too."""
+    """Return a dict of the same class with these items. Its keys may be attributes too."""
     result = copy.copy(value)
     for key, item in items.items():
         result[key] = item
@@ -43,7 +43,7 @@ def _like(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def check_loss(loss: Any) -> None:
-    """Raise TypeError or ValueError where backward cannot start at it."""
+    """Raise TypeError or ValueError if backward cannot start at this loss."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"expected a loss, a tensor, got {type(loss).__name__}; pass the one in it: output.loss")
     if loss.numel() != 1:
@@ -54,7 +54,7 @@ def check_loss(loss: Any) -> None:
 
 
 def find(value: Any) -> Iterator[Tensor]:
-    """Tensors, in tuples, lists, dicts and dataclasses too."""
+    """Yield all tensors, in tuples, lists, dicts and dataclasses too."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

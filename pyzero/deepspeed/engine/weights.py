@@ -1,4 +1,4 @@
-"""The engine's whole weights: in 16 bits to a file, and in fp32 as a dict."""
+"""The engine's whole weights: written in 16 bits to a file, or returned in fp32 as a dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EngineWeights:
-    """A part of Engine. All ranks call its methods alike."""
+    """The part of Engine for whole weights. All ranks make the same calls."""
 
     module: nn.Module
     optimizer: ZeroOptimizer
@@ -25,7 +25,7 @@ class EngineWeights:
     rank: int
 
     def module_state_dict(self) -> dict[str, Any]:
-        """The module's."""
+        """Return the module's state dict."""
         return self.module.state_dict()
 
     def save_16bit_model(
@@ -34,7 +34,7 @@ class EngineWeights:
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Write the module's state dict, whole and in the dtype that it computes in, to one file; rank 0 does.
+        """Write the module's whole state dict, in the dtype that it computes in, to one file, on rank 0.
 
         Returns:
             True.
@@ -47,7 +47,10 @@ class EngineWeights:
         return True
 
     def _whole_weights(self) -> dict[str, Any]:
-        """The module's state dict on rank 0, shards gathered to its CPU one by one, tied ones once; none elsewhere."""
+        """Return the module's whole state dict on rank 0, and an empty one elsewhere.
+
+        Shards are gathered to rank 0's CPU one by one, tied ones once.
+        """
         reshard(self.module)
         params = {name: id(param) for name, param in self.module.named_parameters(remove_duplicate=False)}
         state: dict[str, Any] = {}
@@ -63,7 +66,7 @@ class EngineWeights:
         return state
 
     def _in_16_bits(self, value: Any) -> Any:
-        """Of weights of stage 3, which are fp32."""
+        """Convert a weight of stage 3, which is fp32."""
         dtype = self.config.weights_dtype()
         return value.to(dtype) if dtype is not None and torch.is_tensor(value) and value.is_floating_point() else value
 
@@ -79,15 +82,15 @@ class EngineWeights:
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **options: Any
     ) -> None:
-        """transformers' of the module, of whole weights as `save_16bit_model` writes them; rank 0 does.
+        """Call transformers' save_pretrained with whole weights, as `save_16bit_model` writes them, on rank 0.
 
-        The module's own sees parts, where layers are split or weights sharded.
+        The module's own method sees only parts if layers are split or weights sharded.
 
         Args:
-            save_directory: Of the model.
+            save_directory: The model's folder.
             is_main_process: Ignored.
-            state_dict: What to save; default: whole weights. Collective then.
-            **options: The module's.
+            state_dict: What to save; default: whole weights, which are gathered by a collective.
+            **options: Options of the module's method.
         """
         module: Any = self.module
         state = self._whole_weights() if state_dict is None else state_dict
@@ -95,11 +98,11 @@ class EngineWeights:
             module.save_pretrained(save_directory, state_dict=state, **options)
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """True: accelerate asks in stage 3 whether weights can be had whole."""
+        """True: in stage 3 accelerate asks whether whole weights can be gathered."""
         return True
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """What accelerate and transformers save. Collective; empty but on rank 0, as DeepSpeed's."""
+        """Return the state dict that accelerate and transformers save. Collective; empty except on rank 0."""
         params = self.module.named_parameters(remove_duplicate=False)
         frozen = {name for name, param in params if not param.requires_grad}
         left_out = frozen if exclude_frozen_parameters else ()
@@ -108,7 +111,7 @@ class EngineWeights:
     _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict  # its name in stage 3
 
     def get_fp32_state_dict(self) -> dict[str, Tensor]:
-        """The module's state dict in fp32 on the CPU, with the masters in place of the weights. Collective."""
+        """Return the module's state dict in fp32 on the CPU, with masters instead of weights. Collective."""
         reshard(self.module)
         held = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
         masters = {

@@ -1,4 +1,4 @@
-"""The coefficient of clip_grad_norm_ where `.grad` is left as it is: kept beside it until a step uses it."""
+"""The coefficient of clip_grad_norm_ if `.grad` is left unchanged. It is kept beside `.grad` until a step uses it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class DeferredClip:
         self._is_used = False  # a step has multiplied by it
 
     def multiply(self, factor: Tensor, params: Iterable[Tensor], sumsq: Tensor) -> None:
-        """Multiply the gradients that these parameters have now. After check(). sumsq: As in `factor_of`."""
+        """Multiply the gradients that these parameters have now. Call check() first. sumsq: As in `factor_of`."""
         before = self.factor_of(sumsq)
         self.factor = factor if before is None else before * factor
         self._sumsq = sumsq.clone()
         self._applies_to = {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
         self._is_used = False
-        if any(isinstance(param, LocalParam) for param in self._applies_to):  # not every edit of a DTensor can be seen
+        if any(isinstance(param, LocalParam) for param in self._applies_to):  # some edits of DTensors cannot be seen
             self.apply()
 
     def factor_of(self, sumsq: Tensor) -> Tensor | None:
-        """0-D: what gradients are to be multiplied by, or None. After check().
+        """Return the factor for the gradients (0-D), or None. Call check() first.
 
-        Once a step has used the factor, new gradients may have come that no version shows (a replayed CUDA graph, a
-        collective): a norm of another magnitude tells, and the factor is not theirs. One of the same is clipped alike,
-        to the norm of before.
+        After a step has used the factor, new gradients may have come that no version shows (a replayed CUDA graph, a
+        collective). If their norm is another one, the factor does not apply to them. If it is the same, the same factor
+        clips them to the same norm.
 
         Args:
-            sumsq: 0-D: the sum of squares of all gradients, as they are now, without the factor.
+            sumsq: 0-D: the present sum of squares of all gradients, without the factor.
         """
         if self.factor is None or self._sumsq is None or not self._is_used:
             return self.factor
@@ -50,9 +50,9 @@ class DeferredClip:
         return torch.where(is_same, self.factor, torch.ones_like(self.factor))
 
     def check(self, params: Iterable[Tensor]) -> bool:
-        """Whether all gradients that were clipped are there still, and as they were.
+        """Whether all gradients that were clipped are still there and unchanged.
 
-        Where some are gone, or others have come that the factor is not of, it is multiplied into the rest.
+        If some are gone, or others have come that the factor does not apply to, multiply it into the rest.
 
         Raises:
             RuntimeError: One has been edited since, or others with values have come before a step.
@@ -66,7 +66,7 @@ class DeferredClip:
                 new.append(grad)
             elif grad._version != version:
                 edited.append(grad)
-        # An edit of what was clipped, or made of it; after a step, which has used the factor, a gradient of its own.
+        # Before a step, an assigned gradient may be made of a clipped one. After it, it is a gradient of its own.
         if have_values(edited if self._is_used else edited + new):
             raise RuntimeError(
                 "expected .grad unedited from optimizer.clip_grad_norm_ until it is cleared, got one that was edited "
@@ -89,10 +89,10 @@ class DeferredClip:
             torch._foreach_mul_(same, factor)
 
     def note_used(self) -> None:
-        """Called after a step, which has multiplied by the factor."""
+        """Note that a step has multiplied by the factor."""
         self._is_used = True
 
     def clear(self) -> None:
-        """There is nothing to multiply by."""
+        """Forget the factor."""
         self.factor = self._sumsq = None
         self._applies_to = {}

@@ -1,4 +1,4 @@
-"""Which loss scale `.grad` carries, where gradients are used as they lie there."""
+"""Tracks which loss scale `.grad` carries, if gradients are used directly from `.grad`."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ _NO_SCALE = (None, None)
 
 
 def _state_of(grad: Any) -> _GradState:
-    """Of a DTensor gradient; writes to it and to its local tensor both count."""
+    """Return the state of a DTensor gradient. Writes to it and to its local tensor both count."""
     return weakref.ref(grad), grad._version + local_of(grad)._version
 
 
 class ScaleTracker:
-    """The loss scale of all gradients together, told of what backward adds to `.grad`.
+    """The one loss scale of all gradients. Hooks tell it what backward adds to `.grad`.
 
-    An epoch is a number that stays the same as long as the scale cannot have changed; None: without a scale.
+    An epoch is a number that stays the same as long as the scale cannot have changed; None: no scale.
 
     Args:
-        scales: The optimizer has a loss scale.
+        scales: Whether the optimizer has a loss scale.
     """
 
     def __init__(self, scales: bool) -> None:
         self.scales = scales
-        self.unscale: Tensor | None = None  # 0-D, 1 / loss scale, where `.grad` carries it
-        self._memory: Tensor | None = None  # of that: the same for good, as a CUDA graph of the step reads it
+        self.unscale: Tensor | None = None  # 0-D, 1 / loss scale, if `.grad` carries it
+        self._memory: Tensor | None = None  # of `unscale`: never another, because a CUDA graph of the step reads it
         self.fsdp_param: LocalParam | None = None  # any one of the parameters that fully_shard has sharded
         self._params: list[Tensor] = []
-        self._arriving: tuple[Tensor | None, int | None] = _NO_SCALE  # (0-D 1 / loss scale, epoch) of those that come
-        self._is_taken = False  # the arriving scale is the one that `.grad` carries
-        self._epoch: int | None = None  # of that one
-        self._arrived: dict[LocalParam, _GradState] = {}  # of fully_shard's: the gradient after the last backward
-        self._zeroed: dict[Tensor, _GradState] = {}  # the gradient as the optimizer filled it with zeros
+        self._arriving: tuple[Tensor | None, int | None] = _NO_SCALE  # (0-D 1 / loss scale, epoch) that arrives
+        self._is_taken = False  # `.grad` carries the arriving scale
+        self._epoch: int | None = None  # of the scale that `.grad` carries
+        self._arrived: dict[LocalParam, _GradState] = {}  # fully_shard's gradients after the last backward
+        self._zeroed: dict[Tensor, _GradState] = {}  # gradients that the optimizer has filled with zeros
         self._stepped: list[weakref.ref[Tensor] | None] = []  # gradients of the last step, if none has come since
 
     def add(self, params: Sequence[Tensor]) -> None:
-        """Track these too."""
+        """Track these parameters too."""
         self._params += params
         fsdp = (param for param in params if isinstance(param, LocalParam) and param.is_fsdp)
         self.fsdp_param = next(fsdp, self.fsdp_param)
 
     def begin(self, inv_scale: Tensor, epoch: int) -> None:
-        """From now on gradients arrive that carry the loss scale whose inverse this is."""
+        """Note that arriving gradients carry a loss scale from now on. inv_scale: Its inverse."""
         self._arriving, self._is_taken = (inv_scale, epoch), False
 
     def take_over_if_empty(self) -> None:
-        """Where there is no gradient, the arriving scale counts: another rank may be the only one that gets any."""
+        """Take the arriving scale if there is no gradient yet: maybe only another rank gets one."""
         if all(param.grad is None for param in self._params):
             self._take()
 
     def _take(self) -> None:
-        """From now on `.grad` carries the arriving scale."""
+        """Note that `.grad` carries the arriving scale from now on."""
         inv_scale, self._epoch = self._arriving
         if inv_scale is None:
             self.unscale = None
@@ -70,19 +70,19 @@ class ScaleTracker:
         self._is_taken = True
 
     def end(self) -> None:
-        """From now on they carry none."""
+        """Note that arriving gradients carry no scale from now on."""
         self._arriving = _NO_SCALE
 
     def before_gradient(self) -> None:
         """Called before backward adds to any `.grad`.
 
         Raises:
-            RuntimeError: `.grad` holds gradients of another scale, or of none.
+            RuntimeError: `.grad` holds gradients with another scale, or with none.
         """
         self._check_epoch(self._params)
 
     def missed_gradient(self, param: Tensor) -> None:
-        """Called once backward has added to `.grad`, where it was not before. Raises RuntimeError as that does."""
+        """Called after backward has added to `.grad`, if before_gradient() was not called. Raises as that does."""
         self._check_epoch([other for other in self._params if other is not param])
 
     def _check_epoch(self, params: Sequence[Tensor]) -> None:
@@ -91,10 +91,10 @@ class ScaleTracker:
             return
         if have_values([grad for param in params if (grad := param.grad) is not None and self._is_new(param)]):
             raise mixed_scale_error()
-        self._epoch = epoch  # zeros carry any scale
+        self._epoch = epoch  # zeros fit any scale
 
     def after_gradient(self, param: Tensor) -> None:
-        """Called when backward has added to it. Raises RuntimeError as before_gradient()."""
+        """Called when backward has added to the parameter's `.grad`. Raises as before_gradient()."""
         if self._arriving[1] != self._epoch and self.fsdp_param is not None:
             self._check_kept_gradients()
         self._stepped.clear()
@@ -103,14 +103,14 @@ class ScaleTracker:
             self._arrived[param] = _state_of(param.dtensor.grad)
 
     def _is_new(self, param: Tensor) -> bool:
-        """Whether `.grad` is more than the zeros that zero_grad(set_to_none=False) has put there."""
+        """Whether `.grad` is other than the zeros that zero_grad(set_to_none=False) has put there."""
         grad, version = self._zeroed.get(param, (None, 0))
         return grad is None or grad() is not param.grad or param.grad._version != version
 
     def _check_kept_gradients(self) -> None:
-        """Raise where fully_shard, before which no hook runs, adds a gradient of another scale to one that is kept.
+        """Raise if fully_shard has added a gradient to a kept one of another scale. No hook runs before it adds.
 
-        A gradient that is as it arrived, or one in-place op later, has not been cleared since.
+        If a gradient is as it arrived, or one in-place op later, it has not been cleared since.
         """
         kept = []
         for param, (grad, version) in self._arrived.items():
@@ -130,7 +130,7 @@ class ScaleTracker:
         """Called before gradients are used.
 
         Raises:
-            RuntimeError: Other tensors were assigned in place of all that the last step used, whose scale is not known.
+            RuntimeError: All gradients of the last step were replaced by other tensors, with an unknown scale.
         """
         if not self._stepped:
             return

@@ -1,4 +1,4 @@
-"""Gradients that are used as they lie in `.grad`: on one rank, or where DDP or a trainer has averaged them."""
+"""Gradients that are used directly from `.grad`: on one rank, or if DDP or a trainer has averaged them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from pyzero.update_rule import GradList
 
 
 def _is_mixed(grads: Sequence[Tensor], bucket: Bucket) -> bool:
-    """Some are not in the weights' dtype. All are read as fp32: 16 bits round, and make an inf that no flag shows."""
+    """Whether some are not in the weights' dtype. Then all are read as fp32: 16 bits could overflow without a flag."""
     return any([grad.dtype is not bucket.dtype for grad in grads])
 
 
 def _readable(pieces: GradPieces, bucket: Bucket, backend: str) -> Sequence[Tensor]:
-    """Each where it is, or a copy of one that no vector instruction reads there, or of another dtype."""
+    """Return each gradient in place, or a copy if it is unaligned for vectors or of another dtype."""
     grads = pieces.tensors
     if pieces.is_list:
         return grads
@@ -61,11 +61,11 @@ class _RunGrads:
 
     shard_run: ShardRun
     pieces: Pieces
-    apart: list[int] | None = None  # addresses of gradients, none of which is in the buckets' memory
+    apart: list[int] | None = None  # addresses of gradients, if all lie outside the buckets' memory
 
 
 class UnreducedGradients(Gradients):
-    """Takes `.grad` as it is at step(): on one rank, or where DDP or a trainer has averaged it."""
+    """Uses `.grad` as it is at step(): on one rank, or if DDP or a trainer has averaged it."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class UnreducedGradients(Gradients):
         super().__init__(group, stats_exchange, device, backend)
         self._runs: dict[Bucket, list[_RunGrads]] = {}  # of this rank's shards
         self._pieces: dict[Bucket, list[GradPieces]] = {}  # by run, from collect() on
-        self._own: list[int] = []  # where memory of the buckets begins and ends, in turns, sorted
+        self._own: list[int] = []  # sorted begins and ends of the buckets' memory, alternating
         self._scale_tracker = ScaleTracker(scales)
         self._deferred_clip = DeferredClip()
         self._locates = False
@@ -94,11 +94,11 @@ class UnreducedGradients(Gradients):
         self._watched = 0  # buckets whose parameters have hooks
         self._expects_scales = False  # another optimizer has a loss scale
         self._frozen: dict[Tensor, None] = {}  # all parameters that were frozen when they came
-        self._watched_frozen = 0  # of those
-        self._mixes_meshes = False  # the parameters are not all on one mesh, nor all on none
+        self._watched_frozen = 0  # how many of `_frozen` have hooks
+        self._mixes_meshes = False  # the parameters are neither all on one mesh, nor all on none
 
     def add(self, bucket: Bucket) -> None:
-        """See Gradients. Parameters get hooks where they are needed: with loss scales, two meshes, or once clipped."""
+        """See Gradients. Parameters get hooks only if needed: with loss scales, several meshes, or after a clip."""
         self._place(bucket)
         self._scale_tracker.add(bucket.params)
         self._mixes_meshes = not are_on_one_mesh(list(self._params()))
@@ -126,7 +126,7 @@ class UnreducedGradients(Gradients):
         self._watched = len(buckets) if self._watched else 0
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
-        """See Gradients. step() places them; hooks are for another optimizer's loss scale, which may come before."""
+        """See Gradients. step() places them. Hooks are only for another optimizer's loss scale in a backward before."""
         self._frozen |= dict.fromkeys(filter(can_be_trained, frozen))
         if self._expects_scales:
             self._watch()
@@ -146,7 +146,7 @@ class UnreducedGradients(Gradients):
             self._watched_frozen = len(self._frozen)
 
     def _after_unfrozen(self) -> None:
-        """Without a bucket it is not followed: another optimizer's, maybe, which lists it as trained."""
+        """Do nothing: a parameter without a bucket is not followed. Maybe another optimizer trains it."""
 
     def _params(self) -> Iterator[Tensor]:
         for bucket in self._buckets:
@@ -165,7 +165,7 @@ class UnreducedGradients(Gradients):
             make_norms_plain(user_param(param).grad)
 
     def _without_gradient(self, param: Tensor) -> None:
-        """Nothing has come: `.grad` stays what it is."""
+        """Do nothing: no gradient has come, and `.grad` stays as it is."""
 
     @contextmanager
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
@@ -173,7 +173,7 @@ class UnreducedGradients(Gradients):
         tracker = self._scale_tracker
         tracker.begin(inv_scale, epoch)
         try:
-            if tracker.fsdp_param is not None:  # its gradient comes without the hook before it
+            if tracker.fsdp_param is not None:  # no hook runs before its gradient
                 self._before_gradient(tracker.fsdp_param)
             tracker.take_over_if_empty()
             yield
@@ -193,9 +193,9 @@ class UnreducedGradients(Gradients):
         return stats
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
-        """One pass over the gradients, which only reads."""
+        """Compute this rank's statistics in one pass that only reads the gradients."""
         self._scale_tracker.follow()
-        self._check_clip()  # multiplied into `.grad` before pieces and norm, where some were cleared or replaced
+        self._check_clip()  # if some were cleared or replaced, multiplies into `.grad` before pieces and norm
         self._rows.copy_(self._clean_rows)
         found = self._found_inf
         counted: list[Tensor] = []
@@ -220,15 +220,15 @@ class UnreducedGradients(Gradients):
         return LocalGradStats(self._rows, used, purpose)
 
     def tell_error(self, purpose: str) -> None:
-        """See Gradients. `.grad`, which may be what is wrong, is not read."""
+        """See Gradients. Does not read `.grad`, because `.grad` may be the problem."""
         nobody = [False] * sum(len(bucket.params) for bucket in self._buckets)
         self._stats_exchange.gather(LocalGradStats(self._clean_rows, nobody, purpose, has_error=True), None)
 
     def _pieces_of(self, bucket: Bucket, grads: list[Tensor | None]) -> list[GradPieces]:
-        """By run of this rank's shard.
+        """Return the pieces by run of this rank's shard.
 
         Raises:
-            TypeError: A gradient is sparse, be it of another rank's shard.
+            TypeError: A gradient is sparse, even if it belongs to another rank's shard.
         """
         maps = [run.pieces for run in self._runs[bucket]]
         found = [pieces.as_they_lie(grads) for pieces in maps]
@@ -242,13 +242,13 @@ class UnreducedGradients(Gradients):
         ]
 
     def _kept(self, run: _RunGrads, pieces: GradPieces) -> GradPieces:
-        """With copies of those that are weights, masters or state, where the update writes before it has read all."""
+        """Copy gradients that lie in weights, masters or state, because the update writes there before it reads all."""
         if pieces.addresses is run.apart:
             return pieces
         tensors, _, addresses, _ = pieces
         between = {bisect(self._own, at) for at in (min(addresses), max(addresses))} if addresses else {0}
         own = []
-        if len(between) > 1 or between.pop() % 2:  # none begins or ends between most gradients: a look at each is 90 ns
+        if len(between) > 1 or between.pop() % 2:  # a look at each takes 90 ns, and usually none lies there
             own = [place for place, at in enumerate(addresses) if bisect(self._own, at) % 2]
         if not own:
             run.apart = addresses
@@ -260,7 +260,7 @@ class UnreducedGradients(Gradients):
         )
 
     def _locate(self) -> Tensor:
-        """0-D fp64: the code of the first bad parameter."""
+        """Return the code of the first bad parameter: 0-D fp64."""
         names = self._stats_exchange.names
         rank = names.of_group[self._group.rank]
         codes = [
@@ -270,7 +270,7 @@ class UnreducedGradients(Gradients):
         return torch.stack(codes).min()
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor | GradList]]:
-        """See Gradients. A list for a rule that reads one; packed otherwise."""
+        """See Gradients. A list if the rule reads lists, otherwise packed."""
         for run, pieces in zip(self._runs[bucket], self._pieces[bucket], strict=True):
             tensors, size = pieces.tensors, run.shard_run.high - run.shard_run.low
             needs_zeros = self._group.size > 1 and len(tensors) < run.pieces.num_pieces
@@ -280,14 +280,14 @@ class UnreducedGradients(Gradients):
                 dtype = torch.float32 if _is_mixed(tensors, bucket) else bucket.dtype
                 packed = memory.empty(size, dtype, bucket.device)
                 if needs_zeros:
-                    packed.zero_()  # a parameter may have a gradient on another rank alone
+                    packed.zero_()  # only another rank may have a parameter's gradient
                 ops.pack_(packed, tensors, offsets=pieces.offsets, backend=self._backend)
                 yield run.shard_run.low, packed
 
     def _multiply(self, factor: Tensor) -> None:
         self._check_clip()
         self._deferred_clip.multiply(factor, self._params(), self._sumsq_of_all())
-        self._watch()  # the next backward must not add to a gradient that is still to be multiplied
+        self._watch()  # the next backward must not add to a gradient before the factor is applied
 
     def factor(self) -> Tensor | None:
         """See Gradients."""
@@ -300,7 +300,7 @@ class UnreducedGradients(Gradients):
             self.norm_before_clip = None
 
     def _sumsq_of_all(self) -> Tensor:
-        """0-D fp64: of the gradients of all ranks at the last collect()."""
+        """Return the sum of squares of all ranks' gradients at the last collect(): 0-D fp64."""
         return self._stats_rows[:, SUMSQ].sum()
 
     def whole(self, bucket: Bucket, position: int) -> Tensor:
@@ -310,10 +310,10 @@ class UnreducedGradients(Gradients):
         return bucket.flat_of(grad, position).float()
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """See Gradients. Written to `.grad`, with the loss scale that `.grad` carries."""
+        """See Gradients. Writes to `.grad`, with the loss scale that `.grad` carries."""
         self._check_clip()
         if self._deferred_clip.factor is not None:
-            self._deferred_clip.apply()  # the value is to be what is stepped with
+            self._deferred_clip.apply()  # the factor must not apply to the new value
         param = bucket.params[position]
         unscale = self._scale_tracker.unscale
         scaled = value if unscale is None else value / unscale
@@ -344,14 +344,14 @@ class UnreducedGradients(Gradients):
         self._pieces.clear()
         self._scale_tracker.after_step()
         self._deferred_clip.note_used()
-        self.norm_before_clip = None  # of the step after the clip; a later one has what is left of it
+        self.norm_before_clip = None  # only for the first step after the clip
 
     def has_pending_gradients(self) -> bool:
         """See Gradients. Unknown: the caller may have kept the `.grad` of the last step."""
         return False
 
     def check_arrived(self) -> None:
-        """See Gradients. Nothing to check: what others write to `.grad` is taken to carry its scale."""
+        """See Gradients. Checks nothing: values that others write to `.grad` count as carrying its scale."""
 
     def finish_broken_round(self) -> None:
         """See Gradients. There are no rounds."""

@@ -1,14 +1,14 @@
-"""Where a parameter's gradient is: in this rank's own sum, in the shards that hold the mean, or in both.
+"""Where a parameter's gradient is: in this rank's own sum, in the shards with the mean, or in both.
 
-It is in one of four states (the picture is in docs/design.md), which `has_local` and `is_reduced` tell apart:
+It has one of four states (see the picture in docs/design.md). `has_local` and `is_reduced` distinguish them:
 
     none      `.grad` is None
     local     `.grad` is a LocalGrad: this rank's sum of one or more backwards, not sent yet
     reduced   `.grad` is a ShardedGrad: the mean over ranks lies in the shards
-    both      `.grad` is a LocalGrad: what came after the part that is in the shards
+    both      `.grad` is a LocalGrad: gradients that came after the part in the shards
 
-`.grad` is the truth: whoever assigns or clears it changes the state, and `observe()` notices before anything else is
-done. A gradient lives until it is cleared, as torch's do; step() leaves it as it is.
+`.grad` is the truth. If the caller assigns or clears it, the state changes, and `observe()` notices before anything
+else happens. A gradient lives until it is cleared, as in torch; step() does not change it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pyzero.sharding.flat_params import conversion_error, flatten
 from pyzero.sharding.local_param import LocalParam, awaited, user_param
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
 
-_MOST_EDITS = 2**16  # of a gradient between two rounds; more, and a difference between ranks may not be seen
+_MOST_EDITS = 2**16  # of a gradient between two rounds; with more, a difference between ranks may be missed
 
 
 class InShards(Enum):
     """Which part of a parameter's gradient the shards hold."""
 
     NOTHING = auto()
-    ZEROS = auto()  # known to be, on all ranks
+    ZEROS = auto()  # known to be zeros, on all ranks
     VALUES = auto()
 
 
@@ -43,21 +43,21 @@ class ParamGrad:
     """One parameter's gradient on this rank."""
 
     def __init__(self, param: Tensor, number: int, stride: tuple[int, ...], owner: weakref.ref[Any]) -> None:
-        self._param = weakref.ref(param)  # `.grad`, which holds this, must not keep it: no collector sees through there
+        self._param = weakref.ref(param)  # weak: `.grad` holds this record, and the collector cannot see that cycle
         self.number = number  # among the optimizer's parameters
         self.position = 0  # in its bucket
         self.is_used = False  # this rank has contributed to it
-        self._is_arriving = False  # between before_arrival() and after_arrival(), which a hook that raises leaves out
-        self.is_in_backward = False  # after that, until the backward ends: hooks of the caller's may run
-        self.generation = 0  # grows with every gradient that is dropped: what was read of an earlier one can tell
+        self._is_arriving = False  # from before_arrival() to after_arrival(); a hook that raises prevents the latter
+        self.is_in_backward = False  # from then until the backward ends; the caller's hooks may run
+        self.generation = 0  # grows with every dropped gradient, so that tensors of an earlier one are recognised
 
         # The part in the shards:
         self.in_shards = _NOTHING
-        self.shard_is_stale = False  # the shards still hold a part of a gradient that has been cleared
-        self.num_edits = 0  # by the caller; the same on all ranks
-        self.product = 1.0  # of the numbers that the caller has multiplied it by, as far as the host knows them
-        self.is_half_edited = False  # the other part was edited in place meanwhile: refused when gradients are read
-        self.factor: Tensor | None = None  # 0-D: what it is still to be multiplied by
+        self.shard_is_stale = False  # the shards still hold a part of a cleared gradient
+        self.num_edits = 0  # by the caller; should be the same on all ranks
+        self.product = 1.0  # of the caller's factors, as far as the host knows them
+        self.is_half_edited = False  # the other part was edited in place: refused when gradients are read
+        self.factor: Tensor | None = None  # 0-D: a factor that this part still needs
 
         # This rank's own sum, not sent yet:
         self.main_grad: Tensor | None = None  # (numel,) fp32: the sum behind a 16-bit `_local`
@@ -65,19 +65,19 @@ class ParamGrad:
         self._version = 0  # of `_local` when it was last seen
         self._zeroed_version = -1  # of `_local` when it was filled with zeros
 
-        self._published: Tensor | None = None  # what was put in `.grad` last
+        self._published: Tensor | None = None  # the tensor that was put in `.grad` last
         self._owner = owner
         self._dtype, self._device, self._shape = param.dtype, param.device, param.shape
-        self._stride = stride  # in the bucket, which the parameter's may differ from by now
+        self._stride = stride  # in the bucket; the parameter's own may have changed
 
     @property
     def has_local(self) -> bool:
-        """This rank holds gradients that have not been sent."""
+        """Whether this rank holds gradients that have not been sent."""
         return self._local is not None
 
     @property
     def has_values(self) -> bool:
-        """This rank holds unsent gradients that are not all zeros. Zeros carry any loss scale."""
+        """Whether this rank holds unsent gradients that are not known to be zeros. Zeros fit any loss scale."""
         return self._local is not None and self._local._version != self._zeroed_version
 
     def local_was_zeroed(self) -> None:
@@ -95,29 +95,29 @@ class ParamGrad:
 
     @property
     def is_cleared(self) -> bool:
-        """`.grad` was set to None since it was last seen."""
+        """Whether `.grad` was set to None since it was last seen."""
         return self.param.grad is None and self._published is not None
 
     @property
     def was_reassigned_or_edited(self) -> bool:
-        """`.grad` was assigned or edited since it was last seen."""
+        """Whether `.grad` was assigned or edited since it was last seen."""
         grad = self.param.grad
         is_new = grad is not None and grad is not self._published
         return is_new or (self._local is not None and self._local._version != self._version)
 
     @property
     def is_reduced(self) -> bool:
-        """A part of the gradient, maybe zeros, lies in the shards."""
+        """Whether a part of the gradient, maybe zeros, lies in the shards."""
         return self.in_shards is not _NOTHING
 
     @property
     def has_reduced_values(self) -> bool:
-        """A part of it that is not known to be zeros does."""
+        """Whether a part that is not known to be zeros lies in the shards."""
         return self.in_shards is _VALUES
 
     @property
     def param(self) -> Tensor:
-        """The parameter, which lives as long as the optimizer does."""
+        """The parameter. It lives as long as the optimizer."""
         return self._param()  # type: ignore[return-value]
 
     def is_current(self, generation: int) -> bool:
@@ -125,14 +125,14 @@ class ParamGrad:
         return generation == self.generation and self._param() is not None and self.param.grad is self._published
 
     def restore(self) -> None:
-        """Put back into `.grad` what the caller has cleared."""
+        """Put the tensor that the caller has cleared back into `.grad`."""
         self.param.grad = self._published
 
     def observe(self) -> bool:
-        """Follow what the caller has done to `.grad`; returns whether that drops the part in the shards.
+        """Follow what the caller has done to `.grad`. Return whether that drops the part in the shards.
 
         Raises:
-            RuntimeError: `.grad` is the ShardedGrad of another gradient, or the rest of one.
+            RuntimeError: `.grad` is the ShardedGrad of another gradient, or the unreduced rest of one.
         """
         self.finish_arrival()
         grad = self.param.grad
@@ -149,7 +149,7 @@ class ParamGrad:
                 f"of another gradient (an earlier one, another parameter's, or of another optimizer over this one); "
                 f"keep optimizer.full_grad(p) and assign that, or delete the other optimizer and call model.zero_grad()"
             )
-        is_half_edited = self.is_in_backward and self.has_reduced_values  # by a hook, which saw this rank's part
+        is_half_edited = self.is_in_backward and self.has_reduced_values  # by a hook, which saw only this rank's part
         was_reduced = self.drop()
         if grad is not None:
             self.is_half_edited = is_half_edited
@@ -158,7 +158,7 @@ class ParamGrad:
         return was_reduced
 
     def drop(self) -> bool:
-        """Drop the gradient; returns whether the shards still hold a part of it."""
+        """Drop the gradient. Return whether the shards still hold a part of it."""
         was_reduced = self.is_reduced
         if was_reduced:
             self.count_clear()
@@ -170,14 +170,14 @@ class ParamGrad:
         return was_reduced
 
     def count_clear(self) -> None:
-        """Count that the reduced part is gone, once after each round: edits that ranks did not share go with it."""
+        """Count that the reduced part is gone. The count depends only on the round, so it forgets earlier edits."""
         owner = self._owner()
         self.num_edits = _MOST_EDITS * (1 + owner.num_rounds if owner else 0)
         self.product = 1.0
         self.is_half_edited = False
 
     def _leave_published(self, has_rest: bool) -> None:
-        """Called when `.grad` gets another tensor. has_rest: The one that was shown is not the whole gradient."""
+        """Called when `.grad` gets another tensor. has_rest: The former one was not the whole gradient."""
         if isinstance(self._published, LocalGrad) and self._published.record is self:
             self._published.is_part |= has_rest
 
@@ -187,20 +187,20 @@ class ParamGrad:
         self.is_used = True
 
     def publish(self) -> None:
-        """Put into `.grad` what the caller may read: a LocalGrad, or a ShardedGrad where only others have a part."""
+        """Put a tensor for the caller into `.grad`: a LocalGrad, or a ShardedGrad if only other ranks have a part."""
         if self.param.grad is not self._published:
-            return  # the caller has cleared or assigned it, which observe() follows
+            return  # the caller has cleared or assigned it, and observe() will follow
         if self._local is not None:
             if not isinstance(self._published, LocalGrad) or self._published.record is not self:
                 self._published = LocalGrad.wrap(self._local, self, self._owner)
                 self.param.grad = self._published
-            self._published.generation = self.generation  # it may have been set aside meanwhile, and put back
+            self._published.generation = self.generation  # it may have been taken out and put back
         elif self._published is None and self.param.requires_grad:
             self._published = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._published
 
     def check_grad_dtype(self) -> None:
-        """Raise TypeError where gradients will come in another dtype."""
+        """Raise TypeError if gradients will come in another dtype."""
         dtype = getattr(user_param(self.param), "grad_dtype", None)  # newer torch
         if dtype is not None and dtype != self.param.dtype:
             raise self._dtype_error(dtype)
@@ -213,7 +213,7 @@ class ParamGrad:
         )
 
     def before_arrival(self) -> None:
-        """Called before backward adds to `.grad`: a ShardedGrad, and a 16-bit sum, move out of its way."""
+        """Called before backward adds to `.grad`. Take a ShardedGrad or a 16-bit sum out of `.grad`."""
         self._is_arriving = True
         if self._local is None:
             self.param.grad = None
@@ -224,7 +224,7 @@ class ParamGrad:
             self.param.grad = None
 
     def after_arrival(self) -> None:
-        """Called when backward has added to `.grad`: takes it for the local sum.
+        """Called after backward has added to `.grad`. Take the gradient into the local sum.
 
         Raises:
             TypeError: The gradient is in another dtype, or the parameter was converted after the optimizer was built.
@@ -249,22 +249,22 @@ class ParamGrad:
             self._set_local(awaited(grad), grad)
 
     def set_aside(self) -> Tensor | None:
-        """Called where backward has added already: returns `.grad`, which is cleared unless that was in place."""
+        """Called if backward has added already. Return `.grad`, and clear it unless backward added in place."""
         grad = self.param.grad
         if grad is not self._published:
             self.param.grad = None
         return grad
 
     def take_unannounced(self, grad: Tensor | None) -> None:
-        """Called after set_aside() and before_arrival(): `.grad` is the sum."""
+        """Called after set_aside() and before_arrival(). Put the sum into `.grad`."""
         self._is_arriving = False
         self.main_grad = None
         self.param.grad = grad
 
     def finish_arrival(self) -> None:
-        """Take the gradient of a backward that ended between `.grad` and our hook: another hook raised.
+        """Take the gradient of a backward that ended before after_arrival(), because another hook raised.
 
-        Unless it was cleared since; by zeros where it was written after it came.
+        Not if it was cleared since: set to None, or filled with zeros.
         """
         if not self._is_arriving:
             return
@@ -277,14 +277,14 @@ class ParamGrad:
         self.after_arrival()
 
     def local_sum(self) -> Tensor | None:
-        """This rank's unsent sum: of the parameter's shape, or (numel,) in the bucket's memory order."""
+        """Return this rank's unsent sum: in the parameter's shape, or (numel,) in the bucket's memory order."""
         if self.main_grad is None or self._local is None:
             return self._local
         self._take_unseen_writes(self.main_grad, self._local)
         return self.main_grad
 
     def _take_unseen_writes(self, main_grad: Tensor, local: Tensor) -> None:
-        """Have the fp32 sum follow `.grad` where collectives have written to it, which no version shows."""
+        """Make the fp32 sum follow `.grad` if a collective has written to it, because no version shows that."""
         size = elements_compared_at_once(main_grad.is_cpu)
         for ours, theirs in zip(main_grad.split(size), flatten(local, self._stride).split(size), strict=True):
             rounded = ours.to(theirs.dtype)
@@ -292,7 +292,7 @@ class ParamGrad:
                 torch.where(rounded == theirs, ours, theirs.float(), out=ours)
 
     def mark_reduced(self) -> None:
-        """Called when the local sum, if any, has been sent: `.grad` becomes a ShardedGrad."""
+        """Called when the local sum, if any, has been sent. `.grad` becomes a ShardedGrad."""
         if not isinstance(self._published, ShardedGrad):
             self._leave_published(has_rest=True)
             self._published = ShardedGrad.placeholder(self.param, self, self._owner)
@@ -301,17 +301,17 @@ class ParamGrad:
         self.param.grad = self._published
 
     def mark_sent_as_zeros(self) -> None:
-        """Called when a round has sent zeros for this parameter: a later one will send the local sum."""
+        """Called when a round has sent zeros for this parameter. A later one will send the local sum."""
         had_values = self.has_reduced_values
         if self._local is None:
             grad, was_seen = self.param.grad, self.param.grad is self._published
             self.mark_reduced()
-            if not was_seen:  # where nobody could look: observe() is still to follow it
+            if not was_seen:  # observe() has not followed it yet
                 self.param.grad = grad
         self.in_shards = _VALUES if had_values else _ZEROS
 
     def mark_replaced(self) -> None:
-        """Called when the caller's own value has been written into the shards, on every rank."""
+        """Called when the caller's value has been written into the shards, on every rank."""
         self._leave_published(has_rest=True)
         self._published = self.factor = None
         self.mark_reduced()
@@ -320,12 +320,12 @@ class ParamGrad:
 
 
 def elements_compared_at_once(on_cpu: bool) -> int:
-    """Of a local sum and the fp32 one behind it: few launches on GPUs, in the caches of a CPU."""
+    """Return how many elements of 16-bit and fp32 sums to compare at once: few launches, but in a CPU's caches."""
     return 2**18 if on_cpu else 2**24
 
 
 def _are_same_bits(one: Tensor, other: Tensor) -> bool:
-    """Of two flat 16-bit tensors on a CPU; torch.equal of bf16 takes seven times as long."""
+    """Whether two flat 16-bit tensors on a CPU have the same bits. torch.equal of bf16 takes seven times as long."""
     is_wide = not any(n % 4 for n in (one.numel(), one.storage_offset(), other.storage_offset()))
     wide = torch.int64 if is_wide else torch.int16
     return torch.equal(one.view(wide), other.view(wide))

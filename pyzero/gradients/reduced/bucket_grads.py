@@ -1,4 +1,4 @@
-"""The gradients of one bucket: a record of each parameter's, and this rank's shard of their mean."""
+"""The gradients of one bucket: a record for each parameter, and this rank's shard of their mean."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pyzero.sharding.layout import ShardRun
 class BucketGrads:
     """The gradients of one bucket: a record for each parameter, and this rank's shard of their mean.
 
-    While there is a shard, the parts of parameters without a reduced gradient are zero; without one, all are.
+    In a shard, the parts of parameters without a reduced gradient are zero. Without a shard, all are zero.
     """
 
     def __init__(self, bucket: Bucket, records: list[ParamGrad], backend: str) -> None:
         self.bucket = bucket
         self.records = records  # by position in the bucket
-        self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, but for `factor`
+        self.shard: Tensor | None = None  # (shard_numel,) fp32, averaged over ranks and unscaled, without `factor`
         # (num_runs, 3): the shard's overflow flag and first bad parameter in the first row; sums of squares by run.
         self.stats = clean_rows(len(bucket.layout.runs), bucket.device)
         self._stats_are_stale = False  # the shard has changed since flag and squares were computed
@@ -35,21 +35,21 @@ class BucketGrads:
 
     @property
     def found_inf(self) -> Tensor:
-        """(1,) fp32, of the shard."""
+        """The shard's overflow flag: (1,) fp32."""
         return flag_of(self.stats[0])
 
     @property
     def first_bad(self) -> Tensor:
-        """(1,) fp64: code of the first bad parameter in all that was received."""
+        """The code of the first bad parameter in all received slices: (1,) fp64."""
         return first_bad_of(self.stats[0])
 
     @property
     def is_reduced(self) -> bool:
-        """The shard holds a part of some gradient."""
+        """Whether the shard holds a part of some gradient."""
         return any(record.is_reduced for record in self.records)
 
     def clear_stale(self) -> None:
-        """Zero the parts of gradients that were cleared, whichever of the bucket's; drop the shard if none is left."""
+        """Zero the parts of all of the bucket's cleared gradients. If no gradient is left, drop the shard."""
         stale = [record for record in self.records if record.observe() or record.shard_is_stale]
         if self.is_reduced:
             for record in stale:
@@ -71,19 +71,19 @@ class BucketGrads:
         self.part(record).copy_(value[in_param])
 
     def part(self, record: ParamGrad) -> Tensor:
-        """This rank's part of one parameter's reduced gradient, a view of the shard."""
+        """Return this rank's part of one parameter's reduced gradient, a view of the shard."""
         assert self.shard is not None
         in_shard, _ = self.bucket.shard_part(record.position)
         return self.shard[in_shard]
 
     def _zero_part(self, record: ParamGrad) -> None:
-        """Zero this rank's part and the gap behind it: a factor that is NaN has made the gap NaN."""
+        """Zero this rank's part and the gap behind it, because a NaN factor may have made the gap NaN."""
         if self.shard is not None:
             self.shard[self.bucket.shard_slot(record.position)].zero_()
             self._stats_are_stale = True
 
     def zero(self, record: ParamGrad) -> None:
-        """Make one reduced gradient zeros."""
+        """Fill one reduced gradient with zeros."""
         if record.is_reduced:
             record.factor = None
             record.count_clear()
@@ -96,7 +96,7 @@ class BucketGrads:
         record.mark_replaced()
 
     def pack(self, send: Tensor, left_out: Callable[[ParamGrad], bool]) -> Tensor:
-        """Pack local gradients into (numel,) `send`, zeros where there is none."""
+        """Pack local gradients into (numel,) `send`, with zeros for parameters without one."""
         grads = [None if left_out(record) else record.local_sum() for record in self.records]
         layout = self.bucket.layout
         missing = [slot for slot, grad in zip(layout.param_slots, grads, strict=True) if grad is None]
@@ -107,12 +107,12 @@ class BucketGrads:
         return send
 
     def mark_sent(self, left_out: Callable[[ParamGrad], bool]) -> None:
-        """Mark each record as sent, whose `.grad` becomes a ShardedGrad, or as left out of this round."""
+        """Mark each record as sent (its `.grad` becomes a ShardedGrad), or as left out of this round."""
         for record in self.records:
             record.mark_sent_as_zeros() if left_out(record) else record.mark_reduced()
 
     def shard_memory(self) -> Tensor:
-        """The shard, or memory for one."""
+        """Return the shard, or memory for one."""
         if self.shard is not None:
             return self.shard
         return memory.empty(self.bucket.layout.shard_numel, torch.float32, self.bucket.device)
@@ -120,14 +120,14 @@ class BucketGrads:
     def reduce_slices(
         self, shard: Tensor, slices: list[Tensor], scale: float | Tensor, accumulate: bool, stats: Tensor
     ) -> None:
-        """Sum what all ranks have sent into the shard.
+        """Sum all ranks' slices into the shard.
 
         Args:
             shard: From `shard_memory`.
             slices: (shard_numel,) each, see comm/transport.py's Exchange.
-            scale: Multiplies the sum.
+            scale: Factor for the sum.
             accumulate: Add to the shard, if there is one, instead of replacing it.
-            stats: (num_runs, 3) clean rows, which become the shard's statistics.
+            stats: (num_runs, 3) clean rows. They become the shard's statistics.
         """
         accumulate &= self.shard is not None
         before, self.stats = self.first_bad, stats
@@ -150,7 +150,7 @@ class BucketGrads:
     def apply_factors(self) -> None:
         """Multiply the factors that clipping and GradScaler have left into the shard.
 
-        Neighbours with the same factor take one launch. What is known to be zeros stays so: the factor may be NaN.
+        Neighbours with the same factor take one launch. Known zeros stay zeros, because the factor may be NaN.
         """
         factors = [record.factor if record.has_reduced_values else None for record in self.records]
         for _, neighbours in groupby(range(len(factors)), key=lambda position: id(factors[position])):
@@ -164,7 +164,7 @@ class BucketGrads:
             record.factor = None
 
     def refresh_stats(self) -> None:
-        """Recompute flag and squares where the shard has changed since."""
+        """Recompute flag and squares if the shard has changed since."""
         if not self._stats_are_stale or self.shard is None:
             return
         found_inf = self.found_inf
@@ -175,7 +175,7 @@ class BucketGrads:
         self._stats_are_stale = False
 
     def _squares(self, run: ShardRun) -> Tensor | None:
-        """(1,) fp64: where its sum of squares goes."""
+        """Return the place for a run's sum of squares, (1,) fp64; None if it does not count for the norm."""
         return sumsq_of(self.stats[run.index]) if run.key.in_norm else None
 
     def _clear_flag_and_squares(self) -> None:

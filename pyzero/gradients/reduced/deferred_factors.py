@@ -1,4 +1,4 @@
-"""What callers multiply reduced gradients by: kept beside the shards until a step, a round or a norm uses it."""
+"""Factors by which callers multiply reduced gradients. They are kept until a step, a round or a norm uses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyzero.gradients.stats_rows import values_of
 
 
 class DeferredFactors:
-    """The factor of each reduced gradient: one object for all where one clip has made them."""
+    """The factor of each reduced gradient. After one clip of all, they are one object."""
 
     def __init__(self, records: GradRecords, device: torch.device) -> None:
         self._records = records
@@ -21,7 +21,7 @@ class DeferredFactors:
         self._known: tuple[Tensor, tuple[int, bool] | None, Tensor] | None = None  # see _as_factor
 
     def multiply(self, records: Sequence[ParamGrad], factor: Tensor | float, inverse: bool = False) -> None:
-        """Multiply what is reduced of these by one number, or divide it by that."""
+        """Multiply the reduced parts of these gradients by one number, or divide them by it."""
         given, factor = factor, self._as_factor(factor, inverse)
         known = values_of(factor).item() if factor.is_cpu else _number_of(given, inverse)
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
@@ -36,16 +36,16 @@ class DeferredFactors:
             record.product *= known
 
     def unscale(self, factor: Tensor) -> None:
-        """Multiply what is reduced of all, and the norm from before it was clipped."""
+        """Multiply the reduced parts of all gradients, and the norm from before they were clipped."""
         self.multiply(self._records.by_number, factor)
         norm = self._records.norm_before_clip
         self._records.norm_before_clip = None if norm is None else norm * factor
 
     def _as_factor(self, value: Tensor | float, inverse: bool) -> Tensor:
-        """0-D fp32; the same object for repeated calls with one tensor, as clip_grad_norm_ makes for each gradient."""
+        """Return a factor, 0-D fp32. Repeated calls with one tensor, as by clip_grad_norm_, return the same object."""
         if not isinstance(value, Tensor):
             return torch.full((), 1.0 / value if inverse else value, dtype=torch.float32, device=self._device)
-        key = None if value.is_inference() else (value._version, inverse)  # without a version it may have changed
+        key = None if value.is_inference() else (value._version, inverse)  # it has no version, and may have changed
         known = self._known
         if known is None or key is None or known[0] is not value or known[1] != key:
             factor = value.detach().reshape(()).to(self._device, torch.float32, copy=True)
@@ -53,22 +53,22 @@ class DeferredFactors:
         return known[2]
 
     def common(self) -> Tensor | None:
-        """0-D: the factor of all, after apply_different(); or None."""
+        """Return the common factor (0-D), or None. Call apply_different() first."""
         return next((record.factor for record in self._records.by_number if record.is_reduced), None)
 
     def apply_different(self) -> None:
-        """Multiply them into the shards where they differ, as no one factor can be left to Adam then."""
+        """If factors differ, multiply them into the shards, because the update takes only one factor."""
         if len({id(record.factor) for record in self._records.by_number if record.is_reduced}) > 1:
             self.apply()
 
     def apply(self) -> None:
-        """Multiply them into the shards."""
+        """Multiply the factors into the shards."""
         for grads in self._records.buckets:
             grads.apply_factors()
 
 
 def _number_of(factor: Tensor | float, inverse: bool) -> float:
-    """What gradients on a GPU are multiplied by; 1 where the host would have to wait for it."""
+    """Return the factor of gradients on a GPU as a number; 1 if the host would have to wait for it."""
     if isinstance(factor, Tensor):
         return float(factor.float().reciprocal() if inverse else factor) if factor.is_cpu else 1.0
     return 1.0 / factor if inverse else factor

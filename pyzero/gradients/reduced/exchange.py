@@ -1,4 +1,4 @@
-"""Buckets of gradients in flight: packed, sent, and summed into the shards when they have arrived."""
+"""Buckets of gradients in flight: packed, sent, and summed into the shards after they arrive."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pyzero.streams import on_stream
 
 _MAX_IN_FLIGHT = 1  # exchanges under way while the next bucket is packed: two buckets of memory in all
 
-# A backward does not wait for ever: another rank may be in the backward of another optimizer, waiting there for this
-# rank. Whoever reads gradients waits for what is still in flight.
+# A backward does not wait for ever, because another rank may be in another optimizer's backward and wait there for this
+# rank. A read of gradients waits for the buckets that are still in flight.
 _BUCKET_WAIT_S = 2.0  # for one of many
 _LAST_BUCKET_WAIT_S = 0.2
 
 
 class _Sum(NamedTuple):
-    """What becomes of a bucket that has arrived."""
+    """How to sum a bucket that has arrived."""
 
     grads: BucketGrads
     scale: float | Tensor
     accumulate: bool  # onto the shard
-    stats: Tensor  # (num_runs, 3) clean rows for the shard's
+    stats: Tensor  # (num_runs, 3) clean rows for the shard's statistics
 
 
 class _Packed(NamedTuple):
@@ -45,14 +45,14 @@ class _Packed(NamedTuple):
 class BucketExchange:
     """Sends buckets, and receives them in the order in which they were sent.
 
-    On a GPU gradients are packed on the current stream; the exchange and the sum run on a stream of their own beside
-    backward, and only the packed buffer crosses from one to the other. It is of the side stream's memory: packing waits
-    for the sum of the bucket before the last, so that there are two of them, however far the host runs ahead.
+    On a GPU, gradients are packed on the current stream. The exchange and the sum run on a side stream beside backward,
+    and only the packed buffer crosses from one stream to the other. It is the side stream's memory: packing waits for
+    the sum of the bucket before the last, so there are only two buffers, however far the host runs ahead.
     """
 
     def __init__(self, names: nonfinite.RankNames, transport: Transport, device: torch.device) -> None:
         self.locates = False  # look for the first bad parameter in every bucket: the last step was skipped
-        self._names = names  # of the transport's ranks
+        self._names = names  # of the ranks
         self._transport = transport
         self._device = device
         self._packed: _Packed | None = None
@@ -75,14 +75,14 @@ class BucketExchange:
         what: str,
         stats: Tensor,
     ) -> None:
-        """Pack a bucket, zeros for what is left out, and send it; the sum is multiplied by `scale`.
+        """Pack a bucket, with zeros for gradients that are left out, and send it. The sum is multiplied by `scale`.
 
-        Where this raises, as memory may be short, nothing is lost: `when_packed` has not been called, and the bucket
-        can be sent again; or it has, and the bucket goes before whatever is sent or received next.
+        If this raises, for example for lack of memory, nothing is lost. If `when_packed` has not been called, the
+        bucket can be sent again. If it has, the bucket is sent before anything else is sent or received.
         """
         with profile_range("pyzero::reduce_scatter"):
             self.send_packed()
-            self._receive_surplus()  # where that was broken off: two are all that there is room for
+            self._receive_surplus()  # if that was broken off before: there is room for only two
             accumulate = grads.is_reduced
             grads.apply_factors()
             self._wait_for_writers(grads)
@@ -95,7 +95,7 @@ class BucketExchange:
             self._receive_surplus()
 
     def _receive_surplus(self) -> None:
-        """Receive what is in flight beside the bucket that was sent last, unless other ranks are slow."""
+        """Receive buckets in flight other than the last one sent, unless other ranks are slow."""
         while len(self._in_flight) > _MAX_IN_FLIGHT and self._is_first_done(_BUCKET_WAIT_S):
             self._receive()
 
@@ -111,7 +111,7 @@ class BucketExchange:
             self._in_flight.append((packed.sum, exchange))
             self._packed = None
         except BaseException as error:
-            if group.num_launched > num_launched:  # and lost: the other ranks count on it
+            if group.num_launched > num_launched:  # launched, and lost here, but the other ranks count on it
                 group.break_off(error, packed.what)
             raise
 
@@ -120,13 +120,13 @@ class BucketExchange:
         return exchange.work.is_done(patience_s)
 
     def receive_at_end(self) -> None:
-        """At the end of a backward: receive what the other ranks have sent by now, or do soon."""
+        """At the end of a backward, receive buckets that the other ranks have sent by now, or send soon."""
         self.send_packed()
         while self._in_flight and self._is_first_done(_LAST_BUCKET_WAIT_S):
             self._receive()
 
     def receive_all(self) -> None:
-        """Receive everything in flight; the current stream waits for it."""
+        """Receive everything in flight, and make the current stream wait for it."""
         self.send_packed()
         while self._in_flight:
             self._receive()
@@ -135,10 +135,10 @@ class BucketExchange:
             self._writers.clear()
 
     def receive_bucket(self, grads: BucketGrads) -> None:
-        """Have this bucket's shard be complete, for the current stream.
+        """Complete this bucket's shard, for the current stream.
 
-        Others stay in flight: when one is received follows from what was sent, alike on all ranks, and not from what
-        this rank alone sees.
+        Later buckets stay in flight. When they are received depends on what was sent, the same on all ranks, and not on
+        what only this rank sees.
         """
         self.send_packed()
         while any(each.grads is grads for each, _ in self._in_flight):
@@ -149,8 +149,8 @@ class BucketExchange:
     def _receive(self) -> None:
         (grads, scale, accumulate, stats), exchange = self._in_flight[0]
         with on_stream(self._stream, stats, grads.stats, *[scale] if isinstance(scale, Tensor) else ()):
-            exchange.work.wait()  # a KeyboardInterrupt in it loses nothing
-            shard = grads.shard_memory()  # nor does a lack of memory
+            exchange.work.wait()  # a KeyboardInterrupt here loses nothing
+            shard = grads.shard_memory()  # a lack of memory loses nothing either
             with self._transport.group.lockstep(what="the sum of a gradient bucket"):
                 self._in_flight.popleft()
                 try:
@@ -163,7 +163,7 @@ class BucketExchange:
                     exchange.release()
 
     def _wait_for_writers(self, grads: BucketGrads) -> None:
-        """Have the current stream, which packs gradients and frees them, wait for every stream that wrote one."""
+        """Make the current stream, which packs and frees gradients, wait for every stream that wrote one."""
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self._device)

@@ -1,4 +1,4 @@
-"""The gradients of all parameters, by bucket, by parameter and by number; they follow what callers do to `.grad`."""
+"""The records of all parameters' gradients, by bucket, parameter and number. They follow what callers do to `.grad`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pyzero.sharding.buckets import Bucket
 
 
 class GradRecords:
-    """A record of each parameter's gradient, in the one of its bucket; and what is known of all of them together.
+    """The records of all gradients, in BucketGrads, and what is known about all of them together.
 
     Args:
-        exchange: What of the buckets is in flight.
-        owner: A weak reference to the sharded_grad.GradOwner of what is shown in `.grad`.
-        backend: Of the ops.
+        exchange: The buckets in flight.
+        owner: A weak reference to the sharded_grad.GradOwner of the tensors shown in `.grad`.
+        backend: Backend of the ops.
     """
 
     def __init__(self, exchange: BucketExchange, owner: weakref.ref[Any], backend: str) -> None:
         self.buckets: list[BucketGrads] = []
         self.by_param: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
         self.by_number: list[ParamGrad] = []
-        # Norms that were computed: until a gradient comes, goes or is replaced; and until any is sent or edited, too.
+        # Computed norms. A gradient that comes, goes or is replaced drops both; one sent or edited, the second.
         self.norm_before_clip: Tensor | None = None  # see Gradients
         self.param_norms: tuple[float, Tensor] | None = None  # (p, (num_params,) p-norms)
         self._exchange = exchange
@@ -37,7 +37,7 @@ class GradRecords:
         self._backend = backend
 
     def add(self, bucket: Bucket) -> None:
-        """Append a bucket; what `.grad` holds already counts as unsent."""
+        """Append a bucket. Gradients that are in `.grad` already count as unsent."""
         rows = zip(bucket.params, bucket.numbers, bucket.strides, strict=True)
         self._place(bucket, [ParamGrad(param, number, stride, self._owner) for param, number, stride in rows])
         self.by_number = sorted((record for _, record in self.by_param.values()), key=lambda record: record.number)
@@ -50,13 +50,13 @@ class GradRecords:
             self.by_param[record.param] = (grads, record)
 
     def move_to(self, buckets: Sequence[Bucket], group: Group) -> None:
-        """Take other buckets of the same parameters, nothing being in flight. Collective."""
+        """Take other buckets of the same parameters. Nothing may be in flight. Collective."""
         old, self.buckets = self.buckets, []
         records = {param: record for param, (_, record) in self.by_param.items()}
         for bucket in buckets:
             self._place(bucket, [records[param] for param in bucket.params])
         what = "the all-gather of gradients that move to other buckets"
-        for grads in old:  # one bucket's at a time lies here whole
+        for grads in old:  # gathers one bucket at a time
             if grads.shard is not None:
                 flat = group.gather_shards(grads.shard, what)
                 grads.shard = None
@@ -64,7 +64,7 @@ class GradRecords:
                     self.by_param[record.param][0].write(record, flat[slot.offset : slot.offset + slot.numel])
 
     def observe(self, grads: BucketGrads, record: ParamGrad) -> None:
-        """Follow what the caller has done to one `.grad`. Raises RuntimeError as ParamGrad does."""
+        """Follow what the caller has done to one `.grad`. Raises RuntimeError as ParamGrad.observe() does."""
         if record.observe():
             self._exchange.receive_bucket(grads)
             self.forget_norms()
@@ -76,19 +76,19 @@ class GradRecords:
             self.observe(grads, record)
 
     def forget_norms(self) -> None:
-        """Called where a gradient has come, gone or been replaced."""
+        """Forget computed norms, because a gradient has come, gone or been replaced."""
         self.norm_before_clip = self.param_norms = None
 
     def have_local(self) -> bool:
-        """This rank holds gradients that have not been sent."""
+        """Whether this rank holds gradients that have not been sent."""
         return any(record.has_local for record in self.by_number)
 
     def have_local_values(self) -> bool:
-        """Some of those are not all zeros. May read the values."""
+        """Whether some of those are not all zeros. May read the values."""
         return any(record.has_values and not record.local_is_zeros() for record in self.by_number)
 
     def parts(self) -> list[Tensor]:
-        """By number: this rank's part of each reduced gradient; empty where another rank counts it for the norm."""
+        """Return this rank's part of each reduced gradient, by number; empty if another rank counts it for the norm."""
         return [self._part(*self.by_param[record.param]) for record in self.by_number]
 
     def _part(self, grads: BucketGrads, record: ParamGrad) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of all ranks, reduced into this rank's shards: what callers do to them, and what a step asks."""
+"""Gradients of all ranks, reduced into this rank's shards: the interface for callers and for step()."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class ReductionOptions:
     """How gradients travel."""
 
     in_backward: bool  # stage 2: each backward makes a round
-    overlap: bool  # in which a full bucket leaves while backward goes on
-    dtype: torch.dtype | None  # to send in; None: that of the weights
+    overlap: bool  # send a full bucket while backward goes on
+    dtype: torch.dtype | None  # dtype to send in; None: the weights'
 
 
 class ReducedGradients(Gradients):
-    """The mean over ranks, which lies in this rank's shards once the reducer has made a round.
+    """The mean of gradients over ranks. It lies in this rank's shards once the reducer has made a round.
 
-    The parts: GradRecords is what there is of each gradient, BucketExchange what is in flight, UnsentScale and
-    DeferredFactors what they are still to be multiplied by. Rounds sends; the reducer says when.
+    GradRecords holds each gradient's state, BucketExchange the buckets in flight, UnsentScale and DeferredFactors the
+    factors that gradients still need. Rounds sends buckets, and the reducer decides when.
     """
 
     reduces = True
@@ -83,8 +83,8 @@ class ReducedGradients(Gradients):
         self.hooks = self._reducer.hooks
 
     def add(self, bucket: Bucket) -> None:
-        """Append a bucket and hook its parameters; what `.grad` holds already counts as unsent."""
-        self._exchange.receive_all()  # the transport may make room anew
+        """Append a bucket and hook its parameters. Gradients that are in `.grad` already count as unsent."""
+        self._exchange.receive_all()  # the transport may replace its memory
         self._records.add(bucket)
         self._buckets.append(bucket)
         self._reducer.add(bucket)
@@ -164,7 +164,7 @@ class ReducedGradients(Gradients):
         self._factors.unscale(factor)
 
     def replace(self, bucket: Bucket, position: int, value: Tensor) -> None:
-        """See Gradients. Writes into the shards; not collective, but every rank must do the same."""
+        """See Gradients. Writes into the shards. Not collective, but every rank must make the same call."""
         self._reducer.begin_edit()
         self._records.forget_norms()
         grads = self._records.buckets[bucket.index]
@@ -174,7 +174,7 @@ class ReducedGradients(Gradients):
 
     @torch.no_grad()
     def param_norm(self, record: ParamGrad, norm_type: float) -> Tensor:
-        """See sharded_grad.GradOwner. The norms of all parameters come in one message, and are kept."""
+        """See sharded_grad.GradOwner. Computes the norms of all parameters in one message, and keeps them."""
         if not self._stats_exchange.same_params:
             raise RuntimeError(
                 "expected no norm of one .grad, of which other model-parallel ranks may hold parts, got one; call "
@@ -193,7 +193,7 @@ class ReducedGradients(Gradients):
     def collect(self, scaler_found_inf: Tensor | None, purpose: str) -> GlobalGradStats:
         """See Gradients."""
         self._reducer.check_active()
-        if torch.is_inference_mode_enabled():  # shards are written outside it too
+        if torch.is_inference_mode_enabled():  # shards are also written outside of it
             with torch.inference_mode(False), torch.no_grad():
                 return self.collect(scaler_found_inf, purpose)
         with self._telling_errors(purpose):
@@ -210,7 +210,7 @@ class ReducedGradients(Gradients):
         return stats
 
     def tell_error(self, purpose: str) -> None:
-        """See Gradients. The round that the others make is made, of zeros where this rank cannot send what it holds."""
+        """See Gradients. Takes part in the others' round, with zeros if this rank cannot send its gradients."""
         with self._stats_exchange.lockstep(CollectiveError):
             try:
                 self._reducer.make_due_round()
@@ -266,7 +266,7 @@ class ReducedGradients(Gradients):
         self._exchange.receive_all()  # before buckets move
 
     def spans(self, bucket: Bucket) -> Iterator[tuple[int, Tensor]]:
-        """See Gradients. In fp32, averaged over ranks, unscaled."""
+        """See Gradients. Yields the shard: fp32, averaged over ranks, unscaled."""
         yield 0, self._shard(bucket)
 
     def _shard(self, bucket: Bucket) -> Tensor:

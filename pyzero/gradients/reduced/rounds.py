@@ -1,4 +1,4 @@
-"""Rounds: every bucket is sent once in each, in the same order on all ranks."""
+"""Rounds: in each, every bucket is sent once, in the same order on all ranks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pyzero.gradients.reduced.records import GradRecords
 from pyzero.gradients.reduced.unsent_scale import UnsentScale
 from pyzero.gradients.stats_rows import clean_rows
 
-_LeftOut = Callable[[ParamGrad], bool]  # whether a round sends zeros for it: the same on all ranks
+_LeftOut = Callable[[ParamGrad], bool]  # whether a round sends zeros for a gradient; the same on all ranks
 
 
 class Rounds:
-    """Sends what this rank holds in rounds, with zeros for parameters without a gradient.
+    """Sends this rank's gradients in rounds, with zeros for parameters without one.
 
-    Whether there is a round never depends on what this rank alone has seen: a backward makes one (stage 2), or a read
-    of gradients where none has been made since the last step, or where any rank says in the step's message that it
-    holds unsent gradients.
+    Whether there is a round never depends on facts that only this rank knows. A backward makes one (stage 2). A read of
+    gradients makes one if none was made since the last step, or if any rank says in the step's message that it holds
+    unsent gradients.
 
     Args:
-        dtype: To send in; None: that of the weights.
+        dtype: dtype to send in; None: the weights'.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Rounds:
     ) -> None:
         self.num_finished = 0  # since the optimizer was built: the same on all ranks
         self.next = 0  # the bucket to send next
-        self.is_due = False  # the other ranks make one that this rank has not finished
-        self._num_used = 0  # by the last step
+        self.is_due = False  # the other ranks make a round that this rank has not finished
+        self._num_used = 0  # rounds that the last step has used
         self._num_steps = 0
         self._clean_rows = clean_rows(0, device)  # of all buckets' runs
         self._stats: Sequence[Tensor] = ()  # by bucket: rows for this round
@@ -51,11 +51,11 @@ class Rounds:
         self._dtype = dtype
 
     def note_read(self) -> None:
-        """Called where gradients are read on all ranks: a round is due where none was made since the last step."""
+        """Called when all ranks read gradients: a round is due if none was made since the last step."""
         self.is_due |= self.num_finished == self._num_used and self._unsent_scale.inv_scale is None
 
     def after_step(self) -> None:
-        """Called after a step, which has used all that was sent."""
+        """Called after a step, which has used all gradients that were sent."""
         self._num_steps += 1
         self._num_used = self.num_finished
         self._group.where = f"in or after step {self._num_steps}"
@@ -63,7 +63,7 @@ class Rounds:
     def finish(self, left_out: _LeftOut, sends_zeros: bool = False) -> None:
         """Send the buckets that this round has not sent yet. Collective.
 
-        sends_zeros: In place of what this rank holds, which a later round sends.
+        sends_zeros: Send zeros instead of this rank's gradients. A later round sends those.
         """
         while self.next < len(self._records.buckets):
             self.send_next(left_out, sends_zeros)
@@ -99,7 +99,7 @@ class Rounds:
         self._exchange.send(grads, dtype, scale, left_out, count, what, stats)
 
     def _new_stats(self) -> Sequence[Tensor]:
-        """Clean rows of statistics for all buckets of a round, in one launch."""
+        """Make clean rows of statistics for all buckets of a round, in one launch."""
         counts = [len(grads.bucket.layout.runs) for grads in self._records.buckets]
         if len(self._clean_rows) != sum(counts):
             self._clean_rows = clean_rows(sum(counts), self._clean_rows.device)
@@ -108,10 +108,10 @@ class Rounds:
 
 
 def nothing(record: ParamGrad) -> bool:
-    """What to leave out of a round that was asked for."""
+    """Leave nothing out of a round: a `left_out` for rounds that a read asks for."""
     return False
 
 
 def everything(record: ParamGrad) -> bool:
-    """What to leave out where nothing can be sent."""
+    """Leave everything out of a round: a `left_out` if nothing can be sent."""
     return True

@@ -1,4 +1,4 @@
-"""Stage 1: follows gradients through backward, and sends them when they are first read."""
+"""The reducer of stage 1: follows gradients through backward, and sends them when they are first read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pyzero.sharding.modules import find_ddp_wrapper
 
 @dataclass(frozen=True)
 class ReducerParts:
-    """What a reducer works on and with."""
+    """The objects that a reducer works with."""
 
     group: Group
     device: torch.device
@@ -45,7 +45,7 @@ class ReducerParts:
 class Stage1Reducer:
     """Follows gradients from the hooks on their parameters to the rounds that send them.
 
-    In a backward it only notes what has come; a read of gradients makes a round, if one is due.
+    In a backward it only notes which gradients have come. A read of gradients makes a round, if one is due.
     """
 
     def __init__(self, parts: ReducerParts) -> None:
@@ -60,7 +60,7 @@ class Stage1Reducer:
         self._factors = parts.factors
         self._grad_scaler_proxy = parts.grad_scaler_proxy
         self._name_of = parts.name_of
-        self._is_checked = False  # no DistributedDataParallel reduces these gradients too
+        self._is_checked = False  # that no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
         self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
         self.hooks = GradientHooks(
@@ -75,11 +75,11 @@ class Stage1Reducer:
             self._frozen.pop(user_param(param), None)
 
     def move(self) -> None:
-        """Called where the gradients have moved to other buckets."""
+        """Called after the gradients have moved to other buckets."""
 
     def watch(self, frozen: Iterable[Tensor], place_unfrozen: Callable[[], None]) -> None:
         """See Gradients."""
-        known = {*self._frozen, *map(user_param, self._records.by_param)}  # what was frozen again has its bucket
+        known = {*self._frozen, *map(user_param, self._records.by_param)}  # one that was frozen again keeps its bucket
         new = dict.fromkeys(param for param in frozen if param not in known)
         self._frozen |= new
         self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
@@ -128,7 +128,7 @@ class Stage1Reducer:
         self._is_checked = True
 
     def _begin_backward(self) -> None:
-        """Called before each gradient; the first one ends a backward that was broken off."""
+        """Called before each gradient. The first one ends a backward that was broken off."""
         self._end.begin()
         self._end.await_end()
 
@@ -141,7 +141,7 @@ class Stage1Reducer:
         record.after_arrival()
 
     def _missed_gradient(self, param: Tensor) -> None:
-        """The gradient has come unannounced: what `.grad` holds is this rank's sum, as if assigned."""
+        """Take a gradient that came without the hook before it: `.grad` is this rank's sum, as if assigned."""
         grads, record = self._records.by_param[param]
         arrived = record.set_aside()
         try:
@@ -151,7 +151,7 @@ class Stage1Reducer:
         self._records.observe(grads, record)
 
     def _without_gradient(self, param: Tensor) -> None:
-        """The backward goes through the parameter, and leaves `.grad` alone."""
+        """Called if the backward reaches the parameter without a gradient."""
         self._begin_backward()
 
     def _after_unfrozen(self) -> None:
@@ -169,7 +169,7 @@ class Stage1Reducer:
             record.publish()
 
     def _join_unfrozen(self) -> None:
-        """Have parameters that are no longer frozen placed; what `.grad` holds counts as unsent."""
+        """Place parameters that are no longer frozen. Their gradients in `.grad` count as unsent."""
         place_unfrozen = self._place_unfrozen and self._place_unfrozen()
         if place_unfrozen and any(param.requires_grad for param in self._frozen):
             place_unfrozen()
@@ -177,11 +177,11 @@ class Stage1Reducer:
 
     @property
     def _is_unfinished(self) -> bool:
-        """A backward runs, or was broken off and has not been finished."""
+        """Whether a backward runs, or was broken off and has not been finished."""
         return self._end.is_awaited
 
     def finish_broken_round(self) -> None:
-        """See Gradients. There is none: nothing is sent in a backward."""
+        """See Gradients. Finishes the records only, because nothing is sent in a backward."""
         self._end.forget()
         for record in self._records.by_number:
             record.finish_arrival()
@@ -190,7 +190,7 @@ class Stage1Reducer:
     # ---- between backwards -----------------------------------------------------------------------------------------
 
     def begin_edit(self) -> None:
-        """Called before reduced gradients are edited: the shards are complete, norms of before no longer hold."""
+        """Called before reduced gradients are edited. Complete the shards, and forget earlier norms."""
         if self._is_unfinished and torch._C._current_graph_task_id() == -1:  # no backward runs: one was broken off
             self.finish_broken_round()
         self._exchange.receive_all()
@@ -204,7 +204,7 @@ class Stage1Reducer:
             self._factors.unscale(factor)
 
     def make_due_round(self) -> None:
-        """See what the caller has done to gradients, and make the round that a read of them asks for, if it does."""
+        """Follow what the caller has done to gradients, and make the round if the read of them needs one."""
         self._take_grad_scaler_factor()
         self.finish_broken_round()
         self._rounds.note_read()
@@ -213,7 +213,7 @@ class Stage1Reducer:
             self.make_round()
 
     def send_zeros(self) -> None:
-        """As make_due_round(), without a look at gradients, which a later round sends."""
+        """Make the due round with zeros, and do not look at gradients. A later round sends them."""
         self._rounds.note_read()
         if self._rounds.is_due:
             self.make_round(sends_zeros=True)
@@ -224,7 +224,7 @@ class Stage1Reducer:
         self._rounds.finish(left_out, sends_zeros)
 
     def check_active(self) -> None:
-        """Raise RuntimeError where another optimizer reduces these gradients now."""
+        """Raise RuntimeError if another optimizer reduces these gradients now."""
 
     def unsent(self) -> Unsent:
         """See Gradients."""

@@ -1,4 +1,4 @@
-"""Stage 2: gradients of all ranks reduced in every backward, bucket by bucket while it runs."""
+"""The reducer of stage 2: reduces gradients in every backward, bucket by bucket while it runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pyzero.gradients.reduced.stage1_reducer import ReducerParts, Stage1Reducer
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.local_param import user_param
 
-_reducing = WeakIdKeyDictionary()  # by parameter: a weak reference to who reduces its gradient in backward
+_reducing = WeakIdKeyDictionary()  # by parameter: a weak reference to the reducer of its gradient in backward
 
 
 def take_over(params: Iterable[Tensor]) -> None:
-    """Another optimizer gets these parameters: retire those that reduced them in backward.
+    """Retire the reducers of these parameters in backward, because another optimizer gets the parameters.
 
-    They may live on in a traceback, a notebook or a cycle, on one rank longer than on another.
+    Earlier optimizers may live on in a traceback, a notebook or a cycle, on one rank longer than on another.
     """
     for param in params:
         earlier = _reducing.get(user_param(param))
@@ -37,7 +37,7 @@ class Stage2Reducer(Stage1Reducer):
     """Makes a round in every backward, so every rank must run backward equally often between two steps.
 
     Args:
-        overlap: A full bucket leaves while backward goes on.
+        overlap: Send a full bucket while backward goes on.
     """
 
     def __init__(self, parts: ReducerParts, overlap: bool, arrival_order: ArrivalOrder) -> None:
@@ -85,7 +85,7 @@ class Stage2Reducer(Stage1Reducer):
     def in_backward(self) -> Iterator[None]:
         """See Gradients."""
         if self._is_sending and torch._C._current_graph_task_id() == -1:
-            self.finish_broken_round()  # of an earlier one: this may break off too
+            self.finish_broken_round()  # of an earlier backward, because this one may break off too
         num_rounds = self._rounds.num_finished
         try:
             yield
@@ -94,14 +94,14 @@ class Stage2Reducer(Stage1Reducer):
             if is_owed and not self._is_sending:
                 self._is_sending = True  # no gradient has come, but the other ranks may send theirs
                 for record in self._records.by_number:
-                    record.publish()  # whoever clears it then is noticed
+                    record.publish()  # so that a clear of it is noticed
             raise
 
     def _begin_backward(self) -> None:
         if self._is_sending and not self._end.is_awaited:
-            self.finish_broken_round()  # what was to finish it has been broken off too
+            self.finish_broken_round()  # the attempt to finish it was broken off too
         super()._begin_backward()
-        self._is_sending |= self._sync  # the other ranks send theirs, whatever breaks off this one's backward
+        self._is_sending |= self._sync  # the other ranks send theirs even if this backward breaks off
 
     def _after_gradient(self, param: Tensor) -> None:
         super()._after_gradient(param)
@@ -113,8 +113,8 @@ class Stage2Reducer(Stage1Reducer):
         if self._readiness.is_deferred(record):
             return
         if grads.bucket.index < self._rounds.next:
-            # A weight in two reentrant checkpoints, after its bucket was sent: this gradient goes with the next round,
-            # and from then on the bucket waits for the end of backward.
+            # A weight in two reentrant checkpoints got a gradient after its bucket was sent. It goes with the next
+            # round, and from then on the bucket waits for the end of backward.
             self._readiness.note_late(grads)
             return
         self._readiness.note(grads, record)
@@ -132,10 +132,10 @@ class Stage2Reducer(Stage1Reducer):
         return self._is_sending or super()._is_unfinished
 
     def finish_broken_round(self) -> None:
-        """See Gradients. On the other ranks the backward may have got further, or less far.
+        """See Gradients. On the other ranks the backward may have gone further, or less far.
 
-        Gradients that were cleared since are sent all the same, for other ranks may have sent theirs; then they are
-        cleared.
+        Gradients that were cleared since are still sent, because other ranks may have sent theirs. Then they are
+        cleared again.
         """
         super().finish_broken_round()
         if not self._is_sending:
@@ -147,9 +147,9 @@ class Stage2Reducer(Stage1Reducer):
             record.restore()
         try:
             self.make_round(self._readiness.is_deferred)
-            self._exchange.receive_at_end()  # in one order with sends on all ranks: barriers meet in pairs
+            self._exchange.receive_at_end()  # in the same order with sends on all ranks, because barriers pair up
             self._join_unfrozen()  # as after the same round on the other ranks
-        finally:  # what this has not sent is restored again by the next attempt
+        finally:  # the next attempt restores again what was not sent
             for record in cleared:
                 record.param.grad = None
 
@@ -175,6 +175,6 @@ class Stage2Reducer(Stage1Reducer):
         self._readiness.after_step(used)
 
     def reset(self) -> None:
-        """See Gradients. A batch that is left out decides on no order of buckets."""
+        """See Gradients. A batch that is left out does not affect the order of buckets."""
         super().reset()
         self._arrival_order.restart()

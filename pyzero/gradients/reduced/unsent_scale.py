@@ -1,4 +1,4 @@
-"""Whether gradients that have not been sent carry the loss scale, where the ranks reduce them."""
+"""Tracks whether unsent gradients carry the loss scale, if ranks reduce them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pyzero.gradients.reduced.records import GradRecords
 
 
 class UnsentScale:
-    """One loss scale, or none, for all of this rank's own sums. Once sent they carry none.
+    """The one loss scale, or none, of all of this rank's unsent sums. Reduced gradients carry none.
 
-    It changes in step() and load_state_dict(), when all that carried it has been sent.
+    The scale changes in step() and load_state_dict(), after all gradients that carried it were sent.
     """
 
     def __init__(self, records: GradRecords, inv_scale: Tensor | None) -> None:
-        self.inv_scale = inv_scale  # 0-D, 1 / loss scale, as it is now; None: there is none
-        self.is_carried = False  # by what has not been sent
-        self._arrives = False  # so do gradients that arrive
+        self.inv_scale = inv_scale  # 0-D, 1 / the present loss scale; None: there is none
+        self.is_carried = False  # unsent gradients carry it
+        self._arrives = False  # arriving gradients carry it
         self._records = records
         self._mean: tuple[int, Tensor] | None = None  # (version of inv_scale, 0-D inv_scale / number of ranks)
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """A context in which gradients arrive that carry the loss scale."""
+        """A context in which arriving gradients carry the loss scale."""
         self._arrives = True
         try:
             yield
@@ -37,17 +37,17 @@ class UnsentScale:
         """Called before backward adds to any `.grad`.
 
         Raises:
-            RuntimeError: What has not been sent carries a scale and this does not, or the other way round.
+            RuntimeError: Unsent gradients carry a scale and the arriving one does not, or the other way round.
         """
         if self._arrives == self.is_carried:
             return
-        self._records.observe_all()  # the caller may have cleared what carries the other scale
+        self._records.observe_all()  # the caller may have cleared the gradients with the other scale
         if self._records.have_local_values():
             raise mixed_scale_error()
         self.is_carried = self._arrives
 
     def kind(self) -> Unsent:
-        """What this rank holds."""
+        """Return the kind of unsent gradients that this rank holds."""
         if not self._records.have_local():
             return Unsent.NONE
         if self.is_carried:
@@ -55,7 +55,7 @@ class UnsentScale:
         return Unsent.PLAIN if self.inv_scale is None or self._records.have_local_values() else Unsent.ZEROS
 
     def mean_factor(self, num_ranks: int) -> float | Tensor:
-        """The factor from a sum over ranks to the unscaled mean; computed once per loss scale."""
+        """Return the factor from a sum over ranks to the unscaled mean. It is computed once per loss scale."""
         if not self.is_carried or self.inv_scale is None:
             return 1.0 / num_ranks
         version = self.inv_scale._version
@@ -64,5 +64,5 @@ class UnsentScale:
         return self._mean[1]
 
     def after_round(self) -> None:
-        """Called when all has been sent, but for what a later round sends."""
+        """Called after a round, which has sent all gradients but those of a later round."""
         self.is_carried &= self._records.have_local()
