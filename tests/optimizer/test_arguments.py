@@ -303,7 +303,7 @@ def error_on_rank_1(group: Any, options: dict[str, Any], how: str) -> tuple[str,
     [
         ("nan", "ValueError: .*nan"),
         ("text", "TypeError: .*'0.1'"),
-        ("no lr", "KeyError"),
+        ("no lr", "ValueError: expected .lr. in param_groups"),
         ("huge", "(Value|Overflow)Error"),
         ("converted", "TypeError: .*float64"),
         ("taken out", "ValueError: .*1 taken out"),
