@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from multiprocessing import context
 from typing import TYPE_CHECKING, Any
 
@@ -64,19 +63,10 @@ def _as_given(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
     return {"params": params, **{key: group[key] for key in defaults if key in group}}
 
 
-@contextmanager
-def ready_to_build(trained: list[Tensor]) -> Iterator[None]:
-    """A context in which parameters have memory of their own, not the unpickler's, and those with state are trained."""
-    frozen = [param for param in trained if not param.requires_grad]
-    for param in trained:
+def give_memory(params: Iterable[Tensor]) -> None:
+    """Move parameters out of memory that the unpickler's own tensors share, which the optimizer would warn of."""
+    for param in params:
         param.data = param.data.clone()
-    for param in frozen:
-        param.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for param in frozen:
-            param.requires_grad_(False)
 
 
 def restore(optimizer: ZeroOptimizer, state: bytes) -> None:

@@ -489,8 +489,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state["attributes"])
-        with copies.ready_to_build(state["trained"]):
-            ZeroOptimizer.__init__(self, state["groups"], state["rule"], state["defaults"], **state["options"])
+        copies.give_memory(state["trained"])
+        ZeroOptimizer.__init__(self, state["groups"], state["rule"], state["defaults"], **state["options"])
         copies.restore(self, state["state"])
 
     def __copy__(self) -> NoReturn:

@@ -13,12 +13,15 @@ from torch.optim import Optimizer
 
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import Unsent
+from pyzero.gradients.hooks import can_be_trained
 from pyzero.gradients.reduced.arrival_order import ArrivalOrder
 from pyzero.loss_scale.overflow import OverflowMonitor
+from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.sharding import rank_state
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
+from pyzero.sharding.param_buckets import trained
 from pyzero.status import Status
 from pyzero.streams import on_device
 
@@ -148,12 +151,15 @@ class StateDicts(Status):
     def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return what the pre-hooks make of the state dict. Raise if any rank's parameters do not fit. Collective."""
         problem, unfrozen = None, []
+        frozen: list[Tensor] = []
         told: Unfrozen = {}
         try:
             for before in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = before(self, state_dict) or state_dict
-            unfrozen = self._find_unfrozen()
-            told = self.describe_unfrozen(unfrozen)
+            frozen = self._frozen_with_state(state_dict)
+            with trained(frozen):
+                unfrozen = self._find_unfrozen()
+                told = self.describe_unfrozen(unfrozen)
             for bucket in self._buckets:
                 bucket.flat_params.foreign_writes()  # raises if masters cannot follow the writes
         except CollectiveError:  # the other ranks raise it too
@@ -164,8 +170,26 @@ class StateDicts(Status):
             check_unfrozen(self.members(), self._tell(problem, told))
         finally:
             problem = None  # its traceback holds this frame, and the callers'
-        self._place_found(unfrozen)
+        with trained(frozen):
+            self._place_found(unfrozen)
         return state_dict
+
+    def _frozen_with_state(self, state_dict: dict[str, Any]) -> list[Tensor]:
+        """Return the frozen parameters without buckets that the state dict has state for, from when they trained."""
+        groups, state = state_dict.get("param_groups", ()), state_dict.get("state", {})
+        saved_ids = [saved_id for group in groups for saved_id in group["params"]]
+        params = [param for group in self._param_groups for param in group["params"]]
+        if len(saved_ids) != len(params):
+            return []  # refused by what comes next
+        return [
+            param
+            for param, saved_id in zip(params, saved_ids, strict=True)
+            if not param.requires_grad
+            and param not in self._param_buckets.locations
+            and param.dtype in FLOAT_DTYPES
+            and can_be_trained(param)
+            and any(map(torch.is_tensor, state.get(saved_id, {}).values()))
+        ]
 
     def _tell(self, problem: Exception | None, answer: _T) -> list[_T]:
         """Return every rank's answer. If one rank has a problem, all raise. Collective."""

@@ -247,3 +247,45 @@ def test_later_steps_leave_it_alone():
     before = copy.deepcopy(whole)
     step(optimizer, model, 0, 0, 1)
     assert_equal([whole], [before])
+
+
+def while_a_layer_is_frozen(group: Any, way: str, dtype: torch.dtype, stage: int) -> list[Any]:
+    """Weights of a run that goes on, and of one that resumes in a phase in which a layer is frozen that has trained."""
+
+    def make_net() -> tuple[nn.Sequential, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+        return model, lambda: pyzero.FusedZeroAdamW(model.parameters(), lr=0.1, process_group=group, stage=stage)
+
+    def train(model: nn.Module, optimizer: Any, num_steps: int) -> None:
+        for number in range(num_steps):
+            x = torch.randn(6, 8, generator=torch.Generator().manual_seed(9 * number + group.rank()))
+            (model(x.to(dtype)).float() - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, build_optimizer = make_net()
+    optimizer = build_optimizer()
+    train(model, optimizer, 3)
+    model[0].requires_grad_(False)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(getattr(optimizer, way)())
+    other, build_optimizer = make_net()
+    other[0].requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    resumed = build_optimizer()
+    resumed.load_state_dict(state)
+    assert not other[0].weight.requires_grad
+    for one, its_optimizer in ((model, optimizer), (other, resumed)):
+        train(one, its_optimizer, 1)
+        one[0].requires_grad_(True)
+        train(one, its_optimizer, 2)
+    return [[param.detach() for param in one.parameters()] for one in (model, other)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["state_dict", "full_state_dict"])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_state_of_a_layer_that_is_frozen_for_a_while_is_loaded(ranks, size, stage, way, dtype):
+    for wanted, got in ranks.run(size, while_a_layer_is_frozen, way, dtype, stage):
+        assert_equal(got, wanted)
