@@ -296,6 +296,10 @@ def _follow_weights(optimizer: Optimizer) -> None:
     assert isinstance(optimizer, StateDicts)
     if optimizer._group.size > 1:  # on one rank a torn optimizer may load a state dict and continue
         optimizer._check_whole()
+    elif (
+        not optimizer._topology.model_dims
+    ):  # what was unfrozen has state from now on, for get_state_dict
+        optimizer._place_found(optimizer._find_unfrozen())
     optimizer._param_buckets.follow_weights()
 
 

@@ -354,6 +354,15 @@ def test_copies_are_refused_over_several_ranks(ranks):
     ranks.run(2, copied)
 
 
+def test_a_state_dict_has_what_was_unfrozen_since_the_last_step():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    optimizer = pyzero.FusedZeroAdam(model.parameters())
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == 2
+    model[0].requires_grad_(True)
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == 4
+
+
 def test_state_dict_is_plain_data():
     params, optimizer = lone(pyzero.FusedZeroAdam)
     give_gradients(params, 0)
