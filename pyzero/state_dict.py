@@ -140,16 +140,22 @@ class StateDicts(Status):
             ValueError: It is another rank's, or of another number of ranks, other parameters or another update rule.
         """
         state_dict = {} if state_dict is None else state_dict.copy()  # a rank without one tells all ranks
-        state_dict = self._prepare_load(state_dict)
+        state_dict, frozen = self._prepare_load(state_dict)
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes
+        weights = [param.detach().clone() for param in frozen]
         with self._writing(replaces_all=True):
             self._load(saved, cut)
+            for param, weight in zip(frozen, weights, strict=True):
+                param.copy_(weight)  # masters that round to it stay
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _prepare_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return what the pre-hooks make of the state dict. Raise if any rank's parameters do not fit. Collective."""
+    def _prepare_load(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return what the pre-hooks make of the state dict, and frozen parameters that have got buckets for its state.
+
+        Raise if any rank's parameters do not fit. Collective.
+        """
         problem, unfrozen = None, []
         frozen: list[Tensor] = []
         told: Unfrozen = {}
@@ -172,7 +178,7 @@ class StateDicts(Status):
             problem = None  # its traceback holds this frame, and the callers'
         with trained(frozen):
             self._place_found(unfrozen)
-        return state_dict
+        return state_dict, frozen
 
     def _frozen_with_state(self, state_dict: dict[str, Any]) -> list[Tensor]:
         """Return the frozen parameters without buckets that the state dict has state for, from when they trained."""
@@ -296,9 +302,7 @@ def _follow_weights(optimizer: Optimizer) -> None:
     assert isinstance(optimizer, StateDicts)
     if optimizer._group.size > 1:  # on one rank a torn optimizer may load a state dict and continue
         optimizer._check_whole()
-    elif (
-        not optimizer._topology.model_dims
-    ):  # what was unfrozen has state from now on, for get_state_dict
+    elif not optimizer._topology.model_dims:  # what was unfrozen has state from now on, for get_state_dict
         optimizer._place_found(optimizer._find_unfrozen())
     optimizer._param_buckets.follow_weights()
 

@@ -249,7 +249,7 @@ def test_later_steps_leave_it_alone():
     assert_equal([whole], [before])
 
 
-def while_a_layer_is_frozen(group: Any, way: str, dtype: torch.dtype, stage: int) -> list[Any]:
+def while_a_layer_is_frozen(group: Any, way: str, dtype: torch.dtype, stage: int, model_first: bool) -> list[Any]:
     """Weights of a run that goes on, and of one that resumes in a phase in which a layer is frozen that has trained."""
 
     def make_net() -> tuple[nn.Sequential, Any]:
@@ -272,10 +272,15 @@ def while_a_layer_is_frozen(group: Any, way: str, dtype: torch.dtype, stage: int
     state = copy.deepcopy(getattr(optimizer, way)())
     other, build_optimizer = make_net()
     other[0].requires_grad_(False)
-    other.load_state_dict(model.state_dict())
+    if model_first:
+        other.load_state_dict(model.state_dict())
+    before = other[0].weight.detach().clone()
     resumed = build_optimizer()
     resumed.load_state_dict(state)
     assert not other[0].weight.requires_grad
+    assert torch.equal(other[0].weight, before)  # as with torch.optim: frozen weights are the model's
+    if not model_first:
+        other.load_state_dict(model.state_dict())
     for one, its_optimizer in ((model, optimizer), (other, resumed)):
         train(one, its_optimizer, 1)
         one[0].requires_grad_(True)
@@ -285,7 +290,8 @@ def while_a_layer_is_frozen(group: Any, way: str, dtype: torch.dtype, stage: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["state_dict", "full_state_dict"])
+@pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
-def test_state_of_a_layer_that_is_frozen_for_a_while_is_loaded(ranks, size, stage, way, dtype):
-    for wanted, got in ranks.run(size, while_a_layer_is_frozen, way, dtype, stage):
+def test_state_of_a_layer_that_is_frozen_for_a_while_is_loaded(ranks, size, stage, model_first, way, dtype):
+    for wanted, got in ranks.run(size, while_a_layer_is_frozen, way, dtype, stage, model_first):
         assert_equal(got, wanted)
