@@ -49,7 +49,7 @@ class SGDRule:
         if bool(group["momentum"]) and not self.slots:
             raise ValueError(
                 f"expected momentum 0 as when the group was added, got {group['momentum']}; there is no buffer for it: "
-                f"build the optimizer with momentum"
+                f"build the optimizer with momentum, or pass cycle_momentum=False to a scheduler that sets it"
             )
 
     def update(

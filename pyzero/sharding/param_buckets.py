@@ -438,10 +438,15 @@ def trained(params: Iterable[Tensor]) -> Iterator[None]:
             param.requires_grad_(False)
 
 
+def _can_be_sent(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection[Tensor], ours: set[Tensor]) -> None:
     """Broadcast rank 0's frozen parameters, and buffers of the modules that hold the optimizer's parameters.
 
-    Leave alone modules that only some ranks have, or that one has twice, sparse tensors and DTensors of other parts.
+    Leave alone modules that only some ranks have, or that one has twice, sparse and quantized tensors, and DTensors of
+    other parts.
     """
     ranks = group.members()
     found: dict[tuple[Any, ...], list[Tensor]] = {("group", str(i)): [param] for i, param in enumerate(frozen)}
@@ -451,7 +456,7 @@ def _sync_module_states(group: Group, roots: list[nn.Module], frozen: Collection
             if tensor not in known and is_same_part(tensor, ranks):
                 key = (type(root).__qualname__, name, tuple(tensor.shape), str(tensor.dtype))
                 found.setdefault(key, []).append(tensor)
-    unique = [key for key, tensors in found.items() if len(tensors) == 1 and tensors[0].layout == torch.strided]
+    unique = [key for key, tensors in found.items() if len(tensors) == 1 and _can_be_sent(tensors[0])]
     rows = group.gather_objects(unique)
     common = set.intersection(*(set(row) for row in rows))
     group.broadcast_all([local_of(found[key][0].detach()) for key in rows[0] if key in common])

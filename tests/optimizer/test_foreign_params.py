@@ -96,6 +96,21 @@ def test_frozen_sparse_parameters_are_left_alone(ranks, size, stage, layout):
         torch.testing.assert_close(dense, [torch.ones(3), torch.full((3, 1), 0.75)], rtol=0, atol=2.0**-24)
 
 
+def train_beside_a_quantized_buffer(group: Any) -> Tensor:
+    model = nn.Linear(3, 3)
+    model.register_buffer("table", torch.quantize_per_tensor(torch.ones(3), 0.5 + group.rank(), 0, torch.qint8))
+    optimizer = pyzero.FusedZeroAdam(model.parameters(), process_group=group)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model.weight.detach()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+def test_quantized_buffers_are_left_alone(ranks):
+    first, second = ranks.run(2, train_beside_a_quantized_buffer)
+    assert torch.equal(first, second)
+
+
 def test_a_sparse_one_that_is_unfrozen_is_refused():
     edges, weight = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False), nn.Parameter(torch.ones(3))
     optimizer = pyzero.FusedZeroAdam([weight, edges])
