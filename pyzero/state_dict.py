@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import Unsent
-from pyzero.gradients.hooks import can_be_trained
+from pyzero.gradients.hooks import can_be_trained, trained
 from pyzero.gradients.reduced.arrival_order import ArrivalOrder
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.ops.checks import FLOAT_DTYPES
@@ -21,7 +21,6 @@ from pyzero.sharding import rank_state
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.layout import BucketLayout
-from pyzero.sharding.param_buckets import trained
 from pyzero.status import Status
 from pyzero.streams import on_device
 
@@ -163,7 +162,7 @@ class StateDicts(Status):
             for before in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = before(self, state_dict) or state_dict
             frozen = self._frozen_with_state(state_dict)
-            with trained(frozen):
+            with trained(*frozen):
                 unfrozen = self._find_unfrozen()
                 told = self.describe_unfrozen(unfrozen)
             for bucket in self._buckets:
@@ -176,7 +175,7 @@ class StateDicts(Status):
             check_unfrozen(self.members(), self._tell(problem, told))
         finally:
             problem = None  # its traceback holds this frame, and the callers'
-        with trained(frozen):
+        with trained(*frozen):
             self._place_found(unfrozen)
         return state_dict, frozen
 

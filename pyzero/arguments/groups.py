@@ -31,8 +31,6 @@ OTHER_NAMES = {
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
     """Raise for options of torch.optim.Adam that would change the result and are not supported. Asked in each step."""
-    if not (options.get("amsgrad") or options.get("differentiable")):
-        return
     for name in UNSUPPORTED:
         if options.get(name):
             raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")

@@ -58,7 +58,7 @@ class GradientHooks:
                 leaf, arrival = user_param(param), _Arrival()
                 _hooked[leaf] = [*(ref for ref in _hooked.get(leaf, ()) if ref() is not None), weakref.ref(self)]
                 after = _after_hook(self._after, self._missed, factor, follow, param, arrival)
-                with _trained(leaf):
+                with trained(leaf):
                     self._hook_node(param, _accumulator(leaf), arrival)
                     self._handles.append(leaf.register_post_accumulate_grad_hook(after))
 
@@ -90,7 +90,7 @@ class GradientHooks:
         if self._nodes[param][0] is _accumulator(user_param(param)):
             return False
         for other, (known, arrival) in [*self._nodes.items()]:
-            with _trained(leaf := user_param(other)):
+            with trained(leaf := user_param(other)):
                 node = _accumulator(leaf)
             if node is not known:
                 self._hook_node(other, node, arrival)
@@ -104,9 +104,8 @@ class GradientHooks:
         hook = _watch_hook(weakref.WeakMethod(arrived), weakref.WeakMethod(self._factor_of_unfrozen))
         for param in params:
             if can_be_trained(param):
-                param.requires_grad_(True)
-                self._handles.append(param.register_post_accumulate_grad_hook(hook))
-                param.requires_grad_(False)
+                with trained(param):
+                    self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
         """Call nothing from now on."""
@@ -125,14 +124,16 @@ def can_be_trained(param: Tensor) -> bool:
 
 
 @contextmanager
-def _trained(leaf: Tensor) -> Iterator[None]:
-    """A context in which a parameter requires grad. torch shows and hooks only the nodes of such parameters."""
-    is_trained = leaf.requires_grad
-    leaf.requires_grad_(True)
+def trained(*params: Tensor) -> Iterator[None]:
+    """A context in which parameters require grad. torch shows and hooks only the nodes of such parameters."""
+    frozen = [param for param in params if not param.requires_grad]
+    for param in frozen:
+        param.requires_grad_(True)
     try:
         yield
     finally:
-        leaf.requires_grad_(is_trained)
+        for param in frozen:
+            param.requires_grad_(False)
 
 
 def _accumulator(leaf: Tensor) -> Any:

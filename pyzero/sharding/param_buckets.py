@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -423,19 +422,6 @@ class ParamBuckets:
 
 def _is_trained(param: Tensor, with_grads: bool) -> bool:
     return param.requires_grad or (with_grads and param.grad is not None)
-
-
-@contextmanager
-def trained(params: Iterable[Tensor]) -> Iterator[None]:
-    """A context in which these frozen parameters are trained."""
-    params = list(params)
-    for param in params:
-        param.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for param in params:
-            param.requires_grad_(False)
 
 
 def _can_be_sent(tensor: Tensor) -> bool:
