@@ -59,6 +59,16 @@ class Status(FullAccess, Optimizer):
         return self._last is not None and not bool(self._last.found_inf)
 
     @property
+    def overflow(self) -> bool:
+        """Whether the last step() was skipped: DeepSpeed's name, which accelerate looks for. Reads the device."""
+        return self._last is not None and bool(self._last.found_inf)
+
+    @property
+    def cur_scale(self) -> float:
+        """DeepSpeed's name for `loss_scale`. Reads the device."""
+        return self.loss_scale
+
+    @property
     def loss_scale(self) -> float:
         """The loss scale; 1.0 without scaling. Reads the device."""
         return float(self._scaler.scale)

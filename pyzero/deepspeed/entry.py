@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero.comm import process
 from pyzero.deepspeed import comm, launcher
@@ -342,6 +342,8 @@ def _mark_as_scheduled(optimizer: Optimizer) -> None:
 
 
 def _give_data(engine: Engine, data: Any) -> None:
-    engine.training_dataloader = engine.deepspeed_io(data)
-    if isinstance(engine, PipelineEngine):
-        engine.set_dataloader(RepeatingLoader(engine.training_dataloader))
+    if not isinstance(engine, PipelineEngine):
+        engine.training_dataloader = engine.deepspeed_io(data)
+        return
+    in_order: Any = DistributedSampler(data, engine.dp_world_size, engine.dp_rank, shuffle=False)  # as DeepSpeed's
+    engine.set_dataloader(RepeatingLoader(engine.deepspeed_io(data, data_sampler=in_order)))

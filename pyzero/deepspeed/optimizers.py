@@ -72,7 +72,12 @@ def make_optimizer(
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
         ours = _class_for(optimizer)(groups_of(optimizer), **options)
-        optimizer.param_groups = ours.param_groups  # for a schedule over it that nobody hands in, and edits of its lr
+        # The caller's own dicts: a schedule that nobody hands in, or an optimizer made of them before, sets lr there.
+        for index, (group, own) in enumerate(zip(optimizer.param_groups, ours.param_groups, strict=True)):
+            group.clear()
+            group.update(own)
+            ours.param_groups[index] = group
+        optimizer.param_groups = ours.param_groups
         optimizer._opt_called = True  # that schedule's step() warns without
         return ours
     if config.optimizer is None:

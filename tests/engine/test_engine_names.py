@@ -627,6 +627,36 @@ def test_optimizers_of_scripts(make, kind, options, is_called):
     assert group["lr"] == 0.5 and group["params"] == [model.weight]
 
 
+def test_group_dicts_stay_the_callers():
+    """As accelerate has it: another optimizer is made of the groups, and the schedule goes on over the first."""
+    model = Net()
+    first = torch.optim.AdamW([{"params": [model.weight]}], lr=0.5, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(first, lambda step: step / 4)  # 0 at first
+    held = first.param_groups[0]
+    given = DeepSpeedCPUAdam(first.param_groups, lr=0.5)
+    engine, optimizer, *_ = pyzero.initialize(model=model, optimizer=given, config={"train_batch_size": 1})
+    assert optimizer.param_groups[0] is held and optimizer.param_groups[0]["lr"] == 0.0
+    for lr in (0.125, 0.25):
+        engine.backward(engine(ones()).sum())
+        engine.step()
+        schedule.step()
+        assert engine.get_lr() == [lr]
+    before = model.weight.detach().clone()
+    engine.backward(engine(ones()).sum())
+    engine.step()
+    torch.testing.assert_close(before - model.weight.detach(), torch.full((4,), 0.25))
+
+
+def test_an_optimizer_says_overflow_and_cur_scale():
+    engine = start(fp16={"enabled": True, "initial_scale_power": 8, "hysteresis": 1})
+    optimizer = engine.optimizer
+    assert (optimizer.overflow, optimizer.cur_scale) == (False, 256.0)
+    for value, overflow, scale in ((float("inf"), True, 128.0), (1.0, False, 128.0)):
+        engine.backward(engine(ones(value)).float().sum())
+        engine.step()
+        assert (optimizer.overflow, optimizer.cur_scale) == (overflow, scale)
+
+
 def test_a_function_gets_the_parameters_that_are_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     groups = [{"params": list(model[0].parameters()), "lr": 1.0}]

@@ -517,3 +517,30 @@ def test_so_are_their_replicas(ranks, stage, call):
         assert "KeyError: 'as planned'" in said if at == 2 else "expected every rank to finish step" in said
         assert took < 4.0
     assert len({tuple(losses) for _, _, losses in results}) == 1
+
+
+class Numbered(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Rows of their number."""
+
+    def __len__(self) -> int:
+        return 4 * MICRO_ROWS * ACCUMULATION
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.full((WIDTH,), float(index)), torch.zeros(WIDTH)
+
+
+def first_rows(group: Any) -> list[float]:
+    """Numbers of the samples in the first batch."""
+    seen: list[float] = []
+    model = PipelineModule([nn.Linear(WIDTH, WIDTH)], num_stages=1, loss_fn=lambda y, x: (y - x).square().mean())
+    engine, *_ = deepspeed.initialize(
+        model=model, config=CONFIG, model_parameters=model.parameters(), training_data=Numbered()
+    )
+    engine.module.register_forward_pre_hook(lambda _, args: seen.extend(args[0][:, 0].tolist()))
+    engine.train_batch()
+    return seen
+
+
+def test_training_data_is_not_shuffled(ranks):
+    for rank, seen in enumerate(ranks.run(4, first_rows)):
+        assert seen == [float(4 * number + rank) for number in range(MICRO_ROWS * ACCUMULATION)]
