@@ -93,6 +93,11 @@ def cuda_home() -> str | None:
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
 
 
+def is_first(variable: str) -> bool | None:
+    """Whether a launcher's variable, LOCAL_RANK or RANK, is that of the first process; None if it is not set."""
+    return os.environ[variable] == "0" if variable in os.environ else None
+
+
 def triton_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter. Reads Triton's own variable."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -159,13 +158,14 @@ def _first_available(op: str, device_type: str) -> Backend:
 
 def _logs() -> bool:
     """Whether this process logs for the ranks of its host, which all have what it has. Not in each call of an op."""
-    if "LOCAL_RANK" in os.environ:
-        return os.environ["LOCAL_RANK"] == "0"
+    is_first = env.is_first("LOCAL_RANK")
+    if is_first is not None:
+        return is_first
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
+    return env.is_first("RANK") is not False
 
 
 @functools.cache
