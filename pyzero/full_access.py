@@ -9,35 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyzero.base import ZeroBase
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.grad_stats import GlobalGradStats
-from pyzero.gradients.interface import Gradients
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
-from pyzero.sharding.gather import gather_param
-from pyzero.sharding.local_param import LocalParam, local_of, part_of, user_param, whole_of
-from pyzero.sharding.param_buckets import Location, ParamBuckets
-from pyzero.sharding.topology import Topology
+from pyzero.sharding.gather import gather_param, widen
+from pyzero.sharding.local_param import LocalParam, local_of, part_of, whole_of
+from pyzero.sharding.param_buckets import Location
 from pyzero.streams import on_device
 
 
-class FullAccess:
+class FullAccess(ZeroBase):
     """`full_*` and `set_full_*` of ZeroOptimizer. All ranks make the same calls; reading is collective."""
 
-    _param_buckets: ParamBuckets
-    _group: Group
     _tied_groups: dict[Any, Group]
-    _topology: Topology
-    _gradients: Gradients
-
-    @property
-    def _buckets(self) -> list[Bucket]:
-        return self._param_buckets.buckets
-
-    def _collect(self, purpose: str) -> GlobalGradStats:
-        raise NotImplementedError
-
-    def _place_unfrozen(self, purpose: str | None = None) -> None:
-        raise NotImplementedError
 
     def full_master(self, param: Tensor) -> Tensor:
         """Return a copy of a parameter's fp32 master, in its shape and memory order, the same on every rank.
@@ -68,50 +53,6 @@ class FullAccess:
         return {STEP: bucket.steps[position].clone(), **{n: self._gather(n, *location) for n in bucket.state_names}}
 
     @torch.no_grad()
-    def full_state_dict(self, to: int | None = None) -> dict[str, Any]:
-        """Return all state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
-
-        `load_state_dict` accepts it on any number of ranks, in any stage and with any buckets, and training continues
-        bit for bit. torch.optim.Adam and AdamW load it too, without the masters and the loss scale. It needs device
-        memory for one bucket's values of one slot.
-
-        Args:
-            to: The rank of the group that gets it (with DTensors, of all ranks that hold a part). The others get an
-                empty dict. None: all ranks get it.
-
-        Raises:
-            ValueError: There is no such rank.
-        """
-        rank, size = self._topology.rank_and_size()
-        if to is not None and not 0 <= to < size:
-            raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
-        self._place_unfrozen()
-        is_wanted = to is None or to == rank
-        values: dict[Tensor, dict[str, Tensor]] = {}
-        self._follow("the full state dict", self._mesh_groups())
-        for bucket in self._buckets:
-            for name in bucket.state_names:
-                flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
-                for position, param in enumerate(bucket.params):
-                    if is_wanted or isinstance(param, LocalParam):
-                        values.setdefault(user_param(param), {})[name] = bucket.whole_of(name, flat, position)
-        for param in self._param_buckets.params:  # in order of number: ranks may have parts in different buckets
-            bucket, position = self._param_buckets.locations[user_param(param)]
-            for name, local in values[user_param(param)].items() if isinstance(param, LocalParam) else ():
-                values[user_param(param)][name] = _widen(bucket, name, position, local)
-        for bucket in self._buckets if is_wanted else ():
-            for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
-                values[user_param(param)][STEP] = step.clone()
-        return self._as_state_dict(values) if is_wanted else {}
-
-    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any]:
-        """Return `full_state_dict(to)`, under the name that torch's ZeroRedundancyOptimizer uses."""
-        return self.full_state_dict(to)
-
-    def _as_state_dict(self, values: dict[Tensor, dict[str, Tensor]]) -> dict[str, Any]:
-        raise NotImplementedError
-
-    @torch.no_grad()
     def full_grad(self, param: Tensor) -> Tensor | None:
         """Return the gradient that the next step() uses: averaged over ranks, unscaled, fp32; None if no rank has one.
 
@@ -126,7 +67,7 @@ class FullAccess:
 
     def _whole_grad(self, bucket: Bucket, position: int, stats: GlobalGradStats) -> Tensor | None:
         local = self._local_grad(bucket, position, stats, is_whole=True)
-        return None if local is None else _widen(bucket, MASTER, position, local).clone()
+        return None if local is None else widen(bucket, MASTER, position, local).clone()
 
     def _local_grad(
         self, bucket: Bucket, position: int, stats: GlobalGradStats, is_whole: bool = False
@@ -270,8 +211,7 @@ class FullAccess:
         """Return where a parameter lies; None if it is frozen."""
         if param in self._param_buckets.locations:
             return self._param_buckets.locations[param]
-        groups = self.param_groups  # type: ignore[attr-defined]
-        if any(candidate is param for group in groups for candidate in group["params"]):
+        if any(candidate is param for group in self._param_groups for candidate in group["params"]):
             return None
         raise ValueError(
             f"expected a parameter of this optimizer, got a tensor of shape {tuple(param.shape)} that is none; "
@@ -312,19 +252,11 @@ class FullAccess:
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)
-        return local if bucket.is_flat(name) else _widen(bucket, name, position, local).clone()
+        return local if bucket.is_flat(name) else widen(bucket, name, position, local).clone()
 
     def _gather_local(self, name: str, bucket: Bucket, position: int) -> Tensor:
         flat = gather_param(self._group, bucket, position, bucket.sharded(name), bucket.elements_per_value(name))
         return flat if bucket.is_flat(name) else bucket.shaped(flat, position)
-
-
-def _widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
-    """Return a DTensor's whole tensor, from its local one; collective over its mesh. Return others as they are."""
-    param = bucket.params[position]
-    if not isinstance(param, LocalParam) or bucket.is_flat(name):
-        return local
-    return param.wrap(local.to(param.device)).full_tensor().to(local.device)
 
 
 def _check_shape(name: str, value: Any, shape: torch.Size) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 import pyzero
 from pyzero import copies
-from pyzero.arguments.groups import check_group, check_no_grad, refuse_unknown, refuse_unsupported
+from pyzero.arguments.groups import refuse_unknown, refuse_unsupported
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
@@ -25,14 +25,13 @@ from pyzero.gradients.interface import Gradients
 from pyzero.gradients.local.unreduced import UnreducedGradients
 from pyzero.gradients.reduced.arrival_order import ArrivalOrder
 from pyzero.gradients.reduced.reduction import ReducedGradients, ReductionOptions
-from pyzero.gradients.reduced.stage2_reducer import take_over
 from pyzero.loss_scale import scaler
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
 from pyzero.sharding.agreement import agree_on_options
-from pyzero.sharding.layout import BucketLayout, cap_bytes
+from pyzero.sharding.layout import cap_bytes
 from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
 from pyzero.state_dict import StateDicts
@@ -145,7 +144,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         rule.check(defaults)
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
-        self._ready = False
+        self._is_ready = False
         self._last = self._checkpoint_group = None
         self._is_torn = False
         self._model_names: dict[Tensor, str] = {}
@@ -198,7 +197,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, warns=has_fp16 and rank == 0)
         self._hook_state_dict()
         self._place(range(len(self.param_groups)))
-        self._ready = True
+        self._is_ready = True
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -312,27 +311,6 @@ class ZeroOptimizer(StateDicts, Optimizer):
             return self._collect("step")
         self._tell_error(error, "step")
         raise error
-
-    def raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
-        """Raise this rank's error, and have the other ranks raise too: they are about to collect gradients.
-
-        purpose: What they collect them for, one of grad_stats.PURPOSES.
-        """
-        try:
-            with torch.no_grad():
-                self._tell_error(error, purpose)
-            raise error
-        finally:
-            del error  # its traceback holds this frame, and the callers'
-
-    def _tell_error(self, error: Exception, purpose: str) -> None:
-        """Make the ranks that collect gradients for `purpose` raise because of this rank's error."""
-        try:
-            self._gradients.tell_error(purpose)
-        except Exception:  # the one that all others raise, or a consequence of this rank's error
-            raise error from None
-        finally:
-            del error
 
     def _take_grad_scale(self) -> Tensor | None:
         """Return 1 / the scale that torch's GradScaler left in the gradients (0-D), if the update has to apply it."""
@@ -466,14 +444,6 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._gradients.clip(clip_coefficient(max_norm, norm), norm_2)
         return norm.clone() if norm is norm_2 else norm  # the caller may write to it
 
-    def _collect(self, purpose: str) -> GlobalGradStats:
-        """Finish the reduction, and exchange the step's message. Call it under no_grad, with one of PURPOSES."""
-        with profile_range("pyzero::collect"):
-            found_inf = self.__dict__.get("found_inf")  # set by torch's GradScaler, which has checked `.grad`
-            if found_inf is not None:
-                found_inf = (found_inf != 0).to(torch.float32).reshape(1)
-            return self._gradients.collect(found_inf, purpose)
-
     # ---- construction ---------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
@@ -513,137 +483,6 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._grad_scaler_proxy,
             backend,
         )
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, as in torch. For reduced gradients torch.amp.GradScaler gets a proxy; see gradients/amp.py."""
-        if amp.grad_scaler_is_asking() and self._gradients.reduces:
-            with torch.no_grad():
-                return self._grad_scaler_proxy.groups(self._collect("unscale_ of GradScaler").found_inf)
-        return self._param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._param_groups = groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch. It gets its own buckets. Collective over several ranks."""
-        given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses anything else
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        # torch warns of a parameter that comes twice. The first one counts.
-        kept = {param: position for position, param in reversed([*enumerate(group["params"])])}
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key] = [group[key][position] for position in sorted(kept.values())]
-        try:
-            check_group(group, given, self.defaults)
-            rule = self._rule_of(group)
-            rule.check(group)
-            self._rules.append(rule)
-            if self._ready:
-                if self._scaler.enabled:
-                    check_no_grad(group)
-                check_disjoint(self._named_params())
-                self._topology.check_meshes(group["params"])
-                self._gradients.finish_broken_round()
-                self._place([len(self.param_groups) - 1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            del self._rules[len(self.param_groups) :]
-            raise
-
-    def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
-        """Return the update rule for a new group. Optimizers with several rules override it."""
-        return self._rule
-
-    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
-        """Whether the group keeps its update rule if it takes these options, which a saved group has."""
-        return self._rule_of({**self._param_groups[group_index], **options}) is self._rules[group_index]
-
-    def _named_params(self) -> dict[Tensor, str]:
-        """Return all parameters, with their names for messages."""
-        groups = enumerate(self._param_groups)
-        return {p: self._name(index, position) for index, group in groups for position, p in enumerate(group["params"])}
-
-    def _name(self, group_index: int, position: int) -> str:
-        """Return a name for messages: the caller's, the one in the model, or the position in the group."""
-        group = self._param_groups[group_index]
-        if "param_names" in group:
-            return str(group["param_names"][position])
-        return self._model_names.get(group["params"][position]) or f"parameter {position} of group {group_index}"
-
-    def take_names(self, model: nn.Module) -> None:
-        """Use the parameters' names in a model for messages, unless the caller gave names."""
-        self._model_names = {param: name for name, param in model.named_parameters()}
-
-    @torch.inference_mode(False)
-    def _place(self, group_indices: Iterable[int], with_grads: bool = False) -> None:
-        """Move the trained parameters of these groups into buckets, and watch the frozen ones."""
-        group_indices = list(group_indices)
-        own_errors = TypeError, ValueError  # raised on all ranks after a comparison, or before this rank begins
-        with self._group.lockstep(self._topology.model_groups, "the placement of parameters", own_errors):
-            for bucket in self._param_buckets.add(self._param_groups, group_indices, with_grads):
-                take_over(bucket.params)
-                self._gradients.add(bucket)
-            params = [param for index in group_indices for param in self._param_groups[index]["params"]]
-            self._gradients.watch([param for param in params if not param.requires_grad], self._place_unfrozen)
-            self._reserve()
-
-    def _reserve(self) -> None:
-        """Have the transport make room for all buckets. Collective."""
-        sizes = []
-        for bucket in self._buckets:
-            dtype = self._grad_reduce_dtype or bucket.dtype
-            num_sent_bytes = bucket.layout.numel * dtype.itemsize if self.reduces_grads else 0
-            sizes.append((num_sent_bytes, bucket.weight_shard.nbytes))
-        with self._group.lockstep():  # without room for its buckets an optimizer cannot go on
-            self._transport.reserve(sizes, len(self._param_buckets.params))
-
-    def _place_unfrozen(self, purpose: str | None = None) -> None:
-        """Give buckets to parameters that are no longer frozen. Collective if there are any.
-
-        purpose: What the ranks collect gradients for next, if they do. An error is then told to those who wait.
-        """
-        try:
-            self._place_found(self._find_unfrozen())
-        except CollectiveError:  # the other ranks raise it too
-            raise
-        except Exception as error:
-            if purpose is not None:
-                self._tell_error(error, purpose)
-            raise
-
-    def _find_unfrozen(self) -> list[int]:
-        """Return the indices of groups with parameters that are no longer frozen.
-
-        If an exception has ended a backward, finish its round first: the other ranks have sent their part of it, and
-        may have placed those parameters.
-        """
-        self._gradients.finish_broken_round()
-        return self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
-
-    def _place_found(self, group_indices: list[int]) -> None:
-        if group_indices:
-            self._place(group_indices, self._trains_by_grad())
-
-    def _trains_by_grad(self) -> bool:
-        """Whether a frozen parameter with a `.grad` counts as trained. Only on one rank: others cannot see `.grad`."""
-        return self._group.size == 1 and not self._topology.model_dims
-
-    def _learn_arrival(self) -> None:
-        """In the first step, move parameters to buckets in the order in which their gradients arrived."""
-        if self._arrival_order.is_learning:
-            layouts = self._param_buckets.plan_by_arrival(self._arrival_order.order())
-            if layouts is not None:
-                self._arrival_order.finish()
-                self._move_to(layouts)
-
-    @torch.inference_mode(False)
-    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        if self._param_buckets.move_to(layouts, keeps_state):
-            self._gradients.move_to(self._buckets)
-            self._reserve()
 
 
 def _product(*factors: Any) -> Any:

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyzero.comm.group import CollectiveError, Group
+from pyzero.full_access import FullAccess
 from pyzero.gradients.grad_stats import Unsent
 from pyzero.gradients.hooks import can_be_trained, trained
-from pyzero.gradients.reduced.arrival_order import ArrivalOrder
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.sharding import rank_state
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP
-from pyzero.sharding.layout import BucketLayout
+from pyzero.sharding.gather import widen
+from pyzero.sharding.local_param import LocalParam, user_param
 from pyzero.status import Status
 from pyzero.streams import on_device
 
@@ -29,23 +30,12 @@ log = logging.getLogger("pyzero")
 _T = TypeVar("_T")
 
 
-class StateDicts(Status):
+class StateDicts(FullAccess, Status):
     """The part of ZeroOptimizer that saves and loads its state."""
 
     _overflow: OverflowMonitor
-    _arrival_order: ArrivalOrder
-    # No class attributes: Lightning's wrappers inherit the class, and would find them before the optimizer's own.
     _checkpoint_group: Group | None
     _is_torn: bool  # a step or a load has begun to write
-
-    def _move_to(self, layouts: list[BucketLayout], keeps_state: bool = True) -> None:
-        raise NotImplementedError
-
-    def _find_unfrozen(self) -> list[int]:
-        raise NotImplementedError
-
-    def _place_found(self, group_indices: list[int]) -> None:
-        raise NotImplementedError
 
     # ---- for checkpoints --------------------------------------------------------------------------------------------
 
@@ -64,27 +54,6 @@ class StateDicts(Status):
             with on_device(self._device), self._group.lockstep(what=what, but=ValueError):
                 self._checkpoint_group = self._topology.make_group_of_all()
         return self._checkpoint_group
-
-    def find_unfrozen(self) -> list[int]:
-        """Return the argument of `place_unfrozen`. May raise on one rank alone, so call it before any collective."""
-        return self._find_unfrozen()
-
-    def describe_unfrozen(self, found: list[int]) -> Unfrozen:
-        """Return what the ranks compare before they place the parameters found."""
-        return {
-            (index, position): self._name(index, position)
-            for index in found
-            for position, param in enumerate(self._param_groups[index]["params"])
-            if param.requires_grad and param not in self._param_buckets.locations
-        }
-
-    def members(self) -> list[int]:
-        """Return the ranks that share this optimizer's state, and so train the same parameters."""
-        return self._group.members()
-
-    def place_unfrozen(self, found: list[int]) -> None:
-        """Give state to parameters that are no longer frozen, before the next step does it. Collective if any are."""
-        self._place_found(found)
 
     def check_between_steps(self, with_gradients: bool = True) -> None:
         """Raise RuntimeError if gradients wait for step(), because a checkpoint has none, or if the state is torn.
@@ -128,6 +97,47 @@ class StateDicts(Status):
         self.register_state_dict_post_hook(_export_state, prepend=True)
 
     @torch.no_grad()
+    def full_state_dict(self, to: int | None = None) -> dict[str, Any]:
+        """Return all state, whole and on the CPU, in the layout of a torch optimizer's state_dict. Collective.
+
+        `load_state_dict` accepts it on any number of ranks, in any stage and with any buckets, and training continues
+        bit for bit. torch.optim.Adam and AdamW load it too, without the masters and the loss scale. It needs device
+        memory for one bucket's values of one slot.
+
+        Args:
+            to: The rank of the group that gets it (with DTensors, of all ranks that hold a part). The others get an
+                empty dict. None: all ranks get it.
+
+        Raises:
+            ValueError: There is no such rank.
+        """
+        rank, size = self._topology.rank_and_size()
+        if to is not None and not 0 <= to < size:
+            raise ValueError(f"expected to as a rank from 0 to {size - 1}, or None, got {to}; pass one")
+        self._place_unfrozen()
+        is_wanted = to is None or to == rank
+        values: dict[Tensor, dict[str, Tensor]] = {}
+        self._follow("the full state dict", self._mesh_groups())
+        for bucket in self._buckets:
+            for name in bucket.state_names:
+                flat = self._group.gather_shards(bucket.to_send(name), "the all-gather of a full state dict")
+                for position, param in enumerate(bucket.params):
+                    if is_wanted or isinstance(param, LocalParam):
+                        values.setdefault(user_param(param), {})[name] = bucket.whole_of(name, flat, position)
+        for param in self._param_buckets.params:  # in order of number: ranks may have parts in different buckets
+            bucket, position = self._param_buckets.locations[user_param(param)]
+            for name, local in values[user_param(param)].items() if isinstance(param, LocalParam) else ():
+                values[user_param(param)][name] = widen(bucket, name, position, local)
+        for bucket in self._buckets if is_wanted else ():
+            for param, step in zip(bucket.params, bucket.steps.cpu(), strict=True):
+                values[user_param(param)][STEP] = step.clone()
+        return self._as_state_dict(values) if is_wanted else {}
+
+    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any]:
+        """Return `full_state_dict(to)`, under the name that torch's ZeroRedundancyOptimizer uses."""
+        return self.full_state_dict(to)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()` of the same rank of as many ranks, a `full_state_dict()`, or a torch optimizer's.
 
@@ -163,7 +173,7 @@ class StateDicts(Status):
                 state_dict = before(self, state_dict) or state_dict
             frozen = self._frozen_with_state(state_dict)
             with trained(*frozen):
-                unfrozen = self._find_unfrozen()
+                unfrozen = self.find_unfrozen()
                 told = self.describe_unfrozen(unfrozen)
             for bucket in self._buckets:
                 bucket.flat_params.foreign_writes()  # raises if masters cannot follow the writes
@@ -176,7 +186,7 @@ class StateDicts(Status):
         finally:
             problem = None  # its traceback holds this frame, and the callers'
         with trained(*frozen):
-            self._place_found(unfrozen)
+            self.place_found(unfrozen)
         return state_dict, frozen
 
     def _frozen_with_state(self, state_dict: dict[str, Any]) -> list[Tensor]:
@@ -302,7 +312,7 @@ def _follow_weights(optimizer: Optimizer) -> None:
     if optimizer._group.size > 1:  # on one rank a torn optimizer may load a state dict and continue
         optimizer._check_whole()
     elif not optimizer._topology.model_dims:  # what was unfrozen has state from now on, for get_state_dict
-        optimizer._place_found(optimizer._find_unfrozen())
+        optimizer.place_found(optimizer.find_unfrozen())
     optimizer._param_buckets.follow_weights()
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from pyzero.full_access import FullAccess
+from pyzero.base import ZeroBase
 from pyzero.gradients import nonfinite
-from pyzero.gradients.grad_stats import GradStatsExchange
-from pyzero.loss_scale.scaled_backward import ScaledBackward
-from pyzero.loss_scale.scaler import Scaler
 from pyzero.sharding.local_param import is_dtensor, user_param
-from pyzero.update_rule import UpdateRule
 
 
 class LastStep(NamedTuple):
@@ -26,20 +20,10 @@ class LastStep(NamedTuple):
     clip: Tensor  # 0-D fp32, the factor of max_grad_norm; 1 if it did not clip
 
 
-class Status(FullAccess, Optimizer):
+class Status(ZeroBase):
     """The part of ZeroOptimizer that reports on the last step, and on how the optimizer was built."""
 
-    _scaler: Scaler
-    _scaled_backward: ScaledBackward
-    _stats_exchange: GradStatsExchange
-    _param_groups: list[dict[str, Any]]
-    _device: torch.device
-    _rule: UpdateRule
-    # No class attributes: Lightning's wrappers inherit the class, and would find them before the optimizer's own.
     _last: LastStep | None
-
-    def _name(self, group_index: int, position: int) -> str:
-        raise NotImplementedError
 
     # ---- the last step ----------------------------------------------------------------------------------------------
 

@@ -182,7 +182,7 @@ def begin(optimizer: ZeroOptimizer) -> Group:
     by_rank = {rank: unfrozen for rank, (_, unfrozen) in zip(group.members(), told, strict=True)}
     for members in {tuple(members): None for members, unfrozen in told if unfrozen}:  # each has a part of the model
         check_unfrozen(members, [by_rank[rank] for rank in members])
-    optimizer.place_unfrozen(found)
+    optimizer.place_found(found)
     return group
 
 

@@ -141,7 +141,7 @@ class FusedZeroSGD(ZeroOptimizer):
         return self._rules[group_index] is self._with_buffer or super().is_of_rule(group_index, options)
 
     def takes_rule(self, name: str | None) -> bool:
-        """See StateDicts. State saved with or without momentum fits, because groups may differ in it."""
+        """See `StateDicts`. State saved with or without momentum fits, because groups may differ in it."""
         return name in (self._with_buffer.name, self._without_buffer.name) or super().takes_rule(name)
 
     def _as_ours(self, state_dict: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Gather one parameter's values from every rank's part."""
+"""Gather one parameter's values from every rank's part, and a DTensor from every rank's local tensor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from pyzero.comm.group import Group
 from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.buckets import Bucket
+from pyzero.sharding.local_param import LocalParam
 
 
 def gather_param(group: Group, bucket: Bucket, position: int, shard: Tensor, elements_per_value: int = 1) -> Tensor:
@@ -41,3 +42,11 @@ def gather_parts(group: Group, part: Tensor, lengths: Sequence[int]) -> Tensor:
     padded = torch.nn.functional.pad(part, (0, max(lengths) - part.numel()))
     rows = group.gather_shards(padded, "the all-gather of a whole tensor").view(group.size, -1)
     return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
+
+
+def widen(bucket: Bucket, name: str, position: int, local: Tensor) -> Tensor:
+    """Return a DTensor's whole tensor, from its local one; collective over its mesh. Return others as they are."""
+    param = bucket.params[position]
+    if not isinstance(param, LocalParam) or bucket.is_flat(name):
+        return local
+    return param.wrap(local.to(param.device)).full_tensor().to(local.device)
