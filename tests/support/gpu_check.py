@@ -189,7 +189,16 @@ def _pytest_ranks() -> tuple[str, ...]:
     """Several gloo ranks whose tensors all lie on the one GPU."""
     subjects = {
         "comm": ("symmetric_memory_transport",),
-        "gradients": ("accumulation", "broken_off", "norm", "scaled_backward", "skips", "torch_clip"),
+        "gradients": (
+            "accumulation",
+            "broken_off",
+            "grad_edits",
+            "hooks",
+            "norm",
+            "scaled_backward",
+            "skips",
+            "torch_clip",
+        ),
         "optimizer": ("access", "bucket_order", "update_rule", "zero_lion"),
     }
     files = (ROOT / "tests" / folder / f"test_{name}.py" for folder, names in subjects.items() for name in names)
