@@ -174,3 +174,10 @@ def test_public_names_are_found_beside_their_files_too():
     for module in ("checkpoint", "optimizer", "optimizers"):
         with pytest.raises(AttributeError, match="has no attribute 'FusedAdam'"):
             getattr(importlib.import_module(f"pyzero.{module}"), "FusedAdam")  # noqa: B009
+
+
+def test_tests_share_through_support():
+    """A test file is found by another only if pytest has collected its folder: helpers lie in tests/support/."""
+    tests = Path(__file__).resolve().parents[1]
+    found = [str(path.relative_to(tests)) for path in tests.rglob("*.py") if "\nfrom test_" in path.read_text()]
+    assert not found, f"{found} import from test files; move what they import to tests/support/"

@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 import torch
 from logs import logged
-from resume import OPTIMIZERS, SAVED_AT, STEPS, assert_equal, build, counters, make, step
-from test_dcp import outcome, train, uninterrupted
+from resume import (
+    OPTIMIZERS,
+    SAVED_AT,
+    STEPS,
+    assert_equal,
+    build,
+    counters,
+    make,
+    outcome,
+    saved,
+    step,
+    train,
+    uninterrupted,
+)
 from torch import nn
 
 import pyzero
-
-
-def saved(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path, wait: bool = True) -> None:
-    model = build(dtype, 0)
-    optimizer = make(kind, model, group, stage=stage, bucket_cap_mb=4e-4)
-    train(optimizer, model, range(SAVED_AT), group)
-    if wait:
-        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=torch.tensor(group.rank()))
-        return
-    future = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=group.rank())
-    train(optimizer, model, range(SAVED_AT, STEPS), group)  # what is written meanwhile is not saved
-    assert future.result().name == f"step_{SAVED_AT}"
 
 
 def resumed(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path) -> list[Any]:

@@ -21,8 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from resume import SAVED_AT, STEPS, assert_equal, build, make
-from test_dcp import outcome, train, uninterrupted
+from resume import SAVED_AT, STEPS, assert_equal, build, make, outcome, train, uninterrupted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.serialization import get_crc32_options

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from resume import assert_equal, build, make
-from test_checkpoint import saved
-from test_dcp import outcome
+from resume import assert_equal, build, make, outcome, saved
 
 import pyzero
 from pyzero.checkpoint import files

@@ -8,25 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from resume import OPTIMIZERS, SAVED_AT, STEPS, Model, assert_equal, build, counters, make, step
+from resume import (
+    OPTIMIZERS,
+    SAVED_AT,
+    STEPS,
+    Model,
+    assert_equal,
+    build,
+    make,
+    outcome,
+    train,
+    uninterrupted,
+)
 from torch.distributed.checkpoint import state_dict as dcp_state
-
-
-def train(optimizer: Any, model: Model, numbers: range, group: Any) -> None:
-    for number in numbers:
-        step(optimizer, model, number, group.rank(), group.size())
-
-
-def outcome(optimizer: Any, model: Model) -> list[Any]:
-    weights = [tensor.detach().clone() for tensor in model.state_dict().values()]
-    return [counters(optimizer), optimizer.full_state_dict(), weights]
-
-
-def uninterrupted(group: Any, kind: str, dtype: torch.dtype) -> list[Any]:
-    model = build(dtype, 0)
-    optimizer = make(kind, model, group)
-    train(optimizer, model, range(STEPS), group)
-    return outcome(optimizer, model)
 
 
 def saved(group: Any, kind: str, dtype: torch.dtype, how: str, path: Path) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from resume import SAVED_AT, STEPS, assert_equal, build, make
-from test_dcp import outcome, train, uninterrupted
+from resume import SAVED_AT, STEPS, assert_equal, build, make, outcome, train, uninterrupted
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from models import build, loss_of, micro_batch, params_of
 from own_groups import OwnGroups
+from peer_memory import through_peers
 from ranks import ON_GPU
-from test_symmetric_memory_transport import through_peers
 from torch import nn
 
 import pyzero

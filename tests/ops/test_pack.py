@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size
-from bits import DTYPES, Guarded, assert_same, name, tame, wild
+from bits import DTYPES, Guarded, assert_same, mixed, name, tame, wild
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_unscale import mixed
 from torch import Tensor
 
 from pyzero import ops

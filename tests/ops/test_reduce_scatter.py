@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
-from bits import DTYPES, Guarded, assert_same, name, tame, wild
-from test_unscale import PLACES, check_sumsq, edges
+from bits import DTYPES, PLACES, Guarded, assert_same, check_sumsq, edges, name, tame, wild
 from torch import Tensor
 
 from pyzero import ops

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from backends import FUSED, REFERENCE, Target, params, params_by_size, use_threads
-from bits import DTYPES, Guarded, assert_same, name, tame, wild
+from bits import DTYPES, PLACES, Guarded, assert_same, check_sumsq, edges, mixed, name, tame, wild
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import SUMSQ
@@ -17,11 +17,6 @@ from pyzero import ops
 ALL = (*FUSED, REFERENCE)
 SIZES = (0, 1, 7, 63, 64, 65, 511, 512, 513, 2047, 2048, 2049, 8191, 8192, 8193, 32767, 32768, 32769)
 MIXED = (300, 0, 1, 513, 64, 0, 2049, 5)
-PLACES = (0, 1, 2, 5, 7, 8, 255, 256, 700, 1000)  # of 1,001 elements: lanes of a vector, several vectors, the tail
-
-
-def mixed(sizes: tuple[int, ...], make=wild) -> list[Tensor]:
-    return [make(numel, DTYPES[i % 3], i) for i, numel in enumerate(sizes)]
 
 
 def run(
@@ -51,17 +46,6 @@ def check(values: list[Tensor], scale: float, target: Target, *, shift: int = 0,
         assert_same(a, b, f"tensor {i} of {len(got)}, scale {scale}, shift {shift}")
     assert flag.item() == wanted_flag.item()
     check_sumsq(sumsq, got)
-
-
-def check_sumsq(sumsq: Tensor, stored: list[Tensor], calls: int = 1) -> None:
-    """Against Python's exact sum of the values as they were stored."""
-    values = [value for tensor in stored for value in tensor.double().tolist()]
-    if not all(map(math.isfinite, values)):
-        assert not math.isfinite(sumsq.item())
-        return
-    wanted = math.fsum(value * value for value in values)
-    limit = SUMSQ[sumsq.dtype].relative(len(values), calls) * wanted
-    assert abs(sumsq.item() - wanted) <= limit, (sumsq.item(), wanted)
 
 
 @pytest.mark.parametrize("on_device", (False, True), ids=("number", "tensor"))
@@ -145,12 +129,6 @@ def test_found_inf_wherever_it_is(target: Target, bad: float) -> None:
                 assert flag.item() == 1.0
                 _, flag, _ = run(values, 1.0, target)
                 assert flag.item() == 1.0
-
-
-def edges(dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
-    """(value, found_inf): what is not finite, and what is just finite."""
-    largest = torch.finfo(dtype).max
-    return (math.inf, 1.0), (-math.inf, 1.0), (math.nan, 1.0), (largest, 0.0), (-largest, 0.0)
 
 
 @pytest.mark.parametrize("scale", (1.0, 0.5))

@@ -7,39 +7,11 @@ import parallel_case as case
 import pytest
 import torch
 import torch.distributed as dist
-from test_tensor_parallel import split, square
+from parallel_case import build, contents
 
 import pyzero
 
 STEPS = 3
-
-
-def build(group: Any, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model on a mesh, and its optimizer."""
-    model = case.Model(dtype)
-    model.first.weight.requires_grad_(False)
-    options: dict[str, Any] = {"process_group": group}
-    if kind == "fully_shard":
-        case.fsdp(model, group)
-    elif kind in ("tensor", "both"):
-        mesh = square()
-        split(model, mesh["tp"])
-        if kind == "both":
-            case.fsdp(model, mesh["dp"])
-        options = {}
-    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, bucket_cap_mb=1e-3, **options)
-    return model, optimizer
-
-
-def contents(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """All, whole and by name."""
-    found = {}
-    for name, param in model.named_parameters():
-        found[name] = case.whole(param)
-        found.update({f"{name}.{key}": value for key, value in optimizer.full_state(param).items()})
-        if param.requires_grad:
-            found[f"{name}.full_master"] = optimizer.full_master(param)
-    return found
 
 
 def save(group: Any, kind: str, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_sharded_checkpoints import build, contents
+from parallel_case import build, contents
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 

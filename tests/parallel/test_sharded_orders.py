@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from logs import Log
-from test_tensor_parallel import split, square
+from parallel_case import split, square
 from torch import nn
 
 import pyzero

@@ -6,38 +6,10 @@ import parallel_case as case
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_case import split, square
 from torch import nn
 
 import pyzero
-
-
-def square() -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-
-
-def split(model: Any, mesh: Any, sequence: bool = False) -> Any:
-    """Shard(0), Shard(1) and Replicate weights and plain ones; `sequence`: the norm's gradients are partial sums."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    plan = {"up": ColwiseParallel(), "mid": RowwiseParallel()}
-    if sequence:
-        norm_in = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(0),))
-        plan["up"] = ColwiseParallel(input_layouts=Shard(0))
-        for block in model.blocks:
-            parallelize_module(block.norm, mesh, norm_in)
-            parallelize_module(block.norm, mesh, SequenceParallel(sequence_dim=0, use_local_output=True))
-    for block in model.blocks:
-        parallelize_module(block, mesh, plan)
-    return model
 
 
 def run_on(group: Any, kind: str, max_norm: float | None, options: dict[str, Any]) -> dict[str, Any]:

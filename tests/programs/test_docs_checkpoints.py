@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from example_runs import working_in
 from resume import assert_equal, build, make, step
 
 import pyzero
@@ -24,14 +22,6 @@ def programs() -> list[str]:
     section = (ROOT / "README.md").read_text().split("## Checkpoints\n")[1].split("\n## ")[0]
     text = section + (ROOT / "docs" / "checkpoints.md").read_text()
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    before = os.getcwd()
-    os.chdir(folder)
-    yield
-    os.chdir(before)
 
 
 def follow(group: Any, program: str, folder: Path) -> list[Any]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from test_examples import ROOT, TORCHRUN, run
+from example_runs import ROOT, TORCHRUN, run
 from torch import nn
 
 import pyzero

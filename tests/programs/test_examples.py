@@ -12,28 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from example_runs import ROOT, TINY, TORCHRUN, TRAIN_GPT, children_of, environ, run
 
 from pyzero.optimizer import ZeroOptimizer
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN_GPT = ROOT / "examples" / "train_gpt.py"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-TINY = ("--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "--batch", "4", "--sample-bytes", "8")
-
 sys.path.insert(0, str(ROOT / "examples"))
 from gpt import report  # noqa: E402
-
-
-def environ():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def run(*command):
-    done = subprocess.run(
-        [str(word) for word in command], env=environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 @pytest.fixture
@@ -87,10 +71,6 @@ def test_train_gpt_alone(tmp_path, text):
         "--no-baseline",
     )
     assert "FusedZeroAdamW: held-out loss" in printed and "AdamW.json" not in os.listdir(out)
-
-
-def children_of(pid):
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid):

@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from test_docs_checkpoints import working_in
-from test_examples import ROOT
+from example_runs import ROOT, working_in
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples"))  # for the import in the section on sparse gradients

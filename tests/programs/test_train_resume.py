@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from test_examples import ROOT, TINY, TORCHRUN, TRAIN_GPT, children_of, environ, run
+from example_runs import ROOT, TINY, TORCHRUN, TRAIN_GPT, children_of, environ, run
 
 BATCH, CONTEXT, STEPS, SAVED_AT, KILLED_AT = 4, 32, 8, 4, 6  # of TINY the first two
 WAIT_S = 300  # some 20 s on two idle cores

@@ -1,6 +1,9 @@
 """Bit equality, canaries, and data made to hurt."""
 
+import math
+
 import torch
+from tolerances import SUMSQ
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,3 +91,27 @@ def wild(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
     special = _SPECIALS[integers(0, len(_SPECIALS))]
     kinds = torch.stack([anything.view(torch.float32), bf16_tie, fp16_tie, fp16_subnormal_tie, special] + [normal] * 10)
     return kinds.gather(0, integers(0, len(kinds))[None])[0].contiguous()
+
+
+PLACES = (0, 1, 2, 5, 7, 8, 255, 256, 700, 1000)  # of 1,001 elements: lanes of a vector, several vectors, the tail
+
+
+def mixed(sizes: tuple[int, ...], make=wild) -> list[Tensor]:
+    return [make(numel, DTYPES[i % 3], i) for i, numel in enumerate(sizes)]
+
+
+def check_sumsq(sumsq: Tensor, stored: list[Tensor], calls: int = 1) -> None:
+    """Against Python's exact sum of the values as they were stored."""
+    values = [value for tensor in stored for value in tensor.double().tolist()]
+    if not all(map(math.isfinite, values)):
+        assert not math.isfinite(sumsq.item())
+        return
+    wanted = math.fsum(value * value for value in values)
+    limit = SUMSQ[sumsq.dtype].relative(len(values), calls) * wanted
+    assert abs(sumsq.item() - wanted) <= limit, (sumsq.item(), wanted)
+
+
+def edges(dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    """(value, found_inf): what is not finite, and what is just finite."""
+    largest = torch.finfo(dtype).max
+    return (math.inf, 1.0), (-math.inf, 1.0), (math.nan, 1.0), (largest, 0.0), (-largest, 0.0)

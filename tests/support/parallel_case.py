@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import pyzero
+
 LR = 0.01
 NUM_STEPS = 12
 BATCH = 8
@@ -135,3 +137,60 @@ def train(
         losses.append(mean)
         norms.append(optimizer.grad_norm)
     return Run(torch.stack(losses), torch.stack(norms), [whole(p) for p in model.parameters()])
+
+
+def square() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
+def split(model: Any, mesh: Any, sequence: bool = False) -> Any:
+    """Shard(0), Shard(1) and Replicate weights and plain ones; `sequence`: the norm's gradients are partial sums."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    plan = {"up": ColwiseParallel(), "mid": RowwiseParallel()}
+    if sequence:
+        norm_in = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(0),))
+        plan["up"] = ColwiseParallel(input_layouts=Shard(0))
+        for block in model.blocks:
+            parallelize_module(block.norm, mesh, norm_in)
+            parallelize_module(block.norm, mesh, SequenceParallel(sequence_dim=0, use_local_output=True))
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    return model
+
+
+def build(group: Any, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model on a mesh, and its optimizer."""
+    model = Model(dtype)
+    model.first.weight.requires_grad_(False)
+    options: dict[str, Any] = {"process_group": group}
+    if kind == "fully_shard":
+        fsdp(model, group)
+    elif kind in ("tensor", "both"):
+        mesh = square()
+        split(model, mesh["tp"])
+        if kind == "both":
+            fsdp(model, mesh["dp"])
+        options = {}
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=LR, bucket_cap_mb=1e-3, **options)
+    return model, optimizer
+
+
+def contents(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """All, whole and by name."""
+    found = {}
+    for name, param in model.named_parameters():
+        found[name] = whole(param)
+        found.update({f"{name}.{key}": value for key, value in optimizer.full_state(param).items()})
+        if param.requires_grad:
+            found[f"{name}.full_master"] = optimizer.full_master(param)
+    return found

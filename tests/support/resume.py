@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,3 +77,32 @@ def assert_equal(got: Any, wanted: Any) -> None:
             assert_equal(one, other)
     else:
         assert got == wanted
+
+
+def train(optimizer: Any, model: Model, numbers: range, group: Any) -> None:
+    for number in numbers:
+        step(optimizer, model, number, group.rank(), group.size())
+
+
+def outcome(optimizer: Any, model: Model) -> list[Any]:
+    weights = [tensor.detach().clone() for tensor in model.state_dict().values()]
+    return [counters(optimizer), optimizer.full_state_dict(), weights]
+
+
+def uninterrupted(group: Any, kind: str, dtype: torch.dtype) -> list[Any]:
+    model = build(dtype, 0)
+    optimizer = make(kind, model, group)
+    train(optimizer, model, range(STEPS), group)
+    return outcome(optimizer, model)
+
+
+def saved(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path, wait: bool = True) -> None:
+    model = build(dtype, 0)
+    optimizer = make(kind, model, group, stage=stage, bucket_cap_mb=4e-4)
+    train(optimizer, model, range(SAVED_AT), group)
+    if wait:
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=torch.tensor(group.rank()))
+        return
+    future = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=group.rank())
+    train(optimizer, model, range(SAVED_AT, STEPS), group)  # what is written meanwhile is not saved
+    assert future.result().name == f"step_{SAVED_AT}"
