@@ -119,7 +119,7 @@ def initialize(
     ours: Any = None
     schedule: Any = None
     if not trains:
-        engine: Engine = EvalEngine(model, settings, parallel, leaves_group=joined)
+        engine: Engine = EvalEngine(model, settings, parallel, made_group=joined)
     else:
         ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
         ours.take_names(model)
@@ -128,7 +128,7 @@ def initialize(
         schedule = _make_schedule(lr_scheduler, ours, settings)
         param_owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
-        engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
+        engine = make(model, ours, schedule, settings, parallel, made_group=joined)
     engine.collate_fn = collate_fn
     if training_data is not None:
         _give_data(engine, training_data)

@@ -51,7 +51,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         lr_scheduler: Any,
         config: Config,
         parallel: Parallelism,
-        leaves_group: bool = False,
+        made_group: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -74,7 +74,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: no cast
         self._warns_of_cast = config.auto_cast() is None and self.rank == 0
-        self._leaves_group = leaves_group
+        self._user = launcher.enter(made_group)
         self._boundary: bool | None = None  # whether the coming step() acts, if the caller has said it
         self._stepped = False
         self._in_step = False
@@ -394,7 +394,5 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         reshard(self.module)
 
     def destroy(self) -> None:
-        """Leave the process group, if initialize() or zero.Init joined it. The engine cannot be used afterwards."""
-        if self._leaves_group:
-            launcher.leave()
-            self._leaves_group = False
+        """End the engine. The last one leaves the process group, if initialize() or zero.Init joined it."""
+        launcher.leave(self._user)

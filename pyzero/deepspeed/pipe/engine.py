@@ -32,9 +32,9 @@ class PipelineEngine(Engine):
         lr_scheduler: Any,
         config: Config,
         parallel: Parallelism,
-        leaves_group: bool,
+        made_group: bool,
     ) -> None:
-        super().__init__(module, optimizer, lr_scheduler, config, parallel, leaves_group)
+        super().__init__(module, optimizer, lr_scheduler, config, parallel, made_group)
         self.grid = self.mpu = module.grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
         self.data_iterator: Iterator[Any] | None = None
