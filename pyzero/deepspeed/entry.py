@@ -30,7 +30,6 @@ from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.partition import Partition
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
-from pyzero.deepspeed.schedules import SCHEDULES
 from pyzero.deepspeed.stage_3.shard import is_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.optimizer import ZeroOptimizer
@@ -322,7 +321,7 @@ def _lies_as(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | N
 def _make_schedule(given: Any, optimizer: ZeroOptimizer, config: Config) -> Any:
     if given is None:
         section = config.scheduler
-        return None if section is None else SCHEDULES[section.type](optimizer, **section.arguments())
+        return None if section is None else section.make(optimizer)
     if not hasattr(given, "step"):
         return given(optimizer)
     if isinstance(given, LRScheduler):
