@@ -13,6 +13,7 @@ from pyzero.comm import process
 from pyzero.comm.group import Group
 from pyzero.deepspeed import launcher
 from pyzero.deepspeed.parallel.mesh import Parallelism
+from pyzero.deepspeed.stage_3.root_weights import gather_for_parts
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.fsdp import fsdp_groups, fsdp_records, put_shards
@@ -83,6 +84,7 @@ def shard(
     for block in (*blocks, model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=whole)
     put_shards(model, {name: rows[id(param)] for name, param in before.items() if id(param) in rows})
+    gather_for_parts(model)
     if group.rank == 0:
         log.info("config: stage 3: fully_shard on %d blocks and the rest, over %d ranks", len(blocks), group.size)
     after = dict(model.named_parameters(remove_duplicate=False))
