@@ -30,6 +30,7 @@ from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.partition import Partition
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
+from pyzero.deepspeed.stage_3.parameter_offload import ParameterOffload
 from pyzero.deepspeed.stage_3.shard import is_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.optimizer import ZeroOptimizer
@@ -122,6 +123,8 @@ def initialize(
     else:
         ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
         ours.take_names(model)
+        if settings.zero_optimization.stage == 3:
+            ours.parameter_offload = ParameterOffload()
         if tp_size > 1:
             tensor_parallel.check_first_gradients(model, ours, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)

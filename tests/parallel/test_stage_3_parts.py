@@ -114,3 +114,28 @@ def methods(group: Any) -> None:
 
 def test_a_method_that_uses_weights_past_modules_says_what_to_type(ranks):
     ranks.run(WORLD, methods)
+
+
+def without_hooks(group: Any) -> None:
+    """As TRL's unwrap_model_for_generation, before and after generate()."""
+    engine = start(3)
+    engine.eval()
+    with torch.no_grad():
+        wanted = engine.value(rows(0))
+    with zero.GatheredParameters(engine.module.parameters()), torch.no_grad():
+        offload = engine.optimizer.parameter_offload
+        for _, param in [*offload.module.named_parameters(recurse=True), *offload.module.ds_external_parameters()]:
+            param.ds_active_sub_modules.clear()
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        torch.testing.assert_close(engine.module.value(rows(0)), wanted, rtol=RTOL, atol=RTOL)
+        offload._register_deepspeed_module(offload.module)
+        offload._register_hooks_recursively(offload.module)
+    engine.backward(engine(rows(1)))
+    engine.step()
+    assert engine.was_step_applied()
+
+
+def test_scripts_take_hooks_off_for_a_generation(ranks):
+    ranks.run(WORLD, without_hooks)
