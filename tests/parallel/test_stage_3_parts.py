@@ -139,3 +139,16 @@ def without_hooks(group: Any) -> None:
 
 def test_scripts_take_hooks_off_for_a_generation(ranks):
     ranks.run(WORLD, without_hooks)
+
+
+def scalar(group: Any) -> str:
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match="one dimension or more") as error:
+        pyzero.initialize(model=model, config=config)
+    return str(error.value)
+
+
+def test_a_parameter_of_no_dimension_is_refused(ranks):
+    assert all("got the 0-D scale" in told and "torch.ones(1)" in told for told in ranks.run(WORLD, scalar))

@@ -45,7 +45,7 @@ def shard(
 
     Raises:
         ValueError: zero.Init has sharded over other ranks, or the ranks' group cannot send from memory of the host; or
-            the model is sharded over other ranks, or to compute in another dtype.
+            the model is sharded over other ranks, or to compute in another dtype; or a parameter has no dimension.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -68,6 +68,12 @@ def shard(
             )
     group.broadcast_all([local_of(tensor.detach()) for tensor in everything if not isinstance(tensor, ShardedParam)])
     before = dict(model.named_parameters(remove_duplicate=False))
+    scalars = [name for name, param in before.items() if param.is_floating_point() and param.dim() == 0]
+    if scalars:
+        raise ValueError(
+            f"expected parameters of one dimension or more in stage 3, got the 0-D {', '.join(scalars)}, of which "
+            f"fully_shard can cut no rows; make it nn.Parameter(torch.ones(1)) in the model, or set stage 2"
+        )
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
         _widen(model)
