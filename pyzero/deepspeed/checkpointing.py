@@ -26,6 +26,14 @@ def is_configured() -> bool:
     return True
 
 
+def partition_activations_in_checkpoint(partition_activation: bool) -> None:
+    """Nothing: activations stay where they are."""
+
+
+def set_num_layers(nlayers: int) -> None:
+    """Nothing: there are no buffers."""
+
+
 def reset() -> None:
     """Nothing: there are no buffers."""
 

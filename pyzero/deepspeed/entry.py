@@ -30,7 +30,7 @@ from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
 from pyzero.deepspeed.partition import Partition
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
-from pyzero.deepspeed.schedules import SCHEDULES
+from pyzero.deepspeed.stage_3.parameter_offload import ParameterOffload
 from pyzero.deepspeed.stage_3.shard import is_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.optimizer import ZeroOptimizer
@@ -61,8 +61,8 @@ def initialize(
     LOCAL_RANK becomes the current one.
 
     Args:
-        args: An object with the attribute `deepspeed_config` (or its older name `deepscale_config`), a path. Used if
-            `config` is not given.
+        args: An object with the attribute `deepspeed_config` (or its older name `deepscale_config`), a path, in place
+            of `config`.
         model: Any module. With fp16 or bf16 enabled its weights are converted in place, as the same Parameter objects.
             Buffers stay as they are, except a BatchNorm's and unless data_types.buffer_dtype is set.
         optimizer: A torch Adam, AdamW, SGD or Muon, or one of pyzero.deepspeed.ops: it is replaced by pyzero's with the
@@ -98,8 +98,7 @@ def initialize(
         raise TypeError(f"expected a model, an nn.Module, got {type(model).__name__}; pass one as model=")
     if mesh_param is not None:
         raise ValueError("got mesh_param, which is not supported; pass a DeviceMesh as mesh=")
-    of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
-    settings = _settings_of(config, config_params, *of_args)
+    settings = _settings_of(args, config_params if config is None else config)
     backend = launcher.backend_to_join(from_host=settings.zero_optimization.offloads_params())
     joined = launcher.claim_early_group() or (dist_init_required is not False and launcher.join(backend))
     launcher.take_device()
@@ -119,28 +118,36 @@ def initialize(
     ours: Any = None
     schedule: Any = None
     if not trains:
-        engine: Engine = EvalEngine(model, settings, parallel, leaves_group=joined)
+        engine: Engine = EvalEngine(model, settings, parallel, made_group=joined)
     else:
         ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
         ours.take_names(model)
+        if settings.zero_optimization.stage == 3:
+            ours.parameter_offload = ParameterOffload()
         if tp_size > 1:
             tensor_parallel.check_first_gradients(model, ours, parallel)
         schedule = _make_schedule(lr_scheduler, ours, settings)
         param_owners.register(ours)
         make: Any = PipelineEngine if is_pipeline else Engine
-        engine = make(model, ours, schedule, settings, parallel, leaves_group=joined)
+        engine = make(model, ours, schedule, settings, parallel, made_group=joined)
     engine.collate_fn = collate_fn
     if training_data is not None:
         _give_data(engine, training_data)
     return engine, ours, engine.training_dataloader, schedule
 
 
-def _settings_of(*given: Any) -> Config:
-    """Load the first config that is given."""
-    config = next((one for one in given if one is not None), None)
-    if config is None:
+def _settings_of(args: Any, given: Any) -> Config:
+    """Load the config, which is given or among the arguments."""
+    of_args = (getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config"))
+    configs = [config for config in (given, next(filter(None, of_args), None)) if config is not None]
+    if not configs:
         raise ValueError("expected a config, got none; pass config= as a dict, a path or JSON text")
-    return load(config)
+    if len(configs) > 1:
+        raise ValueError(
+            f"expected one config, got config= and args.deepspeed_config={configs[1]!r}; pass config= alone, or start "
+            f"the script without --deepspeed_config"
+        )
+    return load(configs[0])
 
 
 def _listed(item: Any) -> Any:
@@ -322,7 +329,7 @@ def _lies_as(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | N
 def _make_schedule(given: Any, optimizer: ZeroOptimizer, config: Config) -> Any:
     if given is None:
         section = config.scheduler
-        return None if section is None else SCHEDULES[section.type](optimizer, **section.arguments())
+        return None if section is None else section.make(optimizer)
     if not hasattr(given, "step"):
         return given(optimizer)
     if isinstance(given, LRScheduler):

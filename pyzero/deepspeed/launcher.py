@@ -14,6 +14,8 @@ import torch.distributed as dist
 from pyzero.comm import process, process_group_pool
 
 _early_group: Any = None  # the group of join_early()
+_own_group: Any = None  # the default group that initialize() has made
+_users: set[object] = set()  # one for each engine since then that destroy() has not ended
 # By default group, and the ranks of each.
 _subgroups: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], ...], Any]] = weakref.WeakKeyDictionary()
 
@@ -95,7 +97,32 @@ def subgroup(members: Sequence[Sequence[int]]) -> Any:
     return made[wanted]
 
 
-def leave() -> None:
-    """End the default process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def enter(made_group: bool) -> object:
+    """Count an engine as a user of the default group; returns what `leave` takes.
+
+    Args:
+        made_group: Whether initialize() has made the group for this engine.
+    """
+    global _own_group
+    if made_group:
+        _own_group = dist.group.WORLD
+        _users.clear()
+    user = object()
+    _users.add(user)
+    return user
+
+
+def leave(user: object) -> None:
+    """End the default group, if initialize() has made it and this was its last user. A second call does nothing.
+
+    Whether an engine is garbage plays no part, because ranks may collect it at different times.
+    """
+    global _own_group
+    if user not in _users:
+        return
+    _users.remove(user)
+    group = None if _users else _own_group
+    if group is not None:
+        _own_group = None
+        if group is dist.group.WORLD:
+            dist.destroy_process_group()

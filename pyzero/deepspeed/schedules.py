@@ -41,10 +41,20 @@ def set_rate(group: dict[str, Any], rate: Any) -> None:
 
 
 class Schedule(LRScheduler):
-    """One rate per group and iteration, of `rates`."""
+    """One rate per group and iteration, of `rates`.
+
+    With a `last_batch_iteration` from 0 the groups keep their rates and betas until the first step(), as in DeepSpeed.
+    """
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int) -> None:
+        kept = [] if last_batch_iteration < 0 else list(optimizer.param_groups)
+        before = [(float(group["lr"]), group.get("betas")) for group in kept]
+        for group, (rate, _) in zip(kept, before, strict=True):
+            group.setdefault("initial_lr", rate)  # torch asks for it where a schedule does not begin
         super().__init__(optimizer, last_batch_iteration)
+        for group, (rate, betas) in zip(kept, before, strict=True):
+            set_rate(group, rate)
+            group.update({} if betas is None else {"betas": betas})
 
     @property
     def last_batch_iteration(self) -> int:

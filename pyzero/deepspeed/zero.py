@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,16 @@ from pyzero.deepspeed.stage_3.sharded_param import ShardedParam, ZeroParamStatus
 from pyzero.sharding import fsdp
 from pyzero.sharding.fsdp import FsdpParamUse
 from pyzero.sharding.local_param import is_dtensor, local_of, part_of, whole_of
+
+
+class ZeroStageEnum(int, Enum):
+    """DeepSpeed's names of the stages."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+    max_stage = 3
 
 
 def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: Any) -> Any:

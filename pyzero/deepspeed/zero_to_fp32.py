@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,22 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         export_safetensors(weights, folder / "model.safetensors")
     else:
         torch.save(weights, folder / "pytorch_model.bin")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """DeepSpeed's command line: `zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR`."""
+    parser = argparse.ArgumentParser(description="Write whole fp32 weights of a checkpoint of engine.save_checkpoint.")
+    parser.add_argument("checkpoint_dir", help="where engine.save_checkpoint saved, with the file latest")
+    parser.add_argument("output_dir", help="for pytorch_model.bin or model.safetensors")
+    parser.add_argument("--max_shard_size", default="5GB", help="ignored: one file is written")
+    parser.add_argument("--safe_serialization", action="store_true", help="write safetensors")
+    parser.add_argument("-t", "--tag", help="which checkpoint; default: the latest")
+    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="not supported")
+    parser.add_argument("-d", "--debug", action="store_true", help="ignored")
+    options = vars(parser.parse_args(arguments))
+    options.pop("debug")
+    convert_zero_checkpoint_to_fp32_state_dict(**options)
+
+
+if __name__ == "__main__":
+    main()

@@ -116,6 +116,23 @@ def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
                 record.reset_sharded_param()  # torch's method; it pads
 
 
+def begin_forward(root: Any) -> bool:
+    """Gather what a module of fully_shard gathers in its forward; False, and nothing, in a forward or backward of it.
+
+    Its inputs are left alone, as if none had a gradient: what comes before may use the same weights in backward.
+    """
+    state = root._get_fsdp_state()
+    if state._training_state.name != "IDLE":
+        return False
+    state._pre_forward(root, (), {})
+    return True
+
+
+def end_forward(root: Any, output: Any) -> Any:
+    """End a forward of `begin_forward`; returns the output, whose gradients bring those of the weights."""
+    return root._get_fsdp_state()._post_forward(root, (), output)
+
+
 def reshard(model: nn.Module) -> None:
     """Make fully_shard's modules hold shards again. After a forward without a backward some hold whole weights."""
     module: Any

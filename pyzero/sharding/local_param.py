@@ -91,6 +91,13 @@ def part_of(value: Any, param: Any) -> Tensor:
     return part
 
 
+def shard_of(value: Any, param: Any) -> Any:
+    """Return a whole tensor as a DTensor that is cut as a parameter's; sends nothing. Return anything else as it is."""
+    if not is_dtensor(param) or is_dtensor(value) or value.shape != param.shape:
+        return value
+    return _wrap(part_of(value, param), param)
+
+
 class LocalParam(torch.Tensor):
     """Stands for a DTensor parameter.
 

@@ -110,7 +110,12 @@ def test_forms(form, tmp_path):
         ({"gradient_accumulation_steps": [1, 2]}, ["gradient_accumulation_steps: got [1, 2]", "autotuning to choose"]),
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, ["betas: got [0.9]; Field required"]),
         ({"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}, ["optimizer.params.amsgrad: got True"]),
-        ({"scheduler": {"type": "StepLR"}}, ["scheduler.type: got 'StepLR'", "WarmupLR", "lr_scheduler="]),
+        ({"scheduler": {"type": "LambdaLR"}}, ["scheduler.type: got 'LambdaLR'", "WarmupLR", "lr_scheduler="]),
+        ({"scheduler": {"type": "StepLR"}}, ["StepLR wants params.step_size; set them"]),
+        (
+            {"scheduler": {"type": "StepLR", "params": {"step_size": 2, "gama": 1}}},
+            ["StepLR has no params gama; it has step_size, gamma, last_epoch"],
+        ),
         ({"scheduler": {"type": "OneCycle"}}, ["OneCycle wants params.cycle_min_lr and params.cycle_max_lr"]),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"cycle_min_lr": 1}}},

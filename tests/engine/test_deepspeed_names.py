@@ -51,6 +51,8 @@ def test_a_config_among_the_arguments(name):
     assert engine.train_batch_size() == 8 and optimizer.param_groups[0]["lr"] == 0.25
     with pytest.raises(ValueError, match="expected a config, got none"):
         deepspeed.initialize(args=argparse.Namespace(deepspeed_config=None), model=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="got config= and args.deepspeed_config=.*pass config= alone"):
+        deepspeed.initialize(args=args, model=nn.Linear(1, 1), config={"train_batch_size": 8})
 
 
 @pytest.mark.parametrize(
@@ -421,6 +423,8 @@ def test_a_script_that_cannot_be_edited():
         from deepspeed.ops.adam.cpu_adam import DeepSpeedCPUAdam as the_same
         from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
         from deepspeed.runtime.config import DeepSpeedConfig
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.lr_schedules import WarmupLR, OneCycle
         from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -451,6 +455,9 @@ def test_a_script_that_cannot_be_edited():
         host, gpu = (float(part.split("GB")[0]) for part in lines[10].split("|")[:2])
         assert 22.3 < host < 22.6 and 3.7 < gpu < 6  # 12 bytes of each parameter on the host, 2 and buffers on the GPU
         assert deepspeed.initialize is pyzero.initialize and the_same is DeepSpeedCPUAdam
+        assert ZeroStageEnum(3) is ZeroStageEnum.weights and LossScaler(4.0).loss_scale == 4.0
+        torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
+        deepspeed.checkpointing.partition_activations_in_checkpoint(True)
         assert deepspeed.zero.GatheredParameters is GatheredParameters and deepspeed.runtime.zero.Init
         assert DeepSpeedEngine is deepspeed.DeepSpeedEngine and get_accelerator is again
         assert deepspeed.ops.adam.FusedAdam is FusedAdam and tuple(map(int, deepspeed.__version__.split("."))) > (0, 10)

@@ -723,3 +723,46 @@ def test_states_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
     with pytest.raises(NotImplementedError, match=r"offload_states\(\) on cuda:0.*offload_optimizer.device to cpu"):
         engine.offload_states()
+
+
+def test_the_config_object_has_the_present_batch_sizes():
+    engine = start(gradient_accumulation_steps=2, gradient_clipping=0.5)
+    assert engine._config.train_micro_batch_size_per_gpu == 1 and engine._config.gradient_clipping == 0.5
+    engine.set_train_batch_size(6)
+    assert engine._config.gradient_accumulation_steps == 6 and engine._config.train_batch_size == 6
+
+
+def test_next_of_a_loader():
+    model, data = Net(), [torch.full((4,), float(index)) for index in range(3)]
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": ADAM}
+    loader = pyzero.initialize(model=model, training_data=data, config=config)[2]
+    for _ in range(2):
+        assert [len(next(loader)), len(next(loader))] == [2, 1]
+        with pytest.raises(StopIteration):
+            next(loader)
+    next(loader)
+    assert len(list(loader)) == 2 and len(next(loader)) == 2  # from the beginning
+
+
+def load_module(group: Any, stage: int) -> None:
+    engine = start(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)), zero_optimization={"stage": stage}, **BF16)
+    state = {name: torch.full(value.shape, 0.5) for name, value in engine.module.state_dict().items()}
+    with torch.no_grad():
+        engine(ones().bfloat16())
+        engine.module(ones().bfloat16())  # leaves weights whole in stage 3
+    engine.load_module_state_dict({"module": state}, fetch_z3_params=True)
+    assert all(torch.equal(value, state[name]) for name, value in engine.get_fp32_state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing"):
+        engine.load_module_state_dict({"module": {"0.bias": torch.zeros(3)}})
+    engine.load_module_state_dict({"module": {"0.bias": torch.zeros(3)}}, strict=False)
+    assert not engine.get_fp32_state_dict()["0.bias"].any() and engine.get_fp32_state_dict()["1.bias"].item() == 0.5
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        engine.load_module_state_dict({"module": {"0.bias": torch.zeros(4)}}, strict=False)
+
+
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_modules_state_dict_is_loaded(ranks, stage):
+    ranks.run(4, load_module, stage)

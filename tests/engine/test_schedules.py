@@ -228,6 +228,8 @@ def test_against_deepspeed(name, index):
     params = CASES[name][index]
     mine = follow(lambda o: SCHEDULES[name](o, **params), 40, (0.5,))
     other = follow(lambda o: getattr(theirs, name)(o, **params), 40, (0.5,))
+    mine += follow(lambda o: SCHEDULES[name](o, **params, last_batch_iteration=3), 40, (0.5,))
+    other += follow(lambda o: getattr(theirs, name)(o, **params, last_batch_iteration=3), 40, (0.5,))
     for (rate, betas), (their_rate, their_betas) in zip(mine, other, strict=True):
         assert rate == pytest.approx(their_rate, rel=1e-12, abs=1e-15)
         assert betas == pytest.approx(their_betas, rel=1e-12)
@@ -238,6 +240,44 @@ def test_from_a_config(name):
     for params in CASES[name]:
         section = load({"scheduler": {"type": name, "params": params}}).scheduler
         assert section.arguments() == params
+
+
+GOING_ON = {  # rates and first betas after the first step, by hand; see test_against_deepspeed
+    "WarmupLR": ({"warmup_max_lr": 5.0, "warmup_num_steps": 8, "warmup_type": "linear"}, [2.5, 3.125, 3.75], [0.9] * 3),
+    "WarmupDecayLR": (
+        {"total_num_steps": 12, "warmup_max_lr": 4.0, "warmup_num_steps": 4, "warmup_type": "linear"},
+        [4.0, 3.5, 3.0],
+        [0.9] * 3,
+    ),
+    "WarmupCosineLR": (
+        {"total_num_steps": 6, "warmup_num_steps": 4, "cos_min_ratio": 0.0},
+        [3.5, 0.0, 0.0],
+        [0.9] * 3,
+    ),
+    "LRRangeTest": ({"lr_range_test_min_lr": 1.0, "lr_range_test_step_size": 2}, [3.5, 4.0, 4.5], [0.9] * 3),
+    "OneCycle": (
+        {"cycle_min_lr": 1.0, "cycle_max_lr": 5.0, "cycle_first_step_size": 4},
+        [4.0, 3.0, 2.0],
+        [0.825, 0.85, 0.875],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOING_ON)
+def test_a_schedule_that_goes_on_leaves_the_first_rate_alone(name):
+    params, rates, betas = GOING_ON[name]
+    found = follow(lambda o: SCHEDULES[name](o, **params, last_batch_iteration=3), 4)
+    assert [rate for rate, _ in found] == pytest.approx([7.0, *rates], abs=1e-15)
+    assert [beta for _, (beta, _) in found] == pytest.approx([0.9, *betas])
+
+
+def test_torchs_schedules_by_name():
+    section = load({"scheduler": {"type": "StepLR", "params": {"step_size": 2, "gamma": 0.5}}}).scheduler
+    assert rates_of(section.make, 5) == [7.0, 7.0, 3.5, 3.5, 1.75]
+    assert section.model_dump(exclude_unset=True)["params"] == {"step_size": 2, "gamma": 0.5}
+    config = load({"scheduler": {"type": "CyclicLR", "params": {"base_lr": 1, "max_lr": 2, "cycle_momentum": False}}})
+    assert config.scheduler_params() == {"base_lr": 1, "max_lr": 2, "cycle_momentum": False}
+    assert rates_of(config.scheduler.make, 2) == pytest.approx([1.0, 1.0005])
 
 
 def test_auto_is_the_default_and_the_end_has_none():

@@ -1,5 +1,8 @@
 """deepspeed.utils.zero_to_fp32: whole fp32 weights of the engine's checkpoints, and of DeepSpeed's."""
 
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,11 @@ def save(group: Any, path: str, stage: int) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in masters.items()}
 
 
+def _with_path() -> dict[str, str]:
+    """The environment, in which a script elsewhere finds this pyzero."""
+    return {**os.environ, "PYTHONPATH": str(Path(pyzero.__file__).parents[1])}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_of_the_engine(ranks, tmp_path, stage):
     wanted = ranks.run(4, save, str(tmp_path), stage)[0]
@@ -53,6 +61,10 @@ def test_of_the_engine(ranks, tmp_path, stage):
     for is_safe, name in ((False, "pytorch_model.bin"), (True, "model.safetensors")):
         zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "out", safe_serialization=is_safe)
         assert (tmp_path / "out" / name).stat().st_size > 0
+    script, out = tmp_path / "zero_to_fp32.py", tmp_path / "by_script"
+    command = [sys.executable, str(script), str(tmp_path), str(out), "--tag", "first", "--max_shard_size", "1GB"]
+    subprocess.run(command, check=True, timeout=100, env=_with_path())
+    assert torch.equal(torch.load(out / "pytorch_model.bin", weights_only=True)["0.weight"], first["0.weight"])
     written = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(written[name], value) for name, value in found.items())
 

@@ -336,3 +336,16 @@ def test_an_evaluation_is_written_to_the_monitors(ranks, tmp_path):
     lines = (tmp_path / "job" / "Train_Samples_eval_loss.csv").read_text().split()
     assert lines[0] == "step,eval_loss" and lines[1].startswith("12,")
     assert float(lines[1].partition(",")[2]) == pytest.approx(loss)
+
+
+def names(group: Any, num_stages: int) -> tuple[int, bool, float, float]:
+    engine = initialize([Layer(seed) for seed in range(4)], num_stages=num_stages)
+    assert engine.agg_train_loss is None
+    loss = float(engine.train_batch(iter(batches(NUM_MICRO))))
+    return engine.micro_batches, engine.is_pipe_parallel, float(engine.agg_train_loss), loss
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_names_of_a_pipeline(ranks, num_stages):
+    for num_micro, is_parallel, kept, loss in ranks.run(4, names, num_stages):
+        assert (num_micro, is_parallel, kept) == (NUM_MICRO, num_stages > 1, loss)

@@ -210,7 +210,20 @@ def test_an_engine_leaves_the_group_that_init_joined(monkeypatch):
     with zero.Init():
         model = nn.Linear(2, 2)
     first, second = (pyzero.initialize(model=model, config=config_of("fp32", 2))[0] for _ in range(2))
-    second.destroy()
-    assert dist.is_initialized()
     first.destroy()
+    first.destroy()
+    assert dist.is_initialized()  # the second one needs it
+    second.destroy()
     assert not dist.is_initialized()
+
+
+def test_an_engine_leaves_a_group_of_the_scripts_alone(monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
+    try:
+        engine, *_ = pyzero.initialize(model=nn.Linear(2, 2), config=config_of("fp32", 2))
+        engine.destroy()
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()

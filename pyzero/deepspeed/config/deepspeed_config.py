@@ -6,6 +6,7 @@ from typing import Any
 
 from pyzero.deepspeed import comm
 from pyzero.deepspeed.config.reader import load
+from pyzero.deepspeed.config.schema import Batches, Config
 
 
 class DeepSpeedConfig:
@@ -23,8 +24,18 @@ class DeepSpeedConfig:
     def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
         if mpu is not None or mesh_device is not None:
             raise ValueError("got mpu or mesh_device, which are not supported; leave them out")
-        self.settings = self.monitor_config = load(config)
-        batches = self.settings.batches(comm.get_world_size())
+        settings = load(config)
+        self._take(settings, settings.batches(comm.get_world_size()))
+
+    @classmethod
+    def of_engine(cls, settings: Config, batches: Batches) -> DeepSpeedConfig:
+        """Of an engine, which knows its batch sizes."""
+        config = cls.__new__(cls)
+        config._take(settings, batches)
+        return config
+
+    def _take(self, settings: Config, batches: Batches) -> None:
+        self.settings = self.monitor_config = settings
         self.train_batch_size = batches.train
         self.train_micro_batch_size_per_gpu = batches.micro
         self.gradient_accumulation_steps = batches.accumulation

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from torch.optim import Optimizer, lr_scheduler
 
 from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, NotNegative, Section, Size
 from pyzero.deepspeed.schedules import SCHEDULES
@@ -17,6 +18,7 @@ _LINEAR = Done("of WarmupLR and WarmupDecayLR")
 _COSINE = Done("of WarmupCosineLR")
 _RANGE = Done("of LRRangeTest")
 _CYCLE = Done("of OneCycle")
+_NEED_OBJECTS = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler")  # functions, others
 
 
 class SchedulerParams(Section):
@@ -45,25 +47,59 @@ class SchedulerParams(Section):
     cycle_min_mom: Annotated[Numbers | None, _CYCLE] = None
     cycle_max_mom: Annotated[Numbers | None, _CYCLE] = None
     decay_mom_rate: Annotated[NotNegative | None, _CYCLE] = None
-    last_batch_iteration: Annotated[int | None, Done("where to go on; -1 is the start")] = None
+    last_batch_iteration: Annotated[
+        int | None, Done("where to go on, from the step() after the first optimizer step; -1 is the start")
+    ] = None
+
+
+class TorchParams(SchedulerParams):
+    """Parameters of one of torch's schedules, as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _torch_schedule(name: str) -> Any:
+    """A class of torch.optim.lr_scheduler that JSON can describe; None: there is none of that name."""
+    found = None if name in _NEED_OBJECTS else getattr(lr_scheduler, name, None)
+    return found if isinstance(found, type) and issubclass(found, lr_scheduler.LRScheduler) else None
 
 
 class SchedulerSection(Section):
     """`scheduler`."""
 
-    type: Annotated[str, Done(f"{', '.join(SCHEDULES)}")]
-    params: SchedulerParams = Field(default=SchedulerParams())
+    type: Annotated[str, Done(f"{', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, with its arguments")]
+    params: SerializeAsAny[SchedulerParams] = Field(default=SchedulerParams())
 
     @field_validator("type", mode="after")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        if value not in SCHEDULES:
-            raise ValueError(f"wanted one of {', '.join(SCHEDULES)}; choose one, or pass lr_scheduler= to initialize()")
+        if value not in SCHEDULES and _torch_schedule(value) is None:
+            raise ValueError(
+                f"wanted one of {', '.join(SCHEDULES)}, or of torch.optim.lr_scheduler one that takes numbers alone; "
+                f"choose one, or pass lr_scheduler= to initialize()"
+            )
         return value
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _of_torch(cls, value: Any, info: ValidationInfo) -> Any:
+        is_torchs = isinstance(value, dict) and _torch_schedule(info.data.get("type", "")) is not None
+        return TorchParams(**value) if is_torchs else value
+
+    def make(self, optimizer: Optimizer) -> Any:
+        """The schedule.
+
+        Raises:
+            ValueError: total_num_steps is "auto", which only a Trainer knows.
+        """
+        return self._class()(optimizer, **self.arguments())
+
+    def _class(self) -> Any:
+        return SCHEDULES.get(self.type) or _torch_schedule(self.type)
 
     @model_validator(mode="after")
     def _params_fit(self) -> SchedulerSection:
-        known = inspect.signature(SCHEDULES[self.type]).parameters
+        known = inspect.signature(self._class()).parameters
         strangers = sorted(self.params.model_fields_set - known.keys())
         if strangers:
             own = ", ".join(name for name in known if name != "optimizer")
@@ -73,7 +109,7 @@ class SchedulerSection(Section):
             for name, parameter in known.items()
             if parameter.default is inspect.Parameter.empty
             and name != "optimizer"
-            and getattr(self.params, name) is None
+            and getattr(self.params, name, None) is None
         ]
         if missing:
             raise ValueError(f"{self.type} wants params.{' and params.'.join(missing)}; set them")

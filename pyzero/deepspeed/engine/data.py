@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,23 @@ from pyzero.deepspeed.config.schema import Batches, Config
 
 class Loader(DataLoader[Any]):
     """torch's DataLoader, with DeepSpeed's name for its sampler: `loader.data_sampler.set_epoch(epoch)`."""
+
+    _running: Iterator[Any] | None = None  # that next(loader) reads
+
+    def __iter__(self) -> Any:
+        """As torch's; next(loader) begins anew too."""
+        self._running = None
+        return super().__iter__()
+
+    def __next__(self) -> Any:
+        """The next batch, of the loader itself, as scripts ask DeepSpeed's."""
+        if self._running is None:
+            self._running = super().__iter__()
+        try:
+            return next(self._running)
+        except StopIteration:
+            self._running = None
+            raise
 
     @property
     def data_sampler(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         lr_scheduler: Any,
         config: Config,
         parallel: Parallelism,
-        leaves_group: bool = False,
+        made_group: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -74,7 +75,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: no cast
         self._warns_of_cast = config.auto_cast() is None and self.rank == 0
-        self._leaves_group = leaves_group
+        self._user = launcher.enter(made_group)
         self._boundary: bool | None = None  # whether the coming step() acts, if the caller has said it
         self._stepped = False
         self._in_step = False
@@ -90,7 +91,17 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             module = self.__dict__.get("_modules", {}).get("module")
             if module is None or not hasattr(module, name):
                 raise
-            return getattr(module, name)
+            found = getattr(module, name)
+            return self._explaining(found) if inspect.ismethod(found) and fsdp_groups(module) else found
+
+    def _explaining(self, method: Any) -> Any:
+        """A method of the module of stage 3, whose error says what to do about a weight that is not gathered."""
+
+        @functools.wraps(method)
+        def explained(*args: Any, **kwargs: Any) -> Any:
+            return self._call(method, args, kwargs)
+
+        return explained
 
     # ---- forward and backward --------------------------------------------------------------------------------------
 
@@ -108,7 +119,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         divides = watches and self.batches.accumulation > 1
         inputs = plain_backward.reentering((args, kwargs)) if divides else set()
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
-            outputs = self._call(args, kwargs)
+            outputs = self._call(self.module, args, kwargs)
         if fsdp_groups(self.module) and not torch.is_grad_enabled() and not is_gathered(self.module):
             module: Any = self.module
             module.reshard()  # weights left whole would miss writes before the next step
@@ -142,18 +153,29 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         is_asked = self.batches.accumulation > 1 or self.is_scaled
         return is_asked and any(param.requires_grad for param in self.module.parameters())
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self.module(*args, **kwargs)
+            return function(*args, **kwargs)
         except RuntimeError as error:
-            remedy = self._remedy_for(str(error))
+            remedy = self._remedy_for(str(error), getattr(function, "__name__", None))
             if remedy is None:
                 raise
             raise RuntimeError(remedy) from error
 
-    def _remedy_for(self, error: str) -> str | None:
-        """Return a message with a remedy for an error in the module's forward, if the engine has a part in it."""
-        if "mixed torch.Tensor and DTensor" in error and self.zero_optimization_stage() == 3:
+    def _remedy_for(self, error: str, method: str | None) -> str | None:
+        """Return a message with a remedy for an error in the module's forward, if the engine has a part in it.
+
+        method: The name of another method that was called.
+        """
+        is_of_stage_3 = "mixed torch.Tensor and DTensor" in error and self.zero_optimization_stage() == 3
+        if is_of_stage_3 and method is not None:
+            return (
+                f"got a weight that {method}() uses past the module that gathers it ({error}), wanted it gathered, in "
+                f"stage 3; call torch.distributed.fsdp.register_fsdp_forward_method(engine.module, {method!r}) after "
+                f"initialize(), for a weight outside the blocks; or call {method}() without gradients, in "
+                f"deepspeed.zero.GatheredParameters(list(engine.module.parameters()))"
+            )
+        if is_of_stage_3:
             return (
                 f"got a weight that is used outside the block that gathers it ({error}), wanted it inside alone, in "
                 "stage 3; call deepspeed.zero.register_external_parameter(module, parameter) before initialize(), call "
@@ -394,7 +416,5 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         reshard(self.module)
 
     def destroy(self) -> None:
-        """Leave the process group, if initialize() or zero.Init joined it. The engine cannot be used afterwards."""
-        if self._leaves_group:
-            launcher.leave()
-            self._leaves_group = False
+        """End the engine. The last one leaves the process group, if initialize() or zero.Init joined it."""
+        launcher.leave(self._user)

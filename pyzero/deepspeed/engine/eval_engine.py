@@ -16,9 +16,9 @@ class EvalEngine(Engine):
 
     is_scaled = False
 
-    def __init__(self, module: nn.Module, config: Config, parallel: Parallelism, leaves_group: bool) -> None:
+    def __init__(self, module: nn.Module, config: Config, parallel: Parallelism, made_group: bool) -> None:
         nothing: Any = None
-        super().__init__(module, nothing, None, config, parallel, leaves_group)
+        super().__init__(module, nothing, None, config, parallel, made_group)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to train, and to save or load training state.

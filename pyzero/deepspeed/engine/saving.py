@@ -25,6 +25,7 @@ from pyzero.deepspeed.config.schema import Batches
 from pyzero.deepspeed.schedules import Schedule, set_rate
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import reshard
+from pyzero.sharding.local_param import shard_of
 
 log = logging.getLogger("pyzero")
 
@@ -32,6 +33,12 @@ _THEIRS = "*mp_rank_*_states.pt"  # files that DeepSpeed writes into a checkpoin
 _TAG_PART = re.compile(r"(?!\.|latest$)[^/\\\0\n]+")
 _OWN_FOLDER = re.compile(r"step_\d+(\.\d+)?")  # in the folder of a tag
 _COUNTERS = ("global_steps", "global_samples")
+_SCRIPT = """\
+# python zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR writes whole fp32 weights; --help lists options
+from pyzero.deepspeed.zero_to_fp32 import main
+
+main()
+"""
 
 
 class EngineCheckpoints:
@@ -93,9 +100,30 @@ class EngineCheckpoints:
             lr_scheduler=scheduler,
             client_state={} if client_state is None else client_state,
         )
-        writes = save_latest and self.rank == 0
-        run_on_all_ranks(group, what, lambda: files.write_latest(Path(save_dir), name) if writes else None)
+        run_on_all_ranks(group, what, lambda: None if self.rank else _finish(Path(save_dir), name, save_latest))
         return True
+
+    def load_module_state_dict(
+        self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, **ignored: Any
+    ) -> None:
+        """Load weights from `checkpoint["module"]`, a state dict of whole tensors; masters follow. All ranks call it.
+
+        Args:
+            checkpoint: A dict with the key "module".
+            strict: As of load_state_dict.
+            custom_load_fn: As of `load_checkpoint`.
+            **ignored: DeepSpeed's fetch_z3_params and others: shards are written as they are.
+        """
+        weights = checkpoint["module"]
+        if custom_load_fn is not None:
+            self._load_by(custom_load_fn, weights)
+        else:
+            reshard(self.module)
+            params = dict(self.module.named_parameters(remove_duplicate=False))
+            shards = {name: shard_of(value, params.get(name)) for name, value in weights.items()}
+            self.module.load_state_dict(shards, strict=strict)
+        if self.optimizer is not None:
+            self.optimizer.refresh_fp32_params()
 
     def _check_between_steps(self) -> None:
         """Raise RuntimeError in the middle of an accumulation, also if `.grad` is torch's, as on one rank."""
@@ -234,6 +262,15 @@ class EngineCheckpoints:
                 group.gather_objects(None, f"the end of the load of {folder}")  # wait until all have read it
             if group.rank == 0:
                 shutil.rmtree(ours, ignore_errors=True)
+
+
+def _finish(folder: Path, name: str, is_latest: bool) -> None:
+    """Write what lies beside the checkpoints: zero_to_fp32.py, as DeepSpeed does, and `latest`."""
+    script = folder / "zero_to_fp32.py"
+    if not script.is_file() or script.read_text() != _SCRIPT:
+        script.write_text(_SCRIPT)
+    if is_latest:
+        files.write_latest(folder, name)
 
 
 def _checked(tag: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyzero.deepspeed.config.deepspeed_config import DeepSpeedConfig
 from pyzero.deepspeed.config.schema import Batches, Config
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.optimizer import ZeroOptimizer
@@ -16,6 +17,11 @@ class EngineSettings:
     batches: Batches
     optimizer: ZeroOptimizer
     parallel: Parallelism
+
+    @property
+    def _config(self) -> DeepSpeedConfig:
+        """DeepSpeed's object, with the present batch sizes."""
+        return DeepSpeedConfig.of_engine(self.config, self.batches)
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step, over all ranks."""

@@ -32,17 +32,24 @@ class PipelineEngine(Engine):
         lr_scheduler: Any,
         config: Config,
         parallel: Parallelism,
-        leaves_group: bool,
+        made_group: bool,
     ) -> None:
-        super().__init__(module, optimizer, lr_scheduler, config, parallel, leaves_group)
+        super().__init__(module, optimizer, lr_scheduler, config, parallel, made_group)
         self.grid = self.mpu = module.grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
+        self.is_pipe_parallel = self.num_stages > 1
+        self.agg_train_loss: Tensor | None = None  # what train_batch() has returned
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn: Callable[[Any], Any] | None = None
         self._everyone = Group()
         self._runners: dict[tuple[int, bool], tuple[float, Runner]] = {}  # with the shapes that each is for
 
     # ---- data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def micro_batches(self) -> int:
+        """In a batch."""
+        return self.batches.accumulation
 
     def is_first_stage(self) -> bool:
         """Whether this rank reads inputs."""
@@ -165,7 +172,7 @@ class PipelineEngine(Engine):
         buffers = None if runner is None else Buffers(self.module)
         with self.timers.phase("forward and backward"), self.optimizer.scaled_gradients():
             mean = self._train_alone(micro) if runner is None else runner.train(micro)
-            loss = self._loss_of_all(mean)
+            loss = self.agg_train_loss = self._loss_of_all(mean)
         with self._leaving_out(buffers):
             problem = None if runner is None else runner.take_problem()
             try:

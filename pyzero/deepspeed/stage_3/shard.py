@@ -13,6 +13,7 @@ from pyzero.comm import process
 from pyzero.comm.group import Group
 from pyzero.deepspeed import launcher
 from pyzero.deepspeed.parallel.mesh import Parallelism
+from pyzero.deepspeed.stage_3.root_weights import gather_for_parts
 from pyzero.deepspeed.stage_3.sharded_param import ShardedParam
 from pyzero.sharding.blocks import blocks_of
 from pyzero.sharding.fsdp import fsdp_groups, fsdp_records, put_shards
@@ -44,7 +45,7 @@ def shard(
 
     Raises:
         ValueError: zero.Init has sharded over other ranks, or the ranks' group cannot send from memory of the host; or
-            the model is sharded over other ranks, or to compute in another dtype.
+            the model is sharded over other ranks, or to compute in another dtype; or a parameter has no dimension.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -67,6 +68,12 @@ def shard(
             )
     group.broadcast_all([local_of(tensor.detach()) for tensor in everything if not isinstance(tensor, ShardedParam)])
     before = dict(model.named_parameters(remove_duplicate=False))
+    scalars = [name for name, param in before.items() if param.is_floating_point() and param.dim() == 0]
+    if scalars:
+        raise ValueError(
+            f"expected parameters of one dimension or more in stage 3, got the 0-D {', '.join(scalars)}, of which "
+            f"fully_shard can cut no rows; make it nn.Parameter(torch.ones(1)) in the model, or set stage 2"
+        )
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
         _widen(model)
@@ -83,6 +90,7 @@ def shard(
     for block in (*blocks, model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=whole)
     put_shards(model, {name: rows[id(param)] for name, param in before.items() if id(param) in rows})
+    gather_for_parts(model)
     if group.rank == 0:
         log.info("config: stage 3: fully_shard on %d blocks and the rest, over %d ranks", len(blocks), group.size)
     after = dict(model.named_parameters(remove_duplicate=False))
