@@ -561,7 +561,7 @@ def test_a_state_dict_says_whose_it_is():
 # ---- compiled autograd ----------------------------------------------------------------------------------------------
 
 
-def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tensor]:
+def with_compiled_autograd(group: Any, stage: int, clips: bool, compiled: bool) -> list[Tensor]:
     import torch._dynamo.compiled_autograd as compiled_autograd
 
     enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
@@ -577,17 +577,20 @@ def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tenso
                 optimizer.backward(loss)
         else:
             optimizer.backward(loss)
+        if clips:  # by each rank's own norm, the ranks' gradients would get other factors
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
         optimizer.step()
         optimizer.zero_grad()
     return params_of(model)
 
 
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
-def test_compiled_autograd_runs_the_hooks(ranks, size, stage):
+@pytest.mark.parametrize("clips", [False, True])
+def test_compiled_autograd_runs_the_hooks(ranks, size, stage, clips):
     if size > 1 and torch.__version__ < "2.7":
         pytest.skip("compiled autograd of torch 2.6 runs no hooks of parameters")
-    wanted = ranks.run(size, with_compiled_autograd, stage, False)[0]
-    for got in ranks.run(size, with_compiled_autograd, stage, True):
+    wanted = ranks.run(size, with_compiled_autograd, stage, clips, False)[0]
+    for got in ranks.run(size, with_compiled_autograd, stage, clips, True):
         assert_same(got, wanted)
 
 
