@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 import pyzero
 from pyzero import copies
@@ -31,7 +33,7 @@ from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
-from pyzero.sharding.agreement import agree_on_options
+from pyzero.sharding.agreement import agree_on_options, tell_refusal
 from pyzero.sharding.layout import BucketLayout, cap_bytes
 from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
@@ -123,9 +125,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
         backend: str = "auto",
         **unknown: Any,  # refused
     ) -> None:
-        refuse_unknown(unknown, type(self))
-        check_params(params)
         self._subclass_attributes = [*self.__dict__]  # names of those set before this constructor is called
+        params = [*params] if isinstance(params, Iterator) else params
         options: ZeroOptions = {
             "stage": stage,
             "max_grad_norm": max_grad_norm,
@@ -140,22 +141,28 @@ class ZeroOptimizer(StateDicts, Optimizer):
             "transport": transport,
             "backend": backend,
         }
-        check_options(options)
         self._options = options
-        rule.check(defaults)
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
         self._ready = False
         self._last = self._checkpoint_group = None
         self._is_torn = False
         self._model_names: dict[Tensor, str] = {}
-        super().__init__(params, defaults)
-        named = self._named_params()
-        check_disjoint(named)
-        parameters = list(named)
-        trained_first = sorted(parameters, key=lambda param: not param.requires_grad)
-        self._device = next((param.device for param in trained_first), torch.device("cpu"))
-        policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
+        try:
+            refuse_unknown(unknown, type(self))
+            check_params(params)
+            check_options(options)
+            refuse_unsupported(defaults)
+            rule.check(defaults)
+            super().__init__(params, defaults)
+            named = self._named_params()
+            check_disjoint(named)
+            parameters = list(named)
+            policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
+        except Exception as error:
+            _tell_refusal(error, params, process_group, model_parallel_group)
+            raise
+        self._device = _device_of(parameters)
 
         with on_device(self._device):  # a script may have moved its model and not called set_device()
             topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
@@ -644,6 +651,20 @@ class ZeroOptimizer(StateDicts, Optimizer):
         if self._param_buckets.move_to(layouts, keeps_state):
             self._gradients.move_to(self._buckets)
             self._reserve()
+
+
+def _device_of(params: Iterable[Tensor]) -> torch.device:
+    """Return the device of the first trained parameter, or of a frozen one if there is none."""
+    trained_first = sorted(params, key=lambda param: not param.requires_grad)
+    return next((param.device for param in trained_first), torch.device("cpu"))
+
+
+def _tell_refusal(error: Exception, params: Any, process_group: Any, model_parallel_group: Any) -> None:
+    """Make the other ranks raise, which build the optimizer too, because this rank refuses its arguments."""
+    parameters = [leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor)]
+    with contextlib.suppress(Exception), on_device(_device_of(parameters)):  # this rank's own error says more
+        topology = make_topology(parameters, process_group, model_parallel_group)
+        tell_refusal(topology.data, error, topology.model_groups)
 
 
 def _product(*factors: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments.groups import refuse_unsupported
 from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state_dict import with_step_counts
@@ -119,7 +118,6 @@ class FusedZeroSGD(ZeroOptimizer):
         fused: bool | None = None,
         **options: Unpack[ZeroOptions],
     ) -> None:
-        refuse_unsupported({"differentiable": differentiable})
         defaults = dict(
             lr=lr,
             momentum=momentum,
