@@ -243,10 +243,15 @@ class ZeroOptimizer(StateDicts, Optimizer):
         is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         error = self._prepare_step()
         exchanges = self._buckets or self._topology.model_dims  # a rank without buckets answers these too
-        if error is not None and not (exchanges and self._num_ranks > 1):
-            raise error
+        try:
+            if error is not None and exchanges and self._num_ranks > 1:
+                self.raise_on_all_ranks(error, "step")
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback holds this frame, and the callers'
         if exchanges:
-            self._take_step(error)
+            self._take_step()
         if is_captured:
             self._updater.keep_for_graph(self._param_buckets.steps, self._param_groups)
         return loss
@@ -265,7 +270,10 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 raise
             except Exception as found:
                 error = error or found
-        return error
+        try:
+            return error
+        finally:
+            del error
 
     def _check_groups(self) -> None:
         pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen reports missing ones
@@ -279,8 +287,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
                     f"group without; set optimizer.param_groups[{index}][{error}]"
                 ) from None
 
-    def _take_step(self, error: Exception | None) -> None:
-        stats, unscale = self._collect_for_step(error), self._take_grad_scale()
+    def _take_step(self) -> None:
+        stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
         self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
         # A rank that has updated its shards needs the shards of all others.
@@ -312,13 +320,6 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _host_facts(self) -> HostFacts:
         checksum = self._hyper_parameters.checksum(self._param_groups)
         return HostFacts(self._overflow.num_in_a_row, checksum)
-
-    def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
-        """Return `_collect("step")`. Raise this rank's own error once the other ranks know of it."""
-        if error is None:
-            return self._collect("step")
-        self._tell_error(error, "step")
-        raise error
 
     def raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
         """Raise this rank's error, and have the other ranks raise too: they are about to collect gradients.
