@@ -132,6 +132,10 @@ class FusedZeroSGD(ZeroOptimizer):
         self._with_buffer, self._without_buffer = SGDRule(True), SGDRule(False)
         super().__init__(params, self._rule_of(defaults), defaults, **options)
 
+    def options_for_rule(self, group_index: int) -> dict[str, Any]:
+        """See ZeroOptimizer. The momentum of a group with a buffer may be 0 now; the copy takes that from the state."""
+        return {"momentum": 1.0} if self._rules[group_index] is self._with_buffer else {}
+
     def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """See ZeroOptimizer. A group with a buffer may have been saved while its momentum was 0."""
         if "ns_steps" in options:  # from torch.optim.Muon: its buffer has the same name
