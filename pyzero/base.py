@@ -96,6 +96,10 @@ class ZeroBase(Optimizer):
         """Return the update rule for a new group. Optimizers with several rules override it."""
         return self._rule
 
+    def options_for_rule(self, group_index: int) -> dict[str, Any]:
+        """Return the options that a copy of the group needs, beside its present ones, to take the group's rule."""
+        return {}
+
     def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """Whether the group keeps its update rule if it takes these options, which a saved group has."""
         return self._rule_of({**self._param_groups[group_index], **options}) is self._rules[group_index]

@@ -49,7 +49,10 @@ def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) ->
     state = io.BytesIO()
     torch.save(optimizer.full_state_dict(), state)
     return {
-        "groups": [_as_given(group, optimizer.defaults) for group in optimizer.param_groups],
+        "groups": [
+            _as_given(group, optimizer.defaults) | optimizer.options_for_rule(index)
+            for index, group in enumerate(optimizer.param_groups)
+        ],
         "trained": [user_param(param) for param in trained],
         "state": state.getvalue(),
     }

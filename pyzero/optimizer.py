@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 import pyzero
 from pyzero import copies
@@ -30,7 +31,7 @@ from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.loss_scale.scaled_backward import ScaledBackward
 from pyzero.loss_scale.scaler import LossScale, Scaler
 from pyzero.profiling import hook_step, profile_range
-from pyzero.sharding.agreement import agree_on_options
+from pyzero.sharding.agreement import agree_on_options, tell_refusal
 from pyzero.sharding.layout import cap_bytes
 from pyzero.sharding.param_buckets import ParamBuckets, PlacementOptions
 from pyzero.sharding.topology import make_topology
@@ -43,7 +44,7 @@ from pyzero.update_rule import UpdateRule
 log = logging.getLogger("pyzero")
 
 
-class ZeroOptimizer(StateDicts, Optimizer):
+class ZeroOptimizer(StateDicts):
     """An optimizer that runs an update rule on fp32 masters, and partitions them over the ranks of a process group.
 
     It does not wrap the model: it reduces gradients in hooks. Gradients live until they are cleared, as in torch;
@@ -122,9 +123,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
         backend: str = "auto",
         **unknown: Any,  # refused
     ) -> None:
-        refuse_unknown(unknown, type(self))
-        check_params(params)
         self._subclass_attributes = [*self.__dict__]  # names of those set before this constructor is called
+        params = [*params] if isinstance(params, Iterator) else params
         options: ZeroOptions = {
             "stage": stage,
             "max_grad_norm": max_grad_norm,
@@ -139,31 +139,52 @@ class ZeroOptimizer(StateDicts, Optimizer):
             "transport": transport,
             "backend": backend,
         }
-        check_options(options)
         self._options = options
-        rule.check(defaults)
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
         self._is_ready = False
         self._last = self._checkpoint_group = None
         self._is_torn = False
         self._model_names: dict[Tensor, str] = {}
+        try:
+            refuse_unknown(unknown, type(self))
+            self._take_params(params, defaults)
+            policy = scaler.choose(loss_scale, {param.dtype for param in self._named_params()})
+        except Exception as error:
+            _tell_refusal(error, params, process_group, model_parallel_group)
+            raise
+        self._join_ranks(process_group, model_parallel_group)
+        self._make_parts(policy)
+        self._hook_state_dict()
+        self._place(range(len(self.param_groups)))
+        self._is_ready = True
+
+    def _take_params(self, params: Any, defaults: dict[str, Any]) -> None:
+        """Check the arguments, as far as this rank can alone, and make the parameter groups."""
+        check_params(params)
+        check_options(self._options)
+        refuse_unsupported(defaults)
+        self._rule.check(defaults)
         super().__init__(params, defaults)
         named = self._named_params()
         check_disjoint(named)
-        parameters = list(named)
-        trained_first = sorted(parameters, key=lambda param: not param.requires_grad)
-        self._device = next((param.device for param in trained_first), torch.device("cpu"))
-        policy = scaler.choose(loss_scale, {param.dtype for param in parameters})
+        self._device = _device_of(named)
 
+    def _join_ranks(self, process_group: Any, model_parallel_group: Any) -> None:
+        """Find the ranks that share the state, and compare the options with theirs. Collective."""
         with on_device(self._device):  # a script may have moved its model and not called set_device()
-            topology = self._topology = make_topology(parameters, process_group, model_parallel_group)
-        self._group = topology.data
-        rank, self._num_ranks = topology.rank_and_size()
-        agree_on_options(self._group, rule.name, options, topology.model_groups)
-        if cpu_offload and self._device.type == "cpu" and rank == 0:
+            self._topology = make_topology([*self._named_params()], process_group, model_parallel_group)
+        self._group = self._topology.data
+        rank, self._num_ranks = self._topology.rank_and_size()
+        self._logs = rank == 0
+        agree_on_options(self._group, self._rule.name, self._options, self._topology.model_groups)
+        self._transport = make_transport(self._options["transport"], self._group, self._device)
+
+    def _make_parts(self, policy: LossScale | None) -> None:
+        """Make the objects that a step goes through. policy: Of the loss scale."""
+        options, topology, on_gpu = self._options, self._topology, self._device.type == "cuda"
+        if options["cpu_offload"] and not on_gpu and self._logs:
             log.info("cpu_offload has nothing to do: the parameters lie on the CPU, and masters and state with them")
-        self._transport = make_transport(transport, self._group, self._device)
         self._param_buckets = ParamBuckets(
             rules=self._rules,
             device=self._device,
@@ -172,32 +193,45 @@ class ZeroOptimizer(StateDicts, Optimizer):
             state=self.state,
             in_norm=topology.in_norm,
             options=PlacementOptions(
-                bucket_cap_bytes=cap_bytes(bucket_cap_mb, self._group.size, on_gpu=self._device.type == "cuda"),
-                reduces=reduce_grads,
-                init_sync=init_sync,
-                cpu_offload=cpu_offload,
+                bucket_cap_bytes=cap_bytes(options["bucket_cap_mb"], self._group.size, on_gpu=on_gpu),
+                reduces=options["reduce_grads"],
+                init_sync=options["init_sync"],
+                cpu_offload=options["cpu_offload"],
             ),
-            logs=rank == 0,
+            logs=self._logs,
         )
-        self._updater = ShardUpdater(self._device, backend)
-        self._max_grad_norm = max_grad_norm
+        self._updater = ShardUpdater(self._device, options["backend"])
+        self._max_grad_norm = options["max_grad_norm"]
         self._tied_groups = {}
         self._hyper_parameters = HyperParameters(self.defaults)
-        self._scaler = Scaler(policy, self._device, backend)
+        self._scaler = Scaler(policy, self._device, options["backend"])
         self._grad_scaler_proxy = amp.GradScalerProxy(self._device)
-        self._overflow = OverflowMonitor(self._device, max_consecutive_skips, warns=rank == 0)
+        self._overflow = OverflowMonitor(self._device, options["max_consecutive_skips"], warns=self._logs)
         self._stats_exchange = GradStatsExchange(
             self._group, topology.model_groups, topology.same_params, self._name_of, self._host_facts
         )
-        self._grad_reduce_dtype = grad_reduce_dtype
-        reduces = reduce_grads and self._group.size > 1
-        self._arrival_order = ArrivalOrder(reduces and stage == 2 and overlap)
-        self._gradients = self._make_gradients(reduces, stage, overlap, backend)
-        has_fp16 = any(param.dtype == torch.float16 for param in parameters)
-        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, warns=has_fp16 and rank == 0)
-        self._hook_state_dict()
-        self._place(range(len(self.param_groups)))
-        self._is_ready = True
+        self._grad_reduce_dtype = options["grad_reduce_dtype"]
+        reduces = options["reduce_grads"] and self._group.size > 1
+        self._arrival_order = ArrivalOrder(reduces and options["stage"] == 2 and options["overlap"])
+        self._gradients = self._make_gradients(reduces)
+        has_fp16 = any(param.dtype == torch.float16 for param in self._named_params())
+        self._scaled_backward = ScaledBackward(self._scaler, self._gradients, warns=has_fp16 and self._logs)
+
+    def _make_gradients(self, reduces: bool) -> Gradients:
+        options, backend = self._options, self._options["backend"]
+        if not reduces:
+            return UnreducedGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
+        return ReducedGradients(
+            self._group,
+            self._stats_exchange,
+            self._transport,
+            self._device,
+            ReductionOptions(options["stage"] == 2, options["overlap"], options["grad_reduce_dtype"]),
+            self._arrival_order,
+            self._scaler.inv_scale if self._scaler.enabled else None,
+            self._grad_scaler_proxy,
+            backend,
+        )
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -235,10 +269,15 @@ class ZeroOptimizer(StateDicts, Optimizer):
         is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
         error = self._prepare_step()
         exchanges = self._buckets or self._topology.model_dims  # a rank without buckets answers these too
-        if error is not None and not (exchanges and self._num_ranks > 1):
-            raise error
+        try:
+            if error is not None and exchanges and self._num_ranks > 1:
+                self.raise_on_all_ranks(error, "step")
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback holds this frame, and the callers'
         if exchanges:
-            self._take_step(error)
+            self._take_step()
         if is_captured:
             self._updater.keep_for_graph(self._param_buckets.steps, self._param_groups)
         return loss
@@ -257,7 +296,10 @@ class ZeroOptimizer(StateDicts, Optimizer):
                 raise
             except Exception as found:
                 error = error or found
-        return error
+        try:
+            return error
+        finally:
+            del error
 
     def _check_groups(self) -> None:
         pairs = zip(self._param_groups, self._rules, strict=False)  # _place_unfrozen reports missing ones
@@ -271,8 +313,8 @@ class ZeroOptimizer(StateDicts, Optimizer):
                     f"group without; set optimizer.param_groups[{index}][{error}]"
                 ) from None
 
-    def _take_step(self, error: Exception | None) -> None:
-        stats, unscale = self._collect_for_step(error), self._take_grad_scale()
+    def _take_step(self) -> None:
+        stats, unscale = self._collect("step"), self._take_grad_scale()
         self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
         self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
         # A rank that has updated its shards needs the shards of all others.
@@ -304,13 +346,6 @@ class ZeroOptimizer(StateDicts, Optimizer):
     def _host_facts(self) -> HostFacts:
         checksum = self._hyper_parameters.checksum(self._param_groups)
         return HostFacts(self._overflow.num_in_a_row, checksum)
-
-    def _collect_for_step(self, error: Exception | None) -> GlobalGradStats:
-        """Return `_collect("step")`. Raise this rank's own error once the other ranks know of it."""
-        if error is None:
-            return self._collect("step")
-        self._tell_error(error, "step")
-        raise error
 
     def _take_grad_scale(self) -> Tensor | None:
         """Return 1 / the scale that torch's GradScaler left in the gradients (0-D), if the update has to apply it."""
@@ -444,7 +479,7 @@ class ZeroOptimizer(StateDicts, Optimizer):
             self._gradients.clip(clip_coefficient(max_norm, norm), norm_2)
         return norm.clone() if norm is norm_2 else norm  # the caller may write to it
 
-    # ---- construction ---------------------------------------------------------------------------------------------
+    # ---- copies ---------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and copy.deepcopy rebuild the optimizer from, on one rank. Hooks are lost, as in torch."""
@@ -469,20 +504,19 @@ class ZeroOptimizer(StateDicts, Optimizer):
             f"parameters; deep-copy it together with its model: copy.deepcopy((model, optimizer))"
         )
 
-    def _make_gradients(self, reduces: bool, stage: int, overlap: bool, backend: str) -> Gradients:
-        if not reduces:
-            return UnreducedGradients(self._group, self._stats_exchange, self._device, self._scaler.enabled, backend)
-        return ReducedGradients(
-            self._group,
-            self._stats_exchange,
-            self._transport,
-            self._device,
-            ReductionOptions(stage == 2, overlap, self._grad_reduce_dtype),
-            self._arrival_order,
-            self._scaler.inv_scale if self._scaler.enabled else None,
-            self._grad_scaler_proxy,
-            backend,
-        )
+
+def _device_of(params: Iterable[Tensor]) -> torch.device:
+    """Return the device of the first trained parameter, or of a frozen one if there is none."""
+    trained_first = sorted(params, key=lambda param: not param.requires_grad)
+    return next((param.device for param in trained_first), torch.device("cpu"))
+
+
+def _tell_refusal(error: Exception, params: Any, process_group: Any, model_parallel_group: Any) -> None:
+    """Make the other ranks raise, which build the optimizer too, because this rank refuses its arguments."""
+    parameters = [leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor)]
+    with contextlib.suppress(Exception), on_device(_device_of(parameters)):  # this rank's own error says more
+        topology = make_topology(parameters, process_group, model_parallel_group)
+        tell_refusal(topology.data, error, topology.model_groups)
 
 
 def _product(*factors: Any) -> Any:

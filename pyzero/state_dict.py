@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -196,14 +196,18 @@ class StateDicts(FullAccess, Status):
         params = [param for group in self._param_groups for param in group["params"]]
         if len(saved_ids) != len(params):
             return []  # refused by what comes next
+        has_state = [any(map(torch.is_tensor, state.get(saved_id, {}).values())) for saved_id in saved_ids]
+        return self.could_have_state([param for param, has in zip(params, has_state, strict=True) if has])
+
+    def could_have_state(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Return those of these parameters that have no buckets because they are frozen, and could have some."""
         return [
             param
-            for param, saved_id in zip(params, saved_ids, strict=True)
+            for param in params
             if not param.requires_grad
             and param not in self._param_buckets.locations
             and param.dtype in FLOAT_DTYPES
             and can_be_trained(param)
-            and any(map(torch.is_tensor, state.get(saved_id, {}).values()))
         ]
 
     def _tell(self, problem: Exception | None, answer: _T) -> list[_T]:

@@ -18,6 +18,7 @@ from pyzero.checkpoint.agreement import run_on_all_ranks
 from pyzero.checkpoint.content import EXCLUDED, PARTS, check_parts, model_state, names_of, set_extra_state
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
+from pyzero.gradients.hooks import trained
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.local_param import empty_on_host, local_of
@@ -57,7 +58,7 @@ def load_checkpoint(
         model: A model with the same parameter names. Its dtypes may differ, because masters are fp32 on both sides.
         optimizer: An optimizer with the same update rule, over the same parameters.
         strict: False leaves alone what the checkpoint lacks, and ignores what the model lacks. It also ignores the
-            options of another update rule.
+            options of another update rule, and the state of parameters that are frozen here.
 
     Returns:
         A dict of "step" and the saved `extra`: this rank's on as many ranks, otherwise the first rank's.
@@ -131,6 +132,11 @@ class _Load:
         self._elsewhere = self._on_other_ranks(what)
         found = run_on_all_ranks(self._group, what, self._find)
         name = self._group.gather_objects(found, what)[0]  # all ranks load the same folder
+        run_on_all_ranks(self._group, what, lambda: self._open(self._directory / name))
+        if self._strict and not self._weights_only:
+            frozen = run_on_all_ranks(self._group, what, self._frozen_with_state)
+            with trained(*frozen):  # as load_state_dict does
+                begin(self._optimizer)
         run_on_all_ranks(self._group, what, lambda: read(self._directory / name))
         self._compare(what)
 
@@ -178,8 +184,13 @@ class _Load:
         is_same = self._index["num_ranks"] == self._group.size
         self._extra = files.load_file(folder, files.rank_file(self._group.rank if is_same else 0), self._index)
 
+    def _frozen_with_state(self) -> list[Tensor]:
+        """Return the frozen parameters without state here that the checkpoint has state for, from when they trained."""
+        names = names_of(self._model, self._optimizer)
+        saved = self._index["tensors"]
+        return self._optimizer.could_have_state(param for param, name in names.items() if _step_of(name) in saved)
+
     def _read_whole(self, folder: Path) -> None:
-        self._open(folder)
         wanted = {
             name: torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]), device="cpu")
             for name, tensor in self._index["tensors"].items()
@@ -189,7 +200,6 @@ class _Load:
         self._whole = {name.removeprefix("model."): tensor for name, tensor in wanted.items()}
 
     def _read(self, folder: Path) -> None:
-        self._open(folder)
         wanted = self._plan()
         if self._problems and self._strict:
             raise CheckpointError(
@@ -256,7 +266,7 @@ class _Load:
         saved_names = {
             number: {key: f"{_STATE}{names[number]}.{key}" for key in values}
             for number, values in state.items()
-            if params[number].numel() or f"{_STATE}{names[number]}.{STEP}" in saved
+            if params[number].numel() or _step_of(names[number]) in saved
         }
         for number, of_param in saved_names.items():
             if of_param[MASTER] not in saved:
@@ -291,7 +301,10 @@ class _Load:
         not_here, not_there = _untrained_of(unexpected, like, known), _untrained_of(missing, saved, saved)
         self._report("missing", [name for name in missing if _param_of(name) not in not_there])
         self._report("unexpected", [name for name in unexpected if _param_of(name) not in not_here])
-        self._report("state of parameters that do not train here (unfreeze them before the load)", not_here)
+        self._report(
+            "state of parameters that do not train here (strict=True keeps it for those that the optimizer has)",
+            not_here,
+        )
         self._report(
             "no state of parameters that did not train there (build the optimizer with them frozen, and unfreeze them "
             "after the load)",
@@ -333,6 +346,11 @@ class _Load:
                 f" and {len(names) - _MOST_SHOWN} more" * (len(names) > _MOST_SHOWN)
             )
             self._problems.append(f"{what}: {shown}")
+
+
+def _step_of(name: str) -> str:
+    """Return the name in a checkpoint of a parameter's step count."""
+    return f"{_STATE}{name}.{STEP}"
 
 
 def _param_of(name: str) -> str | None:

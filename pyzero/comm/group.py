@@ -153,7 +153,7 @@ class Group:
         except CollectiveError:
             raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = _reason_of(error)
             self._give_up(reason)
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
@@ -454,6 +454,12 @@ class Group:
         host[: len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.broadcast(host, what)
         return [value for value in host.tolist() if value >= 0]
+
+
+def _reason_of(error: RuntimeError) -> str:
+    """Return the lines of an error of torch.distributed as one, without the stack that torch may append."""
+    lines = map(str.strip, str(error).partition("Exception raised from")[0].splitlines())
+    return "; ".join(filter(None, lines)) or type(error).__name__
 
 
 def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -27,6 +27,7 @@ class BackwardEnd:
         self._broken_off = weakref.WeakMethod(broken_off)
         self._tasks: set[int] = set()  # graph tasks that wait for their own end, or for their parent's
         self._outermost: int | None = None  # its end calls `ended`
+        self.is_unseen = False  # compiled autograd runs the backward, and calls nothing at its end
         self._prehooks: list[Any] = []  # on the nodes of an outer backward
 
     @property
@@ -47,6 +48,7 @@ class BackwardEnd:
         if task in self._tasks:
             return
         self._tasks.add(task)
+        self.is_unseen = _is_compiled()
         node = _outermost_python_node()
         if node is None:
             self._outermost = task
@@ -71,6 +73,12 @@ class BackwardEnd:
 def is_inner_backward() -> bool:
     """Whether the running backward was called inside another one, as by a reentrant checkpoint."""
     return _outermost_python_node() is not None
+
+
+def _is_compiled() -> bool:
+    """Whether compiled autograd runs the running backward."""
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")  # an import takes a second
+    return bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
 
 
 def _outermost_python_node() -> Any:

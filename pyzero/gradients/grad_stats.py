@@ -225,7 +225,7 @@ class GradStatsExchange:
             self._check(hosts)
             self._check_edits(hosts[:, _EDITS], mine)
         except RuntimeError as error:
-            return error
+            return error.with_traceback(None)  # it would hold a frame that holds the error
         return None
 
     def lockstep(self, but: type[Exception]) -> AbstractContextManager[None]:

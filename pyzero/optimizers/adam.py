@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments.groups import refuse_unsupported
 from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
@@ -121,7 +120,6 @@ class FusedZeroAdam(ZeroOptimizer):
         bias_correction: bool = True,
         **options: Unpack[ZeroOptions],
     ) -> None:
-        refuse_unsupported({"amsgrad": amsgrad, "differentiable": differentiable})
         defaults = dict(
             lr=lr,
             betas=betas,

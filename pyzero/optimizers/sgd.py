@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyzero import ops
-from pyzero.arguments.groups import refuse_unsupported
 from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state_dict import with_step_counts
@@ -119,7 +118,6 @@ class FusedZeroSGD(ZeroOptimizer):
         fused: bool | None = None,
         **options: Unpack[ZeroOptions],
     ) -> None:
-        refuse_unsupported({"differentiable": differentiable})
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -133,6 +131,10 @@ class FusedZeroSGD(ZeroOptimizer):
         )
         self._with_buffer, self._without_buffer = SGDRule(True), SGDRule(False)
         super().__init__(params, self._rule_of(defaults), defaults, **options)
+
+    def options_for_rule(self, group_index: int) -> dict[str, Any]:
+        """See ZeroOptimizer. The momentum of a group with a buffer may be 0 now; the copy takes that from the state."""
+        return {"momentum": 1.0} if self._rules[group_index] is self._with_buffer else {}
 
     def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """See ZeroOptimizer. A group with a buffer may have been saved while its momentum was 0."""

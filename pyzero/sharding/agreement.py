@@ -20,6 +20,7 @@ from pyzero.sharding.flat_params import strides_in_slot
 _OF_WHOLE_MODEL = ("max_grad_norm", "loss_scale", "max_consecutive_skips")
 _MAY_DIFFER = ("backend",)  # all give the same bits
 _MOST_RANKS_NAMED = 8
+_REFUSAL = "refusal"  # a rank's error, in place of its options
 
 
 def agree_on_options(group: Group, rule: str, options: ZeroOptions, model_groups: Sequence[Group] = ()) -> None:
@@ -28,17 +29,32 @@ def agree_on_options(group: Group, rule: str, options: ZeroOptions, model_groups
     model_groups: The groups of ranks with other parts of the model, one for each dimension.
     """
     mine = {"rule": _spell(rule), **{name: _spell(value) for name, value in options.items() if name not in _MAY_DIFFER}}
-    problem = _differing_option(group, mine)
-    for others in model_groups:  # a rank that has seen a difference tells these too
-        of_model = {name: mine[name] for name in _OF_WHOLE_MODEL}
-        told = others.gather_objects(problem, "the comparison of options")
-        problem = problem or next(filter(None, told), None) or _differing_option(others, of_model)
+    problem = _problem_with_options(group, mine, model_groups)
     if problem is not None:
         raise ValueError(problem)
 
 
+def tell_refusal(group: Group, error: Exception, model_groups: Sequence[Group] = ()) -> None:
+    """Make agree_on_options raise on the other ranks, because this rank refuses its own arguments. Collective."""
+    _problem_with_options(group, {_REFUSAL: f"{type(error).__name__}: {error}"}, model_groups)
+
+
+def _problem_with_options(group: Group, mine: dict[str, str], model_groups: Sequence[Group]) -> str | None:
+    problem = _differing_option(group, mine)
+    for others in model_groups:  # a rank that has seen a difference tells these too
+        of_model = {name: mine[name] for name in _OF_WHOLE_MODEL if name in mine}
+        told = others.gather_objects(problem, "the comparison of options")
+        problem = problem or next(filter(None, told), None) or _differing_option(others, of_model)
+    return problem
+
+
 def _differing_option(group: Group, mine: dict[str, str]) -> str | None:
     rows = group.gather_objects(mine, "the comparison of options")
+    refusals = [row.get(_REFUSAL) for row in rows]
+    first = next(filter(None, refusals), None)
+    if first is not None:
+        ranks = [rank for rank, text in zip(group.members(), refusals, strict=True) if text == first]
+        return f"no optimizer was built, for its arguments are refused on {_spell_ranks(ranks)}: {first}"
     differing = [name for name in mine if any(row[name] != mine[name] for row in rows)]
     if not differing:
         return None
@@ -111,6 +127,9 @@ def agree_on_params(group: Group, mine: Joining) -> list[int] | None:
         return mine.order
     rows = group.gather_objects(mine)
     for rank, theirs in zip(group.members(), rows, strict=True):
+        if isinstance(theirs, str):
+            raise ValueError(f"no parameter was taken, for rank {rank} refuses its own: {theirs}")
+    for rank, theirs in zip(group.members(), rows, strict=True):
         found = _difference(rows[0], theirs)
         if found is not None:
             what, first, other, remedy = found
@@ -123,6 +142,12 @@ def agree_on_params(group: Group, mine: Joining) -> list[int] | None:
 
 
 Unfrozen = dict[tuple[int, int], str]  # names of parameters that are no longer frozen, by group and position in it
+
+
+def tell_refused_params(group: Group, error: Exception) -> None:
+    """Make agree_on_params raise on the other ranks, because this rank refuses its own parameters. Collective."""
+    group.gather_objects("refused")
+    group.gather_objects(f"{type(error).__name__}: {error}")
 
 
 def check_unfrozen(ranks: Sequence[int], told: Sequence[Unfrozen]) -> None:

@@ -16,7 +16,7 @@ from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
 from pyzero.ops.rounding import ceil_div
 from pyzero.sharding import modules
-from pyzero.sharding.agreement import Joining, ParamRecord, agree_on_params
+from pyzero.sharding.agreement import Joining, ParamRecord, agree_on_params, tell_refused_params
 from pyzero.sharding.aliases import refuse_aliases, tell_of_aliases
 from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.fsdp import FsdpParamUse, find_fsdp_params
@@ -217,15 +217,20 @@ class ParamBuckets:
         first = len(self.params)
         everything = [param for group in param_groups for param in group["params"]]
         fsdp = find_fsdp_params() if any(map(is_dtensor, everything)) else {}
-        params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
-        check_not_gathered(params, (use.record for use in fsdp.values()))
-        for param, spec in zip(params, specs, strict=True):
-            if spec.key.cut is Cut.WHOLE:
-                check_whole(param, spec.number, spec.key.rule)
-        refuse_aliases(params, warns=self._logs)
-        if self._options.reduces:
-            has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
-            check_fsdp([*self.params, *params], self._group.members(), has_frozen)
+        try:
+            params, specs, frozen = self._find_new(param_groups, indices, fsdp, with_grads)
+            check_not_gathered(params, (use.record for use in fsdp.values()))
+            for param, spec in zip(params, specs, strict=True):
+                if spec.key.cut is Cut.WHOLE:
+                    check_whole(param, spec.number, spec.key.rule)
+            refuse_aliases(params, warns=self._logs)
+            if self._options.reduces:
+                has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
+                check_fsdp([*self.params, *params], self._group.members(), has_frozen)
+        except (TypeError, ValueError) as error:
+            if not (self.params or self._synced):  # later the others may do something else
+                tell_refused_params(self._group, error)
+            raise
         ours = {user_param(param): position for position, param in enumerate(params)}
         roots = self._find_roots({*ours, *frozen})
         order = self._agree(param_groups, params, specs, frozen, modules.order_of(ours, [] if first else roots))

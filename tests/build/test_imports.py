@@ -67,15 +67,17 @@ LAYERS = (
             "launcher",
             "accelerator arguments checkpoint_constants comm config config.keys engine engine.param_owners "
             "engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel parallel.mesh "
-            "pipe.layers pipe.topology schedules stage_3 stage_3.kept_views stage_3.sharded_param "
-            "zero_to_fp32",
+            "loss_scaler pipe.layers pipe.topology schedules stage_3 stage_3.kept_views stage_3.parameter_offload "
+            "stage_3.root_weights stage_3.sharded_param zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
             "config.tensor_parallel_section config.zero_section engine.output_hooks engine.plain_backward ops.adam "
             "ops.lamb ops.lion parallel.groups pipe.runner stage_3.shard timers",
             "checkpointing config.schema ops parallel.tp_plan profiling.flops_profiler utils",
-            "config.reader engine.data engine.ranks engine.saving engine.settings monitor parallel.tensor_parallel "
+            "config.reader engine.data engine.ranks engine.saving monitor parallel.tensor_parallel "
             "pipe.module profiling",
-            "config.deepspeed_config engine.engine optimizers partition pipe stage_3.init",
+            "config.deepspeed_config",
+            "engine.settings",
+            "engine.engine optimizers partition pipe stage_3.init",
             "engine.eval_engine pipe.engine zero",
             "entry",
         )

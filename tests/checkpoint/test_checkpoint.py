@@ -413,34 +413,63 @@ def test_a_run_without_a_loss_scale_leaves_none_to_one_with(tmp_path, how):
     assert scale_after(half, half) == [2.0**15, 1, 2.0**15, 1]
 
 
-def loaded_with_others_frozen(group: Any, path: Path, trains_then: bool) -> tuple[str, list[Any]]:
-    """What a load says where weights.0 trains on one side alone, and state after the load that it asks for."""
+def loaded_with_another_trained(group: Any, path: Path) -> tuple[str, list[Any]]:
+    """What a load says where weights.0 trains only here, and its state after the load that it asks for."""
     model = build(torch.bfloat16, 0)
-    model.weights[0].requires_grad_(trains_then)
+    model.weights[0].requires_grad_(False)
     optimizer = make("adamw", model, group)
     train(optimizer, model, range(SAVED_AT), group)
     pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT)
     model = build(torch.bfloat16, 1)
-    model.weights[0].requires_grad_(not trains_then)
     optimizer = make("adamw", model, group)
     with pytest.raises(pyzero.CheckpointError) as raised:
         pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
-    if not trains_then:
-        model.weights[0].requires_grad_(False)
-        optimizer = make("adamw", model, group)
-    model.weights[0].requires_grad_(trains_then)
+    model.weights[0].requires_grad_(False)
+    optimizer = make("adamw", model, group)
     pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
     return str(raised.value), [bool(optimizer.full_state(model.weights[0]))]
 
 
-@pytest.mark.parametrize(
-    ("trains_then", "said"),
-    [
-        (True, "parameters that do not train here (unfreeze them before the load): weights.0. Build"),
-        (False, "train there (build the optimizer with them frozen, and unfreeze them after the load): weights.0."),
-    ],
-)
-def test_a_load_with_others_frozen_says_what_to_do(ranks, tmp_path, trains_then, said):
-    for text, (has_state,) in ranks.run(2, loaded_with_others_frozen, tmp_path, trains_then):
+def test_a_load_with_another_trained_says_what_to_do(ranks, tmp_path):
+    said = "train there (build the optimizer with them frozen, and unfreeze them after the load): weights.0."
+    for text, (has_state,) in ranks.run(2, loaded_with_another_trained, tmp_path):
         assert said in text and "missing" not in text and "unexpected" not in text
-        assert has_state == trains_then
+        assert not has_state
+
+
+def loaded_frozen(group: Any, dtype: torch.dtype, path: Path) -> list[Any]:
+    """Over a model in which two weights are frozen until after the load."""
+    model = build(dtype, 1)
+    for index in (0, 4):
+        model.weights[index].requires_grad_(False)
+    optimizer = make("adamw", model, group, bucket_cap_mb=1e-3)
+    pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    assert [index for index, param in enumerate(model.weights) if not param.requires_grad] == [0, 4]
+    model.requires_grad_(True)
+    train(optimizer, model, range(SAVED_AT, STEPS), group)
+    return outcome(optimizer, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_load_keeps_the_state_of_what_is_frozen_at_the_time(ranks, tmp_path, size, dtype):
+    """As load_state_dict does."""
+    ranks.run(2, saved, "adamw", dtype, 2, tmp_path)
+    wanted = ranks.run(2, uninterrupted, "adamw", dtype)[0]
+    for got in ranks.run(size, loaded_frozen, dtype, tmp_path):
+        assert_equal(got, wanted)
+
+
+def test_state_of_parameters_that_the_optimizer_lacks_is_told_and_may_be_left_out(tmp_path):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    optimizer = pyzero.FusedZeroAdamW(model[0].parameters())
+    with pytest.raises(pyzero.CheckpointError) as raised:
+        pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    said = "do not train here (strict=True keeps it for those that the optimizer has): 1.bias, 1.weight. Build"
+    assert said in str(raised.value) and "missing" not in str(raised.value) and "unexpected" not in str(raised.value)
+    model[1].requires_grad_(False)  # as the base under an adapter, whose state would take three times its memory
+    optimizer = pyzero.FusedZeroAdamW(model.parameters())
+    pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer, strict=False)
+    assert not optimizer.full_state(model[1].weight) and optimizer.full_state(model[0].weight)

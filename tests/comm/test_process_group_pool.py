@@ -44,6 +44,22 @@ def test_a_group_without_a_named_backend_is_like_one_with_it(world, monkeypatch)
     assert asked == ["cpu:gloo,cuda:nccl"]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("NCCL error, unhandled\n\nLast error:\n  no memory\n", "NCCL error, unhandled; Last error:; no memory"),
+        ("no key 0\nException raised from wait (most recent call first):\nframe #0: main", "no key 0"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_a_collective_that_failed_says_all_of_the_reason(text, told):
+    def begin() -> Any:
+        raise RuntimeError(text)
+
+    with pytest.raises(pyzero.CollectiveError, match=f"^a test failed on rank 0 of 1: {told}. Every rank"):
+        Group(is_alone=True).launch("a test", begin)
+
+
 def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):
     """ncclCommSplit, which torch takes where a device is bound, hangs until all ranks of the default group call it."""
     bound, seen = torch.device("cuda", 0), []

@@ -1,6 +1,7 @@
 """Arguments, groups and state dicts as torch.optim.AdamW takes them, or refused by name before anything is changed."""
 
 import collections
+import contextlib
 import copy
 import gc
 import inspect
@@ -260,6 +261,40 @@ def rates_that_differ(group: Any, options: dict[str, Any], how: str) -> tuple[st
 def test_hyper_parameters_that_differ_between_ranks_are_refused_on_all(ranks, options, how):
     for message, stays, steps_then in ranks.run(2, rates_that_differ, options, how):
         assert "got others on ranks [1] of 2 than on rank 0" in message and stays and steps_then
+
+
+def kept_by_errors(group: Any) -> list[bool]:
+    """Whether what a caller of step() holds outlives each of its errors, without the collector."""
+    params = [nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(3))]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group)
+    group_of_all, data = optimizer.param_groups[0], params[1].data
+
+    def fails() -> weakref.ref[Tensor]:
+        activations = torch.ones(4)
+        with contextlib.suppress(ValueError, TypeError, RuntimeError):
+            optimizer.step()
+            raise AssertionError(activations)
+        return weakref.ref(activations)
+
+    sum(param.sum() for param in params).backward()
+    found = []
+    gc.collect()
+    gc.disable()
+    try:
+        group_of_all["lr"] = float("nan") if group.rank() == 0 else 0.1
+        found.append(fails())
+        group_of_all["lr"] = 0.1 if group.size() == 1 or group.rank() else 0.2
+        if group.size() == 1:
+            params[1].data = data.double()
+        found.append(fails())
+        return [ref() is not None for ref in found]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_error_of_a_step_keeps_nothing_alive(ranks, size):
+    assert ranks.run(size, kept_by_errors) == [[False, False]] * size
 
 
 def error_on_rank_1(group: Any, options: dict[str, Any], how: str) -> tuple[str, bool, bool]:
@@ -561,7 +596,7 @@ def test_a_state_dict_says_whose_it_is():
 # ---- compiled autograd ----------------------------------------------------------------------------------------------
 
 
-def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tensor]:
+def with_compiled_autograd(group: Any, stage: int, clips: bool, compiled: bool) -> list[Tensor]:
     import torch._dynamo.compiled_autograd as compiled_autograd
 
     enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
@@ -577,17 +612,20 @@ def with_compiled_autograd(group: Any, stage: int, compiled: bool) -> list[Tenso
                 optimizer.backward(loss)
         else:
             optimizer.backward(loss)
+        if clips:  # by each rank's own norm, the ranks' gradients would get other factors
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
         optimizer.step()
         optimizer.zero_grad()
     return params_of(model)
 
 
 @pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
-def test_compiled_autograd_runs_the_hooks(ranks, size, stage):
+@pytest.mark.parametrize("clips", [False, True])
+def test_compiled_autograd_runs_the_hooks(ranks, size, stage, clips):
     if size > 1 and torch.__version__ < "2.7":
         pytest.skip("compiled autograd of torch 2.6 runs no hooks of parameters")
-    wanted = ranks.run(size, with_compiled_autograd, stage, False)[0]
-    for got in ranks.run(size, with_compiled_autograd, stage, True):
+    wanted = ranks.run(size, with_compiled_autograd, stage, clips, False)[0]
+    for got in ranks.run(size, with_compiled_autograd, stage, clips, True):
         assert_same(got, wanted)
 
 

@@ -104,6 +104,51 @@ def test_ranks_with_other_parts_of_the_model_share_what_concerns_all_of_it(run, 
         assert (f"got {name}=" in message) == is_shared
 
 
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {  # what rank 1 passes, and its error
+    "an option": ({"stage": 7}, "ValueError: expected stage 1 or 2, got 7"),
+    "a default": ({"lr": -1.0}, "ValueError: Invalid learning rate: -1.0"),
+    "an argument that is not supported": ({"amsgrad": True}, "ValueError: got amsgrad=True"),
+    "a name": ({"stagee": 2}, "TypeError: got 'stagee'"),
+    "no parameters": ({"params": []}, "ValueError: optimizer got an empty parameter list"),
+    "a dtype": ({"params": [nn.Parameter(torch.ones(3).double())]}, "TypeError: expected parameters in float32"),
+    "a model": ({"params": nn.Linear(2, 2)}, "TypeError: expected parameters or groups, got a model"),
+    "weights tied by pointer": ({}, "ValueError: expected parameters with memory of their own"),
+}
+
+
+def refused_on_rank_1(group: Any, case: str, is_of_other_parts: bool) -> str:
+    options = {"process_group": group}
+    if is_of_other_parts:
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        options = {"process_group": alone, "model_parallel_group": group}
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    given: dict[str, Any] = {"params": model[0].parameters()}
+    if group.rank() == 1:
+        given |= REFUSED[case][0]
+        if case == "weights tied by pointer":
+            model[0].weight.data = model[1].weight.data
+    try:
+        pyzero.FusedZeroAdam(**given, **options)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_one_rank_refuses_is_told_to_all(run, case):
+    text = REFUSED[case][1]
+    first, second, third = run(3, refused_on_rank_1, case, False)
+    assert second.startswith(text)
+    assert first == third
+    assert "rank 1" in first and text in first
+
+
+def test_what_one_rank_refuses_is_told_to_ranks_with_other_parts_of_the_model(run):
+    first, second = run(2, refused_on_rank_1, "an option", True)
+    assert second.startswith("ValueError: expected stage 1 or 2, got 7")
+    assert "refused on rank 1: ValueError: expected stage 1 or 2, got 7" in first
+
+
 def with_another_rule(group: Any) -> str:
     kind = pyzero.FusedZeroLion if group.rank() else pyzero.FusedZeroAdam
     return error_of(lambda: kind([nn.Parameter(torch.zeros(3))], process_group=group))

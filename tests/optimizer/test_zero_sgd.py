@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -247,6 +248,25 @@ def test_state_of_groups_whose_momentum_has_become_0_goes_on(how, tmp_path):
         optimizer.step()
         assert torch.equal(optimizer.full_state(param)["momentum_buffer"], torch.full((70,), 3.0))
     assert torch.equal(*params)
+
+
+def test_a_copy_may_be_made_while_momentum_is_0():
+    model = build(torch.bfloat16)
+    optimizer = pyzero.FusedZeroSGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def train(model: Any, optimizer: Any, *momenta: float) -> None:
+        for step, momentum in enumerate(momenta):
+            optimizer.param_groups[0]["momentum"] = momentum
+            optimizer.zero_grad()
+            loss_of(model, micro_batch(step, 0)).backward()
+            optimizer.step()
+
+    train(model, optimizer, 0.9, 0.9, 0.0)
+    both = [(model, optimizer), copy.deepcopy((model, optimizer))]
+    assert both[1][1].param_groups[0]["momentum"] == 0.0
+    for one in both:
+        train(*one, 0.0, 0.9, 0.9)
+    assert_same(*(params_of(one) for one, _ in both))
 
 
 def test_a_hook_may_load_torchs_state():

@@ -139,6 +139,8 @@ class Stage1Reducer:
             record.param.grad = None
             raise sparse_error(record.param, self._name_of(record.number))
         record.after_arrival()
+        if self._end.is_unseen:
+            record.publish()
 
     def _missed_gradient(self, param: Tensor) -> None:
         """Take a gradient that came without the hook before it: `.grad` is this rank's sum, as if assigned."""
