@@ -44,6 +44,8 @@ class GradScalerProxy:
 
     def take_factor(self) -> Tensor | None:
         """Return the factor that GradScaler applied since `groups()`, once: 0-D; None if it did not ask."""
+        if not self.was_asked:
+            return None
         grad, self._param.grad = self._param.grad, None
         return None if grad is None else grad[1]
 

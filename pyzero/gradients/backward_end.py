@@ -36,11 +36,15 @@ class BackwardEnd:
         return bool(self._tasks)
 
     def begin(self) -> None:
-        """Called before a gradient arrives. Call `broken_off` if an error has ended the awaited backward."""
-        if self._outermost is None or torch._C._current_graph_task_id() in self._tasks:
+        """Called before each gradient. Await the end of the backward, which may have just begun.
+
+        Call `broken_off` first if an error has ended the one that was awaited.
+        """
+        if torch._C._current_graph_task_id() in self._tasks:
             return
-        if _outermost_python_node() is None:
+        if self._outermost is not None and _outermost_python_node() is None:
             call_if_alive(self._broken_off)
+        self.await_end()
 
     def await_end(self) -> None:
         """Call `ended` at the end of the outermost running backward."""

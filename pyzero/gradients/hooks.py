@@ -5,45 +5,57 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyzero.gradients.backward_end import call_if_alive
 from pyzero.gradients.carried_scale import scaled_backwards
 from pyzero.sharding.local_param import LocalParam, user_param
 
-_ParamHook = Callable[[Tensor], None]
 _Factor = Callable[[Tensor], Tensor | None]
 
 _hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary()  # by parameter: the GradientHooks
 
 
+class GradientListener(Protocol):
+    """What GradientHooks call in a backward. torch.autograd.grad adds to no `.grad`, and calls none of them."""
+
+    def before_gradient(self, param: Tensor) -> None:
+        """Called before backward adds a gradient to `.grad`."""
+
+    def after_gradient(self, param: Tensor) -> None:
+        """Called after backward has added it."""
+
+    def without_gradient(self, param: Tensor) -> None:
+        """Called instead of both if an autograd function returns None for a gradient, and backward adds nothing."""
+
+    def missed_gradient(self, param: Tensor) -> None:
+        """Called once instead of `before_gradient`, when the gradient is in `.grad` already.
+
+        If a parameter is converted or moved to another kind of device, and back, torch drops its AccumulateGrad node
+        with its hooks.
+        """
+
+    def after_unfrozen(self) -> None:
+        """Called after each gradient of a parameter that was frozen when it was watched."""
+
+
 class GradientHooks:
-    """Calls `before(param)` before backward adds a gradient to `.grad`, and `after(param)` after it.
-
-    If an autograd function returns None for a gradient, backward adds nothing, and only `without(param)` is called.
-    torch.autograd.grad adds to no `.grad`, and calls none of them. The hooks keep only the parameters alive.
-
-    If a parameter is converted or moved to another kind of device, and back, torch drops its AccumulateGrad node with
-    its hooks. Then `missed(param)` is called once instead of `before`, when the gradient is in `.grad` already.
+    """The hooks of one listener on its parameters. They keep only the parameters alive.
 
     Attributes:
-        rescale: Called before `before` in a backward that carries a loss scale. Returns the factor for the parameter's
-            gradient, or None.
+        rescale: Called before `before_gradient` in a backward that carries a loss scale. Returns the factor for the
+            parameter's gradient, or None.
         own_backward: While it is set, a backward of the optimizer's own runs, and `rescale` is not called.
     """
 
     rescale: weakref.WeakMethod[_Factor] | None = None
 
-    def __init__(self, before: _ParamHook, after: _ParamHook, without: _ParamHook, missed: _ParamHook) -> None:
-        self._before = weakref.WeakMethod(before)
-        self._after = weakref.WeakMethod(after)
-        self._without = weakref.WeakMethod(without)
-        self._missed = weakref.WeakMethod(missed)
+    def __init__(self, listener: GradientListener) -> None:
+        self._listener = weakref.ref(listener)
         self.own_backward = _OwnBackward()
         self._handles: list[Any] = []
         # By parameter: its AccumulateGrad node. The parameter itself holds it only weakly.
@@ -51,23 +63,18 @@ class GradientHooks:
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Hook these parameters too."""
-        follow: weakref.WeakMethod[Callable[[Tensor], bool]] = weakref.WeakMethod(self.follow_nodes)
-        factor: weakref.WeakMethod[_Factor] = weakref.WeakMethod(self._factor_of)
         with torch.inference_mode(False):  # in inference mode there are no autograd nodes
             for param in params:
                 leaf, arrival = user_param(param), _Arrival()
                 _hooked[leaf] = [*(ref for ref in _hooked.get(leaf, ()) if ref() is not None), weakref.ref(self)]
-                after = _after_hook(self._after, self._missed, factor, follow, param, arrival)
                 with trained(leaf):
                     self._hook_node(param, _accumulator(leaf), arrival)
+                    after = _after_hook(self, self._listener, param, arrival)
                     self._handles.append(leaf.register_post_accumulate_grad_hook(after))
 
     def _hook_node(self, param: Tensor, node: Any, arrival: _Arrival) -> None:
         self._nodes[param] = node, arrival
-        factor: weakref.WeakMethod[_Factor] = weakref.WeakMethod(self._factor_of)
-        self._handles.append(
-            node.register_prehook(_before_hook(self._before, self._without, factor, self.own_backward, param, arrival))
-        )
+        self._handles.append(node.register_prehook(_before_hook(self, self._listener, param, arrival)))
 
     def has(self, param: Tensor) -> bool:
         """Whether a parameter has these hooks, maybe as another optimizer's LocalParam."""
@@ -78,12 +85,14 @@ class GradientHooks:
         alive = [hooks for ref in _hooked.get(user_param(param), ()) if (hooks := ref()) is not None]
         return not alive or alive[-1] is self
 
-    def _factor_of(self, param: Tensor) -> Tensor | None:
+    def factor_of(self, param: Tensor) -> Tensor | None:
+        """Return what `rescale` returns, or None in a backward of the optimizer's own."""
         rescale = self.rescale and self.rescale()
         return rescale(param) if rescale and not self.own_backward.runs else None
 
-    def _factor_of_unfrozen(self, param: Tensor) -> Tensor | None:
-        return None if self.has(param) else self._factor_of(param)
+    def factor_of_unfrozen(self, param: Tensor) -> Tensor | None:
+        """Return `factor_of`, or None if the parameter has been added since."""
+        return None if self.has(param) else self.factor_of(param)
 
     def follow_nodes(self, param: Tensor) -> bool:
         """Whether torch has replaced this parameter's node. If so, hook all nodes that it has replaced."""
@@ -96,12 +105,12 @@ class GradientHooks:
                 self._hook_node(other, node, arrival)
         return True
 
-    def watch(self, params: Iterable[Tensor], arrived: Callable[[], None]) -> None:
-        """Call `arrived()` after each gradient of these parameters, which are frozen now.
+    def watch(self, params: Iterable[Tensor]) -> None:
+        """Call `after_unfrozen()` after each gradient of these parameters, which are frozen now.
 
         Until they are added, a gradient that carries another optimizer's loss scale raises RuntimeError.
         """
-        hook = _watch_hook(weakref.WeakMethod(arrived), weakref.WeakMethod(self._factor_of_unfrozen))
+        hook = _watch_hook(self, self._listener)
         for param in params:
             if can_be_trained(param):
                 with trained(param):
@@ -157,23 +166,20 @@ class _Arrival:
 
 
 def _before_hook(
-    before: weakref.WeakMethod[_ParamHook],
-    without: weakref.WeakMethod[_ParamHook],
-    factor_of: weakref.WeakMethod[_Factor],
-    own_backward: _OwnBackward,
-    param: Tensor,
-    arrival: _Arrival,
-) -> Callable[[Any], None]:
-    weak_param = weakref.ref(param)  # weak: this hook lives on the node, which lives as long as the parameter
+    hooks: GradientHooks, weak_listener: weakref.ref[GradientListener], param: Tensor, arrival: _Arrival
+) -> Callable[[Any], Any]:
+    # Weak: this hook lives on the node, which lives as long as the parameter.
+    weak_hooks, weak_param, own_backward = weakref.ref(hooks), weakref.ref(param), hooks.own_backward
 
     def before_hook(grads: Any) -> Any:
         alive, factor = weak_param(), None
         has_grad = grads[0] is not None
         if alive is not None and not has_grad:
-            _call_eagerly(without, alive)
+            _call_eagerly(weak_listener, "without_gradient", alive)
         elif alive is not None:
-            factor = _call_eagerly(factor_of, alive) if scaled_backwards and not own_backward.runs else None
-            _call_eagerly(before, alive)
+            if scaled_backwards and not own_backward.runs:
+                factor = _call_eagerly(weak_hooks, "factor_of", alive)
+            _call_eagerly(weak_listener, "before_gradient", alive)
             if isinstance(alive, LocalParam):
                 alive.park()
         arrival.has_grad = has_grad
@@ -185,14 +191,9 @@ def _before_hook(
 
 
 def _after_hook(
-    after: weakref.WeakMethod[_ParamHook],
-    missed: weakref.WeakMethod[_ParamHook],
-    factor_of: weakref.WeakMethod[_Factor],
-    follow: weakref.WeakMethod[Callable[[Tensor], bool]],
-    param: Tensor,
-    arrival: _Arrival,
-) -> _ParamHook:
-    weak_param = weakref.ref(param)
+    hooks: GradientHooks, weak_listener: weakref.ref[GradientListener], param: Tensor, arrival: _Arrival
+) -> Callable[[Tensor], None]:
+    weak_hooks, weak_param = weakref.ref(hooks), weakref.ref(param)
 
     def after_hook(leaf: Tensor) -> None:
         alive = weak_param()
@@ -200,36 +201,44 @@ def _after_hook(
         if alive is None or has_grad is False:
             return
         is_fsdp = isinstance(alive, LocalParam) and alive.is_fsdp  # their gradients come without the hook before
-        if has_grad is None and not is_fsdp and _call_eagerly(follow, alive):
-            if scaled_backwards and _call_eagerly(factor_of, alive) is not None:
+        if has_grad is None and not is_fsdp and _call_eagerly(weak_hooks, "follow_nodes", alive):
+            if scaled_backwards and _call_eagerly(weak_hooks, "factor_of", alive) is not None:
                 raise RuntimeError(
                     "expected a first backward of their own for parameters that were converted or moved and back, got "
                     "one that carries another optimizer's loss scale; clear their gradients and run it again"
                 )
-            _call_eagerly(missed, alive)
+            _call_eagerly(weak_listener, "missed_gradient", alive)
         if isinstance(alive, LocalParam):
             alive.unpark()
-        _call_eagerly(after, alive)
+        _call_eagerly(weak_listener, "after_gradient", alive)
 
     return after_hook
 
 
-def _watch_hook(arrived: weakref.WeakMethod[Callable[[], None]], factor_of: weakref.WeakMethod[_Factor]) -> _ParamHook:
+def _watch_hook(hooks: GradientHooks, weak_listener: weakref.ref[GradientListener]) -> Callable[[Tensor], None]:
+    weak_hooks = weakref.ref(hooks)
+
     def watch_hook(leaf: Tensor) -> None:
-        if scaled_backwards and _call_eagerly(factor_of, leaf) is not None:
+        if scaled_backwards and _call_eagerly(weak_hooks, "factor_of_unfrozen", leaf) is not None:
             raise RuntimeError(
                 "expected a first backward of their own for parameters that are no longer frozen, got one that carries "
                 "another optimizer's loss scale; clear their gradients, and run a backward and a step of their own "
                 "optimizer's loss first"
             )
-        _call_eagerly(arrived)
+        _call_eagerly(weak_listener, "after_unfrozen")
 
     return watch_hook
 
 
-_call_from_compiled = torch._disable_dynamo(call_if_alive)  # type: ignore[attr-defined]
+def _call(weak: weakref.ref[Any], method: str, *args: Any) -> Any:
+    """Call a method of an object and return its result, or return None if the object is gone."""
+    alive = weak()
+    return None if alive is None else getattr(alive, method)(*args)
 
 
-def _call_eagerly(weak_method: weakref.WeakMethod[Callable[..., Any]], *args: Any) -> Any:
-    """Call outside of compiled autograd, which traces hooks, because these hooks communicate."""
-    return (_call_from_compiled if torch.compiler.is_compiling() else call_if_alive)(weak_method, *args)
+_call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
+
+
+def _call_eagerly(weak: weakref.ref[Any], method: str, *args: Any) -> Any:
+    """Do `_call` outside of compiled autograd, which traces hooks, because these hooks communicate."""
+    return (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak, method, *args)

@@ -88,9 +88,7 @@ class UnreducedGradients(Gradients):
         row = self._rows[0]
         self._found_inf, self._sumsq, self._first_bad = flag_of(row), sumsq_of(row), first_bad_of(row)
         self._found_view = HostView()
-        self.hooks = GradientHooks(
-            self._before_gradient, self._after_gradient, self._without_gradient, self._scale_tracker.missed_gradient
-        )
+        self.hooks = GradientHooks(self)
         self._watched = 0  # buckets whose parameters have hooks
         self._expects_scales = False  # another optimizer has a loss scale
         self._frozen: dict[Tensor, None] = {}  # all parameters that were frozen when they came
@@ -142,30 +140,36 @@ class UnreducedGradients(Gradients):
         self._watched = len(self._buckets)
         if self._expects_scales:
             new = [param for param in [*self._frozen][self._watched_frozen :] if not self.hooks.has(param)]
-            self.hooks.watch(new, self._after_unfrozen)
+            self.hooks.watch(new)
             self._watched_frozen = len(self._frozen)
 
-    def _after_unfrozen(self) -> None:
+    def after_unfrozen(self) -> None:
         """Do nothing: a parameter without a bucket is not followed. Maybe another optimizer trains it."""
 
     def _params(self) -> Iterator[Tensor]:
         for bucket in self._buckets:
             yield from bucket.params
 
-    def _before_gradient(self, param: Tensor) -> None:
+    def before_gradient(self, param: Tensor) -> None:
+        """See GradientListener."""
         self._check_clip()
         if self._deferred_clip.factor is not None:
             self._deferred_clip.apply()
         self._scale_tracker.before_gradient()
 
-    def _after_gradient(self, param: Tensor) -> None:
+    def after_gradient(self, param: Tensor) -> None:
+        """See GradientListener."""
         self._scale_tracker.after_gradient(param)
         self.norm_before_clip = None
         if self._mixes_meshes:
             make_norms_plain(user_param(param).grad)
 
-    def _without_gradient(self, param: Tensor) -> None:
+    def without_gradient(self, param: Tensor) -> None:
         """Do nothing: no gradient has come, and `.grad` stays as it is."""
+
+    def missed_gradient(self, param: Tensor) -> None:
+        """See GradientListener."""
+        self._scale_tracker.missed_gradient(param)
 
     @contextmanager
     def scaled_by(self, inv_scale: Tensor, epoch: int) -> Iterator[None]:
@@ -174,7 +178,7 @@ class UnreducedGradients(Gradients):
         tracker.begin(inv_scale, epoch)
         try:
             if tracker.fsdp_param is not None:  # no hook runs before its gradient
-                self._before_gradient(tracker.fsdp_param)
+                self.before_gradient(tracker.fsdp_param)
             tracker.take_over_if_empty()
             yield
         finally:

@@ -199,10 +199,18 @@ class ParamGrad:
             self._published = ShardedGrad.placeholder(self.param, self, self._owner)
             self.param.grad = self._published
 
+    @property
+    def has_sparse_grad(self) -> bool:
+        """Whether a sparse gradient is in `.grad`."""
+        grad = self.param.grad
+        # A LocalGrad, which is dense, is not asked: each question to it is a Python call.
+        return grad is not None and grad is not self._published and grad.layout != torch.strided
+
     def check_grad_dtype(self) -> None:
         """Raise TypeError if gradients will come in another dtype."""
-        dtype = getattr(user_param(self.param), "grad_dtype", None)  # newer torch
-        if dtype is not None and dtype != self.param.dtype:
+        param = self.param
+        dtype = getattr(user_param(param), "grad_dtype", None)  # newer torch
+        if dtype is not None and dtype != param.dtype:
             raise self._dtype_error(dtype)
 
     def _dtype_error(self, dtype: torch.dtype) -> TypeError:
@@ -230,20 +238,23 @@ class ParamGrad:
             TypeError: The gradient is in another dtype, or the parameter was converted after the optimizer was built.
         """
         self._is_arriving = False
-        grad = self.param.grad
+        param = self.param
+        grad = param.grad
         if grad is None:  # another hook has taken it away
             return
-        if grad.dtype != self.param.dtype:
-            raise self._dtype_error(grad.dtype)
-        if (grad.dtype, grad.device, grad.shape) != (self._dtype, self._device, self._shape):
-            raise conversion_error(self.param, self._dtype, self._device, self._shape)
-        self.is_in_backward = True
         if grad is self._published and self._local is not None:  # added in place
+            self.is_in_backward = True
             self._set_local(self._local, grad)
-        elif self.main_grad is not None and self._local is not None and self._published is not None:
+            return
+        if grad.dtype != param.dtype:
+            raise self._dtype_error(grad.dtype)
+        if grad.dtype != self._dtype or grad.shape != self._shape or grad.device != self._device:
+            raise conversion_error(param, self._dtype, self._device, self._shape)
+        self.is_in_backward = True
+        if self.main_grad is not None and self._local is not None and self._published is not None:
             self.main_grad.add_(flatten(grad, self._stride))
             self._local.copy_(self.main_grad.as_strided(self._shape, self._stride))
-            self.param.grad = self._published
+            param.grad = self._published
             self._set_local(self._local, self._published)
         else:
             self._set_local(awaited(grad), grad)

@@ -63,9 +63,7 @@ class Stage1Reducer:
         self._is_checked = False  # that no DistributedDataParallel reduces these gradients too
         self._frozen: dict[Tensor, None] = {}  # parameters that lie in no bucket yet
         self._place_unfrozen: weakref.WeakMethod[Callable[[], None]] | None = None
-        self.hooks = GradientHooks(
-            self._before_gradient, self._after_gradient, self._without_gradient, self._missed_gradient
-        )
+        self.hooks = GradientHooks(self)
         self._end = BackwardEnd(self._end_of_backward, self.finish_broken_round)
 
     def add(self, bucket: Bucket) -> None:
@@ -83,7 +81,7 @@ class Stage1Reducer:
         new = dict.fromkeys(param for param in frozen if param not in known)
         self._frozen |= new
         self._place_unfrozen = weakref.WeakMethod(place_unfrozen)
-        self.hooks.watch(new, self._after_unfrozen)
+        self.hooks.watch(new)
 
     # ---- a backward ------------------------------------------------------------------------------------------------
 
@@ -100,7 +98,8 @@ class Stage1Reducer:
         """See Gradients."""
         return nullcontext()
 
-    def _before_gradient(self, param: Tensor) -> None:
+    def before_gradient(self, param: Tensor) -> None:
+        """See GradientListener."""
         if not self._is_checked:
             self._check_unwrapped()
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -130,35 +129,34 @@ class Stage1Reducer:
     def _begin_backward(self) -> None:
         """Called before each gradient. The first one ends a backward that was broken off."""
         self._end.begin()
-        self._end.await_end()
 
-    def _after_gradient(self, param: Tensor) -> None:
+    def after_gradient(self, param: Tensor) -> None:
+        """See GradientListener."""
         _, record = self._records.by_param[param]
-        grad = record.param.grad
-        if grad is not None and grad.layout != torch.strided:
+        if record.has_sparse_grad:
             record.param.grad = None
             raise sparse_error(record.param, self._name_of(record.number))
         record.after_arrival()
         if self._end.is_unseen:
             record.publish()
 
-    def _missed_gradient(self, param: Tensor) -> None:
+    def missed_gradient(self, param: Tensor) -> None:
         """Take a gradient that came without the hook before it: `.grad` is this rank's sum, as if assigned."""
         grads, record = self._records.by_param[param]
         arrived = record.set_aside()
         try:
-            self._before_gradient(param)
+            self.before_gradient(param)
         finally:
             record.take_unannounced(arrived)
         self._records.observe(grads, record)
 
-    def _without_gradient(self, param: Tensor) -> None:
+    def without_gradient(self, param: Tensor) -> None:
         """Called if the backward reaches the parameter without a gradient."""
         self._begin_backward()
 
-    def _after_unfrozen(self) -> None:
+    def after_unfrozen(self) -> None:
+        """See GradientListener."""
         self._end.begin()
-        self._end.await_end()
 
     def _end_of_backward(self) -> None:
         self._end.forget()

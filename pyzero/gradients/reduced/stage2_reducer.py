@@ -103,8 +103,9 @@ class Stage2Reducer(Stage1Reducer):
         super()._begin_backward()
         self._is_sending |= self._sync  # the other ranks send theirs even if this backward breaks off
 
-    def _after_gradient(self, param: Tensor) -> None:
-        super()._after_gradient(param)
+    def after_gradient(self, param: Tensor) -> None:
+        """See GradientListener."""
+        super().after_gradient(param)
         grads, record = self._records.by_param[param]
         self._arrival_order.note(record.number)
         if not self._sync:
