@@ -175,8 +175,8 @@ class ZeroOptimizer(StateDicts):
         with on_device(self._device):  # a script may have moved its model and not called set_device()
             self._topology = make_topology([*self._named_params()], process_group, model_parallel_group)
         self._group = self._topology.data
-        rank, self._num_ranks = self._topology.rank_and_size()
-        self._logs = rank == 0
+        self._num_ranks = self._topology.num_ranks
+        self._logs = self._topology.rank_and_size()[0] == 0
         agree_on_options(self._group, self._rule.name, self._options, self._topology.model_groups)
         self._transport = make_transport(self._options["transport"], self._group, self._device)
 
@@ -191,7 +191,7 @@ class ZeroOptimizer(StateDicts):
             group=self._group,
             transport=self._transport,
             state=self.state,
-            in_norm=topology.in_norm,
+            topology=topology,
             options=PlacementOptions(
                 bucket_cap_bytes=cap_bytes(options["bucket_cap_mb"], self._group.size, on_gpu=on_gpu),
                 reduces=options["reduce_grads"],

@@ -211,19 +211,24 @@ class StateDicts(FullAccess, Status):
         ]
 
     def _tell(self, problem: Exception | None, answer: _T) -> list[_T]:
-        """Return every rank's answer. If one rank has a problem, all raise. Collective."""
+        """Return the answers of the ranks that share the state. If one rank of the model has a problem, all raise.
+
+        Collective over all ranks that hold a part of the model.
+        """
         kind = "" if problem is None or isinstance(problem, ValueError) else f"{type(problem).__name__}: "
-        told = self._group.gather_objects(
-            (None if problem is None else f"{kind}{problem}", answer), "the agreement on a load"
-        )
+        what = "the agreement on a load"
+        told = self._group.gather_objects((None if problem is None else f"{kind}{problem}", answer), what)
+        problems = {rank: text for rank, (text, _) in zip(self.members(), told, strict=True) if text is not None}
+        for group in self._topology.model_groups:
+            for found in group.gather_objects(problems, what):
+                problems = {**problems, **found}
         try:
             if problem is not None:
                 raise problem
         finally:
             problem = None
-        for rank, (text, _) in enumerate(told):
-            if text is not None:
-                raise ValueError(f"nothing was loaded, for rank {rank} could not: {text}")
+        for rank, text in sorted(problems.items()):
+            raise ValueError(f"nothing was loaded, for rank {rank} could not: {text}")
         return [one for _, one in told]
 
     def _load(self, saved: rank_state.RankState, cut: rank_state.SavedCut | None) -> None:

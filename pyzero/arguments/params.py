@@ -60,12 +60,17 @@ def check_device(param: Tensor, device: torch.device) -> None:
         )
 
 
-def check_whole(param: Tensor, index: int, rule: str) -> None:
-    """Check a parameter of an update rule that needs it whole."""
+def check_whole(param: Tensor, index: int, rule: str, is_slice: bool) -> None:
+    """Check a parameter of an update rule that needs it whole. is_slice: The caller says that it is a slice."""
+    got = ""
     if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
+        got = f"as a DTensor of placements {param.dtensor.placements}"
+    elif is_slice:
+        got = "with tensor_model_parallel=True, of which other ranks of model_parallel_group have the rest"
+    if got:
         raise ValueError(
-            f"expected whole parameters for the rule {rule}, got parameter {index} as a DTensor of placements "
-            f"{param.dtensor.placements}; keep the weights whole (stage 2), or use FusedZeroAdamW or FusedZeroLion"
+            f"expected whole parameters for the rule {rule}, got parameter {index} {got}; keep the weights whole "
+            f"(stage 2), or use FusedZeroAdamW or FusedZeroLion"
         )
 
 

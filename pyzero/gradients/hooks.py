@@ -230,15 +230,19 @@ def _watch_hook(hooks: GradientHooks, weak_listener: weakref.ref[GradientListene
     return watch_hook
 
 
-def _call(weak: weakref.ref[Any], method: str, *args: Any) -> Any:
-    """Call a method of an object and return its result, or return None if the object is gone."""
-    alive = weak()
-    return None if alive is None else getattr(alive, method)(*args)
+def _call(listener: Any, method: str, *args: Any) -> Any:
+    return getattr(listener, method)(*args)
 
 
 _call_from_compiled = torch._disable_dynamo(_call)  # type: ignore[attr-defined]
 
 
 def _call_eagerly(weak: weakref.ref[Any], method: str, *args: Any) -> Any:
-    """Do `_call` outside of compiled autograd, which traces hooks, because these hooks communicate."""
-    return (_call_from_compiled if torch.compiler.is_compiling() else _call)(weak, method, *args)
+    """Call a method of an object and return its result, or return None if the object is gone.
+
+    Outside of compiled autograd, which traces hooks, because these hooks communicate.
+    """
+    alive = weak()
+    if alive is None:
+        return None
+    return (_call_from_compiled if torch.compiler.is_compiling() else _call)(alive, method, *args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from pyzero.sharding.buckets import MASTER, STEP, Bucket, StateViews
 from pyzero.sharding.fsdp import FsdpParamUse, find_fsdp_params
 from pyzero.sharding.layout import BucketLayout, Key, ParamSpec, RunKey, plan
 from pyzero.sharding.local_param import LocalParam, is_dtensor, is_same_part, local_of, user_param
+from pyzero.sharding.topology import Topology
 from pyzero.update_rule import Cut, UpdateRule
 
 log = logging.getLogger("pyzero")
@@ -53,7 +54,7 @@ class ParamBuckets:
         group: The ranks that share the state.
         transport: Gives memory for weights.
         state: The optimizer's `state`. It shows this rank's part of each parameter's state.
-        in_norm: Whether a parameter counts for the norm on this rank.
+        topology: Says which parameters count for the norm on this rank, and which are slices.
         options: How parameters are placed.
         logs: Whether this rank logs what is the same on all.
     """
@@ -65,7 +66,7 @@ class ParamBuckets:
         group: Group,
         transport: Transport,
         state: MutableMapping[Tensor, Any],
-        in_norm: Callable[[Tensor], bool],
+        topology: Topology,
         options: PlacementOptions,
         logs: bool,
     ) -> None:
@@ -86,7 +87,7 @@ class ParamBuckets:
         self._group = group
         self._transport = transport
         self._state = state
-        self._in_norm = in_norm
+        self._topology = topology
         self._options = options
         self._logs = logs
         self._synced: set[Tensor] = set()  # frozen parameters that have rank 0's values
@@ -222,7 +223,7 @@ class ParamBuckets:
             check_not_gathered(params, (use.record for use in fsdp.values()))
             for param, spec in zip(params, specs, strict=True):
                 if spec.key.cut is Cut.WHOLE:
-                    check_whole(param, spec.number, spec.key.rule)
+                    check_whole(param, spec.number, spec.key.rule, self._topology.is_slice(param))
             refuse_aliases(params, warns=self._logs)
             if self._options.reduces:
                 has_frozen = any(param in fsdp and not param.requires_grad for param in everything)
@@ -281,7 +282,7 @@ class ParamBuckets:
             check_trained(param, f"parameter {number}")
             rule = self._rules[group_index]
             key = Key(str(param.dtype), str(param.device), rule.name, rule.cut)
-            run = RunKey(group_index, self._in_norm(param))
+            run = RunKey(group_index, self._topology.in_norm(param))
             own = LocalParam.of(param, fsdp.get(param)) if is_dtensor(param) else param
             padded_numel = own.padded_numel if isinstance(own, LocalParam) else 0
             specs.append(ParamSpec(number, own.numel(), own.element_size(), key, run, padded_numel))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -56,8 +57,13 @@ class Topology:
         """The groups of ranks that hold other parts of the model, one for each dimension."""
         return [dim.group for dim in self.model_dims]
 
+    @property
+    def num_ranks(self) -> int:
+        """The number of ranks that hold this model, or a part of it."""
+        return math.prod(group.size for group in (self.data, *self.model_groups))
+
     def rank_and_size(self) -> tuple[int, int]:
-        """Return this process's rank among all ranks that hold a part of the model, and their number."""
+        """Return this process's rank among all ranks that hold a part of the DTensors, and their number."""
         if self.everyone is None:
             return self.data.rank, self.data.size
         return dist.get_rank(self.everyone), dist.get_world_size(self.everyone)
@@ -105,6 +111,10 @@ class Topology:
                 "reach a part of the ranks; slice them from one mesh of all ranks"
             )
         return group if group.handle is None or group is not self.data else Group(group.handle, on_host=True)
+
+    def is_slice(self, param: Tensor) -> bool:
+        """Whether a plain parameter is this rank's slice of a weight (Megatron's), and other ranks have the rest."""
+        return self.unmeshed is not None and bool(getattr(user_param(param), "tensor_model_parallel", False))
 
     def in_norm(self, param: Tensor) -> bool:
         """Whether a parameter counts for the norm on this rank. One that is not split over ranks counts only once."""

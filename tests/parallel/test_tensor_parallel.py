@@ -64,6 +64,25 @@ def test_norms_and_clipping_are_those_of_whole_gradients(ranks):
             assert ours == pytest.approx(wanted, rel=1e-5)
 
 
+def clip_after_a_write(group: Any) -> tuple[float, float]:
+    """On one replica, where .grad is torch's own: DTensors and plain tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
+    model = split(case.Model(), mesh["tp"])
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR)
+    case.loss_of(model, case.batch(0)).backward()
+    param = model.blocks[0].up.weight
+    optimizer.set_full_grad(param, 2.0 * optimizer.full_grad(param))
+    wanted = optimizer.clip_grad_norm_(1e9)
+    return float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)), float(wanted)
+
+
+def test_torch_clips_a_gradient_that_was_set(ranks):
+    for got, wanted in ranks.run(4, clip_after_a_write):
+        assert got == pytest.approx(wanted, rel=1e-5)
+
+
 def overflow(group: Any, stage: int) -> dict[str, Any]:
     mesh = square()
     model = split(case.Model(torch.float16), mesh["tp"])

@@ -330,6 +330,8 @@ class UnreducedGradients(Gradients):
             )
         self.norm_before_clip = None
         param.grad = grad
+        if self._mixes_meshes:
+            make_norms_plain(user_param(param).grad)
 
     def norm_power(self, norm_type: float) -> Tensor:
         """See Gradients."""
