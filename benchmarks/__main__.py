@@ -32,6 +32,7 @@ _MODULES = {
     "step_scalars": "step_scalars",
     "step": "step",
     "models": "models",
+    "backward": "backward",
     "scaling": "scaling",
     "transport": "transport",
     "train": "train",
@@ -40,7 +41,7 @@ _MODULES = {
     "build": "build_time",
     "import": "import_time",
 }
-_CPU_ONLY = ("scaling", "transport", "checkpoint", "build", "import")
+_CPU_ONLY = ("backward", "scaling", "transport", "checkpoint", "build", "import")
 _MANY_GPUS = ("train", "memory")  # on one GPU by name only
 _DEFAULT_RANKS = 2
 

@@ -18,7 +18,7 @@ from pyzero import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--numel", "5000"]
-ON_RANKS = ["transport", "train", "memory", "scaling"]
+ON_RANKS = ["backward", "transport", "train", "memory", "scaling"]
 CHEAP = ["adam", "lion", "sgd", "unscale", "pack", "reduce_scatter", "loss_scale", "step_scalars", "step", "models"]
 
 
