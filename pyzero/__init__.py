@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .comm.group import CollectiveError as CollectiveError
     from .deepspeed.entry import initialize as initialize
     from .loss_scale.scaler import LossScale as LossScale
+    from .optimizer import ZeroOptimizer as ZeroOptimizer
     from .optimizers.adam import FusedZeroAdam as FusedZeroAdam
     from .optimizers.adam import FusedZeroAdamW as FusedZeroAdamW
     from .optimizers.lamb import ZeroLamb as ZeroLamb
@@ -40,6 +41,7 @@ _MODULES = {
     "ShardedGrad": "sharding.sharded_grad",
     "ZeroLamb": "optimizers.lamb",
     "ZeroMuon": "optimizers.muon",
+    "ZeroOptimizer": "optimizer",
     "async_save_checkpoint": "checkpoint.saving",
     "initialize": "deepspeed.entry",
     "latest_checkpoint": "checkpoint.loading",

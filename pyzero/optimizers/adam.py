@@ -84,7 +84,7 @@ class FusedZeroAdam(ZeroOptimizer):
     """torch.optim.Adam with fp32 masters. Masters and moments are partitioned over the ranks of a process group.
 
     Args:
-        params: See ZeroOptimizer.
+        params: Parameters, named parameters or groups, as for torch.optim, in bf16, fp16 or fp32.
         lr: Learning rate, a number or a 0-D tensor.
         betas: Decay of the two moments.
         eps: Added to the denominator.
@@ -93,7 +93,9 @@ class FusedZeroAdam(ZeroOptimizer):
         maximize: Maximize the loss.
         decoupled_weight_decay: Decouple the weight decay, as AdamW does; default: the class's.
         bias_correction: False uses the moments without bias correction.
-        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        **options: What all optimizers of pyzero take: stage, process_group, model_parallel_group, max_grad_norm,
+            loss_scale, bucket_cap_mb, overlap, grad_reduce_dtype, reduce_grads, init_sync, cpu_offload,
+            max_consecutive_skips, transport, backend. `help(pyzero.ZeroOptimizer)` explains them.
 
     Raises:
         ValueError: An argument is out of range.
@@ -138,7 +140,28 @@ class FusedZeroAdam(ZeroOptimizer):
 
 
 class FusedZeroAdamW(FusedZeroAdam):
-    """FusedZeroAdam with the rule, the default weight decay and the order of arguments of torch.optim.AdamW."""
+    """torch.optim.AdamW with fp32 masters. Masters and moments are partitioned over the ranks of a process group.
+
+    It replaces torch.optim.AdamW and DistributedDataParallel: keep the model unwrapped, and the loop as it is.
+
+    Args:
+        params: Parameters, named parameters or groups, as for torch.optim, in bf16, fp16 or fp32.
+        lr: Learning rate, a number or a 0-D tensor.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay: weights shrink by lr * weight_decay in each step.
+        amsgrad: Refused, and so is `differentiable`. `foreach`, `capturable` and `fused` have no effect.
+        maximize: Maximize the loss.
+        decoupled_weight_decay: False makes the weight decay Adam's L2 penalty.
+        bias_correction: False uses the moments without bias correction.
+        **options: What all optimizers of pyzero take: stage, process_group, model_parallel_group, max_grad_norm,
+            loss_scale, bucket_cap_mb, overlap, grad_reduce_dtype, reduce_grads, init_sync, cpu_offload,
+            max_consecutive_skips, transport, backend. `help(pyzero.ZeroOptimizer)` explains them.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError, CollectiveError: See ZeroOptimizer.
+    """
 
     _decoupled = True
 

@@ -100,7 +100,7 @@ class ZeroLamb(ZeroOptimizer):
     """LAMB with fp32 masters, for large batches. The whole state of a parameter lies on one rank.
 
     Args:
-        params: See ZeroOptimizer.
+        params: Parameters, named parameters or groups, as for torch.optim, in bf16, fp16 or fp32.
         lr: Learning rate, a number or a 0-D tensor.
         betas: Decay of the two moments.
         eps: Added to the denominator.
@@ -108,7 +108,9 @@ class ZeroLamb(ZeroOptimizer):
         bias_correction: Correct the moments' bias, in the learning rate.
         max_coeff: The largest trust ratio.
         min_coeff: The smallest trust ratio.
-        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        **options: What all optimizers of pyzero take: stage, process_group, model_parallel_group, max_grad_norm,
+            loss_scale, bucket_cap_mb, overlap, grad_reduce_dtype, reduce_grads, init_sync, cpu_offload,
+            max_consecutive_skips, transport, backend. `help(pyzero.ZeroOptimizer)` explains them.
 
     Raises:
         ValueError: An argument is out of range.

@@ -70,12 +70,14 @@ class FusedZeroLion(ZeroOptimizer):
     Usual are a learning rate 3 to 10 times smaller than Adam's, and a weight decay larger by the same factor.
 
     Args:
-        params: See ZeroOptimizer.
+        params: Parameters, named parameters or groups, as for torch.optim, in bf16, fp16 or fp32.
         lr: Learning rate, a number or a 0-D tensor.
         betas: Weight of the moment in the direction, and decay of the moment.
         weight_decay: Decoupled weight decay.
         maximize: Maximize the loss.
-        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        **options: What all optimizers of pyzero take: stage, process_group, model_parallel_group, max_grad_norm,
+            loss_scale, bucket_cap_mb, overlap, grad_reduce_dtype, reduce_grads, init_sync, cpu_offload,
+            max_consecutive_skips, transport, backend. `help(pyzero.ZeroOptimizer)` explains them.
 
     Raises:
         ValueError: An argument is out of range.

@@ -164,7 +164,9 @@ class ZeroMuon(ZeroOptimizer):
         ns_steps: Number of Newton-Schulz iterations.
         adjust_lr_fn: "original" or None multiplies lr by sqrt(max(1, rows / columns)). "match_rms_adamw" multiplies it
             by 0.2 sqrt(max(rows, columns)), so that learning rates for AdamW fit.
-        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        **options: What all optimizers of pyzero take: stage, process_group, model_parallel_group, max_grad_norm,
+            loss_scale, bucket_cap_mb, overlap, grad_reduce_dtype, reduce_grads, init_sync, cpu_offload,
+            max_consecutive_skips, transport, backend. `help(pyzero.ZeroOptimizer)` explains them.
 
     Raises:
         ValueError: An argument is out of range, or a group of Muon's has a vector.

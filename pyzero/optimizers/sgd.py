@@ -88,7 +88,7 @@ class FusedZeroSGD(ZeroOptimizer):
     """SGD with fp32 masters, and a momentum buffer for groups that have momentum when they are added.
 
     Args:
-        params: See ZeroOptimizer.
+        params: Parameters, named parameters or groups, as for torch.optim, in bf16, fp16 or fp32.
         lr: Learning rate, a number or a 0-D tensor.
         momentum: Decay of the momentum. 0: no momentum, and no state.
         dampening: Dampening of the gradient in the momentum, except in a parameter's first step (step count 1).
@@ -96,7 +96,9 @@ class FusedZeroSGD(ZeroOptimizer):
         nesterov: Use Nesterov momentum.
         maximize: Maximize the loss.
         differentiable: Refused. `foreach` and `fused` have no effect.
-        **options: Options of ZeroOptimizer: stage, process_group, max_grad_norm, loss_scale, ...
+        **options: What all optimizers of pyzero take: stage, process_group, model_parallel_group, max_grad_norm,
+            loss_scale, bucket_cap_mb, overlap, grad_reduce_dtype, reduce_grads, init_sync, cpu_offload,
+            max_consecutive_skips, transport, backend. `help(pyzero.ZeroOptimizer)` explains them.
 
     Raises:
         ValueError: An argument is out of range.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from example_runs import ROOT, TINY, TORCHRUN, TRAIN_GPT, children_of, environ, run
 
+import pyzero
 from pyzero.optimizer import ZeroOptimizer
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -161,5 +162,8 @@ def test_the_table_of_options_is_the_optimizers():
     rows = re.findall(r"^\| `(\w+)` \| `?([^|`]*)`? \|", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
     defaults = {option.name: option.default for option in options if option.kind == option.KEYWORD_ONLY}
     assert [name for name, _ in rows] == [*defaults]
+    adams = pyzero.FusedZeroAdam, pyzero.FusedZeroAdamW
+    for kind in (*adams, pyzero.FusedZeroLion, pyzero.FusedZeroSGD, pyzero.ZeroLamb, pyzero.ZeroMuon):
+        assert all(re.search(rf"\b{name}\b", kind.__doc__ or "") for name in defaults), kind
     for name, told in rows:
         assert name == "process_group" or ast.literal_eval(told) == defaults[name], name
