@@ -1,4 +1,4 @@
-// What the launchers of csrc/cpu and csrc/cuda take: raw pointers, sizes, scalars. The same for both.
+// The arguments of the launchers in csrc/cpu and csrc/cuda: raw pointers, sizes and scalars.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@
 namespace pyzero {
 
 constexpr int64_t kSegmentGranule = 64;  // elements that share one entry of ShardArgs::segment_ids
-constexpr int kMaxParamOuts = 16;        // of one call: a rank's own weights, and those of the peers on its host
+constexpr int kMaxParamOuts = 16;        // per call: a rank's own weights, and those of its peers on the host
 
-// A number, or the address of an fp32 value on the device, which wins where it is given.
+// A number, or an fp32 value on the device. `value` is ignored if `device` is not null.
 struct Scalar {
   double value = 0.0;
   const float* device = nullptr;
@@ -27,16 +27,16 @@ struct Buffer {
   int64_t numel = 0;
 };
 
-// The gradients of a shard: one over all of it, or several that lie apart; what none covers is left alone.
+// The gradients of a shard: one or several tensors. Elements that none of them covers are not updated.
 struct ShardGrads {
   std::vector<Buffer> tensors;   // of one dtype
   std::vector<int64_t> offsets;  // into the shard, ascending, multiples of kSegmentGranule
 
   DType dtype() const { return tensors.front().dtype; }
-  bool is_whole() const { return tensors.size() == 1 && offsets[0] == 0; }  // or the shard's beginning
+  bool is_whole() const { return tensors.size() == 1 && offsets[0] == 0; }  // may end early
 };
 
-// Where updated weights are written: (numel,) each, of one dtype, or none. An array, not a vector: csrc/cpu/kernels.h.
+// Outputs of the updated weights: none, or several (numel,) of one dtype. No std::vector: see csrc/cpu/kernels.h.
 struct ParamOuts {
   Buffer buffers[kMaxParamOuts];
   int count = 0;
@@ -44,7 +44,7 @@ struct ParamOuts {
   DType dtype() const { return buffers[0].dtype; }
 };
 
-// What every update rule takes: a flat shard and its gradients.
+// The arguments of every update rule: a flat shard and its gradients.
 struct ShardArgs {
   float* master;  // (numel,)
   ParamOuts param_outs;
@@ -52,20 +52,20 @@ struct ShardArgs {
   ShardGrads grads;
   Scalar lr;
   Scalar grad_scale;
-  const float* found_inf;      // non-zero: nothing is written; may be null
+  const float* found_inf;      // if it is not 0, nothing is written; may be null
   const int32_t* segment_ids;  // (ceil(numel / kSegmentGranule),), or null: one segment
-  const float* active;         // (num_segments,), 0: leave alone; may be null
+  const float* active;         // (num_segments,): 0 if the segment is not updated; may be null
 };
 
 struct AdamArgs : ShardArgs {
   float* exp_avg;     // (numel,)
   float* exp_avg_sq;  // (numel,)
   AdamHyper hyper;
-  Scalar step;  // device: (num_segments,)
+  Scalar step;  // step.device: (num_segments,)
   int64_t num_segments;
 };
 
-// Without a step count, segments matter where some are not active.
+// Lion has no step count. Segments only say which elements are active.
 struct LionArgs : ShardArgs {
   float* exp_avg;  // (numel,)
   LionHyper hyper;
@@ -74,13 +74,13 @@ struct LionArgs : ShardArgs {
 struct SgdArgs : ShardArgs {
   float* momentum_buffer;  // (numel,), or null: no momentum
   SgdHyper hyper;
-  Scalar step;  // 1: the gradient is not dampened. Device: (num_segments,)
+  Scalar step;  // at step 1 the gradient is not dampened. step.device: (num_segments,)
 };
 
-// Where a pass over gradients reports; both may be null.
+// The outputs of a pass over gradients. Both pointers may be null.
 struct GradStats {
   float* found_inf = nullptr;  // set to 1, never cleared
-  void* sumsq = nullptr;       // added to
+  void* sumsq = nullptr;       // the sum is added to it
   bool sumsq_is_double = false;
 };
 

@@ -1,4 +1,4 @@
-// pybind11 signatures that the CPU and the CUDA module share: Python hands over integers, floats and rows of integers.
+// pybind11 signatures that the CPU and the CUDA module share. Python passes integers, floats and rows of integers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@ namespace pyzero {
 
 using Address = uintptr_t;
 using PyRows = pybind11::bytes;     // of ops/rows.py: address, numel and DType of each tensor, as int64
-using PyScalar = pybind11::handle;  // a float is a number, an int the device address of one
+using PyScalar = pybind11::handle;  // a float is the value, an int is its device address
 using PyAdamHyper = std::tuple<double, double, double, double, bool, bool>;
 using PyLionHyper = std::tuple<double, double, double, bool>;
 using PySgdHyper = std::tuple<double, double, double, bool, bool>;
@@ -51,7 +51,7 @@ inline LossScalePolicy policy(const PyPolicy& p) {
                          std::get<4>(p), std::get<5>(p), std::get<6>(p), std::get<7>(p)};
 }
 
-// What both modules tell Python beside their ops: rows of tensors.
+// Both modules also export these functions, which read rows from tensors.
 inline void bind_rows(pybind11::module_& module) {
   module.def("use_exchange_api", [](pybind11::handle tensor_type, pybind11::handle parameter_type) {
     return row_reader().use(tensor_type, parameter_type);
@@ -70,7 +70,7 @@ inline ShardGrads shard_grads(const std::vector<Buffer>& tensors, const std::vec
   return ShardGrads{std::vector<Buffer>(tensors.end() - int64_t(offsets.size()), tensors.end()), offsets};
 }
 
-// What lies between the states and the gradients.
+// The rows between the states and the gradients are the param_outs.
 inline ParamOuts param_outs(const std::vector<Buffer>& tensors, size_t num_states, size_t num_grads) {
   ParamOuts outs;
   for (size_t i = num_states; i + num_grads < tensors.size(); ++i) {
@@ -80,7 +80,7 @@ inline ParamOuts param_outs(const std::vector<Buffer>& tensors, size_t num_state
   return outs;
 }
 
-// tensors: num_states of state, the master first, then every param_out, then the gradients.
+// tensors: num_states states (the master first), then all param_outs, then the gradients.
 inline void fill_shard(ShardArgs& args, const std::vector<Buffer>& tensors, size_t num_states,
                        const std::vector<int64_t>& offsets, PyScalar lr, PyScalar grad_scale, Address found_inf,
                        Address segment_ids, Address active) {
@@ -122,7 +122,7 @@ inline LionArgs lion_args(const PyRows& rows, const std::vector<int64_t>& offset
   return args;
 }
 
-// States: master, momentum_buffer where there is one.
+// States: master, and momentum_buffer if has_buffer.
 inline SgdArgs sgd_args(const PyRows& rows, const std::vector<int64_t>& offsets, const PySgdHyper& hyper,
                         bool has_buffer, PyScalar lr, PyScalar step, PyScalar grad_scale, Address found_inf,
                         Address segment_ids, Address active) {
@@ -136,7 +136,7 @@ inline SgdArgs sgd_args(const PyRows& rows, const std::vector<int64_t>& offsets,
   return args;
 }
 
-// A maximum below 0 is none.
+// A negative max_norm means no clipping.
 inline StepScalarsArgs step_scalars_args(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale,
                                          PyScalar factor, Address steps, Address used, int64_t num_params) {
   return StepScalarsArgs{pointer<float>(out),

@@ -1,4 +1,4 @@
-// The CPU module: pointers and scalars in, nothing else. Every function releases the GIL while it works.
+// The CPU module. Its ops take pointers and scalars, and release the GIL while they compute.
 #include "bind_common.h"
 #include "cpu/launch.h"
 

@@ -1,9 +1,8 @@
-// The CUDA module: addresses, numbers, a device index and a stream handle in; launches out. No torch header, and none
-// of CUDA's is needed to import it: the runtime is linked statically and first touched by a call.
+// The CUDA module. Its ops take addresses, numbers, a device index and a stream handle, and launch kernels. It uses no
+// torch header. To import it needs no CUDA library: the runtime is linked statically, and first used by a call.
 //
 // `workspace` is device memory that the caller keeps alive on `stream` (adam_workspace_bytes,
-// grad_stats_workspace_bytes), or 0 where an op needs none. The device guard is here, so that a caller need not switch
-// devices around each launch.
+// grad_stats_workspace_bytes), or 0 if the op needs none. DeviceGuard selects the device, so that callers need not.
 #include "bind_common.h"
 #include "cuda/grid.h"
 #include "cuda/launch.h"

@@ -1,5 +1,5 @@
-// Tensors read from C, without torch's headers: DLPack's exchange API, a table of C functions that the tensor class
-// carries (torch 2.10 and later). Some 30 ns per tensor, where its five attributes cost 300 in Python.
+// Reads tensors in C without torch's headers, through DLPack's exchange API: a table of C functions of the tensor class
+// (torch 2.10 and later). That takes some 30 ns per tensor; to read the five attributes in Python takes 300.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -39,7 +39,7 @@ struct ExchangeApi {
   uint32_t major, minor;
   ExchangeApi* previous;
   void (*unused[3])();
-  int (*tensor_from_py_object)(void* object, Tensor* out);  // borrows; -1 with a Python error set
+  int (*tensor_from_py_object)(void* object, Tensor* out);  // `out` borrows; -1 and a Python error on failure
   void (*unused_too)();
 };
 
@@ -55,19 +55,19 @@ struct Row {
   int64_t dtype;
 };
 
-// What a list must be beyond contiguous, of the three dtypes and on one device; the numbers are those of ops/rows.py.
+// Further checks, numbered as in ops/rows.py. Every list must be contiguous, of the three dtypes and on one device.
 enum RowRule : int {
   kFlat = 1,        // all 1-D, of one numel
   kApart = 2,       // no two share memory
-  kFirstApart = 4,  // the first shares none with the others
+  kFirstApart = 4,  // the first shares memory with no other
   kOneDtype = 8,    // all but the first are of one dtype
   kAligned = 16,    // all start at a multiple of 16 bytes
 };
 
 class RowReader {
  public:
-  // False where this torch has no exchange API that is understood here. Subclasses other than Parameter are left to
-  // Python, where their own __torch_function__ is asked.
+  // Returns false if this torch has no exchange API of a known version. Tensor subclasses other than Parameter are left
+  // to Python, which asks their __torch_function__.
   bool use(pybind11::handle tensor_type, pybind11::handle parameter_type) {
     PyObject* capsule = PyObject_GetAttrString(tensor_type.ptr(), "__dlpack_c_exchange_api__");
     void* found = capsule != nullptr ? PyCapsule_GetPointer(capsule, kCapsuleName) : nullptr;
@@ -81,7 +81,7 @@ class RowReader {
     return true;
   }
 
-  // The rows of a list or tuple as bytes, or None where something about it is not as wanted: Python finds out what.
+  // Returns the rows of a list or tuple as bytes, or None if a check fails. Python then finds out which.
   pybind11::object read(pybind11::handle tensors, int num_fp32, int rules) {
     if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) return pybind11::none();
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(tensors.ptr());
@@ -95,9 +95,8 @@ class RowReader {
     return as_bytes();
   }
 
-  // The rows of a shard, then those of the gradients that lie at `offsets` in it; or None where something about them is
-  // not as wanted, and Python finds out what. The shard is as kFlat and kAligned have it, gradients are of one dtype,
-  // and none of all these shares memory with another.
+  // Returns the rows of a shard, then those of the gradients that lie at `offsets` in it, or None if a check fails. The
+  // shard must satisfy kFlat and kAligned. The gradients must have one dtype. No two of all these may share memory.
   pybind11::object read_shard(pybind11::tuple shard, int num_fp32, pybind11::list grads, pybind11::list offsets) {
     const size_t num_shard = shard.size(), num_grads = grads.size();
     if (num_shard == 0 || num_grads == 0 || offsets.size() != num_grads) return pybind11::none();
@@ -121,7 +120,7 @@ class RowReader {
     return as_bytes();
   }
 
-  // Address, device, dtype, shape and strides of each of a list as bytes, or None where one is not a plain tensor.
+  // Returns address, device, dtype, shape and strides of each tensor as bytes, or None if one is not a plain tensor.
   pybind11::object layouts(pybind11::list tensors) {
     layouts_.clear();
     for (pybind11::handle item : tensors) {
@@ -139,7 +138,7 @@ class RowReader {
  private:
   static constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
-  // False where it is neither a Tensor nor a Parameter, or has no memory to show, as a sparse one.
+  // Returns false if the item is neither a Tensor nor a Parameter, or has no dense memory (a sparse tensor).
   bool borrow(PyObject* item, dlpack::Tensor* tensor) {
     if (Py_TYPE(item) != tensor_type_ && Py_TYPE(item) != parameter_type_) return false;
     if (api_->tensor_from_py_object(item, tensor) == 0) return true;
@@ -193,8 +192,8 @@ class RowReader {
     return row.address + row.numel * (row.dtype == int64_t(DType::kFloat32) ? 4 : 2);
   }
 
-  // Sorted apart from each other, starts and ends still tell: spans are disjoint exactly where each end is no larger
-  // than the next start.
+  // Starts and ends may be sorted separately: the spans are disjoint if and only if each sorted end is at most the next
+  // sorted start.
   bool all_apart() {
     starts_.clear();
     ends_.clear();
@@ -218,10 +217,10 @@ class RowReader {
   }
 
   const dlpack::ExchangeApi* api_ = nullptr;
-  PyTypeObject* tensor_type_ = nullptr;  // borrowed: torch keeps its classes
+  PyTypeObject* tensor_type_ = nullptr;  // borrowed: torch keeps its classes alive
   PyTypeObject* parameter_type_ = nullptr;
   dlpack::Device device_{};
-  std::vector<Row> rows_;  // kept from call to call, with the GIL held
+  std::vector<Row> rows_;  // reused by every call, under the GIL
   std::vector<int64_t> starts_, ends_, layouts_;
 };
 

@@ -16,14 +16,14 @@ struct AdamHyper {
   bool maximize;
 };
 
-// What every element shares at one step count, computed in double and rounded once.
+// Values that all elements share at one step count, computed in double and rounded once.
 struct AdamConstants {
   float step_size;     // lr / (1 - beta1^step)
   float inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^step)
-  float decay;         // 1 - lr * weight_decay where decoupled, else exactly 1
+  float decay;         // 1 - lr * weight_decay if decoupled, else exactly 1
 };
 
-// What every element shares at all steps.
+// Values that all elements share at all steps.
 struct AdamCoefficients {
   float one_minus_beta1;
   float beta2;
@@ -38,7 +38,7 @@ struct AdamState {
   float exp_avg_sq;
 };
 
-// By squaring: multiplications alone, so that every backend gets the same bits, which pow() does not promise.
+// Exponentiation by squaring only multiplies, so that every backend gets the same bits. pow() does not promise that.
 PZ_HD double pow_int(double base, long long exponent) {
   double result = 1.0;
   for (; exponent > 0; exponent >>= 1) {

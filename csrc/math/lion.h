@@ -12,13 +12,13 @@ struct LionHyper {
   bool maximize;
 };
 
-// What every element shares at one step, computed in double and rounded once.
+// Values that all elements share at one step, computed in double and rounded once.
 struct LionConstants {
   float lr;
   float decay;  // 1 - lr * weight_decay
 };
 
-// What every element shares at all steps.
+// Values that all elements share at all steps.
 struct LionCoefficients {
   float beta1;
   float one_minus_beta1;
@@ -39,7 +39,7 @@ PZ_HD LionCoefficients lion_coefficients(const LionHyper& hyper) {
   return LionCoefficients{float(hyper.beta1), float(1.0 - hyper.beta1), float(hyper.beta2), float(1.0 - hyper.beta2)};
 }
 
-// +0 for a zero of either sign, and NaN for NaN: a step must not hide one.
+// Returns +0 for a zero of either sign, and NaN for NaN: a step must not hide a NaN.
 PZ_HD float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x - x); }
 
 // grad_scale carries the sign of maximize: a negation is exact.

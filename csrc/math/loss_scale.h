@@ -1,4 +1,4 @@
-// The loss-scale state machine: one step, on the five numbers that live on the device.
+// One step of the loss-scale state machine, whose five numbers are on the device.
 #pragma once
 
 #include "types.h"
@@ -20,7 +20,7 @@ enum LossScaleSlot { kScale, kGrowthTracker, kHysteresisLeft, kSkippedSteps, kCo
 
 PZ_HD void loss_scale_update(float* state, bool found_inf, const LossScalePolicy& policy) {
   if (found_inf) {
-    state[kGrowthTracker] = 0.0f - policy.growth_delay;  // 0 where there is no delay, not -0
+    state[kGrowthTracker] = 0.0f - policy.growth_delay;  // without a delay 0, not -0
     state[kHysteresisLeft] -= 1.0f;
     const float lower = state[kScale] * policy.backoff_factor;
     if (state[kHysteresisLeft] <= 0.0f) state[kScale] = lower > policy.min_scale ? lower : policy.min_scale;

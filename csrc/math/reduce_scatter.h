@@ -1,4 +1,4 @@
-// One element of reduce_scatter_: the sum over ranks, in rank order and fp32, scaled, added to what was there.
+// One element of reduce_scatter_: the fp32 sum over ranks in rank order, scaled, and optionally added to the shard.
 #pragma once
 
 #include "types.h"

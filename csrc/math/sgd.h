@@ -13,12 +13,12 @@ struct SgdHyper {
   bool maximize;
 };
 
-// What every element shares at all steps, computed in double and rounded once.
+// Values that all elements share at all steps, computed in double and rounded once.
 struct SgdCoefficients {
   float momentum;
   float one_minus_dampening;
   float weight_decay;
-  bool decays;  // 0 times an infinite weight is NaN
+  bool decays;  // if false, decay is skipped: 0 times an infinite weight is NaN
   bool nesterov;
 };
 

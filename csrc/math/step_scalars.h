@@ -1,4 +1,4 @@
-// What every element of a step shares: overflow flag, norm, clip coefficient, and what gradients are multiplied by.
+// Values that all elements share in a step: overflow flag, norm, clip coefficient, and the factor of the gradients.
 #pragma once
 
 #include <math.h>
@@ -7,7 +7,7 @@
 
 namespace pyzero {
 
-enum StatsColumn { kFlag, kSumsq, kFirstBad, kStatsColumns };  // of a row of statistics; kFirstBad is not read here
+enum StatsColumn { kFlag, kSumsq, kFirstBad, kStatsColumns };  // of a row of statistics; kFirstBad is unused here
 
 struct StepScalars {
   float found_inf;   // 1 or 0
@@ -16,10 +16,10 @@ struct StepScalars {
   float grad_scale;  // clip, factor and unscale
 };
 
-// torch.nn.utils.clip_grad_norm_'s min(1, max_norm / (norm + 1e-6)), as torch divides a number by a tensor.
+// torch.nn.utils.clip_grad_norm_'s min(1, max_norm / (norm + 1e-6)). torch divides a number by a tensor in this way.
 PZ_HD float clip_coefficient(float norm, float max_norm) {
   const float clip = 1.0f / (norm + 1e-6f) * max_norm;
-  return clip > 1.0f ? 1.0f : clip;  // NaN stays
+  return clip > 1.0f ? 1.0f : clip;  // NaN if the norm is NaN
 }
 
 PZ_HD bool has_overflow(const double* rows, int64_t num_rows) {

@@ -1,7 +1,7 @@
 // Scalar types of the kernels and their exact conversions, for host and device.
 //
-// Host conversions are integer arithmetic without branches, so that compilers vectorise them on every ISA; device code
-// uses the hardware's conversion instructions. Both round to nearest even, and a NaN stays a NaN.
+// Host conversions have no branches, so that compilers vectorise them on every ISA. Device code uses the hardware's
+// conversion instructions. Both round to nearest even, and keep a NaN a NaN.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ PZ_HD float bits_float(uint32_t bits) {
   return x;
 }
 
-// Not x != x: this form also reads the same under any compiler flag.
+// A test of bits means the same under every compiler flag; x - x != 0 does not.
 PZ_HD bool is_nonfinite(float x) { return (float_bits(x) & 0x7f800000u) == 0x7f800000u; }
 
 PZ_HD bool is_nonfinite(BFloat16 x) { return (x.bits & 0x7f80u) == 0x7f80u; }
