@@ -8,8 +8,8 @@ namespace pyzero {
 namespace PYZERO_ISA {
 namespace {
 
-// Traffic per element: master, exp_avg, exp_avg_sq read and written (24 B), grad read, each param_out written: 28 B in
-// fp32, 28 B in 16 bits with 16-bit weights out.
+// Traffic per element: 24 B to read and write master, exp_avg and exp_avg_sq, plus the gradient and each param_out: 28
+// B with an fp32 gradient alone, and 28 B with a 16-bit gradient and 16-bit weights.
 template <bool kCoupled>
 void adam_loop(const AdamArgs& args, const GradSpan& span, const AdamConstants& constants, float grad_scale,
                int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Spans converted to and from fp32 in L1, with the processor's own fp16 instructions where the ISA has them.
+// Converts spans to and from fp32 in L1, with the fp16 instructions of the ISA if it has them.
 // Include only from kernels.cpp, inside its ISA's namespace.
 #pragma once
 
@@ -45,8 +45,8 @@ inline void narrow(const float* __restrict in, Float16* __restrict out, int64_t 
   for (; i < count; ++i) out[i] = from_float<Float16>(in[i]);
 }
 
-// Stores past the caches: no line is read just to be overwritten, a third of the traffic of a plain store's. Before
-// another thread reads what was written: end_stream().
+// Copies with non-temporal stores. A plain store first reads the line that it overwrites: a third of a copy's traffic.
+// Call end_stream() before another thread reads the copy.
 inline void stream(const void* __restrict in, void* __restrict out, int64_t num_bytes) {
   const char* from = static_cast<const char*>(in);
   char* to = static_cast<char*>(out);
@@ -72,7 +72,7 @@ inline void end_stream() {
 
 constexpr int64_t kTile = 512;  // floats staged in L1 between the loops of one kernel, so that each loop vectorises
 
-// fn is called with a null pointer of the type.
+// Calls fn with a null pointer of the C++ type.
 template <typename Fn>
 inline void with_dtype(DType dtype, const Fn& fn) {
   switch (dtype) {
@@ -89,7 +89,7 @@ inline void widen_span(const Buffer& buffer, int64_t at, float* out, int64_t cou
   with_dtype(buffer.dtype, [&](auto* type) { widen(static_cast<decltype(type)>(buffer.data) + at, out, count); });
 }
 
-// The span itself where it is fp32 already, else its values in `staged`.
+// Returns the span itself if it is fp32, else `staged` with its values.
 inline const float* fp32_span(const Buffer& buffer, int64_t at, float* staged, int64_t count) {
   if (buffer.dtype == DType::kFloat32) return static_cast<const float*>(buffer.data) + at;
   widen_span(buffer, at, staged, count);

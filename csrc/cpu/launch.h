@@ -13,13 +13,13 @@ void unscale(const UnscaleArgs& args, int num_threads);
 void pack(const PackArgs& args, int num_threads);
 void reduce_scatter(const ReduceScatterArgs& args, int num_threads);
 
-// A few numbers, and a few per parameter: not worth a thread.
+// These compute a few numbers per call or parameter, which is not worth a thread.
 void step_scalars(const StepScalarsArgs& args);
 void loss_scale_update(float* state, const float* found_inf, const LossScalePolicy& policy);
 
 // The ISAs that were built and that this processor runs, best first.
 std::vector<const char*> isas();
-// For tests: use this ISA from now on. False where it was not built or does not run here.
+// For tests: later calls use this ISA. Returns false if it was not built or does not run here.
 bool use_isa(const char* name);
 
 }  // namespace cpu

@@ -8,8 +8,8 @@ namespace pyzero {
 namespace PYZERO_ISA {
 namespace {
 
-// Traffic per element: master and exp_avg read and written (16 B), grad read, param_out written: 20 B in 16 bits with
-// 16-bit weights out.
+// Traffic per element: 16 B to read and write master and exp_avg, plus the gradient and each param_out. That is 20 B
+// with a 16-bit gradient and 16-bit weights.
 void lion(const LionArgs& args, const GradSpan& span, const LionConstants& constants, float grad_scale, int64_t begin,
           int64_t end) {
   const LionCoefficients c = lion_coefficients(args.hyper);

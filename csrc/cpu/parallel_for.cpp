@@ -22,14 +22,14 @@ struct Tasks {
   std::atomic<int> num_joined{0};
   fenv_t caller_env{};
 
-  // Called by each thread; more than num_threads do nothing.
+  // Each thread of a team calls this. Those after the first num_threads do nothing.
   void drain() {
     if (num_joined.fetch_add(1, std::memory_order_relaxed) >= num_threads) return;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num;) run(i);
   }
 
-  // The same on other threads than the caller's, with its floating-point environment: torch.set_flush_denormal() is of
-  // the thread that calls it, and which thread takes which task is left to chance.
+  // drain() with the floating-point environment of parallel_for's caller: torch.set_flush_denormal() affects only the
+  // thread that calls it, and any thread may take any task.
   void drain_as_caller() {
     fenv_t own_env;
     fegetenv(&own_env);
@@ -55,7 +55,7 @@ class ThreadPool {
     wake_.notify_all();
     tasks.drain();
     std::unique_lock<std::mutex> lock(mutex_);
-    num_wanted_ = 0;  // who has not woken by now is not waited for
+    num_wanted_ = 0;  // workers that have not woken yet do not join in
     done_.wait(lock, [this] { return num_running_ == 0; });
   }
 
@@ -84,14 +84,14 @@ class ThreadPool {
   uint64_t generation_ = 0;
 };
 
-// The OpenMP runtime that torch has loaded, by the entries that compilers call: GNU's, LLVM's and Intel's have them.
+// The OpenMP runtime that torch has loaded, by the functions that compilers call: GNU's, LLVM's and Intel's have them.
 struct OpenMp {
   void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
   int (*max_threads)();
 
   explicit operator bool() const { return parallel != nullptr && max_threads != nullptr; }
 
-  // By as many threads as torch's kernels: those that a smaller team lacks would end, and be made again.
+  // The team is as large as torch's. In a smaller one the runtime would end the surplus threads, and create them again.
   void run(Tasks& tasks) const {
     const int num_threads = std::max(max_threads(), tasks.num_threads);
     parallel([](void* data) { static_cast<Tasks*>(data)->drain_as_caller(); }, &tasks,
@@ -114,8 +114,8 @@ const OpenMp& open_mp() {
   return found;
 }
 
-// A forked child has none of the threads of either kind.
-ThreadPool* g_pool = new ThreadPool;  // never destroyed: at exit its workers may still wait
+// A forked child has neither OpenMP's threads nor the pool's.
+ThreadPool* g_pool = new ThreadPool;  // never destroyed, because workers may still wait at exit
 bool g_is_forked = false;
 [[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, [] {
   g_pool = new ThreadPool;

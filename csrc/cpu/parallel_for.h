@@ -1,6 +1,6 @@
-// Threads for the CPU kernels: those of the OpenMP runtime that torch has loaded, which are awake behind torch's own
-// kernels, and would hold the cores against any others. Where it has none, as with torch's native thread pool, or in a
-// child that was forked since this module was loaded, a pool of our own.
+// Threads for the CPU kernels. They are those of the OpenMP runtime that torch has loaded: after torch's kernels these
+// still spin, and would keep other threads off the cores. A pool of our own serves if torch has loaded no OpenMP (it
+// may have a native thread pool), and in a child that was forked after this module was loaded.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace pyzero {
 
-// Runs task(0) ... task(num_tasks - 1), in any order, on up to num_threads threads, the caller's among them. Returns
-// when all are done. Callable from several threads at a time, and in such a child.
+// Runs task(0) ... task(num_tasks - 1), in any order, on up to num_threads threads including the caller's. Returns when
+// all are done. Several threads may call it at a time. A forked child may call it.
 void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task);
 
 }  // namespace pyzero

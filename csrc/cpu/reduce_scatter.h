@@ -15,7 +15,7 @@ struct Pointee<T*> {
   using type = T;
 };
 
-// Reads R slices and writes fp32: 2R + 4 B per element in 16 bits, and 4 more to accumulate.
+// Reads R slices and writes fp32: 2R + 4 B per element with 16-bit slices, and 4 more to accumulate.
 template <typename T, bool kAccumulate>
 double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end) {
   SquareSum squares;

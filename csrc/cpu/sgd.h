@@ -8,8 +8,8 @@ namespace pyzero {
 namespace PYZERO_ISA {
 namespace {
 
-// Traffic per element: master and momentum_buffer, where there is one, read and written (16 B, or 8), grad read,
-// param_out written: 20 B in 16 bits with 16-bit weights out.
+// Traffic per element: 16 B to read and write master and momentum_buffer (8 B without a buffer), plus the gradient and
+// each param_out. That is 20 B with a buffer, a 16-bit gradient and 16-bit weights.
 template <bool kHasBuffer>
 void sgd_loop(const SgdArgs& args, const GradSpan& span, float lr, bool is_first, float grad_scale, int64_t begin,
               int64_t end) {

@@ -1,4 +1,4 @@
-// Sums of squares in one order, whatever the ISA. Include only from kernels.cpp.
+// Sums squares in the same order on every ISA. Include only from kernels.cpp.
 #pragma once
 
 #include "convert.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kLanes = 16;  // independent fp64 sums; fixed, so that every ISA adds in the same order
 
-// As many lanes as one register holds: of plain C++ GCC keeps more than 8 in memory.
+// A vector of as many lanes as one register holds. In plain C++, GCC keeps more than 8 lanes in memory.
 #if defined(__AVX512F__)
 using Doubles = __m512d;
 inline Doubles to_doubles(const float* values) { return _mm512_cvtps_pd(_mm256_loadu_ps(values)); }
@@ -22,7 +22,7 @@ typedef double Doubles __attribute__((vector_size(16)));
 inline Doubles to_doubles(const float* values) { return Doubles{values[0], values[1]}; }
 #endif
 
-// Squares in fp64 cannot overflow, so the sum of a span is finite exactly where all its values are.
+// The fp64 square of an fp32 value cannot overflow, so the sum of a span is finite if and only if all its values are.
 struct SquareSum {
   double lanes[kLanes] = {};
 

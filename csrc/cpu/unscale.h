@@ -14,7 +14,7 @@ inline void scale_directly(const Buffer& src, const Buffer& dst, float factor, i
   for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(scale_element(to_float(in[i]), factor));
 }
 
-// One pass where the compiler vectorises the conversion both ways; otherwise three, over a tile in L1.
+// One pass if the compiler vectorises the conversion both ways; otherwise three passes over a tile in L1.
 inline void scale_span(const Buffer& src, const Buffer& dst, float factor, float* tile, int64_t at, int64_t count) {
   if (src.dtype == dst.dtype && src.dtype == DType::kFloat32) return scale_directly<float>(src, dst, factor, at, count);
   if (src.dtype == dst.dtype && src.dtype == DType::kBFloat16) {
@@ -41,15 +41,15 @@ inline bool any_nonfinite(const Buffer& buffer, int64_t at, int64_t count) {
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kAheadBytes = 8192;
 
-// Fetch the tile that is read kAheadBytes later: a core's own prefetchers stop at the end of a page of 4 KiB. Past the
-// end of a tensor it fetches in vain, and cannot fault.
+// Prefetches the tile kAheadBytes ahead: hardware prefetchers stop at the end of a page of 4 KiB. A prefetch past the
+// end of a tensor is useless but cannot fault.
 inline void prefetch_ahead(const Buffer& buffer, int64_t at) {
   const int64_t item_bytes = buffer.dtype == DType::kFloat32 ? 4 : 2;
   const char* from = static_cast<const char*>(buffer.data) + at * item_bytes + kAheadBytes;
   for (int64_t i = 0; i < kTile * item_bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 0);
 }
 
-// Reads 2 or 4 B per element and writes as many; times 1 in the same dtype only copies, and in place only reads.
+// Reads and writes 2 or 4 B per element. In the same dtype, a factor of 1 only copies; in place it only reads.
 double scale(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, int64_t begin, int64_t end) {
   const bool verbatim = factor == 1.0f && dst.dtype == src.dtype;
   const bool writes = dst.data != nullptr && !(verbatim && dst.data == src.data);
@@ -66,7 +66,7 @@ double scale(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, 
     if (writes && !verbatim) scale_span(src, dst, factor, tile, at, count);
     if (wanted == Wanted::kFlag) found |= any_nonfinite(stored, at, count);
     if (wanted == Wanted::kSumsq) {
-      sum.add(fp32_span(stored, at, tile, count), count);  // what was stored, which is what counts
+      sum.add(fp32_span(stored, at, tile, count), count);  // the stored values, after rounding
     }
   }
   if (wanted == Wanted::kFlag) return found ? bits_float(0x7fc00000u) : 0.0;
