@@ -1,4 +1,4 @@
-// adam_: its rule, and the step-wide constants before the pass where only the device knows lr or step.
+// The rule of adam_. If lr or step is on the device, a kernel computes the step-wide constants before the pass.
 #include "../math/adam.h"
 #include "update.cuh"
 
@@ -16,7 +16,7 @@ struct ConstantsParams {
   int64_t num_segments;
 };
 
-// One thread per segment. Bytes: 4 + 12 per segment.
+// One thread per segment. Bytes per segment: 4 read and 12 written.
 __global__ void __launch_bounds__(kThreads) adam_constants_kernel(const __grid_constant__ ConstantsParams params) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= params.num_segments) return;
@@ -31,20 +31,20 @@ void fill_constants(const AdamArgs& args, AdamConstants* table, cudaStream_t str
   launch(adam_constants_kernel, params, int((args.num_segments + kThreads - 1) / kThreads), stream);
 }
 
-// Bytes per element: 12 read + 12 written of state, gradient read, each param_out written: 28 with bf16 in and out.
+// Bytes per element: 12 read and 12 written of state, plus the gradient and each param_out. With bf16 in and out: 28.
 template <bool kCoupled>
 struct AdamRule {
   static constexpr int kNumStates = 3;
-  struct Scalars {};  // adam_constants_kernel has read them
+  struct Scalars {};  // none: adam_constants_kernel reads lr and step
 
   AdamCoefficients coefficients;
-  AdamConstants everyones;     // where there is no table
-  const AdamConstants* table;  // (num_segments,), or null
+  AdamConstants default_constants;  // used if there is no table
+  const AdamConstants* table;       // (num_segments,), or null
 
   __device__ __forceinline__ Scalars scalars() const { return {}; }
 
   __device__ __forceinline__ AdamConstants constants_of(int segment, Scalars) const {
-    return table != nullptr ? table[segment] : everyones;
+    return table != nullptr ? table[segment] : default_constants;
   }
 
   __device__ __forceinline__ void update(float (&state)[kNumStates], float grad, float grad_scale,
@@ -59,9 +59,9 @@ struct AdamRule {
 
 template <bool kCoupled>
 void update_adam(const AdamArgs& args, const AdamConstants* table, cudaStream_t stream) {
-  AdamConstants everyones{};
-  if (!table) everyones = adam_constants(args.hyper, args.lr.value, static_cast<long long>(args.step.value));
-  update_shard(AdamRule<kCoupled>{adam_coefficients(args.hyper), everyones, table},
+  AdamConstants default_constants{};
+  if (!table) default_constants = adam_constants(args.hyper, args.lr.value, static_cast<long long>(args.step.value));
+  update_shard(AdamRule<kCoupled>{adam_coefficients(args.hyper), default_constants, table},
                {args.master, args.exp_avg, args.exp_avg_sq}, args, stream);
 }
 

@@ -1,4 +1,4 @@
-// The last step of a deterministic sum of squares.
+// The last part of a deterministic sum of squares.
 #include "grad_stats.cuh"
 
 namespace pyzero {
@@ -15,9 +15,9 @@ struct FinishParams {
   bool is_double;
 };
 
-// One block. Bytes: 8 per block of the pass before.
+// One block. Bytes: 8 read per block of the pass before.
 __global__ void __launch_bounds__(kFinishThreads) finish_sumsq_kernel(const __grid_constant__ FinishParams params) {
-  double partials[kPerThread];  // all loads under way before the first is added
+  double partials[kPerThread];  // all loads are issued before the first add
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int i = k * kFinishThreads + int(threadIdx.x);

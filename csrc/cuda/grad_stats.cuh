@@ -1,7 +1,7 @@
-// What a pass over gradients reports: whether any value is inf or NaN, and the sum of squares.
+// The statistics of a pass over gradients: whether any value is inf or NaN, and the sum of squares.
 //
-// The sum is the same from run to run, and on every GPU: no float atomics, and a grid that depends on the sizes alone.
-// Each block leaves one fp64 number in the workspace, and a kernel of one block adds those in order.
+// The sum is the same in every run and on every GPU: there are no float atomics, and the grid depends only on the
+// sizes. Each block writes one fp64 number into the workspace. A kernel of one block adds these in a fixed order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 namespace pyzero {
 namespace cuda {
 
-// In the kernels' parameters; both may be null.
+// GradStats among a kernel's parameters. Both pointers may be null.
 struct BlockStats {
   float* found_inf;
   double* partials;  // one per block
@@ -25,12 +25,12 @@ inline BlockStats block_stats(const GradStats& grad_stats, double* partials) {
   return BlockStats{grad_stats.found_inf, grad_stats.sumsq != nullptr ? partials : nullptr};
 }
 
-// One run per chunk where no sum is wanted.
+// Without a sum, there is one run per chunk.
 inline Runs runs_of(int64_t num_chunks, const BlockStats& grad_stats) {
   return runs_of(num_chunks, grad_stats.partials != nullptr ? kMaxPartials : num_chunks);
 }
 
-// Exponents of all ones in a word, as non-zero bits: one added to such an exponent carries into the sign's place.
+// Non-zero if a value in the word has an exponent of all ones: adding one to such an exponent carries into the sign.
 template <typename T>
 __device__ __forceinline__ uint32_t nonfinite_bits(uint32_t word) {
   constexpr bool kIsFloat = std::is_same<T, float>::value;
@@ -39,7 +39,7 @@ __device__ __forceinline__ uint32_t nonfinite_bits(uint32_t word) {
   return ((word & ~kSigns) + kOnes) & kSigns;
 }
 
-// What a thread has seen so far. Where a sum is wanted it answers for inf and NaN too (see math/unscale.h).
+// The statistics of one thread. If a sum is wanted, the sum also detects inf and NaN (see math/unscale.h).
 struct ThreadStats {
   bool want_sumsq;
   uint32_t nonfinite = 0;
@@ -66,11 +66,11 @@ struct ThreadStats {
   }
 
  private:
-  // sumsq + square(x): that square is exact in fp64, so to round once is to round as often.
+  // The same bits as sumsq + square(x): the square is exact in fp64, so both round once.
   __device__ __forceinline__ void add_square(float x) { sumsq = fma(double(x), double(x), sumsq); }
 };
 
-// The block's sum, in a fixed order, for thread 0: column by column, then the columns. All threads must come here.
+// Returns the block's sum to thread 0. It adds up each column, then the columns. All threads of the block must call it.
 template <int kNumThreads>
 __device__ __forceinline__ double block_sum(double value) {
   constexpr int kRows = kNumThreads >= 1024 ? 32 : kNumThreads >= 256 ? 16 : 4;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void finish_block(const ThreadStats& stats, const Blo
   if (nonfinite && threadIdx.x == 0 && grad_stats.found_inf != nullptr) *grad_stats.found_inf = 1.0f;
 }
 
-// Adds partials[0 .. num_partials) to *grad_stats.sumsq, where that is wanted. In grad_stats.cu.
+// Adds partials[0 .. num_partials) to *grad_stats.sumsq if that is wanted. Defined in grad_stats.cu.
 void finish_sumsq(const GradStats& grad_stats, const double* partials, int num_partials, cudaStream_t stream);
 
 }  // namespace cuda

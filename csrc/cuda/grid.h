@@ -1,4 +1,4 @@
-// What every launcher shares on the host side: block and grid sizes, and errors as exceptions.
+// Shared by all launchers on the host: block and grid sizes, and errors as exceptions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,25 +14,25 @@
 namespace pyzero {
 namespace cuda {
 
-#ifndef PYZERO_THREADS_PER_BLOCK  // the host shim makes a block of fewer threads
+#ifndef PYZERO_THREADS_PER_BLOCK  // the host shim uses smaller blocks
 #define PYZERO_THREADS_PER_BLOCK 256
 #endif
 
 constexpr int kThreads = PYZERO_THREADS_PER_BLOCK;
-constexpr int kMinBlocks = 4;  // of kernels with many operands: allows 64 registers, which hold all loads of a chunk
+constexpr int kMinBlocks = 4;  // of kernels with many operands: leaves 64 registers, which hold all loads of a chunk
 
 inline void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // a launch error must not surface again in the next, innocent call
+  static_cast<void>(cudaGetLastError());  // clears the error, or the next call would report it
   throw std::runtime_error(std::string("CUDA error while ") + doing + ": " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
 }
 
-// Chunks in runs, one run per block: as many blocks as there are chunks, or almost `max_blocks`. Never as few as are
-// resident: multiprocessors differ in the bandwidth they get, and the next block goes to one that is done.
+// Chunks in runs, one run per block. There are as many blocks as chunks, or almost `max_blocks`. The grid is not cut
+// down to the resident blocks: multiprocessors differ in bandwidth, and one that is done takes the next block.
 struct Runs {
   int64_t num_chunks;
-  int64_t length;  // chunks of a run
+  int64_t length;  // chunks per run
 
   int num_blocks() const { return int((num_chunks + length - 1) / length); }
   PZ_HD int64_t begin(unsigned block) const { return block * length; }

@@ -1,4 +1,4 @@
-// One launch: kernels take one struct by value, so that a list of tensors needs no copy to the device first.
+// How kernels are launched. They take one struct by value, so that a list of tensors needs no copy to the device first.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace cuda {
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on (driver 530), 4,096 before.
 constexpr size_t kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
-// cudaLaunchKernelEx and not <<<>>>: it returns the error, and tests/support/cuda_shim can stand in for it.
+// cudaLaunchKernelEx, unlike <<<>>>, returns the error, and tests/support/cuda_shim can replace it.
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, int num_blocks, cudaStream_t stream,
             int num_threads = kThreads) {
@@ -24,7 +24,7 @@ void launch(void (*kernel)(Params), const Params& params, int num_blocks, cudaSt
   check(cudaLaunchKernelEx(&config, kernel, params), "launching a kernel");
 }
 
-// Of a list among a kernel's parameters, the item that a chunk belongs to: the last one that starts at or before it.
+// Returns the item of the list that the chunk belongs to: the last one that starts at or before it.
 template <typename List>
 __device__ __forceinline__ int find_item(const List& list, unsigned chunk) {
   int low = 0;
@@ -49,7 +49,7 @@ struct DeviceScalar {
 inline DeviceScalar device_scalar(const Scalar& scalar) { return DeviceScalar{float(scalar.value), scalar.device}; }
 
 __device__ __forceinline__ float read(const DeviceScalar& scalar) {
-  return scalar.device != nullptr ? load_now(scalar.device) : scalar.value;
+  return scalar.device != nullptr ? load_volatile(scalar.device) : scalar.value;
 }
 
 }  // namespace cuda

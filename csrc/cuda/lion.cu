@@ -1,4 +1,4 @@
-// lion_: its rule.
+// The rule of lion_.
 #include "../math/lion.h"
 #include "update.cuh"
 
@@ -6,18 +6,18 @@ namespace pyzero {
 namespace cuda {
 namespace {
 
-// Bytes per element: 8 read + 8 written of state, gradient read, each param_out written: 20 with bf16 in and out.
+// Bytes per element: 8 read and 8 written of state, plus the gradient and each param_out. With bf16 in and out: 20.
 struct LionRule {
   static constexpr int kNumStates = 2;
   using Scalars = LionConstants;
 
   LionHyper hyper;
   LionCoefficients coefficients;
-  LionConstants of_number;  // where lr is a number
+  LionConstants host_constants;  // used if lr is a number
   const float* lr_device;
 
   __device__ __forceinline__ LionConstants scalars() const {
-    return lr_device != nullptr ? lion_constants(hyper, double(*lr_device)) : of_number;
+    return lr_device != nullptr ? lion_constants(hyper, double(*lr_device)) : host_constants;
   }
 
   __device__ __forceinline__ LionConstants constants_of(int, const LionConstants& scalars) const { return scalars; }

@@ -1,5 +1,5 @@
-// pack_: the gradients of one bucket into its flat buffer, scaled and cast, in one launch; in another those
-// whose addresses do not match the bucket's.
+// pack_ copies the gradients of one bucket into its flat buffer, scaled and cast, in one launch. A second launch copies
+// those that are aligned differently from their place in the bucket.
 #include <optional>
 
 #include "tensor_list.cuh"
@@ -11,9 +11,9 @@ namespace {
 template <typename In, typename Out>
 using PlainBody = ScaleBody<In, Out, const NoStats>;
 
-// Where the target is aligned and the source is not: a vector is taken from the two aligned ones that it lies across,
-// of which the second is its neighbor's first. The first of all may begin up to 15 bytes before the source: what lies
-// there, which others may be writing, is shifted out.
+// For an aligned target and an unaligned source. Each vector is shifted out of the two aligned vectors that it
+// straddles. The second of these is the first of the next vector. The very first one may begin up to 15 bytes before
+// the source. Others may be writing those bytes, which are shifted out.
 template <typename In, typename Out>
 struct ShiftedBody : PlainBody<In, Out> {
   using Base = PlainBody<In, Out>;
@@ -61,7 +61,8 @@ __device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, 
   visit_list_chunk(item, chunk, body);
 }
 
-// The span ends a vector ahead of the item, for the last vector's second part may not be there.
+// The span ends one vector before the item, because memory may end before the last vector's second part. The elements
+// after the span are copied one by one.
 template <typename In, typename Out>
 __device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, const ShiftedBody<In, Out>& body) {
   visit_list_chunk(item, chunk, body);
@@ -69,7 +70,7 @@ __device__ __forceinline__ void pack_chunk(const ListItem& item, int64_t chunk, 
   if (is_last && threadIdx.x < body.kElements) body.element(item.span.numel + threadIdx.x);
 }
 
-// Bytes per element: its size in the gradient read, its size in the bucket written: 4 from bf16 to bf16.
+// Bytes per element: its size in the gradient plus its size in the bucket. From bf16 to bf16: 4.
 template <typename Out, template <typename, typename> class Body>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ ListParams params) {
   const NoStats none;

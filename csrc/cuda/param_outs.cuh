@@ -1,4 +1,4 @@
-// Where an update writes the weights: this rank's, and those of its peers, whose memory this device can reach.
+// The outputs of an update: this rank's weights, and those of its peers, whose memory this device can access.
 #pragma once
 
 #include "vector_io.cuh"
@@ -6,7 +6,7 @@
 namespace pyzero {
 namespace cuda {
 
-struct NoOutput {};  // instead of param_out's type
+struct NoOutput {};  // the output type if there is no param_out
 
 struct ParamPointers {
   void* data[kMaxParamOuts];
@@ -24,7 +24,7 @@ inline void add_operands(const ParamOuts& outs, std::vector<Operand>& operands) 
   for (int i = 0; i < outs.count; ++i) operands.push_back(Operand{outs.buffers[i].data, outs.buffers[i].dtype});
 }
 
-// store(pointer) of each. The first needs no loop: most calls have one.
+// Calls store(pointer) for each output. The first is outside the loop, because most calls have only one.
 template <typename Out, typename Store>
 __device__ __forceinline__ void for_each_out(const ParamPointers& outs, const Store& store) {
   store(static_cast<Out*>(outs.data[0]));

@@ -1,4 +1,4 @@
-// reduce_scatter_: this rank's shard from everyone's slices, summed in rank order, scaled and checked in one pass.
+// reduce_scatter_ sums all ranks' slices in rank order into this rank's shard, scales and checks it, in one pass.
 #include "../math/reduce_scatter.h"
 #include "grad_stats.cuh"
 #include "vector_io.cuh"
@@ -7,7 +7,7 @@ namespace pyzero {
 namespace cuda {
 namespace {
 
-// Ranks whose loads are issued together; kAnyRanks: a loop over the slices.
+// kRanks is the number of ranks, whose loads are issued together. kAnyRanks means a loop over the slices.
 constexpr int kAnyRanks = 0;
 constexpr int kMaxSlices = sizeof(void*) * kMaxRanks + 256 <= kParameterBytes ? kMaxRanks : 448;
 
@@ -29,7 +29,7 @@ struct ReduceBody {
   ThreadStats& stats;
 
   struct Inputs {
-    Vector<float> shard;  // where kAccumulate
+    Vector<float> shard;  // used if kAccumulate
     Vector<T> slices[kRanks == kAnyRanks ? 1 : kRanks];
   };
 
@@ -49,7 +49,7 @@ struct ReduceBody {
     for (int k = 0; k < sum.kSize; ++k) sum.x[k] = to_float(in.slices[0].x[k]);
 
     if constexpr (kRanks == kAnyRanks) {
-#pragma unroll 4  // four loads under way
+#pragma unroll 4  // four loads in flight
       for (int r = 1; r < params.num_ranks; ++r) add(sum, load_vector(slice(r) + i));
     } else {
 #pragma unroll
@@ -83,7 +83,7 @@ constexpr int kReduceUnroll = kRanks == 1 || kRanks == 2 ? 4
                               : kRanks * sizeof(T) == 32 ? 1
                                                          : 2;
 
-// Bytes per element: the slice's size times the number of ranks read, 4 written, 4 read to accumulate: 8 for two bf16.
+// Bytes per element: its size in each rank's slice read, 4 written, and 4 more read to accumulate. For two bf16: 8.
 template <typename T, int kRanks, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_scatter_kernel(const __grid_constant__ ReduceParams<kRanks> params) {

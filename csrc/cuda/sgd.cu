@@ -1,4 +1,4 @@
-// sgd_: its rule.
+// The rule of sgd_.
 #include "../math/sgd.h"
 #include "update.cuh"
 
@@ -6,8 +6,8 @@ namespace pyzero {
 namespace cuda {
 namespace {
 
-// Bytes per element: 8 read + 8 written of state, half without a buffer, gradient read, each param_out written: 20 with
-// bf16 in and out.
+// Bytes per element: 8 read and 8 written of state (half without a buffer), plus the gradient and each param_out. With
+// a buffer, and bf16 in and out: 20.
 template <bool kHasBuffer>
 struct SgdRule {
   static constexpr int kNumStates = kHasBuffer ? 2 : 1;
@@ -19,7 +19,7 @@ struct SgdRule {
 
   SgdCoefficients coefficients;
   DeviceScalar lr;
-  bool is_first;      // where the step is a number
+  bool is_first;      // used if step is a number
   const float* step;  // (num_segments,), or null
 
   __device__ __forceinline__ float scalars() const { return read(lr); }

@@ -1,5 +1,4 @@
-// The gradients of a shard as kernel parameters: one, or as many as a launch can carry, each cut into chunks of its
-// own.
+// The gradients of a shard as kernel parameters: one, or up to kManyGrads. Each is cut into chunks of its own.
 #pragma once
 
 #include "launch.cuh"
@@ -7,11 +6,11 @@
 namespace pyzero {
 namespace cuda {
 
-// Blocks half as large as others': 128 threads reach a copy's bandwidth where 256 reach 96% of it and 512 98%.
+// Blocks are half as large as in other kernels. 128 threads reach a copy's bandwidth, 256 reach 96% of it and 512 98%.
 constexpr int kUpdateThreads = kThreads / 2;
 constexpr int kUpdateMinBlocks = 2 * kMinBlocks;
 
-constexpr int kUpdateUnroll = 2;  // two loads of 16 bytes under way for each state, and two of the gradients
+constexpr int kUpdateUnroll = 2;  // two loads of 16 bytes in flight for each state, and two for the gradients
 constexpr int64_t kUpdateChunk = kChunk<kUpdateUnroll, kWidth<float>, kUpdateThreads>;
 
 struct ShardGrad {
@@ -23,7 +22,7 @@ struct ShardGrad {
 template <int kCapacity>
 struct ShardGradList {
   int num_items;
-  unsigned first_chunk[kCapacity];  // of the item, in the whole launch; apart from the rest, for the search's sake
+  unsigned first_chunk[kCapacity];  // of each item, in the launch; an array of its own, for find_item
   ShardGrad items[kCapacity];
 };
 
@@ -31,10 +30,10 @@ struct ShardGradList {
 #define PYZERO_MANY_GRADS (kParameterBytes > 16384 ? 256 : 64)
 #endif
 
-// Of one launch; a longer list takes several. Each kernel carries that much in the module, too.
+// Gradients per launch; a longer list takes several launches. In the module, each kernel takes that much space, too.
 constexpr int kManyGrads = PYZERO_MANY_GRADS;
 
-// Of a block: its gradient, and which chunk of it.
+// Returns the gradient that this block updates, and sets `chunk` to the chunk within it.
 template <int kCapacity>
 __device__ __forceinline__ const ShardGrad& find_grad(const ShardGradList<kCapacity>& list, unsigned& chunk) {
   const int item = kCapacity == 1 ? 0 : find_item(list, blockIdx.x);
@@ -42,8 +41,8 @@ __device__ __forceinline__ const ShardGrad& find_grad(const ShardGradList<kCapac
   return list.items[item];
 }
 
-// Fills the list and calls run(number of chunks), as often as it takes. The operands beside the gradient are aligned at
-// its offset as they are at the shard's start: both are at multiples of kSegmentGranule elements.
+// Fills the list and calls run(number of chunks), as often as it takes. `operands` point to the shard's start. At the
+// gradient's offset they are aligned in the same way, because offsets are multiples of kSegmentGranule.
 template <int kCapacity, typename Run>
 void for_each_launch(const ShardGrads& grads, std::vector<Operand> operands, int64_t chunk,
                      ShardGradList<kCapacity>& list, const Run& run) {

@@ -1,4 +1,4 @@
-// step_scalars_: four numbers, and the step counts of all parameters.
+// step_scalars_ computes four numbers, and counts the steps of all parameters.
 #include "../math/step_scalars.h"
 #include "launch.cuh"
 
@@ -19,7 +19,7 @@ struct StepScalarsParams {
   int64_t num_params;
 };
 
-// One thread per parameter; the first computes the scalars, too. Bytes: 24 per row, cached, and 12 per parameter.
+// One thread per parameter; thread 0 also computes the scalars. Bytes: 24 per row, cached, and 12 per parameter.
 __global__ void __launch_bounds__(kThreads) step_scalars_kernel(const __grid_constant__ StepScalarsParams params) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < params.num_params && !has_overflow(params.rows, params.num_rows)) params.steps[i] += params.used[i];

@@ -21,7 +21,7 @@ void ListLauncher::add(const Buffer& source, void* target, const Span& span) {
 
 void ListLauncher::flush() {
   if (params_.num_items == 0) return;
-  params_.runs = runs_of(num_chunks_, max_blocks_);  // also without a sum
+  params_.runs = runs_of(num_chunks_, max_blocks_);  // limited even if no sum is wanted
   launch(kernel_, params_, params_.runs.num_blocks(), stream_);
   finish_sumsq(grad_stats_, partials_, params_.runs.num_blocks(), stream_);
   params_.num_items = 0;

@@ -1,4 +1,4 @@
-// A list of tensors in one launch: each is cut into chunks of as many elements, which the blocks share.
+// A list of tensors in one launch. Each tensor is cut into chunks of one size, which the blocks divide among them.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 namespace pyzero {
 namespace cuda {
 
-constexpr int64_t kListChunk = int64_t(kThreads) * 16;  // elements: 32 bytes of a 16-bit type per thread, 64 of fp32
+constexpr int64_t kListChunk = int64_t(kThreads) * 16;  // elements; per thread 32 bytes of a 16-bit type, or 64 of fp32
 
 struct ListItem {
   const void* source;
@@ -18,7 +18,7 @@ struct ListItem {
   DType dtype;  // of the source
 };
 
-// As many as a launch can carry; a longer list takes several launches.
+// As many items as kernel parameters can hold; a longer list takes several launches.
 constexpr int kListCapacity = (kParameterBytes - 128) / (sizeof(ListItem) + sizeof(unsigned));
 
 struct ListParams {
@@ -26,11 +26,11 @@ struct ListParams {
   BlockStats grad_stats;
   Runs runs;
   int num_items;
-  unsigned first_chunk[kListCapacity];  // of the item, in the whole list; apart from the rest, for the search's sake
+  unsigned first_chunk[kListCapacity];  // of each item, in the launch; an array of its own, for find_item
   ListItem items[kListCapacity];
 };
 
-// visit(item, chunk within the item) for each chunk of the block's run.
+// Calls visit(item, chunk within the item) for each chunk of the block's run.
 template <typename Visit>
 __device__ __forceinline__ void for_each_chunk(const ListParams& params, const Visit& visit) {
   unsigned chunk = unsigned(params.runs.begin(blockIdx.x));
@@ -47,7 +47,7 @@ __device__ __forceinline__ void visit_list_chunk(const ListItem& item, int64_t c
   visit_chunk<int(kListChunk / (kThreads * Body::kElements)), Body::kElements>(item.span, chunk, body);
 }
 
-// Of an op that reports nothing.
+// The statistics of an op that reports none.
 struct NoStats {
   template <typename T>
   __device__ __forceinline__ void add(const T&) const {}
@@ -85,15 +85,15 @@ struct ScaleBody {
 
 using ListKernel = void (*)(ListParams);
 
-constexpr int64_t kEveryChunk = int64_t(1) << 31;  // a block for each chunk; of kernels that report nothing
+constexpr int64_t kEveryChunk = int64_t(1) << 31;  // max_blocks: one per chunk; for kernels without statistics
 
-// Gathers items and launches whenever the parameters are full.
+// Collects items, and launches the kernel whenever its parameters are full.
 class ListLauncher {
  public:
   ListLauncher(ListKernel kernel, const Scalar& scale, const GradStats& grad_stats, double* partials,
                cudaStream_t stream, int64_t max_blocks = kMaxPartials);
   void add(const Buffer& source, void* target, const Span& span);
-  void flush();  // launches what is left
+  void flush();  // launches the kernel for the rest
 
  private:
   ListKernel kernel_;

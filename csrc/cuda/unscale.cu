@@ -1,11 +1,11 @@
-// unscale_: a list of gradients, in place, each value scaled, rounded, checked and squared in one pass.
+// unscale_ scales, rounds, checks and squares each value of a list of gradients, in place and in one pass.
 #include "tensor_list.cuh"
 
 namespace pyzero {
 namespace cuda {
 namespace {
 
-// Bytes per element: its size read and written: 4 for bf16.
+// Bytes per element: its size read and written. For bf16: 4.
 __global__ void __launch_bounds__(kThreads) unscale_kernel(const __grid_constant__ ListParams params) {
   ThreadStats stats{params.grad_stats.partials != nullptr};
   const float scale = read(params.scale);
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) unscale_kernel(const __grid_constant
   finish_block(stats, params.grad_stats);
 }
 
-// By 1, so that nothing changes: bits are tested, or squares added, as they were loaded.
+// For a scale of 1, which changes nothing: tests the bits, or adds the squares, of the loaded values.
 template <typename T>
 struct CheckBody {
   static constexpr int kElements = kWidth<T>;
@@ -37,7 +37,7 @@ struct CheckBody {
   __device__ __forceinline__ void element(int64_t i) const { stats.add(source()[i]); }
 };
 
-// Bytes per element: its size read: 2 for bf16.
+// Bytes per element: its size read. For bf16: 2.
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ ListParams params) {
   ThreadStats stats{params.grad_stats.partials != nullptr};
   for_each_chunk(params, [&](const ListItem& item, int64_t chunk) {

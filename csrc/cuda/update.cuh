@@ -1,4 +1,4 @@
-// What adam_, lion_ and sgd_ have in common: one pass over a flat shard, under a rule that says how an element changes.
+// Shared by adam_, lion_ and sgd_: one pass over a flat shard. A rule says how an element changes.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,10 @@ namespace pyzero {
 namespace cuda {
 
 // A rule is a struct among a kernel's parameters, with:
-//   kNumStates                                   fp32 values of an element, the master first
-//   Scalars scalars()                            what the device alone may know, read once by each thread
-//   constants_of(segment, scalars)               what the elements of a segment share
-//   update(state, grad, grad_scale, constants)   puts an element's new state in place of the old one
+//   kNumStates                                   number of fp32 values per element, the master first
+//   Scalars scalars()                            values that may be on the device, read once by each thread
+//   constants_of(segment, scalars)               values that the elements of a segment share
+//   update(state, grad, grad_scale, constants)   replaces an element's state by the new one
 template <typename Rule, int kCapacity>
 struct UpdateParams {
   float* states[Rule::kNumStates];
@@ -29,7 +29,7 @@ struct UpdateParams {
   ShardGradList<kCapacity> grads;
 };
 
-// run(0) to run(N - 1). No loop for nvcc to unroll: that makes adam_'s kernels up to 16 instructions longer.
+// Calls run(0) to run(N - 1). A loop that nvcc unrolls makes adam_'s kernels up to 16 instructions longer.
 template <int N, typename Run>
 __device__ __forceinline__ void unrolled(const Run& run) {
   if constexpr (N > 0) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void unrolled(const Run& run) {
   }
 }
 
-// Elements are those of one gradient, numbered from its first.
+// Elements are numbered from the first one of the gradient.
 template <typename Rule, typename Grad, typename Out, typename Params>
 struct UpdateBody {
   static constexpr int kNumStates = Rule::kNumStates;
@@ -46,8 +46,8 @@ struct UpdateBody {
 
   const Params& params;
   const Grad* grad;
-  int64_t offset;    // of the first in the shard
-  float grad_scale;  // without the sign: nothing waits for it before the loads are under way
+  int64_t offset;    // in the shard, of the gradient's first element
+  float grad_scale;  // without the sign, so that no instruction waits for it before the loads are issued
   float found_inf;
   typename Rule::Scalars scalars;
 
@@ -58,7 +58,8 @@ struct UpdateBody {
   };
 
   __device__ __forceinline__ int segment_of(int64_t i) const {
-    return params.segment_ids != nullptr ? load_now(params.segment_ids + uint64_t(offset + i) / kSegmentGranule) : 0;
+    return params.segment_ids != nullptr ? load_volatile(params.segment_ids + uint64_t(offset + i) / kSegmentGranule)
+                                         : 0;
   }
 
   __device__ __forceinline__ bool is_active(int segment) const {
@@ -74,7 +75,7 @@ struct UpdateBody {
     return in;
   }
 
-  // A vector never straddles two segments: kSegmentGranule is a multiple of its size, and with segments there is no
+  // A vector never straddles two segments: kSegmentGranule is a multiple of its size, and spans with segments have no
   // head.
   __device__ __forceinline__ void finish(int64_t i, Inputs& in) const {
     if (!is_active(in.segment)) return;
@@ -114,11 +115,11 @@ struct UpdateBody {
   }
 };
 
-// Where found_inf is set, what was read is dropped: to wait for it first would cost every other step.
+// If found_inf is set, the loaded values are dropped. To wait for it before loading would slow down every other step.
 template <typename Rule, typename Grad, typename Out, int kCapacity>
 __global__ void __launch_bounds__(kUpdateThreads, kUpdateMinBlocks)
     update_kernel(const __grid_constant__ UpdateParams<Rule, kCapacity> params) {
-  const float found_inf = params.found_inf != nullptr ? load_now(params.found_inf) : 0.0f;
+  const float found_inf = params.found_inf != nullptr ? load_volatile(params.found_inf) : 0.0f;
   unsigned chunk;
   const ShardGrad& grad = find_grad(params.grads, chunk);
   using Body = UpdateBody<Rule, Grad, Out, UpdateParams<Rule, kCapacity>>;
@@ -179,7 +180,7 @@ void launch_update(const Rule& rule, float* const (&states)[Rule::kNumStates], c
                   [&](int num_blocks) { launch(kernel, params, num_blocks, stream, kUpdateThreads); });
 }
 
-// states: kNumStates of (numel,). Args: an op's ShardArgs, with its hyper.
+// states: kNumStates arrays of (numel,). Args: the op's subclass of ShardArgs, which has its hyper.
 template <typename Rule, typename Args>
 void update_shard(const Rule& rule, float* const (&states)[Rule::kNumStates], const Args& args, cudaStream_t stream) {
   if (args.numel == 0 || args.grads.tensors.empty()) return;

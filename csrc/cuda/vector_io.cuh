@@ -1,6 +1,6 @@
-// How every kernel walks memory: a thread takes 16 bytes of the widest type at a time, and several such vectors a
-// block's width apart, so that each access of a warp is one contiguous run. A scalar head and tail serve views that
-// start anywhere.
+// How every kernel accesses memory. A thread takes vectors of 16 bytes of the widest type. Its vectors lie a block's
+// width apart, so that each access of a warp is contiguous. Views may start anywhere: the elements before the first
+// vector (the head) and after the last one (the tail) are accessed one by one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,9 +13,9 @@
 namespace pyzero {
 namespace cuda {
 
-constexpr int kVectorBytes = 16;  // the widest access of all targets
+constexpr int kVectorBytes = 16;  // the widest access that all targets have
 
-// Elements of a vector: four where fp32 is among the types, eight of 16-bit types alone.
+// Elements per vector: four if fp32 is among the types, eight if all are 16-bit.
 template <typename... Types>
 constexpr int kWidth = kVectorBytes / int(std::max({sizeof(Types)...}));
 
@@ -47,8 +47,8 @@ __device__ __forceinline__ void set_word(Vector<T, kElements>& v, int w, uint32_
   v.x[2 * w + 1] = T{uint16_t(bits >> 16)};
 }
 
-// In PTX, for two reasons: nvcc moves no volatile load behind a branch, and nvcc 13.0 splits a plain store of 16-bit
-// members into one store for each.
+// These are PTX for two reasons: nvcc moves no volatile load behind a branch, and nvcc 13.0 splits a plain store of
+// 16-bit members into one store for each.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[4]) {
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -111,9 +111,9 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T, kElements>& v
   store_words(p, words);
 }
 
-// Four bytes, issued where it stands.
+// Loads four bytes. nvcc does not move this load behind a branch.
 template <typename T>
-__device__ __forceinline__ T load_now(const T* p) {
+__device__ __forceinline__ T load_volatile(const T* p) {
   static_assert(sizeof(T) == 4, "one word");
   uint32_t words[1];
   load_words(p, words);
@@ -126,7 +126,7 @@ __device__ __forceinline__ T load_now(const T* p) {
 struct Span {
   int64_t numel;
   int head;
-  bool vectors;  // false: no head aligns all pointers at once, so every element goes alone
+  bool vectors;  // false if no head aligns all pointers at once: all elements are accessed one by one
 };
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -165,10 +165,10 @@ inline int64_t num_chunks(const Span& span, int64_t chunk) {
   return std::max<int64_t>(1, (span.numel - span.head + chunk - 1) / chunk);
 }
 
-// body.load(i) reads the vector at element i, body.finish(i, inputs) computes and writes it, body.element(i) does one
-// element alone. All loads of a full chunk are under way before the first is used: ptxas moves none across __syncwarp,
-// which costs no instruction; without, it has sunk them behind finish's first branch. What is no full vector (the head,
-// with chunk 0; the tail) goes alone.
+// body.load(i) reads the vector at element i, body.finish(i, inputs) computes and writes it, and body.element(i) does
+// both for one element. Elements outside full vectors (the head, in chunk 0, and the tail) are done one by one.
+// All loads of a full chunk are issued before the first is used: ptxas moves no load across __syncwarp, which costs no
+// instruction. Without __syncwarp, ptxas moved loads behind the first branch of finish.
 template <int kUnroll, int kElements = kWidth<float>, int kBlock = kThreads, typename Body>
 __device__ __forceinline__ void visit_chunk(const Span& span, int64_t chunk, const Body& body) {
   constexpr int64_t kSize = kChunk<kUnroll, kElements, kBlock>;
