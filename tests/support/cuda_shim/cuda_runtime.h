@@ -1,6 +1,6 @@
-// Stands in for CUDA's header where g++ compiles csrc/cuda/*.cu: a block's threads are real threads, __syncthreads a
-// real barrier, __shared__ really shared, so the sanitizers see what the kernels do. Blocks run one after another: a
-// race between blocks goes unseen, and so does anything that depends on warps or on device memory.
+// Replaces CUDA's header when g++ compiles csrc/cuda/*.cu. A block's threads are real threads, __syncthreads is a real
+// barrier, and __shared__ memory is really shared, so that sanitizers see what kernels do. Blocks run one after
+// another, so that races between blocks go unseen. So does everything that depends on warps or on device memory.
 #pragma once
 
 #include <pthread.h>
@@ -45,8 +45,8 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_shim {
 
-// Of the running block, used in turn: to the thread sanitizer, who leaves a barrier late is ordered after all who have
-// come to that barrier by then, so that one alone would hide races from it.
+// The running block uses its two barriers in turn. To the thread sanitizer, a thread that leaves a barrier late comes
+// after all threads that have reached the barrier by then. A single barrier would thus hide races from it.
 inline pthread_barrier_t barriers[2];
 inline thread_local unsigned turn = 0;
 inline std::atomic<int> votes{0};
@@ -58,7 +58,7 @@ inline void wait() { pthread_barrier_wait(&barriers[turn++ % 2]); }
 inline void __syncthreads() { cuda_shim::wait(); }
 inline void __syncwarp() {}
 
-// Relaxed: like the hardware's, the vote itself carries no data between threads; the barriers around it do.
+// The vote is relaxed, like the hardware's: it orders no data between threads. The barriers around it do.
 inline int __syncthreads_or(int predicate) {
   if (predicate) cuda_shim::votes.store(1, std::memory_order_relaxed);
   cuda_shim::wait();
@@ -69,7 +69,7 @@ inline int __syncthreads_or(int predicate) {
   return result;
 }
 
-// Runs the kernel before it returns. Fresh threads per launch: a pool would not survive a fork.
+// Returns when the kernel has run. Each launch creates its threads: a pool would not survive a fork.
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const unsigned num_threads = config->blockDim.x;

@@ -1,5 +1,5 @@
-// Runs every CUDA kernel on the host shim over sizes, alignments and types, and holds each result against a plain loop
-// over csrc/math, bit for bit. No Python, so that a sanitizer can watch all of it.
+// Runs every CUDA kernel on the host shim over sizes, alignments and types, and compares each result with a plain loop
+// over csrc/math, bit for bit. It uses no Python, so that a sanitizer can watch all of it.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -24,8 +24,7 @@ namespace {
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 constexpr int64_t kBlock = cuda::kThreads * 8;  // elements of two chunks of adam_; half a chunk of lists
 #if defined(__SANITIZE_THREAD__)
-const int64_t kSizes[] = {0, 1, 9, kBlock + 1,
-                          41 * kBlock + 13};  // fewer: each launch starts and ends a block's threads
+const int64_t kSizes[] = {0, 1, 9, kBlock + 1, 41 * kBlock + 13};  // fewer, because each launch creates threads
 #else
 const int64_t kSizes[] = {0, 1, 7, 8, 9, kBlock - 1, kBlock, kBlock + 1, 4 * kBlock, 4 * kBlock + 9, 41 * kBlock + 13};
 #endif
@@ -40,7 +39,7 @@ std::mt19937 generator(1);
 
 int num_wrong = 0;
 
-// Goes on after a wrong value: what made it may yet show itself to the sanitizer.
+// Continues after a wrong value: the sanitizer may still find its cause.
 void require(bool good, const char* op, const char* what, int64_t numel) {
   if (good || ++num_wrong > 5) return;
   std::fprintf(stderr, "%s: wrong %s at numel %lld\n", op, what, static_cast<long long>(numel));
@@ -114,7 +113,7 @@ class Array {
   std::unique_ptr<char, Free> all_;
 };
 
-// Of a shard: one, or many that lie apart, with gaps.
+// The gradients of a shard: one, or many that lie apart, with gaps.
 class Gradients {
  public:
   Gradients(DType dtype, int64_t numel, int head, bool apart) {
@@ -143,7 +142,7 @@ class Gradients {
 
 unsigned num_expected = 0;
 
-// Where an op reports, and what the plain loop says it should have. In turn: an fp32 sum, one in fp64, and none.
+// The statistics of an op, and those that the plain loop expects. Cases take turns: a sum in fp32, one in fp64, none.
 class Expected {
  public:
   Expected()
@@ -166,7 +165,7 @@ class Expected {
   void check(const char* op, int64_t numel) {
     require(found_inf_ == (nonfinite_ ? 1.0f : 0.0f), op, "found_inf", numel);
     if (nonfinite_) return;
-    if (!has_sum_) sumsq_ = 0.5;  // as it was
+    if (!has_sum_) sumsq_ = 0.5;  // unchanged
     const double got = is_double_ ? got_double_ : double(got_float_);
     require(fabs(got - sumsq_) <= sumsq_ * (is_double_ ? 1e-12 : 1.2e-7), op, "sumsq", numel);
   }
@@ -550,7 +549,7 @@ void step_scalars() {
 
 }  // namespace
 
-// The named op, or all.
+// Runs the named op, or all.
 int main(int argc, char** argv) {
   const std::string only = argc > 1 ? argv[1] : "";
   const auto run = [&](const char* name, void (*op)()) {
