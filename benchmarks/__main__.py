@@ -1,8 +1,8 @@
 """python -m benchmarks [names] [--device cuda] [--ranks W] [--peers NAMES] [--out DIR], from the repository's root.
 
-Each bench first checks its results against the peers', and fails where they disagree with torch's; then it times all in
-turns. `python -m benchmarks compare OLD NEW` finds regressions between two results; `python -m benchmarks simulate`
-prints what the cost model of docs/scaling.md says of more ranks than there are.
+Each bench first compares its results with the peers', and fails if they differ from torch's. Then it times all in
+turns. `python -m benchmarks compare OLD NEW` finds regressions between two results. `python -m benchmarks simulate`
+prints what the cost model of docs/scaling.md predicts for more ranks than there are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MODULES = {
     "import": "import_time",
 }
 _CPU_ONLY = ("backward", "scaling", "transport", "checkpoint", "build", "import")
-_MANY_GPUS = ("train", "memory")  # on one GPU by name only
+_MANY_GPUS = ("train", "memory")  # with fewer GPUs than ranks, only if named
 _DEFAULT_RANKS = 2
 
 
@@ -84,7 +84,7 @@ def _positive(text: str) -> int:
 
 
 def _make_folder(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Before anything is timed, for it would be lost."""
+    """Make it before anything is timed: without it the times would be lost."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -109,7 +109,7 @@ def _default_names(options: Options) -> list[str]:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Run those that are named; returns the exit status."""
+    """Run the benches that are named; return the exit status."""
     options = Options(args.device, args.quick, args.numel, args.ranks, args.peers)
     found = environment.environment(options)
     print(environment.in_words(found))
@@ -120,7 +120,7 @@ def bench(args: argparse.Namespace) -> int:
     for name in tqdm(args.names or _default_names(options), desc="benchmarks", leave=False, disable=None):
         try:
             new = importlib.import_module(f".{_MODULES[name]}", __package__).run(options)
-        except (AssertionError, RuntimeError) as error:  # torch's errors, out of memory among them, are RuntimeErrors
+        except (AssertionError, RuntimeError) as error:  # torch's errors, including out of memory, are RuntimeErrors
             failed.append(name)
             why = "the check failed" if isinstance(error, AssertionError) else type(error).__name__
             tqdm.write(f"\n## {name}\n\nNOT TIMED, {why}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""adam_ against torch.optim.AdamW(fused=True), and the forms that torch has no peer for."""
+"""adam_ against torch.optim.AdamW(fused=True), and variants for which torch has no peer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .rules import CHECKED_STEPS, NUMS_GRADS, apart, checked_peers, per_backend
 
 HYPER = dict(lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
 _NUM_SEGMENTS = 16
-_NUM_OUTS = 4  # as an update that writes its weights to so many ranks
+_NUM_OUTS = 4  # like an update that writes its weights to 4 ranks
 _BYTES = 28  # gradient, master and moments in; master, moments and weights out
-# Per step some 8 roundings of the update, each 2^-24 of at most lr (the bias-corrected ratio is at most about 1 here),
-# and one of the weight itself.
+# Each step rounds the update some 8 times, by 2^-24 of at most lr (the bias-corrected ratio is at most about 1 here),
+# and the weight once.
 CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=LR * 2**-18 * CHECKED_STEPS)
 
 
@@ -82,7 +82,7 @@ def _fp32(options: Options) -> list[Row]:
 
 
 def _mixed(options: Options) -> list[Row]:
-    """bf16 gradient in, fp32 state, bf16 weights out: one pass; with segments as the optimizer calls it."""
+    """bf16 gradient in, fp32 state, bf16 weights out, in one pass. The optimizer calls it with segments."""
     numel = options.size
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2).bfloat16()
     granules = torch.arange(-(-numel // SEGMENT_GRANULE), device=weights.device)

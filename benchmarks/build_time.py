@@ -1,4 +1,4 @@
-"""Cold builds at first use: the C++ module, and the CUDA module for one architecture where nvcc is found."""
+"""Cold builds at first use: the C++ module, and the CUDA module for one architecture if nvcc is found."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _has_nvcc() -> bool:
 
 
 def _cold(kind: str) -> float:
-    """Seconds from nothing to the module's file, the start of Python left out; the result is read back to check it."""
+    """Seconds to build the module's file from nothing, without the start of Python. Checks its stamp."""
     with tempfile.TemporaryDirectory() as cache:
         settings = {"PYZERO_CACHE_DIR": cache, "PYZERO_CUDA_ARCHS": _CUDA_ARCH}
         env_now = fresh_env(settings)
@@ -55,7 +55,7 @@ def _cold(kind: str) -> float:
 
 
 def fresh_env(extra: dict[str, str]) -> dict[str, str]:
-    """This environment, with the checkout on the path."""
+    """This process's environment, with the checkout on the path and `extra`."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, **extra}

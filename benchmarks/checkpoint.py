@@ -1,4 +1,4 @@
-"""save_checkpoint and load_checkpoint beside the disk's own rate, torch.save of the gathered state, and DeepSpeed's."""
+"""save_checkpoint and load_checkpoint against the disk's rate, torch.save of the gathered state, and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMEL = 24 * 2**20
 _WIDTH = 2048
 _REPEATS = 5
 _BLOCK = 2**22
-_BYTES = {"save": 14, "load": 12}  # bf16 weights, masters and two moments; weights come from the masters
+_BYTES = {"save": 14, "load": 12}  # bf16 weights, masters and two moments; a load makes the weights from the masters
 
 Call = Callable[[], object]
 
@@ -39,7 +39,7 @@ def run(options: Options) -> list[Row]:
     optimizer.step()
     optimizer.zero_grad()
     numel = num_layers * _WIDTH**2
-    folder = Path(tempfile.mkdtemp(dir=".", prefix=".benchmark_"))  # not /tmp, which may lie in memory
+    folder = Path(tempfile.mkdtemp(dir=".", prefix=".benchmark_"))  # not /tmp, which may be in memory
     try:
         return _rows(_jobs(model, optimizer, folder, numel, options), numel)
     finally:
@@ -47,7 +47,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int, options: Options) -> dict[str, dict[str, Call]]:
-    """By direction, ours first: what is timed."""
+    """The calls to time, by direction. Ours comes first."""
     raw, gathered = folder / "raw", folder / "gathered.pt"
     steps = iter(range(10**6))
 
@@ -56,7 +56,7 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int, options: O
             for _ in range(_BYTES["save"] * numel // _BLOCK):
                 file.write(block)
             os.fsync(file.fileno())
-        os.replace(f"{raw}.new", raw)  # takes the one before away, as keep=1 does
+        os.replace(f"{raw}.new", raw)  # removes the previous file, as keep=1 does
 
     def read_raw() -> None:
         with open(raw, "rb", buffering=0) as file:
@@ -108,7 +108,7 @@ def _deepspeed_engine(num_layers: int) -> Any:
     import deepspeed
     import torch.distributed as dist
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for what its launcher sets
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires what its launcher sets
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = {
@@ -126,7 +126,7 @@ def _deepspeed_engine(num_layers: int) -> Any:
 
 
 def _rows(jobs: dict[str, dict[str, Call]], numel: int) -> list[Row]:
-    """Without flushing caches: the disk's own are what is read."""
+    """Caches are not flushed, because reads are served from the disk's cache."""
     rows = []
     for direction, calls in jobs.items():
         samplers = {name: functools.partial(clock, call) for name, call in calls.items()}

@@ -1,6 +1,6 @@
-"""What a training step costs on W ranks: bytes over memory and links, latency, overlap. See docs/scaling.md.
+"""Predicts the time of a training step on W ranks: bytes over memory and links, latency, overlap. See docs/scaling.md.
 
-N are a model's parameters, n = N / W a shard's. A link is alpha seconds per message and so many bytes per second.
+A model has N parameters, a shard n = N / W. A link takes alpha seconds per message, and has a rate in bytes per second.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pyzero.sharding.layout import cap_bytes
 from . import ledger
 
 _BF16, _FP32 = 2, 4
-_BLOCKS = 32  # of the model, each wrapped by fully_shard
+_BLOCKS = 32  # blocks of the model; fully_shard wraps each
 
 
 @dataclass(frozen=True)
 class Link:
-    """From one rank to another."""
+    """A link from one rank to another."""
 
     alpha_s: float
     bytes_per_s: float
@@ -27,16 +27,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts of GPUs; assumed, not measured."""
+    """Hosts of GPUs. The figures are assumed, not measured."""
 
     name: str
     ranks_per_host: int
-    memory_bytes_per_s: float  # of kernels that stream
+    memory_bytes_per_s: float  # reached by streaming kernels
     inside: Link
-    across: Link  # of each rank's own network adapter
-    launch_s: float  # of a kernel
-    message_s: float  # of each further message that is posted at once, as in an all-to-all
-    flops: float  # that forward and backward reach
+    across: Link  # through the network adapter of each rank
+    launch_s: float  # per kernel
+    message_s: float  # for each further message that is posted at once, as in an all-to-all
+    flops: float  # per second, reached by forward and backward
 
 
 H100 = Cluster(
@@ -64,7 +64,7 @@ def _hosts(cluster: Cluster, num_ranks: int) -> tuple[int, int]:
 
 
 def ring_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
-    """Reduce-scatter or all-gather in rings through all ranks, one per network adapter: a byte enters a host once."""
+    """Reduce-scatter or all-gather. One ring per network adapter runs through all ranks: a byte enters a host once."""
     inside, hosts = _hosts(cluster, num_ranks)
     latency = (num_ranks - hosts) * cluster.inside.alpha_s + (hosts - 1) * cluster.across.alpha_s
     speed = cluster.inside.bytes_per_s
@@ -74,7 +74,7 @@ def ring_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
 
 
 def two_level_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
-    """The same inside each host, then between the ranks that hold the same part, in rings."""
+    """Rings inside each host, then rings between the ranks that hold the same part."""
     inside, hosts = _hosts(cluster, num_ranks)
     first = (inside - 1) * cluster.inside.alpha_s + num_bytes * (inside - 1) / inside / cluster.inside.bytes_per_s
     part = num_bytes / inside
@@ -82,7 +82,7 @@ def two_level_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
 
 
 def all_to_all_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
-    """Each rank sends each its slice: what goes to other hosts passes through its own adapter, whole."""
+    """Each rank sends every other rank its slice. All slices for other hosts pass through the rank's own adapter."""
     inside, hosts = _hosts(cluster, num_ranks)
     latency = cluster.inside.alpha_s + (num_ranks - 1) * cluster.message_s + (hosts > 1) * cluster.across.alpha_s
     near = num_bytes * (inside - 1) / num_ranks / cluster.inside.bytes_per_s
@@ -90,7 +90,7 @@ def all_to_all_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
 
 
 def two_level_all_to_all_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
-    """Slices summed inside each host first, then all-to-all between the ranks that hold the same part."""
+    """Slices are summed inside each host, and then go all-to-all between the ranks that hold the same part."""
     inside, hosts = _hosts(cluster, num_ranks)
     first = all_to_all_s(cluster, inside, num_bytes)
     part = num_bytes / inside * (hosts - 1) / hosts / cluster.across.bytes_per_s
@@ -98,18 +98,18 @@ def two_level_all_to_all_s(cluster: Cluster, num_ranks: int, num_bytes: float) -
 
 
 def quicker_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:
-    """On one level or on two."""
+    """The quicker of rings on one level and rings on two."""
     return min(made(cluster, num_ranks, num_bytes) for made in (ring_s, two_level_s))
 
 
 def balanced_bytes(collective: Collective, cluster: Cluster, num_ranks: int) -> float:
-    """The buffer whose latency takes as long as its bytes: smaller ones are bound by latency."""
+    """The size of a buffer whose latency takes as long as its bytes. Latency bounds smaller buffers."""
     latency = collective(cluster, num_ranks, 0)
     return latency / (collective(cluster, num_ranks, 1e12) - latency) * 1e12
 
 
 def message_s(cluster: Cluster, num_ranks: int) -> float:
-    """A few numbers from all to all, by doubling."""
+    """Seconds to send a few numbers from all ranks to all, by recursive doubling."""
     inside, hosts = _hosts(cluster, num_ranks)
     return math.ceil(math.log2(inside)) * cluster.inside.alpha_s + math.ceil(math.log2(hosts)) * cluster.across.alpha_s
 
@@ -122,15 +122,15 @@ class Strategy:
     """How gradients and weights travel."""
 
     name: str
-    grad_bytes: float  # sent per gradient in one reduction
+    grad_bytes: float  # per gradient sent in one reduction
     reduce: Collective
     gather: Collective
     passes: tuple[ledger.Pass, ...]  # kernels in backward and step
-    bucket_bytes: Callable[[int], float] | None = None  # of so many ranks; None: the model's blocks
-    doubles_reduce: bool = False  # an all-reduce where a reduce-scatter would do
+    bucket_bytes: Callable[[int], float] | None = None  # by number of ranks; None: the model's blocks are the buckets
+    doubles_reduce: bool = False  # uses an all-reduce where a reduce-scatter suffices
     num_gathers: int = 1  # of all weights per step
-    gathers_in_forward: bool = False  # beside the compute of the layer before
-    overlaps_gather: bool = True  # a bucket's weights leave while the next bucket is updated
+    gathers_in_forward: bool = False  # gathers a layer while the previous one computes
+    overlaps_gather: bool = True  # sends a bucket's weights while the next bucket is updated
 
     def volume(self, num_ranks: int) -> float:
         """Bytes that each rank sends per parameter and step."""
@@ -140,7 +140,7 @@ class Strategy:
 
 _FSDP_PASSES = (ledger.Pass("copies", "in and out of the flat buffers of a layer", 10), ledger.Pass("adam_", "", 0, 28))
 
-# The library hands over one slice, summed already.
+# NCCL or gloo returns one slice that holds the sum.
 _ONE_SLICE = (ledger.SHARDED[0], ledger.Pass("reduce_scatter_", "", 0, 6), ledger.SHARDED[2])
 
 
@@ -175,7 +175,7 @@ class Step:
 
     compute_s: float  # forward and backward alone
     total_s: float
-    latency_s: float  # of all collectives, were their bytes nothing
+    latency_s: float  # of all collectives, without their bytes
 
     @property
     def exposed_s(self) -> float:
@@ -183,7 +183,7 @@ class Step:
 
 
 def simulate(strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: float, tokens_per_rank: float) -> Step:
-    """Buckets become ready at even intervals of backward; the link takes them in order, one at a time."""
+    """Buckets become ready at even intervals of backward. The link sends them in order, one at a time."""
     forward_s = 2 * num_params * tokens_per_rank / cluster.flops
     num_buckets = _BLOCKS
     if strategy.bucket_bytes is not None:
@@ -214,7 +214,7 @@ def simulate(strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: f
 
 
 def _forward(strategy: Strategy, forward_s: float, gather_s: float, num_buckets: int) -> float:
-    """When forward ends: with weights gathered for it, one layer ahead."""
+    """When forward ends. Weights that are gathered in forward are gathered one layer ahead."""
     if not strategy.gathers_in_forward:
         return forward_s
     now = link = 0.0
@@ -243,7 +243,7 @@ BUCKET_MIB = (1, 4, 12.5, 25, 50, 100, 200, 400, 800)
 def best_bucket(
     strategy: Strategy, cluster: Cluster, num_ranks: int, num_params: float, tokens_per_rank: float
 ) -> tuple[float, Step]:
-    """(MiB, its step): the quickest; of equals the smallest, which holds least memory."""
+    """(MiB, its step) of the smallest bucket within 0.2% of the quickest. A smaller bucket holds less memory."""
 
     def step(mib: float) -> Step:
         sized = replace(strategy, bucket_bytes=lambda _: mib * 2**20)
@@ -254,20 +254,20 @@ def best_bucket(
     return next((mib, step) for mib, step in steps.items() if step.total_s <= 1.002 * best)
 
 
-# ---- ranks on the cores of one host, to be held against what is measured -------------------------------------------
+# ---- ranks on the cores of one host, to compare with measured times -------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Host:
-    """Measured by `python -m benchmarks scaling`."""
+    """A host, as `python -m benchmarks scaling` measures it."""
 
-    copy_bytes_per_s: dict[int, float]  # read and written per rank, so many ranks copying at once
-    kernel_share: float  # of that, which the kernels of a step reach on one rank
-    alpha_s: dict[tuple[int, str], float]  # a step without bytes, by ranks and transport
-    socket_bytes_per_s: float  # through the sockets of all ranks together, from the run on two
+    copy_bytes_per_s: dict[int, float]  # read and written per rank, by number of ranks that copy at once
+    kernel_share: float  # the share of it that the kernels of a step reach on one rank
+    alpha_s: dict[tuple[int, str], float]  # of a step without bytes, by ranks and transport
+    socket_bytes_per_s: float  # of all ranks' sockets together, from the run on two ranks
 
     def step_s(self, num_ranks: int, num_params: int, transport: str) -> float:
-        """Predicted, of a step that reduces in it."""
+        """The predicted time of a step that includes the reduction."""
         moved = ledger.total(ledger.kernels(num_ranks)).at(num_ranks) * num_params
         sent = 0.0 if transport == "peer" else self.sent_bytes(num_ranks, num_params)
         if num_ranks > 1 and transport == "peer":
@@ -276,5 +276,5 @@ class Host:
         return self.alpha_s[num_ranks, transport] + moved / speed + sent / self.socket_bytes_per_s
 
     def sent_bytes(self, num_ranks: int, num_params: int) -> int:
-        """Through sockets, of all ranks together: gradients to all, weights to all."""
+        """Bytes through the sockets of all ranks together: gradients to all, weights to all."""
         return 2 * _BF16 * num_params * (num_ranks - 1)

@@ -1,4 +1,4 @@
-"""What figures are measured on: hardware, versions, load."""
+"""The environment of a measurement: hardware, versions, load."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_words(found: dict[str, object]) -> str:
 
 
 def busy_warning() -> str | None:
-    """What to say where other programs want the same cores."""
+    """A warning if other programs use the same cores."""
     load = os.getloadavg()[0]
     if load <= 0.5 * build_spec.num_cpus():
         return None
@@ -62,7 +62,7 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """The first line of what a program prints, or None without it."""
+    """The first line that a program prints, or None if it is absent or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

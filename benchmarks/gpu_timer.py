@@ -1,4 +1,4 @@
-"""How long a call keeps the GPU, and, apart from that, the host."""
+"""How long a call takes on the GPU, and how long it occupies the host."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _CALIBRATION_CYCLES = 20_000_000
 
 
 class GpuTimer:
-    """Samples of one call. The L2 is cold before each, and holds no dirty lines that would be written back inside it.
+    """Samples of one call. Before each, the L2 is cold and holds no dirty lines that the call would have to write back.
 
-    The call is enqueued while the GPU still sleeps, so that what is measured is the GPU alone, however slow the host.
-    Where that fails, because the call waits for the GPU or has more launches than the queue holds (1,024, then the
-    host blocks), `hides_host` is False and the samples include what the host costs.
+    The call is enqueued while the GPU sleeps, so that a sample is the time of the GPU alone, however slow the host is.
+    This fails if the call waits for the GPU, or has more launches than the queue holds (at 1,024 the host blocks). Then
+    `hides_host` is False and the samples include the host's time.
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -44,7 +44,7 @@ class GpuTimer:
         return self._timed(0.0)[0]
 
     def _timed(self, sleep_s: float) -> tuple[float, float]:
-        """(GPU seconds, host seconds), the GPU asleep for the first `sleep_s` of the latter."""
+        """(GPU seconds, host seconds). The GPU sleeps for the first `sleep_s` of the host's."""
         _flush_l2()
         if sleep_s:
             torch.cuda._sleep(int(sleep_s * _cycles_per_s()))
@@ -58,7 +58,7 @@ class GpuTimer:
         return start.elapsed_time(end) / 1e3, host_s
 
     def _host_sample(self) -> float:
-        """Seconds until the host may go on, the GPU idle before."""
+        """Seconds until the host can continue, with the GPU idle before."""
         start = time.perf_counter()
         self._call()
         elapsed = time.perf_counter() - start
@@ -67,7 +67,7 @@ class GpuTimer:
 
 
 def _flush_l2() -> None:
-    """By reading: what is written stays in the L2 and is written back when the next call wants the room."""
+    """Flush by reading: written lines would stay in the L2, and be written back during the next call."""
     _more_than_l2().sum()
 
 
@@ -78,7 +78,7 @@ def _more_than_l2() -> Tensor:
 
 @functools.cache
 def _cycles_per_s() -> float:
-    torch.cuda._sleep(_CALIBRATION_CYCLES)  # the clock rises
+    torch.cuda._sleep(_CALIBRATION_CYCLES)  # raises the clock
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     torch.cuda._sleep(_CALIBRATION_CYCLES)

@@ -1,4 +1,4 @@
-"""Ours, the peers and a plain copy, checked and timed in turns."""
+"""Checks ours and the peers, and times them and a plain copy in turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import Row, is_apart, timed_row
 from .timing import in_turns, make_timer
 
 _COPY = "copy (torch, fp32)"
-_IN_PLACE = "in place (torch mul_, fp32)"  # a CPU's copy may read what it will overwrite; this does not
+_IN_PLACE = "in place (torch mul_, fp32)"  # on a CPU, a copy may first read the lines that it overwrites; this does not
 MACHINE = (_COPY, _IN_PLACE)
 _COPY_NUMEL = {"cpu": 48 << 20, "cuda": 512 << 20}  # fp32; several times the last-level cache
 _COPY_BYTES = 8  # per element
@@ -26,7 +26,7 @@ class Contender:
 
     name: str
     call: Callable[[], object]
-    bytes_per_element: float | None = None  # of memory traffic that the job needs; None: not counted
+    bytes_per_element: float | None = None  # the memory traffic that the job needs; None: not counted
     peer: str | None = None  # key of peers.PEERS; None: ours
 
 
@@ -38,7 +38,7 @@ def compare(
     options: Options,
     with_copy: bool = True,
 ) -> list[Row]:
-    """Time in turns those that are wanted. The first of ours is what the others are measured against."""
+    """Time the wanted contenders in turns. The others are compared with the first of ours."""
     wanted = [contender for contender in contenders if options.wants(contender.peer)]
     everyone = [*wanted, *_machine(options)] if with_copy else wanted
     timers = {contender.name: make_timer(contender.call, options.device) for contender in everyone}
@@ -56,7 +56,7 @@ def compare(
 
 
 def relative(rows: Sequence[Row], copy: Row | None = None) -> list[Row]:
-    """The rows of one case with their ratios to the first, and to a copy."""
+    """The rows of one case, with ratios to the first row and to a copy."""
     ours = rows[0]
     return [
         dataclasses.replace(
@@ -72,7 +72,7 @@ def relative(rows: Sequence[Row], copy: Row | None = None) -> list[Row]:
 
 
 def check(what: str, got: Tensor, wanted: Tensor, *, rtol: float, atol: float) -> None:
-    """Raise AssertionError where ours and the peer disagree: a wrong kernel is not worth timing."""
+    """Raise AssertionError if ours and the peer disagree: a wrong kernel is not worth timing."""
     torch.testing.assert_close(
         got.float(), wanted.float(), rtol=rtol, atol=atol, msg=lambda text: f"{what} differs from the peer: {text}"
     )
@@ -83,8 +83,8 @@ def _copy_numel(options: Options) -> int:
 
 
 def _machine(options: Options) -> list[Contender]:
-    """How fast memory is."""
-    source = torch.randn(_copy_numel(options), device=options.device)  # a GPU moves constants with less power
+    """Contenders that measure how fast memory is."""
+    source = torch.randn(_copy_numel(options), device=options.device)  # a GPU uses less power to move constants
     target = torch.zeros_like(source)
     return [
         Contender(_COPY, lambda: target.copy_(source), _COPY_BYTES),

@@ -1,6 +1,6 @@
-"""The bytes of memory that a step reads and writes, by kernel: in symbols, and counted in a real one.
+"""The bytes of memory that a step reads and writes, by kernel: in symbols, and counted in a real step.
 
-N are all parameters, n = N / ranks those of a rank's shard; bf16 weights and gradients, fp32 masters and moments.
+A model has N parameters, a rank's shard n = N / ranks. Weights and gradients are bf16; masters and moments are fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyzero.ops import registry
 
 @dataclass(frozen=True)
 class Pass:
-    """One kernel's bytes per parameter: `whole` of each, and `shard` of each in this rank's shard."""
+    """One kernel's bytes: `whole` per parameter of the model, and `shard` per parameter of this rank's shard."""
 
     kernel: str
     what: str
@@ -61,7 +61,7 @@ def total(passes: Sequence[Pass], name: str = "all kernels", what: str = "") -> 
 
 
 def table() -> str:
-    """As Markdown, for docs/design.md."""
+    """The ledger as Markdown, for docs/design.md."""
     alone = [(item, item.symbols(), "") for item in (*ALONE, total(ALONE, "**one rank**"))]
     sharded = [(item, "", item.symbols()) for item in (*SHARDED, total(SHARDED, "**W ranks**"), COPIES, DEEPSPEED)]
     lines = [
@@ -117,7 +117,7 @@ _COUNTS = {"adam_": _adam, "unscale_": _unscale, "pack_": _pack, "reduce_scatter
 
 
 class _CountingBackend:
-    """Hands on what a backend is given, and counts it."""
+    """Passes calls on to a backend, and counts their bytes."""
 
     def __init__(self, backend: Any, counts: Counter[str]) -> None:
         self._backend = backend
@@ -135,7 +135,7 @@ class _CountingBackend:
 
 @contextmanager
 def counted_ops() -> Iterator[Counter[str]]:
-    """Bytes that the ops inside read and write, by op, from what their backends are handed."""
+    """Bytes that the ops inside read and write, by op, counted from the arguments of their backends."""
     counts: Counter[str] = Counter()
     pick = registry.pick
     registry.pick = lambda *args: _CountingBackend(pick(*args), counts)  # type: ignore[assignment, return-value]
@@ -146,9 +146,9 @@ def counted_ops() -> Iterator[Counter[str]]:
 
 
 class CountedTorch(TorchDispatchMode):
-    """Bytes that torch's own operations inside read and write, collectives apart: arguments, and what they make."""
+    """Bytes that torch's own operations inside read and write: their arguments and results. Omits collectives."""
 
-    # They make room, or another view of the same memory.
+    # These allocate memory, or make another view of it.
     _NOTHING = ("empty", "new_empty", "lift_fresh", "detach", "alias", "set_", "resize_", "_local_scalar_dense")
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""lion_ against Lion in torch's foreach calls, DeepSpeed's and bitsandbytes'."""
+"""lion_ against Lion written in torch's foreach calls, DeepSpeed's Lion and bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .rows import Row
 from .rules import CHECKED_STEPS, OneMoment, run_one_moment
 
 _HYPER = dict(lr=peers.LR, beta1=0.9, beta2=0.99, weight_decay=peers.WEIGHT_DECAY)
-# Per step three roundings of the weight, 2^-24 each; the sign is the same, for every step sees the same gradient.
+# Each step rounds the weight three times, by 2^-24. The sign is the same, because every step sees the same gradient.
 _CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=peers.LR * 2**-18 * CHECKED_STEPS)
 
 
 class State(OneMoment):
-    """For lion_."""
+    """State for lion_."""
 
     def step(self, **kwargs: object) -> None:
         ops.lion_(self.master, self.moment, self.grad, **self.outputs, **_HYPER, **kwargs)

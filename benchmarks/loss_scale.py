@@ -1,4 +1,4 @@
-"""loss_scale_update_ against what torch.amp.GradScaler calls."""
+"""loss_scale_update_ against the function that torch.amp.GradScaler calls."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _torch(device: str) -> Callable[[], None]:
 
 
 def _check(device: str, backend: str) -> None:
-    """Scale and growth tracker after each of some steps, growth and backoff among them."""
+    """Compare scale and growth tracker after each of some steps, which include growth and backoff."""
     state = loss_scale_state(_INIT_SCALE, 1, device)
     scale, tracker = torch.full((), _INIT_SCALE, device=device), torch.zeros((), dtype=torch.int32, device=device)
     for overflow in (1, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1):

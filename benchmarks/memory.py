@@ -1,7 +1,8 @@
-"""Bytes on each rank, at rest and at the peak, on 1 to 4 ranks: FusedZeroAdamW, what pyzero.estimate says, and peers.
+"""Bytes on each rank, at rest and at the peak, on 1 to 4 ranks: FusedZeroAdamW, pyzero.estimate's figures, and peers.
 
-On a CPU the process's resident bytes, pages that ranks share counted once over all of them; on a GPU the allocator's.
-Activations of 16 rows are in them, and for ours up to 64 MiB of pages kept for the next buffers (docs/measured.md).
+On a CPU these are the process's resident bytes, where pages that ranks share count once over all ranks. On a GPU they
+are the allocator's. They include activations of 16 rows, and for ours up to 64 MiB of pages kept for the next buffers
+(docs/measured.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _WIDTH = {"cpu": 2048, "cuda": 4096}
 _TINY = 64
 _MOST_RANKS = 4
 _WARM_UP_STEPS, _STEPS = 2, 1
-# malloc gives every large block back at once, as an allocator that keeps none.
+# malloc returns every large block to the system at once, as an allocator without a cache does.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 
 
@@ -38,7 +39,7 @@ def run(options: Options) -> list[MemoryRow]:
     sizes = range(1, most + 1) if options.numel is None else (1, options.ranks)
     rows = []
     for num_ranks in sizes:
-        # One of ours: what it keeps for the next buffers would be the next one's for nothing.
+        # Only one of ours: a second one would reuse the pages that the first one keeps, without counting them.
         names = [name for name in chosen(options) if name == OURS or ENTRIES[name].peer is not None]
         spec = dict(names=names, width=width, device=options.device)
         found = launch(__name__, num_ranks, spec, _MALLOC)
@@ -63,7 +64,7 @@ def _row(name: str, width: int, num_ranks: int, rest: int, peak: int, options: O
 
 
 class _Resident:
-    """Bytes of this process."""
+    """Resident bytes of this process."""
 
     def __init__(self) -> None:
         self._before = self._now()
@@ -81,7 +82,7 @@ class _Resident:
         return sum(now[name] - self._before[name] for name in ("RssAnon:", "Pss_Shmem:"))
 
     def start_peak(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def peak(self) -> int:
         now = self._now()
@@ -128,7 +129,7 @@ def _measure(name: str, spec: dict[str, Any], device: torch.device) -> tuple[int
 def _rank() -> None:
     spec, device = join()
     notes, found = Options(), {}
-    for name in [COMPUTE, *spec["names"]]:  # what libraries load and keep
+    for name in [COMPUTE, *spec["names"]]:  # before measuring: libraries load and keep memory
         with Options().trying(name):
             ENTRIES[name].make(_TINY, device).step(inputs(_TINY, device))
     for name in spec["names"]:

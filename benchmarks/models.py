@@ -1,4 +1,4 @@
-"""A whole optimizer step at the shapes of models; on a GPU its own time and the host's in two columns."""
+"""A whole optimizer step at the shapes of models. On a GPU, its time and the host's have a column each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .step import CHECK, CHECK_BF16, CHECK_NORM, CHECKED_STEPS, MAX_NORM, flat
 
 Shapes = list[int]  # elements of each parameter
 Step = Callable[[], object]
-_CHECKED_BYTES = 4  # of fp32 gradients, read once more for the norm, or to find inf
+_CHECKED_BYTES = 4  # fp32 gradients are read once more for the norm, or to find inf
 
 
 def _gpt2(layers: int, width: int) -> Shapes:
-    """Vocabulary of 50,257, context of 1,024."""
+    """Parameter sizes of a GPT-2 with a vocabulary of 50,257 and a context of 1,024."""
     block = [width, width, 3 * width**2, 3 * width, width**2, width]
     block += [width, width, 4 * width**2, 4 * width, 4 * width**2, width]
     return [50_257 * width, 1024 * width, *(block * layers), width, width]
@@ -54,7 +54,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _case(case: str, shapes: Shapes, dtype: torch.dtype, options: Options) -> list[Row]:
-    """On a GPU one contender at a time: a large model's do not fit beside each other."""
+    """On a GPU one contender exists at a time, because several of a large model do not fit."""
     made = _bf16_makers(options) if dtype == torch.bfloat16 else _fp32_makers()
     contenders = (
         Contender(name, make(*inputs(shapes, dtype, options)), moved, peer)
@@ -72,7 +72,7 @@ def _case(case: str, shapes: Shapes, dtype: torch.dtype, options: Options) -> li
 
 
 def inputs(shapes: Shapes, dtype: torch.dtype, options: Options) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and gradients of a norm far above the one clipped to."""
+    """Weights, and gradients whose norm is far above the one that they are clipped to."""
     weights = [peers.normal(numel, 2 * index, options).to(dtype) for index, numel in enumerate(shapes)]
     grads = [peers.normal(numel, 2 * index + 1, options, std=0.1).to(dtype) for index, numel in enumerate(shapes)]
     return weights, grads
@@ -83,7 +83,7 @@ Made = dict[str, tuple[Maker, float, str | None]]  # by name: maker, bytes per e
 
 
 def _bf16_makers(options: Options) -> Made:
-    """Check, norm, clip, fp32 masters, bf16 weights out."""
+    """Contenders that check, take the norm, clip, update fp32 masters and write bf16 weights."""
     made: Made = {
         "pyzero FusedZeroAdamW" + suffix: (zero(backend), 2 + 28, None) for suffix, backend in options.backends.items()
     }
@@ -156,7 +156,7 @@ def _captured(step: Step) -> Step:
 
 
 def _check(options: Options) -> None:
-    """The contenders agree after some steps, at a small size."""
+    """Check that the contenders agree after some steps, at a small size."""
     shapes = [3, 64, 4096, 1000] * 5
     weights, grads = inputs(shapes, torch.bfloat16, options)
     for backend in options.backends.values():

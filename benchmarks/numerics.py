@@ -1,8 +1,8 @@
 """python -m benchmarks.numerics: how far FusedZeroAdamW and torch's AdamW are from AdamW in fp64, after many steps.
 
-Every contender sees the same gradients, in the dtype of its weights, from two ranks and four micro-batches per step:
-noise around means of -1 and 1, so that no sum of them is near 0, where Adam turns any rounding into a whole step. The
-oracle averages them in fp64 and steps in fp64.
+Every contender sees the same gradients, in the dtype of its weights, from two ranks and four micro-batches per step.
+They are noise around means of -1 and 1, so that no sum is near 0: there Adam turns any rounding into a whole step. The
+oracle averages and steps in fp64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_MICRO = 4
 CHECKED_STEPS = (1, 10, 100, 1000)
 LR, WEIGHT_DECAY = 1e-3, 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Errors = list[float]  # the largest distance from the oracle after each of CHECKED_STEPS, over LR
+Errors = list[float]  # the largest distance from the oracle after each of CHECKED_STEPS, divided by LR
 
 
 def weights(dtype: torch.dtype) -> Tensor:
@@ -42,7 +42,7 @@ def gradient(step: int, rank: int, micro: int, dtype: torch.dtype) -> Tensor:
 
 
 def oracle(dtype: torch.dtype) -> Iterator[Tensor]:
-    """(NUMEL,) fp64 weights after each step."""
+    """The (NUMEL,) fp64 weights after each step."""
     master = weights(dtype).double()
     exp_avg, exp_avg_sq = torch.zeros_like(master), torch.zeros_like(master)
     for step in range(1, CHECKED_STEPS[-1] + 1):
@@ -65,7 +65,7 @@ def oracle(dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def errors(dtype: torch.dtype, step: Callable[[int], Tensor]) -> Errors:
-    """`step(n)` takes step n and returns the weights."""
+    """Errors of `step`: `step(n)` takes step n and returns the weights."""
     found = []
     for number, wanted in enumerate(oracle(dtype), 1):
         got = step(number)
@@ -75,7 +75,7 @@ def errors(dtype: torch.dtype, step: Callable[[int], Tensor]) -> Errors:
 
 
 def by_pyzero(dtype: torch.dtype, options: dict[str, Any]) -> Errors:
-    """On each of the ranks; the fp32 masters are compared."""
+    """Runs on each rank. The fp32 masters are compared."""
     param = Parameter(weights(dtype))
     optimizer = pyzero.FusedZeroAdamW([param], lr=LR, weight_decay=WEIGHT_DECAY, loss_scale=None, **options)
 
@@ -90,7 +90,7 @@ def by_pyzero(dtype: torch.dtype, options: dict[str, Any]) -> Errors:
 
 
 def by_torch(dtype: torch.dtype, has_masters: bool) -> Errors:
-    """What the ranks' mean is, summed in the dtype of the gradients as DDP and `.grad` do; then AdamW(fused=True)."""
+    """AdamW(fused=True) on the ranks' mean, summed in the dtype of the gradients, as DDP and `.grad` do."""
     param = Parameter(weights(dtype).float() if has_masters else weights(dtype))
     optimizer = torch.optim.AdamW([param], lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 

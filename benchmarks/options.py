@@ -1,4 +1,4 @@
-"""What the command line asked for, and what a bench has to say beside its rows."""
+"""The options of the command line, and a bench's notes beside its rows."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 
 from pyzero.ops import registry
 
-_NUMEL = {"cpu": (16_000_000, 50_000_000), "cuda": (1 << 26, 1 << 28)}  # of the ops' tensors: quick, full
-# What a library raises that does not build, load, fit or agree here: reason enough to leave it out, not to stop.
+_NUMEL = {"cpu": (16_000_000, 50_000_000), "cuda": (1 << 26, 1 << 28)}  # elements of the ops' tensors: quick, full
+# Errors of a library that does not build, load, fit or agree here. It is left out, and the run goes on.
 _PEER_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError)
 
 
 @dataclass(frozen=True)
 class Options:
-    """One run's."""
+    """The options of one run."""
 
     device: str = "cpu"
     quick: bool = False
     numel: int | None = None  # overrides each bench's size (tests)
     ranks: int = 2
-    peers: frozenset[str] | None = None  # by key of peers.PEERS; None: all that are there
-    notes: list[str] = field(default_factory=list)  # what was left out, and why
+    peers: frozenset[str] | None = None  # keys of peers.PEERS; None: all that are installed
+    notes: list[str] = field(default_factory=list)  # which contenders were left out, and why
 
     @property
     def size(self) -> int:
@@ -32,7 +32,7 @@ class Options:
 
     @property
     def backends(self) -> dict[str, str]:
-        """Of the ops: what to add to a contender's name -> backend. On a GPU the one that auto takes, and Triton."""
+        """The suffix of a contender's name -> the ops' backend. On a GPU: the one that auto takes, and Triton."""
         found = {"": "auto"}
         if self.device == "cuda" and all(_is_there(name) for name in ("cuda", "triton")):
             found[", triton"] = "triton"
@@ -43,12 +43,12 @@ class Options:
         return 3 if self.numel else 11 if self.quick else 31
 
     def wants(self, peer: str | None) -> bool:
-        """Whether to time what is measured beside ours; None is ours."""
+        """Whether to time this peer. None is ours."""
         return peer is None or self.peers is None or peer in self.peers
 
     @contextmanager
     def trying(self, label: str) -> Iterator[None]:
-        """A peer that cannot run, or does not agree, is told of and left out."""
+        """If a peer cannot run or does not agree, note it and leave the peer out."""
         try:
             yield
         except _PEER_ERRORS as error:

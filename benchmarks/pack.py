@@ -24,7 +24,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _case(options: Options, dtype: torch.dtype, granule: int) -> list[Row]:
-    """Gradients in `dtype`, the bucket in bf16; each begins at a multiple of `granule`, as in a bucket, or anywhere."""
+    """Gradients in `dtype`, the bucket in bf16. Each starts at a multiple of `granule`, as in a bucket, or anywhere."""
     part = options.size // _NUM_TENSORS // granule * granule + (granule == 1)
     numel = part * _NUM_TENSORS
     flat = peers.normal(numel, 1, options, std=1e-2).to(dtype)

@@ -1,4 +1,4 @@
-"""What a torch user picks today, at its best setting."""
+"""The alternatives that a torch user has today, each at its best setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 1e-2, 0.9
 
 @dataclass(frozen=True)
 class Peer:
-    """Whom one may ask for by --peers."""
+    """A library that --peers can name."""
 
     module: str
     distribution: str
@@ -44,7 +44,7 @@ PEERS = {
 
 
 def absent(options: Options) -> dict[str, str]:
-    """Which peers are not timed whatever was asked for, and why."""
+    """The peers that cannot be timed here, and why."""
     found = {}
     for key, peer in PEERS.items():
         if importlib.util.find_spec(peer.module) is None:
@@ -59,7 +59,7 @@ def is_there(key: str, options: Options) -> bool:
 
 
 def versions(options: Options) -> dict[str, str]:
-    """Of the libraries that are timed."""
+    """Versions of the libraries that are timed."""
     found = {}
     for key, peer in PEERS.items():
         if is_there(key, options):
@@ -71,13 +71,13 @@ def versions(options: Options) -> dict[str, str]:
 
 
 def normal(numel: int, seed: int, options: Options, std: float = 1.0) -> Tensor:
-    """(numel,) fp32 on the device, the same every time."""
+    """(numel,) fp32 values on the device. The same seed gives the same values."""
     generator = torch.Generator(options.device).manual_seed(seed)
     return torch.randn(numel, generator=generator, device=options.device).mul_(std)
 
 
 def split(flat: Tensor, num_tensors: int) -> list[Tensor]:
-    """Copies of the parts, each where an allocator puts it, as gradients lie."""
+    """Copies of the parts, each allocated by itself, as gradients are."""
     return [piece.clone() for piece in flat.tensor_split(num_tensors)]
 
 
@@ -93,7 +93,7 @@ def sgd(params: Any, kind: str = "fused") -> torch.optim.Optimizer:
 
 
 def _deepspeed(name: str, device: str) -> Optimize:
-    """Its Adam or Lion, by lower-case name."""
+    """DeepSpeed's Adam or Lion. `name` is in lower case."""
     kind = ("DeepSpeedCPU" if device == "cpu" else "Fused") + name.capitalize()
     mode = {"adamw_mode" if device == "cpu" else "adam_w_mode": True} if name == "adam" else {}
     make = getattr(importlib.import_module(f"deepspeed.ops.{name}"), kind)
@@ -116,7 +116,7 @@ def _bitsandbytes(name: str) -> Optimize:
 
 
 def adamw_peers(options: Options) -> dict[str, tuple[str, Maker]]:
-    """Name -> (key, maker of (parameter, optimizer)) of AdamW in fp32; torch's fused one first."""
+    """Name -> (key, maker of (parameter, optimizer)) of AdamW in fp32. torch's fused AdamW comes first."""
     every: dict[str, tuple[str, Optimize]] = {
         "torch AdamW(fused=True)": ("torch-fused", adamw),
         "torch AdamW(foreach=True)": ("torch-foreach", lambda params: adamw(params, "foreach")),
@@ -129,7 +129,7 @@ def adamw_peers(options: Options) -> dict[str, tuple[str, Maker]]:
 
 
 def lion_peers(options: Options) -> dict[str, tuple[str, Maker]]:
-    """The same of Lion; torch has none, so by hand first."""
+    """The same for Lion. torch has none, so one written by hand comes first."""
     every: dict[str, tuple[str, Optimize]] = {
         "torch foreach, by hand": ("torch-foreach", ForeachLion),
         "DeepSpeed Lion": ("deepspeed", lambda params: _deepspeed("lion", options.device)(params)),
@@ -139,7 +139,7 @@ def lion_peers(options: Options) -> dict[str, tuple[str, Maker]]:
 
 
 def sgd_peers(options: Options) -> dict[str, tuple[str, Maker]]:
-    """The same of torch.optim.SGD with momentum."""
+    """The same for torch.optim.SGD with momentum."""
     every: dict[str, tuple[str, Optimize]] = {
         "torch SGD(fused=True)": ("torch-fused", sgd),
         "torch SGD(foreach=True)": ("torch-foreach", lambda params: sgd(params, "foreach")),
@@ -148,7 +148,7 @@ def sgd_peers(options: Options) -> dict[str, tuple[str, Maker]]:
 
 
 def _those_there(every: dict[str, tuple[str, Optimize]], options: Options) -> dict[str, tuple[str, Maker]]:
-    """The first stays, for ours is checked against it."""
+    """Keep the peers that run here, and always the first: ours is checked against it."""
     keys = [name for index, (name, (key, _)) in enumerate(every.items()) if not index or is_there(key, options)]
     return {name: (every[name][0], _maker(every[name][1])) for name in keys}
 
@@ -188,10 +188,10 @@ class ForeachLion(torch.optim.Optimizer):
 class MixedStep:
     """Mixed precision by hand: 16-bit weights and gradients, fp32 masters.
 
-    Cast the gradients up, unscale and check them, clip, AdamW, copy the weights back; every call a foreach one.
-    `folded` is the better-informed variant: no unscale pass, the inverse scale and the flag go into fused AdamW as
-    GradScaler does it, and the clip coefficient with them. Without `checks` there is no unscale pass and no flag, as in
-    bf16 without a GradScaler: inf in a gradient ends up in the weights.
+    A step casts the gradients up, unscales and checks them, clips, runs AdamW and copies the weights back, all in
+    foreach calls. `folded` is the faster variant without an unscale pass: flag, inverse scale and clip coefficient go
+    into fused AdamW, as GradScaler passes the first two. Without `checks` there is no unscale pass and no flag, as in
+    bf16 without a GradScaler: an inf in a gradient gets into the weights.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class MixedStep:
         if self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = self.found_inf
             self.optimizer.step()
-        elif not self.found_inf.item():  # as GradScaler does where the optimizer takes no flag
+        elif not self.found_inf.item():  # as GradScaler does if the optimizer takes no flag
             self.optimizer.step()
 
     def _folded(self) -> None:
@@ -248,14 +248,14 @@ class MixedStep:
 
 
 class LibraryStep:
-    """apex's or TransformerEngine's fused Adam, which keeps the masters itself; clipping by torch."""
+    """apex's or TransformerEngine's fused Adam, which keeps the masters itself. torch clips."""
 
     def __init__(self, module: str, weights: Sequence[Tensor], grads: Sequence[Tensor], max_norm: float) -> None:
         self.weights = [Parameter(weight) for weight in weights]
         self.grads = list(grads)
         self.max_norm = max_norm
         make = importlib.import_module(module).FusedAdam
-        more = {"capturable": True} if module.startswith("apex") else {}  # it keeps masters only then
+        more = {"capturable": True} if module.startswith("apex") else {}  # apex keeps masters only if capturable
         self.optimizer = make(
             self.weights, lr=LR, weight_decay=WEIGHT_DECAY, adam_w_mode=True, master_weights=True, **more
         )
@@ -276,7 +276,7 @@ _LIBRARIES = {
 
 
 def mixed_peers(options: Options, max_norm: float) -> dict[str, tuple[str, Callable[..., Any]]]:
-    """Name -> (key, maker from lists of weights and gradients of an object with `step` and `weights`)."""
+    """Name -> (key, maker). The maker takes lists of weights and gradients; its result has `step` and `weights`."""
     made: dict[str, tuple[str, Callable[..., Any]]] = {
         _FUSED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, False)),
         _FOLDED: ("torch-fused", lambda weights, grads: MixedStep(weights, grads, max_norm, True)),

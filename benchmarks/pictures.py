@@ -1,4 +1,4 @@
-"""Pictures of a run: roofline, step by phase, memory by ranks, cost by parameters and ranks, the model against it."""
+"""Pictures of a run: roofline, step by phase, memory by ranks, cost by parameters and by ranks, simulation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
 
 _OURS_COLOR, _THEIRS_COLOR = "#c0392b", "#7f8c8d"
-_COLORS = ("C0", "C1", "C2", "C4", "C5", "C7", "C8", "C9")  # of peers: no red
+_COLORS = ("C0", "C1", "C2", "C4", "C5", "C7", "C8", "C9")  # of peers; without red
 _PHASES = {"forward": "#bdc3c7", "backward": "#5d8aa8", "step": "#c0392b"}
 _WIDTH, _HEIGHT = 7.0, 3.6  # inches; at _DPI each file stays below 100 kB
 _DPI = 110
@@ -25,7 +25,7 @@ _MARKERS = "osD^vP*X"
 
 
 def draw(out: Path, rows: Sequence[AnyRow]) -> list[Path]:
-    """What the rows are enough for."""
+    """Draw the pictures for which there are rows."""
     timed = [row for row in rows if isinstance(row, Row)]
     made = {
         "roofline.png": (_roofline, [row for row in timed if row.gb_per_s and row.bench in _KERNELS]),
@@ -52,7 +52,7 @@ def _figure(path: Path, plot: Callable[[Any, Any], None], what: Any) -> Path:
 
 
 def _roofline(axes: Any, rows: Sequence[Row]) -> None:
-    """All lie left of the ridge, so the roof is the memory's: bytes per second against bytes per element."""
+    """Bytes per second against bytes per element. Memory bounds all these kernels, so the roof is that of memory."""
     for name, style in zip(MACHINE, ("--", "-"), strict=True):
         speeds = [row.gb_per_s or 0.0 for row in rows if row.name == name]
         if speeds:
@@ -118,7 +118,7 @@ def _parameters(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _ranks(axes: Any, rows: Sequence[Row]) -> None:
-    """The largest size."""
+    """Measured and predicted times by number of ranks, at the largest size."""
     largest = max(row.numel for row in rows)
     for color, name in zip((_OURS_COLOR, "C0"), ("step, peer", "step, exact"), strict=True):
         mine = [row for row in rows if row.numel == largest and row.name == name]
@@ -134,7 +134,7 @@ def _ranks(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def simulation(out: Path, cluster: Cluster, num_params: float, tokens: float) -> Path:
-    """Time beyond compute by ranks, as simulated."""
+    """The simulated time beyond compute, by number of ranks."""
     from .simulate import RANKS
 
     def plot(axes: Any, _: object) -> None:

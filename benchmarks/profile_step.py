@@ -1,7 +1,7 @@
 """python -m benchmarks.profile_step [--out FILE]: a trace of one training step, for Perfetto or chrome://tracing.
 
-A small GPT in bf16 through FusedZeroAdamW, stage 2: on two gloo ranks on the CPU, of which rank 0's is written, or on
-one GPU where there is one. Beside torch's own events are pyzero::collect, ::reduce_scatter, ::adam and ::all_gather.
+It trains a small GPT in bf16 with FusedZeroAdamW, stage 2, on one GPU if there is one, else on two gloo ranks on the
+CPU. Rank 0 writes the trace. Beside torch's events it has pyzero::collect, ::reduce_scatter, ::adam and ::all_gather.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .ranks import join, launch, leave
 
 _NUM_RANKS = 2
 _LAYERS, _WIDTH, _HEADS, _CONTEXT, _BATCH, _VOCABULARY = 4, 256, 4, 64, 4, 512
-_WARM_UP_STEPS = 3  # builds, plans the buckets anew, fills the allocator
+_WARM_UP_STEPS = 3  # these build kernels, plan the buckets again and fill the allocator
 
 
 class SmallGPT(nn.Module):
-    """Decoder blocks of torch's own layers; tokens in, the loss of the next token out."""
+    """Decoder blocks of torch's own layers. It takes tokens and returns the loss of the next token."""
 
     def __init__(self) -> None:
         super().__init__()

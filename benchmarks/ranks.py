@@ -1,4 +1,4 @@
-"""A bench on several ranks: a process each, one thread each, so that all make of the same cores what they can."""
+"""Runs a bench on several ranks: one process each, with one thread each, so that all have the same cores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RANK_TIMEOUT = timedelta(seconds=120)
 
 
 def launch(module: str, num_ranks: int, spec: dict[str, Any], environ: dict[str, str] | None = None) -> Any:
-    """What rank 0 of `python -m module` has printed as JSON, on a line of its own; ranks are given `spec` as JSON.
+    """Run `python -m module` on ranks, which get `spec` as JSON. Returns the line of JSON that rank 0 prints.
 
     Raises:
         AssertionError: A rank failed.
@@ -66,12 +66,12 @@ def _read(process: subprocess.Popen[str], what: str) -> Any:
 
 
 def _cause(text: str) -> str:
-    """What the first rank that raised has said; the launcher's own report of it follows, and tells less."""
+    """The error of the first rank that raised. The launcher's report follows it, and says less."""
     return text.partition("torch/distributed/elastic")[0][-2000:] or text[-2000:]
 
 
 def join() -> tuple[dict[str, Any], torch.device]:
-    """In a rank: what `launch` was given, and the device."""
+    """In a rank: the `spec` of `launch`, and the device."""
     spec = json.loads(sys.argv[1])
     on_gpu = spec.get("device") == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -82,17 +82,17 @@ def join() -> tuple[dict[str, Any], torch.device]:
 
 
 def leave(found: Any) -> None:
-    """In a rank: the end; rank 0's is what `launch` returns."""
+    """End this rank. `launch` returns what rank 0 passes."""
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 
 
 def refuse_more_than_gpus(num_ranks: int) -> None:
-    """NCCL wants a GPU for each.
+    """NCCL needs one GPU per rank.
 
     Raises:
-        RuntimeError: There are fewer.
+        RuntimeError: There are fewer GPUs than ranks.
     """
     if num_ranks > torch.cuda.device_count():
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""reduce_scatter_ of bf16 slices against the same in torch calls; `transport` has whole buckets between ranks."""
+"""reduce_scatter_ of bf16 slices against the same sum in torch calls. `transport` measures buckets between ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _case(num_ranks: int, options: Options) -> list[Row]:
     slices = [peers.normal(numel, seed, options).bfloat16() for seed in range(1, 1 + num_ranks)]
     shard, theirs = (torch.zeros(numel, device=options.device) for _ in range(2))
     found_inf, sumsq = (torch.zeros(1, device=options.device) for _ in range(2))
-    moved = 2 * num_ranks + 4  # the slices read, the shard written
+    moved = 2 * num_ranks + 4  # reads the slices and writes the shard
     _torch(theirs, slices)
     contenders = []
     for suffix, backend in options.backends.items():
@@ -34,7 +34,7 @@ def _case(num_ranks: int, options: Options) -> list[Row]:
         with_norm = functools.partial(reduce, found_inf=found_inf, sumsq=sumsq)
         sumsq.zero_()
         with_norm()
-        # A sum in fp32 and in the same order, divided by a power of two: the same bits.
+        # The bits are equal: both sum in fp32 in the same order, and divide by a power of two.
         check("reduce_scatter_: shard", shard, theirs, rtol=0, atol=0)
         check("reduce_scatter_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
         check("reduce_scatter_: found_inf", found_inf, torch.zeros_like(found_inf), rtol=0, atol=0)

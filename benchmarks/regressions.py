@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare OLD NEW`: what NEW is slower or larger in; exit status 1 where there is anything."""
+"""`python -m benchmarks compare OLD NEW`: lists where NEW is slower or larger; the exit status is then 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from . import results
 from .rows import AnyRow, MemoryRow, Row
 
-_MORE_TIME = 1.1  # below, two runs of the same code differ as much
+_MORE_TIME = 1.1  # two runs of the same code differ by up to this
 _MORE_BYTES = 1.03
 _SAME_MACHINE = ("device", "cpus", "threads", "torch", "quick")
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def regressions(old: Sequence[AnyRow], new: Sequence[AnyRow]) -> tuple[list[str], int, list[str]]:
-    """(in words, how many rows were compared, rows that are missing); of ours: peers are others' business."""
+    """(regressions in words, number of compared rows, missing rows). Only rows of ours are compared."""
     before, after = ({_key(row): row for row in rows} for rows in (old, new))
     ours = [key for key, row in before.items() if row.peer is None]
     both = [(before[key], after[key]) for key in ours if key in after]
@@ -51,7 +51,7 @@ def _key(row: AnyRow) -> Key:
 
 
 def _drift(row: AnyRow, before: dict[Key, AnyRow], after: dict[Key, AnyRow]) -> float:
-    """How much slower the machine is: the median of the peers' times in the same case, new over old, 1 at least."""
+    """How much slower the machine is: the median ratio of the peers' times in the same case, new to old; at least 1."""
     ratios = [
         after[key].median_s / theirs.median_s
         for key, theirs in before.items()
@@ -62,7 +62,7 @@ def _drift(row: AnyRow, before: dict[Key, AnyRow], after: dict[Key, AnyRow]) -> 
 
 
 def _worse(old: AnyRow, new: AnyRow, drift: float) -> str | None:
-    """In words; times whose p20-p80 overlap are the same."""
+    """The regression in words, or None. Times whose p20-p80 overlap count as equal."""
     if isinstance(old, MemoryRow):
         for what in ("rest_bytes", "peak_bytes"):
             was, now = getattr(old, what), getattr(new, what)

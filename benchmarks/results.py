@@ -1,4 +1,4 @@
-"""A run's files: results.json, results.md, pictures."""
+"""The files of a run: results.json and results.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JSON_NAME, TEXT_NAME = "results.json", "results.md"
 
 
 def write(out: Path, found: dict[str, object], rows: Sequence[AnyRow], notes: Sequence[str]) -> None:
-    """What there is so far: a run that is cut short leaves it."""
+    """Write the rows so far, so that a run that is cut short leaves them."""
     out.mkdir(parents=True, exist_ok=True)
     kinds = {kind: name for name, kind in _KINDS.items()}
     records = [{"kind": kinds[type(row)], **asdict(row)} for row in rows]
@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[AnyRow]]:
     """Environment and rows of a results.json, or of the folder that holds one.
 
     Raises:
-        OSError, ValueError: It cannot be read, or is none.
+        OSError, ValueError: The file cannot be read, or is no results.json.
     """
     path = path / JSON_NAME if path.is_dir() else path
     try:

@@ -1,4 +1,4 @@
-"""What is measured, as rows; their table."""
+"""The rows of measurements, and their table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-_NOISY = 0.3  # of the median: a spread from p20 to p80 that says more of the machine than of the code
+_NOISY = 0.3  # of the median: a wider spread from p20 to p80 is noise of the machine
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Row:
     peer: str | None = None  # key of peers.PEERS; None: ours, or a measure of the machine
     bytes_per_element: float | None = None
     gb_per_s: float | None = None
-    percent_of_copy: float | None = None  # GB/s over those of a copy (read + write) in the same run
-    times_ours: float | None = None  # this median over that of ours in the same case; 1 for ours
+    percent_of_copy: float | None = None  # GB/s relative to a copy (read + write) in the same run
+    times_ours: float | None = None  # this median divided by that of ours in the same case; 1 for ours
     is_decided: bool | None = None  # its p20-p80 and ours do not overlap
-    host_s: float | None = None  # on a GPU: until the host may go on; the times above are the GPU's alone
-    hides_host: bool | None = None  # on a GPU: False where they are not
-    phases: dict[str, float] | None = None  # seconds of the parts, medians
+    host_s: float | None = None  # on a GPU: time until the host can continue; the times above are the GPU's alone
+    hides_host: bool | None = None  # on a GPU: False if they include the host's time
+    phases: dict[str, float] | None = None  # median seconds of each phase
     predicted_s: float | None = None  # by the cost model of docs/scaling.md
 
     HEAD: ClassVar[tuple[str, ...]] = (
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def is_noisy(self) -> bool:
-        """Too widely spread to judge."""
+        """Whether the spread is too wide to judge."""
         return self.p80_s - self.p20_s > _NOISY * self.median_s
 
     def cells(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one contender on a rank: the most of any rank."""
+    """Bytes of one contender on the rank that has the most."""
 
     bench: str
     case: str
@@ -117,7 +117,7 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
 
 
 def timed_row(bench: str, case: str, name: str, samples: Sequence[float], numel: int = 0, **more: object) -> Row:
-    """A row of these samples."""
+    """The row of these samples."""
     low, high = quantile(samples, 0.2), quantile(samples, 0.8)
     return Row(bench, case, name, numel, statistics.median(samples), low, high, **more)
 
@@ -128,7 +128,7 @@ def is_apart(one: Row, other: Row) -> bool:
 
 
 def verdict(rows: Sequence[AnyRow]) -> str | None:
-    """What to say of a run that is too noisy to judge."""
+    """The warning if a run is too noisy to judge, or None."""
     timed = [row for row in rows if isinstance(row, Row)]
     noisy = [row for row in timed if row.is_noisy]
     if 3 * len(noisy) <= len(timed):
@@ -140,7 +140,7 @@ def verdict(rows: Sequence[AnyRow]) -> str | None:
 
 
 def table(rows: Sequence[AnyRow]) -> str:
-    """Rows of one kind as a Markdown table. + : the GPU's time includes the host's. ?: p20-p80 overlaps with ours."""
+    """Rows of one kind as a Markdown table. `+`: GPU time includes the host's. `?`: p20-p80 overlaps with ours."""
     lines = [type(rows[0]).HEAD, *(row.cells() for row in rows)]
     filled = [column for column in range(len(lines[0])) if any(line[column] for line in lines[1:])]
     lines = [tuple(line[column] for column in filled) for line in lines]
@@ -159,5 +159,5 @@ def _mib(value: int | None) -> str:
 
 
 def _ms(seconds: float) -> str:
-    """Hundredths of a millisecond, or of a microsecond where it is less than one."""
+    """Milliseconds to a hundredth, or below one to a hundredth of a microsecond."""
     return f"{seconds * 1e3:.2f}" if seconds >= 1e-3 else f"{seconds * 1e3:.5f}"

@@ -1,4 +1,4 @@
-"""What the benches of update rules share: one contender per backend, and peers that are checked first."""
+"""Shared by the benches of update rules: one contender per backend, and peers that are checked before timing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .options import Options
 from .rows import Row
 
 CHECKED_STEPS = 3
-NUMS_GRADS = (100, 3000)  # each where it is
+NUMS_GRADS = (100, 3000)  # tensors that the gradient is split into
 _MOMENT_BYTES = 20  # gradient, master and moment in; master, moment and weights out
 
 
@@ -54,7 +54,7 @@ def run_one_moment(
     tolerance: Mapping[str, float],
     options: Options,
 ) -> list[Row]:
-    """In fp32 beside peers; and with a bf16 gradient in and bf16 weights out, whole and in parts, held against fp32."""
+    """Time fp32 beside peers, then bf16 gradients, whole and in parts, with bf16 weights out, checked against fp32."""
     numel, bench, name = options.size, op.removesuffix("_"), f"pyzero {op}"
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2)
     theirs = checked_peers(op, made_peers, weights, grad, state, CHECKED_STEPS, tolerance, _MOMENT_BYTES, options)
@@ -78,13 +78,13 @@ def run_one_moment(
 
 
 def apart(grad: Tensor, num_grads: int) -> tuple[list[Tensor], list[int]]:
-    """A gradient in so many parts, each in memory of its own, and where they begin."""
+    """The parts of a gradient, each in memory of its own, and the offsets where they begin."""
     size = -(-grad.numel() // num_grads // SEGMENT_GRANULE) * SEGMENT_GRANULE
     return [part.clone() for part in grad.split(size)], list(range(0, grad.numel(), size))
 
 
 def per_backend(name: str, state: State, num_bytes: int, options: Options) -> list[Contender]:
-    """One per backend, over the same tensors. num_bytes: per element."""
+    """One contender per backend, over the same tensors. num_bytes: bytes per element."""
     return [
         Contender(name + suffix, functools.partial(state.step, backend=backend), num_bytes)
         for suffix, backend in options.backends.items()
@@ -102,7 +102,7 @@ def checked_peers(
     num_bytes: int,
     options: Options,
 ) -> list[Contender]:
-    """Peers whose weights agree with every backend's after so many steps; ours must agree with the first, torch's."""
+    """Peers whose weights agree with every backend's after `num_steps`. Ours must agree with the first peer."""
     theirs = []
     for number, (name, (key, make_peer)) in enumerate(made.items()):
         with options.trying(name) if number else nullcontext():

@@ -1,7 +1,7 @@
-"""What a step costs by parameters and by ranks of this host, and what the cost model of docs/scaling.md says of it.
+"""The time of a step by parameters and by ranks of this host, beside the prediction of docs/scaling.md's cost model.
 
-The model is given what a copy, an empty step and one rank cost, and the sockets from the run on two ranks; the rest it
-predicts.
+The model is given the times of a copy, of an empty step and of one rank, and the sockets' rate from the run on two
+ranks. It predicts the rest.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .timing import CpuTimer, in_turns
 _COUNTS = (10, 100, 1000, 10_000)  # of parameters
 _COUNTED_NUMEL = 1 << 22
 _RANKS = (1, 2, 3, 4)
-_TINY = 1 << 16  # elements, of which the bytes cost nothing: latency
+_TINY = 1 << 16  # elements; their bytes take no time, so that latency is measured
 _SIZES = {True: (1 << 22, 1 << 24), False: (1 << 22, 1 << 24, 1 << 26)}  # by quick
 _PARAM_NUMEL = 1 << 20
 _TINY_PARAM_NUMEL = 1 << 10
 _COPY_NUMEL = 1 << 24
-_SOCKETS_FROM = 2  # ranks: the run that the model takes the sockets' rate from
+_SOCKETS_FROM = 2  # ranks of the run that gives the model the sockets' rate
 _TRANSPORTS = ("peer", "exact")
 _REPEATS = {True: 7, False: 15}  # by quick
 
@@ -46,7 +46,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _by_count(options: Options) -> list[Row]:
-    """One rank, as many elements in more and more parameters."""
+    """One rank, with the same number of elements in more and more parameters."""
     numel = options.numel or _COUNTED_NUMEL
     rows = []
     for count in _COUNTS[:2] if options.numel else _COUNTS:
@@ -103,7 +103,7 @@ def _calibrate(found: dict[int, dict[str, list[float]]], spec: dict[str, Any]) -
 
 
 def _kinds(num_ranks: int) -> tuple[str, ...]:
-    """One rank sends nothing, whatever its transport."""
+    """The transports to time. One rank sends nothing, so that one suffices."""
     return _TRANSPORTS if num_ranks > 1 else _TRANSPORTS[:1]
 
 
@@ -115,7 +115,7 @@ def _key(transport: str, numel: int) -> str:
 
 
 class _Step:
-    """Stage 1, gradients assigned: all of the exchange and of the update lies in step()."""
+    """A stage-1 step on assigned gradients: step() contains the whole exchange and update."""
 
     def __init__(self, numel: int, transport: str) -> None:
         part = _PARAM_NUMEL if numel > _TINY else _TINY_PARAM_NUMEL
@@ -140,7 +140,7 @@ class _Step:
 
 
 def _check(steps: dict[str, _Step]) -> None:
-    """The transports agree on every bit."""
+    """Check that the transports agree in every bit."""
     for step in steps.values():
         step.ready()
         step.step()

@@ -1,6 +1,6 @@
-"""`python -m benchmarks simulate`: the cost model of docs/scaling.md on more ranks than there are here.
+"""`python -m benchmarks simulate`: the cost model of docs/scaling.md on more ranks than there are.
 
-Nothing of it is measured; `python -m benchmarks scaling` holds the same model against 1 to 4 ranks of this host.
+Nothing here is measured. `python -m benchmarks scaling` compares the same model with 1 to 4 ranks of this host.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from .cost_model import H100, STRATEGIES, Cluster, Link, Step, Strategy, balanced_bytes, best_bucket, simulate
 
 RANKS = tuple(2**power for power in range(3, 15))  # 8 to 16,384
-_OURS = 3  # strategies whose bucket is ours to choose
+_OURS = 3  # the first strategies, whose bucket size pyzero chooses
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,19 +21,20 @@ from .rows import Row
 
 _NUM_TENSORS = 48
 _TORCH = ("torch-fused", "torch-foreach")
-MAX_NORM = 1.0  # well below the gradients' norm: clipping is at work
+MAX_NORM = 1.0  # well below the gradients' norm, so that clipping has an effect
 CHECKED_STEPS = 3
-# As adam.CHECK, plus the norm: torch adds up squares in fp32, which moves the clip coefficient by some 2^-20. Adam's
-# ratio hardly sees that, eps aside. A master on the edge between two bf16 values may round either way: one bf16 unit.
+# Like adam.CHECK, plus the norm: torch adds squares in fp32, which changes the clip coefficient by some 2^-20. Except
+# for eps, Adam's ratio hardly depends on it. A master near the middle of two bf16 values may round either way: one bf16
+# unit.
 CHECK = dict(rtol=2**-22 * CHECKED_STEPS, atol=peers.LR * 2**-15 * CHECKED_STEPS)
 CHECK_BF16 = dict(rtol=2**-7, atol=peers.LR)
 CHECK_NORM = dict(rtol=2**-14, atol=0.0)
-# What the job needs: bf16 gradients once for the norm and once for Adam, state and weights as in adam_.
+# The job reads bf16 gradients once for the norm and once for Adam; state and weights are as in adam_.
 _BYTES = 2 + 28
 
 
 class OpsStep:
-    """The step in two passes: a check and norm that only reads, and adam_."""
+    """The step in two passes: one that checks and takes the norm, and only reads; and adam_."""
 
     def __init__(self, weights: Tensor, grad: Tensor, backend: str = "auto") -> None:
         self.backend = backend
@@ -59,7 +60,7 @@ def run(options: Options) -> list[Row]:
 
 
 class Theirs:
-    """The peers that run here, after the checked steps."""
+    """The peers that run here, each after the checked steps."""
 
     def __init__(self, weights: Tensor, grad: Tensor, options: Options) -> None:
         self.made: dict[str, tuple[str, Any]] = {}
@@ -71,7 +72,7 @@ class Theirs:
                 self.made[name] = key, peer
 
     def check(self, what: str, norm: Tensor, weights: Tensor, master: Tensor | None, options: Options) -> None:
-        """Ours against each; a library that differs is not timed, where torch does ours is wrong."""
+        """Compare ours with each peer. If torch differs, ours is wrong. Any other library that differs is not timed."""
         for name, (key, peer) in list(self.made.items()):
             if key in _TORCH:
                 check(f"{what} against {name}: norm", norm.squeeze(), peer.norm, **CHECK_NORM)

@@ -1,4 +1,4 @@
-"""step_scalars_ against the operations that it stands for, each a launch of its own."""
+"""step_scalars_ against the torch operations that it replaces, each of which is a launch of its own."""
 
 from __future__ import annotations
 

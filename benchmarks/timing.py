@@ -1,4 +1,4 @@
-"""The one timer: cold caches, contenders in turns, every second round backwards."""
+"""The timer of all benches: caches are cold, contenders take turns, and every second round runs backwards."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from .gpu_timer import GpuTimer
 
-# After a parallel loop torch's OpenMP threads spin for a while, on the cores that the next contender wants.
+# After a parallel loop, torch's OpenMP threads spin for a while on the cores that the next contender needs.
 _SETTLE_S = 0.005
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_CACHE_BYTES = 32 << 20  # where the system does not say
+_CACHE_BYTES = 32 << 20  # if the system does not tell
 
 Call = Callable[[], object]
 
@@ -27,15 +27,15 @@ Call = Callable[[], object]
 class Timer(Protocol):
     """Samples of one call."""
 
-    host_s: float | None  # on a GPU: until the host may go on
-    hides_host: bool | None  # on a GPU: False where the samples include the host's time
+    host_s: float | None  # on a GPU: seconds until the host can continue
+    hides_host: bool | None  # on a GPU: False if the samples include the host's time
 
     def sample(self) -> float:
-        """Seconds."""
+        """The seconds of one call."""
 
 
 class CpuTimer:
-    """Samples of one call, the last-level cache holding nothing of it; `ready` comes last before it."""
+    """Samples of one call, whose data is not in the last-level cache. `ready` runs just before the call."""
 
     host_s = hides_host = None
 
@@ -62,7 +62,7 @@ def make_timer(call: Call, device: str) -> Timer:
 
 
 def in_turns(samplers: Mapping[str, Callable[[], float]], repeats: int, what: str) -> dict[str, list[float]]:
-    """Samples of each, in rounds, so that drift of the machine hits all alike; the first round warms up."""
+    """Samples of each, in rounds, so that drift of the machine affects all alike. The first round is warm-up."""
     times: dict[str, list[float]] = {name: [] for name in samplers}
     with _bar((repeats + 1) * len(samplers), what) as bar:
         for repeat in range(repeats + 1):
@@ -75,7 +75,7 @@ def in_turns(samplers: Mapping[str, Callable[[], float]], repeats: int, what: st
 
 
 def _bar(total: int, what: str) -> Any:
-    """Of tqdm, on a terminal; a rank's is shown by who started it."""
+    """The progress bar: tqdm's on a terminal. A rank prints ticks, and the process that launched it shows the bar."""
     return Ticks(total) if "RANK" in os.environ else tqdm(total=total, desc=what, leave=False, disable=None)
 
 
@@ -101,7 +101,7 @@ class Ticks:
 
 
 def flush_cache() -> None:
-    """By reading twice as much as the last level holds: what is written would be written back inside the next call."""
+    """Flush by reading twice the last level's size: written lines would be written back during the next call."""
     _more_than_cache().sum()
 
 
@@ -111,6 +111,6 @@ def _more_than_cache() -> Tensor:
 
 
 def _cache_bytes() -> int:
-    """Of the last level, as in "32768K"."""
+    """Bytes of the last level, which the system gives as in "32768K"."""
     text = _CACHE.read_text().strip() if _CACHE.exists() else ""
     return int(text[:-1]) << 10 if text.endswith("K") else _CACHE_BYTES

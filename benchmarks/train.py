@@ -1,6 +1,6 @@
 """Forward, backward and step on several ranks of one host, beside DDP, FSDP2, ZeroRedundancyOptimizer and DeepSpeed.
 
-What an iteration takes beyond forward and backward alone is communication and step: rows of their own compare that.
+The time of an iteration beyond forward and backward alone is communication and step. Separate rows compare it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .train_loops import COMPUTE, ENTRIES, LAYERS, MASTERS, PLAIN, ROWS, Loop, M
 
 _WIDTH = {"cpu": 1024, "cuda": 4096}
 _CHECKED_STEPS = 3
-# Distance of two moves (weights after the steps less those before) over the length of the peer's. Adam's first steps
-# are the signs of the gradients. Averaged in bf16 by one and in fp32 by the other some 2^-10 of them turn: measured
-# 0.024 at most (2 and 3 ranks, 8 to 256 wide). Without the other ranks' gradients a quarter turns or more: 0.29 at
-# least there, from 17 wide on.
+# The distance between two moves (weights after the steps minus those before), divided by the length of the peer's move.
+# Adam's first steps are the signs of the gradients. If one averages in bf16 and the other in fp32, some 2^-10 of the
+# signs differ: the distance was at most 0.024 (2 and 3 ranks, widths of 8 to 256). Without the other ranks' gradients a
+# quarter of the signs or more differ: the distance was at least 0.29 from a width of 17 on.
 _CHECK_MOVE = 0.1
 
 
@@ -51,7 +51,7 @@ def run(options: Options) -> list[Row]:
 
 
 def chosen(options: Options) -> list[str]:
-    """Ours, the peers that are there and wanted, and what they are checked against or measured without."""
+    """Ours, the peers that are installed and wanted, those that ours is checked against, and compute alone."""
     return [
         name
         for name, entry in ENTRIES.items()
@@ -87,8 +87,8 @@ def inputs(width: int, device: torch.device) -> torch.Tensor:
 
 
 def check(loops: dict[str, Loop], x: torch.Tensor) -> None:
-    """Raise AssertionError, on all ranks, where weights differ between them, or have not moved as the peer's."""
-    moves = {}  # of those that others are held against
+    """Raise AssertionError on all ranks if weights differ between ranks, or have not moved as the peer's have."""
+    moves = {}  # of those that others are compared with
     for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
         loop, same_as = loops[name], ENTRIES[name].same_as
         before = loop.weights()
@@ -102,7 +102,7 @@ def check(loops: dict[str, Loop], x: torch.Tensor) -> None:
             moves[name] = move
             continue
         distance = float((move - moves[same_as]).norm() / moves[same_as].norm())
-        if not distance <= _CHECK_MOVE:  # nan where nothing moved
+        if not distance <= _CHECK_MOVE:  # nan if nothing moved
             raise AssertionError(
                 f"{name} moved the weights otherwise than the peer {same_as}: "
                 f"a distance of {distance:.3g} of its move, wanted {_CHECK_MOVE} at most"
@@ -110,7 +110,7 @@ def check(loops: dict[str, Loop], x: torch.Tensor) -> None:
 
 
 def _alike(weights: torch.Tensor) -> bool:
-    """Whether all ranks have rank 0's bits."""
+    """Whether all ranks have the bits of rank 0."""
     first = weights.clone()
     dist.broadcast(first, 0)
     differs = torch.tensor([not torch.equal(first, weights)], dtype=torch.int32, device=weights.device)

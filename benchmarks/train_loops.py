@@ -1,4 +1,4 @@
-"""An iteration of training by FusedZeroAdamW and by its peers, on any number of ranks."""
+"""A training iteration with FusedZeroAdamW and with its peers, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Mark = Callable[[str], None]
 
 
 class Marks:
-    """When the phases of an iteration end; on a GPU by events, so that nothing waits."""
+    """Records when the phases of an iteration end. On a GPU it records events, so that nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,7 +41,7 @@ class Marks:
         self._ends.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """By phase."""
+        """The seconds of each phase."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         pairs = zip(self._ends, self._ends[1:], strict=False)
@@ -52,7 +52,7 @@ class Marks:
 
 
 class Loop:
-    """A plain training loop's."""
+    """One iteration of a plain training loop."""
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model = model
@@ -68,7 +68,7 @@ class Loop:
         return loss.detach()
 
     def weights(self) -> Tensor:
-        """All of them, whole and flat; over all ranks, where they are sharded."""
+        """All weights in one flat tensor. Sharded weights are gathered from all ranks."""
         whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in self.model.parameters()]
         return torch.cat([weight.detach().flatten() for weight in whole])
 
@@ -81,14 +81,14 @@ class Loop:
 
 
 class _Compute(Loop):
-    """Forward and backward, and nothing else."""
+    """Forward and backward only."""
 
     def _update(self) -> None:
         self.model.zero_grad()
 
 
 class _Masters:
-    """fp32 masters of bf16 weights, by foreach copies either way."""
+    """fp32 masters of bf16 weights, copied in both directions by foreach calls."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         self.weights = weights
@@ -110,14 +110,14 @@ class _Masters:
 
 
 class _DeepSpeed(Loop):
-    """ZeRO-2 in bf16 with torch's fused AdamW: DeepSpeed's own is to be compiled, and none is on a CPU without it."""
+    """ZeRO-2 in bf16 with torch's fused AdamW: DeepSpeed's own, on a CPU too, must first be compiled."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         import deepspeed
 
         config = {
             "train_micro_batch_size_per_gpu": ROWS,
-            "gradient_clipping": 0.0,  # by default it clips to a norm of 1.0, from 0.19 on; no other contender clips
+            "gradient_clipping": 0.0,  # since 0.19 its default is to clip to 1.0; no other contender clips
             "bf16": {"enabled": True},
             "zero_optimization": {"stage": 2},
             "zero_allow_untested_optimizer": True,
@@ -143,7 +143,7 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _zero(width: int, device: torch.device, in_groups: bool = False, **options: object) -> Loop:
-    """in_groups: weights and biases in two groups, as for weight decay (here the same for both, to compare losses)."""
+    """in_groups: weights and biases in two groups, as for weight decay (here the same for both, to compare weights)."""
     model = _model(width, device)
     groups: Any = [{"params": [p for p in model.parameters() if p.dim() == dim]} for dim in (2, 1)]
     params = groups if in_groups else model.parameters()
@@ -165,7 +165,7 @@ def _ddp_masters(width: int, device: torch.device) -> Loop:
 
 
 def _zero_redundancy(width: int, device: torch.device) -> Loop:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of what it imports
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # here, because the import warns
 
     model = _ddp(width, device)
     hyper = dict(lr=_LR, weight_decay=_WEIGHT_DECAY, fused=True)
@@ -176,7 +176,7 @@ def _zero_redundancy(width: int, device: torch.device) -> Loop:
 
 
 def _fsdp(width: int, device: torch.device, reduce_dtype: torch.dtype | None = None) -> Loop:
-    """Layer by layer, weights kept from forward to backward. reduce_dtype: of gradients on their way; None: bf16."""
+    """FSDP2 layer by layer; weights are kept from forward to backward. reduce_dtype: of sent gradients; None: bf16."""
     model = _model(width, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*model, model):
@@ -189,9 +189,9 @@ def _fsdp(width: int, device: torch.device, reduce_dtype: torch.dtype | None = N
 class Entry:
     """One contender."""
 
-    make: Callable[[int, torch.device], Loop]  # from width and device
+    make: Callable[[int, torch.device], Loop]  # takes width and device
     peer: str | None = None  # key of peers.PEERS; None: ours
-    same_as: str | None = None  # whose loss it must reach; None: it is what others are held against
+    same_as: str | None = None  # whose weights its own must follow; None: it is checked against nothing
     cpu_only: bool = False
 
 

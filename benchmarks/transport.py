@@ -1,4 +1,4 @@
-"""What the ranks of one host send in a step, by transport: a bucket's gradients, its weights, the message."""
+"""The three things that ranks of one host send in a step, by transport: gradients, weights, the step's message."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .ranks import join, launch, leave
 from .rows import Row, timed_row
 from .timing import CpuTimer, in_turns
 
-_NAMES = ("peer", "exact", "collective")  # the first is what the others are measured against
+_NAMES = ("peer", "exact", "collective")  # the others are compared with the first
 _GLOO = "gloo reduce_scatter, bf16"
-_BUCKET_NUMEL = 25 * 2**20 // 2  # bf16, as FusedZeroAdam's default
+_BUCKET_NUMEL = 25 * 2**20 // 2  # bf16; 25 MiB, the default of the optimizers on a CPU
 _NUM_PARAMS = 150
-_HOST_NUMBERS = 8 + -(-_NUM_PARAMS // 48)  # of the step's message: what a host tells, and a bit per parameter
+_HOST_NUMBERS = 8 + -(-_NUM_PARAMS // 48)  # of the step's message: what a rank's host reports, and a bit per parameter
 _REDUCE = "reduce-scatter of a bucket, packed and summed"
 
 Call = Callable[[], object]
@@ -49,7 +49,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _jobs(name: str, group: Group, numel: int) -> dict[str, tuple[Call, Tensor]]:
-    """By name: a call, and where its result lies."""
+    """Name -> (call, the tensor that holds its result)."""
     transport = make_transport(name, group, torch.device("cpu"))
     transport.reserve([(2 * numel, 2 * numel // group.size)], _NUM_PARAMS)
     grad = _gradient(group.rank, numel)
@@ -85,7 +85,7 @@ def _reduce(transport: Transport, grad: Tensor, shard: Tensor) -> None:
 
 
 def _gloo(numel: int) -> tuple[Call, Tensor]:
-    """Summed in bf16, not averaged; the bucket is packed already."""
+    """gloo's reduce-scatter of a packed bucket, divided in advance. It sums in bf16."""
     bucket = _gradient(dist.get_rank(), numel) / dist.get_world_size()
     shard = torch.empty(numel // dist.get_world_size(), dtype=torch.bfloat16)
     return lambda: dist.reduce_scatter_tensor(shard, bucket), shard
@@ -103,7 +103,7 @@ def _rank() -> None:
         for call, _ in calls.values():
             call()
         for name, (_, result) in calls.items():
-            tolerance = 2**-7 if name in ("collective", _GLOO) else 0  # they sum in bf16
+            tolerance = 2**-7 if name in ("collective", _GLOO) else 0  # these sum in bf16
             torch.testing.assert_close(result.float(), calls["exact"][1].float(), rtol=tolerance, atol=tolerance)
         timers = {name: CpuTimer(call, dist.barrier) for name, (call, _) in calls.items()}
         found[job] = in_turns({name: timer.sample for name, timer in timers.items()}, spec["repeats"], job)
@@ -111,5 +111,5 @@ def _rank() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # torch's of its own collectives
+    warnings.simplefilter("ignore")  # torch warns about its own collectives
     _rank()

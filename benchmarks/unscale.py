@@ -1,4 +1,4 @@
-"""unscale_ against torch's foreach unscale, with the norm that clipping wants."""
+"""unscale_ against torch's foreach unscale, with and without the norm for clipping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
     for backend in options.backends.values():
         _check(flat, inv_scale, backend)
 
-    # Just below 1: ours only reads where the scale is exactly 1, and the values must not fade while they are timed.
+    # The scale is just below 1: at exactly 1 ours only reads, and the values must not fade while they are timed.
     nearly_one, sumsq = torch.full((), 1 - 2**-24, device=flat.device), torch.zeros(1, device=flat.device)
     ours, theirs = peers.split(flat, _NUM_TENSORS), peers.split(flat, _NUM_TENSORS)
 
@@ -64,7 +64,7 @@ def _case(options: Options, dtype: torch.dtype) -> list[Row]:
 
 
 def _peer(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """GradScaler's, or where torch has none, for bf16 on a GPU, its foreach ops."""
+    """GradScaler's unscale, or torch's foreach ops for bf16 on a GPU, where torch has no such unscale."""
     if tensors[0].is_cuda and tensors[0].dtype == torch.bfloat16:
         torch._foreach_mul_(tensors, inv_scale)
         largest = torch.stack(torch._foreach_norm(tensors, math.inf)).max()
@@ -74,14 +74,14 @@ def _peer(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
 
 
 def _check(flat: Tensor, inv_scale: Tensor, backend: str) -> None:
-    """Values bit for bit (halving is exact in both), the norm within fp32's, the flag both ways."""
+    """Compare values bit for bit (halving is exact), the norm to fp32 precision, and both values of the flag."""
     ours, theirs = flat.clone(), flat.clone()
     found, peer_found = torch.zeros(1, device=flat.device), torch.zeros(1, device=flat.device)
     sumsq = torch.zeros(1, device=flat.device)
     ops.unscale_(ours.tensor_split(_NUM_TENSORS), inv_scale, found_inf=found, sumsq=sumsq, backend=backend)
     _peer(list(theirs.tensor_split(_NUM_TENSORS)), peer_found, inv_scale)
     check("unscale_: values", ours, theirs, rtol=0, atol=0)
-    # ours is one fp64 sum; two roundings to fp32 are left, and fp32's own sum in the oracle is avoided
+    # ours sums in fp64, and so does the oracle: two roundings to fp32 remain
     check("unscale_: sumsq", sumsq, theirs.double().square().sum().reshape(1), rtol=2**-22, atol=0)
     check("unscale_: found_inf of finite values", found, peer_found, rtol=0, atol=0)
     for tensor in (ours, theirs):
