@@ -1,4 +1,4 @@
-"""The backends that the tests of the ops run on, as data, and how each is reached."""
+"""The backends that the tests of the ops run on, as data, and how to call each."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ HAS_GPU = torch.cuda.is_available()
 
 @dataclass(frozen=True)
 class Target:
-    """A backend, and the device that its tensors lie on."""
+    """A backend, and the device of its tensors."""
 
     name: str
-    backend: str  # as the ops take it
+    backend: str  # the name that the ops take
     device: str = "cpu"
     isa: str = ""  # of the cpu backend
-    is_emulated: bool = False  # so slow that large sizes are left to the others
-    missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+    is_emulated: bool = False  # so slow that it skips large sizes
+    missing: Callable[[], str | None] = lambda: None  # the reason if it cannot run here
 
     @contextmanager
     def ready(self) -> Iterator[Target]:
-        """Skips where it cannot run; otherwise chooses its instruction set for the while."""
+        """Skip the test if the backend cannot run here. Otherwise use its instruction set inside the context."""
         if reason := self.missing():
             pytest.skip(reason)
         if self.backend == SHIM:
@@ -55,7 +55,7 @@ class Target:
 
 
 class ShimBackend(native.CudaBackend):
-    """The CUDA binding over kernels that g++ compiled: tensors lie on the CPU, the device is 0, the stream is 0."""
+    """The CUDA binding with kernels that g++ compiled. Tensors are on the CPU, the device is 0, and the stream is 0."""
 
     def _launch_args(self, device: torch.device) -> tuple[int, ...]:
         return 0, 0
@@ -77,12 +77,12 @@ def _no_shim() -> str | None:
 
 
 def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
-    """As PYZERO_NUM_THREADS does, which is read when the backend is loaded."""
+    """Set the number of threads. PYZERO_NUM_THREADS is read only when the backend is loaded."""
     monkeypatch.setattr(registry.pick("adam_", "cpu", torch.device("cpu")), "num_threads", num_threads)
 
 
 def read_rows_by(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors of a call are read by "python", or by the "native" module where this torch lets it."""
+    """Have "python" or the "native" module read the tensors of a call. Skips if this torch has no exchange API."""
     monkeypatch.setattr(rows, "_native", None)
     if reader == "python":
         return
@@ -108,7 +108,7 @@ def _cpu(isa: str) -> Target:
 
 
 _ISAS = ("baseline", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("baseline",)
-# conftest.py has triton interpreted where there is no GPU.
+# conftest.py has triton interpreted if there is no GPU.
 _TRITON_DEVICE = "cpu" if env.triton_interpreted() else "cuda"
 
 REFERENCE = Target("reference", "reference")
@@ -128,7 +128,7 @@ FUSED = (
 
 
 def params(targets: tuple[Target, ...]) -> list[Any]:
-    """pytest parameters with readable ids; those on a GPU carry its marker."""
+    """pytest parameters with readable ids. Those on a GPU have its marker."""
     return [pytest.param(target, id=target.name, marks=_marks(target)) for target in targets]
 
 
@@ -136,7 +136,7 @@ def _marks(target: Target) -> Any:
     return pytest.mark.cuda if target.device == "cuda" else ()
 
 
-EMULATED_MAX_NUMEL = 10_000  # of the sizes that bracket the CPU kernels' chunks, others are spared
+EMULATED_MAX_NUMEL = 10_000  # larger sizes bracket the CPU kernels' chunks; emulated backends skip them
 
 
 def params_by_size(targets: tuple[Target, ...], sizes: tuple[int, ...]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Bit equality, canaries, and data made to hurt."""
+"""Bit equality, canaries, and hostile data."""
 
 import math
 
@@ -14,11 +14,11 @@ _INTEGERS = {
     torch.float16: torch.int16,
 }
 _CANARY = 0x5A5A
-_PAD = 64  # elements on either side: whole cache lines, so that the shift alone decides the alignment
+_PAD = 64  # elements on either side: whole cache lines, so that only the shift determines the alignment
 
 
 def name(dtype: torch.dtype | None) -> str:
-    """As in an id: float32, bfloat16, none."""
+    """The name in a test's id: float32, bfloat16, none."""
     return str(dtype).removeprefix("torch.").lower()
 
 
@@ -27,7 +27,7 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same(got: Tensor, wanted: Tensor, what: str, *, nan_is_nan: bool = True) -> None:
-    """The same bits; any NaN equals any other unless told otherwise."""
+    """Assert that the bits are equal. With `nan_is_nan`, any NaN equals any other."""
     assert got.dtype == wanted.dtype and got.shape == wanted.shape, f"{what}: {got.dtype} {got.shape}"
     differs = as_bits(got) != as_bits(wanted)
     if nan_is_nan:
@@ -42,7 +42,7 @@ def assert_same(got: Tensor, wanted: Tensor, what: str, *, nan_is_nan: bool = Tr
 
 
 class Guarded:
-    """A copy of `values` on a device, `shift` elements off alignment, between canaries."""
+    """A copy of `values` on a device, `shift` elements off alignment, with canaries on both sides."""
 
     def __init__(self, values: Tensor, device: str = "cpu", shift: int = 0) -> None:
         start, stop = _PAD + shift, _PAD + shift + values.numel()
@@ -52,7 +52,7 @@ class Guarded:
         self.tensor.copy_(values.reshape(-1))
 
     def check(self, what: str) -> None:
-        """Nothing was written outside."""
+        """Assert that nothing was written outside."""
         for side, canaries in zip(("before", "past"), self._around, strict=True):
             assert (canaries == _CANARY).all(), f"{what}: written {side} its bounds"
 
@@ -62,7 +62,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def tame(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Gradients as a user has them: normal, finite."""
+    """Gradients like a user's: normal and finite."""
     return torch.randn(numel, generator=_generator(seed)).to(dtype)
 
 
@@ -73,7 +73,7 @@ _SPECIALS = torch.tensor(
 
 
 def wild(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Two thirds normal values; then random bit patterns (subnormals, inf, NaN), ties in 16 bits, specials."""
+    """Two thirds are normal. Others: random bit patterns (subnormals, inf, NaN), ties in 16 bits, special values."""
     generator = _generator(seed)
 
     def integers(low: int, high: int) -> Tensor:
@@ -93,7 +93,7 @@ def wild(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
     return kinds.gather(0, integers(0, len(kinds))[None])[0].contiguous()
 
 
-PLACES = (0, 1, 2, 5, 7, 8, 255, 256, 700, 1000)  # of 1,001 elements: lanes of a vector, several vectors, the tail
+PLACES = (0, 1, 2, 5, 7, 8, 255, 256, 700, 1000)  # in 1,001 elements: lanes of a vector, several vectors, the tail
 
 
 def mixed(sizes: tuple[int, ...], make=wild) -> list[Tensor]:
@@ -101,7 +101,7 @@ def mixed(sizes: tuple[int, ...], make=wild) -> list[Tensor]:
 
 
 def check_sumsq(sumsq: Tensor, stored: list[Tensor], calls: int = 1) -> None:
-    """Against Python's exact sum of the values as they were stored."""
+    """Compare with Python's exact sum of the stored values."""
     values = [value for tensor in stored for value in tensor.double().tolist()]
     if not all(map(math.isfinite, values)):
         assert not math.isfinite(sumsq.item())
@@ -112,6 +112,6 @@ def check_sumsq(sumsq: Tensor, stored: list[Tensor], calls: int = 1) -> None:
 
 
 def edges(dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
-    """(value, found_inf): what is not finite, and what is just finite."""
+    """(value, found_inf) of the values that are not finite, and of the largest finite ones."""
     largest = torch.finfo(dtype).max
     return (math.inf, 1.0), (-math.inf, 1.0), (math.nan, 1.0), (largest, 0.0), (-largest, 0.0)

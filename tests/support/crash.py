@@ -1,4 +1,4 @@
-"""A writer of files is struck at its 1st, 2nd, ... file operation, until it comes through: killed, or refused.
+"""Strikes a writer of files at its 1st, 2nd, ... file operation: kills it or refuses the operation, until it succeeds.
 
     def test_old_or_new(tmp_path):
         def check(outcome):
@@ -7,10 +7,10 @@
         operations = strike_each(Fault.KILL, tmp_path, write, (tmp_path / "file",), prepare=..., check=check)
         assert "replace" in operations
 
-It runs in processes of its own, forked from one that has torch, so `write` is a function of a module's top level. What
-it writes from Python is seen: open() is the standard library's in Python (_pyio), which goes through `os`, where the
-operations are counted. What a library writes from C or C++ is not seen: give it a file object.
-Several ranks: each calls `armed(...)` around its own part.
+The writer runs in processes forked from one that has torch, so `write` must be a function of a module's top level.
+Operations are counted in `os`. Writes from Python are seen, because open() is replaced by the one written in Python
+(_pyio), which calls `os`. Writes of a library from C or C++ are not seen: give it a file object.
+With several ranks, each calls `armed(...)` around its own part.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from pathlib import Path
 from typing import Any
 
 KILLED = 77  # exit status of a struck process
-LIMIT = 2000  # operations: no writer that is tested makes as many
+LIMIT = 2000  # operations: more than any tested writer makes
 TIMEOUT_S = 60
-_PRELOAD = ["torch.distributed.checkpoint", "pytest"]  # imported once, not in each run
+_PRELOAD = ["torch.distributed.checkpoint", "pytest"]  # imported once instead of in each run
 _BY_FD = ("write", "pwrite", "writev", "sendfile", "ftruncate", "fsync", "fdatasync", "posix_fallocate")
 _BY_PATH = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "truncate")
 _BY_TWO_PATHS = ("rename", "replace", "link", "symlink")
-_FREEING = ("unlink", "remove", "rmdir")  # what a full disk still does
+_FREEING = ("unlink", "remove", "rmdir")  # operations that a full disk still allows
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Fault(enum.Enum):
-    """What happens at an operation, instead of it."""
+    """What happens in place of an operation."""
 
-    KILL = "kill"  # as by SIGKILL: what the system was given stays, buffers of the process are lost
-    POWER_CUT = "power cut"  # what was written and not fsynced is lost too: such files are empty, whatever their name
-    DISK_FULL = "disk full"  # ENOSPC from here on, but for what frees space
+    KILL = "kill"  # like SIGKILL: data given to the system stays, buffers of the process are lost
+    POWER_CUT = "power cut"  # data that was not fsynced is lost too: such files are empty, under any name
+    DISK_FULL = "disk full"  # ENOSPC from here on, except for operations that free space
     READ_ONLY = "read-only"  # EROFS from here on
 
 
 @dataclass
 class Outcome:
-    """Of one run."""
+    """The outcome of one run."""
 
     fault: Fault
-    number: int  # which operation was struck, from 1
-    operations: list[str]  # names, in order; the last was struck, unless the writer came through
+    number: int  # number of the struck operation, from 1
+    operations: list[str]  # names, in order; the last was struck, unless the writer succeeded
     was_struck: bool
-    error: BaseException | None  # that the writer raised
+    error: BaseException | None  # raised by the writer
 
 
 @dataclass
 class _Disk:
-    """Counts operations under `root`, and strikes."""
+    """Counts operations under `root`, and strikes one."""
 
     fault: Fault
     number: int
@@ -69,7 +69,7 @@ class _Disk:
     tell: Callable[[str], None]
     operations: list[str] = field(default_factory=list)
     was_struck: bool = False
-    fds: set[int] = field(default_factory=set)  # of what lies under root
+    fds: set[int] = field(default_factory=set)  # descriptors of files under root
     unsynced: dict[tuple[int, int], int] = field(default_factory=dict)  # (device, inode) -> a descriptor of ours
     real: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ class _Disk:
         return (os.path.abspath(os.fsdecode(path)) + "/").startswith(self.root)
 
     def before(self, name: str) -> None:
-        """Count; strike when it is time."""
+        """Count the operation, and strike if it is its turn."""
         self.operations.append(name)
         self.tell(name)
         self.was_struck |= len(self.operations) == self.number
@@ -97,7 +97,7 @@ class _Disk:
         def operation(fd: int, *args: Any, **kwargs: Any) -> Any:
             if fd not in self.fds:
                 return self.real[name](fd, *args, **kwargs)
-            if name == "write" and len(self.operations) + 1 == self.number:  # half of it gets through
+            if name == "write" and len(self.operations) + 1 == self.number:  # half of it is written
                 data = memoryview(args[0]).cast("B")
                 self.real[name](fd, data[: len(data) // 2])
             self.before(name)
@@ -137,7 +137,7 @@ class _Disk:
 
 @contextmanager
 def armed(fault: Fault, number: int, root: Path, tell: Callable[[str], None] = lambda name: None) -> Iterator[_Disk]:
-    """In here the `number`th operation under `root` is struck, and each after it where the disk is what fails.
+    """Inside, strike the `number`th operation under `root`, and each after it if the disk fails.
 
     tell: Called with the name of each operation, before it.
     """
@@ -162,13 +162,13 @@ def _run(pipe: Any, fault: Fault, number: int, root: Path, write: Callable[..., 
     with armed(fault, number, root, pipe.send) as disk:
         try:
             write(*args)
-        except BaseException as raised:  # handed over
+        except BaseException as raised:  # sent to the parent
             error = raised
     pipe.send((disk.was_struck, error))
 
 
 def strike(fault: Fault, number: int, root: Path, write: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
-    """Run write(*args) once, in another process, and strike the `number`th operation under `root`."""
+    """Run write(*args) once in another process, and strike the `number`th operation under `root`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     ours, theirs = context.Pipe(duplex=False)
@@ -203,15 +203,15 @@ def strike_each(
     check: Callable[[Outcome], None],
     stride: int = 1,
 ) -> list[str]:
-    """Strike each operation of write(*args), one per run; check after each. Of many writes in a row the first and last.
+    """Strike each operation of write(*args), one per run; check after each. Skips the middle of many writes in a row.
 
     Args:
         fault: What happens at the operation.
         root: Operations under this folder count.
         write: A function of a module's top level.
         args: Its arguments, which are pickled.
-        prepare: Makes the folder what it is before each run.
-        check: Asserts what must hold after each.
+        prepare: Restores the folder before each run.
+        check: Asserts what must hold after each run.
         stride: 3 strikes every third operation.
 
     Returns:
@@ -221,9 +221,9 @@ def strike_each(
     untouched = strike(fault, LIMIT, root, write, args)
     assert untouched.error is None and not untouched.was_struck, f"it fails by itself: {untouched.error!r}"
     names = untouched.operations
-    for number in (*range(1, len(names) + 1, stride), len(names) + 1):  # the last one comes through
+    for number in (*range(1, len(names) + 1, stride), len(names) + 1):  # the last run succeeds
         if names[number - 2 : number + 1] == ["write"] * 3:
-            continue  # in the middle of many
+            continue  # in the middle of many writes
         prepare()
         outcome = strike(fault, number, root, write, args)
         try:

@@ -1,7 +1,7 @@
-"""What both DeepSpeed (make_deepspeed_fixtures.py) and the tests of its checkpoints train, with the same gradients.
+"""The model that DeepSpeed (make_deepspeed_fixtures.py) and the tests of its checkpoints train with the same gradients.
 
-The gradients are multiples of 1/4, and their mean over ranks is one of 1/8: exact in 16 bits and in any order of
-summation, so that what is left between the two is the rounding of Adam.
+The gradients are multiples of 1/4, and their means over ranks are multiples of 1/8. They are exact in 16 bits and in
+any order of summation, so that the two differ only by the rounding of Adam.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "deepspeed"
 SAVED_AT, STEPS = 3, 8  # steps before the checkpoint "saved", and before "later"
-OVERFLOWS_AT = (1, 5, 6)  # in fp16
-GROWS_AT = 4  # the dynamic loss scale, with SCALING
+OVERFLOWS_AT = (1, 5, 6)  # steps, in fp16
+GROWS_AT = 4  # the step at which the dynamic loss scale grows, with SCALING
 LR, DECAY = 2.0**-5, 0.125
 BETAS = (0.9, 0.999)
 CLIENT_STATE = {"epoch": 3, "note": "plain data", "seen": [1, 2.5, None]}
@@ -25,17 +25,17 @@ SCALING = {"initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 2, "m
 
 @dataclass(frozen=True)
 class Case:
-    """One folder."""
+    """One checkpoint folder."""
 
     name: str
     precision: str  # "fp16" or "bf16"
     stage: int
     num_ranks: int
     optimizer: str = "AdamW"
-    zero: dict[str, Any] = field(default_factory=dict)  # more of "zero_optimization"
-    config: dict[str, Any] = field(default_factory=dict)  # more of the config
-    params: dict[str, Any] = field(default_factory=lambda: {"torch_adam": True})  # more of the optimizer's
-    has_fresh: bool = False  # a checkpoint "fresh" too, of before the first step
+    zero: dict[str, Any] = field(default_factory=dict)  # further keys of "zero_optimization"
+    config: dict[str, Any] = field(default_factory=dict)  # further keys of the config
+    params: dict[str, Any] = field(default_factory=lambda: {"torch_adam": True})  # further parameters of the optimizer
+    has_fresh: bool = False  # there is also a checkpoint "fresh", from before the first step
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +59,7 @@ CASES = (
 
 
 class Model(nn.Module):
-    """Odd sizes, a bias, a tied weight, one of 1 element, an empty one, a frozen layer, buffers. Nothing computes."""
+    """Odd sizes, a bias, a tied weight, one of 1 element, an empty one, a frozen layer, buffers. No layer is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Model(nn.Module):
 
 
 def local_gradients(model: Model, case: Case, step: int, rank: int) -> list[Tensor]:
-    """Of the loss of one rank, for each trained parameter."""
+    """The gradients of one rank's loss, for each trained parameter."""
     grads = []
     for index, param in enumerate(param for param in model.parameters() if param.requires_grad):
         numbers = torch.arange(param.numel()).reshape(param.shape)
@@ -104,7 +104,7 @@ def local_gradients(model: Model, case: Case, step: int, rank: int) -> list[Tens
 
 
 def mean_gradients(model: Model, case: Case, step: int) -> list[Tensor]:
-    """What DeepSpeed's Adam saw: where its loss scale grows it divides by the new one, so half of the mean."""
+    """The gradients that DeepSpeed's Adam gets: half the mean if the loss scale grows, as it divides by the new one."""
     of_ranks = [local_gradients(model, case, step, rank) for rank in range(case.num_ranks)]
     factor = 0.5 if case.has_dynamic_scale and step == GROWS_AT else 1.0
     return [torch.stack(grads).mean(0) * factor for grads in zip(*of_ranks, strict=True)]

@@ -1,7 +1,7 @@
-"""DeepSpeed configs of the shapes that are public: keys and values as DeepSpeed's documentation, its example scripts,
-transformers' documentation and well-known training scripts combine them, each written anew and cut to what matters.
+"""DeepSpeed configs with the combinations of keys and values that public sources use: DeepSpeed's documentation and
+example scripts, transformers' documentation, and well-known training scripts. Each is written anew and shortened.
 
-Batch sizes are filled in where the originals leave them to a launcher.
+Batch sizes are filled in if the originals leave them to a launcher.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def megatron(**others: Any) -> Json:
 
 
 def trainer(zero: Json, **others: Any) -> Json:
-    """As transformers' Trainer fills in."""
+    """A config that transformers' Trainer fills in."""
     shared = {"steps_per_print": 2000, "wall_clock_breakdown": False}
     return {"fp16": FP16_AUTO, "bf16": {"enabled": "auto"}, "zero_optimization": zero, **AUTO_SIZES, **shared, **others}
 
@@ -115,7 +115,7 @@ def quantised(**methods: Any) -> Json:
 
 
 def tutorial(zero: Json, **others: Any) -> Json:
-    """A model's config with its schedule written out."""
+    """A model's config with a complete schedule."""
     decay = {"warmup_min_lr": 0, "warmup_max_lr": 1.2e-4, "warmup_num_steps": 2000, "total_num_steps": 150000}
     return {
         "train_batch_size": 128,
@@ -428,7 +428,7 @@ ACCEPTED: dict[str, Json] = {
         },
     ),
     "deepcompile": tutorial({"stage": 1}, compile={"deepcompile": True}, gradient_clipping="auto"),
-    # transformers and what is trained with it
+    # transformers, and models that are trained with it
     "transformers zero 1": trainer({"stage": 1}),
     "transformers zero 2": trainer({**ZERO_2, "offload_optimizer": CPU}, optimizer=AUTO_ADAMW, scheduler=AUTO_WARMUP),
     "transformers zero 3": trainer(

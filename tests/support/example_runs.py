@@ -1,4 +1,4 @@
-"""Programs of examples/ and docs/ in processes of their own."""
+"""Runs programs of examples/ and docs/ in separate processes."""
 
 import os
 import subprocess

@@ -1,8 +1,8 @@
 """Training on three gloo ranks of which rank 1 fails: `fault_worker.py DIR NAME...` runs the cases of test_faults.py.
 
-Each name is of a case, such as "peer-killed-backward-2". The ranks of all are forked from one process that has imported
-torch, which takes longer than the training; each then ends as a script of its own would, by the interpreter's exit.
-What they print goes to DIR/NAME/RANK.out and RANK.err; when and how they ended is printed as JSON.
+A name is that of a case, such as "peer-killed-backward-2". All ranks are forked from one process that has imported
+torch, because the import takes longer than the training. Each rank ends like a script, by the interpreter's exit. Its
+output goes to DIR/NAME/RANK.out and RANK.err. When and how the ranks ended is printed as JSON.
 """
 
 import gc
@@ -32,7 +32,7 @@ NUM_RETRIES = 3
 TIMEOUT_S = 5
 GIVE_UP_S = 60
 NUM_LAYERS = 4
-BUCKET_MIB = 6 / 1024  # one weight of 32 x 32 fp32 in each bucket
+BUCKET_MIB = 6 / 1024  # each bucket has one weight of 32 x 32 in fp32
 
 
 def fail(how: str, folder: Path) -> None:
@@ -40,13 +40,13 @@ def fail(how: str, folder: Path) -> None:
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "stalled":
-        os.kill(os.getpid(), signal.SIGSTOP)  # until every other rank has ended
+        os.kill(os.getpid(), signal.SIGSTOP)  # stopped until every other rank has ended
     else:
         raise ArithmeticError("a bug of rank 1")
 
 
 def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer: pyzero.FusedZeroAdam) -> None:
-    """Have `fault` called in the middle of the next forward, backward or step, or between the last two."""
+    """Have `fault` called in the middle of the next forward, backward or step, or between backward and step."""
 
     def watch_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         output.register_hook(lambda grad: fault())
@@ -69,7 +69,7 @@ def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer:
 
 def train(rank: int, folder: Path, transport: str, how: str, where: str, stage: str, then: str = "") -> None:
     torch.set_num_threads(1)
-    if transport == "hosts":  # ranks 0 and 1 on one, rank 2 on another
+    if transport == "hosts":  # ranks 0 and 1 are on one host, rank 2 on another
         hosts.place(pytest.MonkeyPatch(), rank // 2, folder)
         transport = "peer"
     dist.init_process_group(
@@ -98,7 +98,7 @@ def train(rank: int, folder: Path, transport: str, how: str, where: str, stage: 
                 arm(where, lambda: fail(how, folder), layers, optimizer)
             step()
     except CollectiveError:
-        for _ in range(NUM_RETRIES if then == "retried" else 0):  # by a script that believes it can go on
+        for _ in range(NUM_RETRIES if then == "retried" else 0):  # like a script that tries to go on
             try:
                 step()
             except CollectiveError:
@@ -117,7 +117,7 @@ def run_as_rank(rank: int, folder: Path) -> None:
 
 
 class Processes:
-    """The ranks of all cases, and how they ended: (exit code, time) by case and rank, None where one did not."""
+    """The ranks of all cases, and how they ended: (exit code, time) by case and rank, or None if a rank did not end."""
 
     def __init__(self) -> None:
         self._running: dict[int, tuple[str, int]] = {}
@@ -135,7 +135,7 @@ class Processes:
         self._reap_until((folder / "failed_at").exists)
 
     def finish(self) -> None:
-        """Wait for all, and kill those that do not end."""
+        """Wait for all ranks, and kill those that do not end."""
         self._reap_until(lambda: not self._running)
         for pid in self._running:
             os.kill(pid, signal.SIGKILL)
@@ -152,13 +152,13 @@ class Processes:
             self.ended[name][rank] = (os.waitstatus_to_exitcode(status), time.monotonic())
             left = [pid for pid, (other, _) in self._running.items() if other == name]
             if len(left) == 1:
-                os.kill(left[0], signal.SIGCONT)  # the stopped one goes on, alone
+                os.kill(left[0], signal.SIGCONT)  # only the stopped rank is left: resume it
 
 
 def main(root: Path, names: list[str]) -> None:
-    pyzero.FusedZeroAdamW([nn.Parameter(torch.zeros(1))]).step()  # torch imports much at the first step, and only then
+    pyzero.FusedZeroAdamW([nn.Parameter(torch.zeros(1))]).step()  # torch imports much at the first step
     gc.collect()
-    gc.freeze()  # an exit that visits all of torch's objects takes a second
+    gc.freeze()  # without it, the exit visits all of torch's objects, which takes a second
     processes = Processes()
     for name in names:
         processes.start(root / name)

@@ -1,9 +1,9 @@
-"""make gpu, make gpu-quick: what this GPU says of the kernels, with whatever packages this Python has.
+"""make gpu, make gpu-quick: checks the kernels on this GPU, with the packages that this Python has.
 
-Builds and checks every kernel, times gradients that lie apart, trains by two ranks that share the GPU, runs the tests
-that need one, the benchmarks and compute-sanitizer. Each step has a time limit, and goes on after another's failure.
-Writes report.md, report.json and a log per step to $OUT or build/gpu.
-Nothing is installed, and no network is needed. Stdlib only.
+It builds and checks every kernel, times gradients that lie apart, and trains on two ranks that share the GPU. It runs
+the tests that need a GPU, the benchmarks and compute-sanitizer. Each step has a time limit, and runs even if others
+failed. It writes report.md, report.json and a log per step to $OUT or build/gpu. It installs nothing, needs no network,
+and uses only the standard library.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S, QUICK_LIMIT_S = 1450.0, 460.0
-# Less is not worth starting a step for: importing torch takes half of it.
+# With less time left no step is started: importing torch takes half of it.
 LEAST_S = 15.0
-GRACE_S = 10.0  # for an interrupted step to say what it knows: pytest then prints its failures
-TAIL_LINES, SHOWN_LINES, MAX_COLUMNS = 15, 40, 160  # of a log, for the report
+GRACE_S = 10.0  # for an interrupted step to report: pytest prints its failures
+TAIL_LINES, SHOWN_LINES, MAX_COLUMNS = 15, 40, 160  # of a log in the report
 MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
-MAX_POOLS = 4  # of four ranks each, which hold one each
+MAX_POOLS = 4  # of four ranks each; each rank holds one, too
 DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload", "muon")  # of gpu_drive.py
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 
@@ -52,30 +52,30 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `environ` is added to this process's."""
+    """One command. `environ` is added to this process's environment."""
 
     name: str
     command: tuple[str, ...]
     limit_s: float
     environ: tuple[tuple[str, str], ...] = ()
-    needs: str | None = None  # what the command is missing here
-    shows: bool = False  # its figures are in the report, where it passes too
+    needs: str | None = None  # a missing tool
+    shows: bool = False  # the report has its figures even if it passes
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a step went; `exit_code` is None where it has not run or was killed."""
+    """The result of a step. `exit_code` is None if the step has not run or was killed."""
 
     name: str
     status: str
     exit_code: int | None = None
     seconds: float = 0.0
     note: str = ""  # the last line of its log, or why it did not run
-    tail: tuple[str, ...] = ()  # more of them, where it went wrong or shows figures
+    tail: tuple[str, ...] = ()  # further lines, if it failed or shows figures
 
 
 def run(steps: Sequence[Step], out: Path, limit_s: float, environment: Mapping[str, object]) -> list[Result]:
-    """Every step in turn, until the time is up. The report is written after each, so a killed run leaves one."""
+    """Run the steps in turn until the time is up. The report is written after each, so that a killed run leaves one."""
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + limit_s
     results: list[Result] = []
@@ -104,7 +104,7 @@ def _run_one(step: Step, log: Path, limit_s: float) -> Result:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its children end with it
+            start_new_session=True,  # so that its children can be killed with it
         )
         try:
             exit_code: int | None = process.wait(limit_s)
@@ -121,7 +121,7 @@ def _run_one(step: Step, log: Path, limit_s: float) -> Result:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of the step's session is left, also where it has ended and a child of its has not."""
+    """Kill all of the step's session, even if the step has ended but a child of it has not."""
     with contextlib.suppress(ProcessLookupError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -150,7 +150,7 @@ def write_report(out: Path, environment: Mapping[str, object], results: Sequence
 
 
 def exit_code(results: Sequence[Result]) -> int:
-    """1 where a step failed, took too long or was not reached; a tool that is not installed is only reported."""
+    """1 if a step failed, took too long or was not reached. A tool that is not installed is only reported."""
     return int(any(result.status not in (PASSED, NO_TOOL) for result in results))
 
 
@@ -158,7 +158,7 @@ def exit_code(results: Sequence[Result]) -> int:
 
 
 def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
-    """What to run; the most telling first, for the time may not be enough for all."""
+    """The steps. The most important come first, because the time may not suffice for all."""
     backends = ("triton",) if is_amd else ("cuda", "triton")
     support = Path(__file__).parent
     python, smoke, drive = sys.executable, str(support / "gpu_smoke.py"), str(support / "gpu_drive.py")
@@ -166,7 +166,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
         ("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))),
         ("PYTHONUNBUFFERED", "1"),
         ("PYZERO_REQUIRE", ",".join(backends)),
-        # Kept between runs, and not in $OUT, which may be carried over a network.
+        # Caches are kept between runs. They are not in $OUT, which may be copied over a network.
         ("PYZERO_CACHE_DIR", os.environ.get("PYZERO_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "pyzero")),
         ("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR") or str(ROOT / "build" / "gpu-cache" / "triton")),
     )
@@ -186,7 +186,7 @@ def steps_for(quick: bool, is_amd: bool, out: Path) -> list[Step]:
 
 
 def _pytest_ranks() -> tuple[str, ...]:
-    """Several gloo ranks whose tensors all lie on the one GPU."""
+    """Tests on several gloo ranks, all of whose tensors are on the one GPU."""
     subjects = {
         "comm": ("symmetric_memory_transport",),
         "gradients": (
@@ -213,7 +213,7 @@ def _workers(most: int) -> tuple[str, ...]:
 
 
 def _pytest(marker: str) -> tuple[str, ...]:
-    """In the folders whose tests may need a GPU: the others import packages that a GPU machine need not have."""
+    """pytest on the folders whose tests may need a GPU. Other folders import packages that a GPU machine may lack."""
     others = ("build", "engine", "programs", "tools", "support", "__pycache__")
     folders = [path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and path.name not in others]
     command = [
@@ -232,7 +232,7 @@ def _pytest(marker: str) -> tuple[str, ...]:
 
 
 def _sanitizer(tool: str, command: tuple[str, ...], is_amd: bool, environ: tuple[tuple[str, str], ...]) -> Step:
-    """Without torch's caching allocator, whose blocks are larger than the tensors in them."""
+    """compute-sanitizer without torch's caching allocator, whose blocks are larger than the tensors in them."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
     missing = "an AMD GPU has no compute-sanitizer" if is_amd else None if found else "compute-sanitizer not found"
@@ -241,7 +241,7 @@ def _sanitizer(tool: str, command: tuple[str, ...], is_amd: bool, environ: tuple
 
 
 def probe() -> dict[str, object]:
-    """What there is; asked of a process of its own, so that this one holds no GPU."""
+    """GPU and versions. A separate process finds them, so that this one holds no GPU."""
     done = subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{sys.executable} has no torch that can be imported:\n{done.stderr[-1000:]}")

@@ -1,7 +1,7 @@
-"""python tests/support/gpu_drive.py CASE: what takes several ranks, as two gloo ranks that share the GPU, or on CPUs.
+"""python tests/support/gpu_drive.py CASE: a case for several ranks, on two gloo ranks that share the GPU, or on CPUs.
 
-A case trains without and with its subject, from the same weights on the same data: the losses are the same, and a line
-says what a step takes. Two processes take turns on the GPU, so that only what is far too slow can be seen in it.
+A case trains without and with its subject, from the same weights on the same data. It checks that the losses are equal,
+and prints the time of a step. Two processes take turns on the GPU, so that the times show only what is far too slow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def model() -> nn.Sequential:
 
 
 def run(who: str, step: Step, rank: int | None = None) -> Run:
-    """rank: whose data; None: this one's own."""
+    """Train. rank: the rank whose data is used; None: this one."""
     losses, seconds = [], []
     for number in range(STEPS):
         generator = torch.Generator().manual_seed(1000 * number + (dist.get_rank() if rank is None else rank))
@@ -82,7 +82,7 @@ def by_hand(net: nn.Module, optimizer: Any) -> Step:
 
 
 def offload_param() -> Iterator[Run]:
-    """Stage 3 with shards on the host; the same, built there one weight at a time."""
+    """Stage 3 with shards on the host; and the same with a model that is built there one weight at a time."""
     bf16 = {"bf16": {"enabled": True}}
     yield run("on the device", by_engine(model(), {**bf16, "zero_optimization": {"stage": 3}}))
     config = {**bf16, "zero_optimization": OFFLOADED}
@@ -97,7 +97,7 @@ def tensor_parallel() -> Iterator[Run]:
     yield run("whole layers", by_hand(net, torch.optim.AdamW(net.parameters(), lr=LR)), rank=0)
     ranks = list(range(dist.get_world_size()))
     alone = [dist.new_group([rank]) for rank in ranks][dist.get_rank()]
-    # By init_device_mesh its groups would be NCCL's, which takes no two ranks on one GPU.
+    # With init_device_mesh its groups would be NCCL's, which refuses two ranks on one GPU.
     table = torch.tensor([ranks], device="cpu")
     groups = [alone, dist.group.WORLD]
     mesh = DeviceMesh.from_group(groups, launcher.device().type, table, mesh_dim_names=("dp", "tp"))
@@ -123,7 +123,7 @@ def sharded_offload() -> Iterator[Run]:
 
 
 def muon() -> Iterator[Run]:
-    """Matrices alone; torch's ranks orthogonalise all of them."""
+    """Only matrices. With torch, each rank orthogonalises all of them."""
     for is_ours in (False, True):
         net = model().to(launcher.device())
         matrices = [param for param in net.parameters() if param.requires_grad_(param.dim() > 1).requires_grad]
@@ -134,12 +134,12 @@ def muon() -> Iterator[Run]:
 
 
 CASES = {case.__name__: case for case in (offload_param, tensor_parallel, cpu_offload, sharded_offload, muon)}
-# Relative: they add in another order, and Muon rounds to bf16 then; the others owe the same bits.
+# Relative. These sum in another order, and Muon then rounds to bf16. The other cases must give the same bits.
 TOLERANCE = {"tensor_parallel": 1e-4, "muon": 1e-4}
 
 
 def drive(group: Any, name: str) -> str:
-    """On each rank. One line; raises AssertionError where losses are not the same, or do not fall."""
+    """Run a case on each rank, and return a line. Raises AssertionError if losses differ or do not fall."""
     first, *others = CASES[name]()
     for other in others:
         for wanted, got in zip(first.losses, other.losses, strict=True):

@@ -1,6 +1,7 @@
-"""python tests/support/gpu_smoke.py cuda triton: every kernel of these backends once, its bits against the reference.
+"""python tests/support/gpu_smoke.py cuda triton: runs every kernel of these backends once, and compares its bits.
 
-Builds what is not built. Small enough to run under compute-sanitizer; sizes are ragged, to reach every tail.
+The reference gives the wanted bits. Backends are built if need be. It is small enough for compute-sanitizer. Sizes are
+ragged, to reach every tail.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pyzero.ops.loss_scale import loss_scale_state
 NUMEL = 10_243
 LIST_NUMEL = 64 * 600
 HYPER = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled_weight_decay=True)
-Inputs = Callable[[int], Tensor]  # (numel,) fp32 on the device under test, the same on each
+Inputs = Callable[[int], Tensor]  # (numel,) fp32 on the device under test; the same values on every device
 
 
 def normals(device: str) -> Inputs:
@@ -27,13 +28,13 @@ def normals(device: str) -> Inputs:
 
 
 def ragged(normal: Inputs) -> list[Tensor]:
-    """More tensors than one launch takes, empty ones and odd lengths among them, in two dtypes."""
+    """More tensors than one launch takes, in two dtypes. Some are empty, and some have odd lengths."""
     tensors = [normal(37 * index % 501) for index in range(700)]
     return [tensor.bfloat16() if index % 3 else tensor for index, tensor in enumerate(tensors)]
 
 
 def list_of(normal: Inputs, dtype: torch.dtype) -> dict[str, object]:
-    """Gradients of a shard: more than one launch takes, empty ones among them, and some off by one element."""
+    """More gradients of a shard than one launch takes. Some are empty, and some start one element off alignment."""
     grads = [normal(37 * index % 65 + index % 2).to(dtype)[index % 2 :] for index in range(LIST_NUMEL // 64)]
     return {"grad": grads, "grad_offsets": [64 * index for index in range(len(grads))]}
 
@@ -55,7 +56,7 @@ def adam(device: str, backend: str) -> list[Tensor]:
         ops.adam_(*state, grad, step=3, param_out=out, backend=backend, **HYPER)
         scale = torch.full((), 0.25, device=device)
         found_inf = torch.zeros(1, device=device)
-        # Off by one element: no 16-byte access fits.
+        # One element off alignment: no 16-byte access is possible.
         apart = [tensor[1:] for tensor in state]
         ops.adam_(*apart, grad[1:], step=4, grad_scale=scale, found_inf=found_inf, backend=backend, **HYPER)
         segments = (torch.arange(-(-NUMEL // 64), device=device) // 7).to(torch.int32)
@@ -175,7 +176,7 @@ OPS = (adam, lion, sgd, unscale, pack, reduce_scatter, loss_scale, step_scalars)
 
 
 def differs(got: list[Tensor], wanted: list[Tensor]) -> bool:
-    """Bits, fp64 sums aside: their order is each backend's own."""
+    """Whether bits differ. fp64 sums get a tolerance, because each backend adds in its own order."""
     for ours, theirs in zip(got, wanted, strict=True):
         if ours.dtype == torch.float64:
             if not torch.allclose(ours.cpu(), theirs, rtol=2**-40, atol=0):

@@ -1,4 +1,4 @@
-"""Ranks of one machine that take it for several hosts."""
+"""Makes ranks of one machine believe that they are on several hosts."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pyzero.comm import shared_memory
 
 
 def place(patch: pytest.MonkeyPatch, number: int, folder: Path) -> None:
-    """Have this process find itself on the host of that number."""
+    """Make this process believe that it is on host `number`."""
     path = folder / f"boot_id_of_{number}"
     path.write_text(f"{number}\n")
     patch.setattr(shared_memory, "_BOOT_ID", str(path))

@@ -1,7 +1,7 @@
-"""Runs of other libraries over pyzero, on as many ranks as a launcher starts, in one process: their imports take long.
+"""Runs other libraries with pyzero, on as many ranks as a launcher starts, all in one process: their imports take long.
 
-python integration_runs.py FOLDER: runs each of RUNS whose packages are there, writes FOLDER/results_RANKS.json. On one
-rank it goes on from what two ranks have left in FOLDER.
+python integration_runs.py FOLDER runs each of RUNS whose packages are installed, and writes FOLDER/results_RANKS.json.
+On one rank it resumes from the checkpoints of two ranks in FOLDER.
 """
 
 import functools
@@ -34,7 +34,7 @@ DEEPSPEED = {
 
 
 def trained(folder, **options):
-    """The log of each step of the Trainer example; 6 steps, saved at the third, of batches of 8 over all ranks."""
+    """Log and trainer of the Trainer example: 6 steps, saved at the third, with batches of 8 over all ranks."""
     import hf_trainer
 
     trainer = hf_trainer.main(
@@ -49,7 +49,7 @@ def trained(folder, **options):
 
 
 def mean(losses):
-    """Over ranks, of each."""
+    """The mean over ranks of each loss."""
     values = torch.tensor(losses, dtype=torch.float64)
     if SIZE > 1:
         dist.all_reduce(values)
@@ -57,7 +57,7 @@ def mean(losses):
 
 
 def message_of(error, run):
-    """What the run raises."""
+    """The message that `run` raises, or None."""
     try:
         run()
     except error as raised:
@@ -66,7 +66,7 @@ def message_of(error, run):
 
 
 def warned(run, lines):
-    """What the run gives; adds pyzero's warnings to `lines`."""
+    """The result of `run`. Adds pyzero's warnings to `lines`."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("pyzero").addHandler(handler)
@@ -77,7 +77,7 @@ def warned(run, lines):
 
 
 def trainer(folder):
-    """Ours, resumed on as many ranks, beside transformers' own over DDP and torch's AdamW."""
+    """pyzero's Trainer, also resumed, beside transformers' Trainer with DDP and torch's AdamW."""
     import transformers
 
     from pyzero import FusedZeroAdamW
@@ -105,7 +105,7 @@ def trainer(folder):
 
 
 def trainer_fp16(folder):
-    """A loss scale that is too large at first."""
+    """A Trainer in fp16, whose first loss scale is too large."""
     from pyzero import FusedZeroAdamW, LossScale
     from pyzero.transformers import Trainer
 
@@ -118,7 +118,7 @@ def trainer_fp16(folder):
 
 
 def trainer_bf16(folder):
-    """An inf in the second step's gradients, without a loss scale."""
+    """A Trainer in bf16, without a loss scale, with an inf in the second step's gradients."""
     import transformers
 
     from pyzero.transformers import Trainer
@@ -137,7 +137,7 @@ def trainer_bf16(folder):
 
 
 def trainer_stream(folder):
-    """A stream whose end breaks off an accumulation, saved at the end of each of its rounds."""
+    """A stream of data that ends in the middle of an accumulation. Each epoch is saved."""
     import transformers
 
     from pyzero.transformers import Trainer
@@ -161,7 +161,7 @@ def trainer_stream(folder):
 
 
 def trainer_weights(folder):
-    """Warnings of going on from weights alone."""
+    """The warnings when a run resumes from weights only."""
     place, lines = folder / f"weights_{SIZE}", []
     trained(place, save_only_model=True)
     warned(lambda: trained(place, resume=str(place / "checkpoint-3")), lines)
@@ -169,7 +169,7 @@ def trainer_weights(folder):
 
 
 def trainer_lora(folder):
-    """The names that are in a checkpoint of adapters, and the losses after it."""
+    """The names in a checkpoint of adapters, and the losses after it."""
     from peft import LoraConfig, get_peft_model
 
     from pyzero import latest_checkpoint
@@ -214,7 +214,7 @@ def trainer_deepspeed(folder):
 
 
 def split_by_a_trainer(folder):
-    """Logs of a Llama of which the ranks share each layer; 16 rows go into a step on one rank and on two."""
+    """Logs of a Llama whose layers are split over the ranks. A step has 16 rows, on one rank and on two."""
     import transformers
 
     def kind(model, **options):
@@ -233,7 +233,7 @@ def split_by_a_trainer(folder):
 
 
 def zero3_models(folder):
-    """transformers' models in zero.Init, and by its own integration of stage 3, train as those built whole."""
+    """Whether transformers' models train alike if built whole, in zero.Init, or by its own integration of stage 3."""
     if SIZE == 1:
         return {}
     import transformers
@@ -261,7 +261,7 @@ def zero3_models(folder):
     def same(ours, wanted):
         return all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
-    torch.manual_seed(RANK)  # rank 0's count
+    torch.manual_seed(RANK)  # rank 0's weights are used
     whole = masters(transformers.LlamaForCausalLM(config))
     torch.manual_seed(RANK)
     with pyzero.deepspeed.zero.Init():
@@ -272,7 +272,7 @@ def zero3_models(folder):
     dist.barrier()
     load = transformers.AutoModelForCausalLM.from_pretrained
     whole = masters(load(folder / "llama"))
-    stage_3 = HfDeepSpeedConfig(settings)  # counts while it lives
+    stage_3 = HfDeepSpeedConfig(settings)  # in effect while it lives
     model = load(folder / "llama")
     result["from_pretrained"] = sharded(model) and same(masters(model), whole)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -284,7 +284,7 @@ def zero3_models(folder):
 
 
 def accelerate_loop(folder):
-    """The example, on from its save, and what the Accelerator refuses."""
+    """The example, the example resumed, and what the Accelerator refuses."""
     import accelerate_loop as example
     from accelerate.state import AcceleratorState
 
@@ -306,7 +306,7 @@ def accelerate_loop(folder):
 
 
 def accelerate_models(folder):
-    """Two models of one optimizer, on from their save; and a loss scale beside an optimizer that has none."""
+    """Two models with one optimizer, also resumed; and a loss scale beside an optimizer that has none."""
     from accelerate.state import AcceleratorState
 
     from pyzero import FusedZeroAdamW
@@ -349,7 +349,7 @@ def accelerate_models(folder):
 
 
 def accelerate_plain(folder):
-    """accelerate's own Accelerator over DDP, and an optimizer that leaves reduction to it."""
+    """accelerate's own Accelerator with DDP, which reduces the gradients for the optimizer."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -373,7 +373,7 @@ def accelerate_plain(folder):
 
 
 def accelerate_grad_scaler(folder):
-    """Of each step: whether it was skipped, the scale, the learning rate. On GPUs it is mixed_precision="fp16"'s."""
+    """Of each step: whether it was skipped, the scale, the learning rate. On GPUs mixed_precision="fp16" does this."""
     from accelerate import DataLoaderConfiguration
     from accelerate.state import AcceleratorState
 
@@ -390,7 +390,7 @@ def accelerate_grad_scaler(folder):
     for _ in range(3):
         accelerator.backward(
             model(torch.ones(2, 8)).sum() * 2
-        )  # 4 each: the first overflows, and the second's sum over two ranks
+        )  # gradients of 4: the first step overflows, and the second does in the sum over two ranks
         accelerator.scaler.unscale_(optimizer.optimizer)
         accelerator.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -402,7 +402,7 @@ def accelerate_grad_scaler(folder):
 
 
 def lightning_module(folder):
-    """The example in both manners, on from its checkpoint, and with a strategy that leaves the module bare."""
+    """The example with automatic and manual optimization, also resumed, and with a strategy that adds no DDP."""
     import lightning_module as example
     from lightning.pytorch.plugins import MixedPrecision
     from lightning.pytorch.strategies import DDPStrategy
@@ -451,7 +451,7 @@ def lightning_module(folder):
 
 
 def peft_lora(folder):
-    """The example, and its checkpoint in a fresh model."""
+    """The example, and its checkpoint loaded into a new model."""
     import peft_lora as example
 
     import pyzero
@@ -468,13 +468,13 @@ def peft_lora(folder):
 
 
 def compiled(folder):
-    """The example, compiled and not. Inductor would take a minute; autograd is compiled by aot_eager as by it."""
+    """The example, compiled and not. Inductor would take a minute; aot_eager compiles autograd in the same way."""
     import compiled as example
 
     return {backend: mean(example.main(steps=20, backend=backend)) for backend in ("aot_eager", "eager")}
 
 
-RUNS = {  # the packages that each needs
+RUNS = {  # run -> the packages that it needs
     trainer: ("transformers", "accelerate"),
     trainer_fp16: ("transformers", "accelerate"),
     trainer_bf16: ("transformers", "accelerate"),
@@ -492,13 +492,13 @@ RUNS = {  # the packages that each needs
         "transformers",
         "accelerate",
         "safetensors",
-    ),  # its state and environment stay with accelerate
+    ),  # late, because its state and environment remain in accelerate
     zero3_models: ("transformers", "accelerate", "safetensors"),
 }
 
 
 def main():
-    """Run all; what one of them raises is its result."""
+    """Run all. If one raises, its traceback is its result."""
     import pyzero
 
     torch.set_num_threads(1)
@@ -508,11 +508,11 @@ def main():
         if all(importlib.util.find_spec(name) for name in packages):
             try:
                 results[run.__name__] = run(folder)
-            except Exception:  # told by the test of this run
+            except Exception:  # the test of this run reports it
                 results[run.__name__] = {"error": traceback.format_exc()}
                 print(results[run.__name__]["error"], flush=True)
                 if SIZE > 1:
-                    break  # the other rank may be elsewhere now
+                    break  # the other rank may be at another place now
     if RANK == 0:
         (folder / f"results_{SIZE}.json").write_text(json.dumps(results))
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Counts what a GPU would launch: ops on their backend, and torch's operations that touch values."""
+"""Counts the launches that a GPU would have: ops of a backend, and torch's operations that read or write values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pyzero.comm.group import Group
 from pyzero.ops import registry
 
-# They allocate, or hand over memory that the host has filled: nothing runs.
+# These launch nothing: they allocate, or pass on memory that the host has filled.
 _NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "detach", "alias", "set_", "resize_", "_local_scalar_dense")
 
 
@@ -49,7 +49,7 @@ def _uncounted(call: Any) -> Any:
 
 @contextmanager
 def counted_launches() -> Iterator[Counter[str]]:
-    """Launches inside, by name. Messages between ranks are not counted."""
+    """Count the launches inside, by name, without messages between ranks."""
     counts: Counter[str] = Counter()
     pick = registry.pick
     with pytest.MonkeyPatch.context() as patch:

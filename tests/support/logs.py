@@ -1,4 +1,4 @@
-"""What is logged, line by line."""
+"""Captures log lines."""
 
 import logging
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Log(logging.Handler):
 
 @contextmanager
 def logged(level: int = logging.NOTSET) -> Iterator[list[str]]:
-    """Lines that pyzero logs inside. level: Of its logger; NOTSET is as it is."""
+    """The lines that pyzero logs inside. level: the logger's level; NOTSET leaves it."""
     log, logger = Log(), logging.getLogger("pyzero")
     before = logger.level
     logger.addHandler(log)

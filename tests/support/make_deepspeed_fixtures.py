@@ -1,10 +1,10 @@
-"""Writes tests/data/deepspeed/*.zip: checkpoint folders of DeepSpeed's own, by DeepSpeed 0.19.8 on CPUs.
+"""Writes tests/data/deepspeed/*.zip: checkpoint folders that DeepSpeed 0.19.8 saves on CPUs.
 
     DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8
     python tests/support/make_deepspeed_fixtures.py [NAME ...]
 
-Each holds two checkpoints of one run: "saved", and "later", which says where DeepSpeed's next steps led. One has
-"fresh" too, of before the first step.
+Each holds two checkpoints of one run: "saved", and "later", which has the result of DeepSpeed's next steps. One also
+has "fresh", from before the first step.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from deepspeed_case import (
 
 
 def train(rank: int, case: Case, folder: str, port: int) -> None:
-    """One rank's run."""
+    """Train and save on one rank."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.num_ranks, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: True  # it is: for what happens here any CPU will do
+    get_accelerator().is_fp16_supported = lambda: True  # every CPU supports the fp16 operations used here
     precision = {"enabled": True, **(SCALING if case.precision == "fp16" else {})}
     model = Model()
     engine, _, _, _ = deepspeed.initialize(
@@ -49,7 +49,7 @@ def train(rank: int, case: Case, folder: str, port: int) -> None:
         model_parameters=model.groups(),
         config={
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": 0.0,  # its default is 1.0
+            "gradient_clipping": 0.0,  # the default is 1.0
             "zero_optimization": {"stage": case.stage, **case.zero},
             "optimizer": {"type": case.optimizer, "params": {"lr": LR, "betas": BETAS, **case.params}},
             case.precision: precision,
@@ -72,7 +72,7 @@ def main() -> None:
     for number, case in enumerate(case for case in CASES if case.name in sys.argv[1:] or not sys.argv[1:]):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(train, (case, folder, 29700 + number), nprocs=case.num_ranks)
-            for script in Path(folder).glob("*.py"):  # DeepSpeed puts its converters beside
+            for script in Path(folder).glob("*.py"):  # DeepSpeed adds its converter scripts
                 script.unlink()
             print(shutil.make_archive(str(FOLDER / case.name), "zip", folder))
 

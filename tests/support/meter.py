@@ -1,4 +1,4 @@
-"""What living tensors take."""
+"""Measures the memory of living tensors."""
 
 import time
 import weakref
@@ -17,7 +17,7 @@ from pyzero.sharding.local_param import local_of
 
 @contextmanager
 def gloo_lets_go() -> Iterator[None]:
-    """Waits a little longer: gloo's thread lets go of the buffers a moment after it has told that it is done."""
+    """Make each wait 2 ms longer: gloo's thread releases its buffers shortly after it has reported completion."""
     wait = Work.wait
 
     def longer(work: Work) -> None:
@@ -32,13 +32,13 @@ def gloo_lets_go() -> Iterator[None]:
 
 
 class Meter(TorchDispatchMode):
-    """Follows every storage that is made in it, and keeps the largest sum of those that live at one time."""
+    """Tracks every storage that is created inside, and keeps the largest sum of those that live at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
         self._shared = 0
-        self._known: dict[int, tuple[int, int]] = {}  # where each lies
+        self._known: dict[int, tuple[int, int]] = {}  # address range of each storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -53,14 +53,14 @@ class Meter(TorchDispatchMode):
             return
         begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         if any(low <= begin and end <= high for low, high in self._known.values()):
-            return  # a parameter's, inside its bucket's
+            return  # a parameter's storage, inside its bucket's
         self._known[key] = begin, end
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
         weakref.finalize(storage, self._gone, key, storage.nbytes())
 
     def know_shared(self, optimizer: pyzero.FusedZeroAdam) -> None:
-        """Memory that ranks share counts once for each: the others' is theirs."""
+        """Count this rank's own part of the memory that ranks share. The other parts count for their ranks."""
         memory = optimizer._group.shared_memory
         if memory is None:
             return

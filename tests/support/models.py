@@ -1,4 +1,4 @@
-"""A small real model for the tests of the optimizer, and what they all do with it."""
+"""A small real model for the tests of the optimizer, and the helpers that they share."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NUM_MICRO_BATCHES = 12  # divides by 1, 2, 3 and 4 ranks
+NUM_MICRO_BATCHES = 12  # divisible by 1, 2, 3 and 4 ranks
 
 
 class Net(nn.Module):
-    """Sizes that pad, an odd embedding, a tied weight, an empty and a 0-D parameter."""
+    """Sizes that need padding, an odd embedding, a tied weight, an empty and a 0-D parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 class Failing(torch.autograd.Function):
-    """Its backward does."""
+    """A function whose backward raises."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def build(dtype: torch.dtype) -> Net:
 
 
 def randint(high: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Whole numbers from 0 on, the same on every device."""
+    """Random integers from 0 to high - 1, the same on every device."""
     drawn = torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
     return drawn.to(torch.get_default_device())
 

@@ -1,4 +1,4 @@
-"""The pool of ranks on process groups that give up soon, for tests in which ranks could wait for each other."""
+"""The pool of ranks on process groups with a short timeout, for tests in which ranks could wait for each other."""
 
 import itertools
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from ranks import NUM_WORKERS, Ranks
 
 import pyzero
 
-TIMEOUT_S = 15  # of a test that hangs; the pool's is longer
-_groups: dict[int, list[Any]] = {}  # of this worker: by generation, groups of 1, 2, 3 ranks
+TIMEOUT_S = 15  # ends a test that hangs; the pool's timeout is longer
+_groups: dict[int, list[Any]] = {}  # of this worker: generation -> groups of 1, 2 and 3 ranks
 
 
 def make_groups(group: Any, generation: int, timeout_s: float) -> None:
@@ -25,7 +25,7 @@ def on_own_group(group: Any, generation: int, fn: Callable[..., Any], *args: Any
 
 
 class OwnGroups:
-    """The pool, on groups of their own, which are made anew where a test has failed."""
+    """The pool on process groups of its own. After a failed test it makes new ones."""
 
     _generations = itertools.count()
 
@@ -46,7 +46,7 @@ class OwnGroups:
 
 
 def is_refused(action: Callable[[], Any]) -> bool:
-    """Whether it raises RuntimeError, not by a collective that failed."""
+    """Whether `action` raises a RuntimeError that is no CollectiveError."""
     try:
         action()
     except pyzero.CollectiveError:

@@ -1,4 +1,4 @@
-"""A small model, its batches, and how it trains on one process: what ranks that share it are held against."""
+"""A small model, its batches, and its training on one process, with which ranks that share it are compared."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ BATCH = 8
 
 
 class Block(nn.Module):
-    """Its 9 rows are uneven over 2 and 4 ranks; over 4 the last has none of 6."""
+    """A block whose 9 rows are uneven over 2 and 4 ranks. Over 4 ranks, the last has none of 6 rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class Run(NamedTuple):
-    """What came of a training."""
+    """The results of a training run."""
 
     losses: Tensor
     norms: Tensor  # of gradients, before clipping
@@ -78,17 +78,17 @@ def alone(dtype: torch.dtype, max_norm: float | None, num_steps: int = NUM_STEPS
 
 
 def assert_follows(run: Run, max_norm: float | None, num_steps: int = NUM_STEPS) -> None:
-    """It is near to the run on one process."""
+    """Assert that `run` is near to the run on one process."""
     assert_near(run, alone(torch.float64, max_norm, num_steps), alone(torch.float32, max_norm, num_steps))
 
 
 def assert_near(run: Run, exact: Run, torchs: Run) -> None:
-    """It lies as near to the run in fp64 as torch's in fp32 does.
+    """Assert that `run` is about as near to the run in fp64 as torch's run in fp32 is.
 
-    Adam divides small gradients by small moments, so that how far rounding carries is a matter of the problem: torch's
-    own error is the measure of it. Another order of sums is another draw of the same errors, and the largest of some
-    hundred of them differs between two draws by less than the factor of 4. An error that torch's run happens not to
-    make is a few units of the largest value.
+    Adam divides small gradients by small moments, so that the effect of rounding depends on the problem: torch's own
+    error measures it. Another order of summation is another sample of the same errors. The largest of some hundred
+    errors differs between two samples by less than a factor of 4. An error that torch's run happens not to make is a
+    few units of the largest value.
     """
     for ours, theirs, wanted in zip(_parts(run), _parts(torchs), _parts(exact), strict=True):
         unit = 2.0**-24 * float(wanted.abs().max())
@@ -113,7 +113,7 @@ def fsdp(model: Any, group: Any, **options: Any) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Of a DTensor, or of a plain tensor."""
+    """The whole of a DTensor, or a copy of a plain tensor."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
@@ -121,7 +121,7 @@ def whole(tensor: Tensor) -> Tensor:
 def train(
     model: Any, optimizer: Any, group: Any, steps: range = range(NUM_STEPS), share: tuple[int, int] = (0, 0)
 ) -> Run:
-    """share: (which part of a batch, of how many); default: this rank's of the group's."""
+    """share: (index of the part of a batch, number of parts); default: this rank and the group's size."""
     import torch.distributed as dist
 
     index, count = share if share[1] else (dist.get_rank(group), dist.get_world_size(group))
@@ -146,7 +146,7 @@ def square() -> Any:
 
 
 def split(model: Any, mesh: Any, sequence: bool = False) -> Any:
-    """Shard(0), Shard(1) and Replicate weights and plain ones; `sequence`: the norm's gradients are partial sums."""
+    """Make weights Shard(0), Shard(1) and Replicate; others stay plain. `sequence`: norm gradients are partial sums."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -186,7 +186,7 @@ def build(group: Any, kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def contents(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """All, whole and by name."""
+    """All weights and state by name, as whole tensors."""
     found = {}
     for name, param in model.named_parameters():
         found[name] = whole(param)

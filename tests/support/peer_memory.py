@@ -1,4 +1,4 @@
-"""The peer transport of GPUs where there is none: its symmetric memory is that of the host."""
+"""The peer transport of GPUs without a GPU: shared memory of the host replaces symmetric memory."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ from pyzero.comm.symmetric_memory_transport import SymmetricBytes, SymmetricMemo
 
 
 class HostMemory:
-    """What symmetric memory is on GPUs: the ranks' rings, and a barrier of their counters."""
+    """Replaces the symmetric memory of GPUs by the ranks' rings, and a barrier of their counters."""
 
     num_shared = 0
 
@@ -41,7 +41,7 @@ class HostMemory:
 
 
 def through_peers(group: Any, job: Any, *args: Any) -> Any:
-    """A job whose transport="peer" is that of GPUs, wherever it runs."""
+    """Run a job whose transport="peer" is that of GPUs, on a CPU too."""
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # for ranks that share a GPU
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:

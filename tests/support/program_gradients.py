@@ -1,4 +1,4 @@
-"""Ops of test_state_machine.py's programs on gradients: backward in every manner, reads, clips, edits, zero_grad."""
+"""Ops of test_state_machine.py's programs on gradients: all kinds of backward, reads, clips, edits, zero_grad."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Break(torch.autograd.Function):
 
 
 def loss_of(params: list[nn.Parameter], grads: dict[int, Tensor], others: set[int], how: str) -> Any:
-    """Its gradients are `grads`, and 1 where it reaches others."""
+    """A loss whose gradients are `grads`, and 1 for parameters in `others`."""
 
     def term(index: int, grad: Tensor) -> Tensor:
         param = params[index]
@@ -39,7 +39,7 @@ def loss_of(params: list[nn.Parameter], grads: dict[int, Tensor], others: set[in
         if how == "create_graph":  # a gradient with a graph of its own
             return (param.float() * grad).sum() + (0.0 * param.float().square()).sum()
         found = (param.float() * grad).sum()
-        if how == "broken" and index == min(grads):  # what was made first comes last in a backward
+        if how == "broken" and index == min(grads):  # backward reaches last what was made first
             found = _Break.apply(found)  # type: ignore[no-untyped-call]
         return found
 
@@ -106,7 +106,7 @@ class GradOps:
             self.count_backward(by_rank, sync)
 
     def run_backward(self, loss: Any, inputs: list[Tensor], scaled: bool, how: str, retain_graph: bool) -> None:
-        """In one of the ways in which it can be called."""
+        """Call backward in the way that `how` names."""
         options: dict[str, Any] = {"retain_graph": True} if retain_graph else {}
         if how == "autograd.grad":
             torch.autograd.grad(loss, inputs, retain_graph=True)
@@ -131,12 +131,12 @@ class GradOps:
         return any(self.too_large(i, self.model.grads[i].bound + 12 * times * unit_of(i)) for i in used)
 
     def begin_backward(self, by_rank: list[dict[int, Tensor]], scaled: bool, sync: bool) -> None:
-        """In the model: what may be refused."""
+        """Note in the model what may be refused."""
         self.model.kinds.add("scaled" if scaled else "plain")
         self.model.by_itself &= self.model.is_round(sync) and not set().union(*by_rank) & self.model.idle
 
     def count_backward(self, by_rank: list[dict[int, Tensor]], sync: bool) -> None:
-        """In the model: the gradients have come."""
+        """Add the gradients to the model."""
         model, used = self.model, set().union(*by_rank)
         is_round = model.is_round(sync)
         for index in sorted(used):
@@ -158,7 +158,7 @@ class GradOps:
             norm = optimizer.clip_grad_norm_(1e9)
             model.clipped = model.alone
             self.compare_norm("clip_grad_norm_(1e9)", norm, model.norm(model.added))
-            model.order_matters |= not math.isfinite(model.norm(model.added)[0])  # torch's factor is 0 then, or NaN
+            model.order_matters |= not math.isfinite(model.norm(model.added)[0])  # then torch's factor is 0 or NaN
             model.clip(model.added, 1e9)
         elif what == "full_grad":
             self.compare_grad(index)
@@ -183,10 +183,10 @@ class GradOps:
             model.reduce()
 
     def read_grad(self, what: str, index: int) -> None:
-        """On `.grad` itself, where every rank has one."""
+        """Read `.grad` itself, if every rank has one."""
         model, param = self.model, self.params[index]
         if model.alone and (self.config.loss_scale is not None or model.clipped):
-            return  # `.grad` carries the scale, and lacks the factor
+            return  # `.grad` includes the loss scale, and lacks the clip factor
         known = model.grads[index].value is not None
         if not (known if model.alone else index in model.carried) or model.norms_apart:
             return
@@ -212,7 +212,7 @@ class GradOps:
         model.reduce()
 
     def do_torch_clip(self, max_norm: float, foreach: bool | None, mask: int) -> None:
-        """Of parameters of which all ranks have a `.grad`: torch leaves the others out."""
+        """torch's clip of parameters with a `.grad` on all ranks. torch omits the others."""
         model = self.model
         held = {i for i, g in enumerate(model.grads) if g.value is not None} if model.alone else model.carried
         indices = [index for index in model.chosen(mask) if index in held]
@@ -242,7 +242,7 @@ class GradOps:
         model.put(index, torch.stack(values).double().mean(0))
         model.kinds.add("plain")
         model.half_edited = edited
-        model.local.add(index)  # not carried: a plain tensor's norm is its own
+        model.local.add(index)  # not in `carried`: a plain tensor has a norm of its own
 
     def do_set_full_grad(self, number: int, index: int) -> None:
         model = self.model
@@ -281,7 +281,7 @@ class GradOps:
             model.scale_by(index, factor, 0.0)
 
     def do_zero(self, mask: int) -> None:
-        """`.grad` of some parameters."""
+        """Zero `.grad` of some parameters in place."""
         model = self.model
         indices = [index for index in model.chosen(mask) if model.grads[index].value is not None]
         model.edit(indices)
@@ -293,10 +293,10 @@ class GradOps:
             model.grads[index] = Grad(torch.zeros_like(value))
 
     def do_broken(self, number: int, who: int, by: str, masks: tuple[int, ...]) -> None:
-        """A backward that fails half-way, on one rank or on all; the loop drops the gradients and goes on."""
+        """A backward that fails halfway, on one rank or on all. The loop then drops the gradients and goes on."""
         mine = self.gradients(number, masks[0], self.rank, None)
         if len(mine) < 2 or max(mine) not in self.model.placed:
-            return  # before its first gradient has come, a rank does not know that the others send theirs
+            return  # before its first gradient, a rank does not know that the others send theirs
         scaled = self.config.loss_scale is not None
         self.begin_backward([mine], scaled, sync=True)
         fails = who == 3 or who % self.config.size == self.rank

@@ -1,10 +1,10 @@
-"""Programs over an optimizer, as data, and a model of what torch owes for each: the oracle of test_state_machine.py.
+"""Programs over an optimizer, as data, and a model of torch's result for each: the oracle of test_state_machine.py.
 
-For each parameter the model has one gradient, the mean over ranks, in fp64, or None; and its update rule in fp64.
+For each parameter the model has one gradient (the mean over ranks, in fp64) or None, and its update rule in fp64.
 
-Gradients are exact, as in test_properties.py, until something clips them. From then on a gradient has a bound of its
-error, and once a step has found it within that bound, the model goes on with the optimizer's. So it does with masters
-and moments after each step, so that all tolerances are those of one step.
+Gradients are exact, as in test_properties.py, until something clips them. From then on a gradient has an error bound.
+When a step finds the optimizer's gradient within that bound, the model takes it over. It also takes over masters and
+moments after each step, so that all tolerances are those of one step.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class Config:
     cap_mb: float = 25.0
     overlap: bool = True
     transport: str = "auto"
-    other_cap_mb: float = 1e-3  # of the second run
+    other_cap_mb: float = 1e-3  # these three: of the second run
     other_overlap: bool = False
     other_transport: str = "exact"
-    reduce_grads: bool = True  # False: each rank has the same gradients
-    transposed: bool = False  # matrices, in memory
+    reduce_grads: bool = True  # False: all ranks have the same gradients
+    transposed: bool = False  # whether matrices are transposed in memory
     grad_reduce_dtype: str | None = None
-    has_second: bool = False  # another optimizer, of other parameters, takes turns
+    has_second: bool = False  # another optimizer, with other parameters, takes turns
     loss_scale: float | str | None = None  # "dynamic" is DYNAMIC
     max_grad_norm: float | None = None
     rule: str = "adamw"
     seed: int = 0
 
     def second(self) -> Config:
-        """Of the other optimizer."""
+        """The config of the other optimizer."""
         return replace(
             self,
             params=self.params[::-1],
@@ -72,7 +72,7 @@ class Config:
 
     @property
     def largest_sum(self) -> int:
-        """Of how many ranks' gradients a sum may be rounded."""
+        """How many ranks' gradients a rounded sum may have."""
         return self.num_parts if "collective" in (self.transport, self.other_transport) else 1
 
     @property
@@ -84,21 +84,21 @@ class Config:
 
     @property
     def alone(self) -> bool:
-        """`.grad` is torch's."""
+        """Whether `.grad` is a plain tensor: on one rank, or without reduction."""
         return self.size == 1 or not self.reduce_grads
 
     @property
     def num_parts(self) -> int:
-        """How many gradients the mean is of."""
+        """The number of gradients in a mean."""
         return 1 if self.alone else self.size
 
     def group_of(self, index: int) -> int:
-        """Among param_groups: even ones, odd ones, and a group for each that is added later."""
+        """Index in param_groups: even parameters, odd ones, and one group for each that is added later."""
         first = len(self.params)
         return index % 2 if index < first else min(first, 2) + index - first
 
     def options(self, index: int) -> dict[str, Any]:
-        """A parameter's, of the beginning."""
+        """A parameter's initial hyper-parameters."""
         return dict(GROUPS[self.rule][2 if index >= len(self.params) else index % 2])
 
     def slots(self, index: int) -> tuple[str, ...]:
@@ -107,32 +107,32 @@ class Config:
 
 
 class World:
-    """What makes an op legal, known without running it."""
+    """Decides whether an op is legal, without running it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.added = set(range(len(config.params)))
         self.trained = {index for index, spec in enumerate(config.specs) if not spec[2]}
-        self.placed = self.added & self.trained  # the optimizer has state of them
+        self.placed = self.added & self.trained  # the optimizer has state for these
         self.ever_scaled = False
         self.can_load = False
         self.stage = config.stage
         self.is_broken = False  # some ranks still have a round to finish
 
     def is_round(self, sync: bool) -> bool:
-        """Whether gradients are sent in a backward."""
+        """Whether a backward sends gradients."""
         return self.stage == 2 and sync and not self.config.alone
 
     def used(self, mask: int) -> set[int]:
-        """The parameters that a mask means in a backward."""
+        """The parameters that a mask selects in a backward."""
         return {index for index in self.added & self.trained if mask >> index & 1}
 
     def chosen(self, mask: int) -> list[int]:
-        """And elsewhere."""
+        """The parameters that a mask selects in other ops."""
         return [index for index in sorted(self.added) if mask >> index & 1]
 
     def legal(self, op: Op) -> bool:
-        """Ops that promise nothing are left out; so are those whose arguments mean nothing."""
+        """Ops without a promised result are illegal. So are those whose arguments have no meaning."""
         name, args, config = op[0], op[1:], self.config
         index = args[-1] if name in WITH_INDEX else None
         if index is not None and index not in self.added:
@@ -143,16 +143,16 @@ class World:
                 return all(one & self.placed for one in used)
             return any(used)
         if name in ("broken", "joint") and config.largest_sum > 1:
-            return False  # gloo's reduce-scatter knows no patience: a rank waits in backward for one that is elsewhere
+            return False  # gloo's reduce-scatter would wait in backward for a rank that is elsewhere
         if name in ("closure", "broken"):
             return self.legal(("backward", 0, True, True, args[-1]))
         if name == "joint":
             return self.legal(("backward", args[0], False, *args[1:]))
         if name == "grad_scaler":
             if config.alone and args[1] and any(config.dtype(index) == torch.float16 for index in self.added):
-                return False  # torch's refuses to unscale them
+                return False  # torch's GradScaler refuses to unscale them
             return config.loss_scale is None and self.legal(("backward", 0, True, True, args[-1]))
-        if name == "assign":  # whether v carries the loss scale, nobody says
+        if name == "assign":  # it is undefined whether the value includes the loss scale
             return index in self.trained and not (config.loss_scale is not None and self.ever_scaled)
         if name == "set_full_grad":
             return index in self.trained & self.placed
@@ -165,10 +165,10 @@ class World:
         if name == "option" and args[0] not in ("schedule", "lr tensor"):
             return args[0] in config.options(index)
         if name == "rebuild":
-            if args[0] == "checkpoint":  # it is strict
+            if args[0] == "checkpoint":  # loading a checkpoint is strict
                 return self.placed <= self.trained
             return args[0] == "full" or self.added & self.trained == self.placed
-        if name == "torch_clip":  # one rank: `.grad` carries the loss scale
+        if name == "torch_clip":  # on one rank `.grad` includes the loss scale
             return not config.alone or config.loss_scale is None
         if name == "freeze":
             return index in self.trained & self.placed and len(self.trained & self.placed) > 1
@@ -179,7 +179,7 @@ class World:
         return name != "load" or self.can_load
 
     def follow(self, op: Op) -> None:
-        """An op that is legal has been done."""
+        """Update the state after a legal op."""
         name, index = op[0], op[-1]
         if name in ("backward", "step", "closure", "grad_scaler"):
             self.is_broken = False
@@ -208,7 +208,7 @@ class World:
         elif name == "save":
             if op[1] == "full":
                 self.placed |= self.added & self.trained
-            self.can_load = self.added & self.trained <= self.placed  # what is placed in between would not fit
+            self.can_load = self.added & self.trained <= self.placed  # a parameter placed in between would not fit
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
@@ -234,14 +234,14 @@ def unit_of(index: int) -> float:
 
 
 def coefficient(config: Config, index: int, number: int, rank: int) -> Tensor:
-    """fp32: +-3 * {1, 2, 3, 4} units, so that a third of any sum is exact too."""
+    """An fp32 gradient: +-3 * {1, 2, 3, 4} units, so that a third of any sum is exact, too."""
     shape, generator = config.specs[index][0], seeded(config.seed, index, number, rank)
     sign = torch.randint(0, 8, shape, generator=generator).clamp(max=1) * 2.0 - 1.0
     return sign * 3.0 * torch.randint(1, 5, shape, generator=generator) * unit_of(index)
 
 
 def written(config: Config, index: int, count: int) -> Tensor:
-    """Of the count-th write: in a range of its own, so that it is news in every element."""
+    """The values of the count-th write. They have a range of their own, so that every element changes."""
     shape, generator = config.specs[index][0], seeded(config.seed, index, count, 5)
     sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
     size = 4.0 + count + torch.randint(0, 3, shape, generator=generator) / 4
@@ -249,7 +249,7 @@ def written(config: Config, index: int, count: int) -> Tensor:
 
 
 def state_value(config: Config, index: int, number: int, name: str) -> Tensor:
-    """What is set by hand."""
+    """The value for set_full_state."""
     if name == "step":
         return torch.tensor(float(number))
     value = 0.1 + number + torch.rand(config.specs[index][0], generator=seeded(config.seed, index, number, len(name)))
@@ -257,7 +257,7 @@ def state_value(config: Config, index: int, number: int, name: str) -> Tensor:
 
 
 def fresh(config: Config, index: int, weight: Tensor) -> Slot:
-    """State at the beginning."""
+    """The initial state."""
     return Slot(weight.float(), {name: torch.zeros(weight.shape) for name in config.slots(index)})
 
 
@@ -269,10 +269,10 @@ class Grad:
     """The mean over ranks of a parameter's gradient, as torch has it after a reduction."""
 
     value: Tensor | None = None  # fp64
-    error: float = 0.0  # the optimizer's may be off by that
-    rough: bool = False  # it rounds
-    unit: float = math.inf  # all ranks' sums are multiples of it,
-    bound: float = 0.0  # and not above that
+    error: float = 0.0  # the optimizer's gradient may differ by this
+    rough: bool = False  # the optimizer's gradient is rounded
+    unit: float = math.inf  # all ranks' sums are multiples of this,
+    bound: float = 0.0  # and at most this
 
     @property
     def largest(self) -> float:
@@ -289,7 +289,7 @@ class Grad:
 
 
 class Model(World):
-    """What torch owes, and which refusals are in order."""
+    """The result that torch gives, and the refusals that are allowed."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -303,35 +303,35 @@ class Model(World):
         self.clean_steps = 0
         self.num_writes = 0
         self.last_norm: tuple[float, float] | None = None
-        # Where gradients lie, as far as it matters for what may be refused or asked:
-        self.reduced: set[int] = set()  # some of it in shards
-        self.local: set[int] = set()  # some of it not yet
-        self.carried: set[int] = set()  # every rank has a `.grad` that answers for all
+        # Where gradients are, as far as refusals and reads depend on it:
+        self.reduced: set[int] = set()  # partly in shards
+        self.local: set[int] = set()  # partly not yet in shards
+        self.carried: set[int] = set()  # every rank has a `.grad` that stands for all ranks
         self.half_edited: set[int] = set()
-        self.kinds: set[str] = set()  # of the backwards since gradients were dropped
-        self.by_itself = True  # each of them was reduced by itself
-        self.idle: set[int] = set()  # unused in the last step: stage 2 may send these when gradients are read
+        self.kinds: set[str] = set()  # kinds of backward since gradients were dropped
+        self.by_itself = True  # each backward was reduced by itself
+        self.idle: set[int] = set()  # unused in the last step; stage 2 may send these when gradients are read
         self.clipped = False  # on one rank, by the optimizer
         self.edited_after_clip = False
         self.is_leftover = False
-        self.before_clip = False  # clipped by the optimizer: grad_norm may be that before it, or after it
+        self.before_clip = False  # clipped by the optimizer: grad_norm may be the norm before or after it
         self.is_norm_known = True
-        self.order_matters = False  # sums round: a read in between may change bits
-        self.norms_round = False  # and so does a norm that was used: where shards are cut may change bits
-        self.sums_round = False  # as the library adds them up
-        self.has_norms = False  # of single parameters, kept on each rank until a gradient comes there
-        self.norms_apart = False  # it came on some ranks only: the others would not ask for them again
+        self.order_matters = False  # sums are rounded, so a read in between may change bits
+        self.norms_round = False  # a norm that was used is rounded, so the cuts of shards may change bits
+        self.sums_round = False  # sums of the collective library are rounded
+        self.has_norms = False  # ranks keep norms of single parameters until a new gradient comes
+        self.norms_apart = False  # one came on some ranks only: the others would not ask for norms again
 
     @property
     def alone(self) -> bool:
         return self.config.alone
 
     def options(self, index: int) -> dict[str, Any]:
-        """A parameter's hyper-parameters now."""
+        """A parameter's present hyper-parameters."""
         return self.groups[self.config.group_of(index)]
 
     def excuses(self) -> list[str]:
-        """The refusals of promises that may come now."""
+        """The reasons for which the optimizer may refuse now."""
         found = []
         if self.config.loss_scale is not None and len(self.kinds) > 1 and not self.by_itself:
             found.append("scaled and plain are mixed")
@@ -344,7 +344,7 @@ class Model(World):
         return found
 
     def norm(self, indices: Iterable[int], norm_type: float = 2.0) -> tuple[float, float]:
-        """And how far the optimizer's may be off."""
+        """The norm, and how far the optimizer's may differ."""
         grads = [self.grads[index] for index in indices]
         values = [grad.value.reshape(-1) for grad in grads if grad.value is not None]
         norm = float(torch.linalg.vector_norm(torch.cat([torch.zeros(1, dtype=torch.float64), *values]), norm_type))
@@ -356,7 +356,7 @@ class Model(World):
         return all(bool(grad.value.isfinite().all()) for grad in self.grads if grad.value is not None)
 
     def add(self, index: int, mean: Tensor) -> None:
-        """A backward's."""
+        """Add the mean gradient of a backward."""
         self.multiply_clipped()
         grad, dtype = self.grads[index], self.config.dtype(index)
         grad.value = mean if grad.value is None else grad.value + mean
@@ -370,14 +370,14 @@ class Model(World):
             self.order_matters = True
 
     def multiply_clipped(self) -> None:
-        """On one rank the clip coefficient is multiplied into `.grad` before it changes, and rounds as torch's does."""
+        """On one rank, the clip coefficient is multiplied into `.grad` before an edit. It rounds like torch's clip."""
         if self.clipped:
             for index, grad in enumerate(self.grads):
                 if grad.value is not None:
                     grad.round(2 * ROUNDING[self.config.dtype(index)])
 
     def put(self, index: int, value: Tensor | None) -> None:
-        """A gradient is replaced, or dropped."""
+        """Replace or drop a gradient."""
         self.multiply_clipped()
         self.grads[index] = Grad(value)
         if value is not None and value.any():
@@ -388,14 +388,14 @@ class Model(World):
             self.forget()
 
     def forget(self) -> None:
-        """Nothing is left of any gradient."""
+        """Forget all gradients."""
         self.kinds.clear()
         self.by_itself = True
         self.has_norms = self.norms_apart = False
         self.is_leftover = self.clipped = self.edited_after_clip = self.before_clip = False
 
     def scale_by(self, index: int, factor: float, unit: float) -> None:
-        """An edit or a clip; `unit`: it rounds."""
+        """Apply the factor of an edit or a clip. `unit`: the relative rounding of a clip, or 0."""
         grad = self.grads[index]
         if grad.value is None:
             return
@@ -409,23 +409,23 @@ class Model(World):
             grad.round(unit)
 
     def reduce(self) -> None:
-        """A read, a step or a round: everything that the optimizer knows of is in shards."""
+        """After a read, a step or a round, all gradients of known parameters are in shards."""
         known = self.local & self.placed
-        if known and not self.alone:  # a round: each trained parameter carries a gradient after it, if an empty one
+        if known and not self.alone:  # after a round, each trained parameter has a `.grad`, even if an empty one
             self.reduced |= known
             self.local -= known
             self.has_norms = self.norms_apart = False
             self.carried |= known | (self.placed & self.trained)
 
     def edit(self, indices: Iterable[int]) -> None:
-        """In place."""
+        """Note an edit in place."""
         self.multiply_clipped()
-        # Carried: a round has been through, and this rank alone cannot tell that no other has sent a part.
+        # Carried ones count, too: after a round, a rank does not know whether another has sent a part.
         self.half_edited |= {index for index in indices if index in (self.reduced | self.carried) & self.local}
         self.edited_after_clip |= self.alone and self.clipped
 
     def clip(self, indices: Iterable[int], max_norm: float, norm_type: float = 2.0, unit: float = 0.0) -> None:
-        """torch's rule; `unit`: the gradients and the norm round by that."""
+        """Clip by torch's rule. `unit`: relative rounding of the gradients and the norm."""
         indices = list(indices)
         norm, off = self.norm(indices, norm_type)
         factor = min(1.0, max_norm / (norm + 1e-6)) if not math.isnan(norm) else math.nan
@@ -437,7 +437,7 @@ class Model(World):
                 self.scale_by(index, factor, 8 * unit + 8 * FP32 + relative)
 
     def after_step(self, applied: bool) -> None:
-        """The loss scale moves."""
+        """Update the loss scale after a step."""
         unused = {index for index in self.placed if self.grads[index].value is None}
         self.idle = unused if unused < self.placed else set()
         self.is_leftover |= (

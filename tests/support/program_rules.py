@@ -26,7 +26,7 @@ _SGD = (
 )
 _MUON = dict(lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True, use_muon=True)
 _ADAMW_OF_MUON = {**_ADAM[1], "maximize": False, "decoupled_weight_decay": True, "use_muon": False}
-GROUPS: dict[str, tuple[dict[str, Any], ...]] = {  # of even parameters, of odd ones, of those added later
+GROUPS: dict[str, tuple[dict[str, Any], ...]] = {  # for even parameters, odd ones, and those added later
     "adam": tuple({**options, "maximize": False, "decoupled_weight_decay": False} for options in _ADAM),
     "adamw": tuple({**options, "maximize": False, "decoupled_weight_decay": True} for options in _ADAM),
     "lion": tuple({**options, "maximize": False} for options in _ADAM),
@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[dict[str, Any], ...]] = {  # of even parameters, of odd 
 
 @dataclass
 class Slot:
-    """A parameter's state in the model; as the optimizer's was after the last step."""
+    """A parameter's state in the model: the optimizer's state after the last step."""
 
     master: Tensor
     state: dict[str, Tensor]  # by the rule's names
@@ -46,7 +46,7 @@ class Slot:
 
 
 def slots_of(rule: str, options: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the state of a parameter, by the options that its group begins with."""
+    """Names of a parameter's state, from the initial options of its group."""
     if rule == "sgd":
         return ("momentum_buffer",) if options["momentum"] else ()
     if rule == "lion":
@@ -59,7 +59,7 @@ def is_matrix_rule(options: dict[str, Any]) -> bool:
 
 
 def make(rule: str, groups: list[dict[str, Any]], **options: Any) -> pyzero.optimizer.ZeroOptimizer:
-    """An optimizer."""
+    """An optimizer with this rule."""
     kinds: dict[str, Any] = {
         "adam": pyzero.FusedZeroAdam,
         "adamw": pyzero.FusedZeroAdamW,
@@ -91,7 +91,7 @@ def _moments(slot: Slot, grad: Tensor, options: dict[str, Any]) -> dict[str, Ten
 
 
 def _adam(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
-    """torch.optim.Adam's or AdamW's."""
+    """torch.optim.Adam or AdamW."""
     lr, (beta1, beta2), decay = options["lr"], options["betas"], options["weight_decay"]
     master, step = slot.master.double(), slot.step + 1
     grad = -grad if options["maximize"] else grad
@@ -125,7 +125,7 @@ def _lamb(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
 
 
 def _sgd(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
-    """torch.optim.SGD's; a parameter's first step is that of count 1."""
+    """torch.optim.SGD. A parameter's first step is the one with count 1."""
     master, momentum = slot.master.double(), options["momentum"]
     grad = (-grad if options["maximize"] else grad) + options["weight_decay"] * master
     if not momentum:
@@ -137,7 +137,7 @@ def _sgd(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
 
 
 def _muon(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
-    """torch.optim.Muon's, its iterations in bf16."""
+    """torch.optim.Muon, with its iterations in bf16."""
     momentum, master = options["momentum"], slot.master.double()
     buffer = slot.state["momentum_buffer"].lerp(grad.float(), 1 - momentum)
     x = (grad.float().lerp(buffer, momentum) if options["nesterov"] else buffer).bfloat16()
@@ -155,9 +155,9 @@ def _muon(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
 def limits(
     rule: str, options: dict[str, Any], before: Slot, after: Slot, grad: Tensor, clip: tuple[float, float]
 ) -> dict[str, Tensor | float]:
-    """The table's for one step, and what a clip adds; see test_properties.limits_of.
+    """The table's tolerances for one step, plus the error of a clip; see test_properties.limits_of.
 
-    clip: Units of fp32 by which it rounds, and the relative error of its norm.
+    clip: The units of fp32 by which the clip rounds, and the relative error of its norm.
     """
     row, (by_clip, relative) = ADAM[torch.float32], clip
     lr, decay = options["lr"], options["weight_decay"]
@@ -179,11 +179,11 @@ def limits(
     master: Tensor | float = row.master(1, magnitude, moved, beta2, kept) + (8 * by_clip + 2 * relative) * moved
     if rule == "sgd":
         master += lr * (row.exp_avg(2 * largest) + (5 * by_clip + relative) * largest)
-    if rule == "lion":  # where its direction is 0 but for rounding
+    if rule == "lion":  # its direction may be 0 except for rounding
         direction = options["betas"][0] * before.state["exp_avg"].double() + (1 - options["betas"][0]) * grad.double()
         near = direction.abs() <= row.exp_avg(largest) + (5 * by_clip + relative) * largest
         master = master + 2 * lr * near
-    if options.get("use_muon"):  # another rounding to bf16 may turn a singular vector whose value is near 0
+    if options.get("use_muon"):  # other roundings to bf16 may turn the singular vector of a value near 0
         rows, columns = before.master.shape
         master += (3.0 if by_clip else 0.05) * lr * math.sqrt(max(1.0, rows / max(columns, 1)))
     return {"master": master, **found}

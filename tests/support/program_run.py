@@ -1,4 +1,4 @@
-"""One of test_state_machine.py's programs on one rank: the optimizer beside the model of what torch owes."""
+"""Runs one of test_state_machine.py's programs on one rank, with the optimizer beside the model."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from torch import Tensor, nn
 
 import pyzero
 
-TIMEOUT_S = 20  # of a collective: ranks that went apart
+TIMEOUT_S = 20  # of a collective, if ranks have diverged
 
 
 @dataclass
 class Outcome:
-    """Of one rank."""
+    """The outcome on one rank."""
 
     status: str = "done"  # or "refused", or "failed"
-    at: int = -1  # the op's number
+    at: int = -1  # the number of the op
     text: str = ""
     order_matters: bool = False
-    rounds: bool = False  # by where shards are cut
-    records: list[tuple[str, str]] = field(default_factory=list)  # what was seen, and a digest of its bits
+    rounds: bool = False  # bits may depend on where shards are cut
+    records: list[tuple[str, str]] = field(default_factory=list)  # names of values, and digests of their bits
 
 
 class Run(GradOps, StateOps):
-    """One program on this rank. `quiet`: reads and checks are left out, but for those at the end."""
+    """One program on this rank. `quiet`: without reads and checks, except those at the end."""
 
     def __init__(self, group: Any, config: Config, quiet: bool) -> None:
         self.group, self.config, self.quiet = group, config, quiet
         self.rank = group.rank()
         self.model = Model(config)
-        offsets = [0.0 if frozen else float(self.rank) for _, _, frozen in config.specs]  # rank 0's values count
+        offsets = [0.0 if frozen else float(self.rank) for _, _, frozen in config.specs]  # rank 0's values are used
         values = [start(config, index) + offset for index, offset in enumerate(offsets)]
         self.params = [nn.Parameter(v, requires_grad=not s[2]) for v, s in zip(values, config.specs, strict=True)]
         self.module = nn.ParameterList(self.params)
@@ -59,17 +59,17 @@ class Run(GradOps, StateOps):
         self.records: list[tuple[str, str]] = []
         self.number = 0
 
-    # ---- telling
+    # ---- comparing
 
     def record(self, name: str, value: Tensor) -> None:
-        """For the comparison with other ranks and the second run."""
+        """Record a value, to compare it with other ranks and the second run."""
         value = value.detach().float()
-        value = torch.where(value.isnan(), torch.full_like(value, math.nan), value)  # which NaN is nobody's promise
+        value = torch.where(value.isnan(), torch.full_like(value, math.nan), value)  # which NaN it is may differ
         bits = value.contiguous().numpy().tobytes()
         self.records.append((f"op {self.number}: {name}", hashlib.blake2b(bits, digest_size=8).hexdigest()))
 
     def compare_grad(self, index: int) -> Tensor | None:
-        """full_grad, and whether it is the model's."""
+        """Compare full_grad with the model, and return it."""
         got, grad = self.optimizer.full_grad(self.params[index]), self.model.grads[index]
         name = f"full_grad of parameter {index}"
         if grad.value is None:
@@ -77,7 +77,7 @@ class Run(GradOps, StateOps):
             return None
         assert got is not None, f"{name}: got None, torch has a tensor, largest {top(grad.value)}"
         assert got.dtype == torch.float32 and got.shape == grad.value.shape, f"{name}: {got.dtype} {got.shape}"
-        self.record(name, got + 0.0)  # a sum that is 0 is -0 once -1 has come to it, or was kept beside it
+        self.record(name, got + 0.0)  # makes -0 a 0: the sign of a zero depends on how the sum was made
         fine = grad.value.isfinite()
         same_kind = torch.equal(fine, got.isfinite()) and torch.equal(grad.value.isnan(), got.isnan())
         assert same_kind, f"{name}: inf or NaN where torch has none, or none where it has:\n{got}\n{grad.value.float()}"
@@ -95,7 +95,7 @@ class Run(GradOps, StateOps):
         assert abs(value - norm) <= off + 8 * unit * norm, f"{name}: got {value}, torch has {norm}, give or take {off}"
 
     def look(self) -> None:
-        """At `.grad`, which is to be there where a gradient is."""
+        """Check that `.grad` is present if there is a gradient."""
         for index, param in enumerate(self.params):
             grad, known = param.grad, self.model.grads[index].value is not None
             if known and (self.model.alone or index in self.model.carried):
@@ -152,7 +152,7 @@ class Run(GradOps, StateOps):
     def do_grad_scaler(
         self, number: int, unscale: bool, max_norm: float | None, bad: tuple[int, str] | None, masks: tuple[int, ...]
     ) -> None:
-        """A whole iteration with torch's."""
+        """A whole iteration with torch's GradScaler."""
         model, optimizer, scaler = self.model, self.optimizer, self.grad_scaler
         self.do_zero_grad("optimizer", True)
         by_rank = self.gradients_by_rank(number, masks, bad)
@@ -160,7 +160,7 @@ class Run(GradOps, StateOps):
         if mine:
             scaler.scale(loss_of(self.params, mine, set(), "usual")).backward()
         else:
-            scaler.scale(torch.zeros(()))  # it makes its tensors in the first call
+            scaler.scale(torch.zeros(()))  # the first call makes its tensors
         self.count_backward(by_rank, sync=True)
         if unscale:
             scaler.unscale_(optimizer)
@@ -179,7 +179,7 @@ class Run(GradOps, StateOps):
         self.do_zero_grad("optimizer", True)
 
     def compare_state(self, applied: bool, taken: dict[int, Tensor | None]) -> None:
-        """After a step: all that it changed, and what not. The model goes on with what it finds."""
+        """After a step, check all state, changed or not. The model takes over the optimizer's values."""
         model, config = self.model, self.config
         factor, clips = 1.0, config.max_grad_norm is not None
         if clips and model.last_norm is not None and math.isfinite(model.last_norm[0]):
@@ -215,10 +215,10 @@ class Run(GradOps, StateOps):
         return FP32, off / norm if norm and math.isfinite(norm) else 0.0
 
     def whole(self, index: int) -> dict[str, Tensor]:
-        """All state of a parameter; its weight is the master, rounded."""
+        """All state of a parameter. Checks that its weight is the rounded master."""
         param, model = self.params[index], self.model
         state = self.optimizer.full_state(param)
-        model.placed |= model.added & model.trained  # a read places what was thawed
+        model.placed |= model.added & model.trained  # a read places thawed parameters
         names = {"step", "master", *self.config.slots(index)} if index in model.placed else set()
         assert set(state) == names, f"full_state of parameter {index} has {sorted(state)}"
         master = self.optimizer.full_master(param)
@@ -229,7 +229,7 @@ class Run(GradOps, StateOps):
         return state
 
     def finish(self) -> None:
-        """What can be read at the end."""
+        """Check everything that can be read at the end."""
         self.number = -1
         if self.quiet:
             for index in sorted(self.model.added):
@@ -256,7 +256,7 @@ def do(runs: list[Run], op: Op) -> None:
 
 
 def backward_of_both(runs: list[Run], number: int, sync: bool, masks: tuple[int, ...]) -> None:
-    """One loss that reaches both optimizers' parameters, in another order on each rank."""
+    """One loss that reaches both optimizers' parameters, in different orders on odd and even ranks."""
     if not all(run.model.legal(("joint", number, sync, masks)) for run in runs):
         return
     found = [run.gradients_by_rank(number, masks, None) for run in runs]
@@ -279,7 +279,7 @@ def backward_of_both(runs: list[Run], number: int, sync: bool, masks: tuple[int,
 
 
 def run_program(group: Any, config: Config, program: Program, quiet: bool) -> Outcome:
-    """On this rank. All ranks end at the same op, unless one hangs in a collective."""
+    """Run the program on this rank. All ranks end at the same op, unless one hangs in a collective."""
     import torch.distributed as dist
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), group)

@@ -1,4 +1,4 @@
-"""Ops of test_state_machine.py's programs that are not about gradients: state, weights, groups, saving, building."""
+"""Ops of test_state_machine.py's programs on state, weights, groups, saving and building."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StateOps:
     saved: Any
 
     def build(self, config: Config) -> ZeroOptimizer:
-        """An optimizer of all parameters that are in its groups now, with the hyper-parameters of the beginning."""
+        """An optimizer of all parameters that are in groups now, with their initial hyper-parameters."""
         groups: dict[int, dict[str, Any]] = {}
         for index in sorted(self.model.added):
             group = groups.setdefault(config.group_of(index), {**config.options(index), "params": []})
@@ -66,12 +66,12 @@ class StateOps:
         self.optimizer.add_param_group({"params": [self.params[new]], **self.config.options(new)})
 
     def do_option(self, name: str, value: Any, index: int) -> None:
-        """A hyper-parameter is changed."""
+        """Change a hyper-parameter."""
         number, options = self.config.group_of(index), self.model.options(index)
         group = self.optimizer.param_groups[number]
         if name == "schedule":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it came before a step of the optimizer
+                warnings.simplefilter("ignore")  # torch warns that no optimizer step came before
                 torch.optim.lr_scheduler.ExponentialLR(self.optimizer, value).step()
             for each in range(len(self.optimizer.param_groups)):
                 self.model.groups[each] = {**self.model.groups[each], "lr": self.model.groups[each]["lr"] * value}
@@ -91,7 +91,7 @@ class StateOps:
         )
 
     def do_write(self, how: str, index: int) -> None:
-        """A weight, on all ranks."""
+        """Write a weight, on all ranks."""
         model, param = self.model, self.params[index]
         model.num_writes += 1
         value = written(self.config, index, model.num_writes)
@@ -132,11 +132,11 @@ class StateOps:
         slots, model.groups, model.scale, model.clean_steps = model.saved
         for index, slot in slots.items():
             model.slots[index] = slot
-        if model.alone and self.config.loss_scale is not None:  # a scale was loaded, if the same one
+        if model.alone and self.config.loss_scale is not None:  # a scale was loaded, even if it is the same
             model.is_leftover |= any(grad.value is not None for grad in model.grads)
 
     def do_rebuild(self, how: str, stage: int) -> None:
-        """Another optimizer takes the place of this one, with other buckets, and loads its state."""
+        """Replace the optimizer by one with other buckets, which loads its state."""
         model, config = self.model, self.config
         self.module.zero_grad()
         pool = multiprocessing.parent_process()
@@ -152,7 +152,7 @@ class StateOps:
         if how != "state_dict":
             model.placed |= model.added & model.trained
         del self.optimizer
-        gc.collect()  # a scheduler's patch of step() is a cycle
+        gc.collect()  # a scheduler's patch of step() makes a cycle
         self.config = replace(
             config, cap_mb=config.other_cap_mb, overlap=config.other_overlap, transport=config.other_transport
         )
@@ -164,7 +164,7 @@ class StateOps:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             self.optimizer.load_state_dict(saved)
-        for index in model.placed - model.trained:  # what is frozen has no state in the new one
+        for index in model.placed - model.trained:  # frozen parameters have no state in the new one
             model.slots[index] = fresh(config, index, self.params[index].detach())
         for index in model.added:
             model.put(index, None)
@@ -173,7 +173,7 @@ class StateOps:
 
 
 def through_bytes(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """As torch.save and torch.load give it back."""
+    """The state dict after torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)

@@ -1,10 +1,10 @@
 """One pool of four gloo workers, shared by all tests: `ranks.run(3, fn, x)` calls fn(group, x) on three of them.
 
-A worker is forked from a process of its rank that has imported torch, which takes longer than most tests: another one,
-without what tests leave behind, costs next to nothing, and ranks have their own addresses and order of sets, as a
-launcher's have.
+Each rank has a process that has imported torch, which takes longer than most tests. Workers are forked from it, so that
+a new one, without the leftovers of tests, costs next to nothing. Ranks have their own addresses and orders of sets, as
+with a launcher.
 
-PYZERO_TEST_DEVICE=cuda has all of them make their tensors on the one GPU; then each is a process of its own.
+With PYZERO_TEST_DEVICE=cuda all workers make their tensors on the one GPU. They are then not forked.
 """
 
 import gc
@@ -20,16 +20,16 @@ from typing import Any
 
 NUM_WORKERS = 4
 TIMEOUT_S = 60
-MAX_JOBS = 500  # of a worker, more or less: what tests have imported and left behind slows it down by up to five times
+MAX_JOBS = 500  # about so many per worker: imports and leftovers of tests slow it down by up to five times
 MAX_GROUPS = 1000  # made by one job
-MAX_THREADS = 200  # three for each process group; with up to 900 tests/parallel took 8 min, renewed 4
+MAX_THREADS = 200  # a process group has three; with up to 900, tests/parallel took 8 min, with new workers 4
 ON_GPU = "PYZERO_TEST_DEVICE" in os.environ
-FORKS = not ON_GPU  # no fork survives a CUDA that runs
+FORKS = not ON_GPU  # CUDA does not survive a fork
 
 
 def _fork_workers(rank: int, inbox: Any, outbox: Any, told: Any) -> None:
-    """One after another, each for a store out of `inbox`; `told` gets its process id, then how it ended."""
-    import pytest  # noqa: F401  what tests use, once
+    """Fork one worker after another, each for a store from `inbox`. Send its process id, then its status, to `told`."""
+    import pytest  # noqa: F401  imported once for all workers
     import torch._dynamo
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401
@@ -84,13 +84,13 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     groups = {size: dist.new_group(list(range(size)), timeout=limit) for size in range(1, NUM_WORKERS + 1)}
     while (job := inbox.get()) is not None:
         number, size, fn, args = job
-        # From torch 2.14 on groups are named by how many a rank has asked for, and jobs of some ranks ask for some.
+        # From torch 2.14 on, a group's name has the number of groups that a rank has made. Some jobs run on some ranks.
         dist.distributed_c10d._world.group_count = number * MAX_GROUPS
         gc.collect()
-        gc.freeze()  # the search for modules at construction looks at this job's objects alone, not at a million others
+        gc.freeze()  # an optimizer's search for modules then sees only this job's objects, not a million
         try:
             outbox.put((number, rank, True, fn(groups[size], *args)))
-        except (Exception, pytest.fail.Exception):  # handed to the test, which fails with it
+        except (Exception, pytest.fail.Exception):  # sent to the test, which fails with it
             outbox.put((number, rank, False, traceback.format_exc()))
     dist.destroy_process_group()
 
@@ -99,11 +99,11 @@ class Ranks:
     """The pool. Functions and arguments are pickled: pass functions of a test module's top level."""
 
     def __init__(self) -> None:
-        self._processes: list[Any] = []  # that workers are forked from
+        self._processes: list[Any] = []  # workers are forked from these
         self._workers: list[int] = []  # process ids
         self._num_jobs = 0
-        self._jobs_before = 0  # these workers were started
-        self._folder: Path | None = None  # of the tests that they run
+        self._jobs_before = 0  # number of jobs before these workers were started
+        self._folder: Path | None = None  # of the tests that these workers run
 
     def _start(self) -> None:
         if not self._processes:
@@ -128,7 +128,7 @@ class Ranks:
             end.close()
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        """[fn(group, *args) of rank 0, of rank 1, ...]; a rank that raises fails the test with its traceback."""
+        """Return [fn(group, *args) of rank 0, of rank 1, ...]. If a rank raises, the test fails with its traceback."""
         if not self._workers:
             self._start()
         self._num_jobs += 1
@@ -137,7 +137,7 @@ class Ranks:
         answers: list[tuple[int, bool, Any]] = []
         while len(answers) < size:
             number, *answer = self._outbox.get(timeout=5 * TIMEOUT_S)
-            if number == self._num_jobs:  # an older one is of a test that gave up
+            if number == self._num_jobs:  # an older number is from a test that gave up
                 answers.append(tuple(answer))
         failures = [f"rank {rank}:\n{text}" for rank, ok, text in answers if not ok]
         if failures:
@@ -145,14 +145,14 @@ class Ranks:
         return [value for _, _, value in sorted(answers, key=lambda answer: answer[0])]
 
     def renew(self, folder: Path) -> None:
-        """Before a module of tests in `folder`: end workers that ran another folder's, or too much."""
+        """Before a module of tests in `folder`: end workers that ran another folder's tests, or too many jobs."""
         is_spent = self._num_jobs - self._jobs_before >= MAX_JOBS or self._num_threads() > MAX_THREADS
         if folder != self._folder or is_spent:
             self._stop_workers()
         self._folder = folder
 
     def _num_threads(self) -> int:
-        """Of the first worker; 0 where nobody says."""
+        """Threads of the first worker; 0 if unknown."""
         tasks = Path(f"/proc/{self._workers[0]}/task") if self._workers else Path()
         return len(list(tasks.iterdir())) if tasks.name == "task" and tasks.is_dir() else 0
 
@@ -164,7 +164,7 @@ class Ranks:
         self._workers = []
         has_ended = [told.poll(10) and told.recv() == 0 for told in self._told]
         if not all(has_ended) or not FORKS:
-            self._stop_processes()  # a worker that hangs or died may hold a lock of a queue
+            self._stop_processes()  # a worker that hangs or has died may hold a lock of a queue
 
     def _stop_processes(self) -> None:
         for process in self._processes:
@@ -173,6 +173,6 @@ class Ranks:
         self._processes = []
 
     def stop(self) -> None:
-        """End the workers, and what they are forked from."""
+        """End the workers, and the processes that they are forked from."""
         self._stop_workers()
         self._stop_processes()

@@ -29,12 +29,12 @@ class Model(nn.Module):
 
 
 def build(dtype: torch.dtype, seed: int) -> Model:
-    """Other weights for another seed."""
+    """A model whose weights depend on the seed."""
     return Model(dtype, seed)
 
 
 def make(kind: str, model: Model, group: Any, **options: Any) -> Any:
-    """Its optimizer, with two groups."""
+    """The model's optimizer, with two groups."""
     params = list(model.parameters())
     groups = [{"params": params[i::2], **hyper} for i, hyper in enumerate(GROUPS)]
     scale = pyzero.LossScale(init_scale=16.0, growth_interval=2)
@@ -42,7 +42,7 @@ def make(kind: str, model: Model, group: Any, **options: Any) -> Any:
 
 
 def step(optimizer: Any, model: Model, number: int, rank: int, size: int) -> None:
-    """The mean over ranks is the same for any number of them, exactly: rank 0 has size times it, the others nothing."""
+    """One step. The mean over ranks is exactly the same for any `size`: rank 0 has size times it, the others have 0."""
     optimizer.zero_grad()
     model.calls += 1
     loss = torch.zeros(())
@@ -59,12 +59,12 @@ def step(optimizer: Any, model: Model, number: int, rank: int, size: int) -> Non
 
 
 def counters(optimizer: Any) -> list[float]:
-    """Of the loss-scale machine."""
+    """The numbers of the loss scale."""
     return [optimizer.loss_scale, optimizer.skipped_steps]
 
 
 def assert_equal(got: Any, wanted: Any) -> None:
-    """The same tree of bits."""
+    """Assert that two trees have the same bits."""
     if isinstance(wanted, Tensor):
         assert got.dtype == wanted.dtype and torch.equal(got, wanted)
     elif isinstance(wanted, dict):
@@ -104,5 +104,5 @@ def saved(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path, wai
         pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=torch.tensor(group.rank()))
         return
     future = pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=SAVED_AT, seed=group.rank())
-    train(optimizer, model, range(SAVED_AT, STEPS), group)  # what is written meanwhile is not saved
+    train(optimizer, model, range(SAVED_AT, STEPS), group)  # writes after the call are not saved
     assert future.result().name == f"step_{SAVED_AT}"

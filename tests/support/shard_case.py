@@ -1,4 +1,4 @@
-"""What the tests of adam_ and lion_ share: a call over a flat shard as data, run on a backend and on the reference."""
+"""Shared by the tests of update rules: a call over a flat shard, as data, run on a backend and on the reference."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from backends import REFERENCE, Target
 from bits import Guarded, assert_same, tame, wild
 from torch import Tensor
 
-FP32_LR = 0.0010000000474974513  # what a tensor can hold, so that number and tensor mean the same
+FP32_LR = 0.0010000000474974513  # exact in fp32, so that number and tensor are equal
 SIZES = (0, 1, 7, 63, 64, 65, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4097, 32767, 32768, 32769)
 
 
 @dataclass(frozen=True)
 class ShardCase:
-    """One call."""
+    """One call of an op."""
 
     op: ClassVar[Callable[..., None]]
     state: ClassVar[tuple[str, ...]]
@@ -27,7 +27,7 @@ class ShardCase:
     out: torch.dtype | None = None
     weight_decay: float = 0.0
     maximize: bool = False
-    on_device: bool = False  # numbers as tensors
+    on_device: bool = False  # numbers are passed as tensors
     grad_scale: float = 0.37109375
     found_inf: float | None = None
     shift: int = 0  # elements off alignment
@@ -44,7 +44,7 @@ class ShardCase:
         return made
 
     def numbers(self) -> dict[str, float]:
-        """What may also be a tensor."""
+        """The numbers that may also be tensors."""
         return {"lr": FP32_LR, "grad_scale": self.grad_scale}
 
     def options(self, device: str) -> dict[str, object]:
@@ -68,7 +68,7 @@ class ShardCase:
 
 
 def run(case: ShardCase, target: Target, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors after the call, on the CPU; canaries and the gradient are checked here."""
+    """Return the tensors after the call, on the CPU. Checks canaries and the gradient."""
     values = case.inputs() if values is None else values
     shifts = dict.fromkeys(values, case.shift)
     return run_shifted(case, target, values, shifts)
@@ -77,7 +77,7 @@ def run(case: ShardCase, target: Target, values: dict[str, Tensor] | None = None
 def run_shifted(
     case: ShardCase, target: Target, values: dict[str, Tensor], shifts: dict[str, int]
 ) -> dict[str, Tensor]:
-    """The same with tensors off alignment by a number of elements each."""
+    """The same, with each tensor off alignment by its own number of elements."""
     held = {each: Guarded(value, target.device, shifts[each]) for each, value in values.items()}
     tensors = {each: guard.tensor for each, guard in held.items()}
     type(case).op(**_with_peers(tensors), **case.options(target.device), backend=target.backend)
@@ -88,21 +88,21 @@ def run_shifted(
 
 
 def _with_peers(tensors: dict[str, Tensor]) -> dict[str, object]:
-    """The op's arguments: where there are peers, param_out is a list."""
+    """The op's arguments. If there are peers, param_out is a list."""
     peers = {each: tensor for each, tensor in tensors.items() if each.startswith("peer")}
     outs = {"param_out": [tensors["param_out"], *peers.values()]} if peers else {}
     return {each: tensor for each, tensor in tensors.items() if each not in peers} | outs
 
 
 def _add_peers(values: dict[str, Tensor], num_peers: int) -> list[str]:
-    """Names of as many more tensors like param_out, which receive the weights too."""
+    """Add `num_peers` tensors like param_out, which also receive the weights. Returns their names."""
     peers = [f"peer {index}" for index in range(num_peers)]
     values |= {peer: values["param_out"] for peer in peers}
     return peers
 
 
 def check_peers(make: type[ShardCase], out: torch.dtype, target: Target) -> None:
-    """Several tensors that receive the weights, one off alignment: each has the bits of one alone."""
+    """Check several outputs for the weights, one of them off alignment: each has the bits of a single one."""
     case = make(1037, torch.bfloat16, out, 0.01)
     for each in (case, dataclasses.replace(case, found_inf=1.0)):
         _check_peers(each, target)
@@ -119,7 +119,7 @@ def _check_peers(case: ShardCase, target: Target) -> None:
 
 
 def _cut(numel: int) -> list[tuple[int, int]]:
-    """[begin, end) of gradients that lie apart: of many sizes, with and without a granule between them."""
+    """[begin, end) of gradients that lie apart. They have many sizes, with and without granules between them."""
     spans, begin = [], 0
     for size, gap in cycle(((700, 0), (64, 64), (1, 0), (0, 0), (2049, 128), (63, 0), (5, 0))):
         if begin >= numel:
@@ -130,7 +130,7 @@ def _cut(numel: int) -> list[tuple[int, int]]:
 
 
 def check_lists(make: type[ShardCase], numel: int, target: Target) -> None:
-    """Gradients that lie apart: the bits of one that holds them all; what none covers stays as it was."""
+    """Check gradients that lie apart: they give the bits of one whole gradient. Uncovered elements do not change."""
     for grad, out in ((torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float16, torch.float32)):
         for shift, segments, on_device in ((0, 5, True), (3, 0, False)):
             case = make(numel, grad, out, 0.01, shift=shift, segments=segments, idle=segments > 0, is_wild=False)
@@ -160,7 +160,7 @@ def _check_list(case: ShardCase, target: Target, num_peers: int = 0) -> None:
 
 
 def check(case: ShardCase, target: Target) -> None:
-    """The same bits as the reference's."""
+    """Assert that the target gives the same bits as the reference."""
     assert_all_same(run(case, target), run(case, REFERENCE), str(case))
 
 

@@ -1,4 +1,4 @@
-"""A toy extension module that compiles in a second, for tests of the build's mechanism."""
+"""A toy extension module that compiles in a second, for tests of the build."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training that takes every path through a transport, for the tests that hold two transports to the same bits."""
+"""Training that takes every path through a transport, for tests that two transports give the same bits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SMALL_BUCKETS = {"bucket_cap_mb": 2e-3}
 
 
 class Mixed(nn.Module):
-    """Two dtypes, a layer that some backwards leave out, and one that none uses."""
+    """Two dtypes, a layer that some backwards do not use, and one that none uses."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.net = build(dtype)
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 65))  # fp32, whatever the rest is
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 65))  # fp32, whatever `dtype` is
         self.sometimes = nn.Linear(65, 65, dtype=dtype)
         self.never = nn.Linear(3, 3, dtype=dtype)
 
@@ -33,7 +33,7 @@ class Mixed(nn.Module):
 
 
 def program(group: Any, dtype: torch.dtype, transport: str, options: dict[str, Any]) -> list[Tensor]:
-    """Every manner of backward, a group that joins, an overflow, a clip, a read, a checkpoint."""
+    """All kinds of backward, an added group, an overflow, a clip, a read and a checkpoint."""
     torch.manual_seed(0)
     model, late, rank = Mixed(dtype), nn.Linear(65, 7, dtype=dtype), group.rank()
     optimizer = pyzero.FusedZeroAdamW(
@@ -71,7 +71,7 @@ def _bits_of_exact(ranks: Ranks, size: int, dtype: torch.dtype, options: tuple[t
 
 
 def bits_of_exact(ranks: Ranks, size: int, dtype: torch.dtype, options: dict[str, Any]) -> list[list[Tensor]]:
-    """What the program gives on each rank, run once for all that is held to it."""
+    """The program's result with "exact" on each rank. It runs once for all comparisons."""
     return _bits_of_exact(ranks, size, dtype, tuple(options.items()))
 
 

@@ -1,7 +1,7 @@
-"""Compiles what real launches of the Triton backend would compile, for the GPUs that are named; prints JSON.
+"""Compiles what real launches of the Triton backend would compile, for the GPUs named in the arguments. Prints JSON.
 
-Run by test_triton_compile.py in a process of its own: there TRITON_INTERPRET must be unset when triton is imported.
-The ops are called on CPU tensors with a stand-in driver, and each launch becomes a `warmup`: triton's own launcher
+test_triton_compile.py runs it in a separate process, because TRITON_INTERPRET must be unset when triton is imported.
+The ops are called on CPU tensors with a stand-in driver, and each launch becomes a `warmup`. Triton's own launcher
 chooses the types and the 16-byte alignments from the arguments, and nothing runs.
 """
 
@@ -53,13 +53,13 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 class AbsentGPU:
-    """What a launch asks of triton's active driver before it compiles."""
+    """The part of triton's active driver that a launch asks before it compiles."""
 
     def __init__(self, index: int, target: GPUTarget) -> None:
         self.index, self.target = index, target
 
     def get_current_device(self) -> int:
-        return self.index  # one per target: compiled kernels are kept per device
+        return self.index  # each target has an index of its own, because compiled kernels are cached per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -74,7 +74,7 @@ def flat(dtype: torch.dtype, shift: int = 0, n: int = N) -> torch.Tensor:
 
 
 def grads_of(dtype: torch.dtype, shift: int, as_list: bool) -> tuple[list[torch.Tensor], list[int]]:
-    """One over all of the shard, or two of half its size."""
+    """One gradient over the whole shard, or two of half its size."""
     if not as_list:
         return [flat(dtype, shift)], [0]
     return [flat(dtype, shift, N // 2), flat(dtype, shift, N // 2)], [0, N // 2]
@@ -83,7 +83,7 @@ def grads_of(dtype: torch.dtype, shift: int, as_list: bool) -> tuple[list[torch.
 def with_rows(
     states: list[torch.Tensor], outs: list[torch.Tensor], grads: list[torch.Tensor], offsets: list[int]
 ) -> list[Any]:
-    """As AdamArgs, LionArgs and SgdArgs begin."""
+    """The first arguments of AdamArgs, LionArgs and SgdArgs."""
     return [*states, outs, grads, offsets, rows_of([*states, *outs, *grads])]
 
 
@@ -183,7 +183,7 @@ CASES: dict[str, Callable[[], None]] = {
     "loss_scale": run_loss_scale,
     "step_scalars": partial(run_step_scalars, torch.ones(())),
 }
-# The checks must be able to fail: on views off the 16-byte grid, and with contraction allowed.
+# These show that the checks can fail: views off the 16-byte grid here, and contraction in main().
 WITH_COUNTEREXAMPLES = ("sm_90", "gfx942")
 UNALIGNED: dict[str, Callable[[], None]] = {
     "adam-unaligned": partial(run_adam, BF16, BF16, shift=1),
@@ -225,12 +225,12 @@ def amd_facts(kernel: Any) -> dict[str, int]:
         "spills": len(re.findall(r"\bscratch_(?:load|store)", asm))
         + sum(int(count) for count in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", asm)),
         "flushes": len(re.findall(r"amdhsa_float_denorm_mode_(?:32|16_64) [012]", asm)),
-        # A reciprocal that begins no division. A root that is not refined shows in "contractions", which falls below 0.
+        # Reciprocals that begin no division. An unrefined root makes "contractions" negative.
         "approximations": len(re.findall(r"\bv_rcp_f32", asm)) - divisions,
         # AMD has no exact division or square root: LLVM refines a first guess, in 5 fused steps for a quotient and
-        # 2 for a root (5 from v_rsq, triton 3.6's choice).
+        # 2 for a root (5 if it starts from v_rsq, as in triton 3.6).
         "contractions": fused - 5 * divisions - 2 * square_roots - 5 * inverse_roots,
-        "double_contractions": 0,  # not told apart from the steps of an fp64 division
+        "double_contractions": 0,  # cannot be distinguished from the steps of an fp64 division
         "divisions": divisions,
         "square_roots": square_roots + inverse_roots,
     }
@@ -244,11 +244,11 @@ def facts_of(kernel: Any, target: GPUTarget, constants: dict[str, Any]) -> dict[
 def compile_launches(
     run: Callable[[], None], target: GPUTarget, beside: ThreadPoolExecutor, *, fuse: bool = False
 ) -> list[Future[dict[str, Any]]]:
-    """Facts about every kernel that `run` would launch; disassembled beside what is compiled next."""
+    """Facts about every kernel that `run` would launch. Disassembly runs in parallel with the next compilation."""
     facts = []
 
     def warm_up(kernel: Any, num_programs: int, on: torch.Tensor, *args: Any, **constants: Any) -> None:
-        constants.setdefault("num_warps", THREADS // target.warp_size)  # as NUM_WARPS is on that machine
+        constants.setdefault("num_warps", THREADS // target.warp_size)  # the NUM_WARPS of that target
         compiled = kernel.warmup(*args, grid=(num_programs,), **constants, enable_fp_fusion=fuse)
         facts.append(beside.submit(facts_of, compiled, target, constants))
 

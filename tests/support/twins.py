@@ -1,7 +1,7 @@
 """Twins: a model on several ranks beside torch's Adam in one process, and the parameters of tests that use it.
 
-A gradient is a small integer times a power of two, and so are its sums and means over up to 3 ranks: they are exact.
-Adam halves: exp_avg is half of the first gradient, in which any other gradient would show.
+A gradient is a small integer times a power of two. So are its sums and means over up to 3 ranks, which are thus exact.
+As betas are 0.5, exp_avg is half of the first gradient, and any other gradient would show in it.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ import pyzero
 
 ADAM = {"lr": 0.125, "betas": (0.5, 0.5), "eps": 1.0}
 SHAPES = ((64,), (3, 67), (5,))
-LATEST_S = 20  # for an error that is found by counting, not by a timeout
+LATEST_S = 20  # for an error that is found by counting instead of a timeout
 
 STAGES = pytest.mark.parametrize("stage", [1, 2])
 SIZES = pytest.mark.parametrize("size", [1, 2, 3])
 SEVERAL = pytest.mark.parametrize("size", [2, 3])
-# One rank has no stages.
+# On one rank the stages do not differ.
 UP_TO_TWO = pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
 UP_TO_THREE = pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
 
 
 class Twins:
-    """A model on this rank, and torch's Adam in one process, which gets the mean of all ranks' gradients."""
+    """A model on this rank, and torch's Adam in the same process, which gets the mean of all ranks' gradients."""
 
     def __init__(self, group: Any, stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.rank, self.size, self.stage = group.rank(), group.size(), stage
@@ -40,15 +40,15 @@ class Twins:
         self.adam = torch.optim.Adam(self.theirs.parameters(), **ADAM, foreach=False)
 
     def mean(self, factor: float) -> float:
-        """Of factor * (1 + rank)."""
+        """The mean of factor * (1 + rank) over ranks."""
         return factor * (1 + self.size) / 2
 
     def loss(self, factor: float, index: int = 0) -> Tensor:
-        """Of which each element's gradient is factor * (1 + rank)."""
+        """A loss whose gradient in each element is factor * (1 + rank)."""
         return (self.model[index].float() * (factor * (1 + self.rank))).sum()
 
     def expect(self, mean: float, index: int = 0) -> None:
-        """Have torch add this to its gradient."""
+        """Add `mean` to the gradient of torch's side."""
         (self.theirs[index] * mean).sum().backward()
 
     def backward(self, factor: float, index: int = 0) -> None:
@@ -60,7 +60,7 @@ class Twins:
         self.adam.step()
 
     def drop(self, how: str) -> None:
-        """All gradients, on both sides."""
+        """Drop all gradients, on both sides."""
         for optimizer, model in ((self.optimizer, self.model), (self.adam, self.theirs)):
             if how == "p.grad = None":
                 for param in model:
@@ -69,7 +69,7 @@ class Twins:
                 {"optimizer": optimizer, "model": model}[how.split(",")[0]].zero_grad("zeros" not in how)
 
     def check(self) -> None:
-        """State and weights are torch's. Collective."""
+        """Assert that state and weights equal torch's. This is a collective."""
         ours = [self.optimizer.full_state(param) for param in self.model]
         for index, (state, param, other) in enumerate(zip(ours, self.model, self.theirs, strict=True)):
             wanted = self.adam.state.get(other) or {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(other)}

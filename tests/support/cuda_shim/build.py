@@ -17,8 +17,9 @@ from pyzero.ops import build_spec
 CSRC = build_spec.CSRC
 SHIM = Path(__file__).resolve().parent
 MODULE = "_native_cuda_shim"
-# The product's own flags; few threads per block, for they are real ones; few blocks, so that each gets a run of
-# chunks; few gradients in a launch, so that a list takes several; and nvcc's leniency about types behind a cast.
+# The product's own flags. Blocks have few threads, because these are real threads. There are few blocks, so that each
+# gets a run of chunks, and few gradients per launch, so that a list takes several. Like nvcc, g++ must not assume
+# strict aliasing.
 FLAGS = (
     *build_spec._HOST_FLAGS,
     "-std=c++17",
@@ -30,14 +31,14 @@ FLAGS = (
 
 
 def cache_dir() -> Path:
-    """Where builds stay, by content hash; outside the checkout."""
+    """The folder of builds, which are named by content hash. It is outside the checkout."""
     folder = Path(tempfile.gettempdir(), f"pyzero-cuda-shim-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 def _run_compiler(arguments: list[str], what: list[str], suffix: str) -> Path:
-    """The cached output of one compiler run, by the hash of `what` went in."""
+    """The cached output of one compiler run. The key is a hash of `what`, the inputs."""
     command = [*build_spec.find_cxx(), *arguments]
     what = [build_spec.compiler_version(command[:1]), *what]
     output = cache_dir() / (hashlib.sha256("\0".join(what).encode()).hexdigest()[:16] + suffix)
@@ -57,7 +58,7 @@ def _object(source: Path, csrc: Path, flags: tuple[str, ...]) -> Path:
 
 
 def _link(sources: list[tuple[Path, Path]], flags: tuple[str, ...], suffix: str) -> Path:
-    """Compile every (source, its csrc) and link them, reusing what was built before."""
+    """Compile every (source, its csrc) and link them. Earlier builds are reused."""
     with ThreadPoolExecutor(build_spec.num_cpus()) as pool:
         objects = [str(path) for path in pool.map(lambda item: _object(*item, flags), sources)]
     return _run_compiler([*flags, *objects], [repr(flags), *objects], suffix)
@@ -65,7 +66,7 @@ def _link(sources: list[tuple[Path, Path]], flags: tuple[str, ...], suffix: str)
 
 @functools.cache
 def load() -> ModuleType:
-    """The CUDA binding whose kernels run on the CPU, on CPU tensors' addresses: device 0, stream 0."""
+    """The CUDA binding with kernels that run on the CPU, on CPU tensors. The device is 0, and the stream is 0."""
     includes = tuple(f"-I{path}" for path in build_spec.python_includes())
     flags = ("-O2", "-shared", *FLAGS, f"-DPYZERO_MODULE_NAME={MODULE}", *includes)
     path = _link([(CSRC / name, CSRC) for name in build_spec.cuda_sources()], flags, build_spec.EXT_SUFFIX)
@@ -77,12 +78,12 @@ def load() -> ModuleType:
 
 
 def build_driver(sanitizer: str, planted: Path | None = None) -> Path:
-    """driver.cpp with the kernels; `planted`, one .cu in a changed copy of csrc, takes the place of its namesake."""
+    """driver.cpp with the kernels. `planted`, a .cu in a changed copy of csrc, replaces the file of the same name."""
     names = [name for name in build_spec.cuda_sources() if name.endswith(".cu")]
     roots = {name: planted.parents[1] if planted and planted.name == Path(name).name else CSRC for name in names}
     sources = [(root / name, root) for name, root in roots.items()]
-    # Optimised little: the compiler must not remove the very access that a sanitizer is to report. The address
-    # sanitizer's checks make -O1 take three times as long to compile.
+    # There is little optimisation, so that the compiler does not remove the access that a sanitizer should report. With
+    # the address sanitizer's checks, -O1 takes three times as long to compile.
     flags = (
         "-O0" if "address" in sanitizer else "-O1",
         "-g1",
