@@ -28,7 +28,7 @@ from .rows import Row, timed_row
 from .step import MAX_NORM
 from .timing import CpuTimer, in_turns
 
-_COUNTS = (10, 100, 1000, 10_000)  # of parameters
+_COUNTS = (10, 100, 1000, 10_000)  # numbers of parameters
 _COUNTED_NUMEL = 1 << 22
 _RANKS = (1, 2, 3, 4)
 _TINY = 1 << 16  # elements; their bytes take no time, so that latency is measured

@@ -13,7 +13,7 @@ constexpr int64_t kListChunk = int64_t(kThreads) * 16;  // elements; per thread 
 
 struct ListItem {
   const void* source;
-  void* target;  // the source itself where the op works in place
+  void* target;  // the source itself if the op works in place
   Span span;
   DType dtype;  // of the source
 };

@@ -29,9 +29,9 @@ LIMIT_S, QUICK_LIMIT_S = 1450.0, 460.0
 LEAST_S = 15.0
 GRACE_S = 10.0  # for an interrupted step to report: pytest prints its failures
 TAIL_LINES, SHOWN_LINES, MAX_COLUMNS = 15, 40, 160  # of a log in the report
-MAX_WORKERS = 8  # of pytest-xdist; each holds a CUDA context
-MAX_POOLS = 4  # of four ranks each; each rank holds one, too
-DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload", "muon")  # of gpu_drive.py
+MAX_WORKERS = 8  # workers of pytest-xdist; each holds a CUDA context
+MAX_POOLS = 4  # pools of four ranks; each rank holds a CUDA context, too
+DRIVES = ("offload_param", "tensor_parallel", "cpu_offload", "sharded_offload", "muon")  # cases of gpu_drive.py
 PASSED, FAILED, TIMED_OUT, NOT_REACHED, NO_TOOL = "passed", "failed", "timed out", "not reached", "no tool"
 
 _PROBE = """

@@ -373,7 +373,7 @@ def accelerate_plain(folder):
 
 
 def accelerate_grad_scaler(folder):
-    """Of each step: whether it was skipped, the scale, the learning rate. On GPUs mixed_precision="fp16" does this."""
+    """For each step: whether it was skipped, the scale, the learning rate. On GPUs mixed_precision="fp16" does this."""
     from accelerate import DataLoaderConfiguration
     from accelerate.state import AcceleratorState
 
