@@ -78,6 +78,7 @@ class Spec:
     includes: tuple[str, ...] = ()  # not in the hash, because the same headers lie elsewhere in another environment
     fingerprint: str = ""  # versions of the compiler, of Python's ABI and of pybind11
     archs: tuple[str, ...] = ()  # GPU architectures that it has code for; in the stamp
+    toolkit: str = ""  # version of the CUDA toolkit, as in "12.8"; in the stamp
 
     def source_hash(self) -> str:
         """Return the hash of the names and contents of all sources and headers."""
@@ -110,7 +111,7 @@ class Spec:
     def build(self, build_dir: Path, output: Path) -> None:
         """Compile and link, with one compiler at a time per CPU. Raises CompileError."""
         build_dir.mkdir(parents=True, exist_ok=True)
-        text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:{','.join(self.archs)}"
+        text = f"pyzero-stamp:{self.source_hash()}:{self.build_hash()}:{','.join(self.archs)}:{self.toolkit}"
         declared = 'extern "C" { extern const char pyzero_stamp[]; const char pyzero_stamp[] = "%s"; }\n'
         (build_dir / "stamp.cpp").write_text(declared % text)
         with ThreadPoolExecutor(num_cpus()) as pool:
@@ -133,8 +134,22 @@ def read_stamp(module: Path) -> tuple[str, str] | None:
 
 def read_archs(module: Path) -> tuple[str, ...]:
     """Return the GPU architectures that a built module has code for, from its stamp; empty if it names none."""
-    found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:([0-9af,]+)\0", module.read_bytes())
+    found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:([0-9af,]+)[:\0]", module.read_bytes())
     return tuple(found[1].decode().split(",")) if found else ()
+
+
+def read_toolkit(module: Path) -> str:
+    """Return the version of the CUDA toolkit that built a module, from its stamp; empty if it names none."""
+    found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:[0-9af,]+:([0-9.]+)\0", module.read_bytes())
+    return found[1].decode() if found else ""
+
+
+def needed_driver(toolkit: str) -> int:
+    """Return the CUDA version that the driver of a module from this toolkit must support, as in 12010; or 0.
+
+    It is that of the kernel parameters in csrc/cuda/launch.cuh. torch has looked at what every kernel needs.
+    """
+    return 12010 if toolkit and tuple(map(int, toolkit.split("."))) >= (12, 1) else 0
 
 
 def runs_on(archs: Sequence[str], gpu: str) -> bool:
@@ -183,7 +198,19 @@ def cuda_spec(nvcc: Sequence[str], archs: Sequence[str] = (), root: Path = CSRC)
     flags = (*_NVCC_FLAGS, *targets)
     link = ("-shared", "-cudart=static", *targets)
     print_as = _fingerprint(nvcc)
-    return Spec("_native_cuda", root, tuple(units), tuple(nvcc), flags, link, python_includes(), print_as, tuple(archs))
+    release = re.search(r"release (\d+\.\d+)", print_as)
+    return Spec(
+        "_native_cuda",
+        root,
+        tuple(units),
+        tuple(nvcc),
+        flags,
+        link,
+        python_includes(),
+        print_as,
+        tuple(archs),
+        toolkit=release[1] if release else "",
+    )
 
 
 def default_cuda_archs(nvcc: Sequence[str]) -> list[str]:

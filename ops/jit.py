@@ -56,10 +56,30 @@ def unavailable_reason(kind: Kind) -> str | None:
     if not env.jit_enabled():
         return "building at first use is switched off by PYZERO_JIT=0"
     try:
-        make_spec(kind)
+        return driver_reason(make_spec(kind).toolkit)
     except (ToolchainError, OSError) as error:
         return str(error)
-    return None
+
+
+def driver_reason(toolkit: str) -> str | None:
+    """Return why this machine's driver cannot run the kernels that a CUDA toolkit builds, or None."""
+    wanted = build_spec.needed_driver(toolkit)
+    if not wanted:
+        return None
+    import torch
+
+    get_version = getattr(torch._C, "_cuda_getDriverVersion", None)  # only in a torch with CUDA
+    got = get_version() if get_version is not None else 0  # 0: there is no driver
+    if not 0 < got < wanted:
+        return None
+    return (
+        f"kernels built by CUDA {toolkit} need a driver for CUDA {_spell_version(wanted)} (530), got one for CUDA "
+        f"{_spell_version(got)}; update the driver, or build with a toolkit before {_spell_version(wanted)} (CUDA_HOME)"
+    )
+
+
+def _spell_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def last_failure(kind: Kind) -> str | None:

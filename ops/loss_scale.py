@@ -15,6 +15,7 @@ from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, i
 _REMEDY = "make it with pyzero.ops.loss_scale.loss_scale_state()"
 _WHOLE = {"growth_interval": 1, "hysteresis": 1, "growth_delay": 0}  # fields with whole numbers, and their least values
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
+SCALE, SKIPPED, IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 
 
 def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str, growth_delay: int = 0) -> Tensor:

@@ -51,7 +51,7 @@ def stale_reason(kind: Kind) -> str | None:
     stamp = build_spec.read_stamp(path)
     wanted = build_spec.source_hash(build_spec.CSRC, _SOURCES[kind]())
     if stamp is not None and stamp[0] == wanted:
-        return _foreign_reason(path) if kind == "cuda" else None
+        return (_foreign_reason(path) or _driver_reason(path)) if kind == "cuda" else None
     got = stamp[0] if stamp is not None else "none"
     return f"{path} is stale (sources {got}, wanted {wanted}); pip install again, or remove it"
 
@@ -67,6 +67,11 @@ def _foreign_reason(path: Path) -> str | None:
         f"{path} has no kernels for {', '.join(foreign)}, a GPU of this machine (built for {', '.join(archs)}); set "
         f"PYZERO_CUDA_ARCHS and pip install again, or remove it"
     )
+
+
+def _driver_reason(path: Path) -> str | None:
+    reason = jit.driver_reason(build_spec.read_toolkit(path))
+    return reason and f"{path} does not run here: {reason}"
 
 
 def unavailable_reason(kind: Kind) -> str | None:

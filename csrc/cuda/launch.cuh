@@ -9,7 +9,8 @@
 namespace pyzero {
 namespace cuda {
 
-// Kernel parameters may take 32,764 bytes from CUDA 12.1 on (driver 530), 4,096 before.
+// Kernel parameters may take 32,764 bytes from CUDA 12.1 on (driver 530), 4,096 before. With an earlier
+// driver the backend is not available: see needed_driver in ops/build_spec.py.
 constexpr size_t kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
 // cudaLaunchKernelEx, unlike <<<>>>, returns the error, and tests/support/cuda_shim can replace it.

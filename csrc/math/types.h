@@ -1,7 +1,8 @@
 // Scalar types of the kernels and their exact conversions, for host and device.
 //
 // Host conversions have no branches, so that compilers vectorise them on every ISA. Device code uses the hardware's
-// conversion instructions. Both round to nearest even, and keep a NaN a NaN.
+// instructions for fp16. For bf16 it does what the host does: to widen is a shift, and the instruction that rounds to
+// bf16 exists from sm_80 on only. All round to nearest even, and keep a NaN a NaN.
 #pragma once
 
 #include <cstdint>

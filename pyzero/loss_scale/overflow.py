@@ -11,11 +11,9 @@ from torch import Tensor
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.gradients.nonfinite import NOT_FOUND
 from pyzero.gradients.stats_rows import HostView, values_of
-from pyzero.ops.loss_scale import STATE_SLOTS
+from pyzero.ops.loss_scale import IN_A_ROW, SCALE, SKIPPED, STATE_SLOTS
 
 log = logging.getLogger("pyzero")
-
-_SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 
 
 class OverflowMonitor:
@@ -73,7 +71,7 @@ class OverflowMonitor:
         if self._arrived is None:
             self._values = self._view.of(state)
             self._is_scaled = is_scaled
-            if self._values[_SKIPPED] > self._num_warned_of:
+            if self._values[SKIPPED] > self._num_warned_of:
                 self._first_bad.copy_(stats.first_bad)
             self._warn(describe)
             return
@@ -88,8 +86,8 @@ class OverflowMonitor:
             self._under_way = True
 
     def _warn(self, describe: Callable[[float], str]) -> None:
-        num_skipped = int(self._values[_SKIPPED])
-        self.num_in_a_row = int(self._values[_IN_A_ROW])
+        num_skipped = int(self._values[SKIPPED])
+        self.num_in_a_row = int(self._values[IN_A_ROW])
         num_new = num_skipped - self._num_warned_of
         if num_new <= 0:
             return
@@ -106,7 +104,7 @@ class OverflowMonitor:
         self._num_warned_of = num_skipped
 
     def _scale_now(self) -> str:
-        return f", loss scale now {float(self._values[_SCALE]):g}" if self._is_scaled else ""
+        return f", loss scale now {float(self._values[SCALE]):g}" if self._is_scaled else ""
 
     def check(self, num_in_a_row: int, describe: Callable[[float], str]) -> None:
         """Raise if too many steps in a row were skipped.

@@ -9,9 +9,8 @@ from pyzero import ops
 from pyzero.arguments.hyper_parameters import as_number
 from pyzero.gradients.stats_rows import HostView
 from pyzero.ops.backend import LossScalePolicy
-from pyzero.ops.loss_scale import STATE_SLOTS, loss_scale_state, wanted_of_policy
+from pyzero.ops.loss_scale import IN_A_ROW, SCALE, SKIPPED, loss_scale_state, wanted_of_policy
 
-_SCALE, _SKIPPED, _IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 _OP = LossScalePolicy()  # the defaults, except min_scale: a scale of 0 has no inverse
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # so that 1 / scale is finite
 
@@ -106,18 +105,18 @@ class Scaler:
     @property
     def scale(self) -> Tensor:
         """The loss scale: 0-D, on the device."""
-        return self.state[_SCALE]
+        return self.state[SCALE]
 
     @property
     def num_skipped(self) -> Tensor:
         """Steps skipped so far: 0-D, on the device."""
-        return self.state[_SKIPPED]
+        return self.state[SKIPPED]
 
     def saved(self) -> Tensor:
         """Return a copy of the state for `load`. A scale of 0 in it means no loss scale."""
         state = self.state.clone()
         if not self.enabled:
-            state[_SCALE] = 0.0
+            state[SCALE] = 0.0
         return state
 
     def load(self, state: Tensor) -> bool:
@@ -128,9 +127,9 @@ class Scaler:
         Returns:
             Whether the saved state has a scale.
         """
-        saved = float(state[_SCALE])
+        saved = float(state[SCALE])
         has_scale = saved != 0.0
-        first = _SKIPPED if has_scale != self.enabled else _SCALE + 1
+        first = SKIPPED if has_scale != self.enabled else SCALE + 1
         self.state[first:].copy_(state[first:])
         if has_scale and self.enabled and not self._is_fixed:
             scale = min(max(saved, self._policy["min_scale"]), self._policy["max_scale"])
@@ -162,4 +161,4 @@ class Scaler:
 
     def _has_nothing_to_count(self, found_inf: Tensor) -> bool:
         """Whether the step was clean and no skipped step came before it. False if the host would have to wait."""
-        return found_inf.is_cpu and not self._found.of(found_inf)[0] and not self._counts.of(self.state)[_IN_A_ROW]
+        return found_inf.is_cpu and not self._found.of(found_inf)[0] and not self._counts.of(self.state)[IN_A_ROW]

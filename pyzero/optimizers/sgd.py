@@ -71,7 +71,7 @@ class SGDRule:
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"] and group["momentum"] != 0,
+            nesterov=group["nesterov"],
             maximize=group["maximize"],
             step=shard.steps,
             grad_scale=grad_scale,

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from pyzero import memory
 from pyzero.arguments.groups import RESERVED, refuse_unsupported
 from pyzero.comm.group import Group
-from pyzero.ops.loss_scale import STATE_SLOTS
+from pyzero.ops.loss_scale import SCALE
 from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_parts, part_lengths
@@ -293,7 +293,7 @@ class RankState:
     def summary(self) -> Summary:
         """Return this rank's summary, for agreed_cut()."""
         steps = [float(saved.whole.get(STEP, 0.0)) for saved in self.params]
-        scale = None if self.scaler is None else float(self.scaler[STATE_SLOTS.index("scale")])
+        scale = None if self.scaler is None else float(self.scaler[SCALE])
         reordered = [at for at, saved in zip(self.param_ids, self.params, strict=True) if saved.stride is not None]
         return Summary(steps, self.cut, scale, reordered)
 

@@ -104,10 +104,18 @@ def test_a_module_carries_its_stamp(tmp_path: Path) -> None:
     spec.build(tmp_path / "build", module)
     assert build_spec.read_stamp(module) == (spec.source_hash(), spec.build_hash())
     assert build_spec.read_archs(module) == ()
-    replace(spec, archs=("80", "90a")).build(tmp_path / "build", module)
+    assert build_spec.read_toolkit(module) == ""
+    replace(spec, archs=("80", "90a"), toolkit="12.8").build(tmp_path / "build", module)
     assert build_spec.read_stamp(module) == (spec.source_hash(), spec.build_hash())
-    assert build_spec.read_archs(module) == ("80", "90a")
+    assert build_spec.read_archs(module) == ("80", "90a") and build_spec.read_toolkit(module) == "12.8"
     assert build_spec.read_stamp(ROOT / "setup.py") is None
+
+
+def test_which_driver_a_toolkit_needs(tmp_path: Path) -> None:
+    toolkit = build_spec.cuda_spec((str(make_fake_nvcc(tmp_path, "12.8")),)).toolkit
+    assert toolkit == "12.8"
+    needed = {"": 0, "11.8": 0, "12.0": 0, "12.1": 12010, "12.10": 12010, "13.0": 12010}
+    assert {toolkit: build_spec.needed_driver(toolkit) for toolkit in needed} == needed
 
 
 def test_which_gpus_a_module_has_code_for(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,31 @@ def test_a_module_without_code_for_the_gpu_is_not_used(
         monkeypatch.setattr(jit, "present_cuda_archs", lambda gpu=gpu: (gpu,))
         reason = native.unavailable_reason("cuda")
         assert (reason is None) == (words is None) and re.search(words or "", reason or "")
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "fits"), [("12.8", 12000, False), ("12.8", 12010, True), ("12.0", 12000, True)]
+)
+def test_kernels_with_long_parameters_are_not_run_by_a_driver_that_does_not_know_them(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toolkit: str, driver: int, fits: bool
+) -> None:
+    """By torch such a driver will do, and every launch that takes a list would fail."""
+    path, csrc = tmp_path / "_native_cuda.so", write_toy(tmp_path / "csrc")
+    wanted = build_spec.source_hash(build_spec.CSRC, build_spec.cuda_sources())
+    path.write_text(f"pyzero-stamp:{wanted}:0:80,90,100:{toolkit}\0")
+    monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: path)
+    monkeypatch.setattr(jit, "make_spec", lambda kind: replace(toy_spec(csrc), toolkit=toolkit))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(jit, "present_cuda_archs", lambda: ("90",))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    reason = registry.BACKENDS["cuda"].unavailable_reason("cuda")
+    assert (reason is None) == fits
+    if not fits:
+        said = "kernels built by CUDA 12.8 need a driver for CUDA 12.1 (530), got one for CUDA 12.0; update the driver"
+        assert reason.count(said) == 2, "of the module that pip built, and of one built at first use"
+        with pytest.raises(BackendUnavailableError, match="need a driver for CUDA 12.1"):
+            registry.pick("adam_", "cuda", torch.device("cuda"))
 
 
 def test_the_real_module_fits_its_sources(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +171,34 @@ def test_barriers_meet_in_pairs(ranks, job):
     (first, weights), (second, others) = ranks.run(2, through_peers, *job)
     assert first == second and len(first) >= 24
     assert_same(weights, others)
+
+
+def barriers_of_a_step(group: Any, kind: str) -> list[str]:
+    """The barriers of a step over one bucket, and its writes of weights, in the order in which this rank queues them.
+
+    On GPUs the barriers alone order the ranks' streams. Here the hosts wait for each other before the update too.
+    """
+    layer = nn.Linear(16, 16)
+    optimizer = getattr(pyzero, kind)(layer.parameters(), process_group=group, transport="peer", stage=1)
+    transport, seen = optimizer._transport, []
+
+    def told(what: str, call: Any) -> Any:
+        return lambda *args: seen.append(what) or call(*args)
+
+    transport._memory = replace(transport._memory, barrier=told("barrier", transport._memory.barrier))
+    transport._copy = told("copy", transport._copy)
+    optimizer._updater.update = told("update", optimizer._updater.update)
+    layer(batch(group, 0)).sum().backward()
+    optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["FusedZeroAdam", "ZeroLamb"])
+def test_weights_are_written_between_two_barriers(ranks, kind):
+    """The first: no rank reads the old weights any more. The second: all have been written."""
+    of_gradients, copies = ["barrier"] * 2, ["copy"] * (kind == "ZeroLamb")
+    for seen in ranks.run(2, through_peers, barriers_of_a_step, kind):
+        assert seen == [*of_gradients, "barrier", "update", *copies, "barrier"]
 
 
 def broken_update(group: Any) -> tuple[str, str]:

@@ -386,6 +386,24 @@ def multiplied_unequally(group: Any, stage: int, how: str) -> str:
     return "no error"
 
 
+def multiplied_by_a_tensor_written_since(group: Any, stage: int) -> Tensor:
+    param = nn.Parameter(torch.ones(64))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
+    param.sum().backward()
+    optimizer.clip_grad_norm_(1e9)  # reduced now
+    factor = torch.ones(())
+    for value in (0.5, 0.25):
+        param.grad.mul_(factor.fill_(value))
+    param.grad.div_(factor)
+    return optimizer.full_grad(param)
+
+
+@STAGES
+def test_a_factor_that_was_written_since_is_read_again(run, stage):
+    for grad in run(2, multiplied_by_a_tensor_written_since, stage):
+        assert torch.equal(grad, torch.full((64,), 0.5))
+
+
 @STAGES
 @pytest.mark.parametrize("how", ["number", "tensor", "NaN on all"])
 def test_reduced_gradients_multiplied_by_other_numbers_are_refused(run, stage, how):

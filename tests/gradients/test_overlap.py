@@ -255,6 +255,53 @@ def test_one_round_per_outermost_backward(ranks, dtype, how, plain, same):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * unit * float(theirs.abs().max()))
 
 
+def late_in_every_step(group: Any) -> tuple[bool, list[int]]:
+    """Whether buckets have moved, and by step how many were sent. A weight in two checkpoints is late."""
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group, bucket_cap_mb=4e-4)  # one parameter in each
+    before, found = [bucket.numbers for bucket in optimizer._buckets], []
+    with counted_starts(optimizer) as sent:
+        for step in range(3):
+            sent[0] = 0
+            y = torch.full((100,), 1.0 + step + group.rank(), requires_grad=True)
+            for index in (1, 2, 1, 0):
+                y = checkpoint(lambda y, param=params[index]: y * param, y, use_reentrant=True)
+            y.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(sent[0])
+    return [bucket.numbers for bucket in optimizer._buckets] != before, found
+
+
+def test_a_late_weight_costs_one_round_more_once(ranks):
+    """Its bucket waits for the end of backward from then on, and so does the one that it moves to."""
+    for has_moved, found in ranks.run(2, late_in_every_step):
+        assert has_moved and found == [2 * 3, 3, 3]
+
+
+def used_in_every_other_step(group: Any) -> list[tuple[int, int]]:
+    """By step: how many buckets were sent in backward, and in all."""
+    params = [nn.Parameter(torch.ones(100)) for _ in range(3)]
+    optimizer = pyzero.FusedZeroAdamW(params, process_group=group, bucket_cap_mb=4e-4)  # one parameter in each
+    found = []
+    with counted_starts(optimizer) as sent:
+        for step in range(8):
+            sent[0] = 0
+            sum(param.sum() for param in (params if step % 2 == 0 else params[:2])).backward()
+            in_backward = sent[0]
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append((in_backward, sent[0]))
+    return found
+
+
+def test_a_parameter_of_every_other_step_costs_one_round_more_once(ranks):
+    """No bucket waits for one that was unused, so its gradient takes a round of its own; then its bucket waits."""
+    one_round = (3, 3)
+    for found in ranks.run(2, used_in_every_other_step):
+        assert found == [one_round, one_round, (2, 2 + 3), *[one_round] * 5]
+
+
 def two_models(group: Any, together: bool) -> list[Tensor]:
     """Two optimizers over two models, in one backward or one at a time."""
     models = [branches(torch.float32), branches(torch.float32)]

@@ -156,6 +156,19 @@ def test_the_same_scale_may_be_loaded_between_two_backwards_on_one_rank():
     assert torch.equal(optimizer.full_grad(param), torch.full((4,), 2.0))
 
 
+def test_another_scale_loaded_between_two_backwards_on_one_rank_is_refused():
+    param, optimizer = fp16_weight()
+    optimizer.backward(param.float().sum())
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["scaler"][0] *= 2
+    optimizer.load_state_dict(state_dict)
+    with pytest.raises(RuntimeError, match="scale"):
+        optimizer.backward(param.float().sum())
+    optimizer.zero_grad()
+    optimizer.backward(param.float().sum())
+    assert torch.equal(optimizer.full_grad(param), torch.ones(4))
+
+
 def goes_on(saved_at: Any, loss_scale: Any) -> list[float]:
     """How far lr=1.0 moves a weight in each clean step after a load, and the scale then; an overflow comes between."""
     weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))

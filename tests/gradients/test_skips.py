@@ -57,6 +57,42 @@ def test_the_first_rank_names_parameter_and_rank(ranks, dtype, size, stage, tran
     assert all(result["lines"] == [] for result in results[1:])
 
 
+def bad_in_an_earlier_backward(group: Any, stage: int) -> list[str]:
+    """Parameter "middle" overflows on rank 1 in the first of two backwards."""
+    with logged() as lines:
+        params = {name: nn.Parameter(torch.ones(40)) for name in ("first", "middle", "last")}
+        optimizer = pyzero.FusedZeroAdam(list(params.items()), process_group=group, stage=stage)
+        for factor in (math.inf if group.rank() == 1 else 1.0, 1.0):
+            (params["first"].sum() + (params["middle"] * factor).sum() + params["last"].sum()).backward()
+        optimizer.step()
+        return lines
+
+
+@told_at_once
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_inf_of_an_earlier_backward_keeps_its_names(ranks, stage):
+    (line,) = ranks.run(2, bad_in_an_earlier_backward, stage)[0]
+    assert "the gradient of middle, shape (40,), on rank 1" in line
+
+
+def bad_by_hand_after_a_cleared_one(group: Any) -> list[str]:
+    """An inf in "last" on rank 1 is cleared; then all ranks write one into "first"."""
+    with logged() as lines:
+        params = {name: nn.Parameter(torch.ones(40)) for name in ("first", "last")}
+        optimizer = pyzero.FusedZeroAdam(list(params.items()), process_group=group)
+        (params["last"] * (math.inf if group.rank() == 1 else 1.0)).sum().backward()
+        optimizer.zero_grad()
+        optimizer.set_full_grad(params["first"], torch.full((40,), math.inf))
+        optimizer.step()
+        return lines
+
+
+@told_at_once
+def test_a_cleared_inf_is_not_named(ranks):
+    (line,) = ranks.run(2, bad_by_hand_after_a_cleared_one)[0]
+    assert "step skipped" in line and "last" not in line and "rank 1" not in line
+
+
 @told_at_once
 def test_a_librarys_sum_does_not_tell_the_rank(ranks):
     (line,) = ranks.run(2, bad_on_one_rank, 2, torch.float32, "collective", 1)[0]["lines"]

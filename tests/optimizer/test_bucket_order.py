@@ -254,6 +254,30 @@ def test_state_that_was_written_before_the_first_step_moves_however_it_was_writt
             assert (moment, num_sent > 0) == ((0.0, False) if way == "nothing" else (4.0, True)), way
 
 
+def written_on_one_rank(group: Any, writer: int, name: str) -> list[Tensor]:
+    """What lies there after a step of no gradient that moves buckets, one of a parameter each."""
+    params = [nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16)) for _ in range(4)]
+    optimizer = pyzero.FusedZeroAdamW(params, lr=0.0, betas=(0.5, 0.5), process_group=group, bucket_cap_mb=1e-3)
+    before = [bucket.layout for bucket in optimizer._buckets]
+    for param in params if group.rank() == writer else []:
+        (param.detach() if name == "weights" else optimizer.state[param][name]).fill_(8)
+    for param in params:  # the reverse of how they lie
+        (param.float() * 0).sum().backward()
+    optimizer.step()
+    assert [bucket.layout for bucket in optimizer._buckets] != before, "no bucket has moved"
+    return [optimizer.full_master(p) if name != "exp_avg" else optimizer.full_state(p)[name] for p in params]
+
+
+@pytest.mark.parametrize(("name", "after"), [("exp_avg", 4.0), ("weights", 8.0)])
+@pytest.mark.parametrize("writer", [0, 1])
+def test_what_one_rank_alone_has_written_moves(ranks, writer, name, after):
+    """The ranks decide together: each sends its shards, or none does."""
+    wanted = torch.zeros(2, 2048)
+    wanted[writer] = after
+    for values in ranks.run(2, written_on_one_rank, writer, name):
+        assert_same(values, [wanted.flatten()] * 4)
+
+
 def loaded_over_gradients_in_flight(group: Any) -> tuple[bool, int]:
     """Whether buckets of inf are in flight when a load moves to others, and how many steps they then skip."""
     model, other = make("encoder-decoder"), make("encoder-decoder")

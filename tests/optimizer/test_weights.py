@@ -479,6 +479,39 @@ def test_frozen_parameters_and_buffers_become_rank_0s(ranks, which):
         assert all((value == 1 + rank).all() for value in got[1:])
 
 
+def frozen_written_later(group: Any) -> tuple[Tensor, Tensor]:
+    """A frozen parameter that each rank writes after construction, in a group of which another is trained anew."""
+    first, second, frozen = (nn.Parameter(torch.full((3,), 1.0 + group.rank()), requires_grad=i == 0) for i in range(3))
+    optimizer = pyzero.FusedZeroAdamW([first, second, frozen], process_group=group)
+    at_first = frozen.detach().clone()
+    with torch.no_grad():
+        frozen.fill_(10.0 + group.rank())
+    second.requires_grad_(True)
+    (first.sum() + second.sum()).backward()
+    optimizer.step()
+    assert optimizer.full_state(second)["step"] == 1
+    return at_first, frozen.detach()
+
+
+def test_frozen_parameters_become_rank_0s_once(ranks):
+    for rank, (at_first, later) in enumerate(ranks.run(2, frozen_written_later)):
+        assert (at_first == 1).all() and (later == 10 + rank).all()
+
+
+def of_two_modules(group: Any) -> list[Tensor]:
+    """Buffers of two modules that nothing tells apart: their order in a search may differ between ranks."""
+    norms = [nn.BatchNorm1d(3) for _ in range(2)]
+    for index, norm in enumerate(norms):
+        norm.running_mean.fill_(10.0 * index + group.rank())
+    pyzero.FusedZeroAdamW([param for norm in norms for param in norm.parameters()], process_group=group)
+    return [norm.running_mean for norm in norms]
+
+
+def test_buffers_of_two_modules_of_one_class_are_left_alone(ranks):
+    for rank, means in enumerate(ranks.run(2, of_two_modules)):
+        assert [mean[0].item() for mean in means] == [rank, 10 + rank]
+
+
 LAUNCHED = """
 import torch, pyzero
 try:

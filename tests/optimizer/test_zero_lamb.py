@@ -54,6 +54,15 @@ def test_the_ratio_is_clamped():
     assert torch.equal(param, torch.full((4,), 99.5))
 
 
+def test_the_ratio_is_clamped_from_below():
+    """|p| = 2^-9 and |u| = 2 give a ratio of 2^-10. It counts as 1/2, so a weight moves by lr / 2."""
+    param = nn.Parameter(torch.full((4,), 2.0**-10))
+    optimizer = pyzero.ZeroLamb([param], lr=0.25, betas=(0.0, 0.0), eps=0.0, min_coeff=0.5)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(param, torch.full((4,), 2.0**-10 - 0.125))
+
+
 def train(
     group: Any, dtype: torch.dtype, stage: int, bias_correction: bool
 ) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:

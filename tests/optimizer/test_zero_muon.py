@@ -158,6 +158,15 @@ def test_a_skipped_step_and_a_matrix_without_gradient():
     assert changed == [param.requires_grad for param in model.parameters()]
 
 
+def test_a_gradient_of_zeros_leaves_the_decay():
+    """A matrix of zeros has no direction: 1 - lr * weight_decay is left of the weights, and no NaN."""
+    param = nn.Parameter(torch.ones(6, 4))
+    optimizer = pyzero.ZeroMuon([param], lr=0.5, weight_decay=0.5)
+    (param * 0.0).sum().backward()
+    optimizer.step()
+    assert torch.equal(param, torch.full((6, 4), 0.75))
+
+
 def resumed(group: Any, path: str) -> list[Tensor]:
     """Saved after two of four steps by two ranks; whoever else runs this goes on from there."""
     model = build(torch.bfloat16)

@@ -23,7 +23,8 @@ class Readiness:
     """Counts the gradients that arrive in a round.
 
     Parameters that no rank used in the last step are deferred: no bucket waits for them in backward, and their
-    gradients are sent when gradients are read.
+    gradients are sent when gradients are read. That takes a second round of all buckets, so it happens once to each:
+    then the bucket waits for it in every step.
     """
 
     def __init__(self, records: GradRecords) -> None:
