@@ -158,7 +158,7 @@ def _listed(item: Any) -> Any:
 
 
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
-    """Whether there is an optimizer or a scheduler, given or in the config."""
+    """Return whether an optimizer or a scheduler is given or in the config."""
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 

@@ -30,7 +30,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
         lazy_mode: Ignored; all tensors are read.
 
     Raises:
-        ValueError: exclude_frozen_parameters is set, or there is neither a tag nor `latest`.
+        ValueError: exclude_frozen_parameters is set, the tag is no name of a folder, or files of DeepSpeed's are
+            damaged or of another stage.
         CheckpointError, FileNotFoundError: There is no checkpoint, or it is damaged.
     """
     if exclude_frozen_parameters:

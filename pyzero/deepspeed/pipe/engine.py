@@ -347,7 +347,7 @@ class PipelineEngine(Engine):
 
 
 def _as_tuple(part: Any) -> Any:
-    """Turn a list into a tuple.
+    """Turn a list into a tuple. Return others unchanged.
 
     torch's loaders make lists of tuples, but layers expect tuples.
     """
