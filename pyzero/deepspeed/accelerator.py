@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.deepspeed import launcher
-
 # Functions of torch.cuda with DeepSpeed's names. On a CPU, the counts are 0 and the actions do nothing.
 _COUNTS = (
     "memory_allocated",
@@ -138,10 +136,6 @@ class Accelerator:
     def on_accelerator(self, tensor: Tensor) -> bool:
         """Return whether the tensor is on this type of device."""
         return tensor.device.type == self._name
-
-    def local_device(self) -> torch.device:
-        """Return the device of this process, which LOCAL_RANK selects."""
-        return launcher.device()
 
 
 @functools.cache
