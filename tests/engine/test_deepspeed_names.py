@@ -148,7 +148,7 @@ def test_comm_alone():
 
 
 def talk(group: Any) -> tuple[int, int, list[float], list[float]]:
-    deepspeed.init_distributed(dist_backend="gloo")  # there is one already
+    deepspeed.init_distributed(dist_backend="gloo")  # there is a process group already
     total, first = torch.ones(2) * comm.get_rank(), torch.ones(2) * comm.get_rank()
     comm.all_reduce(total)
     comm.broadcast(first, src=1)
@@ -317,7 +317,7 @@ def test_streams_of_random_numbers():
     y = checkpointing.checkpoint(drop, x)
     after = tracker.get_states()
     y.sum().backward()
-    assert torch.equal(x.grad, 2 * y) and 0 < (y == 0).sum() < 64  # the second forward dropped the same
+    assert torch.equal(x.grad, 2 * y) and 0 < (y == 0).sum() < 64  # the recomputed forward dropped the same elements
     assert torch.equal(after["model-parallel-rng"], tracker.get_states()["model-parallel-rng"])
     tracker.set_states(before)
     with tracker.fork():
@@ -333,7 +333,7 @@ def test_streams_of_random_numbers():
 
 
 class Two(nn.Module):
-    """2 * 3 * 4 * 5 and 2 * 3 * 5 * 1 operations on 3 rows."""
+    """On 3 rows, the layers take 2 * 3 * 4 * 5 and 2 * 3 * 5 * 1 operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ def test_operations_are_counted(capsys, tmp_path, caplog):
     profiler.stop_profile()
     profiler.print_model_profile(output_file=str(tmp_path / "table"), detailed=False)
     assert "up" not in (tmp_path / "table").read_text()
-    assert profiler.get_total_flops() == 150 + 120 + 30 + 30  # of weights, and of what the last layer sends back
+    assert profiler.get_total_flops() == 150 + 120 + 30 + 30  # gradients of both weights, and of the last layer's input
     assert profiler.get_total_duration() > 0 and profiler.get_total_params() == 31
     profiler.end_profile()
     assert profiler.get_total_flops() == 0
