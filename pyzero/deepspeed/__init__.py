@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.19.8"  # the DeepSpeed whose names these are
 
-# Imported on first use: for each name, its module and its name there.
+# Imported at first use: for each name, its module and its name in that module.
 _NAMES = {
     "DeepSpeedConfig": ("config.deepspeed_config", "DeepSpeedConfig"),
     "DeepSpeedEngine": ("engine.engine", "Engine"),
@@ -58,7 +58,7 @@ def __dir__() -> list[str]:
 
 
 def init_inference(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not supported.
+    """Refuse, because inference is not supported.
 
     Raises:
         NotImplementedError: Always.

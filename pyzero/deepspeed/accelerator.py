@@ -1,4 +1,4 @@
-"""deepspeed.accelerator: one object that is torch.cuda where there is a GPU, and answers as much for the CPU."""
+"""deepspeed.accelerator: an object that forwards to torch.cuda if there is a GPU, and otherwise answers for the CPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.deepspeed import launcher
-
-# Of torch.cuda, by DeepSpeed's names; on a CPU they count nothing and do nothing.
+# Functions of torch.cuda with DeepSpeed's names. On a CPU, the counts are 0 and the actions do nothing.
 _COUNTS = (
     "memory_allocated",
     "max_memory_allocated",
@@ -27,7 +25,7 @@ _ACTIONS = (
     "current_stream",
     "default_stream",
 )
-_OF_TORCH = ("get_rng_state", "set_rng_state", "initial_seed")  # which torch.cuda has, too
+_OF_TORCH = ("get_rng_state", "set_rng_state", "initial_seed")  # on a CPU these are torch's, which torch.cuda has too
 
 
 class Accelerator:
@@ -38,7 +36,7 @@ class Accelerator:
         self._name = "cuda" if self._has_gpu else "cpu"
 
     def __getattr__(self, name: str) -> Any:
-        """`memory_allocated`, `empty_cache` and their like."""
+        """Return a function of torch.cuda, such as `memory_allocated` or `empty_cache`, or its substitute on a CPU."""
         if self.__dict__.get("_has_gpu") and hasattr(torch.cuda, name):
             return getattr(torch.cuda, name)
         if name in _COUNTS:
@@ -50,101 +48,97 @@ class Accelerator:
         raise AttributeError(f"the accelerator {self.__dict__.get('_name')} has no {name!r}; use torch's own")
 
     def is_available(self) -> bool:
-        """True."""
+        """Return True: there is always a device."""
         return True
 
     def device_name(self, device_index: int | None = None) -> str:
-        """Such as "cuda", "cuda:1" or "cpu"."""
+        """Return the name of the device, such as "cuda", "cuda:1" or "cpu"."""
         return self._name if device_index is None or not self._has_gpu else f"cuda:{device_index}"
 
     def device(self, device_index: int | None = None) -> AbstractContextManager[Any]:
-        """A context in which that GPU is the current one."""
+        """Return a context in which this GPU is the current one."""
         return torch.cuda.device(device_index) if self._has_gpu else nullcontext()
 
     def device_count(self) -> int:
-        """Of this host; 1 for the CPU."""
+        """Return the number of GPUs that this process sees; 1 on a CPU."""
         return torch.cuda.device_count() if self._has_gpu else 1
 
     def current_device(self) -> int | str:
-        """The GPU's index, or "cpu"."""
+        """Return the index of the current GPU, or "cpu"."""
         return torch.cuda.current_device() if self._has_gpu else "cpu"
 
     def current_device_name(self) -> str:
-        """Such as "cuda:0" or "cpu"."""
+        """Return the name of the current device, such as "cuda:0" or "cpu"."""
         return f"cuda:{torch.cuda.current_device()}" if self._has_gpu else "cpu"
 
     def total_memory(self, device_index: int | None = None) -> int:
-        """Bytes of the GPU, or of this host."""
+        """Return the size of the GPU's memory in bytes, or of the host's memory."""
         if self._has_gpu:
             return int(torch.cuda.mem_get_info(device_index)[1])
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def available_memory(self, device_index: int | None = None) -> int:
-        """Bytes that nobody has taken."""
+        """Return the free bytes of the GPU's memory, or of the host's memory."""
         if self._has_gpu:
             return int(torch.cuda.mem_get_info(device_index)[0])
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
     def is_synchronized_device(self) -> bool:
-        """Whether an op has ended when its call returns."""
+        """Return whether an op has finished when its call returns."""
         return not self._has_gpu
 
     def stream(self, stream: Any) -> AbstractContextManager[Any]:
-        """A context in which work goes to a stream of the GPU."""
+        """Return a context in which work goes to this stream of the GPU; on a CPU it does nothing."""
         return torch.cuda.stream(stream) if self._has_gpu else nullcontext()
 
     def range_push(self, msg: str) -> None:
-        """Begin a range of NVTX."""
+        """Begin an NVTX range; do nothing on a CPU."""
         if self._has_gpu:
             torch.cuda.nvtx.range_push(msg)
 
     def range_pop(self) -> None:
-        """End it."""
+        """End the innermost NVTX range; do nothing on a CPU."""
         if self._has_gpu:
             torch.cuda.nvtx.range_pop()
 
     def communication_backend_name(self) -> str:
-        """Of the process group: "nccl" or "gloo"."""
+        """Return the backend of process groups for this device: "nccl" or "gloo"."""
         return "nccl" if self._has_gpu else "gloo"
 
     def manual_seed(self, seed: int) -> Any:
-        """torch's."""
+        """Call torch.manual_seed."""
         return torch.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> Any:
-        """torch's."""
+        """Call torch.cuda.manual_seed_all, or torch.manual_seed on a CPU."""
         return torch.cuda.manual_seed_all(seed) if self._has_gpu else torch.manual_seed(seed)
 
     def random(self) -> Any:
-        """torch.random."""
+        """Return the module torch.random."""
         return torch.random
 
     def is_bf16_supported(self) -> bool:
-        """As torch says."""
+        """Return torch.cuda.is_bf16_supported(); True on a CPU."""
         return torch.cuda.is_bf16_supported() if self._has_gpu else True
 
     def is_fp16_supported(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def supported_dtypes(self) -> list[torch.dtype]:
-        """fp32, fp16, bf16."""
+        """Return fp32, fp16 and bf16."""
         return [torch.float32, torch.float16, torch.bfloat16]
 
     def pin_memory(self, tensor: Tensor, align_bytes: int = 1) -> Tensor:
-        """torch's on a GPU; the tensor itself elsewhere."""
+        """Return a copy in pinned memory if there is a GPU; otherwise return the tensor itself."""
         return tensor.pin_memory() if self._has_gpu else tensor
 
     def on_accelerator(self, tensor: Tensor) -> bool:
-        """Whether it lies on this kind of device."""
+        """Return whether the tensor is on this type of device."""
         return tensor.device.type == self._name
-
-    def local_device(self) -> torch.device:
-        """Of this process, by LOCAL_RANK."""
-        return launcher.device()
 
 
 @functools.cache
 def get_accelerator() -> Accelerator:
-    """The accelerator of this process."""
+    """Return the accelerator of this process."""
     return Accelerator()

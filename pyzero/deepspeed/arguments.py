@@ -1,4 +1,4 @@
-"""Arguments of a script's command line."""
+"""Add DeepSpeed's arguments to the parser of a script's command line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the parameters of the schedules, for the script to read, to a parser, and return it."""
+    """Add the parameters of the schedules to a parser, for the script to read, and return it."""
     group = parser.add_argument_group("schedules")
     for name, options in _TUNING.items():
         group.add_argument(f"--{name}", **options)

@@ -1,4 +1,4 @@
-"""deepspeed.checkpoint.constants: the keys and names of files in DeepSpeed's checkpoints."""
+"""deepspeed.checkpoint.constants: keys and file names of DeepSpeed's checkpoints."""
 
 OPTIMIZER_STATE_DICT = "optimizer_state_dict"
 BASE_OPTIMIZER_STATE = "base_optimizer_state"

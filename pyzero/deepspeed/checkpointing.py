@@ -1,4 +1,4 @@
-"""deepspeed.checkpointing: activation checkpoints, which are torch's, and streams of random numbers as Megatron has."""
+"""deepspeed.checkpointing: torch's activation checkpointing, and random number streams like Megatron's."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from pyzero.deepspeed import launcher
 from pyzero.deepspeed.parallel import groups
 
 _PARTS = "model-parallel-rng"
-_PARTS_OFFSET = 2718  # Megatron's
+_PARTS_OFFSET = 2718  # the same as in Megatron
 
 
 def configure(*args: Any, **kwargs: Any) -> None:
-    """Nothing: activations are neither partitioned nor moved."""
+    """Do nothing, because activations are neither partitioned nor moved."""
 
 
 def is_configured() -> bool:
-    """True."""
+    """Return True."""
     return True
 
 
 def partition_activations_in_checkpoint(partition_activation: bool) -> None:
-    """Nothing: activations stay where they are."""
+    """Do nothing, because activations are not partitioned."""
 
 
 def set_num_layers(nlayers: int) -> None:
-    """Nothing: there are no buffers."""
+    """Do nothing, because there are no buffers for activations."""
 
 
 def reset() -> None:
-    """Nothing: there are no buffers."""
+    """Do nothing, because there are no buffers for activations."""
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), computed again in backward: torch.utils.checkpoint without a reentrant backward.
+    """Return function(*args), and compute it again in backward, by torch.utils.checkpoint(use_reentrant=False).
 
-    What fork() draws in it is drawn again.
+    Streams of fork() give the same random numbers again.
     """
-    options: dict[str, Any] = {"context_fn": _tracker.replay} if _tracker.states_ else {}  # torch.compile takes none
+    # Without streams no context_fn is passed, because torch.compile takes none.
+    options: dict[str, Any] = {"context_fn": _tracker.replay} if _tracker.states_ else {}
     return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, **options)
 
 
@@ -51,28 +52,28 @@ non_reentrant_checkpoint = checkpoint
 
 
 class CudaRNGStatesTracker:
-    """Named streams of random numbers beside the device's own; of the CPU where there is no GPU."""
+    """Named random number streams beside the device's own; on a machine without a GPU, the CPU's."""
 
     def __init__(self) -> None:
         self.states_: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Forget all streams."""
+        """Delete all streams."""
         self.states_ = {}
 
     def get_states(self) -> dict[str, Tensor]:
-        """Where each stream is."""
+        """Return the state of each stream."""
         return dict(self.states_)
 
     def set_states(self, states: dict[str, Tensor]) -> None:
-        """Put each stream where it was."""
+        """Replace the states of all streams."""
         self.states_ = dict(states)
 
     def add(self, name: str, seed: int) -> None:
-        """A stream from a seed.
+        """Add a stream that starts from a seed.
 
         Raises:
-            ValueError: There is one of that name.
+            ValueError: There is a stream of this name.
         """
         if name in self.states_:
             raise ValueError(f"got the stream {name!r} a second time, wanted another name; call reset() first")
@@ -83,10 +84,10 @@ class CudaRNGStatesTracker:
 
     @contextmanager
     def fork(self, name: str = _PARTS) -> Iterator[None]:
-        """Random numbers in here are that stream's, and the device's own go on after it.
+        """A context that draws random numbers from this stream. The device's own stream continues after it.
 
         Raises:
-            ValueError: There is none of that name.
+            ValueError: There is no stream of this name.
         """
         if name not in self.states_:
             raise ValueError(
@@ -101,7 +102,7 @@ class CudaRNGStatesTracker:
             _set_state(before)
 
     def replay(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a checkpoint's forward, and of its second one, in which streams are where they are now."""
+        """Return the contexts of a checkpoint's first and second forward; the second starts from the present states."""
         states = self.get_states()
 
         @contextmanager
@@ -120,14 +121,14 @@ _tracker = CudaRNGStatesTracker()
 
 
 def get_cuda_rng_tracker() -> CudaRNGStatesTracker:
-    """The one of this process."""
+    """Return the tracker of this process."""
     return _tracker
 
 
 def model_parallel_cuda_manual_seed(seed: int) -> None:
-    """Seed the device alike on the ranks that split a layer, and the stream of fork() for each of them another.
+    """Seed the device alike on the ranks that split a layer, and the stream of fork() differently on each.
 
-    As Megatron: what is whole is drawn outside fork(), what is split inside.
+    As in Megatron, random numbers for whole tensors are drawn outside fork(), and those for split tensors inside.
     """
     _tracker.reset()
     _seed(seed)

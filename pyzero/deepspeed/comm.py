@@ -1,6 +1,6 @@
-"""deepspeed.comm: torch.distributed by DeepSpeed's names, which also answer where there is no process group.
+"""deepspeed.comm: torch.distributed under DeepSpeed's names. Some functions also work without a process group.
 
-For scripts, and for the engine; the optimizer's own communication is pyzero/comm/group.py.
+Scripts and the engine use it. The optimizer communicates through pyzero/comm/group.py.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ __all__ = [
     "send",
 ]
 
-# torch 2.13 renames these, and warns of the old names.
+# torch 2.13 renames these, and warns about the old names.
 all_gather_into_tensor: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_tensor: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -96,19 +96,19 @@ def init_distributed(
     rank: int = -1,
     world_size: int = -1,
 ) -> None:
-    """Join the ranks that a launcher started; without a launcher, and where there is a group already, nothing.
+    """Join the ranks that a launcher started. Do nothing without a launcher, or if there is a process group.
 
     Args:
-        dist_backend: "nccl" or "gloo"; default: what the devices need.
-        auto_mpi_discovery: Ignored; MPI's launcher is not asked.
-        distributed_port: Ignored; torchrun's is used.
+        dist_backend: "nccl" or "gloo"; default: the one that suits the device.
+        auto_mpi_discovery: Ignored; MPI is not asked.
+        distributed_port: Ignored; torchrun's port is used.
         verbose: Ignored.
-        timeout: Of a collective; default: torch's.
-        init_method: As torch.distributed.init_process_group's, with `rank` and `world_size`.
+        timeout: Timeout of collectives; default: torch's.
+        init_method: As for torch.distributed.init_process_group, with `rank` and `world_size`.
         dist_init_required: False does nothing.
         config: Ignored.
-        rank: Of this process; -1: the launcher's.
-        world_size: Number of processes; -1: the launcher's.
+        rank: Rank of this process, if init_method is given; -1: init_method gives it.
+        world_size: Number of processes, if init_method is given; -1: init_method gives it.
     """
     if dist_init_required is False or is_initialized():
         return
@@ -121,46 +121,46 @@ def init_distributed(
 
 
 def log_summary(show_straggler: bool = False, return_dict: bool = False) -> None:
-    """A line that says where to look: collectives are not logged here."""
+    """Log a line that recommends torch.profiler, because collectives are not logged here."""
     if get_rank() == 0:
         log.info("comm.log_summary(): collectives are not logged; use torch.profiler, which shows each")
 
 
 def get_rank(group: Any = None) -> int:
-    """torch's; 0 without a process group."""
+    """Return this process's rank in a group; 0 without a process group."""
     return dist.get_rank(group) if is_initialized() else 0
 
 
 def get_world_size(group: Any = None) -> int:
-    """torch's; 1 without a process group."""
+    """Return the number of ranks in a group; 1 without a process group."""
     return dist.get_world_size(group) if is_initialized() else 1
 
 
 def get_local_rank() -> int:
-    """Of this process on its host."""
+    """Return this process's rank on its host."""
     return launcher.local_rank()
 
 
 def get_global_rank(group: Any = None, group_rank: int = 0) -> int:
-    """The rank in the default group of a rank of another."""
+    """Return the rank in the default group of a rank of another group."""
     return group_rank if group is None else dist.get_global_rank(group, group_rank)
 
 
 def get_world_group() -> Any:
-    """The default group; None without one."""
+    """Return the default group; None without one."""
     return dist.group.WORLD if is_initialized() else None
 
 
 def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-    """torch's; nothing without a process group."""
+    """Call torch's barrier; do nothing without a process group."""
     return dist.barrier(group, async_op, device_ids) if is_initialized() else None
 
 
 def all_reduce(tensor: Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-    """torch's; nothing without a process group."""
+    """Call torch's all_reduce; do nothing without a process group."""
     return dist.all_reduce(tensor, op, group, async_op) if is_initialized() else None
 
 
 def broadcast(tensor: Tensor, src: int, group: Any = None, async_op: bool = False) -> Any:
-    """torch's; nothing without a process group."""
+    """Call torch's broadcast; do nothing without a process group."""
     return dist.broadcast(tensor, src, group, async_op) if is_initialized() else None

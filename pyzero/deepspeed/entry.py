@@ -1,4 +1,4 @@
-"""initialize(): makes an engine of a DeepSpeed script's model, optimizer and config."""
+"""initialize(): make an engine from a DeepSpeed script's model, optimizer and config."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _listed(item: Any) -> Any:
 
 
 def _trains(optimizer: Any, lr_scheduler: Any, config: Config) -> bool:
-    """Whether there is an optimizer or a scheduler, given or in the config."""
+    """Return whether an optimizer or a scheduler is given or in the config."""
     return not (optimizer is None and config.optimizer is None and lr_scheduler is None and config.scheduler is None)
 
 
@@ -225,20 +225,20 @@ class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
         if not logging.getLogger().handlers and log.handlers == [self]:
             return True
         log.removeHandler(self)
-        log.filters = [other for other in log.filters if other is not self]  # another list: this one is being walked
+        log.filters = [other for other in log.filters if other is not self]  # a new list: the old one is being iterated
         if log.level == logging.INFO:
             log.setLevel(logging.NOTSET)
         return log.isEnabledFor(record.levelno)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)  # as it is now: it may have been redirected
+        self.setStream(sys.stderr)  # the present one, because it may have been redirected
         super().emit(record)
 
 
 def _show_log() -> None:
     """Show the log on rank 0 from level INFO on, unless somebody configured logging: DeepSpeed shows it too."""
     levels = log.level, logging.getLogger().level
-    is_configured = log.hasHandlers() or levels != (logging.NOTSET, logging.WARNING)  # as they are at first
+    is_configured = log.hasHandlers() or levels != (logging.NOTSET, logging.WARNING)  # Python's initial levels
     if process.rank_and_size()[0] > 0 or is_configured:
         return
     handler = _UntilConfigured()

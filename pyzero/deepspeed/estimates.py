@@ -1,4 +1,4 @@
-"""deepspeed.runtime.zero's estimates of memory, by pyzero's own arithmetic: what FusedZeroAdam takes on each rank."""
+"""deepspeed.runtime.zero's estimates of memory, computed for FusedZeroAdam on each rank."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def estimate_zero2_model_states_mem_needs(
     cpu_offload: bool = True,
     additional_buffer_factor: float = 1.5,
 ) -> tuple[int, int]:
-    """(bytes of a host's memory, bytes of a GPU's), 16-bit weights, without activations.
+    """Return (bytes on a host, bytes on a GPU) in stage 2, for 16-bit weights, without activations.
 
     Args:
-        total_params: Of the model.
-        num_gpus_per_node: On each host.
-        num_nodes: Hosts.
-        cpu_offload: Masters and moments on the host.
-        additional_buffer_factor: Ignored: buffers are counted.
+        total_params: Number of the model's parameters.
+        num_gpus_per_node: GPUs on each host.
+        num_nodes: Number of hosts.
+        cpu_offload: Keep masters and moments on the host.
+        additional_buffer_factor: Ignored, because buffers are counted.
     """
     num_ranks = num_gpus_per_node * num_nodes
     found = estimate_numel(total_params, torch.float16, num_ranks, 2, None, cpu_offload=cpu_offload, on_gpu=True)
@@ -42,17 +42,17 @@ def estimate_zero3_model_states_mem_needs(
     zero_init: bool = True,
     additional_buffer_factor: float = 1.5,
 ) -> tuple[int, int, int]:
-    """(bytes of a host's memory, bytes of a GPU's, bytes of the largest layer), as above.
+    """Return (bytes on a host, bytes on a GPU, bytes of the largest layer) in stage 3, without activations.
 
     Args:
-        total_params: Of the model.
-        largest_layer_params: Of what fully_shard gathers at once.
-        num_gpus_per_node: On each host.
-        num_nodes: Hosts.
-        cpu_offload: Masters and moments on the host.
-        cpu_offload_params: Ignored: weights stay on their device.
-        zero_init: Ignored: memory while the model is built is not counted.
-        additional_buffer_factor: Ignored: buffers are counted.
+        total_params: Number of the model's parameters.
+        largest_layer_params: Number of parameters that fully_shard gathers at once.
+        num_gpus_per_node: GPUs on each host.
+        num_nodes: Number of hosts.
+        cpu_offload: Keep masters and moments on the host.
+        cpu_offload_params: Ignored; weights are counted on the GPU.
+        zero_init: Ignored; memory while the model is built is not counted.
+        additional_buffer_factor: Ignored, because buffers are counted.
     """
     found = estimate_numel(
         total_params,
@@ -70,7 +70,7 @@ def estimate_zero3_model_states_mem_needs(
 def estimate_zero2_model_states_mem_needs_all_cold(
     total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
 ) -> None:
-    """Print what each host and GPU needs in stage 2, with and without offload."""
+    """Print the memory that each host and GPU needs in stage 2, with and without offload."""
     lines = _heading(total_params, num_gpus_per_node, num_nodes)
     for offload in (True, False):
         host, gpu = estimate_zero2_model_states_mem_needs(total_params, num_gpus_per_node, num_nodes, offload)
@@ -81,7 +81,7 @@ def estimate_zero2_model_states_mem_needs_all_cold(
 def estimate_zero2_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
 ) -> None:
-    """The same of a model."""
+    """Print the memory that each host and GPU needs in stage 2 for this model, with and without offload."""
     estimate_zero2_model_states_mem_needs_all_cold(_num_params(model), num_gpus_per_node, num_nodes)
 
 
@@ -92,7 +92,7 @@ def estimate_zero3_model_states_mem_needs_all_cold(
     num_nodes: int = 1,
     additional_buffer_factor: float = 1.5,
 ) -> None:
-    """Print what each host and GPU needs in stage 3, with and without offload."""
+    """Print the memory that each host and GPU needs in stage 3, with and without offload."""
     lines = _heading(total_params, num_gpus_per_node, num_nodes, largest_layer_params)
     for offload in (True, False):
         host, gpu, _ = estimate_zero3_model_states_mem_needs(
@@ -105,7 +105,7 @@ def estimate_zero3_model_states_mem_needs_all_cold(
 def estimate_zero3_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
 ) -> None:
-    """The same of a model."""
+    """Print the memory that each host and GPU needs in stage 3 for this model, with and without offload."""
     total = _num_params(model)
     largest = max((_num_params(block) for block in blocks_of(model)), default=total)
     estimate_zero3_model_states_mem_needs_all_cold(total, largest, num_gpus_per_node, num_nodes)

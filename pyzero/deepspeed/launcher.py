@@ -1,4 +1,4 @@
-"""This process among those that a launcher started: its device, its place, and the default process group."""
+"""The device and ranks of a process that a launcher started, and the default process group."""
 
 from __future__ import annotations
 
@@ -14,50 +14,54 @@ import torch.distributed as dist
 from pyzero.comm import process, process_group_pool
 
 _early_group: Any = None  # the group of join_early()
-_own_group: Any = None  # the default group that initialize() has made
-_users: set[object] = set()  # one for each engine since then that destroy() has not ended
-# By default group, and the ranks of each.
+_own_group: Any = None  # the default group, if initialize() made it
+_users: set[object] = set()  # one per engine made since then, until its destroy()
+# Groups of `subgroup`: by default group, then by their ranks.
 _subgroups: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], ...], Any]] = weakref.WeakKeyDictionary()
 
 
 def device() -> torch.device:
-    """Where this process computes: its GPU, by LOCAL_RANK among those that it sees, or the current one, or the CPU."""
+    """Return the device that this process computes on.
+
+    With LOCAL_RANK set it is that GPU among the visible ones; without, the current GPU. It is the CPU if there is no
+    GPU.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ:  # as under srun and mpirun
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cuda", local_rank() % torch.cuda.device_count())  # Slurm may show each rank its own alone
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())  # under Slurm a rank may see only its own GPU
 
 
 def take_device() -> None:
-    """Make this process's GPU the current one, where a launcher has said which: `.cuda()` and "cuda" mean it then."""
+    """If LOCAL_RANK is set, make this process's GPU the current one, so that `.cuda()` and "cuda" mean it."""
     if "LOCAL_RANK" in os.environ and device().type == "cuda":
         torch.cuda.set_device(device())
 
 
 def local_rank() -> int:
-    """This process's on its host: the launcher's LOCAL_RANK, or 0."""
+    """Return this process's rank on its host: the launcher's LOCAL_RANK, or 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def handle_of(process_group: Any) -> Any:
-    """A ProcessGroup: itself, or that of a DeviceMesh of one dimension; the default group for None."""
+    """Return the ProcessGroup of a ProcessGroup or of a one-dimensional DeviceMesh; the default group for None."""
     return process.process_group_of(process_group) or dist.group.WORLD
 
 
 def rank_and_size_in(process_group: Any) -> tuple[int, int]:
-    """(rank, size) of this process in a group."""
+    """Return (rank of this process, number of ranks) of a group."""
     handle = handle_of(process_group)
     return dist.get_rank(handle), dist.get_world_size(handle)
 
 
 def backend_to_join(from_host: bool) -> str | None:
-    """For `join`. from_host: whether GPUs' ranks send tensors from memory of the host, too."""
+    """Return the backend for `join`. from_host: Whether GPU ranks also send tensors that are in host memory."""
     return "cpu:gloo,cuda:nccl" if from_host and device().type == "cuda" else None
 
 
 def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
-    """Initialise the default process group where a launcher set RANK and WORLD_SIZE; True where this call did it."""
+    """Initialise the default process group if a launcher set RANK and WORLD_SIZE. Return whether this call did it."""
     if not dist.is_available() or dist.is_initialized() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return False
     mine = device()
@@ -70,23 +74,23 @@ def join(backend: str | None = None, timeout: timedelta | None = None) -> bool:
 
 
 def join_early(backend: str | None = None) -> None:
-    """`join` before there is an engine: the next one leaves the group in its stead."""
+    """Call `join` before there is an engine. The next engine then leaves the group, as if it had joined."""
     global _early_group
     if join(backend):
         _early_group = dist.group.WORLD
 
 
 def claim_early_group() -> bool:
-    """Whether `join_early` has made the default group, and nobody has asked yet."""
+    """Return whether `join_early` made the default group. Return True only once."""
     global _early_group
     group, _early_group = _early_group, None
     return group is not None and group is dist.group.WORLD
 
 
 def subgroup(members: Sequence[Sequence[int]]) -> Any:
-    """Groups of these ranks, on all ranks alike; returns the one that this rank is in, or None.
+    """Make a group for each of these lists of ranks. Return the one that this rank is in, or None. Collective.
 
-    They live as long as the default group: who asks for the same again gets the same. It has their timeout.
+    Groups live as long as the default group, and have its timeout. The same lists give the same groups again.
     """
     made = _subgroups.setdefault(dist.group.WORLD, {})
     wanted = tuple(map(tuple, members))
@@ -98,10 +102,10 @@ def subgroup(members: Sequence[Sequence[int]]) -> Any:
 
 
 def enter(made_group: bool) -> object:
-    """Count an engine as a user of the default group; returns what `leave` takes.
+    """Count an engine as a user of the default group. Return a token for `leave`.
 
     Args:
-        made_group: Whether initialize() has made the group for this engine.
+        made_group: Whether initialize() made the group for this engine.
     """
     global _own_group
     if made_group:
@@ -113,9 +117,9 @@ def enter(made_group: bool) -> object:
 
 
 def leave(user: object) -> None:
-    """End the default group, if initialize() has made it and this was its last user. A second call does nothing.
+    """Destroy the default group, if initialize() made it and this was its last user. A second call does nothing.
 
-    Whether an engine is garbage plays no part, because ranks may collect it at different times.
+    Garbage collection of an engine does not count as leaving, because ranks may collect it at different times.
     """
     global _own_group
     if user not in _users:

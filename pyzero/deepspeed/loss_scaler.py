@@ -1,10 +1,10 @@
-"""deepspeed.runtime.fp16.loss_scaler: names of classes in DeepSpeed's checkpoints, for add_safe_globals()."""
+"""deepspeed.runtime.fp16.loss_scaler: classes that DeepSpeed's checkpoints name, for torch's add_safe_globals()."""
 
 from __future__ import annotations
 
 
 class LossScalerBase:
-    """A scale. Engines here scale by pyzero.LossScale, and hold none of these."""
+    """A loss scale as in DeepSpeed's checkpoints. Engines use pyzero.LossScale instead."""
 
     def __init__(self, cur_scale: float) -> None:
         self.cur_scale = cur_scale
@@ -12,16 +12,16 @@ class LossScalerBase:
 
     @property
     def loss_scale(self) -> float:
-        """The scale."""
+        """The loss scale."""
         return self.cur_scale
 
 
 class LossScaler(LossScalerBase):
-    """A fixed one."""
+    """DeepSpeed's static loss scale."""
 
     def __init__(self, scale: float = 1) -> None:
         super().__init__(scale)
 
 
 class DynamicLossScaler(LossScalerBase):
-    """One that moves, in DeepSpeed."""
+    """DeepSpeed's dynamic loss scale. Here it never changes."""

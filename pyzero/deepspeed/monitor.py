@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: CSV files, TensorBoard, Weights & Biases, as the config asks."""
+"""Write a run's metrics to CSV files, TensorBoard or Weights & Biases, as the config selects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Monitor:
 
     def __init__(self, config: Config, is_first: bool) -> None:
         self._writers: list[_Writer] = []
-        # On all ranks: an error on the first alone would leave the others waiting for it.
+        # Imported on all ranks: if only rank 0 failed, the others would wait for it.
         boards = _installed("torch.utils.tensorboard", "tensorboard") if config.tensorboard.enabled else None
         wandb = _installed("wandb", "wandb") if config.wandb.enabled else None
         if not is_first:
@@ -52,14 +52,14 @@ class Monitor:
 
 
 class MonitorMaster(Monitor):
-    """The same for a script of its own: `MonitorMaster(DeepSpeedConfig(config).monitor_config)`."""
+    """A Monitor that a script makes itself: `MonitorMaster(DeepSpeedConfig(config).monitor_config)`."""
 
     def __init__(self, monitor_config: Config) -> None:
         super().__init__(monitor_config, comm.get_rank() == 0)
 
 
 class _Csv:
-    """A file for each name, with the columns step and the name's last part."""
+    """Writes one file per name, with the columns `step` and the last part of the name."""
 
     def __init__(self, section: CsvSection) -> None:
         self._folder = Path(section.output_path or "csv_monitor") / section.job_name
@@ -97,7 +97,7 @@ class _Wandb:
 
 
 def _installed(module: str, package: str) -> Any:
-    """package: Also the section of the config."""
+    """Import a module of an optional package. package: Also the name of its section in the config."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

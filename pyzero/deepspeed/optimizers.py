@@ -1,4 +1,4 @@
-"""An optimizer of ours from a config's, from torch's, or from a function that makes one."""
+"""Make one of pyzero's optimizers from the config, a torch optimizer, or a function that makes one."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ _RULES: dict[str, Callable[..., ZeroOptimizer]] = {
     "Muon": ZeroMuon,
     "SGD": FusedZeroSGD,
 }
-_NOT_MUONS = ("embed", "lm_head")  # in names of matrices, which are no hidden ones then: DeepSpeed's rule
+_NOT_MUONS = ("embed", "lm_head")  # matrices with these in their names are not hidden ones, as in DeepSpeed
 _TORCH_MUON = getattr(torch.optim, "Muon", None)  # torch 2.9 and later
 
 
 def make_optimizer(
     model: nn.Module, optimizer: Any, params: list[Any], config: Config, parallel: Parallelism
 ) -> ZeroOptimizer:
-    """One of ours, over what the ranks of `parallel` hold.
+    """Return one of pyzero's optimizers over the parameters that the ranks of `parallel` hold.
 
     Args:
-        model: Whose parameters they are.
-        optimizer: What initialize() was given: an optimizer, a function that makes one, or None for the config's.
-        params: For the function, or the config's: parameters or groups.
-        config: Of the script.
-        parallel: Who holds what.
+        model: The model that has the parameters.
+        optimizer: initialize()'s: an optimizer, a function that makes one, or None for the config's.
+        params: Parameters or groups for the function or for the config's optimizer.
+        config: The script's config.
+        parallel: Which ranks hold which parameters.
 
     Raises:
-        TypeError: An optimizer that initialize() does not know.
-        ValueError: No optimizer, one over another model's parameters, or with options that ours lack.
+        TypeError: initialize() does not know the type of the optimizer.
+        ValueError: There is no optimizer, it is over another model's parameters, or it has options that pyzero's lack.
     """
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         if not callable(optimizer):
@@ -72,13 +72,13 @@ def make_optimizer(
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
         ours = _class_for(optimizer)(groups_of(optimizer), **options)
-        # The caller's own dicts: a schedule that nobody hands in, or an optimizer made of them before, sets lr there.
+        # Keep the caller's own dicts: a schedule that is not passed in, or an optimizer made from them, sets lr there.
         for index, (group, own) in enumerate(zip(optimizer.param_groups, ours.param_groups, strict=True)):
             group.clear()
             group.update(own)
             ours.param_groups[index] = group
         optimizer.param_groups = ours.param_groups
-        optimizer._opt_called = True  # that schedule's step() warns without
+        optimizer._opt_called = True  # without it that schedule's step() warns
         return ours
     if config.optimizer is None:
         raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
@@ -89,7 +89,7 @@ def make_optimizer(
 
 
 def _options(config: Config) -> dict[str, Any]:
-    """Arguments that every optimizer of ours takes."""
+    """Return the arguments that all of pyzero's optimizers take."""
     options = config.zero_optimization.arguments(4 if config.weights_dtype() is None else 2)
     options["loss_scale"] = config.fp16.policy() if config.is_fp16 else "auto"
     if config.torch_autocast.enabled_dtype() == torch.float16:
@@ -110,11 +110,11 @@ def _class_for(optimizer: Optimizer) -> Callable[..., ZeroOptimizer]:
 
 
 def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The groups of an optimizer that initialize() knows, for one of ours.
+    """Return the parameter groups of an optimizer that initialize() knows, for one of pyzero's optimizers.
 
     Raises:
-        TypeError: Another optimizer.
-        ValueError: An option that ours lack, or state that would be lost.
+        TypeError: initialize() does not know the type of the optimizer.
+        ValueError: The optimizer has an option that pyzero's lack, or state, which would be lost.
     """
     name = type(optimizer).__name__
     if type(optimizer) not in (Adam, AdamW, SGD, _TORCH_MUON) and not isinstance(optimizer, OptimizerSpec):
@@ -132,7 +132,7 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     groups = []
     for group in optimizer.param_groups:
         copy = {key: value for key, value in group.items() if key not in (*UNSUPPORTED, *IGNORED)}
-        if isinstance(optimizer, Adam):  # AdamW is one only in newer torch
+        if isinstance(optimizer, Adam):  # AdamW is a subclass of Adam only in newer torch
             copy["decoupled_weight_decay"] = isinstance(optimizer, AdamW)
         elif isinstance(optimizer, AdamW):
             copy["decoupled_weight_decay"] = True
@@ -143,7 +143,7 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _muon_groups(
     model: nn.Module, params: list[Any], muon: dict[str, Any], adam: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Each group as two: its hidden matrices, and what Adam trains. What the group says of either is kept."""
+    """Split each group into its hidden matrices, and the rest, which Adam trains. Hyper-parameters it sets are kept."""
     hidden = {
         param
         for name, param in model.named_parameters()
@@ -163,7 +163,7 @@ def _muon_groups(
 
 
 def _tensors_of(params: Iterable[Any]) -> list[Tensor]:
-    """Of parameters, (name, parameter) pairs or groups."""
+    """Return the tensors in a list of parameters, (name, parameter) pairs or groups."""
     found: list[Tensor] = []
     for item in params:
         if isinstance(item, dict):

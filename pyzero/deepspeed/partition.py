@@ -1,4 +1,4 @@
-"""A model's parameters become parts or shards, and an optimizer over them follows."""
+"""Split or shard a model's parameters, and update the optimizer over them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ log = logging.getLogger("pyzero")
 
 
 class Partition:
-    """Splits or shards a model's parameters, and knows which new parameter took the place of each.
+    """Splits or shards a model's parameters, and records which new parameter replaces each.
 
     Args:
-        model: Whose parameters they are.
-        optimizer: The caller's over them, or None.
-        config: Of the script.
-        parallel: Who holds what.
+        model: The model that has the parameters.
+        optimizer: The caller's optimizer over them, or None.
+        config: The script's config.
+        parallel: Which ranks hold which parameters.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism) -> None:
@@ -37,10 +37,10 @@ class Partition:
         self._optimizer = optimizer
         self._config = config
         self._parallel = parallel
-        self._new: dict[Tensor, Tensor] = {}  # by the caller's parameter
+        self._new: dict[Tensor, Tensor] = {}  # the caller's parameter -> its replacement
 
     def split(self, plan: Mapping[str, Any] | None) -> None:
-        """Tensor parallelism: layers are cut over the ranks that share them."""
+        """Split layers over the ranks that share them, for tensor parallelism."""
         self._check_optimizer("parts of tensor_parallel")
         before = dict(self._model.named_parameters(remove_duplicate=False))
         tensor_parallel.split(self._model, self._parallel, self._config.tensor_parallel, plan)
@@ -48,7 +48,7 @@ class Partition:
         self._follow({before[name]: after[name] for name in before})
 
     def shard(self) -> None:
-        """Stage 3: fully_shard."""
+        """Shard the model by fully_shard, for stage 3."""
         self._check_optimizer("shards of stage 3")
         config = self._config
         offload = config.zero_optimization.offloads_params() and launcher.device().type != "cpu"
@@ -59,7 +59,7 @@ class Partition:
         self._follow(sharded)
 
     def gather(self) -> None:
-        """Below stage 3: make what zero.Init has sharded whole."""
+        """Below stage 3, gather the weights that zero.Init sharded."""
         sharded = [param for param in self._model.parameters() if isinstance(param, ShardedParam)]
         if sharded and process.rank_and_size()[0] == 0:
             log.warning(
@@ -70,7 +70,7 @@ class Partition:
             gather_(param)
 
     def replaced(self, value: Any) -> Any:
-        """Parameters, groups or (name, parameter) pairs, with the new parameters in place of the caller's."""
+        """Return parameters, groups or (name, parameter) pairs with the new parameters in place of the caller's."""
         if isinstance(value, Tensor):
             return self._new.get(value, value)
         if isinstance(value, dict):
@@ -78,7 +78,7 @@ class Partition:
         return type(value)(map(self.replaced, value)) if isinstance(value, (list, tuple)) else value
 
     def moved_optimizer(self) -> Any:
-        """The optimizer, over what its parameters have become."""
+        """Return the optimizer, with its parameters replaced by the new ones."""
         if isinstance(self._optimizer, Optimizer) and self._new:
             for group in self._optimizer.param_groups:
                 group["params"] = self.replaced(group["params"])

@@ -1,6 +1,6 @@
 """DeepSpeed's five learning-rate schedules as torch schedulers, with its names, defaults and numbers.
 
-A schedule of DeepSpeed counts from -1, which is what the first optimizer step runs at; the second runs at 0. torch's
+DeepSpeed's schedules count iterations from -1: the first optimizer step runs at -1, the second at 0. torch's
 `last_epoch` is one more.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-Numbers = float | Sequence[float]  # one for all groups, or one for each
+Numbers = float | Sequence[float]  # one for all groups, or one per group
 WarmupType = Literal["log", "linear"]
 
 
@@ -28,12 +28,12 @@ def _per_group(optimizer: Optimizer, name: str, value: Numbers) -> list[float]:
 
 
 def _own_rates(optimizer: Optimizer) -> list[float]:
-    """Of each group, before another schedule drove it."""
+    """Return the rate that each group had before a schedule changed it."""
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
 def set_rate(group: dict[str, Any], rate: Any) -> None:
-    """Of a parameter group; one that is a tensor stays that tensor."""
+    """Set the rate of a parameter group. A rate that is a tensor is written in place."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:
@@ -41,16 +41,16 @@ def set_rate(group: dict[str, Any], rate: Any) -> None:
 
 
 class Schedule(LRScheduler):
-    """One rate per group and iteration, of `rates`.
+    """A scheduler that computes one rate per group from the iteration, by `rates`.
 
-    With a `last_batch_iteration` from 0 the groups keep their rates and betas until the first step(), as in DeepSpeed.
+    If `last_batch_iteration` is 0 or more, groups keep their rates and betas until the first step(), as in DeepSpeed.
     """
 
     def __init__(self, optimizer: Optimizer, last_batch_iteration: int) -> None:
         kept = [] if last_batch_iteration < 0 else list(optimizer.param_groups)
         before = [(float(group["lr"]), group.get("betas")) for group in kept]
         for group, (rate, _) in zip(kept, before, strict=True):
-            group.setdefault("initial_lr", rate)  # torch asks for it where a schedule does not begin
+            group.setdefault("initial_lr", rate)  # torch requires it if last_epoch is not -1
         super().__init__(optimizer, last_batch_iteration)
         for group, (rate, betas) in zip(kept, before, strict=True):
             set_rate(group, rate)
@@ -58,36 +58,39 @@ class Schedule(LRScheduler):
 
     @property
     def last_batch_iteration(self) -> int:
-        """DeepSpeed's count."""
+        """The iteration in DeepSpeed's count."""
         return int(self.last_epoch) - 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The count alone, of ours or of DeepSpeed's: a run goes on by the rates and lengths of its own config."""
+        """Load the iteration from a state dict of this class or of DeepSpeed's.
+
+        Nothing else is loaded: the run continues with the rates and lengths of its own config.
+        """
         theirs = state_dict.get("last_batch_iteration")
         self.last_epoch = state_dict["last_epoch"] if theirs is None else theirs + 1
         self._last_lr = [*self.get_lr()]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """The rate of each group for the coming step."""
+        """Return the rate of each group for the coming step."""
         return self.rates(self.last_batch_iteration)
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """To the next iteration, or to the one given, in DeepSpeed's count: the first call goes to 0."""
+        """Advance to the next iteration, or to the given one in DeepSpeed's count. The first call advances to 0."""
         if last_batch_iteration is None:
             super().step()
             return
-        # torch's step adds one, and its own count is one more than DeepSpeed's. In a SequentialLR a schedule whose turn
-        # has not come is at -1 in torch's count; older torch starts it by step(0), in that count.
+        # torch's step adds one, and its count is one more than DeepSpeed's. In a SequentialLR a schedule is at -1 in
+        # torch's count until its turn comes. Older torch starts it by step(0), in torch's count.
         self.last_epoch = last_batch_iteration - 1 if self.last_epoch < 0 else last_batch_iteration
         super().step()
 
     def apply(self) -> None:
-        """Have the optimizer's groups be as the count says."""
+        """Set the groups' rates to those of the present iteration."""
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             set_rate(group, rate)
 
     def rates(self, iteration: int) -> list[float]:
-        """Of each group; iteration: DeepSpeed's, -1 for the first step."""
+        """Return the rate of each group at an iteration in DeepSpeed's count: -1 for the first step."""
         raise NotImplementedError
 
 
@@ -104,22 +107,22 @@ def _check_type(kind: WarmupType) -> WarmupType:
 
 
 def _warmup(iteration: int, num_steps: int, kind: WarmupType) -> float:
-    """Of the way from the minimum to the maximum; 1 after the warmup."""
+    """Return the fraction of the way from the minimum to the maximum; 1 after the warmup."""
     if iteration >= num_steps:
         return 1.0
     return iteration / num_steps if kind == "linear" else math.log(iteration + 1) / math.log(num_steps)
 
 
 class WarmupLR(Schedule):
-    """From the minimum to the maximum, and on at the maximum.
+    """Rises from the minimum rate to the maximum, and stays there.
 
     Args:
-        optimizer: Whose groups to drive.
+        optimizer: The optimizer whose rates are set.
         warmup_min_lr: Rate at the start.
-        warmup_max_lr: Rate after the warmup; None for each group's own.
-        warmup_num_steps: Optimizer steps, 2 at least.
+        warmup_max_lr: Rate after the warmup; None: each group's own.
+        warmup_num_steps: Optimizer steps of the warmup; 1 counts as 2.
         warmup_type: "log" or "linear".
-        last_batch_iteration: Where to go on; -1 is the start.
+        last_batch_iteration: Iteration to continue from; -1 is the start.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class WarmupLR(Schedule):
 
 
 class WarmupDecayLR(WarmupLR):
-    """WarmupLR, then down to 0 in a straight line, at `total_num_steps`."""
+    """WarmupLR, then a linear decay to 0 at `total_num_steps`."""
 
     def __init__(
         self,
@@ -171,16 +174,16 @@ class WarmupDecayLR(WarmupLR):
 
 
 class WarmupCosineLR(Schedule):
-    """The groups' own rates times a ratio: up to 1, then down half a cosine to `cos_min_ratio`.
+    """Multiplies the groups' own rates by a ratio that rises to 1 and then follows a half cosine to `cos_min_ratio`.
 
     Args:
-        optimizer: Whose groups to drive.
-        total_num_steps: Optimizer steps, warmup included.
-        warmup_min_ratio: Ratio at which the warmup starts; the very first step runs at 0.
-        warmup_num_steps: Optimizer steps, 2 at least.
-        cos_min_ratio: Ratio at the end, and after it.
+        optimizer: The optimizer whose rates are set.
+        total_num_steps: Optimizer steps, including the warmup.
+        warmup_min_ratio: Ratio at the start of the warmup; the very first step runs at 0.
+        warmup_num_steps: Optimizer steps of the warmup; 1 counts as 2.
+        cos_min_ratio: Ratio from the end on.
         warmup_type: "log" or "linear".
-        last_batch_iteration: Where to go on; -1 is the start.
+        last_batch_iteration: Iteration to continue from; -1 is the start.
     """
 
     def __init__(
@@ -207,7 +210,7 @@ class WarmupCosineLR(Schedule):
         return [rate * ratio for rate in self.own_lrs]
 
     def get_lr_ratio(self) -> float:
-        """By what the groups' own rates are multiplied in the coming step."""
+        """Return the factor on the groups' own rates for the coming step."""
         return self._ratio(self.last_batch_iteration)
 
     def _ratio(self, iteration: int) -> float:
@@ -223,15 +226,15 @@ class WarmupCosineLR(Schedule):
 
 
 class LRRangeTest(Schedule):
-    """Ever larger rates, to see from which on training fails (Smith 2018, arXiv 1803.09820).
+    """Raises the rate without end, to show from which rate on training fails (Smith 2018, arXiv 1803.09820).
 
     Args:
-        optimizer: Whose groups to drive.
+        optimizer: The optimizer whose rates are set.
         lr_range_test_min_lr: Rate at the start.
-        lr_range_test_step_size: Steps in which the rate grows by `lr_range_test_step_rate` times the first one.
-        lr_range_test_step_rate: See there.
-        lr_range_test_staircase: Grow once in so many steps, rather than in each.
-        last_batch_iteration: Where to go on; -1 is the start.
+        lr_range_test_step_size: Steps of an interval.
+        lr_range_test_step_rate: Growth of the rate per interval, as a multiple of the first rate.
+        lr_range_test_staircase: Grow once per interval instead of in every step.
+        last_batch_iteration: Iteration to continue from; -1 is the start.
     """
 
     def __init__(
@@ -257,25 +260,26 @@ class LRRangeTest(Schedule):
 
 
 class OneCycle(Schedule):
-    """Rates up and down once and momentum down and up, then a decay of both (Smith 2018, arXiv 1803.09820).
+    """Raises and lowers rates once, and momentum the other way, then decays the rates (Smith 2018, arXiv 1803.09820).
 
-    As in DeepSpeed, the second beta is 0.99 while momentum is cycled.
+    After the cycle, momentum grows. As in DeepSpeed, the second beta is 0.99 while momentum is driven.
 
     Args:
-        optimizer: Whose groups to drive.
+        optimizer: The optimizer whose rates and betas are set.
         cycle_min_lr: Rate at both ends of the cycle.
-        cycle_max_lr: Rate in its middle.
-        decay_lr_rate: After the cycle the rate is divided by 1 + decay_lr_rate * steps / decay_step_size; 0: it stays.
+        cycle_max_lr: Rate in the middle of the cycle.
+        decay_lr_rate: After the cycle the rate is cycle_min_lr / (1 + decay_lr_rate * steps / decay_step_size).
         cycle_first_step_size: Steps of the first half.
-        cycle_second_step_size: Of the second; default: as many.
+        cycle_second_step_size: Steps of the second half; default: as many.
         cycle_first_stair_count: Stairs in the first half; 0: none.
-        cycle_second_stair_count: In the second; default: as many.
-        decay_step_size: Steps; 0: no decay of either.
-        cycle_momentum: Drive the first beta too.
-        cycle_min_mom: First beta in the middle.
-        cycle_max_mom: First beta at both ends.
-        decay_mom_rate: After the cycle the first beta is multiplied by 1 + decay_mom_rate * steps / decay_step_size.
-        last_batch_iteration: Where to go on; -1 is the start.
+        cycle_second_stair_count: Stairs in the second half; default: as many.
+        decay_step_size: Steps of an interval of the decay; 0: no decay.
+        cycle_momentum: Set the first beta too, if the optimizer has betas.
+        cycle_min_mom: First beta in the middle of the cycle.
+        cycle_max_mom: First beta at both ends of the cycle.
+        decay_mom_rate: After the cycle the first beta is cycle_max_mom * (1 + decay_mom_rate * steps /
+            decay_step_size).
+        last_batch_iteration: Iteration to continue from; -1 is the start.
     """
 
     _SECOND_BETA = 0.99
@@ -312,12 +316,12 @@ class OneCycle(Schedule):
         super().__init__(optimizer, last_batch_iteration)
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """See Schedule; the first betas are set too."""
+        """See Schedule. Sets the betas too."""
         super().step(last_batch_iteration)
         self._set_momenta()
 
     def apply(self) -> None:
-        """See Schedule; the first betas too."""
+        """See Schedule. Sets the betas too."""
         super().apply()
         self._set_momenta()
 
@@ -337,16 +341,19 @@ class OneCycle(Schedule):
         return [rate / (1 + self.decay_lr_rate * after) for rate in self.min_lrs]
 
     def get_mom(self) -> list[tuple[float, float]] | None:
-        """The betas of each group; None where they are left alone. As DeepSpeed's it says the maximum at the start."""
+        """Return the betas of each group; None if they are not driven.
+
+        As in DeepSpeed, the first beta is reported as the maximum before the first step().
+        """
         if not self.cycle_momentum:
             return None
         iteration = self.last_batch_iteration
         return [(mom, self._SECOND_BETA) for mom in (self.max_moms if iteration < 0 else self.momenta(iteration))]
 
     def momenta(self, iteration: int) -> list[float]:
-        """The first beta of each group.
+        """Return the first beta of each group.
 
-        As in DeepSpeed, the first step of all runs at the minimum rate and the minimum momentum.
+        As in DeepSpeed, the very first step runs at the minimum rate and the minimum momentum.
         """
         after = self._after_cycle(iteration)
         if iteration < 0:
@@ -357,14 +364,14 @@ class OneCycle(Schedule):
         return [momentum * (1 + self.decay_mom_rate * after) for momentum in self.max_moms]
 
     def _after_cycle(self, iteration: int) -> float | None:
-        """Intervals of decay; None inside the cycle."""
+        """Return the number of decay intervals since the cycle ended; None inside the cycle."""
         total = self.halves[0][0] + self.halves[1][0]
         if iteration < total:
             return None
         return (iteration - total + 1) / self.decay_step_size if self.decay_step_size else 0.0
 
     def _height(self, place: int) -> float:
-        """From 0 at the ends of the cycle to 1 in its middle."""
+        """Return the height in the cycle: 0 at its ends, 1 in its middle."""
         (first, stairs), (second, second_stairs) = self.halves
         place %= first + second
         steps, length = place, first
@@ -376,4 +383,4 @@ class OneCycle(Schedule):
 
 
 SCHEDULES = {cls.__name__: cls for cls in (WarmupLR, WarmupDecayLR, WarmupCosineLR, LRRangeTest, OneCycle)}
-VALID_LR_SCHEDULES = list(SCHEDULES)  # DeepSpeed's name of it, which accelerate asks for
+VALID_LR_SCHEDULES = list(SCHEDULES)  # DeepSpeed's name, which accelerate imports

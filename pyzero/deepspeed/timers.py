@@ -1,4 +1,4 @@
-"""Times of the phases of a step: wall_clock_breakdown."""
+"""Timers of the phases of a step, for wall_clock_breakdown, and DeepSpeed's timers for scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("pyzero")
 
 
 class PhaseTimers:
-    """Milliseconds by phase, summed until `report`. On a GPU its own time, by events that only `report` waits for."""
+    """Sums milliseconds per phase until `report`. On a GPU it uses events, and only `report` waits for them."""
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
         self.enabled = enabled
@@ -27,7 +27,7 @@ class PhaseTimers:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what is done in here."""
+        """A context that times what runs in it."""
         if not self.enabled:
             yield
             return
@@ -48,7 +48,7 @@ class PhaseTimers:
         self._ms[name] = self._ms.get(name, 0.0) + milliseconds
 
     def report(self) -> str:
-        """One line: mean milliseconds per call of each phase, and calls. Starts anew."""
+        """Return a line with the number of calls of each phase and their mean milliseconds. Clear the timers."""
         for name, begin, end in self._events:
             end.synchronize()
             self._add(name, begin.elapsed_time(end))
@@ -58,17 +58,17 @@ class PhaseTimers:
 
 
 class Timer:
-    """A stopwatch, which waits for the GPU at both ends."""
+    """A stopwatch that waits for the GPU when it starts and stops."""
 
     def __init__(self) -> None:
         self.started = False
         self._begin = self._seconds = 0.0
 
     def start(self) -> None:
-        """From now on.
+        """Start the timer.
 
         Raises:
-            RuntimeError: It runs already.
+            RuntimeError: The timer runs already.
         """
         if self.started:
             raise RuntimeError("expected a timer that is stopped, got start() of one that runs; call stop() before")
@@ -76,10 +76,10 @@ class Timer:
         self.started, self._begin = True, time.perf_counter()
 
     def stop(self, reset: bool = False, record: bool = False) -> None:
-        """Add what has passed since `start`; reset: to nothing.
+        """Stop the timer, and add the time since `start` to the sum. reset: Replace the sum instead.
 
         Raises:
-            RuntimeError: It does not run.
+            RuntimeError: The timer does not run.
         """
         if not self.started:
             raise RuntimeError("expected a timer that runs, got stop() of one that is stopped; call start() before")
@@ -88,11 +88,11 @@ class Timer:
         self.started, self._seconds = False, passed if reset else self._seconds + passed
 
     def reset(self) -> None:
-        """Start anew."""
+        """Stop the timer, and clear the sum."""
         self.started, self._seconds = False, 0.0
 
     def elapsed(self, reset: bool = True) -> float:
-        """Milliseconds between start() and stop(), summed; reset: to nothing."""
+        """Return the summed milliseconds between start() and stop(). reset: Clear the sum. A running timer goes on."""
         was_started = self.started
         if was_started:
             self.stop()
@@ -105,21 +105,21 @@ class Timer:
 
 
 class SynchronizedWallClockTimer:
-    """Stopwatches by name: `timers("forward").start()`."""
+    """Timers by name: `timers("forward").start()`."""
 
     def __init__(self) -> None:
         self.timers: dict[str, Timer] = {}
 
     def __call__(self, name: str) -> Timer:
-        """The one of that name, new where there is none."""
+        """Return the timer of this name. Make it if there is none."""
         return self.timers.setdefault(name, Timer())
 
     def has_timer(self, name: str) -> bool:
-        """Whether there is one."""
+        """Return whether there is a timer of this name."""
         return name in self.timers
 
     def get_timers(self) -> dict[str, Timer]:
-        """All timers, by name."""
+        """Return all timers by name."""
         return self.timers
 
     def log(
@@ -130,22 +130,22 @@ class SynchronizedWallClockTimer:
         memory_breakdown: bool = False,
         ranks: Iterable[int] | None = None,
     ) -> None:
-        """One line with milliseconds / normalizer of each, on these ranks; default: rank 0."""
+        """Log one line with each timer's milliseconds / normalizer, on these ranks; default: rank 0."""
         parts = [f"{n}: {self(n).elapsed(reset) / normalizer:.2f}" for n in names if n in self.timers]
         if comm.get_rank() in (ranks or (0,)):
             log.info("time (ms) | %s", " | ".join(parts))
 
 
 class ThroughputTimer:
-    """Samples per second, of the steps between start() and stop().
+    """Measures samples per second over the steps between start() and stop().
 
     Args:
-        config: Has `enabled` and `synchronized`, which waits for the GPU at both ends.
-        batch_size: Samples of a global step.
-        start_step: So many global steps are not counted.
-        steps_per_output: Log once in so many global steps; None: never.
+        config: An object with `enabled` and `synchronized`, which makes start() and stop() wait for the GPU.
+        batch_size: Samples per global step.
+        start_step: Number of first global steps that are not counted.
+        steps_per_output: Global steps from one log line to the next; None: no log.
         monitor_memory: Not supported.
-        logging_fn: Called with the line; default: the log.
+        logging_fn: Called with each log line; default: log.info.
 
     Raises:
         ValueError: monitor_memory is set.
@@ -171,18 +171,21 @@ class ThroughputTimer:
         self._begin: float | None = None  # None: this step is not counted
 
     def update_epoch_count(self) -> None:
-        """Another epoch begins."""
+        """Begin another epoch."""
         self.epoch_count, self.micro_step_count = self.epoch_count + 1, 0
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         if not self.config.enabled:
             return
         self.started = True
         self._begin = self._now() if self.global_step_count >= self.start_step else None
 
     def stop(self, global_step: bool = False, report_speed: bool = True) -> None:
-        """It ends. global_step: It was the last micro-batch of a global one. report_speed: Log it where it is due."""
+        """End the step, and log the speed if it is due.
+
+        global_step: This was the last micro-batch of a global step. report_speed: False omits the log line.
+        """
         if not self.started:
             return
         self.started = False
@@ -204,7 +207,7 @@ class ThroughputTimer:
         self.step_elapsed_time = 0.0
 
     def avg_samples_per_sec(self) -> float:
-        """Of all steps that were counted; -inf before."""
+        """Return the mean samples per second of all counted steps; -inf if there are none."""
         steps = self.global_step_count - self.start_step
         return self.batch_size * steps / max(self.total_elapsed_time, 1e-9) if steps > 0 else float("-inf")
 

@@ -1,4 +1,4 @@
-"""deepspeed.utils: whole tensors of a parameter, the log, and small helpers that scripts import."""
+"""deepspeed.utils: access to whole tensors of a parameter, the log, and small helpers that scripts import."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from pyzero.sharding.local_param import is_dtensor
 
 logger = logging.getLogger("pyzero")
 
-_MASTER = "fp32_param"  # DeepSpeed's name of it among the states
+_MASTER = "fp32_param"  # DeepSpeed's name of the master among the states
 
 
 def safe_get_full_fp32_param(param: Tensor) -> Tensor:
-    """The fp32 master of a parameter, whole. Collective, as are all of these."""
+    """Return the whole fp32 master of a parameter. Collective, as are all safe_get_full and safe_set_full functions."""
     owner, param = owner_of(param)
     return owner.full_master(param)
 
 
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
-    """The gradient that the next step takes, whole, averaged and unscaled; None without one."""
+    """Return the whole gradient that the next step takes, averaged and unscaled; None without one."""
     owner, param = owner_of(param)
     return owner.full_grad(param)
 
 
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
-    """A state of a parameter, whole: "exp_avg", "exp_avg_sq"; None where there is none of that name."""
+    """Return a whole state of a parameter, such as "exp_avg"; None if there is no state of this name."""
     if optim_state_key == _MASTER:
         return safe_get_full_fp32_param(param)
     owner, param = owner_of(param)
@@ -44,19 +44,19 @@ def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor
 
 
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
-    """Write a master, and the weights with it. value: the same on every rank."""
+    """Write a master, and the weights with it. value: The same on every rank."""
     owner, param = owner_of(param)
     owner.set_full_master(param, value)
 
 
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
-    """Write the gradient that the next step takes. value: the same on every rank."""
+    """Write the gradient that the next step takes. value: The same on every rank."""
     owner, param = owner_of(param)
     owner.set_full_grad(param, value)
 
 
 def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
-    """Write a state. value: the same on every rank."""
+    """Write a state of a parameter. value: The same on every rank."""
     if optim_state_key == _MASTER:
         safe_set_full_fp32_param(param, value)
         return
@@ -78,29 +78,30 @@ def _owner_of_shard(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
 
 
 def safe_get_local_fp32_param(param: Tensor) -> Tensor:
-    """The fp32 master of this rank's part of a parameter of stage 3, in the shape of `param.to_local()`.
+    """Return the fp32 master of this rank's part of a stage-3 parameter, in the shape of `param.to_local()`.
 
-    As the others here it is called on all ranks, and below stage 3 it raises ValueError.
+    As with the other safe_get_local and safe_set_local functions, call it on all ranks. Below stage 3 it raises
+    ValueError.
     """
     owner, param = _owner_of_shard(param)
     return owner.local_state(param)[MASTER]
 
 
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
-    """This rank's part of the gradient that the next step takes, averaged and unscaled; None without one."""
+    """Return this rank's part of the gradient that the next step takes, averaged and unscaled; None without one."""
     owner, param = _owner_of_shard(param)
     return owner.local_grad(param)
 
 
 def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
-    """This rank's part of a state: "exp_avg", "exp_avg_sq"; None where there is none of that name."""
+    """Return this rank's part of a state, such as "exp_avg"; None if there is no state of this name."""
     name = MASTER if optim_state_key == _MASTER else optim_state_key
     owner, param = _owner_of_shard(param)
     return owner.local_state(param).get(name)
 
 
 def safe_set_local_fp32_param(param: Tensor, value: Tensor) -> None:
-    """Write this rank's part of a master, and the weights with it. value: in the shape of `param.to_local()`."""
+    """Write this rank's part of a master, and the weights with it. value: In the shape of `param.to_local()`."""
     owner, param = _owner_of_shard(param)
     owner.set_local_state(param, {MASTER: value})
 
@@ -122,19 +123,22 @@ def safe_set_local_optimizer_state(param: Tensor, value: Tensor, optim_state_key
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
-    """A copy of dicts, lists and tuples whose tensors have storages of their own: torch.save writes whole storages."""
+    """Return a copy of dicts, lists and tuples in which each tensor has its own storage.
+
+    torch.save writes whole storages, even for small views of them.
+    """
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), item)
 
 
 def log_dist(message: str, ranks: Iterable[int] | None = None, level: int = logging.INFO) -> None:
-    """Log on these ranks; None, or -1 among them: on all."""
+    """Log a message on these ranks. None, or -1 among them, means all ranks."""
     chosen = [-1] if ranks is None else list(ranks)
     if -1 in chosen or comm.get_rank() in chosen:
         logger.log(level, "[rank %d] %s", comm.get_rank(), message)
 
 
 def see_memory_usage(message: str, force: bool = False, ranks: Iterable[int] | None = None) -> None:
-    """Log the message, and what torch has allocated on the GPU, where `force` is set."""
+    """If `force` is set, log the message and the GPU memory that torch has allocated."""
     if force:
         from pyzero.deepspeed.accelerator import get_accelerator
 
@@ -142,7 +146,7 @@ def see_memory_usage(message: str, force: bool = False, ranks: Iterable[int] | N
 
 
 def required_torch_version(min_version: float | None = None, max_version: float | None = None) -> bool:
-    """Whether torch's version, major.minor, lies between these; 2.13 means minor version 13."""
+    """Return whether torch's version, major.minor, lies between these. The number 2.13 means minor version 13."""
     mine = _major_minor(torch.__version__)
     return (min_version is None or mine >= _major_minor(str(min_version))) and (
         max_version is None or mine <= _major_minor(str(max_version))
@@ -154,12 +158,12 @@ def _major_minor(version: str) -> list[int]:
 
 
 def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[Any]) -> list[nn.Module]:
-    """Does nothing: stage 3 has no leaf modules here. Returns an empty list."""
+    """Do nothing, because stage 3 has no leaf modules here. Return an empty list."""
     return []
 
 
 class RepeatingLoader:
-    """A data loader that starts anew when it ends, without end."""
+    """A data loader that restarts whenever it ends."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader

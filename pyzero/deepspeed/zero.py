@@ -1,4 +1,4 @@
-"""deepspeed.zero: contexts that scripts build and edit models in."""
+"""deepspeed.zero: contexts in which scripts build and edit models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class ZeroStageEnum(int, Enum):
 
 
 def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """The function itself. transformers puts another in its place, so that DeepSpeed leaves torch.arange alone."""
+    """Return the function itself.
+
+    transformers replaces this function so that DeepSpeed leaves torch.arange alone.
+    """
     return function
 
 
@@ -41,7 +44,7 @@ def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: 
 
 @cache
 def _gathered(kind: type) -> type:
-    """The class of a parameter of which this rank has a part, while ops on it are to act on the whole one."""
+    """Return a subclass of a parameter's class. Ops on a parameter of this subclass act on the whole weight."""
 
     def on_whole(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,40 +58,49 @@ def _gathered(kind: type) -> type:
 
 
 def _is_shown(param: Any) -> bool:
-    """Whether a context shows it whole."""
+    """Return whether a context shows this parameter whole."""
     return hasattr(param, "gathered_in") or hasattr(param, "whole")
 
 
 def _is_forward(args: Any) -> bool:
-    """Whether a split layer computes: with other DTensors, which a whole weight would not go with."""
+    """Return whether a split layer is computing.
+
+    It then has other DTensors as arguments, which cannot be mixed with a whole weight.
+    """
     return any(is_dtensor(arg) and not _is_shown(arg) for arg in args)
 
 
 def _shown(param: Any) -> Any:
-    """What the module shows (the parameter itself, if a forward has resharded it), or a split weight put together."""
+    """Return the whole weight.
+
+    In stage 3 it is the module's attribute, which is the parameter itself if a forward has resharded it. Below stage 3
+    it is the gathered copy of a weight that tensor parallelism split.
+    """
     if hasattr(param, "whole"):
         return param.whole
     return getattr(param.gathered_in.module, param.gathered_in.name)
 
 
 class GatheredParameters:
-    """A context to read or edit whole weights in. What `modifier_rank` made of them is given to all on the way out.
+    """A context in which to read or edit whole weights. On exit, all ranks take the values of `modifier_rank`.
 
-    In stage 3 both the parameters and the modules (`layer.weight`) show whole weights in here, in the dtype that the
-    model computes in. Keep copies: what is kept of them is out of date later, or refuses to be read. `state_dict()` of
-    a module has copies, and is sent nowhere: one rank may call it. `load_state_dict()` is of shards in here too, for
-    torch reshards it first. What tensor parallelism splits is whole below stage 3, and a forward in here computes with
-    what it was before edits; in stage 3 it stays split, and all of its ranks make the same edit.
+    In stage 3, both the parameters and the modules (`layer.weight`) show whole weights in the context, in the dtype
+    that the model computes in. Keep copies: a whole weight that is kept after the context is out of date, or refuses to
+    be read. A module's `state_dict()` holds copies and communicates nothing, so one rank may call it.
+    `load_state_dict()` takes shards even here, because torch reshards first.
+
+    A weight that tensor parallelism splits is whole below stage 3; a forward in the context computes with its value
+    before edits. In stage 3 it stays split, and all of its ranks must make the same edit.
 
     Args:
-        params: A parameter, several, or a module's.
-        modifier_rank: Of the default group, or of that which zero.Init was given; None: they are only read, and
-            nothing is sent.
+        params: A parameter or several.
+        modifier_rank: Rank in the default group, or in the group that zero.Init was given. None: weights are only read,
+            and nothing is sent on exit.
         fwd_module: Ignored.
         enabled: False does nothing.
 
     Raises:
-        ValueError: On the way out: some of a split weight's ranks edited it, others did not. Nothing is changed.
+        ValueError: On exit: only some ranks of a split weight edited it. Nothing is changed.
     """
 
     def __init__(
@@ -101,12 +113,12 @@ class GatheredParameters:
         self._params = [params] if isinstance(params, Tensor) else [param for param in params if param is not None]
         self._enabled = enabled
         self._source = modifier_rank
-        self._uses: dict[Any, FsdpParamUse] = {}  # of those that no context around this one has gathered
-        self._owners: list[Any] = []  # what gathers them, and what none around this one has had gather others
-        self._built: list[Any] = []  # those of zero.Init, before initialize()
-        self._cut: list[Any] = []  # DTensors that fully_shard has not sharded: tensor parallelism's
+        self._uses: dict[Any, FsdpParamUse] = {}  # parameters that no outer context has gathered
+        self._owners: list[Any] = []  # modules that gather them, unless an outer context uses them
+        self._built: list[Any] = []  # parameters of zero.Init, before initialize()
+        self._cut: list[Any] = []  # DTensors of tensor parallelism alone
         self._stack = ExitStack()
-        self._parts: dict[Any, tuple[Tensor, int]] = {}  # of split weights, before edits: this rank's, its version
+        self._parts: dict[Any, tuple[Tensor, int]] = {}  # split weight -> (this rank's part, its version) before edits
 
     def __enter__(self) -> GatheredParameters:
         if self._enabled:
@@ -127,7 +139,7 @@ class GatheredParameters:
         return self
 
     def _show_shards(self, taken: Collection[Any]) -> None:
-        """What fully_shard has sharded. taken: Modules that a context around this one has had gather."""
+        """Show whole weights of fully_shard. taken: Modules whose weights an outer context has gathered."""
         owners = dict.fromkeys(use.owner for use in self._uses.values())
         self._owners = [owner for owner in owners if owner not in taken]
         for owner in self._owners:
@@ -149,7 +161,7 @@ class GatheredParameters:
             owner.reshard()
 
     def _show_cut(self) -> None:
-        """What tensor parallelism has split."""
+        """Show whole weights that tensor parallelism split."""
         for param in self._cut:
             whole = whole_of(param.detach()).clone(memory_format=torch.contiguous_format)
             param.whole = nn.Parameter(whole, requires_grad=param.requires_grad)
@@ -164,7 +176,7 @@ class GatheredParameters:
                 _write(local_of(param), part_of(whole, param))
 
     def _find_edited_apart(self, source: int) -> list[int] | None:
-        """The ranks of a split weight that have edited it, where others of them have not. Collective."""
+        """Return the ranks that edited a split weight, if other ranks of it did not. Collective."""
         edited = [
             _version(param) != version or not torch.equal(local_of(param.detach()), part)
             for param, (part, version) in self._parts.items()
@@ -195,7 +207,7 @@ class GatheredParameters:
         self._hide_cut(keeps_edits=error[0] is None)
         for param, value in zip(changed, values, strict=True):
             _broadcast(value, source or 0, param)
-            if hasattr(param, "whole"):  # in a context around this one
+            if hasattr(param, "whole"):  # an outer context shows it
                 param.whole.copy_(value)
             _write(local_of(param), part_of(value, param))
         if apart is not None:
@@ -207,7 +219,7 @@ class GatheredParameters:
 
 
 def _sharded(params: list[Tensor]) -> list[Tensor]:
-    """The shards of those that a forward has left whole, which are gathered anew; the others as they are."""
+    """Replace weights that a forward left whole by their shards, which the context gathers anew."""
     whole = fsdp.find_left_whole(params)
     for owner in dict.fromkeys(use.owner for _, use in whole.values()):
         if not is_gathered(owner):
@@ -216,18 +228,21 @@ def _sharded(params: list[Tensor]) -> list[Tensor]:
 
 
 def _hide(param: Any) -> None:
-    """Have a parameter be this rank's part again; what was said of its gradient in here holds."""
+    """Turn a parameter back into this rank's part. Keep requires_grad as it was set in the context."""
     requires_grad = param.requires_grad
     param.__class__ = type(param).__base__
     param.requires_grad_(requires_grad)
 
 
 def _know_dtypes(policy: Any) -> None:
-    """In place of fully_shard's look at a shard's dtype, which says that of the whole weight in here."""
+    """Replace fully_shard's init_dtype_attrs.
+
+    It would read the shard's dtype, and get that of the whole weight inside the context.
+    """
 
 
 def _in_context(param: Any) -> Any:
-    """What ops on a parameter act on in here."""
+    """Return the tensor that ops on a parameter act on inside the context."""
     return _shown(param) if _is_shown(param) else param
 
 
@@ -236,30 +251,33 @@ def _is_split(param: Any) -> bool:
 
 
 def _version(param: Any) -> int:
-    """Writes to a DTensor and to its local tensor both count."""
+    """Count writes, both to a DTensor and to its local tensor."""
     return int(param._version + local_of(param.detach())._version)
 
 
 def _broadcast(value: Tensor, source: int, param: Any) -> None:
-    if hasattr(param, "rows"):  # of zero.Init, and whole in a context around this one
+    if hasattr(param, "rows"):  # a parameter of zero.Init that an outer context shows whole
         param.rows.group.broadcast(value, "zero: the broadcast of a gathered weight", source)
     else:
         comm.broadcast(value, src=source)
 
 
 def _write(local: Tensor, value: Tensor) -> None:
-    """Where it is new: an fp32 shard whose 16-bit value nobody has changed keeps what 16 bits do not hold.
+    """Write the elements that changed. An fp32 shard keeps its low bits where the 16-bit value is the same.
 
-    Not by the collective: the optimizer notices what torch counts as a write.
+    The collective does not write into the shard, because the optimizer notices only what torch counts as a write.
     """
     local.copy_(torch.where(local.to(value.dtype) == value, local, value.to(local.dtype)))
 
 
 def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Say, before initialize(), that a module uses a parameter of another: stage 3 then gathers it with the root's."""
+    """Declare that a module uses a parameter of another module. Call it before initialize().
+
+    Stage 3 then gathers this parameter with the root's.
+    """
     parameter.is_external = True  # type: ignore[attr-defined]
 
 
 def unregister_external_parameter(module: nn.Module, parameter: Tensor) -> None:
-    """Take that back."""
+    """Undo `register_external_parameter`."""
     parameter.is_external = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""deepspeed.utils.zero_to_fp32: whole fp32 weights of a checkpoint of the engine, or of DeepSpeed's, without ranks."""
+"""deepspeed.utils.zero_to_fp32: whole fp32 weights from a checkpoint of an engine or of DeepSpeed, in one process."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def get_fp32_state_dict_from_zero_checkpoint(
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
 ) -> dict[str, Tensor]:
-    """Weights by name, on the CPU. Tied ones are one tensor.
+    """Return the weights by name, on the CPU. Tied weights share one tensor.
 
     Args:
-        checkpoint_dir: Where engine.save_checkpoint saved, or DeepSpeed's in stage 1 or 2.
-        tag: Which one; default: the one that `latest` names.
-        exclude_frozen_parameters: Not supported: leave them out when saving.
-        lazy_mode: Ignored: the tensors are read.
+        checkpoint_dir: The save_dir of engine.save_checkpoint, or of DeepSpeed in stage 1 or 2.
+        tag: Name of the checkpoint; default: the one in `latest`.
+        exclude_frozen_parameters: Not supported; exclude them in engine.save_checkpoint.
+        lazy_mode: Ignored; all tensors are read.
 
     Raises:
-        ValueError: exclude_frozen_parameters is set, or the checkpoint has no name.
+        ValueError: exclude_frozen_parameters is set, the tag is no name of a folder, or files of DeepSpeed's are
+            damaged or of another stage.
         CheckpointError, FileNotFoundError: There is no checkpoint, or it is damaged.
     """
     if exclude_frozen_parameters:
@@ -53,7 +54,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> nn.Module:
-    """Load them into a model on the CPU, not strictly, as DeepSpeed does; returns it."""
+    """Move a model to the CPU, load the weights into it, not strictly, as DeepSpeed does, and return it."""
     model = model.cpu()
     model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag), strict=False)
     return model
@@ -67,7 +68,10 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Write them to output_dir, as pytorch_model.bin or model.safetensors: one file, whatever `max_shard_size` is."""
+    """Write the weights to pytorch_model.bin or model.safetensors in output_dir.
+
+    There is one file, whatever `max_shard_size` is.
+    """
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag, exclude_frozen_parameters)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """DeepSpeed's command line: `zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR`."""
+    """Run DeepSpeed's command line: `zero_to_fp32.py CHECKPOINT_DIR OUTPUT_DIR`."""
     parser = argparse.ArgumentParser(description="Write whole fp32 weights of a checkpoint of engine.save_checkpoint.")
     parser.add_argument("checkpoint_dir", help="where engine.save_checkpoint saved, with the file latest")
     parser.add_argument("output_dir", help="for pytorch_model.bin or model.safetensors")

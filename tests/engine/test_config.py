@@ -1,4 +1,4 @@
-"""The DeepSpeed config: arithmetic of batch sizes, what is refused and with which words, what it means in our terms."""
+"""The DeepSpeed config: batch sizes, refusals and their messages, and the arguments that pyzero gets."""
 
 import json
 import sys
@@ -162,7 +162,7 @@ def test_torch_adam_has_the_decay_of_torchs_adamw(params, decay):
 
 
 def test_torch_adam_beside_the_params():
-    """DeepSpeed's own tests put it there, where DeepSpeed reads over it."""
+    """DeepSpeed's own tests set it outside params, where DeepSpeed ignores it."""
     config = load({"train_batch_size": 8, "optimizer": {"type": "AdamW", "torch_adam": True}})
     assert config.optimizer is not None and config.optimizer.torch_adam is True
 
@@ -263,7 +263,7 @@ def test_which_adam(section, decoupled):
 
 @pytest.mark.parametrize("name", ds_configs.ACCEPTED)
 def test_configs_that_people_have_are_accepted(name):
-    """As a dict and as JSON; Infinity stands in dicts alone."""
+    """A dict and its JSON give the same config."""
     config = ds_configs.ACCEPTED[name]
     assert load(config) == load(json.dumps(config))
 
@@ -279,7 +279,7 @@ def test_the_number_of_configs():
 
 
 def test_the_docs_have_every_key():
-    """docs/deepspeed.md is made of the config's classes: python -m pyzero config-keys."""
+    """docs/deepspeed.md contains the table that `python -m pyzero config-keys` prints."""
     assert keys.table(Config) in (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text()
 
 

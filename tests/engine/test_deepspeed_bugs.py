@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19 was seen to get wrong, by the number of the finding: here each is right.
+"""Bugs observed in DeepSpeed 0.19, by the number of the finding. Here each is right.
 
 Numbers are powers of two and small integers, and beta1 = 1/2, so that moments are exact.
 """
@@ -43,7 +43,7 @@ def adam_config(stage: int, **sections: Any) -> dict[str, Any]:
 
 
 def by_engine(group: Any, config: dict[str, Any], factors: list[float]) -> dict[str, Any]:
-    """One micro-batch per factor, whose gradient it is on every rank."""
+    """Take one micro-batch per factor. The factor is its gradient on every rank."""
     engine, optimizer, _, _ = pyzero.initialize(model=Weight(), config=config)
     for factor in factors:
         engine.backward((engine() * factor).sum())
@@ -93,7 +93,7 @@ def test_01_a_step_at_which_the_scale_grows_is_a_whole_step(ranks, size, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_02_fp16_scales_the_loss_and_unscales_at_every_stage(ranks, stage):
     small = 2.0**-30
-    assert torch.tensor(small).half() == 0  # it is there at all only where the loss was scaled
+    assert torch.tensor(small).half() == 0  # exists only if the loss was scaled
     config = adam_config(stage, fp16={"enabled": True, "initial_scale_power": 16})
     for result in [by_engine(None, config, [small]), *ranks.run(NUM_RANKS, by_engine, config, [small])]:
         assert (result["exp_avg"], result["loss_scale"]) == (small / 2, 2.0**16)
@@ -113,7 +113,7 @@ def test_03_accumulation_is_in_fp32(ranks, stage):
 
 
 def sum_of_three(group: Any, stage: int, no_sync: tuple[bool, ...]) -> float:
-    """-1 + 1 + 2^-9: bf16 loses the last where it meets the 1 alone."""
+    """Sum -1, 1 and 2^-9. In bf16, 1 + 2^-9 rounds to 1, so that the last term would be lost."""
     param = nn.Parameter(torch.zeros(70, dtype=torch.bfloat16))
     optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
     for factor, quiet in zip((-1.0, 1.0, 2.0**-9), no_sync, strict=True):
@@ -122,7 +122,7 @@ def sum_of_three(group: Any, stage: int, no_sync: tuple[bool, ...]) -> float:
     return optimizer.full_grad(param)[0].item()
 
 
-# All but those that send 1 + 2^-9 by itself, which is rounded where it is sent.
+# Except where 1 + 2^-9 alone is sent, because sending rounds it.
 NO_SYNC = [quiet for quiet in itertools.product([False, True], repeat=3) if quiet[:2] != (False, True)]
 
 
@@ -144,7 +144,7 @@ def test_03_grad_accum_dtype_is_not_silently_ignored():
 
 
 def used_here_and_there(group: Any, stage: int, overlap: bool) -> list[Tensor | None]:
-    """Parameter i has the gradient i + 1 on each rank that uses it: all but rank i."""
+    """Parameter i has the gradient i + 1 on every rank but rank i, which does not use it."""
     import torch.distributed as dist
 
     rank = dist.get_rank(group)
@@ -420,9 +420,9 @@ def test_15_state_of_three_ranks_goes_on_on_another_number(ranks, size, dtype):
 
 
 def resume_from_a_safe_file(group: Any, dtype: torch.dtype, model_first: bool) -> list[list[Tensor]]:
-    """Weights after six steps, without a break and with one after three.
+    """Return the weights after six steps, once without a break and once with a resume after three.
 
-    The weights are loaded before the optimizer is built, or after it as most loops do.
+    The weights are loaded before the optimizer is built, or after it, as most loops do.
     """
 
     def run(model: nn.Module, optimizer: Any, steps: range) -> None:

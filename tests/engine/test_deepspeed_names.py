@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pyzero.deepspeed as deepspeed
-from pyzero.deepspeed import comm, timers, utils, zero
+from pyzero.deepspeed import comm, estimates, timers, utils, zero
 from pyzero.deepspeed.config.scheduler_section import SchedulerParams
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
@@ -148,7 +148,7 @@ def test_comm_alone():
 
 
 def talk(group: Any) -> tuple[int, int, list[float], list[float]]:
-    deepspeed.init_distributed(dist_backend="gloo")  # there is one already
+    deepspeed.init_distributed(dist_backend="gloo")  # there is a process group already
     total, first = torch.ones(2) * comm.get_rank(), torch.ones(2) * comm.get_rank()
     comm.all_reduce(total)
     comm.broadcast(first, src=1)
@@ -317,7 +317,7 @@ def test_streams_of_random_numbers():
     y = checkpointing.checkpoint(drop, x)
     after = tracker.get_states()
     y.sum().backward()
-    assert torch.equal(x.grad, 2 * y) and 0 < (y == 0).sum() < 64  # the second forward dropped the same
+    assert torch.equal(x.grad, 2 * y) and 0 < (y == 0).sum() < 64  # the recomputed forward dropped the same elements
     assert torch.equal(after["model-parallel-rng"], tracker.get_states()["model-parallel-rng"])
     tracker.set_states(before)
     with tracker.fork():
@@ -333,7 +333,7 @@ def test_streams_of_random_numbers():
 
 
 class Two(nn.Module):
-    """2 * 3 * 4 * 5 and 2 * 3 * 5 * 1 operations on 3 rows."""
+    """On 3 rows, the layers take 2 * 3 * 4 * 5 and 2 * 3 * 5 * 1 operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ def test_operations_are_counted(capsys, tmp_path, caplog):
     profiler.stop_profile()
     profiler.print_model_profile(output_file=str(tmp_path / "table"), detailed=False)
     assert "up" not in (tmp_path / "table").read_text()
-    assert profiler.get_total_flops() == 150 + 120 + 30 + 30  # of weights, and of what the last layer sends back
+    assert profiler.get_total_flops() == 150 + 120 + 30 + 30  # gradients of both weights, and of the last layer's input
     assert profiler.get_total_duration() > 0 and profiler.get_total_params() == 31
     profiler.end_profile()
     assert profiler.get_total_flops() == 0
@@ -380,6 +380,38 @@ def test_a_step_of_the_engine_is_profiled(caplog, at):
             engine.step()
         assert ("flops profile of Two at step 2" in caplog.text) is (step == at)
         assert (re.search(r"up +120.00 FLOPS", caplog.text) is not None) is (step == at)
+
+
+def test_names_of_a_pipeline():
+    module = deepspeed.PipelineModule([nn.Linear(1, 1)], num_stages=1, loss_fn=nn.functional.mse_loss)
+    engine, *_ = deepspeed.initialize(model=module, config={"train_batch_size": 2, "optimizer": ADAM})
+    assert (module.num_pipeline_stages(), module.topology().get_axis_names()) == (1, ["pipe", "data"])
+    assert (module.mpu().get_stage_id(), module.mpu().get_data_parallel_id()) == (0, 0)
+    assert engine.get_pipeline_parallel_rank() == 0 and engine.zero_gather_16bit_weights_on_model_save()
+    engine.set_has_attention_mask(True)
+    module.set_checkpoint_interval(3)
+    assert module.activation_checkpoint_interval == 3
+
+
+def test_small_names_of_scripts(capsys):
+    clock = timers.SynchronizedWallClockTimer()
+    assert not clock.has_timer("forward")
+    forward = clock("forward")
+    assert clock.has_timer("forward") and clock.get_timers() == {"forward": forward}
+    timer = timers.ThroughputTimer(argparse.Namespace(enabled=True, synchronized=False), 6)
+    timer.start(), timer.stop(), timer.update_epoch_count()
+    assert (timer.epoch_count, timer.micro_step_count) == (1, 0)
+    model = nn.Linear(4, 5)
+    zero.register_external_parameter(model, model.weight)
+    zero.unregister_external_parameter(model, model.weight)
+    assert not model.weight.is_external
+    assert zero.zero_wrapper_for_fp_tensor_constructor(torch.arange, torch.float16) is torch.arange
+    assert utils.set_z3_leaf_modules(model, [nn.Linear]) == []
+    estimates.estimate_zero2_model_states_mem_needs_all_live(model, num_gpus_per_node=2)
+    assert "1 node(s), 2 GPU(s) per node" in capsys.readouterr().out
+    profiler = deepspeed.profiling.flops_profiler.FlopsProfiler(model)
+    profiler.print_model_aggregated_profile()
+    assert "flops profile of Linear at step 1" in capsys.readouterr().out
 
 
 def test_builders_of_ops_answer_for_ours():

@@ -1,4 +1,4 @@
-"""What scripts were seen to do under DeepSpeed 0.19, and not here: each does the same now."""
+"""What scripts were observed to do under DeepSpeed 0.19, but not here. Each works here now."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ BF16 = {**CONFIG, "bf16": {"enabled": True}}
 
 
 class Rotary(nn.Module):
-    """A layer behind frequencies, which are not to be rounded: at place 1000 an angle would be off by radians."""
+    """A layer after rotary frequencies. Rounding these would move an angle at position 1000 by radians."""
 
     def __init__(self, casts: bool = True) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_buffers_stay_in_fp32_beside_16_bit_weights(ranks, tmp_path, stage, dtyp
     assert found == {
         "frequencies": torch.float32 if dtype is None else torch.bfloat16,
         "phases": torch.complex64,
-        "norm.running_mean": torch.bfloat16,  # torch takes them in the dtype of BatchNorm's weights alone
+        "norm.running_mean": torch.bfloat16,  # torch requires the dtype of BatchNorm's weights
         "norm.running_var": torch.bfloat16,
         "norm.num_batches_tracked": torch.int64,
     }
@@ -163,7 +163,7 @@ def test_names_of_the_accelerator():
 
 
 def safe_after_evaluation(group: Any) -> list[bool]:
-    """A forward without a backward leaves weights of the root whole: a script that walks the parameters finds those."""
+    """A forward without a backward leaves the root's weights whole. A script that walks parameters finds those."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(*(nn.Linear(3, 3) for _ in range(2))))
     engine, *_ = pyzero.initialize(model=model, config={**CONFIG, "zero_optimization": {"stage": 3}})
     found = []
@@ -201,7 +201,7 @@ def test_a_pipeline_takes_other_lengths_after_a_reset(ranks):
 
 
 class Times(nn.Module):
-    """Keeps the dtype in which its second input came."""
+    """Records the dtype of its second input."""
 
     def __init__(self) -> None:
         super().__init__()

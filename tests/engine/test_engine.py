@@ -1,4 +1,4 @@
-"""initialize() and the engine, alone and on four ranks."""
+"""initialize() and the engine, on one rank and on four."""
 
 import copy
 import logging
@@ -31,7 +31,7 @@ def start(config, model=None, **kwargs):
 
 
 def exact_loss(outputs, signs):
-    """Gradients are means of small integers: exact in fp32 however they are summed."""
+    """Gradients are means of small integers, which are exact in fp32 in any order of sums."""
     return (outputs * signs).mean()
 
 
@@ -43,7 +43,7 @@ def exact_batch(step, rows):
 
 
 def train_exact(config, num_micro, rank=0, size=1, steps=3):
-    """Weights after `steps` steps on global batches of 32, cut into micro-batches, cut over ranks."""
+    """Return the weights after `steps` steps on global batches of 32, divided into micro-batches and over ranks."""
     engine, *_ = start(config)
     for step in range(steps):
         inputs, signs = (t.chunk(num_micro * size)[rank::size] for t in exact_batch(step, 32))
@@ -77,7 +77,7 @@ def test_four_ranks_equal_one_process(ranks, stage):
 
 
 def test_against_torch():
-    """The handed-in optimizer's groups and hyper-parameters are followed."""
+    """The groups and hyper-parameters of the given optimizer are used."""
     model = make_model()
     twin = copy.deepcopy(model)
     settings = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
@@ -148,7 +148,7 @@ def test_overflow_is_skipped():
     assert not engine.was_step_applied() and engine.skipped_steps == 1
     assert optimizer.loss_scale == 2048.0
     assert torch.equal(engine.module.weight, before)
-    assert schedule.last_epoch == 0  # the schedule did not move
+    assert schedule.last_epoch == 0  # the schedule did not advance
     engine.backward(exact_loss(engine(inputs), signs))  # its gradients are below 4
     engine.step()
     assert engine.was_step_applied() and engine.skipped_steps == 1 and schedule.last_epoch == 1
@@ -186,7 +186,7 @@ def test_hysteresis_from_the_config():
 
 
 def test_an_fp16_loss_is_scaled_in_fp32():
-    """An fp16 loss of 2 times the scale of 32768 would be inf."""
+    """In fp16, a loss of 2 times the scale of 32768 would be inf."""
     engine, *_ = start({**FP32, "fp16": {"enabled": True, "initial_scale_power": 15}})
     engine.backward(engine(torch.full((1, 4), 0.01)).mean() * 0 + engine.module.weight.mean() * 1e-2 + 2)
     engine.step()
@@ -196,7 +196,7 @@ def test_an_fp16_loss_is_scaled_in_fp32():
 @pytest.mark.parametrize("section", ["fp16", "bf16"])
 @pytest.mark.parametrize("loss_function", [l1_loss, mse_loss, huber_loss])
 def test_a_loss_of_16_bit_outputs_and_fp32_targets(loss_function, section):
-    """It works where this torch has a backward for the mix; elsewhere the error says what to do, and that works."""
+    """It works if this torch has a backward for the mix. Otherwise the error's remedy works."""
     engine, *_ = start({**FP32, section: SECTIONS[section]})
     inputs, targets = exact_batch(0, 4)
     weight = torch.ones(1, dtype=engine.module.weight.dtype, requires_grad=True)
@@ -265,7 +265,7 @@ def test_config_builds_optimizer_and_loader():
 
 
 def test_muon_of_the_config():
-    """Hidden matrices are Muon's; embeddings, the output layer and vectors Adam's; as DeepSpeed names them."""
+    """As in DeepSpeed, Muon trains hidden matrices, and Adam embeddings, the output layer and vectors."""
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "hidden": make_model(), "lm_head": nn.Linear(3, 5)})
     params = {"lr": 0.5, "muon_lr": 0.25, "momentum": 0.9, "betas": [0.8, 0.9], "ns_method": "gram"}
     config = {**FP32, "optimizer": {"type": "Muon", "params": params}}
@@ -292,7 +292,7 @@ def test_muon_of_the_config():
 
 @pytest.mark.parametrize("by_config", [True, False])
 def test_sgd(by_config):
-    """As torch.optim.SGD, which is what DeepSpeed makes of the type."""
+    """The type is torch.optim.SGD, as in DeepSpeed."""
     params = {"lr": 0.25, "momentum": 0.5, "weight_decay": 0.25, "nesterov": True}
     models = [make_model() for _ in range(2)]
     wanted = torch.optim.SGD(models[0].parameters(), **params)
@@ -354,7 +354,7 @@ def test_a_group_whose_parameters_can_be_gone_through_once():
 
 
 class Batch(dict):
-    """Keys are attributes, as in many libraries."""
+    """A dict with its keys as attributes, as in many libraries."""
 
     __getattr__ = dict.__getitem__
 

@@ -1,4 +1,7 @@
-"""The engine's checkpoints: training goes on as if it had not stopped; on other ranks all that was saved is there."""
+"""The engine's checkpoints: training continues as if it had not stopped.
+
+On other numbers of ranks, all that was saved is there.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,7 @@ def start(stage: int, dtype: str, seed: int = 0, trains_first: bool = True) -> A
 
 
 def train(engine: Any, steps: range) -> None:
-    """Gradients are the same whatever the number of ranks: each sees all rows, in eval's batch norm."""
+    """Train with the same gradients on any number of ranks: each rank gets all rows, and batch norm is in eval mode."""
     engine.eval()
     for step in steps:
         for micro in range(2):
@@ -60,7 +63,7 @@ def status(engine: Any) -> tuple[Any, ...]:
 
 
 def save(group: Any, path: str, stage: int, dtype: str) -> list[Any]:
-    """[values, status] as they were saved, and two steps later."""
+    """Return values and status at the save, and the same two steps later."""
     engine = start(stage, dtype)
     train(engine, range(3))
     assert engine.save_checkpoint(path, client_state={"epoch": 3, "rank": comm.get_rank()})
@@ -70,7 +73,7 @@ def save(group: Any, path: str, stage: int, dtype: str) -> list[Any]:
 
 
 def resume(group: Any, path: str, stage: int, dtype: str) -> tuple[list[Any], Any, Any]:
-    """The same of the engine that it is loaded into."""
+    """Return values and status at the load, and the same two steps later; and what the load returned."""
     engine = start(stage, dtype, seed=1)
     folder, client_state = engine.load_checkpoint(path)
     at_load = [values(engine), status(engine)]
@@ -81,7 +84,7 @@ def resume(group: Any, path: str, stage: int, dtype: str) -> tuple[list[Any], An
 @pytest.mark.parametrize("dtype", SECTIONS)
 @pytest.mark.parametrize(("sizes", "stages"), [((1, 1), (2, 2)), ((4, 4), (2, 2)), ((4, 1), (1, 2)), ((1, 4), (2, 1))])
 def test_it_goes_on_bit_for_bit(ranks, tmp_path, sizes, stages, dtype):
-    """On other ranks what was saved is there bit for bit; sums over them are rounded otherwise from there on."""
+    """On other numbers of ranks the loaded values are equal bit for bit, but later sums round differently."""
 
     def run(size: int, fn: Any, stage: int) -> list[Any]:
         arguments = (str(tmp_path), stage, dtype)
@@ -109,7 +112,7 @@ def test_another_number_of_accumulation_steps(tmp_path):
 
 
 def buffers_of_ranks(group: Any, path: str, stage: int) -> list[list[float]]:
-    """Saved where each rank has its own, as BatchNorm's are in training; loaded."""
+    """Save buffers that differ on each rank, as BatchNorm's do in training, and load them."""
     engine = start(stage, "fp32")
     norm = engine.module[2]
     for buffer in norm.buffers():
@@ -144,7 +147,7 @@ def test_tags(tmp_path):
 
 
 def test_tags_in_folders(tmp_path):
-    """As DeepSpeed's: the name of a run and that of a checkpoint."""
+    """As with DeepSpeed, a tag may be the name of a run and of a checkpoint in it."""
     engine = start(2, "bf16")
     for step in range(2):
         train(engine, range(step, step + 1))
@@ -160,7 +163,7 @@ def test_tags_in_folders(tmp_path):
 
 
 def loads_of(group: Any, path: str, texts: list[bytes]) -> list[str]:
-    """What load_checkpoint says of each content of `latest`; nothing changes."""
+    """Return load_checkpoint's error for each content of `latest`. A failed load changes nothing."""
     engine = start(2, "bf16")
     train(engine, range(1))
     engine.save_checkpoint(path, tag="best")
@@ -191,7 +194,7 @@ def test_a_damaged_latest_is_an_error_on_all_ranks(ranks, tmp_path, size):
 
 
 def test_a_load_breaks_an_accumulation_off(tmp_path):
-    """The next step is made of its own micro-batches alone."""
+    """The next step consists only of its own micro-batches."""
     engine = start(2, "fp32")
     train(engine, range(2))
     engine.save_checkpoint(tmp_path)
@@ -317,7 +320,7 @@ def test_a_schedule_of_the_config_goes_on_at_the_configs_rates(tmp_path):
 
 
 def test_parameters_that_nobody_trains_do_not_keep_from_a_save(tmp_path):
-    """They have gradients all the same, which no step clears."""
+    """They have gradients too, which no step clears."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
     config = {"train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
     engine = pyzero.initialize(model=model, model_parameters=model[1].parameters(), config=config)[0]
@@ -330,7 +333,7 @@ def test_parameters_that_nobody_trains_do_not_keep_from_a_save(tmp_path):
 
 
 def save_on_a_half(group: Any, path: str) -> list[int]:
-    """An engine over ranks 0 and 1, which others know nothing of."""
+    """Save with an engine over ranks 0 and 1, while the other ranks do nothing."""
     meshes = [DeviceMesh("cpu", ranks, mesh_dim_names=("dp",)) for ranks in ([0, 1], [2, 3])]
     if comm.get_rank() > 1:
         return []
@@ -349,7 +352,7 @@ def test_an_engine_of_some_ranks_waits_for_no_others(ranks, tmp_path):
 
 
 def train_of_a_kind(kind: str, path: Path) -> Any:
-    """An engine with another optimizer, other groups or other trained parameters than `start`'s, with a checkpoint."""
+    """Return an engine with another optimizer, groups or trained parameters than `start`'s, and save a checkpoint."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 70), nn.ReLU(), nn.BatchNorm1d(70), nn.Linear(70, 3))
     params: Any = list(model.parameters())
@@ -398,7 +401,7 @@ def test_the_weights_alone_of_another_optimizer(tmp_path, kind, dtype, options):
 
 
 def test_the_weights_alone_of_a_tied_matrix_are_its_masters(tmp_path):
-    """Under its second name the checkpoint has 16-bit weights alone."""
+    """Under the matrix's second name, the checkpoint has only 16-bit weights."""
     engines = []
     for dtype in ("bf16", "fp32"):
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
@@ -457,7 +460,7 @@ def test_what_is_not_supported_says_so(tmp_path):
 
 
 def load_by_hand(group: Any, path: str, dtype: str, options: dict[str, bool]) -> list[bool]:
-    """Into a module whose last layer has other names."""
+    """Load into a module whose last layer has other names."""
     saved = start(2, dtype)
     train(saved, range(2))
     saved.save_checkpoint(path, client_state={"seen": 1})
@@ -525,6 +528,6 @@ def assigns(group: Any, path: str) -> str:
 
 
 def test_one_that_replaces_parameters_is_refused(ranks, tmp_path):
-    """No step would move them."""
+    """No step would update the new parameters."""
     for said in ranks.run(4, assigns, str(tmp_path)):
         assert "got 6 of 6 replaced by others, 0.bias first; build the engine anew, and copy into them" in said

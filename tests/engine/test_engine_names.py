@@ -1,4 +1,4 @@
-"""The names that DeepSpeed's scripts use on an engine, each doing what it does there."""
+"""The names that DeepSpeed's scripts use on an engine do the same here."""
 
 import copy
 import csv
@@ -30,7 +30,7 @@ ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
 
 
 class Net(nn.Module):
-    """Gradients are the inputs' sums: exact."""
+    """A model whose gradients are sums of inputs, and so exact."""
 
     def __init__(self, wraps: Any = lambda y: y) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def ones(value: float = 1.0) -> Tensor:
 
 
 def moments(group: Any, how: str, section: dict[str, Any], stage: int) -> tuple[list[float], float, int]:
-    """First moments after a step on micro-batches 2 and 6: half of their mean."""
+    """Return the first moments after a step on micro-batches 2 and 6: half of their mean."""
     engine = start(gradient_accumulation_steps=2, zero_optimization={"stage": stage}, **section)
     for value in (2.0, 6.0):
         loss = engine(ones(value)).float().sum()
@@ -131,7 +131,7 @@ def test_outputs_of_any_shape_divide(wraps, reads):
 
 
 class WithLogits(nn.Module):
-    """As transformers' models: the loss, and the logits that it was computed from."""
+    """Returns the loss and the logits that it was computed from, as transformers' models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_a_loss_beside_its_logits_is_divided_once(how):
 
 
 class Parts(nn.Module):
-    """Gives a loss, and what it is made of."""
+    """Returns a loss and the tensors that it was computed from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def test_a_backward_through_two_engines_is_divided_once_in_each(how):
 
 
 class Attributes(dict[str, Tensor]):
-    """Whose items are attributes."""
+    """A dict with its items as attributes."""
 
     def __init__(self, **items: Tensor) -> None:
         super().__init__(items)
@@ -263,7 +263,7 @@ def test_outputs_are_left_alone_and_divide_by_whatever_way_they_are_reached(how)
 @pytest.mark.parametrize("edit", [lambda y: y.div_(2), lambda y: y[:, 0].zero_(), lambda y: y.relu_()])
 @pytest.mark.parametrize("section", [{"gradient_accumulation_steps": 2}, {"fp16": {"enabled": True}}], ids=str)
 def test_an_edit_of_an_output_that_is_a_view_is_refused(edit, section):
-    """Its gradients go past the hook."""
+    """The gradients bypass the hook."""
     engine = start(nn.Linear(4, 4), **section)
     output = engine(torch.ones(2, 3, 4))
     assert output._is_view()
@@ -303,7 +303,7 @@ def test_outputs_that_are_given_again_beside_a_new_one_are_divided_once():
 
 @pytest.mark.parametrize("how", ["loss", "engine"])
 def test_what_lies_ahead_of_the_module_is_divided_too(how):
-    """As by DeepSpeed; and what lies between two forwards is not."""
+    """As in DeepSpeed. Gradients of a tensor between two forwards are not divided by a plain backward."""
     engine, ahead, between = start(WithLogits(), gradient_accumulation_steps=4), ones(), torch.ones(4)
     ahead.requires_grad_()
     between.requires_grad_()
@@ -554,7 +554,7 @@ def test_a_line_of_phases(caplog):
 
 
 def test_phases_are_kept_by_the_rank_that_tells_of_them(monkeypatch):
-    """Two events of a GPU each, for as long as the run."""
+    """Other ranks would keep two GPU events per phase until the end of the run."""
     monkeypatch.setattr(process, "rank_and_size", lambda: (1, 1))
     engine = start(wall_clock_breakdown=True)
     engine.backward(engine(ones()).sum())
@@ -616,7 +616,7 @@ logging.getLogger("pyzero").error("an error")
 )
 @pytest.mark.parametrize("is_called", [False, True])
 def test_optimizers_of_scripts(make, kind, options, is_called):
-    """Built before, or by a function that is handed over."""
+    """The optimizer is built before, or by a function that is passed in."""
     model = Net()
     given = make if is_called else make(model.parameters())
     config = {"train_batch_size": 1, "bf16": {"enabled": True}, "gradient_clipping": 2.0}
@@ -628,7 +628,7 @@ def test_optimizers_of_scripts(make, kind, options, is_called):
 
 
 def test_group_dicts_stay_the_callers():
-    """As accelerate has it: another optimizer is made of the groups, and the schedule goes on over the first."""
+    """As in accelerate: the optimizer is built from another's groups, and the schedule drives the first one."""
     model = Net()
     first = torch.optim.AdamW([{"params": [model.weight]}], lr=0.5, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(first, lambda step: step / 4)  # 0 at first

@@ -1,4 +1,4 @@
-"""DeepSpeed's schedules: numbers worked out by hand, and DeepSpeed's own where it is installed."""
+"""DeepSpeed's schedules against numbers computed by hand, and against DeepSpeed if it is installed."""
 
 import math
 import os
@@ -19,7 +19,7 @@ def optimizer_of(rates: tuple[float, ...] = (7.0,)) -> torch.optim.Adam:
 
 
 def follow(make: Any, num_steps: int, rates: tuple[float, ...] = (7.0,)) -> list[tuple[float, Any]]:
-    """(rate, betas) of each step of the last group."""
+    """Return (rate, betas) of the last group in each step."""
     optimizer = optimizer_of(rates)
     schedule = make(optimizer)
     seen = []
@@ -35,7 +35,7 @@ def rates_of(make: Any, num_steps: int, rates: tuple[float, ...] = (7.0,)) -> li
 
 
 def test_warmup_and_decay():
-    """It counts from -1, so the first two steps run at the minimum."""
+    """The count starts at -1, so the first two steps run at the minimum."""
     found = rates_of(lambda o: WarmupDecayLR(o, 8, 1.0, 5.0, 4, "linear"), 11)
     assert found == [1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
 
@@ -63,7 +63,10 @@ def test_log_warmup():
 
 
 def test_cosine():
-    """Two steps up, from a quarter; then cos(pi/4 * k) of four steps down to 0.2; 0 at the very first step."""
+    """The very first step runs at ratio 0.
+
+    Two steps rise from a quarter, then four steps follow cos(pi/4 * k) down to 0.2.
+    """
     found = rates_of(lambda o: WarmupCosineLR(o, 6, 0.25, 2, 0.2, "linear"), 9, (10.0,))
     down = [0.2 + 0.8 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3, 4)]
     assert found == pytest.approx([0.0, 2.5, 6.25, *[10 * ratio for ratio in down], 2.0, 2.0])
@@ -76,7 +79,10 @@ def test_range_test(staircase, wanted):
 
 
 def test_one_cycle():
-    """Four steps up, two down, then the rate falls as 1 / (1 + k / 2), and the first beta grows by a tenth of it."""
+    """Four steps up, two steps down, then the decay.
+
+    The rate falls as 1 / (1 + k / 2), and the first beta grows as 1 + 0.1 * k / 2.
+    """
     decay = dict(decay_lr_rate=1.0, decay_mom_rate=0.1, decay_step_size=2)
     momenta = dict(cycle_min_mom=0.5, cycle_max_mom=0.7)
     steps = dict(cycle_first_step_size=4, cycle_second_step_size=2)
@@ -87,7 +93,7 @@ def test_one_cycle():
 
 
 def test_a_step_to_an_iteration():
-    """In DeepSpeed's count: 0 is the second optimizer step."""
+    """In DeepSpeed's count, 0 is the second optimizer step."""
     schedule = WarmupLR(optimizer_of(), 0.0, 4.0, 4, "linear")
     for iteration, wanted in ((1, 1.0), (3, 3.0), (0, 0.0)):
         schedule.step(iteration)
@@ -166,7 +172,7 @@ def test_it_goes_on_where_it_was(name):
 
 
 def test_it_goes_on_by_its_own_numbers():
-    """As in DeepSpeed a state is a count: what the config of the resumed run says of rates and lengths holds."""
+    """As in DeepSpeed, only the count is loaded. Rates and lengths come from the resumed run's config."""
     saved = WarmupDecayLR(optimizer_of(), 8, 1.0, 5.0, 4, "linear")
     for _ in range(6):
         saved.optimizer.step()
@@ -299,7 +305,7 @@ IN_TURN = {
 
 
 def older_step(self: SequentialLR) -> None:
-    """As SequentialLR's of torch 2.6: a schedule whose turn it is goes to its start by step(0)."""
+    """Step as SequentialLR of torch 2.6 does: it starts a schedule by step(0) when its turn comes."""
     self.last_epoch += 1
     index = bisect_right(self._milestones, self.last_epoch)
     at_start = (0,) if self.last_epoch in self._milestones else ()
@@ -310,7 +316,7 @@ def older_step(self: SequentialLR) -> None:
 @pytest.mark.parametrize("is_older", [False, True], ids=["step", "step(0)"])
 @pytest.mark.parametrize("name", IN_TURN)
 def test_in_turn_after_another(monkeypatch, name, is_older):
-    """torch's SequentialLR: each begins as it does alone, from the rates that the groups were built with."""
+    """In torch's SequentialLR, each schedule starts as it does alone, from the groups' initial rates."""
     if is_older:
         monkeypatch.setattr(SequentialLR, "step", older_step)
     alone = follow(IN_TURN[name], 9)

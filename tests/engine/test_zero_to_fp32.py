@@ -1,4 +1,4 @@
-"""deepspeed.utils.zero_to_fp32: whole fp32 weights of the engine's checkpoints, and of DeepSpeed's."""
+"""deepspeed.utils.zero_to_fp32: whole fp32 weights from checkpoints of an engine, and from DeepSpeed's."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def save(group: Any, path: str, stage: int) -> dict[str, Tensor]:
 
 
 def _with_path() -> dict[str, str]:
-    """The environment, in which a script elsewhere finds this pyzero."""
+    """Return an environment in which a script elsewhere imports this pyzero."""
     return {**os.environ, "PYTHONPATH": str(Path(pyzero.__file__).parents[1])}
 
 

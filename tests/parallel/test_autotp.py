@@ -1,4 +1,4 @@
-"""config.tensor_parallel: transformers' models split by their own plan train as on one process."""
+"""The config's tensor_parallel: transformers' models, split by their own plan, train as in one process."""
 
 import copy
 import io
@@ -23,13 +23,13 @@ from pyzero.sharding.mesh_grad import make_norms_plain
 STEPS = 10
 EXTRA = 3  # on another number of ranks
 LR = 3e-3
-EPS = 1e-5  # with 1e-8 a gradient that is 0 but for rounding would move its weight
+EPS = 1e-5  # with 1e-8, a gradient that is 0 except for rounding would move its weight
 MAX_NORM = 0.5
 ROWS, LENGTH, VOCAB = 8, 12, 61  # which 2 does not divide
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, num_kv_heads: int = 2) -> Any:
-    """Qwen2: biases, fewer heads of keys than of queries. Qwen3: norms of each head, and one weight at both ends."""
+    """Make a Qwen2 (biases, fewer key heads than query heads) or a Qwen3 (norms per head, tied embeddings)."""
     import transformers
 
     cls, config = {
@@ -46,7 +46,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32, num_kv_heads: int = 2) -
     )  # fmt: skip
     with torch.no_grad():
         for param in model.parameters():
-            if param.dim() == 1:  # biases of 0 and norms of 1 would hide what is done to them
+            if param.dim() == 1:  # biases of 0 and norms of 1 would hide errors
                 param.add_(torch.linspace(-0.2, 0.3, param.numel()).to(param))
     return model.to(dtype)
 
@@ -142,7 +142,7 @@ SPECS = {
 
 
 class Grid:
-    """An mpu whose ranks of a layer are not neighbours."""
+    """An mpu in which the ranks of a layer are not consecutive."""
 
     def __init__(self) -> None:
         rank = dist.get_rank()
@@ -220,7 +220,7 @@ def test_other_models_by_a_plan(ranks, how, stage):
 
 
 class OfPlan(nn.Module):
-    """Around a model with a plan, as an actor is."""
+    """A wrapper of a model with a plan, as actors are."""
 
     def __init__(self, model: nn.Module, plan: dict[str, str]) -> None:
         super().__init__()
@@ -229,7 +229,10 @@ class OfPlan(nn.Module):
 
 
 class PerHead(nn.Module):
-    """A norm of each head, which has a weight for all: on half of the heads its gradient is half of the sum."""
+    """A norm over each head, with one weight for all heads.
+
+    On half of the heads, the weight's gradient is only a part of the sum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +249,7 @@ def take_step(engine: Any) -> None:
 
 
 def cohere() -> Any:
-    """With a row of a norm's weights for each head."""
+    """Make a Cohere model, whose norms have a row of weights per head."""
     import transformers
 
     sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -257,7 +260,10 @@ def cohere() -> Any:
 
 
 def clip_by_torch(group: Any, stage: int, tp_size: int) -> list[tuple[float, float]]:
-    """On two meshes, or DTensors beside tensors; gradients of Qwen3's norms of heads are partial sums."""
+    """Clip by torch's function. Parameters are on two meshes, or DTensors and plain tensors.
+
+    The gradients of Qwen3's norms per head are partial sums.
+    """
     model, split = (make("Qwen3", num_kv_heads=tp_size) for _ in range(2))
     engine, found = pyzero.initialize(model=split, config=config_of(tp_size, stage, 4 // tp_size))[0], []
     for kind in (2.0, 1.0, float("inf")):
@@ -286,7 +292,7 @@ def test_torchs_clip_of_split_models(ranks, stage, tp_size):
 
 
 def refusals_and_more(group: Any) -> dict[str, str]:
-    """What each says on this rank."""
+    """Return the message of each case on this rank."""
     said = {}
 
     def note(name: str, do: Any) -> None:
@@ -386,7 +392,7 @@ class Small(nn.Module):
 
 
 def load_weights_alone(group: Any, folder: Path, options: dict[str, bool]) -> None:
-    """The loaded weights are still there after a step that changes nothing."""
+    """The loaded weights are unchanged after a step with a learning rate of 0."""
 
     def take_steps(engine: Any, num: int) -> None:
         for number in range(num):

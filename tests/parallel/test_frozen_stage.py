@@ -1,4 +1,4 @@
-"""A stage of a pipeline, or a shard of a model, whose parameters are all frozen steps beside those that train."""
+"""A pipeline stage or a shard whose parameters are all frozen steps beside those that train."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _meshes: dict[int, tuple[Any, Any]] = {}
 
 
 def groups(group: Any) -> tuple[Any, Any, int]:
-    """(replicas of this rank's stage, its pipeline, stage): one pipeline of 2 ranks, or two on 4."""
+    """Return (replicas of this rank's stage, its pipeline, stage), for one pipeline of 2 ranks, or two on 4."""
     size, rank = dist.get_world_size(group), dist.get_rank()
     if size not in _meshes:
         if size == 2:
@@ -25,11 +25,11 @@ def groups(group: Any) -> tuple[Any, Any, int]:
 
 
 def train(group: Any, stage: int, dtype: torch.dtype) -> tuple[list[float], float, int, float]:
-    """Stage 0 is frozen; the second of three steps overflows on stage 1."""
+    """Train three steps with stage 0 frozen. The second step overflows on stage 1."""
     data, pipeline, place = groups(group)
     model = nn.Linear(2, 1, bias=False).to(dtype).requires_grad_(place == 1)
     model.weight.model_parallel = True
-    with torch.device("meta"):  # all that it makes lies beside the parameters
+    with torch.device("meta"):  # the optimizer allocates on the parameters' device all the same
         optimizer = pyzero.FusedZeroAdamW(
             model.parameters(),
             lr=0.25,

@@ -1,4 +1,4 @@
-"""Optimizers over DTensor parameters of fully_shard: masters and moments of local shards, norms over all ranks."""
+"""Optimizers over fully_shard's parameters: masters and moments of local shards, norms over all ranks."""
 
 import gc
 import itertools
@@ -17,7 +17,7 @@ import pyzero
 
 
 def solo() -> Any:
-    """A group of this rank."""
+    """Make a group of only this rank."""
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
@@ -43,7 +43,10 @@ def test_follows_adamw_on_one_process(ranks, size):
 
 
 def test_modules_that_the_collector_does_not_name_are_found(ranks):
-    """After gc.freeze(): fully_shard would gather weights of before the optimizer, in silence."""
+    """The modules are hidden by gc.freeze().
+
+    If they were not found, fully_shard would silently gather weights from before the optimizer.
+    """
     for run, _ in ranks.run(2, fsdp_run, None, True):
         case.assert_follows(run, None)
 
@@ -104,14 +107,14 @@ def mixed_precision(group: Any) -> tuple[list[torch.Tensor], float]:
 
 
 def test_mixed_precision_policy_keeps_fp32_weights(ranks):
-    """Adam's own rounding apart, fully_shard's bf16 forward makes of both runs the same; a weight is about 1."""
+    """Both runs do the same bf16 forward, so they differ only by Adam's rounding. A weight is about 1."""
     for grads, difference in ranks.run(2, mixed_precision):
         assert all(grad.dtype == torch.float32 for grad in grads)
         assert difference < case.NUM_STEPS * case.LR * 2**-8  # bf16 weights differ in their last bit at times
 
 
 def fp16_overflow(group: Any, way: str) -> dict[str, Any]:
-    """Rank 1 overflows in the second of four steps of two micro-batches each, in one parameter of its own shard."""
+    """One rank overflows in the second of four steps of two micro-batches, in one parameter of its own shard."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = case.fsdp(case.Model(torch.float16), group)
     optimizer = pyzero.FusedZeroAdamW(
@@ -154,7 +157,10 @@ def test_an_overflow_on_one_rank_skips_on_all(ranks, way):
 
 
 def after_a_refused_backward(group: Any, way: str) -> tuple[bool, list[float]]:
-    """Norms of a plain backward, and of one behind a scaled one that was refused, for `.grad` carried no scale."""
+    """Return norms of a plain backward, and of one after a refused backward.
+
+    The refused backward was scaled, where `.grad` carried no scale.
+    """
     model = case.fsdp(case.Model(), group)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.0, process_group=group, loss_scale=1024.0)
     norms = []
@@ -225,7 +231,7 @@ def refused(group: Any) -> dict[str, str]:
     attempt("lamb", lambda: pyzero.ZeroLamb(model.parameters()))
     both = [*model.parameters(), *case.fsdp(case.Model(), square["dp"]).parameters()]
     attempt("meshes", lambda: pyzero.FusedZeroAdamW(both))
-    shards = case.fsdp(case.Model(), square["tp"])  # nobody averages over dp
+    shards = case.fsdp(case.Model(), square["tp"])  # nothing averages over dp
     attempt("shards", lambda: pyzero.FusedZeroAdamW(shards.parameters()))
     alike = pyzero.FusedZeroAdamW(shards.parameters(), process_group=square["tp"], lr=case.LR)
     found["alike run"] = case.train(shards, alike, square["tp"].get_group())
@@ -261,14 +267,14 @@ def lion(group: Any) -> list[torch.Tensor]:
 
 
 def test_lion_over_shards(ranks):
-    """Lion moves by the sign: where rounding does not flip one, weights agree to their last bits."""
+    """Lion moves by the sign. Unless rounding flips a sign, weights agree to their last bits."""
     for differences in ranks.run(2, lion):
         far = torch.cat([d.view(-1) for d in differences]).abs() > 1e-5
         assert far.float().mean() < 0.01
 
 
 def beside_plain(group: Any) -> tuple[str, list[torch.Tensor], list[torch.Tensor]]:
-    """Shards of blocks have an optimizer of their own, and what is left whole has another."""
+    """Train the shards of blocks by one optimizer, and the parameters that are left whole by another."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 

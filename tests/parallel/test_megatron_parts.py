@@ -1,4 +1,7 @@
-"""Checkpoints of plain weights that are split by hand, as Megatron's layers are: parts of one name on several ranks."""
+"""Checkpoints of plain weights that are split by hand, as Megatron's layers are.
+
+Parts on several ranks share one name.
+"""
 
 import functools
 from pathlib import Path
@@ -16,7 +19,7 @@ SAVED_AT, STEPS = 3, 5
 
 
 class Split(nn.Module):
-    """This rank's rows of two weights, of which one is frozen; a weight and a buffer that all have."""
+    """This rank's rows of a trained and of a frozen weight, and a weight and a buffer that all ranks have."""
 
     def __init__(self, rank: int, size: int, dtype: torch.dtype, seed: int = 0) -> None:
         super().__init__()
@@ -30,12 +33,12 @@ class Split(nn.Module):
             self.up.tensor_model_parallel = self.frozen.tensor_model_parallel = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What its own rows give, and what all ranks compute alike."""
+        """Return the output of this rank's rows, and an output that all ranks compute alike."""
         return (self.up + self.frozen) @ x, self.norm * x
 
 
 def groups(group: Any, size: int) -> tuple[Any, Any]:
-    """(replicas, model-parallel ranks) of `size` parts."""
+    """Return (replicas, model-parallel ranks) for `size` parts."""
     from torch.distributed.device_mesh import init_device_mesh
 
     world = dist.get_world_size(group)

@@ -1,4 +1,4 @@
-"""Ranks with other parts of one model, split by hand: what one of them refuses, the others do not do either."""
+"""Ranks with different parts of a model that is split by hand. If one rank refuses something, none does it."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ import pyzero
 
 
 def part(group: Any, replicas: int, kind: Any = pyzero.FusedZeroAdamW, mark: str = "model_parallel") -> Any:
-    """A part of its own on each of 4 / replicas ranks, and its optimizer."""
+    """Return this rank's part, one of 4 / replicas, and its optimizer."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("dp", "pp"))
@@ -25,7 +25,7 @@ def part(group: Any, replicas: int, kind: Any = pyzero.FusedZeroAdamW, mark: str
 
 
 def refused_step(group: Any, replicas: int) -> tuple[list[str], list[Tensor]]:
-    """Rank 0 refuses the second step; the third takes its place."""
+    """Rank 0 refuses the second step, and the third succeeds."""
     model, optimizer = part(group, replicas)
     outcomes, norms = [], []
     for step in range(3):
@@ -84,7 +84,7 @@ def built_over_slices(group: Any, kind: Any, mark: str) -> str:
 
 @pytest.mark.parametrize("kind", [pyzero.ZeroMuon, pyzero.ZeroLamb])
 def test_rules_that_need_whole_weights_refuse_slices(ranks, kind):
-    """A pipeline stage's weights are whole."""
+    """They accept a pipeline stage, because its weights are whole."""
     for message in ranks.run(4, built_over_slices, kind, "tensor_model_parallel"):
         assert "got parameter 0 with tensor_model_parallel=True" in message, message
     assert ranks.run(4, built_over_slices, kind, "model_parallel") == ["built"] * 4

@@ -1,4 +1,4 @@
-"""torch.distributed.pipelining beside ZeRO: stages on the columns of a mesh, replicas on its rows."""
+"""torch.distributed.pipelining with ZeRO: stages on the columns of a mesh, replicas on its rows."""
 
 import functools
 from pathlib import Path
@@ -22,7 +22,7 @@ FP32 = UNIT[torch.float32]
 
 
 def build() -> nn.Sequential:
-    """Four layers of different sizes."""
+    """Make four layers of different sizes."""
     torch.manual_seed(1)
     sizes = (WIDTH, 17, 7, 23, WIDTH)
     return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip(sizes, sizes[1:], strict=False)))
@@ -42,7 +42,7 @@ _meshes: dict[int, Any] = {}
 
 
 def groups(group: Any) -> tuple[Any, Any, int, int]:
-    """(replicas of this rank's stage, its pipeline, replica, stage): of one pipeline on 2 ranks, of two on 4."""
+    """Return (replicas of this rank's stage, its pipeline, replica, stage): one pipeline on 2 ranks, or two on 4."""
     size, rank = dist.get_world_size(group), dist.get_rank()
     replica, stage = divmod(rank, STAGES)
     if size not in _meshes:
@@ -55,7 +55,7 @@ def groups(group: Any) -> tuple[Any, Any, int, int]:
 
 
 class Pipeline:
-    """This rank's layers, optimizer and schedule. indices: of the stages that it holds."""
+    """This rank's layers, optimizer and schedule."""
 
     def __init__(self, group: Any, schedule: str = "Schedule1F1B", scale_grads: bool = False, **options: Any) -> None:
         self.dp, self.pp, self.replica, self.column = groups(group)
@@ -116,7 +116,7 @@ def train(group: Any, steps: int, **options: Any) -> tuple[dict[str, Tensor], li
 
 @functools.cache
 def alone() -> tuple[dict[str, Tensor], list[float]]:
-    """One process, torch's AdamW and clip_grad_norm_."""
+    """Train in one process with torch's AdamW and clip_grad_norm_."""
     model, norms = build(), []
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
     for step in range(STEPS):
@@ -129,7 +129,7 @@ def alone() -> tuple[dict[str, Tensor], list[float]]:
 
 
 def tolerance(wanted: dict[str, Tensor]) -> float:
-    """Of two runs in fp32."""
+    """Return the tolerance between two runs in fp32."""
     magnitude = max(float(value.abs().max()) for value in wanted.values())
     decay = 1 - OPTIONS["lr"] * OPTIONS["weight_decay"]
     return 2**0.5 * ADAM[torch.float32].master(STEPS, magnitude, OPTIONS["lr"], 0.999, decay)
@@ -143,7 +143,7 @@ def test_follows_one_process(ranks, size, stage):
     found: dict[str, Tensor] = {}
     for weights, norms in ranks.run(size, functools.partial(train, stage=stage, max_grad_norm=MAX_NORM), STEPS):
         found |= weights
-        # A gradient is a sum over rows, in another order here; its norm is no farther off than the worst of its values.
+        # A gradient is a sum over rows, here in another order. Its norm has at most the largest error of its elements.
         assert norms[0] == pytest.approx(wanted_norms[0], rel=ROWS * FP32)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -162,7 +162,7 @@ def test_follows_one_process(ranks, size, stage):
     ids=lambda options: next(iter(options.items()))[-1],
 )
 def test_bits_do_not_depend_on_how(ranks, options):
-    """Powers of two scale exactly; each stage adds its micro-batches in the same order in every schedule."""
+    """Powers of two scale exactly. Every schedule adds a stage's micro-batches in the same order."""
     size = 2 if "ZeroBubble" in options.get("schedule", "") else 4  # see test_split_backward
     assert plain(ranks, size, {}) == plain(ranks, size, options)
 
@@ -182,7 +182,7 @@ def plain(ranks: Any, size: int, options: dict[str, Any]) -> Any:
 
 
 def bad_gradient(group: Any) -> list[Any]:
-    """One step with an inf on each rank in turn."""
+    """Take one step per rank, with an inf on that rank."""
     pipeline, found = Pipeline(group, loss_scale=pyzero.LossScale(init_scale=2.0**10)), []
     victim = next(pipeline.model.parameters())
     for step in range(dist.get_world_size(group)):
@@ -228,7 +228,7 @@ def test_clips_as_torch(ranks):
 
 
 def state_of(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Masters and moments, whole, by name."""
+    """Return whole masters and moments by name."""
     return {
         f"{name}.{key}": value
         for name, param in model.named_parameters()
@@ -237,7 +237,7 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 
 def save(group: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """State at the third step, and three steps later."""
+    """Return the state at step 3, where it is saved, and three steps later."""
     pipeline = Pipeline(group, loss_scale=2.0**10)
     for step in range(3):
         pipeline.step(step)
@@ -283,7 +283,10 @@ def test_checkpoint_resumes_on_other_meshes(ranks, tmp_path):
 
 
 def save_with_names_that_clash(group: Any, folder: Path) -> list[str]:
-    """Each stage calls its first layer "0"; a checkpoint of the whole model holds names that no stage has."""
+    """Each stage calls its first layer "0".
+
+    A checkpoint of the whole model has names that no stage has.
+    """
     pipeline, messages = Pipeline(group), []
     held = nn.Sequential(*(layer for layer in pipeline.model if not isinstance(layer, nn.Identity)))
     other = build()
@@ -316,7 +319,7 @@ def test_names_tell_stages_apart(ranks, tmp_path):
 
 
 def split_backward(group: Any, stage: int) -> list[str]:
-    """What torch's split backward does: no hook runs, `.grad` is assigned and added to."""
+    """Assign and add to `.grad` without hooks, as torch's split backward does."""
     first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     weight = second.weight
     options = {"lr": 1.0, "stage": stage, "process_group": group}
@@ -333,13 +336,16 @@ def split_backward(group: Any, stage: int) -> list[str]:
     messages.append(str(caught.value))
     optimizer.zero_grad()
     optimizer.backward(first(torch.ones(1, 3)).sum())
-    with pytest.raises(RuntimeError) as caught:  # a whole backward shows a gradient for all parameters
+    with pytest.raises(RuntimeError) as caught:  # a whole backward sets the gradients of all parameters
         weight.grad += grad
     return [*messages, str(caught.value)]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_split_backward(ranks, stage):
-    """Of all micro-batches it is summed; mixed with whole backwards, or with a loss scale, it is refused."""
+    """If all micro-batches do it, gradients are summed.
+
+    Mixed with whole backwards, or with a loss scale, it is refused.
+    """
     for scaled, mixed in ranks.run(2, split_backward, stage):
         assert "zero-bubble schedules" in scaled and "got add_ of a .grad" in mixed

@@ -1,4 +1,4 @@
-"""examples/pipeline.py as a user starts it."""
+"""Start examples/pipeline.py as a user does."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_pipeline_example(tmp_path):
-    """Two replicas of two stages, saved; one pipeline goes on from there."""
+    """Two replicas of two stages save, and one pipeline resumes from that."""
     text = tmp_path / "text"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog; " * 100)
     losses = []

@@ -1,4 +1,4 @@
-"""pyzero.deepspeed.pipe: DeepSpeed's pipeline scripts on torch's schedule, against the same layers in one process."""
+"""pyzero.deepspeed.pipe: DeepSpeed's pipeline scripts on torch's schedules, against the same layers in one process."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipeModelDa
 
 WIDTH, WORDS, MICRO_ROWS, ACCUMULATION, STEPS = 12, 11, 2, 3, 50
 RATE, DECAY = 2.0**-7, 0.125
-SENDS_INTEGERS = torch.__version__ >= "2.13"  # before, all that is sent has a gradient
+SENDS_INTEGERS = torch.__version__ >= "2.13"  # before, all sent tensors have gradients
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": MICRO_ROWS,
     "gradient_accumulation_steps": ACCUMULATION,
@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Blend(nn.Module):
-    """Takes and gives a tuple, of which the mask has no gradient; its buffer counts calls."""
+    """Maps a tuple to a tuple. The mask in it has no gradient. A buffer counts calls."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def specs(num_blocks: int = 4) -> list[Any]:
-    """A tied embedding on both ends."""
+    """Return layers with a tied embedding at both ends."""
     tied = functools.partial(TiedLayerSpec, "embedding", nn.Embedding, WORDS, WIDTH)
     return [tied(forward_fn=embed), *(LayerSpec(Blend, WIDTH) for _ in range(num_blocks)), tied(forward_fn=logits)]
 
 
 class Alone(nn.Module):
-    """The same layers in one process, by the same names."""
+    """The same layers in one process, with the same names."""
 
     def __init__(self, num_blocks: int = 4) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Alone(nn.Module):
 
 
 def micro_batches(replica: int, num_replicas: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """One replica's; a step's are the same for any number of replicas, each with its share."""
+    """Yield one replica's share of the micro-batches, which are the same for any number of replicas."""
     step = first
     while True:
         for index in range(ACCUMULATION):
@@ -100,7 +100,7 @@ def micro_batches(replica: int, num_replicas: int, first: int = 0) -> Iterator[t
 
 
 def initialize(num_stages: int, num_blocks: int = 4, **options: Any) -> Any:
-    """Over all four ranks: 12 micro-batches a step over the replicas there are."""
+    """Make an engine over all ranks. A step has 12 micro-batches, divided over the replicas."""
     replicas = dist.get_world_size() // num_stages if dist.is_initialized() else 1
     module = PipelineModule(
         specs(num_blocks),
@@ -137,7 +137,7 @@ def train(group: Any, num_stages: int, **options: Any) -> tuple[dict[str, Tensor
 
 @functools.cache
 def alone() -> tuple[dict[str, Tensor], list[float], list[float]]:
-    """torch's AdamW and clip_grad_norm_, one batch a step."""
+    """Train with torch's AdamW and clip_grad_norm_, one batch per step."""
     model, data, losses, norms = Alone(), micro_batches(0, 1), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     for _ in range(STEPS):
@@ -185,7 +185,7 @@ def test_follows_one_process(ranks, num_stages, options):
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    """Masters and moments by name."""
+    """Return masters and moments by name."""
     return {
         f"{name}.{key}": value
         for name, param in engine.module.named_parameters()
@@ -232,7 +232,7 @@ def test_checkpoints_resume_on_other_stages(ranks, tmp_path):
 
 
 def fp16_overflow(group: Any) -> tuple[list[bool], float, list[float]]:
-    """An inf in the second of three steps, on one rank of the last stage."""
+    """One rank of the last stage has an inf in the second of three steps."""
     scale = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
     engine = initialize(2, fp16=scale, scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 10}})
     data, applied, rates = data_of(engine), [], []
@@ -278,7 +278,7 @@ def engine_names(group: Any) -> None:
     engine.train_batch()
     engine.set_train_batch_size(8)  # two micro-batches: 1F1B still
     engine.train_batch()
-    engine.set_train_batch_size(4)  # one, of which there are fewer than stages: GPipe
+    engine.set_train_batch_size(4)  # one, fewer than stages: GPipe
     assert engine.train_batch() > 0
     with pytest.raises(StopIteration):
         engine.train_batch()
@@ -291,7 +291,10 @@ def test_engine(ranks):
 
 
 def ends(group: Any, num_stages: int, how: str) -> tuple[str, float]:
-    """How a batch ends whose data give out on the first and the last stage of one replica; then the next one's loss."""
+    """The data of one replica end on its first and last stage.
+
+    Return how that batch ends, and the loss of the next one.
+    """
     engine = initialize(num_stages)
     data = list(itertools.islice(data_of(engine) or (), 24))
     is_short = data and engine.dp_rank == 0
@@ -417,7 +420,7 @@ def test_topology():
 
 
 class Failing(nn.Module):
-    """Fails in the calls of these numbers."""
+    """A layer that fails in the calls with these numbers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -436,9 +439,9 @@ class Failing(nn.Module):
 def layer_fails(
     group: Any, stage: int, call: int, how: str, num_stages: int = 4, ties: bool = False, **sections: Any
 ) -> tuple[list[str], float, list[float]]:
-    """What a rank says of a batch in which a layer fails on one stage, or the loss; seconds; losses of other batches.
+    """A layer fails on one stage, or the loss. Return this rank's messages, seconds, and losses of other batches.
 
-    call: Which one of the layer's fails; 100 more: after a batch.
+    call: Which of the layer's calls in the batch fails. If 100 is added, a whole batch runs before.
     """
     torch.manual_seed(0)
     layers: list[Any] = [LayerSpec(Failing, WIDTH) for _ in range(4)]
@@ -520,7 +523,7 @@ def test_so_are_their_replicas(ranks, stage, call):
 
 
 class Numbered(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Rows of their number."""
+    """Each row is filled with its index."""
 
     def __len__(self) -> int:
         return 4 * MICRO_ROWS * ACCUMULATION
@@ -530,7 +533,7 @@ class Numbered(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def first_rows(group: Any) -> list[float]:
-    """Numbers of the samples in the first batch."""
+    """Return the indices of the samples in the first batch."""
     seen: list[float] = []
     model = PipelineModule([nn.Linear(WIDTH, WIDTH)], num_stages=1, loss_fn=lambda y, x: (y - x).square().mean())
     engine, *_ = deepspeed.initialize(

@@ -1,4 +1,4 @@
-"""What DeepSpeed's scripts send through a pipeline: shapes, tuples, losses of all kinds, and errors of one stage."""
+"""What DeepSpeed's scripts send through a pipeline: shapes, tuples, all types of loss, and errors of one stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Layer(nn.Module):
-    """before and after: what it does to its inputs and outputs."""
+    """A linear layer. before and after: Functions of its inputs and outputs."""
 
     def __init__(
         self, seed: int, before: Callable[[Any], Any] | None = None, after: Callable[[Tensor], Any] | None = None
@@ -65,7 +65,7 @@ def losses_of(engine: Any, data: list[Any], steps: int = 2) -> list[float]:
 
 
 def bare(value: Any) -> Tensor:
-    """What a tuple of one holds."""
+    """Return the tensor in a tuple of one."""
     assert isinstance(value, tuple) and len(value) == 1
     inner = value[0]
     assert isinstance(inner, Tensor)
@@ -81,7 +81,7 @@ def with_mask(value: Tensor) -> Any:
 
 
 def kinds(name: str) -> tuple[list[Any], Any]:
-    """Four layers, cut in the middle, and a loss function."""
+    """Return four layers, and a loss function. The name says what is sent in their middle."""
     between: dict[str, tuple[Any, Any]] = {
         "plain": (None, None),
         "a tuple of one": (one, bare),
@@ -151,7 +151,7 @@ def test_buffers_that_nobody_can_write_are_left_alone():
 
 
 def other_shapes(group: Any, num_stages: int) -> list[float]:
-    """Of each batch; then a batch of two shapes, and the next one."""
+    """Return losses of batches with different shapes. Then a batch of two shapes fails, and the next one succeeds."""
     engine = initialize([Layer(seed) for seed in range(4)], num_stages=num_stages)
     losses = []
     for rows in (2, 1, 5, 2):
@@ -172,7 +172,7 @@ def test_a_batch_of_another_shape(ranks):
 
 
 def lists(group: Any) -> list[list[str]]:
-    """torch's loaders turn the tuples of a sample into lists."""
+    """torch's loaders turn a sample's tuples into lists."""
     seen: list[list[str]] = [[], []]
 
     def both(kind: int, pair: Any) -> Any:
@@ -232,11 +232,11 @@ def test_a_loss_with_weights_is_the_last_stages(ranks, tmp_path):
 
 
 class Own(Exception):
-    """A layer's."""
+    """An error of a layer."""
 
 
 def alone(group: Any) -> None:
-    """In a pipeline of one stage no rank is left waiting."""
+    """In a pipeline of one stage, no rank waits for another."""
     for loss_fn, error, message in (
         (lambda outputs, labels: (mse(outputs, labels), outputs), TypeError, "from loss_fn, got tuple"),
         (lambda outputs, labels: outputs - labels, ValueError, r"from loss_fn, got a tensor of shape \(2, 6\)"),
@@ -252,7 +252,7 @@ def test_a_loss_of_several_elements_is_refused(ranks):
 
 
 def caught(group: Any, how: str) -> list[bool]:
-    """Whether what frames held is still there, once the error is caught."""
+    """Return whether the locals of frames are still alive after the error is caught."""
     held = []
 
     def keep() -> Tensor:

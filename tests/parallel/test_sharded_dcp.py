@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint and its helpers over an optimizer of DTensor parameters."""
+"""torch.distributed.checkpoint and its helpers with an optimizer over DTensor parameters."""
 
 import copy
 from pathlib import Path
@@ -49,19 +49,19 @@ def states(model: Any, optimizer: Any, how: str) -> dict[str, Any]:
 
 
 def save(group: Any, kind: str, dtype: torch.dtype, how: str, folder: Path) -> tuple[Any, Any, Any]:
-    """(what was saved, what comes of it, the whole state dicts)."""
+    """Return (contents at the save, contents at the end, whole state dicts)."""
     model, optimizer = build(group, kind, dtype)
     case.train(model, optimizer, group, range(SAVED_AT), share_of(group, kind))
     optimizer.zero_grad()
-    held, saved = {}, copy.deepcopy(contents(model, optimizer))  # of what is replicated it is no copy
+    held, saved = {}, copy.deepcopy(contents(model, optimizer))  # contents of replicated tensors are not copies
     state = states(model, optimizer, how)
     if how in ("full", "rank 0"):
-        held = copy.deepcopy(state)  # torch hands out step counts in the memory where they lie
+        held = copy.deepcopy(state)  # torch returns step counts without a copy
     elif how == "async":
-        beside = Group(group)  # torch before 2.14 names a part's groups otherwise on ranks that have had more of them
+        beside = Group(group)  # before torch 2.14, group names depend on how many groups a rank has made
         saving = dcp.async_save(
             state, checkpoint_id=folder, process_group=beside.handle
-        )  # fully_shard talks in `group`
+        )  # fully_shard communicates in `group`
     else:
         dcp.save(state, checkpoint_id=folder, process_group=group)
     case.train(model, optimizer, group, range(SAVED_AT, STEPS), share_of(group, kind))

@@ -1,4 +1,4 @@
-"""DTensor parameters in unusual orders of ordinary calls, held against torch.optim.AdamW on one process."""
+"""Calls on DTensor parameters in unusual orders, against torch.optim.AdamW in one process."""
 
 import logging
 import math
@@ -49,7 +49,7 @@ def test_a_group_that_joins_late_and_cannot_be_right_is_refused(ranks):
 
 
 def read_in_place(group: Any) -> torch.Tensor:
-    """A checkpoint is read into the optimizer's own memory, and other weights are written before it is loaded."""
+    """A state dict shares the optimizer's memory. Write into it, write other weights, and load it."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -70,7 +70,7 @@ def test_loaded_masters_outlive_weights_that_were_written(ranks):
 
 
 def written_whole(group: Any) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """A step of no effect behind each way to write a bf16 DTensor: (way, weight, master)."""
+    """Return (way, weight, master) for each way to write a bf16 DTensor, after a step with a learning rate of 0."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -134,7 +134,7 @@ def evaluate_before_step(group: Any, reshards: bool | None) -> case.Run:
 
     def evaluate_and_step() -> None:
         with torch.no_grad():
-            model(case.batch(99))  # leaves weights gathered: nothing but a backward or a write gives them up
+            model(case.batch(99))  # leaves weights gathered until a backward or a write
         step()
 
     optimizer.step = evaluate_and_step  # type: ignore[method-assign]
@@ -156,7 +156,7 @@ def clip_and_fill(group: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     for step in range(4):
         x = case.batch(step)
         for net, part in ((model, x.chunk(size)[rank]), (alone, x)):
-            if step != 2:  # in the third the gradients of the second stay, clipped
+            if step != 2:  # the third step keeps the second's gradients, clipped
                 net.zero_grad(set_to_none=False)
             case.loss_of(net, part).backward()
         norms.append((ours.clip_grad_norm_(0.05), nn.utils.clip_grad_norm_(alone.parameters(), 0.05)))
@@ -172,7 +172,7 @@ def test_gradients_that_stay_behind_a_clipped_step_are_clipped(ranks):
 
 
 def edited_after_a_clip(group: Any, how: str) -> tuple[list[torch.Tensor], float, float]:
-    """The weights of a step, and its norms before and after our clip."""
+    """Return the weights after a step, the norm that the clip returned, and grad_norm after the step."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     if group is not None:
@@ -208,7 +208,7 @@ def test_edits_between_clip_and_step_are_as_torchs(ranks, how):
 
 
 def distributed(group: Any, kind: str) -> Any:
-    """A model of fully_shard, or of tensor parallelism on a square mesh, or of both there."""
+    """Make a model with fully_shard, with tensor parallelism on a square mesh, or with both."""
     model = case.Model()
     if kind == "fully_shard":
         return case.fsdp(model, group)
@@ -218,7 +218,7 @@ def distributed(group: Any, kind: str) -> Any:
 
 
 def lines_of_skips(group: Any, kind: str, bad_rank: int) -> list[str]:
-    """Warnings of a step for which one rank's part of "blocks.1.up.weight" is NaN."""
+    """Return the warnings of a step in which one rank's part of the gradient of "blocks.1.up.weight" has a NaN."""
     log, model = Log(), distributed(group, kind)
     optimizer = pyzero.FusedZeroAdamW(model.named_parameters(), lr=case.LR, stage=1)
     logging.getLogger("pyzero").addHandler(log)
@@ -243,7 +243,7 @@ def test_the_first_rank_names_the_rank_whose_part_is_bad(ranks, kind, bad_rank):
 
 
 def bad_of_four(group: Any) -> list[str]:
-    """Two ranks hold each part: rank 3's own gradient of its part is NaN."""
+    """Two ranks hold each part. Only rank 3's gradient of its part is NaN."""
     log, mesh = Log(), square()
     model = split(case.Model(), mesh["tp"])
     optimizer = pyzero.FusedZeroAdamW(model.named_parameters(), lr=case.LR)
@@ -265,7 +265,7 @@ def test_the_first_rank_names_the_rank_whose_own_gradient_is_bad(ranks):
 
 
 def mix_scales(group: Any, first: str, between: str, then: str) -> str:
-    """A backward in each manner, the second over one block alone where it says so; the message, if there is one."""
+    """Run two backwards, each scaled or plain, the second perhaps over other parameters. Return the error, if any."""
     model = case.fsdp(case.Model(), group)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, loss_scale=8.0)
 
@@ -281,7 +281,7 @@ def mix_scales(group: Any, first: str, between: str, then: str) -> str:
         model.zero_grad()
     elif between == "zeros":
         model.zero_grad(set_to_none=False)
-    elif between == "freeze":  # what has a gradient gets no more, and the rest its first
+    elif between == "freeze":  # no parameter gets a second gradient
         for param in model.blocks[0].parameters():
             param.requires_grad_(False)
         for name, param in model.named_parameters():
@@ -310,7 +310,10 @@ def test_cleared_gradients_take_any_scale(ranks, between):
 
 
 def broken_by_a_hook(group: Any, dtype: torch.dtype, clears: bool) -> float:
-    """The gradient where a hook that was there first has raised behind the second backward of two; then a third."""
+    """A hook from before the optimizer raises in the second backward, after it added. A third backward follows.
+
+    Return the gradient.
+    """
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh, raises = square(), False
@@ -343,7 +346,10 @@ def test_a_hook_that_raises_loses_no_earlier_gradient_of_a_split_weight(ranks, d
 
 
 def out_of_step(group: Any, kind: str) -> list[str]:
-    """Rank 1 has another lr in a step, then none, reads a norm while others step, knows of fewer skips than they."""
+    """Rank 1 steps with another lr, then with NaN. Then it clips while others step, and counts fewer skips than they.
+
+    Return how each step ends on this rank.
+    """
     model = distributed(group, kind)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=case.LR, process_group=group, max_consecutive_skips=5)
     is_other = dist.get_rank() == 1

@@ -1,4 +1,4 @@
-"""initialize() with stage 3: torch's fully_shard on the model's blocks, and all that the engine does, on shards."""
+"""initialize() with stage 3: torch's fully_shard on the model's blocks, and all that the engine does on shards."""
 
 import contextlib
 from pathlib import Path
@@ -45,7 +45,7 @@ def start(stage: int, dtype: str, seed: int = 0, **options: Any) -> Any:
 
 
 def train(engine: Any, steps: range) -> case.Run:
-    """Two micro-batches a step, each shared by the ranks."""
+    """Take steps of two micro-batches, each divided over the ranks."""
     losses, norms = [], []
     for step in steps:
         total = torch.zeros(())
@@ -74,7 +74,7 @@ def test_stage_3_has_the_numbers_of_stage_2(ranks, dtype):
     for result in stages[3]:
         assert all(torch.equal(a, b) for a, b in zip(result["run"].weights, stages[3][0]["run"].weights, strict=True))
     ours, theirs = stages[3][0]["run"], stages[2][0]["run"]
-    # bf16: the gradients of a rank are the same, but for where a sum of two is rounded; fp32: another order of sums
+    # bf16: a rank's gradients are the same, except where a sum of two is rounded. fp32: sums are in another order.
     unit = {"fp32": 2.0**-23, "bf16": 2.0**-8}[dtype]
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=16 * unit, atol=0)
     for a, b in zip(ours.weights, theirs.weights, strict=True):
@@ -84,7 +84,7 @@ def test_stage_3_has_the_numbers_of_stage_2(ranks, dtype):
 
 
 class Residual(nn.Module):
-    """A stream in fp32 between blocks in the weights' dtype, and a loss in fp32."""
+    """A residual stream in fp32 between blocks in the weights' dtype, and a loss in fp32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class ToStream(nn.Module):
 
 
 def streams(group: Any) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
-    """Of stages 2 and 3. The loss scale, 2^16, is no number of fp16."""
+    """Return results of stages 2 and 3. fp16 cannot represent the loss scale, 2^16."""
     results = []
     for stage in (2, 3):
         config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}, "fp16": {"enabled": True}}
@@ -183,7 +183,7 @@ def test_checkpoints_go_between_stages(ranks, tmp_path, before, after):
 
 
 def local_access(engine: Any) -> None:
-    """This rank's rows of what the other functions give whole."""
+    """Read and write this rank's rows of the tensors that the other functions return whole."""
     model, param = engine.module, engine.module.blocks[0].mid.weight  # 9 rows on 4 ranks
     rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
     assert utils.safe_get_local_grad(param) is None
@@ -220,7 +220,7 @@ def local_access(engine: Any) -> None:
 
 
 def initialize_again(engine: Any) -> None:
-    """A sharded model stays so."""
+    """A sharded model stays sharded."""
     before = [case.whole(param).clone() for param in engine.module.parameters()]
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}
     with pytest.raises(ValueError, match="got one over .*; pass the config that it was sharded by"):
@@ -259,7 +259,7 @@ def test_gathered_parameters_read_and_write_shards(ranks):
 
 
 def kept_of(engine: Any) -> tuple[torch.Tensor, ...]:
-    """Views and a parameter that outlive the context, while steps go on; and a graph that does."""
+    """Keep views, a parameter and a graph after the context ends and while steps go on."""
     block, x = engine.module.blocks[0], case.batch(0)
     engine.backward(engine(x).float().square().mean())
     wanted = utils.safe_get_full_grad(block.up.weight)
@@ -283,7 +283,7 @@ def kept_of(engine: Any) -> tuple[torch.Tensor, ...]:
 
 
 def read_as_scripts_do(group: Any) -> dict[str, Any]:
-    """By the parameter that named_parameters() gave, which is not what the module shows in the context."""
+    """Read by named_parameters()' objects, which differ from those that the module shows in the context."""
     engine = start(3, "bf16")
     param = engine.module.blocks[1].up.weight
     found = {"shape": (param.ds_shape, param.ds_numel), "before": param.ds_status}
@@ -355,7 +355,7 @@ def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
 
 
 def edit_after_a_forward(group: Any, is_engines: bool) -> list[str]:
-    """Names of those that did not take an edit of all weights."""
+    """Return the names of parameters that did not take an edit of all weights."""
     engine = start(3, "bf16")
     call: Any = engine if is_engines else engine.module
     with torch.no_grad():
@@ -375,7 +375,7 @@ def test_weights_that_a_forward_has_left_whole_are_edited(ranks, is_engines):
 
 
 def swap(group: Any, swaps: bool) -> list[torch.Tensor]:
-    """Evaluate with other weights, by parameters that were asked for before, and go on with one's own."""
+    """Evaluate with other weights, through parameters obtained before, and continue with the original ones."""
     engine = start(3, "bf16")
     train(engine, range(1))
     params = list(engine.module.parameters())
@@ -396,7 +396,10 @@ def test_weights_swapped_for_an_evaluation_come_back(ranks):
 
 
 def edit_split(engine: Any) -> None:
-    """In stage 3 one rank has a part of the weight alone: an error on all. An edit by all ranks is taken."""
+    """Edit a weight that tensor parallelism splits, on one rank.
+
+    In stage 3 that rank has only a part, so all ranks raise. An edit by all ranks is taken.
+    """
     param = engine.module.blocks[0].up.weight
     before = case.whole(param)
     said = ""
@@ -418,7 +421,7 @@ def edit_split(engine: Any) -> None:
 
 
 def read_split(engine: Any) -> None:
-    """Below stage 3 parts are put together."""
+    """Read and edit split weights below stage 3, where they are shown whole."""
     params, whole = list(engine.module.parameters()), [case.whole(p).clone() for p in engine.module.parameters()]
     x = case.batch(0).chunk(4)[engine.dp_rank]
     engine.backward(engine(x).square().mean())
@@ -483,7 +486,7 @@ def test_optimizers_that_are_given_get_the_shards(ranks):
 
 
 class Mpu:
-    """DeepSpeed's object, for 2 x 2 ranks."""
+    """DeepSpeed's mpu object for 2 x 2 ranks."""
 
     def __init__(self) -> None:
         self.data = [dist.new_group(members) for members in ([0, 2], [1, 3])][dist.get_rank() % 2]
@@ -544,7 +547,7 @@ def test_blocks_are_the_repeated_modules_of_the_largest_list():
 
 
 class Rows(nn.Module):
-    """Blocks that are dicts and lists of modules, which the model calls one by one."""
+    """Blocks that are dicts and lists of modules. The model calls these modules one by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -589,7 +592,7 @@ def test_blocks_in_containers_train_as_in_stage_2(ranks):
 
 
 class Borrows(case.Model):
-    """Uses a weight of a block outside it."""
+    """Uses a block's weight outside the block."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + self.blocks[0].norm.weight.sum()
@@ -628,7 +631,10 @@ def test_alone_nothing_is_sharded():
 
 
 def accumulate(group: Any, dtype: str, quiet: bool) -> tuple[list[torch.Tensor], list[float], int]:
-    """Two steps of three micro-batches, all but the last of each in no_sync() or none; and how often it reduces."""
+    """Take two steps of three micro-batches. If quiet, the first two of each are in no_sync().
+
+    Return weights, norms, and the number of reductions.
+    """
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 
     engine, norms, calls = start(3, dtype), [], []
@@ -663,7 +669,7 @@ def test_no_sync_reduces_once_a_step(ranks, dtype):
 
 
 def offloaded(group: Any) -> None:
-    """What GPUs do with offload_param, on CPUs: fully_shard's policy, whose shards and gradients are on the host."""
+    """Run on CPUs what offload_param does on GPUs: fully_shard's policy keeps shards and gradients on the host."""
     for dtype in ("fp32", "fp16"):
         plain = train(start(3, dtype), range(3))
         partition.shard = lambda *args: shard(*args[:4], offload=True)
@@ -699,7 +705,7 @@ def test_offload_param_says_what_it_does(caplog):
 
 
 def left_unsent(group: Any) -> tuple[str, list[float]]:
-    """A step on gradients that no_sync() has kept, and one after they were cleared."""
+    """A step on gradients that no_sync() has kept is refused. After they are cleared, a step succeeds."""
     message, found = "", []
     for spoils in (True, False):
         engine = start(3, "fp32")

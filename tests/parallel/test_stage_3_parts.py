@@ -1,4 +1,4 @@
-"""Stage 3: modules and methods that a script calls beside forward, as generate() and a critic's forward_value()."""
+"""Stage 3: modules and methods that a script calls outside forward, as generate() and a critic's forward_value()."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ import pyzero
 from pyzero.deepspeed import zero
 
 WORLD = 4
-RTOL = 16 * 2.0**-23  # of another order of sums, in fp32
+RTOL = 16 * 2.0**-23  # for sums in another order, in fp32
 
 
 class Shared(nn.Module):
-    """A layer whose child shares its weight, and is called in it."""
+    """A layer that shares its child's weight, and calls the child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Shared(nn.Module):
 
 
 class Critic(case.Model):
-    """Its forward is a loss. value() goes past it, and so do what a script calls of its parts."""
+    """A model whose forward is a loss. value(), and calls of its parts, bypass forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def rows(step: int) -> Tensor:
 
 
 def train(group: Any, stage: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What is evaluated before each step, and the weights after all."""
+    """Return the outputs of evaluations before each step, and the weights after the last."""
     engine, seen = start(stage), []
     for step in range(6):
         with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_method_that_uses_weights_past_modules_says_what_to_type(ranks):
 
 
 def without_hooks(group: Any) -> None:
-    """As TRL's unwrap_model_for_generation, before and after generate()."""
+    """Do what TRL's unwrap_model_for_generation does before and after generate()."""
     engine = start(3)
     engine.eval()
     with torch.no_grad():

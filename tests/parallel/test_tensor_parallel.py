@@ -1,4 +1,4 @@
-"""Optimizers over weights that parallelize_module has split: ZeRO over the data dimension, norms over both."""
+"""Optimizers over weights that parallelize_module split: ZeRO over the data dimension, norms over both."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_norms_and_clipping_are_those_of_whole_gradients(ranks):
 
 
 def clip_after_a_write(group: Any) -> tuple[float, float]:
-    """On one replica, where .grad is torch's own: DTensors and plain tensors."""
+    """Clip by torch on one replica, where .grad is torch's own, of DTensors and plain tensors."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
@@ -117,7 +117,7 @@ def test_an_overflow_in_one_part_skips_on_all(ranks, stage):
 
 
 def groups_told(group: Any) -> dict[str, Any]:
-    """A mesh of one dimension does not tell who else holds its weights."""
+    """Pass the groups, because a mesh of one dimension does not say which other ranks hold its weights."""
     from torch.distributed.device_mesh import DeviceMesh
 
     rank = dist.get_rank()

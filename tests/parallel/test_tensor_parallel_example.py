@@ -1,4 +1,4 @@
-"""examples/tensor_parallel.py: 2 x 2 ranks follow one process, and a checkpoint of theirs goes on elsewhere."""
+"""examples/tensor_parallel.py: 2 x 2 ranks train as one process does, and their checkpoint resumes on another mesh."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ LR = 3e-3
 
 
 def run(group: Any, shape: tuple[int, int], folder: Path, steps: range) -> case.Run:
-    """The example's loop over a mesh; from a checkpoint unless the steps begin at 0."""
+    """Run the example's loop on a mesh. If its steps do not begin at 0, load the checkpoint first."""
     sys.path.insert(0, str(EXAMPLES))
     import tensor_parallel as example
     import torch.distributed as dist

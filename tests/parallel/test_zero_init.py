@@ -1,4 +1,4 @@
-"""zero.Init: a model whose weights are sharded while it is built, and what scripts do to it before initialize()."""
+"""zero.Init: a model whose weights are sharded while it is built, and what scripts do with it before initialize()."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ def config_of(dtype: str, stage: int) -> dict[str, Any]:
 
 
 class Attention(nn.Module):
-    """Weights of its own, which it fills in __init__ and its parent fills again."""
+    """A module that writes its own weights and its children's in __init__."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """Rows uneven over two ranks, copies of modules, tied weights, a frozen one, and integers."""
+    """A model with uneven rows over two ranks, copied modules, tied weights, a frozen weight, and integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_a_model_of_init_trains_as_one_built_whole(ranks, dtype, stage):
 
 
 def memory(group: Any) -> dict[str, float]:
-    """In MiB, of 16 layers of one MiB on two ranks."""
+    """Return MiB of memory for 16 layers of one MiB each, on two ranks."""
     from torch.distributed.device_mesh import DeviceMesh
 
     config = {**config_of("fp32", 3), "optimizer": None}

@@ -1,1 +1,1 @@
-"""A DeepSpeed config: its keys, what each can be, and how it is read."""
+"""A DeepSpeed config: its keys, their types, and how it is read."""

@@ -1,4 +1,4 @@
-"""DeepSpeedConfig: what scripts read of a config before they build anything."""
+"""DeepSpeedConfig: the config that scripts read before they build an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyzero.deepspeed.config.schema import Batches, Config
 
 
 class DeepSpeedConfig:
-    """A config with its batch sizes worked out for the ranks there are.
+    """A config, with batch sizes computed for the present number of ranks.
 
     Args:
         config: A dict, a path or JSON text.
@@ -18,7 +18,7 @@ class DeepSpeedConfig:
         mesh_device: Not supported.
 
     Raises:
-        ValueError: In the config, or mpu or mesh_device are given.
+        ValueError: The config has errors, or mpu or mesh_device is given.
     """
 
     def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
@@ -29,7 +29,7 @@ class DeepSpeedConfig:
 
     @classmethod
     def of_engine(cls, settings: Config, batches: Batches) -> DeepSpeedConfig:
-        """Of an engine, which knows its batch sizes."""
+        """Make one from an engine's config and batch sizes."""
         config = cls.__new__(cls)
         config._take(settings, batches)
         return config
@@ -52,7 +52,7 @@ class DeepSpeedConfig:
         self.scheduler_params = self.settings.scheduler_params()
 
     def __getattr__(self, name: str) -> Any:
-        """Any other top-level key: `wall_clock_breakdown`, `dump_state`."""
+        """Return any other top-level key, such as `wall_clock_breakdown` or `dump_state`."""
         if name == "settings" or name not in type(self.settings).model_fields:
             raise AttributeError(f"'DeepSpeedConfig' object has no attribute {name!r}")
         return getattr(self.settings, name)

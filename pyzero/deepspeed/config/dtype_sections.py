@@ -1,4 +1,4 @@
-"""`fp16`, `bf16`, `torch_autocast` and `data_types` of DeepSpeed's config."""
+"""The sections `fp16`, `bf16`, `torch_autocast` and `data_types` of DeepSpeed's config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DType = Literal["fp16", "float16", "half", "bf16", "bfloat16", "bfp16", "fp32", 
 
 
 class Fp16Section(Section):
-    """`fp16`: DeepSpeed's names and defaults; `policy` says in ours what they mean."""
+    """`fp16`, with DeepSpeed's names and defaults. `policy` converts it to pyzero's LossScale."""
 
     enabled: Annotated[Flag | Auto, Done("weights and inputs are converted to fp16, over fp32 masters")] = False
     auto_cast: Annotated[
@@ -59,9 +59,9 @@ class Fp16Section(Section):
         return self
 
     def policy(self) -> LossScale:
-        """DeepSpeed's rule as a LossScale.
+        """Return DeepSpeed's loss scale rule as a LossScale.
 
-        One thing differs. DeepSpeed ends the run at an overflow at `min_loss_scale`; here that step is skipped like any
+        One thing differs. At an overflow at `min_loss_scale`, DeepSpeed ends the run. pyzero skips that step like any
         other, and the optimizer's `max_consecutive_skips` ends the run.
         """
         if self.loss_scale > 0:
@@ -80,7 +80,7 @@ _NO_SCALE = Ignored("bf16 needs no loss scale, and has none", quiet=True)
 
 
 class Bf16Section(Section):
-    """`bf16`, or `bfloat16`."""
+    """`bf16`, also named `bfloat16`."""
 
     enabled: Annotated[Flag | Auto, Done("weights and inputs are converted to bf16, over fp32 masters")] = False
     immediate_grad_update: Annotated[Flag, Ignored("gradients are summed in fp32 as they come")] = False
@@ -107,7 +107,7 @@ class AutocastSection(Section):
     ] = None
 
     def enabled_dtype(self) -> torch.dtype | None:
-        """The dtype; None where it is not enabled."""
+        """Return the autocast dtype; None if autocast is not enabled."""
         if self.enabled is not True:
             return None
         return torch.bfloat16 if self.dtype == "auto" else DTYPES[self.dtype]
@@ -131,5 +131,5 @@ class DataTypesSection(Section):
     ] = "auto"
 
     def buffers_dtype(self) -> torch.dtype | None:
-        """To which buffers are converted; None: they stay."""
+        """Return the dtype to which buffers are converted; None: they stay as they are."""
         return None if self.buffer_dtype in (None, "auto") else DTYPES[self.buffer_dtype]

@@ -1,4 +1,7 @@
-"""What becomes of a key of DeepSpeed's config here: done, ignored or refused. The one source of docs/deepspeed.md."""
+"""The three states of a key of DeepSpeed's config: done, ignored or refused.
+
+docs/deepspeed.md takes its table from here.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,23 @@ from pydantic_core import PydanticUndefined
 
 @dataclass(frozen=True)
 class Done:
-    """The key does here what it does in DeepSpeed."""
+    """The key does the same as in DeepSpeed."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """The key is accepted and changes nothing. Where it asks for more than its default, one log line says the text."""
+    """The key is accepted and changes nothing. If it differs from its default, one log line gives the text."""
 
     text: str
-    warns: bool = False  # somebody may have counted on it: memory
-    quiet: bool = False  # the line of another key says as much
+    warns: bool = False  # log a warning, because the user may rely on it, as for memory
+    quiet: bool = False  # log nothing, because another key's line says the same
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The key would change results: an error with the remedy, unless it is disabled."""
+    """The key would change results, so it raises an error with the remedy, unless it is disabled."""
 
     text: str
 
@@ -39,12 +42,12 @@ Auto = Literal["auto"]
 
 
 def _flag(value: Any) -> Any:
-    """0 and 1 are flags in many configs."""
+    """Convert 0 and 1, which many configs use as flags."""
     return bool(value) if type(value) is int and value in (0, 1) else value
 
 
 def _whole(value: Any) -> Any:
-    """5e8 is a count; true and 0.5 are none."""
+    """Convert whole floats such as 5e8. Leave true and 0.5 to be refused."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -57,7 +60,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def is_asked_for(value: Any) -> bool:
-    """Whether a value or section wants something: false, 0, 1, null, "none" and disabled sections do not."""
+    """Return whether a value or section enables anything. false, 0, 1, null, "none" and disabled sections do not."""
     if isinstance(value, dict):
         flags = list(_enabled_flags(value))
         return any(flags) if flags else any(map(is_asked_for, value.values()))
@@ -67,7 +70,7 @@ def is_asked_for(value: Any) -> bool:
 
 
 def _enabled_flags(value: dict[str, Any]) -> Iterator[bool]:
-    """The uppermost "enabled" on each way down."""
+    """Yield the outermost "enabled" on each path down."""
     if "enabled" in value:
         yield is_asked_for(value["enabled"]) or value["enabled"] == 1
         return
@@ -77,12 +80,12 @@ def _enabled_flags(value: dict[str, Any]) -> Iterator[bool]:
 
 
 def is_comment(name: Any) -> bool:
-    """Whether a key is one of those that say something to the reader, for JSON has no comments."""
+    """Return whether a key is a comment for the reader, because JSON has no comments."""
     return str(name).startswith(("_", "#", "//")) or name in ("comment", "comments")
 
 
 class Section(BaseModel):
-    """Some keys. Unknown ones are errors, and so are quoted numbers; comments are none."""
+    """A section of keys. Unknown keys and quoted numbers are errors. Comments are dropped."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -96,7 +99,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_quoted_numbers(cls, value: Any) -> Any:
-        """A quoted "8" is not 8; pydantic would turn one into the other."""
+        """Refuse a quoted number such as "8", which pydantic would convert."""
         if isinstance(value, str) and value not in ("auto", ""):
             try:
                 number = float(value)
@@ -116,19 +119,19 @@ class Section(BaseModel):
 
 
 def state_of(section: type[BaseModel], name: str) -> State | None:
-    """What is said of a key; None for a section of keys."""
+    """Return the state of a key; None for a key that is a section."""
     states = (item for item in section.model_fields[name].metadata if isinstance(item, State))
     return next(states, None)
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section in `Section`, `Section | None` or Annotated ones; None where there is none."""
+    """Return the section in an annotation such as `Section | None`; None if there is none."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def rows(section: type[Section], path: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, state, default, text) of each key, in the order of the classes."""
+    """Yield (key, state, default, text) of each key, in the order of the classes."""
     for name, field in section.model_fields.items():
         state = state_of(section, name)
         below = section_of(field.annotation)
@@ -141,14 +144,17 @@ def rows(section: type[Section], path: str = "") -> Iterator[tuple[str, str, str
 
 
 def table(section: type[Section]) -> str:
-    """All keys as a Markdown table, for docs/deepspeed.md."""
+    """Return all keys as a Markdown table, for docs/deepspeed.md."""
     lines = ["| key | state | default | what it means here |", "|---|---|---|---|"]
     lines += [f"| `{key}` | {state} | {default} | {text} |" for key, state, default, text in rows(section)]
     return "\n".join(lines) + "\n"
 
 
 def remarks(section: Section, path: str = "") -> Iterator[tuple[str, bool]]:
-    """(line, whether it is a warning) for each ignored key that asks for something, and one for all that are "auto"."""
+    """Yield (line, whether it is a warning) for each ignored key that is set to another value than its default.
+
+    One more line lists all keys that are "auto".
+    """
     autos = [] if path else list(_autos(section))
     if autos:
         yield f'"auto" takes its default, for there is no Trainer to fill it in: {", ".join(autos)}', False

@@ -1,4 +1,4 @@
-"""`optimizer` of DeepSpeed's config: which of our optimizers it is, and with which numbers."""
+"""The section `optimizer` of DeepSpeed's config: which of pyzero's optimizers it selects, and its hyper-parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Ignored, No
 
 Rule = Literal["Adam", "AdamW", "Lion", "Lamb", "Muon", "SGD"]
 
-# DeepSpeed's names, in lower case and without underscores -> (rule, what to say where it is not the same)
+# DeepSpeed's names, in lower case and without underscores -> (rule, remark if the rule differs from DeepSpeed's)
 _TYPES: dict[str, tuple[Rule, str]] = {
     "adam": ("Adam", ""),
     "adamw": ("AdamW", ""),
@@ -29,16 +29,16 @@ _TYPES: dict[str, tuple[Rule, str]] = {
     "zerooneadam": ("Adam", "gradients are not compressed, and every step is synchronised: Adam"),
 }
 _COMPRESSION = Ignored("gradients are not compressed", quiet=True)
-# DeepSpeed's FusedLion; the paper's, which FusedZeroLion has, are 1e-4 and (0.9, 0.99).
+# The defaults of DeepSpeed's FusedLion. FusedZeroLion has the paper's: 1e-4 and (0.9, 0.99).
 _LION_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999)}
 
-# DeepSpeed's for Muon: of matrices, and of what Adam trains beside them.
+# DeepSpeed's defaults for Muon's matrices, and for the parameters that Adam trains beside them.
 _MUON_DEFAULTS: dict[str, Any] = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
 _MUONS_ADAM_DEFAULTS: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 
-_TORCH_DEFAULTS: dict[str, Any] = {"weight_decay": 0.01}  # of AdamW, which params.torch_adam makes
+_TORCH_DEFAULTS: dict[str, Any] = {"weight_decay": 0.01}  # torch's AdamW, which params.torch_adam selects
 
-# What each rule takes.
+# The parameters that each rule accepts.
 _ADAM = ("lr", "betas", "eps", "weight_decay", "bias_correction", "maximize")
 _ARGUMENTS: dict[Rule, tuple[str, ...]] = {
     "Adam": _ADAM,
@@ -52,7 +52,7 @@ _NOT_FOR_ALL = tuple(dict.fromkeys(name for names in _ARGUMENTS.values() for nam
 
 
 class OptimizerParams(Section):
-    """Parameters of all rules, in torch's names; "auto" is DeepSpeed's default."""
+    """Parameters of all rules, with torch's names. "auto" selects DeepSpeed's default."""
 
     lr: Annotated[NotNegative | Auto, Done("learning rate; default 1e-3")] = "auto"
     betas: Annotated[tuple[Fraction, Fraction] | Auto, Done("default (0.9, 0.999)")] = "auto"
@@ -108,7 +108,7 @@ class OptimizerSection(Section):
         ),
     ]
     params: OptimizerParams = Field(default=OptimizerParams())
-    torch_adam: Annotated[Flag | None, Ignored("the fused kernels run", quiet=True)] = None  # also one of params
+    torch_adam: Annotated[Flag | None, Ignored("the fused kernels run", quiet=True)] = None  # params has this key too
     legacy_fusion: Annotated[Flag, Ignored("the fused kernels run", quiet=True)] = False
 
     @field_validator("type", mode="after")
@@ -131,16 +131,16 @@ class OptimizerSection(Section):
 
     @property
     def rule(self) -> Rule:
-        """Which of ours."""
+        """The update rule of the type."""
         return _TYPES[_key(self.type)][0]
 
     @property
     def remark(self) -> str:
-        """What to tell the user of a type that is not quite what it was; empty: nothing."""
+        """What the user should know about a type that runs as another; empty if nothing."""
         return _TYPES[_key(self.type)][1]
 
     def decoupled(self) -> bool:
-        """AdamW's rule or Adam's."""
+        """Return whether weight decay is decoupled, as in AdamW."""
         return self.rule == "AdamW" or self.params.adam_w_mode is not False
 
     def _chosen(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class OptimizerSection(Section):
         return {name: value for name, value in values.items() if value not in ("auto", None)}
 
     def muon_groups(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Type Muon: what a group of Muon's and one of Adam's have where they name nothing else."""
+        """Return the default hyper-parameters of Muon's groups and of Adam's groups, for type Muon."""
         chosen = self._chosen()
         halves = []
         for defaults, own_lr in ((_MUON_DEFAULTS, "muon_lr"), (_MUONS_ADAM_DEFAULTS, "adam_lr")):
@@ -159,7 +159,7 @@ class OptimizerSection(Section):
         return muon, {**adam, "decoupled_weight_decay": self.decoupled()}
 
     def arguments(self) -> dict[str, Any]:
-        """For the optimizer; those of Muon lie in its groups."""
+        """Return the optimizer's arguments; empty for Muon, whose groups carry them."""
         chosen = self._chosen()
         if self.rule == "Muon":
             return {}

@@ -1,4 +1,7 @@
-"""Reads a DeepSpeed config: from a dict, a file, JSON text or that in base64; says what is wrong with it and where."""
+"""Read a DeepSpeed config from a dict, a file, JSON text, or JSON text in base64.
+
+Errors say what is wrong, and where.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ _LONGEST_LIST = 12  # keys
 _STRING = r'("(?:\\.|[^"\\\n])*")'
 _COMMENT = re.compile(rf"{_STRING}|(?://|#)[^\n]*|/\*.*?\*/", re.DOTALL)
 _LAST_COMMA = re.compile(rf"{_STRING}|,(?=\s*[}}\]])")
-_NO_NUMBER = ("int_type", "float_type", "bool_type", "literal_error")  # pydantic's names
+_NO_NUMBER = ("int_type", "float_type", "bool_type", "literal_error")  # pydantic's error types
 
 
 def load(config: Any) -> Config:
-    """A config from a dict, a path, or JSON text.
+    """Read and check a config from a dict, a path or JSON text.
 
     Raises:
-        ValueError: Unknown keys, wrong values; each with its path and a remedy.
+        ValueError: There are unknown keys or wrong values. The message has the path and a remedy for each.
     """
     if isinstance(config, Config):
         return config
@@ -41,7 +44,7 @@ def load(config: Any) -> Config:
         for item in error.errors():
             path, line = _explain(item)
             wanted = lines.setdefault(path, [])
-            line = line.partition("; ")[2] if wanted else line  # one of each member of a union
+            line = line.partition("; ")[2] if wanted else line  # pydantic reports each member of a union
             if not any(line in other for other in wanted):
                 wanted.append(line)
         raise ValueError(
@@ -66,7 +69,7 @@ def _read(config: Any) -> dict[str, Any]:
                 f"expected config as a dict, a path or JSON text, got {text!r}, which is no file; correct it"
             )
         source = text
-        # Editors on Windows write a mark of the byte order.
+        # Editors on Windows write a byte order mark.
         text = decoded if decoded is not None else Path(text).read_text(encoding="utf-8-sig")
     try:
         values = json.loads(_plain(text), object_pairs_hook=_no_twins)
@@ -78,7 +81,7 @@ def _read(config: Any) -> dict[str, Any]:
 
 
 def _from_base64(text: str) -> str | None:
-    """JSON text that a launcher has encoded as one argument; None: it is none."""
+    """Decode JSON text that a launcher encoded as one argument; None if it is not such text."""
     try:
         decoded = base64.urlsafe_b64decode(text).decode()
     except ValueError:
@@ -87,14 +90,14 @@ def _from_base64(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """The text without comments and trailing commas."""
+    """Return the text without comments and trailing commas."""
     for pattern in (_COMMENT, _LAST_COMMA):
         text = pattern.sub(lambda found: found[1] or " ", text)
     return text
 
 
 def _read_hjson(text: str, source: str, error: json.JSONDecodeError) -> Any:
-    """What else DeepSpeed reads, where the package is installed: keys without quotes, items without commas."""
+    """Read Hjson (keys without quotes, items without commas), as DeepSpeed does, if the package is installed."""
     try:
         hjson = importlib.import_module("hjson")
     except ImportError:
@@ -114,7 +117,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _explain(item: Any) -> tuple[str, str]:
-    """(path, what is wrong there) of one of pydantic's errors."""
+    """Return (path, message) of one of pydantic's errors."""
     section, names = _place(item["loc"])
     if item["type"] == "extra_forbidden":
         name = str(item["loc"][-1])
@@ -131,7 +134,7 @@ def _explain(item: Any) -> tuple[str, str]:
 
 
 def _place(loc: tuple[Any, ...]) -> tuple[type[Section], list[str]]:
-    """The innermost section on the way to an error, and the keys on that way, without what pydantic adds to them."""
+    """Return the innermost section that an error is in, and the keys on its path, without pydantic's additions."""
     section: type[Section] = Config
     names: list[str] = []
     for part in loc:
@@ -151,7 +154,7 @@ def _takes_lists(section: type[Section], names: list[str]) -> bool:
 
 
 def _did_you_mean(section: type[Section], name: str) -> str:
-    """The nearest known key, one of this name elsewhere, or the list of them."""
+    """Suggest the nearest known key, the same key in another section, or the list of known keys."""
     names = list(section.model_fields)
     near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else difflib.get_close_matches(name, names, 1, 0.75)
     if near:

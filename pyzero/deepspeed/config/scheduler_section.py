@@ -1,4 +1,4 @@
-"""`scheduler` of DeepSpeed's config: its schedules and their parameters."""
+"""The section `scheduler` of DeepSpeed's config: its schedules and their parameters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.optim import Optimizer, lr_scheduler
 from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, NotNegative, Section, Size
 from pyzero.deepspeed.schedules import SCHEDULES
 
-Numbers = NotNegative | list[NotNegative]  # one for all groups, or one for each
+Numbers = NotNegative | list[NotNegative]  # one for all groups, or one per group
 
 _WARMUP = Done("of WarmupLR, WarmupDecayLR and WarmupCosineLR")
 _LINEAR = Done("of WarmupLR and WarmupDecayLR")
 _COSINE = Done("of WarmupCosineLR")
 _RANGE = Done("of LRRangeTest")
 _CYCLE = Done("of OneCycle")
-_NEED_OBJECTS = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler")  # functions, others
+_NEED_OBJECTS = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler")  # need objects
 
 
 class SchedulerParams(Section):
-    """Parameters of all schedules. None, and "auto", is the schedule's default: DeepSpeed's."""
+    """Parameters of all schedules. None and "auto" select the schedule's default, which is DeepSpeed's."""
 
     warmup_min_lr: Annotated[Numbers | Auto | None, _LINEAR] = None
     warmup_max_lr: Annotated[Numbers | Auto | None, Done('of the same; "auto" and null: the optimizer\'s')] = "auto"
@@ -53,13 +53,13 @@ class SchedulerParams(Section):
 
 
 class TorchParams(SchedulerParams):
-    """Parameters of one of torch's schedules, as they are."""
+    """Parameters of one of torch's schedules, which are passed on unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
 
 def _torch_schedule(name: str) -> Any:
-    """A class of torch.optim.lr_scheduler that JSON can describe; None: there is none of that name."""
+    """Return a class of torch.optim.lr_scheduler that JSON can describe; None if there is none of this name."""
     found = None if name in _NEED_OBJECTS else getattr(lr_scheduler, name, None)
     return found if isinstance(found, type) and issubclass(found, lr_scheduler.LRScheduler) else None
 
@@ -87,7 +87,7 @@ class SchedulerSection(Section):
         return TorchParams(**value) if is_torchs else value
 
     def make(self, optimizer: Optimizer) -> Any:
-        """The schedule.
+        """Return the schedule.
 
         Raises:
             ValueError: total_num_steps is "auto", which only a Trainer knows.
@@ -116,7 +116,7 @@ class SchedulerSection(Section):
         return self
 
     def arguments(self) -> dict[str, Any]:
-        """For the schedule.
+        """Return the schedule's arguments.
 
         Raises:
             ValueError: total_num_steps is "auto", which only a Trainer knows.

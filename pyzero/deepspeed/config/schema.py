@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON config: typed, closed, and each key with what becomes of it here."""
+"""DeepSpeed's JSON config as typed classes that refuse unknown keys. Each key has its state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _AVERAGE = Ignored("gradients are summed in fp32 and then divided, which cannot 
 
 
 class Config(Section):
-    """A DeepSpeed config. `pyzero.deepspeed.config.reader.load` makes one of a dict, a path or JSON text."""
+    """A DeepSpeed config. `pyzero.deepspeed.config.reader.load` makes one from a dict, a path or JSON text."""
 
     train_batch_size: Annotated[
         Count | Auto | None,
@@ -128,7 +128,7 @@ class Config(Section):
     @field_validator("steps_per_print", mode="before")
     @classmethod
     def _never(cls, value: Any) -> Any:
-        """transformers writes Infinity."""
+        """Convert Infinity, which transformers writes, to None."""
         return None if value == math.inf else value
 
     @field_validator("zero_optimization", mode="before")
@@ -157,29 +157,32 @@ class Config(Section):
         return self
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Of a top-level key, as plain data: what is given, else our default; DeepSpeed's engine.config is a dict."""
+        """Return a top-level key as plain data: the value in the config, otherwise pyzero's default.
+
+        DeepSpeed's engine.config is a dict.
+        """
         if name in self:
             return self[name]
         value = self.model_dump().get(name)
         return default if value is None else value
 
     def __getitem__(self, name: str) -> Any:
-        """Of a top-level key that is given, as plain data: what is given of it."""
+        """Return a top-level key of the config as plain data, without defaults."""
         return self._given()[name]
 
     def keys(self) -> Iterable[str]:
-        """The top-level keys that are given."""
+        """Return the top-level keys that the config sets."""
         return self._given().keys()
 
     def items(self) -> Iterable[tuple[str, Any]]:
-        """They, and what is given of them."""
+        """Return the top-level keys that the config sets, and their values as plain data."""
         return self._given().items()
 
     def _given(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
 
     def __contains__(self, name: object) -> bool:
-        """Whether a top-level key is given."""
+        """Return whether the config sets this top-level key."""
         return name in self.model_fields_set
 
     @property
@@ -193,48 +196,48 @@ class Config(Section):
         return self.bf16.enabled is True or (self.bfloat16 is not None and self.bfloat16.enabled is True)
 
     def weights_dtype(self) -> torch.dtype | None:
-        """What the model is converted to; None: it stays as it is."""
+        """Return the dtype to which the model is converted; None: it stays as it is."""
         if self.is_fp16:
             return torch.float16
         return torch.bfloat16 if self.is_bf16 else None
 
     def auto_cast(self) -> bool | None:
-        """Whether inputs are cast to the weights' dtype; None: nothing is said of it."""
+        """Return whether inputs are cast to the weights' dtype; None if the config does not say."""
         if self.is_fp16:
             return self.fp16.auto_cast
         bf16 = self.bf16 if self.bf16.enabled is True else self.bfloat16
         return None if bf16 is None else bf16.auto_cast
 
     def max_grad_norm(self) -> float | None:
-        """To clip to; None: no clipping."""
+        """Return the norm to clip to; None without clipping."""
         if self.gradient_clipping != "auto" and self.gradient_clipping > 0:
             return self.gradient_clipping
         return None if self.optimizer is None else self.optimizer.params.max_grad_norm or None
 
     def grad_reduce_dtype(self) -> torch.dtype | None:
-        """In which gradients are sent; None: the weights'."""
+        """Return the dtype in which gradients are sent; None: the weights' dtype."""
         if self.communication_data_type not in (None, "auto"):
             return DTYPES[self.communication_data_type]
         return torch.float32 if self.fp32_allreduce else None
 
     def optimizer_name(self) -> str | None:
-        """In lower case; None without the section."""
+        """Return the optimizer's type in lower case; None without the section."""
         return None if self.optimizer is None else self.optimizer.type.lower()
 
     def optimizer_params(self) -> dict[str, Any] | None:
-        """What is given of them; None without the section."""
+        """Return the optimizer's parameters that the config sets; None without the section."""
         return None if self.optimizer is None else self.optimizer.params.model_dump(exclude_unset=True)
 
     def scheduler_name(self) -> str | None:
-        """As it is given; None without the section."""
+        """Return the scheduler's type; None without the section."""
         return None if self.scheduler is None else self.scheduler.type
 
     def scheduler_params(self) -> dict[str, Any] | None:
-        """What is given of them; None without the section."""
+        """Return the scheduler's parameters that the config sets; None without the section."""
         return None if self.scheduler is None else self.scheduler.params.model_dump(exclude_unset=True)
 
     def batches(self, num_ranks: int) -> Batches:
-        """The three batch sizes for that many ranks."""
+        """Return the three batch sizes for this number of ranks."""
         return Batches.solve(
             _number(self.train_batch_size),
             _number(self.train_micro_batch_size_per_gpu),
@@ -244,7 +247,7 @@ class Config(Section):
 
 
 class Batches(BaseModel):
-    """train_batch_size = micro * accumulation * ranks."""
+    """The three batch sizes, of which train = micro * accumulation * ranks."""
 
     train: int
     micro: int
@@ -252,10 +255,10 @@ class Batches(BaseModel):
 
     @classmethod
     def solve(cls, train: int | None, micro: int | None, accumulation: int | None, num_ranks: int) -> Batches:
-        """What is missing from what is given, as DeepSpeed does it: a lone train batch is one micro-batch per rank.
+        """Compute the missing sizes, as DeepSpeed does. A lone train batch is one micro-batch per rank.
 
         Raises:
-            ValueError: Nothing to go by, or the three do not agree.
+            ValueError: There is neither train nor micro, or the three do not agree.
         """
         given = (
             f"train_batch_size={train}, train_micro_batch_size_per_gpu={micro}, "

@@ -73,7 +73,7 @@ class TensorParallelSection(Section):
     replace_with_kernel_inject: Annotated[Flag, Ignored("the model's own layers run", quiet=True)] = False
 
     def size(self) -> int:
-        """Ranks that share a layer."""
+        """Return the number of ranks that share a layer."""
         return max(self.autotp_size, self.tp.tp_size, self.tp_size, 1)
 
     @model_validator(mode="after")

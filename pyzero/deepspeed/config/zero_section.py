@@ -51,8 +51,8 @@ class OffloadParamSection(Section):
 class ZeroSection(Section):
     """`zero_optimization`.
 
-    Stage 0 (DeepSpeed's default, nothing sharded) runs as stage 1: same numbers, less memory. Stage 3 is torch's
-    fully_shard, on the repeated blocks of the model and on the rest.
+    Stage 0 (DeepSpeed's default: nothing sharded) runs as stage 1, with the same numbers and less memory. Stage 3 is
+    torch's fully_shard, applied to the repeated blocks of the model and to the rest.
     """
 
     stage: Annotated[
@@ -125,13 +125,16 @@ class ZeroSection(Section):
     zenflow: Annotated[Any, Refused("it leaves out updates, which changes the result; remove it")] = None
 
     def offloads_params(self) -> bool:
-        """Whether weights are to lie on the host."""
+        """Return whether weights should be kept in host memory."""
         section = self.offload_param is not None and self.offload_param.device != "none"
         return bool(section or self.cpu_offload_params or self.cpu_offload_param)
 
     def arguments(self, element_size: int) -> dict[str, Any]:
-        """For the optimizer. Its own bucket size unless the config asks for a smaller one."""
-        stage = min(max(self.stage, 1), 2)  # shards of stage 3 are one rank's own: the optimizer sends nothing
+        """Return the optimizer's arguments.
+
+        The optimizer's own bucket size holds unless the config sets a smaller one than DeepSpeed's default.
+        """
+        stage = min(max(self.stage, 1), 2)  # in stage 3 each shard is its rank's alone, so the optimizer sends nothing
         chosen: dict[str, Any] = {"stage": stage, "overlap": self.overlap_comm is not False}
         if self.reduce_bucket_size != "auto" and 0 < self.reduce_bucket_size < _DEFAULT_BUCKET:
             chosen["bucket_cap_mb"] = self.reduce_bucket_size * element_size / 2**20

@@ -14,15 +14,15 @@ from pyzero.deepspeed.config.schema import Batches, Config
 class Loader(DataLoader[Any]):
     """torch's DataLoader, with DeepSpeed's name for its sampler: `loader.data_sampler.set_epoch(epoch)`."""
 
-    _running: Iterator[Any] | None = None  # that next(loader) reads
+    _running: Iterator[Any] | None = None  # the iterator of next(loader)
 
     def __iter__(self) -> Any:
-        """As torch's; next(loader) begins anew too."""
+        """Iterate as torch's DataLoader does. next(loader) restarts too."""
         self._running = None
         return super().__iter__()
 
     def __next__(self) -> Any:
-        """The next batch, of the loader itself, as scripts ask DeepSpeed's."""
+        """Return the next batch of the loader itself, as DeepSpeed's loader does."""
         if self._running is None:
             self._running = super().__iter__()
         try:
@@ -38,7 +38,7 @@ class Loader(DataLoader[Any]):
 
 
 class EngineData:
-    """A part of Engine: data loaders."""
+    """The part of Engine that makes data loaders."""
 
     config: Config
     batches: Batches

@@ -95,7 +95,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             return self._explaining(found) if inspect.ismethod(found) and fsdp_groups(module) else found
 
     def _explaining(self, method: Any) -> Any:
-        """A method of the module of stage 3, whose error says what to do about a weight that is not gathered."""
+        """Wrap a stage-3 module's method, so that its error says what to do about a weight that is not gathered."""
 
         @functools.wraps(method)
         def explained(*args: Any, **kwargs: Any) -> Any:
@@ -149,7 +149,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return tensors.cast(inputs, dtype)
 
     def _watches_backward(self) -> bool:
-        """Whether a plain backward must be divided or refused. It need not if this model has no trained weights."""
+        """Return whether a plain backward must be divided or refused. It need not if no weights are trained."""
         is_asked = self.batches.accumulation > 1 or self.is_scaled
         return is_asked and any(param.requires_grad for param in self.module.parameters())
 
@@ -272,7 +272,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._num_micro = value % self.batches.accumulation  # since the last step that acted
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the coming step() acts, as opposed to only counting a micro-batch."""
+        """Return whether the coming step() acts, as opposed to only counting a micro-batch."""
         if self._boundary is not None:
             return self._boundary
         if not self.config.managed_gradient_accumulation:
@@ -363,7 +363,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
     # ---- what can be asked -----------------------------------------------------------------------------------------
 
     def was_step_applied(self) -> bool:
-        """Whether the last step() changed the weights. Reads the device."""
+        """Return whether the last step() changed the weights. Reads the device."""
         return self._stepped and self.optimizer.was_step_applied
 
     def get_global_grad_norm(self) -> float | None:
@@ -382,15 +382,15 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return self.optimizer.loss_scale
 
     def get_loss_scale(self) -> float:
-        """As `cur_scale`."""
+        """Return `cur_scale`."""
         return self.cur_scale
 
     def get_lr(self) -> list[float]:
-        """The learning rate of each group."""
+        """Return the learning rate of each group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_mom(self) -> list[Any]:
-        """The betas of each group, or its momentum."""
+        """Return the betas of each group, or its momentum."""
         return [group["betas"] if "betas" in group else group["momentum"] for group in self.optimizer.param_groups]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

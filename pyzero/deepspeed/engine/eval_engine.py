@@ -36,13 +36,13 @@ class EvalEngine(Engine):
     skipped_steps = cur_scale = property(_refuse)
 
     def _watches_backward(self) -> bool:
-        """False: gradients pass through this model to one that is trained."""
+        """Return False, because gradients pass through this model to one that is trained."""
         return False
 
     def get_lr(self) -> list[float]:
-        """An empty list."""
+        """Return an empty list."""
         return []
 
     def get_mom(self) -> list[Any]:
-        """An empty list."""
+        """Return an empty list."""
         return []

@@ -21,29 +21,29 @@ class EngineRanks:
         return self.parallel.tensor_place[1]
 
     def autotp_size(self) -> int:
-        """The config's tensor_parallel.autotp_size; 0 without one."""
+        """Return the config's tensor_parallel.autotp_size; 0 without one."""
         return self.config.tensor_parallel.autotp_size
 
     def get_data_parallel_group(self) -> Any:
-        """The ranks that see different data; None without a process group."""
+        """Return the group of ranks that see different data; None without a process group."""
         return launcher.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's place in that group."""
+        """Return this rank's place in that group."""
         return self.parallel.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """The number of ranks in that group."""
+        """Return the number of ranks in that group."""
         return self.parallel.data_size
 
     def get_model_parallel_group(self) -> Any:
-        """The ranks that split the layers of one model among them; None if layers are whole."""
+        """Return the group of ranks that split the layers of one model; None if layers are whole."""
         return self.parallel.tensor_group
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's place in that group."""
+        """Return this rank's place in that group."""
         return self.parallel.tensor_place[0]
 
     def get_model_parallel_world_size(self) -> int:
-        """The number of ranks in that group."""
+        """Return the number of ranks in that group."""
         return self.mp_world_size

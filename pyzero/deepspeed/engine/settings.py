@@ -20,19 +20,19 @@ class EngineSettings:
 
     @property
     def _config(self) -> DeepSpeedConfig:
-        """DeepSpeed's object, with the present batch sizes."""
+        """The config as DeepSpeed's object, with the present batch sizes."""
         return DeepSpeedConfig.of_engine(self.config, self.batches)
 
     def train_batch_size(self) -> int:
-        """Samples per optimizer step, over all ranks."""
+        """Return the samples per optimizer step, over all ranks."""
         return self.batches.train
 
     def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per backward on one rank."""
+        """Return the samples per backward on one rank."""
         return self.batches.micro
 
     def gradient_accumulation_steps(self) -> int:
-        """Backward passes per optimizer step."""
+        """Return the number of backward passes per optimizer step."""
         return self.batches.accumulation
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
@@ -53,11 +53,11 @@ class EngineSettings:
         self.batches = Batches.solve(None, micro_batch_size, accumulation, num_ranks)
 
     def get_batch_info(self) -> tuple[int, int, int]:
-        """(train batch, micro-batch, accumulation steps)."""
+        """Return (train batch, micro-batch, accumulation steps)."""
         return self.batches.train, self.batches.micro, self.batches.accumulation
 
     def managed_gradient_accumulation(self) -> bool:
-        """Whether step() counts micro-batches."""
+        """Return whether step() counts micro-batches."""
         return self.config.managed_gradient_accumulation
 
     @property
@@ -66,69 +66,69 @@ class EngineSettings:
         return self.optimizer.scales_loss
 
     def fp16_enabled(self) -> bool:
-        """Whether the model was converted to fp16."""
+        """Return whether the model was converted to fp16."""
         return self.config.is_fp16
 
     def bfloat16_enabled(self) -> bool:
-        """Whether the model was converted to bf16."""
+        """Return whether the model was converted to bf16."""
         return self.config.is_bf16
 
     def torch_autocast_enabled(self) -> bool:
-        """Whether the module runs in torch.autocast."""
+        """Return whether the module runs in torch.autocast."""
         return self.config.torch_autocast.enabled is True
 
     def dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale is not fixed."""
+        """Return whether there is a loss scale that is not fixed."""
         return self.is_scaled and self.config.fp16.loss_scale == 0
 
     def loss_scale(self) -> float:
-        """The config's loss scale; 0 means dynamic. `get_loss_scale()` returns the present one."""
+        """Return the config's loss scale; 0 means dynamic. `get_loss_scale()` returns the present one."""
         return self.config.fp16.loss_scale
 
     def zero_optimization(self) -> bool:
-        """Whether the config asks for a stage above 0."""
+        """Return whether the config asks for a stage above 0."""
         return self.config.zero_optimization.stage > 0
 
     def zero_optimization_stage(self) -> int:
-        """The config's stage."""
+        """Return the config's stage."""
         return self.config.zero_optimization.stage
 
     def zero_optimization_partition_gradients(self) -> bool:
-        """Whether the config asks for stage 2 or 3."""
+        """Return whether the config asks for stage 2 or 3."""
         return self.config.zero_optimization.stage >= 2
 
     def zero_optimization_partition_weights(self) -> bool:
-        """Whether the config asks for stage 3."""
+        """Return whether the config asks for stage 3."""
         return self.config.zero_optimization.stage >= 3
 
     def gradient_clipping(self) -> float:
-        """The norm that gradients are clipped to; 0.0 without clipping."""
+        """Return the norm that gradients are clipped to; 0.0 without clipping."""
         return self.config.max_grad_norm() or 0.0
 
     def steps_per_print(self) -> int | None:
-        """Optimizer steps from one log line to the next."""
+        """Return the number of optimizer steps from one log line to the next."""
         return self.config.steps_per_print
 
     def wall_clock_breakdown(self) -> bool:
-        """Whether phases are timed."""
+        """Return whether phases are timed."""
         return self.config.wall_clock_breakdown
 
     def optimizer_name(self) -> str | None:
-        """The optimizer's name in the config, in lower case."""
+        """Return the optimizer's name in the config, in lower case."""
         return self.config.optimizer_name()
 
     def optimizer_params(self) -> dict[str, Any] | None:
-        """The optimizer's parameters that the config gives."""
+        """Return the optimizer's parameters that the config sets."""
         return self.config.optimizer_params()
 
     def scheduler_name(self) -> str | None:
-        """The scheduler's name in the config."""
+        """Return the scheduler's name in the config."""
         return self.config.scheduler_name()
 
     def scheduler_params(self) -> dict[str, Any] | None:
-        """The scheduler's parameters that the config gives."""
+        """Return the scheduler's parameters that the config sets."""
         return self.config.scheduler_params()
 
     def communication_data_type(self) -> Any:
-        """The dtype in which gradients are sent; None: the weights'."""
+        """Return the dtype in which gradients are sent; None: the weights'."""
         return self.config.grad_reduce_dtype()

@@ -76,7 +76,7 @@ class EngineWeights:
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """The older name of `save_16bit_model`."""
+        """Call `save_16bit_model`, of which this is the older name."""
         return self.save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
 
     def save_pretrained(
@@ -98,7 +98,7 @@ class EngineWeights:
             module.save_pretrained(save_directory, state_dict=state, **options)
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """True: in stage 3 accelerate asks whether whole weights can be gathered."""
+        """Return True: in stage 3 accelerate asks whether whole weights can be gathered."""
         return True
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizers by name, for scripts that build one and hand it to initialize()."""
+"""DeepSpeed's optimizers by name, for scripts that build one and pass it to initialize()."""
 
 from pyzero.deepspeed.ops import adam, lamb, lion, op_builder
 

@@ -35,7 +35,7 @@ class FusedAdam(OptimizerSpec):
 
 
 class DeepSpeedCPUAdam(FusedAdam):
-    """DeepSpeedCPUAdam, with its order of arguments. It runs where the weights are."""
+    """DeepSpeed's DeepSpeedCPUAdam, with its order of arguments. It runs on the device of the weights."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ class FusedLamb(OptimizerSpec):
     """DeepSpeed's FusedLamb, with its arguments and defaults.
 
     Raises:
-        ValueError: eps_inside_sqrt, max_grad_norm or amsgrad, which are not supported.
+        ValueError: eps_inside_sqrt, max_grad_norm or amsgrad is set, which are not supported.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class FusedLion(OptimizerSpec):
 
 
 class DeepSpeedCPULion(FusedLion):
-    """DeepSpeedCPULion. It runs where the weights are."""
+    """DeepSpeed's DeepSpeedCPULion. It runs on the device of the weights."""
 
     def __init__(
         self,

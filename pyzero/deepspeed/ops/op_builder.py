@@ -1,4 +1,4 @@
-"""deepspeed.ops.op_builder: what scripts ask of it, whether an op can run and that it be built, of pyzero's own ops."""
+"""deepspeed.ops.op_builder: builders that report whether pyzero's ops can run, and build them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pyzero.ops import registry
 
 
 class OpBuilder:
-    """One op of DeepSpeed's name, in whose place pyzero's runs; none where `op` is empty."""
+    """A builder of DeepSpeed's op NAME. `op` is pyzero's op in its place; empty if there is none."""
 
     NAME: ClassVar[str] = ""
     op: ClassVar[str] = ""
     device_type: ClassVar[str] = "cpu"
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Whether there is one for the device: on a CPU always, on a GPU where there is one."""
+        """Return whether pyzero has the op, and this machine its device."""
         return bool(self.op) and (self.device_type == "cpu" or torch.cuda.is_available())
 
     def load(self, verbose: bool = True) -> ModuleType:
-        """pyzero.ops, with the best backend of this op there is, built now where it is not yet.
+        """Build the best backend of the op, unless it is built already. Return the module pyzero.ops.
 
         Raises:
-            NotImplementedError: There is nothing in its place.
+            NotImplementedError: pyzero has no op in its place.
         """
         if not self.op:
             raise NotImplementedError(f"pyzero has nothing in the place of DeepSpeed's {self.NAME}; leave it out")
@@ -59,7 +59,7 @@ class FusedLionBuilder(OpBuilder):
 
 
 class UtilsBuilder(OpBuilder):
-    """Buckets, flat."""
+    """Packing of tensors into flat buffers."""
 
     NAME, op = "utils", "pack_"
 
@@ -71,7 +71,7 @@ ALL_OPS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Of another op: a builder that says it cannot."""
+    """Return a builder for any other op name. It reports that it cannot run."""
     if not name.endswith("Builder"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return type(name, (OpBuilder,), {"NAME": name.removesuffix("Builder"), "__doc__": "There is none."})

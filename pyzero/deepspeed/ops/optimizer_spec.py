@@ -1,4 +1,4 @@
-"""What FusedAdam, FusedLion and FusedLamb share: groups and hyper-parameters, for initialize() to build from."""
+"""The base of FusedAdam, FusedLion and FusedLamb: groups and hyper-parameters from which initialize() builds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from torch.optim import Optimizer
 
 
 class OptimizerSpec(Optimizer):
-    """Parameter groups for initialize(). It takes no steps by itself: the model is not converted yet."""
+    """Parameter groups for initialize().
+
+    It cannot step, because initialize() still has to convert the model.
+    """
 
     def step(self, closure: Any = None) -> NoReturn:
-        """Refused.
+        """Refuse, because the engine takes the steps.
 
         Raises:
             RuntimeError: Always.

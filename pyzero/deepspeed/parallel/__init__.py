@@ -1,1 +1,1 @@
-"""Who computes what: meshes, and layers that ranks share."""
+"""Meshes, and layers that several ranks share."""

@@ -1,4 +1,4 @@
-"""deepspeed.utils.groups: the ranks of initialize() or tp_model_init(); all ranks before that."""
+"""deepspeed.utils.groups: the groups of initialize() or tp_model_init(); before these, all ranks are data-parallel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.parallel.mesh import Parallelism
 
-_split: list[tuple[Any, Parallelism]] = []  # one or none: the default group, and those of a model that is split in it
+_split: list[tuple[Any, Parallelism]] = []  # at most one: (default group, its split model's)
 
 
 def set_current(parallel: Parallelism) -> None:
     """Set what the getters below report.
 
-    A model that is not split leaves it unchanged, as a script may train one beside a split one.
+    A model that is not split changes nothing, because a script may train one beside a split one.
     """
     if parallel.tensor_group is not None:
         _split[:] = [(comm.get_world_group(), parallel)]
@@ -26,37 +26,37 @@ def _current() -> Parallelism:
 
 
 def get_data_parallel_group() -> Any:
-    """Ranks that see different data; None without a process group."""
+    """Return the group of ranks that see different data; None without a process group."""
     return launcher.handle_of(_current().data_group) if comm.is_initialized() else None
 
 
 def get_data_parallel_rank() -> int:
-    """This rank's place in that group."""
+    """Return this rank's place in that group."""
     return _current().data_rank
 
 
 def get_data_parallel_world_size() -> int:
-    """The number of ranks in that group."""
+    """Return the number of ranks in that group."""
     return _current().data_size
 
 
 def get_model_parallel_group() -> Any:
-    """Ranks that split the layers of one model among them; None where they are whole."""
+    """Return the group of ranks that split the layers of one model; None if layers are whole."""
     return _current().tensor_group
 
 
 def get_model_parallel_rank() -> int:
-    """This rank's place in that group."""
+    """Return this rank's place in that group."""
     return _current().tensor_place[0]
 
 
 def get_model_parallel_world_size() -> int:
-    """The number of ranks in that group."""
+    """Return the number of ranks in that group."""
     return _current().tensor_place[1]
 
 
 def get_tensor_model_parallel_src_rank() -> int:
-    """The first of them, by its rank among all."""
+    """Return the default-group rank of the first rank in that group."""
     group = get_model_parallel_group()
     return comm.get_rank() if group is None else comm.get_global_rank(group, 0)
 
@@ -67,7 +67,7 @@ get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
 def __getattr__(name: str) -> Any:
-    """DeepSpeed has each with an underscore in front, too."""
+    """Return a getter by its name with an underscore in front, which DeepSpeed has too."""
     plain = name.removeprefix("_")
     if plain != name and plain.startswith("get_") and plain in globals():
         return globals()[plain]

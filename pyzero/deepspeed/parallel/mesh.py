@@ -1,4 +1,4 @@
-"""Who computes what: the ranks that see different data, and those that hold other parts of the model."""
+"""The ranks that see different data, and the ranks that hold other parts of the model."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ _DATA_NAMES = ("dp", "data", "data_parallel", "dp_shard", "fsdp", "zero")
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Who computes what, of one engine."""
+    """The data-parallel and model-parallel ranks of one engine."""
 
     data_group: Any  # ranks that see different data: a process group, or a dimension of a mesh; None: the default group
     model_group: Any  # process group of the ranks that hold other parts of the model; None: there are none
-    data_rank: int  # this one's place in data_group
+    data_rank: int  # this rank's place in data_group
     data_size: int
-    data_mesh: Any = None  # of one dimension over data_group, where the caller has one
-    tensor_mesh: Any = None  # and over model_group
-    is_pipeline: bool = False  # model_group's ranks hold other layers, whole ones
-    batch_counts_tensor_ranks: bool = False  # as DeepSpeed's train_batch_size where the config alone splits the model
+    data_mesh: Any = None  # one-dimensional mesh over data_group, if the caller has one
+    tensor_mesh: Any = None  # one-dimensional mesh over model_group, if the caller has one
+    is_pipeline: bool = False  # model_group's ranks hold other layers, each whole
+    batch_counts_tensor_ranks: bool = False  # as in DeepSpeed, if only the config splits it
 
     @property
     def num_batch_ranks(self) -> int:
-        """Ranks that train_batch_size is divided by."""
+        """The number of ranks that share train_batch_size."""
         return self.data_size * self.tensor_place[1] if self.batch_counts_tensor_ranks else self.data_size
 
     @property
     def tensor_group(self) -> Any:
-        """The process group of the ranks that split layers; None: layers are whole."""
+        """The process group of the ranks that split layers; None if layers are whole."""
         return None if self.is_pipeline else self.model_group
 
     @property
     def tensor_place(self) -> tuple[int, int]:
-        """(rank, size) in that group; (0, 1) without."""
+        """(rank, size) in tensor_group; (0, 1) without one."""
         return (0, 1) if self.tensor_group is None else launcher.rank_and_size_in(self.tensor_group)
 
     def options(self) -> dict[str, Any]:
-        """Of the optimizer."""
+        """Return the optimizer's arguments."""
         return {"process_group": self.data_group, "model_parallel_group": self.model_group}
 
 
 def parallelism_of(mesh: Any, mpu: Any) -> Parallelism:
-    """From a mesh of one or two dimensions, from DeepSpeed's mpu, or all ranks.
+    """Make a Parallelism from a mesh of one or two dimensions, from DeepSpeed's mpu, or over all ranks.
 
     Raises:
-        ValueError: Both are given, or the mesh has more dimensions, or mpu is none.
+        ValueError: Both are given, the mesh has more or unnamed dimensions, or mpu lacks get_data_parallel_group().
     """
     if mesh is not None and mpu is not None:
         raise ValueError("got mesh and mpu, wanted one of them: each says which ranks see different data")

@@ -1,4 +1,4 @@
-"""config.tensor_parallel: a mesh of data and tensor dimension, and the model split over the latter by torch."""
+"""The config's tensor_parallel: a mesh with a data and a tensor dimension. torch splits the model over the latter."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from pyzero.sharding.local_param import is_dtensor, is_same_part, local_of
 
 log = logging.getLogger("pyzero")
 
-_LARGEST_COMPARED = 1 << 24  # elements of a gradient, which is gathered for it
+_LARGEST_COMPARED = 1 << 24  # elements; larger gradients are not gathered to compare them
 
-_asked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by tp_model_init
-_split: WeakSet[nn.Module] = WeakSet()  # by initialize
-_meshes: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # of a default group, by size
+_asked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # models passed to tp_model_init, and their sizes
+_split: WeakSet[nn.Module] = WeakSet()  # models that initialize() split
+_meshes: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()  # default group -> size -> mesh
 
 
 def tp_model_init(
     model: nn.Module, tp_size: int, dtype: torch.dtype | None = None, config: Any = None, **kwargs: Any
 ) -> nn.Module:
-    """Have initialize() split this model over that many ranks, as `tensor_parallel.autotp_size` does. Collective.
+    """Make initialize() split this model over tp_size ranks, as `tensor_parallel.autotp_size` does. Collective.
 
     Args:
-        model: Or a part of the one that initialize() gets.
-        tp_size: Ranks that share a layer.
-        dtype: Of its weights from now on; None: they stay.
-        config: Ignored, as is what follows; initialize() gets it.
+        model: The model, or a part of the one that initialize() gets.
+        tp_size: Number of ranks that share a layer.
+        dtype: Dtype to which the weights are converted; None: they stay.
+        config: Ignored; pass it to initialize().
         **kwargs: Ignored.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: The ranks are no multiple of tp_size.
+        ValueError: The number of ranks is no multiple of tp_size.
     """
     launcher.join_early()
     if tp_size > 1:
@@ -58,14 +58,14 @@ def tp_model_init(
 
 
 def set_autotp_mode(training: bool = False, **kwargs: Any) -> None:
-    """Nothing: initialize() splits, and models are built as ever."""
+    """Do nothing, because initialize() splits the model after it is built."""
 
 
 def size_for(model: nn.Module, section: TensorParallelSection) -> int:
-    """Ranks that are to share a layer: the config's, or what tp_model_init() was told of the model or a part of it.
+    """Return the number of ranks that share a layer, from the config, or from tp_model_init() for the model or a part.
 
     Raises:
-        ValueError: Two sizes.
+        ValueError: There are two sizes.
     """
     sizes = {_asked[module] for module in model.modules() if module in _asked} | {section.size()} - {1}
     if len(sizes) > 1:
@@ -77,10 +77,10 @@ def size_for(model: nn.Module, section: TensorParallelSection) -> int:
 
 
 def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
-    """Data and tensor dimension over all ranks, or those that the caller has.
+    """Make a Parallelism with a tensor dimension of this size, over all ranks or from the caller's mesh or mpu.
 
     Raises:
-        ValueError: The ranks are no multiple of size, or the caller's groups are of another.
+        ValueError: The number of ranks is no multiple of size, or the caller's groups have another size.
     """
     if mesh is not None or mpu is not None:
         parallel = parallelism_of(mesh, mpu)
@@ -95,8 +95,11 @@ def parallelism_with(size: int, mesh: Any, mpu: Any) -> Parallelism:
 
 
 def _mesh_over(size: int) -> Any:
-    """Of all ranks: neighbours share a layer. One for each size, for its groups are never given back."""
-    from torch.distributed.device_mesh import init_device_mesh  # half a second
+    """Return a mesh over all ranks, in which consecutive ranks share a layer.
+
+    There is one mesh per size, because its groups are never freed.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # takes half a second
 
     num_ranks = comm.get_world_size()
     if num_ranks % size:
@@ -111,7 +114,7 @@ def _mesh_over(size: int) -> Any:
 
 
 def _mesh_of(parallel: Parallelism) -> Any:
-    """Of an mpu's groups, which have all ranks together. Collective."""
+    """Return a mesh of an mpu's groups, which must cover all ranks. Collective."""
     from torch.distributed.device_mesh import DeviceMesh
 
     places: list[Any] = [None] * comm.get_world_size()
@@ -133,10 +136,11 @@ def _mesh_of(parallel: Parallelism) -> Any:
 def split(
     model: nn.Module, parallel: Parallelism, section: TensorParallelSection, given: Mapping[str, Any] | None
 ) -> None:
-    """Split a model over its tensor-parallel ranks, with the first one's weights, and bring it to their devices.
+    """Split a model over its tensor-parallel ranks, and move it to their devices. Collective.
 
-    Parameters become DTensors, others stay. The first forward checks that the ranks have the same inputs, and random
-    numbers are the first one's from now on, for dropout. Nothing is done to a model that has DTensors.
+    All ranks take the first one's weights, and its random number state, for dropout. Split parameters become DTensors,
+    others stay. The first forward checks that the ranks have the same inputs. A model that has DTensors is left
+    unchanged.
 
     Raises:
         ValueError, TypeError: See tp_plan.
@@ -160,7 +164,7 @@ def split(
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether split() has been there."""
+    """Return whether `split` was applied to the model or a part of it."""
     return any(module in _split for module in model.modules())
 
 
@@ -191,13 +195,16 @@ def _style_of(name: str) -> Any:
         return ColwiseParallel(output_layouts=Replicate())
     if name in ("rowwise_rep", "rowwise_split_input", "embedding_rowwise"):
         return RowwiseParallel(input_layouts=Replicate())
-    # A norm of each head, on this rank's heads: of the dimensions (..., heads, width) the heads are split, and the
-    # gradient of the weight, which all have, is a partial sum.
+    # A norm of each head acts on this rank's heads: of the dimensions (..., heads, width), heads is split. All ranks
+    # have the norm's weight whole, and each computes a partial sum of its gradient.
     return SequenceParallel(sequence_dim=-2, use_local_output=True)
 
 
 def _share_random_numbers(handle: Any) -> None:
-    """What all ranks of a layer compute alike must drop the same elements."""
+    """Give all ranks the first one's random number state.
+
+    Dropout must drop the same elements in what the ranks of a layer all compute.
+    """
     on_gpu = launcher.device().type == "cuda"
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
     comm.broadcast_object_list(states, comm.get_global_rank(handle, 0), handle)
@@ -207,7 +214,10 @@ def _share_random_numbers(handle: Any) -> None:
 
 
 def _check_first_inputs(model: nn.Module, group: Group) -> None:
-    """A loader over all ranks gives each another sample, of which the ranks of a layer would mix up parts."""
+    """Make the first forward check that all ranks of a layer have the same inputs.
+
+    A data loader over all ranks gives each rank another sample, and the layer would mix parts of these.
+    """
 
     def compare(module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -226,9 +236,10 @@ def _check_first_inputs(model: nn.Module, group: Group) -> None:
 
 
 def check_first_gradients(model: nn.Module, optimizer: ZeroOptimizer, parallel: Parallelism) -> None:
-    """Have the first step compare the gradients of weights that every rank has whole.
+    """Make the first step compare the gradients of weights that every rank has whole.
 
-    They are alike where the layer sees what all ranks have; of split activations each rank has a part of the sum.
+    They are equal if the layer's inputs are the same on all ranks. On split activations, each rank has only a part of
+    the sum.
     """
     trained = {param for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
     whole = {
@@ -245,10 +256,10 @@ def check_first_gradients(model: nn.Module, optimizer: ZeroOptimizer, parallel: 
         rows = group.gather_objects(mine, "the comparison of first gradients")
         largest = max((norm for row in rows for norm in row), default=0.0)
         if whole and not 0.0 < largest < math.inf or any(math.isnan(norm) for row in rows for norm in row):
-            return  # a step to skip, or one on other weights
+            return  # this step is skipped, or has no gradients of these weights
         handle.remove()
         for name, *norms in zip(whole, *rows, strict=True):
-            if max(norms) - min(norms) > 1e-2 * max(norms) + 1e-5 * largest:  # less is rounding
+            if max(norms) - min(norms) > 1e-2 * max(norms) + 1e-5 * largest:  # smaller differences are rounding
                 raise ValueError(
                     f"expected the same gradient of {name} on the {group.size} tensor-parallel ranks, which have it "
                     f"whole, got norms of {', '.join(f'{norm:.3g}' for norm in norms)}: it acts on what is split; give "
@@ -260,7 +271,10 @@ def check_first_gradients(model: nn.Module, optimizer: ZeroOptimizer, parallel: 
 
 
 def _is_whole(param: Tensor, mesh: Any) -> bool:
-    """Neither split over the mesh nor a DTensor on it; in stage 3 those are on a mesh of two dimensions."""
+    """Return whether a weight is neither split over the mesh nor a DTensor on it.
+
+    In stage 3, split weights are on a mesh of two dimensions.
+    """
     if not is_dtensor(param):
         return True
     own: Any = param.device_mesh  # type: ignore[attr-defined]

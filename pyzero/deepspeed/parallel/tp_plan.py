@@ -1,4 +1,4 @@
-"""Which layers of a model are split over tensor-parallel ranks, and how: its own plan, the config's or the caller's."""
+"""The plan that says how layers are split over tensor-parallel ranks: the caller's, the config's or the model's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyzero.deepspeed.config.tensor_parallel_section import PartitionSection, TensorParallelSection
 
-# transformers' names of what torch.distributed.tensor.parallel has, by what is cut of the weight.
+# transformers' names of torch.distributed.tensor.parallel's styles, by the dimension of the weight that is split.
 _ROWS = ("colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise")  # dimension 0
 _COLUMNS = ("rowwise", "rowwise_rep", "rowwise_split_input", "embedding_colwise")  # dimension 1
 _GRADS = "replicated_with_grad_allreduce"
@@ -23,7 +23,7 @@ _STYLE_OF_SPEC = {"column": "colwise", "row": "rowwise", "skip": _WHOLE}
 
 @dataclass(frozen=True)
 class Cut:
-    """One layer and its style: one of STYLES, or a ParallelStyle of torch."""
+    """A layer and its style: one of STYLES, or torch's ParallelStyle."""
 
     name: str
     module: nn.Module
@@ -31,19 +31,19 @@ class Cut:
 
     @property
     def dim(self) -> int | None:
-        """The dimension of its weight that is cut; None: it is left whole, or the style is not one of STYLES."""
+        """The dimension of the weight that is split; None if it stays whole, or the style is torch's."""
         if not isinstance(self.style, str):
             return None
         return 0 if self.style in _ROWS else 1 if self.style in _COLUMNS else None
 
 
 def plan_of(model: nn.Module, section: TensorParallelSection, given: Mapping[str, Any] | None) -> list[Cut]:
-    """The layers to cut: as given, else as the config's partition_config says, else as the model does.
+    """Return the layers to split, by the given plan, else the config's partition_config, else the model's own plan.
 
-    A layer whose weight is another's too is cut where the other is alike, and left whole otherwise.
+    If layers share a weight, they are split only if all are split in the same way. Otherwise all stay whole.
 
     Raises:
-        ValueError: There is no plan, or none of its layers, or a style that is not one of STYLES.
+        ValueError: There is no plan, none of its layers is in the model, or a style is not one of STYLES.
     """
     if given is not None:
         cuts = _matched(model, ((_as_pattern(name), style) for name, style in given.items()))
@@ -69,11 +69,11 @@ def plan_of(model: nn.Module, section: TensorParallelSection, given: Mapping[str
 
 
 def check_sizes(model: nn.Module, cuts: list[Cut], size: int) -> None:
-    """Whether that many ranks get alike parts.
+    """Check that this number of ranks divides the layers evenly.
 
     Raises:
-        ValueError: A layer, or the heads of attention, that they do not divide.
-        TypeError: A layer that torch does not split.
+        ValueError: The ranks do not divide a layer, or the heads of attention.
+        TypeError: torch cannot split a layer.
     """
     for cut in cuts:
         if cut.dim is not None and not isinstance(cut.module, (nn.Linear, nn.Embedding)):
@@ -104,7 +104,10 @@ def check_sizes(model: nn.Module, cuts: list[Cut], size: int) -> None:
 
 
 def _check_no_weights_of_heads(model: nn.Module, cuts: list[Cut], sizes: set[int | None]) -> None:
-    """A norm beside split projections may have a row of weights for each head, as Cohere's use_qk_norm."""
+    """Refuse a layer with a row of weights for each head beside split projections.
+
+    Cohere's use_qk_norm has such norms.
+    """
     cut = {cut.module for cut in cuts}
     for name, attention in model.named_modules():
         beside = dict(attention.named_children())
@@ -123,7 +126,7 @@ def _check_no_weights_of_heads(model: nn.Module, cuts: list[Cut], sizes: set[int
 
 
 def _matched(model: nn.Module, rules: Any) -> list[Cut]:
-    """The first rule counts."""
+    """Return the layers that a rule matches. The first matching rule counts."""
     known = list(rules)
     found = []
     for name, module in model.named_modules():
@@ -134,7 +137,7 @@ def _matched(model: nn.Module, rules: Any) -> list[Cut]:
 
 
 def _as_pattern(name: str) -> Callable[[str], Any]:
-    """Of a dotted name, in which * stands for one part."""
+    """Compile a dotted name, in which * stands for one part."""
     return re.compile(re.escape(name).replace(r"\*", r"[^.]+")).fullmatch
 
 
@@ -146,7 +149,7 @@ def _check_all_used(model: nn.Module, given: Mapping[str, Any]) -> None:
 
 
 def _cuts_of_specs(model: nn.Module, partition: PartitionSection, has_preset: bool) -> list[Cut]:
-    """DeepSpeed's, whose patterns are of parameters' names."""
+    """Return the layers that DeepSpeed's specs match. Their patterns are of parameter names."""
     kind = str(getattr(getattr(model, "config", None), "model_type", "")).lower()
     rules = []
     for spec in partition.layer_specs:
@@ -166,7 +169,7 @@ def _weight_pattern(pattern: str) -> Callable[[str], Any]:
 
 
 def _cuts_of_model(model: nn.Module) -> list[Cut]:
-    """transformers', of the model or of those in it: a wrapper has none of its own."""
+    """Return the layers of transformers' plan of the model or, if it has none, of the models in it."""
     names = {module: name for name, module in model.named_modules()}
     found = []
     for owner in _with_plans(model):
@@ -178,7 +181,7 @@ def _cuts_of_model(model: nn.Module) -> list[Cut]:
 
 
 def _check_experts(owner: nn.Module) -> None:
-    """A plan names stacked weights of experts, too, which are no layers."""
+    """Refuse a plan that names stacked weights of experts, because these are not layers."""
     params = dict(owner.named_parameters())
     for name, style in _plan_in(owner).items():
         experts = next(filter(_as_pattern(name), params), None)
@@ -195,7 +198,7 @@ def _plan_in(module: nn.Module) -> dict[str, str]:
 
 
 def _with_plans(model: nn.Module) -> Iterator[Any]:
-    """The outermost modules that have a plan: it holds for those below."""
+    """Yield the outermost modules that have a plan. A plan also covers the modules below."""
     if _plan_in(model):
         yield model
     else:
@@ -204,7 +207,7 @@ def _with_plans(model: nn.Module) -> Iterator[Any]:
 
 
 def _without_half_tied(model: nn.Module, cuts: list[Cut]) -> list[Cut]:
-    """Of those that share a weight all, or none: a weight lies in one way."""
+    """Drop layers that share a weight unless all of these are split in the same way."""
     of_module = {cut.module: cut for cut in cuts}
     whole: set[nn.Module] = set()
     for sharing in shared_by(model).values():
@@ -215,7 +218,7 @@ def _without_half_tied(model: nn.Module, cuts: list[Cut]) -> list[Cut]:
 
 
 def shared_by(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
-    """The places of each parameter that has several."""
+    """Return, for each parameter with several places, those places."""
     places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module._parameters.items():

@@ -1,4 +1,4 @@
-"""deepspeed.pipe: pipeline parallelism in the shape of DeepSpeed's scripts, on torch.distributed.pipelining."""
+"""deepspeed.pipe: DeepSpeed's interface to pipeline parallelism, on torch.distributed.pipelining."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of a PipelineModule: train_batch() in place of forward, backward and step."""
+"""The engine of a PipelineModule: train_batch() replaces forward, backward and step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyzero.optimizer import ZeroOptimizer
 
 
 class PipelineEngine(Engine):
-    """See Engine; gradient_accumulation_steps is the number of micro-batches in the pipeline."""
+    """An Engine whose gradient_accumulation_steps is the number of micro-batches in the pipeline."""
 
     module: PipelineModule
 
@@ -38,53 +38,54 @@ class PipelineEngine(Engine):
         self.grid = self.mpu = module.grid
         self.stage_id, self.num_stages = module.stage_id, module.num_stages
         self.is_pipe_parallel = self.num_stages > 1
-        self.agg_train_loss: Tensor | None = None  # what train_batch() has returned
+        self.agg_train_loss: Tensor | None = None  # what train_batch() returned last
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn: Callable[[Any], Any] | None = None
         self._everyone = Group()
-        self._runners: dict[tuple[int, bool], tuple[float, Runner]] = {}  # with the shapes that each is for
+        # By number of micro-batches and whether it trains: the code of the input shapes, and the runner for them.
+        self._runners: dict[tuple[int, bool], tuple[float, Runner]] = {}
 
     # ---- data ------------------------------------------------------------------------------------------------------
 
     @property
     def micro_batches(self) -> int:
-        """In a batch."""
+        """The number of micro-batches in a batch."""
         return self.batches.accumulation
 
     def is_first_stage(self) -> bool:
-        """Whether this rank reads inputs."""
+        """Return whether this rank reads inputs."""
         return self.stage_id == 0
 
     def is_last_stage(self) -> bool:
-        """Whether this rank reads labels."""
+        """Return whether this rank reads labels."""
         return self.stage_id == self.num_stages - 1
 
     def get_pipeline_parallel_rank(self) -> int:
-        """The number of this rank's stage."""
+        """Return the number of this rank's stage."""
         return self.stage_id
 
     def set_has_attention_mask(self, value: bool) -> None:
-        """Nothing: what stages send tells by itself which of it has gradients."""
+        """Do nothing, because stages detect which of the tensors that they send have gradients."""
 
     def set_dataloader(self, loader: Iterable[Any]) -> None:
-        """Where train_batch() takes micro-batches from; see pyzero.deepspeed.utils.RepeatingLoader."""
+        """Set where train_batch() takes micro-batches from; see pyzero.deepspeed.utils.RepeatingLoader."""
         self.training_dataloader = loader
         self.data_iterator = iter(loader)
 
     def set_dataiterator(self, iterator: Iterator[Any] | None) -> None:
-        """The same of an iterator."""
+        """Set the iterator from which train_batch() takes micro-batches."""
         self.data_iterator = iterator
 
     def set_batch_fn(self, fn: Callable[[Any], Any] | None) -> None:
-        """Turns what the loader gives into (inputs, labels)."""
+        """Set a function that turns each item of the loader into (inputs, labels)."""
         self.batch_fn = fn
 
     def reset_activation_shape(self) -> None:
-        """As DeepSpeed's; train_batch() sees by itself that inputs are of another shape than those before."""
+        """Forget the shapes of inputs. train_batch() also notices new shapes by itself."""
         self._runners.clear()
 
     def _pull(self, data_iter: Iterator[Any] | None, num_micro: int) -> list[MicroBatch]:
-        """Micro-batches on this device, on the first and the last stage."""
+        """Return micro-batches on this device if this is the first or the last stage; otherwise an empty list."""
         if not (self.is_first_stage() or self.is_last_stage()):
             return []
         if data_iter is None:
@@ -115,15 +116,15 @@ class PipelineEngine(Engine):
         return micro
 
     def _pull_on_all_ranks(self, data_iter: Iterator[Any] | None, num_micro: int) -> tuple[list[MicroBatch], float]:
-        """`_pull`, and a number that stands for the shapes of this pipeline's inputs, on all of its ranks.
+        """Call `_pull`. Return its micro-batches and a code of the shapes of this pipeline's inputs. Collective.
 
-        Where the data end or fail on one rank, no rank begins the batch. Collective.
+        If the data end or fail on one rank, no rank begins the batch.
         """
         micro: list[MicroBatch] = []
         problem: Exception | None = None
         try:
             micro = self._pull(data_iter, num_micro)
-        except Exception as error:  # of any kind: the other ranks wait to hear of it
+        except Exception as error:  # any error: the other ranks wait for this one
             problem = error
         code = 0.0 if problem is None else 1.0 if isinstance(problem, StopIteration) else 2.0
         shapes = float(zlib.crc32(repr(_shapes(micro[0][0])).encode())) if micro else 0.0
@@ -144,22 +145,22 @@ class PipelineEngine(Engine):
     # ---- a batch ---------------------------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
-        """One optimizer step on gradient_accumulation_steps micro-batches, all of one shape. Every rank calls it.
+        """Take one optimizer step on gradient_accumulation_steps micro-batches of one shape. Every rank calls it.
 
         Args:
-            data_iter: Gives (inputs, labels) on the first and the last stage, the same on both; default: that of
+            data_iter: Yields (inputs, labels), the same on the first and the last stage; default: that of
                 set_dataloader().
 
         Returns:
             0-D fp32 on every rank: the mean of the losses over micro-batches and replicas.
 
         Raises:
-            ValueError: There is no data, or not in pairs.
-            StopIteration: The data ended, on this rank or another: raised on all.
-                pyzero.deepspeed.utils.RepeatingLoader starts it anew.
+            ValueError: There is no data, or it is not in pairs.
+            StopIteration: The data ended on some rank. It is raised on all ranks.
+                pyzero.deepspeed.utils.RepeatingLoader restarts the data.
             PipelineError: Another rank's data raised an error.
-            RuntimeError: A layer's forward or the loss function failed on another rank; there it is raised as it is. No
-                rank has stepped, and training may go on.
+            RuntimeError: A layer's forward or the loss function failed on another rank, which raises the original
+                error. No rank has stepped, and training may continue.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("expected gradients to be enabled, got train_batch() in no_grad(); call eval_batch()")
@@ -202,14 +203,14 @@ class PipelineEngine(Engine):
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
     ) -> Tensor:
-        """Losses without gradients. Every rank calls it.
+        """Compute the mean loss without gradients. Every rank calls it.
 
         Args:
-            data_iter: As train_batch's; that one goes on where it was.
-            return_logits: Not supported.
+            data_iter: As for train_batch, whose own iterator does not advance.
+            return_logits: True is not supported.
             compute_loss: False is not supported.
-            reduce_output: "avg" alone.
-            bcast_loss: Ignored: every rank gets it.
+            reduce_output: Must be "avg".
+            bcast_loss: Ignored; every rank gets the loss.
             num_micro_batches: Default: as many as train_batch takes.
 
         Returns:
@@ -254,16 +255,17 @@ class PipelineEngine(Engine):
 
     @contextmanager
     def _leaving_out(self, buffers: Buffers | None) -> Iterator[None]:
-        """A batch that fails in here does on all ranks, and leaves nothing: no gradients, and no runners.
+        """A context in which a batch that fails, which it does on all ranks, leaves no gradients and no runners.
 
-        buffers: Of before the batch; stages after the one that failed have put its zeros into theirs.
+        buffers: Copies from before the batch. After a failed stage, later stages have computed on its zeros and updated
+        theirs.
         """
         try:
             yield
         except CollectiveError:
             raise
         except Exception:
-            while self._runners:  # which may have failed before they knew what is sent
+            while self._runners:  # they may have failed before they knew the shapes to send
                 self._runners.popitem()[1][1].free()
             self.optimizer.zero_grad()
             if buffers is not None:
@@ -313,15 +315,15 @@ class PipelineEngine(Engine):
         return torch.stack(losses).mean()
 
     def _loss_of_all(self, loss: Tensor | None) -> Tensor:
-        """The mean over the last stages, on every rank."""
+        """Return the mean over the last stages of all pipelines, on every rank."""
         mean = torch.zeros((), dtype=torch.float32, device=self.device) if loss is None else loss / self.dp_world_size
         self._everyone.sum(mean, "the sum of losses")
         return mean
 
-    # ---- what is not there -----------------------------------------------------------------------------------------
+    # ---- not supported ---------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
+        """Refuse, because train_batch() runs forward, backward and step.
 
         Raises:
             PipelineError: Always.
@@ -333,7 +335,7 @@ class PipelineEngine(Engine):
     backward = step = no_sync = forward
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: a rank has its stage's weights alone.
+        """Refuse, because a rank has only its stage's weights.
 
         Raises:
             PipelineError: Always.
@@ -345,7 +347,10 @@ class PipelineEngine(Engine):
 
 
 def _as_tuple(part: Any) -> Any:
-    """torch's loaders make lists of tuples; layers look for a tuple."""
+    """Turn a list into a tuple. Return others unchanged.
+
+    torch's loaders make lists of tuples, but layers expect tuples.
+    """
     return tuple(part) if type(part) is list else part
 
 

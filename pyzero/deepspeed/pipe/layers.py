@@ -1,4 +1,4 @@
-"""LayerSpec and TiedLayerSpec, and which layers go to which stage."""
+"""LayerSpec and TiedLayerSpec, and the assignment of layers to stages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 
 
 class LayerSpec:
-    """A layer that is built on its stage alone.
+    """A layer that only its own stage builds.
 
     Args:
-        typename: A class of modules.
-        *module_args: Of its constructor.
-        **module_kwargs: Of its constructor.
+        typename: A subclass of nn.Module.
+        *module_args: Arguments of its constructor.
+        **module_kwargs: Keyword arguments of its constructor.
     """
 
     def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
@@ -30,20 +30,22 @@ class LayerSpec:
         return f"{self.typename.__name__}({', '.join(args)})"
 
     def build(self, log: bool = False) -> nn.Module:
-        """The module. log: ignored."""
+        """Build the module. log: Ignored."""
         return self.typename(*self.module_args, **self.module_kwargs)
 
 
 class TiedLayerSpec(LayerSpec):
-    """A layer that comes more than once: one module where that is on one stage, copies kept equal where it is not.
+    """A layer that occurs more than once.
+
+    On one stage it is one module. On several stages it is copies that are kept equal.
 
     Args:
-        key: The same for all that are one layer.
-        typename: As LayerSpec's.
-        *module_args: As LayerSpec's.
-        forward_fn: Called with (module, inputs) in place of the module.
-        tied_weight_attr: Read by DeepSpeed alone: here all parameters of the module are tied.
-        **module_kwargs: As LayerSpec's.
+        key: The same for all occurrences of one layer.
+        typename: As for LayerSpec.
+        *module_args: As for LayerSpec.
+        forward_fn: Called with (module, inputs) instead of the module.
+        tied_weight_attr: Ignored; all parameters of the module are tied.
+        **module_kwargs: As for LayerSpec.
     """
 
     def __init__(
@@ -61,15 +63,16 @@ class TiedLayerSpec(LayerSpec):
 
 
 def partition(layers: Sequence[Any], num_stages: int, method: str) -> list[int]:
-    """num_stages + 1 bounds: stage s has layers[bounds[s]:bounds[s + 1]].
+    """Return num_stages + 1 bounds: stage s has layers[bounds[s]:bounds[s + 1]].
 
     Args:
         layers: Specs, modules and functions.
-        num_stages: How many.
-        method: "uniform" by layers, "parameters" by trained elements, "type:regex" by layers whose class matches.
+        num_stages: Number of stages.
+        method: What to balance: "uniform" the number of layers, "parameters" their trained elements, "type:regex" the
+            number of layers whose class matches.
 
     Raises:
-        ValueError: Another method, or nothing to go by.
+        ValueError: The method is unknown, or no layer matches.
     """
     kind, _, pattern = method.partition(":")
     if kind.lower() == "uniform":
@@ -89,9 +92,9 @@ def partition(layers: Sequence[Any], num_stages: int, method: str) -> list[int]:
 
 
 def balance(weights: Sequence[int], num_parts: int) -> list[int]:
-    """Bounds of consecutive parts, none empty, the heaviest as light as it can be."""
+    """Return the bounds of consecutive non-empty parts, so that the heaviest is as light as possible."""
     num, sums = len(weights), [0, *accumulate(weights)]
-    best = {end: (sums[end], [0, end]) for end in range(1, num + 1)}  # of one part, by where it ends
+    best = {end: (sums[end], [0, end]) for end in range(1, num + 1)}  # end -> (heaviest part, bounds)
     for part in range(2, num_parts + 1):
         best = {
             end: min((max(best[at][0], sums[end] - sums[at]), [*best[at][1], end]) for at in range(part - 1, end))
@@ -105,7 +108,7 @@ def _num_trained(layer: Any) -> int:
         try:
             with torch.device("meta"):
                 layer = layer.build()
-        except RuntimeError:  # its constructor reads values
+        except RuntimeError:  # the constructor reads values, which meta tensors lack
             with torch.random.fork_rng(devices=[]):
                 layer = layer.build()
     return sum(p.numel() for p in layer.parameters() if p.requires_grad) if isinstance(layer, nn.Module) else 0

@@ -1,4 +1,4 @@
-"""PipelineModule: a model as a sequence of layers, of which each stage builds its own."""
+"""PipelineModule: a model as a sequence of layers, of which each stage builds only its own."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from pyzero.deepspeed.pipe.topology import PipeDataParallelTopology, PipelinePar
 
 
 class PipelineError(RuntimeError):
-    """What a pipeline cannot do."""
+    """A pipeline cannot do this, or failed on another rank."""
 
 
 class PipelineModule(nn.Module):
-    """The layers of this rank's stage, by the names that nn.Sequential would give them.
+    """The layers of this rank's stage, with the names that nn.Sequential would give them.
 
     Args:
-        layers: LayerSpecs, modules and functions, each of which takes what the one before it returns: a tensor, or a
-            tuple of several. Or an nn.Sequential.
-        num_stages: How many parts; divides the number of ranks.
-        topology: In place of num_stages: PipeDataParallelTopology.
-        loss_fn: Of what the last layer returns and the labels; None: what it returns is the loss.
+        layers: LayerSpecs, modules and functions, or an nn.Sequential. Each takes what the one before it returns: a
+            tensor, or a tuple of several.
+        num_stages: Number of stages; divides the number of ranks.
+        topology: A PipeDataParallelTopology, instead of num_stages.
+        loss_fn: Called with the last layer's output and the labels; None: that output is the loss.
         seed_layers: Seed the construction of layer i with base_seed + i, so that it does not depend on the stages.
-        seed_fn: In place of torch.manual_seed.
+        seed_fn: Called instead of torch.manual_seed.
         base_seed: See seed_layers.
         partition_method: See pyzero.deepspeed.pipe.layers.partition.
-        activation_checkpoint_interval: Recompute so many layers at a time in backward; 0: none.
-        activation_checkpoint_func: Called with a function and its inputs.
-        checkpointable_layers: Class names: only runs of these are recomputed; default: what has parameters.
+        activation_checkpoint_interval: Number of layers to recompute at a time in backward; 0: none.
+        activation_checkpoint_func: Called with a function and its inputs, to recompute it in backward.
+        checkpointable_layers: Class names. Only groups of layers that are all of these classes are recomputed; default:
+            groups with parameters.
         dynamic_shape: Not supported.
 
     Raises:
-        ValueError: An argument that does not fit the ranks or the layers, or two stages that share a parameter.
+        ValueError: An argument does not fit the ranks or the layers, or two stages share a parameter.
         PipelineError: Another rank failed to build its stage.
     """
 
-    builds_own_layers = True  # other ranks build others: not in zero.Init
+    builds_own_layers = True  # ranks build different layers, so zero.Init refuses it
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class PipelineModule(nn.Module):
         if self.stage_id == self.num_stages - 1:
             self.loss_fn = loss_fn
         else:
-            self.__dict__["loss_fn"] = loss_fn  # where it is a module, its weights are the last stage's
+            self.__dict__["loss_fn"] = loss_fn  # bypasses nn.Module: a loss module's weights belong to the last stage
         with self._failing_on_all_ranks():
             self.parts = partition(self.layer_specs, self.num_stages, partition_method)
             self._check_apart()
@@ -98,11 +99,11 @@ class PipelineModule(nn.Module):
 
     @contextmanager
     def _failing_on_all_ranks(self) -> Iterator[None]:
-        """Where one rank fails in here the others would wait for it. Collective."""
+        """A context whose error is raised on all ranks, so that none waits for a failed one. Collective."""
         problem: Exception | None = None
         try:
             yield
-        except Exception as error:  # of any kind: the other ranks wait to hear of it
+        except Exception as error:  # any error: the other ranks wait for this one
             problem = error
         told = None if problem is None else f"{type(problem).__name__}: {problem}"
         failures = Group().gather_objects(told, "the agreement on a PipelineModule")
@@ -121,7 +122,7 @@ class PipelineModule(nn.Module):
             )
 
     def _check_apart(self) -> None:
-        """Refuse modules that share a parameter over stages: their copies would part."""
+        """Refuse modules that share a parameter across stages, because their copies would diverge."""
         stage_of: dict[int, tuple[int, int]] = {}
         for index, layer in enumerate(self.layer_specs):
             for param in layer.parameters() if isinstance(layer, nn.Module) else ():
@@ -149,10 +150,13 @@ class PipelineModule(nn.Module):
                 self.add_module(str(index), built)
             self.forward_funcs.append(built)
         for param in self.parameters():
-            param.model_parallel = True  # type: ignore[attr-defined]  # this stage's alone: see ZeroOptimizer
+            param.model_parallel = True  # type: ignore[attr-defined]  # only this stage has it: see ZeroOptimizer
 
     def _connect_tied(self) -> dict[str, Any]:
-        """By key, the group of the ranks of this pipeline that hold copies. The first of them counts and saves them."""
+        """Return, by key, the group of this pipeline's ranks that hold copies.
+
+        Only the first of these ranks counts the copies in the norm, and saves them.
+        """
         groups = {}
         ties: dict[str, set[int]] = {}
         for index, layer in enumerate(self.layer_specs):
@@ -173,18 +177,18 @@ class PipelineModule(nn.Module):
 
     @property
     def has_ties(self) -> bool:
-        """Whether any stages, these or others, hold copies of one layer."""
+        """Whether any stages, also others than this one, hold copies of one layer."""
         return self._has_ties
 
     def tied_params(self) -> Iterator[tuple[Tensor, Any]]:
-        """Parameters with copies on other stages, in the same order there, each with the group of these."""
+        """Yield each parameter with copies on other stages, and the group of these. All stages use one order."""
         for key, group in self._tied_groups.items():
             for param in self.tied_modules[key].parameters():
                 yield param, group
 
     @torch.no_grad()
     def broadcast_tied(self) -> None:
-        """Make copies what the first stage that has one holds. Collective."""
+        """Copy tied weights from the first stage that has them to the others. Collective."""
         for key, handle in self._tied_groups.items():
             group = Group(handle)
             for param in self.tied_modules[key].parameters():
@@ -193,33 +197,33 @@ class PipelineModule(nn.Module):
     # ---- what can be asked -----------------------------------------------------------------------------------------
 
     def stage_owner(self, layer_idx: int) -> int:
-        """The stage of a layer."""
+        """Return the stage of a layer."""
         return next(stage for stage in range(self.num_stages) if layer_idx < self.parts[stage + 1])
 
     def partitions(self) -> list[int]:
-        """Bounds of the stages, in layers."""
+        """Return the bounds of the stages, as indices of layers."""
         return self.parts
 
     def num_pipeline_stages(self) -> int:
-        """How many there are."""
+        """Return the number of stages."""
         return self.num_stages
 
     def topology(self) -> ProcessTopology:
-        """Of all ranks."""
+        """Return the topology of all ranks."""
         return self.grid.topology()
 
     def mpu(self) -> PipelineParallelGrid:
-        """Where this rank is."""
+        """Return the grid that gives this rank's place and groups."""
         return self.grid
 
     def set_checkpoint_interval(self, interval: int) -> None:
-        """See activation_checkpoint_interval."""
+        """Set activation_checkpoint_interval."""
         self.activation_checkpoint_interval = interval
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, forward_input: Any) -> Any:
-        """This stage's layers, one after the other."""
+        """Run this stage's layers in order."""
         every = self.activation_checkpoint_interval
         if not every or not torch.is_grad_enabled():
             return _run(self.forward_funcs, forward_input)
@@ -246,5 +250,5 @@ def _run(functions: list[Callable[[Any], Any]], value: Any) -> Any:
 
 
 def _run_on(functions: list[Callable[[Any], Any]], *inputs: Any) -> Any:
-    """A tuple of one is the one in it, as in DeepSpeed where it recomputes."""
+    """Run functions on inputs. A single input is passed bare, as DeepSpeed does where it recomputes."""
     return _run(functions, inputs[0] if len(inputs) == 1 else inputs)

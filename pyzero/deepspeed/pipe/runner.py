@@ -1,7 +1,7 @@
-"""Micro-batches through the stages of a pipeline, by torch.distributed.pipelining.
+"""Run micro-batches through the stages of a pipeline, by torch.distributed.pipelining.
 
-A layer that fails on one stage would leave the others waiting for what it was to send. So that stage goes on to the end
-of the pass, and sends zeros; then it says so, and all ranks are in step.
+If a layer failed on one stage, the others would wait for its output. So that stage finishes the pass and sends zeros.
+Then it reports the error, and all ranks are in step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pyzero.deepspeed.engine import tensors
 from pyzero.sharding.spans import repeats_elements
 
 MicroBatch = tuple[Any, Any]  # inputs, labels
-_ALONE_SHAPE = (1,) * 7  # of a tensor of int8 that is sent beside the one of a tuple: torch gives it for a bare one
-_SENDS_INTEGERS = torch.__version__ >= "2.13"  # compared as versions; before, all that is received wants a gradient
-_FAILED_SHAPE = (1,) * 8  # of what is sent where a stage has failed before it knew what it sends
+_ALONE_SHAPE = (1,) * 7  # an int8 tensor of this shape marks a tuple of one, which torch would pass on bare
+_SENDS_INTEGERS = torch.__version__ >= "2.13"  # TorchVersion; before, all received tensors require gradients
+_FAILED_SHAPE = (1,) * 8  # sent if a stage failed before it knew its output shapes
 
 
 class _StageBefore(Exception):
@@ -27,7 +27,7 @@ class _StageBefore(Exception):
 
 
 class Buffers:
-    """A module's buffers, as they are now."""
+    """A copy of a module's buffers at this moment."""
 
     def __init__(self, module: nn.Module) -> None:
         with torch.no_grad():
@@ -39,7 +39,7 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make them what they were, and the tensors that they were."""
+        """Restore the buffers' values, and the tensor objects."""
         for owner, name, buffer, before in self._kept:
             if buffer is not None and before is not None:
                 buffer.copy_(before)
@@ -51,21 +51,21 @@ def _can_be_written(buffer: Tensor) -> bool:
 
 
 class Runner:
-    """One pass of so many micro-batches, forward alone or 1F1B; every rank of the pipeline makes one alike.
+    """Runs passes of num_micro micro-batches: forward only, or 1F1B. Every rank of the pipeline makes an equal one.
 
-    torch's schedule cuts tensors. Here it cuts the numbers of the micro-batches, and the first and the last stage look
-    up what they are of: inputs and labels may be tuples of anything.
+    torch's schedules split tensors. Here they split the indices of the micro-batches, and the first and last stage look
+    up inputs and labels by index. So these may be tuples of anything.
 
     Args:
         module: The layers of this stage.
-        run: Calls them.
-        loss_fn: Of outputs and labels.
-        scale: Turns a mean over micro-batches into what backward starts from.
-        stage: Number of this one.
-        num_stages: How many.
-        num_micro: Micro-batches.
-        device: Of this rank.
-        group: The process group of the pipeline.
+        run: Called to run the module.
+        loss_fn: Called with outputs and labels.
+        scale: Turns the mean over micro-batches into the tensor that backward starts from.
+        stage: Index of this stage.
+        num_stages: Number of stages.
+        num_micro: Number of micro-batches.
+        device: This rank's device.
+        group: The pipeline's process group.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Runner:
         device: torch.device,
         group: Any,
     ) -> None:
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # half a second
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # takes half a second
 
         if "scale_grads" not in inspect.signature(ScheduleGPipe).parameters:
             raise RuntimeError(
@@ -93,11 +93,11 @@ class Runner:
         is_last = stage == num_stages - 1
         self._layers = _StageLayers(module, run, self._inputs if stage == 0 else None, is_last, device)
         self._stage = PipelineStage(self._layers, stage, num_stages, device, group=group)
-        schedule = Schedule1F1B if num_micro >= num_stages else ScheduleGPipe  # 1F1B takes no fewer
+        schedule = Schedule1F1B if num_micro >= num_stages else ScheduleGPipe  # 1F1B needs num_stages of them
         self._schedule = schedule(self._stage, num_micro, loss_fn=self._loss, scale_grads=False)
 
     def free(self) -> None:
-        """Let go of torch's buffers at once: they and this one hold each other."""
+        """Free torch's buffers at once. They and this runner form a reference cycle."""
         del self._schedule, self._stage, self._layers
 
     def _inputs(self, number: Tensor) -> Any:
@@ -108,7 +108,7 @@ class Runner:
         if self._layers.problem is None:
             try:
                 loss = self._loss_fn(last, self._micro[int(number)][1])
-            except Exception as error:  # as in the layers
+            except Exception as error:  # any error, as in the layers
                 self._layers.problem = error
         if loss is None:
             loss = _zero_of(tensors.find(outputs)).to(self._stage.device)
@@ -116,17 +116,20 @@ class Runner:
         return self._scale(loss / self._num_micro)
 
     def take_problem(self) -> Exception | None:
-        """What has failed on this stage in the last pass."""
+        """Return and forget the error of this stage in the last pass; None if there was none, or another stage's."""
         problem, self._layers.problem = self._layers.problem, None
         return None if isinstance(problem, _StageBefore) else problem
 
     def train(self, micro: Sequence[MicroBatch]) -> Tensor | None:
-        """Forward and backward of all; the mean of the losses on the last stage. micro: empty on stages between."""
+        """Run forward and backward of all micro-batches. Return the mean loss on the last stage, else None.
+
+        micro: Empty on stages that are neither first nor last.
+        """
         return self._run(self._schedule.step, micro)
 
     @torch.no_grad()
     def evaluate(self, micro: Sequence[MicroBatch]) -> Tensor | None:
-        """Forward alone."""
+        """Run forward of all micro-batches. Return the mean loss on the last stage, else None."""
         return self._run(self._schedule.eval, micro)
 
     def _run(self, step: Callable[..., Any], micro: Sequence[MicroBatch]) -> Tensor | None:
@@ -142,14 +145,17 @@ class Runner:
         except RuntimeError:
             if self._layers.problem is None:
                 raise
-            raise self._layers.problem from None  # zeros could not be sent in place of it
+            raise self._layers.problem from None  # it could not send zeros instead
         finally:
             self._micro, self._losses = (), {}
         return torch.stack(losses).mean() if losses else None
 
 
 class _StageLayers(nn.Module):
-    """What PipelineStage calls. inputs: on the first stage, gives those of a number. is_last: Nothing is sent on."""
+    """The module that PipelineStage calls.
+
+    inputs: On the first stage, returns the inputs of an index. is_last: No stage follows.
+    """
 
     def __init__(
         self,
@@ -163,22 +169,25 @@ class _StageLayers(nn.Module):
         self._device = device
         self._module, self._run_module = module, run
         self._inputs, self._is_last = inputs, is_last
-        # torch's first call is to learn shapes, on later stages with uninitialised memory, and may run backward.
+        # torch's first call is to learn shapes. On later stages its inputs are uninitialised. It may run backward.
         self._asks_shapes = True
-        self._before: Buffers | None = None  # of before it
-        self._sent: Any = None  # shape and dtype of what it gave: others expect them
+        self._before: Buffers | None = None  # copies from before that call
+        self._sent: Any = None  # shapes and dtypes of the first outputs, which all later ones must have
         self._last: Any = None
-        self._like: list[tuple[Any, torch.dtype, bool]] = []  # shape, dtype, and whether it has a gradient, of each
-        self.problem: Exception | None = None  # what has failed in this pass, here or on a stage before
+        self._like: list[tuple[Any, torch.dtype, bool]] = []  # (shape, dtype, has gradient) of each output
+        self.problem: Exception | None = None  # this pass's error, here or on an earlier stage
 
     def forward(self, *received: Tensor) -> Any:
-        """The module's, as tensors that can be sent; of the last stage what torch can look at. Zeros once it failed."""
+        """Return the module's outputs as a tuple of tensors. Return zeros after an error.
+
+        On the last stage, where they may be nested, these are the tensors found in them.
+        """
         if self.problem is None:
             try:
                 sent = self._run(received)
                 self._like = [(value.shape, value.dtype, value.requires_grad) for value in sent]
                 return sent
-            except Exception as error:  # of any kind: the other stages wait
+            except Exception as error:  # any error: the other stages wait for this one
                 self.problem = error
         zero = _zero_of([*map(_mine, received), *self._module.parameters()])
         like = self._like or [(_FAILED_SHAPE, torch.float32, torch.is_grad_enabled())]
@@ -206,7 +215,7 @@ class _StageLayers(nn.Module):
         return sent
 
     def take_last(self) -> Any:
-        """What the module of the last stage gave last, of whatever kind."""
+        """Return and forget the last output of the last stage's module, of any type."""
         outputs, self._last = self._last, None
         return outputs
 
@@ -243,13 +252,13 @@ class _StageLayers(nn.Module):
 
 
 def _zero_of(values: Iterable[Tensor]) -> Tensor:
-    """0-D zero with gradients of zeros for all of these that have any."""
+    """Return a 0-D zero that gives a zero gradient to each of these that requires one."""
     terms = [value.sum(dtype=torch.float32) * 0.0 for value in values if value.requires_grad]
     return torch.stack([term.nan_to_num() for term in terms]).sum() if terms else torch.zeros(())
 
 
 def _check_floats(sent: Iterable[Tensor]) -> None:
-    """Refuse what an older torch cannot pass on."""
+    """Refuse tensors that an older torch cannot send."""
     integers = {str(tensor.dtype) for tensor in sent if not tensor.is_floating_point()}
     if integers:
         raise TypeError(
@@ -264,7 +273,7 @@ def _with_gradient(sent: Tensor) -> Tensor:
 
 
 def _mine(received: Tensor) -> Tensor:
-    """Where it has a gradient, a copy, which layers may edit in place, and whose gradient can be sent."""
+    """Return a copy if the tensor requires a gradient. Layers may edit it in place, and its gradient is contiguous."""
     if not received.requires_grad:
         return received
     copy = received.clone()

@@ -1,4 +1,4 @@
-"""deepspeed.runtime.pipe.topology: which rank is where, and the process groups of a pipeline."""
+"""deepspeed.runtime.pipe.topology: the places of ranks in a grid, and the process groups of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pyzero.deepspeed import launcher
 
 
 class ProcessTopology:
-    """Ranks as the points of a grid, the last axis fastest.
+    """Ranks as points of a grid. The last axis varies fastest.
 
     Args:
-        axes: Names.
-        dims: Lengths.
+        axes: Names of the axes.
+        dims: Lengths of the axes.
     """
 
     def __init__(self, axes: Sequence[str], dims: Sequence[int]) -> None:
@@ -24,40 +24,40 @@ class ProcessTopology:
         self.ProcessCoord = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]  # DeepSpeed's name
 
     def get_axis_names(self) -> list[str]:
-        """From the slowest to the fastest."""
+        """Return the names of the axes, the fastest last."""
         return self.axes
 
     def get_rank_repr(
         self, rank: int, omit_axes: Sequence[str] = ("data", "pipe"), inner_sep: str = "_", outer_sep: str = "-"
     ) -> str:
-        """A rank's place on the other axes, for names of files."""
+        """Return a rank's place on the axes that are not omitted, for file names."""
         place = self.get_coord(rank)._asdict()
         return outer_sep.join(f"{axis}{inner_sep}{at:02d}" for axis, at in place.items() if axis not in omit_axes)
 
     def get_dim(self, axis: str) -> int:
-        """Its length; 0 where there is none of that name."""
+        """Return the length of an axis; 0 if there is no axis of this name."""
         return self.dims[self.axes.index(axis)] if axis in self.axes else 0
 
     def world_size(self) -> int:
-        """How many ranks there are."""
+        """Return the number of ranks."""
         return math.prod(self.dims)
 
     def get_coord(self, rank: int) -> Any:
-        """A named tuple."""
+        """Return the place of a rank as a named tuple."""
         place = {}
         for axis, length in zip(reversed(self.axes), reversed(self.dims), strict=True):
             rank, place[axis] = divmod(rank, length)
         return self.ProcessCoord(**place)
 
     def get_rank(self, **coord: int) -> int:
-        """The rank at a place, all of whose axes are given."""
+        """Return the rank at a place. Give the coordinate on every axis."""
         rank = 0
         for axis, length in zip(self.axes, self.dims, strict=True):
             rank = rank * length + coord[axis]
         return rank
 
     def filter_match(self, **coord: int) -> list[int]:
-        """The ranks that are at these places of these axes."""
+        """Return the ranks with these coordinates on these axes."""
         return [
             rank
             for rank in range(self.world_size())
@@ -65,11 +65,11 @@ class ProcessTopology:
         ]
 
     def get_axis_list(self, axis: str, idx: int) -> list[int]:
-        """The ranks at one place of an axis."""
+        """Return the ranks with this coordinate on an axis."""
         return self.filter_match(**{axis: idx})
 
     def get_axis_comm_lists(self, axis: str) -> list[list[int]]:
-        """The ranks that differ in this axis alone, for each place of the others."""
+        """Return lists of ranks that differ only on this axis."""
         lists: dict[Any, list[int]] = {}
         for rank in range(self.world_size()):
             lists.setdefault(self.get_coord(rank)._replace(**{axis: 0}), []).append(rank)
@@ -77,24 +77,24 @@ class ProcessTopology:
 
 
 class PipeDataParallelTopology(ProcessTopology):
-    """Stages, each with its replicas side by side."""
+    """A grid of stages and replicas. The replicas of a stage are consecutive ranks."""
 
     def __init__(self, num_pp: int, num_dp: int) -> None:
         super().__init__(["pipe", "data"], [num_pp, num_dp])
 
 
 class PipeModelDataParallelTopology(ProcessTopology):
-    """The same with tensor parallelism, of which PipelineModule takes a degree of 1 alone."""
+    """A grid of stages, replicas and tensor-parallel ranks. PipelineModule requires one tensor-parallel rank."""
 
     def __init__(self, num_pp: int, num_mp: int, num_dp: int) -> None:
         super().__init__(["pipe", "data", "model"], [num_pp, num_dp, num_mp])
 
 
 class PipelineParallelGrid:
-    """Where this rank is, by the names of DeepSpeed's `mpu`. Collective: all ranks make one alike.
+    """This rank's place and groups, with the names of DeepSpeed's `mpu`. Collective: all ranks make an equal one.
 
     Raises:
-        ValueError: The topology is of another number of ranks, or has tensor parallelism.
+        ValueError: The topology has another number of ranks, or tensor parallelism.
     """
 
     def __init__(self, topology: ProcessTopology) -> None:
@@ -121,68 +121,68 @@ class PipelineParallelGrid:
         self._pp = launcher.subgroup(topology.get_axis_comm_lists("pipe")) if size > 1 else None
 
     def stage_to_global(self, stage_id: int, data: int | None = None) -> int:
-        """The rank of another stage, in this pipeline or in that of another replica."""
+        """Return the rank of a stage in this pipeline, or in that of replica `data`."""
         place = self._topo.get_coord(self.global_rank)._asdict() | {"pipe": stage_id}
         return self._topo.get_rank(**(place if data is None else place | {"data": data}))
 
     def topology(self) -> ProcessTopology:
-        """Of all ranks."""
+        """Return the topology of all ranks."""
         return self._topo
 
     def get_stage_id(self) -> int:
-        """Which stage this rank is, from 0 on."""
+        """Return the index of this rank's stage."""
         return self.stage_id
 
     def get_global_rank(self) -> int:
-        """Of all ranks."""
+        """Return this process's rank in the default group."""
         return self.global_rank
 
     def get_data_parallel_rank(self) -> int:
-        """Which replica this rank belongs to."""
+        """Return the index of this rank's replica."""
         return self.data_parallel_id
 
     def get_data_parallel_id(self) -> int:
-        """Which replica this rank belongs to."""
+        """Return the index of this rank's replica."""
         return self.data_parallel_id
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """The ranks that hold the same stage."""
+        """Return the ranks that hold the same stage."""
         return self._topo.filter_match(pipe=self.stage_id)
 
     def get_data_parallel_world_size(self) -> int:
-        """How many replicas there are."""
+        """Return the number of replicas."""
         return self.data_parallel_size
 
     def get_data_parallel_group(self) -> Any:
-        """The ranks that hold the same stage; None where there is one process."""
+        """Return the group of ranks that hold the same stage; None if there is one process."""
         return self._dp
 
     def get_pipe_parallel_rank(self) -> int:
-        """Which stage this rank is."""
+        """Return the index of this rank's stage."""
         return self.stage_id
 
     def get_pipe_parallel_world_size(self) -> int:
-        """How many stages there are."""
+        """Return the number of stages."""
         return self.pipe_parallel_size
 
     def get_pipe_parallel_group(self) -> Any:
-        """The ranks of this pipeline; None where there is one process."""
+        """Return the group of this pipeline's ranks; None if there is one process."""
         return self._pp
 
     get_pipeline_model_parallel_rank = get_pipe_parallel_rank
     get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
 
-    # Of all that hold parts of one model, as DeepSpeed has it: here its stages.
+    # As in DeepSpeed, the ranks that hold parts of one model. Here these are its stages.
     get_model_parallel_rank = get_pipe_parallel_rank
     get_model_parallel_world_size = get_pipe_parallel_world_size
     get_model_parallel_group = get_pipe_parallel_group
 
     def get_slice_parallel_rank(self) -> int:
-        """0: there is no tensor parallelism."""
+        """Return 0, because there is no tensor parallelism."""
         return 0
 
     def get_slice_parallel_world_size(self) -> int:
-        """1."""
+        """Return 1, because there is no tensor parallelism."""
         return 1
 
     get_tensor_model_parallel_rank = get_slice_parallel_rank

@@ -1,7 +1,7 @@
-"""deepspeed.profiling.flops_profiler: floating-point operations of a model by module, by torch's FlopCounterMode.
+"""deepspeed.profiling.flops_profiler: a model's floating-point operations by module, by torch's FlopCounterMode.
 
-Counted are matrix products, convolutions and attention of this rank, and of layers that several ranks split all ranks';
-what goes element by element is not, where DeepSpeed counts some of it.
+It counts matrix products, convolutions and attention, but not element-wise operations, of which DeepSpeed counts some.
+Counts are this rank's, except that a layer that several ranks split counts for all of them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
 class FlopsProfiler:
-    """DeepSpeed's: counts between start_profile() and stop_profile(), backward included where one runs there.
+    """Counts operations between start_profile() and stop_profile(), including those of a backward.
 
     Args:
-        model: Whose modules the table has.
-        ds_engine: Ignored, as is what follows.
+        model: The model whose modules the table lists.
+        ds_engine: Ignored.
         recompute_fwd_factor: Ignored.
     """
 
@@ -43,10 +43,10 @@ class FlopsProfiler:
         self._seconds = 0.0
 
     def start_profile(self, ignore_list: Sequence[type[nn.Module]] | None = None) -> None:
-        """Count from now on.
+        """Clear the counts and start to count.
 
         Raises:
-            ValueError: An ignore_list.
+            ValueError: There is an ignore_list.
         """
         if ignore_list:
             raise ValueError(
@@ -67,7 +67,7 @@ class FlopsProfiler:
         self._seconds += _now() - self._started.pop()
 
     def stop_profile(self) -> None:
-        """Count no more; what was counted can be asked for."""
+        """Stop counting, and keep the counts."""
         if self._mode is None:
             return
         self._mode.__exit__(None, None, None)
@@ -77,33 +77,33 @@ class FlopsProfiler:
         self._mode, self._hooks = None, []
 
     def reset_profile(self) -> None:
-        """Forget what was counted."""
+        """Clear the counts."""
         self._counts = {}
         self._seconds = 0.0
         self._started.clear()
 
     def end_profile(self) -> None:
-        """Stop, and forget."""
+        """Stop counting, and clear the counts."""
         self.stop_profile()
         self.reset_profile()
 
     def get_total_flops(self, as_string: bool = False) -> Any:
-        """Operations: two for each multiplication with its addition."""
+        """Return the number of floating-point operations. A multiply-add counts as two."""
         flops = self._counts.get("Global", 0)
         return flops_to_string(flops) if as_string else flops
 
     def get_total_macs(self, as_string: bool = False) -> Any:
-        """Multiplications with their additions."""
+        """Return the number of multiply-adds."""
         macs = self._counts.get("Global", 0) // 2
         return macs_to_string(macs) if as_string else macs
 
     def get_total_params(self, as_string: bool = False) -> Any:
-        """Elements of the model's parameters."""
+        """Return the number of elements of the model's parameters."""
         num = sum(param.numel() for param in self.model.parameters())
         return params_to_string(num) if as_string else num
 
     def get_total_duration(self, as_string: bool = False) -> Any:
-        """Seconds in the model's forward."""
+        """Return the seconds spent in the model's forward."""
         return duration_to_string(self._seconds) if as_string else self._seconds
 
     def print_model_profile(
@@ -117,11 +117,11 @@ class FlopsProfiler:
         """Print the table, or write it to a file.
 
         Args:
-            profile_step: For its heading.
-            module_depth: Of modules below the model; -1: all.
-            top_modules: Ignored: all of a depth are shown.
-            detailed: False: the totals alone.
-            output_file: Where to write; default: standard output.
+            profile_step: Step number for the heading.
+            module_depth: Depth to which modules are listed; -1: all.
+            top_modules: Ignored; all modules of a depth are listed.
+            detailed: False prints only the totals.
+            output_file: File to write; default: standard output.
         """
         text = self.table(profile_step, module_depth if detailed else 0)
         if output_file:
@@ -134,7 +134,7 @@ class FlopsProfiler:
         self.print_model_profile(module_depth=module_depth, top_modules=top_modules)
 
     def table(self, profile_step: int = 1, module_depth: int = -1) -> str:
-        """The counts for a person: the totals, and each module that does something."""
+        """Return a readable table of the totals, and of the operations of each module."""
         root, seconds = type(self.model).__name__, self._seconds
         rows = {
             "parameters": self.get_total_params(as_string=True),
@@ -167,25 +167,25 @@ def get_model_profile(
     ignore_modules: Sequence[type[nn.Module]] | None = None,
     mode: str = "forward",
 ) -> tuple[Any, Any, Any]:
-    """(operations, multiply-adds, parameters) of one forward.
+    """Return (floating-point operations, multiply-adds, parameters) of one forward.
 
     Args:
-        model: In the mode, and on the device, that counts.
-        input_shape: Of the one argument, ones; instead of args.
-        args: Of the forward.
-        kwargs: Of the forward.
+        model: A model, already on its device and in train or eval mode.
+        input_shape: Shape of a tensor of ones to pass as the only argument, instead of args.
+        args: Arguments of the forward.
+        kwargs: Keyword arguments of the forward.
         print_profile: Print the table, or write it to output_file.
-        detailed: See print_model_profile, as the next two.
-        module_depth: See there.
-        top_modules: See there.
-        warm_up: Forwards before the one that counts.
-        as_string: False: numbers.
-        output_file: Where the table goes; default: standard output.
-        ignore_modules: Refused.
-        mode: "forward" or "generate": which method is called.
+        detailed: See print_model_profile.
+        module_depth: See print_model_profile.
+        top_modules: See print_model_profile.
+        warm_up: Forwards before the one that is counted.
+        as_string: False returns numbers.
+        output_file: File for the table; default: standard output.
+        ignore_modules: Not supported.
+        mode: Method to call: "forward" or "generate".
 
     Raises:
-        ValueError: Neither input_shape nor arguments, or modules to ignore.
+        ValueError: There is neither input_shape nor arguments, or there are modules to ignore.
     """
     if input_shape is None and not args and not kwargs:
         raise ValueError("expected input_shape, args or kwargs of the forward, got none; pass one of these")
@@ -208,7 +208,7 @@ def get_model_profile(
 
 
 class StepProfile:
-    """config.flops_profiler: the first forward after `profile_step` steps is counted, and rank 0 reports it."""
+    """The config's flops_profiler: counts the first forward after `profile_step` steps on rank 0, and reports it."""
 
     def __init__(self, section: FlopsProfilerSection, model: nn.Module, is_first: bool) -> None:
         self._section = section
@@ -217,7 +217,7 @@ class StepProfile:
 
     @contextmanager
     def around(self, steps: int) -> Iterator[None]:
-        """Runs around a forward that comes after that many steps."""
+        """A context around each forward. steps: Optimizer steps before this forward."""
         if not self._waits or steps < self._section.profile_step:
             yield
             return
@@ -236,36 +236,36 @@ class StepProfile:
 
 
 def _now() -> float:
-    """On a GPU, once it has done what it was given."""
+    """Return the time; on a GPU, after waiting for it."""
     if launcher.device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def number_to_string(num: float, units: str | None = None, precision: int = 2) -> str:
-    """1.5 M of 1500000; units: "T", "G", "M", "K" or "", in place of the largest that fits."""
+    """Format a number with a unit, as "1.50 M". units: "T", "G", "M", "K" or ""; default: the largest that fits."""
     fits = next(((size, name) for size, name in _UNITS if abs(num) >= size), (1.0, ""))
     size, name = fits if units is None else next(((s, n) for s, n in _UNITS if n == units), (1.0, ""))
     return f"{num / size:.{precision}f} {name}"
 
 
 def flops_to_string(flops: float, units: str | None = None, precision: int = 2) -> str:
-    """With its unit, as the next three."""
+    """Format floating-point operations, as "1.50 MFLOPS"."""
     return f"{number_to_string(flops, None if units is None else units.removesuffix('FLOPS'), precision)}FLOPS"
 
 
 def macs_to_string(macs: float, units: str | None = None, precision: int = 2) -> str:
-    """As DeepSpeed's."""
+    """Format multiply-adds, as "1.50 MMACs"."""
     return f"{number_to_string(macs, None if units is None else units.removesuffix('MACs'), precision)}MACs"
 
 
 def params_to_string(params_num: float, units: str | None = None, precision: int = 2) -> str:
-    """As DeepSpeed's."""
+    """Format a number of parameters, as "1.50 M"."""
     return number_to_string(params_num, units, precision).rstrip()
 
 
 def duration_to_string(duration: float, units: str | None = None, precision: int = 2) -> str:
-    """As DeepSpeed's: of seconds."""
+    """Format seconds, as "1.50 ms"."""
     sizes = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
     unit = units or next((name for name, size in sizes.items() if duration >= size), "us")
     return f"{duration / sizes[unit]:.{precision}f} {unit}"

@@ -1,4 +1,4 @@
-"""zero.Init: modules that are built in it keep a shard of their weights, as soon as each is built."""
+"""zero.Init: a context in which each module keeps only a shard of its weights, as soon as it is built."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from pyzero.sharding.local_param import is_dtensor
 
 log = logging.getLogger("pyzero")
 
-_active: list[Init] = []  # those that shard, the innermost last
-_unfinished: list[nn.Module] = []  # modules in their __init__, the innermost last
-_originals: list[tuple[type, str, Any]] = []  # (class, attribute, what it was)
+_active: list[Init] = []  # contexts that shard, the innermost last
+_unfinished: list[nn.Module] = []  # modules inside their __init__, the innermost last
+_originals: list[tuple[type, str, Any]] = []  # (class, attribute, original value)
 
 
 class Init:
-    """A context to build a model in that no rank could hold whole.
+    """A context in which to build a model that no rank could hold whole.
 
-    On several ranks and in stage 3, each module's parameters take rank 0's values as its __init__ ends, and this rank
-    keeps its rows alone. They stay the same objects, of the whole shape; writes to them (`nn.init.normal_`, `copy_`,
-    load_state_dict) act on whole weights, one at a time, and are collective; so are GatheredParameters and reads of
-    `w.data` or under no_grad(). Other reads are an error until initialize(). Buffers stay whole. On one rank, below
-    stage 3, or without `enabled`, the model is built as without it.
+    On several ranks and in stage 3, a module's parameters take rank 0's values when its __init__ ends, and each rank
+    keeps only its rows. The parameters stay the same objects and have the whole shape. Writes to them
+    (`nn.init.normal_`, `copy_`, load_state_dict) act on whole weights, one at a time. Writes, GatheredParameters, and
+    reads of `w.data` or under no_grad() are collective. Other reads are an error until initialize(). Buffers stay
+    whole. On one rank, below stage 3, or with enabled=False, the model is built as without the context.
 
     Args:
-        module: One that is built already: sharded at once.
-        data_parallel_group: Whose ranks share the weights; default: of mpu, or all.
+        module: A module that is built already; it is sharded at once.
+        data_parallel_group: Group whose ranks share the weights; default: that of mpu, or all ranks.
         mem_efficient_linear: Ignored.
-        remote_device: "cpu", or "nvme", which is taken as that: where shards lie until initialize().
+        remote_device: "cpu", or "nvme", which means the same: shards stay in host memory until initialize().
         pin_memory: Ignored.
-        config_dict_or_path: A config, whose stage counts; None: stage 3.
-        config: Its older name.
+        config_dict_or_path: A config, of which the stage counts; None: stage 3.
+        config: The older name of config_dict_or_path.
         enabled: False does nothing.
-        dtype: That parameters are converted to; None: they stay.
+        dtype: Dtype to which parameters are converted; None: they stay.
         mpu: An object with get_data_parallel_group().
-        **kwargs: DeepSpeed's others, ignored.
+        **kwargs: Other arguments of DeepSpeed, ignored.
 
     Raises:
-        ValueError: In the config; or a PipelineModule is built in it, whose ranks build layers of their own.
+        ValueError: The config has errors, or a PipelineModule, whose ranks build different layers, is built in the
+            context.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Init:
                 _unwrap_all()
 
     def shard(self, module: nn.Module) -> None:
-        """The parameters that a module itself holds. What fully_shard leaves whole is left here too."""
+        """Shard the parameters that a module holds itself, except those that fully_shard leaves whole."""
         if self._group.size == 1:
             return
         for param in module._parameters.values():
@@ -113,7 +114,7 @@ def _can_be_sharded(param: Tensor) -> bool:
     return param.is_floating_point() and param.dim() > 0 and param.numel() > 0
 
 
-# ---- the classes of modules, meanwhile -------------------------------------------------------------------------------
+# ---- patches of nn.Module in the context -----------------------------------------------------------------------------
 
 
 def _wrap_all() -> None:
@@ -145,7 +146,7 @@ def _replace(cls: type, name: str, value: Any) -> None:
 
 
 def _wrap(cls: type) -> None:
-    """Have the __init__ that a class defines shard what it has built, at the end of the outermost of a module's."""
+    """Patch the __init__ that a class defines. When the outermost __init__ of a module ends, the module is sharded."""
     original: Callable[..., None] | None = cls.__dict__.get("__init__")
     if original is None:
         return
@@ -172,13 +173,13 @@ def _wrap(cls: type) -> None:
 
 
 def _init_subclass(cls: Any, /, **kwargs: Any) -> None:
-    """A class that is defined in the context."""
+    """Patch a class that is defined in the context."""
     super(nn.Module, cls).__init_subclass__(**kwargs)
     _wrap(cls)
 
 
 def _apply(module: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
-    """nn.Module.apply, which shows each module's weights whole, and lets rank 0's count."""
+    """Replace nn.Module.apply: `fn` sees each module's weights whole, and all ranks take rank 0's result."""
     for child in module.children():
         child.apply(fn)
     with gathered((p for p in module._parameters.values() if isinstance(p, ShardedParam)), source=0):

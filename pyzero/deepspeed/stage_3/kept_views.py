@@ -1,9 +1,9 @@
-"""Gathered weights of stage 3 that a script keeps: a later read finds memory of its own, or is an error.
+"""Make gathered stage-3 weights that a script keeps safe: a later read finds memory of its own, or is an error.
 
-fully_shard frees a gathered weight by resizing its storage to nothing, which a view of it does not notice: to read that
-ends the process. So fully_shard's record of a weight that a script has seen is changed. The memory is left to the
-views, and fully_shard gathers into new memory; its own parameter, which it uses again, takes a class that refuses to be
-read while nothing is gathered.
+fully_shard frees a gathered weight by resizing its storage to zero. A view of it does not notice, and reading the view
+ends the process. So this module changes fully_shard's record of a weight that a script has seen. The views keep the
+memory, and fully_shard gathers into new memory. fully_shard reuses its own parameter, so while nothing is gathered that
+parameter has a class that refuses reads.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _HARMLESS = {"requires_grad_", "__hash__", "size", "dim", "numel", "register_hoo
 
 
 def is_gathered(owner: Any) -> bool:
-    """Whether zero.GatheredParameters shows what this module of fully_shard gathers."""
+    """Return whether zero.GatheredParameters shows the weights that this module of fully_shard gathers."""
     return any(hasattr(record.sharded_param, "gathered_in") for record in fsdp_records(owner))
 
 
 def keep_views(owner: Any) -> None:
     """Let views of this module's gathered weights survive its next reshard."""
     for record in fsdp_records(owner):
-        if not record._unsharded_inner_tensors:  # of weights that gather themselves: float8
+        if not record._unsharded_inner_tensors:  # set for weights with their own all-gather, such as float8
             record.free_unsharded_param = partial(_leave_to_views, record)
 
 
 def _leave_to_views(record: Any) -> None:
-    """In place of free_unsharded_param, once."""
+    """Replace free_unsharded_param for one call: leave the memory to the views."""
     param, (old,) = record._unsharded_param, record.all_gather_outputs
     fresh = torch.empty_like(old)
     view = fresh.as_strided(record._orig_size, record._contiguous_orig_stride)
@@ -46,7 +46,7 @@ def _leave_to_views(record: Any) -> None:
 
 
 def _free(record: Any) -> None:
-    """In place of free_unsharded_param, from then on."""
+    """Replace free_unsharded_param from the second call on."""
     type(record).free_unsharded_param(record)
     param = record._unsharded_param
     if not hasattr(type(param), "kind"):
@@ -56,7 +56,7 @@ def _free(record: Any) -> None:
 
 
 def _restore(record: Any) -> None:
-    """In place of to_unsharded, once."""
+    """Replace to_unsharded for one call: restore the parameter's class."""
     param = record._unsharded_param
     param.__class__ = type(param).kind
     record.free_unsharded_param = partial(_free, record)
@@ -66,7 +66,7 @@ def _restore(record: Any) -> None:
 
 @cache
 def _freed(kind: type) -> type:
-    """The class of a parameter of this class while it has no memory."""
+    """Return a subclass of a parameter's class, for the time when it has no memory."""
 
     def refuse(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

@@ -1,4 +1,4 @@
-"""`engine.optimizer.parameter_offload`: what TRL's unwrap_model_for_generation takes DeepSpeed's hooks off by."""
+"""`engine.optimizer.parameter_offload`, which TRL's unwrap_model_for_generation uses to remove DeepSpeed's hooks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class _Hookless(nn.Module):
-    """Stands for a model of which no parameter is held by a hook."""
+    """Stands for a model without parameters that hooks hold."""
 
     def ds_external_parameters(self) -> list[tuple[str, Tensor]]:
-        """None."""
+        """Return an empty list, because no parameter is external."""
         return []
 
 
 class ParameterOffload:
-    """DeepSpeed's hooks on modules, of which there are none here: GatheredParameters alone keeps weights whole."""
+    """An object without hooks: here, only GatheredParameters keeps weights whole."""
 
     def __init__(self) -> None:
         self.module = _Hookless()

@@ -1,7 +1,7 @@
-"""Weights of the root, which no block gathers: whole for a module that is called outside the root's forward.
+"""Gather the root's weights, which no block gathers, for a module that is called outside the root's forward.
 
-`generate()` of a model with an encoder, `get_image_features()` and a critic's `forward_value()` call modules of the
-model past its forward, which alone gathers the root's weights.
+`generate()` of a model with an encoder, `get_image_features()` and a critic's `forward_value()` call modules without
+the root's forward, which alone gathers the root's weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyzero.sharding import fsdp
 
 
 def gather_for_parts(root: nn.Module) -> None:
-    """Have each module that holds weights of the root gather them, where it is called by itself."""
+    """Make each module that holds weights of the root gather them if it is called by itself."""
     weights = {id(record.sharded_param) for record in fsdp.fsdp_records(root)}
     for module in root.modules():
         if module is not root and any(id(param) in weights for param in module._parameters.values()):
@@ -29,8 +29,8 @@ class _Part:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._num_calls = 0  # of the module, inside each other
-        self._has_begun = False  # by the outermost of them
+        self._num_calls = 0  # depth of nested calls of the module
+        self._has_begun = False  # whether the outermost call gathered
 
     def before(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""torch's fully_shard on a model's blocks."""
+"""Stage 3: apply torch's fully_shard to a model's blocks."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def shard(
     reduce_dtype: torch.dtype | None,
     offload: bool = False,
 ) -> dict[Tensor, Tensor]:
-    """fully_shard a model over the data-parallel ranks; returns what each parameter has become.
+    """Apply fully_shard to a model over the data-parallel ranks. Return a dict from each parameter to its replacement.
 
-    With a 16-bit dtype the shards are fp32, their own masters, and gathered in 16 bits: a shard holds 4 bytes per
-    parameter where weights and masters would be 6. Gradients are averaged, and accumulated, in fp32.
+    With a 16-bit dtype, the shards are fp32 and are gathered in 16 bits. They serve as masters: a shard holds 4 bytes
+    per parameter, where weights and masters would be 6. Gradients are averaged and accumulated in fp32.
+
+    A model that is sharded already, by an earlier initialize() or by the caller, is left unchanged.
 
     Args:
-        model: On its device, with rank 0's weights after this. What zero.Init has sharded is not put together.
-        parallel: Whose ranks.
-        dtype: That the model computes in; None: its own.
-        reduce_dtype: That gradients are sent in; None: fp32.
-        offload: Keep shards, and the optimizer with them, in memory of the host.
-
-    Nothing is done to a model that is sharded: of an earlier initialize(), or by the caller.
+        model: A model on its device. It gets rank 0's weights. Weights that zero.Init sharded are not gathered.
+        parallel: Gives the data-parallel ranks.
+        dtype: Dtype that the model computes in; None: the model's own.
+        reduce_dtype: Dtype in which gradients are sent; None: fp32 if dtype is given, else the model's own.
+        offload: Keep shards, and with them the optimizer, in host memory.
 
     Raises:
-        ValueError: zero.Init has sharded over other ranks, or the ranks' group cannot send from memory of the host; or
-            the model is sharded over other ranks, or to compute in another dtype; or a parameter has no dimension.
+        ValueError: zero.Init sharded over other ranks; or offload is set and the group cannot send from host memory; or
+            the model is sharded over other ranks or for another dtype; or a parameter is 0-D.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -78,13 +78,13 @@ def shard(
     if dtype is not None:
         _widen(model)
     reduce_dtype = reduce_dtype or (torch.float32 if dtype else None)
-    # Neither inputs nor outputs are cast: a loss or a residual stream in fp32 stays so, as in other stages.
+    # Inputs and outputs are not cast: a loss or a residual stream in fp32 stays in fp32, as in other stages.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     mesh = parallel.data_mesh or DeviceMesh.from_group(launcher.handle_of(parallel.data_group), launcher.device().type)
     blocks = blocks_of(model)
     if offload:
         _check_sends_from_host(mesh)
-    # Not pinned: fully_shard would pin anew, in a place that the optimizer does not know, what lies in its buckets.
+    # Not pinned: fully_shard would pin copies of shards, and the optimizer's buckets would no longer hold them.
     place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     rows = _take_rows(model)
     for block in (*blocks, model):
@@ -98,7 +98,7 @@ def shard(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether fully_shard has been there."""
+    """Return whether fully_shard was applied to the model or a part of it."""
     return any(fsdp_records(module) for module in model.modules())
 
 
@@ -124,7 +124,7 @@ def _check_sends_from_host(mesh: Any) -> None:
 
 
 def _take_rows(model: nn.Module) -> dict[int, Tensor]:
-    """Of parameters that zero.Init has sharded, by id, which give place to others without memory."""
+    """Return this rank's rows of zero.Init's parameters, by id. Replace these parameters by meta tensors."""
     rows: dict[int, Tensor] = {}
     empty: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -139,6 +139,6 @@ def _take_rows(model: nn.Module) -> dict[int, Tensor]:
 
 
 def _widen(model: nn.Module) -> None:
-    """Weights to fp32, which hold what they held; buffers stay as they are."""
+    """Convert weights to fp32, which keeps their values. Buffers stay as they are."""
     buffers = set(map(id, model.buffers()))
     model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() and id(tensor) not in buffers else tensor)

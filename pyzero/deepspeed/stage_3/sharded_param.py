@@ -1,9 +1,9 @@
-"""Parameters between zero.Init and initialize(): of the whole shape to look at, while a rank holds its rows alone.
+"""Parameters between zero.Init and initialize(): they have the whole shape, but this rank holds only its rows.
 
-A parameter stays the same object. While it is sharded its class is another, whose torch functions come here, and its
-memory is one element. Writes (`normal_`, `copy_`, `w[0] = 0`, through views too) act on the whole weight, put together
-for as long, and all ranks take what rank 0's has become. So do reads, of `w.data` or under no_grad(): both are
-collective. Anything else is taken for a forward, and is an error.
+A parameter stays the same object. While it is sharded it has a subclass, which intercepts torch functions, and its
+memory is one element. Writes (`normal_`, `copy_`, `w[0] = 0`, also through views) gather the whole weight, and all
+ranks take rank 0's result. Reads of `w.data` or under no_grad() gather it too. Both are collective. Anything else
+counts as a forward, and is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ids = itertools.count()
 
 
 class ZeroParamStatus(Enum):
-    """Of a parameter's `ds_status`, where it is sharded."""
+    """Values of the attribute `ds_status` of a sharded parameter."""
 
     AVAILABLE = 1
     NOT_AVAILABLE = 2
@@ -35,7 +35,7 @@ class ZeroParamStatus(Enum):
 
 
 def mark_sharded(param: Any) -> None:
-    """Give a parameter of stage 3 what scripts ask to tell it: `ds_id`, `ds_status`, `ds_shape` and `ds_numel`."""
+    """Set the attributes by which scripts recognise a stage-3 parameter: ds_id, ds_status, ds_shape and ds_numel."""
     param.ds_id, param.ds_status = next(_ids), ZeroParamStatus.NOT_AVAILABLE
     param.ds_shape, param.ds_numel = param.shape, param.numel()
 
@@ -45,11 +45,11 @@ def mark_sharded(param: Any) -> None:
 
 @dataclass
 class Rows:
-    """This rank's rows of a weight, cut as torch.chunk and fully_shard cut them."""
+    """This rank's rows of a weight, divided as by torch.chunk and fully_shard."""
 
-    local: Tensor  # may have none
+    local: Tensor  # may have no rows
     group: Group
-    device: torch.device | None = None  # where they lie; None: where the weight does
+    device: torch.device | None = None  # device of the rows; None: the weight's
 
     def cut(self, whole: Tensor) -> None:
         """Keep a copy of this rank's rows of a whole weight."""
@@ -59,7 +59,7 @@ class Rows:
         self.local = own.clone(memory_format=torch.contiguous_format)
 
     def whole(self, like: Tensor) -> Tensor:
-        """All rows, on every rank. like: of the whole shape."""
+        """Gather all rows on every rank. like: A tensor of the whole shape."""
         per_rank = ceil_div(like.shape[0], self.group.size)
         padded = like.new_zeros(per_rank, *like.shape[1:])
         padded[: len(self.local)] = self.local
@@ -72,18 +72,18 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _placeholder(like: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """Of that shape, dtype and device, and one element of memory."""
+    """Return a tensor of this shape, dtype and device that has one element of memory."""
     return like.new_zeros(()).expand(like.shape if shape is None else shape)
 
 
 def shard_(param: Any, group: Group, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-    """Have a parameter keep this rank's rows alone, of rank 0's values. Collective.
+    """Make a parameter keep only this rank's rows of rank 0's values. Collective.
 
     Args:
-        param: Of one dimension or more; stays the same object.
-        group: Whose ranks share it.
-        dtype: That it is converted to; None: it stays.
-        device: Where the rows lie; None: where the weight does.
+        param: A parameter of one dimension or more. It stays the same object.
+        group: Ranks that share it.
+        dtype: Dtype to which it is converted; None: it stays.
+        device: Device of the rows; None: the weight's.
     """
     with torch.no_grad():
         whole = param.detach().to(dtype or param.dtype).contiguous()
@@ -110,18 +110,18 @@ def _show(param: Any) -> None:
 
 
 def gather_(param: Any) -> None:
-    """Have a sharded parameter be a plain one again, whole. Collective."""
+    """Turn a sharded parameter back into a plain, whole one. Collective."""
     _show(param)
     del param.rows, param.ds_id, param.ds_status, param.ds_shape, param.ds_numel
 
 
 @contextmanager
 def gathered(params: Iterable[Any], source: int | None) -> Iterator[None]:
-    """Sharded parameters are plain and whole in here; all ranks take what the source's have become on the way out.
+    """A context in which sharded parameters are plain and whole. On exit, all ranks take the source's values.
 
     Args:
-        params: Sharded ones.
-        source: Rank of their group; None: what is written is lost.
+        params: Sharded parameters.
+        source: Rank in their group; None: writes are lost.
     """
     held = list(dict.fromkeys(params))
     for param in held:
@@ -151,7 +151,7 @@ _VIEWS = {
     *("__getitem__", "select", "narrow", "unsqueeze", "squeeze", "diagonal", "expand", "real"),
 }
 _CONVERSIONS = {"to", "half", "float", "double", "bfloat16", "cuda", "cpu", "contiguous"}
-_SHAPES = {  # what looks at shape, dtype and device alone
+_SHAPES = {  # functions that read only shape, dtype and device
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
     *(
         "is_floating_point",
@@ -178,7 +178,7 @@ def _misuse(name: str) -> RuntimeError:
 
 
 class _Watched:
-    """What torch functions on sharded parameters, and on views of them, come to."""
+    """Intercepts torch functions on sharded parameters and on views of them."""
 
     __slots__ = ()
 
@@ -203,11 +203,11 @@ class _Watched:
         return _read(func, args, kwargs)
 
     def __format__(self, spec: str) -> str:
-        """As repr()."""
+        """Return repr()."""
         return repr(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """torch.save and copies.
+        """Refuse torch.save and pickling.
 
         Raises:
             RuntimeError: Always.
@@ -219,17 +219,17 @@ class _Watched:
 
 
 class ShardedParam(_Watched, nn.Parameter):
-    """A parameter of which this rank holds some rows. Its attribute `rows` has them."""
+    """A parameter of which this rank holds some rows, in its attribute `rows`."""
 
     rows: Rows
 
     def take_rows(self) -> Tensor:
-        """This rank's rows, which go from here."""
+        """Return this rank's rows, and release them here."""
         local, self.rows.local = self.rows.local, self.rows.local.new_empty(0)
         return local
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Another one, with rows of its own."""
+        """Return a copy with its own rows."""
         if id(self) not in memo:
             memo[id(self)] = _copied(self, lambda tensor: tensor.clone(), self.requires_grad)
         return memo[id(self)]
@@ -240,7 +240,7 @@ class ShardedParam(_Watched, nn.Parameter):
 
 @cache
 def _sharded(kind: type) -> type:
-    """The class of a parameter of this class, while it is sharded."""
+    """Return the sharded subclass of a parameter's class."""
     bases = (ShardedParam,) if kind is nn.Parameter else (ShardedParam, kind)
     return type(f"Sharded{kind.__name__}", bases, {"kind": kind})
 
@@ -251,14 +251,14 @@ def _kind(param: Any) -> type:
 
 
 class ShardedView(_Watched, torch.Tensor):
-    """A view of a sharded parameter, made anew of the whole one where it is written to."""
+    """A view of a sharded parameter. Each use makes it anew from the whole parameter."""
 
     origin: Any
     make: Callable[[Tensor], Tensor]  # from the whole parameter
 
     @staticmethod
     def of(tensor: Any, make: Callable[[Tensor], Tensor]) -> ShardedView:
-        """Of a sharded parameter or a view of one."""
+        """Make a view of a sharded parameter or of another view."""
         with torch._C.DisableTorchFunctionSubclass():
             view = make(tensor).detach().as_subclass(ShardedView)
         if isinstance(tensor, ShardedView):
@@ -272,7 +272,7 @@ class ShardedView(_Watched, torch.Tensor):
 
 
 def _shown(param: Any) -> Tensor:
-    """The placeholder, as a plain tensor."""
+    """Return the placeholder as a plain tensor."""
     with torch._C.DisableTorchFunctionSubclass():
         shown: Tensor = param.as_subclass(torch.Tensor).detach()
     return shown
@@ -283,13 +283,13 @@ def _origin(tensor: Any) -> Any:
 
 
 def _watched(args: Any, kwargs: Any) -> list[Any]:
-    """What is sharded among the arguments; none where the first tensor is not."""
+    """Return the sharded tensors among the arguments; an empty list if the first tensor is not sharded."""
     given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
     return [item for item in given if isinstance(item, _Watched)] if isinstance(given[0], _Watched) else []
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function that writes to its first argument, on whole weights."""
+    """Call a function that writes to its first argument, on whole weights."""
     given = _watched(args, kwargs)
     if not given:
         raise _misuse(func.__name__)
@@ -299,7 +299,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function of whole weights."""
+    """Call a function that reads whole weights."""
     given = _watched(args, kwargs)
     if not given or (torch.is_grad_enabled() and any(isinstance(item, ShardedParam) for item in given)):
         raise _misuse(getattr(func, "__name__", str(func)))
@@ -312,7 +312,7 @@ def _whole(value: Any) -> Any:
 
 
 def _copied(param: Any, change: Callable[[Tensor], Tensor], requires_grad: bool) -> Any:
-    """A sharded parameter with other rows. change: what makes them of this rank's."""
+    """Return a sharded parameter with changed rows. change: Makes the new rows from this rank's."""
     rows: Rows = param.rows
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         shown = _placeholder(change(_shown(param)[:0]), param.shape)
@@ -324,7 +324,7 @@ def _copied(param: Any, change: Callable[[Tensor], Tensor], requires_grad: bool)
 
 
 def _converted(tensor: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """`.to()` and its like."""
+    """Run `.to()` or a similar conversion."""
     param = _origin(tensor)
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         after = convert(_shown(param)[:0])
@@ -334,7 +334,7 @@ def _converted(tensor: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _set_data(param: Any, value: Any) -> None:
-    """`param.data = value`: of a sharded one, or a whole one, of which rank 0's counts."""
+    """Run `param.data = value`. value: Sharded, or whole; of a whole one, rank 0's is taken."""
     other = _origin(value)
     if not isinstance(param, ShardedParam):
         raise _misuse("data")
