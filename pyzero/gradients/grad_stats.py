@@ -31,8 +31,6 @@ PURPOSES = (
     *(_OF_GRAD, "unscale_ of GradScaler"),
 )
 
-# Columns of a host's part of the message; from _USED on, a bit per parameter.
-_PURPOSE, _ROUNDS, _UNSENT, _SKIPS, _EXPORTS, _HYPER, _HAS_ERROR, _HALF_EDITED, _EDITS, _USED = range(10)
 _ROUNDING = 1e-5  # relative difference allowed in a factor that each rank computes itself
 _NUM_BITS = 48  # per number; fp64 holds 53 exactly
 _SHIFTS = np.arange(_NUM_BITS)
@@ -46,6 +44,23 @@ class Unsent(IntEnum):
     PLAIN = 1
     SCALED = 2  # they carry the loss scale
     ZEROS = 3  # zeros fit any scale
+
+
+class _HostRow(NamedTuple):
+    """What a host tells the others of its group in each message. A bit per parameter follows it; see `_packed`."""
+
+    purpose: int  # an index of PURPOSES
+    num_rounds: int
+    unsent: int  # an Unsent
+    num_skips: int  # in a row
+    num_exports: int  # calls of state_dict() since the last message
+    hyper_parameters: int  # their checksum
+    has_error: int  # 1: this rank cannot go on
+    half_edited: int  # the number of a parameter; -1: none
+    edits: int  # the checksum of edits and factors
+
+
+_COLUMN = _HostRow(*range(len(_HostRow._fields)))  # where each lies in a row
 
 
 class HostFacts(NamedTuple):
@@ -158,21 +173,18 @@ class GradStatsExchange:
             assert facts is not None
             num_skips, hyper_parameters = facts()
         if self._group.size > 1:
-            half_edited = -1 if mine.half_edited is None else mine.half_edited
-            purpose, exports = PURPOSES.index(mine.purpose), self._num_exports
-            head = [purpose, mine.num_rounds, *unsent, num_skips, exports, hyper_parameters, mine.has_error]
-            edits = [half_edited, _checksum(mine.edits, mine.products)]
+            row = self._host_row(mine, num_skips, hyper_parameters)
             self._num_exports = 0
             with self.lockstep(CollectiveError):
-                told, rows = self._group.gather_with_host([*head, *edits, *_packed(used)], rows.view(-1))
+                told, rows = self._group.gather_with_host([*row, *_packed(used)], rows.view(-1))
             rows = rows.view(-1, STATS_COLUMNS)
             hosts = told.numpy()
             with self.lockstep(RuntimeError):
                 error = self._error_in(hosts, mine)
-            self._warn_of_lost_shards(hosts[:, _EXPORTS].tolist())
-            used = _union(hosts[:, _USED:], len(used))
-            unsent = {int(kind) for kind in hosts[:, _UNSENT].tolist()}
-            num_skips = int(max(hosts[:, _SKIPS].tolist()))
+            self._warn_of_lost_shards(hosts[:, _COLUMN.num_exports].tolist())
+            used = _union(hosts[:, len(row) :], len(used))
+            unsent = {int(kind) for kind in hosts[:, _COLUMN.unsent].tolist()}
+            num_skips = int(max(hosts[:, _COLUMN.num_skips].tolist()))
         elif mine.has_error and not self.is_alone:
             error = _other_error(mine.purpose, [self._group.members()[0]])
         own_rows = rows
@@ -191,6 +203,19 @@ class GradStatsExchange:
             unsent_is_scaled=Unsent.SCALED in unsent,
             num_skips_in_a_row=num_skips,
             unscale=unscale,
+        )
+
+    def _host_row(self, mine: LocalGradStats, num_skips: int, hyper_parameters: int) -> _HostRow:
+        return _HostRow(
+            purpose=PURPOSES.index(mine.purpose),
+            num_rounds=mine.num_rounds,
+            unsent=mine.unsent,
+            num_skips=num_skips,
+            num_exports=self._num_exports,
+            hyper_parameters=hyper_parameters,
+            has_error=int(mine.has_error),
+            half_edited=-1 if mine.half_edited is None else mine.half_edited,
+            edits=_checksum(mine.edits, mine.products),
         )
 
     def _gather_over_model_groups(
@@ -223,7 +248,7 @@ class GradStatsExchange:
         """Return the error if the messages of this group's ranks do not fit each other, or None."""
         try:
             self._check(hosts)
-            self._check_edits(hosts[:, _EDITS], mine)
+            self._check_edits(hosts[:, _COLUMN.edits], mine)
         except RuntimeError as error:
             return error.with_traceback(None)  # it would hold a frame that holds the error
         return None
@@ -236,24 +261,26 @@ class GradStatsExchange:
         return self._group.lockstep(self._model_groups, "the step's message", but)
 
     def _check(self, hosts: np.ndarray[Any, Any]) -> None:
-        """Raise if the hosts' parts of the message do not fit. hosts: (size, _USED + n) fp64."""
-        error = _difference(hosts[:, _PURPOSE].tolist(), hosts[:, _HYPER].tolist(), self._group)
+        """Raise if the hosts' parts of the message do not fit. hosts: (size, n) fp64, each a _HostRow and bits."""
+        error = _difference(
+            hosts[:, _COLUMN.purpose].tolist(), hosts[:, _COLUMN.hyper_parameters].tolist(), self._group
+        )
         if isinstance(error, CollectiveError):
             raise error
-        if hosts[:, _HAS_ERROR].any():
-            ranks = [self._group.members()[place] for place in hosts[:, _HAS_ERROR].nonzero()[0]]
-            raise _other_error(PURPOSES[int(hosts[0, _PURPOSE])], ranks)
-        rounds = [int(num) for num in hosts[:, _ROUNDS].tolist()]
+        if hosts[:, _COLUMN.has_error].any():
+            ranks = [self._group.members()[place] for place in hosts[:, _COLUMN.has_error].nonzero()[0]]
+            raise _other_error(PURPOSES[int(hosts[0, _COLUMN.purpose])], ranks)
+        rounds = [int(num) for num in hosts[:, _COLUMN.num_rounds].tolist()]
         if len(set(rounds)) > 1:
             raise CollectiveError(
                 f"expected every rank to run backward equally often in stage 2, got {rounds} backwards by rank; run as "
                 f"many on each, or put those that only some ranks run inside no_sync() on all of them"
             )
-        if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _UNSENT].tolist()):
+        if {Unsent.PLAIN, Unsent.SCALED} <= set(hosts[:, _COLUMN.unsent].tolist()):
             raise mixed_scale_error()
         if error is not None:
             raise error
-        half_edited = hosts[:, _HALF_EDITED].max()
+        half_edited = hosts[:, _COLUMN.half_edited].max()
         if half_edited >= 0:
             raise RuntimeError(
                 f"expected .grad of {self.name_of(int(half_edited))} unedited, for a part of it has been reduced "
