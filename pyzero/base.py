@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyzero.arguments.groups import check_group, check_no_grad
+from pyzero.arguments.options import ZeroOptions
 from pyzero.arguments.params import check_disjoint
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.comm.transport import Transport
@@ -35,6 +36,7 @@ class ZeroBase(Optimizer):
     # No class attributes: Lightning's wrappers inherit the class, and would find them before the optimizer's own.
     _param_groups: list[dict[str, Any]]
     _model_names: dict[Tensor, str]
+    _options: ZeroOptions
     _rule: UpdateRule
     _rules: list[UpdateRule]  # by parameter group
     _device: torch.device
@@ -43,7 +45,6 @@ class ZeroBase(Optimizer):
     _transport: Transport
     _param_buckets: ParamBuckets
     _gradients: Gradients
-    _grad_reduce_dtype: torch.dtype | None
     _arrival_order: ArrivalOrder
     _stats_exchange: GradStatsExchange
     _scaler: Scaler
@@ -143,7 +144,7 @@ class ZeroBase(Optimizer):
         """Have the transport make room for all buckets. Collective."""
         sizes = []
         for bucket in self._buckets:
-            dtype = self._grad_reduce_dtype or bucket.dtype
+            dtype = self._options["grad_reduce_dtype"] or bucket.dtype
             num_sent_bytes = bucket.layout.numel * dtype.itemsize if self._gradients.reduces else 0
             sizes.append((num_sent_bytes, bucket.weight_shard.nbytes))
         with self._group.lockstep():  # without room for its buckets an optimizer cannot go on

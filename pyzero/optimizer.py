@@ -210,7 +210,6 @@ class ZeroOptimizer(StateDicts):
         self._stats_exchange = GradStatsExchange(
             self._group, topology.model_groups, topology.same_params, self._name_of, self._host_facts
         )
-        self._grad_reduce_dtype = options["grad_reduce_dtype"]
         reduces = options["reduce_grads"] and self._group.size > 1
         self._arrival_order = ArrivalOrder(reduces and options["stage"] == 2 and options["overlap"])
         self._gradients = self._make_gradients(reduces)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -181,5 +182,6 @@ def test_public_names_are_found_beside_their_files_too():
 def test_tests_share_through_support():
     """A test file is found by another only if pytest has collected its folder: helpers lie in tests/support/."""
     tests = Path(__file__).resolve().parents[1]
-    found = [str(path.relative_to(tests)) for path in tests.rglob("*.py") if "\nfrom test_" in path.read_text()]
+    line = re.compile(r"^\s*(from|import) test_", re.MULTILINE)
+    found = [str(path.relative_to(tests)) for path in tests.rglob("*.py") if line.search(path.read_text())]
     assert not found, f"{found} import from test files; move what they import to tests/support/"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_case import Mpu
 from torch import Tensor, nn
 
 import pyzero
@@ -126,8 +127,6 @@ def test_another_number_of_parts_is_refused(ranks, tmp_path, strict):
 
 
 def with_mpu(group: Any, folder: Path) -> list[dict[str, Tensor]]:
-    from test_stage_3 import Mpu
-
     mpu, found = Mpu(), []
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
     for seed in (0, 1):

@@ -326,12 +326,10 @@ def test_gathered_parameters_are_whole_by_themselves(ranks):
 
 
 def edit(group: Any, how: str, stage: int) -> list[torch.Tensor]:
-    from test_tensor_parallel import split, square
-
     model, options = case.Model(), {}
     if how == "tensor parallel":
-        options["mesh"] = square()
-        model = split(model, options["mesh"]["tp"])
+        options["mesh"] = case.square()
+        model = case.split(model, options["mesh"]["tp"])
     config = {
         "train_micro_batch_size_per_gpu": case.BATCH // 4,
         "optimizer": {"type": "AdamW", "params": {"lr": case.LR}},
@@ -485,26 +483,10 @@ def test_optimizers_that_are_given_get_the_shards(ranks):
     assert all("pass a function" in message for message, _ in ranks.run(WORLD, given, "ours"))
 
 
-class Mpu:
-    """DeepSpeed's mpu object for 2 x 2 ranks."""
-
-    def __init__(self) -> None:
-        self.data = [dist.new_group(members) for members in ([0, 2], [1, 3])][dist.get_rank() % 2]
-        self.model = [dist.new_group(members) for members in ([0, 1], [2, 3])][dist.get_rank() // 2]
-
-    def get_data_parallel_group(self) -> Any:
-        return self.data
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.model
-
-
 def told_groups(group: Any, how: str, stage: int, folder: Path) -> tuple[Any, Any]:
-    from test_tensor_parallel import split, square
-
-    mesh = square()
-    options = {"mesh": mesh} if how == "mesh" else {"mpu": Mpu()}
-    model = split(case.Model(), mesh["tp"])
+    mesh = case.square()
+    options = {"mesh": mesh} if how == "mesh" else {"mpu": case.Mpu()}
+    model = case.split(case.Model(), mesh["tp"])
     config = {
         "train_batch_size": 2 * case.BATCH,
         "train_micro_batch_size_per_gpu": case.BATCH // 2,

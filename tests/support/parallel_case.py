@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import pyzero
@@ -194,3 +195,17 @@ def contents(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         if param.requires_grad:
             found[f"{name}.full_master"] = optimizer.full_master(param)
     return found
+
+
+class Mpu:
+    """DeepSpeed's mpu object for 2 x 2 ranks."""
+
+    def __init__(self) -> None:
+        self.data = [dist.new_group(members) for members in ([0, 2], [1, 3])][dist.get_rank() % 2]
+        self.model = [dist.new_group(members) for members in ([0, 1], [2, 3])][dist.get_rank() // 2]
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self.model
