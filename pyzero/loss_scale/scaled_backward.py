@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from pyzero.gradients.backward_end import is_inner_backward
-from pyzero.gradients.carried_scale import forget_scale, mark_backward_scaled, scale_owners_of_backward
+from pyzero.gradients.carried_scale import (
+    CarriedScale,
+    forget_scale,
+    mark_backward_scaled,
+    scale_owners_of_backward,
+    scales_of_backward,
+)
 from pyzero.gradients.interface import Gradients
 from pyzero.loss_scale.scaler import Scaler
 
@@ -92,6 +98,11 @@ class ScaledBackward:
                 "or in the backward of an autograd.Function: gradients of what comes before it would be taken for "
                 "unscaled; scale what the checkpoint returns, or pass use_reentrant=False"
             )
+        if _is_already_scaled():
+            raise RuntimeError(
+                "expected a loss without a scale in optimizer.backward(loss), got one that optimizer.scale returned: "
+                "its gradients would be scaled twice; pass the loss itself"
+            )
         self._begin()
         _mark_until_end(self)
         # Queued twice, to run after callbacks that this backward queues: fully_shard reduces its last gradients in one.
@@ -111,23 +122,41 @@ class ScaledBackward:
         """
         hosts: list[ScaledBackward] = scale_owners_of_backward()
         is_own = self in hosts or any(host._gradients.hooks.has(param) for host in hosts)
+        if (not is_own or _is_inner()) and any(not host._has_scale_of(hosts[0]) for host in hosts):
+            raise _mixed_scales()
         if not hosts or is_own or not self._gradients.hooks.is_latest(param):
             if self._is_guest:  # an exception has ended the host's backward
                 self.end()
             return None
-        *others, host = hosts
-        if any(not torch.equal(other._scaler.inv_scale, host._scaler.inv_scale) for other in others):
-            raise RuntimeError(
-                "expected one loss scale in a backward that reaches another optimizer's parameters, got scaled losses "
-                "of several optimizers, whose scales differ; run each loss's backward by itself"
-            )
-        unscale: Tensor = host._scaler.inv_scale
+        unscale: Tensor = hosts[0]._scaler.inv_scale
         if not self._scaler.enabled:
             return unscale
         if not self._is_guest:
             self._begin(as_guest=True)
-            host._guests.add(self)
+            hosts[-1]._guests.add(self)
         return unscale.to(self._scaler.scale.device) * self._scaler.scale
+
+    def _keep_apart(self) -> None:
+        """Check that neither this optimizer's scaled loss nor another's in the backward reaches the other's parameters.
+
+        What reentrant checkpoints hide is checked as its gradients arrive.
+
+        Raises:
+            RuntimeError: One does, and their scales differ.
+        """
+        marks = scales_of_backward()
+        mine = [mark for mark in marks if mark.owner() is self]
+        for mark in marks:
+            other: ScaledBackward | None = mark.owner()
+            if other is None or other._has_scale_of(self):
+                continue
+            if _reaches([mark], self) or _reaches(mine, other):
+                raise _mixed_scales()
+            self._gradients.hooks.own_backward.runs = other._gradients.hooks.own_backward.runs = False
+
+    def _has_scale_of(self, other: ScaledBackward) -> bool:
+        inv_scale = self._scaler.inv_scale
+        return self is other or torch.equal(inv_scale, other._scaler.inv_scale.to(inv_scale.device))
 
     def _begin(self, as_guest: bool = False) -> None:
         if self._is_held:
@@ -167,6 +196,29 @@ class ScaledBackward:
         return has_run and not has_grad_scaler
 
 
+def _reaches(marks: list[CarriedScale], other: ScaledBackward) -> bool:
+    """Whether a loss with one of these marks reaches parameters of the other optimizer, or may do so."""
+    has = other._gradients.hooks.has
+    return any(mark.leaves is None or any(has(leaf) for leaf in mark.leaves) for mark in marks)
+
+
+def _find_already_scaled() -> bool:
+    """Whether all gradients of the running backward carry a loss scale, because `run()` has scaled its loss."""
+    return any(mark.is_of_all for mark in scales_of_backward())
+
+
+def _mixed_scales() -> RuntimeError:
+    return RuntimeError(
+        "expected one loss scale in a backward that reaches another optimizer's parameters, got scaled losses of "
+        "several optimizers, whose scales differ; run each loss's backward by itself"
+    )
+
+
+def _mark_only(one: ScaledBackward) -> None:
+    mark_backward_scaled(one, is_of_all=True)
+    one._keep_apart()
+
+
 def _mark_with_end(one: ScaledBackward) -> None:
     weak, running = weakref.ref(one), one._running
 
@@ -176,9 +228,11 @@ def _mark_with_end(one: ScaledBackward) -> None:
             alive.end_of(running)
 
     mark_backward_scaled(one, ended)
+    one._keep_apart()
 
 
 # Compiled autograd traces hooks.
 _is_inner = torch._disable_dynamo(is_inner_backward)  # type: ignore[attr-defined]
-_mark = torch._disable_dynamo(mark_backward_scaled)  # type: ignore[attr-defined]
+_is_already_scaled = torch._disable_dynamo(_find_already_scaled)  # type: ignore[attr-defined]
+_mark = torch._disable_dynamo(_mark_only)  # type: ignore[attr-defined]
 _mark_until_end = torch._disable_dynamo(_mark_with_end)  # type: ignore[attr-defined]

@@ -224,6 +224,51 @@ def test_scaled_losses_of_several_optimizers_in_one_backward():
     assert torch.equal(alone.full_grad(third), torch.ones(4))
 
 
+@pytest.mark.parametrize("is_both", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_scaled_losses_that_reach_each_others_parameters_are_refused(order, is_both):
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    losses = [optimizer.scale((first * second).sum()), other.scale((second * (first if is_both else 1.0)).sum())]
+    with pytest.raises(RuntimeError, match="run each loss's backward by itself"):
+        torch.autograd.backward(losses[::order])
+    for one, weight, wanted in ((optimizer, first, 2.0), (other, second, 3.0)):
+        one.zero_grad()
+        one.backward((weight * wanted).sum())
+        assert torch.equal(one.full_grad(weight), torch.full((4,), wanted))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_so_are_those_that_do_it_in_a_reentrant_checkpoint(order):
+    first, second, optimizer, other = pair(SCALE, OTHER)
+    inputs = [torch.ones(4, requires_grad=True) for _ in range(2)]
+    losses = [checkpoint(lambda x: x * first, x, use_reentrant=True).sum() for x in inputs]
+    scaled = [optimizer.scale(losses[0]), other.scale((losses[1] * second).sum())]
+    with pytest.raises(RuntimeError, match="run each loss's backward by itself"):
+        torch.autograd.backward(scaled[::order])
+
+
+@pytest.mark.parametrize("outer_scale", [SCALE, None], ids=["scaled", "plain"])
+def test_a_loss_is_not_scaled_twice(outer_scale):
+    first, second, optimizer, other = pair(outer_scale, SCALE)
+    for weight, inner in ((first, optimizer), (second, other)):
+        loss = inner.scale(weight.sum()) / 2.0 + first.sum()
+        if outer_scale is None:
+            optimizer.backward(loss)
+            assert torch.equal(inner.full_grad(weight), torch.full((4,), 1.5 if inner is optimizer else 0.5))
+        else:
+            with pytest.raises(RuntimeError, match="pass the loss itself"):
+                optimizer.backward(loss)
+        for one in (optimizer, other):
+            one.zero_grad()
+
+
+def test_of_one_scale_they_may_reach_each_other():
+    first, second, optimizer, other = pair(SCALE, SCALE)
+    (optimizer.scale((first * second).sum()) + other.scale((first * second * 2.0).sum())).backward()
+    assert torch.equal(optimizer.full_grad(first), torch.full((4,), 3.0))
+    assert torch.equal(other.full_grad(second), torch.full((4,), 3.0))
+
+
 def test_of_one_scale_they_may_reach_a_third():
     first, second, optimizer, other = pair(SCALE, SCALE)
     third = nn.Parameter(torch.ones(4))
