@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import sys
 from typing import Any
 
@@ -458,6 +459,26 @@ def test_sparse_gradients_are_refused_with_a_remedy():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match=r"shape \(5, 3\); build its embedding with sparse=False, or .*SparseAdam$"):
         optimizer.step()
+
+
+def sparse_assigned(group: Any, stage: int, who: tuple[int, ...]) -> str:
+    param = nn.Parameter(torch.ones(5, 3))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
+    grad = torch.ones(5, 3)
+    param.grad = grad.to_sparse() if group.rank() in who else grad
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("who", [(0, 1), (1,)], ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_so_they_are_on_several_ranks(run, stage, who):
+    for rank, error in enumerate(run(2, sparse_assigned, stage, who)):
+        kind, wanted = ("TypeError", r"shape \(5, 3\); build") if rank in who else ("RuntimeError", r"an error on ranks \[1\]")
+        assert re.match(rf"{kind}: .*{wanted}", error, re.DOTALL), error
 
 
 def small_after_large(group: Any, stage: int, synced: bool) -> Tensor:

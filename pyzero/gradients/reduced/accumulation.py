@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
+from pyzero.gradients.interface import sparse_error
 from pyzero.sharding.flat_params import conversion_error, flatten
 from pyzero.sharding.local_param import LocalParam, awaited, user_param
 from pyzero.sharding.sharded_grad import LocalGrad, ShardedGrad
@@ -133,6 +134,7 @@ class ParamGrad:
 
         Raises:
             RuntimeError: `.grad` is the ShardedGrad of another gradient, or the unreduced rest of one.
+            TypeError: `.grad` is sparse.
         """
         self.finish_arrival()
         grad = self.param.grad
@@ -149,6 +151,8 @@ class ParamGrad:
                 f"of another gradient (an earlier one, another parameter's, or of another optimizer over this one); "
                 f"keep optimizer.full_grad(p) and assign that, or delete the other optimizer and call model.zero_grad()"
             )
+        if grad is not None and grad.layout != torch.strided:
+            raise sparse_error(self.param, "a parameter")
         is_half_edited = self.is_in_backward and self.has_reduced_values  # by a hook, which saw only this rank's part
         was_reduced = self.drop()
         if grad is not None:
