@@ -87,13 +87,28 @@ def _estimate(args: argparse.Namespace) -> None:
     dtype = estimate.DTYPES[args.dtype]
     if args.cpu_offload and args.device == "cpu":
         raise ValueError("got --cpu-offload with --device cpu, wanted GPUs for it; leave one of them out")
-    blocks = _BLOCKS if args.blocks is None else args.blocks
-    options = (args.ranks, args.stage, args.bucket_cap_mb, args.tensor_parallel, blocks, args.cpu_offload)
+    shards_weights = args.stage == 3 and args.ranks > 1
+    if args.blocks is not None and not shards_weights:
+        raise ValueError(
+            f"expected --blocks with --stage 3 and several --ranks, got it with stage {args.stage} and {args.ranks}; "
+            f"leave it out"
+        )
     on_gpu = args.device == "cuda" or args.cpu_offload
-    found = estimate.estimate_numel(args.model_params, dtype, *options, on_gpu=on_gpu, accumulates=args.accumulate)
+    found = estimate.estimate_numel(
+        args.model_params,
+        dtype,
+        num_ranks=args.ranks,
+        stage=args.stage,
+        bucket_cap_mb=args.bucket_cap_mb,
+        tensor_parallel=args.tensor_parallel,
+        num_blocks=_BLOCKS if args.blocks is None else args.blocks,
+        cpu_offload=args.cpu_offload,
+        on_gpu=on_gpu,
+        accumulates=args.accumulate,
+    )
     print(estimate.table(found, "on GPUs" if on_gpu else "on CPUs"))
-    if args.blocks is None and args.stage == 3 and args.ranks > 1:
-        print(f"for {blocks} blocks of one size, of which two are gathered at a time; --blocks N takes another number")
+    if args.blocks is None and shards_weights:
+        print(f"for {_BLOCKS} blocks of one size, of which two are gathered at a time; --blocks N takes another number")
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -47,6 +47,12 @@ _BY_COLLECTIVES: dict[str, Callable[[Group], Transport]] = {
 _NAMES = ("auto", *_BY_COLLECTIVES, "peer")
 
 
+def check_transport(name: str) -> None:
+    """Raise ValueError if there is no transport of that name."""
+    if name not in _NAMES:
+        raise ValueError(f"expected transport to be one of {', '.join(_NAMES)}, got {name!r}; choose one of these")
+
+
 def make_transport(name: str, group: Group, device: torch.device) -> Transport:
     """Make the transport of that name. Collective. "auto" is "peer" if CPU ranks share a host, "exact" otherwise.
 
@@ -56,8 +62,7 @@ def make_transport(name: str, group: Group, device: torch.device) -> Transport:
         ValueError: There is no transport of that name.
         HostError: The name is "peer", but the ranks cannot share memory.
     """
-    if name not in _NAMES:
-        raise ValueError(f"expected transport to be one of {', '.join(_NAMES)}, got {name!r}; choose one of these")
+    check_transport(name)
     if group.size == 1 or name in _BY_COLLECTIVES:
         return _BY_COLLECTIVES.get(name, ExactTransport)(group)
     try:

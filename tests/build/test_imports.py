@@ -58,7 +58,11 @@ LAYERS = (
     {"optimizer"},
     {"optimizers", "optimizers.adam", "optimizers.lamb", "optimizers.lion", "optimizers.sgd"},
     {"optimizers.muon"},
-    {"checkpoint.agreement", "checkpoint.content", "checkpoint.from_deepspeed", "checkpoint.storage", "estimate"},
+    {"checkpoint.agreement", "checkpoint.content", "checkpoint.from_deepspeed", "checkpoint.storage"},
+    {"estimate.figures"},
+    {"estimate.buckets"},
+    {"estimate.blocks"},
+    {"estimate"},
     {"checkpoint.writer"},
     {"checkpoint.convert", "checkpoint.saving"},
     {"checkpoint.loading"},
@@ -87,7 +91,17 @@ LAYERS = (
     {"__main__", "accelerate", "compat"},
     {"transformers"},
 )
-FOLDERS = ("arguments", "checkpoint", "comm", "deepspeed", "gradients", "loss_scale", "optimizers", "sharding")
+FOLDERS = (
+    "arguments",
+    "checkpoint",
+    "comm",
+    "deepspeed",
+    "estimate",
+    "gradients",
+    "loss_scale",
+    "optimizers",
+    "sharding",
+)
 MODULES = {*PYZERO.glob("*.py"), *(p for f in FOLDERS for p in (PYZERO / f).rglob("*.py"))} - {PYZERO / "__init__.py"}
 
 

@@ -216,6 +216,29 @@ def test_tensor_parallel_by_hand():
         estimate([nn.Parameter(torch.zeros(2))], stage=3, num_ranks=2)
 
 
+@pytest.mark.parametrize("wrong", [{"accumulates": True}, {"reduce_grads": False}, {"transport": "peer"}], ids=str)
+def test_what_stage_3_does_not_count_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"expected {next(iter(wrong))} only in stages 1 and 2"):
+        estimate(nn.Linear(2, 2), num_ranks=2, stage=3, **wrong)
+    assert estimate(nn.Linear(2, 2), num_ranks=2, stage=2, **wrong).num_params == 6
+    with pytest.raises(ValueError, match="transport to be one of auto, exact, collective, peer, got 'sockets'"):
+        estimate(nn.Linear(2, 2), transport="sockets")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--stage 3 --ranks 8 --accumulate", "accumulates only in stages 1 and 2"),
+        ("--stage 2 --ranks 8 --blocks 4", "got it with stage 2 and 8"),
+        ("--stage 3 --blocks 4", "got it with stage 3 and 1"),
+    ],
+)
+def test_so_it_is_on_the_command_line(wrong, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["estimate", "--model-params", "7B", *wrong.split()])
+    assert said in capsys.readouterr().err
+
+
 def test_the_device_is_asked_for_and_not_looked_up(monkeypatch, capsys):
     """8 ranks: on GPUs buckets of 100 MiB, on CPUs of 25 in shared memory, whatever this torch sees."""
     printed = {}
