@@ -61,8 +61,8 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def exports(module: str, *names: str) -> Callable[[str], Any]:
-    """A `__getattr__` for a module of this package, by which it has some of these names too."""
+def lazy_getattr(module: str, *names: str) -> Callable[[str], Any]:
+    """Return a `__getattr__` for a module of this package. It imports these of pyzero's names on first use."""
 
     def getattr_of_module(name: str) -> Any:
         if name not in names:

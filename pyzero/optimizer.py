@@ -201,7 +201,6 @@ class ZeroOptimizer(StateDicts):
             logs=self._logs,
         )
         self._updater = ShardUpdater(self._device, options["backend"])
-        self._max_grad_norm = options["max_grad_norm"]
         self._tied_groups = {}
         self._hyper_parameters = HyperParameters(self.defaults)
         self._scaler = Scaler(policy, self._device, options["backend"])
@@ -319,10 +318,8 @@ class ZeroOptimizer(StateDicts):
         # A rank that has updated its shards needs the shards of all others.
         with self._writing():
             self._learn_arrival()
-            factor = self._gradients.factor()
-            scalars = self._updater.count_step(
-                self._buckets, self._param_buckets.steps, stats, self._max_grad_norm, _product(factor, unscale)
-            )
+            factor, max_norm = _product(self._gradients.factor(), unscale), self._options["max_grad_norm"]
+            scalars = self._updater.count_step(self._buckets, self._param_buckets.steps, stats, max_norm, factor)
             last = self._last_step(scalars, unscale)
             gathers = self._update_and_gather(stats, scalars)
             has_grad_scaler = self._grad_scaler_proxy.was_asked or "grad_scale" in self.__dict__
@@ -527,4 +524,5 @@ def _product(*factors: Any) -> Any:
     return result
 
 
-__getattr__ = pyzero.exports(__name__, "FusedZeroAdam", "FusedZeroAdamW")
+# `pyzero.optimizer.FusedZeroAdam` too: the optimizer's rule imports this module, and not the other way round.
+__getattr__ = pyzero.lazy_getattr(__name__, "FusedZeroAdam", "FusedZeroAdamW")

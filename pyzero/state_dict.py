@@ -16,7 +16,7 @@ from pyzero.full_access import FullAccess
 from pyzero.gradients.grad_stats import Unsent
 from pyzero.gradients.hooks import can_be_trained, trained
 from pyzero.loss_scale.overflow import OverflowMonitor
-from pyzero.ops.checks import FLOAT_DTYPES
+from pyzero.ops.rows import FLOAT_DTYPES
 from pyzero.sharding import rank_state
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP

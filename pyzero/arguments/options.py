@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 
 from pyzero.arguments.hyper_parameters import as_number
-from pyzero.ops.checks import FLOAT_DTYPES
 from pyzero.ops.env import BACKEND_CHOICES
+from pyzero.ops.rows import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from pyzero.loss_scale.scaler import LossScale
@@ -35,7 +35,7 @@ class ZeroOptions(TypedDict, total=False):
 
 
 _Switch: TypeAlias = Literal["overlap", "reduce_grads", "init_sync", "cpu_offload"]
-_SWITCHES: tuple[_Switch, ...] = ("overlap", "reduce_grads", "init_sync", "cpu_offload")
+_SWITCHES: tuple[_Switch, ...] = get_args(_Switch)
 
 
 def check_options(options: ZeroOptions) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.ops.checks import FLOAT_DTYPES
+from pyzero.ops.rows import FLOAT_DTYPES
 from pyzero.sharding.local_param import LocalParam, local_of, user_param
 from pyzero.sharding.spans import extent, repeats_elements, share_elements
 

@@ -2,6 +2,6 @@
 
 import pyzero
 
-__getattr__ = pyzero.exports(
+__getattr__ = pyzero.lazy_getattr(
     __name__, "CheckpointError", "async_save_checkpoint", "latest_checkpoint", "load_checkpoint", "save_checkpoint"
 )

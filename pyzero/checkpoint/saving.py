@@ -70,8 +70,11 @@ def save_checkpoint(
         RuntimeError: A backward has run since the last step(), and its gradients would be lost. It is not noticed if
             `.grad` is torch's (one rank, or `reduce_grads=False`).
     """
-    options = (exclude_frozen_parameters, exclude_gradients)
-    writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=False)
+
+    def give() -> Content:
+        return _content(model, optimizer, extra, exclude_frozen_parameters, exclude_gradients)
+
+    writer = Writer(begin(optimizer), directory, step, keep, give)
     return writer.run(lambda: wait([*_under_way]))  # other optimizers' saves may use the directory
 
 
@@ -95,8 +98,12 @@ def async_save_checkpoint(
         A future. `result()` waits, and returns the folder or raises. You cannot cancel it, because the other ranks
         write the checkpoint too.
     """
-    options = (exclude_frozen_parameters, exclude_gradients)
-    writer = _writer(directory, model, optimizer, step, keep, *options, extra, copies=True)
+
+    def give() -> Content:
+        content = _content(model, optimizer, extra, exclude_frozen_parameters, exclude_gradients)
+        return replace(content, state=_on_host(content.state))
+
+    writer = Writer(begin(optimizer), directory, step, keep, give)
     devices = (param.device for group in optimizer.param_groups for param in group["params"])
     device = next(devices, torch.device("cpu"))
 
@@ -186,25 +193,12 @@ def begin(optimizer: ZeroOptimizer) -> Group:
     return group
 
 
-def _writer(
-    directory: str | os.PathLike[str],
-    model: nn.Module,
-    optimizer: ZeroOptimizer,
-    step: int,
-    keep: int | None,
-    excludes_frozen: bool,
-    excludes_gradients: bool,
-    extra: dict[str, Any],
-    copies: bool,
-) -> Writer:
-    """Return a Writer of a model and its optimizer. copies: Copy all values to the host, so that training can go on."""
-
-    def give() -> Content:
-        optimizer.check_between_steps(with_gradients=not excludes_gradients)
-        content = collect(model, optimizer, extra, excludes_frozen)
-        return replace(content, state=_on_host(content.state)) if copies else content
-
-    return Writer(begin(optimizer), directory, step, keep, give)
+def _content(
+    model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool, excludes_gradients: bool
+) -> Content:
+    """Return what a save writes. Raise RuntimeError if gradients that it must not exclude would be lost."""
+    optimizer.check_between_steps(with_gradients=not excludes_gradients)
+    return collect(model, optimizer, extra, excludes_frozen)
 
 
 def _on_host(value: Any) -> Any:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import platform
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pyzero.comm import process
 from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.config.dtype_sections import DTYPES
-from pyzero.deepspeed.config.keys import remarks
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.conversion import convert
 from pyzero.deepspeed.engine import param_owners
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.engine.eval_engine import EvalEngine
+from pyzero.deepspeed.log import remark_on, show_log
 from pyzero.deepspeed.optimizers import make_optimizer
 from pyzero.deepspeed.parallel import groups, tensor_parallel
 from pyzero.deepspeed.parallel.mesh import Parallelism, parallelism_of
@@ -31,11 +27,8 @@ from pyzero.deepspeed.partition import Partition
 from pyzero.deepspeed.pipe.engine import PipelineEngine
 from pyzero.deepspeed.pipe.module import PipelineModule
 from pyzero.deepspeed.stage_3.parameter_offload import ParameterOffload
-from pyzero.deepspeed.stage_3.shard import is_sharded
 from pyzero.deepspeed.utils import RepeatingLoader
 from pyzero.optimizer import ZeroOptimizer
-
-log = logging.getLogger("pyzero")
 
 
 def initialize(
@@ -109,11 +102,11 @@ def initialize(
     _check_storage(settings)
     is_pipeline = isinstance(model, PipelineModule)
     trains = is_pipeline or _trains(optimizer, lr_scheduler, settings)
-    _show_log()
-    _remark(settings, trains)
+    show_log()
+    remark_on(settings, trains)
 
     params = [_listed(item) for item in (model.parameters() if model_parameters is None else model_parameters)]
-    _convert(model, settings, moves=tp_size == 1)
+    convert(model, settings, moves=tp_size == 1)
     partition = _partition(model, optimizer, settings, parallel, tp_size, tp_plan)
     ours: Any = None
     schedule: Any = None
@@ -218,91 +211,6 @@ def _check_storage(config: Config) -> None:
         )
 
 
-class _UntilConfigured(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to stderr until somebody configures logging. It is a filter too, because filters are asked first."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not logging.getLogger().handlers and log.handlers == [self]:
-            return True
-        log.removeHandler(self)
-        log.filters = [other for other in log.filters if other is not self]  # a new list: the old one is being iterated
-        if log.level == logging.INFO:
-            log.setLevel(logging.NOTSET)
-        return log.isEnabledFor(record.levelno)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)  # the present one, because it may have been redirected
-        super().emit(record)
-
-
-def _show_log() -> None:
-    """Show the log on rank 0 from level INFO on, unless somebody configured logging: DeepSpeed shows it too."""
-    levels = log.level, logging.getLogger().level
-    is_configured = log.hasHandlers() or levels != (logging.NOTSET, logging.WARNING)  # Python's initial levels
-    if process.rank_and_size()[0] > 0 or is_configured:
-        return
-    handler = _UntilConfigured()
-    handler.setFormatter(logging.Formatter("[pyzero] %(message)s"))
-    log.addHandler(handler)
-    log.addFilter(handler)
-    log.setLevel(logging.INFO)
-
-
-def _remark(config: Config, trains: bool) -> None:
-    """Log one line for each key of the config that works differently here than a reader may expect."""
-    if process.rank_and_size()[0] > 0:
-        return
-    if config.optimizer is not None and config.optimizer.remark:
-        log.warning("config: optimizer.type=%s: %s", config.optimizer.type, config.optimizer.remark)
-    if trains and config.max_grad_norm() is None and "gradient_clipping" not in config.model_fields_set:
-        log.warning("config: gradient_clipping is not given: nothing is clipped; DeepSpeed 0.19 clips to a norm of 1.0")
-    if config.zero_optimization.offloads_params():
-        if config.zero_optimization.stage < 3:
-            log.warning("config: zero_optimization.offload_param: weights stay on their device below stage 3")
-        elif launcher.device().type == "cpu":
-            log.info("config: zero_optimization.offload_param: nothing to do, for weights lie in memory of the host")
-    for line, warns in remarks(config):
-        log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)
-
-
-def _convert(model: nn.Module, config: Config, moves: bool) -> None:
-    """Convert the model to the wanted dtypes and this rank's device, in place, so that optimizers keep its parameters.
-
-    moves: False leaves it on its device, because it is split before it has to fit on this one.
-    """
-    if config.zero_optimization.stage == 3 and is_sharded(model):
-        return  # its shards have another dtype than it computes in
-    device, dtypes = launcher.device() if moves else None, _dtypes(model, config)
-    if all(_lies_as(tensor, device, dtypes[id(tensor)]) for tensor in (*model.parameters(), *model.buffers())):
-        return  # torch cannot convert a DTensor that an engine holds, not even to the same dtype
-    if tensor_parallel.is_split(model):
-        raise ValueError(
-            f"expected a model of whole weights to convert to {config.weights_dtype()}, got one that initialize() has "
-            f"split before; pass it a config of the same fp16 and bf16, or build the model anew"
-        )
-    before = [id(param) for param in model.parameters()]
-    model._apply(lambda tensor: _converted(tensor, device, dtypes.get(id(tensor), config.weights_dtype())))
-    assert before == [id(param) for param in model.parameters()]
-
-
-def _dtypes(model: nn.Module, config: Config) -> dict[int, torch.dtype | None]:
-    """Return the dtype of each parameter and buffer, by id. None: it stays. Buffers stay unless the config gives one.
-
-    A BatchNorm's buffers follow its weights, because torch requires one dtype for both.
-    """
-    dtype = config.weights_dtype()
-    of_buffers = None if dtype is None else config.data_types.buffers_dtype()
-    dtypes: dict[int, torch.dtype | None] = dict.fromkeys(map(id, model.buffers()), of_buffers)
-    for module in model.modules():
-        if isinstance(module, _NormBase) and module.weight is not None:
-            dtypes.update(dict.fromkeys(map(id, module.buffers()), dtype))
-    return {**dtypes, **dict.fromkeys(map(id, model.parameters()), dtype)}
-
-
-def _converted(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-
-
 def _partition(
     model: nn.Module, optimizer: Any, config: Config, parallel: Parallelism, tp_size: int, tp_plan: Any
 ) -> Partition:
@@ -317,13 +225,6 @@ def _partition(
     else:
         partition.gather()
     return partition
-
-
-def _lies_as(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
-    return device in (None, tensor.device) and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
-
-
-# ---- the schedule and the data ---------------------------------------------------------------------------------------
 
 
 def _make_schedule(given: Any, optimizer: ZeroOptimizer, config: Config) -> Any:

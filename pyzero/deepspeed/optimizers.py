@@ -71,21 +71,28 @@ def make_optimizer(
         return optimizer
     options = {**_options(config), **parallel.options()}
     if optimizer is not None:
-        ours = _class_for(optimizer)(groups_of(optimizer), **options)
-        # Keep the caller's own dicts: a schedule that is not passed in, or an optimizer made from them, sets lr there.
-        for index, (group, own) in enumerate(zip(optimizer.param_groups, ours.param_groups, strict=True)):
-            group.clear()
-            group.update(own)
-            ours.param_groups[index] = group
-        optimizer.param_groups = ours.param_groups
-        optimizer._opt_called = True  # without it that schedule's step() warns
-        return ours
+        return _replace(optimizer, options)
     if config.optimizer is None:
         raise ValueError('expected an optimizer, got none; pass optimizer= or set "optimizer" in the config')
     _check_held(model, _tensors_of(params))
     if config.optimizer.rule == "Muon":
         params = _muon_groups(model, params, *config.optimizer.muon_groups())
     return _RULES[config.optimizer.rule](params, **config.optimizer.arguments(), **options)
+
+
+def _replace(optimizer: Any, options: dict[str, Any]) -> ZeroOptimizer:
+    """Return pyzero's optimizer in place of the caller's. Both have the same `param_groups`.
+
+    The dicts in it are the caller's: a schedule that is not passed in, or an optimizer made from them, sets lr there.
+    """
+    ours = _class_for(optimizer)(groups_of(optimizer), **options)
+    for index, (group, own) in enumerate(zip(optimizer.param_groups, ours.param_groups, strict=True)):
+        group.clear()
+        group.update(own)
+        ours.param_groups[index] = group
+    optimizer.param_groups = ours.param_groups
+    optimizer._opt_called = True  # without it that schedule's step() warns
+    return ours
 
 
 def _options(config: Config) -> dict[str, Any]:

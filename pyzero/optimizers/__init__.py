@@ -2,6 +2,6 @@
 
 import pyzero
 
-__getattr__ = pyzero.exports(
+__getattr__ = pyzero.lazy_getattr(
     __name__, "FusedZeroAdam", "FusedZeroAdamW", "FusedZeroLion", "FusedZeroSGD", "ZeroLamb", "ZeroMuon"
 )

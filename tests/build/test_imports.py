@@ -83,7 +83,7 @@ LAYERS = (
             "config.deepspeed_config",
             "engine.settings",
             "engine.engine optimizers partition pipe stage_3.init",
-            "engine.eval_engine pipe.engine zero",
+            "conversion engine.eval_engine log pipe.engine zero",
             "entry",
         )
     ),

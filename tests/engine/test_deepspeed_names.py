@@ -440,45 +440,52 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_a_script_that_cannot_be_edited():
-    code = """
-        import pyzero.compat
-        pyzero.compat.install()
-        pyzero.compat.install()
-
-        import deepspeed
+INSTALL = """
+import pyzero.compat
+pyzero.compat.install()
+pyzero.compat.install()
+import deepspeed, pyzero, torch
+"""
+SCRIPTS = {
+    "imports": """
         import deepspeed.comm as dist
+        import deepspeed.runtime.activation_checkpointing.checkpointing as checkpointing
         from deepspeed import get_accelerator
         from deepspeed.accelerator import get_accelerator as again
-        from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+        from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
         from deepspeed.ops.adam.cpu_adam import DeepSpeedCPUAdam as the_same
+        from deepspeed.ops.op_builder import CPUAdamBuilder
         from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+        from deepspeed.profiling.flops_profiler.profiler import FlopsProfiler, get_model_profile
         from deepspeed.runtime.config import DeepSpeedConfig
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.lr_schedules import WarmupLR, OneCycle
-        from deepspeed.runtime.pipe.engine import PipelineEngine
         from deepspeed.runtime.pipe.module import PipelineModule as the_same_module
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
         from deepspeed.runtime.utils import see_memory_usage
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, GatheredParameters
         from deepspeed.utils import logger, safe_get_full_fp32_param, RepeatingLoader
-        import deepspeed.runtime.activation_checkpointing.checkpointing as checkpointing
-        from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-        from deepspeed.module_inject.layers import set_autotp_mode
-        from deepspeed.ops.op_builder import CPUAdamBuilder
-        from deepspeed.profiling.flops_profiler.profiler import FlopsProfiler, get_model_profile
+
+        assert deepspeed.initialize is pyzero.initialize and the_same is DeepSpeedCPUAdam
+        assert deepspeed.ops.adam.FusedAdam is FusedAdam and get_accelerator is again
+        assert DeepSpeedEngine is deepspeed.DeepSpeedEngine
+        assert deepspeed.PipelineModule is PipelineModule is the_same_module
+        assert deepspeed.zero.GatheredParameters is GatheredParameters and deepspeed.runtime.zero.Init
+        assert "WarmupLR" in deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES
+        deepspeed.checkpointing.partition_activations_in_checkpoint(True)
+    """,
+    "versions": """
+        import importlib.metadata
+        assert tuple(map(int, deepspeed.__version__.split("."))) > (0, 10)
+        assert importlib.metadata.version("deepspeed") == deepspeed.__version__  # transformers and accelerate ask
+        assert "deepspeed" in importlib.metadata.packages_distributions()["deepspeed"]
+        assert importlib.metadata.version("torch").split("+")[0] == torch.__version__.split("+")[0]
+    """,
+    "estimates": """
+        import contextlib, io
         from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs_all_live as estimate_3
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_cold as estimate_2
-        from deepspeed.utils import groups
-        import contextlib, importlib.metadata, io, torch, pyzero
-
-        set_autotp_mode(training=True)
-        assert groups._get_data_parallel_world_size() == 1 and groups.get_data_parallel_group() is None
-        assert deepspeed.utils.groups.get_model_parallel_rank() == groups.get_tensor_model_parallel_src_rank() == 0
-        assert deepspeed.tp_model_init(torch.nn.Linear(1, 1), 1, torch.bfloat16).weight.dtype is torch.bfloat16
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             estimate_3(torch.nn.Linear(1000, 1000), num_gpus_per_node=8, num_nodes=2)
             estimate_2(2_000_000_000, 4, additional_buffer_factor=1.5)
@@ -486,13 +493,28 @@ def test_a_script_that_cannot_be_edited():
         assert len(lines) == 12 and "2 node(s), 8 GPU(s)" in lines[1] and "2,000M total params" in lines[8]
         host, gpu = (float(part.split("GB")[0]) for part in lines[10].split("|")[:2])
         assert 22.3 < host < 22.6 and 3.7 < gpu < 6  # 12 bytes of each parameter on the host, 2 and buffers on the GPU
-        assert deepspeed.initialize is pyzero.initialize and the_same is DeepSpeedCPUAdam
+    """,
+    "helpers": """
+        from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+        from deepspeed.module_inject.layers import set_autotp_mode
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils import groups
+        set_autotp_mode(training=True)
+        assert groups._get_data_parallel_world_size() == 1 and groups.get_data_parallel_group() is None
+        assert deepspeed.utils.groups.get_model_parallel_rank() == groups.get_tensor_model_parallel_src_rank() == 0
+        assert deepspeed.tp_model_init(torch.nn.Linear(1, 1), 1, torch.bfloat16).weight.dtype is torch.bfloat16
         assert ZeroStageEnum(3) is ZeroStageEnum.weights and LossScaler(4.0).loss_scale == 4.0
         torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
-        deepspeed.checkpointing.partition_activations_in_checkpoint(True)
-        assert deepspeed.zero.GatheredParameters is GatheredParameters and deepspeed.runtime.zero.Init
-        assert DeepSpeedEngine is deepspeed.DeepSpeedEngine and get_accelerator is again
-        assert deepspeed.ops.adam.FusedAdam is FusedAdam and tuple(map(int, deepspeed.__version__.split("."))) > (0, 10)
+        view = {"a": [torch.arange(9)[2:4]], "b": 1}
+        copied = clone_tensors_for_torch_save(view)
+        assert copied["a"][0].tolist() == [2, 3] and copied["b"] == 1
+        assert copied["a"][0].untyped_storage().nbytes() == 16
+    """,
+    "training": """
+        import deepspeed.comm as dist
+        from deepspeed.ops.adam import FusedAdam
+        from deepspeed.runtime.lr_schedules import WarmupLR
         deepspeed.init_distributed()
         model = torch.nn.Linear(4, 4)
         engine, optimizer, _, schedule = deepspeed.initialize(
@@ -502,25 +524,22 @@ def test_a_script_that_cannot_be_edited():
         for _ in range(3):
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
-        assert isinstance(engine, DeepSpeedEngine) and engine.global_steps == 3 and dist.get_rank() == 0
-        assert importlib.metadata.version("deepspeed") == deepspeed.__version__  # transformers and accelerate ask
-        assert "deepspeed" in importlib.metadata.packages_distributions()["deepspeed"]
-        assert importlib.metadata.version("torch").split("+")[0] == torch.__version__.split("+")[0]
-        assert "WarmupLR" in deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES
+        assert isinstance(engine, deepspeed.DeepSpeedEngine) and engine.global_steps == 3 and dist.get_rank() == 0
         assert engine.config.get("zero_optimization")["stage"] == 0 and engine.config.get("nothing", 1) == 1
-        view = {"a": [torch.arange(9)[2:4]], "b": 1}
-        copied = clone_tensors_for_torch_save(view)
-        assert copied["a"][0].tolist() == [2, 3] and copied["b"] == 1
-        assert copied["a"][0].untyped_storage().nbytes() == 16
         engine.module.bias.requires_grad_(False)
         assert list(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)) == ["weight"]
-        assert deepspeed.PipelineModule is PipelineModule is the_same_module
+    """,
+    "a pipeline": """
+        from deepspeed.pipe import PipelineModule
+        from deepspeed.runtime.pipe.engine import PipelineEngine
         net = PipelineModule(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), num_stages=1,
                              loss_fn=torch.nn.MSELoss())
         engine, *_ = deepspeed.initialize(model=net, training_data=[(torch.ones(4), torch.zeros(4))] * 6, config={
             "train_batch_size": 4, "gradient_accumulation_steps": 2, "optimizer": {"type": "Adam"}})
         losses = [float(engine.train_batch()) for _ in range(4)]
         assert isinstance(engine, PipelineEngine) and losses[3] < losses[0] and engine.micro_steps == 8
+    """,
+    "what is absent": """
         for name in ("deepspeed.moe", "deepspeed.moe.layer", "deepspeed.runtime.pipe.schedule"):
             try:
                 __import__(name)
@@ -528,9 +547,13 @@ def test_a_script_that_cannot_be_edited():
                 assert "pyzero stands in for deepspeed" in str(error), error
             else:
                 raise AssertionError(name)
-        print("done")
-    """
-    assert run(code) == "done\n"
+    """,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_that_cannot_be_edited(name):
+    assert run(INSTALL + textwrap.dedent(SCRIPTS[name]) + "print('done')\n") == "done\n"
 
 
 def test_the_real_one_is_not_replaced_under_way():

@@ -7,13 +7,12 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pyzero.ops import env, native, registry, rows
+from pyzero.ops import build_spec, env, native, registry, rows
 
 SHIM = "cuda-shim"
 HAS_GPU = torch.cuda.is_available()
@@ -69,11 +68,11 @@ def _shim() -> ShimBackend:
 
 
 def _no_shim() -> str | None:
-    return (
-        None
-        if (Path(__file__).parent / "cuda_shim" / "build.py").exists()
-        else "cuda-shim: no tests/support/cuda_shim/build.py"
-    )
+    try:
+        build_spec.find_cxx()
+    except build_spec.ToolchainError as error:
+        return f"cuda-shim: {error}"
+    return None
 
 
 def use_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
