@@ -265,6 +265,8 @@ class ZeroOptimizer(StateDicts):
             with torch.enable_grad():
                 loss = closure()
         is_captured = check_capture(self._device, self._num_ranks, self._last is None, self._param_groups)
+        if is_captured:
+            self._gradients.check_capture()
         error = self._prepare_step()
         exchanges = self._buckets or self._topology.model_dims  # a rank without buckets answers these too
         try:

@@ -177,6 +177,10 @@ class Gradients(ABC):
         """
 
     @abstractmethod
+    def check_capture(self) -> None:
+        """Called before a CUDA graph captures a step. Raise RuntimeError if it would replay wrongly."""
+
+    @abstractmethod
     def reset(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
 

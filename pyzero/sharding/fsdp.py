@@ -124,7 +124,7 @@ def begin_forward(root: Any) -> bool:
     state = root._get_fsdp_state()
     if state._training_state.name != "IDLE":
         return False
-    state._pre_forward(root, (), {})
+    state._pre_forward(root, (None,), {})  # on a GPU, torch before 2.13 needs an argument, which it would move there
     return True
 
 

@@ -123,3 +123,35 @@ def test_memory_of_gradients_comes_back(device):
     trained(device, torch.bfloat16, 2, 2, True, late=True)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + (1 << 16)
+
+
+class FakeStream:
+    def wait_stream(self, other: object) -> None:
+        """Do nothing."""
+
+
+def test_all_that_the_packing_stream_reads_is_recorded(device, monkeypatch):
+    """Of a bf16 gradient of two backwards, written on another stream: the fp32 sum, and `.grad` to compare."""
+    param = nn.Parameter(torch.ones(64, dtype=torch.bfloat16, device=device))
+    optimizer = pyzero.FusedZeroAdamW([param], stage=2, transport="exact", loss_scale=None)
+    with optimizer.no_sync():
+        for _ in range(2):
+            param.float().sum().backward()
+    packing, writing, recorded, read = FakeStream(), FakeStream(), set(), set()
+    exchange, (grads,) = optimizer._gradients._exchange, optimizer._gradients._records.buckets
+    (record,) = grads.records
+    compare = type(record)._take_unseen_writes
+
+    def reading(self, main_grad: Tensor, local: Tensor) -> None:
+        read.update((main_grad.data_ptr(), local.data_ptr()))
+        compare(self, main_grad, local)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange, "_stream", packing)
+        patch.setattr(exchange, "_writers", {writing})
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: packing)
+        patch.setattr(Tensor, "record_stream", lambda self, stream: recorded.add(self.data_ptr()))
+        patch.setattr(type(record), "_take_unseen_writes", reading)
+        exchange._wait_for_writers(grads)
+        assert torch.equal(record.local_sum(), torch.full((64,), 2.0, device=device))
+    assert len(read) == 2 and read <= recorded

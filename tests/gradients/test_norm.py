@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import pyzero
 from pyzero.gradients import grad_stats
+from pyzero.gradients.local import deferred_clip
 
 NORMS = (1.0, 2.0, 3.5, math.inf)
 
@@ -286,3 +288,22 @@ def test_edits_travel_as_a_checksum():
     counts = ([], [0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 1], [2, 1, 1])
     sums = [grad_stats._checksum(nums, products) for nums in counts for products in ([], [0.5] * len(nums))]
     assert sums[:4] == [0] * 4 and len({*sums[3:]}) == 9
+
+
+def test_a_clip_before_the_capture_of_a_step_is_refused(monkeypatch):
+    """A CUDA graph would read the coefficient where it lay. What it computes itself it may use."""
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroAdamW([param])
+    gradients = optimizer._gradients
+    for is_captured in (False, True):
+        optimizer.zero_grad()
+        param.sum().backward()
+        gradients.check_capture()
+        with monkeypatch.context() as patch:
+            patch.setattr(deferred_clip, "_is_capturing", lambda tensor, is_captured=is_captured: is_captured)
+            optimizer.clip_grad_norm_(1.0)
+        with nullcontext() if is_captured else pytest.raises(RuntimeError, match="got it called before the capture"):
+            gradients.check_capture()
+    optimizer.step()
+    optimizer.zero_grad()
+    gradients.check_capture()

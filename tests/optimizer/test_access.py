@@ -67,7 +67,7 @@ def move(group: Any, dtype: torch.dtype, stage: int, num_steps: int, state: list
     if state is not None:
         for param, whole in zip(model.parameters(), state, strict=True):
             optimizer.set_full_state(param, whole)
-            assert torch.equal(optimizer.full_master(param), whole["master"])
+            assert torch.equal(optimizer.full_master(param).cpu(), whole["master"])
     begin = 0 if state is None else 3
     for step in range(begin, begin + num_steps):
         optimizer.zero_grad()

@@ -192,6 +192,11 @@ def test_what_a_graph_would_replay_wrongly_is_refused(caplog):
     params[0].grad = None
     with pytest.raises(RuntimeError, match="gradients for the same parameters as in the step before the capture"):
         captured_step(optimizer)
+    for param, grad in zip(params, gradients(0, params), strict=True):
+        param.grad = grad
+    optimizer.clip_grad_norm_(0.5)
+    with pytest.raises(RuntimeError, match="got it called before the capture; call it in the capture too"):
+        captured_step(optimizer)
     torch.cuda.synchronize()
     assert_same(weights, params_of(model))  # what is captured is not run
     optimizer.step()

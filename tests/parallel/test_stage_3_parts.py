@@ -88,8 +88,23 @@ def train(group: Any, stage: int) -> tuple[list[Tensor], list[Tensor]]:
     return seen, list(engine.get_fp32_state_dict().values())
 
 
-def test_parts_beside_forward_train_as_in_stage_2(ranks):
-    for (seen, weights), (wanted, others) in zip(ranks.run(WORLD, train, 3), ranks.run(WORLD, train, 2), strict=True):
+def train_with_inputs(group: Any, stage: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Train as on a GPU with torch before 2.13, whose modules of fully_shard need an input to move."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    before = FSDPState._root_pre_forward
+
+    def moving(self: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return before(self, module, (args[0], *args[1:]), kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FSDPState, "_root_pre_forward", moving)
+        return train(group, stage)
+
+
+@pytest.mark.parametrize("how", [train, train_with_inputs], ids=["plain", "with inputs"])
+def test_parts_beside_forward_train_as_in_stage_2(ranks, how):
+    for (seen, weights), (wanted, others) in zip(ranks.run(WORLD, how, 3), ranks.run(WORLD, train, 2), strict=True):
         for a, b in zip(seen, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=RTOL * 8, atol=RTOL * 8)
         for a, b in zip(weights, others, strict=True):

@@ -1,6 +1,5 @@
 """The peer transport of GPUs without a GPU: shared memory of the host replaces symmetric memory."""
 
-import os
 from typing import Any
 
 import pytest
@@ -42,7 +41,6 @@ class HostMemory:
 
 def through_peers(group: Any, job: Any, *args: Any) -> Any:
     """Run a job whose transport="peer" is that of GPUs, on a CPU too."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # for ranks that share a GPU
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
             patch.setattr(make_transport, "_through_memory", lambda ranks, device: made(ranks, device))

@@ -77,6 +77,7 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     if ON_GPU:
         torch.set_default_device(os.environ["PYZERO_TEST_DEVICE"])
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # the ranks share a GPU
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_WORKERS, timeout=timedelta(seconds=TIMEOUT_S)
     )
@@ -89,10 +90,20 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
         gc.collect()
         gc.freeze()  # an optimizer's search for modules then sees only this job's objects, not a million
         try:
-            outbox.put((number, rank, True, fn(groups[size], *args)))
+            outbox.put((number, rank, True, _in_host_memory(fn(groups[size], *args))))
         except (Exception, pytest.fail.Exception):  # sent to the test, which fails with it
             outbox.put((number, rank, False, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def _in_host_memory(value: Any) -> Any:
+    """Copy tensors of a GPU to the host, which are in lists, tuples and dicts: another process may outlive this one."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    if not ON_GPU:
+        return value
+    return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 class Ranks:

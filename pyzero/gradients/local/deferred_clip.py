@@ -23,6 +23,7 @@ class DeferredClip:
         self._applies_to: dict[Tensor, tuple[Any, int]] = {}  # (a weak reference to `.grad`, its version) as clipped
         self._sumsq: Tensor | None = None  # 0-D, of all gradients as clipped, without the factor
         self._is_used = False  # a step has multiplied by it
+        self._is_captured = False  # a CUDA graph computes it in each replay
 
     def multiply(self, factor: Tensor, params: Iterable[Tensor], sumsq: Tensor) -> None:
         """Multiply the gradients that these parameters have now. Call check() first. sumsq: As in `factor_of`."""
@@ -31,8 +32,20 @@ class DeferredClip:
         self._sumsq = sumsq.clone()
         self._applies_to = {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
         self._is_used = False
+        self._is_captured = _is_capturing(sumsq)
         if any(isinstance(param, LocalParam) for param in self._applies_to):  # some edits of DTensors cannot be seen
             self.apply()
+
+    def check_capture(self) -> None:
+        """Raise RuntimeError if a CUDA graph is to capture the use of a factor that it does not compute itself.
+
+        In a replay it would read the memory that the factor had.
+        """
+        if self.factor is not None and not self._is_captured:
+            raise RuntimeError(
+                "expected optimizer.clip_grad_norm_ in the CUDA graph that captures step(), got it called before the "
+                "capture; call it in the capture too, or pass max_grad_norm to the optimizer"
+            )
 
     def factor_of(self, sumsq: Tensor) -> Tensor | None:
         """Return the factor for the gradients (0-D), or None. Call check() first.
@@ -96,3 +109,7 @@ class DeferredClip:
         """Forget the factor."""
         self.factor = self._sumsq = None
         self._applies_to = {}
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

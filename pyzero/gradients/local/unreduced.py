@@ -298,6 +298,11 @@ class UnreducedGradients(Gradients):
         self._check_clip()
         return None if self._deferred_clip.factor is None else self._deferred_clip.factor_of(self._sumsq_of_all())
 
+    def check_capture(self) -> None:
+        """See Gradients."""
+        self._check_clip()
+        self._deferred_clip.check_capture()
+
     def _check_clip(self) -> None:
         clip = self._deferred_clip
         if clip.factor is not None and not clip.check(self._params()):

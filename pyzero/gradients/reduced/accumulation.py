@@ -298,6 +298,12 @@ class ParamGrad:
         self._take_unseen_writes(self.main_grad, self._local)
         return self.main_grad
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of the unsent sum until this stream has read it: all that local_sum() reads."""
+        for tensor in (self._local, self.main_grad):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
     def _take_unseen_writes(self, main_grad: Tensor, local: Tensor) -> None:
         """Make the fp32 sum follow `.grad` if a collective has written to it, because no version shows that."""
         size = elements_compared_at_once(main_grad.is_cpu)

@@ -170,6 +170,5 @@ class BucketExchange:
         others = self._writers - {current}
         for stream in others:
             current.wait_stream(stream)
-        for local in [record.local_sum() for record in grads.records] if others else []:
-            if local is not None:
-                local.record_stream(current)
+        for record in grads.records if others else ():
+            record.record_stream(current)

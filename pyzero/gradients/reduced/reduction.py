@@ -278,6 +278,9 @@ class ReducedGradients(Gradients):
         """See Gradients. All reduced gradients have the same one, or none."""
         return self._factors.common()
 
+    def check_capture(self) -> None:
+        """See Gradients. Checks nothing: steps of several ranks are never captured."""
+
     def whole(self, bucket: Bucket, position: int) -> Tensor:
         """See Gradients."""
         return gather_param(self._group, bucket, position, self._shard(bucket))
