@@ -42,14 +42,14 @@ ALONE = (
 SHARDED = (
     Pass("pack_", "gradients into the bucket that is sent", 4),
     Pass("reduce_scatter_", "every rank's slice read, the fp32 mean written, flag and norm with it", 2, 4),
-    Pass("adam_", "the same, with fp32 gradients", 0, 30),
+    Pass("adam_", "fp32 gradients, masters, moments read; masters, moments, weights written", 0, 30),
 )
 COPIES = Pass(
     "copies",
     "updated weights, between ranks of one host: out of the shard, into the others, by `pack_` (on GPUs `adam_`, 2N)",
     4,
 )
-DEEPSPEED = Pass("DeepSpeed ZeRO-2, fp16", "its elementwise passes; collectives apart, as above", 12, 114)
+DEEPSPEED = Pass("DeepSpeed ZeRO-2, fp16", "DeepSpeed's elementwise passes, without its collectives", 12, 114)
 
 
 def kernels(num_ranks: int) -> tuple[Pass, ...]:

@@ -1,4 +1,4 @@
-"""Copies of an optimizer on one rank, by copy.deepcopy and pickle: what is in one, and how it is built again."""
+"""Copies of an optimizer on one rank, by copy.deepcopy and pickle: their content, and how to rebuild an optimizer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) -> dict[str, Any]:
-    """What a copy is built from: its parameters, in groups, and its state as bytes.
+    """Return what a copy is built from: groups with the parameters, the trained parameters, and the state as bytes.
 
     Args:
-        optimizer: To be copied.
-        num_ranks: That hold its state.
+        optimizer: The optimizer to copy.
+        num_ranks: Number of ranks that hold its state.
         trained: The parameters that have state; some may be frozen by now.
 
     Raises:
-        TypeError: A copy would be wrong, with what to do instead.
+        TypeError: A copy would be wrong. The message says what to do instead.
     """
     name = type(optimizer).__name__
     if num_ranks > 1 or rank_and_size()[1] > 1:
@@ -59,7 +59,7 @@ def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) ->
 
 
 def _as_given(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """As an optimizer takes a group: with the names beside the parameters. Other keys come with the state."""
+    """Return a group as an optimizer takes it, with (name, parameter) pairs. The state has the group's other keys."""
     params = group["params"]
     if "param_names" in group:
         params = [*zip(group["param_names"], params, strict=True)]
@@ -67,7 +67,7 @@ def _as_given(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 
 
 def give_memory(params: Iterable[Tensor]) -> None:
-    """Move parameters out of memory that the unpickler's own tensors share, which the optimizer would warn of."""
+    """Move parameters to other memory. The unpickler's tensors share theirs, and the optimizer would warn of that."""
     for param in params:
         param.data = param.data.clone()
 
@@ -76,7 +76,7 @@ def restore(optimizer: ZeroOptimizer, state: bytes) -> None:
     """Load the state into a copy.
 
     Raises:
-        TypeError: The parameters have not been read yet.
+        TypeError: The unpickler has not read the parameters' values yet.
     """
     state_dict = torch.load(io.BytesIO(state), weights_only=False)
     params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -1,4 +1,4 @@
-"""Profiler ranges that cost nothing while no profiler runs."""
+"""Profiler ranges that cost almost nothing while no profiler runs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _NONE = nullcontext()
 
 
 def profile_range(name: str) -> AbstractContextManager[object]:
-    """`record_function(name)` while a profiler runs: without one it would still take 7 us, as a small pack_ does."""
+    """Return `record_function(name)` if a profiler runs, else an empty context: record_function always takes 7 us."""
     return record_function(name) if _is_profiled() else _NONE
 
 
 def hook_step(step: Callable[_P, _R]) -> Callable[_P, _R]:
-    """torch's wrapper around step(), with its range and hooks, only where a profiler, hooks or a closure need it.
+    """Wrap step(): call it through torch's wrapper only if a profiler, hooks or a closure need that.
 
-    It takes 30 us, a quarter of a step of few parameters (docs/experiments.md). torch.compile is kept out of step():
-    there is nothing in it to compile, and attributes that it sets can be lost there.
+    torch's wrapper takes 30 us, a quarter of a step of few parameters (docs/experiments.md). torch.compile does not
+    trace step(): there is nothing in it to compile, and attributes that it sets could be lost.
     """
     hooked = Optimizer.profile_hook_step(step)
     untraced = torch._disable_dynamo(hooked)  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def hook_step(step: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if torch.compiler.is_compiling():
             return untraced(*args, **kwargs)
-        if torch.is_inference_mode_enabled():  # tensors that a step keeps are written outside it too
+        if torch.is_inference_mode_enabled():  # a step's tensors are later written outside inference mode
             with torch.inference_mode(False), torch.no_grad():
                 return wrapper(*args, **kwargs)
         self: Any = args[0]
@@ -48,5 +48,5 @@ def hook_step(step: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _is_profiled() -> bool:
-    """Whether a profiler runs: in this thread, or for all threads, as torch.profiler can."""
+    """Whether a profiler runs, in this thread or for all threads."""
     return profiler._is_profiler_enabled or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]

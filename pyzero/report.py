@@ -1,4 +1,4 @@
-"""`python -m pyzero report`: what is there, what is not, and why. Builds nothing."""
+"""`python -m pyzero report`: what runs on this machine, what does not, and why. It builds nothing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from types import ModuleType
 import pyzero
 
 PACKAGES = ("torch", "triton", "numpy", "pydantic", "pybind11")
-_FAILURE_LINES = 6  # the command, and the compiler's first words
+_FAILURE_LINES = 6  # of a failed build: the command, and the compiler's first lines
 
 
 def lines() -> Iterator[str]:
-    """The report, line by line."""
+    """Yield the lines of the report."""
     yield f"pyzero {pyzero.__version__} in {pyzero.__path__[0]}"
     if other := _hidden():
         yield f"another pyzero is installed in {other}; the above is used, as it is in a clone: cd elsewhere for it"
@@ -42,7 +42,7 @@ def lines() -> Iterator[str]:
 
 
 def _hidden() -> Path | None:
-    """Another pyzero, behind this one on sys.path."""
+    """Return the folder of another pyzero that comes later on sys.path; None if there is none."""
     found = (PathFinder.find_spec("pyzero", [entry]) for entry in sys.path)
     folders = (Path(spec.origin).resolve().parent for spec in found if spec is not None and spec.origin is not None)
     used = Path(pyzero.__path__[0]).resolve()
@@ -57,7 +57,7 @@ def _version(package: str) -> str:
 
 
 def _wrong_variables() -> Iterator[str]:
-    """What is wrong with the values of environment variables, a line each."""
+    """Yield a line for each environment variable with a wrong value."""
     from pyzero.ops import env
 
     readers: tuple[Callable[[], object], ...] = (
@@ -76,7 +76,7 @@ def _wrong_variables() -> Iterator[str]:
 
 
 def _gpus(torch: ModuleType) -> Iterator[str]:
-    # What is imported, in full (2.11.0+cu130): the package's metadata may leave out the build.
+    # torch.__version__ names the build (2.11.0+cu130), which the package's metadata may leave out.
     yield f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '-'}, ROCm {torch.version.hip or '-'}"
     if not torch.cuda.is_available():
         yield "none that torch can use"
@@ -131,7 +131,7 @@ def _modules() -> Iterator[str]:
 
 
 def _failed_build(backend: str) -> str | None:
-    """Why a backend that could be built most likely cannot; or None."""
+    """Return why a backend's next build will most likely fail, because the last one did; None if it did not."""
     from pyzero.ops import jit, native
 
     kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
@@ -143,13 +143,13 @@ def _failed_build(backend: str) -> str | None:
 
 
 def _reason(backend: str, device_type: str) -> str | ValueError | None:
-    """Why a backend does not run, or None; an error where asking for it raises that, and "auto" does not go on."""
+    """Return why a backend does not run; None if it runs; a ValueError if using it raises that instead of going on."""
     from pyzero.ops import env, registry
 
     try:
         reason = registry.BACKENDS[backend].unavailable_reason(device_type) or _failed_build(backend)
         if backend == "cpu" and reason is None:
-            env.num_threads()  # read where it is loaded
+            env.num_threads()  # loading the backend reads it
     except ValueError as error:
         return error
     return reason

@@ -1,1 +1,1 @@
-"""What callers pass to an optimizer: options, groups, parameters. Errors say got, wanted, remedy."""
+"""Checks of what callers pass to an optimizer: options, groups, parameters. Errors say got, wanted, remedy."""

@@ -1,4 +1,4 @@
-"""Checks of parameter groups: the names in them, and that buckets can hold their parameters."""
+"""Checks of parameter groups: the names of their options, and whether buckets can hold their parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pyzero.arguments.options import ZeroOptions
 from pyzero.arguments.params import check_trained
 
 UNSUPPORTED = ("amsgrad", "differentiable")
-IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result here
-RESERVED = ("zero", "scaler", "rule", "master_steps")  # keys of a saved group that are pyzero's own notes
+IGNORED = ("foreach", "capturable", "fused")  # any value gives the same result
+RESERVED = ("zero", "scaler", "rule", "master_steps")  # keys of a saved group in which pyzero keeps notes
 _SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
-_MISSPELT = 0.8  # difflib's ratio from which on a name is taken for another's misspelling
-_SIMILAR = 0.5  # the same of a name that is refused in any case
-# What other libraries and papers call options.
+_MISSPELT = 0.8  # difflib's ratio from which on an unknown key of a group counts as a misspelt option
+_SIMILAR = 0.5  # difflib's ratio for the option that the error about an unknown argument suggests
+# Names in other libraries and papers, each with torch's name of the option.
 OTHER_NAMES = {
     "LR": "lr",
     "learning_rate": "lr",
@@ -30,14 +30,14 @@ OTHER_NAMES = {
 
 
 def refuse_unsupported(options: dict[str, Any]) -> None:
-    """Raise for options of torch.optim.Adam that would change the result and are not supported. Asked in each step."""
+    """Raise ValueError if an option of torch.optim.Adam is set that pyzero lacks. Called in each step."""
     for name in UNSUPPORTED:
         if options.get(name):
             raise ValueError(f"got {name}={options[name]!r}, which is not supported; leave it out")
 
 
 def refuse_unknown(unknown: Iterable[str], optimizer: type) -> None:
-    """Raise for arguments that an optimizer does not have, naming what each may be meant to be."""
+    """Raise TypeError if there is an argument that the optimizer does not have. The error suggests one that it has."""
     for name in unknown:
         known = _arguments_of(optimizer)
         close = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in known else None
@@ -46,16 +46,23 @@ def refuse_unknown(unknown: Iterable[str], optimizer: type) -> None:
 
 
 def _arguments_of(optimizer: type) -> list[str]:
-    """Names of what can be passed by name, beside the parameters."""
+    """Return the names of an optimizer's keyword arguments, without `params`."""
     own = inspect.signature(optimizer).parameters.values()
     named = [each.name for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     return [name for name in dict.fromkeys((*named, *ZeroOptions.__annotations__)) if name != "params"]
 
 
 def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[str]) -> None:
-    """Check the names of a group's options, and that its parameters are ones that buckets can hold.
+    """Check the names of a group's options, and that buckets can hold its parameters.
 
-    given: The caller's names, without the defaults.
+    Args:
+        group: The group, with the defaults.
+        given: The names that the caller gave.
+        options: The names of the options that a group may have.
+
+    Raises:
+        ValueError: A name is misspelt, reserved, unsupported, or an option of all groups.
+        TypeError: No bucket can hold a parameter.
     """
     known = {*options, *UNSUPPORTED, *IGNORED}
     given = {*given}
@@ -65,7 +72,7 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
                 f"expected other names than {', '.join(RESERVED)} in a parameter group, which state dicts use for "
                 f"notes of pyzero's, got {name!r}; give yours another name"
             )
-    for name in given - known - {"params", "param_names"}:  # a loop may keep values of its own there
+    for name in given - known - {"params", "param_names"}:  # a training loop may keep its own values in a group
         if name in ZeroOptions.__annotations__:
             raise ValueError(f"got {name} in a parameter group, which all groups share; pass it to the optimizer")
         meant = _meant_option(name, known, given)
@@ -89,7 +96,7 @@ def check_group(group: dict[str, Any], given: Iterable[str], options: Iterable[s
 
 
 def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
-    """The option that a name is meant to be; None of a name of the caller's own, as weight_decay_mult is."""
+    """Return the option that a name misspells; None if it is the caller's own name, such as weight_decay_mult."""
     other = OTHER_NAMES.get(name)
     if other in known:
         return other
@@ -101,7 +108,10 @@ def _meant_option(name: str, known: set[str], given: set[str]) -> str | None:
 
 
 def check_no_grad(group: dict[str, Any]) -> None:
-    """Check a group that joins an optimizer with a loss scale: no one knows whether its gradients carry that."""
+    """Raise ValueError if a parameter has a gradient. For groups that join an optimizer with a loss scale.
+
+    Nobody knows whether such a gradient carries the loss scale.
+    """
     for index, param in enumerate(group["params"]):
         if param.grad is not None:
             raise ValueError(

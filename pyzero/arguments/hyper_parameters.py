@@ -1,4 +1,4 @@
-"""Checks of the values in parameter groups, and one number that ranks compare of them."""
+"""Checks of hyper-parameters in parameter groups, and a checksum by which ranks compare them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def as_number(name: str, value: Any) -> float:
-    """An option as a float. TypeError where it is none: text too, which float() reads and an update does not."""
-    if type(value) is float:  # the usual case, asked in each step
+    """Return an option as a float. Raise TypeError if it is not a number. Text such as "0.1" is not one either."""
+    if type(value) is float:  # the usual case, and each step calls this
         return value
     try:
         number = float(value)
@@ -27,7 +27,7 @@ def as_number(name: str, value: Any) -> float:
 
 
 def check_lr(group: dict[str, Any]) -> None:
-    """lr is at least 0; the message is torch's, as in the next two. A tensor on a GPU is not read."""
+    """Raise ValueError, with torch's message, if lr is negative or not finite. A tensor on a GPU is not read."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -39,7 +39,7 @@ def check_lr(group: dict[str, Any]) -> None:
 
 
 def check_betas(group: dict[str, Any]) -> None:
-    """There are two, each at least 0, and below 1."""
+    """Raise ValueError, with torch's message, unless there are two betas, each at least 0 and below 1."""
     betas = group["betas"]
     if isinstance(betas, str) or not hasattr(betas, "__len__") or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; expected two, as in betas=(0.9, 0.999)")
@@ -49,19 +49,23 @@ def check_betas(group: dict[str, Any]) -> None:
 
 
 def check_not_negative(what: str, name: str, group: dict[str, Any]) -> None:
-    """group[name] is at least 0."""
+    """Raise ValueError if group[name] is negative or not finite. what: Names the option in torch's message."""
     if not 0.0 <= as_number(name, group[name]) < math.inf:
         raise ValueError(f"Invalid {what} value: {group[name]}; expected {name} >= 0, and finite")
 
 
 def check_there(group: dict[str, Any], *names: str) -> None:
-    """Raise KeyError where the group lacks one whose value may be any: an update would find out half-way through."""
+    """Raise KeyError if the group lacks one of these names. Without this check an update would fail half-way."""
     for name in names:
         group[name]
 
 
 class HyperParameters:
-    """What ranks compare of their parameter groups: one number, computed anew where a value has changed."""
+    """A checksum by which ranks compare their parameter groups. It is computed again only if a value has changed.
+
+    Args:
+        names: The hyper-parameters to compare.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = tuple(names)
@@ -69,7 +73,7 @@ class HyperParameters:
         self._checksum = 0
 
     def checksum(self, groups: Sequence[dict[str, Any]]) -> int:
-        """Of the values in all groups, as fp32; without tensors on a GPU, which the host would wait for."""
+        """Return the checksum of the values in all groups, as fp32. Leave out tensors on a GPU: the host would wait."""
         values = [_comparable(value) for group in groups for value in map(group.get, self._names)]
         if values != self._values:
             self._values, self._checksum = values, zlib.crc32(repr(values).encode())
@@ -80,7 +84,7 @@ _FP32 = struct.Struct("f")
 
 
 def _comparable(value: Any) -> Any:
-    """Equal, and printed alike, where ranks step alike. Of what is neither number, text nor a sequence, the type."""
+    """Return a value whose repr() is equal on ranks that step alike. For other types, return the type's name."""
     if isinstance(value, (float, int)):
         try:
             return _FP32.pack(value + 0.0)  # -0.0 becomes 0.0

@@ -39,7 +39,12 @@ _SWITCHES: tuple[_Switch, ...] = get_args(_Switch)
 
 
 def check_options(options: ZeroOptions) -> None:
-    """Check the values of all that have a range, and that those that are True or False are."""
+    """Check the options that have a range, and those that must be True or False.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value has the wrong type.
+    """
     stage, backend, grad_reduce_dtype = options["stage"], options["backend"], options["grad_reduce_dtype"]
     max_grad_norm, max_consecutive_skips = options["max_grad_norm"], options["max_consecutive_skips"]
     if stage not in (1, 2):
@@ -66,7 +71,7 @@ def check_options(options: ZeroOptions) -> None:
 
 
 def check_bucket_cap(bucket_cap_mb: float | None) -> None:
-    """Above 0, and finite."""
+    """Raise ValueError if bucket_cap_mb is not above 0 and finite, and TypeError if it is no number. None is valid."""
     if bucket_cap_mb is None:
         return
     if not 0 < as_number("bucket_cap_mb", bucket_cap_mb) < math.inf:

@@ -1,4 +1,4 @@
-"""Checks of parameters: their dtype and memory, who reduces their gradients, what may not be shared."""
+"""Checks of parameters: their dtype and device, who reduces their gradients, and whether they share memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyzero.sharding.spans import extent, repeats_elements, share_elements
 
 
 def check_params(params: Any) -> None:
-    """A model is none: torch would say no more than that it cannot be iterated over."""
+    """Raise TypeError if a model is given instead of its parameters."""
     if isinstance(params, nn.Module):
         raise TypeError(
             f"expected parameters or groups, got a model ({type(params).__name__}); pass model.parameters()"
@@ -22,7 +22,12 @@ def check_params(params: Any) -> None:
 
 
 def check_trained(param: Tensor, name: str) -> None:
-    """Check the memory and the dtype of a parameter that is to be trained; a frozen one may have any."""
+    """Check the memory and the dtype of a parameter that is to be trained. Frozen ones need no check.
+
+    Raises:
+        TypeError: It is a meta, sparse or inference tensor, or has another dtype.
+        ValueError: Its elements share memory.
+    """
     if param.is_meta:
         raise TypeError(
             f"expected parameters with values, got {name} on the meta device; call model.to_empty(device=...) and load "
@@ -52,7 +57,7 @@ def check_trained(param: Tensor, name: str) -> None:
 
 
 def check_device(param: Tensor, device: torch.device) -> None:
-    """All parameters of one rank lie on one device."""
+    """Raise ValueError if the parameter is not on the device of the rank's other parameters."""
     if param.device != device:
         raise ValueError(
             f"expected all parameters of a rank on one device, got {device} and {param.device}; move the model with "
@@ -61,7 +66,10 @@ def check_device(param: Tensor, device: torch.device) -> None:
 
 
 def check_whole(param: Tensor, index: int, rule: str, is_slice: bool) -> None:
-    """Check a parameter of an update rule that needs it whole. is_slice: The caller says that it is a slice."""
+    """Raise ValueError if a parameter is a part of a weight, and its update rule needs whole ones.
+
+    is_slice: Whether it is marked as this rank's slice of a weight, as Megatron's are.
+    """
     got = ""
     if isinstance(param, LocalParam) and not all(p.is_replicate() for p in param.dtensor.placements):
         got = f"as a DTensor of placements {param.dtensor.placements}"
@@ -75,10 +83,16 @@ def check_whole(param: Tensor, index: int, rule: str, is_slice: bool) -> None:
 
 
 def check_fsdp(params: Sequence[Tensor], ranks: Sequence[int], has_frozen: bool) -> None:
-    """Check parameters whose gradients the optimizer is to average: fully_shard averages those that it has sharded.
+    """Check parameters whose gradients the optimizer averages. fully_shard averages those that it has sharded.
 
-    ranks: Those that hold the same weights.
-    has_frozen: Whether fully_shard has frozen ones in the same groups, whose mesh says who holds what.
+    Args:
+        params: The parameters.
+        ranks: The ranks that hold the same weights.
+        has_frozen: Whether the same groups have frozen parameters that fully_shard has sharded.
+
+    Raises:
+        ValueError: Only a part of the parameters is sharded, or fully_shard averages over other ranks, or both would
+            average.
     """
     sharded = [isinstance(param, LocalParam) and param.is_fsdp for param in params]
     if any(sharded) and len(ranks) > 1:
@@ -105,7 +119,10 @@ def check_fsdp(params: Sequence[Tensor], ranks: Sequence[int], has_frozen: bool)
 
 
 def check_not_gathered(params: Iterable[Tensor], records: Iterable[Any]) -> None:
-    """Check that no parameter is what fully_shard has gathered for a forward. records: torch's own of its shards."""
+    """Raise ValueError if a parameter is a whole weight that fully_shard has gathered for a forward.
+
+    records: torch's records of all parameters that fully_shard has sharded.
+    """
     gathered = {getattr(record, "_unsharded_param", None) for record in records}
     for index, param in enumerate(params):
         if user_param(param) in gathered:
@@ -116,15 +133,18 @@ def check_not_gathered(params: Iterable[Tensor], records: Iterable[Any]) -> None
 
 
 def check_disjoint(named: dict[Tensor, str]) -> None:
-    """Two parameters over one memory would come apart when they move into flat buffers; interleaved ones share none."""
+    """Raise ValueError if two parameters share an element. They would no longer share it in flat buffers.
+
+    Parameters that interleave in one memory share no element, and are accepted.
+    """
     spans = []
     for whole, name in named.items():
         param = local_of(whole)
-        begin = param.data_ptr() if param.layout == torch.strided else 0  # 0 of what has no memory of its own
+        begin = param.data_ptr() if param.layout == torch.strided else 0  # 0: it has no memory of its own
         if param.numel() and begin:
             spans.append((begin, begin + extent(param) * param.element_size(), name, param))
     spans.sort(key=lambda span: span[:3])
-    beside: list[tuple[int, int, str, Tensor]] = []  # earlier ones that may reach as far
+    beside: list[tuple[int, int, str, Tensor]] = []  # earlier ones that end after this one's begin
     for span in spans:
         beside = [earlier for earlier in beside if span[0] < earlier[1]]
         for _, _, one, param in beside:
@@ -134,7 +154,7 @@ def check_disjoint(named: dict[Tensor, str]) -> None:
 
 
 def shared_memory_error(one: str, other: str) -> ValueError:
-    """The error for two tensors of a model over one memory, by their names."""
+    """Make the error for two tensors of a model in the same memory. one, other: Their names."""
     return ValueError(
         f"expected parameters with memory of their own, got {one} and {other} over the same; tie them by one Parameter "
         f"object (b.weight = a.weight), make a row or a transpose of one in forward, or give one a copy (.clone())"

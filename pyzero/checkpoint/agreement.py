@@ -1,4 +1,4 @@
-"""Steps of a save or a load that fail on all ranks where they fail on one."""
+"""Runs steps of a save or a load so that they fail on all ranks if they fail on one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _S = TypeVar("_S")
 
 
 def run_on_all_ranks(group: Group, what: str, act: Callable[[], _T]) -> _T:
-    """Run it on every rank; where it fails on one, or is interrupted, all ranks raise."""
+    """Call `act` on every rank. Return this rank's result. If it fails or is interrupted on one, all ranks raise."""
     result, _ = _run(group, what, act, lambda result: None)
     return result
 
 
 def gather_from_all_ranks(group: Group, what: str, act: Callable[[], _T]) -> list[_T]:
-    """The same, and every rank's result, which is to be small."""
+    """Call `act` on every rank. Return all results, which must be small. All ranks raise as in run_on_all_ranks."""
     _, results = _run(group, what, act, lambda result: result)
     return results
 
 
 def _run(group: Group, what: str, act: Callable[[], _T], told_of: Callable[[_T], _S]) -> tuple[_T, list[_S]]:
-    """This rank's result, and what is told of every rank's."""
+    """Run `act`. Return this rank's result, and `told_of` every rank's result. `what` names the step in errors."""
     problem: Exception | None = None
     interrupt: BaseException | None = None
     try:
         result = act()
     except Interrupted as error:
         interrupt = error.__cause__
-    except Exception as error:  # of any kind: the other ranks wait to hear of it
+    except Exception as error:  # of any kind, because the other ranks wait to be told
         problem = error
     except BaseException as error:
         interrupt = error
@@ -49,4 +49,4 @@ def _run(group: Group, what: str, act: Callable[[], _T], told_of: Callable[[_T],
                 raise CheckpointError(f"{what} failed on rank {rank} of {group.size}: {text}") from problem
         return result, [theirs for _, theirs in rows]
     finally:
-        told = interrupt = problem = None  # their tracebacks hold this frame, and the callers'
+        told = interrupt = problem = None  # their tracebacks keep this frame and its callers alive

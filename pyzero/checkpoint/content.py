@@ -1,4 +1,4 @@
-"""What goes into a checkpoint, by name."""
+"""Collects the content of a checkpoint, by name."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from pyzero.sharding.local_param import is_dtensor, local_of
 from pyzero.sharding.rank_state import RULE, SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
-PARTS = "parts"  # in common.pt: how many model-parallel ranks have a part of one weight each; 0: weights are whole
+PARTS = "parts"  # in common.pt: over how many model-parallel ranks layers split weights; 0: weights are whole
 
 
 def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
-    """The optimizer's parameters, by torch.distributed.checkpoint's names: without what DDP and torch.compile add.
+    """Return the names of the optimizer's parameters. They lack the prefixes that DDP and torch.compile add.
+
+    These are the names that torch.distributed.checkpoint uses.
 
     The name of this rank's part of a split weight ends with the rank: `up.weight@1`.
     """
@@ -44,16 +46,16 @@ def names_of(model: nn.Module, optimizer: ZeroOptimizer) -> dict[Tensor, str]:
 
 
 def _fqns(model: nn.Module, name: str) -> set[str]:
-    """torch.distributed.checkpoint's names of a parameter, without what DDP and torch.compile add."""
+    """Return the names of a parameter that torch.distributed.checkpoint uses, without prefixes of DDP and others."""
     from torch.distributed.checkpoint.state_dict import _get_fqns  # no public name gives what get_state_dict uses
 
     return _get_fqns(model, name)
 
 
 def _parts(model: nn.Module, optimizer: ZeroOptimizer) -> dict[str, str]:
-    """Names of weights that layers split over model-parallel ranks by hand, and what to call this rank's parts of them.
+    """Return the names of weights that model-parallel layers split by hand, each with the name of this rank's part.
 
-    Megatron's mark tells them from `model_parallel`, which a pipeline stage's own parameters have too.
+    Megatron's attribute `tensor_model_parallel` marks them. `model_parallel` also marks a pipeline stage's own weights.
     """
     rank = optimizer.model_parallel_rank
     if rank is None:
@@ -64,10 +66,10 @@ def _parts(model: nn.Module, optimizer: ZeroOptimizer) -> dict[str, str]:
 
 
 def check_parts(model: nn.Module, optimizer: ZeroOptimizer, num_saved: int, folder: Path) -> None:
-    """Check the model against a checkpoint whose weights are in `num_saved` parts; 0: they are whole.
+    """Check that the model's weights are split over as many ranks as a checkpoint's. num_saved: 0 if those are whole.
 
     Raises:
-        CheckpointError: The model's are not.
+        CheckpointError: The numbers differ.
     """
     size = optimizer.model_parallel_size
     if num_saved and num_saved != size:
@@ -84,20 +86,20 @@ def check_parts(model: nn.Module, optimizer: ZeroOptimizer, num_saved: int, fold
 
 
 def _frozen(model: nn.Module, optimizer: ZeroOptimizer, trained: Collection[str]) -> set[str]:
-    """Names of parameters that are not trained, all names of tied ones."""
+    """Return the names of parameters that are not trained; of tied parameters, all names."""
     frozen = (name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad)
     parts = _parts(model, optimizer)
     return {parts.get(fqn, fqn) for name in frozen for fqn in _fqns(model, name)} - set(trained)
 
 
 def _own_buffers(model: nn.Module) -> set[str]:
-    """Names of buffers that are no DTensors: they may differ by rank."""
+    """Return the names of the buffers that are not DTensors, and so may differ between ranks."""
     own = (name for name, buffer in model.named_buffers(remove_duplicate=False) if not is_dtensor(buffer))
     return {fqn for name in own for fqn in _fqns(model, name)}
 
 
 def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Parameters and buffers by name, in the model's own memory; and what get_extra_state() of modules returns."""
+    """Return the model's parameters and buffers by name, not copied, and the extra state of its modules."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(model)
@@ -108,9 +110,9 @@ def model_state(model: nn.Module, optimizer: ZeroOptimizer) -> tuple[dict[str, T
 
 
 def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Hand extra state, by torch.distributed.checkpoint's names, to those modules that the model has.
+    """Set the extra state of modules. state: By torch.distributed.checkpoint's names; it may lack some modules.
 
-    One by one: where DDP or torch.compile adds to names, torch 2.6 wants every weight beside it.
+    load_state_dict is not used, because torch 2.6 requires every weight in it if DDP or torch.compile adds prefixes.
     """
     for name, module in model.named_modules(remove_duplicate=False) if state else ():
         if type(module).set_extra_state is not nn.Module.set_extra_state:
@@ -121,26 +123,26 @@ def set_extra_state(model: nn.Module, state: dict[str, Any]) -> None:
 
 @dataclass
 class Content:
-    """What goes into a checkpoint from this rank."""
+    """This rank's content of a checkpoint."""
 
     state: dict[str, Any]  # {"model": ..., "optim": ...}, as torch.distributed.checkpoint's get_state_dict() gives
-    common: dict[str, Any]  # parameter groups by name, what the model has beside tensors, names; rank 0's counts
+    common: dict[str, Any]  # parameter groups by name, the model's extra state, lists of names; rank 0's is saved
     extra: dict[str, Any]
-    part: Part | None = None  # this rank's, where other ranks have other parameters of the model
-    buffers: Sequence[str] = ()  # names in "model" of what may differ by rank: the first rank's are saved
+    part: Part | None = None  # this rank's, if other ranks have other parameters of the model
+    buffers: Sequence[str] = ()  # names in "model" of tensors that may differ between ranks; the first rank's are saved
 
 
 @dataclass
 class Part:
-    """What one model-parallel rank has of a model."""
+    """The part of a model that one model-parallel rank has."""
 
-    index: int  # the rank's among them
+    index: int  # of the rank among the model-parallel ranks
     owned: list[str]  # names of the parameters that this rank alone saves
-    common: dict[str, Any]  # Content's, of this rank's parameters
+    common: dict[str, Any]  # Content.common for this rank's parameters
 
 
 def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool) -> Content:
-    """All that this rank saves, by name, not copied. excludes_frozen: without parameters that are not trained."""
+    """Return all that this rank saves, not copied. excludes_frozen: Leave out parameters that are not trained."""
     names = names_of(model, optimizer)
     state = optimizer.state_dict()
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -154,7 +156,7 @@ def collect(model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], e
     values = {names[params[i]]: dict(of_param) for i, of_param in state["state"].items()}
     for param, name in names.items():
         if param.dtype == torch.float32 and name in values:
-            del values[name][MASTER]  # the weight itself
+            del values[name][MASTER]  # an fp32 weight is its own master
     tensors, others = model_state(model, optimizer)
     index = optimizer.model_parallel_rank
     owned = list(names.values())
@@ -192,10 +194,10 @@ def _check_layouts(tensors: dict[str, Tensor]) -> None:
 
 
 def join(parts: list[Part]) -> dict[str, Any]:
-    """Content's `common` of the whole model, from every rank's part; parts of one index are the same.
+    """Return Content.common of the whole model, from every rank's part. Parts with the same index are equal.
 
     Raises:
-        ValueError: Two parts own a parameter of one name.
+        ValueError: Two parts own parameters with the same name.
     """
     by_index = {part.index: part for part in reversed(parts)}
     owner: dict[str, int] = {}
@@ -223,7 +225,7 @@ def join(parts: list[Part]) -> dict[str, Any]:
 
 
 def _add_group(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
-    """Merge it into a group with the same hyper-parameters, or append it."""
+    """Merge a group into one with the same hyper-parameters, or append it."""
     for other in groups:
         if _options(other) == _options(group):
             other["params"] = other["params"] + group["params"]

@@ -1,4 +1,4 @@
-"""A DeepSpeed checkpoint folder's files: found, held against their checksums, unpickled without running anything."""
+"""Finds the files of a DeepSpeed checkpoint, checks their checksums, and unpickles them without running their code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 
 class _Inert:
-    """Holds what was pickled of one of DeepSpeed's objects as plain attributes; has no code to run."""
+    """Stands in for a class of DeepSpeed. It keeps a pickled object's values as attributes, and has no code."""
 
 
-# The names of DeepSpeed's that its ZeRO-1 and ZeRO-2 files ask for, and what stands in for each.
+# (stand-in, name) of each of DeepSpeed's classes that pickles of ZeRO-1 and ZeRO-2 name.
 _STAND_INS: list[Any] = [
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -27,7 +27,14 @@ _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_s
 
 
 def folder(directory: Path, tag: str | None) -> Path:
-    """The folder of one checkpoint, which lies in `directory` whatever its files say."""
+    """Return the folder of one checkpoint. tag: Its name; None: read it from the file `latest`.
+
+    The folder is always inside `directory`, whatever the tag or `latest` contains.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no `latest`.
+        ValueError: The tag is not the name of a folder.
+    """
     if tag is None:
         latest = directory / "latest"
         if not latest.is_file():
@@ -44,7 +51,12 @@ def folder(directory: Path, tag: str | None) -> Path:
 
 
 def model_file(folder: Path) -> Path:
-    """The file with the weights, where ranks are data-parallel alone."""
+    """Return the file with the weights.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The checkpoint is of stage 3, or of tensor, pipeline or expert parallelism.
+    """
     others = [path.name for path in folder.glob("*mp_rank_*_model_states.pt") if path.name != _MODEL_FILE]
     others += [path.name for path in folder.glob("layer_*.pt")]
     if others:
@@ -59,7 +71,7 @@ def model_file(folder: Path) -> Path:
 
 
 def optimizer_files(folder: Path) -> list[Path]:
-    """Of rank 0, of rank 1, ..."""
+    """Return the optimizer's files, in rank order. Raise FileNotFoundError if a rank's is missing."""
     found = [(int(m[1]), path) for path in folder.glob("*_optim_states.pt") if (m := _OPTIM_FILE.fullmatch(path.name))]
     if not found or sorted(rank for rank, _ in found) != list(range(len(found))):
         raise FileNotFoundError(
@@ -70,7 +82,11 @@ def optimizer_files(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Unpickle with torch's restricted unpickler, whose own names and _STAND_INS are all that a file may ask for."""
+    """Return the dict in a file. torch's restricted unpickler reads it, with its own classes and _STAND_INS only.
+
+    Raises:
+        ValueError: The file is damaged, names other classes, or does not contain a dict.
+    """
     is_zip = zipfile.is_zipfile(path)
     try:
         if is_zip:
@@ -92,7 +108,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _check_sums(path: Path) -> None:
-    """torch.load does not look at a file's checksums."""
+    """Raise ValueError if a checksum in the file is wrong. torch.load does not check them."""
     with zipfile.ZipFile(path) as archive:
         try:
             damaged = archive.testzip()

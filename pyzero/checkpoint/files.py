@@ -1,16 +1,17 @@
-"""A checkpoint on disk: which files, how they are checked, and how one takes the place of another.
+"""The files of a checkpoint: their names and content, how they are checked, and how a new one replaces an old one.
 
-    DIRECTORY/latest              the name of the last complete checkpoint, one line
+    DIRECTORY/latest              the name of the last complete checkpoint, in one line
     DIRECTORY/step_1000/
-        index.json                every tensor: dtype, shape, and where its boxes lie, with a CRC-32 each
-        __0_0.distcp, ...         the boxes, as torch.distributed.checkpoint writes them, a file per rank
-        .metadata                 torch's own index, for dcp.load(); never read here, for it is a pickle
-        common.pt                 parameter groups, loss scale, step
-        rank_00000.pt, ...        what each rank handed in beside them
+        index.json                every tensor: its dtype, its shape, the place of each of its boxes, and their CRC-32s
+        __0_0.distcp, ...         the boxes, as torch.distributed.checkpoint writes them, one file per rank
+        .metadata                 torch's own index, for dcp.load(). pyzero does not read it, because it is a pickle
+        common.pt                 parameter groups, loss scale, the model's extra state, lists of names
+        rank_00000.pt, ...        the `extra` values that each rank passed to save_checkpoint
 
-A folder is written under another name, with every file and folder flushed, and renamed when it is complete; `latest`
-moves after that. So a crash at any moment leaves the checkpoint before. No file here is unpickled: index.json is data,
-and tensors and .pt files go through torch.load(weights_only=True), after their CRC-32 was found right.
+A folder is written under a temporary name. Every file and folder is flushed. When the folder is complete it is renamed,
+and `latest` is replaced after that. So a crash at any moment leaves the checkpoint before it. Reading runs no code from
+a file: index.json is JSON, and tensors and .pt files are read by torch.load(weights_only=True) once their CRC-32 has
+been checked.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ log = logging.getLogger("pyzero")
 
 INDEX, LATEST, COMMON = "index.json", "latest", "common.pt"
 FORMAT = 1
-_THREADED_CRC_BYTES = 2**16  # from here on a CRC-32 takes longer than to ask another thread for it
+_THREADED_CRC_BYTES = 2**16  # from this size on, a CRC-32 takes longer than handing it to another thread
 _UNFINISHED = ".unfinished_"
 _FOLDER = re.compile(r"step_\d+(\.\d+)?")
 _FILE = re.compile(r"[\w.]+")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The one before it, and what was to be loaded into, are untouched."""
+    """A checkpoint could not be written or read. Earlier checkpoints, the model and the optimizer are unchanged."""
 
 
 class Interrupted(Exception):
-    """Its cause is a KeyboardInterrupt or SystemExit, which is raised once the other ranks have heard of it."""
+    """Wraps a KeyboardInterrupt or SystemExit, its `__cause__`, which is raised after the other ranks are told."""
 
 
 def rank_file(rank: int) -> str:
-    """The name of the file with what a rank handed in."""
+    """Return the name of the file with the `extra` values of a rank."""
     return f"rank_{rank:05d}.pt"
 
 
@@ -59,12 +60,12 @@ def rank_file(rank: int) -> str:
 
 
 class ChecksummedStream:
-    """A binary stream that takes the CRC-32 of each item of a checkpoint: of what is written between two tell() calls.
+    """A binary stream that computes the CRC-32 of each item. An item is what is written between two tell() calls.
 
     Args:
         raw: The file to write to.
-        crcs: Filled: (length, CRC-32) by the item's offset in the file.
-        progress: Called with numbers of bytes written.
+        crcs: The stream adds (length, CRC-32) for each item, by the item's offset in the file.
+        progress: Called with the number of bytes after each write to the file.
     """
 
     def __init__(self, raw: BinaryIO, crcs: dict[int, tuple[int, int]], progress: Callable[[int], object]) -> None:
@@ -72,18 +73,18 @@ class ChecksummedStream:
         self._crcs = crcs
         self._progress = progress
         self._begin = self._crc = self._length = 0
-        self._small = bytearray()  # written, and not yet in the file: torch.save writes a tensor in 40 calls
+        self._small = bytearray()  # buffered, because torch.save writes a tensor in 40 calls
         self._crc_thread = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
-        """As a file's."""
+        """Write bytes, maybe only to the buffer. Return their number."""
         num_bytes = memoryview(data).nbytes
         self._length += num_bytes
         if num_bytes < _THREADED_CRC_BYTES:
             self._small += data
             return num_bytes
         self._put_small()
-        crc = self._crc_of(data)  # both let go of the interpreter
+        crc = self._crc_of(data)  # the CRC-32 and the write both release the interpreter's lock
         self._raw.write(data)
         self._crc = crc.result()
         self._progress(num_bytes)
@@ -92,7 +93,7 @@ class ChecksummedStream:
     def _crc_of(self, data: Any) -> Future[int]:
         try:
             return self._crc_thread.submit(zlib.crc32, data, self._crc)
-        except RuntimeError:  # of an interpreter that ends, and waits for an asynchronous save
+        except RuntimeError:  # the interpreter is ending, and waits for an asynchronous save
             done: Future[int] = Future()
             done.set_result(zlib.crc32(data, self._crc))
             return done
@@ -104,7 +105,7 @@ class ChecksummedStream:
         self._small.clear()
 
     def tell(self) -> int:
-        """As a file's; ends an item, and begins the next."""
+        """End the present item, and begin the next. Return the next one's offset in the file."""
         self._put_small()
         if self._length:
             self._crcs[self._begin] = (self._length, self._crc)
@@ -112,26 +113,26 @@ class ChecksummedStream:
         return self._begin
 
     def flush(self) -> None:
-        """Nothing: torch asks for it after each item, and `fileno` does it."""
+        """Do nothing. torch calls this after each item, and calls `fileno` once at the end, which flushes."""
 
     def fileno(self) -> int:
-        """As a file's: for fsync."""
+        """Flush, and return the file descriptor, for fsync."""
         self._put_small()
         self._raw.flush()
         return self._raw.fileno()
 
     def close(self) -> None:
-        """Whoever opened the file closes it."""
+        """End the thread. The file stays open: its owner closes it."""
         self._crc_thread.shutdown()
 
 
 def length_and_crc(content: bytes) -> tuple[int, int]:
-    """The content's length and CRC-32."""
+    """Return the content's length and CRC-32."""
     return len(content), zlib.crc32(content)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write and flush a new file."""
+    """Write a new file, and flush it to disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -139,7 +140,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Flush the names in a folder to disk."""
+    """Flush a folder's list of names to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,16 +149,18 @@ def flush_folder(path: Path) -> None:
 
 
 def to_bytes(value: Any, what: str) -> bytes:
-    """Pickle by torch.save, and check that torch.load(weights_only=True) reads it.
+    """Return a value as torch.save writes it. Check that torch.load(weights_only=True) reads it.
+
+    what: Names the value in the error.
 
     Raises:
-        TypeError: It holds objects that cannot be loaded without running code.
+        TypeError: The value contains objects that cannot be loaded without running code.
     """
     file = io.BytesIO()
     try:
         torch.save(value, file)
         torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    except Exception as error:  # of pickle and of torch, many kinds
+    except Exception as error:  # pickle and torch raise many kinds
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), str(error))
         raise TypeError(
             f"expected tensors, numbers, strings, None, and lists, tuples and dicts of them in {what}, got more: "
@@ -167,15 +170,15 @@ def to_bytes(value: Any, what: str) -> bytes:
 
 
 def begin(directory: Path, step: int) -> Path:
-    """An empty folder to write step `step` into, under a name that no reader looks at."""
+    """Make an empty folder for the checkpoint of a step, and return it. Its temporary name hides it from readers."""
     if not directory.is_dir():
         directory.mkdir(parents=True, exist_ok=True)
         flush_folder(directory.parent)
-    for left in directory.glob(f"{_UNFINISHED}*"):  # a save, or a removal, that was killed
+    for left in directory.glob(f"{_UNFINISHED}*"):  # by a save or a removal that was killed
         _delete(left)
     names, number = {path.name for path in directory.iterdir()}, 0
     name = f"step_{step}"
-    while name in names:  # it stays until this one is complete
+    while name in names:  # the old one stays until the new one is complete
         number += 1
         name = f"step_{step}.{number}"
     folder = directory / f"{_UNFINISHED}{name}"
@@ -184,14 +187,16 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """The name that an unfinished folder will have."""
+    """Return the name that an unfinished folder gets when it is complete."""
     return folder.name.removeprefix(_UNFINISHED)
 
 
 def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
-    """The folder is complete: write its index, give it its name, and make it the latest. Returns it.
+    """Complete a folder: write its index, rename it, make it the latest, remove old checkpoints. Return its new path.
 
-    keep: How many to leave, the newest; None: all but those of the same step.
+    Other checkpoints of the same step are always removed.
+
+    keep: How many checkpoints remain, the newest ones; None: those of all other steps remain.
 
     Raises:
         CheckpointError: Parts of a tensor are missing.
@@ -200,7 +205,7 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     for tensor_name, tensor in index["tensors"].items():
         try:
             _check_boxes(tensor_name, tensor["shape"], [(box[0], box[1]) for box in tensor["boxes"]])
-        except ValueError as error:  # as where a rank saved as if it were alone
+        except ValueError as error:  # for example if a rank saved as if it were alone
             raise CheckpointError(f"{folder} is not complete: {error}; the checkpoint before it stays") from error
     body = json.dumps(index)
     write_file(folder / INDEX, json.dumps({"crc32": zlib.crc32(body.encode()), "index": body}).encode())
@@ -215,21 +220,21 @@ def commit(folder: Path, index: dict[str, Any], keep: int | None) -> Path:
     for old in same + ([] if keep is None else older[: max(len(older) - (keep - 1), 0)]):
         try:
             remove(old)
-        except OSError as error:  # the new one is there, which is what was asked for
+        except OSError as error:  # the new checkpoint is complete, so the save has succeeded
             log.warning("%s could not be removed: %s", old, error.strerror)
     return complete
 
 
 def _keep_in_order(index: Path, others: list[Path]) -> None:
-    """Have it be the newest by its time, also where the clock was set back since the last save."""
+    """Make the index the newest by its modification time, even if the clock was set back since the last save."""
     newest = max((other.stat().st_mtime_ns for other in others), default=0)
     if index.stat().st_mtime_ns <= newest:
-        with suppress(OSError):  # a file system that does not know it
+        with suppress(OSError):  # some file systems cannot set times
             os.utime(index, ns=(newest + 1, newest + 1))
 
 
 def write_latest(directory: Path, text: str) -> None:
-    """Replace `latest`, so that a crash at any moment leaves the old one or the new one, whole."""
+    """Replace the file `latest`. A crash at any moment leaves either the old file or the new one, whole."""
     pointer = directory / f".{LATEST}"
     write_file(pointer, text.encode())
     pointer.replace(directory / LATEST)
@@ -237,14 +242,14 @@ def write_latest(directory: Path, text: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; renamed first, so that what a crash leaves of it is not taken for one."""
+    """Remove a checkpoint. Rename it first, so that after a crash its rest is not taken for a checkpoint."""
     doomed = folder.parent / f"{_UNFINISHED}{folder.name}"
     folder.rename(doomed)
     _delete(doomed)
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder; of a link, to a checkpoint that was moved elsewhere, the link alone."""
+    """Delete a folder. If it is a link to a checkpoint that was moved elsewhere, delete only the link."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -252,13 +257,13 @@ def _delete(path: Path) -> None:
 
 
 def _complete(directory: Path) -> list[Path]:
-    """Complete checkpoints, the first saved first. Not by step: a run may go back to an earlier one, and on from it."""
+    """Return the complete checkpoints in the order of saving. Steps may differ from it: a run may resume earlier."""
     found = [p for p in directory.iterdir() if _FOLDER.fullmatch(p.name) and (p / INDEX).is_file()]
     return sorted(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, _numbers(path.name)))
 
 
 def _numbers(name: str) -> list[int]:
-    """Of step_1000.1: 1000 and 1."""
+    """Return the numbers in a folder's name: [1000, 1] for step_1000.1."""
     return [int(number) for number in name.removeprefix("step_").split(".")]
 
 
@@ -266,12 +271,13 @@ def _numbers(name: str) -> list[int]:
 
 
 def find(directory: Path) -> Path | None:
-    """The folder of the latest checkpoint in a directory, or the directory itself where it is one; None without any.
+    """Return the latest checkpoint in a directory, or the directory itself if it is one. None if there is none.
 
-    One alone is the latest: `latest` may be missing after a crash of the first save.
+    Without the file `latest`, a single checkpoint is the latest: a crash may have prevented it in the first save.
 
     Raises:
-        CheckpointError: `latest` is damaged, or what it names is gone; or it is missing, beside several.
+        CheckpointError: `latest` is damaged, or names a checkpoint that is gone; or it is missing, and there are
+            several checkpoints.
     """
     if (directory / INDEX).is_file():
         return directory
@@ -295,10 +301,10 @@ def find(directory: Path) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's index and check it: CRC-32, names inside the folder, tensors without gaps, sizes of files.
+    """Read a checkpoint's index. Check its CRC-32, that names stay in the folder, boxes of tensors, sizes of files.
 
     Raises:
-        CheckpointError: It is damaged, or of another format.
+        CheckpointError: The index is damaged or has another format, or a file is missing or cut.
     """
     path = folder / INDEX
     try:
@@ -327,14 +333,14 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _inside(name: str) -> str:
-    """The name, or ValueError where it leads out of the folder."""
+    """Return the name of a file. Raise ValueError if it leads out of the folder."""
     if not _FILE.fullmatch(name) or name.startswith(".."):
         raise ValueError(f"it names {name!r}, which is no file beside it")
     return name
 
 
 def _check_boxes(name: str, shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> None:
-    """Check that the boxes lie inside the tensor, and have as many elements as it has."""
+    """Raise ValueError if a box is not inside the tensor, or the boxes have more or fewer elements than the tensor."""
     count = 0
     for offsets, sizes in boxes:
         inside = all(
@@ -349,7 +355,7 @@ def _check_boxes(name: str, shape: list[int], boxes: list[tuple[list[int], list[
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """What torch.save has written to a part of a file."""
+    """A part of a file, written by one call of torch.save."""
 
     name: str
     offset: int
@@ -357,10 +363,10 @@ class Span:
     crc: int
 
     def read(self, folder: Path) -> bytes:
-        """Read and check its bytes, in any thread; the interpreter's lock is released meanwhile.
+        """Read the bytes and check their CRC-32. May run in any thread, and releases the interpreter's lock.
 
         Raises:
-            CheckpointError: The file is missing or cut, or its bytes are not what was written.
+            CheckpointError: The file is missing or cut, or its bytes are not those that were written.
         """
         path = folder / self.name
         with _reading(path) as file:
@@ -373,10 +379,10 @@ class Span:
         return content
 
     def value_of(self, content: bytes, folder: Path) -> Any:
-        """Unpickle its bytes.
+        """Unpickle the bytes that `read` returned.
 
         Raises:
-            CheckpointError: They hold more than tensors and plain data.
+            CheckpointError: They contain more than tensors and plain data.
         """
         try:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -390,7 +396,7 @@ class Span:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of a checkpoint; failures name it."""
+    """A context with an open file of a checkpoint. An OSError in it becomes a CheckpointError that names the file."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -399,7 +405,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_file(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """Read and unpickle a whole .pt file.
+    """Return the content of a .pt file. index: From `read_index`.
 
     Raises:
         CheckpointError: See Span.
@@ -409,6 +415,6 @@ def load_file(folder: Path, name: str, index: dict[str, Any]) -> Any:
 
 
 def _remedy(folder: Path) -> str:
-    """The end of an error message: which other checkpoint to load."""
+    """Return the end of an error message, which says what other checkpoint can be loaded."""
     others = [path.name for path in _complete(folder.parent) if path != folder] if folder.parent.is_dir() else []
     return f"load another by its path: {', '.join(others)}" if others else "there is no other checkpoint beside it"

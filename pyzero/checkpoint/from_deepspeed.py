@@ -1,4 +1,4 @@
-"""Reading DeepSpeed's ZeRO-1 and ZeRO-2 checkpoint folders: without DeepSpeed, and running nothing from the files."""
+"""Reads DeepSpeed's ZeRO-1 and ZeRO-2 checkpoints without DeepSpeed, and runs no code from their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyzero.checkpoint import deepspeed_files as files
 _T = TypeVar("_T")
 
 
-# What DeepSpeed's engine writes beside the caller's client_state.
+# The keys that DeepSpeed's engine writes. All other keys are the caller's client_state.
 _ENGINE_KEYS = frozenset(
     "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
     "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
@@ -27,16 +27,16 @@ _SLOTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class LossScaleState:
-    """What a state has of DeepSpeed's loss scaler; a fixed scale where `growth_interval` is None."""
+    """The state of DeepSpeed's loss scaler. If `growth_interval` is None, the scale is fixed."""
 
-    scale: float  # 0: there is none
-    growth_interval: int | None = None  # its scale_window
+    scale: float  # 0: no loss scale
+    growth_interval: int | None = None  # DeepSpeed's scale_window
     hysteresis_left: int = 1
     num_clean_steps: int = 0  # since the last overflow, or since the start
 
     @property
     def growth_tracker(self) -> int:
-        """The tracker of `pyzero.ops.loss_scale_update_` with growth_delay=1: -1 until there is a clean step."""
+        """The tracker of `pyzero.ops.loss_scale_update_` with growth_delay=1: -1 before the first clean step."""
         if self.growth_interval is None:
             return 0
         return (self.num_clean_steps - 1) % self.growth_interval if self.num_clean_steps else -1
@@ -47,20 +47,20 @@ class ParamGroup:
     """A parameter group of DeepSpeed's optimizer."""
 
     names: list[str]
-    hyper: dict[str, Any]  # lr, betas, eps, weight_decay, ...: what the file has of them
+    hyper: dict[str, Any]  # those of lr, betas, eps, weight_decay, ... that the file has
     decoupled_weight_decay: bool | None  # None: the file does not say
 
 
 @dataclass(frozen=True)
 class DeepSpeedCheckpoint:
-    """A checkpoint folder, its partitions put together."""
+    """The content of a checkpoint, with the ranks' partitions joined."""
 
-    params: dict[str, dict[str, Tensor]]  # trained: "master", "exp_avg", "exp_avg_sq" in fp32, and "step" (0-D)
-    module: dict[str, Tensor]  # the module's state_dict: weights, frozen ones and buffers too
-    shared: dict[str, str]  # a tied parameter's further names, and the name in `params`
+    params: dict[str, dict[str, Tensor]]  # trained ones: "master", "exp_avg", "exp_avg_sq" in fp32, and "step" (0-D)
+    module: dict[str, Tensor]  # the module's state_dict: all weights, frozen ones too, and buffers
+    shared: dict[str, str]  # other names of tied parameters, each with the parameter's name in `params`
     groups: list[ParamGroup]
     loss_scale: LossScaleState
-    global_steps: int  # skipped ones too
+    global_steps: int  # including skipped steps
     skipped_steps: int
     lr_scheduler: dict[str, Any] | None
     client_state: dict[str, Any]
@@ -69,17 +69,17 @@ class DeepSpeedCheckpoint:
 def read(directory: str | Path, tag: str | None = None) -> DeepSpeedCheckpoint:
     """Read what DeepSpeed's `engine.save_checkpoint(directory, tag)` wrote in stage 1 or 2, on any number of ranks.
 
-    The files are unpickled by torch's restricted unpickler: tensors, plain data, and for DeepSpeed's four classes in
-    them objects that run nothing. Tensors that need no conversion are mapped from the files, which must stay until
-    they have been copied.
+    torch's restricted unpickler reads the files. It accepts tensors and plain data, and makes objects without code for
+    four classes of DeepSpeed. Tensors that need no conversion are mapped from the files, so keep the files until you
+    have copied these tensors.
 
     Args:
-        directory: The folder with `latest`, or with the folders of the tags.
-        tag: Which checkpoint; default: the one that `latest` names.
+        directory: The folder that contains `latest`, or the folders of the tags.
+        tag: The checkpoint to read; default: the one that `latest` names.
 
     Raises:
-        FileNotFoundError: There is no such folder, or a file of it is missing.
-        ValueError: A damaged file, one that asks for anything else to be unpickled, or a checkpoint of another kind.
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A file is damaged or names other classes, or the checkpoint is of another kind.
     """
     folder = files.folder(Path(directory), tag)
     model = files.load(files.model_file(folder))
@@ -111,7 +111,7 @@ def _assemble(model: dict[str, Any], states: list[dict[str, Any]], folder: Path)
 
 
 def scaler_state(checkpoint: DeepSpeedCheckpoint) -> Tensor:
-    """The (5,) fp32 state of our loss scale. Of the skips in a row the files say no more than whether there is one."""
+    """Return the (5,) fp32 state of pyzero's loss scale. Its skips in a row are 0 or 1: the files do not count them."""
     scale = checkpoint.loss_scale
     in_a_row = scale.growth_interval is not None and checkpoint.skipped_steps > 0 and scale.num_clean_steps == 0
     counts = [scale.growth_tracker, scale.hysteresis_left, checkpoint.skipped_steps, int(in_a_row)]
@@ -144,7 +144,7 @@ def _check_kind(states: Sequence[dict[str, Any]], folder: Path) -> None:
 def _params(
     states: Sequence[dict[str, Any]], shapes: Sequence[Any], folder: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each trained parameter's state, put together from the ranks' fragments."""
+    """Yield each trained parameter's name and state, joined from the ranks' fragments."""
     for index, shapes_of_group in enumerate(shapes):
         flats = [_flat_state(state, index, folder) for state in states]
         mappings = [_item(state, "param_slice_mappings", list, folder)[index] for state in states]
@@ -171,10 +171,10 @@ def _whole(name: str, slot: str, parts: list[Tensor], shape: torch.Size, folder:
 
 
 def _flat_state(state: dict[str, Any], index: int, folder: Path) -> dict[str, Tensor]:
-    """One rank's flat partition of one group. A parameter lies in it at the same place in each slot."""
+    """Return one rank's flat partition of one group, by slot. A parameter has the same place in each slot."""
     master = _item(state, "single_partition_of_fp32_groups", list, folder)[index]
     base = state.get("base_optimizer_state")
-    if isinstance(base, list):  # "elastic": by group, without padding
+    if isinstance(base, list):  # DeepSpeed's "elastic" format: one dict per group, without padding
         saved = base[index]
         step = saved.get("step", state.get("base_optimizer_state_step", 0))
     else:
@@ -187,7 +187,7 @@ def _flat_state(state: dict[str, Any], index: int, folder: Path) -> dict[str, Te
             f"expected Adam's exp_avg and exp_avg_sq in {folder}, got {sorted(map(str, saved))}; the state of other "
             f"optimizers cannot be taken over"
         )
-    moments = {slot: saved[slot] if saved else torch.zeros_like(master) for slot in _SLOTS}  # no step taken yet: none
+    moments = {slot: saved[slot] if saved else torch.zeros_like(master) for slot in _SLOTS}  # none before step 1
     return {"master": master, **moments, "step": torch.tensor(float(step), dtype=torch.float32)}
 
 
@@ -206,7 +206,10 @@ def _groups(state: dict[str, Any], shapes: Sequence[Any], config: dict[str, Any]
 
 
 def _decoupled(optimizer: Any) -> bool | None:
-    """DeepSpeed's FusedAdam and CPUAdam are AdamW unless told otherwise, also as "Adam"; their state does not say."""
+    """Return whether weight decay is decoupled, by the config's `optimizer`, as the state does not say. None: unknown.
+
+    DeepSpeed's type "Adam" is AdamW too, unless adam_w_mode is false.
+    """
     if not isinstance(optimizer, dict) or str(optimizer.get("type", "")).lower() not in ("adam", "adamw"):
         return None
     is_adamw = str(optimizer["type"]).lower() == "adamw"
@@ -215,7 +218,7 @@ def _decoupled(optimizer: Any) -> bool | None:
 
 def _loss_scale(scaler: Any) -> LossScaleState:
     if scaler is None:  # BF16_Optimizer
-        return LossScaleState(0.0)  # none
+        return LossScaleState(0.0)  # no loss scale
     saved = vars(scaler)
     if not saved.get("dynamic"):
         return LossScaleState(float(saved["cur_scale"]))

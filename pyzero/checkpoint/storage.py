@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint writes and reads the files of pyzero/checkpoint/files.py."""
+"""Writes and reads the tensors of a checkpoint by torch.distributed.checkpoint, with a CRC-32 for each item."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from pyzero import memory
 from pyzero.checkpoint.files import CheckpointError, ChecksummedStream, Interrupted, Span
 
-# _save_state_dict and _load_state_dict are what torch's save() and load() call. Those warn of a rank alone, and filters
-# of warnings are those of all threads.
-_READERS = 2  # threads: a CRC-32 takes twice as long as the copies after it
-Crcs = dict[tuple[str, int], tuple[int, int]]  # by file and offset of an item: (length, CRC-32)
+# torch's save() and load() call _save_state_dict and _load_state_dict. They also warn if there is only one rank, and a
+# filter for that warning would apply to all threads.
+_READERS = 2  # threads, because a CRC-32 takes twice as long as the copies after it
+Crcs = dict[tuple[str, int], tuple[int, int]]  # (length, CRC-32) of each item, by its file and offset
 
 
 class _ChecksummedFiles(FileSystem):
@@ -62,7 +62,7 @@ class _ChecksummedFiles(FileSystem):
 
 
 class _AliasPlanner(DefaultSavePlanner):
-    """Hands boxes to the writer as tensors with a storage of their own over the same memory: it copies parts of one."""
+    """Gives each box its own storage over the same memory, because torch's writer copies parts of a larger storage."""
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = super().lookup_object(index)
@@ -71,12 +71,12 @@ class _AliasPlanner(DefaultSavePlanner):
 
 
 class ChecksummedWriter(FileSystemWriter):
-    """torch's own writer, flushing each file, that also takes the CRC-32 of each item.
+    """torch's writer, which also flushes each file and computes the CRC-32 of each item.
 
     Args:
-        folder: The checkpoint's.
-        crcs: Filled with those of this rank's items.
-        progress: Called with numbers of bytes written.
+        folder: The checkpoint's folder.
+        crcs: The writer adds this rank's items.
+        progress: See ChecksummedStream.
     """
 
     def __init__(self, folder: Path, crcs: Crcs, progress: Callable[[int], object]) -> None:
@@ -84,16 +84,16 @@ class ChecksummedWriter(FileSystemWriter):
         self.fs = _ChecksummedFiles(crcs, progress)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """torch's own, on the first rank; tells the caller of `save` where items lie, which torch 2.11 does not."""
+        """Finish as torch does, on the first rank. Note the items' places in `metadata`, which torch 2.11 does not."""
         super().finish(metadata, results)
         metadata.storage_data = {row.index: row.storage_data for rows in results for row in rows}
 
 
 class IndexedReader(FileSystemReader):
-    """Reads by index.json instead of torch's pickled index, and checks every item before it is used.
+    """torch's reader, which uses index.json instead of torch's pickled index, and checks the CRC-32 of every item.
 
     Args:
-        folder: The checkpoint's.
+        folder: The checkpoint's folder.
         index: From read_index().
     """
 
@@ -103,7 +103,7 @@ class IndexedReader(FileSystemReader):
         self._index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the planner needs to know of the tensors."""
+        """Return the tensors' shapes, dtypes and boxes, for torch's planner."""
         tensors: dict[str, Any] = {}
         places = {}
         for name, tensor in self._index["tensors"].items():
@@ -116,7 +116,7 @@ class IndexedReader(FileSystemReader):
         return Metadata(tensors, storage_data=places)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Each box once, in the order in which they lie in the files; the next ones are read and checked meanwhile."""
+        """Copy each box to its targets, in file order. Threads read and check the next boxes meanwhile."""
         items: dict[Span, list[ReadItem]] = {}
         for item in plan.items:
             items.setdefault(Span(*self.storage_data[item.storage_index]), []).append(item)
@@ -137,16 +137,16 @@ class IndexedReader(FileSystemReader):
 
 
 def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress: Callable[[int], object]) -> Metadata:
-    """Write every rank's part of a state dict; returns torch's metadata.
+    """Write every rank's part of a state dict. Return torch's metadata. Collective.
 
     Args:
-        state: As from get_state_dict().
-        folder: The checkpoint's.
-        group: The process group of the ranks; None: alone.
+        state: A state dict as get_state_dict() returns it.
+        folder: The checkpoint's folder.
+        group: The process group of the ranks; None: one rank.
         crcs: See ChecksummedWriter.
         progress: See ChecksummedWriter.
     """
-    if group is not None and not dist.is_initialized():  # torch would have each rank save alone
+    if group is not None and not dist.is_initialized():  # torch would save on each rank as if it were alone
         raise CheckpointError(
             "expected the process group until the save is done, got it destroyed; call result() of what "
             "async_save_checkpoint has returned before dist.destroy_process_group()"
@@ -160,7 +160,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
 
 
 def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
-    """Fill this rank's tensors from a checkpoint; no rank needs another for it.
+    """Fill this rank's tensors from a checkpoint. Not collective.
 
     Raises:
         CheckpointError: A file is missing, cut or damaged.
@@ -171,9 +171,9 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
 
 @contextmanager
 def _without_torchs_crc() -> Iterator[None]:
-    """Switch off the CRC-32 that torch.save takes and torch.load ignores, while boxes are written.
+    """A context in which torch.save does not compute its own CRC-32, which torch.load ignores.
 
-    In an older torch the switch is one for all threads, and a save in the background leaves it.
+    In an older torch the switch acts on all threads. A save in the background then leaves it as it is.
     """
     before = get_crc32_options()
     is_on_elsewhere = contextvars.Context().run(get_crc32_options)
@@ -193,13 +193,13 @@ def _is_main_thread() -> bool:
 
 @contextmanager
 def _as_ours(what: str, group: Any = None) -> Iterator[None]:
-    """Raise torch's failures as CheckpointError.
+    """A context in which a failure that torch reports becomes a CheckpointError.
 
-    Torch takes an interrupt for a failure too: this rank's own is raised as Interrupted, for `run_on_all_ranks`.
+    torch reports an interrupt as a failure too. This rank's own interrupt becomes Interrupted, for `run_on_all_ranks`.
     """
     try:
         yield
-    except CheckpointException as error:  # no Exception: nobody else would catch it
+    except CheckpointException as error:  # a BaseException, which callers would not catch
         mine, _ = error.failures.get(0 if group is None else group.rank(), (None, None))
         if isinstance(mine, (KeyboardInterrupt, SystemExit)):
             raise Interrupted from mine

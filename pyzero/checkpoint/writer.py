@@ -1,4 +1,4 @@
-"""One checkpoint on its way to disk."""
+"""Writes one checkpoint to disk."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SHOW_PROGRESS_AFTER_S = 5.0
 
 
 class Writer:
-    """One checkpoint to be written. Constructing it collects the content; `run` writes it.
+    """Writes one checkpoint. The constructor collects the content, and `run` writes it. Both are collective.
 
     Args:
-        group: The ranks that write it together.
+        group: The ranks that write the checkpoint together.
         directory: See save_checkpoint.
         step: See save_checkpoint.
         keep: See save_checkpoint.
-        collect: Gives this rank's content; called at once.
+        collect: Returns this rank's content. The constructor calls it.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Writer:
             raise ValueError(f"expected the same step on every rank, got {steps}; pass how many steps were taken")
         of_ranks_before = {name for _, names in rows[: group.rank] for name in names}
         for name in of_ranks_before.intersection(self._buffers):
-            del self._state["model"][name]  # torch's planner would take each from another rank
+            del self._state["model"][name]  # without this, torch's planner would save some of them from other ranks
         if self._part is not None:
             parts = group.gather_objects(self._part, self._what)
             run_on_all_ranks(group, self._what, lambda: self._keep_common(join(parts)))
 
     def _take(self, directory: str | os.PathLike[str], collect: Callable[[], Content]) -> None:
-        self._directory = Path(directory).absolute()  # whatever the working directory is when it is written
+        self._directory = Path(directory).absolute()  # the working directory may change before the write
         if not _is_whole(self._step, 0):
             raise ValueError(f"expected step as a whole number from 0 on, got {self._step!r}; pass how many were taken")
         self._step = operator.index(self._step)
@@ -82,7 +82,7 @@ class Writer:
             self._contents[files.COMMON] = files.to_bytes(common, "the parameter groups and the model")
 
     def run(self, before: Callable[[], object] = lambda: None) -> Path:
-        """Write, agree, and give the folder its name. before: What to wait for first."""
+        """Write the checkpoint, and return its folder. before: Called first, to wait for earlier work."""
         is_first = self._group.rank == 0
         run_on_all_ranks(self._group, self._what, before)
         began = run_on_all_ranks(
@@ -100,7 +100,7 @@ class Writer:
             )
         except CheckpointError:
             if is_first:
-                shutil.rmtree(folder, ignore_errors=True)  # a full disk gets its space back
+                shutil.rmtree(folder, ignore_errors=True)  # frees space on a full disk
             raise
         complete = folder.with_name(files.name_of(folder))
         if is_first:
@@ -108,7 +108,7 @@ class Writer:
         return complete
 
     def _write(self, folder: Path) -> None:
-        """This rank's .pt files."""
+        """Write this rank's .pt files."""
         if not folder.is_dir():
             raise CheckpointError(
                 f"expected a directory that all ranks share, got {folder.parent}, in which rank {self._group.rank} "
@@ -119,7 +119,7 @@ class Writer:
         self._sums = {name: files.length_and_crc(content) for name, content in self._contents.items()}
 
     def _write_tensors(self, folder: Path) -> Any:
-        from pyzero.checkpoint import storage  # half a second
+        from pyzero.checkpoint import storage  # the import takes half a second
 
         self._crcs: storage.Crcs = {}
         with self._progress() as progress:
@@ -143,7 +143,7 @@ class Writer:
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[int], object]]:
-        """A bar of this rank's bytes, on the first rank of a save that takes long."""
+        """A context with a progress bar of this rank's bytes. It appears on the first rank, if the save takes long."""
         hidden = self._group.rank != 0
         with tqdm(
             desc=f"step {self._step}", unit="B", unit_scale=True, delay=_SHOW_PROGRESS_AFTER_S, disable=hidden
@@ -154,9 +154,13 @@ class Writer:
 def _describe(
     metadata: Any, crcs: dict[tuple[str, int], tuple[int, int]], in_common: Collection[str]
 ) -> dict[str, Any]:
-    """Every tensor for the index, from torch's metadata: [offsets, sizes, file, offset in it, length, CRC-32].
+    """Return the index's entry of each tensor, with [offsets, sizes, file, offset in it, length, CRC-32] per box.
 
-    in_common: Names of what is for torch's own loaders; ours take it from common.pt. The parameter groups are too.
+    Args:
+        metadata: torch's, from `storage.write`.
+        crcs: (length, CRC-32) by file and offset.
+        in_common: Names to leave out, besides the parameter groups: load_checkpoint reads these from common.pt, and
+            only torch's own loaders read them from the .distcp files.
     """
     tensors: dict[str, Any] = {}
     of_torch = tuple(f"{name}." for name in (*in_common, "optim.param_groups"))
@@ -179,5 +183,5 @@ def _describe(
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    """Whether it is a whole number, of any type that can be an index, from `least` on."""
+    """Whether a value is a whole number, of any type that can be an index, and at least `least`."""
     return hasattr(value, "__index__") and operator.index(value) >= least

@@ -21,16 +21,16 @@ _hooked: MutableMapping[Tensor, list[weakref.ref[Any]]] = WeakIdKeyDictionary() 
 
 
 class GradientListener(Protocol):
-    """What GradientHooks call in a backward. torch.autograd.grad adds to no `.grad`, and calls none of them."""
+    """The methods that GradientHooks call in a backward. torch.autograd.grad adds to no `.grad` and calls none."""
 
     def before_gradient(self, param: Tensor) -> None:
         """Called before backward adds a gradient to `.grad`."""
 
     def after_gradient(self, param: Tensor) -> None:
-        """Called after backward has added it."""
+        """Called after backward has added a gradient to `.grad`."""
 
     def without_gradient(self, param: Tensor) -> None:
-        """Called instead of both if an autograd function returns None for a gradient, and backward adds nothing."""
+        """Called instead of before_gradient and after_gradient if an autograd function returns None, not a gradient."""
 
     def missed_gradient(self, param: Tensor) -> None:
         """Called once instead of `before_gradient`, when the gradient is in `.grad` already.
@@ -77,11 +77,11 @@ class GradientHooks:
         self._handles.append(node.register_prehook(_before_hook(self, self._listener, param, arrival)))
 
     def has(self, param: Tensor) -> bool:
-        """Whether a parameter has these hooks, maybe as another optimizer's LocalParam."""
+        """Whether a parameter has these hooks. A DTensor also has those of every LocalParam that stands for it."""
         return any(ref() is self for ref in _hooked.get(user_param(param), ()))
 
     def is_latest(self, param: Tensor) -> bool:
-        """Whether these are the last hooks that were added to a parameter, of those that still exist, or none exist."""
+        """Whether no other living GradientHooks were added to the parameter after these."""
         alive = [hooks for ref in _hooked.get(user_param(param), ()) if (hooks := ref()) is not None]
         return not alive or alive[-1] is self
 
@@ -91,7 +91,7 @@ class GradientHooks:
         return rescale(param) if rescale and not self.own_backward.runs else None
 
     def factor_of_unfrozen(self, param: Tensor) -> Tensor | None:
-        """Return `factor_of`, or None if the parameter has been added since."""
+        """Return `factor_of` for a watched parameter; None if it has been added since it was watched."""
         return None if self.has(param) else self.factor_of(param)
 
     def follow_nodes(self, param: Tensor) -> bool:
@@ -154,15 +154,15 @@ def _accumulator(leaf: Tensor) -> Any:
 
 
 class _OwnBackward:
-    """Whether a scaled backward of the optimizer's own runs. An attribute saves a call for each gradient."""
+    """Whether a scaled backward of the optimizer's own runs. An attribute costs less than a call per gradient."""
 
     runs = False
 
 
 class _Arrival:
-    """Tells the hook after whether there is a gradient, because torch calls both hooks even without one."""
+    """Tells `after_hook` whether `before_hook` saw a gradient. torch calls both even without a gradient."""
 
-    has_grad: bool | None = None  # None: the hook before was not called
+    has_grad: bool | None = None  # None: `before_hook` was not called
 
 
 def _before_hook(

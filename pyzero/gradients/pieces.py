@@ -111,7 +111,7 @@ class Pieces:
 
 
 def _is_negated(grad: Tensor | None) -> bool:
-    """Whether memory has the other sign: an imaginary part of a conjugate. It is unaligned: a real part precedes it."""
+    """Whether memory holds negated values, as of a conjugate's imaginary part, which is unaligned (see as_they_lie)."""
     return grad is not None and grad.is_neg()
 
 

@@ -228,7 +228,10 @@ def _exchanged(kind: str, ours: list[tuple[str, ...]], theirs: list[tuple[str, .
 
 
 def _reordered(first: Joining, other: Joining) -> _Difference | None:
-    """If one module holds all and no names are shared, find the first place in its order with another parameter."""
+    """Find the first place in the module's order at which two ranks have different parameters.
+
+    Look only if one module holds all parameters and some parameter has no module name in common on the two ranks.
+    """
     both = zip(first.trained, other.trained, strict=True)
     if first.order is None or other.order is None or all({*a.module_names} & {*b.module_names} for a, b in both):
         return None

@@ -117,9 +117,10 @@ def put_shards(model: nn.Module, shards: dict[str, Tensor]) -> None:
 
 
 def begin_forward(root: Any) -> bool:
-    """Gather what a module of fully_shard gathers in its forward; False, and nothing, in a forward or backward of it.
+    """Gather a module's weights as fully_shard does before its forward. Return whether this was done.
 
-    Its inputs are left alone, as if none had a gradient: what comes before may use the same weights in backward.
+    In a forward or backward of the module it does nothing. torch is passed no inputs, so it does not reshard when their
+    gradients come, because modules before this one may use the same weights in backward.
     """
     state = root._get_fsdp_state()
     if state._training_state.name != "IDLE":
@@ -129,7 +130,7 @@ def begin_forward(root: Any) -> bool:
 
 
 def end_forward(root: Any, output: Any) -> Any:
-    """End a forward of `begin_forward`; returns the output, whose gradients bring those of the weights."""
+    """End the forward that `begin_forward` began. Return the output, with torch's hooks for the backward."""
     return root._get_fsdp_state()._post_forward(root, (), output)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GradOwner(Protocol):
-    """What these tensors, and their records, call of the optimizer's gradients. `param_norm` is collective."""
+    """Methods of the optimizer's gradients that these tensors and their records call. `param_norm` is collective."""
 
     @property
     def num_rounds(self) -> int:
@@ -125,7 +125,7 @@ class _Gradient(torch.Tensor):
         raise _refusal("deepcopy", [self])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to pickle, for the same reason."""
+        """Refuse to pickle, because one rank's part would be taken for the whole."""
         raise _refusal("pickle", [self])
 
 
@@ -231,7 +231,7 @@ class ShardedGrad(_Gradient):
 
 
 class NormCall(NamedTuple):
-    """What a call of a norm function asks for."""
+    """The arguments of a call of a norm function."""
 
     norm_type: float  # p; NaN: a name other than "fro"
     dtype: torch.dtype | None = None  # of the result, if given

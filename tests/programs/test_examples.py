@@ -17,6 +17,7 @@ from example_runs import ROOT, TINY, TORCHRUN, TRAIN_GPT, children_of, environ, 
 import pyzero
 from pyzero.optimizer import ZeroOptimizer
 
+DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "examples"))
 from gpt import report  # noqa: E402
 
@@ -155,6 +156,23 @@ def test_documents_name_files_that_exist(name):
     wanted = [word for word in words if "NAME" not in word and not word.startswith(written_by_make)]
     assert len(wanted) > 5
     assert [word for word in wanted if not (ROOT / word).exists()] == []
+
+
+def anchors_of(document):
+    """Those that GitHub gives the headings of a Markdown file."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
+def test_links_in_documents_lead_to_files_and_headings(name):
+    document = ROOT / name
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", document.read_text())
+    if name == "README.md":
+        assert len(links) > 20
+    targets = [(document.parent / path if path else document, anchor) for path, anchor in links]
+    assert [path for path, _ in targets if not path.exists()] == []
+    assert [(path, anchor) for path, anchor in targets if anchor and anchor not in anchors_of(path)] == []
 
 
 def test_the_table_of_options_is_the_optimizers():

@@ -29,11 +29,11 @@ class EngineRanks:
         return launcher.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
     def get_data_parallel_rank(self) -> int:
-        """Return this rank's place in that group."""
+        """Return this rank's place among the ranks that see different data."""
         return self.parallel.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Return the number of ranks in that group."""
+        """Return the number of ranks that see different data."""
         return self.parallel.data_size
 
     def get_model_parallel_group(self) -> Any:
@@ -41,9 +41,9 @@ class EngineRanks:
         return self.parallel.tensor_group
 
     def get_model_parallel_rank(self) -> int:
-        """Return this rank's place in that group."""
+        """Return this rank's place among the ranks that split the layers of one model."""
         return self.parallel.tensor_place[0]
 
     def get_model_parallel_world_size(self) -> int:
-        """Return the number of ranks in that group."""
+        """Return the number of ranks that split the layers of one model."""
         return self.mp_world_size

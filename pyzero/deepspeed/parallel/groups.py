@@ -31,12 +31,12 @@ def get_data_parallel_group() -> Any:
 
 
 def get_data_parallel_rank() -> int:
-    """Return this rank's place in that group."""
+    """Return this rank's place among the ranks that see different data."""
     return _current().data_rank
 
 
 def get_data_parallel_world_size() -> int:
-    """Return the number of ranks in that group."""
+    """Return the number of ranks that see different data."""
     return _current().data_size
 
 
@@ -46,17 +46,17 @@ def get_model_parallel_group() -> Any:
 
 
 def get_model_parallel_rank() -> int:
-    """Return this rank's place in that group."""
+    """Return this rank's place among the ranks that split the layers of one model."""
     return _current().tensor_place[0]
 
 
 def get_model_parallel_world_size() -> int:
-    """Return the number of ranks in that group."""
+    """Return the number of ranks that split the layers of one model."""
     return _current().tensor_place[1]
 
 
 def get_tensor_model_parallel_src_rank() -> int:
-    """Return the default-group rank of the first rank in that group."""
+    """Return the default-group rank of the first of the ranks that split the layers of one model."""
     group = get_model_parallel_group()
     return comm.get_rank() if group is None else comm.get_global_rank(group, 0)
 

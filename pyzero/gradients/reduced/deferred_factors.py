@@ -13,7 +13,7 @@ from pyzero.gradients.stats_rows import values_of
 
 
 class DeferredFactors:
-    """The factor of each reduced gradient. After one clip of all, they are one object."""
+    """The factor of each reduced gradient. After one clip of all gradients, all have the same object as factor."""
 
     def __init__(self, records: GradRecords, device: torch.device) -> None:
         self._records = records
