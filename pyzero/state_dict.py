@@ -17,7 +17,10 @@ from pyzero.gradients.grad_stats import Unsent
 from pyzero.gradients.hooks import can_be_trained, trained
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.ops.rows import FLOAT_DTYPES
-from pyzero.sharding import rank_state
+from pyzero.rank_state.export import describe, export_state
+from pyzero.rank_state.load import RankState
+from pyzero.rank_state.notes import RULE, SCALER, ZERO, note_master_steps
+from pyzero.rank_state.saved_cut import SavedCut, agreed_cut
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.gather import widen
@@ -231,7 +234,7 @@ class StateDicts(FullAccess, Status):
             raise ValueError(f"nothing was loaded, for rank {rank} could not: {text}")
         return [one for _, one in told]
 
-    def _load(self, saved: rank_state.RankState, cut: rank_state.SavedCut | None) -> None:
+    def _load(self, saved: RankState, cut: SavedCut | None) -> None:
         saved.forget_unloaded_masters(self, self._param_buckets)
         self._param_buckets.follow_weights(keep_masters={one.param for one in saved.params if one.has(MASTER)})
         if cut is not None:
@@ -247,16 +250,14 @@ class StateDicts(FullAccess, Status):
             log.warning("the state that was loaded has no loss scale; it stays at %g", self.loss_scale)
         self._param_buckets.publish_masters()
 
-    def _parse(
-        self, state_dict: dict[str, Any]
-    ) -> tuple[rank_state.RankState, rank_state.SavedCut | None, set[Unsent]]:
+    def _parse(self, state_dict: dict[str, Any]) -> tuple[RankState, SavedCut | None, set[Unsent]]:
         """Return the state, the buckets of its parts, and which gradients the ranks have not sent.
 
         Raise on all ranks if it does not fit on one. Collective.
         """
         saved, problem, unsent = None, None, Unsent.NONE
         try:
-            saved = rank_state.RankState.parse(
+            saved = RankState.parse(
                 self, self._as_ours(state_dict), self._param_buckets, self._group.rank, self._group.size
             )
             summary, unsent = saved.summary(), self._gradients.unsent()
@@ -268,7 +269,7 @@ class StateDicts(FullAccess, Status):
             problem = None
         assert saved is not None
         summaries = [of_rank for of_rank, _ in told if of_rank is not None]
-        return saved, rank_state.agreed_cut(summaries), {kind for _, kind in told}
+        return saved, agreed_cut(summaries), {kind for _, kind in told}
 
     def _as_ours(self, state_dict: Any) -> Any:
         """Add what torch's optimizer of this rule does not save, such as step counts. A hook for subclasses."""
@@ -281,13 +282,13 @@ class StateDicts(FullAccess, Status):
         for group in self._param_groups:
             params = group["params"]
             state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
-            others = {key: value for key, value in group.items() if key not in ("params", rank_state.ZERO)}
+            others = {key: value for key, value in group.items() if key not in ("params", ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
-        groups[0][rank_state.SCALER] = self._scaler.saved().cpu()
-        groups[0][rank_state.RULE] = self.rule_name
+        groups[0][SCALER] = self._scaler.saved().cpu()
+        groups[0][RULE] = self.rule_name
         steps = [float(state[i][STEP]) if i in state else -1.0 for i in range(first)]
-        rank_state.note_master_steps(groups[0], steps)
+        note_master_steps(groups[0], steps)
         return {"state": state, "param_groups": groups}
 
     def _zero_state(self) -> str:
@@ -295,7 +296,7 @@ class StateDicts(FullAccess, Status):
         learned = self.reduces_grads and not self._arrival_order.is_learning
         params = (param for group in self._param_groups for param in group["params"])
         param_ids = {param: i for i, param in enumerate(params)}
-        return rank_state.describe(self._group.rank, self._group.size, self._buckets, param_ids, learned)
+        return describe(self._group.rank, self._group.size, self._buckets, param_ids, learned)
 
 
 def with_step_counts(state_dict: Any) -> Any:
@@ -331,8 +332,8 @@ def _export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     The five are a copy, because other values depend on them: new values count only once they are loaded.
     """
     assert isinstance(optimizer, StateDicts)
-    state_dict["param_groups"][0][rank_state.SCALER] = optimizer._scaler.saved()
-    state_dict["param_groups"][0][rank_state.ZERO] = optimizer._zero_state()
-    state_dict["param_groups"][0][rank_state.RULE] = optimizer.rule_name
-    rank_state.export_state(optimizer, state_dict, optimizer._param_buckets, optimizer._group)
+    state_dict["param_groups"][0][SCALER] = optimizer._scaler.saved()
+    state_dict["param_groups"][0][ZERO] = optimizer._zero_state()
+    state_dict["param_groups"][0][RULE] = optimizer.rule_name
+    export_state(optimizer, state_dict, optimizer._param_buckets, optimizer._group)
     optimizer._stats_exchange.note_export()

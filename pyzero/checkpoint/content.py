@@ -14,10 +14,10 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from pyzero.checkpoint.export import memory_identity
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.rank_state.notes import RULE, SCALER, ZERO
 from pyzero.sharding.buckets import MASTER
 from pyzero.sharding.fsdp import reshard
 from pyzero.sharding.local_param import is_dtensor, local_of
-from pyzero.sharding.rank_state import RULE, SCALER, ZERO
 
 EXCLUDED = "excluded"  # in common.pt: names of frozen parameters that were left out
 PARTS = "parts"  # in common.pt: over how many model-parallel ranks layers split weights; 0: weights are whole

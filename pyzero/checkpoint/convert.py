@@ -16,8 +16,8 @@ from pyzero.checkpoint.export import export_safetensors
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.writer import Writer
 from pyzero.comm.group import Group
+from pyzero.rank_state.notes import SCALER
 from pyzero.sharding.buckets import MASTER
-from pyzero.sharding.rank_state import SCALER
 
 _OTHER_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 

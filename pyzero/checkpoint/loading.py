@@ -20,9 +20,9 @@ from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.saving import begin
 from pyzero.gradients.hooks import trained
 from pyzero.optimizer import ZeroOptimizer
+from pyzero.rank_state.notes import RULE, SCALER
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.local_param import empty_on_host, local_of
-from pyzero.sharding.rank_state import RULE, SCALER
 
 log = logging.getLogger("pyzero")
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"comm.multi_host_transport"},
     {"comm.make_transport"},
     {"sharding", "sharding.blocks", "sharding.fsdp", "sharding.layout", "sharding.modules", "sharding.spans"},
-    {"sharding.sharded_grad", "sharding.sharded_state"},
+    {"sharding.sharded_grad"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
     {"arguments.hyper_parameters", "arguments.params"},
@@ -33,7 +33,8 @@ LAYERS = (
     {"sharding.aliases", "sharding.flat_params"},
     {"sharding.agreement", "sharding.buckets"},
     {"sharding.gather", "sharding.param_buckets"},
-    {"sharding.rank_state"},
+    {"rank_state", "rank_state.notes", "rank_state.saved_cut", "rank_state.saved_param", "rank_state.sharded_state"},
+    {"rank_state.export", "rank_state.load"},
     {"gradients", "gradients.backward_end", "gradients.nonfinite", "gradients.pieces", "gradients.stats_rows"},
     {"gradients.amp", "gradients.carried_scale", "gradients.grad_stats", "gradients.norms"},
     {"gradients.hooks"},
@@ -100,6 +101,7 @@ FOLDERS = (
     "gradients",
     "loss_scale",
     "optimizers",
+    "rank_state",
     "sharding",
 )
 MODULES = {*PYZERO.glob("*.py"), *(p for f in FOLDERS for p in (PYZERO / f).rglob("*.py"))} - {PYZERO / "__init__.py"}

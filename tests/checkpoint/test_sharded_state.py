@@ -15,7 +15,7 @@ from resume import build, make, step
 from torch.distributed.checkpoint import planner_helpers, utils
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from pyzero.sharding.sharded_state import Fragment, ShardedState, boxes_of
+from pyzero.rank_state.sharded_state import Fragment, ShardedState, boxes_of
 
 SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (3, 1, 2, 2), (1, 1, 3)]
 

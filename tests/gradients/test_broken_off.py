@@ -21,8 +21,8 @@ from pyzero.comm.group import Work
 from pyzero.comm.transport import ExactTransport
 from pyzero.gradients.reduced.accumulation import ParamGrad
 from pyzero.gradients.reduced.bucket_grads import BucketGrads
+from pyzero.rank_state.load import RankState
 from pyzero.sharding.param_buckets import ParamBuckets
-from pyzero.sharding.rank_state import RankState
 from pyzero.update import ShardUpdater
 
 through_host_memory = pytest.mark.skipif(

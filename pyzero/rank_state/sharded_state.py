@@ -77,7 +77,7 @@ class Fragment:
     stride: tuple[int, ...]  # of that tensor, dense
     low: int  # first element, in memory order
     high: int  # one past the last
-    origin: str  # the rank of this state, and how it is cut: rank_state.describe()
+    origin: str  # the rank of this state, and how it is cut: export.describe()
     gather: Callable[[Tensor], Tensor]  # every rank's flat part -> (numel,), on every rank
     part: DTensorPart | None = None  # None: the tensor that ranks share is the whole one
     is_copy: bool = False  # another model-parallel rank saves the same tensor
