@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero.comm import process, process_group_pool
+from pyzero.comm.root_gather import RootGather
 from pyzero.comm.shared_memory import HostError, SharedMemory, find_hosts
 
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
@@ -23,6 +24,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 _ASKS_AFTER_S = 5.0  # after this wait a rank asks the others what they are waiting for
 _GAVE_UP = -1  # stands instead of a collective's number
+_MOST_IN_RING = 8  # ranks: a row of host memory goes through the first rank if there are more
 _WORDS_BYTES = 64  # of the text in which a rank names what it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
 
@@ -380,7 +382,12 @@ class Group:
             with self.awaited(what):
                 self.launch(what, lambda: memory.send(row), blocks=True).wait()
                 return memory.messages(row).view(self.size, -1)
-        return self.gather_shards(row, what).view(self.size, -1)
+        if self.size <= _MOST_IN_RING or row.device.type != "cpu":
+            return self.gather_shards(row, what).view(self.size, -1)
+        with self.awaited(what):
+            flat = row.new_empty(self.size * row.numel())
+            self.launch(what, lambda: RootGather(flat, row, self.handle), blocks=True).wait()
+        return flat.view(self.size, -1)
 
     def gather_with_host(self, values: Sequence[float], row: Tensor) -> tuple[Tensor, Tensor]:
         """Return every rank's numbers, (size, n) on the host, and its row, (size, k) on the device; in fp64.

@@ -16,7 +16,7 @@ LAYERS = (
     {"ops", "profiling", "streams"},
     {"memory"},
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
-    {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.shared_pages"},
+    {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.root_gather", "comm.shared_pages"},
     {"comm.process_group_pool", "comm.shared_memory"},
     {"comm.group"},
     {"comm.transport"},
