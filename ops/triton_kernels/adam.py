@@ -1,8 +1,5 @@
 """Adam and AdamW (Kingma and Ba 2015; Loshchilov and Hutter 2019) over a flat shard, and the 16-bit weights with it."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 import math

@@ -1,8 +1,5 @@
 """What the kernels share: exact conversions, per-block statistics, and how a kernel is launched."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 import contextlib

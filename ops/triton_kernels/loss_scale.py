@@ -1,8 +1,5 @@
 """loss_scale_update_: the loss-scale state machine, one thread's work that stays on the device."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,5 @@
 """reduce_scatter_: sum the ranks' slices in rank order and fp32, scale, accumulate, flag and square: one pass."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,5 @@
 """The kernel under unscale_ and pack_: a list of chunks, each scaled, rounded, stored and measured."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence

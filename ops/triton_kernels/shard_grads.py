@@ -1,8 +1,5 @@
 """An update of a shard: launched over its gradient, or gradients that lie apart; its weights to several ranks."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,8 +1,5 @@
 """step_scalars_: a step's scalars, and the step counts of all parameters."""
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# (kernels: their arguments are pointers and blocks, which Python types do not name)
-
 from __future__ import annotations
 
 import triton
