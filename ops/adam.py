@@ -81,8 +81,7 @@ def adam_(
     shard = (master, exp_avg, exp_avg_sq, *outs)
     grads, offsets, rows = read_shard(_STATES, shard, grad, grad_offsets, segment_ids, backend)
     device = master.device
-    if found_inf is not None:
-        check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    check_one("found_inf", found_inf, FLAG_DTYPES, device)
     check_active(active, segment_ids, device)
     step = checked_step(step, segment_ids, active, device)
 

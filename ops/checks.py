@@ -109,9 +109,9 @@ def is_vector(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.devi
     )
 
 
-def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Raise unless it is a tensor of one element, of one of the dtypes, on the device."""
-    if tensor.dtype in dtypes and tensor.numel() == 1 and tensor.device == device:
+def check_one(name: str, tensor: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    """Raise unless it is None, or a tensor of one element, of one of the dtypes, on the device."""
+    if tensor is None or (tensor.dtype in dtypes and tensor.numel() == 1 and tensor.device == device):
         return
     check_dtype(name, tensor, dtypes, "make it with torch.zeros(1)")
     check_device(name, tensor, device)
@@ -120,10 +120,8 @@ def check_one(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: 
 
 def check_grad_stats(found_inf: Tensor | None, sumsq: Tensor | None, device: torch.device) -> None:
     """Check the two outputs of a pass over gradients."""
-    if found_inf is not None:
-        check_one("found_inf", found_inf, FLAG_DTYPES, device)
-    if sumsq is not None:
-        check_one("sumsq", sumsq, SUMSQ_DTYPES, device)
+    check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    check_one("sumsq", sumsq, SUMSQ_DTYPES, device)
 
 
 def check_disjoint(named: Iterable[tuple[str, Tensor]]) -> None:

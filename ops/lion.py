@@ -69,8 +69,7 @@ def lion_(
     outs = as_list(param_out)
     grads, offsets, rows = read_shard(_STATES, (master, exp_avg, *outs), grad, grad_offsets, segment_ids, backend)
     device = master.device
-    if found_inf is not None:
-        check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    check_one("found_inf", found_inf, FLAG_DTYPES, device)
     check_active(active, segment_ids, device)
 
     args = LionArgs(

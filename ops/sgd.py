@@ -83,8 +83,7 @@ def sgd_(
     shard = (*states, *outs)
     grads, offsets, rows = read_shard(_STATES[: len(states)], shard, grad, grad_offsets, segment_ids, backend)
     device = master.device
-    if found_inf is not None:
-        check_one("found_inf", found_inf, FLAG_DTYPES, device)
+    check_one("found_inf", found_inf, FLAG_DTYPES, device)
     check_active(active, segment_ids, device)
     if step is not None:
         step = checked_step(step, segment_ids, active, device)
