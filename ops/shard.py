@@ -1,7 +1,7 @@
 """The checks of adam_, lion_ and sgd_ for a flat shard: its tensors, its gradients, its segments."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ from pyzero.ops.rows import (
 
 LARGEST = torch.finfo(torch.float32).max  # of the numbers of an update, all of which are rounded to fp32
 _MAX_STEP = 2**31 - 1  # all backends hold it as an int32
-
-Read: TypeAlias = tuple[Sequence[Tensor], Sequence[int], bytes]  # gradients, their offsets, rows of shard and gradients
 
 
 def as_lr(lr: Scalar, device: torch.device) -> Scalar:
@@ -80,8 +78,10 @@ def read_shard(
     grad_offsets: Sequence[int] | None,
     segment_ids: Tensor | None,
     backend: str,
-) -> Read:
-    """Check a shard and its gradients, and return them. shard: the fp32 `states`, master first, then `param_out`.
+) -> tuple[Sequence[Tensor], Sequence[int], bytes]:
+    """Check a shard and its gradients. Return the gradients, their offsets, and rows of the shard and the gradients.
+
+    shard: The fp32 `states`, master first, then `param_out`.
 
     With `segment_ids` or a list of gradients, all other tensors must be aligned for vectors, so that no vector
     straddles two segments. The reference can also compute in fp64, as an oracle; there are no rows then.
