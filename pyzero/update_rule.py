@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyzero.sharding.layout import GRANULE, Cut
 
-__all__ = ["Cut", "GradList", "Part", "RunShard", "StateSlot", "UpdateRule"]
+__all__ = ["Cut", "GradList", "Part", "RunShard", "StateSlot", "UpdateRule", "grad_and_offsets"]
 
 
 class Values(Enum):
@@ -89,6 +89,11 @@ class GradList(NamedTuple):
     def numel(self) -> int:
         """Return `size`, as a tensor over the whole RunShard would."""
         return self.size
+
+
+def grad_and_offsets(grad: Tensor | GradList) -> tuple[Tensor | Sequence[Tensor], Sequence[int] | None]:
+    """Return `grad` and `grad_offsets` of an op."""
+    return (grad.tensors, grad.offsets) if isinstance(grad, GradList) else (grad, None)
 
 
 class UpdateRule(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyzero import ops
 from pyzero.arguments.hyper_parameters import check_betas, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.update_rule import Cut, GradList, RunShard, StateSlot
+from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, grad_and_offsets
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,11 +57,12 @@ class AdamRule:
         backend: str,
     ) -> None:
         """See UpdateRule."""
+        grads, offsets = grad_and_offsets(grad)
         ops.adam_(
             shard.master,
             shard.state["exp_avg"],
             shard.state["exp_avg_sq"],
-            grad.tensors if isinstance(grad, GradList) else grad,
+            grads,
             lr=group["lr"],
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
@@ -75,7 +76,7 @@ class AdamRule:
             param_out=shard.weights_out,
             segment_ids=shard.segment_ids,
             active=used,
-            grad_offsets=grad.offsets if isinstance(grad, GradList) else None,
+            grad_offsets=offsets,
             backend=backend,
         )
 

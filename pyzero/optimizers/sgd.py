@@ -10,7 +10,7 @@ from pyzero import ops
 from pyzero.arguments.hyper_parameters import as_number, check_lr, check_not_negative, check_there
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.state_dict import with_step_counts
-from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule
+from pyzero.update_rule import Cut, GradList, RunShard, StateSlot, UpdateRule, grad_and_offsets
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,10 +63,11 @@ class SGDRule:
         backend: str,
     ) -> None:
         """See UpdateRule."""
+        grads, offsets = grad_and_offsets(grad)
         ops.sgd_(
             shard.master,
             shard.state["momentum_buffer"] if group["momentum"] else None,  # without momentum torch leaves it alone
-            grad.tensors if isinstance(grad, GradList) else grad,
+            grads,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -79,7 +80,7 @@ class SGDRule:
             param_out=shard.weights_out,
             segment_ids=shard.segment_ids,
             active=used,
-            grad_offsets=grad.offsets if isinstance(grad, GradList) else None,
+            grad_offsets=offsets,
             backend=backend,
         )
 
