@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyzero.ops.rounding import ceil_div
 
-from ..backend import SEGMENT_GRANULE, AdamArgs, AdamHyper, Scalar
+from ..backend import AdamArgs, AdamHyper, Scalar
 from .common import as_f32, as_f64, launch, load_f32, load_scalar
 from .shard_grads import launch_over_grads, read_row, store_weights
 
@@ -229,7 +229,7 @@ def _device_constants(
     block = 128
     launch(
         adam_constants_kernel, ceil_div(num_segments, block), master,
-        table, 0.0 if lr_tensor is not None else float(lr), lr_tensor, 1 if step_tensor is not None else int(step),
+        table, 0.0 if isinstance(lr, Tensor) else lr, lr_tensor, 1 if step_tensor is not None else int(step),
         step_tensor, num_segments, hyper.beta1, hyper.beta2, hyper.weight_decay,
         DECAYS=decays, BLOCK=block,
     )  # fmt: skip
@@ -238,21 +238,17 @@ def _device_constants(
 
 def adam_(args: AdamArgs) -> None:
     """Update a flat shard in place."""
-    master, hyper, grad_scale = args.master, args.hyper, args.grad_scale
-    if master.numel() == 0 or not args.grads:
-        return
+    hyper = args.hyper
     coupled = hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay
     decays = hyper.weight_decay != 0.0 and hyper.decoupled_weight_decay
     constants: Tensor | None = None
     host: tuple[Any, Any, Any] = (1.0, 1.0, 1.0)
     if isinstance(args.lr, Tensor) or isinstance(args.step, Tensor):
-        constants = _device_constants(master, hyper, args.lr, args.step, decays)
+        constants = _device_constants(args.master, hyper, args.lr, args.step, decays)
     else:
-        host = _host_constants(hyper, float(args.lr), int(args.step), decays)
+        host = _host_constants(hyper, args.lr, int(args.step), decays)
     launch_over_grads(
-        adam_kernel, adam_list_kernel, args, (master, args.exp_avg, args.exp_avg_sq),
-        args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
-        -1.0 if hyper.maximize else 1.0, constants, *host,
-        1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps, hyper.weight_decay, args.segment_ids, args.active,
-        COUPLED=coupled, SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
+        adam_kernel, adam_list_kernel, args, (args.master, args.exp_avg, args.exp_avg_sq),
+        constants, *host, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps, hyper.weight_decay,
+        COUPLED=coupled, BLOCK=BLOCK,
     )  # fmt: skip

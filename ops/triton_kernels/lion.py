@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import SEGMENT_GRANULE, LionArgs
+from ..backend import LionArgs
 from .common import as_f32, as_f64, load_f32, load_scalar
 from .shard_grads import launch_over_grads, read_row, store_weights
 
@@ -136,14 +136,10 @@ def lion_list_kernel(
 
 def lion_(args: LionArgs) -> None:
     """Update a flat shard in place."""
-    master, hyper, lr, grad_scale = args.master, args.hyper, args.lr, args.grad_scale
-    if master.numel() == 0 or not args.grads:
-        return
-    number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (float(lr), None)
+    hyper, lr = args.hyper, args.lr
+    number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     launch_over_grads(
-        lion_kernel, lion_list_kernel, args, (master, args.exp_avg),
-        args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
-        -1.0 if hyper.maximize else 1.0, number, tensor, float(hyper.weight_decay),
-        hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, args.segment_ids, args.active,
-        SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
+        lion_kernel, lion_list_kernel, args, (args.master, args.exp_avg),
+        number, tensor, float(hyper.weight_decay), hyper.beta1, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2,
+        BLOCK=BLOCK,
     )  # fmt: skip

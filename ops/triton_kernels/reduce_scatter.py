@@ -102,7 +102,7 @@ def reduce_scatter_(args: ReduceScatterArgs) -> None:
     launch(
         reduce_scatter_kernel, num_programs, shard,
         shard, pointer_table(tuple(sources), shard.device), n, chunk,
-        scale if is_tensor else float(scale), args.found_inf, partials,
+        scale, args.found_inf, partials,
         SLICE=ELEMENT_TYPES[slices[0].dtype], NUM_RANKS=len(slices), ALIGNED=is_aligned(*sources),
         ACCUMULATE=args.accumulate, SCALE_IS_TENSOR=is_tensor, BLOCK=BLOCK,
     )  # fmt: skip

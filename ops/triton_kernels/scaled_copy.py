@@ -130,7 +130,7 @@ def scaled_copy(
         own = None if partials is None else partials[first : first + table.num_rows]
         launch(
             scaled_copy_kernel, table.num_rows, on,
-            table.rows, scale if is_tensor else float(scale), found_inf, own,
+            table.rows, scale, found_inf, own,
             SOURCE=ELEMENT_TYPES[job.source], DEST=ELEMENT_TYPES[job.dest], ALIGNED=table.aligned, **constants,
         )  # fmt: skip
         first += table.num_rows

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import SEGMENT_GRANULE, SgdArgs
+from ..backend import SgdArgs
 from .common import as_f32, load_f32, load_scalar
 from .shard_grads import launch_over_grads, read_row, store_weights
 
@@ -142,16 +142,11 @@ def sgd_list_kernel(
 
 def sgd_(args: SgdArgs) -> None:
     """Update a flat shard in place."""
-    master, hyper, lr, step, grad_scale = args.master, args.hyper, args.lr, args.step, args.grad_scale
-    if master.numel() == 0 or not args.grads:
-        return
+    hyper, lr, step = args.hyper, args.lr, args.step
     launch_over_grads(
-        sgd_kernel, sgd_list_kernel, args, (master, args.momentum_buffer),
-        args.found_inf, grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale),
-        -1.0 if hyper.maximize else 1.0, lr if isinstance(lr, Tensor) else float(lr),
-        step if isinstance(step, Tensor) else None, float(hyper.momentum), 1.0 - hyper.dampening,
-        float(hyper.weight_decay) if hyper.weight_decay != 0 else None, args.segment_ids, args.active,
+        sgd_kernel, sgd_list_kernel, args, (args.master, args.momentum_buffer),
+        lr, step if isinstance(step, Tensor) else None, float(hyper.momentum), 1.0 - hyper.dampening,
+        float(hyper.weight_decay) if hyper.weight_decay != 0 else None,
         NESTEROV=bool(hyper.nesterov), IS_FIRST=not isinstance(step, Tensor) and step == 1,
-        SCALE_IS_TENSOR=isinstance(grad_scale, Tensor), LR_IS_TENSOR=isinstance(lr, Tensor),
-        BLOCK=BLOCK, SEGMENT=SEGMENT_GRANULE,
+        LR_IS_TENSOR=isinstance(lr, Tensor), BLOCK=BLOCK,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyzero.ops.rounding import ceil_div
 
-from ..backend import AdamArgs, LionArgs, SgdArgs
+from ..backend import SEGMENT_GRANULE, AdamArgs, LionArgs, SgdArgs
 from ..rows import addresses, numels
 from .address_table import AddressTable, Upload, address_tables, kept, pointer_table
 from .common import ELEMENT_TYPES, is_aligned, launch, round_to, store_rounded
@@ -48,27 +48,35 @@ def launch_over_grads(
     list_kernel: Any,
     args: AdamArgs | LionArgs | SgdArgs,
     states: Sequence[Tensor | None],
-    *others: Any,
+    *numbers: Any,
     BLOCK: int,
     **constants: Any,
 ) -> None:
     """`flat_kernel(*shard, grad, n, *others)` over the one gradient, or `list_kernel(*shard, table, *others)`.
 
-    The shard: its states, the first tensor that receives weights, and a table of the others.
+    The shard: its states, the first tensor that receives weights, and a table of the others. `others` are found_inf,
+    grad_scale and its sign, the rule's own numbers, segment_ids and active.
     """
-    master, grads = args.master, args.grads
+    master, grads, grad_scale = args.master, args.grads, args.grad_scale
+    if master.numel() == 0 or not grads:
+        return
     param_out, peers = (args.param_outs[0], args.param_outs[1:]) if args.param_outs else (None, ())
     peer_addresses = tuple(tensor.data_ptr() for tensor in peers)
     shard = (*states, param_out, pointer_table(peer_addresses, master.device) if peers else None)
-    constants |= {"NUM_PEERS": len(peers), "PEERS_ALIGNED": is_aligned(*peer_addresses)}
+    negate = -1.0 if args.hyper.maximize else 1.0
+    others = (args.found_inf, grad_scale, negate, *numbers, args.segment_ids, args.active)
+    constants |= {
+        "SCALE_IS_TENSOR": isinstance(grad_scale, Tensor), "BLOCK": BLOCK, "SEGMENT": SEGMENT_GRANULE,
+        "NUM_PEERS": len(peers), "PEERS_ALIGNED": is_aligned(*peer_addresses),
+    }  # fmt: skip
     if len(grads) == 1 and grads[0].numel() == master.numel():
         n = master.numel()
-        launch(flat_kernel, ceil_div(n, BLOCK), master, *shard, grads[0], n, *others, BLOCK=BLOCK, **constants)
+        launch(flat_kernel, ceil_div(n, BLOCK), master, *shard, grads[0], n, *others, **constants)
         return
     for table in _tables(args):
         launch(
             list_kernel, table.num_rows, master, *shard, table.rows, *others,
-            GRAD=ELEMENT_TYPES[grads[0].dtype], ALIGNED=table.aligned, BLOCK=BLOCK, **constants,
+            GRAD=ELEMENT_TYPES[grads[0].dtype], ALIGNED=table.aligned, **constants,
         )  # fmt: skip
 
 
