@@ -17,7 +17,7 @@ from .common import as_f32, as_f64, launch, load_f32, load_scalar
 from .shard_grads import launch_over_grads, read_row, store_weights
 
 BLOCK = 1024  # elements; four fp32 streams of 8 per thread are 8 16-byte loads in flight, and 62 registers
-NUM_CONSTANTS = 3  # step_size, inv_sqrt_bc2, decay
+NUM_CONSTANTS: tl.constexpr = tl.constexpr(3)  # step_size, inv_sqrt_bc2, decay
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def adam_constants_kernel(
     if DECAYS:
         decay = decay - rate * as_f64(weight_decay)
 
-    row = table + segment * 3
+    row = table + segment * NUM_CONSTANTS
     tl.store(row, step_size.to(tl.float32), mask=mask)
     tl.store(row + 1, inv_sqrt_bc2.to(tl.float32), mask=mask)
     tl.store(row + 2, decay.to(tl.float32), mask=mask)
@@ -122,7 +122,7 @@ def _update(
         inv_sqrt_bc2 = as_f32(inv_sqrt_bc2)
         decay = as_f32(decay)
     else:
-        row = constants + segment * 3
+        row = constants + segment * NUM_CONSTANTS
         step_size = tl.load(row)
         inv_sqrt_bc2 = tl.load(row + 1)
         decay = tl.load(row + 2)
@@ -182,7 +182,7 @@ def adam_kernel(
 @triton.jit
 def adam_list_kernel(
     master, exp_avg, exp_avg_sq, param_out, peers,
-    table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
+    table,  # int64 (num_programs, COLUMNS): address of the gradient, its first element in the shard, numel
     found_inf, grad_scale, negate, constants, step_size, inv_sqrt_bc2, decay,
     one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, segment_ids, active,
     COUPLED: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
@@ -225,7 +225,7 @@ def _device_constants(
     lr_tensor = lr if isinstance(lr, Tensor) else None
     step_tensor = step if isinstance(step, Tensor) else None
     num_segments = 1 if step_tensor is None else step_tensor.numel()
-    table = torch.empty(num_segments, NUM_CONSTANTS, dtype=torch.float32, device=master.device)
+    table = torch.empty(num_segments, NUM_CONSTANTS.value, dtype=torch.float32, device=master.device)
     block = 128
     launch(
         adam_constants_kernel, ceil_div(num_segments, block), master,

@@ -10,12 +10,13 @@ from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..streams import current_stream
 from .common import ALIGN_BYTES, chunk_numel, is_interpreted
 
-COLUMNS = 3  # source address, destination address, numel
+COLUMNS: tl.constexpr = tl.constexpr(3)  # source address, destination address, numel
 _CAPACITY = 256  # tables; a training step uses a few, the same ones every step
 
 Span = tuple[int, int, int]  # source address, destination address, numel: one tensor
@@ -125,7 +126,7 @@ def address_tables(spans: Sequence[Span], source_bytes: int, dest_bytes: int, up
     """Tables for the aligned spans and for the others (none where there are no such spans)."""
     if not spans:
         return []
-    table = _on_host(chain.from_iterable(spans)).view(-1, COLUMNS)
+    table = _on_host(chain.from_iterable(spans)).view(-1, COLUMNS.value)
     source, dest, numel = table.unbind(1)
     is_filled, is_aligned = numel > 0, (source | dest) % ALIGN_BYTES == 0
     tables = []

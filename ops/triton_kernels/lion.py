@@ -113,7 +113,7 @@ def lion_kernel(
 @triton.jit
 def lion_list_kernel(
     master, exp_avg, param_out, peers,
-    table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
+    table,  # int64 (num_programs, COLUMNS): address of the gradient, its first element in the shard, numel
     found_inf, grad_scale, negate, lr: tl.float64, lr_tensor, weight_decay: tl.float64,
     beta1, one_minus_beta1, beta2, one_minus_beta2, segment_ids, active,
     SCALE_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Scalar
-from .address_table import AddressTable, Span, Upload, address_tables, kept
+from .address_table import COLUMNS, AddressTable, Span, Upload, address_tables, kept
 from .common import (
     BLOCK,
     ELEMENT_TYPES,
@@ -47,7 +47,7 @@ def _copy_block(
 
 @triton.jit
 def scaled_copy_kernel(
-    rows,  # int64 (num_programs, 3): source address, destination address, numel
+    rows,  # int64 (num_programs, COLUMNS): source address, destination address, numel
     scale,
     found_inf,  # fp32 (1,) or None
     partials,  # fp64 (num_programs,) or None
@@ -59,7 +59,7 @@ def scaled_copy_kernel(
 
     Bytes per element: read one source, write one dest (none where not WRITES).
     """
-    row = rows + tl.program_id(0).to(tl.int64) * 3
+    row = rows + tl.program_id(0).to(tl.int64) * COLUMNS
     source_address = tl.load(row)
     dest_address = tl.load(row + 1)
     numel = tl.load(row + 2)

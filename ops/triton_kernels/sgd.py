@@ -120,7 +120,7 @@ def sgd_kernel(
 @triton.jit
 def sgd_list_kernel(
     master, momentum_buffer, param_out, peers,
-    table,  # int64 (num_programs, 3): address of the gradient, its first element in the shard, numel
+    table,  # int64 (num_programs, COLUMNS): address of the gradient, its first element in the shard, numel
     found_inf, grad_scale, negate, lr, step_tensor, momentum, one_minus_dampening, weight_decay, segment_ids, active,
     NESTEROV: tl.constexpr, IS_FIRST: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, LR_IS_TENSOR: tl.constexpr,
     BLOCK: tl.constexpr, SEGMENT: tl.constexpr, NUM_PEERS: tl.constexpr, PEERS_ALIGNED: tl.constexpr,

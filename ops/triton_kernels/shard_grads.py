@@ -13,14 +13,14 @@ from pyzero.ops.rounding import ceil_div
 
 from ..backend import SEGMENT_GRANULE, AdamArgs, LionArgs, SgdArgs
 from ..rows import addresses, numels
-from .address_table import AddressTable, Upload, address_tables, kept, pointer_table
+from .address_table import COLUMNS, AddressTable, Upload, address_tables, kept, pointer_table
 from .common import ELEMENT_TYPES, is_aligned, launch, round_to, store_rounded
 
 
 @triton.jit
 def read_row(table, GRAD: tl.constexpr, ALIGNED: tl.constexpr, SEGMENT: tl.constexpr):
     """This program's row: where its gradient lies, its first element in the shard, numel."""
-    row = table + tl.program_id(0).to(tl.int64) * 3
+    row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     address = tl.load(row)
     grad = address.to(tl.pointer_type(GRAD))
     if ALIGNED:
