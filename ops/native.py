@@ -37,14 +37,14 @@ _loading = threading.Lock()
 
 
 def ahead_of_time_path(kind: Kind) -> Path | None:
-    """Return the path of the module that pip built, stale or not; None if there is none."""
+    """Return the path of the module that pip built, usable or not; None if there is none."""
     # Not importlib.util.find_spec, because that finds the JIT's module once it is loaded.
     found = PathFinder.find_spec(f"_native_{kind}", pyzero.__path__)
     return Path(found.origin) if found is not None and found.origin is not None else None
 
 
-def stale_reason(kind: Kind) -> str | None:
-    """Return why the module that pip built does not fit the sources in the package or this machine's GPUs; or None."""
+def unusable_reason(kind: Kind) -> str | None:
+    """Return why the module that pip built does not fit the sources in the package, or this machine; or None."""
     path = ahead_of_time_path(kind)
     if path is None or not build_spec.CSRC.is_dir():
         return None
@@ -76,10 +76,10 @@ def _driver_reason(path: Path) -> str | None:
 
 def unavailable_reason(kind: Kind) -> str | None:
     """Return why load() cannot even try, or None. Cheap: builds and imports nothing."""
-    stale = stale_reason(kind)
-    if stale is None and ahead_of_time_path(kind) is not None:
+    unusable = unusable_reason(kind)
+    if unusable is None and ahead_of_time_path(kind) is not None:
         return None
-    reasons = [stale or "not built ahead of time", jit.unavailable_reason(kind)]
+    reasons = [unusable or "not built ahead of time", jit.unavailable_reason(kind)]
     return None if reasons[1] is None else "; ".join(filter(None, reasons))
 
 
@@ -95,12 +95,12 @@ def load(kind: Kind) -> ModuleType:
 @functools.cache
 def _load(kind: Kind) -> ModuleType | JitError:
     path = ahead_of_time_path(kind)
-    stale = stale_reason(kind)
+    unusable = unusable_reason(kind)
     try:
-        if path is not None and stale is None:
+        if path is not None and unusable is None:
             return jit.import_file(f"_native_{kind}", path)
-        if stale is not None:
-            log.warning("%s", stale)
+        if unusable is not None:
+            log.warning("%s", unusable)
         return jit.load(kind)
     except JitError as error:
         return error
@@ -114,7 +114,7 @@ def forget() -> None:
 
 def share_row_reader() -> None:
     """If pip has built the C++ module, let it read tensors for a backend that is not in C++; see `rows`."""
-    if ahead_of_time_path("cpu") is not None and stale_reason("cpu") is None:
+    if ahead_of_time_path("cpu") is not None and unusable_reason("cpu") is None:
         with contextlib.suppress(JitError):  # it cannot be imported: Python reads them
             backend("cpu")
 

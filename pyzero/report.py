@@ -108,12 +108,12 @@ def _modules() -> Iterator[str]:
 
     kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
     for kind in kinds:
-        path, stale = native.ahead_of_time_path(kind), native.stale_reason(kind)
+        path, unusable = native.ahead_of_time_path(kind), native.unusable_reason(kind)
         if path is None:
             yield f"{kind}, ahead of time: not built"
         else:
             stamp = build_spec.read_stamp(path)
-            yield f"{kind}, ahead of time: " + (stale or f"{path}, build {stamp[1] if stamp else 'unknown'}")
+            yield f"{kind}, ahead of time: " + (unusable or f"{path}, build {stamp[1] if stamp else 'unknown'}")
         try:
             if reason := jit.unavailable_reason(kind):
                 yield f"{kind}, at first use: cannot be built: {reason}"
@@ -136,7 +136,7 @@ def _failed_build(backend: str) -> str | None:
 
     kinds: tuple[jit.Kind, ...] = ("cpu", "cuda")
     for kind in kinds:
-        needs_build = native.ahead_of_time_path(kind) is None or native.stale_reason(kind) is not None
+        needs_build = native.ahead_of_time_path(kind) is None or native.unusable_reason(kind) is not None
         if kind == backend and needs_build and jit.last_failure(kind):
             return "the last build failed: see native modules"
     return None

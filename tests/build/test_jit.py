@@ -297,7 +297,7 @@ def test_a_module_without_code_for_the_gpu_is_not_used(
     wanted = build_spec.source_hash(build_spec.CSRC, build_spec.cuda_sources())
     path.write_text(f"pyzero-stamp:{wanted}:0:80,90,100\0")
     monkeypatch.setattr(native, "ahead_of_time_path", lambda kind: path)
-    assert native.stale_reason("cuda") is None, "no GPU is here, whose it could lack"
+    assert native.unusable_reason("cuda") is None, "no GPU is here, whose it could lack"
     monkeypatch.setenv("PYZERO_JIT", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")

@@ -120,7 +120,7 @@ def test_a_wheel_works_from_anywhere(wheel_python: Path, checkout: Path, tmp_pat
     site = wheel_python.parent.parent
     used = succeed(wheel_python, "-c", USE, cwd=tmp_path, PYZERO_JIT="0", PYZERO_BACKEND="cpu")
     assert used.startswith(str(site))
-    script = "from pyzero.ops import native; print(native.stale_reason('cpu'), native.load('cpu').__file__)"
+    script = "from pyzero.ops import native; print(native.unusable_reason('cpu'), native.load('cpu').__file__)"
     assert succeed(wheel_python, "-c", script, cwd=tmp_path, PYZERO_JIT="0").startswith(f"None {site}")
     # In the checkout's own folder the checkout comes first, and has to work.
     used = succeed(wheel_python, "-c", USE, cwd=checkout, PYZERO_JIT="0")
