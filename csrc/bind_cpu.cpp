@@ -2,13 +2,6 @@
 #include "bind_common.h"
 #include "cpu/launch.h"
 
-#ifndef PYZERO_BUILD_HASH
-#define PYZERO_BUILD_HASH ""
-#endif
-#ifndef PYZERO_SOURCE_HASH
-#define PYZERO_SOURCE_HASH ""
-#endif
-
 namespace py = pybind11;
 using namespace pyzero;
 
@@ -75,8 +68,6 @@ void step_scalars(Address out, Address rows, int64_t num_rows, double max_norm, 
 }  // namespace
 
 PYBIND11_MODULE(_native_cpu, module) {
-  module.attr("build_hash") = PYZERO_BUILD_HASH;
-  module.attr("source_hash") = PYZERO_SOURCE_HASH;
   bind_rows(module);
   module.def("adam_", &adam);
   module.def("lion_", &lion);

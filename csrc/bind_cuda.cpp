@@ -10,12 +10,6 @@
 #ifndef PYZERO_MODULE_NAME
 #define PYZERO_MODULE_NAME _native_cuda
 #endif
-#ifndef PYZERO_BUILD_HASH
-#define PYZERO_BUILD_HASH ""
-#endif
-#ifndef PYZERO_SOURCE_HASH
-#define PYZERO_SOURCE_HASH ""
-#endif
 
 namespace pyzero {
 namespace {
@@ -99,9 +93,6 @@ int64_t adam_workspace_bytes(int64_t num_segments) { return num_segments * int64
 }  // namespace pyzero
 
 PYBIND11_MODULE(PYZERO_MODULE_NAME, m) {
-  m.attr("build_hash") = PYZERO_BUILD_HASH;
-  m.attr("source_hash") = PYZERO_SOURCE_HASH;
-  m.attr("max_ranks") = pyzero::cuda::kMaxRanks;
   m.attr("grad_stats_workspace_bytes") = pyzero::cuda::kMaxPartials * sizeof(double);
   pyzero::bind_rows(m);
   m.def("adam_", &pyzero::adam_);

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Beside this folder, in a checkout and in an installed package.
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -57,7 +58,6 @@ class Unit:
     source: str  # relative to Spec.root
     flags: tuple[str, ...] = ()
     tag: str = ""  # tells apart several compilations of one source
-    stamped: bool = False  # gets the hashes as macros
 
     @property
     def object_name(self) -> str:
@@ -86,20 +86,17 @@ class Spec:
 
     def build_hash(self) -> str:
         """Return the hash of the sources and of everything else that affects the module."""
-        units = [(unit.source, unit.flags, unit.tag, unit.stamped) for unit in self.units]
+        units = [(unit.source, unit.flags, unit.tag) for unit in self.units]
         what = (self.name, self.source_hash(), units, self.flags, self.link_flags, self.fingerprint)
         return _digest([repr(what).encode()])
 
     def compile_commands(self, build_dir: Path) -> list[list[str]]:
         """Return one command per object. The last compiles the stamp that read_stamp() finds."""
-        hashes = {"PYZERO_SOURCE_HASH": self.source_hash(), "PYZERO_BUILD_HASH": self.build_hash()}
-        stamp_flags = [f'-D{key}="{value}"' for key, value in hashes.items()]
         common = [*self.compiler, *self.flags, f"-I{self.root}", *(f"-I{folder}" for folder in self.includes)]
         commands = []
         for unit in self.units:
-            flags = [*unit.flags, *(stamp_flags if unit.stamped else ())]
             source = str(self.root / unit.source)
-            commands.append([*common, *flags, "-c", source, "-o", str(build_dir / unit.object_name)])
+            commands.append([*common, *unit.flags, "-c", source, "-o", str(build_dir / unit.object_name)])
         stamp = ["-c", str(build_dir / "stamp.cpp"), "-o", str(build_dir / "stamp.o")]
         return [*commands, [*self.compiler, *self.flags, *stamp]]
 
@@ -126,22 +123,22 @@ def source_hash(root: Path, sources: Iterable[str]) -> str:
     return _digest(part for name in names for part in (name.encode(), (root / name).read_bytes()))
 
 
-def read_stamp(module: Path) -> tuple[str, str] | None:
-    """Return (source hash, build hash) of a built module. Reads its bytes and does not load it."""
-    found = re.search(rb"pyzero-stamp:([0-9a-f]+):([0-9a-f]+):", module.read_bytes())
-    return (found[1].decode(), found[2].decode()) if found else None
+class Stamp(NamedTuple):
+    """What a built module says of itself."""
+
+    source_hash: str
+    build_hash: str
+    archs: tuple[str, ...]  # GPU architectures that it has code for
+    toolkit: str  # version of the CUDA toolkit that built it, or ""
 
 
-def read_archs(module: Path) -> tuple[str, ...]:
-    """Return the GPU architectures that a built module has code for, from its stamp; empty if it names none."""
-    found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:([0-9af,]+)[:\0]", module.read_bytes())
-    return tuple(found[1].decode().split(",")) if found else ()
-
-
-def read_toolkit(module: Path) -> str:
-    """Return the version of the CUDA toolkit that built a module, from its stamp; empty if it names none."""
-    found = re.search(rb"pyzero-stamp:[0-9a-f]+:[0-9a-f]+:[0-9af,]+:([0-9.]+)\0", module.read_bytes())
-    return found[1].decode() if found else ""
+def read_stamp(module: Path) -> Stamp | None:
+    """Return the stamp of a built module, or None if it has none. Reads its bytes and does not load it."""
+    found = re.search(rb"pyzero-stamp:([0-9a-f]+):([0-9a-f]+):([0-9af,]*):([0-9.]*)\0", module.read_bytes())
+    if found is None:
+        return None
+    source_hash, build_hash, archs, toolkit = (part.decode() for part in found.groups())
+    return Stamp(source_hash, build_hash, tuple(filter(None, archs.split(","))), toolkit)
 
 
 def needed_driver(toolkit: str) -> int:
@@ -183,7 +180,7 @@ def cpu_spec(cxx: Sequence[str], root: Path = CSRC, machine: str = platform.mach
         if source == "cpu/kernels.cpp":
             units += [Unit(source, (f"-DPYZERO_ISA={isa}", *flags), tag=isa) for isa, flags in isas.items()]
         else:
-            units.append(Unit(source, have, stamped=source.startswith("bind_")))
+            units.append(Unit(source, have))
     link = ("-shared", "-pthread", "-ldl", *_macos_link_flags())
     print_as = _fingerprint(cxx)
     return Spec("_native_cpu", root, tuple(units), tuple(cxx), _CXX_FLAGS, link, python_includes(), print_as)
@@ -194,7 +191,7 @@ def cuda_spec(nvcc: Sequence[str], archs: Sequence[str] = (), root: Path = CSRC)
     archs = sorted(archs, key=_arch_number) or default_cuda_archs(nvcc)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    units = [Unit(source, stamped=source.startswith("bind_")) for source in cuda_sources(root)]
+    units = [Unit(source) for source in cuda_sources(root)]
     flags = (*_NVCC_FLAGS, *targets)
     link = ("-shared", "-cudart=static", *targets)
     print_as = _fingerprint(nvcc)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import threading
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -50,14 +51,13 @@ def unusable_reason(kind: Kind) -> str | None:
         return None
     stamp = build_spec.read_stamp(path)
     wanted = build_spec.source_hash(build_spec.CSRC, _SOURCES[kind]())
-    if stamp is not None and stamp[0] == wanted:
-        return (_foreign_reason(path) or _driver_reason(path)) if kind == "cuda" else None
-    got = stamp[0] if stamp is not None else "none"
+    if stamp is not None and stamp.source_hash == wanted:
+        return (_foreign_reason(path, stamp.archs) or _driver_reason(path, stamp.toolkit)) if kind == "cuda" else None
+    got = stamp.source_hash if stamp is not None else "none"
     return f"{path} is stale (sources {got}, wanted {wanted}); pip install again, or remove it"
 
 
-def _foreign_reason(path: Path) -> str | None:
-    archs = build_spec.read_archs(path)
+def _foreign_reason(path: Path, archs: Sequence[str]) -> str | None:
     if not archs or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     foreign = [f"sm_{gpu}" for gpu in jit.present_cuda_archs() if not build_spec.runs_on(archs, gpu)]
@@ -69,8 +69,8 @@ def _foreign_reason(path: Path) -> str | None:
     )
 
 
-def _driver_reason(path: Path) -> str | None:
-    reason = jit.driver_reason(build_spec.read_toolkit(path))
+def _driver_reason(path: Path, toolkit: str) -> str | None:
+    reason = jit.driver_reason(toolkit)
     return reason and f"{path} does not run here: {reason}"
 
 

@@ -113,7 +113,7 @@ def _modules() -> Iterator[str]:
             yield f"{kind}, ahead of time: not built"
         else:
             stamp = build_spec.read_stamp(path)
-            yield f"{kind}, ahead of time: " + (unusable or f"{path}, build {stamp[1] if stamp else 'unknown'}")
+            yield f"{kind}, ahead of time: " + (unusable or f"{path}, build {stamp.build_hash if stamp else 'unknown'}")
         try:
             if reason := jit.unavailable_reason(kind):
                 yield f"{kind}, at first use: cannot be built: {reason}"

@@ -12,7 +12,6 @@ static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_toy", nullptr, -1, nul
 PyMODINIT_FUNC PyInit__toy() {
   PyObject* module = PyModule_Create(&definition);
   PyModule_AddIntConstant(module, "answer", ANSWER);
-  PyModule_AddStringConstant(module, "build_hash", PYZERO_BUILD_HASH);
   return module;
 }
 """
@@ -28,5 +27,5 @@ def write_toy(root: Path, answer: str = "42") -> Path:
 
 def toy_spec(root: Path, compiler: tuple[str, ...] = ("c++",), flags: tuple[str, ...] = ("-fPIC",)) -> Spec:
     """The toy's spec."""
-    units = (Unit("toy.cpp", stamped=True),)
+    units = (Unit("toy.cpp"),)
     return Spec("_toy", root, units, compiler, flags, includes=build_spec.python_includes(), fingerprint="toy")
