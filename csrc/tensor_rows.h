@@ -189,7 +189,7 @@ class RowReader {
   }
 
   static int64_t end_of(const Row& row) {
-    return row.address + row.numel * (row.dtype == int64_t(DType::kFloat32) ? 4 : 2);
+    return row.address + row.numel * element_size(static_cast<DType>(row.dtype));
   }
 
   // Starts and ends may be sorted separately: the spans are disjoint if and only if each sorted end is at most the next

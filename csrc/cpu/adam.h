@@ -17,7 +17,7 @@ void adam_loop(const AdamArgs& args, const GradSpan& span, const AdamConstants& 
   const AdamConstants k = constants;
   float staged[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = end - at < kTile ? end - at : kTile;
+    const int64_t count = tile_count(at, end);
     float* __restrict master = args.master + at;
     float* __restrict exp_avg = args.exp_avg + at;
     float* __restrict exp_avg_sq = args.exp_avg_sq + at;

@@ -72,21 +72,32 @@ inline void end_stream() {
 
 constexpr int64_t kTile = 512;  // floats staged in L1 between the loops of one kernel, so that each loop vectorises
 
-// Calls fn with a null pointer of the C++ type.
+// Elements of the tile that begins at `at`.
+inline int64_t tile_count(int64_t at, int64_t end) { return end - at < kTile ? end - at : kTile; }
+
+template <typename T>
+struct Tag {
+  using type = T;
+};
+
+// Calls fn with the Tag of the C++ type.
 template <typename Fn>
 inline void with_dtype(DType dtype, const Fn& fn) {
   switch (dtype) {
     case DType::kBFloat16:
-      return fn(static_cast<BFloat16*>(nullptr));
+      return fn(Tag<BFloat16>{});
     case DType::kFloat16:
-      return fn(static_cast<Float16*>(nullptr));
+      return fn(Tag<Float16>{});
     default:
-      return fn(static_cast<float*>(nullptr));
+      return fn(Tag<float>{});
   }
 }
 
 inline void widen_span(const Buffer& buffer, int64_t at, float* out, int64_t count) {
-  with_dtype(buffer.dtype, [&](auto* type) { widen(static_cast<decltype(type)>(buffer.data) + at, out, count); });
+  with_dtype(buffer.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    widen(static_cast<const T*>(buffer.data) + at, out, count);
+  });
 }
 
 // Returns the span itself if it is fp32, else `staged` with its values.
@@ -97,13 +108,16 @@ inline const float* fp32_span(const Buffer& buffer, int64_t at, float* staged, i
 }
 
 inline void narrow_span(const float* in, const Buffer& buffer, int64_t at, int64_t count) {
-  with_dtype(buffer.dtype, [&](auto* type) { narrow(in, static_cast<decltype(type)>(buffer.data) + at, count); });
+  with_dtype(buffer.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    narrow(in, static_cast<T*>(buffer.data) + at, count);
+  });
 }
 
 inline void copy_span(const Buffer& src, const Buffer& dst, int64_t at, int64_t count) {
-  with_dtype(src.dtype, [&](auto* type) {
-    memcpy(static_cast<decltype(type)>(dst.data) + at, static_cast<decltype(type)>(src.data) + at,
-           sizeof(*type) * count);
+  with_dtype(src.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    memcpy(static_cast<T*>(dst.data) + at, static_cast<const T*>(src.data) + at, sizeof(T) * count);
   });
 }
 

@@ -210,7 +210,7 @@ void unscale(const UnscaleArgs& args, int num_threads) {
 
 void pack(const PackArgs& args, int num_threads) {
   const float scale = float(read(args.scale));
-  const int64_t item_bytes = args.bucket.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t item_bytes = element_size(args.bucket.dtype);
   const bool streams = scale == 1.0f && args.bucket.numel * item_bytes >= kStreamBytes;
   for_each_chunk(args.tensors, num_threads, GradStats{}, [&](int64_t which, int64_t begin, int64_t end) {
     const Buffer& source = args.tensors[which];

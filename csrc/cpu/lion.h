@@ -16,7 +16,7 @@ void lion(const LionArgs& args, const GradSpan& span, const LionConstants& const
   const LionConstants k = constants;
   float staged[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = end - at < kTile ? end - at : kTile;
+    const int64_t count = tile_count(at, end);
     float* __restrict master = args.master + at;
     float* __restrict exp_avg = args.exp_avg + at;
     const float* __restrict grad = fp32_span(span.values, at - span.offset, staged, count);

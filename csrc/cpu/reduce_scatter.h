@@ -8,13 +8,6 @@ namespace pyzero {
 namespace PYZERO_ISA {
 namespace {
 
-template <typename P>
-struct Pointee;
-template <typename T>
-struct Pointee<T*> {
-  using type = T;
-};
-
 // Reads R slices and writes fp32: 2R + 4 B per element with 16-bit slices, and 4 more to accumulate.
 template <typename T, bool kAccumulate>
 double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end) {
@@ -22,7 +15,7 @@ double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64
   float sum[kTile];
   float slice[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = end - at < kTile ? end - at : kTile;
+    const int64_t count = tile_count(at, end);
     widen(static_cast<const T*>(span.slices[0]) + at, sum, count);
     for (int rank = 1; rank < span.num_slices; ++rank) {
       widen(static_cast<const T*>(span.slices[rank]) + at, slice, count);
@@ -41,8 +34,8 @@ double reduce_loop(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64
 
 double reduce(const ReduceSpan& span, bool want_sumsq, int64_t begin, int64_t end) {
   double total = 0.0;
-  with_dtype(span.dtype, [&](auto* type) {
-    using T = typename Pointee<decltype(type)>::type;
+  with_dtype(span.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
     total = span.accumulate ? reduce_loop<T, true>(span, want_sumsq, begin, end)
                             : reduce_loop<T, false>(span, want_sumsq, begin, end);
   });

@@ -16,7 +16,7 @@ void sgd_loop(const SgdArgs& args, const GradSpan& span, float lr, bool is_first
   const SgdCoefficients c = sgd_coefficients(args.hyper);
   float staged[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = end - at < kTile ? end - at : kTile;
+    const int64_t count = tile_count(at, end);
     float* __restrict master = args.master + at;
     float* __restrict buffer = kHasBuffer ? args.momentum_buffer + at : nullptr;
     const float* __restrict grad = fp32_span(span.values, at - span.offset, staged, count);

@@ -29,8 +29,9 @@ inline void scale_span(const Buffer& src, const Buffer& dst, float factor, float
 
 inline bool any_nonfinite(const Buffer& buffer, int64_t at, int64_t count) {
   bool any = false;
-  with_dtype(buffer.dtype, [&](auto* type) {
-    const auto* values = static_cast<decltype(type)>(buffer.data) + at;
+  with_dtype(buffer.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* values = static_cast<const T*>(buffer.data) + at;
     unsigned found = 0;
     for (int64_t i = 0; i < count; ++i) found |= is_nonfinite(values[i]);
     any = found != 0;
@@ -44,7 +45,7 @@ constexpr int64_t kAheadBytes = 8192;
 // Prefetches the tile kAheadBytes ahead: hardware prefetchers stop at the end of a page of 4 KiB. A prefetch past the
 // end of a tensor is useless but cannot fault.
 inline void prefetch_ahead(const Buffer& buffer, int64_t at) {
-  const int64_t item_bytes = buffer.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t item_bytes = element_size(buffer.dtype);
   const char* from = static_cast<const char*>(buffer.data) + at * item_bytes + kAheadBytes;
   for (int64_t i = 0; i < kTile * item_bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 0);
 }
@@ -61,7 +62,7 @@ double scale(const Buffer& dst, const Buffer& src, float factor, Wanted wanted, 
   bool found = false;
   float tile[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = end - at < kTile ? end - at : kTile;
+    const int64_t count = tile_count(at, end);
     prefetch_ahead(src, at);
     if (writes && !verbatim) scale_span(src, dst, factor, tile, at, count);
     if (wanted == Wanted::kFlag) found |= any_nonfinite(stored, at, count);

@@ -129,8 +129,6 @@ struct Span {
   bool vectors;  // false if no head aligns all pointers at once: all elements are accessed one by one
 };
 
-inline int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 struct Operand {
   const void* data;
   DType dtype;

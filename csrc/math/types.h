@@ -18,6 +18,8 @@ namespace pyzero {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // in the order of FLOAT_DTYPES in ops/rows.py
 
+PZ_HD int element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 struct BFloat16 {
   uint16_t bits;
 };
