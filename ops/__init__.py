@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "ops":
-    raise ImportError("got `import ops`, wanted `import pyzero.ops`; run from the folder above, or install")
+    raise ImportError("expected `import pyzero.ops`, got `import ops`; run from the folder above, or install")
 
 if TYPE_CHECKING:
     from .adam import adam_ as adam_

@@ -24,7 +24,7 @@ BACKEND_CHOICES = ("auto", "cuda", "cpu", "triton", "reference")
 def _choice(name: str, choices: tuple[str, ...]) -> str:
     value = os.environ.get(name) or choices[0]
     if value not in choices:
-        raise ValueError(f"got {name}={value}, wanted one of {', '.join(choices)}; correct it or unset it")
+        raise ValueError(f"expected {name} as one of {', '.join(choices)}, got {value}; correct it or unset it")
     return value
 
 
@@ -42,7 +42,7 @@ def cuda_archs() -> tuple[str, ...]:
     archs = tuple(arch.removeprefix("sm_").replace(".", "") for arch in _words("PYZERO_CUDA_ARCHS"))
     for arch in archs:
         if not arch[:-1].isdigit():  # 90a is valid too
-            raise ValueError(f"got {arch!r} in PYZERO_CUDA_ARCHS, wanted numbers as in 80;90; correct it or unset it")
+            raise ValueError(f"expected PYZERO_CUDA_ARCHS as in 80;90, got {arch!r} in it; correct it or unset it")
     return archs
 
 
@@ -75,7 +75,7 @@ def num_threads() -> int | None:
     if not value:
         return None
     if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"got PYZERO_NUM_THREADS={value}, wanted a number from 1; correct it or unset it")
+        raise ValueError(f"expected PYZERO_NUM_THREADS as a number from 1, got {value}; correct it or unset it")
     return int(value)
 
 
@@ -85,7 +85,7 @@ def cxx() -> tuple[str, ...]:
     try:
         return tuple(shlex.split(value))
     except ValueError as error:
-        raise ValueError(f"got CXX={value}, wanted a command ({error}); correct it or unset it") from None
+        raise ValueError(f"expected CXX as a command, got {value} ({error}); correct it or unset it") from None
 
 
 def cuda_home() -> str | None:

@@ -117,7 +117,8 @@ def pick(op: str, backend: str, device: torch.device) -> Backend:
 def check_name(backend: str) -> None:
     """Raise ValueError if there is no backend of that name."""
     if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"got backend={backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
+        names = ", ".join(BACKENDS)
+        raise ValueError(f"expected backend as one of auto, {names}, got {backend!r}; pass 'auto' for the best here")
 
 
 def forget() -> None:

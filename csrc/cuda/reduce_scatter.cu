@@ -137,9 +137,9 @@ void reduce(const ReduceScatterArgs& args, double* partials, cudaStream_t stream
 
 void reduce_scatter(const ReduceScatterArgs& args, double* partials, cudaStream_t stream) {
   if (args.slices.empty() || args.slices.size() > size_t(kMaxSlices)) {
-    throw std::invalid_argument("got " + std::to_string(args.slices.size()) + " slices, wanted 1 to " +
-                                std::to_string(kMaxSlices) +
-                                ", one per rank; reduce within each node first, then between nodes");
+    throw std::invalid_argument("expected 1 to " + std::to_string(kMaxSlices) + " slices, one per rank, got " +
+                                std::to_string(args.slices.size()) +
+                                "; reduce within each node first, then between nodes");
   }
   if (args.numel == 0) return;
   switch (args.dtype) {

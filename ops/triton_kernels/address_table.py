@@ -96,7 +96,7 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
     """What `build` made of this content on this device and stream, now or earlier."""
     if device.type != "cpu" and is_interpreted():
         raise RuntimeError(
-            f"got tensors on {device}, wanted CPU tensors: the interpreter runs on the host and cannot follow their "
+            f"expected CPU tensors, got tensors on {device}: the interpreter runs on the host and cannot follow their "
             "addresses; unset TRITON_INTERPRET"
         )
     # The stream is part of the key: another stream would not wait for this one's copy of the table.

@@ -157,7 +157,7 @@ def launch(kernel: Any, num_programs: int, on: Tensor, *args: Any, **constants: 
     """Run a kernel on the device and current stream of `on`, without contraction of a*b+c into fma."""
     if on.device.type == "cpu" and not is_interpreted():
         raise RuntimeError(
-            "got CPU tensors, wanted GPU tensors: triton was imported without TRITON_INTERPRET=1; "
+            "expected GPU tensors, got CPU tensors: triton was imported without TRITON_INTERPRET=1; "
             "set it before the process starts, or pass backend='cpu'"
         )
     constants.setdefault("num_warps", NUM_WARPS)

@@ -162,7 +162,7 @@ def test_the_rest_of_a_checkout_is_no_part_of_the_package(checkout: Path, name: 
 
 def test_ops_is_not_a_package_of_its_own(checkout: Path) -> None:
     done = run(sys.executable, "-c", "import ops", cwd=checkout)
-    assert done.returncode != 0 and "wanted `import pyzero.ops`" in done.stderr
+    assert done.returncode != 0 and "expected `import pyzero.ops`" in done.stderr
 
 
 def test_without_a_compiler_the_install_succeeds(tmp_path: Path) -> None:

@@ -159,12 +159,12 @@ def test_auto_is_what_the_variable_says(backend: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("PYZERO_JIT", "yes", "got PYZERO_JIT=yes, wanted one of 1, 0; correct it or unset it"),
-        ("PYZERO_CUDA_ARCHS", "hopper", "got 'hopper' in PYZERO_CUDA_ARCHS, wanted numbers as in 80;90; correct it"),
-        ("PYZERO_BACKEND", "cpuu", "got PYZERO_BACKEND=cpuu, wanted one of auto, "),
-        ("PYZERO_BUILD", "all of it", "got PYZERO_BUILD=all of it, wanted one of auto, "),
-        ("PYZERO_NUM_THREADS", "0", "got PYZERO_NUM_THREADS=0, wanted a number from 1; correct it or unset it"),
-        ("CXX", "'c++", "got CXX='c++, wanted a command (No closing quotation); correct it or unset it"),
+        ("PYZERO_JIT", "yes", "expected PYZERO_JIT as one of 1, 0, got yes; correct it or unset it"),
+        ("PYZERO_CUDA_ARCHS", "hopper", "expected PYZERO_CUDA_ARCHS as in 80;90, got 'hopper' in it; correct it"),
+        ("PYZERO_BACKEND", "cpuu", "expected PYZERO_BACKEND as one of auto, cuda, cpu, triton, reference, got cpuu; "),
+        ("PYZERO_BUILD", "all of it", "expected PYZERO_BUILD as one of auto, none, cpu, cuda, all, got all of it; "),
+        ("PYZERO_NUM_THREADS", "0", "expected PYZERO_NUM_THREADS as a number from 1, got 0; correct it or unset it"),
+        ("CXX", "'c++", "expected CXX as a command, got 'c++ (No closing quotation); correct it or unset it"),
     ],
 )
 @pytest.mark.parametrize("is_built", [True, False])
