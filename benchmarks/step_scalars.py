@@ -39,30 +39,30 @@ def _calls(call: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def _inputs(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows, 1 / loss scale, step counts, and which parameters have a gradient."""
-    rows = torch.zeros(_NUM_ROWS, STATS_COLUMNS, dtype=torch.float64, device=device)
-    rows[:, 1] = torch.arange(1, _NUM_ROWS + 1, device=device)
+    """Statistics, 1 / loss scale, step counts, and which parameters have a gradient."""
+    stats = torch.zeros(_NUM_ROWS, STATS_COLUMNS, dtype=torch.float64, device=device)
+    stats[:, 1] = torch.arange(1, _NUM_ROWS + 1, device=device)
     used = (torch.arange(_NUM_PARAMS, device=device) % 3 != 0).float()
-    return rows, torch.full((), 0.5, device=device), torch.zeros(_NUM_PARAMS, device=device), used
+    return stats, torch.full((), 0.5, device=device), torch.zeros(_NUM_PARAMS, device=device), used
 
 
 def _ours(device: str, backend: str) -> tuple[Callable[[], Tensor], Tensor]:
-    rows, unscale, steps, used = _inputs(device)
+    stats, unscale, steps, used = _inputs(device)
     out = torch.empty(NUM_SCALARS, device=device)
 
     def call() -> Tensor:
-        ops.step_scalars_(out, rows, steps=steps, used=used, max_norm=_MAX_NORM, unscale=unscale, backend=backend)
+        ops.step_scalars_(out, stats, steps=steps, used=used, max_norm=_MAX_NORM, unscale=unscale, backend=backend)
         return out
 
     return call, steps
 
 
 def _torch(device: str) -> tuple[Callable[[], Tensor], Tensor]:
-    rows, unscale, steps, used = _inputs(device)
+    stats, unscale, steps, used = _inputs(device)
 
     def call() -> Tensor:
-        found = (rows[:, 0] != 0).any().float()
-        norm = (rows[:, 1].sum().sqrt() * unscale).float()
+        found = (stats[:, 0] != 0).any().float()
+        norm = (stats[:, 1].sum().sqrt() * unscale).float()
         clip = (_MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
         steps.add_(used * (1.0 - found))
         return torch.stack([found, norm, clip, clip * unscale])

@@ -91,8 +91,8 @@ struct UnscaleArgs {
 };
 
 struct StepScalarsArgs {
-  float* out;          // (4,)
-  const double* rows;  // (num_rows, kStatsColumns)
+  float* out;           // (4,)
+  const double* stats;  // (num_rows, kStatsColumns)
   int64_t num_rows;
   bool clips;
   float max_norm;

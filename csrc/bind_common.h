@@ -137,10 +137,11 @@ inline SgdArgs sgd_args(const PyRows& rows, const std::vector<int64_t>& offsets,
 }
 
 // A negative max_norm means no clipping.
-inline StepScalarsArgs step_scalars_args(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale,
-                                         PyScalar factor, Address steps, Address used, int64_t num_params) {
+inline StepScalarsArgs step_scalars_args(Address out, Address stats, int64_t num_rows, double max_norm,
+                                         PyScalar unscale, PyScalar factor, Address steps, Address used,
+                                         int64_t num_params) {
   return StepScalarsArgs{pointer<float>(out),
-                         pointer<const double>(rows),
+                         pointer<const double>(stats),
                          num_rows,
                          max_norm >= 0.0,
                          float(max_norm),

@@ -56,10 +56,10 @@ void loss_scale_update_(Address state, Address found_inf, const PyPolicy& rule, 
   cpu::loss_scale_update(pointer<float>(state), pointer<const float>(found_inf), args);
 }
 
-void step_scalars_(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
+void step_scalars_(Address out, Address stats, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
                    Address steps, Address used, int64_t num_params, int /*num_threads*/) {
   const StepScalarsArgs args =
-      step_scalars_args(out, rows, num_rows, max_norm, unscale, factor, steps, used, num_params);
+      step_scalars_args(out, stats, num_rows, max_norm, unscale, factor, steps, used, num_params);
   const pybind11::gil_scoped_release release;
   cpu::step_scalars(args);
 }

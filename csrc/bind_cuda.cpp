@@ -80,10 +80,10 @@ void loss_scale_update_(Address state, Address found_inf, const PyPolicy& rule, 
   cuda::loss_scale_update(pointer<float>(state), pointer<const float>(found_inf), policy(rule), stream_of(stream));
 }
 
-void step_scalars_(Address out, Address rows, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
+void step_scalars_(Address out, Address stats, int64_t num_rows, double max_norm, PyScalar unscale, PyScalar factor,
                    Address steps, Address used, int64_t num_params, int device, Address stream) {
   const DeviceGuard guard(device);
-  cuda::step_scalars(step_scalars_args(out, rows, num_rows, max_norm, unscale, factor, steps, used, num_params),
+  cuda::step_scalars(step_scalars_args(out, stats, num_rows, max_norm, unscale, factor, steps, used, num_params),
                      stream_of(stream));
 }
 

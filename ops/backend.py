@@ -159,7 +159,7 @@ class StepScalarsArgs(NamedTuple):
     """Arguments of step_scalars_."""
 
     out: Tensor  # (4,) fp32: found_inf, norm, clip coefficient, grad_scale
-    rows: Tensor  # (n, 3) fp64: flag, sum of squares, not read
+    stats: Tensor  # (n, 3) fp64: flag, sum of squares, not read
     max_norm: float | None
     unscale: Scalar
     factor: Scalar

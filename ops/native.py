@@ -244,15 +244,15 @@ class NativeBackend:
         """See `pyzero.ops.step_scalars_`."""
         self.module.step_scalars_(
             args.out.data_ptr(),
-            args.rows.data_ptr(),
-            args.rows.shape[0],
+            args.stats.data_ptr(),
+            args.stats.shape[0],
             -1.0 if args.max_norm is None else args.max_norm,
             _scalar(args.unscale),
             _scalar(args.factor),
             args.steps.data_ptr(),
             args.used.data_ptr(),
             args.steps.numel(),
-            *self._launch_args(args.rows.device),
+            *self._launch_args(args.stats.device),
         )
 
 

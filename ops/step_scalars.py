@@ -13,7 +13,7 @@ NUM_SCALARS = 4
 
 def step_scalars_(
     out: Tensor,
-    rows: Tensor,
+    stats: Tensor,
     *,
     steps: Tensor,
     used: Tensor,
@@ -30,7 +30,7 @@ def step_scalars_(
 
     Args:
         out: (4,) fp32.
-        rows: (n, 3) fp64, n >= 1: overflow flag (0 is none), sum of squares, and a column that is not read.
+        stats: (n, 3) fp64, n >= 1: overflow flag (0 is none), sum of squares, and a column that is not read.
         steps: (num_params,) fp32. `used` is added to it, unless a flag is set.
         used: (num_params,) fp32, 1 for a parameter with a gradient, else 0.
         max_norm: Clip to this norm, from 0; None: do not clip.
@@ -43,12 +43,12 @@ def step_scalars_(
         ValueError: Shapes or devices do not fit, or max_norm is below 0 or NaN.
         BackendUnavailableError: The chosen backend cannot run here.
     """
-    device = rows.device
-    check_dtype("rows", rows, (torch.float64,), "make it with dtype=torch.float64")
-    if rows.dim() != 2 or rows.shape[1] != STATS_COLUMNS or not rows.shape[0] or not rows.is_contiguous():
+    device = stats.device
+    check_dtype("stats", stats, (torch.float64,), "make it with dtype=torch.float64")
+    if stats.dim() != 2 or stats.shape[1] != STATS_COLUMNS or not stats.shape[0] or not stats.is_contiguous():
         raise ValueError(
-            f"expected contiguous rows of shape (n, {STATS_COLUMNS}), got shape {tuple(rows.shape)} with strides "
-            f"{rows.stride()}; stack one row per rank"
+            f"expected contiguous stats of shape (n, {STATS_COLUMNS}), got shape {tuple(stats.shape)} with strides "
+            f"{stats.stride()}; stack one row per rank"
         )
     max_norm = None if max_norm is None else float(max_norm)
     if max_norm is not None and not max_norm >= 0:
@@ -61,7 +61,7 @@ def step_scalars_(
             check_device(name, tensor, device)
     args = StepScalarsArgs(
         out=out,
-        rows=rows,
+        stats=stats,
         max_norm=max_norm,
         unscale=as_scalar("unscale", unscale, device),
         factor=as_scalar("factor", factor, device),

@@ -237,7 +237,7 @@ void reduce_scatter(const ReduceScatterArgs& args, int num_threads) {
 }
 
 void step_scalars(const StepScalarsArgs& args) {
-  const StepScalars scalars = pyzero::step_scalars(args.rows, args.num_rows, args.clips, args.max_norm,
+  const StepScalars scalars = pyzero::step_scalars(args.stats, args.num_rows, args.clips, args.max_norm,
                                                    float(read(args.unscale)), float(read(args.factor)));
   args.out[0] = scalars.found_inf;
   args.out[1] = scalars.norm;

@@ -8,7 +8,7 @@ namespace {
 
 struct StepScalarsParams {
   float* out;  // (4,)
-  const double* rows;
+  const double* stats;
   int64_t num_rows;
   bool clips;
   float max_norm;
@@ -22,9 +22,9 @@ struct StepScalarsParams {
 // One thread per parameter; thread 0 also computes the scalars. Bytes: 24 per row, cached, and 12 per parameter.
 __global__ void __launch_bounds__(kThreads) step_scalars_kernel(const __grid_constant__ StepScalarsParams params) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < params.num_params && !has_overflow(params.rows, params.num_rows)) params.steps[i] += params.used[i];
+  if (i < params.num_params && !has_overflow(params.stats, params.num_rows)) params.steps[i] += params.used[i];
   if (i != 0) return;
-  const StepScalars scalars = pyzero::step_scalars(params.rows, params.num_rows, params.clips, params.max_norm,
+  const StepScalars scalars = pyzero::step_scalars(params.stats, params.num_rows, params.clips, params.max_norm,
                                                    read(params.unscale), read(params.factor));
   params.out[0] = scalars.found_inf;
   params.out[1] = scalars.norm;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) step_scalars_kernel(const __grid_con
 
 void step_scalars(const StepScalarsArgs& args, cudaStream_t stream) {
   const StepScalarsParams params{args.out,
-                                 args.rows,
+                                 args.stats,
                                  args.num_rows,
                                  args.clips,
                                  args.max_norm,

@@ -22,20 +22,20 @@ PZ_HD float clip_coefficient(float norm, float max_norm) {
   return clip > 1.0f ? 1.0f : clip;  // NaN if the norm is NaN
 }
 
-PZ_HD bool has_overflow(const double* rows, int64_t num_rows) {
+PZ_HD bool has_overflow(const double* stats, int64_t num_rows) {
   bool found = false;
-  for (int64_t i = 0; i < num_rows; ++i) found |= rows[i * kStatsColumns + kFlag] != 0.0;
+  for (int64_t i = 0; i < num_rows; ++i) found |= stats[i * kStatsColumns + kFlag] != 0.0;
   return found;
 }
 
-PZ_HD StepScalars step_scalars(const double* rows, int64_t num_rows, bool clips, float max_norm, float unscale,
+PZ_HD StepScalars step_scalars(const double* stats, int64_t num_rows, bool clips, float max_norm, float unscale,
                                float factor) {
   double sumsq = 0.0;
-  for (int64_t i = 0; i < num_rows; ++i) sumsq += rows[i * kStatsColumns + kSumsq];
+  for (int64_t i = 0; i < num_rows; ++i) sumsq += stats[i * kStatsColumns + kSumsq];
 
   const float norm = float(sqrt(sumsq) * double(unscale)) * fabsf(factor);
   const float clip = clips ? clip_coefficient(norm, max_norm) : 1.0f;
-  return StepScalars{has_overflow(rows, num_rows) ? 1.0f : 0.0f, norm, clip, clip * factor * unscale};
+  return StepScalars{has_overflow(stats, num_rows) ? 1.0f : 0.0f, norm, clip, clip * factor * unscale};
 }
 
 }  // namespace pyzero

@@ -9,7 +9,7 @@ from pyzero.ops.reference.scalars import round_to, scalar
 @torch.no_grad()
 def step_scalars_(args: StepScalarsArgs) -> None:
     """See `pyzero.ops.step_scalars_`."""
-    flags, sums, _ = args.rows.unbind(1)
+    flags, sums, _ = args.stats.unbind(1)
     found = (flags != 0).any().to(torch.float32)
     unscale, factor = scalar(args.unscale, torch.float32), scalar(args.factor, torch.float32)
     sumsq = sums[0]

@@ -17,7 +17,7 @@ _PARAMS = 256  # per program
 @triton.jit(do_not_specialize=["num_rows", "num_params"])
 def step_scalars_kernel(
     out,  # fp32 (4,): found_inf, norm, clip, grad_scale
-    rows,  # fp64 (num_rows, 3): flag, sum of squares, not read
+    stats,  # fp64 (num_rows, 3): flag, sum of squares, not read
     num_rows, max_norm, unscale, factor,
     steps, used,  # fp32 (num_params,)
     num_params,
@@ -28,8 +28,8 @@ def step_scalars_kernel(
     sumsq = tl.zeros((), tl.float64)
     row = num_rows * 0
     while row < num_rows:
-        found = found | (tl.load(rows + 3 * row) != 0.0).to(tl.int32)
-        sumsq += tl.load(rows + 3 * row + 1)
+        found = found | (tl.load(stats + 3 * row) != 0.0).to(tl.int32)
+        sumsq += tl.load(stats + 3 * row + 1)
         row += 1
 
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -55,7 +55,7 @@ def step_scalars_(args: StepScalarsArgs) -> None:
     num_params = args.steps.numel()
     launch(
         step_scalars_kernel, max(1, ceil_div(num_params, _PARAMS)), args.out,
-        args.out, args.rows, len(args.rows), args.max_norm or 0.0, args.unscale, args.factor,
+        args.out, args.stats, len(args.stats), args.max_norm or 0.0, args.unscale, args.factor,
         args.steps, args.used, num_params,
         CLIPS=args.max_norm is not None,
         UNSCALE_IS_TENSOR=isinstance(args.unscale, Tensor), FACTOR_IS_TENSOR=isinstance(args.factor, Tensor),

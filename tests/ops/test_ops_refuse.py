@@ -327,9 +327,13 @@ LOSS_SCALE = {
 }
 
 STEP_SCALARS = {
-    "rows-dtype": ({"rows": ones(2, 3)}, TypeError, "expected rows in float64, got float32; make it with dtype="),
-    "rows-shape": ({"rows": ones(2, 2).double()}, ValueError, r"expected contiguous rows of shape \(n, 3\), got shape"),
-    "no-rows": ({"rows": ones(0, 3).double()}, ValueError, r"expected contiguous rows of shape \(n, 3\), got shape"),
+    "stats-dtype": ({"stats": ones(2, 3)}, TypeError, "expected stats in float64, got float32; make it with dtype="),
+    "stats-shape": (
+        {"stats": ones(2, 2).double()},
+        ValueError,
+        r"expected contiguous stats of shape \(n, 3\), got shape",
+    ),
+    "no-stats": ({"stats": ones(0, 3).double()}, ValueError, r"expected contiguous stats of shape \(n, 3\), got shape"),
     "out-length": ({"out": ones(3)}, ValueError, "expected out to have 4 elements"),
     "used-length": ({"used": ones(3)}, ValueError, "expected used to have 5 elements"),
     "steps-dtype": ({"steps": ones(5).double()}, TypeError, "expected steps in float32, got float64"),
@@ -379,7 +383,7 @@ OPS: dict[
     ),
     "step_scalars_": (
         ops.step_scalars_,
-        lambda: {"out": ones(4), "rows": torch.zeros(2, 3).double(), "steps": ones(5), "used": ones(5)},
+        lambda: {"out": ones(4), "stats": torch.zeros(2, 3).double(), "steps": ones(5), "used": ones(5)},
         STEP_SCALARS,
     ),
 }

@@ -162,11 +162,11 @@ def loss_scale(device: str, backend: str) -> list[Tensor]:
 def step_scalars(device: str, backend: str) -> list[Tensor]:
     results = []
     for flag in (0.0, 1.0):
-        rows = torch.tensor([[0.0, 9.0, 0.0], [flag, 7.0, 0.0]], dtype=torch.float64, device=device)
+        stats = torch.tensor([[0.0, 9.0, 0.0], [flag, 7.0, 0.0]], dtype=torch.float64, device=device)
         out, steps = torch.zeros(4, device=device), torch.zeros(1000, device=device)
         inverse = torch.full((), 0.25, device=device)
         ops.step_scalars_(
-            out, rows, steps=steps, used=torch.ones_like(steps), max_norm=0.5, unscale=inverse, backend=backend
+            out, stats, steps=steps, used=torch.ones_like(steps), max_norm=0.5, unscale=inverse, backend=backend
         )
         results += [out, steps]
     return results

@@ -108,8 +108,8 @@ def _wrong_loss_scale(state, found_inf, **kwargs):
     return _RIGHT["loss_scale_update_"](state, found_inf, growth_delay=1, **kwargs)
 
 
-def _wrong_step_scalars(out, rows, **kwargs):
-    _RIGHT["step_scalars_"](out, rows, **kwargs)
+def _wrong_step_scalars(out, stats, **kwargs):
+    _RIGHT["step_scalars_"](out, stats, **kwargs)
     out.mul_(1.01)
 
 
