@@ -239,10 +239,10 @@ def test_a_link_to_a_checkpoint_elsewhere_is_pruned_alone(tmp_path):
 
 def test_a_step_is_saved_again_in_its_place(tmp_path):
     model, optimizer = lone(tmp_path)
-    for word in ("first", "second"):
-        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=7, word=word)
+    for word, number in (("before", 70), ("first", 7), ("second", 7)):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=number, word=word)
     assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["word"] == "second"
-    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_7.1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_70", "step_7.1"}
 
 
 def test_what_is_refused(tmp_path):
