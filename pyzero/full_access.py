@@ -180,7 +180,7 @@ class FullAccess(ZeroBase):
         if location is None:
             return {MASTER: local_of(param.detach()).float().clone()}
         self._follow_alike("the state", *location)
-        return {name: self._gather_local(name, *location).clone() for name in location.bucket.state_names}
+        return {name: self._gather_local(name, *location) for name in location.bucket.state_names}
 
     @torch.no_grad()
     def local_grad(self, param: Tensor) -> Tensor | None:
@@ -252,7 +252,7 @@ class FullAccess(ZeroBase):
 
     def _gather(self, name: str, bucket: Bucket, position: int) -> Tensor:
         local = self._gather_local(name, bucket, position)
-        return local if bucket.is_flat(name) else widen(bucket, name, position, local).clone()
+        return local if bucket.is_flat(name) else widen(bucket, name, position, local)
 
     def _gather_local(self, name: str, bucket: Bucket, position: int) -> Tensor:
         flat = gather_param(self._group, bucket, position, bucket.sharded(name), bucket.elements_per_value(name))

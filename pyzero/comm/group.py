@@ -437,8 +437,7 @@ class Group:
         """Overwrite each tensor with the first rank's. Those of one dtype and device travel in batches up to 25 MiB."""
         for batch in _batches(tensors):
             is_one = len(batch) == 1 and batch[0].is_contiguous() and not (batch[0].is_conj() or batch[0].is_neg())
-            joined = batch[0].view(-1) if is_one else torch.cat([tensor.reshape(-1) for tensor in batch])
-            flat = joined.resolve_conj().resolve_neg()
+            flat = batch[0].view(-1) if is_one else torch.cat([tensor.reshape(-1) for tensor in batch])
             self.broadcast(flat.view(torch.uint8))  # gloo knows no int16 and no fp8, NCCL no int16
             if is_one:
                 continue

@@ -26,6 +26,7 @@ from resume import (
 from torch import nn
 
 import pyzero
+from pyzero.checkpoint import files
 
 
 def resumed(group: Any, kind: str, dtype: torch.dtype, stage: int, path: Path) -> list[Any]:
@@ -225,6 +226,21 @@ def test_the_newest_are_kept_where_the_clock_was_set_back(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_12", "step_100", "step_3"}
 
 
+def test_the_newest_are_kept_where_all_have_one_time(tmp_path, monkeypatch):
+    """As of saves within a second, on a file system whose times are seconds."""
+    model, optimizer = lone(tmp_path)
+    write = files.write_file
+
+    def write_in_one_second(path: Path, content: bytes) -> None:
+        write(path, content)
+        os.utime(path, (4e9, 4e9))
+
+    monkeypatch.setattr(files, "write_file", write_in_one_second)
+    for number in (9, 100, 3, 2):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=number, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_3", "step_2"}
+
+
 def test_a_link_to_a_checkpoint_elsewhere_is_pruned_alone(tmp_path):
     model, optimizer = lone(tmp_path)
     path, moved = tmp_path / "saved", tmp_path / "moved"
@@ -239,10 +255,10 @@ def test_a_link_to_a_checkpoint_elsewhere_is_pruned_alone(tmp_path):
 
 def test_a_step_is_saved_again_in_its_place(tmp_path):
     model, optimizer = lone(tmp_path)
-    for word in ("first", "second"):
-        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=7, word=word)
+    for word, number in (("before", 70), ("first", 7), ("second", 7)):
+        pyzero.save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=number, word=word)
     assert pyzero.load_checkpoint(tmp_path, model=model, optimizer=optimizer)["word"] == "second"
-    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_7.1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step_70", "step_7.1"}
 
 
 def test_what_is_refused(tmp_path):

@@ -67,8 +67,9 @@ def test_inf_and_nan_stay_and_too_large_is_refused(tmp_path: Path):
     export_safetensors({"w": bad}, path, torch.float16)
     before = path.read_bytes()
     assert torch.equal(load_file(path)["w"].float().nan_to_num(1.0), bad.nan_to_num(1.0))
-    with pytest.raises(ValueError, match=r"expected values that torch.float16 holds, got larger ones in w;"):
-        export_safetensors({"w": torch.tensor([65520.0])}, path, torch.float16)
+    for large in ([65520.0], [float("inf"), 65520.0]):
+        with pytest.raises(ValueError, match=r"expected values that torch.float16 holds, got larger ones in w;"):
+            export_safetensors({"w": torch.tensor(large)}, path, torch.float16)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

@@ -304,6 +304,22 @@ def test_a_process_group_in_the_place_of_a_destroyed_one_takes_its_channels(rank
         assert one == other
 
 
+def name_after_others_went(group: Any) -> str:
+    """Of an optimizer's group, after two others have gone in another order on each rank."""
+    parent = dist.new_group([0, 1], timeout=timedelta(seconds=5))  # of a timeout of its own, so that no others are free
+    others = [pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=parent) for _ in range(2)]
+    while others:
+        others.pop(-group.rank())
+        gc.collect()
+    optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=parent)
+    return str(optimizer._group.handle.group_name)
+
+
+def test_ranks_take_the_same_group_whichever_went_first(ranks):
+    one, other = ranks.run(2, name_after_others_went)
+    assert one == other
+
+
 def built_after_a_group_went(group: Any) -> int:
     """A process group is destroyed between two optimizers of a part of the ranks."""
     pair, passing = dist.new_group([0, 1], timeout=LIMIT), dist.new_group(timeout=LIMIT)

@@ -109,6 +109,17 @@ def test_a_loss_that_is_kept_keeps_no_engine(section):
         assert torch.equal(weight.grad, torch.full((4,), 0.5))
 
 
+def test_outputs_that_go_back_in_twice_are_divided_once():
+    """The search behind the first input passes the second, and ends before it knows of it."""
+    engine = start(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), gradient_accumulation_steps=2)
+    twin = copy.deepcopy(engine.module)
+    for model, steps in ((engine, 1), (twin, 2)):
+        hidden = model(ones()) * 2.0
+        ((model(hidden + 1.0) + model(hidden)).sum() / steps).backward()
+    for param, other in zip(engine.module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, other.grad)
+
+
 @dataclasses.dataclass
 class Output:
     loss: Tensor
@@ -406,6 +417,16 @@ def coalesced(group: Any, stage: int) -> list[float]:
 def test_coalesced_reduction(ranks, stage):
     assert coalesced(None, stage) == [4.0] * 4
     assert ranks.run(4, coalesced, stage) == [[4.0] * 4] * 4
+
+
+@pytest.mark.parametrize("acts", [True, False])
+def test_a_boundary_that_was_said_holds_after_a_coalesced_reduction(acts):
+    engine = start(gradient_accumulation_steps=2 if acts else 1)
+    engine.set_gradient_accumulation_boundary(acts)
+    with engine.coalesce_grad_reduction():
+        engine.backward(engine(ones()).sum())
+    engine.step()
+    assert engine.was_step_applied() == acts
 
 
 def test_another_batch_size_is_another_number_of_steps():

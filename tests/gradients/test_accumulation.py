@@ -1,6 +1,7 @@
 """Backward, read, drop and step in any order. What counts is what torch's Adam does on the mean; see twins.py."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -248,11 +249,29 @@ def test_a_gradient_that_was_assigned_and_zeroed_carries_any_scale(run, size, ho
     run(size, assigned_then_zeroed, 1, how)
 
 
-def replaced_after_a_nan(group: Any) -> None:
+def scaled_then_zeroed(group: Any, how: str) -> None:
+    twins = Twins(group, 1, loss_scale=8.0)
+    twins.optimizer.backward(twins.loss(1.0))
+    twins.expect(twins.mean(1.0))
+    twins.drop(how)
+    if group.rank() == 0:  # the zeros of the others came with a loss scale
+        twins.loss(2.0).backward()
+    twins.expect(2.0 / group.size())
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("how", ["optimizer, zeros", "model, zeros"])
+@SIZES
+def test_a_scaled_gradient_that_was_zeroed_carries_any_scale(run, size, how):
+    run(size, scaled_then_zeroed, how)
+
+
+def replaced_after_a_nan(group: Any, index: int) -> None:
     twins = Twins(group, 2)
     with twins.optimizer.no_sync():
-        (twins.first.float() * float("nan")).sum().backward()
-    nn.utils.clip_grad_norm_(twins.model.parameters(), 0.5)  # by NaN, the padding of the shard with it
+        (twins.model[index].float() * float("nan")).sum().backward()
+    nn.utils.clip_grad_norm_(twins.model.parameters(), 0.5)  # by NaN, the gap behind the second with it
     twins.loss(1.0).backward()
     for param in (twins.first, twins.second):
         twins.optimizer.set_full_grad(param, torch.full(param.shape, 3.0))
@@ -263,9 +282,65 @@ def replaced_after_a_nan(group: Any) -> None:
     twins.check()
 
 
+@pytest.mark.parametrize("index", [0, 1])
 @SIZES
-def test_a_gradient_that_was_nan_is_replaced(run, size):
-    run(size, replaced_after_a_nan)
+def test_a_gradient_that_was_nan_is_replaced(run, size, index):
+    run(size, replaced_after_a_nan, index)
+
+
+def dropped_under_way(group: Any, slow_rank: int) -> None:
+    twins = Twins(group, 2)
+    if twins.rank == slow_rank:
+        time.sleep(0.5)  # the other rank has ended its backward by then, and dropped its gradient
+    (twins.loss(1.0) + twins.loss(1.0, index=1)).backward()
+    twins.expect(twins.mean(1.0), index=1)
+    twins.first.grad = None
+    twins.backward(4.0)
+    twins.step()
+    twins.check()
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_a_gradient_that_was_dropped_before_it_arrived_counts_no_more(run, slow_rank):
+    run(2, dropped_under_way, slow_rank)
+
+
+def dropped_with_its_bucket(group: Any, stage: int, factor: float) -> None:
+    twins = Twins(group, stage, bucket_cap_mb=1e-6, max_grad_norm=2.0)
+    twins.backward(1.0)
+    twins.loss(factor, index=1).backward()
+    READS["full_grad"](twins)
+    twins.second.grad = None
+    twins.optimizer.step()
+    assert twins.optimizer.was_step_applied
+    assert float(twins.optimizer.grad_norm) == 8.0 * twins.mean(1.0)
+
+
+@pytest.mark.parametrize("factor", [4.0, math.inf])
+@UP_TO_THREE
+def test_a_gradient_that_was_dropped_with_its_bucket_counts_no_more(run, size, stage, factor):
+    run(size, dropped_with_its_bucket, stage, factor)
+
+
+def scaled_in_a_round_without_it(group: Any, stage: int) -> None:
+    twins = Twins(group, stage)
+    for index in (0, 1):  # in stage 2 no bucket waits for the second in the next step
+        twins.backward(1.0, index)
+        if index == 1:
+            READS["clip"](twins)
+            twins.backward(2.0)
+            for model in (twins.model, twins.theirs):
+                for param in model[:2]:
+                    param.grad.mul_(0.5)
+            twins.backward(4.0)
+        twins.step()
+        twins.check()
+        twins.drop("optimizer")
+
+
+@UP_TO_THREE
+def test_what_a_round_left_out_is_scaled_too(run, size, stage):
+    run(size, scaled_in_a_round_without_it, stage)
 
 
 def stepped_twice(group: Any, stage: int, dtype: torch.dtype) -> None:

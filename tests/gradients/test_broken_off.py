@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import build, loss_of, micro_batch, params_of
-from own_groups import OwnGroups
+from own_groups import OwnGroups, is_refused
 from peer_memory import through_peers
 from ranks import ON_GPU
 from torch import nn
@@ -305,6 +305,30 @@ def step_with_anothers_gradient(group: Any, stage: int) -> str:
     optimizer.step()
     assert grad is not None and grad.any()
     return str(error.value)
+
+
+def step_with_anothers_gradient_and_an_assigned_one(group: Any, stage: int) -> bool:
+    """Whether the step after one that failed on one rank refuses the gradient that was assigned before it."""
+    first, last = (nn.Parameter(torch.zeros(64)) for _ in range(2))
+    optimizer = pyzero.FusedZeroSGD([first, last], lr=1.0, process_group=group, stage=stage)
+    last.sum().backward()
+    earlier = last.grad
+    optimizer.step()
+    optimizer.zero_grad()
+    first.grad = torch.full((64,), 4.0)
+    last.grad = earlier if group.rank() == BAD_RANK else None
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    last.grad = None
+    is_told = is_refused(optimizer.step)
+    assert torch.equal(first, torch.full_like(first, 0.0 if is_told else -4.0))
+    return is_told
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_was_assigned_beside_it_counts_in_the_next_step_or_is_refused(run, stage):
+    first, second = run(2, step_with_anothers_gradient_and_an_assigned_one, stage)
+    assert first == second
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -366,6 +366,22 @@ def test_a_collective_on_grad_counts(run, stage, dtype, num_backwards, how):
         assert weights == [-2.0 * num_backwards]
 
 
+def written_in_part(group: Any, stage: int) -> Tensor:
+    weight = nn.Parameter(torch.zeros(70, dtype=torch.bfloat16))
+    optimizer = pyzero.FusedZeroSGD([weight], process_group=group, stage=stage, grad_reduce_dtype=torch.float32)
+    with optimizer.no_sync():
+        for factor in (256.0, 1.0):  # 257 in fp32, and 256 in .grad
+            (weight * factor).sum().backward()
+    weight.grad.as_subclass(Tensor).data[:1] = 512.0
+    return optimizer.full_grad(weight)
+
+
+@STAGES
+def test_what_was_not_written_keeps_its_sum_in_fp32(run, stage):
+    for grad in run(2, written_in_part, stage):
+        assert grad.tolist() == [512.0, *[257.0] * 69]
+
+
 # ---- factors of one rank's own --------------------------------------------------------------------------------------
 
 
@@ -377,13 +393,18 @@ def multiplied_unequally(group: Any, stage: int, how: str) -> str:
     if how == "NaN on all":
         factor = math.nan
     twins.first.grad.mul_(torch.tensor(factor, device="cpu") if how == "tensor" else factor)
+    message = "no error"
     try:
         twins.optimizer.full_grad(twins.first)
     except pyzero.CollectiveError:
         raise
     except RuntimeError as error:
-        return str(error)
-    return "no error"
+        message = str(error)
+    twins.drop("model")
+    twins.backward(1.0)
+    twins.step()
+    twins.check()
+    return message
 
 
 def multiplied_by_a_tensor_written_since(group: Any, stage: int) -> Tensor:

@@ -114,6 +114,40 @@ def test_fp16_weights(ranks):
     assert first["norm"] == pytest.approx(wide["norm"], rel=2**-8)  # unscaled; weights and gradients round at 2^-11
 
 
+def clipped_while_scaled(group: Any, stage: int, unscales: bool) -> list[float]:
+    param = nn.Parameter(torch.zeros(100))
+    optimizer = pyzero.FusedZeroSGD([param], process_group=group, stage=stage)
+    scaler = gradscaler()
+    scaler.scale((param * 2).sum()).backward()
+    norm = optimizer.clip_grad_norm_(4.0 * SCALE)
+    if unscales:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    return [float(norm), float(optimizer.grad_norm), float(optimizer.clipped_grad_norm)]
+
+
+@pytest.mark.parametrize(("size", "stage", "unscales"), [(1, 2, False), *itertools.product([2], (1, 2), (True, False))])
+def test_the_norm_of_a_step_is_unscaled_if_the_clip_came_first(ranks, size, stage, unscales):
+    for norms in ranks.run(size, clipped_while_scaled, stage, unscales):
+        assert norms == pytest.approx([20.0 * SCALE, 20.0, 4.0], rel=1e-6)
+
+
+def spoilt_after_unscale(group: Any, stage: int) -> bool:
+    param = nn.Parameter(torch.zeros(100))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group, stage=stage)
+    scaler = gradscaler()
+    scaler.scale(param.sum()).backward()
+    scaler.unscale_(optimizer)
+    optimizer.set_full_grad(param, torch.full((100,), float("inf")))
+    scaler.step(optimizer)
+    return optimizer.was_step_applied or bool(param.any())
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_an_inf_that_comes_after_unscale_skips_the_step(ranks, size, stage):
+    assert ranks.run(size, spoilt_after_unscale, stage) == [False] * size
+
+
 def two_optimizers(group: Any) -> list[list[float]]:
     """One scaler over two optimizers, one of them with an overflow on rank 1: that one skips, the scale falls."""
     rank = group.rank()

@@ -148,6 +148,23 @@ def test_the_norm_of_a_step_is_of_before_clipping(ranks, size, stage, between):
         assert clipped == pytest.approx(after, rel=1e-5)
 
 
+def norm_of_what_was_assigned(group: Any, stage: int) -> list[float]:
+    """The norm of `first`, and that of `second` after a step; `second` was frozen when the first was asked for."""
+    first, second = nn.Parameter(torch.zeros(100)), nn.Parameter(torch.zeros(64), requires_grad=False)
+    optimizer = pyzero.FusedZeroSGD([first, second], process_group=group, stage=stage)
+    (first * 2).sum().backward()
+    norms = [float(first.grad.norm())]
+    second.requires_grad_().grad = torch.full((64,), 3.0)
+    optimizer.step()
+    return [*norms, float(second.grad.norm())]
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_what_was_assigned_after_a_norm_has_its_own(ranks, size, stage):
+    for norms in ranks.run(size, norm_of_what_was_assigned, stage):
+        assert norms == pytest.approx([20.0, 24.0], rel=1e-6)
+
+
 @pytest.mark.parametrize("clips", [(1, 1, 1, 1), (1, 0, 1, 0)], ids=["each", "every other"])
 def test_a_clip_is_not_of_gradients_that_come_unseen(clips):
     """As a replayed graph writes them: into the same tensors, whose versions stay."""

@@ -206,6 +206,29 @@ def test_gradients_are_unscaled_by_the_scale_that_they_carry_after_another_was_l
     assert goes_on(saved_at, loss_scale) == [1.0, scales[0], 1.0, scales[1], 1.0, scales[2]]
 
 
+def test_state_without_a_loss_scale_brings_only_its_skips():
+    """Neither how many clean steps it has counted, nor how many overflows a policy of its own would still bear."""
+
+    def scales(loads: bool) -> list[float]:
+        weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+        before = pyzero.FusedZeroSGD([weight], loss_scale=None)
+        weight.grad = torch.full_like(weight, math.inf)
+        before.step()
+        optimizer = pyzero.FusedZeroSGD([weight], loss_scale=pyzero.LossScale(64.0, hysteresis=3, growth_interval=2))
+        if loads:
+            optimizer.load_state_dict(before.state_dict())
+            assert optimizer.skipped_steps == 1
+        seen = []
+        for factor in (1.0, math.inf, math.inf, 1.0, 1.0, math.inf):
+            optimizer.zero_grad()
+            optimizer.backward((weight.float() * factor).sum())
+            optimizer.step()
+            seen.append(optimizer.loss_scale)
+        return seen
+
+    assert scales(loads=True) == scales(loads=False)
+
+
 def test_a_first_scale_outside_its_bounds_unscales_by_what_it_becomes():
     for policy in (pyzero.LossScale(1024.0, **QUICK), pyzero.LossScale(1.0, **QUICK)):
         assert goes_on(8.0, policy)[::2] == [1.0] * 3

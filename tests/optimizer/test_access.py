@@ -146,6 +146,23 @@ def test_a_master_that_was_set_is_no_outside_write(caplog):
     assert "written outside" not in caplog.text
 
 
+def test_what_is_returned_is_the_callers_to_write():
+    trained, frozen = (nn.Parameter(torch.ones(3), requires_grad=trains) for trains in (True, False))
+    optimizer = pyzero.FusedZeroAdam([trained, frozen])
+    trained.sum().backward()
+    optimizer.step()
+
+    def values() -> list[Tensor]:
+        masters = [*map(optimizer.full_master, (trained, frozen)), optimizer.local_state(frozen)["master"]]
+        grads = [optimizer.full_grad(trained), optimizer.local_grad(trained)]
+        return [*masters, *grads, *optimizer.full_state(trained).values(), *optimizer.local_state(trained).values()]
+
+    wanted = [value.clone() for value in values()]
+    for value in values():
+        value.fill_(7.0)
+    assert all(map(torch.equal, values(), wanted)) and torch.equal(frozen, torch.ones(3))
+
+
 def test_writes_through_data_are_followed_on_request():
     param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = pyzero.FusedZeroAdam([param], lr=0.0)

@@ -377,8 +377,27 @@ def saved_and_loaded(group: Any, cap_mb: float, reduce_grads: bool) -> None:
     resumed.load_state_dict(saved)
     train(other, resumed, range(2, 4))
     assert_same(params_of(other), params_of(model))
+    assert [bucket.numbers for bucket in resumed._buckets] == [bucket.numbers for bucket in optimizer._buckets]
 
 
 @pytest.mark.parametrize(("cap_mb", "reduce_grads"), [(CAP_MB, True), (25.0, True), (25.0, False)])
 def test_a_state_dict_brings_its_buckets(ranks, cap_mb, reduce_grads):
     ranks.run(2, saved_and_loaded, cap_mb, reduce_grads)
+
+
+def loaded_in_other_dtypes(group: Any) -> str:
+    """The message of a load into two buckets, of state whose parts were cut from one."""
+
+    def make(dtype: torch.dtype) -> pyzero.FusedZeroAdamW:
+        params = [nn.Parameter(torch.ones(100, dtype=of_param)) for of_param in (torch.bfloat16, dtype)]
+        return pyzero.FusedZeroAdamW(params, process_group=group)
+
+    optimizer = make(torch.float32)
+    with pytest.raises(ValueError) as error:
+        optimizer.load_state_dict(make(torch.bfloat16).state_dict())
+    return str(error.value)
+
+
+def test_parts_of_parameters_in_other_dtypes_are_refused(ranks):
+    for message in ranks.run(2, loaded_in_other_dtypes):
+        assert "expected parameters in the dtypes in which they were saved" in message

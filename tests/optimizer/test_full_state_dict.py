@@ -82,6 +82,7 @@ def test_torch_takes_it_and_gives_it_back(ranks):
 def test_what_torch_goes_on_from_is_not_taken_back(num_steps, dtype, caplog):
     """torch.optim.AdamW carries the masters that it is given along, and trains the weights."""
     model = nn.Linear(3, 2).to(dtype)
+    model.frozen = nn.Parameter(torch.ones(1, dtype=dtype), requires_grad=False)  # no optimizer has state of it
     ours, theirs = pyzero.FusedZeroAdamW(model.parameters(), lr=0.5), torch.optim.AdamW(model.parameters())
     for optimizer, num in ((ours, num_steps), (theirs, 3)):
         if optimizer is theirs:
@@ -95,7 +96,7 @@ def test_what_torch_goes_on_from_is_not_taken_back(num_steps, dtype, caplog):
     back.load_state_dict(theirs.state_dict())
     for mine, trained in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, trained) and torch.equal(back.full_master(mine), trained.float())
-        assert float(back.full_state(mine)["step"]) == num_steps + 3
+        assert not mine.requires_grad or float(back.full_state(mine)["step"]) == num_steps + 3
     assert "master_steps" not in back.param_groups[0]
     assert "2 of the masters that were loaded are of an earlier step" in caplog.text
 
@@ -247,6 +248,15 @@ def test_later_steps_leave_it_alone():
     before = copy.deepcopy(whole)
     step(optimizer, model, 0, 0, 1)
     assert_equal([whole], [before])
+
+
+def test_a_rate_that_was_loaded_is_a_copy():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = pyzero.FusedZeroAdamW([param], lr=torch.tensor(0.5))
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["lr"].mul_(0.5)
+    assert saved["param_groups"][0]["lr"] == 0.5
 
 
 def while_a_layer_is_frozen(group: Any, way: str, dtype: torch.dtype, stage: int, model_first: bool) -> list[Any]:

@@ -202,6 +202,12 @@ def test_stage_3_by_hand(dtype, block_bytes):
     assert found.peak == found.idle + found.gradients + found.buckets
 
 
+def test_stage_3_of_weights_in_no_block_by_hand():
+    """At the end: a gradient in bf16, its copy in fp32 that is sent, and this rank's half of the mean."""
+    found = estimate(nn.Linear(1024, 1024, bias=False).bfloat16(), num_ranks=2, stage=3)
+    assert found.gradients + found.buckets == 2**20 * (2 + 4 + 2)
+
+
 def test_tensor_parallel_by_hand():
     """Each rank has a quarter, of which the rest is as for a model of that size."""
     whole, quarter = (estimate_numel(n, torch.bfloat16, 8, 2, 25.0, t) for n, t in ((2 * 10**9, 1), (8 * 10**9, 4)))
