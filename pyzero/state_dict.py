@@ -282,7 +282,7 @@ class StateDicts(FullAccess, Status):
         for group in self._param_groups:
             params = group["params"]
             state.update({first + i: values[param] for i, param in enumerate(params) if param in values})
-            others = {key: value for key, value in group.items() if key not in ("params", ZERO)}
+            others = {key: _on_host(value) for key, value in group.items() if key not in ("params", ZERO)}
             groups.append({**others, "params": list(range(first, first + len(params)))})
             first += len(params)
         groups[0][SCALER] = self._scaler.saved().cpu()
@@ -297,6 +297,11 @@ class StateDicts(FullAccess, Status):
         params = (param for group in self._param_groups for param in group["params"])
         param_ids = {param: i for i, param in enumerate(params)}
         return describe(self._group.rank, self._group.size, self._buckets, param_ids, learned)
+
+
+def _on_host(value: Any) -> Any:
+    """Copy a tensor, such as a learning rate that a schedule writes to, to host memory."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def with_step_counts(state_dict: Any) -> Any:

@@ -143,7 +143,12 @@ class RankState:
             for key, value in saved_group.items():
                 is_foreign = key == "decoupled_weight_decay" and not self.is_ours
                 if key not in ("params", *RESERVED) and not is_foreign:
-                    group[key] = value.clone() if isinstance(value, Tensor) else value
+                    group[key] = _copy_to(group.get(key), value) if isinstance(value, Tensor) else value
+
+
+def _copy_to(present: Any, value: Tensor) -> Tensor:
+    """Copy a tensor to the device of the present value, if that is a tensor too."""
+    return value.to(present.device if isinstance(present, Tensor) else value.device, copy=True)
 
 
 def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def clipped_while_scaled(group: Any, stage: int, unscales: bool) -> list[float]:
     return [float(norm), float(optimizer.grad_norm), float(optimizer.clipped_grad_norm)]
 
 
-@pytest.mark.parametrize(("size", "stage", "unscales"), [(1, 2, False), *itertools.product([2], (1, 2), (True, False))])
+@pytest.mark.parametrize(("size", "stage", "unscales"), [*itertools.product([1, 2], (1, 2), (True, False))])
 def test_the_norm_of_a_step_is_unscaled_if_the_clip_came_first(ranks, size, stage, unscales):
     for norms in ranks.run(size, clipped_while_scaled, stage, unscales):
         assert norms == pytest.approx([20.0 * SCALE, 20.0, 4.0], rel=1e-6)

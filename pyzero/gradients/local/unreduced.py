@@ -194,6 +194,8 @@ class UnreducedGradients(Gradients):
             mine = self._local_stats(scaler_found_inf, purpose)
         stats = self._stats_exchange.gather(mine, self._scale_tracker.unscale)
         self._stats_rows = stats.rows
+        if self.norm_before_clip is not None and self._deferred_clip.factor is not None:
+            self.norm_before_clip = stats.norm  # `.grad` is without the factor; GradScaler may have unscaled it since
         return stats
 
     def _local_stats(self, scaler_found_inf: Tensor | None, purpose: str) -> LocalGradStats:
