@@ -24,7 +24,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 _ASKS_AFTER_S = 5.0  # after this wait a rank asks the others what they are waiting for
 _GAVE_UP = -1  # stands instead of a collective's number
-_MOST_IN_RING = 8  # ranks: a row of host memory goes through the first rank if there are more
+_MOST_IN_RING = 4  # ranks: a row of host memory goes through the first rank if there are more
 _WORDS_BYTES = 64  # of the text in which a rank names what it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
 
