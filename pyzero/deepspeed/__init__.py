@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     DeepSpeedEngine = Engine
 
-__version__ = "0.19.8"  # the DeepSpeed whose names these are
+__version__ = version = "0.19.8"  # the DeepSpeed whose names these are
 
 # Imported at first use: for each name, its module and its name in that module.
 _NAMES = {

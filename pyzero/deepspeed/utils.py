@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -143,6 +145,13 @@ def see_memory_usage(message: str, force: bool = False, ranks: Iterable[int] | N
         from pyzero.deepspeed.accelerator import get_accelerator
 
         log_dist(f"{message}: {get_accelerator().memory_allocated() / 2**20:.1f} MiB allocated", ranks)
+
+
+def set_random_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random numbers of this rank."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def required_torch_version(min_version: float | None = None, max_version: float | None = None) -> bool:

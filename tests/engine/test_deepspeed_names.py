@@ -478,6 +478,7 @@ SCRIPTS = {
     "versions": """
         import importlib.metadata
         assert tuple(map(int, deepspeed.__version__.split("."))) > (0, 10)
+        assert deepspeed.version == deepspeed.__version__
         assert importlib.metadata.version("deepspeed") == deepspeed.__version__  # transformers and accelerate ask
         assert "deepspeed" in importlib.metadata.packages_distributions()["deepspeed"]
         assert importlib.metadata.version("torch").split("+")[0] == torch.__version__.split("+")[0]
@@ -500,6 +501,13 @@ SCRIPTS = {
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils import groups
+        from deepspeed.runtime.utils import set_random_seed
+        import numpy, random
+        drawn = []
+        for _ in range(2):
+            set_random_seed(7)
+            drawn.append((random.random(), numpy.random.rand(), float(torch.rand(()))))
+        assert drawn[0] == drawn[1]
         set_autotp_mode(training=True)
         assert groups._get_data_parallel_world_size() == 1 and groups.get_data_parallel_group() is None
         assert deepspeed.utils.groups.get_model_parallel_rank() == groups.get_tensor_model_parallel_src_rank() == 0
@@ -538,6 +546,7 @@ SCRIPTS = {
             "train_batch_size": 4, "gradient_accumulation_steps": 2, "optimizer": {"type": "Adam"}})
         losses = [float(engine.train_batch()) for _ in range(4)]
         assert isinstance(engine, PipelineEngine) and losses[3] < losses[0] and engine.micro_steps == 8
+        assert engine.tput_timer.global_step_count == 4 and engine.tput_timer.avg_samples_per_sec() > 0
     """,
     "what is absent": """
         for name in ("deepspeed.moe", "deepspeed.moe.layer", "deepspeed.runtime.pipe.schedule"):

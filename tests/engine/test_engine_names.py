@@ -728,6 +728,35 @@ def test_a_schedule_that_is_no_torch_one():
     assert schedule is given and given.optimizer is optimizer and given.calls == [5]
 
 
+def test_a_plateau_needs_what_it_watches():
+    engine, _, _, schedule = pyzero.initialize(
+        model=(net := Net()),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        config={"train_batch_size": 1, "optimizer": ADAM},
+    )
+    engine.backward(engine(ones()).sum())
+    before = [param.clone() for param in net.parameters()]
+    with pytest.raises(TypeError, match=r'call engine.step\(lr_kwargs=\{"metrics": value\}\)'):
+        engine.step()
+    assert engine.global_steps == 0 and all(map(torch.equal, before, net.parameters()))
+    engine.step(lr_kwargs={"metrics": 3.0})
+    assert engine.global_steps == 1 and schedule.best == 3.0
+
+
+def test_the_engine_counts_its_samples_per_second():
+    engine, *_ = pyzero.initialize(
+        model=Net(), config={"train_batch_size": 4, "gradient_accumulation_steps": 2, "optimizer": ADAM}
+    )
+    for _ in range(6):
+        engine.backward(engine(ones()).sum())
+        engine.step()
+    timer = engine.tput_timer
+    assert (timer.micro_step_count, timer.global_step_count, timer.epoch_count) == (6, 3, 0)
+    assert timer.avg_samples_per_sec() == 4 / timer.total_elapsed_time
+    timer.update_epoch_count()
+    assert (timer.micro_step_count, timer.epoch_count) == (0, 1)
+
+
 def test_the_last_batch_is_dropped_where_the_config_says_so():
     data = torch.utils.data.TensorDataset(torch.arange(10.0).view(10, 1))
     for drops, sizes in ((False, [4, 4, 2]), (True, [4, 4])):

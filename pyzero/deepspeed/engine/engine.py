@@ -7,10 +7,12 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyzero.comm import process
 from pyzero.deepspeed import launcher
@@ -26,7 +28,7 @@ from pyzero.deepspeed.monitor import Monitor
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.deepspeed.profiling.flops_profiler import StepProfile
 from pyzero.deepspeed.stage_3.kept_views import is_gathered
-from pyzero.deepspeed.timers import PhaseTimers
+from pyzero.deepspeed.timers import PhaseTimers, ThroughputTimer
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import (
     drop_unsent_gradients,
@@ -37,6 +39,8 @@ from pyzero.sharding.fsdp import (
 )
 
 log = logging.getLogger("pyzero")
+
+_NOT_SYNCHRONIZED = SimpleNamespace(enabled=True, synchronized=False)  # the host does not wait for the GPU to be timed
 
 _MIXED_DTYPES = ("same dtype", "should be the same", "expected scalar type")  # in torch's errors of layers
 _STEPS_PER_PRINT = 10  # between reports of phases, unless the config says otherwise
@@ -71,6 +75,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.global_samples = 0  # samples in these steps, on all ranks
         self.training_dataloader: Any = None
         self.timers = PhaseTimers(config.wall_clock_breakdown and self.rank == 0, self.device)  # only rank 0 logs them
+        self.tput_timer = ThroughputTimer(_NOT_SYNCHRONIZED, self.batches.train)
         self.monitor = Monitor(config, is_first=self.rank == 0)
         self._flops = StepProfile(config.flops_profiler, module, is_first=self.rank == 0)
         self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: no cast
@@ -114,6 +119,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         Raises:
             RuntimeError: The module raised it. If a stage-3 weight was used outside its block, it says what to do.
         """
+        self.tput_timer.start()
         args, kwargs = self._cast(args), self._cast(kwargs)
         watches = torch.is_grad_enabled() and self._watches_backward()
         divides = watches and self.batches.accumulation > 1
@@ -300,7 +306,16 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
 
         Args:
             lr_kwargs: Arguments of the schedule's step.
+
+        Raises:
+            TypeError: The schedule is torch's ReduceLROnPlateau, and lr_kwargs has no "metrics". Nothing has changed.
         """
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in (lr_kwargs or {}):
+            raise TypeError(
+                "expected the value that ReduceLROnPlateau watches, got none; call "
+                'engine.step(lr_kwargs={"metrics": value}), with the same value on every rank, or step the schedule '
+                "yourself and leave it out of initialize()"
+            )
         self._in_step = True
         try:
             self._stepped = self.is_gradient_accumulation_boundary()
@@ -312,6 +327,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             self._in_step = False
         self._micro_steps += 1
         self._num_micro = 0 if self._stepped else self._num_micro + 1
+        self.tput_timer.stop(global_step=self._stepped)
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
         if self._used_no_sync and has_unsent_gradients(self.module):

@@ -168,6 +168,7 @@ class PipelineEngine(Engine):
             self.set_dataiterator(data_iter)
         self.module.train()
         num_micro = self.batches.accumulation
+        self.tput_timer.start()
         micro, shapes = self._pull_on_all_ranks(self.data_iterator, num_micro)
         runner = None if self.num_stages == 1 else self._runner(True, shapes)
         buffers = None if runner is None else Buffers(self.module)
@@ -188,6 +189,7 @@ class PipelineEngine(Engine):
             self._num_backwards = num_micro
             with self.timers.phase("step"):
                 self._take_step({})
+        self.tput_timer.stop(global_step=True)
         if self.monitor.enabled:
             self._loss_sum = loss
         self._report()
