@@ -118,6 +118,12 @@ class Section(BaseModel):
         return value
 
 
+class OpenSection(Section):
+    """A section in which DeepSpeed ignores unknown keys. They are kept, and one log line lists them."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 def state_of(section: type[BaseModel], name: str) -> State | None:
     """Return the state of a key; None for a key that is a section."""
     states = (item for item in section.model_fields[name].metadata if isinstance(item, State))
