@@ -124,6 +124,14 @@ def test_forms(form, tmp_path):
         ),
         ({"tensor_parallel": {"enabled": True}}, ["tensor_parallel.enabled: unknown key, nor one of DeepSpeed's"]),
         ({"optimizer": {"type": "Adam", "params": {"use_triton": True}}}, ["optimizer.params.use_triton: unknown key"]),
+        *(
+            ({"data_efficiency": {"enabled": True, **part}}, ["data_efficiency: got", "in the training loop"])
+            for part in (
+                {"data_sampling": {"enabled": True, "num_workers": 2}},
+                {"data_sampling": {"curriculum_learning": {"enabled": True}}},
+                {"data_sampling": {"enabled": False}, "data_routing": {"enabled": True}},
+            )
+        ),
         ({"fp16": {"enabled": True, "hysteresis": 0}}, ["wanted a hysteresis from 1", "never lowers at 0; set 1"]),
         ({"gradient_accumulation_steps": [1, 2]}, ["gradient_accumulation_steps: got [1, 2]", "autotuning to choose"]),
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, ["betas: got [0.9]; Field required"]),
@@ -276,6 +284,15 @@ def test_unknown_keys_that_deepspeed_ignores(values, listed, caplog):
     remark_on(config, trains=False)
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert lines == ([f"config: unknown keys are ignored, as in DeepSpeed: {listed}"] if listed else [])
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [{}, {"dataset_type": "blendable"}]
+    + [{"data_sampling": {"enabled": False, "num_workers": 2}, "data_routing": {"random_ltd": {"enabled": False}}}],
+)
+def test_data_efficiency_without_a_technique(techniques):
+    assert lines_of({"data_efficiency": {"enabled": True, "seed": 1234, **techniques}}) == []
 
 
 def test_of_no_known_kind():

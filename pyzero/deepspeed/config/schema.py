@@ -110,7 +110,9 @@ class Config(OpenSection):
     expert_parallel: Annotated[Any, Refused("remove it; the ranks are all data-parallel")] = None
     elasticity: Annotated[Any, Refused("set the batch sizes; torchrun restarts with another number of ranks")] = None
     curriculum_learning: Annotated[Any, Refused("cut the batches in the training loop")] = None
-    data_efficiency: Annotated[Any, Refused("sample and cut the batches in the training loop")] = None
+    data_efficiency: Annotated[
+        Any, Refused("sample and cut the batches in the training loop", parts=("data_sampling", "data_routing"))
+    ] = None
     progressive_layer_drop: Annotated[Any, Refused("drop layers in the model's forward")] = None
     compression_training: Annotated[Any, Refused("quantise or prune the model with torch.ao or torchao")] = None
     quantize_training: Annotated[Any, Refused("quantise the model with torch.ao or torchao")] = None
