@@ -9,6 +9,7 @@ from pyzero.comm import process
 from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.keys import remarks
 from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.config.unknown_keys import unknown_keys
 
 log = logging.getLogger("pyzero")
 
@@ -56,5 +57,8 @@ def remark_on(config: Config, trains: bool) -> None:
             log.warning("config: zero_optimization.offload_param: weights stay on their device below stage 3")
         elif launcher.device().type == "cpu":
             log.info("config: zero_optimization.offload_param: nothing to do, for weights lie in memory of the host")
+    unknown = unknown_keys(config)
+    if unknown:
+        log.warning("config: unknown keys are ignored, as in DeepSpeed: %s", ", ".join(unknown))
     for line, warns in remarks(config):
         log.log(logging.WARNING if warns else logging.INFO, "config: %s", line)

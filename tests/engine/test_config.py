@@ -11,6 +11,7 @@ import torch
 from pyzero.deepspeed.config import keys
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Batches, Config
+from pyzero.deepspeed.log import remark_on
 from pyzero.loss_scale.scaler import LossScale
 
 ISSUE = {
@@ -104,8 +105,33 @@ def test_forms(form, tmp_path):
             ["partition_config.layer_specs", "a fused weight is not split"],
         ),
         ({"elasticity": {"enabled": True, "micro_batch_sizes": [2]}}, ["elasticity: got", "set the batch sizes"]),
-        ({"stage": 2}, ["stage: unknown key; did you mean 'zero_optimization.stage'?"]),
-        ({"launcher": "x"}, ["launcher: unknown key, nor one of DeepSpeed's; remove it, or begin it with _"]),
+        ({"gradient_cliping": 1.0}, ["gradient_cliping: unknown key; did you mean 'gradient_clipping'?"]),
+        ({"lr_scheduler": {}}, ["lr_scheduler: unknown key; did you mean 'scheduler'?"]),
+        ({"FP16": {"enabled": True}}, ["FP16: unknown key; did you mean 'fp16'?"]),
+        ({"optimizer": {"type": "Adam", "param": {"lr": 1}}}, ["optimizer.param: unknown key; did you mean 'params'?"]),
+        ({"optimizer": {"param": {}}, "fp16": {"enable": True}}, ["optimizer.param: unknown key", "fp16.enable"]),
+        ({"torch_autocast": {"enable": True}}, ["torch_autocast.enable: unknown key; did you mean 'enabled'?"]),
+        ({"fp16": {"fp16": True}}, ["fp16.fp16: unknown key; known here: enabled, auto_cast"]),
+        ({"fp16": {"stage": 2}}, ["fp16.stage: unknown key; did you mean 'zero_optimization.stage'?"]),
+        ({"bf16": {"offload_optimizer": {}}}, ["unknown key; did you mean 'zero_optimization.offload_optimizer'?"]),
+        ({"zero_optimization": {"max_grad_norm": 1}}, ["max_grad_norm: unknown key; did you mean 'gradient_clipping'"]),
+        (
+            {"zero_optimization": {"launcher": 1, "sequence_parallel_size": 2}},
+            [
+                "zero_optimization.launcher: unknown key, nor one of DeepSpeed's; remove it, or begin it with _",
+                "zero_optimization.sequence_parallel_size: unknown key, nor one of DeepSpeed's; remove it",
+            ],
+        ),
+        ({"tensor_parallel": {"enabled": True}}, ["tensor_parallel.enabled: unknown key, nor one of DeepSpeed's"]),
+        ({"optimizer": {"type": "Adam", "params": {"use_triton": True}}}, ["optimizer.params.use_triton: unknown key"]),
+        *(
+            ({"data_efficiency": {"enabled": True, **part}}, ["data_efficiency: got", "in the training loop"])
+            for part in (
+                {"data_sampling": {"enabled": True, "num_workers": 2}},
+                {"data_sampling": {"curriculum_learning": {"enabled": True}}},
+                {"data_sampling": {"enabled": False}, "data_routing": {"enabled": True}},
+            )
+        ),
         ({"fp16": {"enabled": True, "hysteresis": 0}}, ["wanted a hysteresis from 1", "never lowers at 0; set 1"]),
         ({"gradient_accumulation_steps": [1, 2]}, ["gradient_accumulation_steps: got [1, 2]", "autotuning to choose"]),
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, ["betas: got [0.9]; Field required"]),
@@ -223,6 +249,52 @@ def test_what_public_configs_have_besides(values, words):
     assert len(lines) == (words is not None) and all(words in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("values", "listed"),
+    [
+        ({"launcher": "x"}, "launcher"),
+        ({"disable_fused_adam": True, "fp8": {"enabled": True}}, "disable_fused_adam, fp8"),
+        (
+            {"offload_optimizer": {"device": "cpu"}},
+            "offload_optimizer (its place: zero_optimization.offload_optimizer)",
+        ),
+        ({"stage": 2}, "stage (its place: zero_optimization.stage)"),
+        ({"loss_scale": 0}, "loss_scale (its place: fp16.loss_scale)"),
+        ({"learning_rate": 1}, "learning_rate (its place: optimizer.params.lr)"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm (its place: gradient_clipping)"),
+        ({"memory_optimization": {}}, "memory_optimization"),
+        ({"sequence_parallel": {"enabled": True, "size": 4}}, "sequence_parallel"),
+        ({"expert_parallel_size": 2, "model_parallel_size": 2}, "expert_parallel_size, model_parallel_size"),
+        (
+            {"optimizer": {"type": "Adam", "eps": 1e-6, "device": "cpu"}},
+            "optimizer.eps (its place: optimizer.params.eps), optimizer.device",
+        ),
+        ({"scheduler": {"type": "WarmupLR", "by": "step"}}, "scheduler.by"),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 2}}}, None),
+        ({"torch_autocast": {"level": 1}, "data_types": {"a": 1}}, "torch_autocast.level, data_types.a"),
+        ({"activation_checkpointing": {"profiles": 1}, "fp8": 1}, "fp8, activation_checkpointing.profiles"),
+        ({"checkpoint": {"every": 2}, "flops_profiler": {"ranks": 2}}, "checkpoint.every, flops_profiler.ranks"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_unknown_keys_that_deepspeed_ignores(values, listed, caplog):
+    """They stay readable, as in DeepSpeed, and one warning lists them."""
+    config = load({"train_batch_size": 8, **values})
+    assert config["train_batch_size"] == 8 and all(name in config for name in values)
+    remark_on(config, trains=False)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == ([f"config: unknown keys are ignored, as in DeepSpeed: {listed}"] if listed else [])
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [{}, {"dataset_type": "blendable"}]
+    + [{"data_sampling": {"enabled": False, "num_workers": 2}, "data_routing": {"random_ltd": {"enabled": False}}}],
+)
+def test_data_efficiency_without_a_technique(techniques):
+    assert lines_of({"data_efficiency": {"enabled": True, "seed": 1234, **techniques}}) == []
+
+
 def test_of_no_known_kind():
     with pytest.raises(TypeError, match="got int"):
         load(8)
@@ -275,7 +347,14 @@ def test_configs_that_would_mean_something_else_are_refused(name):
 
 
 def test_the_number_of_configs():
-    assert (len(ds_configs.ACCEPTED), len(ds_configs.REFUSED)) == (86, 20)
+    assert (len(ds_configs.ACCEPTED), len(ds_configs.REFUSED)) == (88, 17)
+
+
+def test_a_file_that_is_no_config():
+    """DeepSpeed's own example of Bing's BERT has another file for the rest."""
+    config = load({"name": "bing_bert", "data": {"flags": {}}, "training": {"num_epochs": 150}})
+    with pytest.raises(ValueError, match="wanted train_batch_size or train_micro_batch_size_per_gpu"):
+        config.batches(num_ranks=1)
 
 
 def test_the_docs_have_every_key():

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, Positive, Refused, Section, Size
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, OpenSection, Positive, Refused, Section, Size
 from pyzero.loss_scale.scaler import LossScale, static
 
 _MASTERS = "masters and moments are fp32 all the same: more exact, and 12 bytes per parameter over all ranks"
@@ -97,7 +97,7 @@ class Bf16Section(Section):
     min_loss_scale: Annotated[Any, _NO_SCALE] = None
 
 
-class AutocastSection(Section):
+class AutocastSection(OpenSection):
     """`torch_autocast`."""
 
     enabled: Annotated[Flag | Auto, Done("the module runs in torch.autocast; the weights stay as they are")] = False
@@ -113,7 +113,7 @@ class AutocastSection(Section):
         return torch.bfloat16 if self.dtype == "auto" else DTYPES[self.dtype]
 
 
-class DataTypesSection(Section):
+class DataTypesSection(OpenSection):
     """`data_types`."""
 
     grad_accum_dtype: Annotated[

@@ -34,6 +34,13 @@ class Refused:
     """The key would change results, so it raises an error with the remedy, unless it is disabled."""
 
     text: str
+    parts: tuple[str, ...] = ()  # of a section in which nothing else changes results, whatever its own "enabled" says
+
+    def is_asked_for(self, value: Any) -> bool:
+        """Return whether a value enables what is refused."""
+        if self.parts and isinstance(value, dict) and is_asked_for(value):
+            return any(_enabled_flags({part: value.get(part) for part in self.parts}))
+        return is_asked_for(value)
 
 
 State = Done | Ignored | Refused
@@ -113,9 +120,16 @@ class Section(BaseModel):
     def _refuse(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         state = state_of(cls, info.field_name)
-        if isinstance(state, Refused) and value != cls.model_fields[info.field_name].default and is_asked_for(value):
+        is_default = value == cls.model_fields[info.field_name].default
+        if isinstance(state, Refused) and not is_default and state.is_asked_for(value):
             raise ValueError(state.text)
         return value
+
+
+class OpenSection(Section):
+    """A section in which DeepSpeed ignores unknown keys. They are kept, and one log line lists them."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def state_of(section: type[BaseModel], name: str) -> State | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Ignored, NotNegative, Refused, Section
+from pyzero.deepspeed.config.keys import Auto, Done, Flag, Fraction, Ignored, NotNegative, OpenSection, Refused, Section
 
 Rule = Literal["Adam", "AdamW", "Lion", "Lamb", "Muon", "SGD"]
 
@@ -96,7 +96,7 @@ class OptimizerParams(Section):
     factor_threshold: Annotated[Any, _COMPRESSION] = None
 
 
-class OptimizerSection(Section):
+class OptimizerSection(OpenSection):
     """`optimizer`. As in DeepSpeed, type Adam decays as AdamW does unless params.adam_w_mode is false."""
 
     type: Annotated[

@@ -6,7 +6,6 @@ Errors say what is wrong, and where.
 from __future__ import annotations
 
 import base64
-import difflib
 import importlib
 import json
 import os
@@ -16,9 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pyzero.arguments.groups import OTHER_NAMES
-from pyzero.deepspeed.config.keys import Section, rows, section_of
+from pyzero.deepspeed.config.keys import Section, section_of
 from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.config.unknown_keys import misspelt, nearest, place_of
 
 _LONGEST_VALUE = 60  # characters
 _LONGEST_LIST = 12  # keys
@@ -32,25 +31,28 @@ def load(config: Any) -> Config:
     """Read and check a config from a dict, a path or JSON text.
 
     Raises:
-        ValueError: There are unknown keys or wrong values. The message has the path and a remedy for each.
+        ValueError: There are misspelt keys, wrong values, or unknown keys in a section where DeepSpeed refuses these
+            too. The message has the path and a remedy for each.
     """
     if isinstance(config, Config):
         return config
     values = _read(config)
+    lines = {path: [f"unknown key; did you mean {near!r}?"] for path, near in misspelt(Config, values)}
     try:
-        return Config.model_validate(values)
+        settings = Config.model_validate(values)
     except ValidationError as error:
-        lines: dict[str, list[str]] = {}
         for item in error.errors():
             path, line = _explain(item)
             wanted = lines.setdefault(path, [])
             line = line.partition("; ")[2] if wanted else line  # pydantic reports each member of a union
             if not any(line in other for other in wanted):
                 wanted.append(line)
+    if lines:
         raise ValueError(
             "the config has errors:\n"
             + "\n".join(f"  {path}: {', or '.join(of_path)}" for path, of_path in lines.items())
-        ) from None
+        )
+    return settings
 
 
 def _read(config: Any) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def _explain(item: Any) -> tuple[str, str]:
     section, names = _place(item["loc"])
     if item["type"] == "extra_forbidden":
         name = str(item["loc"][-1])
-        return ".".join([*names, name]), f"unknown key{_did_you_mean(section, name)}"
+        path = ".".join([*names, name])
+        return path, f"unknown key{_did_you_mean(section, path)}"
     message = item["msg"].removeprefix("Value error, ")
     message = f"i{message[1:]}" if message.startswith("Input") else message
     if item["type"] == "model_type":
@@ -153,15 +156,12 @@ def _takes_lists(section: type[Section], names: list[str]) -> bool:
     return field is not None and any(kind in str(field.annotation) for kind in ("list[", "tuple["))
 
 
-def _did_you_mean(section: type[Section], name: str) -> str:
+def _did_you_mean(section: type[Section], path: str) -> str:
     """Suggest the nearest known key, the same key in another section, or the list of known keys."""
     names = list(section.model_fields)
-    near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else difflib.get_close_matches(name, names, 1, 0.75)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    elsewhere = [path for path, *_ in rows(Config) if path.rpartition(".")[2] == name]
-    if len(elsewhere) == 1:
-        return f"; did you mean {elsewhere[0]!r}?"
+    near = nearest(section, path.rpartition(".")[2]) or place_of(Config, path)
+    if near is not None:
+        return f"; did you mean {near!r}?"
     if len(names) <= _LONGEST_LIST:
         return f"; known here: {', '.join(names)}"
     return (

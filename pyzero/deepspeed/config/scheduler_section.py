@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 from torch.optim import Optimizer, lr_scheduler
 
-from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, NotNegative, Section, Size
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, NotNegative, OpenSection, Section, Size
 from pyzero.deepspeed.schedules import SCHEDULES
 
 Numbers = NotNegative | list[NotNegative]  # one for all groups, or one per group
@@ -64,7 +64,7 @@ def _torch_schedule(name: str) -> Any:
     return found if isinstance(found, type) and issubclass(found, lr_scheduler.LRScheduler) else None
 
 
-class SchedulerSection(Section):
+class SchedulerSection(OpenSection):
     """`scheduler`."""
 
     type: Annotated[str, Done(f"{', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, with its arguments")]

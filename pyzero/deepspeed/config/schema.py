@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON config as typed classes that refuse unknown keys. Each key has its state."""
+"""DeepSpeed's JSON config as typed classes. Each key has its state. Unknown keys are ignored where DeepSpeed does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyzero.deepspeed.config.dtype_sections import (
     DType,
     Fp16Section,
 )
-from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, NotNegative, Refused, Section, Size
+from pyzero.deepspeed.config.keys import Auto, Count, Done, Flag, Ignored, NotNegative, OpenSection, Refused, Size
 from pyzero.deepspeed.config.optimizer_section import OptimizerSection
 from pyzero.deepspeed.config.scheduler_section import SchedulerSection
 from pyzero.deepspeed.config.sections import (
@@ -35,7 +35,7 @@ _ACCELERATE = Ignored("a key of accelerate's own file, and none of DeepSpeed's")
 _AVERAGE = Ignored("gradients are summed in fp32 and then divided, which cannot overflow")
 
 
-class Config(Section):
+class Config(OpenSection):
     """A DeepSpeed config. `pyzero.deepspeed.config.reader.load` makes one from a dict, a path or JSON text."""
 
     train_batch_size: Annotated[
@@ -110,7 +110,9 @@ class Config(Section):
     expert_parallel: Annotated[Any, Refused("remove it; the ranks are all data-parallel")] = None
     elasticity: Annotated[Any, Refused("set the batch sizes; torchrun restarts with another number of ranks")] = None
     curriculum_learning: Annotated[Any, Refused("cut the batches in the training loop")] = None
-    data_efficiency: Annotated[Any, Refused("sample and cut the batches in the training loop")] = None
+    data_efficiency: Annotated[
+        Any, Refused("sample and cut the batches in the training loop", parts=("data_sampling", "data_routing"))
+    ] = None
     progressive_layer_drop: Annotated[Any, Refused("drop layers in the model's forward")] = None
     compression_training: Annotated[Any, Refused("quantise or prune the model with torch.ao or torchao")] = None
     quantize_training: Annotated[Any, Refused("quantise the model with torch.ao or torchao")] = None

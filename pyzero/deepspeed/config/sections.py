@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pyzero.deepspeed.config.keys import Done, Flag, Ignored, Section, Size
+from pyzero.deepspeed.config.keys import Done, Flag, Ignored, OpenSection, Section, Size
 
 
-class CheckpointSection(Section):
+class CheckpointSection(OpenSection):
     """`checkpoint`."""
 
     tag_validation: Annotated[Any, Ignored("save_checkpoint writes rank 0's tag")] = "Warn"
@@ -25,7 +25,7 @@ _CHECKPOINTS = Ignored("the model calls torch.utils.checkpoint, or pyzero.deepsp
 _QUIET_CHECKPOINTS = Ignored(_CHECKPOINTS.text, quiet=True)
 
 
-class ActivationCheckpointingSection(Section):
+class ActivationCheckpointingSection(OpenSection):
     """`activation_checkpointing`."""
 
     partition_activations: Annotated[Flag, _CHECKPOINTS] = False
@@ -65,7 +65,7 @@ class WandbSection(Section):
     project: Annotated[str | None, Done("wandb's")] = "deepspeed"
 
 
-class FlopsProfilerSection(Section):
+class FlopsProfilerSection(OpenSection):
     """`flops_profiler`."""
 
     enabled: Annotated[Flag, Done("one forward is counted, by torch's FlopCounterMode, and rank 0 logs the table")] = (
