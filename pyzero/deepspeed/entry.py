@@ -15,7 +15,7 @@ from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.config.dtype_sections import DTYPES
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Config
-from pyzero.deepspeed.conversion import convert
+from pyzero.deepspeed.conversion import convert, guard
 from pyzero.deepspeed.engine import param_owners
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.engine.eval_engine import EvalEngine
@@ -108,6 +108,7 @@ def initialize(
     params = [_listed(item) for item in (model.parameters() if model_parameters is None else model_parameters)]
     convert(model, settings, moves=tp_size == 1)
     partition = _partition(model, optimizer, settings, parallel, tp_size, tp_plan)
+    guard(model, settings)
     ours: Any = None
     schedule: Any = None
     if not trains:

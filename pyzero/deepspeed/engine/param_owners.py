@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import find_left_whole
 
-_owners: MutableMapping[Tensor, weakref.ref[ZeroOptimizer]] = WeakIdKeyDictionary()
+# The latest first. No dict by parameter: torch cannot convert a DTensor that has weak references.
+_optimizers: list[weakref.ref[ZeroOptimizer]] = []
 
 
 def register(optimizer: ZeroOptimizer) -> None:
-    """Make an optimizer's parameters known, as long as both live."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            _owners[param] = weakref.ref(optimizer)
+    """Make an optimizer's parameters known, as long as it lives."""
+    others = [other for other in _optimizers if other() not in (None, optimizer)]
+    _optimizers[:] = [weakref.ref(optimizer), *others]
 
 
 def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
@@ -29,15 +27,24 @@ def owner_of(param: Tensor) -> tuple[ZeroOptimizer, Tensor]:
     Raises:
         ValueError: No optimizer of an engine trains it.
     """
-    if param not in _owners:
+    found = find_owner(param)
+    if found is None:
         for shard, use in find_left_whole([param]).values():
             use.owner.reshard()
-            param = shard
-    reference = _owners.get(param)
-    found = None if reference is None else reference()
+            param, found = shard, find_owner(shard)
     if found is None:
         raise ValueError(
             f"expected a parameter of an engine of initialize(), got a tensor of shape {tuple(param.shape)} that is "
             f"none; pass one of engine.module.parameters()"
         )
     return found, param
+
+
+def find_owner(param: Tensor) -> ZeroOptimizer | None:
+    """Return the optimizer that trains a parameter, or None. It does not know gathered ones."""
+    for reference in _optimizers:
+        optimizer = reference()
+        groups = [] if optimizer is None else optimizer.param_groups
+        if any(known is param for group in groups for known in group["params"]):
+            return optimizer
+    return None
