@@ -86,7 +86,7 @@ def last_failure(kind: Kind) -> str | None:
     """Return the command and output of a failed build, unless a later one succeeded; or None. Not cheap."""
     with contextlib.suppress(OSError, RuntimeError):  # nothing noted, or nothing to build with
         module = module_path(make_spec(kind), env.cache_dir())
-        return None if module.exists() else _note_of_failure(module).read_text()
+        return None if module.exists() else _note_of_failure(module).read_text(encoding="utf-8", errors="replace")
     return None
 
 
@@ -156,7 +156,7 @@ def _build_into(spec: Spec, module: Path) -> None:
             _note_of_failure(module).unlink()
     except CompileError as error:
         with contextlib.suppress(OSError):  # the compiler's error is the one to show
-            _note_of_failure(module).write_text(f"{error}\n")
+            _note_of_failure(module).write_text(f"{error}\n", encoding="utf-8", errors="replace")
         raise JitError(
             f"building {spec.name} failed:\n{error}\n"
             'Remedy: try another compiler (CXX, CUDA_HOME), or do without (backend="reference" or PYZERO_JIT=0).'

@@ -110,7 +110,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
         if problem is None:
             try:
                 offer = _Offer.make(num_bytes)
-            except OSError as error:
+            except (OSError, AttributeError) as error:  # a Python built for an old libc lacks memfd_create
                 problem = f"no memory can be shared: {error}"
         offers = dict(enumerate(gather(offer)))
         if all(offers[rank] is not None for rank in ranks):
@@ -272,7 +272,7 @@ class _Life:
     def __init__(self, pid: int) -> None:
         self._poll = select.poll()
         self._descriptor = -1
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # a Python built for an old libc lacks it
             self._descriptor = os.pidfd_open(pid)
             self._poll.register(self._descriptor, select.POLLIN)
 

@@ -26,6 +26,7 @@ class CarriedScale:
     """
 
     def __init__(self, owner: Any, ended: Callable[[], None] | None, is_of_all: bool) -> None:
+        self._ended = None  # until all is there: an interrupt here also calls __del__
         self.task = torch._C._current_graph_task_id()
         self.thread = _caller_thread()
         self.owner = weakref.ref(owner)

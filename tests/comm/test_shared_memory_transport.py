@@ -324,6 +324,11 @@ def has_no_futex(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(futex, "unsupported_reason", lambda: "plan9 has no futex of Linux")
 
 
+def has_an_old_libc(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(os, "memfd_create")
+    patch.delattr(os, "pidfd_open")
+
+
 def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, str]:
     """What is chosen, or raised, where rank 1 has a fault; and what was logged, or said."""
     faults: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -332,6 +337,7 @@ def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, st
         "ring": refuses_a_ring,
         "container": says_another_process,
         "system": has_no_futex,
+        "libc": has_an_old_libc,
     }
     try:
         with logged(logging.INFO) as lines, pytest.MonkeyPatch.context() as patch:
@@ -353,6 +359,7 @@ def chosen(group: Any, transport: str, fault: str, folder: str) -> tuple[str, st
         ("memory", "Cannot allocate memory"),
         ("container", "runs in another container"),
         ("system", "on rank 1: plan9 has no futex"),
+        ("libc", "has no attribute 'memfd_create'"),
     ],
 )
 def test_auto_takes_exact_and_peer_is_refused_where_memory_cannot_be_shared(ranks, tmp_path, fault, words):
