@@ -214,7 +214,7 @@ def _mixed_scales() -> RuntimeError:
     )
 
 
-def _mark_only(one: ScaledBackward) -> None:
+def _mark_all(one: ScaledBackward) -> None:
     mark_backward_scaled(one, is_of_all=True)
     one._keep_apart()
 
@@ -234,5 +234,5 @@ def _mark_with_end(one: ScaledBackward) -> None:
 # Compiled autograd traces hooks.
 _is_inner = torch._disable_dynamo(is_inner_backward)  # type: ignore[attr-defined]
 _is_already_scaled = torch._disable_dynamo(_find_already_scaled)  # type: ignore[attr-defined]
-_mark = torch._disable_dynamo(_mark_only)  # type: ignore[attr-defined]
+_mark = torch._disable_dynamo(_mark_all)  # type: ignore[attr-defined]
 _mark_until_end = torch._disable_dynamo(_mark_with_end)  # type: ignore[attr-defined]
