@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -214,6 +215,7 @@ class ZeroOptimizer(StateDicts):
         self._gradients = self._make_gradients(reduces)
         has_fp16 = any(param.dtype == torch.float16 for param in self._named_params())
         self._scaled_backward = ScaledBackward(self._scaler, self._gradients, warns=has_fp16 and self._logs)
+        self._backward_turn = threading.RLock()
 
     def _make_gradients(self, reduces: bool) -> Gradients:
         options, backend = self._options, self._options["backend"]
@@ -386,11 +388,16 @@ class ZeroOptimizer(StateDicts):
         If the loss reaches parameters of another ZeroOptimizer, their gradients get that optimizer's loss scale, or
         none if it has none. With a loss scale, parameters that are no longer frozen get buckets first; this is
         collective. If backward raises on one rank before any gradient has come, this rank still takes part in the
-        other ranks' reduction, as after a later error. A plain `loss.backward()` cannot do that.
+        other ranks' reduction, as after a later error. A plain `loss.backward()` cannot do that. Threads take turns.
 
         Raises:
             RuntimeError: `.grad` holds gradients with another scale, or with none.
         """
+        is_inner = torch._C._current_graph_task_id() != -1  # called inside another backward
+        with contextlib.nullcontext() if is_inner else self._backward_turn:
+            self._run_backward(loss, **kwargs)
+
+    def _run_backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self._scaler.enabled:
             self._place_unfrozen()
         with self._gradients.in_backward():

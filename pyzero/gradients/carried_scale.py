@@ -64,15 +64,25 @@ def mark_backward_scaled(owner: Any, ended: Callable[[], None] | None = None, is
 
 def forget_scale(owner: Any) -> None:
     """Remove the owner's marks, after its backwards have ended."""
-    for key, ref in [*scaled_backwards.items()]:
-        mark = ref()
-        if mark is not None and mark.owner() is owner:
-            scaled_backwards.pop(key, None)
+    for mark in _live_marks():
+        if mark.owner() is owner:
+            scaled_backwards.pop(id(mark), None)
+
+
+def runs_on_another_thread(owner: Any) -> bool:
+    """Whether a backward with the owner's loss scale runs on another thread. False where torch's threads run it."""
+    mine = _caller_thread()
+    threads = {mark.thread for mark in _live_marks() if mark.owner() is owner}
+    return mine is not None and bool(threads - {None, mine})
+
+
+def _live_marks() -> list[CarriedScale]:
+    return [mark for ref in [*scaled_backwards.values()] if (mark := ref()) is not None]
 
 
 def scales_of_backward() -> list[CarriedScale]:
     """Return the marks of the running backward: of several owners if their scaled losses share it."""
-    marks = [mark for ref in [*scaled_backwards.values()] if (mark := ref()) is not None]
+    marks = _live_marks()
     task = torch._C._current_graph_task_id()
     if marks and task not in [mark.task for mark in marks] and is_inner_backward():
         mine = _caller_thread()  # in an inner backward, such as a checkpoint's

@@ -16,6 +16,7 @@ from pyzero.gradients.carried_scale import (
     CarriedScale,
     forget_scale,
     mark_backward_scaled,
+    runs_on_another_thread,
     scale_owners_of_backward,
     scales_of_backward,
 )
@@ -63,6 +64,10 @@ class ScaledBackward:
 
     def run(self, loss: Tensor, **kwargs: Any) -> None:
         """Run backward of the scaled loss."""
+        if self.is_running and not self._is_guest and torch._C._current_graph_task_id() != -1:
+            self._scaler.scale_loss(loss).backward(**kwargs)  # inside its own backward, which has the same scale
+            return
+        self._check_thread()
         self._begin()
         try:
             scaled = self._scaler.scale_loss(loss)
@@ -103,11 +108,19 @@ class ScaledBackward:
                 "expected a loss without a scale in optimizer.backward(loss), got one that optimizer.scale returned: "
                 "its gradients would be scaled twice; pass the loss itself"
             )
+        self._check_thread()
         self._begin()
         _mark_until_end(self)
         # Queued twice, to run after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
+
+    def _check_thread(self) -> None:
+        if _is_on_another_thread(self):
+            raise RuntimeError(
+                "expected one scaled backward of an optimizer at a time, got a second one on another thread, whose "
+                "gradients would get a wrong scale; call optimizer.backward(loss) on both threads: they take turns"
+            )
 
     def end_of(self, running: AbstractContextManager[None] | None) -> None:
         """End the scaled backward if `running` is still its context, because it was broken off before its own end()."""
@@ -233,6 +246,7 @@ def _mark_with_end(one: ScaledBackward) -> None:
 
 # Compiled autograd traces hooks.
 _is_inner = torch._disable_dynamo(is_inner_backward)  # type: ignore[attr-defined]
+_is_on_another_thread = torch._disable_dynamo(runs_on_another_thread)  # type: ignore[attr-defined]
 _is_already_scaled = torch._disable_dynamo(_find_already_scaled)  # type: ignore[attr-defined]
 _mark = torch._disable_dynamo(_mark_all)  # type: ignore[attr-defined]
 _mark_until_end = torch._disable_dynamo(_mark_with_end)  # type: ignore[attr-defined]
