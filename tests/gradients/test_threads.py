@@ -110,5 +110,6 @@ def gradients(group: Any, loss_scale: Any, on_threads: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("loss_scale", [None, SCALE], ids=["plain", "scaled"])
 def test_two_ranks_of_two_threads(ranks, loss_scale):
-    for one, two in zip(*(ranks.run(2, gradients, loss_scale, on_threads) for on_threads in (True, False)), strict=True):
+    together, in_turn = (ranks.run(2, gradients, loss_scale, on_threads) for on_threads in (True, False))
+    for one, two in zip(together, in_turn, strict=True):
         assert_same(one, two)
