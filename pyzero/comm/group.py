@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,12 @@ from torch import Tensor
 from pyzero.comm import process, process_group_pool
 from pyzero.comm.root_gather import RootGather
 from pyzero.comm.shared_memory import HostError, SharedMemory, find_hosts
+from pyzero.comm.wait_records import WaitRecord, WaitRecords
 
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _ASKS_AFTER_S = 5.0  # after this wait a rank asks the others what they are waiting for
-_GAVE_UP = -1  # stands instead of a collective's number
 _MOST_IN_RING = 4  # ranks: a row of host memory goes through the first rank if there are more
 _WORDS_BYTES = 64  # of the text in which a rank names what it reads
 _BATCH_BYTES = 25 << 20  # of tensors that are broadcast together
@@ -113,6 +112,7 @@ class Group:
         self._timeout: timedelta | None = None
         self._blocks = False
         self._mesh: Any = None
+        self._records: WaitRecords | None = None  # made when a wait is long
         self.hosts: list[list[int]] = []  # the ranks of each host, once memory is shared
         self.shared_memory: SharedMemory | None = None
         if self.size > 1:
@@ -149,12 +149,17 @@ class Group:
 
     @contextmanager
     def error_context(self, what: str) -> Iterator[None]:
-        """A context in which a RuntimeError becomes a CollectiveError with the collective's name and its timeout."""
+        """A context in which a RuntimeError becomes a CollectiveError with the collective's name and its timeout.
+
+        That of a signal handler stays what it is.
+        """
         try:
             yield
         except CollectiveError:
             raise
         except RuntimeError as error:
+            if process.is_of_signal_handler(error):
+                raise
             reason = _reason_of(error)
             self._give_up(reason)
             raise CollectiveError(
@@ -170,10 +175,13 @@ class Group:
         if self.shared_memory is not None:
             self.shared_memory.give_up(reason)
 
-    def _store(self) -> Any:
-        """Return the store in which each rank says what it waits for."""
-        everyones = dist.distributed_c10d._get_default_store()
-        return dist.distributed_c10d.PrefixStore(f"pyzero/{self.handle.group_name}/{self._lease.token}", everyones)
+    @property
+    def _wait_records(self) -> WaitRecords:
+        if self._records is None:
+            everyones = dist.distributed_c10d._get_default_store()
+            prefix = f"pyzero/{self.handle.group_name}/{self._lease.token}"
+            self._records = WaitRecords(dist.distributed_c10d.PrefixStore(prefix, everyones), self.rank, self.size)
+        return self._records
 
     def share_memory(self) -> SharedMemory:
         """Connect the ranks of each host by shared memory. On one host gather_rows then uses it. Collective.
@@ -241,8 +249,8 @@ class Group:
         for group in (self, *model_groups):
             group._give_up(reason)
             if group.handle is not None and not isinstance(error, CollectiveError):
-                with contextlib.suppress(RuntimeError, ValueError):  # without the store the other ranks are gone too
-                    group._store().set(str(group.rank), json.dumps([_GAVE_UP, reason, group.where]))
+                with contextlib.suppress(ValueError):  # the default group was destroyed, and its store with it
+                    group._wait_records.give_up(reason, group.where)
 
     def awaited(self, what: str) -> AbstractContextManager[None]:
         """A context around a launch and its wait. If it is broken off, only this rank lacks the result."""
@@ -284,7 +292,9 @@ class Group:
                 try:
                     handle.wait(timedelta(seconds=_ASKS_AFTER_S))
                     return
-                except RuntimeError:
+                except RuntimeError as error:
+                    if process.is_of_signal_handler(error):
+                        raise
                     if handle.is_completed():  # it failed, or has just arrived; otherwise it is only slow
                         break
                 self._compare(what, number)
@@ -296,20 +306,17 @@ class Group:
             return True
         try:
             handle.wait(timedelta(seconds=patience_s))
-        except RuntimeError:  # too slow, or failed: then wait() raises
+        except RuntimeError as error:  # too slow, or failed: then wait() raises
+            if process.is_of_signal_handler(error):
+                raise
             return bool(handle.is_completed())
         return True
 
     def _compare(self, what: str, number: int) -> None:
         """Tell the others what this rank waits for. Raise if another rank waits for another collective instead."""
-        store = self._store()
-        store.set(str(self.rank), json.dumps([number, what, self.where]))
-        seen = {self.rank: [number, what, self.where]}
-        for rank in range(self.size):
-            if rank != self.rank and store.check([str(rank)]):
-                seen[rank] = json.loads(store.get(str(rank)))
-        gave_up = {rank: reason for rank, (theirs, reason, _) in seen.items() if theirs == _GAVE_UP}
-        is_other = any(theirs[0] == number and theirs[1] != what for theirs in seen.values())
+        seen = self._wait_records.exchange(WaitRecord(number, what, self.where))
+        gave_up = {rank: record.what for rank, record in seen.items() if record.gave_up}
+        is_other = any(record.number == number and record.what != what for record in seen.values())
         if gave_up or is_other:
             self._lease.is_broken = True
             process_group_pool.keep_forever(self.handle)
@@ -319,7 +326,7 @@ class Group:
                 f"its output"
             )
         if is_other:
-            places = "; ".join(f"rank {rank}, {place}, waits for {it}" for rank, (_, it, place) in sorted(seen.items()))
+            places = "; ".join(f"rank {rank}, {it.where}, waits for {it.what}" for rank, it in sorted(seen.items()))
             raise CollectiveError(
                 f"the ranks wait for different collectives: {places}. Run backward and step, and read norms and whole "
                 f"tensors, equally often and in the same order on every rank; no_sync() in stage 2 needs the same"

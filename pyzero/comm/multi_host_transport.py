@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyzero import memory
+from pyzero.comm import process
 from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.shared_memory import SharedMemory
 from pyzero.comm.shared_memory_transport import Chunk, Deferred, SharedMemoryTransport
@@ -109,8 +110,8 @@ class _FromOthers:
         try:
             self._handle.wait(*() if timeout is None else (timeout,))
             return
-        except RuntimeError:
-            if not self._handle.is_completed():  # only slow
+        except RuntimeError as error:
+            if process.is_of_signal_handler(error) or not self._handle.is_completed():  # or is only slow
                 raise
         try:  # it has just arrived, or has failed
             self._handle.wait()

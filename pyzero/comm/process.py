@@ -23,6 +23,15 @@ def backends_of(process_group: Any) -> dict[str, str]:
     return dict(dist.BackendConfig(dist.Backend(dist.get_backend_config(process_group))).get_device_backend_map())
 
 
+def is_of_signal_handler(error: RuntimeError) -> bool:
+    """Whether an error that ended a wait comes from a signal handler, such as a DataLoader's, and not from the wait."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else f"{traceback.tb_frame.f_globals.get('__name__')}."
+    return not module.startswith(("pyzero.", "torch.")) or module.startswith("torch.utils.data.")
+
+
 def check_alone(process_group: Any) -> None:
     """Raise ValueError if a process group is given, or a launcher has started other ranks."""
     if process_group is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyzero import memory, ops
+from pyzero.comm import process
 from pyzero.comm.group import Group, Handle, Work
 from pyzero.comm.shared_memory import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
@@ -144,7 +145,9 @@ class SharedMemoryTransport(Transport):
             return False  # this rank itself is late
         try:
             self._memory.read(chunk.after).wait(timedelta(seconds=_ROOM_WAIT_S))
-        except RuntimeError:  # the wait for the chunk will say why
+        except RuntimeError as error:  # the wait for the chunk will say why
+            if process.is_of_signal_handler(error):
+                raise
             return False
         return True
 

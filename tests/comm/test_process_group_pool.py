@@ -53,11 +53,9 @@ def test_a_group_without_a_named_backend_is_like_one_with_it(world, monkeypatch)
     ],
 )
 def test_a_collective_that_failed_says_all_of_the_reason(text, told):
-    def begin() -> Any:
-        raise RuntimeError(text)
-
+    place = {"__name__": "torch.distributed.distributed_c10d", "text": text}
     with pytest.raises(pyzero.CollectiveError, match=f"^a test failed on rank 0 of 1: {told}. Every rank"):
-        Group(is_alone=True).launch("a test", begin)
+        Group(is_alone=True).launch("a test", lambda: exec("raise RuntimeError(text)", place))
 
 
 def test_a_smaller_group_is_not_split_off_by_members_alone(world, monkeypatch):

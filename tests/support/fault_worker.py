@@ -68,21 +68,32 @@ def arm(where: str, fault: Callable[[], None], layers: nn.Sequential, optimizer:
         optimizer._updater.update = update_with_fault  # type: ignore[method-assign]
 
 
+def make_store(rank: int, folder: Path, transport: str) -> dist.Store:
+    """The store through which ranks meet. That of "exact" is in the memory of the rank that fails."""
+    if transport != "exact":
+        return dist.FileStore(str(folder / "store"), NUM_RANKS)
+    port = folder / "port"
+    if rank == BAD_RANK:
+        store = dist.TCPStore("localhost", 0, NUM_RANKS, is_master=True, wait_for_workers=False)
+        (folder / "written").write_text(str(store.port))
+        (folder / "written").rename(port)
+        return store
+    while not port.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("localhost", int(port.read_text()), NUM_RANKS, wait_for_workers=False)
+
+
 def train(rank: int, folder: Path, transport: str, how: str, where: str, stage: str, then: str = "") -> None:
     torch.set_num_threads(1)
+    store = make_store(rank, folder, transport)
     if transport == "hosts":  # ranks 0 and 1 are on one host, rank 2 on another
         hosts.place(pytest.MonkeyPatch(), rank // 2, folder)
         transport = "peer"
     if transport == "rooted":  # messages go through rank 0, as with many ranks
         group._MOST_IN_RING = 1
         transport = "exact"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
     torch.manual_seed(0)
     layers = nn.Sequential(*[nn.Linear(32, 32) for _ in range(NUM_LAYERS)])
     optimizer = pyzero.FusedZeroAdamW(
