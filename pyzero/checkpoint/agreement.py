@@ -37,6 +37,8 @@ def _run(group: Group, what: str, act: Callable[[], _T], told_of: Callable[[_T],
     except BaseException as error:
         interrupt = error
     try:
+        if interrupt is not None and group.is_broken:  # it ended a collective, so the others cannot be told by one
+            raise interrupt
         told = interrupt or problem
         mine = (None, told_of(result)) if told is None else (f"{type(told).__name__}: {told}", None)
         rows = group.gather_objects(mine, f"the agreement on {what}")

@@ -206,4 +206,5 @@ def _as_ours(what: str, group: Any = None) -> Iterator[None]:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, CheckpointError):
             raise cause from None
-        raise CheckpointError(f"{what} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
+        where = "" if group is None else f" on rank {rank}"
+        raise CheckpointError(f"{what} failed{where}: {type(cause).__name__}: {cause}") from cause

@@ -122,7 +122,8 @@ class Writer:
         from pyzero.checkpoint import storage  # the import takes half a second
 
         self._crcs: storage.Crcs = {}
-        with self._progress() as progress:
+        # torch tells the others of errors; an interrupt of this rank's wait for them ends its collective.
+        with self._progress() as progress, self._group.lockstep(what="a save", but=Exception):
             return storage.write(self._state, folder, self._group.handle, self._crcs, progress)
 
     def _index(self, metadata: Any, rows: list[tuple[dict[str, Any], dict[tuple[str, int], tuple[int, int]]]]) -> Any:

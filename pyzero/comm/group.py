@@ -261,9 +261,14 @@ class Group:
         """The number of collectives launched so far."""
         return self._lease.num_collectives
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether it sends nothing more, because a collective has failed or was interrupted."""
+        return self._lease.is_broken
+
     def check_unbroken(self, what: str) -> None:
         """Raise CollectiveError if the group is broken and sends nothing more."""
-        if self.size > 1 and self._lease.is_broken:
+        if self.size > 1 and self.is_broken:
             with self.error_context(what):
                 raise RuntimeError("another collective of this optimizer has failed, or was interrupted, before")
 
@@ -422,10 +427,19 @@ class Group:
             return [pickle.loads(row[:size].numpy()) for row, size in zip(rows, sizes, strict=True)]
 
     def mesh(self, device_type: str) -> Any:
-        """Return a one-dimensional DeviceMesh over the same ranks, for DTensors."""
+        """Return a one-dimensional DeviceMesh over the same ranks, for DTensors.
+
+        Raises:
+            RuntimeError: The process group was destroyed, and torch makes no mesh without it.
+        """
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh  # half a second
 
+            if not dist.is_initialized() or self.handle not in dist.distributed_c10d._world.pg_map:
+                raise RuntimeError(
+                    "expected the process group for the DTensors of a state dict, got it destroyed; call state_dict() "
+                    "and load_state_dict() before torch.distributed.destroy_process_group(), or use full_state_dict()"
+                )
             self._mesh = DeviceMesh.from_group(self.handle, device_type)
         return self._mesh
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from own_groups import OwnGroups
 from resume import SAVED_AT, STEPS, assert_equal, build, make, outcome, train, uninterrupted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -684,6 +685,61 @@ def test_an_interrupt_is_told_to_the_other_ranks(ranks):
     [(mine, first), (theirs, second)] = ranks.run(2, interrupted_phase)
     assert mine.startswith("KeyboardInterrupt") and (first, second) == ("0", "1")
     assert theirs == "CheckpointError: the save failed on rank 0 of 2: KeyboardInterrupt: "
+
+
+def interrupted_wait(group: Any, path: Path) -> tuple[str, float]:
+    """Rank 0 is interrupted while torch waits for the other one in a save. What each raises, and after how long."""
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    begin = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        if group.rank() == 0:
+            patch.setattr(storage, "_save_state_dict", interrupt)
+        with pytest.raises((KeyboardInterrupt, pyzero.CollectiveError)) as caught:
+            pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    return type(caught.value).__name__, time.monotonic() - begin
+
+
+def test_an_interrupt_in_torchs_wait_for_another_rank_is_raised_at_once(ranks, tmp_path):
+    run = OwnGroups(ranks, timeout_s=6)
+    [(mine, seconds), (theirs, _)] = run(2, interrupted_wait, tmp_path)
+    assert (mine, theirs) == ("KeyboardInterrupt", "CollectiveError")
+    assert seconds < 5
+
+
+def failed_load(group: Any, path: Path) -> str:
+    """Rank 1 cannot read."""
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(pyzero.CheckpointError) as caught:
+        if group.rank() == 1:
+            patch.setattr(storage.IndexedReader, "read_data", lambda *_: (_ for _ in ()).throw(MemoryError("8 GB")))
+        pyzero.load_checkpoint(path, model=model, optimizer=optimizer)
+    return str(caught.value)
+
+
+def test_the_rank_that_could_not_load_is_named(ranks, tmp_path):
+    theirs, mine = ranks.run(2, failed_load, tmp_path)
+    assert "failed on rank 1 of 2" in theirs and "rank 0" not in theirs + mine
+    assert mine.endswith("failed: MemoryError: 8 GB")
+
+
+def state_dict_without_a_process_group(group: Any) -> str:
+    optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(4))], process_group=group)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as caught:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        optimizer.state_dict()
+    return str(caught.value)
+
+
+def test_a_state_dict_after_the_process_group_is_gone_is_an_error(ranks):
+    for text in ranks.run(2, state_dict_without_a_process_group):
+        assert "before torch.distributed.destroy_process_group()" in text
 
 
 def test_a_save_whose_process_group_is_gone_is_an_error(tmp_path, monkeypatch):
