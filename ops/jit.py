@@ -112,7 +112,10 @@ def import_file(name: str, path: Path) -> ModuleType:
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
     except ImportError as error:
-        raise JitError(f"cannot import {path}: {error}; remove the file to have it built again") from error
+        raise JitError(
+            f"cannot import {path}: {error}; remove the file to have it built again, or, where its file system is "
+            f"mounted noexec, set PYZERO_CACHE_DIR to a folder on another"
+        ) from error
     sys.modules[f"pyzero.{name}"] = module
     return module
 
