@@ -215,6 +215,26 @@ FOUND: list[tuple[str, Program, Config]] = [
         [("write", "transposed data", 1), ("set_full_grad", 5, 1), ("step",)],
         Config((((5,), "bf16", False), ((4, 3), "fp16", False)), stage=1),
     ),
+    (
+        "zero_grad forgets the norm of a clip, on a rank without gradients too",
+        [
+            ("clip", 3.0, 2.0),
+            ("zero_grad", "optimizer", True),
+            ("backward", 7, True, True, (0, 63), None),
+            ("step",),
+        ],
+        Config((((5,), "fp32", False),), stage=1, transport="exact", loss_scale=8.0),
+    ),
+    (
+        "a gradient that comes on one rank after a clip makes all forget the norm of the clip",
+        [
+            ("backward", 7, True, True, (63, 63), None),
+            ("clip", 3.0, 2.0),
+            ("backward", 7, True, True, (0, 63), None),
+            ("step",),
+        ],
+        Config((((5,), "fp32", False),), stage=1, transport="exact", loss_scale=8.0),
+    ),
 ]
 
 

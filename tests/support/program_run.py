@@ -137,6 +137,8 @@ class Run(GradOps, StateOps):
         assert optimizer.was_step_applied == applied, f"was_step_applied is {not applied}"
         if model.is_norm_known:
             self.compare_norm("grad_norm", optimizer.grad_norm, model.last_norm)
+        elif optimizer.grad_norm is not None:
+            self.record("grad_norm", optimizer.grad_norm)
         if self.config.loss_scale is not None:
             got = optimizer.loss_scale
             assert got == model.scale, f"the loss scale is {got}, not {model.scale}"

@@ -29,7 +29,7 @@ class GradRecords:
         self.buckets: list[BucketGrads] = []
         self.by_param: dict[Tensor, tuple[BucketGrads, ParamGrad]] = {}
         self.by_number: list[ParamGrad] = []
-        # Computed norms. A gradient that comes, goes or is replaced drops both; one sent or edited, the second.
+        # Computed norms. A gradient that comes, goes, is sent or replaced drops both; one edited, the second.
         self.norm_before_clip: Tensor | None = None  # see Gradients
         self.param_norms: tuple[float, Tensor] | None = None  # (p, (num_params,) p-norms)
         self._exchange = exchange

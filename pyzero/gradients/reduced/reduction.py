@@ -308,4 +308,5 @@ class ReducedGradients(Gradients):
 
     def reset(self) -> None:
         """See Gradients."""
+        self._records.forget_norms()
         self._reducer.reset()

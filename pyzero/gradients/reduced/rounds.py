@@ -80,7 +80,7 @@ class Rounds:
         if self.next == 0 or len(self._stats) < len(self._records.buckets):
             self._stats = self._new_stats()
         stats = self._stats[self.next]
-        self._records.param_norms = None
+        self._records.forget_norms()  # on all ranks alike: a gradient has come on some
         for record in [] if sends_zeros else grads.records:
             self._records.observe(grads, record)
         is_skipped = all(left_out(record) for record in grads.records)  # on all ranks
