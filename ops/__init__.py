@@ -11,6 +11,7 @@ if __name__ == "ops":
 if TYPE_CHECKING:
     from .adam import adam_ as adam_
     from .lion import lion_ as lion_
+    from .loss_scale import loss_scale_state as loss_scale_state
     from .loss_scale import loss_scale_update_ as loss_scale_update_
     from .pack import pack_ as pack_
     from .reduce_scatter import reduce_scatter_ as reduce_scatter_
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "adam_": "adam",
     "lion_": "lion",
+    "loss_scale_state": "loss_scale",
     "loss_scale_update_": "loss_scale",
     "pack_": "pack",
     "reduce_scatter_": "reduce_scatter",

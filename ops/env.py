@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def cuda_archs() -> tuple[str, ...]:
     """Return the architectures asked for, as in ("80", "90"); empty if unset."""
     archs = tuple(arch.removeprefix("sm_").replace(".", "") for arch in _words("PYZERO_CUDA_ARCHS"))
     for arch in archs:
-        if not arch[:-1].isdigit():  # 90a is valid too
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise ValueError(f"expected PYZERO_CUDA_ARCHS as in 80;90, got {arch!r} in it; correct it or unset it")
     return archs
 

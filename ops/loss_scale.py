@@ -12,14 +12,24 @@ from pyzero.ops import registry
 from pyzero.ops.backend import LossScaleArgs, LossScalePolicy
 from pyzero.ops.checks import FLAG_DTYPES, check_dtype, check_flat, check_one, is_vector
 
-_REMEDY = "make it with pyzero.ops.loss_scale.loss_scale_state()"
+_REMEDY = "make it with pyzero.ops.loss_scale_state(init_scale, hysteresis, device)"
 _WHOLE = {"growth_interval": 1, "hysteresis": 1, "growth_delay": 0}  # fields with whole numbers, and their least values
 STATE_SLOTS = ("scale", "growth_tracker", "hysteresis_left", "skipped_steps", "consecutive_skips")
 SCALE, SKIPPED, IN_A_ROW = (STATE_SLOTS.index(n) for n in ("scale", "skipped_steps", "consecutive_skips"))
 
 
 def loss_scale_state(init_scale: float, hysteresis: int, device: torch.device | str, growth_delay: int = 0) -> Tensor:
-    """Make a (5,) fp32 state: scale, growth tracker, hysteresis left, skipped steps, skips in a row."""
+    """Make the state of `loss_scale_update_`: scale, growth tracker, hysteresis left, skipped steps, skips in a row.
+
+    Args:
+        init_scale: The first loss scale.
+        hysteresis: Overflows until the scale shrinks, as passed to `loss_scale_update_`.
+        device: The device of the flag `found_inf`.
+        growth_delay: As passed to `loss_scale_update_`.
+
+    Returns:
+        (5,) fp32.
+    """
     fresh = [init_scale, 0.0 - growth_delay, float(hysteresis), 0.0, 0.0]
     return torch.tensor(fresh, dtype=torch.float32, device=device)
 
@@ -38,7 +48,7 @@ def loss_scale_update_(
     last grew (with `consecutive_hysteresis`: since the last clean step) do not change it.
 
     Args:
-        state: (5,) fp32, from `pyzero.ops.loss_scale.loss_scale_state`.
+        state: (5,) fp32, from `pyzero.ops.loss_scale_state`.
         found_inf: 1-element fp32 tensor. If it is not zero, this step overflowed.
         backend: "auto", "cuda", "cpu", "triton" or "reference".
         **policy: Fields of `ops.backend.LossScalePolicy`, as in `growth_interval=1000`; the defaults are torch's.

@@ -124,6 +124,8 @@ class _Kept:
         return None
 
     def put(self, pages: mmap.mmap) -> None:
+        if len(pages) > _KEPT_BYTES:
+            return
         self._pages.append(pages)
         while sum(map(len, self._pages)) > _KEPT_BYTES:
             del self._pages[:1]

@@ -401,7 +401,10 @@ class ZeroOptimizer(StateDicts):
         if self._scaler.enabled:
             self._place_unfrozen()
         with self._gradients.in_backward():
-            self._scaled_backward.run(loss, **kwargs) if self._scaler.enabled else loss.backward(**kwargs)
+            if self._scaler.enabled:
+                self._scaled_backward.run(loss, **kwargs)
+            else:
+                loss.backward(**kwargs)
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss times the loss scale, for the caller's own `optimizer.scale(loss).backward()`.

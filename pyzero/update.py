@@ -162,8 +162,8 @@ def check_capture(device: torch.device, num_ranks: int, is_first: bool, param_gr
 
 
 def _on(device: torch.device, group: dict[str, Any]) -> dict[str, Any]:
-    """Return the group. If its learning rate is a tensor, make that 0-D and on the device."""
+    """Return the group. If its learning rate is a tensor on a GPU, make that 0-D and on the device."""
     lr = group.get("lr")
     if not isinstance(lr, Tensor):
         return group
-    return {**group, "lr": lr.reshape(()).to(device, non_blocking=True)}
+    return {**group, "lr": lr.item() if lr.is_cpu else lr.reshape(()).to(device, non_blocking=True)}

@@ -16,6 +16,11 @@ def as_number(name: str, value: Any) -> float:
     """Return an option as a float. Raise TypeError if it is not a number. Text such as "0.1" is not one either."""
     if type(value) is float:  # the usual case, and each step calls this
         return value
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(
+            f"expected {name} as a number, got a tensor on {value.device}, for which each step would wait; pass "
+            f"float(value)"
+        )
     try:
         number = float(value)
     except (TypeError, ValueError):

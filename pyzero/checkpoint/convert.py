@@ -141,7 +141,7 @@ class _Weights:
         return torch.empty(saved["shape"], dtype=getattr(torch, saved["dtype"]), device=device)
 
     def read(self, name: str) -> Tensor:
-        from pyzero.checkpoint import storage  # half a second
+        from pyzero.checkpoint import storage  # the import takes half a second
 
         tensor = self.empty(name, "cpu")
         where = {self.saved_names[name]: tensor}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from pyzero.checkpoint.files import flush_folder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -76,7 +76,7 @@ def export_safetensors(
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` once it is written and on disk. On an error it leaves nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # one that a kill has left is not met again
     file = open(temporary, "xb")
     try:
         with file:
@@ -148,7 +148,14 @@ def _loaded(name: str, wanted: Tensor, load: Callable[[str], Tensor]) -> Tensor:
 def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
     tensor = tensor.detach().cpu()
     converted = tensor.to(dtype).contiguous()
-    may_overflow = dtype != tensor.dtype and torch.finfo(dtype).max < 1e30  # bf16 ends where fp32 does
-    if may_overflow and bool(converted.isinf().any()) and not torch.equal(converted.isinf(), tensor.isinf()):
-        raise ValueError(f"expected values that {dtype} holds, got larger ones in {name}; export in bf16 or fp32")
+    may_overflow = dtype != tensor.dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if may_overflow and _has_overflowed(tensor, converted):
+        raise ValueError(f"expected values that {dtype} holds, got larger ones in {name}; export in {tensor.dtype}")
     return converted.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _has_overflowed(tensor: Tensor, converted: Tensor) -> bool:
+    if converted.dtype == torch.float8_e4m3fn:  # it has no inf, and torch makes larger values its largest
+        return bool((tensor.abs() > torch.finfo(converted.dtype).max).any())
+    readable = converted.float() if converted.dtype.itemsize == 1 else converted  # torch asks no float8 for inf
+    return not torch.equal(readable.isfinite(), tensor.isfinite())

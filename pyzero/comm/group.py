@@ -433,7 +433,7 @@ class Group:
             RuntimeError: The process group was destroyed, and torch makes no mesh without it.
         """
         if self._mesh is None:
-            from torch.distributed.device_mesh import DeviceMesh  # half a second
+            from torch.distributed.device_mesh import DeviceMesh  # the import takes half a second
 
             if not dist.is_initialized() or self.handle not in dist.distributed_c10d._world.pg_map:
                 raise RuntimeError(

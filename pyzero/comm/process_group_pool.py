@@ -79,7 +79,7 @@ def pool_over(parent: Any, timeout: timedelta | None, on_host: bool = False) -> 
     return _pools.setdefault(dist.group.WORLD, {}).setdefault(made_of, ProcessGroupPool(on_host))
 
 
-@functools.cache  # once
+@functools.cache
 def _let_gloo_finish_at_exit() -> None:
     """Sleep at exit, because gloo's threads take the interpreter's lock to free tensors, and too late they abort."""
     atexit.register(time.sleep, 0.01)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pyzero.comm import process
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.nonfinite import RankNames
 from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
@@ -395,8 +395,7 @@ def _names(group: Group, shares_params: bool) -> RankNames:
     """Return the numbers of the group's ranks. shares_params: Other ranks hold other parts of the same parameters."""
     if not shares_params:
         return RankNames(tuple(range(group.size)), group.size)
-    ranks = [dist.get_rank()] if group.handle is None else dist.get_process_group_ranks(group.handle)
-    return RankNames(tuple(ranks), dist.get_world_size())
+    return RankNames(tuple(group.members()), process.rank_and_size()[1])
 
 
 def mixed_scale_error() -> RuntimeError:

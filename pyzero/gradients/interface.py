@@ -16,7 +16,7 @@ from pyzero.gradients.hooks import GradientHooks
 from pyzero.sharding.buckets import Bucket
 from pyzero.update_rule import GradList
 
-_NOBODY = nullcontext()  # waits
+_NO_OTHERS = nullcontext()
 
 
 class Gradients(ABC):
@@ -91,7 +91,7 @@ class Gradients(ABC):
 
     def _telling_errors(self, purpose: str) -> AbstractContextManager[None]:
         """A context around work that the others wait for in collect(). If it raises here, all ranks raise."""
-        return _NOBODY if self._stats_exchange.is_alone else self._telling(purpose)
+        return _NO_OTHERS if self._stats_exchange.is_alone else self._telling(purpose)
 
     @contextmanager
     def _telling(self, purpose: str) -> Iterator[None]:

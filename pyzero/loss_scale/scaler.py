@@ -1,5 +1,6 @@
 """Loss scaling: the policy, and the scale that lives on the device."""
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,7 @@ def choose(loss_scale: "str | float | LossScale | None", dtypes: set[torch.dtype
         return LossScale() if torch.float16 in dtypes else None
     if loss_scale == "dynamic":
         return LossScale()
-    if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+    if isinstance(loss_scale, numbers.Real) and not isinstance(loss_scale, bool):
         return static(float(loss_scale))
     raise ValueError(
         f'expected loss_scale as "auto", "dynamic", None, a number or a LossScale, got {loss_scale!r}; '

@@ -63,7 +63,7 @@ def _shaped(
         # In its own storage: data_ptr() of a DTensor is its offset there, which torch's staging takes for an address.
         own = memory.alias(own) if own.storage_offset() else own
         return param.wrap(own)  # type: ignore[attr-defined,no-any-return]
-    from pyzero.rank_state.sharded_state import DTensorPart, Fragment, ShardedState  # half a second
+    from pyzero.rank_state.sharded_state import DTensorPart, Fragment, ShardedState  # the import takes half a second
 
     lengths = part_lengths(group.size, bucket, position, bucket.elements_per_value(name))
     low = sum(lengths[: group.rank])

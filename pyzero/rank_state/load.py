@@ -6,6 +6,7 @@ any number.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class RankState:
             for key, value in saved_group.items():
                 is_foreign = key == "decoupled_weight_decay" and not self.is_ours
                 if key not in ("params", *RESERVED) and not is_foreign:
-                    group[key] = _copy_to(group.get(key), value) if isinstance(value, Tensor) else value
+                    group[key] = _copy_to(group.get(key), value) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _copy_to(present: Any, value: Tensor) -> Tensor:

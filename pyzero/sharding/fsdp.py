@@ -26,7 +26,7 @@ def _fsdp_records() -> Iterator[tuple[Any, Any]]:
     Reads torch's list of modules, because the collector does not list objects from before `gc.freeze()`.
     """
     from torch.distributed._composable_state import _module_state_mapping
-    from torch.distributed.fsdp import FSDPModule  # half a second
+    from torch.distributed.fsdp import FSDPModule  # the import takes half a second
 
     for module in list(_module_state_mapping):
         if FSDPModule in type(module).__mro__:

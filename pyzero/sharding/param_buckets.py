@@ -78,7 +78,8 @@ class ParamBuckets:
         self.steps = torch.empty(0, dtype=torch.float32, device=device)
         self._group_of: dict[Tensor, int] = {}  # each parameter's index in param_groups
         self._fsdp_modules: list[weakref.ref[Any]] = []  # the fully_shard modules that gather these parameters
-        self._placed_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were found in place
+        self._known_ids: list[list[int]] | None = None  # ids of the groups' parameters when all were last looked at
+        self._frozen: list[tuple[int, Tensor]] = []  # those in no bucket then, each with its group's index
         self._views: dict[Tensor, StateViews] = {}  # our entries of `state`
         self._views_ids: list[int] = []
         self.has_stepped = False
@@ -106,15 +107,15 @@ class ParamBuckets:
         """
         ids = [list(map(id, group["params"])) for group in param_groups]
         is_shown = state is self._state and list(map(id, state.values())) == self._views_ids
-        if is_shown and ids == self._placed_ids:
-            return []
-        found, num_seen = set(), 0
+        if is_shown and ids == self._known_ids:
+            return self._trained_groups(with_grads)
+        frozen, num_seen = [], 0
         for index, group in enumerate(param_groups):
             for param in group["params"]:
                 placed_in = self._group_of.get(param)
                 num_seen += placed_in == index
-                if placed_in is None and _is_trained(param, with_grads):
-                    found.add(index)
+                if placed_in is None:
+                    frozen.append((index, param))
         if num_seen != len(self.params):
             raise ValueError(
                 f"expected the parameters in the groups in which they were added, got {len(self.params) - num_seen} "
@@ -132,9 +133,12 @@ class ParamBuckets:
                 "expected optimizer.state with the entries that show this rank's shards, got others assigned; write "
                 "into them (optimizer.state[p].update(values)), or use optimizer.set_full_state(p, values)"
             )
-        is_all = len(self.params) == sum(map(len, ids))  # no frozen parameter that could be unfrozen
-        self._placed_ids = ids if is_all else None
-        return sorted(found)
+        self._known_ids, self._frozen = ids, frozen
+        return self._trained_groups(with_grads)
+
+    def _trained_groups(self, with_grads: bool) -> list[int]:
+        """Return the indices of groups with a parameter in no bucket that is trained now."""
+        return sorted({index for index, param in self._frozen if _is_trained(param, with_grads)})
 
     # ---- weights and masters ----------------------------------------------------------------------------------------
 
@@ -253,6 +257,7 @@ class ParamBuckets:
         self.params, self.specs = params, specs
         owners = dict.fromkeys(fsdp[user_param(param)].owner for param in params[first:] if user_param(param) in fsdp)
         self._fsdp_modules += map(weakref.ref, owners)
+        self._known_ids = None
         self._group_of.update({param: spec.run.group_index for param, spec in zip(ours, specs[first:], strict=True)})
         self.buckets += made
         self._join_steps(steps)

@@ -165,6 +165,7 @@ def test_no_torch_in_csrc() -> None:
     [
         ("PYZERO_BUILD", "gpu", env.build),
         ("PYZERO_CUDA_ARCHS", "80;hopper", env.cuda_archs),
+        ("PYZERO_CUDA_ARCHS", "90x", env.cuda_archs),
         ("PYZERO_JIT", "maybe", env.jit_enabled),
         ("PYZERO_BACKEND", "fast", env.default_backend),
         ("PYZERO_NUM_THREADS", "0", env.num_threads),

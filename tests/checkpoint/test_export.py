@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyzero.checkpoint.export import DTYPES, export_safetensors
+from pyzero.checkpoint.export import export_safetensors
+from pyzero.estimate import DTYPES
 
 
 def tensors() -> dict[str, Tensor]:
@@ -71,6 +73,38 @@ def test_inf_and_nan_stay_and_too_large_is_refused(tmp_path: Path):
         with pytest.raises(ValueError, match=r"expected values that torch.float16 holds, got larger ones in w;"):
             export_safetensors({"w": torch.tensor(large)}, path, torch.float16)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (torch.tensor([1e300], dtype=torch.float64), torch.float32),
+        (torch.tensor([3.4e38]), torch.bfloat16),
+        (torch.tensor([1e5]), torch.float8_e5m2),
+        (torch.tensor([1e38]).bfloat16(), torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+def test_what_no_dtype_holds_is_refused(tmp_path: Path, value: Tensor, dtype: torch.dtype):
+    with pytest.raises(ValueError, match=f"expected values that {dtype} holds, .* export in {value.dtype}"):
+        export_safetensors({"w": value}, tmp_path / "model.safetensors", dtype)
+    export_safetensors({"w": torch.ones_like(value)}, tmp_path / "model.safetensors", dtype)
+    assert load_file(tmp_path / "model.safetensors")["w"].float().item() == 1.0
+
+
+def test_what_a_killed_export_has_left_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        child = os.fork()
+        if not child:
+            export_safetensors(tensors(), path)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and not path.exists()
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(os, "getpid", lambda: child)  # as in a container, where each run may have the same
+    export_safetensors(tensors(), path)
+    assert load_file(path).keys() == tensors().keys() and {*tmp_path.iterdir()} == {left, path}
 
 
 def test_tied_tensors_are_stored_once(tmp_path: Path):

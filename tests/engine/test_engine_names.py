@@ -810,6 +810,18 @@ def load_module(group: Any, stage: int) -> None:
         engine.load_module_state_dict({"module": {"0.bias": torch.zeros(4)}}, strict=False)
 
 
+def test_a_function_loads_the_weights_of_an_engine_without_an_optimizer():
+    engine = pyzero.initialize(model=nn.Linear(4, 3), config={"train_batch_size": 1})[0]
+    assert engine.optimizer is None
+    engine.load_module_state_dict({"module": {"b": torch.full((3,), 0.5)}}, custom_load_fn=copy_bias)
+    assert (engine.module.bias == 0.5).all()
+
+
+def copy_bias(src: dict[str, Tensor], dst: nn.Linear) -> None:
+    with torch.no_grad():
+        dst.bias.copy_(src["b"])
+
+
 BF16 = {"bf16": {"enabled": True}}
 
 

@@ -79,6 +79,10 @@ NO_NUMBERS = [
     ({"betas": ("0.9", 0.999)}, r"expected betas\[0\] as a number, got the text '0.9'; pass 0.9"),
     ({"eps": None}, "expected eps as a number, got None"),
     ({"weight_decay": "x"}, "expected weight_decay as a number, got 'x'"),
+    (
+        {"weight_decay": torch.tensor(0.1, device="meta")},
+        "expected weight_decay as a number, got a tensor on meta, for",
+    ),
 ]
 
 
@@ -167,6 +171,21 @@ def test_arguments_are_refused_at_construction(options, words):
 def test_arguments_that_are_text_are_refused_at_construction(name):
     with pytest.raises(TypeError, match=f"expected {name} as a number, got the text '1'; pass 1.0"):
         pyzero.FusedZeroAdamW(weights(), **{name: "1"})
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "bucket_cap_mb", "max_consecutive_skips"])
+def test_a_switch_where_a_number_belongs_is_refused(name):
+    with pytest.raises(TypeError, match=f"expected {name} as a number or None, got True"):
+        pyzero.FusedZeroAdamW(weights(), **{name: True})
+
+
+def test_a_load_shares_nothing_with_the_state_dict():
+    one, other = (pyzero.FusedZeroAdamW([{"params": weights(), "tags": ["a"]}], betas=[0.9, 0.99]) for _ in "ab")
+    saved = one.state_dict()
+    other.load_state_dict(saved)
+    for optimizer in (one, other):
+        optimizer.param_groups[0]["tags"].append("b")
+    assert other.param_groups[0]["tags"] == ["a", "b"] and other.param_groups[0]["betas"] == [0.9, 0.99]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,9 @@ def test_pages_of_one_size_are_used_again(monkeypatch):
     buffers = [memory.empty(LARGE // 4, torch.float32, cpu) for _ in range(2 * memory._KEPT_BYTES // LARGE)]
     del buffers
     assert sum(map(len, kept._pages)) == memory._KEPT_BYTES
+    large = memory.empty(memory._KEPT_BYTES + 1, torch.uint8, cpu)
+    del large
+    assert sum(map(len, kept._pages)) == memory._KEPT_BYTES  # it displaces none that may be used again
 
 
 def resident_bytes() -> int:

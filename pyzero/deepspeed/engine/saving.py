@@ -213,7 +213,7 @@ class EngineCheckpoints:
         return str(folder), loaded.get("client_state", {})  # a checkpoint of pyzero.save_checkpoint has none
 
     def _load_by(self, custom_load_fn: Any, weights: dict[str, Any]) -> None:
-        names = names_of(self.module, self.optimizer)
+        names = {} if self.optimizer is None else names_of(self.module, self.optimizer)
         custom_load_fn(src=weights, dst=self.module)
         reshard(self.module)
         lost = [names[param] for param in names.keys() - set(self.module.parameters())]

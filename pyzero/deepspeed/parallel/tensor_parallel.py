@@ -99,7 +99,7 @@ def _mesh_over(size: int) -> Any:
 
     There is one mesh per size, because its groups are never freed.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # takes half a second
+    from torch.distributed.device_mesh import init_device_mesh  # the import takes half a second
 
     num_ranks = comm.get_world_size()
     if num_ranks % size:

@@ -103,8 +103,11 @@ class PipelineEngine(Engine):
                     f"engine.set_batch_fn()"
                 )
             inputs, labels = map(_as_tuple, batch)
-            inputs = tensors.to_device(inputs, self.device, copy=self.is_first_stage())  # layers may edit them in place
-            micro.append((self._cast(inputs), tensors.to_device(labels, self.device)))
+            if self.is_first_stage():  # layers may edit inputs in place
+                inputs = self._cast(tensors.to_device(inputs, self.device, copy=True))
+            if self.is_last_stage():
+                labels = tensors.to_device(labels, self.device)
+            micro.append((inputs, labels))
         shapes = [_shapes(inputs) for inputs, _ in micro] if self.is_first_stage() and self.num_stages > 1 else []
         other = next((at for at, found in enumerate(shapes) if found != shapes[0]), None)
         if other is not None:

@@ -80,7 +80,8 @@ class Runner:
         device: torch.device,
         group: Any,
     ) -> None:
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # takes half a second
+        # The import takes half a second.
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
         if "scale_grads" not in inspect.signature(ScheduleGPipe).parameters:
             raise RuntimeError(

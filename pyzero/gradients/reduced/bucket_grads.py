@@ -109,7 +109,10 @@ class BucketGrads:
     def mark_sent(self, left_out: Callable[[ParamGrad], bool]) -> None:
         """Mark each record as sent (its `.grad` becomes a ShardedGrad), or as left out of this round."""
         for record in self.records:
-            record.mark_sent_as_zeros() if left_out(record) else record.mark_reduced()
+            if left_out(record):
+                record.mark_sent_as_zeros()
+            else:
+                record.mark_reduced()
 
     def shard_memory(self) -> Tensor:
         """Return the shard, or memory for one."""

@@ -48,9 +48,14 @@ class DeferredFactors:
         key = None if value.is_inference() else (value._version, inverse)  # it has no version, and may have changed
         known = self._known
         if known is None or key is None or known[0] is not value or known[1] != key:
-            factor = value.detach().reshape(()).to(self._device, torch.float32, copy=True)
+            factor = self._on_device(value.detach())
             known = self._known = (value, key, factor.reciprocal() if inverse else factor)
         return known[2]
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        if value.is_cpu:  # a copy to a GPU would wait for it
+            return torch.full((), value.item(), dtype=torch.float32, device=self._device)
+        return value.reshape(()).to(self._device, torch.float32, copy=True)
 
     def common(self) -> Tensor | None:
         """Return the common factor (0-D), or None. Call apply_different() first."""

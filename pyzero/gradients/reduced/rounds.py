@@ -22,7 +22,8 @@ class Rounds:
 
     Whether there is a round never depends on facts that only this rank knows. A backward makes one (stage 2). A read of
     gradients makes one if none was made since the last step, or if any rank says in the step's message that it holds
-    unsent gradients.
+    unsent gradients. With a loss scale only the message tells, because ranks must agree first whether unsent gradients
+    carry the scale.
 
     Args:
         dtype: dtype to send in; None: the weights'.
