@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -48,14 +48,36 @@ class Status(ZeroBase):
         return self._last is not None and bool(self._last.found_inf)
 
     @property
+    def _global_grad_norm(self) -> Tensor | float:
+        """DeepSpeed's name for `grad_norm`, which scripts log; 0.0 before the first step."""
+        return 0.0 if self._last is None else self._last.norm.clone()
+
+    @property
     def cur_scale(self) -> float:
         """DeepSpeed's name for `loss_scale`. Reads the device."""
         return self.loss_scale
 
+    @cur_scale.setter
+    def cur_scale(self, value: float) -> None:
+        self.loss_scale = value
+
     @property
     def loss_scale(self) -> float:
-        """The loss scale; 1.0 without scaling. Reads the device."""
+        """The loss scale; 1.0 without scaling. It cannot be set. Reads the device."""
         return float(self._scaler.scale)
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> NoReturn:
+        raise AttributeError(
+            f"expected a loss scale that is chosen before training, got {value!r} set on the optimizer, when gradients "
+            f"may carry the present one; set fp16.initial_scale_power or fp16.loss_scale in the config, or pass "
+            f"loss_scale= to the optimizer"
+        )
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether there is a loss scale that changes with overflows: DeepSpeed's name."""
+        return self._scaler.is_dynamic
 
     @property
     def skipped_steps(self) -> int:
