@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero.comm import process
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.monitor import Monitor
+from pyzero.deepspeed.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -930,6 +932,12 @@ def test_states_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
     with pytest.raises(NotImplementedError, match=r"offload_states\(\) on cuda:0.*offload_optimizer.device to cpu"):
         engine.offload_states()
+    monkeypatch.setattr(launcher, "device", lambda: torch.device("cuda", 0))
+    with pytest.raises(NotImplementedError, match=r"offload_states\(\) on cuda:0.*and leave the call out"):
+        engine.optimizer.offload_states(include=[OffloadStateTypeEnum.optim_states])
+    monkeypatch.setattr(launcher, "device", lambda: torch.device("cpu"))
+    engine.optimizer.offload_states(include=[], device=OffloadDeviceEnum.cpu, pin_memory=True, non_blocking=False)
+    engine.optimizer.reload_states(non_blocking=True)
 
 
 def test_the_config_object_has_the_present_batch_sizes():

@@ -19,6 +19,7 @@ from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
 from pyzero.deepspeed.engine.data import EngineData
+from pyzero.deepspeed.engine.inner_optimizer import refuse_offload
 from pyzero.deepspeed.engine.output_hooks import OutputHooks
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
@@ -448,11 +449,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         Raises:
             NotImplementedError: On a GPU.
         """
-        if self.device.type != "cpu":
-            raise NotImplementedError(
-                f"got offload_states() on {self.device}, which is not supported: states stay where they are; set "
-                f"zero_optimization.offload_optimizer.device to cpu, which keeps them in memory of the host"
-            )
+        refuse_offload(self.device)
 
     reload_states = offload_states
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any, NoReturn
 
+import torch
 from torch.optim import Optimizer
 
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.loss_scaler import OptimizersLossScaler
 from pyzero.optimizer import ZeroOptimizer
 
@@ -59,9 +61,25 @@ class InnerOptimizer(Optimizer):
         raise RuntimeError("expected steps of the engine, got step() of the optimizer inside; call engine.step()")
 
 
+def refuse_offload(device: torch.device) -> None:
+    """Raise NotImplementedError if states are on a GPU. On a CPU they lie in host memory already."""
+    if device.type != "cpu":
+        raise NotImplementedError(
+            f"got offload_states() on {device}, which is not supported: states stay where they are; set "
+            f"zero_optimization.offload_optimizer.device to cpu, which keeps them in memory of the host, and leave the "
+            f"call out"
+        )
+
+
+def _offload_states(*args: Any, **kwargs: Any) -> None:
+    """Do as `engine.offload_states` does."""
+    refuse_offload(launcher.device())
+
+
 def add_names(optimizer: Any) -> None:
     """Give an engine's optimizer the names by which scripts reach what DeepSpeed's optimizers hold."""
     inner = InnerOptimizer(optimizer)
     optimizer.optimizer = inner
     optimizer.get_lr = inner.get_lr
     optimizer.loss_scaler = OptimizersLossScaler(optimizer)
+    optimizer.offload_states = optimizer.reload_states = _offload_states
