@@ -282,6 +282,10 @@ def test_the_accelerator_of_a_cpu():
     assert mine.on_accelerator(torch.ones(1)) and torch.bfloat16 in mine.supported_dtypes()
     with mine.device(0):
         assert mine.pin_memory(torch.ones(1)).tolist() == [1.0]
+    mine.reset_max_memory_allocated(), mine.reset_max_memory_cached()
+    assert (mine.memory_cached(), mine.max_memory_cached(), mine.memory_stats()) == (0, 0, {})
+    assert mine.LongTensor([1]).dtype is torch.int64 and mine.FloatTensor(size=(2, 3)).shape == (2, 3)
+    assert mine.lazy_call(lambda: 3) == 3 and mine.default_generator(0).get_state().equal(torch.get_rng_state())
     with pytest.raises(AttributeError, match="'Graph'"):
         mine.Graph  # noqa: B018
 
