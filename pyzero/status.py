@@ -80,6 +80,19 @@ class Status(ZeroBase):
         return self._scaler.is_dynamic
 
     @property
+    def clip_grad(self) -> float:
+        """DeepSpeed's name for `max_grad_norm`; 0.0 without one. It cannot be set."""
+        return float(self._options["max_grad_norm"] or 0.0)
+
+    @clip_grad.setter
+    def clip_grad(self, value: float) -> NoReturn:
+        raise AttributeError(
+            f"expected a norm to clip to that all ranks have agreed on, got {value!r} set on the optimizer; set "
+            f"gradient_clipping in the config, or pass max_grad_norm= to the optimizer; for a norm that changes, call "
+            f"optimizer.clip_grad_norm_(max_norm) before each step"
+        )
+
+    @property
     def skipped_steps(self) -> int:
         """Steps skipped so far. Reads the device."""
         return int(self._scaler.num_skipped)

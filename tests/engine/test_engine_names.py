@@ -713,6 +713,15 @@ def test_an_optimizer_says_its_norm_and_its_rate():
     assert optimizer.get_lr() == 0.125
 
 
+@pytest.mark.parametrize(("section", "norm"), [({"gradient_clipping": 0.5}, 0.5), ({"gradient_clipping": 0.0}, 0.0)])
+def test_an_optimizer_says_what_it_clips_to(section, norm):
+    optimizer = start(**section).optimizer
+    assert optimizer.clip_grad == norm
+    with pytest.raises(AttributeError, match=r"got 2.0 set.*gradient_clipping.*clip_grad_norm_\(max_norm\)"):
+        optimizer.clip_grad = 2.0
+    assert optimizer.clip_grad == norm
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_the_optimizer_in_the_optimizer(given):
     model = Net()
