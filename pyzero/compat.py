@@ -26,6 +26,7 @@ _MODULES = {
     "checkpointing": f"{_OURS}.checkpointing",
     "comm": f"{_OURS}.comm",
     "comm.comm": f"{_OURS}.comm",
+    "constants": f"{_OURS}.constants",
     "module_inject": "",
     "module_inject.layers": f"{_OURS}.parallel.tensor_parallel",
     "monitor": "",
@@ -44,8 +45,9 @@ _MODULES = {
     "runtime": "",
     "runtime.activation_checkpointing": "",
     "runtime.activation_checkpointing.checkpointing": f"{_OURS}.checkpointing",
+    "runtime.base_optimizer": "pyzero.optimizer",
     "runtime.config": f"{_OURS}.config.deepspeed_config",
-    "runtime.dataloader": f"{_OURS}.utils",
+    "runtime.dataloader": f"{_OURS}.engine.data",
     "runtime.engine": f"{_OURS}.engine.engine",
     "runtime.fp16": "",
     "runtime.fp16.loss_scaler": f"{_OURS}.loss_scaler",
@@ -57,10 +59,12 @@ _MODULES = {
     "runtime.utils": f"{_OURS}.utils",
     "runtime.zero": f"{_OURS}.zero",
     "runtime.zero.config": f"{_OURS}.zero",
+    "runtime.zero.offload_config": f"{_OURS}.offload_config",
     "runtime.zero.partition_parameters": f"{_OURS}.zero",
     "runtime.zero.stage3": f"{_OURS}.estimates",
     "runtime.zero.stage_1_and_2": f"{_OURS}.estimates",
     "runtime.zero.tensor_fragment": f"{_OURS}.utils",
+    "runtime.zero.utils": f"{_OURS}.zero",
     "utils": f"{_OURS}.utils",
     "utils.groups": f"{_OURS}.parallel.groups",
     "utils.logging": f"{_OURS}.utils",
@@ -70,7 +74,11 @@ _MODULES = {
     "utils.zero_to_fp32": f"{_OURS}.zero_to_fp32",
     "zero": f"{_OURS}.zero",
 }
-_OTHER_NAMES = {"runtime.engine": {"DeepSpeedEngine": "Engine"}}
+_OTHER_NAMES = {
+    "runtime.base_optimizer": {"DeepSpeedOptimizer": "ZeroOptimizer", "ZeROOptimizer": "ZeroOptimizer"},
+    "runtime.dataloader": {"DeepSpeedDataLoader": "Loader"},
+    "runtime.engine": {"DeepSpeedEngine": "Engine"},
+}
 
 
 class _Facade(ModuleType):

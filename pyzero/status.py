@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -48,14 +48,49 @@ class Status(ZeroBase):
         return self._last is not None and bool(self._last.found_inf)
 
     @property
+    def _global_grad_norm(self) -> Tensor | float:
+        """DeepSpeed's name for `grad_norm`, which scripts log; 0.0 before the first step."""
+        return 0.0 if self._last is None else self._last.norm.clone()
+
+    @property
     def cur_scale(self) -> float:
         """DeepSpeed's name for `loss_scale`. Reads the device."""
         return self.loss_scale
 
+    @cur_scale.setter
+    def cur_scale(self, value: float) -> None:
+        self.loss_scale = value
+
     @property
     def loss_scale(self) -> float:
-        """The loss scale; 1.0 without scaling. Reads the device."""
+        """The loss scale; 1.0 without scaling. It cannot be set. Reads the device."""
         return float(self._scaler.scale)
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> NoReturn:
+        raise AttributeError(
+            f"expected a loss scale that is chosen before training, got {value!r} set on the optimizer, when gradients "
+            f"may carry the present one; set fp16.initial_scale_power or fp16.loss_scale in the config, or pass "
+            f"loss_scale= to the optimizer"
+        )
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether there is a loss scale that changes with overflows: DeepSpeed's name."""
+        return self._scaler.is_dynamic
+
+    @property
+    def clip_grad(self) -> float:
+        """DeepSpeed's name for `max_grad_norm`; 0.0 without one. It cannot be set."""
+        return float(self._options["max_grad_norm"] or 0.0)
+
+    @clip_grad.setter
+    def clip_grad(self, value: float) -> NoReturn:
+        raise AttributeError(
+            f"expected a norm to clip to that all ranks have agreed on, got {value!r} set on the optimizer; set "
+            f"gradient_clipping in the config, or pass max_grad_norm= to the optimizer; for a norm that changes, call "
+            f"optimizer.clip_grad_norm_(max_norm) before each step"
+        )
 
     @property
     def skipped_steps(self) -> int:

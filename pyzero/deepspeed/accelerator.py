@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,16 +17,21 @@ _COUNTS = (
     "max_memory_allocated",
     "memory_reserved",
     "max_memory_reserved",
+    "memory_cached",
+    "max_memory_cached",
 )
 _ACTIONS = (
     "empty_cache",
     "synchronize",
     "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
+    "reset_max_memory_cached",
     "set_device",
     "current_stream",
     "default_stream",
 )
-_OF_TORCH = ("get_rng_state", "set_rng_state", "initial_seed")  # on a CPU these are torch's, which torch.cuda has too
+_TENSORS = tuple(f"{kind}Tensor" for kind in ("BFloat16", "Byte", "Double", "Float", "Half", "Int", "Long"))
+_OF_TORCH = ("get_rng_state", "set_rng_state", "initial_seed", *_TENSORS)  # torch.cuda has these too, for a GPU
 
 
 class Accelerator:
@@ -83,6 +89,10 @@ class Accelerator:
             return int(torch.cuda.mem_get_info(device_index)[0])
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
+    def memory_stats(self, device_index: int | None = None) -> dict[str, Any]:
+        """Return torch.cuda.memory_stats(); an empty dict on a CPU."""
+        return torch.cuda.memory_stats(device_index) if self._has_gpu else {}
+
     def is_synchronized_device(self) -> bool:
         """Return whether an op has finished when its call returns."""
         return not self._has_gpu
@@ -112,6 +122,16 @@ class Accelerator:
     def manual_seed_all(self, seed: int) -> Any:
         """Call torch.cuda.manual_seed_all, or torch.manual_seed on a CPU."""
         return torch.cuda.manual_seed_all(seed) if self._has_gpu else torch.manual_seed(seed)
+
+    def default_generator(self, device_index: int) -> torch.Generator:
+        """Return the GPU's generator of random numbers, or the CPU's."""
+        return torch.cuda.default_generators[device_index] if self._has_gpu else torch.default_generator
+
+    def lazy_call(self, callback: Callable[[], Any]) -> Any:
+        """Call a function that uses the device, which is ready then."""
+        if self._has_gpu:
+            torch.cuda.init()
+        return callback()
 
     def random(self) -> Any:
         """Return the module torch.random."""

@@ -38,6 +38,7 @@ from torch.distributed import (
 )
 
 from pyzero.deepspeed import launcher
+from pyzero.deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
 log = logging.getLogger("pyzero")
 
@@ -87,7 +88,7 @@ reduce_scatter_tensor: Any = getattr(dist, "reduce_scatter_single", None) or dis
 def init_distributed(
     dist_backend: str | None = None,
     auto_mpi_discovery: bool = True,
-    distributed_port: int = 29500,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
     verbose: bool = True,
     timeout: timedelta | None = None,
     init_method: str | None = None,

@@ -15,10 +15,12 @@ from pyzero.deepspeed import comm, launcher
 from pyzero.deepspeed.config.dtype_sections import DTYPES
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.config.schema import Config
+from pyzero.deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from pyzero.deepspeed.conversion import convert, guard
 from pyzero.deepspeed.engine import param_owners
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.engine.eval_engine import EvalEngine
+from pyzero.deepspeed.engine.inner_optimizer import add_names
 from pyzero.deepspeed.log import remark_on, show_log
 from pyzero.deepspeed.optimizers import make_optimizer
 from pyzero.deepspeed.parallel import groups, tensor_parallel
@@ -38,7 +40,7 @@ def initialize(
     model_parameters: Any = None,
     training_data: Any = None,
     lr_scheduler: Any = None,
-    distributed_port: int = 29500,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
@@ -116,6 +118,7 @@ def initialize(
     else:
         ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
         ours.take_names(model)
+        add_names(ours)
         if settings.zero_optimization.stage == 3:
             ours.parameter_offload = ParameterOffload()
         if tp_size > 1:
@@ -125,6 +128,9 @@ def initialize(
         make: Any = PipelineEngine if is_pipeline else Engine
         engine = make(model, ours, schedule, settings, parallel, made_group=joined)
     engine.collate_fn = collate_fn
+    engine.client_optimizer, engine.client_lr_scheduler = optimizer, lr_scheduler
+    if not is_pipeline:
+        engine.mpu = mpu
     if training_data is not None:
         _give_data(engine, training_data)
     return engine, ours, engine.training_dataloader, schedule

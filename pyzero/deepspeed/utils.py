@@ -171,6 +171,10 @@ def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Iterable[Any]) ->
     return []
 
 
+def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
+    """Do nothing, because stage 3 has no leaf modules here."""
+
+
 class RepeatingLoader:
     """A data loader that restarts whenever it ends."""
 

@@ -31,6 +31,11 @@ class ZeroStageEnum(int, Enum):
     max_stage = 3
 
 
+def is_zero_param(parameter: Any) -> bool:
+    """Return whether it is a parameter that stage 3 or zero.Init shards."""
+    return isinstance(parameter, Tensor) and hasattr(parameter, "ds_id")
+
+
 def zero_wrapper_for_fp_tensor_constructor(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the function itself.
 

@@ -109,6 +109,11 @@ class Scaler:
         return self.state[SCALE]
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether there is a scale that changes with overflows."""
+        return self.enabled and not self._is_fixed
+
+    @property
     def num_skipped(self) -> Tensor:
         """Steps skipped so far: 0-D, on the device."""
         return self.state[SKIPPED]

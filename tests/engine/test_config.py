@@ -407,6 +407,16 @@ def test_a_key_without_effect_is_told_once():
     assert lines[1].startswith("hybrid_engine=...: generate() is the module's own")
 
 
+def test_keys_of_a_section_that_are_told_the_same_are_told_in_one_line():
+    keys_set = {"partition_activations": True, "cpu_checkpointing": True, "contiguous_memory_optimization": True}
+    lines = lines_of({"activation_checkpointing": keys_set, "checkpoint": {"parallel_write": {"pipeline_stage": True}}})
+    assert len(lines) == 2
+    (line,) = (line for line in lines if line.startswith("activation_checkpointing"))
+    named, _, text = line.partition(": ")
+    assert named == ", ".join(f"activation_checkpointing.{key}=true" for key in keys_set)
+    assert text.startswith("the model calls torch.utils.checkpoint")
+
+
 def test_defaults_and_disabled_sections_are_told_nothing_of():
     zero = {"stage": 2, "cpu_offload": False, "offload_param": {"device": "none"}, "contiguous_gradients": True}
     config = {"prescale_gradients": False, "hybrid_engine": {"enabled": False}, "zero_optimization": zero}

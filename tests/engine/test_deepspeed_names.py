@@ -282,6 +282,10 @@ def test_the_accelerator_of_a_cpu():
     assert mine.on_accelerator(torch.ones(1)) and torch.bfloat16 in mine.supported_dtypes()
     with mine.device(0):
         assert mine.pin_memory(torch.ones(1)).tolist() == [1.0]
+    mine.reset_max_memory_allocated(), mine.reset_max_memory_cached()
+    assert (mine.memory_cached(), mine.max_memory_cached(), mine.memory_stats()) == (0, 0, {})
+    assert mine.LongTensor([1]).dtype is torch.int64 and mine.FloatTensor(size=(2, 3)).shape == (2, 3)
+    assert mine.lazy_call(lambda: 3) == 3 and mine.default_generator(0).get_state().equal(torch.get_rng_state())
     with pytest.raises(AttributeError, match="'Graph'"):
         mine.Graph  # noqa: B018
 
@@ -514,6 +518,22 @@ SCRIPTS = {
         assert deepspeed.tp_model_init(torch.nn.Linear(1, 1), 1, torch.bfloat16).weight.dtype is torch.bfloat16
         assert ZeroStageEnum(3) is ZeroStageEnum.weights and LossScaler(4.0).loss_scale == 4.0
         torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
+        from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+        from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
+        from deepspeed.runtime.dataloader import DeepSpeedDataLoader, RepeatingLoader
+        from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+        from deepspeed.runtime.zero.partition_parameters import is_zero_param as the_same
+        from deepspeed.runtime.zero.utils import is_zero_param
+        model = torch.nn.Linear(1, 1)
+        engine, optimizer, loader, _ = deepspeed.initialize(model=model, training_data=[torch.ones(1)] * 2, config={
+            "train_batch_size": 1, "optimizer": {"type": "Adam"},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+        assert isinstance(optimizer, DeepSpeedOptimizer) and isinstance(optimizer, ZeROOptimizer)
+        assert isinstance(loader, DeepSpeedDataLoader) and TORCH_DISTRIBUTED_DEFAULT_PORT == 29500
+        assert engine.zero_offload_optimizer().device == OffloadDeviceEnum.cpu == "cpu"
+        engine.offload_states(include=[OffloadStateTypeEnum.optim_states], device=OffloadDeviceEnum.cpu)
+        assert not is_zero_param(model.weight) and the_same is is_zero_param
+        deepspeed.utils.set_z3_leaf_module(model, True)
         view = {"a": [torch.arange(9)[2:4]], "b": 1}
         copied = clone_tensors_for_torch_save(view)
         assert copied["a"][0].tolist() == [2, 3] and copied["b"] == 1

@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 
 import pyzero
 from pyzero.comm import process
+from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.reader import load
 from pyzero.deepspeed.engine.engine import Engine
 from pyzero.deepspeed.monitor import Monitor
+from pyzero.deepspeed.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from pyzero.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from pyzero.deepspeed.ops.lamb import FusedLamb
 from pyzero.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from pyzero.deepspeed.pipe import PipelineModule
 
 ADAM = {"type": "Adam", "params": {"lr": 0.25, "betas": [0.5, 0.5]}}
 
@@ -678,6 +682,155 @@ def test_an_optimizer_says_overflow_and_cur_scale():
         assert (optimizer.overflow, optimizer.cur_scale) == (overflow, scale)
 
 
+@pytest.mark.parametrize(
+    ("section", "scale", "dynamic"),
+    [({"fp16": {"enabled": True, "initial_scale_power": 8}}, 256.0, True),
+     ({"fp16": {"enabled": True, "loss_scale": 64}}, 64.0, False),
+     ({"bf16": {"enabled": True}}, 1.0, False)],
+)  # fmt: skip
+def test_an_optimizer_says_what_scales_the_loss(section, scale, dynamic):
+    engine = start(**section)
+    optimizer, scaler = engine.optimizer, engine.optimizer.loss_scaler
+    assert optimizer.dynamic_loss_scale is scaler.dynamic is dynamic
+    assert optimizer.cur_scale == optimizer.loss_scale == scaler.cur_scale == scaler.loss_scale == scale
+    for held, name in ((optimizer, "cur_scale"), (optimizer, "loss_scale"), (scaler, "cur_scale")):
+        with pytest.raises(AttributeError, match="got 4096.0.*initial_scale_power.*loss_scale="):
+            setattr(held, name, 4096.0)
+    assert optimizer.loss_scale == scale
+    del engine, optimizer
+    with pytest.raises(ReferenceError, match="keep the engine"):
+        scaler.cur_scale  # noqa: B018
+
+
+def test_an_optimizer_says_its_norm_and_its_rate():
+    engine = start(bf16={"enabled": True}, gradient_clipping=0.5)
+    optimizer = engine.optimizer
+    assert optimizer._global_grad_norm == 0.0 and optimizer.get_lr() == 0.25
+    engine.backward(engine(ones()).float().sum())
+    engine.step()
+    assert float(optimizer._global_grad_norm) == engine.get_global_grad_norm() > 0.5
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert optimizer.get_lr() == 0.125
+
+
+@pytest.mark.parametrize(("section", "norm"), [({"gradient_clipping": 0.5}, 0.5), ({"gradient_clipping": 0.0}, 0.0)])
+def test_an_optimizer_says_what_it_clips_to(section, norm):
+    optimizer = start(**section).optimizer
+    assert optimizer.clip_grad == norm
+    with pytest.raises(AttributeError, match=r"got 2.0 set.*gradient_clipping.*clip_grad_norm_\(max_norm\)"):
+        optimizer.clip_grad = 2.0
+    assert optimizer.clip_grad == norm
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_optimizer_in_the_optimizer(given):
+    model = Net()
+    engine, optimizer, _, _ = pyzero.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.5) if given else None,
+        config={"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}},
+    )
+    inner = optimizer.optimizer
+    assert inner is engine.basic_optimizer and isinstance(inner, torch.optim.Optimizer)
+    assert inner.param_groups is optimizer.param_groups and inner.state is optimizer.state
+    assert not hasattr(inner, "optimizer")  # `while hasattr(optimizer, "optimizer")` ends
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 0.5**step)
+    calls = []
+    inner.register_step_post_hook(lambda *args: calls.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rate in (0.5, 0.25):
+            before = model.weight.detach().clone()
+            engine.backward(engine(ones()).sum())
+            engine.step()
+            torch.testing.assert_close(before - model.weight.detach(), torch.full((4,), rate))
+            schedule.step()
+    assert len(calls) == 2 and inner.state_dict()["param_groups"][0]["lr"] == 0.125
+    inner.load_state_dict(optimizer.state_dict())
+    inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
+    model.weight.grad = torch.ones(4)
+    inner.zero_grad()
+    assert model.weight.grad is None
+    with pytest.raises(RuntimeError, match=r"got step\(\) of the optimizer inside; call engine.step"):
+        inner.step()
+
+
+def test_an_engine_and_its_optimizer_end_with_their_last_name():
+    def ends() -> list[bool]:
+        engine = start(fp16={"enabled": True})
+        engine.backward(engine(ones()).float().sum())
+        engine.step()
+        held = [weakref.ref(engine), weakref.ref(engine.optimizer)]
+        del engine
+        return [ref() is None for ref in held]
+
+    gc.disable()
+    try:
+        ends()  # the first one may be held by caches
+        assert ends() == [True, True]
+    finally:
+        gc.enable()
+
+
+class Mpu:
+    """Megatron's, where layers are whole."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def get_data_parallel_group(self) -> Any:
+        return self.group
+
+    def get_model_parallel_group(self) -> Any:
+        return None
+
+
+def made_from(group: Any, trains: bool) -> None:
+    model, mpu = Net(), Mpu(group)
+    optimizer = torch.optim.Adam(model.parameters()) if trains else None
+    make = (lambda o: torch.optim.lr_scheduler.ConstantLR(o)) if trains else None
+    engine, *_ = pyzero.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=make, mpu=mpu, config={"train_batch_size": 2}
+    )
+    assert engine.client_optimizer is optimizer and engine.client_lr_scheduler is make and engine.mpu is mpu
+    assert engine.data_parallel_group is engine.get_data_parallel_group() is group
+    assert (engine.basic_optimizer is None) is not trains
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_engine_keeps_what_it_was_made_from(ranks, trains):
+    ranks.run(2, made_from, trains)
+    assert start().mpu is None and start().data_parallel_group is None
+
+
+@pytest.mark.parametrize(
+    ("zero", "of_optimizer", "of_params"),
+    [({}, None, None),
+     ({"offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}, "none", "none"),
+     ({"offload_optimizer": {"device": "cpu"}}, "cpu", None),
+     ({"offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}, "nvme", None),
+     ({"offload_param": {"device": "cpu"}}, None, "cpu"),
+     ({"cpu_offload": True, "cpu_offload_params": True}, "cpu", "cpu"),
+     ({"cpu_offload_param": True}, None, "cpu")],
+)  # fmt: skip
+def test_an_engine_says_what_is_offloaded(zero, of_optimizer, of_params):
+    engine = start(zero_optimization={"stage": 2, **zero})
+    found = engine.zero_offload_optimizer(), engine.zero_offload_param()
+    assert [None if section is None else section.device for section in found] == [of_optimizer, of_params]
+    assert engine.zero_use_cpu_optimizer() is (of_optimizer in ("cpu", "nvme"))
+    assert engine.zero_cpu_offload() is (of_optimizer == "cpu")
+
+
+def test_gradients_are_always_averaged():
+    engine = start()
+    assert engine.enable_backward_allreduce is True
+    engine.enable_backward_allreduce = True
+    with pytest.raises(NotImplementedError, match="got enable_backward_allreduce=False.*reduce_grads=False"):
+        engine.enable_backward_allreduce = False
+    assert engine.enable_backward_allreduce is True
+
+
 def test_a_function_gets_the_parameters_that_are_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     groups = [{"params": list(model[0].parameters()), "lr": 1.0}]
@@ -743,6 +896,21 @@ def test_a_plateau_needs_what_it_watches():
     assert engine.global_steps == 1 and schedule.best == 3.0
 
 
+def test_a_plateau_of_a_pipeline_says_what_to_do():
+    net = PipelineModule([nn.Linear(4, 4)], num_stages=1, loss_fn=nn.MSELoss())
+    engine, *_ = pyzero.initialize(
+        model=net,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        training_data=[(torch.ones(4), torch.zeros(4))] * 4,
+        config={"train_batch_size": 1, "optimizer": ADAM},
+    )
+    before = [param.clone() for param in net.parameters()]
+    with pytest.raises(TypeError, match=r"ReduceLROnPlateau watches.*train_batch\(\).*leave it out of initialize"):
+        engine.train_batch()
+    assert engine.global_steps == engine.micro_steps == 0 and all(map(torch.equal, before, net.parameters()))
+    assert all(param.grad is None for param in net.parameters())
+
+
 def test_the_engine_counts_its_samples_per_second():
     engine, *_ = pyzero.initialize(
         model=Net(), config={"train_batch_size": 4, "gradient_accumulation_steps": 2, "optimizer": ADAM}
@@ -773,6 +941,12 @@ def test_states_stay_where_they_are(monkeypatch):
     monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
     with pytest.raises(NotImplementedError, match=r"offload_states\(\) on cuda:0.*offload_optimizer.device to cpu"):
         engine.offload_states()
+    monkeypatch.setattr(launcher, "device", lambda: torch.device("cuda", 0))
+    with pytest.raises(NotImplementedError, match=r"offload_states\(\) on cuda:0.*and leave the call out"):
+        engine.optimizer.offload_states(include=[OffloadStateTypeEnum.optim_states])
+    monkeypatch.setattr(launcher, "device", lambda: torch.device("cpu"))
+    engine.optimizer.offload_states(include=[], device=OffloadDeviceEnum.cpu, pin_memory=True, non_blocking=False)
+    engine.optimizer.reload_states(non_blocking=True)
 
 
 def test_the_config_object_has_the_present_batch_sizes():

@@ -165,13 +165,14 @@ def table(section: type[Section]) -> str:
 
 
 def remarks(section: Section, path: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield (line, whether it is a warning) for each ignored key that is set to another value than its default.
+    """Yield (line, whether it is a warning) for ignored keys that are set to another value than their default.
 
-    One more line lists all keys that are "auto".
+    Keys of a section that have the same text share a line. One more line lists all keys that are "auto".
     """
     autos = [] if path else list(_autos(section))
     if autos:
         yield f'"auto" takes its default, for there is no Trainer to fill it in: {", ".join(autos)}', False
+    told: dict[Ignored, list[str]] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         state = state_of(type(section), name)
@@ -182,7 +183,9 @@ def remarks(section: Section, path: str = "") -> Iterator[tuple[str, bool]]:
             asks = is_asked_for(value) if isinstance(value, dict) else value not in (default, None, "auto")
             if asks and not state.quiet:
                 shown = "..." if isinstance(value, (dict, list)) else str(value).lower()
-                yield f"{path}{name}={shown}: {state.text}", state.warns
+                told.setdefault(state, []).append(f"{path}{name}={shown}")
+    for state, names in told.items():
+        yield f"{', '.join(names)}: {state.text}", state.warns
 
 
 def _autos(section: Section, path: str = "") -> Iterator[str]:

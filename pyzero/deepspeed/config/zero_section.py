@@ -124,10 +124,24 @@ class ZeroSection(Section):
     save_muon_momentum_buffer_in_memory: Annotated[Flag, Ignored("Muon's momentum lies in memory", quiet=True)] = False
     zenflow: Annotated[Any, Refused("it leaves out updates, which changes the result; remove it")] = None
 
+    def optimizer_offload(self) -> OffloadOptimizerSection | None:
+        """Return `offload_optimizer`, or what the older key says."""
+        return OffloadOptimizerSection(device="cpu") if self.cpu_offload else self.offload_optimizer
+
+    def param_offload(self) -> OffloadParamSection | None:
+        """Return `offload_param`, or what the older keys say."""
+        older = self.cpu_offload_params or self.cpu_offload_param
+        return OffloadParamSection(device="cpu") if older else self.offload_param
+
+    def offloads_optimizer(self) -> bool:
+        """Return whether masters and moments should be kept in host memory."""
+        section = self.optimizer_offload()
+        return section is not None and section.device != "none"
+
     def offloads_params(self) -> bool:
         """Return whether weights should be kept in host memory."""
-        section = self.offload_param is not None and self.offload_param.device != "none"
-        return bool(section or self.cpu_offload_params or self.cpu_offload_param)
+        section = self.param_offload()
+        return section is not None and section.device != "none"
 
     def arguments(self, element_size: int) -> dict[str, Any]:
         """Return the optimizer's arguments.
@@ -138,7 +152,6 @@ class ZeroSection(Section):
         chosen: dict[str, Any] = {"stage": stage, "overlap": self.overlap_comm is not False}
         if self.reduce_bucket_size != "auto" and 0 < self.reduce_bucket_size < _DEFAULT_BUCKET:
             chosen["bucket_cap_mb"] = self.reduce_bucket_size * element_size / 2**20
-        offloads = self.offload_optimizer is not None and self.offload_optimizer.device != "none"
-        if offloads or self.cpu_offload:
+        if self.offloads_optimizer():
             chosen["cpu_offload"] = True
         return chosen

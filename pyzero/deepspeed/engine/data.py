@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pyzero.deepspeed.config.schema import Batches, Config
+from pyzero.deepspeed.utils import RepeatingLoader as RepeatingLoader
 
 
 class Loader(DataLoader[Any]):

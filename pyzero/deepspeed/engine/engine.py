@@ -19,6 +19,7 @@ from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
 from pyzero.deepspeed.engine.data import EngineData
+from pyzero.deepspeed.engine.inner_optimizer import refuse_offload
 from pyzero.deepspeed.engine.output_hooks import OutputHooks
 from pyzero.deepspeed.engine.ranks import EngineRanks
 from pyzero.deepspeed.engine.saving import EngineCheckpoints
@@ -74,6 +75,9 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.global_steps = 0  # optimizer steps, skipped ones too
         self.global_samples = 0  # samples in these steps, on all ranks
         self.training_dataloader: Any = None
+        self.client_optimizer: Any = None  # what initialize() was given: optimizer, lr_scheduler and mpu
+        self.client_lr_scheduler: Any = None
+        self.mpu: Any = None
         self.timers = PhaseTimers(config.wall_clock_breakdown and self.rank == 0, self.device)  # only rank 0 logs them
         self.tput_timer = ThroughputTimer(_NOT_SYNCHRONIZED, self.batches.train)
         self.monitor = Monitor(config, is_first=self.rank == 0)
@@ -265,6 +269,23 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         finally:
             self._boundary = before
 
+    @property
+    def enable_backward_allreduce(self) -> bool:
+        """True: gradients are averaged over ranks. In DeepSpeed, False leaves that to the script.
+
+        Raises:
+            NotImplementedError: It is set to False.
+        """
+        return True
+
+    @enable_backward_allreduce.setter
+    def enable_backward_allreduce(self, value: bool) -> None:
+        if not value:
+            raise NotImplementedError(
+                "got enable_backward_allreduce=False, which is not supported: the engine averages gradients; to send "
+                "them yourself, train without an engine, with pyzero.FusedZeroAdamW(..., reduce_grads=False)"
+            )
+
     # ---- the step --------------------------------------------------------------------------------------------------
 
     @property
@@ -310,12 +331,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         Raises:
             TypeError: The schedule is torch's ReduceLROnPlateau, and lr_kwargs has no "metrics". Nothing has changed.
         """
-        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in (lr_kwargs or {}):
-            raise TypeError(
-                "expected the value that ReduceLROnPlateau watches, got none; call "
-                'engine.step(lr_kwargs={"metrics": value}), with the same value on every rank, or step the schedule '
-                "yourself and leave it out of initialize()"
-            )
+        self._check_watched(
+            lr_kwargs or {},
+            'call engine.step(lr_kwargs={"metrics": value}), with the same value on every rank, or step the schedule '
+            "yourself and leave it out of initialize()",
+        )
         self._in_step = True
         try:
             self._stepped = self.is_gradient_accumulation_boundary()
@@ -328,6 +348,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._micro_steps += 1
         self._num_micro = 0 if self._stepped else self._num_micro + 1
         self.tput_timer.stop(global_step=self._stepped)
+
+    def _check_watched(self, lr_kwargs: dict[str, Any], remedy: str) -> None:
+        """Raise TypeError with a remedy if the schedule's step needs a value that is not given."""
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in lr_kwargs:
+            raise TypeError(f"expected the value that ReduceLROnPlateau watches, got none; {remedy}")
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
         if self._used_no_sync and has_unsent_gradients(self.module):
@@ -388,6 +413,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return None if norm is None else float(norm)
 
     @property
+    def basic_optimizer(self) -> Any:
+        """The optimizer in the optimizer, with the same groups and state; None without one."""
+        return getattr(self.optimizer, "optimizer", None)
+
+    @property
     def skipped_steps(self) -> int:
         """Steps skipped because of an overflow. Reads the device."""
         return self.optimizer.skipped_steps
@@ -419,11 +449,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         Raises:
             NotImplementedError: On a GPU.
         """
-        if self.device.type != "cpu":
-            raise NotImplementedError(
-                f"got offload_states() on {self.device}, which is not supported: states stay where they are; set "
-                f"zero_optimization.offload_optimizer.device to cpu, which keeps them in memory of the host"
-            )
+        refuse_offload(self.device)
 
     reload_states = offload_states
 

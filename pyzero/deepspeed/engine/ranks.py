@@ -28,6 +28,11 @@ class EngineRanks:
         """Return the group of ranks that see different data; None without a process group."""
         return launcher.handle_of(self.parallel.data_group) if comm.is_initialized() else None
 
+    @property
+    def data_parallel_group(self) -> Any:
+        """The group of ranks that see different data; None without a process group."""
+        return self.get_data_parallel_group()
+
     def get_data_parallel_rank(self) -> int:
         """Return this rank's place among the ranks that see different data."""
         return self.parallel.data_rank

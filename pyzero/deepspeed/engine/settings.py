@@ -6,6 +6,7 @@ from typing import Any
 
 from pyzero.deepspeed.config.deepspeed_config import DeepSpeedConfig
 from pyzero.deepspeed.config.schema import Batches, Config
+from pyzero.deepspeed.config.zero_section import OffloadOptimizerSection, OffloadParamSection
 from pyzero.deepspeed.parallel.mesh import Parallelism
 from pyzero.optimizer import ZeroOptimizer
 
@@ -100,6 +101,23 @@ class EngineSettings:
     def zero_optimization_partition_weights(self) -> bool:
         """Return whether the config asks for stage 3."""
         return self.config.zero_optimization.stage >= 3
+
+    def zero_offload_optimizer(self) -> OffloadOptimizerSection | None:
+        """Return the config's `offload_optimizer`; None without one."""
+        return self.config.zero_optimization.optimizer_offload()
+
+    def zero_offload_param(self) -> OffloadParamSection | None:
+        """Return the config's `offload_param`; None without one."""
+        return self.config.zero_optimization.param_offload()
+
+    def zero_use_cpu_optimizer(self) -> bool:
+        """Return whether the config keeps masters and moments in host memory. nvme does too."""
+        return self.config.zero_optimization.offloads_optimizer()
+
+    def zero_cpu_offload(self) -> bool:
+        """Return whether the config's `offload_optimizer.device` is cpu."""
+        section = self.zero_offload_optimizer()
+        return section is not None and section.device == "cpu"
 
     def gradient_clipping(self) -> float:
         """Return the norm that gradients are clipped to; 0.0 without clipping."""

@@ -158,6 +158,7 @@ class PipelineEngine(Engine):
             0-D fp32 on every rank: the mean of the losses over micro-batches and replicas.
 
         Raises:
+            TypeError: The schedule is torch's ReduceLROnPlateau. Nothing has changed.
             ValueError: There is no data, or it is not in pairs.
             StopIteration: The data ended on some rank. It is raised on all ranks.
                 pyzero.deepspeed.utils.RepeatingLoader restarts the data.
@@ -167,6 +168,11 @@ class PipelineEngine(Engine):
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("expected gradients to be enabled, got train_batch() in no_grad(); call eval_batch()")
+        self._check_watched(
+            {},
+            "train_batch() takes none: leave it out of initialize(), and call its step(loss) after train_batch(), with "
+            "the same loss on every rank",
+        )
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
