@@ -35,9 +35,9 @@ def sgd_(
     """Update `master` and `momentum_buffer` in place by one step of SGD, in fp32.
 
     The formula is torch.optim.SGD's: `g = grad + weight_decay * master`. The buffer becomes
-    `momentum * buffer + (1 - dampening) * g`; in the first step with dampening it becomes `g`. `master` moves by `lr`
-    against the buffer, with `nesterov` against `g + momentum * buffer`, and without a buffer against `g`. Every backend
-    gives the same bits.
+    `momentum * buffer + (1 - dampening) * g`; in the first step, where torch's begins as `g`, `g` is not dampened.
+    `master` moves by `lr` against the buffer, with `nesterov` against `g + momentum * buffer`, and without a buffer
+    against `g`. Every backend gives the same bits.
 
     Args:
         master: (numel,) fp32 weights. The reference backend also takes fp64, and then computes in fp64.

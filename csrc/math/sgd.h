@@ -40,8 +40,8 @@ PZ_HD SgdState sgd_element(SgdState state, float grad, float grad_scale, const S
   const float g = c.decays ? scaled + c.weight_decay * state.master : scaled;
   if (!kHasBuffer) return SgdState{state.master - lr * g, 0.0f};
 
-  const float dampened = c.momentum * state.momentum_buffer + c.one_minus_dampening * g;
-  const float m = is_first ? g : dampened;
+  const float weight = is_first ? 1.0f : c.one_minus_dampening;
+  const float m = c.momentum * state.momentum_buffer + weight * g;
   const float update = c.nesterov ? g + c.momentum * m : m;
   return SgdState{state.master - lr * update, m};
 }

@@ -35,7 +35,7 @@ def _update(args: SgdArgs, grad: Tensor) -> None:
         update = update + round_to(hyper.weight_decay, dtype) * master
     if buffer is not None:
         momentum, g = round_to(hyper.momentum, dtype), update
-        update = torch.where(is_first, g, momentum * buffer + round_to(1.0 - hyper.dampening, dtype) * g)
+        update = momentum * buffer + torch.where(is_first, g, round_to(1.0 - hyper.dampening, dtype) * g)
         buffer.copy_(torch.where(keep, buffer, update))
         if hyper.nesterov:
             update = g + momentum * update

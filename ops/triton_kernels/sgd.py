@@ -29,7 +29,7 @@ def _sgd_block(
     if weight_decay is not None:
         g = g + weight_decay * p
     if momentum_buffer is not None:
-        m = tl.where(is_first, g, momentum * m + one_minus_dampening * g)
+        m = momentum * m + tl.where(is_first, 1.0, one_minus_dampening) * g
         tl.store(momentum_buffer + offsets, m, mask=store_mask)
         if NESTEROV:
             g = g + momentum * m

@@ -235,6 +235,41 @@ FOUND: list[tuple[str, Program, Config]] = [
         ],
         Config((((5,), "fp32", False),), stage=1, transport="exact", loss_scale=8.0),
     ),
+    (
+        "a momentum buffer that was set counts at the first step, dampened or not",
+        [
+            ("add_group",),
+            ("set_state", 0, ("momentum_buffer",), 2),
+            ("backward", 0, False, True, (63, 63), None),
+            ("step",),
+        ],
+        Config((((5,), "fp32", False),) * 2, (((5,), "fp32", False),), rule="sgd"),
+    ),
+    (
+        "a clip by an infinite norm is seen after the step too",
+        [("backward", 0, True, True, (63,), (0, "inf")), ("clip", 0.5, 2.0), ("step",)],
+        Config((((5,), "fp32", False),), size=1),
+    ),
+    (
+        "a backward that was broken off places nothing that is unfrozen after it",
+        [
+            ("broken", 9, 2, "model", (63, 63)),
+            ("thaw", 0),
+            ("backward", 3, True, True, (36, 7), None),
+            ("step",),
+        ],
+        Config((((5,), "fp32", True), ((5,), "fp32", False), ((1,), "fp16", False)), stage=2, transport="exact"),
+    ),
+    (
+        "a gradient that is set when all are cleared carries no scale of a backward that was broken off",
+        [
+            ("broken", 0, 0, "model", (63,)),
+            ("set_full_grad", 0, 0),
+            ("backward", 0, False, True, (63,), None),
+            ("step",),
+        ],
+        Config((((5,), "fp32", False),) * 2, size=1, loss_scale=8.0),
+    ),
 ]
 
 

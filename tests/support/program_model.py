@@ -203,8 +203,12 @@ class World:
         elif name == "step":
             self.placed |= self.added & self.trained
         elif name == "rebuild":
-            self.can_load &= self.placed <= self.trained
-            self.stage, self.placed = op[2], self.added & self.trained
+            self.stage = op[2]
+            if op[1] == "full":  # frozen parameters' state is loaded too
+                self.placed |= self.added & self.trained
+            else:
+                self.can_load &= self.placed <= self.trained
+                self.placed = self.added & self.trained
         elif name == "save":
             if op[1] == "full":
                 self.placed |= self.added & self.trained

@@ -130,8 +130,8 @@ def _sgd(slot: Slot, grad: Tensor, options: dict[str, Any]) -> Slot:
     grad = (-grad if options["maximize"] else grad) + options["weight_decay"] * master
     if not momentum:
         return Slot(master - options["lr"] * grad, slot.state, slot.step + 1)
-    buffer = momentum * slot.state["momentum_buffer"].double() + (1 - options["dampening"]) * grad
-    buffer = buffer if slot.step else grad
+    weight = 1 - options["dampening"] if slot.step else 1
+    buffer = momentum * slot.state["momentum_buffer"].double() + weight * grad
     direction = grad + momentum * buffer if options["nesterov"] else buffer
     return Slot(master - options["lr"] * direction, {"momentum_buffer": buffer}, slot.step + 1)
 

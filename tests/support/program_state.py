@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from program_model import DTYPES, DYNAMIC, Config, Model, fresh, state_value, written
+from program_model import DTYPES, DYNAMIC, Config, Model, state_value, written
 from program_rules import Slot, make
 from torch import Tensor, nn
 
@@ -164,8 +164,6 @@ class StateOps:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             self.optimizer.load_state_dict(saved)
-        for index in model.placed - model.trained:  # frozen parameters have no state in the new one
-            model.slots[index] = fresh(config, index, self.params[index].detach())
         for index in model.added:
             model.put(index, None)
         model.forget()

@@ -59,7 +59,7 @@ class DeferredClip:
         """
         if self.factor is None or self._sumsq is None or not self._is_used:
             return self.factor
-        is_same = (sumsq - self._sumsq).abs() <= _SAME_NORM * self._sumsq
+        is_same = torch.isclose(sumsq, self._sumsq, rtol=_SAME_NORM, atol=0.0, equal_nan=True)
         return torch.where(is_same, self.factor, torch.ones_like(self.factor))
 
     def check(self, params: Iterable[Tensor]) -> bool:

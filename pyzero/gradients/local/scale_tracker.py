@@ -145,6 +145,11 @@ class ScaleTracker:
             )
         self.clear()
 
+    def forget_if_empty(self) -> None:
+        """Called before the caller's gradient is written: with no gradient there, no scale has to be kept."""
+        if all(param.grad is None for param in self._params):
+            self.clear()
+
     def clear(self) -> None:
         """Called when the optimizer has cleared `.grad` of all parameters, or filled it with zeros."""
         self.unscale = self._epoch = None

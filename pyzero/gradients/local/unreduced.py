@@ -326,6 +326,7 @@ class UnreducedGradients(Gradients):
         if self._deferred_clip.factor is not None:
             self._deferred_clip.apply()  # the factor must not apply to the new value
         param = bucket.params[position]
+        self._scale_tracker.forget_if_empty()
         unscale = self._scale_tracker.unscale
         scaled = value if unscale is None else value / unscale
         grad = torch.empty_like(param).copy_(bucket.shaped(scaled, position))

@@ -45,6 +45,7 @@ class Stage2Reducer(Stage1Reducer):
         self._overlap = overlap
         self._readiness = Readiness(self._records)
         self._is_sending = False  # a round has begun in a backward
+        self._has_unfrozen = False  # when it began, some parameters had been unfrozen: the ranks place them after it
         self._is_retired = False  # another optimizer has taken over
         self._arrival_order = arrival_order
 
@@ -92,7 +93,7 @@ class Stage2Reducer(Stage1Reducer):
         except BaseException:
             is_owed = self._sync and not self._is_retired and self._rounds.num_finished == num_rounds
             if is_owed and not self._is_sending:
-                self._is_sending = True  # no gradient has come, but the other ranks may send theirs
+                self._begin_round()  # no gradient has come, but the other ranks may send theirs
                 for record in self._records.by_number:
                     record.publish()  # so that a clear of it is noticed
             raise
@@ -101,7 +102,11 @@ class Stage2Reducer(Stage1Reducer):
         if self._is_sending and not self._end.is_awaited:
             self.finish_broken_round()  # the attempt to finish it was broken off too
         super()._begin_backward()
-        self._is_sending |= self._sync  # the other ranks send theirs even if this backward breaks off
+        if self._sync and not self._is_sending:
+            self._begin_round()  # the other ranks send theirs even if this backward breaks off
+
+    def _begin_round(self) -> None:
+        self._is_sending, self._has_unfrozen = True, any(param.requires_grad for param in self._frozen)
 
     def after_gradient(self, param: Tensor) -> None:
         """See GradientListener."""
@@ -149,7 +154,8 @@ class Stage2Reducer(Stage1Reducer):
         try:
             self.make_round(self._readiness.is_deferred)
             self._exchange.receive_at_end()  # in the same order with sends on all ranks, because barriers pair up
-            self._join_unfrozen()  # as after the same round on the other ranks
+            if self._has_unfrozen:
+                self._join_unfrozen()  # as after the same round on the other ranks
         finally:  # the next attempt restores again what was not sent
             for record in cleared:
                 record.param.grad = None
@@ -161,7 +167,8 @@ class Stage2Reducer(Stage1Reducer):
         if self._is_sending:
             self.make_round(self._readiness.is_deferred, sends_zeros=True)
             self._exchange.receive_at_end()
-            self._join_unfrozen()
+            if self._has_unfrozen:
+                self._join_unfrozen()
         super().send_zeros()
 
     def make_round(self, left_out: Callable[[ParamGrad], bool] = nothing, sends_zeros: bool = False) -> None:
