@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,9 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     quieted: list[Any] = [  # without modules that an enclosing context has quieted
         module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
     ]
+    for record in (record for module in quieted for record in fsdp_records(module)):
+        if not hasattr(record, "_unsharded_param"):  # not gathered yet
+            record.to_accumulated_grad_if_needed = partial(_keep_gradient, record)
     for module in quieted:
         module.set_requires_gradient_sync(False, recurse=False)
     try:
@@ -155,6 +159,12 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     finally:
         for module in quieted:
             module.set_requires_gradient_sync(True, recurse=False)
+
+
+def _keep_gradient(record: Any) -> None:
+    """Run torch's own method, which fails on weights that no forward has gathered yet."""
+    if hasattr(record, "_unsharded_param"):
+        type(record).to_accumulated_grad_if_needed(record)
 
 
 def has_unsent_gradients(model: nn.Module) -> bool:

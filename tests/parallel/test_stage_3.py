@@ -709,3 +709,40 @@ def test_a_step_on_what_no_sync_has_kept_is_refused(ranks):
     for message, (after, alone) in ranks.run(WORLD, left_unsent):
         assert "expected a backward outside no_sync() before step() in stage 3" in message
         assert after == alone
+
+
+class Chosen(nn.Module):
+    """Runs the blocks that its caller names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, names: list[int]) -> torch.Tensor:
+        for name in names:
+            x = self.blocks[name](x)
+        return x
+
+
+def chosen_blocks(group: Any, dtype: str, quiet: bool) -> list[torch.Tensor]:
+    """Train two blocks in turn, the first of them in no_sync() if quiet. The third one never runs."""
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "zero_optimization": {"stage": 3},
+        **SECTIONS[dtype],
+    }
+    engine = pyzero.initialize(model=Chosen(), config=config)[0]
+    for name in (0, 1):
+        with engine.no_sync() if quiet and name == 0 else contextlib.nullcontext():
+            engine.backward(engine(torch.ones(1, 4), [name]).float().sum())
+    engine.step()
+    return list(engine.get_fp32_state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", list(SECTIONS))
+def test_no_sync_where_a_block_has_not_run_yet(ranks, dtype):
+    plain = ranks.run(WORLD, chosen_blocks, dtype, False)[0]
+    for weights in ranks.run(WORLD, chosen_blocks, dtype, True):
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(weights, plain, strict=True))
