@@ -180,6 +180,29 @@ def drop_unsent_gradients(model: nn.Module) -> None:
             record.unsharded_accumulated_grad = None
 
 
+def is_backward_broken(model: nn.Module) -> bool:
+    """Whether an exception has broken off a backward of fully_shard's modules, which torch then takes to be running."""
+    return torch._C._current_graph_task_id() == -1 and any(_broken_roots(model))
+
+
+def end_broken_backward(model: nn.Module) -> None:
+    """Make fully_shard's modules ready again after `is_backward_broken`. Drops the whole gradients that they keep."""
+    if is_backward_broken(model):
+        for root in _broken_roots(model):
+            callback = root._get_fsdp_state()._root_post_backward_final_callback
+            with without_gradient_sync(model):
+                getattr(root, "reset_iter_state", callback)()  # torch 2.13
+        drop_unsent_gradients(model)
+
+
+def _broken_roots(model: nn.Module) -> Iterator[Any]:
+    """Yield the roots of fully_shard's modules whose callback at the end of a backward has not run."""
+    for module in model.modules():
+        state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        if state is not None and state._is_root and state._state_ctx.post_backward_final_callback_queued:
+            yield module
+
+
 def _kept_gradients(model: nn.Module) -> Iterator[Any]:
     for record in (record for module in model.modules() for record in fsdp_records(module)):
         if hasattr(record, "_unsharded_param"):  # gathered once

@@ -746,3 +746,41 @@ def test_no_sync_where_a_block_has_not_run_yet(ranks, dtype):
     plain = ranks.run(WORLD, chosen_blocks, dtype, False)[0]
     for weights in ranks.run(WORLD, chosen_blocks, dtype, True):
         assert all(torch.equal(ours, wanted) for ours, wanted in zip(weights, plain, strict=True))
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("as planned")
+
+
+def after_a_broken_backward(group: Any, quiet: bool) -> tuple[str, list[list[torch.Tensor]]]:
+    """Leave out a batch whose backward raises on all ranks. Return step()'s error before that, and weights."""
+    found, message = [], ""
+    for breaks in (True, False):
+        engine = start(3, "bf16")
+        engine.set_gradient_accumulation_boundary(True)
+        train(engine, range(1))
+        if breaks:
+            hook = engine.module.blocks[0].register_forward_hook(lambda module, args, output: Failing.apply(output))
+            with pytest.raises(MemoryError), engine.no_sync() if quiet else contextlib.nullcontext():
+                engine.backward(engine(case.batch(9)).sum())
+            hook.remove()
+            with pytest.raises(RuntimeError) as caught:
+                engine.step()
+            message = str(caught.value)
+            engine.zero_grad()
+        train(engine, range(1, 3))
+        found.append(list(engine.get_fp32_state_dict().values()))
+    return message, found
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_batch_whose_backward_raises_is_left_out(ranks, quiet):
+    for message, (after, alone) in ranks.run(WORLD, after_a_broken_backward, quiet):
+        assert "expected backwards that end" in message
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(after, alone, strict=True))

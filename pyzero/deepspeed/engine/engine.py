@@ -32,8 +32,10 @@ from pyzero.deepspeed.timers import PhaseTimers, ThroughputTimer
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import (
     drop_unsent_gradients,
+    end_broken_backward,
     fsdp_groups,
     has_unsent_gradients,
+    is_backward_broken,
     reshard,
     without_gradient_sync,
 )
@@ -330,6 +332,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self.tput_timer.stop(global_step=self._stepped)
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
+        if self.zero_optimization_stage() == 3 and is_backward_broken(self.module):
+            raise RuntimeError(
+                "expected backwards that end, got one that an exception has broken off in stage 3, whose gradients "
+                "were not sent; call engine.zero_grad() on all ranks, and begin the step anew"
+            )
         if self._used_no_sync and has_unsent_gradients(self.module):
             raise RuntimeError(
                 "expected a backward outside no_sync() before step() in stage 3, got gradients that no_sync() has kept "
@@ -371,7 +378,9 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return events
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the optimizer does."""
+        """Clear the gradients, as the optimizer does. In stage 3, end a backward that an exception has broken off."""
+        if self.zero_optimization_stage() == 3:
+            end_broken_backward(self.module)
         if self._used_no_sync:
             drop_unsent_gradients(self.module)
         self.optimizer.zero_grad(set_to_none)
