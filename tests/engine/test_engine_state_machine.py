@@ -148,9 +148,9 @@ class Machine(RuleBasedStateMachine):
     def step(self, times: int) -> None:
         self.program += [("step",)] * times
 
-    @rule(number=NUMBERS, who=INDICES, index=INDICES, sync=USUALLY)
-    def broken(self, number: int, who: int, index: int, sync: bool) -> None:
-        self.program.append(("broken", number, who, index, sync))
+    @rule(number=NUMBERS, who=INDICES, index=INDICES, sync=USUALLY, where=st.sampled_from(["backward", "forward"]))
+    def broken(self, number: int, who: int, index: int, sync: bool, where: str) -> None:
+        self.program.append(("broken", number, who, index, sync, where))
 
     @rule(numbers=st.lists(NUMBERS, min_size=1, max_size=3).map(tuple), steps=st.booleans())
     def coalesce(self, numbers: tuple[int, ...], steps: bool) -> None:

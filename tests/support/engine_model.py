@@ -161,7 +161,7 @@ class Model:
         self.norm: float | None = None
         self.is_clipped = False  # by torch, since the last step
         self.is_unsent = False  # the last backward was in no_sync()
-        self.is_zeroed = False  # gradients are zeros, and not None
+        self.is_vague = False  # gradients may or may not count as those of an accumulation
         self.saved: dict[str, dict[str, Any]] = {}
         self.latest: str | None = None
 
@@ -249,7 +249,7 @@ class Model:
             slot.master = torch.where(slot.master.to(dtype) == weight, slot.master, weight.float())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.is_zeroed = not set_to_none and (self.is_zeroed or bool(self.grads))
+        self.is_vague = not set_to_none and (self.is_vague or bool(self.grads))
         self.grads = {} if set_to_none else {index: torch.zeros_like(grad) for index, grad in self.grads.items()}
         self.num_summed, self.is_clipped, self.is_unsent = 0, False, False
 

@@ -32,6 +32,12 @@ LOAD_OPTIONS = {
 }
 
 
+def multiplied(weight: Tensor, grad: Tensor, fails: str) -> Tensor:
+    if fails == "forward":
+        raise ValueError("as planned")
+    return ((Failing.apply(weight.float()) if fails else weight.float()) * grad).sum()
+
+
 class Part(nn.Module):
     """One weight, whose gradient is what it is called with."""
 
@@ -39,9 +45,8 @@ class Part(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(value)
 
-    def forward(self, grad: Tensor, fails: bool) -> Tensor:
-        weight = self.weight.float()
-        return ((Failing.apply(weight) if fails else weight) * grad).sum()
+    def forward(self, grad: Tensor, fails: str) -> Tensor:
+        return multiplied(self.weight, grad, fails)
 
 
 class Net(nn.Module):
@@ -52,14 +57,11 @@ class Net(nn.Module):
         for index, param in enumerate(self.parameters()):
             param.requires_grad_(index != frozen)
 
-    def forward(self, grads: dict[int, Tensor], fails: int = -1) -> Tensor:
+    def forward(self, grads: dict[int, Tensor], fails: tuple[int, str] | None = None) -> Tensor:
         outputs = []
         for index, grad in grads.items():
-            if index:
-                outputs.append(self.blocks[index - 1](grad, index == fails))
-            else:
-                root = self.root.float()
-                outputs.append(((Failing.apply(root) if fails == 0 else root) * grad).sum())
+            how = fails[1] if fails and fails[0] == index else ""
+            outputs.append(self.blocks[index - 1](grad, how) if index else multiplied(self.root, grad, how))
         return torch.stack(outputs)
 
 
@@ -143,7 +145,9 @@ class Run:
         else:
             assert top(got - wanted) <= 8 * FP32 * top(wanted), f"{name}: got {got}, wanted {wanted}"
 
-    def compare_step(self, after: dict[int, Slot], before: dict[int, Slot], grads: dict[int, Tensor], clip: Any) -> None:
+    def compare_step(
+        self, after: dict[int, Slot], before: dict[int, Slot], grads: dict[int, Tensor], clip: Any
+    ) -> None:
         """After a step: the model takes over the engine's values of the parameters that were updated."""
         for index, wanted in after.items():
             got = self.whole(index)
@@ -224,22 +228,22 @@ class Run:
             else:
                 (engine.scale(loss) if how == "scale" else loss).backward()
         model.num_summed += 1
-        model.is_unsent, model.is_zeroed = not sync, False
+        model.is_unsent, model.is_vague = not sync, False
 
-    def do_broken(self, number: int, who: int, index: int, sync: bool) -> None:
-        """A backward that raises on one rank, or on all for who=3, in the gradient of a parameter. Then zero_grad."""
-        if not self.model.fits() or (self.config.is_sharded and who < 3):
+    def do_broken(self, number: int, who: int, index: int, sync: bool, where: str) -> None:
+        """A pass through a parameter that raises on one rank, or on all for who=3. Then zero_grad."""
+        if not self.model.fits() or ((self.config.is_sharded or where == "forward") and who < 3):
             return
         index = self.model.trained[index % len(self.model.trained)]
         fails = who == 3 or who % self.config.size == self.rank
         inputs, _ = self.batch(number, (63,) * 3, self.model.accumulation, None)
         try:
             with contextlib.nullcontext() if sync else self.engine.no_sync():
-                self.engine.backward(self.engine(inputs, fails=index if fails else -1).sum())
+                self.engine.backward(self.engine(inputs, fails=(index, where) if fails else None).sum())
             assert not fails, "the error was lost"
         except ValueError as error:
             assert fails and str(error) == "as planned", error
-        self.model.num_backwards += 1
+        self.model.num_backwards += where == "backward"
         self.do_zero_grad(True)
 
     def do_coalesce(self, numbers: tuple[int, ...], steps: bool) -> None:
@@ -371,7 +375,7 @@ class Run:
         value = part(self.config, number, index, 2)
         utils.safe_set_full_grad(self.params[index], value.float())
         model.grads[index] = value
-        model.is_zeroed = False
+        model.is_vague |= not model.num_summed
 
     def do_set_state(self, number: int, index: int, what: str) -> None:
         model = self.model
@@ -380,7 +384,7 @@ class Run:
             value = self.value(number, index) / 3
             utils.safe_set_full_fp32_param(self.params[index], value)
             model.slots[index].master = value
-        else:
+        elif self.config.rule != "sgd" or model.slots[index].step:  # torch's SGD begins with the first gradient
             for name in model.slots[index].state:
                 value = self.value(number, index).abs() / 3
                 utils.safe_set_full_optimizer_state(self.params[index], value, name)
@@ -404,7 +408,7 @@ class Run:
 
     def do_save(self, tag: str, is_latest: bool) -> None:
         model = self.model
-        if model.is_zeroed:
+        if model.is_vague:
             return
         try:
             self.engine.save_checkpoint(self.folder, tag, {"op": self.number}, save_latest=is_latest)
