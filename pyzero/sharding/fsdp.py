@@ -149,9 +149,8 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     quieted: list[Any] = [  # without modules that an enclosing context has quieted
         module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
     ]
-    for record in (record for module in quieted for record in fsdp_records(module)):
-        if not hasattr(record, "_unsharded_param"):  # not gathered yet
-            record.to_accumulated_grad_if_needed = partial(_keep_gradient, record)
+    for group in (group for module in quieted for group in fsdp_groups(module)):
+        _mend_accumulation(group.fsdp_params)
     for module in quieted:
         module.set_requires_gradient_sync(False, recurse=False)
     try:
@@ -161,10 +160,25 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
             module.set_requires_gradient_sync(True, recurse=False)
 
 
-def _keep_gradient(record: Any) -> None:
-    """Run torch's own method, which fails on weights that no forward has gathered yet."""
-    if hasattr(record, "_unsharded_param"):
-        type(record).to_accumulated_grad_if_needed(record)
+def _mend_accumulation(records: list[Any]) -> None:
+    """Let the weights of one group be used in some of the backwards of an accumulation only.
+
+    Under no_sync(), torch fails on a weight that no forward has gathered yet. After it, torch fails if some gradients of
+    a group have been accumulated, in the dtype of the reduction, and others have just come.
+    """
+
+    def keep(record: Any) -> None:
+        if hasattr(record, "_unsharded_param"):
+            type(record).to_accumulated_grad_if_needed(record)
+
+    def add(record: Any) -> None:
+        type(record).accumulate_unsharded_grad_if_needed(record)
+        if any(other.unsharded_accumulated_grad is not None for other in records):
+            keep(record)
+
+    for record in records:
+        record.to_accumulated_grad_if_needed = partial(keep, record)
+        record.accumulate_unsharded_grad_if_needed = partial(add, record)
 
 
 def has_unsent_gradients(model: nn.Module) -> bool:

@@ -712,20 +712,20 @@ def test_a_step_on_what_no_sync_has_kept_is_refused(ranks):
 
 
 class Chosen(nn.Module):
-    """Runs the blocks that its caller names."""
+    """Runs the layers that its caller names: blocks by numbers, others by names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    def forward(self, x: torch.Tensor, names: list[int]) -> torch.Tensor:
-        for name in names:
-            x = self.blocks[name](x)
-        return x
+    def forward(self, x: torch.Tensor, name: int | str) -> torch.Tensor:
+        layer: Any = getattr(self, name) if isinstance(name, str) else self.blocks[name]
+        return layer(x)
 
 
-def chosen_blocks(group: Any, dtype: str, quiet: bool) -> list[torch.Tensor]:
-    """Train two blocks in turn, the first of them in no_sync() if quiet. The third one never runs."""
+def chosen_layers(group: Any, dtype: str, names: list[int | str], quiet: bool) -> list[torch.Tensor]:
+    """Train one layer in each micro-batch of a step. If quiet, only the last one is outside no_sync()."""
     torch.manual_seed(0)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -734,17 +734,18 @@ def chosen_blocks(group: Any, dtype: str, quiet: bool) -> list[torch.Tensor]:
         **SECTIONS[dtype],
     }
     engine = pyzero.initialize(model=Chosen(), config=config)[0]
-    for name in (0, 1):
-        with engine.no_sync() if quiet and name == 0 else contextlib.nullcontext():
-            engine.backward(engine(torch.ones(1, 4), [name]).float().sum())
+    for name in names:
+        with engine.no_sync() if quiet and name != names[-1] else contextlib.nullcontext():
+            engine.backward(engine(torch.ones(1, 4), name).float().sum())
     engine.step()
     return list(engine.get_fp32_state_dict().values())
 
 
 @pytest.mark.parametrize("dtype", list(SECTIONS))
-def test_no_sync_where_a_block_has_not_run_yet(ranks, dtype):
-    plain = ranks.run(WORLD, chosen_blocks, dtype, False)[0]
-    for weights in ranks.run(WORLD, chosen_blocks, dtype, True):
+@pytest.mark.parametrize("names", [[0, 1], ["left", "right"], [0, "left", 1, "right", 0]], ids=str)
+def test_no_sync_where_micro_batches_use_other_layers(ranks, dtype, names):
+    plain = ranks.run(WORLD, chosen_layers, dtype, names, False)[0]
+    for weights in ranks.run(WORLD, chosen_layers, dtype, names, True):
         assert all(torch.equal(ours, wanted) for ours, wanted in zip(weights, plain, strict=True))
 
 
