@@ -163,8 +163,8 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
 def _mend_accumulation(records: list[Any]) -> None:
     """Let the weights of one group be used in some of the backwards of an accumulation only.
 
-    Under no_sync(), torch fails on a weight that no forward has gathered yet. After it, torch fails if some gradients of
-    a group have been accumulated, in the dtype of the reduction, and others have just come.
+    Under no_sync(), torch fails on a weight that no forward has gathered yet. After it, torch fails if some gradients
+    of a group have been accumulated, in the dtype of the reduction, and others have just come.
     """
 
     def keep(record: Any) -> None:
@@ -211,8 +211,9 @@ def end_broken_backward(model: nn.Module) -> None:
 
 def _broken_roots(model: nn.Module) -> Iterator[Any]:
     """Yield the roots of fully_shard's modules whose callback at the end of a backward has not run."""
+    module: Any
     for module in model.modules():
-        state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
         if state is not None and state._is_root and state._state_ctx.post_backward_final_callback_queued:
             yield module
 
