@@ -211,10 +211,29 @@ def end_broken_backward(model: nn.Module) -> None:
 
 def _broken_roots(model: nn.Module) -> Iterator[Any]:
     """Yield the roots of fully_shard's modules whose callback at the end of a backward has not run."""
+    return (root for root in _roots(model) if root._get_fsdp_state()._state_ctx.post_backward_final_callback_queued)
+
+
+def end_broken_forward(model: nn.Module) -> None:
+    """Make fully_shard's modules ready again after a forward that has raised. They hold shards then."""
+    if torch._C._current_graph_task_id() != -1:
+        return  # in a backward, which goes on
+    for root in _roots(model):
+        state = root._get_fsdp_state()
+        if hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+            continue
+        for one in state._state_ctx.all_states:
+            for part in (one, *fsdp_groups(one._modules[0])):
+                part._training_state = type(part._training_state).IDLE
+        reshard(root)
+
+
+def _roots(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules of fully_shard that are in no other one."""
     module: Any
     for module in model.modules():
-        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
-        if state is not None and state._is_root and state._state_ctx.post_backward_final_callback_queued:
+        if hasattr(module, "_get_fsdp_state") and module._get_fsdp_state()._is_root:
             yield module
 
 

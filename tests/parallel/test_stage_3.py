@@ -785,3 +785,24 @@ def test_a_batch_whose_backward_raises_is_left_out(ranks, quiet):
     for message, (after, alone) in ranks.run(WORLD, after_a_broken_backward, quiet):
         assert "expected backwards that end" in message
         assert all(torch.equal(ours, wanted) for ours, wanted in zip(after, alone, strict=True))
+
+
+def save_after_a_broken_forward(group: Any, path: str) -> list[list[torch.Tensor]]:
+    """Catch the error of a forward on all ranks, save, and train on. Return weights, and those without the error."""
+    found = []
+    for breaks in (True, False):
+        engine = start(3, "bf16")
+        train(engine, range(1))
+        if breaks:
+            with pytest.raises(RuntimeError):
+                engine(torch.ones(8, 3))  # of another width
+            assert all(isinstance(param, DTensor) for param in engine.module.parameters())
+            engine.save_checkpoint(path)
+        train(engine, range(1, 3))
+        found.append(list(engine.get_fp32_state_dict().values()))
+    return found
+
+
+def test_a_save_after_a_forward_that_raised(ranks, tmp_path):
+    for after, alone in ranks.run(WORLD, save_after_a_broken_forward, str(tmp_path)):
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(after, alone, strict=True))

@@ -285,6 +285,7 @@ class Run:
             self.do_step()
 
     def do_zero_grad(self, set_to_none: bool) -> None:
+        set_to_none |= self.model.is_unsent and self.config.is_sharded  # some would be None all the same
         self.engine.zero_grad(set_to_none)
         self.model.zero_grad(set_to_none)
 

@@ -33,6 +33,7 @@ from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import (
     drop_unsent_gradients,
     end_broken_backward,
+    end_broken_forward,
     fsdp_groups,
     has_unsent_gradients,
     is_backward_broken,
@@ -127,7 +128,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         divides = watches and self.batches.accumulation > 1
         inputs = plain_backward.reentering((args, kwargs)) if divides else set()
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
-            outputs = self._call(self.module, args, kwargs)
+            try:
+                outputs = self._call(self.module, args, kwargs)
+            except BaseException:
+                end_broken_forward(self.module)
+                raise
         if fsdp_groups(self.module) and not torch.is_grad_enabled() and not is_gathered(self.module):
             module: Any = self.module
             module.reshard()  # weights left whole would miss writes before the next step
