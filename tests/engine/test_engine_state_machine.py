@@ -80,6 +80,7 @@ def replay(program: Program, config: Config) -> None:
 
 # ---- strategies ---------------------------------------------------------------------------------------------------
 
+ALL = (63,) * 3  # a mask for each rank
 SHAPES = st.sampled_from([(5,), (64,), (1,), (65,), (4, 3), (17, 19)])
 CONFIGS = st.builds(
     Config,
@@ -113,7 +114,7 @@ def fitted(config: Config) -> Config:
 
 NUMBERS = st.integers(0, 9)
 INDICES = st.integers(0, 3)
-MASKS = st.one_of(st.just((63,) * 3), st.tuples(*[st.integers(1, 15)] * 3))
+MASKS = st.one_of(st.just(ALL), st.tuples(*[st.integers(1, 15)] * 3))
 USUALLY = st.sampled_from([True, True, False])
 TAGS = st.sampled_from(["a", "b/c"])
 
@@ -209,7 +210,34 @@ def machine_on(run_: RunOn, **fixed_: Any) -> type[Machine]:
 
 
 # Found by hunts: what each of them held against.
-FOUND: list[tuple[str, Program, Config]] = []
+_STAGE_3 = Config(shapes=((5,), (4, 3), (65,)), size=2, stage=3, accumulation=1)
+FOUND: list[tuple[str, Program, Config]] = [
+    (
+        "a block that no forward has gathered yet, under no_sync()",
+        [("backward", 0, "engine", False, (1,) * 3), ("backward", 1, "engine", True, ALL), ("step",)],
+        _STAGE_3,
+    ),
+    (
+        "other weights of one group after no_sync()",
+        [("backward", 6, "scale", False, (2,) * 3), ("backward", 2, "scale", True, ALL), ("step",)],
+        Config(shapes=((65,), (64,)), size=2, stage=3),
+    ),
+    (
+        "a backward that was broken off",
+        [("broken", 1, 3, 2, True, "backward"), ("accumulate", 9, "engine", ALL)],
+        _STAGE_3,
+    ),
+    (
+        "a backward under no_sync() that was broken off",
+        [("broken", 1, 3, 0, False, "backward"), ("accumulate", 9, "engine", ALL)],
+        _STAGE_3,
+    ),
+    (
+        "a save after a forward that raised",
+        [("broken", 7, 3, 0, True, "forward"), ("save", "a", True), ("accumulate", 1, "engine", ALL)],
+        _STAGE_3,
+    ),
+]
 
 
 def test_programs_that_were_found(run):

@@ -144,14 +144,11 @@ class Run:
         else:
             assert top(got - wanted) <= 8 * FP32 * top(wanted), f"{name}: got {got}, wanted {wanted}"
 
-    def compare_step(
-        self, after: dict[int, Slot], before: dict[int, Slot], grads: dict[int, Tensor], clip: Any
-    ) -> None:
+    def compare_step(self, after: dict[int, Slot], before: Any, grads: Any, options: Any, clip: Any) -> None:
         """After a step: the model takes over the engine's values of the parameters that were updated."""
         for index, wanted in after.items():
             got = self.whole(index)
-            options = self.model.options_of_step[index]
-            allowed = limits(self.config.rule, options, before[index], wanted, grads[index], clip)
+            allowed = limits(self.config.rule, options[index], before[index], wanted, grads[index], clip)
             for name, value in {"master": wanted.master, **wanted.state}.items():
                 off = (got[name].double() - value).abs()
                 text = f"{name} of parameter {index}: off by {top(off):.3g}, at most {allowed[name]}"
@@ -183,26 +180,24 @@ class Run:
     # ---- ops
 
     def do(self, op: Op) -> None:
-        getattr(self, f"do_{op[0].replace(' ', '_')}")(*op[1:])
+        getattr(self, f"do_{op[0]}")(*op[1:])
         if not self.quiet:
             self.compare_status()
 
-    def batch(self, number: int, masks: tuple[int, ...], factor: int, bad: Any) -> tuple[dict[int, Tensor], set[int]]:
-        """This rank's inputs. Adds to the model's gradients. Returns the parameters that any rank uses too."""
+    def batch(self, number: int, masks: tuple[int, ...], factor: int, bad: Any = None) -> dict[int, Tensor]:
+        """This rank's inputs. Adds to the model's gradients. bad: (rank, value) of one that is inf or NaN."""
         config, model = self.config, self.model
         masks = masks[:1] * 3 if config.is_sharded else masks
         mine: dict[int, Tensor] = {}
-        touched = set()
         for rank in range(config.size):
             for index in model.used(masks[rank]):
                 grad = part(config, number, index, rank)
                 if bad is not None and bad[0] % config.size == rank and grad.numel():
                     grad.view(-1)[-1] = float(bad[1])
                 model.add(index, grad)
-                touched.add(index)
                 if rank == self.rank:
                     mine[index] = (grad * config.size * factor).float()
-        return mine, touched
+        return mine
 
     def forward(self, inputs: dict[int, Tensor], **options: Any) -> Tensor:
         outputs: Tensor = self.engine(inputs, **options)
@@ -217,7 +212,7 @@ class Run:
         engine, model = self.engine, self.model
         if not model.fits() or (how == "plain" and model.is_scaled):
             return
-        inputs, _ = self.batch(number, masks, 1 if how == "no gas" else model.accumulation, bad)
+        inputs = self.batch(number, masks, 1 if how == "no gas" else model.accumulation, bad)
         with contextlib.nullcontext() if sync else engine.no_sync():
             loss = self.forward(inputs).sum()
             if how in ("engine", "no gas"):
@@ -234,7 +229,7 @@ class Run:
             return
         index = self.model.trained[index % len(self.model.trained)]
         fails = who == 3 or who % self.config.size == self.rank
-        inputs, _ = self.batch(number, (63,) * 3, self.model.accumulation, None)
+        inputs = self.batch(number, (63,) * 3, self.model.accumulation)
         try:
             with contextlib.nullcontext() if sync else self.engine.no_sync():
                 self.engine.backward(self.engine(inputs, fails=(index, where) if fails else None).sum())
@@ -267,13 +262,13 @@ class Run:
                 return
             raise AssertionError("a step without the gradients that no_sync() has kept")
         is_clipped = model.is_clipped
-        before, grads = dict(enumerate(model.slots)), dict(model.grads)
-        model.options_of_step = {index: model.options(index) for index in model.trained}
+        before, grads = list(model.slots), dict(model.grads)
+        options = {index: model.options(index) for index in model.trained}
         after = model.step()
         self.engine.step()
         clip = (FP32, 8 * FP32 * (1 + is_clipped)) if config.clip or is_clipped else (0.0, 0.0)
         if not self.quiet and acts:
-            self.compare_step(after, before, grads, clip)
+            self.compare_step(after, before, grads, options, clip)
         else:
             for index, slot in after.items():
                 model.slots[index] = Slot(slot.master.float(), slot.state, slot.step)
@@ -314,8 +309,7 @@ class Run:
         if rounds or model.is_unsent or not model.grads or not model.is_finite() or model.is_clipped:
             return
         norm = model.global_norm()
-        got = torch.nn.utils.clip_grad_norm_(self.engine.parameters(), max_norm)
-        got = float(whole_of(got))
+        got = float(whole_of(torch.nn.utils.clip_grad_norm_(self.engine.parameters(), max_norm)))
         assert abs(got - norm) <= 8 * FP32 * norm, f"clip_grad_norm_: got {got}, wanted {norm}"
         factor = min(1.0, max_norm / (norm + 1e-6))
         model.grads = {index: grad * factor for index, grad in model.grads.items()}
