@@ -28,7 +28,7 @@ from own_groups import OwnGroups
 from ranks import Ranks
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=45,
     stateful_step_count=14,
     derandomize=True,
     deadline=None,
