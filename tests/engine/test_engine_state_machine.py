@@ -237,6 +237,11 @@ FOUND: list[tuple[str, Program, Config]] = [
         [("broken", 7, 3, 0, True, "forward"), ("save", "a", True), ("accumulate", 1, "engine", ALL)],
         _STAGE_3,
     ),
+    (
+        "a step that was refused is none that was applied, and a save has no gradients of no_sync()",
+        [("accumulate", 6, "scale", ALL), ("backward", 3, "engine", False, ALL), ("step",), ("save", "a", True)],
+        _STAGE_3,
+    ),
 ]
 
 

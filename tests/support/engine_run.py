@@ -107,7 +107,8 @@ class Run:
 
     def record(self, name: str, value: Any) -> None:
         """Record a value, to compare it with other ranks and the second run."""
-        bits = value.detach().float().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+        # A copy, because fully_shard cannot free memory that numpy has seen.
+        bits = value.detach().float().clone().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
         self.records.append((f"op {self.number}: {name}", hashlib.blake2b(bits, digest_size=8).hexdigest()))
 
     def same(self, name: str, got: Any, wanted: Any) -> None:
@@ -259,6 +260,7 @@ class Run:
                 self.engine.step()
             except RuntimeError as error:
                 assert "expected a backward outside no_sync()" in str(error), error
+                model.stepped = False
                 return
             raise AssertionError("a step without the gradients that no_sync() has kept")
         is_clipped = model.is_clipped

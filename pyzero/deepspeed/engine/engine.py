@@ -325,10 +325,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             )
         self._in_step = True
         try:
-            self._stepped = self.is_gradient_accumulation_boundary()
-            if self._stepped:
+            self._stepped = False  # also if the step raises
+            if self.is_gradient_accumulation_boundary():
                 with self.timers.phase("step"):
                     self._take_step(lr_kwargs or {})
+                self._stepped = True
                 self._report()
         finally:
             self._in_step = False
