@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,8 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     quieted: list[Any] = [  # without modules that an enclosing context has quieted
         module for module in model.modules() if any(group.reduce_grads for group in fsdp_groups(module))
     ]
+    for group in (group for module in quieted for group in fsdp_groups(module)):
+        _mend_accumulation(group.fsdp_params)
     for module in quieted:
         module.set_requires_gradient_sync(False, recurse=False)
     try:
@@ -155,6 +158,27 @@ def without_gradient_sync(model: nn.Module) -> Iterator[None]:
     finally:
         for module in quieted:
             module.set_requires_gradient_sync(True, recurse=False)
+
+
+def _mend_accumulation(records: list[Any]) -> None:
+    """Let the weights of one group be used in some of the backwards of an accumulation only.
+
+    Under no_sync(), torch fails on a weight that no forward has gathered yet. After it, torch fails if some gradients
+    of a group have been accumulated, in the dtype of the reduction, and others have just come.
+    """
+
+    def keep(record: Any) -> None:
+        if hasattr(record, "_unsharded_param"):
+            type(record).to_accumulated_grad_if_needed(record)
+
+    def add(record: Any) -> None:
+        type(record).accumulate_unsharded_grad_if_needed(record)
+        if any(other.unsharded_accumulated_grad is not None for other in records):
+            keep(record)
+
+    for record in records:
+        record.to_accumulated_grad_if_needed = partial(keep, record)
+        record.accumulate_unsharded_grad_if_needed = partial(add, record)
 
 
 def has_unsent_gradients(model: nn.Module) -> bool:
@@ -168,6 +192,49 @@ def drop_unsent_gradients(model: nn.Module) -> None:
         record.unsharded_param.grad = None
         if record.unsharded_accumulated_grad is not None:  # up to torch 2.14 not the same as .grad
             record.unsharded_accumulated_grad = None
+
+
+def is_backward_broken(model: nn.Module) -> bool:
+    """Whether an exception has broken off a backward of fully_shard's modules, which torch then takes to be running."""
+    return torch._C._current_graph_task_id() == -1 and any(_broken_roots(model))
+
+
+def end_broken_backward(model: nn.Module) -> None:
+    """Make fully_shard's modules ready again after `is_backward_broken`. Drops the whole gradients that they keep."""
+    if is_backward_broken(model):
+        for root in _broken_roots(model):
+            callback = root._get_fsdp_state()._root_post_backward_final_callback
+            with without_gradient_sync(model):
+                getattr(root, "reset_iter_state", callback)()  # torch 2.13
+        drop_unsent_gradients(model)
+
+
+def _broken_roots(model: nn.Module) -> Iterator[Any]:
+    """Yield the roots of fully_shard's modules whose callback at the end of a backward has not run."""
+    return (root for root in _roots(model) if root._get_fsdp_state()._state_ctx.post_backward_final_callback_queued)
+
+
+def end_broken_forward(model: nn.Module) -> None:
+    """Make fully_shard's modules ready again after a forward that has raised. They hold shards then."""
+    if torch._C._current_graph_task_id() != -1:
+        return  # in a backward, which goes on
+    for root in _roots(model):
+        state = root._get_fsdp_state()
+        if hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+            continue
+        for one in state._state_ctx.all_states:
+            for part in (one, *fsdp_groups(one._modules[0])):
+                part._training_state = type(part._training_state).IDLE
+        reshard(root)
+
+
+def _roots(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules of fully_shard that are in no other one."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state") and module._get_fsdp_state()._is_root:
+            yield module
 
 
 def _kept_gradients(model: nn.Module) -> Iterator[Any]:

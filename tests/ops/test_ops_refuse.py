@@ -315,12 +315,12 @@ LOSS_SCALE = {
     "dtype": (
         {"state": ones(5).double()},
         TypeError,
-        "expected state in float32, got float64; make it with pyzero.ops.loss_scale.loss_scale_state",
+        "expected state in float32, got float64; make it with pyzero.ops.loss_scale_state",
     ),
     "numel": (
         {"state": ones(4)},
         ValueError,
-        "expected state to have 5 elements, got 4; make it with pyzero.ops.loss_scale.loss_scale_state",
+        "expected state to have 5 elements, got 4; make it with pyzero.ops.loss_scale_state",
     ),
     "flag-dtype": ({"found_inf": ones(1).double()}, TypeError, "expected found_inf in float32, got float64; make it"),
     "flag-device": ({"found_inf": ones(1, device="meta")}, ValueError, "expected found_inf on cpu, got meta; move"),

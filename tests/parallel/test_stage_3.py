@@ -709,3 +709,100 @@ def test_a_step_on_what_no_sync_has_kept_is_refused(ranks):
     for message, (after, alone) in ranks.run(WORLD, left_unsent):
         assert "expected a backward outside no_sync() before step() in stage 3" in message
         assert after == alone
+
+
+class Chosen(nn.Module):
+    """Runs the layers that its caller names: blocks by numbers, others by names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, name: int | str) -> torch.Tensor:
+        layer: Any = getattr(self, name) if isinstance(name, str) else self.blocks[name]
+        return layer(x)
+
+
+def chosen_layers(group: Any, dtype: str, names: list[int | str], quiet: bool) -> list[torch.Tensor]:
+    """Train one layer in each micro-batch of a step. If quiet, only the last one is outside no_sync()."""
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "zero_optimization": {"stage": 3},
+        **SECTIONS[dtype],
+    }
+    engine = pyzero.initialize(model=Chosen(), config=config)[0]
+    for name in names:
+        with engine.no_sync() if quiet and name != names[-1] else contextlib.nullcontext():
+            engine.backward(engine(torch.ones(1, 4), name).float().sum())
+    engine.step()
+    return list(engine.get_fp32_state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", list(SECTIONS))
+@pytest.mark.parametrize("names", [[0, 1], ["left", "right"], [0, "left", 1, "right", 0]], ids=str)
+def test_no_sync_where_micro_batches_use_other_layers(ranks, dtype, names):
+    plain = ranks.run(WORLD, chosen_layers, dtype, names, False)[0]
+    for weights in ranks.run(WORLD, chosen_layers, dtype, names, True):
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(weights, plain, strict=True))
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("as planned")
+
+
+def after_a_broken_backward(group: Any, quiet: bool) -> tuple[str, list[list[torch.Tensor]]]:
+    """Leave out a batch whose backward raises on all ranks. Return step()'s error before that, and weights."""
+    found, message = [], ""
+    for breaks in (True, False):
+        engine = start(3, "bf16")
+        engine.set_gradient_accumulation_boundary(True)
+        train(engine, range(1))
+        if breaks:
+            hook = engine.module.blocks[0].register_forward_hook(lambda module, args, output: Failing.apply(output))
+            with pytest.raises(MemoryError), engine.no_sync() if quiet else contextlib.nullcontext():
+                engine.backward(engine(case.batch(9)).sum())
+            hook.remove()
+            with pytest.raises(RuntimeError) as caught:
+                engine.step()
+            message = str(caught.value)
+            engine.zero_grad()
+        train(engine, range(1, 3))
+        found.append(list(engine.get_fp32_state_dict().values()))
+    return message, found
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_batch_whose_backward_raises_is_left_out(ranks, quiet):
+    for message, (after, alone) in ranks.run(WORLD, after_a_broken_backward, quiet):
+        assert "expected backwards that end" in message
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(after, alone, strict=True))
+
+
+def save_after_a_broken_forward(group: Any, path: str) -> list[list[torch.Tensor]]:
+    """Catch the error of a forward on all ranks, save, and train on. Return weights, and those without the error."""
+    found = []
+    for breaks in (True, False):
+        engine = start(3, "bf16")
+        train(engine, range(1))
+        if breaks:
+            with pytest.raises(RuntimeError):
+                engine(torch.ones(8, 3))  # of another width
+            assert all(isinstance(param, DTensor) for param in engine.module.parameters())
+            engine.save_checkpoint(path)
+        train(engine, range(1, 3))
+        found.append(list(engine.get_fp32_state_dict().values()))
+    return found
+
+
+def test_a_save_after_a_forward_that_raised(ranks, tmp_path):
+    for after, alone in ranks.run(WORLD, save_after_a_broken_forward, str(tmp_path)):
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(after, alone, strict=True))

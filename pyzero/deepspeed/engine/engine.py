@@ -33,8 +33,11 @@ from pyzero.deepspeed.timers import PhaseTimers, ThroughputTimer
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.fsdp import (
     drop_unsent_gradients,
+    end_broken_backward,
+    end_broken_forward,
     fsdp_groups,
     has_unsent_gradients,
+    is_backward_broken,
     reshard,
     without_gradient_sync,
 )
@@ -129,7 +132,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         divides = watches and self.batches.accumulation > 1
         inputs = plain_backward.reentering((args, kwargs)) if divides else set()
         with self.timers.phase("forward"), self._flops.around(self.global_steps), self._autocast():
-            outputs = self._call(self.module, args, kwargs)
+            try:
+                outputs = self._call(self.module, args, kwargs)
+            except BaseException:
+                end_broken_forward(self.module)
+                raise
         if fsdp_groups(self.module) and not torch.is_grad_enabled() and not is_gathered(self.module):
             module: Any = self.module
             module.reshard()  # weights left whole would miss writes before the next step
@@ -338,10 +345,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         )
         self._in_step = True
         try:
-            self._stepped = self.is_gradient_accumulation_boundary()
-            if self._stepped:
+            self._stepped = False  # also if the step raises
+            if self.is_gradient_accumulation_boundary():
                 with self.timers.phase("step"):
                     self._take_step(lr_kwargs or {})
+                self._stepped = True
                 self._report()
         finally:
             self._in_step = False
@@ -355,6 +363,11 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
             raise TypeError(f"expected the value that ReduceLROnPlateau watches, got none; {remedy}")
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
+        if self.zero_optimization_stage() == 3 and is_backward_broken(self.module):
+            raise RuntimeError(
+                "expected backwards that end, got one that an exception has broken off in stage 3, whose gradients "
+                "were not sent; call engine.zero_grad() on all ranks, and begin the step anew"
+            )
         if self._used_no_sync and has_unsent_gradients(self.module):
             raise RuntimeError(
                 "expected a backward outside no_sync() before step() in stage 3, got gradients that no_sync() has kept "
@@ -396,7 +409,9 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         return events
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the optimizer does."""
+        """Clear the gradients, as the optimizer does. In stage 3, end a backward that an exception has broken off."""
+        if self.zero_optimization_stage() == 3:
+            end_broken_backward(self.module)
         if self._used_no_sync:
             drop_unsent_gradients(self.module)
         self.optimizer.zero_grad(set_to_none)

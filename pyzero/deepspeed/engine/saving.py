@@ -24,7 +24,7 @@ from pyzero.comm.group import CollectiveError
 from pyzero.deepspeed.config.schema import Batches
 from pyzero.deepspeed.schedules import Schedule, set_rate
 from pyzero.optimizer import ZeroOptimizer
-from pyzero.sharding.fsdp import reshard
+from pyzero.sharding.fsdp import has_unsent_gradients, reshard
 from pyzero.sharding.local_param import shard_of
 
 log = logging.getLogger("pyzero")
@@ -126,9 +126,13 @@ class EngineCheckpoints:
             self.optimizer.refresh_fp32_params()
 
     def _check_between_steps(self) -> None:
-        """Raise RuntimeError in the middle of an accumulation, also if `.grad` is torch's, as on one rank."""
+        """Raise RuntimeError in the middle of an accumulation, also if `.grad` is torch's, as on one rank.
+
+        In stage 3, gradients may also be those that no_sync() has kept.
+        """
         trained = (param for group in self.optimizer.param_groups for param in group["params"])
-        if not self.optimizer.reduces_grads and any(param.grad is not None for param in trained):
+        has_grads = any(param.grad is not None for param in trained) or has_unsent_gradients(self.module)
+        if not self.optimizer.reduces_grads and has_grads:
             raise RuntimeError(
                 "expected a save between steps, got one in the middle of an accumulation, whose gradients would be "
                 "lost; save where engine.is_gradient_accumulation_boundary() was true before step(), after it"

@@ -53,7 +53,7 @@ class DeferredFactors:
         return known[2]
 
     def _on_device(self, value: Tensor) -> Tensor:
-        if value.is_cpu:  # a copy to a GPU would wait for it
+        if value.is_cpu and self._device.type != "cpu":  # a copy to a GPU would wait for it
             return torch.full((), value.item(), dtype=torch.float32, device=self._device)
         return value.reshape(()).to(self._device, torch.float32, copy=True)
 
