@@ -263,6 +263,7 @@ class Group:
         for group in (self, *model_groups):
             group._give_up(reason)
             if group.handle is not None and not isinstance(error, CollectiveError):
+                process_group_pool.keep_forever(group.handle)  # it may have been waited for: see there
                 with contextlib.suppress(ValueError):  # the default group was destroyed, and its store with it
                     group._wait_records.give_up(reason, group.where)
 
