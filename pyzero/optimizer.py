@@ -316,9 +316,11 @@ class ZeroOptimizer(StateDicts):
                 ) from None
 
     def _take_step(self) -> None:
-        stats, unscale = self._collect("step"), self._take_grad_scale()
-        self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
-        self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before anything is written
+        # The others act upon the message, whatever interrupts this rank after it. An error comes on all ranks.
+        with self._group.lockstep(self._topology.model_groups, but=Exception):
+            stats, unscale = self._collect("step"), self._take_grad_scale()
+            self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
+            self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before any write
         # A rank that has updated its shards needs the shards of all others.
         with self._writing():
             self._learn_arrival()

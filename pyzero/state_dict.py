@@ -49,7 +49,9 @@ class StateDicts(FullAccess, Status):
 
         Raises:
             ValueError: No group that the optimizer knows contains all ranks of the DTensors' meshes.
+            RuntimeError: The process group was destroyed.
         """
+        self._group.check_exists()
         if self._checkpoint_group is None:
             what = "the lease of a process group for checkpoints"
             self._group.check_unbroken(what)

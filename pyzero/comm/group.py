@@ -126,8 +126,22 @@ class Group:
             weakref.finalize(self, leased_from.give_back, self._lease)
 
     def members(self) -> list[int]:
-        """Return its ranks, as the default group numbers them."""
-        return dist.get_process_group_ranks(self.handle) if self.size > 1 else [process.rank_and_size()[0]]
+        """Return its ranks, as the default group numbers them. Raises as check_exists."""
+        if self.size == 1:
+            return [process.rank_and_size()[0]]
+        self.check_exists()
+        return dist.get_process_group_ranks(self.handle)
+
+    def check_exists(self, what: str = "a save or a load", instead: str = "") -> None:
+        """Raise RuntimeError if the process group was destroyed.
+
+        what: What needs it. instead: What else the caller may do.
+        """
+        if self.size > 1 and not (dist.is_initialized() and self.handle in dist.distributed_c10d._world.pg_map):
+            raise RuntimeError(
+                f"expected the process group for {what}, got it destroyed; save and load before "
+                f"torch.distributed.destroy_process_group(){instead}"
+            )
 
     def spread_over(self, other: Group) -> Group:
         """Return the group of all ranks of a mesh; this group and `other` are its dimensions. Collective over both."""
@@ -249,6 +263,7 @@ class Group:
         for group in (self, *model_groups):
             group._give_up(reason)
             if group.handle is not None and not isinstance(error, CollectiveError):
+                process_group_pool.keep_forever(group.handle)  # it may have been waited for: see there
                 with contextlib.suppress(ValueError):  # the default group was destroyed, and its store with it
                     group._wait_records.give_up(reason, group.where)
 
@@ -430,16 +445,12 @@ class Group:
         """Return a one-dimensional DeviceMesh over the same ranks, for DTensors.
 
         Raises:
-            RuntimeError: The process group was destroyed, and torch makes no mesh without it.
+            RuntimeError: As check_exists, because torch makes no mesh without the process group.
         """
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh  # the import takes half a second
 
-            if not dist.is_initialized() or self.handle not in dist.distributed_c10d._world.pg_map:
-                raise RuntimeError(
-                    "expected the process group for the DTensors of a state dict, got it destroyed; call state_dict() "
-                    "and load_state_dict() before torch.distributed.destroy_process_group(), or use full_state_dict()"
-                )
+            self.check_exists("the DTensors of a state dict", ", or use full_state_dict()")
             self._mesh = DeviceMesh.from_group(self.handle, device_type)
         return self._mesh
 

@@ -28,7 +28,7 @@ class CarriedScale:
     def __init__(self, owner: Any, ended: Callable[[], None] | None, is_of_all: bool) -> None:
         self._ended = None  # until all is there: an interrupt here also calls __del__
         self.task = torch._C._current_graph_task_id()
-        self.thread = _caller_thread()
+        self.thread = caller_thread()
         self.owner = weakref.ref(owner)
         self.is_of_all = is_of_all
         self._loss_node = torch._C._current_autograd_node()
@@ -71,7 +71,7 @@ def forget_scale(owner: Any) -> None:
 
 def runs_on_another_thread(owner: Any) -> bool:
     """Whether a backward with the owner's loss scale runs on another thread. False where torch's threads run it."""
-    mine = _caller_thread()
+    mine = caller_thread()
     threads = {mark.thread for mark in _live_marks() if mark.owner() is owner}
     return mine is not None and bool(threads - {None, mine})
 
@@ -85,7 +85,7 @@ def scales_of_backward() -> list[CarriedScale]:
     marks = _live_marks()
     task = torch._C._current_graph_task_id()
     if marks and task not in [mark.task for mark in marks] and is_inner_backward():
-        mine = _caller_thread()  # in an inner backward, such as a checkpoint's
+        mine = caller_thread()  # in an inner backward, such as a checkpoint's
         marks = [mark for mark in marks if mine is None or mark.thread in (None, mine)]
         task = marks[-1].task if marks else task
     return [mark for mark in marks if mark.task == task and mark.owner() is not None]
@@ -110,7 +110,7 @@ def _leaves_behind(node: Any) -> list[Tensor]:
     return leaves
 
 
-def _caller_thread() -> int | None:
+def caller_thread() -> int | None:
     """Return this thread if it runs its own backward. None for torch's threads, as for a GPU: they serve all."""
     mine = threading.get_ident()
     threads = (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 from pyzero.gradients.backward_end import is_inner_backward
 from pyzero.gradients.carried_scale import (
     CarriedScale,
+    caller_thread,
     forget_scale,
     mark_backward_scaled,
     runs_on_another_thread,
@@ -26,6 +28,7 @@ from pyzero.loss_scale.scaler import Scaler
 log = logging.getLogger("pyzero")
 
 _everyone: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # of all optimizers, with a loss scale or without
+_changes = threading.RLock()  # held while a scaled backward begins or ends. One for all, because hosts end guests
 
 
 class ScaledBackward:
@@ -48,6 +51,7 @@ class ScaledBackward:
         self._is_held = False  # in scaled_gradients(): all gradients are scaled until it ends
         self._has_run = False  # since the last step
         self._is_guest = False  # the backward that runs is another optimizer's
+        self._caller: int | None = None  # the thread in run(); None if torch's own runs it
         self._guests: weakref.WeakSet[ScaledBackward] = weakref.WeakSet()  # in this optimizer's backward
         self._may_warn = warns
         gradients.hooks.rescale = weakref.WeakMethod(self._factor_of_other)
@@ -64,18 +68,24 @@ class ScaledBackward:
 
     def run(self, loss: Tensor, **kwargs: Any) -> None:
         """Run backward of the scaled loss."""
-        if self.is_running and not self._is_guest and torch._C._current_graph_task_id() != -1:
-            self._scaler.scale_loss(loss).backward(**kwargs)  # inside its own backward, which has the same scale
+        with _changes:
+            self._check_thread()
+            is_inside = self.is_running and not self._is_guest and torch._C._current_graph_task_id() != -1
+        if is_inside:  # its own backward, which has the same scale
+            self._scaler.scale_loss(loss).backward(**kwargs)
             return
-        self._check_thread()
-        self._begin()
         try:
+            with _changes:
+                self._check_thread()
+                self._begin()
+                self._caller = caller_thread()
             scaled = self._scaler.scale_loss(loss)
             if scaled.requires_grad:
                 scaled.register_hook(lambda grad: _mark(self))
             scaled.backward(**kwargs)
         finally:
-            self.end()
+            if self._caller == caller_thread():  # it was not refused
+                self.end()
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the scaled loss. The caller runs its backward, unless it only evaluates."""
@@ -108,15 +118,15 @@ class ScaledBackward:
                 "expected a loss without a scale in optimizer.backward(loss), got one that optimizer.scale returned: "
                 "its gradients would be scaled twice; pass the loss itself"
             )
-        self._check_thread()
-        self._begin()
-        _mark_until_end(self)
+        _claim(self)
         # Queued twice, to run after callbacks that this backward queues: fully_shard reduces its last gradients in one.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self.end))
 
     def _check_thread(self) -> None:
-        if _is_on_another_thread(self):
+        mine = caller_thread()
+        is_other = self._caller is not None and mine is not None and self._caller != mine
+        if is_other or runs_on_another_thread(self):
             raise RuntimeError(
                 "expected one scaled backward of an optimizer at a time, got a second one on another thread, whose "
                 "gradients would get a wrong scale; call optimizer.backward(loss) on both threads: they take turns"
@@ -124,8 +134,9 @@ class ScaledBackward:
 
     def end_of(self, running: AbstractContextManager[None] | None) -> None:
         """End the scaled backward if `running` is still its context, because it was broken off before its own end()."""
-        if running is not None and running is self._running:
-            self.end()
+        with _changes:
+            if running is not None and running is self._running:
+                self.end()
 
     def _factor_of_other(self, param: Tensor) -> Tensor | None:
         """Return the factor for an arriving gradient that carries another optimizer's loss scale; None for others.
@@ -188,11 +199,13 @@ class ScaledBackward:
             guest.end()
         if self._is_held:
             return
-        forget_scale(self)
-        self._is_guest = self._gradients.hooks.own_backward.runs = False
-        running, self._running = self._running, None
-        if running is not None:
-            running.__exit__(None, None, None)
+        with _changes:
+            forget_scale(self)
+            self._caller = None
+            self._is_guest = self._gradients.hooks.own_backward.runs = False
+            running, self._running = self._running, None
+            if running is not None:
+                running.__exit__(None, None, None)
 
     def after_step(self, has_grad_scaler: bool) -> bool:
         """Whether the step's gradients came from here. Warn once if nobody scaled the gradients of fp16 weights."""
@@ -244,9 +257,16 @@ def _mark_with_end(one: ScaledBackward) -> None:
     one._keep_apart()
 
 
+def _claim_until_end(one: ScaledBackward) -> None:
+    """Begin and mark a scaled backward, unless another thread runs one."""
+    with _changes:
+        one._check_thread()
+        one._begin()
+        _mark_with_end(one)
+
+
 # Compiled autograd traces hooks.
 _is_inner = torch._disable_dynamo(is_inner_backward)  # type: ignore[attr-defined]
-_is_on_another_thread = torch._disable_dynamo(runs_on_another_thread)  # type: ignore[attr-defined]
 _is_already_scaled = torch._disable_dynamo(_find_already_scaled)  # type: ignore[attr-defined]
 _mark = torch._disable_dynamo(_mark_all)  # type: ignore[attr-defined]
-_mark_until_end = torch._disable_dynamo(_mark_with_end)  # type: ignore[attr-defined]
+_claim = torch._disable_dynamo(_claim_until_end)  # type: ignore[attr-defined]

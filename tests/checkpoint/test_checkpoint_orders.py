@@ -729,17 +729,34 @@ def test_the_rank_that_could_not_load_is_named(ranks, tmp_path):
     assert mine.endswith("failed: MemoryError: 8 GB")
 
 
-def state_dict_without_a_process_group(group: Any) -> str:
-    optimizer = pyzero.FusedZeroAdamW([nn.Parameter(torch.ones(4))], process_group=group)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as caught:
+def without_a_process_group(group: Any, path: Path, warm: bool) -> list[str]:
+    """Of each call after the group is gone; warm: a checkpoint was saved before."""
+    model = nn.Linear(4, 2)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group)
+    full = optimizer.full_state_dict()
+    if warm:
+        pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=1)
+    acts = [
+        lambda: pyzero.save_checkpoint(path, model=model, optimizer=optimizer, step=2),
+        lambda: pyzero.async_save_checkpoint(path, model=model, optimizer=optimizer, step=2),
+        lambda: pyzero.load_checkpoint(path, model=model, optimizer=optimizer),
+        lambda: optimizer.load_state_dict(full),
+        *([] if warm else [optimizer.state_dict]),
+    ]
+    texts = []
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: False)
-        optimizer.state_dict()
-    return str(caught.value)
+        for act in acts:
+            with pytest.raises(RuntimeError) as caught:
+                act()
+            texts.append(str(caught.value))
+    return texts
 
 
-def test_a_state_dict_after_the_process_group_is_gone_is_an_error(ranks):
-    for text in ranks.run(2, state_dict_without_a_process_group):
-        assert "before torch.distributed.destroy_process_group()" in text
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_comes_after_the_process_group_is_gone_is_an_error(ranks, tmp_path, warm):
+    for text in sum(ranks.run(2, without_a_process_group, tmp_path, warm), []):
+        assert "got it destroyed; save and load before torch.distributed.destroy_process_group()" in text
 
 
 def test_a_save_whose_process_group_is_gone_is_an_error(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import gc
 import pickle
 import re
+import signal
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -236,6 +238,34 @@ def test_who_waits_for_a_rank_that_has_broken_off_is_told(ranks, place):
     waiting, broken = ranks.run(2, broken_off_while_others_wait, place)
     assert broken.startswith("KeyboardInterrupt")
     assert re.search("^CollectiveError.*: rank 1 sends nothing more, for .* broken off by KeyboardInterrupt", waiting)
+
+
+def kept_after_an_interrupted_wait(process_group: Any) -> bool:
+    """Whether the group is kept, whose destruction would wait for the collective that rank 0 has begun."""
+    group, kept = Group(process_group), []
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyzero.comm.group._ASKS_AFTER_S", 0.3)
+        patch.setattr(process_group_pool, "keep_forever", kept.append)
+        if group.rank == 1:
+            time.sleep(1.0)
+            group.gather_rows(torch.tensor([1.0]))
+            return True
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                group.gather_rows(torch.tensor([1.0]))
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    return kept == [group.handle]
+
+
+def test_a_process_that_ends_after_a_ctrl_c_does_not_wait_for_the_others(ranks):
+    assert ranks.run(2, kept_after_an_interrupted_wait) == [True, True]
 
 
 def objects_of_any_size(process_group: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from models import assert_same, build, loss_of, micro_batch
 from torch import Tensor, nn
 
 import pyzero
+from pyzero.loss_scale import scaled_backward
 
 SCALE = pyzero.LossScale(init_scale=2.0**12)
 PATIENCE_S = 20.0
@@ -64,6 +65,42 @@ def test_a_second_one_is_refused_where_it_cannot_wait(first, second):
     assert torch.equal(optimizer.full_grad(weight), torch.ones(4))
     HOW[second](optimizer, weight.float().sum())
     assert torch.equal(optimizer.full_grad(weight), torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize(("first", "second"), [("scale", "scale"), ("backward", "scale"), ("scale", "backward")])
+def test_a_second_one_that_begins_at_the_same_moment_is_refused(first, second, monkeypatch):
+    weight, optimizer = weight_and_optimizer()
+    begins, may_go_on, marks = threading.Event(), threading.Event(), scaled_backward.mark_backward_scaled
+
+    def mark_slowly(*args: Any, **kwargs: Any) -> None:
+        if not begins.is_set():
+            begins.set()
+            assert may_go_on.wait(PATIENCE_S)
+        marks(*args, **kwargs)
+
+    monkeypatch.setattr(scaled_backward, "mark_backward_scaled", mark_slowly)
+    refused: list[RuntimeError] = []
+
+    def begin_second() -> None:
+        try:
+            HOW[second](optimizer, weight.float().sum())
+        except RuntimeError as error:
+            refused.append(error)
+
+    def hold(grad: Tensor) -> None:
+        other.join(PATIENCE_S)
+
+    other, product = threading.Thread(target=begin_second), weight.float() * 1.0
+    product.register_hook(hold)
+    running = threading.Thread(target=HOW[first], args=(optimizer, product.sum()))
+    running.start()
+    assert begins.wait(PATIENCE_S)
+    other.start()
+    other.join(0.2)
+    may_go_on.set()
+    running.join(2 * PATIENCE_S)
+    assert torch.equal(optimizer.full_grad(weight), torch.ones(4))
+    assert len(refused) == 1 and "on another thread" in str(refused[0])
 
 
 class Inner(torch.autograd.Function):

@@ -118,6 +118,37 @@ def test_so_it_is_by_all_to_all(run, tmp_path, where):
     run(2, broken_off, "exact", where, KeyboardInterrupt, tmp_path)
 
 
+def interrupted_after_the_message(group: Any, transport: str) -> None:
+    """Of a step. The other rank goes on, and waits for this one's weights."""
+    is_bad = group.rank() == BAD_RANK
+    model = build(torch.float32)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), process_group=group, transport=transport, loss_scale=None)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    for index in range(2):
+        optimizer.zero_grad()
+        loss_of(model, micro_batch(index, group.rank())).backward()
+        if index == 0:
+            optimizer.step()  # learns the order of buckets
+    if not is_bad:
+        with pytest.raises(pyzero.CollectiveError, match="rank 1 has given up"):
+            optimizer.step()
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ShardUpdater, "take_pattern", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        with pytest.raises(pyzero.CollectiveError, match="was interrupted, before"):
+            optimizer.step()
+
+
+@through_host_memory
+def test_the_others_are_told_of_an_interrupt_after_the_message(run):
+    run(2, interrupted_after_the_message, "peer")
+
+
 @contextlib.contextmanager
 def short_of_memory(number: int, for_good: bool = False, name: str = "empty") -> Iterator[list[int]]:
     """The call of that number of memory's function fails, and all that follow if `for_good`; 0: none. Counts them."""

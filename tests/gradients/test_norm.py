@@ -324,3 +324,24 @@ def test_a_clip_before_the_capture_of_a_step_is_refused(monkeypatch):
     optimizer.step()
     optimizer.zero_grad()
     gradients.check_capture()
+
+
+def norms_of_two_steps(group: Any, stage: int, loss_scale: Any) -> list[float]:
+    """On one gradient, which was clipped before the first."""
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = pyzero.FusedZeroAdamW([weight], process_group=group, stage=stage, loss_scale=loss_scale)
+    optimizer.backward((weight * 3.0).sum())
+    optimizer.clip_grad_norm_(1.0)
+    norms = []
+    for _ in range(2):
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+    return norms
+
+
+@pytest.mark.parametrize("loss_scale", [None, 256.0], ids=["plain", "scaled"])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_second_step_on_a_clipped_gradient_has_its_norm(ranks, size, stage, loss_scale):
+    for norms in ranks.run(size, norms_of_two_steps, stage, loss_scale):
+        assert norms == pytest.approx([6.0, 1.0])

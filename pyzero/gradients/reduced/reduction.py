@@ -299,8 +299,9 @@ class ReducedGradients(Gradients):
         self._exchange.locates = always
 
     def after_step(self, used: Sequence[bool]) -> None:
-        """See Gradients."""
+        """See Gradients. A later step without a new gradient has another norm: that of the clipped ones."""
         self._reducer.after_step(used)
+        self._records.norm_before_clip = None
 
     def has_pending_gradients(self) -> bool:
         """See Gradients."""
