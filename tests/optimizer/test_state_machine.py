@@ -261,6 +261,11 @@ FOUND: list[tuple[str, Program, Config]] = [
         Config((((5,), "fp32", True), ((5,), "fp32", False), ((1,), "fp16", False)), stage=2, transport="exact"),
     ),
     (
+        "a factor of a gradient of which only zeros were sent is no edit on the ranks without a part of their own",
+        [("clip", 0.5, 2.0), ("backward", 0, True, False, (63, 2), None), ("multiply", "mul_", -1.0, 63)],
+        Config((((5,), "fp32", False),), stage=2),
+    ),
+    (
         "a gradient that is set when all are cleared carries no scale of a backward that was broken off",
         [
             ("broken", 0, 0, "model", (63,)),

@@ -26,7 +26,7 @@ class DeferredFactors:
         known = values_of(factor).item() if factor.is_cpu else _number_of(given, inverse)
         products: dict[int, Tensor] = {}  # one object for all records that have one factor
         for record in records:
-            if not record.is_reduced:
+            if not record.has_reduced_values:  # zeros stay zeros: on ranks that hold more, `.grad` has no reduced part
                 continue
             key = id(record.factor)
             if key not in products:
@@ -59,11 +59,11 @@ class DeferredFactors:
 
     def common(self) -> Tensor | None:
         """Return the common factor (0-D), or None. Call apply_different() first."""
-        return next((record.factor for record in self._records.by_number if record.is_reduced), None)
+        return next((record.factor for record in self._records.by_number if record.has_reduced_values), None)
 
     def apply_different(self) -> None:
         """If factors differ, multiply them into the shards, because the update takes only one factor."""
-        if len({id(record.factor) for record in self._records.by_number if record.is_reduced}) > 1:
+        if len({id(record.factor) for record in self._records.by_number if record.has_reduced_values}) > 1:
             self.apply()
 
     def apply(self) -> None:
