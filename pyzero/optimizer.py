@@ -317,7 +317,7 @@ class ZeroOptimizer(StateDicts):
 
     def _take_step(self) -> None:
         # The others act upon the message, whatever interrupts this rank after it. An error comes on all ranks.
-        with self._group.lockstep(self._topology.model_groups, but=Exception):
+        with self._lockstep() if self._num_ranks > 1 else contextlib.nullcontext():
             stats, unscale = self._collect("step"), self._take_grad_scale()
             self._overflow.check(max(stats.num_skips_in_a_row, self._overflow.num_in_a_row), self._describe)
             self._updater.take_pattern(tuple(self._buckets), stats.used, self._device)  # raises before any write
@@ -344,6 +344,9 @@ class ZeroOptimizer(StateDicts):
         self._gradients.locate_nonfinite(always=skips > 0)
         if self._device.type == "cpu":  # all hosts know the same count
             self._overflow.check(skips, self._describe)
+
+    def _lockstep(self) -> contextlib.AbstractContextManager[None]:
+        return self._group.lockstep(self._topology.model_groups, but=Exception)
 
     def _host_facts(self) -> HostFacts:
         checksum = self._hyper_parameters.checksum(self._param_groups)
