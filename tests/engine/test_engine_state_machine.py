@@ -10,21 +10,18 @@ A failure prints `replay(program, config)`. A long hunt:
 
 from __future__ import annotations
 
-import argparse
-import math
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import hypothesis
 from engine_model import SCHEDULE_PARAMS, Config, Program
 from engine_run import LOAD_OPTIONS, run_program
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from own_groups import OwnGroups
+from program_hunt import fixed_fields, hunt, parser
 from ranks import Ranks
 
 SETTINGS = settings(
@@ -260,34 +257,13 @@ def test_any_program(run):
 # ---- a long hunt --------------------------------------------------------------------------------------------------
 
 
-def hunt(examples: int, seed: int, chunk: int, fixed: dict[str, Any], shrink: bool) -> int:
-    """Chunk by chunk, each with a seed of its own; a failure ends its chunk alone. Returns the number of failures."""
-    phases = [hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * shrink
-    options = settings(SETTINGS, max_examples=chunk, derandomize=False, phases=phases, report_multiple_bugs=False)
-    failures, begin, pool = 0, time.time(), Ranks()
+def main() -> None:
+    args, pool = parser(chunk=40).parse_args(), Ranks()
     try:
-        for number in range(math.ceil(examples / chunk)):
-            machine = hypothesis.seed(1000 * seed + number)(machine_on(OwnGroups(pool), **fixed))
-            try:
-                run_state_machine_as_test(machine, settings=options)
-            except ProgramFailed as failure:
-                failures += 1
-                print(f"---- failure {failures}, chunk {number}\n{failure}\n", flush=True)
-            print(f"{number + 1} chunks, {failures} failures, {time.time() - begin:.0f} s", flush=True)
+        has_failed = hunt(args, lambda: machine_on(OwnGroups(pool), **fixed_fields(args)), SETTINGS, ProgramFailed)
     finally:
         pool.stop()
-    return failures
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Run many programs.")
-    parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chunk", type=int, default=40, help="programs per seed; a failure ends a chunk")
-    parser.add_argument("--fix", default="", help='fields of Config, as in "size=1, stage=2"')
-    parser.add_argument("--no-shrink", action="store_true")
-    args = parser.parse_args()
-    raise SystemExit(bool(hunt(args.examples, args.seed, args.chunk, eval(f"dict({args.fix})"), not args.no_shrink)))
+    raise SystemExit(has_failed)
 
 
 if __name__ == "__main__":

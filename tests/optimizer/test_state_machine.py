@@ -12,19 +12,17 @@ A failure prints `replay(program, config)`. A long hunt:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import hypothesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from program_hunt import fixed_fields, hunt, parser
 from program_model import Config, Program, World
 from program_rules import GROUPS
 from program_run import Outcome, run_program
@@ -488,35 +486,15 @@ def test_any_program(ranks):
 # ---- a long hunt --------------------------------------------------------------------------------------------------
 
 
-def hunt(examples: int, seed: int, chunk: int, only: list[str], fixed: dict[str, Any], shrink: bool) -> int:
-    """Chunk by chunk, each with a seed of its own; a failure ends its chunk alone. Returns the number of failures."""
-    phases = [hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * shrink
-    options = settings(SETTINGS, max_examples=chunk, derandomize=False, phases=phases, report_multiple_bugs=False)
-    failures, begin = 0, time.time()
-    with lone_pool() as pool:
-        for number in range(math.ceil(examples / chunk)):
-            machine = hypothesis.seed(1000 * seed + number)(machine_on(pool, only, **fixed))
-            try:
-                run_state_machine_as_test(machine, settings=options)
-            except ProgramFailed as failure:
-                failures += 1
-                print(f"---- failure {failures}, chunk {number}\n{failure}\n", flush=True)
-            print(f"{number + 1} chunks, {failures} failures, {time.time() - begin:.0f} s, {dict(TALLY)}", flush=True)
-    return failures
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run many programs.")
-    parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chunk", type=int, default=50, help="programs per seed; a failure ends a chunk")
-    parser.add_argument("--only", default="", help="names of ops, by comma")
-    parser.add_argument("--fix", default="", help='fields of Config, as in "size=1, stage=2"')
-    parser.add_argument("--no-shrink", action="store_true")
-    args = parser.parse_args()
-    fixed = eval(f"dict({args.fix})")
+    arguments = parser(chunk=50)
+    arguments.add_argument("--only", default="", help="names of ops, by comma")
+    args = arguments.parse_args()
     only = [name for name in args.only.split(",") if name]
-    raise SystemExit(bool(hunt(args.examples, args.seed, args.chunk, only, fixed, not args.no_shrink)))
+    with lone_pool() as pool:
+        has_failed = hunt(args, lambda: machine_on(pool, only, **fixed_fields(args)), SETTINGS, ProgramFailed)
+    print(dict(TALLY))
+    raise SystemExit(has_failed)
 
 
 if __name__ == "__main__":
