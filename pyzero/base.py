@@ -97,11 +97,11 @@ class ZeroBase(Optimizer):
         """Return the update rule for a new group. Optimizers with several rules override it."""
         return self._rule
 
-    def options_for_rule(self, group_index: int) -> dict[str, Any]:
+    def _options_for_rule(self, group_index: int) -> dict[str, Any]:
         """Return the options that a copy of the group needs, beside its present ones, to take the group's rule."""
         return {}
 
-    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
+    def _is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """Whether the group keeps its update rule if it takes these options, which a saved group has."""
         return self._rule_of({**self._param_groups[group_index], **options}) is self._rules[group_index]
 
@@ -117,7 +117,7 @@ class ZeroBase(Optimizer):
             return str(group["param_names"][position])
         return self._model_names.get(group["params"][position]) or f"parameter {position} of group {group_index}"
 
-    def take_names(self, model: nn.Module) -> None:
+    def _take_names(self, model: nn.Module) -> None:
         """Use the parameters' names in a model for messages, unless the caller gave names."""
         self._model_names = {param: name for name, param in model.named_parameters()}
 
@@ -156,7 +156,7 @@ class ZeroBase(Optimizer):
         purpose: What the ranks collect gradients for next, if they do. An error is then told to those who wait.
         """
         try:
-            self.place_found(self.find_unfrozen())
+            self._place_found(self._find_unfrozen())
         except CollectiveError:  # the other ranks raise it too
             raise
         except Exception as error:
@@ -164,8 +164,8 @@ class ZeroBase(Optimizer):
                 self._tell_error(error, purpose)
             raise
 
-    def find_unfrozen(self) -> list[int]:
-        """Return the indices of groups with parameters that are no longer frozen: the argument of `place_found`.
+    def _find_unfrozen(self) -> list[int]:
+        """Return the indices of groups with parameters that are no longer frozen: the argument of `_place_found`.
 
         It may raise on one rank alone, so call it before any collective. If an exception has ended a backward, finish
         its round first: the other ranks have sent their part of it, and may have placed those parameters.
@@ -173,7 +173,7 @@ class ZeroBase(Optimizer):
         self._gradients.finish_broken_round()
         return self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
 
-    def describe_unfrozen(self, found: list[int]) -> Unfrozen:
+    def _describe_unfrozen(self, found: list[int]) -> Unfrozen:
         """Return what the ranks compare before they place the parameters found."""
         return {
             (index, position): self._name(index, position)
@@ -182,7 +182,7 @@ class ZeroBase(Optimizer):
             if param.requires_grad and param not in self._param_buckets.locations
         }
 
-    def place_found(self, group_indices: list[int]) -> None:
+    def _place_found(self, group_indices: list[int]) -> None:
         """Give buckets to the unfrozen parameters of these groups. Collective if there are any."""
         if group_indices:
             self._place(group_indices, self._trains_by_grad())
@@ -191,7 +191,7 @@ class ZeroBase(Optimizer):
         """Whether a frozen parameter with a `.grad` counts as trained. Only on one rank: others cannot see `.grad`."""
         return self._group.size == 1 and not self._topology.model_dims
 
-    def members(self) -> list[int]:
+    def _members(self) -> list[int]:
         """Return the ranks that share this optimizer's state, and so train the same parameters."""
         return self._group.members()
 
@@ -219,7 +219,7 @@ class ZeroBase(Optimizer):
                 found_inf = (found_inf != 0).to(torch.float32).reshape(1)
             return self._gradients.collect(found_inf, purpose)
 
-    def raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
+    def _raise_on_all_ranks(self, error: Exception, purpose: str) -> NoReturn:
         """Raise this rank's error, and have the other ranks raise too: they are about to collect gradients.
 
         purpose: What they collect them for, one of grad_stats.PURPOSES.

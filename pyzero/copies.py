@@ -50,7 +50,7 @@ def contents(optimizer: ZeroOptimizer, num_ranks: int, trained: list[Tensor]) ->
     torch.save(optimizer.full_state_dict(), state)
     return {
         "groups": [
-            _as_given(group, optimizer.defaults) | optimizer.options_for_rule(index)
+            _as_given(group, optimizer.defaults) | optimizer._options_for_rule(index)
             for index, group in enumerate(optimizer.param_groups)
         ],
         "trained": [user_param(param) for param in trained],

@@ -144,7 +144,7 @@ class ZeroOptimizer(StateDicts):
         self._rule = rule
         self._rules: list[UpdateRule] = []  # by parameter group
         self._is_ready = False
-        self._last = self._checkpoint_group = None
+        self._last = self._group_of_all = None
         self._is_torn = False
         self._model_names: dict[Tensor, str] = {}
         try:
@@ -273,7 +273,7 @@ class ZeroOptimizer(StateDicts):
         exchanges = self._buckets or self._topology.model_dims  # a rank without buckets answers these too
         try:
             if error is not None and exchanges and self._num_ranks > 1:
-                self.raise_on_all_ranks(error, "step")
+                self._raise_on_all_ranks(error, "step")
             if error is not None:
                 raise error
         finally:

@@ -37,12 +37,12 @@ class StateDicts(FullAccess, Status):
     """The part of ZeroOptimizer that saves and loads its state."""
 
     _overflow: OverflowMonitor
-    _checkpoint_group: Group | None
+    _group_of_all: Group | None
     _is_torn: bool  # a step or a load has begun to write
 
     # ---- for checkpoints --------------------------------------------------------------------------------------------
 
-    def checkpoint_group(self) -> Group:
+    def _checkpoint_group(self) -> Group:
         """Return a group of all ranks that hold a part of the model, over a process group that training does not use.
 
         A save in a thread then cannot meet a collective of a step. The first call is collective.
@@ -52,15 +52,15 @@ class StateDicts(FullAccess, Status):
             RuntimeError: The process group was destroyed.
         """
         self._group.check_exists()
-        if self._checkpoint_group is None:
+        if self._group_of_all is None:
             what = "the lease of a process group for checkpoints"
             self._group.check_unbroken(what)
             # Ranks agree over the optimizer's own group, which no other optimizer may get before they are done.
             with on_device(self._device), self._group.lockstep(what=what, but=ValueError):
-                self._checkpoint_group = self._topology.make_group_of_all()
-        return self._checkpoint_group
+                self._group_of_all = self._topology.make_group_of_all()
+        return self._group_of_all
 
-    def check_between_steps(self, with_gradients: bool = True) -> None:
+    def _check_between_steps(self, with_gradients: bool = True) -> None:
         """Raise RuntimeError if gradients wait for step(), because a checkpoint has none, or if the state is torn.
 
         with_gradients: False allows gradients to wait.
@@ -178,8 +178,8 @@ class StateDicts(FullAccess, Status):
                 state_dict = before(self, state_dict) or state_dict
             frozen = self._frozen_with_state(state_dict)
             with trained(*frozen):
-                unfrozen = self.find_unfrozen()
-                told = self.describe_unfrozen(unfrozen)
+                unfrozen = self._find_unfrozen()
+                told = self._describe_unfrozen(unfrozen)
             for bucket in self._buckets:
                 bucket.flat_params.foreign_writes()  # raises if masters cannot follow the writes
         except CollectiveError:  # the other ranks raise it too
@@ -187,11 +187,11 @@ class StateDicts(FullAccess, Status):
         except Exception as error:
             problem = error
         try:
-            check_unfrozen(self.members(), self._tell(problem, told))
+            check_unfrozen(self._members(), self._tell(problem, told))
         finally:
             problem = None  # its traceback holds this frame, and the callers'
         with trained(*frozen):
-            self.place_found(unfrozen)
+            self._place_found(unfrozen)
         return state_dict, frozen
 
     def _frozen_with_state(self, state_dict: dict[str, Any]) -> list[Tensor]:
@@ -202,9 +202,9 @@ class StateDicts(FullAccess, Status):
         if len(saved_ids) != len(params):
             return []  # refused by what comes next
         has_state = [any(map(torch.is_tensor, state.get(saved_id, {}).values())) for saved_id in saved_ids]
-        return self.could_have_state([param for param, has in zip(params, has_state, strict=True) if has])
+        return self._could_have_state([param for param, has in zip(params, has_state, strict=True) if has])
 
-    def could_have_state(self, params: Iterable[Tensor]) -> list[Tensor]:
+    def _could_have_state(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Return those of these parameters that have no buckets because they are frozen, and could have some."""
         return [
             param
@@ -223,7 +223,7 @@ class StateDicts(FullAccess, Status):
         kind = "" if problem is None or isinstance(problem, ValueError) else f"{type(problem).__name__}: "
         what = "the agreement on a load"
         told = self._group.gather_objects((None if problem is None else f"{kind}{problem}", answer), what)
-        problems = {rank: text for rank, (text, _) in zip(self.members(), told, strict=True) if text is not None}
+        problems = {rank: text for rank, (text, _) in zip(self._members(), told, strict=True) if text is not None}
         for group in self._topology.model_groups:
             for found in group.gather_objects(problems, what):
                 problems = {**problems, **found}
@@ -329,7 +329,7 @@ def _follow_weights(optimizer: Optimizer) -> None:
     if optimizer._group.size > 1:  # on one rank a torn optimizer may load a state dict and continue
         optimizer._check_whole()
     elif not optimizer._topology.model_dims:  # what was unfrozen has state from now on, for get_state_dict
-        optimizer.place_found(optimizer.find_unfrozen())
+        optimizer._place_found(optimizer._find_unfrozen())
     optimizer._param_buckets.follow_weights()
 
 

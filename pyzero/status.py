@@ -124,7 +124,7 @@ class Status(ZeroBase):
         """The update rule's name. Adam and AdamW have the same one."""
         return self._rule.name
 
-    def takes_rule(self, name: str | None) -> bool:
+    def _takes_rule(self, name: str | None) -> bool:
         """Whether this optimizer can load state that was saved under this rule's name. None: saved by torch."""
         return name in (None, self.rule_name)
 
@@ -156,11 +156,11 @@ class Status(ZeroBase):
         return 1 if others is None else others.size
 
     @property
-    def same_params(self) -> bool:
+    def _same_params(self) -> bool:
         """Whether all ranks have the same parameters, whole ones or their parts as DTensors."""
         return self._topology.same_params
 
-    def owns(self, param: Tensor) -> bool:
+    def _owns(self, param: Tensor) -> bool:
         """Whether this model-parallel rank counts and saves the parameter."""
         return self._topology.owns(param)
 

@@ -188,7 +188,7 @@ class _Load:
         """Return the frozen parameters without state here that the checkpoint has state for, from when they trained."""
         names = names_of(self._model, self._optimizer)
         saved = self._index["tensors"]
-        return self._optimizer.could_have_state(param for param, name in names.items() if _step_of(name) in saved)
+        return self._optimizer._could_have_state(param for param, name in names.items() if _step_of(name) in saved)
 
     def _read_whole(self, folder: Path) -> None:
         wanted = {
@@ -218,7 +218,7 @@ class _Load:
 
     def _lost_state(self) -> str:
         """Say what strict=False would do with the state of another update rule. Empty for the same rule."""
-        if self._weights_only or self._optimizer.takes_rule(self._common.get(RULE)):
+        if self._weights_only or self._optimizer._takes_rule(self._common.get(RULE)):
             return ""
         mine = {key for of_param in self._state.values() for key in of_param} - {MASTER, STEP}
         saved = {name.rpartition(".")[2] for name in self._index["tensors"] if name.startswith(_STATE)}
@@ -318,7 +318,7 @@ class _Load:
     def _match_groups(self, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
         """Return the optimizer's groups with the hyper-parameters that their parameters were saved with."""
         saved, rule = self._common["param_groups"], self._common.get(RULE)
-        if not self._optimizer.takes_rule(rule):
+        if not self._optimizer._takes_rule(rule):
             self._problems.insert(0, f"of the update rule {rule}, wanted {self._optimizer.rule_name}")
             saved = [{"params": [], SCALER: group.get(SCALER)} for group in saved]  # the rule's options do not fit here
         group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
@@ -326,9 +326,9 @@ class _Load:
         for index, group in enumerate(groups):
             found = sorted({group_of[names[i]] for i in group["params"] if names[i] in group_of})
             options = [{key: value for key, value in saved[i].items() if key not in _NO_OPTIONS} for i in found]
-            if not all(self._optimizer.is_of_rule(index, of_group) for of_group in options):
+            if not all(self._optimizer._is_of_rule(index, of_group) for of_group in options):
                 self._problems.append(f"group {index} holds parameters of another update rule")
-                options = [of_group for of_group in options if self._optimizer.is_of_rule(index, of_group)]
+                options = [of_group for of_group in options if self._optimizer._is_of_rule(index, of_group)]
             if any(repr(other) != repr(options[0]) for other in options):
                 self._problems.append(f"group {index} holds parameters of the saved groups {found}, which differ")
             matched.append({**group, **(options[0] if options else {})})

@@ -169,7 +169,7 @@ def begin(optimizer: ZeroOptimizer) -> Group:
     found: list[int] = []
     problem: Exception | None = None
     try:
-        found = optimizer.find_unfrozen()
+        found = optimizer._find_unfrozen()
     except CollectiveError:  # the other ranks raise it too
         raise
     except Exception as error:
@@ -178,18 +178,18 @@ def begin(optimizer: ZeroOptimizer) -> Group:
     def tell() -> tuple[list[int], Unfrozen]:
         if problem is not None:
             raise problem
-        unfrozen = optimizer.describe_unfrozen(found)
-        return optimizer.members() if unfrozen else [], unfrozen
+        unfrozen = optimizer._describe_unfrozen(found)
+        return optimizer._members() if unfrozen else [], unfrozen
 
     try:
-        group = optimizer.checkpoint_group()
+        group = optimizer._checkpoint_group()
         told = gather_from_all_ranks(group, "the look for parameters that are no longer frozen", tell)
     finally:
         problem = None  # its traceback holds this frame, and the callers'
     by_rank = {rank: unfrozen for rank, (_, unfrozen) in zip(group.members(), told, strict=True)}
     for members in {tuple(members): None for members, unfrozen in told if unfrozen}:  # each has a part of the model
         check_unfrozen(members, [by_rank[rank] for rank in members])
-    optimizer.place_found(found)
+    optimizer._place_found(found)
     return group
 
 
@@ -197,7 +197,7 @@ def _content(
     model: nn.Module, optimizer: ZeroOptimizer, extra: dict[str, Any], excludes_frozen: bool, excludes_gradients: bool
 ) -> Content:
     """Return what a save writes. Raise RuntimeError if gradients that it must not exclude would be lost."""
-    optimizer.check_between_steps(with_gradients=not excludes_gradients)
+    optimizer._check_between_steps(with_gradients=not excludes_gradients)
     return collect(model, optimizer, extra, excludes_frozen)
 
 

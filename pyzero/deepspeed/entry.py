@@ -117,7 +117,7 @@ def initialize(
         engine: Engine = EvalEngine(model, settings, parallel, made_group=joined)
     else:
         ours = make_optimizer(model, partition.moved_optimizer(), partition.replaced(params), settings, parallel)
-        ours.take_names(model)
+        ours._take_names(model)
         add_names(ours)
         if settings.zero_optimization.stage == 3:
             ours.parameter_offload = ParameterOffload()

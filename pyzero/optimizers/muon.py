@@ -207,11 +207,11 @@ class ZeroMuon(ZeroOptimizer):
             param_group = {**_ADAMW_DEFAULTS, **param_group}
         super().add_param_group(param_group)
 
-    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
+    def _is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """See ZeroOptimizer."""
         if "dampening" in options and "ns_steps" not in options:  # from torch.optim.SGD: its buffer has the same name
             return False
-        return super().is_of_rule(group_index, options)
+        return super()._is_of_rule(group_index, options)
 
     def _as_ours(self, state_dict: Any) -> Any:
         return with_step_counts(state_dict)

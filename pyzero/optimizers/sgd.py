@@ -135,19 +135,19 @@ class FusedZeroSGD(ZeroOptimizer):
         self._with_buffer, self._without_buffer = SGDRule(True), SGDRule(False)
         super().__init__(params, self._rule_of(defaults), defaults, **options)
 
-    def options_for_rule(self, group_index: int) -> dict[str, Any]:
+    def _options_for_rule(self, group_index: int) -> dict[str, Any]:
         """See ZeroOptimizer. The momentum of a group with a buffer may be 0 now; the copy takes that from the state."""
         return {"momentum": 1.0} if self._rules[group_index] is self._with_buffer else {}
 
-    def is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
+    def _is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
         """See ZeroOptimizer. A group with a buffer may have been saved while its momentum was 0."""
         if "ns_steps" in options:  # from torch.optim.Muon: its buffer has the same name
             return False
-        return self._rules[group_index] is self._with_buffer or super().is_of_rule(group_index, options)
+        return self._rules[group_index] is self._with_buffer or super()._is_of_rule(group_index, options)
 
-    def takes_rule(self, name: str | None) -> bool:
+    def _takes_rule(self, name: str | None) -> bool:
         """See `StateDicts`. State saved with or without momentum fits, because groups may differ in it."""
-        return name in (self._with_buffer.name, self._without_buffer.name) or super().takes_rule(name)
+        return name in (self._with_buffer.name, self._without_buffer.name) or super()._takes_rule(name)
 
     def _as_ours(self, state_dict: Any) -> Any:
         return with_step_counts(state_dict)

@@ -161,7 +161,7 @@ def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
         )
     saved: list[dict[str, Any]] = state_dict["param_groups"]
     rule = notes_of(saved[0]).get(RULE) if saved else None  # none in a torch optimizer's
-    if not optimizer.takes_rule(rule):
+    if not optimizer._takes_rule(rule):
         raise ValueError(
             f"expected the state of the update rule {optimizer.rule_name}, got that of {rule}; load it into an "
             f"optimizer of the same kind"
@@ -174,7 +174,7 @@ def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str
         )
     for index, group in enumerate(saved):
         refuse_unsupported(group)
-        if not optimizer.is_of_rule(index, group):
+        if not optimizer._is_of_rule(index, group):
             raise ValueError(
                 f"expected options of the update rule that group {index} was built with, got another's; build the "
                 f"groups as they were when saved"

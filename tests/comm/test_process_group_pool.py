@@ -301,7 +301,7 @@ def names_of_groups(group: Any) -> list[str]:
     found = []
     for _ in range(2):
         optimizer = pyzero.FusedZeroAdam([nn.Parameter(torch.ones(3))], process_group=group)
-        for each in (optimizer._group, optimizer.checkpoint_group()):
+        for each in (optimizer._group, optimizer._checkpoint_group()):
             found.append(each.handle.group_name)
         del optimizer, each
         gc.collect()
@@ -377,7 +377,7 @@ def groups_around_an_interrupt(group: Any) -> int:
             if is_interrupted:
                 patch.setattr(process_group_pool, "gather_objects", interrupt)
                 with pytest.raises(KeyboardInterrupt):
-                    optimizer.checkpoint_group()
+                    optimizer._checkpoint_group()
         del optimizer
         gc.collect()
     return len(names)

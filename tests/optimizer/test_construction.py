@@ -283,7 +283,7 @@ def in_inference_mode(group: Any, stage: int, what: str) -> list[Tensor]:
         optimizer.add_param_group({"params": rest})
     rest[0].requires_grad_(True)
     with within("unfreeze"):
-        optimizer.place_found(optimizer.find_unfrozen())
+        optimizer._place_found(optimizer._find_unfrozen())
     for step in range(2):
         loss_of(model, micro_batch(step, 0)).backward()
         optimizer.step()

@@ -251,7 +251,7 @@ class EngineCheckpoints:
         if (folder / files.LATEST).is_file() or not any(folder.glob(_THEIRS)):
             yield folder
             return
-        group = self.optimizer.checkpoint_group()
+        group = self.optimizer._checkpoint_group()
         ours = folder.with_name(f".translated_{folder.name}")
 
         def translate() -> None:

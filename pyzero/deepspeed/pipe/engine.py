@@ -188,7 +188,7 @@ class PipelineEngine(Engine):
             problem = None if runner is None else runner.take_problem()
             try:
                 if problem is not None:
-                    self.optimizer.raise_on_all_ranks(problem, "sum_tied_grads" if self.module.has_ties else "step")
+                    self.optimizer._raise_on_all_ranks(problem, "sum_tied_grads" if self.module.has_ties else "step")
             finally:
                 problem = None  # its traceback holds this frame, and those of the layers
             if self.module.has_ties:
