@@ -71,10 +71,10 @@ LAYERS = (
         {f"deepspeed.{name}" for name in row.split()}
         for row in (
             "constants launcher offload_config",
-            "accelerator arguments checkpoint_constants comm config config.keys engine engine.param_owners "
-            "engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel parallel.mesh "
-            "loss_scaler pipe.layers pipe.topology schedules stage_3 stage_3.kept_views stage_3.parameter_offload "
-            "stage_3.root_weights stage_3.sharded_param zero_to_fp32",
+            "accelerator arguments checkpoint_constants comm config config.keys engine engine.applied_steps "
+            "engine.param_owners engine.tensors engine.weights estimates ops.op_builder ops.optimizer_spec parallel "
+            "parallel.mesh loss_scaler pipe.layers pipe.topology schedules stage_3 stage_3.kept_views "
+            "stage_3.parameter_offload stage_3.root_weights stage_3.sharded_param zero_to_fp32",
             "config.dtype_sections config.optimizer_section config.scheduler_section config.sections "
             "config.tensor_parallel_section config.unknown_keys config.zero_section engine.inner_optimizer "
             "engine.output_hooks engine.plain_backward ops.adam ops.lamb ops.lion parallel.groups pipe.runner "

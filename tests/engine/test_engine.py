@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import huber_loss, l1_loss, mse_loss
 
 import pyzero
+from pyzero.deepspeed.engine.applied_steps import AppliedSteps
 from pyzero.deepspeed.schedules import WarmupLR
 
 FP32 = {"train_batch_size": 4, "zero_optimization": {"stage": 2}}
@@ -153,6 +154,22 @@ def test_overflow_is_skipped():
     engine.step()
     assert engine.was_step_applied() and engine.skipped_steps == 1 and schedule.last_epoch == 1
     assert isinstance(engine.get_global_grad_norm(), float)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("section", ["bf16", None])
+def test_the_schedule_stays_once_for_each_skipped_step(section, is_late):
+    """Also without a loss scale: at the skipped step, or on a GPU at the next one."""
+    config = {**FP32, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}
+    engine, _, _, schedule = start({**config, section: SECTIONS[section]} if section else config)
+    engine._applied_steps = AppliedSteps(is_late)
+    inputs, signs = exact_batch(0, 4)
+    epochs = []
+    for factor in (1, float("inf"), 1, float("nan"), float("inf"), 1, 1):
+        engine.backward(exact_loss(engine(inputs), signs) * factor)
+        engine.step()
+        epochs.append(schedule.last_epoch)
+    assert epochs == ([1, 2, 2, 3, 3, 3, 4] if is_late else [1, 1, 2, 2, 2, 3, 4])
 
 
 @pytest.mark.parametrize("by_config", [True, False])

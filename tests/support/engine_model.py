@@ -271,7 +271,7 @@ class Model:
             self.global_samples += num_micro * self.micro_batch * self.config.size
             self.global_steps += 1
             self.num_backwards = 0
-            if self.schedule is not None and (self.applied or not self.is_scaled):
+            if self.schedule is not None and self.applied:
                 self.schedule.step()
             self.zero_grad()
         self.micro_steps += 1

@@ -18,6 +18,7 @@ from pyzero.comm import process
 from pyzero.deepspeed import launcher
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import plain_backward, tensors
+from pyzero.deepspeed.engine.applied_steps import AppliedSteps
 from pyzero.deepspeed.engine.data import EngineData
 from pyzero.deepspeed.engine.inner_optimizer import refuse_offload
 from pyzero.deepspeed.engine.output_hooks import OutputHooks
@@ -88,6 +89,7 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         self._input_dtype = None if config.auto_cast() is False else config.weights_dtype()  # None: no cast
         self._warns_of_cast = config.auto_cast() is None and self.rank == 0
         self._user = launcher.enter(made_group)
+        self._applied_steps = AppliedSteps(is_late=self.device.type == "cuda" and not self.is_scaled)
         self._boundary: bool | None = None  # whether the coming step() acts, if the caller has said it
         self._stepped = False
         self._in_step = False
@@ -329,8 +331,9 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """At an accumulation boundary, take the optimizer's step, clear gradients and take the schedule's step.
 
-        If the optimizer's step was skipped because of an overflow, the schedule does not advance. Asking for that waits
-        for the device, so the engine asks only if there are both a schedule and a loss scale.
+        If the optimizer's step was skipped because of an overflow, the schedule does not advance. To know that, the
+        engine waits for the device if there are both a schedule and a loss scale. On a GPU without a loss scale it does
+        not wait: there the schedule advances, and stays where it is at the next step instead.
 
         Args:
             lr_kwargs: Arguments of the schedule's step.
@@ -381,7 +384,8 @@ class Engine(EngineSettings, EngineRanks, EngineData, EngineCheckpoints, EngineW
         num_micro = self.batches.accumulation if managed else self._num_backwards
         self.global_samples += num_micro * self.batches.micro * self.dp_world_size
         self._num_backwards = 0
-        if self.lr_scheduler is not None and (not self.is_scaled or self.optimizer.was_step_applied):
+        last = self.optimizer._last
+        if self.lr_scheduler is not None and (last is None or self._applied_steps.ask(last.found_inf)):
             self.lr_scheduler.step(**(lr_kwargs or self._increment()))
 
     def _increment(self) -> dict[str, int]:
