@@ -51,19 +51,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"of {', '.join(_MODULES)}; default: all that use the device"
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"benches to run, of {', '.join(_MODULES)}; default: all that use the device",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ranks", type=_positive, default=_DEFAULT_RANKS, metavar="W", help="of train and transport")
     parser.add_argument(
-        "--peers", default="auto", metavar="NAMES", help=f"auto (all that import), none, or of {','.join(peers.PEERS)}"
+        "--ranks",
+        type=_positive,
+        default=_DEFAULT_RANKS,
+        metavar="W",
+        help="number of ranks of backward, train and transport; scaling and memory choose their own",
+    )
+    parser.add_argument(
+        "--peers",
+        default="auto",
+        metavar="NAMES",
+        help=f"peers to time: auto (all that are installed), none, or some of {','.join(peers.PEERS)}",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.md and pictures there")
     parser.add_argument(
         "--quick", action="store_true", help="smaller tensors, fewer repeats: some 5 minutes on 2 cores"
     )
-    parser.add_argument("--threads", type=_positive, help="of torch and of pyzero; default: torch's choice")
-    parser.add_argument("--numel", type=_positive, help="elements, in place of each bench's own sizes")
+    parser.add_argument("--threads", type=_positive, help="threads of torch and of pyzero; default: torch's choice")
+    parser.add_argument("--numel", type=_positive, help="number of elements; default: each bench's own sizes")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in _MODULES]
     if unknown:

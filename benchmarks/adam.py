@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyzero import ops
 from pyzero.ops.backend import SEGMENT_GRANULE
+from pyzero.ops.rounding import ceil_div
 
 from . import peers
 from .harness import check, compare
@@ -85,7 +86,7 @@ def _mixed(options: Options) -> list[Row]:
     """bf16 gradient in, fp32 state, bf16 weights out, in one pass. The optimizer calls it with segments."""
     numel = options.size
     weights, grad = peers.normal(numel, 0, options), peers.normal(numel, 1, options, std=1e-2).bfloat16()
-    granules = torch.arange(-(-numel // SEGMENT_GRANULE), device=weights.device)
+    granules = torch.arange(ceil_div(numel, SEGMENT_GRANULE), device=weights.device)
     segment_ids = (granules * _NUM_SEGMENTS // len(granules)).to(torch.int32)
     wide = State(weights, grad.float())
     wide.step()

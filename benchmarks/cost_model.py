@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.layout import cap_bytes
 
 from . import ledger
@@ -60,7 +61,7 @@ Collective = Callable[[Cluster, int, float], float]
 def _hosts(cluster: Cluster, num_ranks: int) -> tuple[int, int]:
     """(ranks in a host, hosts)."""
     inside = min(num_ranks, cluster.ranks_per_host)
-    return inside, -(-num_ranks // inside)
+    return inside, ceil_div(num_ranks, inside)
 
 
 def ring_s(cluster: Cluster, num_ranks: int, num_bytes: float) -> float:

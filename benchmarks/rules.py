@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyzero.ops.backend import SEGMENT_GRANULE
+from pyzero.ops.rounding import ceil_div, round_up
 
 from . import peers
 from .harness import Contender, check, compare
@@ -79,7 +80,7 @@ def run_one_moment(
 
 def apart(grad: Tensor, num_grads: int) -> tuple[list[Tensor], list[int]]:
     """The parts of a gradient, each in memory of its own, and the offsets where they begin."""
-    size = -(-grad.numel() // num_grads // SEGMENT_GRANULE) * SEGMENT_GRANULE
+    size = round_up(ceil_div(grad.numel(), num_grads), SEGMENT_GRANULE)
     return [part.clone() for part in grad.split(size)], list(range(0, grad.numel(), size))
 
 

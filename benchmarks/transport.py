@@ -13,6 +13,7 @@ from pyzero import ops
 from pyzero.comm.group import Group
 from pyzero.comm.make_transport import make_transport
 from pyzero.comm.transport import Transport
+from pyzero.ops.rounding import ceil_div, round_up
 
 from .harness import relative
 from .options import Options
@@ -24,7 +25,7 @@ _NAMES = ("peer", "exact", "collective")  # the others are compared with the fir
 _GLOO = "gloo reduce_scatter, bf16"
 _BUCKET_NUMEL = 25 * 2**20 // 2  # bf16; 25 MiB, the default of the optimizers on a CPU
 _NUM_PARAMS = 150
-_HOST_NUMBERS = 8 + -(-_NUM_PARAMS // 48)  # of the step's message: what a rank's host reports, and a bit per parameter
+_HOST_NUMBERS = 8 + ceil_div(_NUM_PARAMS, 48)  # of the step's message: a host's report, and a bit per parameter
 _REDUCE = "reduce-scatter of a bucket, packed and summed"
 
 Call = Callable[[], object]
@@ -32,7 +33,7 @@ Call = Callable[[], object]
 
 def run(options: Options) -> list[Row]:
     granule = 64 * options.ranks
-    numel = -(-(options.numel or _BUCKET_NUMEL) // granule) * granule
+    numel = round_up(options.numel or _BUCKET_NUMEL, granule)
     found: dict[str, dict[str, list[float]]] = launch(
         __name__, options.ranks, {"numel": numel, "repeats": options.repeats, "gloo": options.wants("ddp")}
     )

@@ -5,10 +5,10 @@ They are checked when they are read. If torch has DLPack's exchange API, a nativ
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import gt
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ ONE_DTYPE = 8  # all but the first are of one dtype
 ALIGNED = 16  # all start at a multiple of ALIGNMENT_BYTES
 ALIGNMENT_BYTES = 16
 
-Reader: TypeAlias = Callable[[Sequence[Any], int, int], bytes | None]
 _native: Any = None  # the module that reads
 
 

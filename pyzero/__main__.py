@@ -27,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.command in ("import-deepspeed", "export"):
         return _convert(args)
     if args.command == "report":
@@ -43,7 +42,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         _estimate(args)
     except ValueError as error:
-        parser.error(str(error))
+        args.refuse(str(error))
     return 0
 
 
@@ -51,33 +50,53 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pyzero")
     parser.add_argument("--version", action="version", version=f"pyzero {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("report", help="what is there, what is not, and why")
-    estimate = commands.add_parser("estimate", help="bytes per rank of a model under FusedZeroAdam")
-    estimate.add_argument("--model-params", type=_count, required=True, metavar="N", help="parameters: 7B, 350M or 7e9")
-    estimate.add_argument("--ranks", type=int, default=1, metavar="W", help="that hold the same weights")
-    estimate.add_argument("--stage", type=int, choices=(1, 2, 3), default=2)
-    estimate.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="ranks that split the weights")
+    commands.add_parser("report", help="which kernels and backends run on this machine, which do not, and why")
+    estimate = commands.add_parser("estimate", help="memory per rank of a model trained with FusedZeroAdam")
     estimate.add_argument(
-        "--blocks", type=int, metavar="N", help=f"that stage 3 gathers one by one; default: {_BLOCKS}"
+        "--model-params", type=_count, required=True, metavar="N", help="number of parameters: 7B, 350M or 7e9"
     )
-    estimate.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
-    estimate.add_argument("--bucket-cap-mb", type=float, metavar="MB", help="default: the optimizer's")
-    estimate.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="that the ranks train on")
-    estimate.add_argument("--cpu-offload", action="store_true", help="masters and moments in memory of the host")
+    estimate.add_argument("--ranks", type=int, default=1, metavar="W", help="data-parallel ranks; default: 1")
+    estimate.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage; default: 2")
+    estimate.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="T", help="ranks that split each weight; default: 1"
+    )
+    estimate.add_argument(
+        "--blocks",
+        type=int,
+        metavar="N",
+        help=f"blocks of the model, which stage 3 gathers one by one; default: {_BLOCKS}",
+    )
+    estimate.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of the weights; default: bf16"
+    )
+    estimate.add_argument(
+        "--bucket-cap-mb", type=float, metavar="MB", help="size of a bucket; default: the optimizer's"
+    )
+    estimate.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device that the ranks train on; default: cuda"
+    )
+    estimate.add_argument("--cpu-offload", action="store_true", help="masters and moments are in host memory")
     estimate.add_argument(
         "--accumulate",
         action="store_true",
-        help="gradients of several backwards wait on a rank: stage 1, no_sync()",
+        help="count the whole gradients that a rank keeps over several backwards in stage 1 or no_sync()",
     )
-    commands.add_parser("config-keys", help="every key of DeepSpeed's config, and what becomes of it here")
-    imports = commands.add_parser("import-deepspeed", help="turn a ZeRO-1 or -2 checkpoint of DeepSpeed into ours")
-    imports.add_argument("directory", metavar="DIR", help="where DeepSpeed saved")
-    imports.add_argument("out", metavar="OUT", help="what pyzero.load_checkpoint(OUT, ...) shall load")
-    imports.add_argument("--tag", help="default: the one that DIR/latest names")
+    estimate.set_defaults(refuse=estimate.error)  # prints the usage of this command
+    commands.add_parser(
+        "config-keys", help="print every key of a DeepSpeed config, and whether it is done, ignored or refused"
+    )
+    imports = commands.add_parser("import-deepspeed", help="convert a ZeRO-1 or ZeRO-2 checkpoint of DeepSpeed")
+    imports.add_argument("directory", metavar="DIR", help="folder that DeepSpeed saved to")
+    imports.add_argument("out", metavar="OUT", help="folder to write, for pyzero.load_checkpoint(OUT, ...)")
+    imports.add_argument("--tag", help="checkpoint to read; default: the one that DIR/latest names")
     exports = commands.add_parser("export", help="write a checkpoint's weights to a safetensors file")
-    exports.add_argument("directory", metavar="DIR", help="where pyzero.save_checkpoint() saved")
-    exports.add_argument("path", metavar="FILE.safetensors")
-    exports.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the model's; fp32: the masters")
+    exports.add_argument("directory", metavar="DIR", help="folder that pyzero.save_checkpoint() saved to")
+    exports.add_argument("path", metavar="FILE.safetensors", help="file to write")
+    exports.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="dtype to write; fp32 takes the masters; default: the model's dtype",
+    )
     return parser
 
 

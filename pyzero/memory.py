@@ -91,9 +91,9 @@ def _is_small(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
 def _reuse(numel: int, dtype: torch.dtype) -> Tensor:
     """Return (numel,) of any contents. When its last tensor is freed, the next buffer of that size gets the pages."""
     num_bytes = _whole_pages(numel * dtype.itemsize)
-    pages = _kept.take(num_bytes) or _map(num_bytes)
+    pages = _page_cache.take(num_bytes) or _map(num_bytes)
     view = memoryview(pages)
-    weakref.finalize(view, _kept.put, pages).atexit = False
+    weakref.finalize(view, _page_cache.put, pages).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=numel)
 
 
@@ -109,7 +109,7 @@ def _map(num_bytes: int) -> mmap.mmap:
     return pages
 
 
-class _Kept:
+class _PageCache:
     """Freed pages, the latest last."""
 
     def __init__(self) -> None:
@@ -131,4 +131,4 @@ class _Kept:
             del self._pages[:1]
 
 
-_kept = _Kept()
+_page_cache = _PageCache()

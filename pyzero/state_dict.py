@@ -260,7 +260,7 @@ class StateDicts(FullAccess, Status):
         saved, problem, unsent = None, None, Unsent.NONE
         try:
             saved = RankState.parse(
-                self, self._as_ours(state_dict), self._param_buckets, self._group.rank, self._group.size
+                self, self._complete_torch_state(state_dict), self._param_buckets, self._group.rank, self._group.size
             )
             summary, unsent = saved.summary(), self._gradients.unsent()
         except Exception as error:  # any error: the other ranks wait for this rank's answer
@@ -273,7 +273,7 @@ class StateDicts(FullAccess, Status):
         summaries = [of_rank for of_rank, _ in told if of_rank is not None]
         return saved, agreed_cut(summaries), {kind for _, kind in told}
 
-    def _as_ours(self, state_dict: Any) -> Any:
+    def _complete_torch_state(self, state_dict: Any) -> Any:
         """Add what torch's optimizer of this rule does not save, such as step counts. A hook for subclasses."""
         return state_dict
 

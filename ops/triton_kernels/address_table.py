@@ -82,17 +82,17 @@ _for_captures = _PinnedReserve()
 
 
 @dataclass(frozen=True)
-class _Kept(Generic[T]):
+class _CacheEntry(Generic[T]):
     value: T
     staging: list[Tensor]
 
 
-_cache: OrderedDict[Hashable, _Kept[Any]] = OrderedDict()
+_cache: OrderedDict[Hashable, _CacheEntry[Any]] = OrderedDict()
 # A graph replays with these addresses long after the cache has moved on, so what it saw is never dropped.
-_captured: list[_Kept[Any]] = []
+_captured: list[_CacheEntry[Any]] = []
 
 
-def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) -> T:
+def cached(content: Hashable, build: Callable[[Upload], T], device: torch.device) -> T:
     """What `build` made of this content on this device and stream, now or earlier."""
     if device.type != "cpu" and is_interpreted():
         raise RuntimeError(
@@ -103,10 +103,10 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
     on_gpu = device.type == "cuda"
     stream = current_stream(device) if on_gpu else 0
     key = (device, stream, content)
-    found: _Kept[T] | None = _cache.get(key)
+    found: _CacheEntry[T] | None = _cache.get(key)
     if found is None:
         upload = Upload(device)
-        found = _Kept(build(upload), upload.staging)
+        found = _CacheEntry(build(upload), upload.staging)
     if on_gpu and torch.cuda.is_current_stream_capturing():
         _captured.append(found)  # and not in the cache: it is empty until its own graph replays
         return found.value
@@ -119,7 +119,7 @@ def kept(content: Hashable, build: Callable[[Upload], T], device: torch.device) 
 
 def pointer_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:  # (len(addresses),) int64
     """The addresses, on the device."""
-    return kept(addresses, lambda upload: upload(_on_host(addresses)), device)
+    return cached(addresses, lambda upload: upload(_on_host(addresses)), device)
 
 
 def address_tables(spans: Sequence[Span], source_bytes: int, dest_bytes: int, upload: Upload) -> list[AddressTable]:

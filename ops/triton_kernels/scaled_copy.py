@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import Scalar
-from .address_table import COLUMNS, AddressTable, Span, Upload, address_tables, kept
+from .address_table import COLUMNS, AddressTable, Span, Upload, address_tables, cached
 from .common import (
     BLOCK,
     ELEMENT_TYPES,
@@ -119,7 +119,7 @@ def scaled_copy(
             for table in address_tables(job.spans, job.source.itemsize, job.dest.itemsize, upload)
         ]
 
-    launches = kept(content, build, on.device)
+    launches = cached(content, build, on.device)
     partials = new_partials(sumsq, sum(table.num_rows for _, table in launches))
     is_tensor = isinstance(scale, Tensor)
     constants: dict[str, Any] = {

@@ -13,7 +13,7 @@ from pyzero.ops.rounding import ceil_div
 
 from ..backend import SEGMENT_GRANULE, AdamArgs, LionArgs, SgdArgs
 from ..rows import addresses, numels
-from .address_table import COLUMNS, AddressTable, Upload, address_tables, kept, pointer_table
+from .address_table import COLUMNS, AddressTable, Upload, address_tables, cached, pointer_table
 from .common import ELEMENT_TYPES, is_aligned, launch, round_to, store_rounded
 
 
@@ -86,4 +86,4 @@ def _tables(args: AdamArgs | LionArgs | SgdArgs) -> list[AddressTable]:
         spans = list(zip(addresses(args.rows)[first:], args.offsets, numels(args.rows)[first:], strict=True))
         return address_tables(spans, args.grads[0].dtype.itemsize, 1, upload)
 
-    return kept(("shard_grads", args.rows, tuple(args.offsets)), build, args.master.device)
+    return cached(("shard_grads", args.rows, tuple(args.offsets)), build, args.master.device)

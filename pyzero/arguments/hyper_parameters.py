@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def as_number(name: str, value: Any) -> float:
-    """Return an option as a float. Raise TypeError if it is not a number. Text such as "0.1" is not one either."""
+    """Return an option as a float. Raise TypeError if it is not a number. Text such as "0.1" is not one either.
+
+    Raise ValueError if it is beyond the largest float.
+    """
     if type(value) is float:  # the usual case, and each step calls this
         return value
     if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -23,6 +26,8 @@ def as_number(name: str, value: Any) -> float:
         )
     try:
         number = float(value)
+    except OverflowError:
+        raise ValueError(f"expected {name} as a number that a float can hold, got {value!r:.40}; lower it") from None
     except (TypeError, ValueError):
         raise TypeError(f"expected {name} as a number, got {value!r}; pass one, or leave {name} out") from None
     if isinstance(value, str):

@@ -151,7 +151,7 @@ def write(state: dict[str, Any], folder: Path, group: Any, crcs: Crcs, progress:
             "expected the process group until the save is done, got it destroyed; call result() of what "
             "async_save_checkpoint has returned before dist.destroy_process_group()"
         )
-    with _as_ours(f"the save to {folder}", group), _without_torchs_crc():
+    with _raising_checkpoint_errors(f"the save to {folder}", group), _without_torchs_crc():
         writer = ChecksummedWriter(folder, crcs, progress)
         found: Metadata = _save_state_dict(
             state, storage_writer=writer, planner=_AliasPlanner(), process_group=group, no_dist=group is None
@@ -165,7 +165,7 @@ def read(wanted: dict[str, Any], folder: Path, index: dict[str, Any]) -> None:
     Raises:
         CheckpointError: A file is missing, cut or damaged.
     """
-    with _as_ours(f"the load of {folder}"):
+    with _raising_checkpoint_errors(f"the load of {folder}"):
         _load_state_dict(wanted, storage_reader=IndexedReader(folder, index), no_dist=True)
 
 
@@ -192,7 +192,7 @@ def _is_main_thread() -> bool:
 
 
 @contextmanager
-def _as_ours(what: str, group: Any = None) -> Iterator[None]:
+def _raising_checkpoint_errors(what: str, group: Any = None) -> Iterator[None]:
     """A context in which a failure that torch reports becomes a CheckpointError.
 
     torch reports an interrupt as a failure too. This rank's own interrupt becomes Interrupted, for `run_on_all_ranks`.

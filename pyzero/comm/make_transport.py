@@ -35,8 +35,12 @@ def _warn_of_threads(group: Group) -> None:
     is_first = any(ranks[0] == group.rank for ranks in group.hosts)
     if is_first and num_threads > 1 and num_ranks * num_threads > num_cpus:
         log.warning(
-            f"{num_ranks} ranks of {num_threads} threads each share the {num_cpus} CPUs of this host, and wait for "
-            f"threads that do not run; set OMP_NUM_THREADS={max(num_cpus // num_ranks, 1)} before they start"
+            "%d ranks of %d threads each share the %d CPUs of this host, and wait for threads that do not run; set "
+            "OMP_NUM_THREADS=%d before they start",
+            num_ranks,
+            num_threads,
+            num_cpus,
+            max(num_cpus // num_ranks, 1),
         )
 
 

@@ -49,7 +49,7 @@ class MultiHostTransport(SharedMemoryTransport):
         numels = self._numels(self._elsewhere, parts.shape[1])
         work = self.group.launch(
             what,
-            lambda: _Both(self._posted(self._post(send)), self._from_others(received, sent, numels, numels)),
+            lambda: _AllOf(self._posted(self._post(send)), self._from_others(received, sent, numels, numels)),
             blocks=True,
         )
         slices = dict(zip(self._memory.ranks, self._slices(send), strict=True))
@@ -120,7 +120,7 @@ class _FromOthers:
             raise
 
 
-class _Both:
+class _AllOf:
     """A Handle that is done when all of several handles are."""
 
     def __init__(self, *handles: Any) -> None:

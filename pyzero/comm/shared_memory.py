@@ -126,7 +126,7 @@ def _share(gather: Gather, ranks: Sequence[int], num_bytes: int) -> tuple[dict[i
     return mapped, {rank: offers[rank].pid for rank in ranks}
 
 
-class _Word(IntEnum):
+class _CounterSlot(IntEnum):
     """The counters of a rank, by their place in its page."""
 
     POSTED = 0
@@ -154,9 +154,10 @@ class SharedMemory:
         self._timeout_s = math.inf if timeout is None else timeout.total_seconds()
         control, pids = _share(gather, ranks, _CONTROL_BYTES)
         self._words = {
-            word: {rank: Counter(shared.pages, word * _LINE) for rank, shared in control.items()} for word in _Word
+            word: {rank: Counter(shared.pages, word * _LINE) for rank, shared in control.items()}
+            for word in _CounterSlot
         }
-        self._lives = {rank: _Life(pid) for rank, pid in pids.items()}
+        self._process_watches = {rank: _ProcessWatch(pid) for rank, pid in pids.items()}
         self._pid = os.getpid()
         self._mapped: dict[int, SharedPages] = {}
         self._ring_at = self.ring_bytes = self._message_bytes = 0
@@ -186,25 +187,25 @@ class SharedMemory:
 
     def post(self) -> None:
         """Tell the others that they may read the next chunk in this rank's ring."""
-        self._advance(_Word.POSTED)
+        self._advance(_CounterSlot.POSTED)
 
     def mark_read(self) -> None:
         """Tell the others that this rank has read the next chunk of every rank's ring."""
-        self._advance(_Word.READ)
+        self._advance(_CounterSlot.READ)
 
     def has_read(self, number: int) -> bool:
         """Whether this rank has read the chunk of that number."""
-        return self._words[_Word.READ][self.rank].has_reached(number)
+        return self._words[_CounterSlot.READ][self.rank].has_reached(number)
 
     def posted(self, number: int) -> Arrival:
         """Return a handle that is done when every rank has posted the chunk of that number."""
-        return Arrival(self, self._words[_Word.POSTED], number, self._timeout_s)
+        return Arrival(self, self._words[_CounterSlot.POSTED], number, self._timeout_s)
 
     def read(self, number: int) -> Arrival:
         """Return a handle that is done when every rank has read the chunk of that number. Its bytes are then free."""
-        return Arrival(self, self._words[_Word.READ], number, self._timeout_s)
+        return Arrival(self, self._words[_CounterSlot.READ], number, self._timeout_s)
 
-    def _advance(self, word: _Word) -> None:
+    def _advance(self, word: _CounterSlot) -> None:
         self._check_process()
         self._words[word][self.rank].advance()
 
@@ -227,8 +228,8 @@ class SharedMemory:
         """
         self._num_messages += 1
         self._message(self.rank, row).copy_(row)
-        self._advance(_Word.MESSAGE)
-        return Arrival(self, self._words[_Word.MESSAGE], self._num_messages, self._timeout_s)
+        self._advance(_CounterSlot.MESSAGE)
+        return Arrival(self, self._words[_CounterSlot.MESSAGE], self._num_messages, self._timeout_s)
 
     def messages(self, row: Tensor) -> Tensor:
         """Return each rank's last message, in rank order: (num_ranks * k,). `row` is this rank's."""
@@ -245,7 +246,7 @@ class SharedMemory:
         if self._gave_up_because is None:
             self._gave_up_because = why
             if os.getpid() == self._pid:  # a forked child's failure is not this rank's
-                self._words[_Word.GAVE_UP][self.rank].advance()
+                self._words[_CounterSlot.GAVE_UP][self.rank].advance()
         return self._gave_up_because
 
     @property
@@ -255,18 +256,18 @@ class SharedMemory:
 
     def who_gave_up(self) -> int | None:
         """Return a rank that has given up, or None."""
-        return next((rank for rank, word in self._words[_Word.GAVE_UP].items() if word.has_reached(1)), None)
+        return next((rank for rank, word in self._words[_CounterSlot.GAVE_UP].items() if word.has_reached(1)), None)
 
     def has_ended(self, rank: int) -> bool:
         """Whether the process of that rank has ended."""
-        return self._lives[rank].has_ended()
+        return self._process_watches[rank].has_ended()
 
 
 def _pages(num_bytes: int) -> int:
     return round_up(num_bytes, mmap.PAGESIZE)
 
 
-class _Life:
+class _ProcessWatch:
     """Whether a process still runs. Linux tells it from 5.3 on."""
 
     def __init__(self, pid: int) -> None:

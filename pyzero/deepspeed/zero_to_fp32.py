@@ -30,7 +30,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
         lazy_mode: Ignored; all tensors are read.
 
     Raises:
-        ValueError: exclude_frozen_parameters is set, the tag is no name of a folder, or files of DeepSpeed's are
+        ValueError: exclude_frozen_parameters is set, the tag leads out of checkpoint_dir, or files of DeepSpeed's are
             damaged or of another stage.
         CheckpointError, FileNotFoundError: There is no checkpoint, or it is damaged.
     """
@@ -41,7 +41,9 @@ def get_fp32_state_dict_from_zero_checkpoint(
     folder = Path(checkpoint_dir)
     latest = folder / files.LATEST
     if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
+        tag = latest.read_text(errors="replace").strip()
+    if tag is not None and not _is_inside(tag):
+        raise ValueError(f"expected a tag that names a folder in {folder}, got {tag[:80]!r}; pass tag=")
     if tag is not None and files.find(folder / tag) is not None:
         return fp32_state_dict(folder / tag)
     theirs = from_deepspeed.read(folder, tag)
@@ -49,6 +51,11 @@ def get_fp32_state_dict_from_zero_checkpoint(
     found = {name: masters.get(name, value) for name, value in theirs.module.items()}
     found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
     return {name: found[theirs.shared.get(name, name)] for name in found}
+
+
+def _is_inside(tag: str) -> bool:
+    path = Path(tag)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in tag
 
 
 def load_state_dict_from_zero_checkpoint(

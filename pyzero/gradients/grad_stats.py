@@ -21,6 +21,7 @@ from pyzero.comm import process
 from pyzero.comm.group import CollectiveError, Group
 from pyzero.gradients.nonfinite import RankNames
 from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
+from pyzero.ops.rounding import round_up
 
 log = logging.getLogger("pyzero")
 
@@ -379,7 +380,7 @@ def _checksum(edits: Sequence[int], products: Sequence[float]) -> int:
 
 def _packed(used: Sequence[bool]) -> list[float]:
     """Pack one bit per parameter, _NUM_BITS in a number."""
-    flags = np.zeros(-(-len(used) // _NUM_BITS) * _NUM_BITS)
+    flags = np.zeros(round_up(len(used), _NUM_BITS))
     flags[: len(used)] = used
     words: list[float] = (flags.reshape(-1, _NUM_BITS) @ _BITS).tolist()
     return words

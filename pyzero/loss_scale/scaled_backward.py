@@ -96,7 +96,10 @@ class ScaledBackward:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """A context in which all gradients that arrive carry the scale."""
+        """A context in which all gradients that arrive carry the scale. Inside another one it changes nothing."""
+        if self._is_held:
+            yield
+            return
         self._begin()
         self._is_held = True
         try:

@@ -204,7 +204,8 @@ class ZeroMuon(ZeroOptimizer):
         """See ZeroOptimizer. AdamW trains a group with use_muon=False."""
         is_group = isinstance(param_group, dict)  # torch refuses anything else
         if is_group and not param_group.get("use_muon", True):
-            param_group = {**_ADAMW_DEFAULTS, **param_group}
+            for name, value in _ADAMW_DEFAULTS.items():
+                param_group.setdefault(name, value)
         super().add_param_group(param_group)
 
     def _is_of_rule(self, group_index: int, options: dict[str, Any]) -> bool:
@@ -213,7 +214,7 @@ class ZeroMuon(ZeroOptimizer):
             return False
         return super()._is_of_rule(group_index, options)
 
-    def _as_ours(self, state_dict: Any) -> Any:
+    def _complete_torch_state(self, state_dict: Any) -> Any:
         return with_step_counts(state_dict)
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:

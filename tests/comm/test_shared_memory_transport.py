@@ -455,7 +455,7 @@ def test_a_process_that_has_ended_is_noticed_long_before_the_timeout():
     if pid == 0:
         time.sleep(0.2)
         os._exit(0)
-    ranks._lives[0] = shared_memory._Life(pid)
+    ranks._process_watches[0] = shared_memory._ProcessWatch(pid)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 0 has ended"):
         ranks.posted(1).wait()
@@ -470,7 +470,7 @@ def test_what_came_before_a_process_ended_counts():
     if pid == 0:
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    ranks._lives[0] = shared_memory._Life(pid)
+    ranks._process_watches[0] = shared_memory._ProcessWatch(pid)
     ranks.posted(1).wait()
     os.waitpid(pid, 0)
 

@@ -84,3 +84,18 @@ def test_what_there_is_not(tmp_path):
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="pass it to engine.save_checkpoint"):
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path, exclude_frozen_parameters=True)
+
+
+@pytest.mark.parametrize("by_latest", [False, True])
+@pytest.mark.parametrize("tag", ["../other/first", "{root}/other/first", "..", ""])
+def test_a_tag_that_leads_out_of_the_folder_is_refused(tmp_path, tag, by_latest):
+    other, folder = tmp_path / "other", tmp_path / "own"
+    folder.mkdir()
+    model = nn.Linear(2, 2)
+    optimizer = pyzero.FusedZeroAdam(model.parameters())
+    pyzero.save_checkpoint(other / "first", model=model, optimizer=optimizer, step=1)
+    tag = tag.format(root=tmp_path)
+    if by_latest:
+        (folder / "latest").write_text(tag)
+    with pytest.raises(ValueError, match="expected a tag"):
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder, None if by_latest else tag)

@@ -110,6 +110,24 @@ def test_inside_others_and_in_scaled_gradients_it_counts(is_held):
     assert torch.equal(optimizer.full_grad(before), torch.full((4,), 2.0))
 
 
+def received_in_nested_contexts(group: Any, stage: int) -> Tensor:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = pyzero.FusedZeroSGD([param], lr=0.0, process_group=group, stage=stage, loss_scale=SCALE)
+    received = torch.full((4,), optimizer.loss_scale)
+    with optimizer.scaled_gradients():
+        with optimizer.scaled_gradients():
+            (param * 1.0).backward(received)
+        (param * 1.0).backward(received)
+    optimizer.step()
+    return optimizer.full_grad(param).clone()
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_scaled_gradients_goes_on_after_one_inside_it(ranks, size, stage):
+    for grad in ranks.run(size, received_in_nested_contexts, stage):
+        assert torch.equal(grad, torch.full((4,), 2.0))
+
+
 def norm_with_a_load(group: Any, stage: int, scale: float | None) -> tuple[float, float]:
     """Of gradients of two backwards, the first held back, with a state of another loss scale loaded between them."""
     model = build(torch.float16)

@@ -3,6 +3,8 @@
 import itertools
 import struct
 from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from pyzero.ops import native, rows
 from pyzero.ops.rows import ALIGNED, APART, FIRST_APART, FLAT, ONE_DTYPE
+
+Reader = Callable[[Sequence[Any], int, int], bytes | None]
 
 
 class Subclass(Tensor):
@@ -48,12 +52,12 @@ ONLY_NATIVE = ("sparse", "no tensor", "subclass", "no storage")
 
 
 @pytest.fixture(params=("python", "native"))
-def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> rows.Reader:
+def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Reader:
     read_rows_by(request.param, monkeypatch)
     return rows._native.rows_of if rows._native else rows.read_in_python
 
 
-def test_by_hand(read: rows.Reader) -> None:
+def test_by_hand(read: Reader) -> None:
     tensors = [torch.zeros(3), torch.zeros(2, 2).half(), torch.zeros(0).bfloat16()]
     numbers = [tensors[0].data_ptr(), 3, 0, tensors[1].data_ptr(), 4, 2, 0, 0, 1]
     packed = struct.pack("9q", *numbers)
@@ -62,7 +66,7 @@ def test_by_hand(read: rows.Reader) -> None:
     assert rows.dtypes(packed) == [tensor.dtype for tensor in tensors]
 
 
-def test_any_list(read: rows.Reader) -> None:
+def test_any_list(read: Reader) -> None:
     for count in range(4):
         for tensors in itertools.permutations(GOOD, count):
             assert read(tensors, 0, 0) == rows.rows_of(tensors)
@@ -71,7 +75,7 @@ def test_any_list(read: rows.Reader) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_one_is_not_as_wanted(read: rows.Reader, bad: str) -> None:
+def test_one_is_not_as_wanted(read: Reader, bad: str) -> None:
     if read is rows.read_in_python and bad in ONLY_NATIVE:
         pytest.skip("python reads it, or raises")
     for at in (0, 3, len(GOOD)):
@@ -112,14 +116,14 @@ F32, F16, BF16 = _BASE, _HALF, torch.zeros(1000).bfloat16()
         (1, FLAT | APART, [F32[:4], F16[:4]], [F32[:4], F32[2:6]]),
     ],
 )
-def test_rules(read: rows.Reader, num_fp32: int, rules: int, good: list[Tensor], bad: list[Tensor]) -> None:
+def test_rules(read: Reader, num_fp32: int, rules: int, good: list[Tensor], bad: list[Tensor]) -> None:
     assert read(good, num_fp32, rules) == rows.rows_of(good)
     assert read(tuple(good), num_fp32, rules) == rows.rows_of(good)
     assert read(bad, num_fp32, rules) is None
     assert read(bad, 0, 0) == rows.rows_of(bad), "refused for another reason"
 
 
-def test_spans_apart_are_told_from_others(read: rows.Reader) -> None:
+def test_spans_apart_are_told_from_others(read: Reader) -> None:
     """The search that the sorted starts and ends stand in for, over all triples of short spans."""
     spans = [(start, stop) for start in range(4) for stop in range(start, 5)]
     for triple in itertools.product(spans, repeat=3):
@@ -193,7 +197,7 @@ _SQUARE = torch.zeros(4, 4)
     ids=lambda tensor: f"{tuple(tensor.shape)}, {tensor.stride()}, {tensor.dtype}",
 )
 @pytest.mark.parametrize("beside", [[], GOOD, [BAD["subclass"]]], ids=["alone", "beside", "subclass"])
-def test_layouts_differ_where_one_does(read: rows.Reader, before: Tensor, after: Tensor, beside: list[Tensor]) -> None:
+def test_layouts_differ_where_one_does(read: Reader, before: Tensor, after: Tensor, beside: list[Tensor]) -> None:
     def of(tensor: Tensor) -> object:
         return rows.layouts_of([*beside, tensor, *beside])
 

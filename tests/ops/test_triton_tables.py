@@ -75,7 +75,7 @@ def test_a_table_that_a_graph_fills_serves_no_other(monkeypatch: pytest.MonkeyPa
     gpu = torch.device("cuda", 0)
 
     def table() -> object:
-        return address_table.kept((16, 32), lambda upload: object(), gpu)
+        return address_table.cached((16, 32), lambda upload: object(), gpu)
 
     first, second = table(), table()
     capturing = False

@@ -43,7 +43,7 @@ def test_a_kernel_that_refuses_huge_pages(monkeypatch, number):
             raise OSError(number, "no huge pages here")
 
     monkeypatch.setattr(mmap, "mmap", Pages)
-    monkeypatch.setattr(memory, "_kept", memory._Kept())
+    monkeypatch.setattr(memory, "_page_cache", memory._PageCache())
     for make in (memory.empty, memory.zeros):
         buffer = make(LARGE // 4, torch.float32, torch.device("cpu"))
         buffer.fill_(1)
@@ -53,8 +53,8 @@ def test_a_kernel_that_refuses_huge_pages(monkeypatch, number):
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large buffers are torch's on this system")
 def test_pages_of_one_size_are_used_again(monkeypatch):
-    kept = memory._Kept()
-    monkeypatch.setattr(memory, "_kept", kept)
+    kept = memory._PageCache()
+    monkeypatch.setattr(memory, "_page_cache", kept)
     cpu = torch.device("cpu")
     first = memory.empty(LARGE // 4, torch.float32, cpu).fill_(1)
     place, view = first.data_ptr(), first[3:5]

@@ -126,6 +126,33 @@ def test_channels_last_after_construction_keeps_gradients_state_and_weights_toge
     torch.testing.assert_close(late, early, rtol=rtol, atol=atol)
 
 
+def weights_set_into_one_block(group: Any, stage: int, dtype: torch.dtype, is_set: bool) -> list[Tensor]:
+    """As cuDNN's RNNs set theirs in flatten_parameters(), here before each forward."""
+    model = build(dtype)
+    optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=0.1, process_group=group, stage=stage)
+    for step in range(3):
+        if is_set:
+            with torch.no_grad():
+                block = torch.cat([param.flatten() for param in model.parameters()])
+                for param, part in zip(
+                    model.parameters(), block.split([p.numel() for p in model.parameters()]), strict=True
+                ):
+                    param.set_(part.view_as(param))
+        loss_of(model, micro_batch(step, group.rank())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return params_of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_weights_that_are_set_into_one_block_train_as_others(ranks, size, stage, dtype):
+    for mine, others in zip(
+        *(ranks.run(size, weights_set_into_one_block, stage, dtype, is_set) for is_set in (True, False)), strict=True
+    ):
+        assert_same(mine, others)
+
+
 def test_a_tensor_assigned_to_data_is_followed():
     param, other = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.full((70,), 5.0))
     optimizer = pyzero.FusedZeroAdam([param, other], lr=0.0)

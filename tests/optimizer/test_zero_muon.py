@@ -248,6 +248,15 @@ def test_what_a_rank_holds():
     assert len(layouts) >= 4  # all but the last are sent while backward goes on
 
 
+def test_groups_are_the_callers_own_dicts():
+    """So a loop may set its group's learning rate, as with torch's optimizers."""
+    made = [{"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": is_muons} for is_muons in (True, False, False)]
+    optimizer = pyzero.ZeroMuon(made[:2])
+    optimizer.add_param_group(made[2])
+    assert all(group is one for group, one in zip(optimizer.param_groups, made, strict=True))
+    assert [group["weight_decay"] for group in made] == [0.1, 0.01, 0.01]
+
+
 def test_refusals():
     matrix, vector = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"got parameter 1 of shape \(3,\); put it into a group with use_muon=False"):

@@ -278,6 +278,18 @@ def test_the_figures_of_documents_are_in_the_committed_run(document):
         assert re.search(rf"(?<![\d.]){figure} (faster )?than {peer}|\| {peer}[^|]*\| {figure} \|", text), name
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"), [("cpu", "EPYC"), ("xeon", "Xeon"), ("nvidia-h200", "H200"), ("nvidia-h100", "H100")]
+)
+def test_every_peer_that_is_faster_is_in_the_documents_table(folder, name):
+    text = (ROOT / "docs" / "measured.md").read_text().partition("## Slower or larger than a peer")[2]
+    table = [line for line in text.partition("\n## ")[0].splitlines() if name in line]
+    _, found = results.read(ROOT / "benchmarks" / "results" / folder)
+    for row in found:
+        if row.bench != "memory" and row.peer and row.is_decided and row.times_ours < 0.995:
+            assert any(f"{row.times_ours:.2f}x" in line for line in table), row
+
+
 def test_only_the_peers_asked_for_are_timed(monkeypatch):
     for asked, names in ((frozenset(), ["ours"]), (frozenset({"torch-fused"}), ["ours", "peer"])):
         _, contenders = fake_contenders(monkeypatch, {"ours": [1.0] * 4, "peer": [1.0] * 4})

@@ -59,21 +59,10 @@ def shard(
     if is_sharded(model):
         _check_as_wanted(model, group, dtype)
         return {}
+    _check_can_be_sharded(model, group)
     everything = (*model.parameters(), *model.buffers())
-    for tensor in everything:
-        if isinstance(tensor, ShardedParam) and tensor.rows.group.members() != group.members():
-            raise ValueError(
-                f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got "
-                f"{tensor.rows.group.members()}; pass it the same group as data_parallel_group=, or mpu="
-            )
     group.broadcast_all([local_of(tensor.detach()) for tensor in everything if not isinstance(tensor, ShardedParam)])
     before = dict(model.named_parameters(remove_duplicate=False))
-    scalars = [name for name, param in before.items() if param.is_floating_point() and param.dim() == 0]
-    if scalars:
-        raise ValueError(
-            f"expected parameters of one dimension or more in stage 3, got the 0-D {', '.join(scalars)}, of which "
-            f"fully_shard can cut no rows; make it nn.Parameter(torch.ones(1)) in the model, or set stage 2"
-        )
     whole = {param for param in model.parameters() if not param.is_floating_point()}
     if dtype is not None:
         _widen(model)
@@ -100,6 +89,22 @@ def shard(
 def is_sharded(model: nn.Module) -> bool:
     """Return whether fully_shard was applied to the model or a part of it."""
     return any(fsdp_records(module) for module in model.modules())
+
+
+def _check_can_be_sharded(model: nn.Module, group: Group) -> None:
+    for param in model.parameters():
+        if isinstance(param, ShardedParam) and param.rows.group.members() != group.members():
+            raise ValueError(
+                f"expected weights that zero.Init has sharded over the data-parallel ranks {group.members()}, got "
+                f"{param.rows.group.members()}; pass it the same group as data_parallel_group=, or mpu="
+            )
+    named = model.named_parameters(remove_duplicate=False)
+    scalars = [name for name, param in named if param.is_floating_point() and param.dim() == 0]
+    if scalars:
+        raise ValueError(
+            f"expected parameters of one dimension or more in stage 3, got the 0-D {', '.join(scalars)}, of which "
+            f"fully_shard can cut no rows; make it nn.Parameter(torch.ones(1)) in the model, or set stage 2"
+        )
 
 
 def _check_as_wanted(model: nn.Module, group: Group, dtype: torch.dtype | None) -> None:

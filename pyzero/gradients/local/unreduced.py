@@ -22,6 +22,7 @@ from pyzero.gradients.local.scale_tracker import ScaleTracker
 from pyzero.gradients.norms import power_sum
 from pyzero.gradients.pieces import GradPieces, Pieces
 from pyzero.gradients.stats_rows import SUMSQ, HostView, clean_rows, first_bad_of, flag_of, sumsq_of
+from pyzero.ops.rounding import round_up
 from pyzero.ops.rows import ALIGNMENT_BYTES
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, ShardRun
@@ -48,7 +49,7 @@ def _readable(pieces: GradPieces, bucket: Bucket, backend: str) -> Sequence[Tens
     if not any(is_bad):
         return grads
     bad = [grad for grad, is_so in zip(grads, is_bad, strict=True) if is_so]
-    offsets = list(accumulate((-(-grad.numel() // GRANULE) * GRANULE for grad in bad), initial=0))
+    offsets = list(accumulate((round_up(grad.numel(), GRANULE) for grad in bad), initial=0))
     packed = memory.empty(offsets.pop(), dtype, bucket.device)
     ops.pack_(packed, bad, offsets=offsets, backend=backend)
     copies = iter([packed[at : at + grad.numel()] for at, grad in zip(offsets, bad, strict=True)])
