@@ -86,9 +86,8 @@ class StateOps:
         state = {name: state_value(self.config, index, number, name) for name in names if name in known}
         self.optimizer.set_full_state(self.params[index], dict(state))
         slot = self.model.slots[index]
-        self.model.slots[index] = Slot(
-            state.pop("master", slot.master), {**slot.state, **state}, int(state.pop("step", torch.tensor(slot.step)))
-        )
+        master, step = state.pop("master", slot.master), int(state.pop("step", torch.tensor(slot.step)))
+        self.model.slots[index] = Slot(master, {**slot.state, **state}, step)
 
     def do_write(self, how: str, index: int) -> None:
         """Write a weight, on all ranks."""

@@ -30,7 +30,8 @@ class AppliedSteps:
         if not self._is_late:
             return not bool(found_inf)
         before, arrived = self._found_inf, self._arrived
-        self._found_inf = torch.empty(1, pin_memory=found_inf.is_cuda).copy_(found_inf, non_blocking=True)
+        on_host = torch.empty(1, dtype=torch.float32, device="cpu", pin_memory=found_inf.is_cuda)
+        self._found_inf = on_host.copy_(found_inf, non_blocking=True)
         if found_inf.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(found_inf.device))
