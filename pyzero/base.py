@@ -69,6 +69,7 @@ class ZeroBase(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch. It gets its own buckets. Collective over several ranks."""
         given = [*param_group] if isinstance(param_group, dict) else []  # torch refuses anything else
+        new = self._take_appended()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # torch warns of a parameter that comes twice. The first one counts.
@@ -77,21 +78,50 @@ class ZeroBase(Optimizer):
             if key in group:
                 group[key] = [group[key][position] for position in sorted(kept.values())]
         try:
-            check_group(group, given, self.defaults)
-            rule = self._rule_of(group)
-            rule.check(group)
-            self._rules.append(rule)
+            self._take_group(len(self.param_groups) - 1, given)
             if self._is_ready:
-                if self._scaler.enabled:
-                    check_no_grad(group)
-                check_disjoint(self._named_params())
-                self._topology.check_meshes(group["params"])
                 self._gradients.finish_broken_round()
-                self._place([len(self.param_groups) - 1])
+                self._place([*new, len(self.param_groups) - 1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             del self._rules[len(self.param_groups) :]
             raise
+
+    def _take_group(self, index: int, given: Iterable[str]) -> None:
+        """Check a new group, and choose its rule. given: The names that the caller gave."""
+        group = self._param_groups[index]
+        check_group(group, given, self.defaults)
+        rule = self._rule_of(group)
+        rule.check(group)
+        if self._is_ready:
+            if self._scaler.enabled:
+                check_no_grad(group)
+            check_disjoint(self._named_params())
+            self._topology.check_meshes(group["params"])
+        self._rules[index:] = [rule]
+
+    def _take_appended(self) -> list[int]:
+        """Take the groups that others appended to `param_groups`, as a wrapper's add_param_group does.
+
+        Returns:
+            Their indices.
+        """
+        indices = [*range(len(self._rules), len(self._param_groups))]
+        for index in indices:
+            earlier = {param for group in self._param_groups[:index] for param in group["params"]}
+            if not earlier.isdisjoint(self._param_groups[index]["params"]):
+                raise ValueError(
+                    f"some parameters appear in more than one parameter group: expected new ones in "
+                    f"param_groups[{index}], got one of an earlier group; take it out of one of them"
+                )
+            try:
+                self._take_group(index, self._param_groups[index])
+            except KeyError as error:
+                raise ValueError(
+                    f"expected all hyper-parameters in param_groups[{index}], which was appended, got it without "
+                    f"{error}; call optimizer.add_param_group(optimizer.param_groups.pop({index})), which fills them in"
+                ) from None
+        return indices
 
     def _rule_of(self, group: dict[str, Any]) -> UpdateRule:
         """Return the update rule for a new group. Optimizers with several rules override it."""
@@ -167,11 +197,15 @@ class ZeroBase(Optimizer):
     def _find_unfrozen(self) -> list[int]:
         """Return the indices of groups with parameters that are no longer frozen: the argument of `_place_found`.
 
+        Groups that others appended to `param_groups` count as well.
+
         It may raise on one rank alone, so call it before any collective. If an exception has ended a backward, finish
         its round first: the other ranks have sent their part of it, and may have placed those parameters.
         """
         self._gradients.finish_broken_round()
-        return self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
+        unfrozen = self._param_buckets.unplaced(self._param_groups, self.state, self._trains_by_grad())
+        appended = self._take_appended()
+        return sorted({*appended, *unfrozen}) if appended else unfrozen
 
     def _describe_unfrozen(self, found: list[int]) -> Unfrozen:
         """Return what the ranks compare before they place the parameters found."""

@@ -222,7 +222,7 @@ class ShardedGrad(_Gradient):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Refuse, because there are no values here."""
-        raise _refusal(str(func).split(".")[-2], args)
+        raise _refusal(str(func).split(".")[-2], args, is_collective="c10d" in func.namespace)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name shape, dtype and device, because there are no values."""
@@ -271,8 +271,11 @@ def _check_whole(func: Callable[..., Any], args: Sequence[Any], result: Any) -> 
 
 
 def _local_grads_in(args: Sequence[Any]) -> list[LocalGrad]:
-    each = [value for arg in args for value in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-    return [value for value in each if isinstance(value, LocalGrad)]
+    return [value for value in _flat(args) if isinstance(value, LocalGrad)]
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    return [value for arg in args for value in (arg if isinstance(arg, (tuple, list)) else (arg,))]
 
 
 def _norm_of(tensor: Tensor, call: NormCall) -> Tensor:
@@ -315,12 +318,17 @@ def _checked_factor(value: Any, grad: Tensor) -> Tensor | float:
     raise _refusal("multiplication by anything but one number", [grad])
 
 
-def _refusal(what: str, args: Sequence[Any]) -> RuntimeError:
-    grad = next((arg for arg in args if isinstance(arg, _Gradient)), None)
+def _refusal(what: str, args: Sequence[Any], is_collective: bool = False) -> RuntimeError:
+    grad = next((arg for arg in _flat(args) if isinstance(arg, _Gradient)), None)
     shape = "" if grad is None else f" of shape {tuple(grad.shape)}"
+    hint = ""
+    if is_collective:
+        hint = "It is averaged over the ranks already: leave the collective out. "
+    elif torch._C._current_graph_task_id() != -1:
+        hint = "A hook that is registered before the optimizer is built sees this rank's own gradient. "
     return RuntimeError(
         f"got {what} of a .grad{shape} whose values lie in shards over the ranks; expected norms, isfinite, isnan, "
-        f"zero_ or multiplication by one number. optimizer.full_grad(p) gathers the averaged gradient, "
+        f"zero_ or multiplication by one number. {hint}optimizer.full_grad(p) gathers the averaged gradient, "
         f"optimizer.set_full_grad(p, value) writes it, optimizer.clip_grad_norm_(max_norm) clips it, "
         f"optimizer.zero_grad() drops it, as is needed before a model is converted or moved"
     )

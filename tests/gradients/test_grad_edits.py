@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from own_groups import is_refused
 from torch import Tensor, nn
 from twins import READS, SHAPES, STAGES, UP_TO_THREE, UP_TO_TWO, Twins
@@ -364,6 +365,26 @@ def summed_by_hand(group: Any, stage: int, dtype: torch.dtype, num_backwards: in
 def test_a_collective_on_grad_counts(run, stage, dtype, num_backwards, how):
     for weights in run(2, summed_by_hand, stage, dtype, num_backwards, how):
         assert weights == [-2.0 * num_backwards]
+
+
+def averaged_by_hand(group: Any) -> None:
+    """The loop of a script that averaged the gradients itself."""
+    weight = nn.Parameter(torch.zeros(70))
+    optimizer = pyzero.FusedZeroSGD([weight], lr=1.0, process_group=group)
+    weight.sum().backward()
+    for average in (
+        lambda: dist.all_reduce(weight.grad, group=group),
+        lambda: dist.all_reduce_coalesced([weight.grad], group=group),
+        lambda: functional_collectives.all_reduce(weight.grad, "sum", group),
+    ):
+        with pytest.raises(RuntimeError, match=r"of shape \(70,\).*averaged over the ranks already: leave the coll"):
+            average()
+    optimizer.step()
+    assert weight.eq(-1.0).all()
+
+
+def test_a_collective_on_a_reduced_gradient_is_told_to_be_left_out(run):
+    run(2, averaged_by_hand)
 
 
 def written_in_part(group: Any, stage: int) -> Tensor:

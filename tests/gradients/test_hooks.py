@@ -43,6 +43,28 @@ def test_a_hook_may_take_a_gradient_away(run, size, stage, dtype):
     run(size, taken_by_a_hook, stage, dtype)
 
 
+def read_by_a_hook(group: Any, is_early: bool) -> None:
+    param, seen = nn.Parameter(torch.ones(64)), []
+    if is_early:
+        param.register_post_accumulate_grad_hook(lambda leaf: seen.append(leaf.grad.clone()))
+    optimizer = pyzero.FusedZeroAdam([param], process_group=group)
+    if not is_early:
+        param.register_post_accumulate_grad_hook(lambda leaf: seen.append(leaf.grad.clone()))
+    loss = (param * (1 + group.rank())).sum()
+    if is_early:
+        loss.backward()
+        assert (seen[0] == 1 + group.rank()).all()
+    else:
+        with pytest.raises(RuntimeError, match="registered before the optimizer is built"):
+            loss.backward()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_hook_that_comes_too_late_is_told_of(run, is_early):
+    run(2, read_by_a_hook, is_early)
+
+
 def masked_by_a_hook(group: Any, stage: int, dtype: torch.dtype, how: str, reads: bool) -> bool:
     twins = Twins(group, stage, dtype)
     mask = torch.arange(twins.second.numel()).view_as(twins.second).lt(100).to(dtype)

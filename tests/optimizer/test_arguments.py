@@ -481,6 +481,24 @@ def test_groups_and_state_edited_by_hand(how):
     assert all(param == 1 for param in params)
 
 
+@pytest.mark.parametrize("cls", [pyzero.FusedZeroAdamW, pyzero.FusedZeroSGD, pyzero.ZeroMuon])
+def test_appended_groups_that_are_refused_can_be_mended(cls):
+    params = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]
+    optimizer = cls(params[:1], lr=0.1)
+    sum(param.sum() for param in params).backward()
+    optimizer.param_groups.append({"params": params[1:]})
+    with pytest.raises(ValueError, match=r"call optimizer.add_param_group\(optimizer.param_groups.pop\(1\)\)"):
+        optimizer.step()
+    optimizer.param_groups[1] = {**optimizer.param_groups[0], "params": params}
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.step()
+    assert all((param == 1).all() for param in params)
+    optimizer.param_groups[1] = {"params": params[1:]}
+    optimizer.add_param_group(optimizer.param_groups.pop(1))
+    optimizer.step()
+    assert not any((param == 1).all() for param in params)
+
+
 def with_assigned_state(group: Any) -> None:
     mine, right = nn.Parameter(torch.ones(70)), nn.Parameter(torch.ones(70))
     optimizer, adamw = pyzero.FusedZeroAdamW([mine], process_group=group), torch.optim.AdamW([right])

@@ -390,6 +390,44 @@ def test_groups_added_later():
         optimizer.add_param_group({"params": [second]})
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, as in a Lookahead or a SAM: torch's add_param_group appends to their groups."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups = inner.param_groups
+
+
+def with_a_group_of_a_wrapper(group: Any, stage: int, frozen: bool) -> None:
+    mean, rank = (1 + group.size()) / 2, 1 + group.rank()
+    finals = []
+    for ours in (True, False):
+        first, second, third = (nn.Parameter(torch.linspace(1, 2, numel)) for numel in (70, 30, 7))
+        options: Any = {"process_group": group, "stage": stage} if ours else {}
+        optimizer = (pyzero.FusedZeroAdamW if ours else torch.optim.AdamW)([first], lr=0.1, **options)
+        for step in range(5):
+            if step == 1:
+                second.requires_grad_(not frozen)
+                Wrapper(optimizer).add_param_group({"params": [second], "lr": 0.5})
+                optimizer.add_param_group({"params": [third]})
+            if step == 3:
+                second.requires_grad_(True)
+                Wrapper(optimizer).add_param_group({"params": []})
+            sum((each * (rank if ours else mean)).sum() for each in (first, second, third)).backward()
+            optimizer.step()
+            for each in (first, second, third):
+                each.grad = None
+        finals.append([first, second, third])
+    for mine, right in zip(*finals, strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 1), (2, 2)])
+def test_groups_that_a_wrapper_adds(ranks, size, stage, frozen):
+    ranks.run(size, with_a_group_of_a_wrapper, stage, frozen)
+
+
 @pytest.mark.parametrize("params", [[], [nn.Parameter(torch.ones(3), requires_grad=False)]], ids=["empty", "frozen"])
 def test_groups_with_nothing_to_train(params):
     trained = nn.Parameter(torch.ones(3))
