@@ -323,7 +323,7 @@ class Group:
                 except RuntimeError as error:
                     if process.is_of_signal_handler(error):
                         raise
-                    # It failed, or has just arrived; otherwise it is only slow. gloo's reduce-scatter is never completed.
+                    # It failed, or has just arrived; otherwise it is slow. gloo's reduce-scatter is never completed.
                     if handle.is_completed() or time.monotonic() - began < _ASKS_AFTER_S / 2:
                         break
                 self._compare(what, number)
