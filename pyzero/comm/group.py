@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -108,6 +110,7 @@ class Group:
         self.rank: int = dist.get_rank(parent) if initialized else 0
         self.where = "before the first backward"  # for messages: the optimizer's present phase
         self.handle: Any = None
+        self._pid = os.getpid()
         self._lease = process_group_pool.LeasedGroup(None, serial=0)  # for one rank: sends nothing
         self._timeout: timedelta | None = None
         self._blocks = False
@@ -116,6 +119,7 @@ class Group:
         self.hosts: list[list[int]] = []  # the ranks of each host, once memory is shared
         self.shared_memory: SharedMemory | None = None
         if self.size > 1:
+            process.check_made_here(parent)
             self._timeout = process_group_pool.timeout_of(parent)
             is_gloo = on_host or set(process.backends_of(parent).values()) == {"gloo"}
             self._blocks = is_gloo  # wait() returns with the result
@@ -260,9 +264,10 @@ class Group:
         A rank that waits long for this one finds the reason in the store. A failed collective fails there by itself.
         """
         reason = f"{what} was broken off by {type(error).__name__}"
+        is_fork = os.getpid() != self._pid  # what fails in a forked child is not this rank's failure
         for group in (self, *model_groups):
             group._give_up(reason)
-            if group.handle is not None and not isinstance(error, CollectiveError):
+            if group.handle is not None and not isinstance(error, CollectiveError) and not is_fork:
                 process_group_pool.keep_forever(group.handle)  # it may have been waited for: see there
                 with contextlib.suppress(ValueError):  # the default group was destroyed, and its store with it
                     group._wait_records.give_up(reason, group.where)
@@ -298,6 +303,7 @@ class Group:
 
         blocks: The wait blocks the host, even if those for the group's other collectives do not.
         """
+        process.check_built_here(self._pid)
         self.check_unbroken(what)
         with self.error_context(what):
             self._lease.num_collectives += 1
@@ -307,15 +313,18 @@ class Group:
 
     def wait(self, handle: Handle, what: str, number: int, blocks: bool) -> None:
         """Wait for a collective; see Work."""
+        process.check_built_here(self._pid)
         with self.error_context(what):
             while blocks:
+                began = time.monotonic()
                 try:
                     handle.wait(timedelta(seconds=_ASKS_AFTER_S))
                     return
                 except RuntimeError as error:
                     if process.is_of_signal_handler(error):
                         raise
-                    if handle.is_completed():  # it failed, or has just arrived; otherwise it is only slow
+                    # It failed, or has just arrived; otherwise it is slow. gloo's reduce-scatter is never completed.
+                    if handle.is_completed() or time.monotonic() - began < _ASKS_AFTER_S / 2:
                         break
                 self._compare(what, number)
             handle.wait()
@@ -324,6 +333,7 @@ class Group:
         """Whether a collective is done within `patience_s` seconds; see Work."""
         if not blocks or handle.is_completed():
             return True
+        process.check_built_here(self._pid)
         try:
             handle.wait(timedelta(seconds=patience_s))
         except RuntimeError as error:  # too slow, or failed: then wait() raises

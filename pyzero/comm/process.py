@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import Any
 
 import torch.distributed as dist
+
+_inherited: weakref.WeakSet[Any] = weakref.WeakSet()  # process groups of the process that this one was forked from
+
+
+def _note_inherited() -> None:
+    if dist.is_available() and dist.is_initialized():
+        _inherited.update(dist.distributed_c10d._world.pg_map)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_inherited)
+
+
+def check_made_here(process_group: Any) -> None:
+    """Raise RuntimeError if this process is a fork that has inherited the group: it shares sockets, without threads."""
+    if process_group in _inherited:
+        raise RuntimeError(
+            "expected a process group that this process has made, got one of the process that it was forked from, "
+            "which does not work in a fork; fork before torch.distributed.init_process_group, or start the process "
+            "with the spawn method"
+        )
+
+
+def check_built_here(pid: int) -> None:
+    """Raise RuntimeError if this process is a fork. pid: Of the process that built the optimizer."""
+    if os.getpid() != pid:
+        raise RuntimeError(
+            "expected the process that built the optimizer, got a fork of it, in which process groups do not work; "
+            "train and save in the process that built it"
+        )
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyzero.comm import futex
+from pyzero.comm import futex, process
 from pyzero.comm.futex import Counter
 from pyzero.comm.shared_pages import SharedPages
 from pyzero.ops.rounding import round_up
@@ -210,10 +210,7 @@ class SharedMemory:
         self._words[word][self.rank].advance()
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                "expected the process that built the optimizer, got a fork of it; build another one in the child"
-            )
+        process.check_built_here(self._pid)
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ def read_ranks(folder: Path, ends: list[Any]) -> list[Rank | None]:
     ]
 
 
-@pytest.fixture(scope="module", params=["exact", "rooted", "peer", "hosts"])
+@pytest.fixture(scope="module", params=["exact", "rooted", "collective", "peer", "hosts"])
 def outcome(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("faults")
     before = set(os.listdir(SHARED_MEMORY))
