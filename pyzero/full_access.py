@@ -16,6 +16,7 @@ from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param, widen
 from pyzero.sharding.local_param import LocalParam, local_of, part_of, whole_of
 from pyzero.sharding.param_buckets import Location
+from pyzero.sharding.state_checks import check_step, check_values
 from pyzero.streams import on_device
 
 
@@ -142,8 +143,7 @@ class FullAccess(ZeroBase):
             if name not in known:
                 raise ValueError(f"expected names of {', '.join(known)}, got {name!r}; leave it out")
             if name == STEP:
-                if torch.as_tensor(value).numel() != 1:
-                    raise ValueError(f"expected {STEP} as a number, got {value}; pass how many steps were applied")
+                check_step(STEP, value)
             else:
                 _check_shape(name, value, bucket.whole_shape(name, position) if bucket.is_flat(name) else shape)
 
@@ -262,5 +262,6 @@ class FullAccess(ZeroBase):
 def _check_shape(name: str, value: Any, shape: torch.Size) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} as a tensor, got {type(value).__name__}; pass torch.as_tensor(value)")
+    check_values(name, value)
     if value.shape != shape:
         raise ValueError(f"expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}; pass the whole tensor")

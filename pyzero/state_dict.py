@@ -18,7 +18,7 @@ from pyzero.gradients.hooks import can_be_trained, trained
 from pyzero.loss_scale.overflow import OverflowMonitor
 from pyzero.ops.rows import FLOAT_DTYPES
 from pyzero.rank_state.export import describe, export_state
-from pyzero.rank_state.load import RankState
+from pyzero.rank_state.load import RankState, check_form
 from pyzero.rank_state.notes import RULE, SCALER, ZERO, note_master_steps
 from pyzero.rank_state.saved_cut import SavedCut, agreed_cut
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
@@ -176,6 +176,7 @@ class StateDicts(FullAccess, Status):
         try:
             for before in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = before(self, state_dict) or state_dict
+            check_form(state_dict)
             frozen = self._frozen_with_state(state_dict)
             with trained(*frozen):
                 unfrozen = self._find_unfrozen()
@@ -196,7 +197,7 @@ class StateDicts(FullAccess, Status):
 
     def _frozen_with_state(self, state_dict: dict[str, Any]) -> list[Tensor]:
         """Return the frozen parameters without buckets that the state dict has state for, from when they trained."""
-        groups, state = state_dict.get("param_groups", ()), state_dict.get("state", {})
+        groups, state = state_dict["param_groups"], state_dict["state"]
         saved_ids = [saved_id for group in groups for saved_id in group["params"]]
         params = [param for group in self._param_groups for param in group["params"]]
         if len(saved_ids) != len(params):

@@ -1,3 +1,4 @@
+// Which ISA's kernels run on this processor, and how their work is cut into chunks for the threads.
 #if defined(PYZERO_HAVE_AVX2) || defined(PYZERO_HAVE_AVX512)
 #include <cpuid.h>
 #endif

@@ -1,3 +1,4 @@
+// The two ways to threads of parallel_for.h: torch's OpenMP runtime, found in the process, and a pool of our own.
 #include "parallel_for.h"
 
 #include <dlfcn.h>

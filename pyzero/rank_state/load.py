@@ -152,13 +152,29 @@ def _copy_to(present: Any, value: Tensor) -> Tensor:
     return value.to(present.device if isinstance(present, Tensor) else value.device, copy=True)
 
 
+def check_form(state_dict: Any) -> None:
+    """Raise ValueError unless it has the form of an optimizer's state dict."""
+    keys = [*state_dict][:3] if isinstance(state_dict, dict) else type(state_dict).__name__
+    if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
+        raise ValueError(
+            f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys {keys}; "
+            f"pass what state_dict() or full_state_dict() gave, whole on every rank"
+        )
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
+        raise ValueError(
+            f"expected a dict of dicts at 'state' of a state dict, got {state!r:.80}; pass what state_dict() gave"
+        )
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError(
+            f"expected a list of dicts at 'param_groups' of a state dict, got {groups!r:.80}; pass what state_dict() "
+            f"gave"
+        )
+
+
 def _checked_groups(optimizer: Any, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the saved groups. Raise ValueError if they do not fit the optimizer."""
-    if not state_dict.keys() >= {"state", "param_groups"}:
-        raise ValueError(
-            f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys "
-            f"{[*state_dict][:3]}; pass what state_dict() or full_state_dict() gave, whole on every rank"
-        )
+    check_form(state_dict)
     saved: list[dict[str, Any]] = state_dict["param_groups"]
     rule = notes_of(saved[0]).get(RULE) if saved else None  # none in a torch optimizer's
     if not optimizer._takes_rule(rule):

@@ -12,6 +12,7 @@ from pyzero.ops.rounding import ceil_div
 from pyzero.sharding.buckets import MASTER, STEP
 from pyzero.sharding.local_param import local_of
 from pyzero.sharding.param_buckets import ParamBuckets
+from pyzero.sharding.state_checks import check_step, check_values
 
 
 @dataclass
@@ -75,8 +76,11 @@ class SavedParam:
                 f"load the state of an optimizer of the same kind"
             )
         for name in shapes:
-            if self.has(name) and not isinstance({**self.whole, **self.parts}[name], Tensor):
-                raise ValueError(f"expected {name} of parameter {param_id} as a tensor, got {self.whole[name]!r:.80}")
+            if self.has(name):
+                value = {**self.whole, **self.parts}[name]
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"expected {name} of parameter {param_id} as a tensor, got {value!r:.80}")
+                check_values(f"{name} of parameter {param_id}", value)
         per_value = {slot.name: slot.elements_per_value for slot in rule.slots}
         if self.stride is not None and ({*shapes} - {*self.parts} or any(each > 1 for each in per_value.values())):
             raise ValueError(
@@ -93,3 +97,4 @@ class SavedParam:
                 )
         if not self.has(STEP):
             raise ValueError(f"expected a step count of parameter {param_id}, got none; load a whole state dict")
+        check_step(f"the step count of parameter {param_id}", self.whole.get(STEP, 0))

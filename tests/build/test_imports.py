@@ -24,7 +24,7 @@ LAYERS = (
     {"comm.multi_host_transport"},
     {"comm.make_transport"},
     {"sharding", "sharding.blocks", "sharding.fsdp", "sharding.layout", "sharding.modules", "sharding.spans"},
-    {"sharding.sharded_grad"},
+    {"sharding.sharded_grad", "sharding.state_checks"},
     {"sharding.local_param"},
     {"arguments", "report", "sharding.mesh_grad", "sharding.topology", "update_rule"},
     {"arguments.hyper_parameters", "arguments.params"},
