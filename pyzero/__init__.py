@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint.loading import load_checkpoint as load_checkpoint
     from .checkpoint.saving import async_save_checkpoint as async_save_checkpoint
     from .checkpoint.saving import save_checkpoint as save_checkpoint
-    from .comm.group import CollectiveError as CollectiveError
+    from .comm.work import CollectiveError as CollectiveError
     from .deepspeed.entry import initialize as initialize
     from .loss_scale.scaler import LossScale as LossScale
     from .optimizer import ZeroOptimizer as ZeroOptimizer
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 # Imported on first use: `import pyzero` costs next to nothing.
 _MODULES = {
     "CheckpointError": "checkpoint.files",
-    "CollectiveError": "comm.group",
+    "CollectiveError": "comm.work",
     "FusedZeroAdam": "optimizers.adam",
     "FusedZeroAdamW": "optimizers.adam",
     "FusedZeroLion": "optimizers.lion",

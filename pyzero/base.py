@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from pyzero.arguments.groups import check_group, check_no_grad
 from pyzero.arguments.options import ZeroOptions
 from pyzero.arguments.params import check_disjoint
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
+from pyzero.comm.work import CollectiveError
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange
 from pyzero.gradients.interface import Gradients

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pyzero.base import ZeroBase
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.gradients.grad_stats import GlobalGradStats
 from pyzero.sharding.buckets import MASTER, STEP, Bucket
 from pyzero.sharding.gather import gather_param, widen

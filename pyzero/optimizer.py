@@ -19,8 +19,8 @@ from pyzero.arguments.groups import refuse_unknown, refuse_unsupported
 from pyzero.arguments.hyper_parameters import HyperParameters
 from pyzero.arguments.options import ZeroOptions, check_options
 from pyzero.arguments.params import check_disjoint, check_params
-from pyzero.comm.group import CollectiveError, Work
 from pyzero.comm.make_transport import make_transport
+from pyzero.comm.work import CollectiveError, Work
 from pyzero.gradients import amp
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, HostFacts, clip_coefficient
 from pyzero.gradients.interface import Gradients

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.full_access import FullAccess
 from pyzero.gradients.grad_stats import Unsent
 from pyzero.gradients.hooks import can_be_trained, trained

@@ -16,7 +16,8 @@ from torch import nn
 from pyzero.checkpoint.agreement import gather_from_all_ranks
 from pyzero.checkpoint.content import Content, collect
 from pyzero.checkpoint.writer import Writer
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.optimizer import ZeroOptimizer
 from pyzero.sharding.agreement import Unfrozen, check_unfrozen
 from pyzero.streams import on_device

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pyzero import memory
 from pyzero.comm import process
-from pyzero.comm.group import Group, Handle, Work
+from pyzero.comm.group import Group
 from pyzero.comm.shared_memory import SharedMemory
 from pyzero.comm.shared_memory_transport import Chunk, Deferred, SharedMemoryTransport
 from pyzero.comm.transport import Exchange
+from pyzero.comm.work import Handle, Work
 
 
 class MultiHostTransport(SharedMemoryTransport):

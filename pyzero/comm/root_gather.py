@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class RootGather:
-    """A Handle of `pyzero.comm.group`: begins when it is made, and is done when this rank has all rows.
+    """A Handle of `pyzero.comm.work`: begins when it is made, and is done when this rank has all rows.
 
     Args:
         flat: (size * k,) host memory, written.

@@ -283,7 +283,7 @@ class _ProcessWatch:
 
 
 class Arrival:
-    """A Handle (comm/group.py) that is done when every rank's counter has reached a number."""
+    """A Handle (comm/work.py) that is done when every rank's counter has reached a number."""
 
     def __init__(self, host: SharedMemory, words: Mapping[int, Counter], number: int, timeout_s: float) -> None:
         self._host = host

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pyzero import memory, ops
 from pyzero.comm import process
-from pyzero.comm.group import Group, Handle, Work
+from pyzero.comm.group import Group
 from pyzero.comm.shared_memory import Arrival, HostError
 from pyzero.comm.transport import Exchange, Transport
+from pyzero.comm.work import Handle, Work
 
 _ROOM_WAIT_S = 2.0  # wait for room in the ring; after it a bucket is packed elsewhere, and copied when there is room
 _MESSAGE_BYTES = 256  # of the step's message, besides one number per parameter; larger messages go by sockets

@@ -18,9 +18,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import Group, Work
+from pyzero.comm.group import Group
 from pyzero.comm.shared_memory import HostError, find_hosts, raise_first
 from pyzero.comm.transport import Exchange, FlatWeights, Transport
+from pyzero.comm.work import Work
 from pyzero.ops.backend import MAX_PARAM_OUTS
 from pyzero.ops.rounding import round_up
 from pyzero.streams import on_stream

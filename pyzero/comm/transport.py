@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyzero import memory
-from pyzero.comm.group import Group, Work
+from pyzero.comm.group import Group
+from pyzero.comm.work import Work
 
 # torch 2.13 renames this, and warns of the old name; 2.11 has no new one.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyzero.comm import process
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.gradients.nonfinite import RankNames
 from pyzero.gradients.stats_rows import FIRST_BAD, FLAG, STATS_COLUMNS, SUMSQ, first_bad_of
 from pyzero.ops.rounding import round_up

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, Unsent
 from pyzero.gradients.hooks import GradientHooks
 from pyzero.sharding.buckets import Bucket

@@ -18,6 +18,7 @@ LAYERS = (
     {"checkpoint", "checkpoint.deepspeed_files", "checkpoint.files"},
     {"checkpoint.export", "comm", "comm.futex", "comm.process", "comm.root_gather", "comm.shared_pages"},
     {"comm.process_group_pool", "comm.shared_memory", "comm.wait_records"},
+    {"comm.work"},
     {"comm.group"},
     {"comm.transport"},
     {"comm.shared_memory_transport", "comm.symmetric_memory_transport"},

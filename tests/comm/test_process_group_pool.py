@@ -198,7 +198,7 @@ def wait_for_another(process_group: Any) -> str:
     names = ("one message", "another one")
     row = torch.zeros(1 + 10 * group.rank, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyzero.comm.group._ASKS_AFTER_S", 0.3)
+        patch.setattr("pyzero.comm.work._ASKS_AFTER_S", 0.3)
         try:
             if group.rank == 0:
                 group.start(names[0], dist.broadcast, row, src=dist.get_global_rank(group.handle, 1)).wait()
@@ -219,7 +219,7 @@ def broken_off_while_others_wait(process_group: Any, place: str) -> str:
 
     owner, name = (pickle, "dumps") if place == "objects" else (torch, "tensor")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyzero.comm.group._ASKS_AFTER_S", 0.3)
+        patch.setattr("pyzero.comm.work._ASKS_AFTER_S", 0.3)
         if group.rank == 1:
             patch.setattr(owner, name, interrupted)
         try:
@@ -248,7 +248,7 @@ def kept_after_an_interrupted_wait(process_group: Any) -> bool:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyzero.comm.group._ASKS_AFTER_S", 0.3)
+        patch.setattr("pyzero.comm.work._ASKS_AFTER_S", 0.3)
         patch.setattr(process_group_pool, "keep_forever", kept.append)
         if group.rank == 1:
             time.sleep(1.0)

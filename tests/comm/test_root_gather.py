@@ -10,8 +10,10 @@ from torch import Tensor
 
 import pyzero
 from pyzero.comm import group as group_module
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm import work
+from pyzero.comm.group import Group
 from pyzero.comm.root_gather import RootGather
+from pyzero.comm.work import CollectiveError
 
 SHORT_S = 3.0
 
@@ -41,7 +43,7 @@ def apart(group: Any, odd: int) -> str:
     ours = Group(group)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(group_module, "_MOST_IN_RING", 1)
-        patch.setattr(group_module, "_ASKS_AFTER_S", 0.5)
+        patch.setattr(work, "_ASKS_AFTER_S", 0.5)
         try:
             if ours.rank == odd:
                 ours.gather_shards(torch.zeros(5), "another collective")

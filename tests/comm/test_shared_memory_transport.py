@@ -26,9 +26,10 @@ from transport_program import SMALL_BUCKETS, averaged_elsewhere, bits_of_exact, 
 
 import pyzero
 from pyzero.comm import futex, make_transport, shared_memory, shared_memory_transport
-from pyzero.comm.group import Group, Work
+from pyzero.comm.group import Group
 from pyzero.comm.shared_pages import SharedPages
 from pyzero.comm.transport import ExactTransport, Exchange
+from pyzero.comm.work import Work
 from pyzero.gradients.reduced import exchange
 
 pytestmark = [

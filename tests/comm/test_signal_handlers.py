@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyzero
-from pyzero.comm import group as group_module
+from pyzero.comm import work
 from pyzero.comm.process import is_of_signal_handler
 
 AFTER_S = 0.3  # the signal comes
@@ -38,7 +38,7 @@ def wait_for_a_late_rank(group: Any, transport: str) -> str:
         signal.setitimer(signal.ITIMER_REAL, AFTER_S)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(group_module, "_ASKS_AFTER_S", 1.0)
+            patch.setattr(work, "_ASKS_AFTER_S", 1.0)
             optimizer.step()
     except RuntimeError as error:
         return type(error).__name__
@@ -59,7 +59,7 @@ def test_it_is_raised_on_its_rank_and_the_other_one_is_told(ranks, transport):
         ("__main__", True),
         ("torch.utils.data._utils.signal_handling", True),  # a DataLoader's worker has died
         ("torch.distributed.distributed_c10d", False),
-        ("pyzero.comm.group", False),
+        ("pyzero.comm.work", False),
     ],
 )
 def test_who_raised(module, is_handler):

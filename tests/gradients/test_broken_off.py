@@ -17,8 +17,8 @@ from torch import nn
 
 import pyzero
 from pyzero import memory
-from pyzero.comm.group import Work
 from pyzero.comm.transport import ExactTransport
+from pyzero.comm.work import Work
 from pyzero.gradients.reduced.accumulation import ParamGrad
 from pyzero.gradients.reduced.bucket_grads import BucketGrads
 from pyzero.rank_state.load import RankState

@@ -11,7 +11,7 @@ from own_groups import OwnGroups, is_refused
 from torch import nn
 from twins import LATEST_S, READS, SEVERAL, STAGES, UP_TO_THREE, Twins
 
-from pyzero.comm import group as comm_group
+from pyzero.comm import work
 
 
 def thawed_for_one_rank(group: Any, stage: int) -> None:
@@ -159,7 +159,7 @@ def unequal_backwards(group: Any, counts: tuple[int, ...]) -> tuple[str, str, fl
     begin = time.monotonic()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(comm_group, "_ASKS_AFTER_S", 1.0)
+            patch.setattr(work, "_ASKS_AFTER_S", 1.0)
             for _ in range(counts[twins.rank]):
                 twins.loss(1.0).backward()
             twins.optimizer.step()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyzero
-from pyzero.comm.group import Work
 from pyzero.comm.transport import ExactTransport, Exchange
+from pyzero.comm.work import Work
 
 LONGEST_DELAY_S = 5e-3
 WIDTH = 24

@@ -10,7 +10,7 @@ from models import assert_same, params_of, randint
 from torch import Tensor, nn
 
 import pyzero
-from pyzero.comm.group import Work
+from pyzero.comm.work import Work
 from pyzero.sharding.buckets import Bucket
 from pyzero.sharding.layout import GRANULE, Key, ParamSpec, RunKey, cap_bytes, plan
 

@@ -24,7 +24,7 @@ from torch import nn
 
 import pyzero
 from pyzero.comm import group
-from pyzero.comm.group import CollectiveError
+from pyzero.comm.work import CollectiveError
 
 NUM_RANKS = 3
 BAD_RANK = 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyzero
-from pyzero.comm.group import Work
+from pyzero.comm.work import Work
 from pyzero.sharding.local_param import local_of
 
 

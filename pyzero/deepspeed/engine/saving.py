@@ -20,7 +20,7 @@ from pyzero.checkpoint.convert import import_deepspeed
 from pyzero.checkpoint.files import CheckpointError
 from pyzero.checkpoint.loading import load_checkpoint, load_weights, read_weights
 from pyzero.checkpoint.saving import begin, save_checkpoint
-from pyzero.comm.group import CollectiveError
+from pyzero.comm.work import CollectiveError
 from pyzero.deepspeed.config.schema import Batches
 from pyzero.deepspeed.schedules import Schedule, set_rate
 from pyzero.optimizer import ZeroOptimizer

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.deepspeed.config.schema import Config
 from pyzero.deepspeed.engine import tensors
 from pyzero.deepspeed.engine.engine import Engine

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyzero.comm.group import CollectiveError, Group
+from pyzero.comm.group import Group
 from pyzero.comm.transport import Transport
+from pyzero.comm.work import CollectiveError
 from pyzero.gradients.amp import GradScalerProxy
 from pyzero.gradients.grad_stats import GlobalGradStats, GradStatsExchange, LocalGradStats, Unsent, mixed_scale_error
 from pyzero.gradients.interface import Gradients
