@@ -195,8 +195,8 @@ class Group:
             with contextlib.suppress(ValueError):  # the default group was destroyed, and its store with it
                 elsewhere = self._records.elsewhere()
         return "".join(
-            f"; rank {rank}, {record.where}, waits in another process group, for {record.what}: if that group is another "
-            f"optimizer's or a checkpoint's, make these calls in the same order on every rank"
+            f"; rank {rank}, {record.where}, waits in another process group, for {record.what}: if that group is "
+            f"another optimizer's or a checkpoint's, make these calls in the same order on every rank"
             for rank, record in [*elsewhere.items()][:1]
         )
 
