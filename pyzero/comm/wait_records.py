@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 _PATIENCE_S = 2.0  # a store answers in some ms if its host runs
@@ -37,12 +37,20 @@ class WaitRecords:
         store: A store of torch.distributed that only these ranks use.
         rank: This rank in the group.
         size: Number of ranks.
+        everyones: A store that all groups use, for what a process waits for in any of them; None: no such records.
+        members: The ranks of this group, as `everyones` numbers processes.
+        name: Of this group, in `everyones`.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, everyones: Any = None, members: Sequence[int] = (), name: str = ""
+    ) -> None:
         self._store = store
         self._rank = rank
         self._size = size
+        self._everyones = everyones
+        self._members = members
+        self._name = name
         self._asking: threading.Thread | None = None
         self._seen: dict[int, WaitRecord] = {}
         self._error: Exception | None = None
@@ -64,6 +72,18 @@ class WaitRecords:
         """Write that this rank sends nothing more, if the store answers soon."""
         self._ask(lambda: self._give_up(WaitRecord(_GAVE_UP, reason, where)))
 
+    def arrived(self) -> None:
+        """Write that this process no longer waits, after a wait that was recorded."""
+        if self._everyones is not None:
+            self._ask(lambda: self._note(None))
+
+    def elsewhere(self) -> dict[int, WaitRecord]:
+        """Return by rank what ranks wait for in other groups, as far as the store answers soon."""
+        found: dict[int, WaitRecord] = {}
+        if self._everyones is not None:
+            self._ask(lambda: found.update(self._elsewhere()))
+        return dict(found)
+
     def _ask(self, question: Callable[[], None]) -> None:
         if self._asking is None or not self._asking.is_alive():
             self._asking = threading.Thread(target=self._answer, args=(question,), name="pyzero-store", daemon=True)
@@ -78,6 +98,7 @@ class WaitRecords:
 
     def _exchange(self, record: WaitRecord) -> None:
         self._write(str(self._rank), record)
+        self._note(record)
         latest = self._read(_AWAITED)
         differs = latest is not None and latest.number == record.number and latest.what != record.what
         if differs:
@@ -92,6 +113,19 @@ class WaitRecords:
         with contextlib.suppress(RuntimeError, ValueError):  # without the store the other ranks are gone too
             self._write(str(self._rank), record)
             self._store.set(_TROUBLE, "1")
+
+    def _note(self, record: WaitRecord | None) -> None:
+        if self._everyones is not None:
+            self._everyones.set(str(self._members[self._rank]), json.dumps([self._name, record]))
+
+    def _elsewhere(self) -> dict[int, WaitRecord]:
+        found = {}
+        for rank, member in enumerate(self._members):
+            if rank != self._rank and self._everyones.check([str(member)]):
+                name, record = json.loads(self._everyones.get(str(member)))
+                if record is not None and name != self._name:
+                    found[rank] = WaitRecord(*record)
+        return found
 
     def _write(self, key: str, record: WaitRecord) -> None:
         self._store.set(key, json.dumps(record))

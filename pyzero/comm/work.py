@@ -148,12 +148,25 @@ class WorkGroup:
                 raise
             reason = _reason_of(error)
             self._give_up(reason)
+            reason += self._others_elsewhere()
             raise CollectiveError(
                 f"{what} failed on rank {self.rank} of {self.size}: {reason}. Every rank must take part within "
                 f"{self.timeout()}: one has died or stalled, runs backward or step a different number of times, or "
                 f"trains other parameters. See the other ranks' output; where they are only slow, raise the timeout of "
                 f"init_process_group"
             ) from error
+
+    def _others_elsewhere(self) -> str:
+        """Return which ranks wait in other groups meanwhile, as text for messages; empty if none was seen to."""
+        elsewhere = {}
+        if self._records is not None:  # this rank has waited for long
+            with contextlib.suppress(ValueError):  # the default group was destroyed, and its store with it
+                elsewhere = self._records.elsewhere()
+        return "".join(
+            f"; rank {rank}, {record.where}, waits in another process group, for {record.what}: if that group is "
+            f"another optimizer's or a checkpoint's, make these calls in the same order on every rank"
+            for rank, record in [*elsewhere.items()][:1]
+        )
 
     def _give_up(self, reason: str) -> None:
         """Mark the group as broken, so that it sends nothing more, and tell the ranks that share memory."""
@@ -165,8 +178,12 @@ class WorkGroup:
     def _wait_records(self) -> WaitRecords:
         if self._records is None:
             everyones = dist.distributed_c10d._get_default_store()
-            prefix = f"pyzero/{self.handle.group_name}/{self._lease.token}"
-            self._records = WaitRecords(dist.distributed_c10d.PrefixStore(prefix, everyones), self.rank, self.size)
+            name = f"{self.handle.group_name}/{self._lease.token}"
+            own, of_all = (
+                dist.distributed_c10d.PrefixStore(prefix, everyones) for prefix in (f"pyzero/{name}", "pyzero-waits")
+            )
+            members = dist.get_process_group_ranks(self.handle)
+            self._records = WaitRecords(own, self.rank, self.size, of_all, members, name)
         return self._records
 
     def timeout(self) -> str:
@@ -269,10 +286,13 @@ class WorkGroup:
         """Wait for a collective; see Work."""
         process.check_built_here(self._pid)
         with self.error_context(what):
+            was_noted = False
             while blocks:
                 began = time.monotonic()
                 try:
                     handle.wait(timedelta(seconds=_ASKS_AFTER_S))
+                    if was_noted:
+                        self._wait_records.arrived()
                     return
                 except RuntimeError as error:
                     if process.is_of_signal_handler(error):
@@ -281,7 +301,10 @@ class WorkGroup:
                     if handle.is_completed() or time.monotonic() - began < _ASKS_AFTER_S / 2:
                         break
                 self._compare(what, number)
+                was_noted = True
             handle.wait()
+            if was_noted:
+                self._wait_records.arrived()
 
     def is_done(self, handle: Handle, patience_s: float, blocks: bool) -> bool:
         """Whether a collective is done within `patience_s` seconds; see Work."""

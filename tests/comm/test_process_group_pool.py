@@ -19,6 +19,7 @@ import pyzero
 from pyzero import memory, optimizer
 from pyzero.comm import process_group_pool, transport
 from pyzero.comm.group import Group
+from pyzero.comm.work import CollectiveError
 from pyzero.deepspeed import launcher
 
 PYZERO = Path(pyzero.__file__).parent
@@ -238,6 +239,50 @@ def test_who_waits_for_a_rank_that_has_broken_off_is_told(ranks, place):
     waiting, broken = ranks.run(2, broken_off_while_others_wait, place)
     assert broken.startswith("KeyboardInterrupt")
     assert re.search("^CollectiveError.*: rank 1 sends nothing more, for .* broken off by KeyboardInterrupt", waiting)
+
+
+def two_groups(process_group: Any) -> tuple[Group, Group]:
+    """Groups of the same ranks whose collectives fail after 4 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group_pool, "timeout_of", lambda group: timedelta(seconds=4))
+        return Group(process_group), Group(process_group)
+
+
+def waits_in_other_orders(process_group: Any) -> str:
+    """What a rank is told that waits in one group while the other rank waits in another one."""
+    groups, rank = two_groups(process_group), dist.get_rank()
+    groups[rank].where = f"in step {7 + rank}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyzero.comm.work._ASKS_AFTER_S", 0.3)
+        with pytest.raises(CollectiveError) as raised:
+            groups[rank].gather_rows(torch.tensor([1.0]), "the norm")
+    return str(raised.value)
+
+
+def test_ranks_that_use_two_optimizers_in_other_orders_are_told(ranks):
+    for rank, told in enumerate(ranks.run(2, waits_in_other_orders)):
+        assert f"; rank {1 - rank}, in step {8 - rank}, waits in another process group, for the norm" in told
+
+
+def wait_that_is_over(process_group: Any) -> str:
+    """What rank 0 says of rank 1, which has waited for it in another group, but no longer does."""
+    first, second = two_groups(process_group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyzero.comm.work._ASKS_AFTER_S", 0.3)
+        if dist.get_rank() == 0:
+            time.sleep(0.8)
+        first.gather_rows(torch.tensor([1.0]), "the norm")
+        if dist.get_rank() == 1:
+            time.sleep(5.0)
+            return ""
+        with pytest.raises(CollectiveError) as raised:
+            second.gather_rows(torch.tensor([1.0]), "the norm")
+    return str(raised.value)
+
+
+def test_a_wait_that_is_over_is_not_told(ranks):
+    said, _ = ranks.run(2, wait_that_is_over)
+    assert "the norm failed on rank 0 of 2" in said and "waits in" not in said
 
 
 def kept_after_an_interrupted_wait(process_group: Any) -> bool:
