@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ class StateDicts(FullAccess, Status):
         Raises:
             ValueError: It is another rank's, or of another number of ranks, other parameters or another update rule.
         """
-        state_dict = {} if state_dict is None else state_dict.copy()  # a rank without one tells all ranks
+        state_dict = copy.copy(state_dict)  # as torch; what is no dict is refused on all ranks
         state_dict, frozen = self._prepare_load(state_dict)
         saved, cut, unsent = self._parse(state_dict)
         self._gradients.send_unsent(unsent)  # before the loss scale that they carry changes

@@ -30,6 +30,9 @@ class Group(WorkGroup):
     use them in different orders.
     """
 
+    _mesh: Any = None
+    hosts: Sequence[Sequence[int]] = ()  # the ranks of each host, once memory is shared
+
     def spread_over(self, other: Group) -> Group:
         """Return the group of all ranks of a mesh; this group and `other` are its dimensions. Collective over both."""
         if other.size == 1 or self.size == 1:

@@ -182,7 +182,7 @@ class SharedMemory:
 
     def tensor(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
         """Return a (numel,) tensor in a rank's ring."""
-        self._check_process()
+        process.check_built_here(self._pid)
         return self._mapped[rank].tensor(self._ring_at + offset, numel, dtype)
 
     def post(self) -> None:
@@ -206,11 +206,8 @@ class SharedMemory:
         return Arrival(self, self._words[_CounterSlot.READ], number, self._timeout_s)
 
     def _advance(self, word: _CounterSlot) -> None:
-        self._check_process()
-        self._words[word][self.rank].advance()
-
-    def _check_process(self) -> None:
         process.check_built_here(self._pid)
+        self._words[word][self.rank].advance()
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -233,7 +230,7 @@ class SharedMemory:
         return torch.cat([self._message(rank, row) for rank in self.ranks])
 
     def _message(self, rank: int, row: Tensor) -> Tensor:
-        self._check_process()
+        process.check_built_here(self._pid)
         return self._mapped[rank].tensor(self._num_messages % 2 * self._message_bytes, row.numel(), row.dtype)
 
     # ---- failure ----------------------------------------------------------------------------------------------------

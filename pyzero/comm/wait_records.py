@@ -73,7 +73,10 @@ class WaitRecords:
         self._ask(lambda: self._give_up(WaitRecord(_GAVE_UP, reason, where)))
 
     def arrived(self) -> None:
-        """Write that this process no longer waits, after a wait that was recorded."""
+        """Write that this process no longer waits, after a wait that was recorded.
+
+        The record of a wait that failed stays: the other ranks may time out a moment later, and read it.
+        """
         if self._everyones is not None:
             self._ask(lambda: self._note(None))
 

@@ -100,9 +100,7 @@ class WorkGroup:
         self._lease = process_group_pool.LeasedGroup(None, serial=0)  # for one rank: sends nothing
         self._timeout: timedelta | None = None
         self._blocks = False
-        self._mesh: Any = None
         self._records: WaitRecords | None = None  # made when a wait is long
-        self.hosts: list[list[int]] = []  # the ranks of each host, once memory is shared
         self.shared_memory: SharedMemory | None = None
         if self.size > 1:
             process.check_made_here(parent)

@@ -154,10 +154,10 @@ def _copy_to(present: Any, value: Tensor) -> Tensor:
 
 def check_form(state_dict: Any) -> None:
     """Raise ValueError unless it has the form of an optimizer's state dict."""
-    keys = [*state_dict][:3] if isinstance(state_dict, dict) else type(state_dict).__name__
+    got = f"keys {[*state_dict][:3]}" if isinstance(state_dict, dict) else f"{state_dict!r:.80}"
     if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
         raise ValueError(
-            f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got keys {keys}; "
+            f"expected an optimizer's state dict, of keys 'state' and 'param_groups', got {got}; "
             f"pass what state_dict() or full_state_dict() gave, whole on every rank"
         )
     state, groups = state_dict["state"], state_dict["param_groups"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from typing import Any
 
 import pytest
@@ -182,6 +183,12 @@ def test_what_has_not_the_form_of_a_state_dict_is_refused(key, value):
         optimizer.load_state_dict({**optimizer.state_dict(), key: value})
 
 
+@pytest.mark.parametrize("given", [None, [1, 2], "best.pt"])
+def test_what_is_no_state_dict_is_refused_by_its_value(given):
+    with pytest.raises(ValueError, match=f"expected an optimizer's state dict, .*got {re.escape(repr(given))}; pass"):
+        pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters()).load_state_dict(given)
+
+
 @pytest.mark.parametrize("kind", ["amsgrad", "other", "model"])
 def test_state_of_another_kind_is_refused(kind):
     model = nn.Linear(3, 2)
@@ -228,13 +235,13 @@ def test_a_torch_optimizers_caller_may_have_our_names():
 
 
 def load_spoiled(group: Any) -> list[str]:
-    """Rank 1 has no state dict, or one of which a value makes no sense."""
+    """Rank 1 has a path in place of a state dict, or one of which a value makes no sense."""
     optimizer = pyzero.FusedZeroAdamW(nn.Linear(3, 2).parameters(), process_group=group)
     state = optimizer.full_state_dict()
     found = []
-    for key, value in ((None, None), ("exp_avg", "x"), ("step", "x"), ("state", 3)):
-        spoiled = None if key is None else copy.deepcopy(state)
-        if spoiled is not None:
+    for key, value in ((None, "best.pt"), ("exp_avg", "x"), ("step", "x"), ("state", 3)):
+        spoiled = value if key is None else copy.deepcopy(state)
+        if key is not None:
             (spoiled if key == "state" else spoiled["state"][0])[key] = value
         try:
             optimizer.load_state_dict(spoiled if group.rank() else state)
@@ -247,7 +254,7 @@ def load_spoiled(group: Any) -> list[str]:
 def test_a_rank_that_cannot_load_leaves_no_other_waiting(ranks):
     found, of_rank_1 = ranks.run(2, load_spoiled)
     assert all("nothing was loaded, for rank 1 could not" in text for text in found)
-    assert "got keys []" in of_rank_1[0] and "expected exp_avg of parameter 0 as a tensor, got 'x'" in of_rank_1[1]
+    assert "got 'best.pt'" in of_rank_1[0] and "expected exp_avg of parameter 0 as a tensor, got 'x'" in of_rank_1[1]
     assert all("no error" not in text for text in of_rank_1)
 
 
