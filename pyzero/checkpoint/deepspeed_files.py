@@ -27,13 +27,13 @@ _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_s
 
 
 def folder(directory: Path, tag: str | None) -> Path:
-    """Return the folder of one checkpoint. tag: Its name; None: read it from the file `latest`.
+    """Return the folder of one checkpoint. tag: Its name, or a path; None: read it from the file `latest`.
 
     The folder is always inside `directory`, whatever the tag or `latest` contains.
 
     Raises:
         FileNotFoundError: There is no such folder, or no `latest`.
-        ValueError: The tag is not the name of a folder.
+        ValueError: The tag leads out of `directory`, or names nothing.
     """
     if tag is None:
         latest = directory / "latest"
@@ -43,8 +43,9 @@ def folder(directory: Path, tag: str | None) -> Path:
                 f"DeepSpeed's save_checkpoint was given, or a tag"
             )
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if tag in ("", ".", "..") or Path(tag).name != tag or "\\" in tag or "\0" in tag:
-        raise ValueError(f"expected a tag that is the name of one folder in {directory}, got {tag!r}; pass tag=")
+    path = Path(tag)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in tag:
+        raise ValueError(f"expected a tag that names a folder in {directory}, got {tag[:80]!r}; pass tag=")
     if not (directory / tag).is_dir():
         raise FileNotFoundError(f"expected the folder {directory / tag}, got none; pass the tag of one that is there")
     return directory / tag

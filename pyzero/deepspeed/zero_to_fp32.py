@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyzero.checkpoint import files, from_deepspeed
+from pyzero.checkpoint import deepspeed_files, files, from_deepspeed
 from pyzero.checkpoint.convert import fp32_state_dict
 from pyzero.checkpoint.export import export_safetensors
 
@@ -38,24 +38,14 @@ def get_fp32_state_dict_from_zero_checkpoint(
         raise ValueError(
             "got exclude_frozen_parameters=True, which is not supported; pass it to engine.save_checkpoint"
         )
-    folder = Path(checkpoint_dir)
-    latest = folder / files.LATEST
-    if tag is None and latest.is_file():
-        tag = latest.read_text(errors="replace").strip()
-    if tag is not None and not _is_inside(tag):
-        raise ValueError(f"expected a tag that names a folder in {folder}, got {tag[:80]!r}; pass tag=")
-    if tag is not None and files.find(folder / tag) is not None:
-        return fp32_state_dict(folder / tag)
-    theirs = from_deepspeed.read(folder, tag)
+    folder = deepspeed_files.folder(Path(checkpoint_dir), tag)
+    if files.find(folder) is not None:
+        return fp32_state_dict(folder)
+    theirs = from_deepspeed.read(checkpoint_dir, tag)
     masters = {name: values["master"] for name, values in theirs.params.items()}
     found = {name: masters.get(name, value) for name, value in theirs.module.items()}
     found = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
     return {name: found[theirs.shared.get(name, name)] for name in found}
-
-
-def _is_inside(tag: str) -> bool:
-    path = Path(tag)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in tag
 
 
 def load_state_dict_from_zero_checkpoint(
