@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pyzero.estimate import estimate
 
 from .options import Options
 from .ranks import join, launch, leave
 from .rows import MemoryRow
-from .train import chosen, inputs
-from .train_loops import COMPUTE, ENTRIES, LAYERS, OURS
+from .train import chosen
+from .train_loops import COMPUTE, ENTRIES, OURS
+from .workloads import LAYERS, Linears, Workload, from_json, num_params, to_json
 
 _WIDTH = {"cpu": 2048, "cuda": 4096}
-_TINY = 64
+_TINY = Linears(64)
 _MOST_RANKS = 4
 _WARM_UP_STEPS, _STEPS = 2, 1
 # malloc returns every large block to the system at once, as an allocator without a cache does.
@@ -34,27 +34,28 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str
 def run(options: Options) -> list[MemoryRow]:
     width = _WIDTH[options.device]
     if options.numel is not None:
-        width = max(_TINY, int((options.numel / LAYERS) ** 0.5))
+        width = max(_TINY.width, int((options.numel / LAYERS) ** 0.5))
+    workload = Linears(width)
     most = min(_MOST_RANKS, torch.cuda.device_count()) if options.device == "cuda" else _MOST_RANKS
     sizes = range(1, most + 1) if options.numel is None else (1, options.ranks)
     rows = []
     for num_ranks in sizes:
         # Only one of ours: a second one would reuse the pages that the first one keeps, without counting them.
         names = [name for name in chosen(options) if name == OURS or ENTRIES[name].peer is not None]
-        spec = dict(names=names, width=width, device=options.device)
+        spec = dict(names=names, workload=to_json(workload), device=options.device)
         found = launch(__name__, num_ranks, spec, _MALLOC)
         options.notes.extend(f"{num_ranks} ranks: {note}" for note in found["notes"])
-        rows += [_row(name, width, num_ranks, *both, options) for name, both in found["bytes"].items()]
+        rows += [_row(name, workload, num_ranks, *both, options) for name, both in found["bytes"].items()]
     return rows
 
 
-def _row(name: str, width: int, num_ranks: int, rest: int, peak: int, options: Options) -> MemoryRow:
-    case = f"{LAYERS} x Linear({width}), bf16"
-    numel = LAYERS * width * (width + 1)
+def _row(name: str, workload: Workload, num_ranks: int, rest: int, peak: int, options: Options) -> MemoryRow:
+    case = f"{workload.title}, bf16"
+    numel = num_params(workload)
     if name != OURS:
         return MemoryRow("memory", case, name, numel, num_ranks, rest, peak, ENTRIES[name].peer)
     with torch.device("meta"):
-        model = nn.Sequential(*[nn.Linear(width, width) for _ in range(LAYERS)]).bfloat16()
+        model = workload.model().bfloat16()
     transport = "auto" if options.device == "cpu" else "exact"
     wanted = estimate(model, num_ranks=num_ranks, transport=transport)
     return MemoryRow("memory", case, name, numel, num_ranks, rest, peak, None, wanted.idle, wanted.peak)
@@ -111,8 +112,9 @@ class _Allocated:
 def _measure(name: str, spec: dict[str, Any], device: torch.device) -> tuple[int, int]:
     gc.collect()
     meter = _Resident() if device.type == "cpu" else _Allocated()
-    loop = ENTRIES[name].make(spec["width"], device)
-    x = inputs(spec["width"], device)
+    workload = from_json(spec["workload"])
+    loop = ENTRIES[name].make(workload, device)
+    x = workload.inputs().to(device)
     for _ in range(_WARM_UP_STEPS):
         loop.step(x)
     gc.collect()
@@ -131,7 +133,7 @@ def _rank() -> None:
     notes, found = Options(), {}
     for name in [COMPUTE, *spec["names"]]:  # before measuring: libraries load and keep memory
         with Options().trying(name):
-            ENTRIES[name].make(_TINY, device).step(inputs(_TINY, device))
+            ENTRIES[name].make(_TINY, device).step(_TINY.inputs().to(device))
     for name in spec["names"]:
         with notes.trying(name):
             found[name] = _measure(name, spec, device)

@@ -29,12 +29,16 @@ def draw(out: Path, rows: Sequence[AnyRow]) -> list[Path]:
     timed = [row for row in rows if isinstance(row, Row)]
     made = {
         "roofline.png": (_roofline, [row for row in timed if row.gb_per_s and row.bench in _KERNELS]),
-        "train.png": (_train, [row for row in timed if row.phases]),
+        "train.png": (_train, _first_case([row for row in timed if row.phases])),
         "memory.png": (_memory, [row for row in rows if isinstance(row, MemoryRow)]),
         "parameters.png": (_parameters, [row for row in timed if row.bench == "scaling" and " ranks" not in row.case]),
         "ranks.png": (_ranks, [row for row in timed if row.bench == "scaling" and row.predicted_s]),
     }
     return [_figure(out / name, plot, chosen) for name, (plot, chosen) in made.items() if chosen]
+
+
+def _first_case(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.case == rows[0].case]
 
 
 _KERNELS = ("adam", "lion", "sgd", "unscale", "reduce_scatter", "pack", "step")

@@ -12,47 +12,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pyzero
 
 from .ranks import join, launch, leave
+from .workloads import GPT2
 
 _NUM_RANKS = 2
-_LAYERS, _WIDTH, _HEADS, _CONTEXT, _BATCH, _VOCABULARY = 4, 256, 4, 64, 4, 512
+_MODEL = GPT2(layers=4, width=256, heads=4, context=256, vocabulary=512, tokens=256)
 _WARM_UP_STEPS = 3  # these build kernels, plan the buckets again and fill the allocator
-
-
-class SmallGPT(nn.Module):
-    """Decoder blocks of torch's own layers. It takes tokens and returns the loss of the next token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(_VOCABULARY, _WIDTH)
-        self.places = nn.Embedding(_CONTEXT, _WIDTH)
-        layer = nn.TransformerEncoderLayer(
-            _WIDTH, _HEADS, 4 * _WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
-        self.head = nn.Linear(_WIDTH, _VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, context + 1) int64 -> 0-D fp32."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        x = self.tokens(inputs) + self.places.weight
-        mask = nn.Transformer.generate_square_subsequent_mask(_CONTEXT, device=x.device, dtype=x.dtype)
-        logits = self.head(self.blocks(x, mask=mask, is_causal=True))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def trace(out: Path, device: torch.device, rank: int) -> None:
     """Rank 0 writes one step; the others take part in it."""
     torch.manual_seed(0)
-    model = SmallGPT().to(device, torch.bfloat16)
+    model = _MODEL.model().to(device, torch.bfloat16)
     optimizer = pyzero.FusedZeroAdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
-    tokens = torch.randint(_VOCABULARY, (_BATCH, _CONTEXT + 1), device=device)
+    tokens = torch.randint(_MODEL.vocabulary, (1, _MODEL.tokens + 1), device=device)
 
     def step() -> None:
         with record_function("forward"):

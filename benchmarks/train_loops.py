@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pyzero
 
-_LR, _WEIGHT_DECAY = 1e-4, 1e-2
-LAYERS, ROWS = 16, 16
+from .workloads import Workload
 
+_LR, _WEIGHT_DECAY = 1e-4, 1e-2
 Mark = Callable[[str], None]
 
 
@@ -59,7 +59,7 @@ class Loop:
         self.optimizer = optimizer
 
     def step(self, x: Tensor, mark: Mark = lambda phase: None) -> Tensor:
-        loss: Tensor = self.model(x).float().square().mean()
+        loss: Tensor = self.model(x)
         mark("forward")
         self._backward(loss)
         mark("backward")
@@ -112,17 +112,17 @@ class _Masters:
 class _DeepSpeed(Loop):
     """ZeRO-2 in bf16 with torch's fused AdamW: DeepSpeed's own, on a CPU too, must first be compiled."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, workload: Workload, device: torch.device) -> None:
         import deepspeed
 
         config = {
-            "train_micro_batch_size_per_gpu": ROWS,
+            "train_micro_batch_size_per_gpu": 1,  # it scales nothing
             "gradient_clipping": 0.0,  # since 0.19 its default is to clip to 1.0; no other contender clips
             "bf16": {"enabled": True},
             "zero_optimization": {"stage": 2},
             "zero_allow_untested_optimizer": True,
         }
-        model = _model(width, device)
+        model = make_model(workload, device)
         engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model), config=config)
         super().__init__(engine, None)
 
@@ -133,41 +133,42 @@ class _DeepSpeed(Loop):
         self.model.step()
 
 
-def _model(width: int, device: torch.device) -> nn.Module:
+def make_model(workload: Workload, device: torch.device) -> Any:
+    """A workload's Model in bf16, the same on all ranks."""
     torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(width, width) for _ in range(LAYERS)]).to(device, torch.bfloat16)
+    return workload.model().to(device, torch.bfloat16)
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=_WEIGHT_DECAY, fused=True)
 
 
-def _zero(width: int, device: torch.device, in_groups: bool = False, **options: object) -> Loop:
+def _zero(workload: Workload, device: torch.device, in_groups: bool = False, **options: object) -> Loop:
     """in_groups: weights and biases in two groups, as for weight decay (here the same for both, to compare weights)."""
-    model = _model(width, device)
+    model = make_model(workload, device)
     groups: Any = [{"params": [p for p in model.parameters() if p.dim() == dim]} for dim in (2, 1)]
     params = groups if in_groups else model.parameters()
     return Loop(model, pyzero.FusedZeroAdamW(params, lr=_LR, weight_decay=_WEIGHT_DECAY, **options))
 
 
-def _ddp(width: int, device: torch.device) -> nn.Module:
-    return DistributedDataParallel(_model(width, device), gradient_as_bucket_view=True)
+def _ddp(workload: Workload, device: torch.device) -> nn.Module:
+    return DistributedDataParallel(make_model(workload, device), gradient_as_bucket_view=True)
 
 
-def _ddp_plain(width: int, device: torch.device) -> Loop:
-    model = _ddp(width, device)
+def _ddp_plain(workload: Workload, device: torch.device) -> Loop:
+    model = _ddp(workload, device)
     return Loop(model, _adamw(model))
 
 
-def _ddp_masters(width: int, device: torch.device) -> Loop:
-    model = _ddp(width, device)
+def _ddp_masters(workload: Workload, device: torch.device) -> Loop:
+    model = _ddp(workload, device)
     return Loop(model, _Masters(list(model.parameters())))
 
 
-def _zero_redundancy(width: int, device: torch.device) -> Loop:
+def _zero_redundancy(workload: Workload, device: torch.device) -> Loop:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # here, because the import warns
 
-    model = _ddp(width, device)
+    model = _ddp(workload, device)
     hyper = dict(lr=_LR, weight_decay=_WEIGHT_DECAY, fused=True)
     made = ZeroRedundancyOptimizer(
         model.parameters(), optimizer_class=torch.optim.AdamW, parameters_as_bucket_view=True, **hyper
@@ -175,11 +176,11 @@ def _zero_redundancy(width: int, device: torch.device) -> Loop:
     return Loop(model, made)
 
 
-def _fsdp(width: int, device: torch.device, reduce_dtype: torch.dtype | None = None) -> Loop:
+def _fsdp(workload: Workload, device: torch.device, reduce_dtype: torch.dtype | None = None) -> Loop:
     """FSDP2 layer by layer; weights are kept from forward to backward. reduce_dtype: of sent gradients; None: bf16."""
-    model = _model(width, device)
+    model = make_model(workload, device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in (*model, model):
+    for module in (*model.layers, model):
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return Loop(model, _adamw(model))
@@ -189,7 +190,7 @@ def _fsdp(width: int, device: torch.device, reduce_dtype: torch.dtype | None = N
 class Entry:
     """One contender."""
 
-    make: Callable[[int, torch.device], Loop]  # takes width and device
+    make: Callable[[Workload, torch.device], Loop]  # on each rank
     peer: str | None = None  # key of peers.PEERS; None: ours
     same_as: str | None = None  # whose weights its own must follow; None: it is checked against nothing
     cpu_only: bool = False
@@ -201,8 +202,8 @@ PLAIN = "DDP, AdamW(fused), no masters"
 COMPUTE = "forward and backward alone"
 
 
-def _ours(**options: object) -> Callable[[int, torch.device], Loop]:
-    return lambda width, device: _zero(width, device, **options)
+def _ours(**options: object) -> Callable[[Workload, torch.device], Loop]:
+    return lambda workload, device: _zero(workload, device, **options)
 
 
 ENTRIES = {
@@ -215,9 +216,9 @@ ENTRIES = {
     PLAIN: Entry(_ddp_plain, "ddp"),
     "FSDP2, AdamW(fused), no masters": Entry(_fsdp, "fsdp2", same_as=PLAIN),
     "FSDP2, AdamW(fused), no masters, summed in fp32": Entry(
-        lambda width, device: _fsdp(width, device, torch.float32), "fsdp2", same_as=PLAIN
+        lambda workload, device: _fsdp(workload, device, torch.float32), "fsdp2", same_as=PLAIN
     ),
     "DDP, ZeroRedundancyOptimizer, no masters": Entry(_zero_redundancy, "zero-redundancy", same_as=PLAIN),
     "DeepSpeed ZeRO-2, AdamW(fused)": Entry(_DeepSpeed, "deepspeed", same_as=MASTERS),
-    COMPUTE: Entry(lambda width, device: _Compute(_model(width, device), None)),
+    COMPUTE: Entry(lambda workload, device: _Compute(make_model(workload, device), None)),
 }

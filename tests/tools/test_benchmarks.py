@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, peers, results, rows, timing, train, train_loops
+from benchmarks import gpu_timer, harness, peers, results, rows, timing, train, train_loops, workloads
 from benchmarks.options import Options
 from pyzero import ops
 
@@ -66,7 +66,8 @@ def test_on_ranks(name, tmp_path, capsys):
         whole = [row for row in found if row.phases]
         assert {"FSDP2", "DDP", "FusedZeroAdamW"} <= {row.name.replace(",", " ").split()[0] for row in whole}
         assert all({"forward", "backward", "step"} == row.phases.keys() for row in whole)
-        assert len(found) == 2 * len(whole) - 1, "beyond compute, but for compute"
+        assert {"16 x Linear(17)", "GPT-2 (0.028M)"} == {row.case.split(", ")[1] for row in whole}
+        assert len(found) == 2 * len(whole) - 2, "beyond compute, but for compute"
     if name == "memory":
         ours = [row for row in found if row.peer is None]
         assert [row.num_ranks for row in ours] == [1, 2]
@@ -156,13 +157,14 @@ class SendsRankZeros(train_loops.Loop):
 def checked_beside_ddp(group, loop, width):
     """What the check of `train` says of ours, and of such a loop, on all ranks."""
     device = torch.device("cpu")
-    model = train_loops._model(width, device)
+    workload = workloads.Linears(width)
+    model = train_loops.make_model(workload, device)
     train_loops.ENTRIES["other"] = train_loops.Entry(None, same_as=train_loops.MASTERS)
     names = [train_loops.OURS, train_loops.MASTERS]
-    loops = {name: train_loops.ENTRIES[name].make(width, device) for name in names}
-    x = train.inputs(width, device)
+    loops = {name: train_loops.ENTRIES[name].make(workload, device) for name in names}
+    x = workload.inputs()
     train.check(loops, x)
-    fresh = {train_loops.MASTERS: train_loops.ENTRIES[train_loops.MASTERS].make(width, device)}
+    fresh = {train_loops.MASTERS: train_loops.ENTRIES[train_loops.MASTERS].make(workload, device)}
     try:
         train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x)
     except AssertionError as error:
@@ -263,11 +265,23 @@ def test_no_committed_run_is_too_noisy_to_judge():
     assert found and not [path for path in found if "TOO NOISY TO JUDGE" in path.read_text()]
 
 
+def test_a_model_that_does_not_fit_is_named_and_left_out(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    monkeypatch.setattr(train, "_MEMORY", told)
+    monkeypatch.setattr(train, "_time", lambda workload, names, options, *more, **kwargs: [workload.title])
+    for kib, timed in ((9_000_000, []), (30_000_000, ["GPT-2 (124M)"] * 2)):
+        told.write_text(f"MemFree: 1 kB\nMemAvailable: {kib} kB\n")
+        options = Options()
+        assert train.run(options) == ["16 x Linear(1024)", *timed]
+        assert ("GPT-2 (124M): not timed" in " ".join(options.notes)) is (not timed)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/measured.md"])
 def test_the_figures_of_documents_are_in_the_committed_run(document):
     """Of an iteration on two ranks, beside each peer."""
     _, found = results.read(ROOT / "benchmarks" / "results" / "cpu")
-    ratios = {row.name: row.times_ours for row in found if row.bench == "train" and "beyond" not in row.case}
+    whole = [row for row in found if row.bench == "train" and row.phases]
+    ratios = {row.name: row.times_ours for row in whole if "Linear" in row.case}
     text = (ROOT / document).read_text()
     for name, peer in (
         ("DDP, AdamW(fused), fp32 masters by hand", "DDP"),
