@@ -93,10 +93,11 @@ def _jobs(model: nn.Module, optimizer: Any, folder: Path, numel: int, options: O
         "load": {"pyzero": load, "torch.load": load_gathered, "disk cache: read": read_raw},
     }
     if peers.is_there("deepspeed", options):
-        engine = _deepspeed_engine(len(list(model.parameters())))
-        where = str(folder / "deepspeed")
-        jobs["save"]["DeepSpeed ZeRO-2, no fsync"] = lambda: engine.save_checkpoint(where, tag="last")
-        jobs["load"]["DeepSpeed ZeRO-2"] = lambda: engine.load_checkpoint(where, tag="last")
+        with options.trying("DeepSpeed ZeRO-2"):
+            engine = _deepspeed_engine(len(list(model.parameters())))
+            where = str(folder / "deepspeed")
+            jobs["save"]["DeepSpeed ZeRO-2, no fsync"] = lambda: engine.save_checkpoint(where, tag="last")
+            jobs["load"]["DeepSpeed ZeRO-2"] = lambda: engine.load_checkpoint(where, tag="last")
     return jobs
 
 

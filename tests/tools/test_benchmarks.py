@@ -161,13 +161,68 @@ def checked_beside_ddp(group, loop, width):
     names = [train_loops.OURS, train_loops.MASTERS]
     loops = {name: train_loops.ENTRIES[name].make(width, device) for name in names}
     x = train.inputs(width, device)
-    train.check(loops, x)
+    train.check(loops, x, Options())
     fresh = {train_loops.MASTERS: train_loops.ENTRIES[train_loops.MASTERS].make(width, device)}
     try:
-        train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x)
+        train.check(fresh | {"other": loop(model, train_loops._Masters(list(model.parameters())))}, x, Options())
     except AssertionError as error:
         return str(error)
     return "passed"
+
+
+class FailsOnRankOne(train_loops.Loop):
+    """After the collectives, so that no rank waits."""
+
+    def _update(self):
+        if dist.get_rank() == 1:
+            raise KeyError("HOME")
+
+
+def notes_of_a_peer(group, loop, peer, width):
+    """What the check of `train` notes of such a loop if it is a peer, and what is left to time."""
+    device, notes = torch.device("cpu"), Options()
+    model = train_loops._model(width, device)
+    train_loops.ENTRIES["other"] = train_loops.Entry(None, peer=peer, same_as=train_loops.MASTERS)
+    loops = {name: train_loops.ENTRIES[name].make(width, device) for name in (train_loops.OURS, train_loops.MASTERS)}
+    loops["other"] = loop(model, train_loops._Masters(list(model.parameters())))
+    train.check(loops, train.inputs(width, device), notes)
+    return notes.notes, list(loops)
+
+
+@pytest.mark.parametrize(
+    ("loop", "word"),
+    [
+        (NeverReduces, "other left other weights on other ranks"),
+        (SendsRankZeros, "moved the weights otherwise"),
+        (FailsOnRankOne, "failed on another rank"),
+    ],
+)
+def test_a_peer_that_fails_or_differs_on_ranks_is_left_out_on_all(ranks, loop, word):
+    for notes, names in ranks.run(4, notes_of_a_peer, loop, "deepspeed", 17)[:1]:
+        assert len(notes) == 1 and notes[0].startswith("other: not timed, ") and word in notes[0]
+        assert names == [train_loops.OURS, train_loops.MASTERS]
+
+
+def what_fails(group, name):
+    """What making the loops of `train` says or notes if one of them cannot be made."""
+    entry, notes = train_loops.ENTRIES[name], Options()
+    broken = train_loops.Entry(lambda width, device: [][1], peer=entry.peer, same_as=entry.same_as)
+    train_loops.ENTRIES[name] = broken
+    try:
+        made = train.make_loops({"names": [name], "width": 8}, torch.device("cpu"), notes)
+    except IndexError as error:
+        return str(error)
+    finally:
+        train_loops.ENTRIES[name] = entry
+    return [*made, *notes.notes]
+
+
+def test_only_a_peer_may_fail(ranks):
+    """Without ours, every ratio would be to another contender."""
+    for name in (train_loops.OURS, train_loops.MASTERS):
+        assert ranks.run(4, what_fails, name) == ["list index out of range"] * 4
+    name = "DeepSpeed ZeRO-2, AdamW(fused)"
+    assert ranks.run(4, what_fails, name) == [[f"{name}: not timed, IndexError: list index out of range"]] * 4
 
 
 @pytest.mark.parametrize(
