@@ -42,7 +42,7 @@ def _present(options: Options) -> list[str]:
 
 
 def run(options: Options) -> list[Row]:
-    _check(options)
+    check_step(options)
     rows = []
     for name in _present(options):
         shapes = _MODELS[name]
@@ -155,7 +155,7 @@ def _captured(step: Step) -> Step:
     return replay
 
 
-def _check(options: Options) -> None:
+def check_step(options: Options) -> None:
     """Check that the contenders agree after some steps, at a small size."""
     shapes = [3, 64, 4096, 1000] * 5
     weights, grads = inputs(shapes, torch.bfloat16, options)

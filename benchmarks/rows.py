@@ -111,9 +111,8 @@ AnyRow = Row | MemoryRow
 
 
 def quantile(samples: Sequence[float], fraction: float) -> float:
-    """The sample at that fraction of the sorted list."""
-    ordered = sorted(samples)
-    return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
+    """The sample nearest to that fraction of the sorted list, counted from the least (0) to the largest (1)."""
+    return sorted(samples)[round(fraction * (len(samples) - 1))]
 
 
 def timed_row(bench: str, case: str, name: str, samples: Sequence[float], numel: int = 0, **more: object) -> Row:

@@ -113,25 +113,28 @@ def check(loops: dict[str, Loop], x: torch.Tensor, notes: Options) -> None:
 
     A peer of which this is true is noted instead, and is no longer in `loops`.
     """
-    moves: dict[str, torch.Tensor] = {}  # of those that others are compared with
+    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # weights before and after the steps
+
+    def move(name: str) -> None:
+        before = loops[name].weights()
+        for _ in range(_CHECKED_STEPS):
+            loops[name].step(x)
+        ends[name] = before, loops[name].weights()
+
     for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
-        if not _succeeds(name, functools.partial(_check_one, name, loops[name], x, moves), x.device, notes):
+        calls = (functools.partial(move, name), functools.partial(_compare, name, ends))
+        if not all(_succeeds(name, call, x.device, notes) for call in calls):  # no rank compares if one has failed
             del loops[name]
 
 
-def _check_one(name: str, loop: Loop, x: torch.Tensor, moves: dict[str, torch.Tensor]) -> None:
+def _compare(name: str, ends: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     same_as = ENTRIES[name].same_as
-    before = loop.weights()
-    for _ in range(_CHECKED_STEPS):
-        loop.step(x)
-    after = loop.weights()
-    if not _alike(after):
+    if not _alike(ends[name][1]):
         raise AssertionError(f"{name} left other weights on other ranks: its gradients are not reduced alike")
-    move = after.float() - before.float()
     if same_as is None:
-        moves[name] = move
         return
-    distance = float((move - moves[same_as]).norm() / moves[same_as].norm())
+    move, peers_move = (after.float() - before.float() for before, after in (ends[name], ends[same_as]))
+    distance = float((move - peers_move).norm() / peers_move.norm())
     if not distance <= _CHECK_MOVE:  # nan if nothing moved
         raise AssertionError(
             f"{name} moved the weights otherwise than the peer {same_as}: "

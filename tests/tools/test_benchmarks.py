@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, peers, results, rows, timing, train, train_loops
+from benchmarks import gpu_timer, harness, peers, results, rows, step_scalars, timing, train, train_loops
 from benchmarks.options import Options
 from pyzero import ops
+from pyzero.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--numel", "5000"]
@@ -130,6 +133,7 @@ _RIGHT = {name: getattr(ops, name) for name in ops.__all__}
         ("step", "adam_", _wrong_adam),
         ("step", "unscale_", _wrong_unscale),
         ("models", "adam_", _wrong_adam),
+        ("scaling", "adam_", _wrong_adam),
     ],
 )
 def test_a_wrong_op_is_not_timed(name, op, wrong, monkeypatch, capsys):
@@ -370,6 +374,142 @@ def test_a_peer_that_fails_or_differs_is_named_and_left_out(monkeypatch, tmp_pat
     assert "broken: not timed, RuntimeError: no compiler" in text
     assert "slow: not timed, AssertionError: adam_ against slow: master differs from the peer" in text
     assert not {"broken", "slow"} & {row.name for row in results.read(tmp_path)[1]}
+
+
+@pytest.mark.parametrize("error", [SystemExit("bye"), KeyError("bye")])
+def test_whatever_a_peer_raises_the_run_goes_on(monkeypatch, capsys, error):
+    def broken(params):
+        raise error
+
+    found = peers.adamw_peers(Options()) | {"broken": ("apex", peers._maker(broken))}
+    monkeypatch.setattr(peers, "adamw_peers", lambda options: found)
+    assert bench.main(["adam", *TINY]) == 0
+    assert f"broken: not timed, {type(error).__name__}: " in capsys.readouterr().out
+
+
+class LionOfDeepSpeed(peers.ForeachLion):
+    """It takes 1 as the sign of 0, as DeepSpeed's does."""
+
+    @torch.no_grad()
+    def step(self):
+        for param in self._weights:
+            param.mul_(1 - peers.LR * peers.WEIGHT_DECAY).sub_(torch.where(param.grad >= 0, 1.0, -1.0), alpha=peers.LR)
+
+
+def test_a_lion_with_another_sign_of_zero_is_timed(monkeypatch, capsys):
+    """A gradient of exactly 0 is rare, and must not decide whom pyzero is compared with."""
+    normal = peers.normal
+    monkeypatch.setattr(peers, "normal", lambda *args, **kwargs: normal(*args, **kwargs).index_fill_(0, ZERO, 0.0))
+    found = peers.lion_peers(Options()) | {"with a sign": ("deepspeed", peers._maker(LionOfDeepSpeed))}
+    monkeypatch.setattr(peers, "lion_peers", lambda options: found)
+    assert bench.main(["lion", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "not timed" not in out and "| with a sign" in out
+
+
+ZERO = torch.tensor([7])
+
+
+def test_every_lion_has_the_same_betas(monkeypatch):
+    """DeepSpeed's default is (0.9, 0.999)."""
+    made = {}
+    fake = types.SimpleNamespace(DeepSpeedCPULion=lambda params, **options: made.update(options))
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.lion", fake)
+    peers._deepspeed("lion", "cpu")([])
+    assert made == {"lr": peers.LR, "weight_decay": peers.WEIGHT_DECAY, "betas": (0.9, 0.99)}
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError("disk full"), AttributeError("no")])
+def test_a_bench_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys, error):
+    def fails(options):
+        raise error
+
+    monkeypatch.setattr(step_scalars, "run", fails)
+    assert bench.main(["step_scalars", "loss_scale", *TINY, "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "## step_scalars" in captured.err and "NOT TIMED" in captured.err and str(error) in captured.err
+    assert "## loss_scale" in captured.out and {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+
+
+def test_a_bench_that_is_named_twice_runs_once(capsys):
+    assert bench.main(["loss_scale", "loss_scale", *TINY]) == 0
+    assert capsys.readouterr().out.count("## loss_scale") == 1
+
+
+def test_ctrl_c_leaves_what_has_ended(monkeypatch, tmp_path, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step_scalars, "run", interrupted)
+    assert bench.main(["loss_scale", "step_scalars", *TINY, "--out", str(tmp_path)]) == 130
+    assert f"interrupted; {tmp_path} has the benches that had ended" in capsys.readouterr().err
+    assert {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+
+
+def test_a_closed_pipe_loses_no_result(monkeypatch, tmp_path):
+    """`python -m benchmarks ... --out DIR | head -1`."""
+
+    def closed(text, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(bench.tqdm, "write", closed)
+    with pytest.raises(BrokenPipeError):
+        bench.main(["loss_scale", *TINY, "--out", str(tmp_path)])
+    assert {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+
+
+def test_no_picture_of_another_run_stays(tmp_path, capsys):
+    assert bench.main(["pack", *TINY, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "roofline.png").exists() and "another run" not in capsys.readouterr().err
+    (tmp_path / "mine.png").touch()
+    assert bench.main(["loss_scale", *TINY, "--out", str(tmp_path)]) == 0
+    assert f"{tmp_path} has results of another run, which these will replace" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "mine.png"}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_backend_is_told(monkeypatch, tmp_path, capsys, backend):
+    """Without a compiler, or by PYZERO_BACKEND, pyzero is as slow as the reference."""
+    if reason := registry.BACKENDS[backend].unavailable_reason("cpu"):
+        pytest.skip(reason)
+    registry.forget()
+    monkeypatch.setenv("PYZERO_BACKEND", backend)
+    assert bench.main(["loss_scale", *TINY, "--out", str(tmp_path)]) == 0
+    registry.forget()
+    assert f"\nbackend: {backend}\n" in capsys.readouterr().out
+    assert results.read(tmp_path)[0]["backend"] == backend
+
+
+def test_a_missing_package_is_named(tmp_path):
+    for name in ("tqdm", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name}')")
+
+    def run(*arguments):
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+    done = run("loss_scale")
+    assert done.returncode == 1 and done.stderr.startswith("python -m benchmarks needs tqdm (no tqdm): pip")
+    (tmp_path / "tqdm.py").unlink()
+    done = run("simulate", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0 and "no picture (no matplotlib): pip install matplotlib" in done.stderr
+    assert "Simulated, not measured" in (tmp_path / "out" / "simulation.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--model-params", "--tokens-per-rank"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_no_impossible_model_is_simulated(option, value, capsys):
+    with pytest.raises(SystemExit) as found:
+        bench.main(["simulate", option, value])
+    assert found.value.code == 2 and f"expected {option} as a number from 1 on, got {value}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [1, 3, 5, 7, 11, 15, 31])
+def test_quantiles_are_as_far_from_either_end(number):
+    samples = list(range(number))
+    low, high = rows.quantile(samples, 0.2), rows.quantile(samples[::-1], 0.8)
+    assert low == number - 1 - high and abs(low - 0.2 * (number - 1)) <= 0.5
 
 
 def test_the_cache_is_cold(monkeypatch):
