@@ -41,7 +41,8 @@ def run(options: Options) -> list[MemoryRow]:
     rows = []
     for num_ranks in sizes:
         # Only one of ours: a second one would reuse the pages that the first one keeps, without counting them.
-        names = [name for name in chosen(options) if name == OURS or ENTRIES[name].peer is not None]
+        peers = [name for name in chosen(options) if ENTRIES[name].peer is not None]
+        names = [OURS, *(name for name in peers if options.wants(ENTRIES[name].peer))]
         spec = dict(names=names, width=width, device=options.device)
         found = launch(__name__, num_ranks, spec, _MALLOC)
         options.notes.extend(f"{num_ranks} ranks: {note}" for note in found["notes"])

@@ -255,7 +255,8 @@ class LibraryStep:
 
     def __init__(self, module: str, weights: Sequence[Tensor], grads: Sequence[Tensor], max_norm: float) -> None:
         self.weights = [Parameter(weight) for weight in weights]
-        self.grads = list(grads)
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = grad  # torch clips it in place: later steps find a norm of max_norm, and do the same work
         self.max_norm = max_norm
         make = importlib.import_module(module).FusedAdam
         more = {"capturable": True} if module.startswith("apex") else {}  # apex keeps masters only if capturable
@@ -264,8 +265,6 @@ class LibraryStep:
         )
 
     def step(self) -> None:
-        for weight, grad in zip(self.weights, self.grads, strict=True):
-            weight.grad = grad.clone()  # torch clips in place
         torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm, foreach=True)
         self.optimizer.step()
 

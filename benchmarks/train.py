@@ -36,7 +36,8 @@ def run(options: Options) -> list[Row]:
         refuse_more_than_gpus(options.ranks)
     width = _WIDTH[options.device] if options.numel is None else max(8, int((options.numel / LAYERS) ** 0.5))
     names = chosen(options)
-    spec = dict(names=names, width=width, repeats=options.repeats, device=options.device)
+    untimed = [name for name in names if not options.wants(ENTRIES[name].peer)]
+    spec = dict(names=names, untimed=untimed, width=width, repeats=options.repeats, device=options.device)
     found = launch(__name__, options.ranks, spec)
     options.notes.extend(found["notes"])
     phases: dict[str, list[dict[str, float]]] = found["phases"]
@@ -157,6 +158,8 @@ def _rank() -> None:
     loops = make_loops(spec, device, notes)
     x = inputs(spec["width"], device)
     check(loops, x, notes)
+    for name in spec["untimed"]:
+        del loops[name]
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
 
     def sample(name: str) -> float:

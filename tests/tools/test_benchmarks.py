@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, peers, results, rows, step_scalars, timing, train, train_loops
+from benchmarks import gpu_timer, harness, memory, peers, results, rows, step_scalars, timing, train, train_loops
 from benchmarks.options import Options
 from pyzero import ops
 from pyzero.ops import registry
@@ -142,6 +142,25 @@ def test_a_wrong_op_is_not_timed(name, op, wrong, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "NOT TIMED" in captured.err and "differs from the peer" in captured.err
     assert f"## {name}" not in captured.out
+
+
+@pytest.mark.parametrize("name", ["train", "memory"])
+@pytest.mark.parametrize(("asked", "kinds"), [("none", {None}), ("fsdp2", {None, "fsdp2"})])
+def test_a_loop_that_is_only_checked_against_is_not_timed(name, asked, kinds, monkeypatch):
+    """DDP, if --peers does not name it."""
+    specs = []
+
+    def launch(module, num_ranks, spec, environ=None):
+        specs.append(spec)
+        names = [one for one in spec["names"] if one not in spec.get("untimed", ())]
+        phases = {one: [{"forward": 1.0, "backward": 2.0, "step": 3.0}] for one in names}
+        return {"phases": phases, "bytes": dict.fromkeys(names, (1, 2)), "notes": []}
+
+    module = {"train": train, "memory": memory}[name]
+    monkeypatch.setattr(module, "launch", launch)
+    found = module.run(Options(numel=5000, peers=frozenset({asked} - {"none"})))
+    assert {row.peer for row in found} == kinds
+    assert name != "train" or {train_loops.MASTERS, train_loops.PLAIN} <= {*specs[0]["names"]}
 
 
 class NeverReduces(train_loops.Loop):
@@ -322,6 +341,12 @@ def test_no_committed_run_is_too_noisy_to_judge():
     assert found and not [path for path in found if "TOO NOISY TO JUDGE" in path.read_text()]
 
 
+def test_the_documents_name_the_commits_of_the_committed_runs():
+    text = (ROOT / "docs" / "measured.md").read_text()
+    for path in (ROOT / "benchmarks" / "results").rglob("results.json"):
+        assert results.read(path)[0]["commit"] in text, path
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/measured.md"])
 def test_the_figures_of_documents_are_in_the_committed_run(document):
     """Of an iteration on two ranks, beside each peer."""
@@ -417,6 +442,16 @@ def test_every_lion_has_the_same_betas(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed.ops.lion", fake)
     peers._deepspeed("lion", "cpu")([])
     assert made == {"lr": peers.LR, "weight_decay": peers.WEIGHT_DECAY, "betas": (0.9, 0.99)}
+
+
+def test_a_library_copies_no_gradient_in_its_step(monkeypatch):
+    """A copy would cost it 4 bytes of some 34 per element, and nothing else in the comparison pays that."""
+    fake = types.SimpleNamespace(FusedAdam=lambda params, **options: torch.optim.SGD(params, lr=0.0))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
+    weights, grads = [torch.zeros(8)], [torch.full((8,), 3.0)]
+    step = peers.LibraryStep("apex.optimizers", weights, grads, 1.0)
+    step.step()
+    assert step.weights[0].grad.data_ptr() == grads[0].data_ptr()
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), OSError("disk full"), AttributeError("no")])
