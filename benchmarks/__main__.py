@@ -142,6 +142,10 @@ def bench(args: argparse.Namespace) -> int:
     for name in tqdm(names, desc="benchmarks", leave=False, disable=None):
         try:
             new = importlib.import_module(f".{_MODULES[name]}", __package__).run(options)
+        except KeyboardInterrupt:
+            ended = ", ".join(dict.fromkeys(row.bench for row in rows))
+            print(f"interrupted in {name}" + f"; {args.out} has {ended}" * bool(args.out and ended), file=sys.stderr)
+            return _INTERRUPTED
         except Exception as error:  # the other benches run
             failed.append(name)
             why = "the check failed" if isinstance(error, AssertionError) else type(error).__name__
@@ -179,11 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    try:
-        return bench(args)
-    except KeyboardInterrupt:
-        print("interrupted" + f"; {args.out} has the benches that had ended" * (args.out is not None), file=sys.stderr)
-        return _INTERRUPTED
+    return bench(args)
 
 
 if __name__ == "__main__":

@@ -477,8 +477,10 @@ def test_ctrl_c_leaves_what_has_ended(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(step_scalars, "run", interrupted)
     assert bench.main(["loss_scale", "step_scalars", *TINY, "--out", str(tmp_path)]) == 130
-    assert f"interrupted; {tmp_path} has the benches that had ended" in capsys.readouterr().err
+    assert f"interrupted in step_scalars; {tmp_path} has loss_scale\n" in capsys.readouterr().err
     assert {row.bench for row in results.read(tmp_path)[1]} == {"loss_scale"}
+    assert bench.main(["step_scalars", *TINY, "--out", str(tmp_path)]) == 130
+    assert "interrupted in step_scalars\n" in capsys.readouterr().err, "what is there is of another run"
 
 
 def test_a_closed_pipe_loses_no_result(monkeypatch, tmp_path):
