@@ -31,6 +31,7 @@ class Row:
     hides_host: bool | None = None  # on a GPU: False if they include the host's time
     phases: dict[str, float] | None = None  # median seconds of each phase
     predicted_s: float | None = None  # by the cost model of docs/scaling.md
+    samples_s: Sequence[float] | None = None  # in the order in which they were taken; older files have none
 
     HEAD: ClassVar[tuple[str, ...]] = (
         "case",
@@ -118,7 +119,7 @@ def quantile(samples: Sequence[float], fraction: float) -> float:
 def timed_row(bench: str, case: str, name: str, samples: Sequence[float], numel: int = 0, **more: object) -> Row:
     """The row of these samples."""
     low, high = quantile(samples, 0.2), quantile(samples, 0.8)
-    return Row(bench, case, name, numel, statistics.median(samples), low, high, **more)
+    return Row(bench, case, name, numel, statistics.median(samples), low, high, samples_s=list(samples), **more)
 
 
 def is_apart(one: Row, other: Row) -> bool:

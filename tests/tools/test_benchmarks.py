@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import types
@@ -48,6 +49,7 @@ def test_prints_a_table_and_writes_files(name, tmp_path, capsys):
     found = report["rows"]
     assert {row["bench"] for row in found} == {name}
     assert all(row["p20_s"] <= row["median_s"] <= row["p80_s"] for row in found)
+    assert all(row["median_s"] == statistics.median(row["samples_s"]) for row in found)
     for case in {row["case"] for row in found}:
         ours, *others = [row for row in found if row["case"] == case]
         assert ours["name"].startswith("pyzero") and ours["times_ours"] == 1 and ours["peer"] is None
