@@ -15,7 +15,19 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_timer, harness, memory, peers, results, rows, step_scalars, timing, train, train_loops
+from benchmarks import (
+    checkpoint,
+    gpu_timer,
+    harness,
+    memory,
+    peers,
+    results,
+    rows,
+    step_scalars,
+    timing,
+    train,
+    train_loops,
+)
 from benchmarks.options import Options
 from pyzero import ops
 from pyzero.ops import registry
@@ -272,6 +284,24 @@ def test_as_a_user_types_it(tmp_path):
     assert "## loss_scale" in done.stdout and (tmp_path / "results.json").exists()
     modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "__main__"}
     assert not modules & {"build", *sys.stdlib_module_names}, "a script of this folder would import it instead"
+
+
+def test_checkpoints_without_a_peer_that_fails(monkeypatch, tmp_path):
+    def fails(num_layers):
+        raise RuntimeError("no launcher")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "_WIDTH", 64)
+    monkeypatch.setattr(checkpoint, "_deepspeed_engine", fails)
+    monkeypatch.setattr(peers, "is_there", lambda key, options: True)
+    options = Options(numel=4096)
+    found = checkpoint.run(options)
+    assert options.notes == ["DeepSpeed ZeRO-2: not timed, RuntimeError: no launcher"]
+    assert {(row.case, row.name) for row in found if row.name not in checkpoint.MACHINE} == {
+        ("save", "pyzero"),
+        ("load", "pyzero"),
+    }
+    assert not [*tmp_path.iterdir()]
 
 
 def test_import_is_measured(capsys):
