@@ -6,7 +6,9 @@ The time of an iteration beyond forward and backward alone is communication and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ def run(options: Options) -> list[Row]:
         refuse_more_than_gpus(options.ranks)
     width = _WIDTH[options.device] if options.numel is None else max(8, int((options.numel / LAYERS) ** 0.5))
     names = chosen(options)
-    spec = dict(names=names, width=width, repeats=options.repeats, device=options.device)
+    untimed = [name for name in names if not options.wants(ENTRIES[name].peer)]
+    spec = dict(names=names, untimed=untimed, width=width, repeats=options.repeats, device=options.device)
     found = launch(__name__, options.ranks, spec)
     options.notes.extend(found["notes"])
     phases: dict[str, list[dict[str, float]]] = found["phases"]
@@ -75,10 +78,30 @@ def _rows(case: str, numel: int, samples: dict[str, list[float]]) -> list[Row]:
 
 def make_loops(spec: dict[str, Any], device: torch.device, notes: Options) -> dict[str, Loop]:
     loops = {}
+
+    def make(name: str) -> None:
+        loops[name] = ENTRIES[name].make(spec["width"], device)
+
     for name in spec["names"]:
-        with notes.trying(name):
-            loops[name] = ENTRIES[name].make(spec["width"], device)
+        if not _succeeds(name, functools.partial(make, name), device, notes):
+            loops.pop(name, None)
     return loops
+
+
+def _succeeds(name: str, call: Callable[[], None], device: torch.device, notes: Options) -> bool:
+    """Call it on all ranks. If a peer fails on any, note it. Ours and the peers that ours is checked against raise."""
+    if ENTRIES[name].peer is None or name in (MASTERS, PLAIN):
+        call()
+        return True
+    failed = torch.ones(1, device=device)
+    with notes.trying(name):
+        call()
+        failed.zero_()
+    failed_here = bool(failed)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failed and not failed_here:
+        notes.notes.append(f"{name}: not timed, it failed on another rank")
+    return not failed
 
 
 def inputs(width: int, device: torch.device) -> torch.Tensor:
@@ -86,27 +109,38 @@ def inputs(width: int, device: torch.device) -> torch.Tensor:
     return torch.randn(ROWS, width).to(device, torch.bfloat16)
 
 
-def check(loops: dict[str, Loop], x: torch.Tensor) -> None:
-    """Raise AssertionError on all ranks if weights differ between ranks, or have not moved as the peer's have."""
-    moves = {}  # of those that others are compared with
-    for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
-        loop, same_as = loops[name], ENTRIES[name].same_as
-        before = loop.weights()
+def check(loops: dict[str, Loop], x: torch.Tensor, notes: Options) -> None:
+    """Raise AssertionError on all ranks if weights differ between ranks, or have not moved as the peer's have.
+
+    A peer of which this is true is noted instead, and is no longer in `loops`.
+    """
+    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # weights before and after the steps
+
+    def move(name: str) -> None:
+        before = loops[name].weights()
         for _ in range(_CHECKED_STEPS):
-            loop.step(x)
-        after = loop.weights()
-        if not _alike(after):
-            raise AssertionError(f"{name} left other weights on other ranks: its gradients are not reduced alike")
-        move = after.float() - before.float()
-        if same_as is None:
-            moves[name] = move
-            continue
-        distance = float((move - moves[same_as]).norm() / moves[same_as].norm())
-        if not distance <= _CHECK_MOVE:  # nan if nothing moved
-            raise AssertionError(
-                f"{name} moved the weights otherwise than the peer {same_as}: "
-                f"a distance of {distance:.3g} of its move, wanted {_CHECK_MOVE} at most"
-            )
+            loops[name].step(x)
+        ends[name] = before, loops[name].weights()
+
+    for name in sorted(loops, key=lambda name: ENTRIES[name].same_as is not None):
+        calls = (functools.partial(move, name), functools.partial(_compare, name, ends))
+        if not all(_succeeds(name, call, x.device, notes) for call in calls):  # no rank compares if one has failed
+            del loops[name]
+
+
+def _compare(name: str, ends: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    same_as = ENTRIES[name].same_as
+    if not _alike(ends[name][1]):
+        raise AssertionError(f"{name} left other weights on other ranks: its gradients are not reduced alike")
+    if same_as is None:
+        return
+    move, peers_move = (after.float() - before.float() for before, after in (ends[name], ends[same_as]))
+    distance = float((move - peers_move).norm() / peers_move.norm())
+    if not distance <= _CHECK_MOVE:  # nan if nothing moved
+        raise AssertionError(
+            f"{name} moved the weights otherwise than the peer {same_as}: "
+            f"a distance of {distance:.3g} of its move, wanted {_CHECK_MOVE} at most"
+        )
 
 
 def _alike(weights: torch.Tensor) -> bool:
@@ -123,7 +157,9 @@ def _rank() -> None:
     notes = Options()
     loops = make_loops(spec, device, notes)
     x = inputs(spec["width"], device)
-    check(loops, x)
+    check(loops, x, notes)
+    for name in spec["untimed"]:
+        del loops[name]
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
 
     def sample(name: str) -> float:
